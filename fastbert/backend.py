@@ -1,0 +1,155 @@
+"""Picks which implementation of an operator runs; no other file asks what is installed.
+
+An operator is a function whose body is its plain PyTorch reference. A backend is a namespace that
+holds faster bodies under fixed names: `torch.ops.fastbert` (the C++/CUDA extension) or a module of
+Triton launchers. The first usable backend of `PREFERENCE` runs; `FASTBERT_BACKEND`, or a
+`with backend.use(...)` block, forces one for the operators that have a body there, and those raise
+if it cannot run. The other operators keep the default.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+BACKENDS = ("ext", "triton", "reference")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# The interpreter takes milliseconds a row: on a CPU, Triton runs only where a test forces it.
+PREFERENCE = {"cuda": ("ext", "triton", "reference"), "cpu": ("ext", "reference")}
+
+OPS: dict[str, "Op"] = {}
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend cannot run an operator here; the message says why."""
+
+
+class Choice(NamedTuple):
+    backend: str
+    kernels: Any  # the namespace with the operator's bodies, None for the reference
+    reason: str
+
+
+class Op:
+    """A callable operator: its reference, the backends that have a faster body, and the choice made.
+
+    `Op("ext")` decorates the reference body; `@op.fused` then decorates a function
+    `(kernels, *args)` that runs a backend's kernels, with autograd.
+    """
+
+    def __init__(self, reference: Callable, backends: tuple[str, ...]) -> None:
+        functools.update_wrapper(self, reference)
+        self.name = reference.__name__
+        self.reference = reference
+        self.backends = (*backends, "reference")
+        self.run_fused: Callable | None = None
+        self.choices: dict[str, Choice] = {}
+        OPS[self.name] = self
+
+    def fused(self, function: Callable) -> Callable:
+        self.run_fused = function
+        self.forget()  # so that the CPU's choice is made now, not while torch.compile traces a call
+        return function
+
+    def forget(self) -> None:
+        self.choices.clear()
+        if _forced not in self.backends:
+            self.choices["cpu"] = select(self, "cpu")
+
+    def choice(self, device: str) -> Choice:
+        if device not in self.choices:
+            self.choices[device] = select(self, device)
+        return self.choices[device]
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        kernels = self.choice(x.device.type).kernels
+        if kernels is None:
+            return self.reference(x, *args, **kwargs)
+        assert self.run_fused is not None
+        return self.run_fused(kernels, x, *args, **kwargs)
+
+
+def op(*backends: str) -> Callable[[Callable], Op]:
+    """Decorates a reference body; `backends` names where faster bodies of it exist."""
+    return lambda reference: Op(reference, backends)
+
+
+def load(backend: str, op: str, device: str) -> Any:
+    """The namespace with `op`'s bodies for `device` (None for the reference).
+
+    Raises BackendUnavailable, saying why, where there is none.
+    """
+    if backend == "reference":
+        return None
+    if backend == "ext":
+        return _load_extension(op, device)
+    if backend == "triton":
+        return _load_triton(op, device)
+    raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def _load_extension(op: str, device: str) -> Any:
+    try:
+        importlib.import_module("fastbert._C")
+    except ImportError as error:
+        raise BackendUnavailable(f"the C++/CUDA extension is not built ({error})") from error
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastbert::{op}", device.upper()):
+        raise BackendUnavailable(f"the C++/CUDA extension was built without {device} code")
+    return torch.ops.fastbert
+
+
+def _load_triton(op: str, device: str) -> Any:
+    if device == "cpu" and not INTERPRETED:
+        raise BackendUnavailable("Triton runs on CPU tensors only under TRITON_INTERPRET=1")
+    if importlib.util.find_spec("triton") is None:
+        raise BackendUnavailable("triton is not installed")
+    if not INTERPRETED and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        raise BackendUnavailable("Triton builds its launcher with a C compiler, and none is on PATH")
+    return importlib.import_module(f"fastbert.kernels.{op}")
+
+
+def select(op: Op, device: str) -> Choice:
+    if _forced is not None and _forced in op.backends:
+        return Choice(_forced, load(_forced, op.name, device), "forced")
+    refusals = []
+    for backend in PREFERENCE.get(device, ()):
+        if backend in op.backends:
+            try:
+                return Choice(backend, load(backend, op.name, device), "; ".join(refusals))
+            except BackendUnavailable as refusal:
+                refusals.append(f"{backend}: {refusal}")
+    return Choice("reference", None, "; ".join(refusals) or "plain PyTorch is its only body there")
+
+
+def _checked(backend: str | None) -> str | None:
+    if backend and backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend or None
+
+
+@contextlib.contextmanager
+def use(backend: str | None) -> Iterator[None]:
+    """Forces one backend inside a `with` block, for the operators that have a body there."""
+    global _forced
+    previous, _forced = _forced, _checked(backend)
+    _forget()
+    try:
+        yield
+    finally:
+        _forced = previous
+        _forget()
+
+
+def _forget() -> None:
+    for operator in OPS.values():
+        operator.forget()
+
+
+_forced = _checked(os.environ.get("FASTBERT_BACKEND"))

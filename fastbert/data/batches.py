@@ -1,0 +1,294 @@
+"""Packed, masked batches; the position in the data is one integer, the global step.
+
+Which examples global batch g holds, and how they are masked, follows from (seed, g) alone. Ranks
+and micro-batches only cut it up.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastbert.check import InputError
+from fastbert.data.masking import mask_tokens, num_targets
+from fastbert.data.pairs import PairPlan, plan_pairs
+from fastbert.data.streams import Purpose, stream
+from fastbert.data.tokenized import TokenizedCorpus
+from fastbert.data.tokenizer import SpecialTokens
+from fastbert.packing import PackedBatch
+
+
+class GlobalCounts(NamedTuple):
+    """What the losses of a global batch are means over, whatever part of it a rank has."""
+
+    masked_tokens: int
+    pairs: int
+
+
+class PretrainingData:
+    """The documents `docs` of a corpus as an endless row of global batches, epoch after epoch.
+
+    Each epoch plans its sentence pairs anew, shuffles them, and fills batches of `batch_tokens`
+    tokens, special tokens included, as far as whole examples go; the last batch of an epoch, which
+    is smaller, is dropped unless it is the only one. Raises InputError for options out of range.
+    """
+
+    def __init__(
+        self,
+        corpus: TokenizedCorpus,
+        docs: NDArray[np.int64],
+        specials: SpecialTokens,
+        vocab_size: int,
+        *,
+        seed: int,
+        batch_tokens: int,
+        max_seq_len: int,
+        short_seq_prob: float = 0.1,
+        mlm_probability: float = 0.15,
+    ) -> None:
+        if batch_tokens < max_seq_len:
+            raise InputError(
+                f"batch_tokens: expected at least max_seq_len, {max_seq_len}, got {batch_tokens}"
+            )
+        if not 0 < mlm_probability < 1:
+            raise InputError(
+                f"mlm_probability: expected a number between 0 and 1, got {mlm_probability}"
+            )
+        if vocab_size < corpus.vocab_size:
+            raise InputError(
+                f"vocab_size: {vocab_size} is smaller than the corpus' vocabulary of "
+                f"{corpus.vocab_size}"
+            )
+        self.corpus = corpus
+        self.docs = docs
+        self.specials = specials
+        self.vocab_size = vocab_size
+        self.seed = seed
+        self.batch_tokens = batch_tokens
+        self.max_seq_len = max_seq_len
+        self.short_seq_prob = short_seq_prob
+        self.mlm_probability = mlm_probability
+        self._batches_of_epoch: list[int] = []  # of the epochs planned so far
+        self._epoch = self._plan(0)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, index of the batch in it) of a global step.
+
+        Epochs differ in length, so that the way to a far step plans each epoch before it, once.
+        """
+        epoch = 0
+        while step >= (batches := self._num_batches(epoch)):
+            step -= batches
+            epoch += 1
+        return epoch, step
+
+    def targets(self, step: int) -> GlobalCounts:
+        """The counts of the whole global batch, the same on every rank without communication."""
+        epoch, index = self.locate(step)
+        plan = self._plan(epoch)
+        rows = self._rows(plan, plan.batch(index))
+        maskable = np.add.reduceat(rows.maskable, rows.begins[:-1], dtype=np.int64)
+        masked = num_targets(maskable, self.mlm_probability).sum()
+        return GlobalCounts(int(masked), len(maskable))
+
+    def batch(
+        self, step: int, *, rank: int = 0, world_size: int = 1, micro_batches: int = 1
+    ) -> list[PackedBatch]:
+        """A rank's share of a global batch, in micro-batches of nearly equal numbers of tokens.
+
+        Raises InputError if the batch has too few examples for every micro-batch to get one.
+        """
+        epoch, index = self.locate(step)
+        plan = self._plan(epoch)
+        examples = plan.batch(index)
+        parts = world_size * micro_batches
+        if len(examples) < parts:
+            raise InputError(
+                f"batch_tokens: a batch of {self.batch_tokens} tokens holds {len(examples)} "
+                f"example(s), too few for {world_size} rank(s) x {micro_batches} micro-batch(es); "
+                "raise it, or name a larger corpus"
+            )
+        shares = _shares(plan.lengths[examples], parts)
+        mine = shares[rank * micro_batches : (rank + 1) * micro_batches]
+        return [self._pack(plan, examples[share]) for share in mine]
+
+    def _num_batches(self, epoch: int) -> int:
+        while epoch >= len(self._batches_of_epoch):
+            self._plan(len(self._batches_of_epoch))
+        return self._batches_of_epoch[epoch]
+
+    def _plan(self, number: int) -> "_Epoch":
+        """The plan of an epoch; the last one made is kept."""
+        if not self._batches_of_epoch or self._epoch.number != number:
+            pairs = plan_pairs(
+                self.corpus,
+                self.docs,
+                seed=self.seed,
+                epoch=number,
+                max_seq_len=self.max_seq_len,
+                short_seq_prob=self.short_seq_prob,
+            )
+            lengths = pairs.lengths
+            order = stream(self.seed, Purpose.SHUFFLE, number).permutation(len(lengths))
+            bounds = _cut(lengths[order], self.batch_tokens)
+            self._epoch = _Epoch(number, pairs, lengths, order, bounds)
+        if number == len(self._batches_of_epoch):
+            self._batches_of_epoch.append(max(self._epoch.num_batches - 1, 1))
+        return self._epoch
+
+    def _rows(self, epoch: "_Epoch", examples: NDArray[np.int64]) -> "_Rows":
+        """[CLS] A [SEP] B [SEP] of each of the examples, end to end."""
+        a_start, a_end, b_start, _ = epoch.pairs.spans[examples].T
+        lengths = epoch.lengths[examples]
+        begins = np.append(0, np.cumsum(lengths))
+        number = np.repeat(np.arange(len(examples)), lengths)
+        position = np.arange(begins[-1]) - begins[number]
+        a_sep = (a_end - a_start + 1)[number]
+        in_b = position > a_sep
+        source = np.where(
+            in_b, b_start[number] + position - a_sep - 1, a_start[number] + position - 1
+        )
+        cls = begins[:-1]
+        sep = np.concatenate([begins[:-1] + (a_end - a_start + 1), begins[1:] - 1])
+        source[cls] = source[sep] = 0  # any token, overwritten below
+        ids = self.corpus.tokens[source].astype(np.int64)
+        ids[cls] = self.specials.cls
+        ids[sep] = self.specials.sep
+        maskable = ~np.isin(ids, self.specials)  # [UNK] stands for no word to predict
+        return _Rows(ids, begins, examples[number], position, in_b, maskable)
+
+    def _pack(self, epoch: "_Epoch", examples: NDArray[np.int64]) -> PackedBatch:
+        rows = self._rows(epoch, examples)
+        masked, labels = mask_tokens(
+            rows.ids,
+            rows.example,
+            rows.position,
+            rows.maskable,
+            seed=self.seed,
+            epoch=epoch.number,
+            vocab_size=self.vocab_size,
+            specials=self.specials,
+            mlm_probability=self.mlm_probability,
+        )
+        return PackedBatch(
+            input_ids=torch.from_numpy(masked),
+            cu_seqlens=torch.from_numpy(rows.begins.astype(np.int32)),
+            max_seqlen=int(epoch.lengths[examples].max()),
+            position_ids=torch.from_numpy(rows.position),
+            token_type_ids=torch.from_numpy(rows.in_b.astype(np.int64)),
+            labels=torch.from_numpy(labels),
+            num_labels=int((labels >= 0).sum()),
+            next_sentence_label=torch.from_numpy(epoch.pairs.is_random[examples].astype(np.int64)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Epoch:
+    """An epoch's E examples; batch i holds `order[bounds[i] : bounds[i + 1]]`."""
+
+    number: int
+    pairs: PairPlan
+    lengths: NDArray[np.int64]
+    order: NDArray[np.int64]
+    bounds: list[int]
+
+    @property
+    def num_batches(self) -> int:
+        """With the last, smaller one."""
+        return len(self.bounds) - 1
+
+    def batch(self, index: int) -> NDArray[np.int64]:
+        return self.order[self.bounds[index] : self.bounds[index + 1]]
+
+
+class _Rows(NamedTuple):
+    """T tokens of B examples: all but `begins`, which is (B + 1,), are (T,)."""
+
+    ids: NDArray[np.int64]
+    begins: NDArray[np.int64]
+    example: NDArray[np.int64]
+    position: NDArray[np.int64]
+    in_b: NDArray[np.bool_]
+    maskable: NDArray[np.bool_]
+
+
+def _cut(lengths: NDArray[np.int64], batch_tokens: int) -> list[int]:
+    """Where batches begin, and the end: each takes what fits; no length exceeds batch_tokens."""
+    ends = np.cumsum(lengths)
+    bounds = [0]
+    while bounds[-1] < len(lengths):
+        used = ends[bounds[-1] - 1] if bounds[-1] else 0
+        bounds.append(int(np.searchsorted(ends, used + batch_tokens, side="right")))
+    return bounds
+
+
+def _shares(lengths: NDArray[np.int64], parts: int) -> list[NDArray[np.int64]]:
+    """Deals examples out like cards, longest first, to and fro: nearly equal numbers of tokens."""
+    order = np.argsort(-lengths, kind="stable")
+    turn = np.arange(len(order)) % (2 * parts)
+    part = np.minimum(turn, 2 * parts - 1 - turn)
+    return [order[part == number] for number in range(parts)]
+
+
+class _Steps(Dataset[list[PackedBatch]]):
+    def __init__(
+        self, data: PretrainingData, steps: range, rank: int, world_size: int, micro_batches: int
+    ) -> None:
+        self.data, self.steps = data, steps
+        self.rank, self.world_size, self.micro_batches = rank, world_size, micro_batches
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> list[PackedBatch]:
+        return self.data.batch(
+            self.steps[index],
+            rank=self.rank,
+            world_size=self.world_size,
+            micro_batches=self.micro_batches,
+        )
+
+
+def loader(
+    data: PretrainingData,
+    start: int,
+    stop: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    micro_batches: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[list[PackedBatch]]:
+    """`data.batch(step, ...)` for each global step from `start` to before `stop`, in order.
+
+    workers: processes that make batches ahead of time; their number changes no batch
+    """
+    if start < stop:
+        data.locate(start)  # planned once here, not once in each forked worker
+    steps = _Steps(data, range(start, stop), rank, world_size, micro_batches)
+    return DataLoader(steps, batch_size=None, num_workers=workers, pin_memory=pin_memory)
+
+
+def heldout_batches(
+    data: PretrainingData, *, rank: int = 0, world_size: int = 1
+) -> Iterator[PackedBatch]:
+    """Every batch of epoch 0 once, with the last, smaller one; dealt out to the ranks in turn."""
+    epoch = data._plan(0)
+    for index in range(rank, epoch.num_batches, world_size):
+        yield data._pack(epoch, epoch.batch(index))
+
+
+def unigram_baseline(counts: NDArray[np.int64], targets: Tensor | NDArray[np.int64]) -> float:
+    """Mean negative log-likelihood of `targets` if each token only had its frequency `counts`.
+
+    The loss, in nats, that a model must beat to have learnt anything from context. counts: (V,) in
+    the training text, 1/2 added to each; targets: (N,) masked tokens of the held-out text.
+    """
+    probability = (counts + 0.5) / (counts.sum() + 0.5 * len(counts))
+    return float(-np.log(probability[np.asarray(targets)]).mean())

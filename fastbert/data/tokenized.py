@@ -1,0 +1,101 @@
+"""What a tokenised corpus is: four memory-mapped arrays and a manifest in a directory."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbert.check import InputError
+from fastbert.data.streams import Purpose, stream
+
+_ARRAYS = ("tokens", "word_starts", "sentence_offsets", "document_offsets")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedCorpus:
+    """T tokens in S sentences in D documents, without special tokens.
+
+    tokens: (T,) uint16, or uint32 where the vocabulary is larger than 65536
+    word_starts: (T,) bool, True where the token begins a word
+    sentence_offsets: (S + 1,) int64, where each sentence begins in `tokens`, and T
+    document_offsets: (D + 1,) int64, where each document begins in `sentence_offsets`, and S
+
+    No sentence and no document is empty. The arrays are read-only and mapped from `directory`, so
+    that pickling a corpus, as for the workers of a loader, passes on its path alone.
+    """
+
+    directory: Path
+    vocab_size: int
+    tokens: NDArray[Any]
+    word_starts: NDArray[np.bool_]
+    sentence_offsets: NDArray[np.int64]
+    document_offsets: NDArray[np.int64]
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "TokenizedCorpus":
+        """The finished cache in `directory`; InputError if there is none or it is damaged."""
+        corpus = open_cache(Path(directory))
+        if corpus is None:
+            raise InputError(f"cache {directory}: not complete; tokenize the corpus again")
+        return corpus
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenizedCorpus.open, (self.directory,)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_offsets) - 1
+
+    @property
+    def num_sentences(self) -> int:
+        return len(self.sentence_offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    def split(
+        self, heldout_fraction: float, seed: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(train, held-out) indices of documents, sorted: a random share of all, 2 or more each."""
+        if not 0 < heldout_fraction < 1:
+            raise InputError(
+                f"heldout_fraction: expected a number between 0 and 1, got {heldout_fraction}"
+            )
+        count = self.num_documents
+        if count < 4:
+            raise InputError(
+                f"corpus: {count} document(s), but training and held-out text need two each, "
+                "because one document gives no random next sentence; separate documents by blank "
+                "lines"
+            )
+        heldout = min(max(round(count * heldout_fraction), 2), count - 2)
+        shuffled = stream(seed, Purpose.SPLIT).permutation(count)
+        return np.sort(shuffled[heldout:]), np.sort(shuffled[:heldout])
+
+    def token_counts(self, docs: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(V,) int64: how often each token occurs in the documents `docs`."""
+        counts = np.zeros(self.vocab_size, np.int64)
+        first = self.sentence_offsets[self.document_offsets[docs]]
+        last = self.sentence_offsets[self.document_offsets[docs + 1]]
+        for document in map(slice, first, last):
+            np.add.at(counts, self.tokens[document], 1)
+        return counts
+
+
+def open_cache(directory: Path, identity: str | None = None) -> TokenizedCorpus | None:
+    """The cache if it is complete and whole, and of `identity` unless that is None."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text("utf-8"))
+        if identity not in (None, manifest["fingerprint"]):
+            return None
+        arrays = {n: np.load(directory / f"{n}.npy", mmap_mode="r") for n in _ARRAYS}
+        corpus = TokenizedCorpus(directory, int(manifest["vocab_size"]), **arrays)
+        counts = (corpus.num_tokens, corpus.num_sentences, corpus.num_documents)
+        whole = counts == (manifest["tokens"], manifest["sentences"], manifest["documents"])
+        return corpus if whole else None
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        return None

@@ -1,0 +1,26 @@
+// What Python sees: `torch.ops.fastbert.*`, defined by importing the otherwise empty `fastbert._C`.
+
+#include <Python.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+TORCH_LIBRARY(fastbert, m) {
+  m.def(
+      "compact(Tensor values, int ignore_index, SymInt? capacity=None)"
+      " -> (Tensor kept, Tensor positions, Tensor slots, Tensor offsets)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "gather_rows(Tensor src, Tensor index, Tensor inverse) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(fastbert, CPU, m) {
+  m.impl("compact", &fastbert::compact_cpu);
+  m.impl("gather_rows", &fastbert::gather_rows_cpu);
+}
+
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&definition);
+}

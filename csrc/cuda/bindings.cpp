@@ -1,0 +1,11 @@
+// Apart from ../bindings.cpp because only a build with nvcc has these; and no .cu, because nvcc
+// would parse torch/library.h once for every GPU architecture.
+
+#include <torch/library.h>
+
+#include "../ops.h"
+
+TORCH_LIBRARY_IMPL(fastbert, CUDA, m) {
+  m.impl("compact", &fastbert::compact_cuda);
+  m.impl("gather_rows", &fastbert::gather_rows_cuda);
+}

@@ -1,0 +1,57 @@
+// The extension's operators on each device. fastbert/ops/ documents what they compute and has their
+// twins in plain PyTorch, their shapes for torch.compile and their gradients.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace fastbert {
+
+using Compacted = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Compacted compact_cpu(
+    const at::Tensor& values, int64_t ignore_index, std::optional<int64_t> capacity);
+Compacted compact_cuda(
+    const at::Tensor& values, int64_t ignore_index, std::optional<int64_t> capacity);
+
+at::Tensor gather_rows_cpu(
+    const at::Tensor& src, const at::Tensor& index, const at::Tensor& inverse);
+at::Tensor gather_rows_cuda(
+    const at::Tensor& src, const at::Tensor& index, const at::Tensor& inverse);
+
+// What both devices refuse, as a Python ValueError.
+void check_compact(
+    const at::Tensor& values, int64_t ignore_index, std::optional<int64_t> capacity);
+void check_gather_rows(
+    const at::Tensor& src, const at::Tensor& index, const at::Tensor& inverse);
+
+// Compaction only copies entries and compares them for equality, so one body serves every dtype of
+// a size. Calls `body` with an unsigned zero of that size.
+template <typename Body>
+auto for_entry_size(const at::Tensor& values, const Body& body) {
+  switch (values.element_size()) {
+    case 1:
+      return body(uint8_t{0});
+    case 2:
+      return body(uint16_t{0});
+    case 4:
+      return body(uint32_t{0});
+    default:
+      return body(uint64_t{0});
+  }
+}
+
+// Rows may lie apart, as in a slice, but each must be one run of memory.
+inline at::Tensor with_unit_column_stride(const at::Tensor& src) {
+  return src.size(1) <= 1 || src.stride(1) == 1 ? src : src.contiguous();
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace fastbert

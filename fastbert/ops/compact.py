@@ -1,0 +1,100 @@
+"""Stream compaction: the entries that count, in order, and where each came from and went."""
+
+import contextlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbert import backend
+from fastbert.backend import op
+from fastbert.check import require
+
+
+class Compacted(NamedTuple):
+    """What `compact` keeps of (B, S) values. N entries are kept and C have a place.
+
+    kept: (C,) values.dtype; positions: (C,) int32, the entry's flat index b * S + s, -1 if spare;
+    slots: (B * S,) int32, the entry's place in `kept` or -1; offsets: (B + 1,) int32, how many are
+    kept before each row, and N at the end.
+    """
+
+    kept: Tensor
+    positions: Tensor
+    slots: Tensor
+    offsets: Tensor
+
+
+@op("ext")
+def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> Compacted:
+    """Keeps the entries that differ from `ignore_index`, in row-major order.
+
+    values: (B, S) of any integer dtype or bool. capacity: how many places C the result has. Spare
+    places hold ignore_index; if more are kept, the first C have a place, and offsets[B] is still
+    the true count. None means a place for each, and makes the host wait for a GPU once to learn
+    how many; with a capacity it never waits.
+
+    Raises ValueError if values is not 2-D, has a floating-point dtype or more than 2^31 - 1
+    entries, if its dtype cannot hold ignore_index, or if capacity is negative.
+    """
+    _check(values, ignore_index, capacity)
+    entries = values.flatten()
+    is_kept = entries != ignore_index
+    ranks = is_kept.cumsum(0, dtype=torch.int32)  # from 1 for the first kept entry
+    per_row = is_kept.view(values.shape).sum(1, dtype=torch.int32)
+    offsets = torch.cat([per_row.new_zeros(1), per_row.cumsum(0, dtype=torch.int32)])
+    if capacity is None:
+        capacity = int(offsets[-1])
+
+    # the entry of rank r is the first with r entries kept up to it, or one past the end
+    wanted = torch.arange(1, capacity + 1, dtype=torch.int32, device=values.device)
+    found = torch.searchsorted(ranks, wanted, out_int32=True)
+    kept = torch.cat([entries, entries.new_full((1,), ignore_index)])[found]
+    positions = torch.where(found < len(entries), found, -1)
+    slots = torch.where(is_kept & (ranks <= capacity), ranks - 1, -1)
+    return Compacted(kept, positions, slots, offsets)
+
+
+@compact.fused
+def _compact_fused(
+    kernels: Any, values: Tensor, ignore_index: int, capacity: int | None = None
+) -> Compacted:
+    return Compacted(*kernels.compact(values, ignore_index, capacity))
+
+
+def _compact_fake(values: Tensor, ignore_index: int, capacity: int | None = None) -> Compacted:
+    _check(values, ignore_index, capacity)
+    if capacity is None:
+        capacity = torch.library.get_ctx().new_dynamic_size()
+
+    def int32(size: int) -> Tensor:
+        return values.new_empty((size,), dtype=torch.int32)
+
+    kept = values.new_empty((capacity,))
+    return Compacted(kept, int32(capacity), int32(values.numel()), int32(values.shape[0] + 1))
+
+
+def _check(values: Tensor, ignore_index: int, capacity: int | None) -> None:
+    """The extension checks the same when it runs."""
+    require(values.ndim == 2, "compact", "values of shape (batch, seqlen)", tuple(values.shape))
+    is_integer = not values.dtype.is_floating_point and not values.dtype.is_complex
+    require(is_integer, "compact", "values of an integer dtype or bool", values.dtype)
+    if values.dtype == torch.bool:
+        low, high = 0, 1
+    else:
+        low, high = torch.iinfo(values.dtype).min, torch.iinfo(values.dtype).max
+    require(
+        low <= ignore_index <= high,
+        "compact",
+        f"an ignore_index that {values.dtype} can hold",
+        ignore_index,
+    )
+    size = math.prod(values.shape)
+    require(size < 2**31, "compact", "at most 2^31 - 1 values", size)
+    require(capacity is None or capacity >= 0, "compact", "a capacity of at least 0", capacity)
+
+
+with contextlib.suppress(backend.BackendUnavailable):
+    backend.load("ext", "compact", "cpu")
+    torch.library.register_fake("fastbert::compact", _compact_fake)

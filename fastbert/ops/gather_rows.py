@@ -1,0 +1,94 @@
+"""Gather of rows by an index whose inverse is known, so that its gradient is a gather too."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert import backend
+from fastbert.backend import op
+from fastbert.check import require
+
+
+@op("ext")
+def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """`out[i] = src[index[i]]`, and zeros where index[i] is -1.
+
+    src: (R, H) of any dtype; index: (M,) int32 in [-1, R), which names no row twice; inverse: (R,)
+    int32, where each row of src goes: inverse[index[i]] == i, and -1 for rows that index leaves
+    out. Returns (M, H). The gradient is gather_rows(grad, inverse, index): each of its rows is
+    written once, without atomics, so it is deterministic; and it is as differentiable.
+
+    Raises ValueError for a wrong shape, dtype or device, IndexError on a CPU for an entry of index
+    outside [-1, R); a GPU stops with a device-side assertion.
+    """
+    return _GatherRows.apply(src, index, inverse)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        _check(src, index, inverse)
+        ctx.save_for_backward(index, inverse)
+        if src.shape[0] == 0:
+            return src.new_zeros((index.shape[0], src.shape[1]))  # there is no row to point at
+        is_spare = index == -1
+        rows = src.index_select(0, index.masked_fill(is_spare, 0))
+        return rows.masked_fill_(is_spare[:, None], 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        index, inverse = ctx.saved_tensors
+        return _GatherRows.apply(grad, inverse, index), None, None
+
+
+@gather_rows.fused
+def _gather_rows_fused(kernels: Any, src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return kernels.gather_rows(src, index, inverse)
+
+
+def _gather_rows_fake(src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    _check(src, index, inverse)
+    return src.new_empty((index.shape[0], src.shape[1]))
+
+
+def _save_indices(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    _, index, inverse = inputs
+    ctx.save_for_backward(index, inverse)
+
+
+def _gather_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    index, inverse = ctx.saved_tensors
+    return torch.ops.fastbert.gather_rows(grad, inverse, index), None, None
+
+
+def _check(src: Tensor, index: Tensor, inverse: Tensor) -> None:
+    """The extension checks the same when it runs."""
+    require(src.ndim == 2, "gather_rows", "src of shape (rows, hidden)", tuple(src.shape))
+    require(
+        index.ndim == 1 and index.dtype == torch.int32,
+        "gather_rows",
+        "index of shape (M,) and dtype int32",
+        f"{tuple(index.shape)} {index.dtype}",
+    )
+    require(
+        inverse.shape == src.shape[:1] and inverse.dtype == torch.int32,
+        "gather_rows",
+        f"inverse of shape (rows,) = ({src.shape[0]},) and dtype int32",
+        f"{tuple(inverse.shape)} {inverse.dtype}",
+    )
+    require(
+        index.device == src.device and inverse.device == src.device,
+        "gather_rows",
+        f"index and inverse on {src.device}",
+        f"{index.device} and {inverse.device}",
+    )
+
+
+with contextlib.suppress(backend.BackendUnavailable):
+    backend.load("ext", "gather_rows", "cpu")
+    torch.library.register_fake("fastbert::gather_rows", _gather_rows_fake)
+    torch.library.register_autograd(
+        "fastbert::gather_rows", _gather_rows_backward, setup_context=_save_indices
+    )

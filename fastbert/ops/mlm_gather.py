@@ -1,0 +1,51 @@
+"""Picks the rows that have something to predict, so that the masked-LM head runs on no other."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastbert.check import require
+from fastbert.ops.compact import compact
+from fastbert.ops.gather_rows import gather_rows
+from fastbert.packing import IGNORE_INDEX
+
+
+class MaskedRows(NamedTuple):
+    """rows: (C, H); targets: (C,); positions: (C,) int32, -1 if spare; count: () int32."""
+
+    rows: Tensor
+    targets: Tensor
+    positions: Tensor
+    count: Tensor
+
+
+def mlm_gather(
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    capacity: int | None = None,
+) -> MaskedRows:
+    """The rows of `hidden` whose label is not `ignore_index`, with their labels.
+
+    hidden: (T, H); labels: (T,) of an integer dtype. C is `capacity`, or the exact count if None,
+    which a GPU makes the host wait for. Spare rows are zeros with the target ignore_index, so they
+    add nothing to a loss or a gradient. `count` is the true count, also where it exceeds the
+    capacity and only the first C rows come.
+    """
+    require(hidden.ndim == 2, "mlm_gather", "hidden of shape (tokens, hidden)", tuple(hidden.shape))
+    require(
+        labels.shape == hidden.shape[:1],
+        "mlm_gather",
+        f"labels of shape (tokens,) = ({hidden.shape[0]},)",
+        tuple(labels.shape),
+    )
+    require(
+        labels.device == hidden.device,
+        "mlm_gather",
+        f"labels on {hidden.device}, where hidden is",
+        labels.device,
+    )
+    targets, positions, slots, offsets = compact(labels[None], ignore_index, capacity)
+    rows = gather_rows(hidden, positions, slots)
+    return MaskedRows(rows, targets, positions, count=offsets[-1])

@@ -1,0 +1,102 @@
+"""Between a padded batch (B, S, ...) and its T real tokens end to end (T, ...)."""
+
+import dataclasses
+import math
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fastbert.check import require
+from fastbert.ops.compact import compact
+from fastbert.ops.gather_rows import gather_rows
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unpadding:
+    """Where the T real tokens of a padded (B, S) batch are.
+
+    positions: (T,) int32, each token's flat index b * S + s; slots: (B * S,) int32, the token at
+    each place of the batch, -1 at padding; both None for a batch without padding, whose two
+    forms are the same memory. cu_seqlens: (B + 1,) int32, where each sequence begins, and T at the end;
+    max_seqlen: length of the longest, or an upper bound of it; batch_shape: (B, S).
+    """
+
+    positions: Tensor | None
+    slots: Tensor | None
+    cu_seqlens: Tensor
+    max_seqlen: int
+    batch_shape: tuple[int, int]
+
+    @classmethod
+    def dense(cls, batch: int, seqlen: int, device: torch.device | str | None = None) -> Self:
+        """A batch without padding: `pack` and `pad` are mere reshapes."""
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
+        return cls(None, None, cu_seqlens, seqlen, (batch, seqlen))
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Self:
+        """The padded form (B, max_seqlen) of sequences that are already packed.
+
+        cu_seqlens: (B + 1,) int32; num_tokens: its last entry. All sizes are the caller's, so the
+        host waits for nothing.
+        """
+        ends = cu_seqlens[1:]
+        begins = cu_seqlens[:-1]
+        batch = begins.shape[0]
+        token = torch.arange(num_tokens, dtype=torch.int32, device=cu_seqlens.device)
+        column = torch.arange(max_seqlen, dtype=torch.int32, device=cu_seqlens.device)
+        sequence = torch.searchsorted(ends, token, right=True, out_int32=True)
+        positions = token - begins[sequence] + sequence * max_seqlen
+        slots = begins[:, None] + column
+        slots = torch.where(slots < ends[:, None], slots, -1).flatten()
+        return cls(positions, slots, cu_seqlens, max_seqlen, (batch, max_seqlen))
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(B, S, ...) -> (T, ...), of any dtype."""
+        require(
+            padded.shape[:2] == self.batch_shape,
+            "Unpadding.pack",
+            f"shape {self.batch_shape} and further dimensions",
+            tuple(padded.shape),
+        )
+        return _move(padded.flatten(0, 1), self.positions, self.slots)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """(T, ...) -> (B, S, ...), of any dtype, with zeros at padding."""
+        tokens = math.prod(self.batch_shape) if self.positions is None else len(self.positions)
+        require(
+            packed.shape[:1] == (tokens,),
+            "Unpadding.pad",
+            f"shape {(tokens,)} and further dimensions",
+            tuple(packed.shape),
+        )
+        return _move(packed, self.slots, self.positions).unflatten(0, self.batch_shape)
+
+
+def _move(tokens: Tensor, index: Tensor | None, inverse: Tensor | None) -> Tensor:
+    if index is None or inverse is None:
+        return tokens
+    shape = tokens.shape[1:]
+    rows = gather_rows(tokens.reshape(len(tokens), math.prod(shape)), index, inverse)
+    return rows.reshape(len(index), *shape)
+
+
+def unpad(attention_mask: Tensor) -> Unpadding:
+    """Finds the real tokens of a batch: those where the mask is not 0.
+
+    attention_mask: (B, S) bool or of an integer dtype. Padding may be on either side or between
+    tokens, and a row may have no token. Makes the host wait for a GPU once. Raises ValueError for
+    another shape or dtype.
+    """
+    require(
+        attention_mask.ndim == 2 and not attention_mask.is_floating_point(),
+        "unpad",
+        "attention_mask of shape (batch, seqlen) and dtype bool or an integer",
+        f"{tuple(attention_mask.shape)} {attention_mask.dtype}",
+    )
+    _, positions, slots, cu_seqlens = compact(attention_mask, 0, attention_mask.numel())
+    lengths = cu_seqlens.diff(prepend=cu_seqlens[:1])  # a 0 in front, so that there is a longest
+    total, longest = torch.stack([cu_seqlens[-1], lengths.max()]).tolist()
+    batch, seqlen = attention_mask.shape
+    return Unpadding(positions[:total], slots, cu_seqlens, longest, (batch, seqlen))

@@ -1,6 +1,20 @@
 """fastbert: BERT at the speed of packed batches and fused kernels, under Hugging Face's names."""
 
 from fastbert._version import __version__
+from fastbert.config import BertConfig
+from fastbert.models import BertForMaskedLM, BertForPreTraining, BertModel
+from fastbert.modules.encoder import BertEncoder
+from fastbert.ops import mlm_gather
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 
-__all__ = ["IGNORE_INDEX", "PackedBatch", "__version__"]
+__all__ = [
+    "IGNORE_INDEX",
+    "BertConfig",
+    "BertEncoder",
+    "BertForMaskedLM",
+    "BertForPreTraining",
+    "BertModel",
+    "PackedBatch",
+    "__version__",
+    "mlm_gather",
+]

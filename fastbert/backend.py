@@ -35,20 +35,28 @@ class Choice(NamedTuple):
     backend: str
     kernels: Any  # the namespace with the operator's bodies, None for the reference
     reason: str
+    forced: bool = False
 
 
 class Op:
     """A callable operator: its reference, the backends that have a faster body, and the choice made.
 
-    `Op("ext")` decorates the reference body; `@op.fused` then decorates a function
-    `(kernels, *args)` that runs a backend's kernels, with autograd.
+    `@op("ext")` decorates the reference body; `@name.fused` then decorates a function
+    `(kernels, *args)` that runs a backend's kernels, with autograd. `dtypes` are those of the first
+    tensor that the faster bodies take, None for any; the reference takes the rest.
     """
 
-    def __init__(self, reference: Callable, backends: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        reference: Callable,
+        backends: tuple[str, ...],
+        dtypes: tuple[torch.dtype, ...] | None,
+    ) -> None:
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
         self.reference = reference
         self.backends = (*backends, "reference")
+        self.dtypes = dtypes
         self.run_fused: Callable | None = None
         self.choices: dict[str, Choice] = {}
         OPS[self.name] = self
@@ -69,16 +77,20 @@ class Op:
         return self.choices[device]
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        kernels = self.choice(x.device.type).kernels
-        if kernels is None:
+        choice = self.choice(x.device.type)
+        if choice.kernels is None:
+            return self.reference(x, *args, **kwargs)
+        if self.dtypes is not None and x.dtype not in self.dtypes:
+            if choice.forced:
+                raise BackendUnavailable(f"{self.name}: {choice.backend} has no body for {x.dtype}")
             return self.reference(x, *args, **kwargs)
         assert self.run_fused is not None
-        return self.run_fused(kernels, x, *args, **kwargs)
+        return self.run_fused(choice.kernels, x, *args, **kwargs)
 
 
-def op(*backends: str) -> Callable[[Callable], Op]:
+def op(*backends: str, dtypes: tuple[torch.dtype, ...] | None = None) -> Callable[[Callable], Op]:
     """Decorates a reference body; `backends` names where faster bodies of it exist."""
-    return lambda reference: Op(reference, backends)
+    return lambda reference: Op(reference, backends, dtypes)
 
 
 def load(backend: str, op: str, device: str) -> Any:
@@ -111,13 +123,15 @@ def _load_triton(op: str, device: str) -> Any:
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailable("triton is not installed")
     if not INTERPRETED and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        raise BackendUnavailable("Triton builds its launcher with a C compiler, and none is on PATH")
+        raise BackendUnavailable(
+            "Triton builds its launcher with a C compiler, and none is on PATH"
+        )
     return importlib.import_module(f"fastbert.kernels.{op}")
 
 
 def select(op: Op, device: str) -> Choice:
     if _forced is not None and _forced in op.backends:
-        return Choice(_forced, load(_forced, op.name, device), "forced")
+        return Choice(_forced, load(_forced, op.name, device), "forced", forced=True)
     refusals = []
     for backend in PREFERENCE.get(device, ()):
         if backend in op.backends:

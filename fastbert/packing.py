@@ -15,7 +15,8 @@ IGNORE_INDEX = -100  # the label of a position where there is nothing to predict
 class PackedBatch:
     """B sequences of T tokens in all, laid end to end.
 
-    input_ids: (T,) int64
+    input_ids: (T,) int64, or None where inputs_embeds is given
+    inputs_embeds: (T, H), word embeddings to use instead of looking up input_ids, or None
     cu_seqlens: (B + 1,) int32, where each sequence begins, and T at the end
     max_seqlen: length of the longest sequence, or an upper bound of it
     token_type_ids: (T,) int64, or None for all zeros
@@ -27,7 +28,8 @@ class PackedBatch:
         a random one, or None
     """
 
-    input_ids: Tensor
+    input_ids: Tensor | None = None
+    inputs_embeds: Tensor | None = None
     cu_seqlens: Tensor
     max_seqlen: int
     position_ids: Tensor
@@ -37,21 +39,26 @@ class PackedBatch:
     next_sentence_label: Tensor | None = None
 
     def __post_init__(self) -> None:
-        tokens = self.input_ids.shape
-        require(len(tokens) == 1, "PackedBatch", "input_ids of shape (tokens,)", tuple(tokens))
+        require(
+            (self.input_ids is None) != (self.inputs_embeds is None),
+            "PackedBatch",
+            "exactly one of input_ids and inputs_embeds",
+            "both" if self.input_ids is not None else "neither",
+        )
+        tokens = self._tokens.shape[:1]
         require(
             self.cu_seqlens.ndim == 1 and self.cu_seqlens.dtype == torch.int32,
             "PackedBatch",
             "cu_seqlens of dtype int32 and shape (batch + 1,)",
             f"{self.cu_seqlens.dtype} {tuple(self.cu_seqlens.shape)}",
         )
-        for name in ("position_ids", "token_type_ids", "labels"):
+        for name in ("input_ids", "position_ids", "token_type_ids", "labels"):
             tensor = getattr(self, name)
             if tensor is not None:
                 require(
                     tensor.shape == tokens,
                     "PackedBatch",
-                    f"{name} of input_ids' shape {tuple(tokens)}",
+                    f"{name} of shape (tokens,) = {tuple(tokens)}",
                     tuple(tensor.shape),
                 )
 
@@ -67,8 +74,18 @@ class PackedBatch:
         )
 
     @property
+    def _tokens(self) -> Tensor:
+        tokens = self.inputs_embeds if self.input_ids is None else self.input_ids
+        assert tokens is not None  # checked when the batch was made
+        return tokens
+
+    @property
     def num_tokens(self) -> int:
-        return self.input_ids.shape[0]
+        return self._tokens.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self._tokens.device
 
     @property
     def num_sequences(self) -> int:

@@ -1,0 +1,45 @@
+# `make pretrain` and `make test` work on a bare machine: each sets up .venv first, once.
+PYTHON ?= python3
+OUT ?= runs/demo
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+
+.PHONY: setup pretrain test bench lint clean
+setup: $(VENV)/.installed $(VENV)/.extension
+
+pretrain: setup
+	$(VENV)/bin/fastbert pretrain --out $(OUT) --resume
+
+test: setup
+	$(PY) -m pytest
+
+bench: setup
+	$(PY) -m benchmarks
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info fastbert/*.so
+
+# Some distributions ship Python without ensurepip, which `venv` needs; virtualenv brings its own pip.
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "fastbert needs Python 3.11 to 3.13: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV) && \
+		$(PYTHON) -m pip install -q --target $(VENV)-bootstrap virtualenv && \
+		PYTHONPATH=$(VENV)-bootstrap $(PYTHON) -m virtualenv -q $(VENV); \
+		status=$$?; rm -rf $(VENV)-bootstrap; exit $$status; }
+
+# The extension is built apart, below, so that pip does not hide what becomes of it.
+$(VENV)/.installed: constraints.txt pyproject.toml | $(PY)
+	$(PIP) install -q -c constraints.txt setuptools torch numpy
+	FASTBERT_BUILD_EXT=0 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV)/.extension: setup.py $(wildcard csrc/*) $(VENV)/.installed
+	@PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) setup.py -q build_ext --inplace
+	@touch $@

@@ -1,0 +1,56 @@
+"""What `fastbert info` shows: versions, devices, and the backend of each operator."""
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+
+import torch
+
+import fastbert.ops
+from fastbert import backend
+
+_PACKAGES = ("torch", "triton", "tokenizers", "safetensors", "transformers", "numpy")
+
+
+def versions() -> list[tuple[str, str]]:
+    """(package, version) of what matters to speed and numbers."""
+    rows = [("fastbert", fastbert.__version__), ("python", platform.python_version())]
+    for package in _PACKAGES:
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    return [*rows, ("CUDA of torch", torch.version.cuda or "none"), ("nvcc", _nvcc())]
+
+
+def devices() -> list[tuple[str, str]]:
+    """(device, description) of what torch can run on."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    rows = [("cpu", f"{torch.get_num_threads()} threads, {capability}")]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = gpu.total_memory / 2**30
+        rows.append((f"cuda:{index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {memory:.0f} GiB"))
+    return rows
+
+
+def backends() -> list[tuple[str, str, str, str]]:
+    """(operator, device, backend, why) for each operator and each kind of device here."""
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    rows = []
+    for name, operator in sorted(backend.OPS.items()):
+        for device in kinds:
+            try:
+                choice = operator.choice(device)
+                rows.append((name, device, choice.backend, choice.reason))
+            except backend.BackendUnavailable as refusal:
+                rows.append((name, device, "none", str(refusal)))
+    return rows
+
+
+def _nvcc() -> str:
+    if shutil.which("nvcc") is None:
+        return "not on PATH"
+    printed = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    return printed.strip().splitlines()[-1] if printed.strip() else "does not run"

@@ -1,0 +1,153 @@
+"""The command line: `fastbert pretrain`, `fill-mask`, `info`."""
+
+import dataclasses
+import inspect
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_type_hints
+
+import typer
+
+from fastbert.check import InputError
+from fastbert.config import PretrainConfig
+
+app = typer.Typer(
+    name="fastbert",
+    help="Pre-train and run BERT, fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+# A resumed run may be watched and fed differently, but must be the same run.
+_MAY_CHANGE = {"workers", "log_every"}
+
+
+def options_of(config: type) -> Callable[[Callable], Callable]:
+    """Gives a command one option for each field of a dataclass: its name, type, default and help."""
+
+    def decorate(command: Callable) -> Callable:
+        hints = get_type_hints(config)
+        parameters = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=list(field.default) if isinstance(field.default, tuple) else field.default,
+                annotation=Annotated[
+                    list[Path] if field.name == "corpus" else hints[field.name],
+                    typer.Option(help=field.metadata["help"]),
+                ],
+            )
+            for field in dataclasses.fields(config)
+        ]
+        own = [
+            parameter
+            for parameter in inspect.signature(command).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        command.__signature__ = inspect.Signature(own + parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+@app.command(epilog="Example: `fastbert pretrain --corpus wiki/ --out runs/wiki --preset base`")
+@options_of(PretrainConfig)
+def pretrain(
+    context: typer.Context,
+    *,
+    out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/pretrain"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")
+    ] = False,
+    **options: Any,
+) -> None:
+    """Pre-train a BERT (masked LM and next-sentence prediction) on text."""
+    from fastbert.train import pretrain as pretraining  # slow to import: torch
+
+    options["corpus"] = tuple(options["corpus"] or ())
+    given = {
+        name
+        for name in options
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    }
+    earlier = pretraining.read_run(out) if resume else None
+    if earlier is None:
+        if options["precision"] == "auto":
+            options["precision"] = pretraining.pick_precision()
+        config = PretrainConfig(**options)
+    else:
+        changed = {name: options[name] for name in given if options[name] != getattr(earlier, name)}
+        for name in changed.keys() - _MAY_CHANGE:
+            raise InputError(
+                f"--{name.replace('_', '-')} {changed[name]}: the run in {out} was started with "
+                f"{getattr(earlier, name)}; leave the option out, or start a new run"
+            )
+        config = dataclasses.replace(earlier, **changed)
+    pretraining.pretrain(config, out, resume=resume)
+
+
+@app.command(
+    "fill-mask", epilog='Example: `fastbert fill-mask --model runs/demo "a [MASK] of text"`'
+)
+def fill_mask(
+    text: Annotated[str, typer.Argument(help="Text with one or more [MASK].")],
+    model: Annotated[str, typer.Option(help="Directory of a model or of a run, or a hub name.")],
+    top: Annotated[int, typer.Option(help="How many words to show.", min=1)] = 5,
+) -> None:
+    """Show the likeliest words for each [MASK] of a text, with their probabilities."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastbert.predict import fill_mask as predictions
+
+    console = Console(highlight=False)
+    for number, words in enumerate(predictions(model, text, top), start=1):
+        table = Table("probability", "word", "text", title=f"[MASK] {number}", title_justify="left")
+        for word in words:
+            table.add_row(f"{word.probability:.3f}", word.word, word.text)
+        console.print(table)
+
+
+@app.command(epilog="Example: `fastbert info`")
+def info() -> None:
+    """Show versions, devices, and which backend each operator takes and why."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastbert.about import backends, devices, versions
+
+    console = Console(highlight=False)
+    for title, rows in (("Versions", versions()), ("Devices", devices())):
+        table = Table(title=title, show_header=False, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    table = Table("operator", "device", "backend", "why", title="Operators", title_justify="left")
+    for row in backends():
+        table.add_row(*row)
+    console.print(table)
+
+
+def _fail(message: object) -> NoReturn:
+    print(f"fastbert: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main() -> None:
+    """Runs the command line; what the user gave wrong is one line on stderr and exit code 2."""
+    warnings.filterwarnings("default", category=UserWarning, module="fastbert")
+    try:
+        app()
+    except InputError as error:
+        _fail(error)
+    except OSError as error:
+        # files that the user named, or a disk that is full: never a fault of the program's logic
+        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+
+
+if __name__ == "__main__":
+    main()

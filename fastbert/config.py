@@ -1,0 +1,245 @@
+"""`BertConfig`, the architecture, read from and written to Hugging Face's config.json, and `PretrainConfig`."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastbert.check import InputError, require
+
+# Values of config.json that would change the mathematics, with the only one this model computes.
+_ONLY = {
+    "model_type": "bert",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "pruned_heads": {},
+    "quantization_config": None,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """The shape of a BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805); BERT-base by default.
+
+    Names, defaults and meaning are those of Hugging Face's `BertConfig`. `extra` holds the keys of a
+    config.json that this model has no use for, and they are written back as they came.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str | Callable = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    tie_word_embeddings: bool = True
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    def __new__(cls, **fields: Any) -> "BertConfig":
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields.keys() - set(known):
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise TypeError(f"BertConfig: unknown option {name!r}{hint}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "type_vocab_size",
+        ):
+            value = getattr(self, name)
+            require(value >= 1, "BertConfig", f"{name} of at least 1", value)
+        require(
+            self.num_hidden_layers >= 0,
+            "BertConfig",
+            "num_hidden_layers of at least 0",
+            self.num_hidden_layers,
+        )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            value = getattr(self, name)
+            require(0 <= value < 1, "BertConfig", f"{name} in [0, 1)", value)
+        check_config(self)
+
+    @property
+    def hidden_size_per_head(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "BertConfig":
+        """From the contents of a config.json; unknown keys are kept in `extra`."""
+        for key, only in _ONLY.items():
+            value = values.get(key, only)
+            if value != only and (value or only):
+                raise InputError(
+                    f"config.json: {key} = {value!r} would change the mathematics of the model; "
+                    f"only {only!r} is supported"
+                )
+        known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
+        own = {key: value for key, value in values.items() if key in known}
+        rest = {k: v for k, v in values.items() if k not in known and k != "model_type"}
+        return cls(**own, extra=rest)
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        return {"model_type": "bert", **self.extra, **own}
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "BertConfig":
+        """Reads `directory`/config.json."""
+        path = Path(directory) / "config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{directory}: no config.json there, so it is no model") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: not readable as JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        try:
+            return cls.from_dict(values)
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path}: {error}") from None
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `directory`/config.json."""
+        values = self.to_dict()
+        if callable(self.hidden_act):
+            raise ValueError(
+                "BertConfig: a hidden_act that is a function has no form in config.json"
+            )
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        (Path(directory) / "config.json").write_text(text, encoding="utf-8")
+
+
+def check_config(config: Any) -> None:
+    """Refuses what the packed model does not compute; `config` is ours or a Hugging Face object."""
+    require(
+        config.hidden_size % config.num_attention_heads == 0,
+        "BertConfig",
+        "hidden_size to be a multiple of num_attention_heads",
+        f"{config.hidden_size} and {config.num_attention_heads}",
+    )
+    for name, only in _ONLY.items():
+        value = getattr(config, name, only)
+        require(
+            value == only or not (value or only),
+            "BertConfig",
+            f"{name} = {only!r} (another value would change the mathematics)",
+            repr(value),
+        )
+
+
+class Preset(NamedTuple):
+    """A named architecture, and the learning rate at which it trains well."""
+
+    shape: dict[str, int]
+    learning_rate: float
+
+
+def _shape(layers: int, hidden: int) -> dict[str, int]:
+    # every published BERT has heads of 64 and a feed-forward layer four times as wide
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": hidden // 64,
+        "intermediate_size": 4 * hidden,
+    }
+
+
+PRESETS = {
+    "tiny": Preset(_shape(2, 128), 1e-3),
+    "mini": Preset(_shape(4, 256), 1e-3),
+    "base": Preset(_shape(12, 768), 1e-4),
+    "large": Preset(_shape(24, 1024), 1e-4),
+}
+
+
+def option(default: Any, text: str) -> Any:
+    """A field of a run's configuration with the help that the command line shows."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """All that determines a pre-training run; the command line's options are these fields."""
+
+    corpus: tuple[Path, ...] = option(
+        (),
+        "Text to train on: plain text (a sentence a line, a blank line between documents) or JSON "
+        "Lines with a `text` field, files or directories, .gz too. Default: this Python's own "
+        "documentation.",
+    )
+    tokenizer: Path | None = option(
+        None, "An existing tokenizer.json or vocab.txt; by default one is trained on the corpus."
+    )
+    vocab_size: int = option(8192, "Size of the vocabulary to train.")
+    lowercase: bool = option(True, "Lower-case the text and strip accents.")
+    preset: str = option("mini", f"Architecture: {', '.join(PRESETS)}.")
+    max_seq_len: int = option(128, "Longest example, in tokens.")
+    short_seq_prob: float = option(0.1, "Share of examples made shorter on purpose.")
+    mlm_probability: float = option(0.15, "Share of tokens to predict.")
+    steps: int = option(400, "Optimizer steps.")
+    batch_tokens: int = option(4096, "Tokens in the batch of one optimizer step.")
+    accumulation: int = option(1, "Parts that a batch is run in, to save memory.")
+    learning_rate: float | None = option(None, "Peak learning rate; by default the preset's.")
+    warmup_ratio: float = option(0.1, "Share of the steps in which the learning rate rises.")
+    weight_decay: float = option(0.01, "AdamW's, on all but biases and LayerNorm.")
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
+    precision: str = option("auto", "auto, bf16 or fp32; auto is bf16 autocast where it is fast.")
+    heldout_fraction: float = option(0.05, "Share of the documents held out for validation.")
+    eval_every: int = option(100, "Steps between validations.")
+    eval_batches: int = option(32, "Held-out batches that a validation reads at most.")
+    save_every: int = option(100, "Steps between checkpoints.")
+    log_every: int = option(10, "Steps between reports.")
+    workers: int = option(0, "Processes that prepare batches; 0 prepares them in this one.")
+    seed: int = option(0, "Seed of weights, order, masks and dropout.")
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "accumulation": 1, "vocab_size": 100, "max_seq_len": 8, "workers": 0}
+        least |= dict.fromkeys(("eval_every", "eval_batches", "save_every", "log_every"), 1)
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise InputError(f"--{_dashed(name)}: at least {low}, got {getattr(self, name)}")
+        for name in ("short_seq_prob", "mlm_probability", "heldout_fraction", "warmup_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"--{_dashed(name)}: between 0 and 1, got {getattr(self, name)}")
+        for name, known in (("preset", PRESETS), ("precision", ("auto", "bf16", "fp32"))):
+            if getattr(self, name) not in known:
+                got = getattr(self, name)
+                raise InputError(f"--{name}: one of {', '.join(known)}, got {got!r}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed: between 0 and 2^63 - 1, got {self.seed}")
+
+    def to_json(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        values["corpus"] = [str(path) for path in self.corpus]
+        values["tokenizer"] = None if self.tokenizer is None else str(self.tokenizer)
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "PretrainConfig":
+        paths = {"corpus": tuple(map(Path, values["corpus"]))}
+        if values["tokenizer"] is not None:
+            paths["tokenizer"] = Path(values["tokenizer"])  # type: ignore[assignment]
+        return cls(**{**values, **paths})
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")

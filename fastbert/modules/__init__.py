@@ -1,0 +1,1 @@
+"""The parts of BERT, as nn.Modules over `fastbert.ops`, under Hugging Face's names."""

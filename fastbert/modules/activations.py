@@ -1,0 +1,32 @@
+"""The activation functions that `hidden_act` may name."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+
+ACTIVATIONS: dict[str, Callable] = {
+    "gelu": F.gelu,  # the exact one, by erf: Hugging Face's meaning of the name
+    "gelu_python": F.gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def activation(hidden_act: str | Callable) -> Callable:
+    """The function that a config's `hidden_act` names, or itself if it is one already."""
+    if callable(hidden_act):
+        return hidden_act
+    if hidden_act not in ACTIVATIONS:
+        raise ValueError(
+            f"hidden_act: expected a function or one of {', '.join(ACTIVATIONS)}, got {hidden_act!r}"
+        )
+    return ACTIVATIONS[hidden_act]

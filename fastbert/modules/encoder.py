@@ -1,0 +1,178 @@
+"""The transformer encoder over packed tokens.
+
+T packed tokens of B sequences, H hidden, N heads, D head size. Module and parameter names are
+Hugging Face's; what flows between the modules is one (T, H) tensor and the sequence boundaries.
+"""
+
+from torch import Tensor, nn
+
+from fastbert.check import require
+from fastbert.config import check_config
+from fastbert.modules.activations import activation
+from fastbert.modules.linear import fused_linear
+from fastbert.modules.masks import key_padding_mask
+from fastbert.ops.attention import attention_qkvpacked
+from fastbert.ops.layer_norm import dropout_add_layer_norm
+from fastbert.ops.unpad import Unpadding, unpad
+from fastbert.outputs import BaseModelOutput
+
+
+class BertSelfAttention(nn.Module):
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.num_attention_heads = config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """(T, H) -> (T, H)"""
+        qkv = fused_linear(hidden_states, (self.query, self.key, self.value))
+        context = attention_qkvpacked(
+            qkv.unflatten(-1, (3, self.num_attention_heads, -1)),
+            cu_seqlens,
+            max_seqlen,
+            dropout_p=self.dropout.p if self.training else 0.0,
+        )
+        return context.flatten(1)
+
+
+class _ProjectAndNorm(nn.Module):
+    """`LayerNorm(residual + dropout(dense(x)))`: the end of the attention and of the feed-forward half."""
+
+    def __init__(self, in_features: int, config) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        return dropout_add_layer_norm(
+            self.dense(hidden_states),
+            residual,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            self.LayerNorm.eps,
+            dropout_p=self.dropout.p if self.training else 0.0,
+        )
+
+
+class BertSelfOutput(_ProjectAndNorm):
+    def __init__(self, config) -> None:
+        super().__init__(config.hidden_size, config)
+
+
+class BertOutput(_ProjectAndNorm):
+    def __init__(self, config) -> None:
+        super().__init__(config.intermediate_size, config)
+
+
+class BertAttention(nn.Module):
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.self = BertSelfAttention(config)
+        self.output = BertSelfOutput(config)
+
+    def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        return self.output(self.self(hidden_states, cu_seqlens, max_seqlen), hidden_states)
+
+
+class BertIntermediate(nn.Module):
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate_act_fn = activation(config.hidden_act)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.intermediate_act_fn(self.dense(hidden_states))
+
+
+class BertLayer(nn.Module):
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.attention = BertAttention(config)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertOutput(config)
+
+    def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """(T, H) -> (T, H)"""
+        hidden_states = self.attention(hidden_states, cu_seqlens, max_seqlen)
+        return self.output(self.intermediate(hidden_states), hidden_states)
+
+
+class BertEncoder(nn.Module):
+    """A stack of BERT layers with Hugging Face's constructor, parameter names and return value.
+
+    `config` is a `fastbert.BertConfig` or a Hugging Face `BertConfig`, kept by reference. Padded
+    input is packed once, before the first layer, and padded once, after the last.
+    """
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        check_config(config)
+        self.config = config
+        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutput:
+        """Runs the layers.
+
+        hidden_states: (B, S, H), with attention_mask as `key_padding_mask` takes it, or packed
+        (T, H), with cu_seqlens (B + 1,) int32 and max_seqlen. The output has the input's form;
+        pad positions hold zeros. hidden_states of the output, if asked for, has the input and the
+        output of each layer.
+        """
+        if hidden_states.ndim == 3:
+            mask = key_padding_mask(attention_mask, *hidden_states.shape[:2])
+            if mask is None:
+                padding = Unpadding.dense(*hidden_states.shape[:2], device=hidden_states.device)
+            else:
+                padding = unpad(mask)
+            packed = self(
+                padding.pack(hidden_states),
+                cu_seqlens=padding.cu_seqlens,
+                max_seqlen=padding.max_seqlen,
+                output_hidden_states=output_hidden_states,
+            )
+            return pad_output(packed, padding)
+
+        require(
+            hidden_states.ndim == 2 and cu_seqlens is not None and max_seqlen is not None,
+            "BertEncoder",
+            "hidden_states (batch, seqlen, hidden), or (tokens, hidden) with cu_seqlens and max_seqlen",
+            tuple(hidden_states.shape),
+        )
+        require(
+            attention_mask is None,
+            "BertEncoder",
+            "no attention_mask with packed hidden_states",
+            "one",
+            "cu_seqlens says where the sequences end",
+        )
+        states = [hidden_states]
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, cu_seqlens, max_seqlen)
+            if output_hidden_states:
+                states.append(hidden_states)
+        return BaseModelOutput(
+            last_hidden_state=hidden_states,
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+
+
+def pad_output(output, padding: Unpadding):
+    """The padded form of an output whose token tensors are packed: (T, ...) -> (B, S, ...)."""
+    if output.hidden_states is not None:
+        output.hidden_states = tuple(map(padding.pad, output.hidden_states))
+    for name in ("last_hidden_state", "logits", "prediction_logits"):
+        if getattr(output, name, None) is not None:
+            setattr(output, name, padding.pad(getattr(output, name)))
+    return output

@@ -1,0 +1,69 @@
+"""The pooler and the two pre-training heads."""
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.modules.activations import activation
+from fastbert.ops.layer_norm import layer_norm
+
+
+class BertPooler(nn.Module):
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = nn.Tanh()
+
+    def forward(self, first_tokens: Tensor) -> Tensor:
+        """(B, H), the first real token of each sequence -> (B, H)"""
+        return self.activation(self.dense(first_tokens))
+
+
+class BertPredictionHeadTransform(nn.Module):
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.transform_act_fn = activation(config.hidden_act)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = self.transform_act_fn(self.dense(hidden_states))
+        return layer_norm(x, self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps)
+
+
+class BertLMPredictionHead(nn.Module):
+    """Rows to vocabulary scores; `decoder.weight` is tied by the model, `decoder.bias` here."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.transform = BertPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = self.decoder.bias
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(C, H) -> (C, V)"""
+        return self.decoder(self.transform(hidden_states))
+
+
+class BertOnlyMLMHead(nn.Module):
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.predictions = BertLMPredictionHead(config)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.predictions(hidden_states)
+
+
+class BertPreTrainingHeads(nn.Module):
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.predictions = BertLMPredictionHead(config)
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+
+def first_tokens(hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(T, H) -> (B, H): each sequence's first token, zeros for a sequence of length 0."""
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    if not hidden_states.shape[0]:
+        return hidden_states.new_zeros(starts.shape[0], hidden_states.shape[1])
+    rows = hidden_states[starts.clamp(max=hidden_states.shape[0] - 1).long()]
+    return torch.where((ends > starts)[:, None], rows, 0.0)

@@ -1,0 +1,63 @@
+"""Softmax attention within each sequence of a packed batch (Vaswani et al. 2017)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.backend import op
+from fastbert.check import require
+from fastbert.ops.unpad import Unpadding
+
+
+@op()
+def attention_qkvpacked(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Each token attends to the tokens of its own sequence and to no other.
+
+    qkv: (T, 3, N, D), queries, keys and values of T packed tokens, N heads, head size D;
+    cu_seqlens: (B + 1,) int32, where the sequences begin and end; max_seqlen: an upper bound of
+    their lengths; softmax_scale: 1 / sqrt(D) if None; dropout_p: of the attention probabilities.
+    Returns (T, N, D) in qkv.dtype. A sequence of length 0 is legal.
+    """
+    require(
+        qkv.ndim == 4 and qkv.shape[1] == 3,
+        "attention_qkvpacked",
+        "qkv of shape (tokens, 3, heads, head_dim)",
+        tuple(qkv.shape),
+    )
+    # A CPU reads the lengths for nothing and does no work on padding; elsewhere reading them would
+    # make the host wait, and one call for all sequences is what keeps a GPU busy.
+    by_sequence = cu_seqlens.is_cpu and not torch.compiler.is_compiling()
+    attend = _attend_by_sequence if by_sequence else _attend_padded
+    return attend(qkv, cu_seqlens, max_seqlen, softmax_scale, dropout_p)
+
+
+def _attend_by_sequence(qkv, cu_seqlens, max_seqlen, softmax_scale, dropout_p) -> Tensor:
+    lengths = cu_seqlens.diff().tolist()
+    # one split, whose backward is one concatenation: slices would each zero a whole gradient
+    sequences = qkv.permute(1, 2, 0, 3).split(lengths, dim=2)  # each (3, N, n, D)
+    outputs = [
+        F.scaled_dot_product_attention(*sequence, dropout_p=dropout_p, scale=softmax_scale)
+        for sequence in sequences
+        if sequence.shape[2]
+    ]
+    if not outputs:
+        return qkv[:, 0]
+    return torch.cat([output.transpose(0, 1) for output in outputs])
+
+
+def _attend_padded(qkv, cu_seqlens, max_seqlen, softmax_scale, dropout_p) -> Tensor:
+    padding = Unpadding.from_cu_seqlens(cu_seqlens, max_seqlen, num_tokens=qkv.shape[0])
+    q, k, v = padding.pad(qkv).permute(2, 0, 3, 1, 4)  # each (B, N, S, D)
+    lengths = cu_seqlens.diff()
+    is_real = torch.arange(max_seqlen, device=qkv.device) < lengths[:, None]
+    output = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=is_real[:, None, None], dropout_p=dropout_p, scale=softmax_scale
+    )
+    return padding.pack(output.transpose(1, 2))

@@ -1,0 +1,100 @@
+"""What models return: objects with Hugging Face's field names and the behaviour of its ModelOutput.
+
+An output is a dataclass and an ordered mapping of its fields that are not None, so that scripts may
+read `output.loss`, `output["loss"]`, `output[0]` or `output[1:]`. Each class is a pytree node,
+which DistributedDataParallel, FSDP and torch.compile need to find the tensors inside.
+"""
+
+import dataclasses
+from collections import OrderedDict
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class ModelOutput(OrderedDict):
+    """Base of the outputs; subclasses are dataclasses whose fields default to None."""
+
+    def __init_subclass__(cls) -> None:
+        pytree.register_pytree_node(
+            cls,
+            lambda output: (list(output.values()), list(output.keys())),
+            lambda values, keys: cls(**dict(zip(keys, values, strict=True))),
+            serialized_type_name=f"{cls.__module__}.{cls.__name__}",
+        )
+
+    def __post_init__(self) -> None:
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        first, *rest = (getattr(self, name) for name in names)
+        # libraries that rebuild a mapping (Accelerate's, DDP's) call type(output)({name: value})
+        if isinstance(first, dict) and all(value is None for value in rest):
+            object.__setattr__(self, names[0], None)
+            self.clear()
+            for name, value in first.items():
+                setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if value is not None:
+            super().__setitem__(name, value)
+        elif name in self:
+            super().__delitem__(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self, name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __reduce__(self) -> tuple:
+        return type(self), tuple(getattr(self, f.name) for f in dataclasses.fields(self))  # type: ignore[arg-type]
+
+    def to_tuple(self) -> tuple:
+        """The fields that are not None, in order."""
+        return tuple(self.values())
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{type(self).__name__}: its fields are fixed; set one to None instead")
+
+    __delitem__ = setdefault = pop = popitem = update = _refuse  # type: ignore[assignment]
+
+
+@dataclasses.dataclass
+class BaseModelOutput(ModelOutput):
+    """last_hidden_state: (B, S, H), or (T, H) packed; hidden_states: one of those a layer, and the embedding."""
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclasses.dataclass
+class BaseModelOutputWithPooling(ModelOutput):
+    """`BaseModelOutput` and pooler_output: (B, H)."""
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclasses.dataclass
+class BertForPreTrainingOutput(ModelOutput):
+    """loss: (); prediction_logits: (B, S, V) or (T, V) packed; seq_relationship_logits: (B, 2)."""
+
+    loss: Tensor | None = None
+    prediction_logits: Tensor | None = None
+    seq_relationship_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclasses.dataclass
+class MaskedLMOutput(ModelOutput):
+    """loss: (); logits: (B, S, V) or (T, V) packed."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None

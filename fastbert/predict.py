@@ -1,0 +1,73 @@
+"""Inference from the command line: the words that a masked-LM puts in a text's gaps."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fastbert import checkpoint
+from fastbert.check import InputError
+from fastbert.data import load_tokenizer, special_tokens
+from fastbert.models.pretraining import BertForMaskedLM
+from fastbert.packing import PackedBatch
+
+
+class Word(NamedTuple):
+    """word: the piece of the vocabulary; text: the input with the word in its place."""
+
+    word: str
+    probability: float
+    text: str
+
+
+@torch.inference_mode()
+def fill_mask(name_or_directory: str | Path, text: str, top: int = 5) -> list[list[Word]]:
+    """The `top` likeliest words for each [MASK] of `text`, likeliest first.
+
+    name_or_directory: a model's directory, a run's, or a hub name. InputError if the text has no
+    [MASK] or is too long, or the vocabulary is not the model's.
+    """
+    directory = checkpoint.resolve(name_or_directory)
+    tokenizer = load_tokenizer(directory)
+    model = BertForMaskedLM.from_pretrained(directory)
+    config = model.config
+    words_known = tokenizer.get_vocab_size()
+    # a few spare rows are common: vocabularies are padded to a multiple of 8 to 64 for speed
+    if not words_known <= config.vocab_size < words_known + 64:
+        raise InputError(
+            f"{directory}: the vocabulary has {words_known} entries, the checkpoint "
+            f"{config.vocab_size}: they do not belong together"
+        )
+    mask = special_tokens(tokenizer).mask
+    tokenizer.no_truncation()
+    ids = torch.tensor(tokenizer.encode(text).ids)
+    gaps = (ids == mask).nonzero().flatten().tolist()
+    if not gaps:
+        raise InputError(f"no [MASK] in the text {text!r}")
+    if len(ids) > config.max_position_embeddings:
+        raise InputError(
+            f"the text has {len(ids)} tokens, the model reads {config.max_position_embeddings}"
+        )
+    logits = model(PackedBatch.from_sequences([ids.tolist()])).logits  # (S, V)
+    best = logits[gaps, :words_known].float().softmax(-1).topk(min(top, words_known))
+    return [
+        [
+            Word(tokenizer.id_to_token(word), p, _filled(text, number, tokenizer, word))
+            for p, word in zip(probabilities, words, strict=True)
+        ]
+        for number, (probabilities, words) in enumerate(
+            zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        )
+    ]
+
+
+def _filled(text: str, number: int, tokenizer, word: int) -> str:
+    """`text` with its `number`-th [MASK] replaced."""
+    before, *rest = text.split("[MASK]")
+    pieces = [before]
+    for index, piece in enumerate(rest):
+        filling = tokenizer.id_to_token(word) if index == number else "[MASK]"
+        if filling.startswith("##"):
+            pieces[-1] = pieces[-1].rstrip()
+        pieces += [filling.removeprefix("##"), piece]
+    return "".join(pieces)

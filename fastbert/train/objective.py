@@ -1,0 +1,70 @@
+"""The pre-training loss of one part of a batch, with the sums that its metrics are made of."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.models.pretraining import BertForPreTraining, score_masked, score_pairs
+from fastbert.packing import PackedBatch
+
+
+class Result(NamedTuple):
+    """loss: (), to run backward from; sums: (6,) float32 on the device, in the order of `Metrics`."""
+
+    loss: Tensor
+    sums: Tensor
+
+
+class Metrics(NamedTuple):
+    """Sums over masked tokens and sentence pairs; the means are what people read."""
+
+    mlm_loss_sum: float = 0.0
+    mlm_correct: float = 0.0
+    num_targets: float = 0.0
+    nsp_loss_sum: float = 0.0
+    nsp_correct: float = 0.0
+    num_pairs: float = 0.0
+
+    @property
+    def mlm_loss(self) -> float:
+        return self.mlm_loss_sum / max(self.num_targets, 1)
+
+    @property
+    def nsp_loss(self) -> float:
+        return self.nsp_loss_sum / max(self.num_pairs, 1)
+
+    @property
+    def mlm_accuracy(self) -> float:
+        return self.mlm_correct / max(self.num_targets, 1)
+
+    @property
+    def nsp_accuracy(self) -> float:
+        return self.nsp_correct / max(self.num_pairs, 1)
+
+
+class PretrainingObjective(nn.Module):
+    """MLM and NSP loss of a share of a batch, normalised by the counts of the whole batch.
+
+    The shares' losses then add up to the batch's, whatever the number of shares and however the
+    masked tokens fall among them.
+    """
+
+    def __init__(self, model: BertForPreTraining) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: PackedBatch, num_targets: int, num_pairs: int) -> Result:
+        """num_targets, num_pairs: masked tokens and sentence pairs in the whole batch."""
+        encoded = self.model.bert(batch)
+        heads = self.model.cls
+        words = score_masked(heads.predictions, encoded.last_hidden_state, batch)
+        pairs = score_pairs(heads.seq_relationship(encoded.pooler_output), batch)
+        mlm_loss, nsp_loss = words.loss_sum(), pairs.loss_sum()
+        loss = mlm_loss / max(num_targets, 1) + nsp_loss / max(num_pairs, 1)
+        with torch.no_grad():
+            sums = (
+                *(mlm_loss, words.correct(), words.count),
+                *(nsp_loss, pairs.correct(), pairs.count),
+            )
+            return Result(loss, torch.stack([value.float() for value in sums]))

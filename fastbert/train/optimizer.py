@@ -1,0 +1,22 @@
+"""AdamW as BERT uses it: no decay on biases and LayerNorm, linear warm-up and decay."""
+
+import torch
+from torch import nn
+
+
+def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2017) over two groups; the learning rate is set at each step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # biases and the gains and offsets of LayerNorm are the parameters of one dimension
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
+
+
+def linear_schedule(step: int, *, peak: float, warmup: int, total: int) -> float:
+    """The learning rate of step 0 <= step < total: up to `peak` over `warmup` steps, then down to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (total - step) / max(total - warmup, 1)

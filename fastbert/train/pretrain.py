@@ -1,0 +1,238 @@
+"""Pre-training from raw text: MLM and next-sentence prediction over packed batches."""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastbert import checkpoint
+from fastbert.check import InputError
+from fastbert.config import PRESETS, BertConfig, PretrainConfig
+from fastbert.data import loader
+from fastbert.models.pretraining import BertForPreTraining
+from fastbert.packing import PackedBatch
+from fastbert.train import state as run_state
+from fastbert.train.objective import Metrics, PretrainingObjective
+from fastbert.train.optimizer import linear_schedule, make_optimizer
+from fastbert.train.prepare import PreparedText, prepare_text
+from fastbert.train.report import Reporter, console, environment, plot_losses
+
+RUN = "run.json"
+SUMMARY = "summary.json"
+
+
+def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Runs, or with `resume` continues, the pre-training that `config` describes, in directory `out`.
+
+    Leaves out/latest, a checkpoint that Hugging Face loads, loss.png, summary.json (which is
+    returned) and TensorBoard's files. The same config gives the same run, bit for bit on a CPU at
+    the same number of threads, also through any number of kills and resumptions.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    resuming = _open_run(config, out, resume=resume)
+    run_state.discard_partial(out)
+
+    torch.manual_seed(config.seed)
+    text = prepare_text(config, out)
+    preset = PRESETS[config.preset]
+    model = BertForPreTraining(
+        BertConfig(
+            **preset.shape,
+            vocab_size=text.tokenizer.get_vocab_size(),
+            max_position_embeddings=max(512, config.max_seq_len),
+        )
+    ).to(device)
+    optimizer = make_optimizer(model, config.weight_decay)
+    state = run_state.TrainingState()
+    if resuming:
+        state = run_state.load(out, model, optimizer)
+        console.print(f"resuming {out} at step {state.step} of {config.steps}")
+    _describe(model, config, device)
+    _train(model, optimizer, config, text, state, out, device)
+    return _finish(state, config, text, out, device)
+
+
+def _open_run(config: PretrainConfig, out: Path, *, resume: bool) -> bool:
+    """Claims the directory `out`; True if it holds a run to continue."""
+    path = out / RUN
+    if not path.exists():
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {out}: {error.strerror}") from None
+        run_state.write_json(path, config.to_json())
+        return False
+    if not resume:
+        raise InputError(f"--out {out}: holds a run already; --resume continues it")
+    if config != read_run(out):
+        raise InputError(f"--out {out}: its run has other options; start a new one elsewhere")
+    return (out / checkpoint.LATEST).exists()
+
+
+def read_run(out: Path) -> PretrainConfig | None:
+    """The options of the run in `out`, None if there is none."""
+    path = out / RUN
+    if not path.exists():
+        return None
+    try:
+        return PretrainConfig.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: not a run's options ({error})") from None
+
+
+def _train(
+    model: BertForPreTraining,
+    optimizer: torch.optim.Optimizer,
+    config: PretrainConfig,
+    text: PreparedText,
+    state: run_state.TrainingState,
+    out: Path,
+    device: torch.device,
+) -> None:
+    objective = PretrainingObjective(model)
+    precision = _autocast(config.precision, device)
+    peak = config.learning_rate or PRESETS[config.preset].learning_rate
+    warmup = round(config.steps * config.warmup_ratio)
+    batches = loader(
+        text.training,
+        state.step,
+        config.steps,
+        micro_batches=config.accumulation,
+        workers=config.workers,
+        pin_memory=device.type == "cuda",
+    )
+    sums = torch.zeros(len(Metrics._fields), device=device)
+    tokens = 0
+    before = state.seconds
+    started = reported = time.perf_counter()
+    with Reporter(out, start=state.step, steps=config.steps) as reporter:
+        for step, parts in zip(range(state.step, config.steps), batches, strict=True):
+            counts = text.training.targets(step)
+            for part in parts:
+                tokens += part.num_tokens
+                with precision:
+                    result = objective(part.to(device, non_blocking=True), *counts)
+                result.loss.backward()
+                sums += result.sums
+            nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = linear_schedule(step, peak=peak, warmup=warmup, total=config.steps)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            state.step = step + 1
+            reporter.advance()
+            done = state.step == config.steps
+            saving = done or state.step % config.save_every == 0
+            # what is reported before a checkpoint need not be in it, so a resumed run reports alike
+            if saving or state.step % config.log_every == 0:
+                metrics = Metrics(*sums.tolist())  # the only place where the host waits
+                now = time.perf_counter()
+                row = _row(state.step, metrics, tokens / (now - reported))
+                state.history.append(row)
+                state.real_tokens += tokens
+                state.seconds = before + now - started
+                per_step = state.seconds / state.step
+                reporter.training(row, per_step * (config.steps - state.step))
+                sums.zero_()
+                tokens, reported = 0, now
+            if done or state.step % config.eval_every == 0:
+                evaluating = time.perf_counter()
+                state.history.append(_evaluate(objective, text.heldout, precision, state, device))
+                reporter.validation(state.history[-1])
+                reported += time.perf_counter() - evaluating
+            if saving:
+                state.seconds = before + time.perf_counter() - started
+                run_state.save(out, model, text.tokenizer, optimizer, state)
+
+
+def _row(step: int, metrics: Metrics, tokens_per_second: float) -> dict[str, float]:
+    return {
+        "step": step,
+        "loss": metrics.mlm_loss + metrics.nsp_loss,
+        "mlm_loss": metrics.mlm_loss,
+        "nsp_loss": metrics.nsp_loss,
+        "mlm_accuracy": metrics.mlm_accuracy,
+        "nsp_accuracy": metrics.nsp_accuracy,
+        "real_tokens_per_second": tokens_per_second,
+    }
+
+
+@torch.no_grad()
+def _evaluate(
+    objective: PretrainingObjective,
+    batches: list[PackedBatch],
+    precision: contextlib.AbstractContextManager,
+    state: run_state.TrainingState,
+    device: torch.device,
+) -> dict[str, float]:
+    """The metrics of the held-out batches, every one of them once."""
+    objective.eval()
+    sums = torch.zeros(len(Metrics._fields), device=device)
+    for batch in batches:
+        with precision:
+            sums += objective(batch.to(device), 1, 1).sums
+    objective.train()
+    metrics = Metrics(*sums.tolist())
+    return {
+        "step": state.step,
+        "heldout_mlm_loss": metrics.mlm_loss,
+        "mlm_accuracy": metrics.mlm_accuracy,
+        "nsp_accuracy": metrics.nsp_accuracy,
+    }
+
+
+def _finish(
+    state: run_state.TrainingState,
+    config: PretrainConfig,
+    text: PreparedText,
+    out: Path,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Writes the plot and the summary of a finished run and prints its result."""
+    heldout = next(row for row in reversed(state.history) if "heldout_mlm_loss" in row)
+    summary = {
+        "heldout_mlm_loss": heldout["heldout_mlm_loss"],
+        "unigram_baseline": text.baseline,
+        "mlm_accuracy": heldout["mlm_accuracy"],
+        "nsp_accuracy": heldout["nsp_accuracy"],
+        "real_tokens_per_second": state.real_tokens / state.seconds,
+        "steps": state.step,
+        "seconds": state.seconds,
+        "checkpoint": f"checkpoint-{state.step}",
+        **environment(device),
+    }
+    run_state.write_json(out / SUMMARY, summary)
+    plot_losses(state.history, text.baseline, out / "loss.png")
+    gained = text.baseline - summary["heldout_mlm_loss"]
+    console.print(
+        f"held-out MLM loss {summary['heldout_mlm_loss']:.3f} nats, unigram baseline "
+        f"{text.baseline:.3f}: {abs(gained):.3f} {'below' if gained >= 0 else 'ABOVE'} it\n"
+        f"{state.step} steps in {state.seconds:.0f} s; checkpoint, loss.png and summary.json are in {out}\n"
+        f'try: fastbert fill-mask --model {out} "a short text with one [MASK] in it"'
+    )
+    return summary
+
+
+def _describe(model: nn.Module, config: PretrainConfig, device: torch.device) -> None:
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    console.print(
+        f"{config.preset}: {size:.1f} M parameters, {config.batch_tokens} tokens a step, on "
+        f"{device.type} in {config.precision}"
+    )
+
+
+def _autocast(precision: str, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def pick_precision() -> str:
+    """bf16 where this machine multiplies in it, else fp32."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "fp32"

@@ -1,0 +1,133 @@
+"""What a run shows: one live line, TensorBoard scalars, and at the end a plot and a summary."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from fastbert import __version__
+from fastbert.check import InputError
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+class Reporter:
+    """Shows a run's progress on one live line, or on plain lines where the output is no terminal.
+
+    Scalars also go to TensorBoard; on a resumed run those after `start` are superseded.
+    """
+
+    def __init__(self, run: Path, *, start: int, steps: int) -> None:
+        self.steps = steps
+        self.live = console.is_terminal
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=start)
+        self.progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=console,
+            disable=not self.live,
+        )
+        self.task = self.progress.add_task("", total=steps, completed=start, line="")
+
+    def __enter__(self) -> "Reporter":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        self.writer.close()
+
+    def advance(self) -> None:
+        self.progress.advance(self.task)
+
+    def training(self, row: dict[str, float], seconds_left: float) -> None:
+        line = (
+            f"loss {row['loss']:.3f}  mlm {row['mlm_accuracy']:.1%}  nsp {row['nsp_accuracy']:.1%}"
+            f"  {row['real_tokens_per_second']:,.0f} tokens/s"
+        )
+        self.progress.update(self.task, line=line)
+        if not self.live:
+            minutes, seconds = divmod(round(seconds_left), 60)
+            console.print(f"step {row['step']}/{self.steps}  {line}  {minutes}:{seconds:02d} left")
+        self._scalars("train", row)
+
+    def validation(self, row: dict[str, float]) -> None:
+        console.print(
+            f"step {row['step']}/{self.steps}  held out: mlm loss {row['heldout_mlm_loss']:.3f}  "
+            f"mlm {row['mlm_accuracy']:.1%}  nsp {row['nsp_accuracy']:.1%}"
+        )
+        self._scalars("heldout", row)
+
+    def _scalars(self, group: str, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self.writer.add_scalar(f"{group}/{name}", value, row["step"])
+
+
+def plot_losses(history: list[dict[str, float]], baseline: float, path: Path) -> None:
+    """Writes the loss curves as a PNG."""
+    import matplotlib.pyplot as plt  # slow to import, and only needed at the end of a run
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    train = [row for row in history if "loss" in row]
+    heldout = [row for row in history if "heldout_mlm_loss" in row]
+    axes.plot([r["step"] for r in train], [r["mlm_loss"] for r in train], label="MLM, training")
+    axes.plot(
+        [r["step"] for r in heldout],
+        [r["heldout_mlm_loss"] for r in heldout],
+        "o-",
+        label="MLM, held out",
+    )
+    axes.plot([r["step"] for r in train], [r["nsp_loss"] for r in train], label="NSP, training")
+    axes.axhline(baseline, color="gray", linestyle="--", label="unigram baseline, held out")
+    axes.set(xlabel="step", ylabel="loss (nats)", title="Pre-training", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        figure.savefig(beside, format="png", dpi=150)
+        beside.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        beside.unlink(missing_ok=True)
+        plt.close(figure)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and commit, to write beside a measurement."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "fastbert": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            env={**os.environ, "GIT_CEILING_DIRECTORIES": str(here.parents[2])},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,111 @@
+"""What a run keeps to go on after a kill: a model directory that also holds the optimizer's state."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from fastbert import checkpoint
+from fastbert.check import InputError
+from fastbert.data import save_tokenizer
+from fastbert.models.base import BertPreTrainedModel
+
+STATE = "training_state.pt"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclasses.dataclass
+class TrainingState:
+    """step: optimizer steps done, which is the position in the data; history: what was reported."""
+
+    step: int = 0
+    seconds: float = 0.0
+    real_tokens: int = 0
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+
+def save(
+    run: Path,
+    model: BertPreTrainedModel,
+    tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    *,
+    keep: int = 2,
+) -> Path:
+    """Writes run/checkpoint-STEP whole, points run/latest to it, and keeps the newest `keep`."""
+    directory = run / f"checkpoint-{state.step}"
+    with checkpoint.new_directory(directory) as writing:
+        model.save_pretrained(writing)
+        save_tokenizer(tokenizer, writing)
+        torch.save(
+            {
+                "state": dataclasses.asdict(state),
+                "optimizer": optimizer.state_dict(),
+                "rng": _rng_states(),
+            },
+            writing / STATE,
+        )
+    checkpoint.point_latest(directory)
+    for old in _checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return directory
+
+
+def load(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
+    """Restores what `save` wrote last; the random generators are set as they were."""
+    directory = run / checkpoint.LATEST
+    checkpoint.load_weights(model, checkpoint.read_weights(directory), directory.resolve())
+    path = directory.resolve() / STATE
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(saved["optimizer"])
+        state = TrainingState(**saved["state"])
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing, so this checkpoint cannot be resumed") from None
+    except Exception as error:
+        # a damaged file fails in the archive, in the unpickler or in the optimizer
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"{path}: truncated or corrupt ({reason}); remove {directory.resolve()} and point "
+            f"{run}/{checkpoint.LATEST} to an older checkpoint"
+        ) from None
+    torch.set_rng_state(saved["rng"]["cpu"])
+    if torch.cuda.is_available() and "cuda" in saved["rng"]:
+        torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+    return state
+
+
+def discard_partial(run: Path) -> None:
+    """Removes what a kill left half-written."""
+    for leftover in run.glob(".checkpoint-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes beside and renames, so that `path` is never half a file."""
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _rng_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    numbered = [(int(m[1]), path) for path in run.iterdir() if (m := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]

@@ -1,0 +1,209 @@
+"""The main job, run as a user runs it: by the command line, in processes that may be killed."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import fastbert
+
+COMMAND = [sys.executable, "-m", "fastbert.cli"]
+SMALL = (
+    "--preset tiny --vocab-size 400 --batch-tokens 512 --max-seq-len 64 --eval-batches 2".split()
+)
+RUN = [*SMALL, "--steps", "9", "--save-every", "3", "--eval-every", "3", "--log-every", "1"]
+
+
+def fastbert_cli(*arguments, timeout=300) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=timeout
+    )
+
+
+def assert_one_clear_line(done: subprocess.CompletedProcess, pattern: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("fastbert: error: ")
+    assert done.stderr.count("\n") == 1
+    assert re.search(pattern, done.stderr), done.stderr
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "topics.txt"
+    documents = (topics[name].replace("\n\n", "\n") for name in sorted(topics)[:24])
+    path.write_text("\n\n".join(documents))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    done = fastbert_cli("pretrain", "--corpus", corpus, "--out", out, *RUN)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    out, done = finished
+    summary = json.loads((out / "summary.json").read_text())
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((out / "tensorboard").iterdir())
+    wanted = "heldout_mlm_loss unigram_baseline mlm_accuracy nsp_accuracy real_tokens_per_second"
+    assert {*wanted.split(), "steps", "seconds", "torch", "device", "commit"} <= summary.keys()
+    assert summary["steps"] == 9
+    assert "held-out MLM loss" in done.stdout
+    assert re.search(r"step 5/9  loss \d+\.\d+  mlm .*nsp .*tokens/s.*left", done.stdout)
+    names = sorted(path.name for path in out.iterdir() if path.name.startswith("checkpoint"))
+    assert names == ["checkpoint-6", "checkpoint-9"]  # the newest two
+    assert (out / "latest").resolve() == out / "checkpoint-9"
+
+
+def test_hugging_face_loads_the_checkpoint_and_gives_the_same_loss(finished):
+    directory = finished[0] / "latest"
+    theirs, report = transformers.BertForPreTraining.from_pretrained(
+        directory, output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    batch = dict(
+        tokenizer(
+            ["A class is an object.", "The statement is executed once more."],
+            ["It may be called.", "x"],
+            padding=True,
+            return_tensors="pt",
+        )
+    )
+    batch["labels"] = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
+    batch["next_sentence_label"] = torch.tensor([0, 1])
+    ours = fastbert.BertForPreTraining.from_pretrained(directory)
+    torch.testing.assert_close(ours(**batch).loss, theirs.eval()(**batch).loss)
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_losses(finished, corpus, tmp_path):
+    whole, out = finished[0], tmp_path / "killed"
+    for steps in ("step 2/9", "step 5/9"):  # before the first checkpoint, and between two
+        command = [*COMMAND, "pretrain", "--corpus", str(corpus), "--out", str(out), "--resume"]
+        with subprocess.Popen([*command, *RUN], stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if line.startswith(steps):
+                    process.send_signal(signal.SIGKILL)
+                    break
+        assert process.returncode == -signal.SIGKILL
+    shutil.copytree(out / "checkpoint-3", out / ".checkpoint-6.half-written")
+    done = fastbert_cli("pretrain", "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "at step 3 of 9" in done.stdout
+    assert not list(out.glob(".checkpoint*"))
+
+    states = [torch.load(run / "latest" / "training_state.pt") for run in (whole, out)]
+    histories = [
+        [
+            {k: v for k, v in row.items() if k != "real_tokens_per_second"}
+            for row in s["state"]["history"]
+        ]
+        for s in states
+    ]
+    assert histories[0] == histories[1]
+    assert len(histories[0]) == 12
+    weights = [load_file(run / "latest" / "model.safetensors") for run in (whole, out)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished):
+    out, _ = finished
+    before = (out / "latest" / "model.safetensors").stat().st_mtime_ns
+    done = fastbert_cli("pretrain", "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert (out / "latest" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_fill_mask_prints_five_words_with_probabilities(finished):
+    done = fastbert_cli("fill-mask", "--model", finished[0], "A [MASK] is an object.")
+    assert done.returncode == 0, done.stderr
+    probabilities = [float(p) for p in re.findall(r"0\.\d{3}", done.stdout)]
+    assert len(probabilities) == 5
+    assert probabilities == sorted(probabilities, reverse=True)
+
+
+def test_info_names_every_operator():
+    done = fastbert_cli("info")
+    assert done.returncode == 0, done.stderr
+    for word in ("torch", "gather_rows", "layer_norm", "attention_qkvpacked", "reference"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        (["--corpus", "no/such/file"], "no/such/file: no such file"),
+        (["--steps", "0"], "--steps: at least 1"),
+        (["--preset", "huge"], "--preset: one of tiny"),
+        (["--batch-tokens", "16"], "batch_tokens"),
+        (["--tokenizer", "no/vocab.txt"], "no/vocab.txt"),
+        (["--out", "/dev/null/run"], "/dev/null/run"),
+    ],
+    ids=["corpus", "steps", "preset", "budget", "tokenizer", "out"],
+)
+def test_bad_options_are_one_clear_line(options, pattern, corpus, tmp_path):
+    given = ["--corpus", corpus, "--out", tmp_path / "run", *SMALL, *options]
+    assert_one_clear_line(fastbert_cli("pretrain", *given), pattern)
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        (b"", "no text"),
+        (b"caf\xe9 noir\n", "not UTF-8"),
+        (b"One document.\nIt has two sentences.\n", "another document.*blank line"),
+    ],
+    ids=["empty", "latin-1", "one document"],
+)
+def test_a_bad_corpus_is_one_clear_line(content, pattern, tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(content)
+    done = fastbert_cli("pretrain", "--corpus", path, "--out", tmp_path / "run", *SMALL)
+    assert_one_clear_line(done, pattern)
+    assert not list((tmp_path / "run").rglob("*checkpoint*"))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+def test_a_run_is_not_overwritten_nor_resumed_with_other_options(copied):
+    assert_one_clear_line(fastbert_cli("pretrain", "--out", copied), "--resume continues it")
+    done = fastbert_cli("pretrain", "--out", copied, "--resume", "--steps", "20")
+    assert_one_clear_line(done, "--steps 20: the run in .* was started with 9")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt"])
+def test_a_truncated_checkpoint_is_one_clear_line(name, copied):
+    path = (copied / "latest" / name).resolve()
+    path.write_bytes(path.read_bytes()[:500])
+    assert_one_clear_line(
+        fastbert_cli("pretrain", "--out", copied, "--resume"), f"{name}: truncated or corrupt"
+    )
+
+
+def test_a_vocabulary_of_another_checkpoint_is_one_clear_line(copied):
+    vocabulary = json.loads((copied / "latest" / "tokenizer.json").read_text())
+    words = vocabulary["model"]["vocab"]
+    vocabulary["model"]["vocab"] = dict(list(words.items())[:-70])
+    (copied / "latest" / "tokenizer.json").write_text(json.dumps(vocabulary))
+    done = fastbert_cli("fill-mask", "--model", copied, "a [MASK]")
+    assert_one_clear_line(done, r"vocabulary has \d+ entries, the checkpoint \d+")
+
+
+def test_fill_mask_without_a_mask_is_one_clear_line(finished):
+    assert_one_clear_line(fastbert_cli("fill-mask", "--model", finished[0], "a text"), "no .MASK.")

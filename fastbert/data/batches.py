@@ -73,8 +73,8 @@ class PretrainingData:
         self.max_seq_len = max_seq_len
         self.short_seq_prob = short_seq_prob
         self.mlm_probability = mlm_probability
-        self._batches_of_epoch: list[int] = []  # of the epochs planned so far
-        self._epoch = self._plan(0)
+        self._num_batches: list[int] = []  # of the epochs located so far
+        self._epoch = self._make_plan(0)
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, index of the batch in it) of a global step.
@@ -82,10 +82,13 @@ class PretrainingData:
         Epochs differ in length, so that the way to a far step plans each epoch before it, once.
         """
         epoch = 0
-        while step >= (batches := self._num_batches(epoch)):
-            step -= batches
+        while True:
+            if epoch == len(self._num_batches):
+                self._num_batches.append(max(self._plan(epoch).num_batches - 1, 1))
+            if step < self._num_batches[epoch]:
+                return epoch, step
+            step -= self._num_batches[epoch]
             epoch += 1
-        return epoch, step
 
     def targets(self, step: int) -> GlobalCounts:
         """The counts of the whole global batch, the same on every rank without communication."""
@@ -117,29 +120,24 @@ class PretrainingData:
         mine = shares[rank * micro_batches : (rank + 1) * micro_batches]
         return [self._pack(plan, examples[share]) for share in mine]
 
-    def _num_batches(self, epoch: int) -> int:
-        while epoch >= len(self._batches_of_epoch):
-            self._plan(len(self._batches_of_epoch))
-        return self._batches_of_epoch[epoch]
-
     def _plan(self, number: int) -> "_Epoch":
         """The plan of an epoch; the last one made is kept."""
-        if not self._batches_of_epoch or self._epoch.number != number:
-            pairs = plan_pairs(
-                self.corpus,
-                self.docs,
-                seed=self.seed,
-                epoch=number,
-                max_seq_len=self.max_seq_len,
-                short_seq_prob=self.short_seq_prob,
-            )
-            lengths = pairs.lengths
-            order = stream(self.seed, Purpose.SHUFFLE, number).permutation(len(lengths))
-            bounds = _cut(lengths[order], self.batch_tokens)
-            self._epoch = _Epoch(number, pairs, lengths, order, bounds)
-        if number == len(self._batches_of_epoch):
-            self._batches_of_epoch.append(max(self._epoch.num_batches - 1, 1))
+        if self._epoch.number != number:
+            self._epoch = self._make_plan(number)
         return self._epoch
+
+    def _make_plan(self, number: int) -> "_Epoch":
+        pairs = plan_pairs(
+            self.corpus,
+            self.docs,
+            seed=self.seed,
+            epoch=number,
+            max_seq_len=self.max_seq_len,
+            short_seq_prob=self.short_seq_prob,
+        )
+        lengths = pairs.lengths
+        order = stream(self.seed, Purpose.SHUFFLE, number).permutation(len(lengths))
+        return _Epoch(number, pairs, lengths, order, _cut(lengths[order], self.batch_tokens))
 
     def _rows(self, epoch: "_Epoch", examples: NDArray[np.int64]) -> "_Rows":
         """[CLS] A [SEP] B [SEP] of each of the examples, end to end."""

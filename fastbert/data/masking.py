@@ -68,7 +68,7 @@ def mask_tokens(
         (position_of_token, example_of_token, epoch, _STREAM), seed
     )
     # Within its example, a token's rank among the random keys; those not maskable come last.
-    rank_key = np.where(maskable, rank_key, 2**32)
+    rank_key = np.where(maskable, rank_key, np.uint64(2**32))
     begins = np.flatnonzero(np.diff(example_of_token, prepend=-1))
     sizes = np.diff(begins, append=len(ids))
     number = np.repeat(np.arange(len(begins)), sizes)

@@ -6,6 +6,7 @@ create_pretraining_data.py in https://github.com/google-research/bert, with fres
 """
 
 import dataclasses
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
 
@@ -68,24 +69,24 @@ def plan_pairs(
         raise InputError(f"short_seq_prob: expected a number from 0 to 1, got {short_seq_prob}")
     room = max_seq_len - NUM_SPECIAL
 
-    rows: list[tuple[int, ...]] = []
-    partners: list[list[float]] = []
+    rows = array("q")  # not a list of tuples, which would take ten times the memory
+    partners = array("d")
     for number, doc in enumerate(docs.tolist()):
         first, last = corpus.document_offsets[doc : doc + 2]
         offsets = corpus.sentence_offsets[first : last + 1].tolist()
         draws = stream(seed, Purpose.PAIRS, epoch, doc).random((last - first, 6)).tolist()
         for sentence, *row in _chunks(offsets, draws, room, short_seq_prob):
-            rows.append((number, *row))
-            partners.append(draws[sentence][4:])
+            rows.extend((number, *row))
+            partners.extend(draws[sentence][4:])
 
-    numbers, targets, a_start, a_end, b_end, is_random = np.array(rows, np.int64).T
+    numbers, targets, a_start, a_end, b_end, is_random = np.array(rows).reshape(-1, 6).T
     b_start = a_end.copy()
     where = np.flatnonzero(is_random)
     b_start[where], b_end[where] = _random_spans(
         corpus,
         docs,
         numbers[where],
-        np.array(partners)[where],
+        np.array(partners).reshape(-1, 2)[where],
         targets[where] - (a_end - a_start)[where],
     )
     spans = np.stack([a_start, a_end, b_start, b_end], axis=1)

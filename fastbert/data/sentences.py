@@ -15,18 +15,18 @@ _ABBREVIATIONS = frozenset(
 # what keeps 3.14, os.path and example.com whole.
 _STOP = re.compile(
     r"""(?: [。！？；…]+ [”’」』）】》〉"']* \s* )
-      | (?: (?P<latin>[.!?]+) ["'”’»)\]}*]* \s+ )""",
-    re.VERBOSE,
+      | (?: (?<![.!?]) (?P<latin>[.!?]++) ["'”’»)\]}*]*+ \s+ )""",
+    re.VERBOSE,  # never backtracks: a page of dots takes linear time
 )
 
-_LOOK_BACK = 24  # longest word looked at for an abbreviation: keeps the search linear
+_LOOK_BACK = 24  # characters before a full stop that are searched for an abbreviation
 
 
 def split_sentences(text: str) -> list[str]:
     """The sentences of `text`, stripped, none empty, in order. A newline always ends one.
 
     A stop followed by a lower-case letter ends nothing, nor does the full stop of an abbreviation
-    (Mr., e.g.) or of an initial (J. Smith).
+    (Mr., e.g.), of an initial (J. Smith) or after the number of a list item.
     """
     return [sentence for line in text.splitlines() for sentence in _split_line(line)]
 
@@ -38,7 +38,8 @@ def _split_line(line: str) -> list[str]:
         end = stop.end()
         if line[end : end + 1].islower():
             continue
-        if stop["latin"] == "." and _is_abbreviation(line[max(start, end - _LOOK_BACK) : end]):
+        before = line[max(start, stop.start() - _LOOK_BACK) : stop.start()]
+        if stop["latin"] == "." and _takes_full_stop(before):
             continue
         sentences.append(line[start:end].strip())
         start = end
@@ -46,8 +47,10 @@ def _split_line(line: str) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
-def _is_abbreviation(text: str) -> bool:
-    """Whether the last word of `text`, which ends in a full stop, is one that a stop belongs to."""
-    word = text.split()[-1].strip("\"'“”‘’»()[]{}*").removesuffix(".")
+def _takes_full_stop(before: str) -> bool:
+    """Whether a full stop after `before`, the sentence so far, belongs to its last word."""
+    if before.strip().isdigit():  # "2. Second item"
+        return True
+    word = before.rpartition(" ")[2].strip("\"'“”‘’»()[]{}*")
     initials = re.fullmatch(r"[^\W\d_](\.[^\W\d_])*", word) is not None  # e.g, i.e, U.S, J
     return initials or word.lower() in _ABBREVIATIONS

@@ -14,7 +14,7 @@ from fastbert.data.streams import Purpose, stream
 _ARRAYS = ("tokens", "word_starts", "sentence_offsets", "document_offsets")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TokenizedCorpus:
     """T tokens in S sentences in D documents, without special tokens.
 
@@ -92,7 +92,9 @@ def open_cache(directory: Path, identity: str | None = None) -> TokenizedCorpus 
         manifest = json.loads((directory / "manifest.json").read_text("utf-8"))
         if identity not in (None, manifest["fingerprint"]):
             return None
-        arrays = {n: np.load(directory / f"{n}.npy", mmap_mode="r") for n in _ARRAYS}
+        # plain arrays over the map: a slice of np.memmap costs several times as much
+        files = {name: directory / f"{name}.npy" for name in _ARRAYS}
+        arrays = {n: np.asarray(np.load(file, mmap_mode="r")) for n, file in files.items()}
         corpus = TokenizedCorpus(directory, int(manifest["vocab_size"]), **arrays)
         counts = (corpus.num_tokens, corpus.num_sentences, corpus.num_documents)
         whole = counts == (manifest["tokens"], manifest["sentences"], manifest["documents"])

@@ -18,8 +18,8 @@ class Unpadding:
 
     positions: (T,) int32, each token's flat index b * S + s; slots: (B * S,) int32, the token at
     each place of the batch, -1 at padding; both None for a batch without padding, whose two
-    forms are the same memory. cu_seqlens: (B + 1,) int32, where each sequence begins, and T at the end;
-    max_seqlen: length of the longest, or an upper bound of it; batch_shape: (B, S).
+    forms are the same memory. cu_seqlens: (B + 1,) int32, where each sequence begins, and T at the
+    end; max_seqlen: length of the longest, or an upper bound of it; batch_shape: (B, S).
     """
 
     positions: Tensor | None

@@ -1,0 +1,41 @@
+import pytest
+import torch
+from torch.utils import deterministic
+
+from fastbert import backend
+
+POISON = -(2**30)  # in integers; floating-point memory holds NaN
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fresh memory holds nonsense, so an element that nobody writes fails its test."""
+
+    def poisoned(allocate):
+        def allocate_poison(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            if out.is_floating_point():
+                return out.fill_(float("nan"))
+            return out.fill_(POISON) if out.dtype in (torch.int32, torch.int64) else out
+
+        return allocate_poison
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(params=["ext", "reference"])
+def implementation(request, device, monkeypatch):
+    """Runs the test over the extension and over its twin, each forced."""
+    if request.param == "ext":
+        try:
+            backend.load("ext", "compact", device)
+        except backend.BackendUnavailable as reason:
+            pytest.skip(str(reason))
+        # C++ allocates without Python's torch.empty; in this mode torch itself fills what it gives
+        monkeypatch.setattr(deterministic, "fill_uninitialized_memory", True)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    with backend.use(request.param):
+        yield request.param
+    torch.use_deterministic_algorithms(False)

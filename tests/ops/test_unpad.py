@@ -1,0 +1,142 @@
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastbert.ops.unpad import Unpadding, unpad
+from tests.oracle import gradients
+
+MASKS = {
+    "right": [[1, 1, 0, 0], [1, 1, 1, 0]],
+    "left": [[0, 0, 1, 1], [0, 1, 1, 1]],
+    "holes": [[1, 0, 1, 0], [0, 1, 0, 1]],
+    "an empty row": [[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]],
+    "no token": [[0, 0], [0, 0]],
+    "no padding": [[1, 1], [1, 1]],
+    "one": [[1]],
+}
+
+
+def check(mask, shape=(3,), dtype=torch.float32):
+    """Against boolean indexing, both ways, with gradients."""
+    is_real = mask != 0
+    padding = unpad(mask)
+    lengths = is_real.sum(1)
+    assert padding.cu_seqlens.dtype == torch.int32
+    assert padding.cu_seqlens.tolist() == [0, *lengths.cumsum(0).tolist()]
+    assert type(padding.max_seqlen) is int
+    assert padding.max_seqlen == max(lengths.tolist(), default=0)
+    assert padding.batch_shape == tuple(mask.shape)
+    assert padding.positions.tolist() == is_real.flatten().nonzero().flatten().tolist()
+
+    x = torch.randn(*mask.shape, *shape, device=mask.device).to(dtype)
+    tokens = x[is_real]
+    padded = torch.zeros_like(x)
+    padded[is_real] = tokens
+    dy = torch.randn_like(tokens)
+    zero_elsewhere = torch.zeros_like(x)
+    zero_elsewhere[is_real] = dy
+    packed, grad = gradients(padding.pack, x, dy=dy)
+    assert torch.equal(packed, tokens)
+    assert torch.equal(grad, zero_elsewhere)
+    dy = torch.randn_like(x)
+    restored, grad = gradients(padding.pad, tokens, dy=dy)
+    assert torch.equal(restored, padded)
+    assert torch.equal(grad, dy[is_real])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize("rows", MASKS.values(), ids=MASKS.keys())
+def test_unpad_finds_the_tokens_of(implementation, device, rows, dtype):
+    check(torch.tensor(rows).to(device, dtype))
+
+
+@given(
+    batch=st.integers(0, 5),
+    seqlen=st.integers(0, 9),
+    share=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    shape=st.sampled_from([(), (1,), (5,), (3, 2, 4)]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    seed=st.integers(0, 2**16),
+)
+def test_unpad_is_boolean_indexing(
+    implementation, device, batch, seqlen, share, shape, dtype, seed
+):
+    torch.manual_seed(seed)
+    check((torch.rand(batch, seqlen) < share).to(device), shape, dtype)
+
+
+def test_token_ids_are_packed_too(implementation, device):
+    ids = torch.tensor([[101, 7, 0], [101, 0, 0]], device=device)
+    padding = unpad(ids)  # an integer mask may hold any number that is not 0
+    assert padding.pack(ids).tolist() == [101, 7, 101]
+    assert torch.equal(padding.pad(padding.pack(ids)), ids)
+    columns = torch.arange(3, device=device).expand(2, 3)
+    assert padding.pack(columns).tolist() == [0, 1, 0]
+
+
+def test_pack_of_a_transposed_tensor(implementation, device):
+    mask = torch.tensor(MASKS["right"], device=device)
+    x = torch.randn(2, 5, 4, 3, device=device).transpose(1, 2)
+    assert torch.equal(unpad(mask).pack(x), x[mask != 0])
+
+
+def test_a_dense_batch_is_only_reshaped(device):
+    x = torch.randn(2, 3, 4, device=device)
+    padding = Unpadding.dense(2, 3, device=device)
+    assert padding.pack(x).data_ptr() == padding.pad(padding.pack(x)).data_ptr() == x.data_ptr()
+    assert torch.equal(padding.pack(x), x.flatten(0, 1))
+    assert torch.equal(padding.pad(padding.pack(x)), x)
+    assert padding.cu_seqlens.dtype == torch.int32
+    assert (padding.cu_seqlens.tolist(), padding.max_seqlen) == ([0, 3, 6], 3)
+
+
+@pytest.mark.parametrize("lengths", [[2, 0, 3], [1], [0, 0], []], ids=str)
+@pytest.mark.parametrize("extra", [0, 2], ids=["longest", "upper bound"])
+def test_from_cu_seqlens_agrees_with_a_mask(implementation, device, lengths, extra):
+    max_seqlen = max(lengths, default=0) + extra
+    mask = torch.arange(max_seqlen) < torch.tensor(lengths, dtype=torch.int64)[:, None]
+    by_mask = unpad(mask.to(device))
+    tokens = sum(lengths)
+    given_lengths = Unpadding.from_cu_seqlens(by_mask.cu_seqlens, max_seqlen, tokens)
+    for name in ("positions", "slots"):
+        x, y = getattr(given_lengths, name), getattr(by_mask, name)
+        assert x.dtype == torch.int32
+        assert torch.equal(x, y)
+    assert given_lengths.batch_shape == by_mask.batch_shape
+
+
+@pytest.mark.parametrize(
+    ("mask", "got"),
+    [(torch.ones(3).long(), r"\(3,\) torch.int64"), (torch.ones(1, 3), r"\(1, 3\) torch.float32")],
+    ids=["1-D", "float"],
+)
+def test_unpad_refuses(mask, got):
+    with pytest.raises(ValueError, match=f"unpad: expected attention_mask .* integer, got {got}"):
+        unpad(mask)
+
+
+@pytest.mark.parametrize("padding", [unpad(torch.tensor([[1, 0]])), Unpadding.dense(1, 2)])
+def test_a_tensor_of_another_batch_is_refused(padding):
+    with pytest.raises(ValueError, match=r"Unpadding.pack: expected shape \(1, 2\) .*got \(2, 1"):
+        padding.pack(torch.zeros(2, 1, 4))
+    with pytest.raises(ValueError, match=r"Unpadding.pad: expected shape \([12],\) .*got \(3, 4"):
+        padding.pad(torch.zeros(3, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_unpad_makes_the_host_wait_once(implementation, device):
+    mask = torch.randint(2, (8, 512), device=device)
+    unpad(mask)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            padding = unpad(mask)
+            padding.pad(padding.pack(mask))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1

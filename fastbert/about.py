@@ -13,9 +13,12 @@ from fastbert import backend
 _PACKAGES = ("torch", "triton", "tokenizers", "safetensors", "transformers", "numpy")
 
 
-def versions() -> list[tuple[str, str]]:
+def versions() -> list[tuple[str, ...]]:
     """(package, version) of what matters to speed and numbers."""
-    rows = [("fastbert", fastbert.__version__), ("python", platform.python_version())]
+    rows: list[tuple[str, ...]] = [
+        ("fastbert", fastbert.__version__),
+        ("python", platform.python_version()),
+    ]
     for package in _PACKAGES:
         try:
             rows.append((package, importlib.metadata.version(package)))
@@ -24,10 +27,10 @@ def versions() -> list[tuple[str, str]]:
     return [*rows, ("CUDA of torch", torch.version.cuda or "none"), ("nvcc", _nvcc())]
 
 
-def devices() -> list[tuple[str, str]]:
+def devices() -> list[tuple[str, ...]]:
     """(device, description) of what torch can run on."""
     capability = torch.backends.cpu.get_cpu_capability()
-    rows = [("cpu", f"{torch.get_num_threads()} threads, {capability}")]
+    rows: list[tuple[str, ...]] = [("cpu", f"{torch.get_num_threads()} threads, {capability}")]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         memory = gpu.total_memory / 2**30
@@ -35,10 +38,10 @@ def devices() -> list[tuple[str, str]]:
     return rows
 
 
-def backends() -> list[tuple[str, str, str, str]]:
+def backends() -> list[tuple[str, ...]]:
     """(operator, device, backend, why) for each operator and each kind of device here."""
     kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, operator in sorted(backend.OPS.items()):
         for device in kinds:
             try:

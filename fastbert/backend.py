@@ -39,7 +39,7 @@ class Choice(NamedTuple):
 
 
 class Op:
-    """A callable operator: its reference, the backends that have a faster body, and the choice made.
+    """A callable operator: its reference, the backends with a faster body, and the choice made.
 
     `@op("ext")` decorates the reference body; `@name.fused` then decorates a function
     `(kernels, *args)` that runs a backend's kernels, with autograd. `dtypes` are those of the first
@@ -132,14 +132,17 @@ def _load_triton(op: str, device: str) -> Any:
 def select(op: Op, device: str) -> Choice:
     if _forced is not None and _forced in op.backends:
         return Choice(_forced, load(_forced, op.name, device), "forced", forced=True)
-    refusals = []
+    refusals: list[str] = []
     for backend in PREFERENCE.get(device, ()):
         if backend in op.backends:
             try:
-                return Choice(backend, load(backend, op.name, device), "; ".join(refusals))
+                kernels = load(backend, op.name, device)
             except BackendUnavailable as refusal:
                 refusals.append(f"{backend}: {refusal}")
-    return Choice("reference", None, "; ".join(refusals) or "plain PyTorch is its only body there")
+                continue
+            usual = "preferred" if kernels else "its only body for this device"
+            return Choice(backend, kernels, "; ".join(refusals) or usual)
+    return Choice("reference", None, "its only body for this device")
 
 
 def _checked(backend: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Weights on disk: Hugging Face's files and names in, the same out, and directories written whole."""
+"""Weights on disk: Hugging Face's files and names in and out, and directories written whole."""
 
 import contextlib
 import os
@@ -22,13 +22,13 @@ WEIGHTS = "model.safetensors"
 LEGACY_WEIGHTS = "pytorch_model.bin"
 LATEST = "latest"
 
-# Parts of a checkpoint that a model may do without, or have without: task heads and the pooler.
+# What a checkpoint or a model may have without the other: task heads and the pooler.
 _HEADS = re.compile(r"^(cls|classifier|qa_outputs|score|(bert\.)?pooler)\.")
 _BUFFERS = re.compile(r"(^|\.)embeddings\.(position_ids|token_type_ids)$")  # of older transformers
 
 
 def resolve(name_or_directory: str | Path) -> Path:
-    """The directory of a model: itself, the newest checkpoint of a run, or a download from the hub."""
+    """A model's directory: the one named, a run's newest checkpoint, or a download from the hub."""
     directory = Path(name_or_directory)
     for candidate in (directory, directory / LATEST):
         if (candidate / "config.json").is_file():
@@ -49,7 +49,7 @@ def resolve(name_or_directory: str | Path) -> Path:
 
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
-    """The tensors of `directory`/model.safetensors, or of a legacy pytorch_model.bin, by name, on the CPU."""
+    """The tensors of model.safetensors, or of a legacy pytorch_model.bin, by name, on the CPU."""
     safe, legacy = Path(directory) / WEIGHTS, Path(directory) / LEGACY_WEIGHTS
     try:
         if safe.is_file():
@@ -66,7 +66,7 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> list[str]:
-    """Copies `weights` into `model` by Hugging Face's names; returns the heads' names that were absent.
+    """Copies `weights` into `model` by Hugging Face's names; returns the names of absent heads.
 
     Accepts checkpoints of the bare encoder (without the `bert.` prefix) and of models with other
     heads, and the LayerNorm.gamma/beta of the first releases. Everything else that is missing,
@@ -100,7 +100,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
 
 
 def save_weights(model: nn.Module, directory: str | Path) -> None:
-    """Writes `directory`/model.safetensors; a tied parameter is written once, under its first name."""
+    """Writes model.safetensors; a tied parameter is written once, under its first name."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     save_file(tensors, Path(directory) / WEIGHTS, metadata={"format": "pt"})
 

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import typer
 
@@ -27,22 +27,24 @@ _MAY_CHANGE = {"workers", "log_every"}
 
 
 def options_of(config: type) -> Callable[[Callable], Callable]:
-    """Gives a command one option for each field of a dataclass: its name, type, default and help."""
+    """Gives a command an option for each field of a dataclass: name, type, default and help."""
 
     def decorate(command: Callable) -> Callable:
         hints = get_type_hints(config)
-        parameters = [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=list(field.default) if isinstance(field.default, tuple) else field.default,
-                annotation=Annotated[
-                    list[Path] if field.name == "corpus" else hints[field.name],
-                    typer.Option(help=field.metadata["help"]),
-                ],
+        parameters = []
+        for field in dataclasses.fields(config):
+            hint, default = hints[field.name], field.default
+            if isinstance(default, tuple):  # the command line knows repeated options as lists
+                hint, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc]
+            option = typer.Option(help=field.metadata["help"])
+            parameters.append(
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=default,
+                    annotation=Annotated[hint, option],
+                )
             )
-            for field in dataclasses.fields(config)
-        ]
         own = [
             parameter
             for parameter in inspect.signature(command).parameters.values()
@@ -58,6 +60,9 @@ def options_of(config: type) -> Callable[[Callable], Callable]:
 @options_of(PretrainConfig)
 def pretrain(
     context: typer.Context,
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="More of --corpus, as in --corpus a.txt b.txt.")
+    ] = None,
     *,
     out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/pretrain"),
     resume: Annotated[
@@ -68,7 +73,9 @@ def pretrain(
     """Pre-train a BERT (masked LM and next-sentence prediction) on text."""
     from fastbert.train import pretrain as pretraining  # slow to import: torch
 
-    options["corpus"] = tuple(options["corpus"] or ())
+    options["corpus"] = (*options["corpus"], *(paths or ()))
+    if paths and len(options["corpus"]) == len(paths):
+        raise InputError(f"{paths[0]}: a stray argument; text to train on is named by --corpus")
     given = {
         name
         for name in options
@@ -121,15 +128,15 @@ def info() -> None:
     from fastbert.about import backends, devices, versions
 
     console = Console(highlight=False)
-    for title, rows in (("Versions", versions()), ("Devices", devices())):
-        table = Table(title=title, show_header=False, title_justify="left")
+    for title, header, rows in (
+        ("Versions", ("package", "version"), versions()),
+        ("Devices", ("device", "what it is"), devices()),
+        ("Operators", ("operator", "device", "backend", "why"), backends()),
+    ):
+        table = Table(*header, title=title, title_justify="left")
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    table = Table("operator", "device", "backend", "why", title="Operators", title_justify="left")
-    for row in backends():
-        table.add_row(*row)
-    console.print(table)
 
 
 def _fail(message: object) -> NoReturn:

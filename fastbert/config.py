@@ -1,4 +1,4 @@
-"""`BertConfig`, the architecture, read from and written to Hugging Face's config.json, and `PretrainConfig`."""
+"""`BertConfig`, which is Hugging Face's config.json, and `PretrainConfig`, the options of a run."""
 
 import dataclasses
 import difflib
@@ -23,10 +23,10 @@ _ONLY = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """The shape of a BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805); BERT-base by default.
+    """The shape of a BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805), by default base.
 
-    Names, defaults and meaning are those of Hugging Face's `BertConfig`. `extra` holds the keys of a
-    config.json that this model has no use for, and they are written back as they came.
+    Names, defaults and meaning are those of Hugging Face's `BertConfig`. `extra` holds the keys of
+    a config.json that this model has no use for; they are written back as they came.
     """
 
     vocab_size: int = 30522
@@ -149,11 +149,11 @@ def check_config(config: Any) -> None:
 class Preset(NamedTuple):
     """A named architecture, and the learning rate at which it trains well."""
 
-    shape: dict[str, int]
+    shape: dict[str, Any]
     learning_rate: float
 
 
-def _shape(layers: int, hidden: int) -> dict[str, int]:
+def _shape(layers: int, hidden: int) -> dict[str, Any]:
     # every published BERT has heads of 64 and a feed-forward layer four times as wide
     return {
         "num_hidden_layers": layers,

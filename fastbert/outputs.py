@@ -57,12 +57,13 @@ class ModelOutput(OrderedDict):
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{type(self).__name__}: its fields are fixed; set one to None instead")
 
-    __delitem__ = setdefault = pop = popitem = update = _refuse  # type: ignore[assignment]
+    __delitem__ = setdefault = pop = popitem = update = _refuse
 
 
 @dataclasses.dataclass
 class BaseModelOutput(ModelOutput):
-    """last_hidden_state: (B, S, H), or (T, H) packed; hidden_states: one of those a layer, and the embedding."""
+    """last_hidden_state: (B, S, H), or (T, H) packed; hidden_states: the same, before each layer
+    and after the last."""
 
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None

@@ -1,4 +1,4 @@
-"""A batch with no padding: the tokens of all sequences in one row, and where each sequence begins."""
+"""A batch with no padding: the tokens of all sequences in one row, and where each begins."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -49,11 +49,12 @@ def fill_mask(name_or_directory: str | Path, text: str, top: int = 5) -> list[li
             f"the text has {len(ids)} tokens, the model reads {config.max_position_embeddings}"
         )
     logits = model(PackedBatch.from_sequences([ids.tolist()])).logits  # (S, V)
+    pieces = {number: piece for piece, number in tokenizer.get_vocab().items()}
     best = logits[gaps, :words_known].float().softmax(-1).topk(min(top, words_known))
     return [
         [
-            Word(tokenizer.id_to_token(word), p, _filled(text, number, tokenizer, word))
-            for p, word in zip(probabilities, words, strict=True)
+            Word(word, p, _filled(text, number, word))
+            for p, word in zip(probabilities, map(pieces.__getitem__, words), strict=True)
         ]
         for number, (probabilities, words) in enumerate(
             zip(best.values.tolist(), best.indices.tolist(), strict=True)
@@ -61,12 +62,12 @@ def fill_mask(name_or_directory: str | Path, text: str, top: int = 5) -> list[li
     ]
 
 
-def _filled(text: str, number: int, tokenizer, word: int) -> str:
+def _filled(text: str, number: int, word: str) -> str:
     """`text` with its `number`-th [MASK] replaced."""
     before, *rest = text.split("[MASK]")
     pieces = [before]
     for index, piece in enumerate(rest):
-        filling = tokenizer.id_to_token(word) if index == number else "[MASK]"
+        filling = word if index == number else "[MASK]"
         if filling.startswith("##"):
             pieces[-1] = pieces[-1].rstrip()
         pieces += [filling.removeprefix("##"), piece]

@@ -1,4 +1,4 @@
-"""BERT as the paper writes it (Devlin et al. 2018): padded, unfused, in any dtype. The oracle of the tests.
+"""BERT as the paper writes it (Devlin et al. 2018): padded, unfused, any dtype. The tests' oracle.
 
 B sequences padded to S tokens, H hidden, N heads, D head size, V vocabulary. Parameter names are
 Hugging Face's, so the weights of every model here load into it and back. Read it top to bottom; it

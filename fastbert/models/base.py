@@ -12,7 +12,10 @@ from fastbert.config import BertConfig, check_config
 
 
 class BertPreTrainedModel(nn.Module):
-    """Base of the models; `config` is a `fastbert.BertConfig` or a Hugging Face object, kept by reference."""
+    """Base of the models.
+
+    `config` is a `fastbert.BertConfig` or a Hugging Face object, kept by reference.
+    """
 
     base_model_prefix: ClassVar[str] = "bert"
     config: Any
@@ -34,13 +37,14 @@ class BertPreTrainedModel(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Makes the decoder share the word embeddings' parameter; models without a decoder do nothing."""
+        """Makes the decoder, where there is one, share the word embeddings' parameter."""
         decoder = self.get_output_embeddings()
         if decoder is not None and self.config.tie_word_embeddings:
             decoder.weight = self.get_input_embeddings().weight
 
     def get_input_embeddings(self) -> nn.Embedding:
-        return getattr(self, self.base_model_prefix, self).embeddings.word_embeddings
+        base: Any = getattr(self, self.base_model_prefix, self)
+        return base.embeddings.word_embeddings
 
     def get_output_embeddings(self) -> nn.Linear | None:
         return None
@@ -57,7 +61,8 @@ class BertPreTrainedModel(nn.Module):
         absent = checkpoint.load_weights(model, checkpoint.read_weights(directory), directory)
         if absent:
             warnings.warn(
-                f"{directory}: {', '.join(absent)} not in the checkpoint, drawn anew: train before use",
+                f"{directory}: {', '.join(absent)} not in the checkpoint, so drawn anew: train "
+                "before use",
                 stacklevel=2,
             )
         return model.eval()

@@ -19,12 +19,12 @@ from fastbert.packing import IGNORE_INDEX, PackedBatch
 class Scored(NamedTuple):
     """Scores of the rows that have something to predict.
 
-    logits: (C, classes); targets: (C,), -100 in spare rows; count: (), how many rows are real.
+    logits: (C, classes); targets: (C,), -100 in spare rows; num_rows: (), how many are real.
     """
 
     logits: Tensor
     targets: Tensor
-    count: Tensor
+    num_rows: Tensor
 
     def loss_sum(self) -> Tensor:
         """Cross-entropy summed over the real rows, in float32 or wider; 0 if there are none."""
@@ -35,7 +35,7 @@ class Scored(NamedTuple):
 
     def loss(self) -> Tensor:
         """Mean cross-entropy; a finite 0 with zero gradients if no row is real."""
-        return self.loss_sum() / self.count.clamp(min=1)
+        return self.loss_sum() / self.num_rows.clamp(min=1)
 
     def correct(self) -> Tensor:
         """(), how many targets have the highest score."""
@@ -148,7 +148,7 @@ class BertForMaskedLM(BertPreTrainedModel):
         return_dict: bool = True,
         return_logits: bool | None = None,
     ) -> MaskedLMOutput | tuple:
-        """The masked-LM loss where labels are given, and the scores; arguments as in `BertForPreTraining`."""
+        """The masked-LM loss where labels are given, and the scores; see `BertForPreTraining`."""
         batch, padding = pack_inputs(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, labels
         )

@@ -27,6 +27,7 @@ def activation(hidden_act: str | Callable) -> Callable:
         return hidden_act
     if hidden_act not in ACTIVATIONS:
         raise ValueError(
-            f"hidden_act: expected a function or one of {', '.join(ACTIVATIONS)}, got {hidden_act!r}"
+            f"hidden_act: expected a function or one of {', '.join(ACTIVATIONS)}, "
+            f"got {hidden_act!r}"
         )
     return ACTIVATIONS[hidden_act]

@@ -39,7 +39,7 @@ class BertSelfAttention(nn.Module):
 
 
 class _ProjectAndNorm(nn.Module):
-    """`LayerNorm(residual + dropout(dense(x)))`: the end of the attention and of the feed-forward half."""
+    """`LayerNorm(residual + dropout(dense(x)))`: the end of each half of a layer."""
 
     def __init__(self, in_features: int, config) -> None:
         super().__init__()
@@ -131,9 +131,10 @@ class BertEncoder(nn.Module):
         output of each layer.
         """
         if hidden_states.ndim == 3:
-            mask = key_padding_mask(attention_mask, *hidden_states.shape[:2])
+            batch, seqlen, _ = hidden_states.shape
+            mask = key_padding_mask(attention_mask, batch, seqlen)
             if mask is None:
-                padding = Unpadding.dense(*hidden_states.shape[:2], device=hidden_states.device)
+                padding = Unpadding.dense(batch, seqlen, hidden_states.device)
             else:
                 padding = unpad(mask)
             packed = self(
@@ -147,7 +148,7 @@ class BertEncoder(nn.Module):
         require(
             hidden_states.ndim == 2 and cu_seqlens is not None and max_seqlen is not None,
             "BertEncoder",
-            "hidden_states (batch, seqlen, hidden), or (tokens, hidden) with cu_seqlens and max_seqlen",
+            "hidden_states (batch, seqlen, hidden), or (tokens, hidden) and cu_seqlens, max_seqlen",
             tuple(hidden_states.shape),
         )
         require(

@@ -43,9 +43,9 @@ def _attend_by_sequence(qkv, cu_seqlens, max_seqlen, softmax_scale, dropout_p) -
     # one split, whose backward is one concatenation: slices would each zero a whole gradient
     sequences = qkv.permute(1, 2, 0, 3).split(lengths, dim=2)  # each (3, N, n, D)
     outputs = [
-        F.scaled_dot_product_attention(*sequence, dropout_p=dropout_p, scale=softmax_scale)
-        for sequence in sequences
-        if sequence.shape[2]
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=softmax_scale)
+        for q, k, v in sequences
+        if q.shape[1]
     ]
     if not outputs:
         return qkv[:, 0]

@@ -10,7 +10,7 @@ from fastbert.packing import PackedBatch
 
 
 class Result(NamedTuple):
-    """loss: (), to run backward from; sums: (6,) float32 on the device, in the order of `Metrics`."""
+    """loss: (), to run backward from; sums: (6,) float32, what `Metrics` names, on the device."""
 
     loss: Tensor
     sums: Tensor
@@ -64,7 +64,7 @@ class PretrainingObjective(nn.Module):
         loss = mlm_loss / max(num_targets, 1) + nsp_loss / max(num_pairs, 1)
         with torch.no_grad():
             sums = (
-                *(mlm_loss, words.correct(), words.count),
-                *(nsp_loss, pairs.correct(), pairs.count),
+                *(mlm_loss, words.correct(), words.num_rows),
+                *(nsp_loss, pairs.correct(), pairs.num_rows),
             )
             return Result(loss, torch.stack([value.float() for value in sums]))

@@ -16,7 +16,7 @@ def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 
 
 def linear_schedule(step: int, *, peak: float, warmup: int, total: int) -> float:
-    """The learning rate of step 0 <= step < total: up to `peak` over `warmup` steps, then down to 0."""
+    """The learning rate of a step in [0, total): up to `peak` in `warmup` steps, then down to 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (total - step) / max(total - warmup, 1)

@@ -1,5 +1,6 @@
 """From the user's corpus to batches: the tokenizer, the tokenised cache, the split."""
 
+import hashlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,11 @@ from fastbert.train.report import console
 
 
 class PreparedText(NamedTuple):
-    """baseline: cross-entropy, in nats, of the held-out targets under the training unigrams."""
+    """baseline: cross-entropy, in nats, of the held-out targets under the training unigrams;
+    fingerprint: a hash of the text and the tokenizer.
+    """
 
+    fingerprint: str
     tokenizer: Tokenizer
     training: data.PretrainingData
     heldout: list[PackedBatch]
@@ -60,7 +64,8 @@ def prepare_text(config: PretrainConfig, out: Path) -> PreparedText:
     labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
     targets = labels[labels != IGNORE_INDEX].numpy()
     baseline = data.unigram_baseline(corpus.token_counts(train), targets)
-    return PreparedText(tokenizer, examples(train), batches, baseline)
+    both = hashlib.sha256(f"{fingerprint} {tokenizer.to_str()}".encode()).hexdigest()
+    return PreparedText(both, tokenizer, examples(train), batches, baseline)
 
 
 def _tokenizer(config: PretrainConfig, directory: Path) -> Tokenizer:

@@ -26,7 +26,7 @@ SUMMARY = "summary.json"
 
 
 def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Runs, or with `resume` continues, the pre-training that `config` describes, in directory `out`.
+    """Runs, or with `resume` continues, the pre-training that `config` describes, in `out`.
 
     Leaves out/latest, a checkpoint that Hugging Face loads, loss.png, summary.json (which is
     returned) and TensorBoard's files. The same config gives the same run, bit for bit on a CPU at
@@ -47,9 +47,11 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False) -> dict
         )
     ).to(device)
     optimizer = make_optimizer(model, config.weight_decay)
-    state = run_state.TrainingState()
+    state = run_state.TrainingState(text.fingerprint)
     if resuming:
         state = run_state.load(out, model, optimizer)
+        if state.text != text.fingerprint:
+            raise InputError(f"{out}: the corpus or the tokenizer has changed since the run began")
         console.print(f"resuming {out} at step {state.step} of {config.steps}")
     _describe(model, config, device)
     _train(model, optimizer, config, text, state, out, device)
@@ -212,7 +214,7 @@ def _finish(
     console.print(
         f"held-out MLM loss {summary['heldout_mlm_loss']:.3f} nats, unigram baseline "
         f"{text.baseline:.3f}: {abs(gained):.3f} {'below' if gained >= 0 else 'ABOVE'} it\n"
-        f"{state.step} steps in {state.seconds:.0f} s; checkpoint, loss.png and summary.json are in {out}\n"
+        f"{state.step} steps in {state.seconds:.0f} s; checkpoint, plot and summary are in {out}\n"
         f'try: fastbert fill-mask --model {out} "a short text with one [MASK] in it"'
     )
     return summary

@@ -1,4 +1,4 @@
-"""What a run keeps to go on after a kill: a model directory that also holds the optimizer's state."""
+"""What a run keeps to go on after a kill: a model's directory with the optimizer's state in it."""
 
 import dataclasses
 import json
@@ -22,8 +22,13 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 @dataclasses.dataclass
 class TrainingState:
-    """step: optimizer steps done, which is the position in the data; history: what was reported."""
+    """What a checkpoint says of its run, beside the tensors.
 
+    text: fingerprint of the corpus and the tokenizer; step: optimizer steps done, which is the
+    position in the data; seconds, real_tokens: spent and read so far; history: what was reported.
+    """
+
+    text: str
     step: int = 0
     seconds: float = 0.0
     real_tokens: int = 0

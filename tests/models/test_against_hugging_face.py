@@ -1,4 +1,4 @@
-"""The reference model against transformers, and the packed model against both, on the same weights."""
+"""The reference model against transformers, the packed model against both, on the same weights."""
 
 import pytest
 import torch

@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 import fastbert
 
 COMMAND = [sys.executable, "-m", "fastbert.cli"]
-SMALL = (
-    "--preset tiny --vocab-size 400 --batch-tokens 512 --max-seq-len 64 --eval-batches 2".split()
-)
+SMALL = ["--preset", "tiny", "--vocab-size", "400", "--batch-tokens", "512"]
+SMALL += ["--max-seq-len", "64", "--eval-batches", "2"]
 RUN = [*SMALL, "--steps", "9", "--save-every", "3", "--eval-every", "3", "--log-every", "1"]
 
 

@@ -1,0 +1,120 @@
+"""The training loss: shares of a batch add up to the batch, and to Hugging Face's loss."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastbert
+from fastbert.packing import PackedBatch
+from fastbert.train.objective import Metrics, PretrainingObjective
+from fastbert.train.optimizer import linear_schedule, make_optimizer
+
+CONFIG = fastbert.BertConfig(
+    vocab_size=40,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=30,
+)
+
+
+def make_batch(lengths: list[int], seed: int) -> PackedBatch:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = sum(lengths)
+    ids = torch.randint(5, 40, (tokens,), generator=generator)
+    masked = torch.rand(tokens, generator=generator) < 0.3
+    return PackedBatch(
+        input_ids=ids,
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        max_seqlen=max(lengths),
+        position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        labels=ids.where(masked, -100),
+        num_labels=int(masked.sum()),
+        next_sentence_label=torch.randint(0, 2, (len(lengths),), generator=generator),
+    )
+
+
+def joined(parts: list[PackedBatch]) -> PackedBatch:
+    lengths = [n for part in parts for n in part.cu_seqlens.diff().tolist()]
+    fields = ("input_ids", "position_ids", "labels", "next_sentence_label")
+    return PackedBatch(
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in fields},
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        max_seqlen=max(lengths),
+        num_labels=sum(part.num_labels for part in parts),
+    )
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return fastbert.BertForPreTraining(CONFIG).double().eval()
+
+
+def test_shares_add_up_to_the_batch(model):
+    objective = PretrainingObjective(model)
+    parts = [make_batch([9, 3, 14], 1), make_batch([5], 2), make_batch([1, 20], 3)]
+    whole = joined(parts)
+    counts = (whole.num_labels, whole.num_sequences)
+    expected = objective(whole, *counts)
+    model(whole).loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+
+    results = [objective(part, *counts) for part in parts]
+    sum(result.loss for result in results).backward()
+    torch.testing.assert_close(sum(r.loss for r in results), model(whole).loss)
+    torch.testing.assert_close(sum(r.sums for r in results), expected.sums)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_metrics_are_those_of_the_logits(model):
+    batch = make_batch([9, 3, 14], 1)
+    metrics = Metrics(*PretrainingObjective(model)(batch, 1, 1).sums.tolist())
+    output = model(batch)
+    masked = batch.labels != -100
+    hits = (output.prediction_logits.argmax(-1) == batch.labels)[masked]
+    assert metrics.num_targets == masked.sum()
+    assert metrics.mlm_accuracy == pytest.approx(hits.double().mean().item())
+    assert metrics.mlm_loss + metrics.nsp_loss == pytest.approx(output.loss.item())
+
+
+def test_a_batch_with_nothing_to_predict_is_a_finite_zero(model):
+    batch = make_batch([9, 3], 1)
+    nothing = {"labels": torch.full_like(batch.labels, -100)}
+    nothing["next_sentence_label"] = torch.full_like(batch.next_sentence_label, -100)
+    fields = {name: getattr(batch, name) for name in ("input_ids", "position_ids", "cu_seqlens")}
+    for num_labels in (0, None):
+        loss = model(PackedBatch(**fields, **nothing, max_seqlen=9, num_labels=num_labels)).loss
+        assert loss.item() == 0
+        loss.backward()
+        assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_only_matrices_decay(model):
+    decayed, kept = make_optimizer(model, 0.01).param_groups
+    names = {p: name for name, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.01
+    assert kept["weight_decay"] == 0
+    for name in map(names.get, decayed["params"]):
+        assert name.endswith("weight")
+        assert "LayerNorm" not in name
+    for name in map(names.get, kept["params"]):
+        assert name.endswith("bias") or "LayerNorm" in name
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+
+
+def test_linear_schedule_rises_and_falls():
+    rates = [linear_schedule(s, peak=2.0, warmup=4, total=12) for s in range(12)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[4] == 2.0
+    assert rates[8:] == [1.0, 0.75, 0.5, 0.25]
+    assert linear_schedule(0, peak=2.0, warmup=0, total=1) == 2.0
+
+
+def test_the_objective_trains_every_parameter(model):
+    batch = make_batch([9, 3, 14], 1)
+    PretrainingObjective(model)(batch, 1, 1).loss.backward()
+    assert all(isinstance(p, nn.Parameter) and p.grad is not None for p in model.parameters())

@@ -91,7 +91,7 @@ def _docstrings_below(node: ast.AST) -> Iterator[str]:
 
 # What makes a line or a paragraph no prose, and the marks around words that are.
 _RULE = re.compile(r"^[\s=\-~^*#+|.`\"']*$", re.MULTILINE)  # underlines, table borders
-_SESSION = re.compile(r"^\s*(>>>|\$ |\.\. )")  # interpreter and shell sessions, directives
+_SESSION = re.compile(r"^\s*(?:>>>|\$ |\.\. ).*", re.MULTILINE | re.DOTALL)  # and directives
 _BULLET = re.compile(r"^\s*(?:[*+-]|\d+\.)\s+", re.MULTILINE)
 _HYPHENATED = re.compile(r"(?<=\w-)\n\s*(?=\w)")
 _MARKS = [
@@ -105,9 +105,7 @@ def _prose(text: str) -> list[str]:
     """Light stripping of reStructuredText: paragraphs are joined, then cut into sentences."""
     sentences = []
     for paragraph in re.split(r"\n(?:\s*\n)+", _RULE.sub("", text)):
-        if _SESSION.match(paragraph):
-            continue
-        for item in _BULLET.split(paragraph):
+        for item in _BULLET.split(_SESSION.sub("", paragraph)):
             item = " ".join(_HYPHENATED.sub("", item).split())
             for mark, plain in _MARKS:
                 item = mark.sub(plain, item)

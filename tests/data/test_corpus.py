@@ -1,0 +1,182 @@
+import gzip
+import json
+import sys
+
+import pytest
+
+from fastbert.check import InputError
+from fastbert.data import (
+    fingerprint_files,
+    fingerprint_python,
+    python_documents,
+    read_documents,
+    split_sentences,
+)
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def test_text_has_a_sentence_a_line_and_blank_lines_between_documents(tmp_path):
+    file = write(tmp_path / "a", "\ufeff\nOne. Still one.\r\n two \n \n\n\nthree\n\n")
+    assert list(read_documents([file])) == [["One. Still one.", "two"], ["three"]]
+
+
+def test_the_end_of_a_file_ends_its_document(tmp_path):
+    files = [write(tmp_path / "b.txt", "one"), write(tmp_path / "a.txt", "two")]
+    assert list(read_documents(files)) == [["one"], ["two"]]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.JSONL", "a.jsonl.gz"])
+def test_json_lines(tmp_path, name):
+    rows = [{"text": "One. Two!\nthree"}, {"text": ""}, {"id": 4, "text": "vier \ud800"}]
+    file = write(tmp_path / name, "\n".join(map(json.dumps, rows)) + "\n\n")
+    assert list(read_documents([str(file)])) == [["One.", "Two!", "three"], ["vier"]]
+
+
+def test_directories_are_read_recursively_in_order(tmp_path):
+    for name in ("b/c.text", "a.txt", "b/a.txt.gz", "c.ndjson.gz"):
+        write(tmp_path / name, json.dumps({"text": name}) if "json" in name else name)
+    write(tmp_path / "ignored.bin", b"\xff")
+    write(tmp_path / "ignored.gz", "no text suffix inside")
+    names = [name for [name] in read_documents([tmp_path])]
+    assert names == ["a.txt", "b/a.txt.gz", "b/c.text", "c.ndjson.gz"]
+
+
+def test_streams(tmp_path):
+    """The first document comes before the rest, which is broken, is read."""
+    file = write(tmp_path / "a.txt", b"first\n\n" + b"x\n" * 100_000 + b"\n\xff\n")
+    documents = read_documents([file])
+    assert next(documents) == ["first"]
+    with pytest.raises(InputError):
+        list(documents)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"good\n\xff\xfebad\n", "a.txt, line 2: not UTF-8"),
+        ("a.txt", "\n \n\n", "a.txt: holds no text"),
+        ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', "a.jsonl, line 2: expected one JSON object"),
+        ("a.jsonl", '{"txt": "a"}\n', "line 1: expected one JSON object"),
+        ("a.jsonl", '["text"]\n', "line 1: expected one JSON object"),
+        ("a.jsonl", '"text"\n', "line 1: expected one JSON object"),
+        ("a.jsonl", "{\n", "line 1: expected one JSON object"),
+        ("a.jsonl", "[" * 100_000 + "\n", "line 1: expected one JSON object"),
+        ("a.jsonl", '{"text": "\\n"}\n', "a.jsonl: holds no text"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    file = write(tmp_path / name, content)
+    with pytest.raises(InputError) as error:
+        list(read_documents([file]))
+    assert message in str(error.value)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_broken_gzip(tmp_path):
+    whole = gzip.compress(b"a sentence that is long enough\n" * 1000)
+    cut = tmp_path / "cut.txt.gz"
+    cut.write_bytes(whole[: len(whole) // 2])
+    fake = tmp_path / "fake.txt.gz"
+    fake.write_bytes(b"plain text")
+    damaged = tmp_path / "damaged.txt.gz"
+    damaged.write_bytes(whole[:20] + b"\xff\xff\xff\xff" + whole[24:])
+    for file in (cut, fake, damaged):
+        with pytest.raises(InputError, match=f"{file.name}: cannot be read: "):
+            list(read_documents([file]))
+
+
+def test_missing_paths_are_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such file or directory"):
+        read_documents([tmp_path / "nowhere"])
+    with pytest.raises(InputError, match=r"holds no \.txt, .* file"):
+        read_documents([tmp_path])
+    with pytest.raises(InputError, match="no file or directory named"):
+        read_documents([])
+
+
+def test_fingerprint_follows_names_and_contents(tmp_path):
+    file = write(tmp_path / "in" / "a.txt", "one")
+    first = fingerprint_files([tmp_path])
+    assert first == fingerprint_files([tmp_path])
+    write(file, "two")
+    changed = fingerprint_files([tmp_path])
+    file.rename(tmp_path / "in" / "b.txt")
+    renamed = fingerprint_files([tmp_path])
+    assert len({first, changed, renamed}) == 3
+    (tmp_path / "in").rename(tmp_path / "out")
+    assert fingerprint_files([tmp_path / "out"]) != renamed  # other relative name
+    write(tmp_path / "out" / "b.txt.gz", "two")  # the same text at another place
+    assert fingerprint_files([tmp_path]) != renamed
+
+
+@pytest.fixture(scope="module")
+def python_corpus():
+    return list(python_documents())
+
+
+def test_the_default_corpus_is_about_two_megabytes_of_prose(python_corpus):
+    text = "\n".join(sentence for document in python_corpus for sentence in document)
+    assert 1_200_000 < len(text) < 6_000_000
+    assert len(python_corpus) > 400
+    assert all(document and all(document) for document in python_corpus)
+    letters = sum(character.isalpha() or character == " " for character in text)
+    assert letters / len(text) > 0.85
+    prompts = sum(s.startswith(">>>") for document in python_corpus for s in document)
+    assert prompts < 5  # one is in the middle of a sentence about interpreters
+    assert ":class:`" not in text
+    assert "=====" not in text
+
+
+def test_the_default_corpus_has_topics_and_docstrings(python_corpus):
+    sentences = {sentence for document in python_corpus for sentence in document}
+    assert 'The simple form, "assert expression", is equivalent to' in sentences
+    assert "Test whether a path is absolute" in sentences  # posixpath.isabs
+    assert "Split a path in root and extension." not in sentences  # a comment above it
+    assert "idlelib" not in sys.modules
+
+
+def test_the_default_corpus_is_the_same_each_time(python_corpus):
+    assert python_corpus == list(python_documents())
+    assert fingerprint_python() == fingerprint_python()
+
+
+def test_docstrings_come_in_the_order_of_the_source(tmp_path):
+    from fastbert.data import python_docs
+
+    source = write(
+        tmp_path / "m.py",
+        '"""Module."""\nclass A:\n    """Class."""\n    def f(self):\n        """Method."""\n'
+        'try:\n    def g():\n        """Inner."""\nexcept E:\n    pass\n'
+        'async def h():\n    """Last.\n\n    >>> code\n    """\n    "no docstring"\n',
+    )
+    assert python_docs._prose(python_docs._docstrings(source)) == [
+        "Module.",
+        "Class.",
+        "Method.",
+        "Inner.",
+        "Last.",
+    ]
+
+
+def test_prose_joins_lines_and_drops_marks():
+    from fastbert.data import python_docs
+
+    text = (
+        "Title\n=====\n\nUse ``open()`` or :func:`~os.fdopen`; *never* a post-\nmortem. See\n"
+        "**Source code:** below.\n\n* one item\n* another\n\n.. note:: dropped\n\n>>> 1 + 1\n2\n"
+    )
+    assert python_docs._prose(text) == [
+        "Title",
+        "Use open() or os.fdopen; never a post-mortem.",
+        "See Source code: below.",
+        "one item",
+        "another",
+    ]
+    assert split_sentences("") == []

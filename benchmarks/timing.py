@@ -1,4 +1,4 @@
-"""Timing side by side: candidates take turns, so that whatever the machine does hits all of them."""
+"""Timing side by side: candidates take turns, so that what the machine does hits all of them."""
 
 import statistics
 import time

@@ -8,7 +8,8 @@ from fastbert.packing import IGNORE_INDEX, PackedBatch
 MAX_SEQLEN = 512
 
 # Share of sequences in each eighth of 512 tokens. Half of a padded batch is padding, as in phase 2
-# of the MLPerf BERT data (254 real tokens a sequence); the shape is ours: many short, a spike at the end.
+# of the MLPerf BERT data (254 real tokens a sequence); the shape is ours: many short ones, and a
+# spike at the end.
 WIKIPEDIA = (0.12, 0.17, 0.14, 0.12, 0.10, 0.08, 0.07, 0.20)
 
 

@@ -169,7 +169,7 @@ def _encode(documents: list[list[str]], tokenizer: Tokenizer, path: Path) -> _Pa
         "document_lengths": kept,
         "counts": np.array(counts),
     }
-    _write(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+    _write(path, lambda file: np.savez(file, **arrays))
     return _Part(path, *counts)
 
 

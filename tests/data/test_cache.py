@@ -1,0 +1,301 @@
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from fastbert.check import InputError
+from fastbert.data import TokenizedCorpus, cache, tokenize_corpus, train_tokenizer
+
+ARRAYS = ("tokens", "word_starts", "sentence_offsets", "document_offsets")
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(cache, "_PART_CHARACTERS", 5_000)
+
+
+def assert_same(a: TokenizedCorpus, b: TokenizedCorpus):
+    assert a.vocab_size == b.vocab_size
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+        assert getattr(a, name).dtype == getattr(b, name).dtype
+
+
+def naive(documents, tokenizer):
+    """The four arrays, one sentence at a time."""
+    tokens, starts, sentences, offsets = [], [], [0], [0]
+    for document in documents:
+        for sentence in document:
+            encoding = tokenizer.encode(sentence, add_special_tokens=False)
+            tokens += encoding.ids
+            ids = encoding.word_ids
+            starts += [i == 0 or ids[i] != ids[i - 1] for i in range(len(ids))]
+            if ids:
+                sentences.append(len(tokens))
+        if len(sentences) - 1 > offsets[-1]:
+            offsets.append(len(sentences) - 1)
+    return tokens, starts, sentences, offsets
+
+
+def test_equals_one_sentence_at_a_time(documents, tokenizer, tmp_path):
+    holes = [["", "\x00"], *documents[:20], [], ["ba", "", "ke ba", " "], ["\ufffd"]]
+    calls = []
+    corpus = tokenize_corpus(
+        iter(holes), tokenizer, tmp_path, fingerprint="f", progress=lambda *c: calls.append(c)
+    )
+    for name, expected in zip(ARRAYS, naive(holes, tokenizer), strict=True):
+        assert getattr(corpus, name).tolist() == expected, name
+    assert corpus.tokens.dtype == np.uint16
+    assert corpus.word_starts.dtype == bool
+    assert corpus.sentence_offsets.dtype == corpus.document_offsets.dtype == np.int64
+    assert corpus.num_documents == 21
+    assert len(calls) > 3  # in several parts
+    assert calls[-1] == (len(holes), corpus.num_tokens)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["lock", "manifest.json", *(f"{name}.npy" for name in ARRAYS)]
+    )
+
+
+def test_word_starts(tmp_path):
+    tokenizer = train_tokenizer(["un", "##believ", "able", "中文", "don't"] * 2, 60)
+    documents = [["unbelievable 中文 don't", "ab"]]
+    corpus = tokenize_corpus(documents, tokenizer, tmp_path, fingerprint="f")
+    words, tokens = [], [tokenizer.id_to_token(int(i)) for i in corpus.tokens]
+    for token, start in zip(tokens, corpus.word_starts, strict=True):
+        if start:
+            words.append("")
+        words[-1] += token.removeprefix("##")
+    assert words == ["unbelievable", "中", "文", "don", "'", "t", "ab"]
+    assert len(tokens) > len(words)
+
+
+def test_text_that_spells_a_special_token_is_text(tokenizer, tmp_path):
+    corpus = tokenize_corpus([["ba [MASK] ke [SEP]"]], tokenizer, tmp_path, fingerprint="f")
+    assert not np.isin(corpus.tokens, [tokenizer.token_to_id(t) for t in ("[MASK]", "[SEP]")]).any()
+    # and the caller's tokenizer is as it was
+    assert tokenizer.encode("[MASK]").tokens == ["[CLS]", "[MASK]", "[SEP]"]
+
+
+def test_truncation_and_padding_of_the_tokenizer_do_not_matter(documents, tokenizer, tmp_path):
+    cutting = Tokenizer.from_str(tokenizer.to_str())
+    cutting.enable_truncation(5)
+    cutting.enable_padding()
+    a = tokenize_corpus(documents[:3], tokenizer, tmp_path / "a", fingerprint="f")
+    b = tokenize_corpus(documents[:3], cutting, tmp_path / "b", fingerprint="f")
+    assert_same(a, b)
+
+
+def test_a_large_vocabulary_takes_wider_tokens(tokenizer, tmp_path):
+    wide = Tokenizer.from_str(tokenizer.to_str())
+    wide.add_tokens([f"w{i}" for i in range(2**16)])
+    corpus = tokenize_corpus([["w65535 ba"]], wide, tmp_path, fingerprint="f")
+    assert corpus.tokens.dtype == np.uint32
+    assert corpus.tokens[0] == wide.token_to_id("w65535") >= 2**16
+
+
+def test_a_complete_cache_is_used_as_it_is(documents, tokenizer, tmp_path):
+    first = tokenize_corpus(documents, tokenizer, tmp_path, fingerprint="f")
+    stamp = (tmp_path / "tokens.npy").stat().st_mtime_ns
+
+    def untouchable():
+        raise AssertionError("the corpus was read again")
+        yield
+
+    assert_same(tokenize_corpus(untouchable(), tokenizer, tmp_path, fingerprint="f"), first)
+    assert (tmp_path / "tokens.npy").stat().st_mtime_ns == stamp
+
+
+def test_another_corpus_or_vocabulary_is_built_anew(documents, tokenizer, tmp_path):
+    tokenize_corpus(documents, tokenizer, tmp_path, fingerprint="one")
+    two = tokenize_corpus(documents[:5], tokenizer, tmp_path, fingerprint="two")
+    assert two.num_documents == 5
+    other = train_tokenizer((s for document in documents for s in document), 60)
+    three = tokenize_corpus(documents[:5], other, tmp_path, fingerprint="two")
+    assert three.vocab_size == 60
+    assert three.num_tokens > two.num_tokens
+    cased = train_tokenizer((s for document in documents for s in document), 60, lowercase=False)
+    assert cased.get_vocab() == other.get_vocab()
+    text = [["Ba ba"]]  # the vocabulary is the same, the tokens are not
+    lower = tokenize_corpus(text, other, tmp_path, fingerprint="three").tokens.tolist()
+    upper = tokenize_corpus(text, cased, tmp_path, fingerprint="three").tokens.tolist()
+    assert lower != upper
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: (d / "manifest.json").write_text("{"),
+        lambda d: (d / "manifest.json").write_text("[]"),
+        lambda d: (d / "manifest.json").unlink(),
+        lambda d: (d / "tokens.npy").unlink(),
+        lambda d: os.truncate(d / "tokens.npy", 1000),
+        lambda d: (d / "word_starts.npy").write_bytes(b""),
+        lambda d: np.save(d / "sentence_offsets.npy", np.arange(3)),
+        lambda d: (d / "document_offsets.npy").write_bytes(b"nonsense"),
+    ],
+    ids="broken list missing no-tokens short empty other nonsense".split(),  # noqa: SIM905
+)
+def test_a_damaged_cache_is_rebuilt(documents, tokenizer, tmp_path, damage):
+    whole = tokenize_corpus(documents, tokenizer, tmp_path / "a", fingerprint="f")
+    tokenize_corpus(documents, tokenizer, tmp_path / "b", fingerprint="f")
+    damage(tmp_path / "b")
+    with pytest.raises(InputError, match="not complete; tokenize the corpus again"):
+        TokenizedCorpus.open(tmp_path / "b")
+    assert_same(tokenize_corpus(documents, tokenizer, tmp_path / "b", fingerprint="f"), whole)
+
+
+def interrupted(documents, after):
+    yield from documents[:after]
+    raise KeyboardInterrupt
+
+
+def test_continues_after_the_complete_parts(documents, tokenizer, tmp_path, monkeypatch):
+    whole = tokenize_corpus(documents, tokenizer, tmp_path / "a", fingerprint="f")
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_corpus(interrupted(documents, 50), tokenizer, tmp_path / "b", fingerprint="f")
+    parts = sorted((tmp_path / "b" / "partial").glob("0*.npz"))
+    assert len(parts) > 3
+    assert not (tmp_path / "b" / "manifest.json").exists()
+
+    encoded = []
+    encode = cache._encode
+    monkeypatch.setattr(cache, "_encode", lambda docs, *a: encoded.extend(docs) or encode(docs, *a))
+    again = tokenize_corpus(documents, tokenizer, tmp_path / "b", fingerprint="f")
+    assert_same(again, whole)
+    assert 30 <= len(encoded) < 50  # the last of 80, and those whose part was not yet full
+    assert encoded == documents[-len(encoded) :]
+
+
+def test_parts_of_another_corpus_or_damaged_ones_are_not_used(documents, tokenizer, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_corpus(interrupted(documents, 50), tokenizer, tmp_path / "b", fingerprint="other")
+    reverse = documents[::-1]
+    whole = tokenize_corpus(reverse, tokenizer, tmp_path / "a", fingerprint="f")
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_corpus(interrupted(reverse, 50), tokenizer, tmp_path / "b", fingerprint="f")
+    os.truncate(tmp_path / "b" / "partial" / "000002.npz", 100)
+    assert_same(tokenize_corpus(reverse, tokenizer, tmp_path / "b", fingerprint="f"), whole)
+
+
+def test_survives_a_kill(documents, tokenizer, tmp_path):
+    """A process that kills itself, in the middle of writing its fourth part."""
+    program = """
+import json, os, pickle, signal, sys
+from tokenizers import Tokenizer
+from fastbert.data import cache
+documents, tokenizer, directory = pickle.load(open(sys.argv[1], "rb"))
+cache._PART_CHARACTERS = 5_000
+savez, calls = cache.np.savez, []
+def dying(file, **arrays):
+    calls.append(file)
+    if len(calls) == 4:
+        file.write(b"half a pa")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    savez(file, **arrays)
+cache.np.savez = dying
+cache.tokenize_corpus(documents, Tokenizer.from_str(tokenizer), directory, fingerprint="f")
+"""
+    job = tmp_path / "job"
+    job.write_bytes(pickle.dumps((documents, tokenizer.to_str(), tmp_path / "b")))
+    result = subprocess.run([sys.executable, "-c", program, job], check=False)
+    assert result.returncode == -signal.SIGKILL
+    parts = sorted((tmp_path / "b" / "partial").glob("0*.npz"))
+    assert len(parts) == 3
+    stamps = [part.stat().st_mtime_ns for part in parts]
+
+    def check(*_):  # after the first part that this run makes
+        assert [part.stat().st_mtime_ns for part in parts] == stamps
+
+    resumed = tokenize_corpus(documents, tokenizer, tmp_path / "b", fingerprint="f", progress=check)
+    assert_same(resumed, tokenize_corpus(documents, tokenizer, tmp_path / "a", fingerprint="f"))
+    assert not (tmp_path / "b" / "partial").exists()
+
+
+def test_pickling_passes_on_the_directory_only(corpus):
+    data = pickle.dumps(corpus)
+    assert len(data) < 1000
+    assert_same(pickle.loads(data), corpus)
+
+
+def test_the_arrays_cannot_be_changed(corpus):
+    with pytest.raises(ValueError, match="read-only"):
+        corpus.tokens[0] = 1
+
+
+def test_split(corpus):
+    train, heldout = corpus.split(0.1, seed=1)
+    assert len(heldout) == 8
+    assert sorted([*train, *heldout]) == list(range(80))
+    again, _ = corpus.split(0.1, seed=1)
+    np.testing.assert_array_equal(train, again)
+    assert corpus.split(0.1, seed=2)[1].tolist() != heldout.tolist()
+    assert [len(part) for part in corpus.split(0.0001, seed=1)] == [78, 2]
+    assert [len(part) for part in corpus.split(0.9999, seed=1)] == [2, 78]
+
+
+def test_split_refuses_what_it_cannot_split(numbered, corpus):
+    with pytest.raises(InputError, match="one document gives no random next sentence; separate"):
+        numbered([[3], [4], [5]]).split(0.1, seed=0)
+    assert [len(part) for part in numbered([[3]] * 4).split(0.1, seed=0)] == [2, 2]
+    with pytest.raises(InputError, match="heldout_fraction: expected a number between 0 and 1"):
+        corpus.split(1.0, seed=0)
+
+
+def test_token_counts(corpus):
+    docs = np.array([3, 7, 79])
+    expected = np.zeros(corpus.vocab_size, int)
+    for doc in docs:
+        first, last = corpus.sentence_offsets[corpus.document_offsets[doc : doc + 2]]
+        for token in corpus.tokens[first:last]:
+            expected[token] += 1
+    counts = corpus.token_counts(docs)
+    np.testing.assert_array_equal(counts, expected)
+    assert counts.dtype == np.int64
+
+
+def test_bad_corpora_and_directories(tokenizer, tmp_path):
+    with pytest.raises(InputError, match="corpus: holds no text"):
+        tokenize_corpus([["", " "], []], tokenizer, tmp_path / "empty", fingerprint="f")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file: cannot be written: "):
+        tokenize_corpus([["ba"]], tokenizer, tmp_path / "file", fingerprint="f")
+    with pytest.raises(InputError, match="nowhere: not complete"):
+        TokenizedCorpus.open(tmp_path / "nowhere")
+
+
+def test_the_manifest_tells_the_counts(documents, tokenizer, tmp_path):
+    corpus = tokenize_corpus(documents, tokenizer, tmp_path, fingerprint="f")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["documents"] == corpus.num_documents == 80
+    assert manifest["sentences"] == corpus.num_sentences == sum(map(len, documents))
+    assert manifest["tokens"] == corpus.num_tokens
+    assert manifest["vocab_size"] == corpus.vocab_size == tokenizer.get_vocab_size()
+
+
+def test_two_processes_build_one_cache(documents, tokenizer, tmp_path):
+    """The second waits for the first and then reads nothing."""
+    program = """
+import pickle, sys
+from tokenizers import Tokenizer
+from fastbert.data import cache
+documents, tokenizer, directory = pickle.load(open(sys.argv[1], "rb"))
+cache._PART_CHARACTERS = 5_000
+parts = []
+cache.tokenize_corpus(documents, Tokenizer.from_str(tokenizer), directory, fingerprint="f",
+    progress=lambda *c: parts.append(c))
+print(len(parts))
+"""
+    job = tmp_path / "job"
+    job.write_bytes(pickle.dumps((documents, tokenizer.to_str(), tmp_path / "b")))
+    command = [sys.executable, "-c", program, job]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = sorted(int(process.communicate()[0]) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert outputs[0] == 0 < outputs[1]

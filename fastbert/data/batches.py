@@ -100,7 +100,7 @@ class PretrainingData:
         return GlobalCounts(int(masked), len(maskable))
 
     def batch(
-        self, step: int, *, rank: int = 0, world_size: int = 1, micro_batches: int = 1
+        self, step: int, rank: int = 0, world_size: int = 1, micro_batches: int = 1
     ) -> list[PackedBatch]:
         """A rank's share of a global batch, in micro-batches of nearly equal numbers of tokens.
 

@@ -1,0 +1,271 @@
+import itertools
+import multiprocessing
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from fastbert.check import InputError
+from fastbert.data import (
+    GlobalCounts,
+    PretrainingData,
+    heldout_batches,
+    loader,
+    plan_pairs,
+    special_tokens,
+    unigram_baseline,
+)
+from fastbert.packing import PackedBatch
+
+BATCH_TOKENS, MAX_SEQ_LEN, SEED = 512, 64, 11
+
+
+@pytest.fixture(scope="session")
+def make(corpus, tokenizer):
+    def build(docs=None, **options):
+        defaults = {"seed": SEED, "batch_tokens": BATCH_TOKENS, "max_seq_len": MAX_SEQ_LEN}
+        docs = np.arange(corpus.num_documents) if docs is None else docs
+        specials = special_tokens(tokenizer)
+        return PretrainingData(corpus, docs, specials, corpus.vocab_size, **defaults | options)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def data(make):
+    return make()
+
+
+def sequences(batches: list[PackedBatch]) -> Counter:
+    """Each sequence with all that belongs to it, as a bag."""
+    bag: Counter = Counter()
+    for batch in batches:
+        bounds = batch.cu_seqlens.tolist()
+        columns = (batch.input_ids, batch.token_type_ids, batch.position_ids, batch.labels)
+        for number, (first, last) in enumerate(itertools.pairwise(bounds)):
+            row = tuple(tuple(column[first:last].tolist()) for column in columns)
+            bag[row, int(batch.next_sentence_label[number])] += 1
+    return bag
+
+
+def unmasked(row):
+    ids, _, _, labels = row
+    return [i if label == -100 else label for i, label in zip(ids, labels, strict=True)]
+
+
+def test_a_batch_is_what_a_packed_batch_says(data):
+    [batch] = data.batch(3)
+    lengths = batch.cu_seqlens.diff()
+    total = int(lengths.sum())
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.cu_seqlens[0] == 0
+    for name in ("input_ids", "token_type_ids", "position_ids", "labels"):
+        assert getattr(batch, name).dtype == torch.int64
+        assert getattr(batch, name).shape == (total,)
+    assert BATCH_TOKENS - MAX_SEQ_LEN < total <= BATCH_TOKENS
+    assert batch.max_seqlen == lengths.max() <= MAX_SEQ_LEN
+    assert type(batch.max_seqlen) is type(batch.num_labels) is int
+    assert batch.num_labels == (batch.labels != -100).sum()
+    expected = torch.cat([torch.arange(n) for n in lengths])
+    assert torch.equal(batch.position_ids, expected)
+    assert batch.next_sentence_label.shape == lengths.shape
+    assert batch.next_sentence_label.dtype == torch.int64
+
+
+def epoch_rows(data, epoch_batches=None):
+    steps = range(epoch_batches or data._plan(0).num_batches - 1)
+    return sequences([batch for step in steps for batch in data.batch(step)])
+
+
+def test_sequences_are_the_planned_pairs(data, corpus):
+    """Built here one at a time from the plan: [CLS] A [SEP] B [SEP], types 0 and 1."""
+    plan = plan_pairs(
+        corpus, np.arange(80), seed=SEED, epoch=0, max_seq_len=MAX_SEQ_LEN, short_seq_prob=0.1
+    )
+    planned: Counter = Counter()
+    for (a0, a1, b0, b1), is_random in zip(plan.spans, plan.is_random, strict=True):
+        a, b = corpus.tokens[a0:a1].tolist(), corpus.tokens[b0:b1].tolist()
+        ids = (2, *a, 3, *b, 3)
+        types = (0,) * (len(a) + 2) + (1,) * (len(b) + 1)
+        planned[ids, types, tuple(range(len(ids))), int(is_random)] += 1
+    made: Counter = Counter()
+    for (row, label), count in epoch_rows(data).items():
+        made[tuple(unmasked(row)), row[1], row[2], label] += count
+    assert not made - planned
+    left = planned - made  # the dropped last batch, and no more
+    assert 0 < sum(len(ids) * n for (ids, *_), n in left.items()) <= BATCH_TOKENS
+
+
+def test_an_epoch_fills_every_batch_greedily(data):
+    epoch = data._plan(0)
+    lengths = epoch.lengths[epoch.order]
+    bounds, used = [0], 0
+    for number, length in enumerate(lengths.tolist()):
+        if used + length > BATCH_TOKENS:
+            bounds.append(number)
+            used = 0
+        used += length
+    assert epoch.bounds == [*bounds, len(lengths)]
+
+
+def test_masks(data):
+    """15 % of the tokens of each sequence, never a special one; labels hold the true token."""
+    for row, _ in epoch_rows(data):
+        ids, _, _, labels = row
+        true = unmasked(row)
+        text = [t for t in true if t > 4]
+        chosen = [label for label in labels if label != -100]
+        assert len(chosen) == max(1, round(0.15 * len(text)))
+        assert min(chosen) > 4
+        assert [i for i in ids if i in (0, 2, 3)] == [2, 3, 3]
+
+
+def test_unknown_words_are_not_predicted(tokenizer, tmp_path):
+    from fastbert.data import tokenize_corpus
+
+    documents = [["ba ? ke ? " * 4] * 8] * 6
+    corpus = tokenize_corpus(documents, tokenizer, tmp_path, fingerprint="f")
+    assert (corpus.tokens == 1).mean() > 0.3
+    data = PretrainingData(
+        corpus, np.arange(6), special_tokens(tokenizer), corpus.vocab_size,
+        seed=0, batch_tokens=256, max_seq_len=64,
+    )  # fmt: skip
+    [batch] = data.batch(0)
+    assert not (batch.labels == 1).any()
+    assert data.targets(0) == (batch.num_labels, batch.num_sequences)
+
+
+def test_steps_walk_through_the_epochs(make):
+    data = make()
+    sizes = [data._plan(epoch).num_batches - 1 for epoch in range(4)]
+    expected = [(epoch, index) for epoch in range(4) for index in range(sizes[epoch])]
+    assert [data.locate(step) for step in range(sum(sizes))] == expected
+    far = sum(sizes[:3]) + 1
+    fresh = make()  # resuming: straight to a far step, then back
+    assert fresh.locate(far) == (3, 1)
+    assert sequences(fresh.batch(far)) == sequences(data.batch(far))
+    assert sequences(fresh.batch(2)) == sequences(data.batch(2))
+
+
+def test_epochs_differ(data):
+    first = data._plan(0).num_batches - 1
+    one, two = (
+        {tuple(unmasked(row)) for row, _ in sequences(data.batch(step))} for step in (0, first)
+    )
+    assert data.locate(first) == (1, 0)
+    assert one != two
+    # the plan, the order and the masks each are new
+    a, b = data._plan(0), data._make_plan(1)
+    assert not np.array_equal(a.pairs.spans, b.pairs.spans)
+    assert not np.array_equal(a.order[:50], b.order[:50])
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batches"), [(1, 2), (2, 1), (3, 1), (2, 2), (1, 4), (4, 2)]
+)
+def test_ranks_and_micro_batches_only_cut_the_batch_up(data, world_size, micro_batches):
+    for step in range(12):
+        [whole] = data.batch(step)
+        shares = [
+            data.batch(step, rank=rank, world_size=world_size, micro_batches=micro_batches)
+            for rank in range(world_size)
+        ]
+        assert [len(share) for share in shares] == [micro_batches] * world_size
+        parts = [batch for share in shares for batch in share]
+        assert sequences(parts) == sequences([whole])
+        tokens = [part.num_tokens for part in parts]
+        assert max(tokens) - min(tokens) <= MAX_SEQ_LEN
+        counts = data.targets(step)
+        assert counts == GlobalCounts(whole.num_labels, whole.num_sequences)
+        assert counts.masked_tokens == sum(part.num_labels for part in parts)
+
+
+def test_shares_are_nearly_equal(make):
+    data = make(batch_tokens=4096)
+    worst = []
+    for step in range(data._plan(0).num_batches - 1):
+        tokens = [data.batch(step, rank=r, world_size=4)[0].num_tokens for r in range(4)]
+        worst.append(max(tokens) / np.mean(tokens))
+    assert np.mean(worst) < 1.03
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_the_loader_gives_the_same_batches_for_any_number_of_workers(make, workers):
+    data = make()
+    first = data._plan(0).num_batches - 1
+    start, stop = first - 5, first + 6  # across the end of an epoch
+    reference = make()
+    options = {"rank": 1, "world_size": 2, "micro_batches": 2}
+    made = list(loader(data, start, stop, workers=workers, **options))
+    assert len(made) == 11
+    for step, batches in enumerate(made, start):
+        expected = reference.batch(step, **options)
+        for batch, other in zip(batches, expected, strict=True):
+            assert torch.equal(batch.input_ids, other.input_ids)
+            assert torch.equal(batch.labels, other.labels)
+            assert torch.equal(batch.cu_seqlens, other.cu_seqlens)
+            assert torch.equal(batch.next_sentence_label, other.next_sentence_label)
+
+
+def test_the_loader_can_be_empty(data):
+    assert list(loader(data, 5, 5)) == []
+
+
+def _first_ids(data, queue):
+    queue.put(data.batch(0)[0].input_ids.tolist())
+
+
+def test_data_can_be_sent_to_a_spawned_process(data):
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=_first_ids, args=(data, queue))
+    process.start()
+    assert queue.get() == data.batch(0)[0].input_ids.tolist()
+    process.join()
+
+
+def test_heldout_batches_hold_every_example_once(make, corpus):
+    _, heldout = corpus.split(0.2, seed=0)
+    data = make(heldout)
+    batches = list(heldout_batches(data))
+    assert sum(batch.num_sequences for batch in batches) == len(data._plan(0).lengths)
+    assert sum(batch.num_tokens for batch in batches) == data._plan(0).lengths.sum()
+    assert batches[-1].num_tokens < BATCH_TOKENS - MAX_SEQ_LEN  # the small one is there
+    for _ in range(2):
+        data.batch(data._plan(0).num_batches + 5)  # another epoch in between changes nothing
+        assert sequences(list(heldout_batches(data))) == sequences(batches)
+    shared = [b for rank in range(3) for b in heldout_batches(data, rank=rank, world_size=3)]
+    assert sequences(shared) == sequences(batches)
+
+
+def test_a_corpus_smaller_than_a_batch_is_one_batch(make):
+    data = make(np.array([0, 1]), batch_tokens=100_000)
+    assert [data.locate(step) for step in range(3)] == [(0, 0), (1, 0), (2, 0)]
+    [batch] = data.batch(1)
+    assert batch.num_sequences == len(data._plan(1).lengths)
+
+
+def test_unigram_baseline():
+    counts = np.array([0, 3, 1])
+    total = 4 + 1.5
+    targets = np.array([1, 1, 2, 0])
+    expected = -np.mean(np.log(np.array([3.5, 3.5, 1.5, 0.5]) / total))
+    assert unigram_baseline(counts, targets) == pytest.approx(expected)
+    assert unigram_baseline(counts, torch.from_numpy(targets)) == pytest.approx(expected)
+
+
+def test_bad_options(make, data, corpus, tokenizer):
+    with pytest.raises(InputError, match="batch_tokens: expected at least max_seq_len, 64, got 63"):
+        make(batch_tokens=63)
+    with pytest.raises(InputError, match="mlm_probability: expected a number between 0 and 1"):
+        make(mlm_probability=0.0)
+    with pytest.raises(InputError, match=r"1 document\(s\), and one gives no random next"):
+        make(np.array([0]))
+    with pytest.raises(InputError, match="vocab_size: 10 is smaller than the corpus' vocabulary"):
+        PretrainingData(
+            corpus, np.arange(9), special_tokens(tokenizer), 10,
+            seed=0, batch_tokens=512, max_seq_len=64,
+        )  # fmt: skip
+    with pytest.raises(InputError, match=r"too few for 8 rank\(s\) x 4 micro-batch\(es\); raise"):
+        data.batch(0, world_size=8, micro_batches=4)

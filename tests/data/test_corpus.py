@@ -8,6 +8,7 @@ from fastbert.check import InputError
 from fastbert.data import (
     fingerprint_files,
     fingerprint_python,
+    python_docs,
     python_documents,
     read_documents,
     split_sentences,
@@ -131,7 +132,6 @@ def test_the_default_corpus_is_about_two_megabytes_of_prose(python_corpus):
     prompts = sum(s.startswith(">>>") for document in python_corpus for s in document)
     assert prompts < 5  # one is in the middle of a sentence about interpreters
     assert ":class:`" not in text
-    assert "=====" not in text
 
 
 def test_the_default_corpus_has_topics_and_docstrings(python_corpus):
@@ -142,14 +142,24 @@ def test_the_default_corpus_has_topics_and_docstrings(python_corpus):
     assert "idlelib" not in sys.modules
 
 
-def test_the_default_corpus_is_the_same_each_time(python_corpus):
-    assert python_corpus == list(python_documents())
+def test_the_default_corpus_is_the_same_each_time(python_corpus, monkeypatch):
+    files = python_docs._modules()
+    assert files == sorted(files)
     assert fingerprint_python() == fingerprint_python()
+    monkeypatch.setattr(python_docs, "_modules", lambda: files[:50])
+    part = list(python_documents())
+    assert len(part) > 100
+    assert part == python_corpus[: len(part)]
+
+
+def test_the_default_corpus_may_be_missing(monkeypatch):
+    monkeypatch.setattr(python_docs, "_modules", list)
+    monkeypatch.setattr(python_docs, "_topics", list)
+    with pytest.raises(InputError, match="name a corpus of your own"):
+        list(python_documents())
 
 
 def test_docstrings_come_in_the_order_of_the_source(tmp_path):
-    from fastbert.data import python_docs
-
     source = write(
         tmp_path / "m.py",
         '"""Module."""\nclass A:\n    """Class."""\n    def f(self):\n        """Method."""\n'
@@ -166,8 +176,6 @@ def test_docstrings_come_in_the_order_of_the_source(tmp_path):
 
 
 def test_prose_joins_lines_and_drops_marks():
-    from fastbert.data import python_docs
-
     text = (
         "Title\n=====\n\nUse ``open()`` or :func:`~os.fdopen`; *never* a post-\nmortem. See\n"
         "**Source code:** below.\n\n* one item\n* another\n\n.. note:: dropped\n\n>>> 1 + 1\n2\n"

@@ -270,7 +270,13 @@ def loader(
     if start < stop:
         data.locate(start)  # planned once here, not once in each forked worker
     steps = _Steps(data, range(start, stop), rank, world_size, micro_batches)
-    return DataLoader(steps, batch_size=None, num_workers=workers, pin_memory=pin_memory)
+    return DataLoader(
+        steps,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else it draws a seed from the generator of the dropout
+    )
 
 
 def heldout_batches(

@@ -1,4 +1,4 @@
-"""Layer normalization (Ba et al. 2016, https://arxiv.org/abs/1607.06450), alone and after a residual."""
+"""Layer normalization (Ba et al. 2016, https://arxiv.org/abs/1607.06450), also after a residual."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from fastbert.check import require
 
 @op("triton", dtypes=(torch.float32, torch.float16, torch.bfloat16))
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Tensor:
-    """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension, with the biased variance.
+    """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension.
 
-    x: (..., H); weight, bias: (H,). Computed in float32 or wider, returned in x.dtype, whatever
-    autocast would do: the packed stream keeps its dtype.
+    x: (..., H); weight, bias: (H,). The variance is the biased one. Computed in float32 or wider,
+    returned in x.dtype, whatever autocast would do: the packed stream keeps its dtype.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     normed = F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)

@@ -15,6 +15,9 @@ from fastbert.packing import IGNORE_INDEX, PackedBatch
 from fastbert.train.report import console
 
 
+TEXT = "text"  # the directory of a run where they are kept
+
+
 class PreparedText(NamedTuple):
     """baseline: cross-entropy, in nats, of the held-out targets under the training unigrams;
     fingerprint: a hash of the text and the tokenizer.
@@ -29,7 +32,7 @@ class PreparedText(NamedTuple):
 
 def prepare_text(config: PretrainConfig, out: Path) -> PreparedText:
     """Tokenises the corpus into out/text, or finds it there, and splits its documents."""
-    directory = out / "text"
+    directory = out / TEXT
     tokenizer = _tokenizer(config, directory)
     if config.corpus:
         fingerprint = data.fingerprint_files(config.corpus)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fastbert.packing import PackedBatch
 from fastbert.train import state as run_state
 from fastbert.train.objective import Metrics, PretrainingObjective
 from fastbert.train.optimizer import linear_schedule, make_optimizer
-from fastbert.train.prepare import PreparedText, prepare_text
+from fastbert.train.prepare import TEXT, PreparedText, prepare_text
 from fastbert.train.report import Reporter, console, environment, plot_losses
 
 RUN = "run.json"
@@ -33,11 +34,15 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False) -> dict
     the same number of threads, also through any number of kills and resumptions.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    resuming = _open_run(config, out, resume=resume)
+    is_new = _open_run(config, out, resume=resume)
     run_state.discard_partial(out)
-
     torch.manual_seed(config.seed)
-    text = prepare_text(config, out)
+    try:
+        text = prepare_text(config, out)
+    except InputError:
+        if is_new:
+            _abandon(out)
+        raise
     preset = PRESETS[config.preset]
     model = BertForPreTraining(
         BertConfig(
@@ -48,7 +53,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False) -> dict
     ).to(device)
     optimizer = make_optimizer(model, config.weight_decay)
     state = run_state.TrainingState(text.fingerprint)
-    if resuming:
+    if (out / checkpoint.LATEST).exists():
         state = run_state.load(out, model, optimizer)
         if state.text != text.fingerprint:
             raise InputError(f"{out}: the corpus or the tokenizer has changed since the run began")
@@ -59,7 +64,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False) -> dict
 
 
 def _open_run(config: PretrainConfig, out: Path, *, resume: bool) -> bool:
-    """Claims the directory `out`; True if it holds a run to continue."""
+    """Claims the directory `out`; True unless it holds a run already, which is to be continued."""
     path = out / RUN
     if not path.exists():
         try:
@@ -67,12 +72,20 @@ def _open_run(config: PretrainConfig, out: Path, *, resume: bool) -> bool:
         except OSError as error:
             raise InputError(f"--out {out}: {error.strerror}") from None
         run_state.write_json(path, config.to_json())
-        return False
+        return True
     if not resume:
         raise InputError(f"--out {out}: holds a run already; --resume continues it")
     if config != read_run(out):
         raise InputError(f"--out {out}: its run has other options; start a new one elsewhere")
-    return (out / checkpoint.LATEST).exists()
+    return False
+
+
+def _abandon(out: Path) -> None:
+    """Takes back a claim on a directory in which nothing was trained."""
+    (out / RUN).unlink()
+    shutil.rmtree(out / TEXT, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the directory was there before, with other things in it
+        out.rmdir()
 
 
 def read_run(out: Path) -> PretrainConfig | None:

@@ -162,7 +162,7 @@ def test_bad_options_are_one_clear_line(options, pattern, corpus, tmp_path):
     [
         (b"", "no text"),
         (b"caf\xe9 noir\n", "not UTF-8"),
-        (b"One document.\nIt has two sentences.\n", "another document.*blank line"),
+        (b"One document.\nIt has two sentences.\n", "no random next sentence.*blank line"),
     ],
     ids=["empty", "latin-1", "one document"],
 )
@@ -171,7 +171,7 @@ def test_a_bad_corpus_is_one_clear_line(content, pattern, tmp_path):
     path.write_bytes(content)
     done = fastbert_cli("pretrain", "--corpus", path, "--out", tmp_path / "run", *SMALL)
     assert_one_clear_line(done, pattern)
-    assert not list((tmp_path / "run").rglob("*checkpoint*"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

@@ -164,8 +164,8 @@ Compacted compact_entries(
       positions.mutable_data_ptr<int>(),
       slots.mutable_data_ptr<int>(),
       offsets.mutable_data_ptr<int>(),
-      rows,
-      columns,
+      static_cast<int>(rows),
+      static_cast<int>(columns),
       room,
       tiles_per_block,
       ignored);

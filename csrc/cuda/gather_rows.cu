@@ -29,27 +29,36 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(
     int64_t source_stride,
     int64_t source_rows,
     int64_t rows,
-    int64_t width) {
+    int width) {
   const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (row >= rows) {
     return;
   }
+  const int lanes = blockDim.x;
   const int source_row = index[row];
   CUDA_KERNEL_ASSERT(source_row >= -1 && source_row < source_rows);
-  const Vector* from = src + source_row * source_stride;
-  Vector* to = out + row * width;
-  for (int64_t first = threadIdx.x; first < width; first += kUnroll * blockDim.x) {
+  Vector* to = out + row * width + threadIdx.x;
+  int left = width - static_cast<int>(threadIdx.x);
+  if (source_row < 0) {
+    for (; left > 0; left -= lanes, to += lanes) {
+      *to = Vector{};
+    }
+    return;
+  }
+  const Vector* from = src + source_row * source_stride + threadIdx.x;
+#pragma unroll 1
+  for (; left > 0; left -= kUnroll * lanes, from += kUnroll * lanes, to += kUnroll * lanes) {
     Vector held[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int64_t column = first + u * blockDim.x;
-      held[u] = source_row >= 0 && column < width ? from[column] : Vector{};
+      if (u * lanes < left) {
+        held[u] = from[u * lanes];
+      }
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int64_t column = first + u * blockDim.x;
-      if (column < width) {
-        to[column] = held[u];
+      if (u * lanes < left) {
+        to[u * lanes] = held[u];
       }
     }
   }
@@ -60,6 +69,8 @@ void launch(const at::Tensor& src, const at::Tensor& index, at::Tensor& out) {
   constexpr int64_t size = sizeof(Vector);
   const int64_t rows = out.size(0);
   const int64_t width = out.size(1) * out.element_size() / size;
+  TORCH_CHECK_VALUE(
+      width <= 1 << 30, "gather_rows: expected rows of at most 2^30 vectors, got ", width);
   // a warp for a wide row; a row of one token id takes one lane
   const int64_t lanes = std::min<int64_t>(kMaxLanes, std::bit_ceil(static_cast<uint64_t>(width)));
   const int64_t rows_per_block = kThreads / lanes;
@@ -72,7 +83,7 @@ void launch(const at::Tensor& src, const at::Tensor& index, at::Tensor& out) {
           src.stride(0) * src.element_size() / size,
           src.size(0),
           rows,
-          width);
+          static_cast<int>(width));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -1,0 +1,157 @@
+"""What is installed, what an import costs, and which file may import which."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+IN_A_PACKAGE = (
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "fastbert",
+    "kernels",
+    "csrc",
+)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what the package is built from, without what an earlier build left."""
+    copy = tmp_path / "checkout"
+    copy.mkdir()
+    for name in IN_A_PACKAGE:
+        source = ROOT / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("*.so", "__pycache__")
+            shutil.copytree(source, copy / name, ignore=ignored)
+        elif source.exists():
+            shutil.copy(source, copy)
+    return copy
+
+
+def run(*command, cwd, **environment):
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def build_without_a_compiler(checkout, wanted):
+    """In a process that finds ninja but no compiler."""
+    programs = checkout.parent / "bin"
+    programs.mkdir()
+    for name in ("ninja", "which", "sh", "uname"):
+        if path := shutil.which(name):
+            (programs / name).symlink_to(path)
+    environment = {"PATH": str(programs), "FASTBERT_BUILD_EXT": wanted, "CC": "cc", "CXX": "c++"}
+    return run("setup.py", "-q", "build_ext", "--inplace", cwd=checkout, **environment)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_one_package_and_its_kernels(checkout, tmp_path):
+    options = ("--no-build-isolation", "--no-deps", "-q", "-w", str(tmp_path), ".")
+    built = run("-m", "pip", "wheel", *options, cwd=checkout, FASTBERT_BUILD_EXT="0")
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"fastbert"}
+    for folder, inside in (("kernels", "fastbert/kernels"), ("fastbert", "fastbert")):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert f"{inside}/{file.relative_to(ROOT / folder).as_posix()}" in names
+    assert "fastbert/py.typed" in names
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_extension_is_left_out_in_one_line(checkout):
+    pytest.importorskip("setuptools")
+    built = build_without_a_compiler(checkout, wanted="auto")
+    assert built.returncode == 0, built.stderr
+    assert built.stderr == ""
+    (line,) = built.stdout.splitlines()
+    assert line.startswith("fastbert: the C++ extension is left out: no C++ compiler (c++) on PATH")
+    assert line.endswith("(everything still works; FASTBERT_BUILD_EXT=1 shows the whole error)")
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_leaves_the_extension_out_too(checkout):
+    (checkout / "csrc" / "bindings.cpp").write_text("this is not C++\n")
+    built = run("setup.py", "-q", "build_ext", "--inplace", cwd=checkout, FASTBERT_BUILD_EXT="auto")
+    assert built.returncode == 0, built.stderr
+    (line,) = (built.stdout + built.stderr).splitlines()
+    assert line.startswith("fastbert: the C++ extension is left out: ")
+
+
+@pytest.mark.slow
+def test_a_wanted_extension_that_cannot_be_built_is_an_error(checkout):
+    assert build_without_a_compiler(checkout, wanted="1").returncode != 0
+
+
+def test_import_loads_neither_triton_nor_cuda():
+    program = (
+        "import fastbert, sys, torch\n"
+        "print('triton' in sys.modules, 'transformers' in sys.modules,"
+        " torch.cuda.is_initialized())"
+    )
+    done = run("-c", program, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False", "False", "False"]
+
+
+LAYERS = (  # from the top down: a file may import its own layer, those below, and the leaves
+    {"cli"},
+    {"about", "hf", "predict"},
+    {"train"},
+    {"data"},
+    {"models"},
+    {"modules"},
+    {"ops"},
+    {"backend"},
+    {"kernels"},
+)
+LEAVES = {"_version", "check", "checkpoint", "config", "outputs", "packing", "reference", "rng"}
+
+
+def allowed_imports(module):
+    if module in LEAVES:
+        return LEAVES
+    if module == "kernels":
+        return {"kernels"}  # device code knows tensors and nothing of fastbert
+    own = [i for i, layer in enumerate(LAYERS) if module in layer]
+    assert own, f"fastbert.{module} is new: say in LAYERS or LEAVES where it belongs"
+    return LEAVES.union(*LAYERS[own[0] :])
+
+
+def imports_of(file):
+    """The absolute names that a file imports anywhere, also inside its functions."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_point_downwards():
+    for file in (*(ROOT / "fastbert").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")):
+        place = file.relative_to(ROOT).with_suffix("").parts
+        module = place[0] if place[0] == "kernels" else place[1]
+        names = [name.split(".") for name in imports_of(file)]
+        if module != "hf":
+            assert ["transformers"] not in [name[:1] for name in names], f"{file}: only hf.py may"
+        if module != "__init__":  # which gathers the public names
+            imported = {name[1] for name in names if name[0] == "fastbert"} - {"__version__"}
+            assert imported <= allowed_imports(module), f"{file}: {imported}"

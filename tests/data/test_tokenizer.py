@@ -106,6 +106,7 @@ def test_saved_files_load_again(trained, tmp_path, name):
     if name == "vocab.txt":
         (tmp_path / "tokenizer.json").unlink()
     loaded = load_tokenizer(tmp_path / name)
+    assert loaded.to_str() == trained.to_str()  # the cache of a corpus goes by it
     for text in TEXTS:
         assert loaded.encode(text, "b").ids == trained.encode(text, "b").ids
         assert loaded.encode(text, "b").type_ids == trained.encode(text, "b").type_ids

@@ -4,6 +4,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -157,11 +158,12 @@ def interrupted(documents, after):
 
 def test_continues_after_the_complete_parts(documents, tokenizer, tmp_path, monkeypatch):
     whole = tokenize_corpus(documents, tokenizer, tmp_path / "a", fingerprint="f")
+    tokenize_corpus(documents[:2], tokenizer, tmp_path / "b", fingerprint="old")
     with pytest.raises(KeyboardInterrupt):
         tokenize_corpus(interrupted(documents, 50), tokenizer, tmp_path / "b", fingerprint="f")
     parts = sorted((tmp_path / "b" / "partial").glob("0*.npz"))
     assert len(parts) > 3
-    assert not (tmp_path / "b" / "manifest.json").exists()
+    assert not (tmp_path / "b" / "manifest.json").exists()  # nor the old one
 
     encoded = []
     encode = cache._encode
@@ -279,23 +281,21 @@ def test_the_manifest_tells_the_counts(documents, tokenizer, tmp_path):
     assert manifest["vocab_size"] == corpus.vocab_size == tokenizer.get_vocab_size()
 
 
-def test_two_processes_build_one_cache(documents, tokenizer, tmp_path):
-    """The second waits for the first and then reads nothing."""
-    program = """
-import pickle, sys
-from tokenizers import Tokenizer
-from fastbert.data import cache
-documents, tokenizer, directory = pickle.load(open(sys.argv[1], "rb"))
-cache._PART_CHARACTERS = 5_000
-parts = []
-cache.tokenize_corpus(documents, Tokenizer.from_str(tokenizer), directory, fingerprint="f",
-    progress=lambda *c: parts.append(c))
-print(len(parts))
-"""
-    job = tmp_path / "job"
-    job.write_bytes(pickle.dumps((documents, tokenizer.to_str(), tmp_path / "b")))
-    command = [sys.executable, "-c", program, job]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = sorted(int(process.communicate()[0]) for process in processes)
-    assert [process.returncode for process in processes] == [0, 0]
-    assert outputs[0] == 0 < outputs[1]
+def test_waits_while_another_process_builds(documents, tokenizer, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    parts = []
+
+    def build():
+        tokenize_corpus(
+            documents, tokenizer, tmp_path, fingerprint="f", progress=lambda *c: parts.append(c)
+        )
+
+    thread = threading.Thread(target=build)
+    with (tmp_path / "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        assert not parts
+    thread.join()
+    assert parts

@@ -65,14 +65,17 @@ def _compact_fused(
 
 def _compact_fake(values: Tensor, ignore_index: int, capacity: int | None = None) -> Compacted:
     _check(values, ignore_index, capacity)
-    if capacity is None:
-        capacity = torch.library.get_ctx().new_dynamic_size()
+    room = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
 
-    def int32(size: int) -> Tensor:
+    def int32(size: int | torch.SymInt) -> Tensor:
         return values.new_empty((size,), dtype=torch.int32)
 
-    kept = values.new_empty((capacity,))
-    return Compacted(kept, int32(capacity), int32(values.numel()), int32(values.shape[0] + 1))
+    return Compacted(
+        kept=values.new_empty((room,)),
+        positions=int32(room),
+        slots=int32(values.numel()),
+        offsets=int32(values.shape[0] + 1),
+    )
 
 
 def _check(values: Tensor, ignore_index: int, capacity: int | None) -> None:

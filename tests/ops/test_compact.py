@@ -111,11 +111,26 @@ def test_compact_of_unsigned_types(implementation, device, dtype):
         (torch.zeros(1, 4), 0, None, "values of an integer dtype or bool, got .*[Ff]loat"),
         (torch.zeros(1, 4, dtype=torch.bool), -100, None, "an ignore_index that .* can hold"),
         (torch.zeros(1, 4, dtype=torch.uint8), 256, None, "an ignore_index that .* can hold"),
+        (
+            torch.zeros(1, 4, dtype=torch.uint8),
+            -1,
+            None,
+            "an ignore_index that .* can hold, got -1",
+        ),
         (torch.zeros(1, 4, dtype=torch.int8), -129, None, "ignore_index .* can hold, got -129"),
         (torch.zeros(1, 1, dtype=torch.int8).expand(2, 2**30), 0, None, r"2\^31 - 1 values, got"),
         (torch.zeros(1, 4, dtype=torch.int64), 0, -1, "a capacity of at least 0, got -1"),
     ],
-    ids=["1-D", "float", "bool", "uint8", "int8", "too many", "negative capacity"],
+    ids=[
+        "1-D",
+        "float",
+        "bool",
+        "uint8",
+        "negative uint8",
+        "int8",
+        "too many",
+        "negative capacity",
+    ],
 )
 def test_compact_refuses(implementation, device, values, ignore_index, capacity, message):
     with pytest.raises(ValueError, match=f"compact: expected .*{message}"):

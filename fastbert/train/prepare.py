@@ -14,7 +14,6 @@ from fastbert.config import PretrainConfig
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 from fastbert.train.report import console
 
-
 TEXT = "text"  # the directory of a run where they are kept
 
 

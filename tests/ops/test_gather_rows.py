@@ -69,14 +69,14 @@ def test_gather_of_many_rows(implementation, device, dtype, width):
     "view",
     [
         lambda x: x[:, 1:-2],  # rows at odd addresses
-        lambda x: x[:, 4:12],
+        lambda x: x[:, :8],  # in float16, 16 bytes at addresses that are 40 apart
         lambda x: x[::2],
         lambda x: x[:, ::2],
         lambda x: x[:, :1],
         lambda x: x[:1].expand(9, -1),
         torch.t,
     ],
-    ids=["unaligned", "aligned", "every other row", "strided columns", "column", "expanded", "t"],
+    ids=["unaligned", "rows apart", "every other row", "strided columns", "column", "expanded", "t"],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_gather_of_a_view(implementation, device, dtype, view):

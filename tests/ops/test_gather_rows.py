@@ -76,7 +76,7 @@ def test_gather_of_many_rows(implementation, device, dtype, width):
         lambda x: x[:1].expand(9, -1),
         torch.t,
     ],
-    ids=["unaligned", "rows apart", "every other row", "strided columns", "column", "expanded", "t"],
+    ids=["unaligned", "rows apart", "every other row", "strided", "column", "expanded", "t"],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_gather_of_a_view(implementation, device, dtype, view):

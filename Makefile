@@ -40,6 +40,6 @@ $(VENV)/.installed: constraints.txt pyproject.toml | $(PY)
 	FASTBERT_BUILD_EXT=0 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-$(VENV)/.extension: setup.py $(wildcard csrc/*) $(VENV)/.installed
+$(VENV)/.extension: setup.py $(wildcard csrc/* csrc/cuda/*) $(VENV)/.installed
 	@PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) setup.py -q build_ext --inplace
 	@touch $@

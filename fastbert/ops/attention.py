@@ -42,14 +42,23 @@ def _attend_by_sequence(qkv, cu_seqlens, max_seqlen, softmax_scale, dropout_p) -
     lengths = cu_seqlens.diff().tolist()
     # one split, whose backward is one concatenation: slices would each zero a whole gradient
     sequences = qkv.permute(1, 2, 0, 3).split(lengths, dim=2)  # each (3, N, n, D)
+    scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     outputs = [
-        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=softmax_scale)
-        for q, k, v in sequences
-        if q.shape[1]
+        _attend_one(*sequence.unbind(), scale, dropout_p).transpose(0, 1)
+        for sequence in sequences
+        if sequence.shape[2]
     ]
-    if not outputs:
-        return qkv[:, 0]
-    return torch.cat([output.transpose(0, 1) for output in outputs])
+    return torch.cat(outputs) if outputs else qkv[:, 0]
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> Tensor:
+    """(N, n, D) each -> (N, n, D)"""
+    if not dropout_p:  # four dimensions, because with three PyTorch's own fused kernel is not taken
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)[0]
+    # PyTorch's fused CPU kernel has no dropout, and its fallback computes bf16 in float32: written
+    # out, a training step of 8 sequences of up to 512 tokens took 68 ms here instead of 370
+    scores = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale)
+    return F.dropout(scores.softmax(-1), dropout_p) @ v
 
 
 def _attend_padded(qkv, cu_seqlens, max_seqlen, softmax_scale, dropout_p) -> Tensor:

@@ -165,7 +165,7 @@ def _shape(layers: int, hidden: int) -> dict[str, Any]:
 
 PRESETS = {
     "tiny": Preset(_shape(2, 128), 1e-3),
-    "mini": Preset(_shape(4, 256), 1e-3),
+    "mini": Preset(_shape(4, 256), 7e-4),
     "base": Preset(_shape(12, 768), 1e-4),
     "large": Preset(_shape(24, 1024), 1e-4),
 }
@@ -195,8 +195,8 @@ class PretrainConfig:
     max_seq_len: int = option(128, "Longest example, in tokens.")
     short_seq_prob: float = option(0.1, "Share of examples made shorter on purpose.")
     mlm_probability: float = option(0.15, "Share of tokens to predict.")
-    steps: int = option(400, "Optimizer steps.")
-    batch_tokens: int = option(4096, "Tokens in the batch of one optimizer step.")
+    steps: int = option(900, "Optimizer steps.")
+    batch_tokens: int = option(2048, "Tokens in the batch of one optimizer step.")
     accumulation: int = option(1, "Parts that a batch is run in, to save memory.")
     learning_rate: float | None = option(None, "Peak learning rate; by default the preset's.")
     warmup_ratio: float = option(0.1, "Share of the steps in which the learning rate rises.")
@@ -207,7 +207,7 @@ class PretrainConfig:
     eval_every: int = option(100, "Steps between validations.")
     eval_batches: int = option(32, "Held-out batches that a validation reads at most.")
     save_every: int = option(100, "Steps between checkpoints.")
-    log_every: int = option(10, "Steps between reports.")
+    log_every: int = option(20, "Steps between reports.")
     workers: int = option(0, "Processes that prepare batches; 0 prepares them in this one.")
     seed: int = option(0, "Seed of weights, order, masks and dropout.")
 

@@ -44,9 +44,9 @@ def _attend_by_sequence(qkv, cu_seqlens, max_seqlen, softmax_scale, dropout_p) -
     sequences = qkv.permute(1, 2, 0, 3).split(lengths, dim=2)  # each (3, N, n, D)
     scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     outputs = [
-        _attend_one(*sequence.unbind(), scale, dropout_p).transpose(0, 1)
-        for sequence in sequences
-        if sequence.shape[2]
+        _attend_one(q, k, v, scale, dropout_p).transpose(0, 1)
+        for q, k, v in sequences
+        if q.shape[1]
     ]
     return torch.cat(outputs) if outputs else qkv[:, 0]
 

@@ -119,9 +119,10 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         yield beside
         for file in beside.rglob("*"):
             _sync(file)
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        beside.chmod(0o755)  # mkdtemp's, and some libraries' files, are for their owner alone
         if path.exists():
             shutil.rmtree(path)
-        beside.chmod(0o755)  # mkdtemp's is for its owner alone
         beside.rename(path)
         _sync(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:

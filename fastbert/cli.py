@@ -22,9 +22,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-# A resumed run may be watched and fed differently, but must be the same run.
-_MAY_CHANGE = {"workers", "log_every"}
-
 
 def options_of(config: type) -> Callable[[Callable], Callable]:
     """Gives a command an option for each field of a dataclass: name, type, default and help."""
@@ -76,24 +73,15 @@ def pretrain(
     options["corpus"] = (*options["corpus"], *(paths or ()))
     if paths and len(options["corpus"]) == len(paths):
         raise InputError(f"{paths[0]}: a stray argument; text to train on is named by --corpus")
-    given = {
-        name
-        for name in options
-        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
-    }
     earlier = pretraining.read_run(out) if resume else None
     if earlier is None:
-        if options["precision"] == "auto":
-            options["precision"] = pretraining.pick_precision()
         config = PretrainConfig(**options)
     else:
-        changed = {name: options[name] for name in given if options[name] != getattr(earlier, name)}
-        for name in changed.keys() - _MAY_CHANGE:
-            raise InputError(
-                f"--{name.replace('_', '-')} {changed[name]}: the run in {out} was started with "
-                f"{getattr(earlier, name)}; leave the option out, or start a new run"
-            )
-        config = dataclasses.replace(earlier, **changed)
+        sources = {name: context.get_parameter_source(name) for name in options}
+        given = [
+            name for name, source in sources.items() if source and source.name == "COMMANDLINE"
+        ]
+        config = earlier.same_run(**{name: options[name] for name in given})
     pretraining.pretrain(config, out, resume=resume)
 
 
@@ -111,7 +99,7 @@ def fill_mask(
 
     from fastbert.predict import fill_mask as predictions
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for number, words in enumerate(predictions(model, text, top), start=1):
         table = Table("probability", "word", "text", title=f"[MASK] {number}", title_justify="left")
         for word in words:
@@ -127,7 +115,7 @@ def info() -> None:
 
     from fastbert.about import backends, devices, versions
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for title, header, rows in (
         ("Versions", ("package", "version"), versions()),
         ("Devices", ("device", "what it is"), devices()),

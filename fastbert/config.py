@@ -227,6 +227,19 @@ class PretrainConfig:
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed: between 0 and 2^63 - 1, got {self.seed}")
 
+    def same_run(self, **changes: Any) -> "PretrainConfig":
+        """This run with other options, of which only those that leave its results alone may change.
+
+        Raises InputError for an option that would make it another run.
+        """
+        for name, value in changes.items():
+            if value != getattr(self, name) and name not in ("workers", "log_every"):
+                raise InputError(
+                    f"--{_dashed(name)} {value}: the run was started with {getattr(self, name)}; "
+                    "leave the option out, or start a new run in another directory"
+                )
+        return dataclasses.replace(self, **changes)
+
     def to_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
         values["corpus"] = [str(path) for path in self.corpus]

@@ -62,12 +62,14 @@ def prepare_text(config: PretrainConfig, out: Path) -> PreparedText:
             mlm_probability=config.mlm_probability,
         )
 
+    training = examples(train)
+    training.batch(0, micro_batches=config.accumulation)  # refuses a budget that is too small
     batches = list(itertools.islice(data.heldout_batches(examples(heldout)), config.eval_batches))
     labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
     targets = labels[labels != IGNORE_INDEX].numpy()
     baseline = data.unigram_baseline(corpus.token_counts(train), targets)
     both = hashlib.sha256(f"{fingerprint} {tokenizer.to_str()}".encode()).hexdigest()
-    return PreparedText(both, tokenizer, examples(train), batches, baseline)
+    return PreparedText(both, tokenizer, training, batches, baseline)
 
 
 def _tokenizer(config: PretrainConfig, directory: Path) -> Tokenizer:

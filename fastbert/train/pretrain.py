@@ -1,7 +1,9 @@
 """Pre-training from raw text: MLM and next-sentence prediction over packed batches."""
 
 import contextlib
+import dataclasses
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -34,6 +36,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False) -> dict
     the same number of threads, also through any number of kills and resumptions.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = dataclasses.replace(config, precision=_precision(config.precision))
     is_new = _open_run(config, out, resume=resume)
     run_state.discard_partial(out)
     torch.manual_seed(config.seed)
@@ -75,8 +78,9 @@ def _open_run(config: PretrainConfig, out: Path, *, resume: bool) -> bool:
         return True
     if not resume:
         raise InputError(f"--out {out}: holds a run already; --resume continues it")
-    if config != read_run(out):
-        raise InputError(f"--out {out}: its run has other options; start a new one elsewhere")
+    earlier = read_run(out)
+    assert earlier is not None
+    earlier.same_run(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
     return False
 
 
@@ -148,6 +152,11 @@ def _train(
                 metrics = Metrics(*sums.tolist())  # the only place where the host waits
                 now = time.perf_counter()
                 row = _row(state.step, metrics, tokens / (now - reported))
+                if not math.isfinite(row["loss"]):
+                    raise InputError(
+                        f"the loss is not finite at step {state.step}, and the last checkpoint is "
+                        "from before; start a new run with a smaller --learning-rate"
+                    )
                 state.history.append(row)
                 state.real_tokens += tokens
                 state.seconds = before + now - started
@@ -245,8 +254,10 @@ def _autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def pick_precision() -> str:
-    """bf16 where this machine multiplies in it, else fp32."""
+def _precision(wanted: str) -> str:
+    """What `auto` stands for: bf16 where this machine multiplies in it, else fp32."""
+    if wanted != "auto":
+        return wanted
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,5 +1,6 @@
 """What a run shows: one live line, TensorBoard scalars, and at the end a plot and a summary."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -14,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fastbert import __version__
 from fastbert.check import InputError
 
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 class Reporter:
@@ -105,9 +106,7 @@ def plot_losses(history: list[dict[str, float]], baseline: float, path: Path) ->
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, device and commit, to write beside a measurement."""
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "fastbert": __version__,
         "torch": torch.__version__,
@@ -116,6 +115,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "commit": _commit(),
     }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def _commit() -> str | None:

@@ -26,14 +26,15 @@ def strategy(request, monkeypatch):
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("dropout_p", [0.0, 1e-12])  # the second drops nothing, but runs its path
 @pytest.mark.usefixtures("strategy")
-def test_each_sequence_attends_to_itself_alone(lengths, scale):
+def test_each_sequence_attends_to_itself_alone(lengths, scale, dropout_p):
     tokens, heads, head_dim = sum(lengths), 3, 6
     qkv = torch.randn(tokens, 3, heads, head_dim, dtype=torch.float64, requires_grad=True)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     upstream = torch.randn(tokens, heads, head_dim, dtype=torch.float64)
 
-    output = attention_qkvpacked(qkv, cu_seqlens, 20, softmax_scale=scale)
+    output = attention_qkvpacked(qkv, cu_seqlens, 20, softmax_scale=scale, dropout_p=dropout_p)
     expected = naive(qkv, lengths, scale or head_dim**-0.5)
     torch.testing.assert_close(output, expected)
     (gradient,) = torch.autograd.grad(output, qkv, upstream)

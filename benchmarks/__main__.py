@@ -20,7 +20,7 @@ console = Console(highlight=False, soft_wrap=True)
 def main(
     preset: Annotated[str, typer.Option(help="Architecture: tiny, mini, base, large.")] = "base",
     precision: Annotated[str, typer.Option(help="fp32 or bf16 (autocast).")] = "fp32",
-    sequences: Annotated[int, typer.Option(help="Sequences in a batch.", min=2)] = 8,
+    sequences: Annotated[int, typer.Option(help="Sequences in a batch.", min=2)] = 4,
     steps: Annotated[int, typer.Option(help="Timed steps of each model.", min=2)] = 8,
     out: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
 ) -> None:

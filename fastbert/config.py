@@ -195,7 +195,7 @@ class PretrainConfig:
     max_seq_len: int = option(128, "Longest example, in tokens.")
     short_seq_prob: float = option(0.1, "Share of examples made shorter on purpose.")
     mlm_probability: float = option(0.15, "Share of tokens to predict.")
-    steps: int = option(900, "Optimizer steps.")
+    steps: int = option(1200, "Optimizer steps.")
     batch_tokens: int = option(2048, "Tokens in the batch of one optimizer step.")
     accumulation: int = option(1, "Parts that a batch is run in, to save memory.")
     learning_rate: float | None = option(None, "Peak learning rate; by default the preset's.")

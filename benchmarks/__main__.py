@@ -13,7 +13,7 @@ from benchmarks import pretrain_step
 from fastbert.train.report import environment
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, width=110)
 
 
 @app.command()
@@ -27,7 +27,9 @@ def main(
     """Times a pre-training step against Hugging Face's on the same batches, interleaved."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = []
-    table = Table("lengths", "filled", "model", "step", "spread", "real tokens/s", "against it")
+    table = Table(
+        "lengths", "filled", "model", "step", "spread", "real tokens/s", "times fastbert's"
+    )
     for lengths in ("wikipedia", "full"):
         result = pretrain_step.run(preset, precision, lengths, sequences, steps, device)
         results.append(result)

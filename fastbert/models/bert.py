@@ -66,7 +66,7 @@ class BertModel(BertPreTrainedModel):
             hidden_states=encoded.hidden_states,
         )
         if padding is not None:
-            output = pad_output(output, padding)
+            output = pad_output(output, padding, self.embeddings.LayerNorm.weight.dtype)
         return output if return_dict else output.to_tuple()
 
     def _check_positions(self, batch: PackedBatch) -> None:

@@ -118,7 +118,8 @@ class BertForPreTraining(BertPreTrainedModel):
             hidden_states=encoded.hidden_states,
         )
         if padding is not None:
-            output = pad_output(output, padding)
+            dtype = self.bert.embeddings.LayerNorm.weight.dtype
+            output = pad_output(output, padding, dtype)
         return output if return_dict else output.to_tuple()
 
 
@@ -167,5 +168,6 @@ class BertForMaskedLM(BertPreTrainedModel):
             hidden_states=encoded.hidden_states,
         )
         if padding is not None:
-            output = pad_output(output, padding)
+            dtype = self.bert.embeddings.LayerNorm.weight.dtype
+            output = pad_output(output, padding, dtype)
         return output if return_dict else output.to_tuple()

@@ -4,17 +4,23 @@ T packed tokens of B sequences, H hidden, N heads, D head size. Module and param
 Hugging Face's; what flows between the modules is one (T, H) tensor and the sequence boundaries.
 """
 
+from typing import Any, TypeVar
+
+import torch
 from torch import Tensor, nn
 
 from fastbert.check import require
 from fastbert.config import check_config
 from fastbert.modules.activations import activation
+from fastbert.modules.embeddings import stream_dtype
 from fastbert.modules.linear import fused_linear
 from fastbert.modules.masks import key_padding_mask
 from fastbert.ops.attention import attention_qkvpacked
 from fastbert.ops.layer_norm import dropout_add_layer_norm
 from fastbert.ops.unpad import Unpadding, unpad
 from fastbert.outputs import BaseModelOutput
+
+Output = TypeVar("Output", bound=Any)
 
 
 class BertSelfAttention(nn.Module):
@@ -138,12 +144,12 @@ class BertEncoder(nn.Module):
             else:
                 padding = unpad(mask)
             packed = self(
-                padding.pack(hidden_states),
+                padding.pack(hidden_states).to(stream_dtype(hidden_states)),
                 cu_seqlens=padding.cu_seqlens,
                 max_seqlen=padding.max_seqlen,
                 output_hidden_states=output_hidden_states,
             )
-            return pad_output(packed, padding)
+            return pad_output(packed, padding, hidden_states.dtype)
 
         require(
             hidden_states.ndim == 2 and cu_seqlens is not None and max_seqlen is not None,
@@ -169,11 +175,20 @@ class BertEncoder(nn.Module):
         )
 
 
-def pad_output(output, padding: Unpadding):
-    """The padded form of an output whose token tensors are packed: (T, ...) -> (B, S, ...)."""
+def pad_output(output: Output, padding: Unpadding, dtype: torch.dtype) -> Output:
+    """The padded form of an output whose token tensors are packed: (T, ...) -> (B, S, ...).
+
+    Hidden states come back in `dtype`, as Hugging Face's do, which autocast keeps in float32;
+    logits stay in the precision they were computed in.
+    """
+
+    def padded(hidden_states: Tensor) -> Tensor:
+        return padding.pad(hidden_states.to(dtype))
+
     if output.hidden_states is not None:
-        output.hidden_states = tuple(map(padding.pad, output.hidden_states))
-    for name in ("last_hidden_state", "logits", "prediction_logits"):
-        if getattr(output, name, None) is not None:
-            setattr(output, name, padding.pad(getattr(output, name)))
+        output.hidden_states = tuple(map(padded, output.hidden_states))
+    if output.get("last_hidden_state") is not None:
+        output.last_hidden_state = padded(output.last_hidden_state)
+    for name in output.keys() & {"logits", "prediction_logits"}:
+        output[name] = padding.pad(output[name])
     return output

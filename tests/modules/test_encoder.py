@@ -1,0 +1,150 @@
+"""`BertEncoder` by itself: what a training script that swaps the encoder relies on."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import fastbert
+
+SHAPE = {
+    "vocab_size": 30,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 20,
+}
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [1, 0, 1, 0, 1]]).bool()
+
+
+@pytest.fixture
+def encoders():
+    config = transformers.BertConfig(**SHAPE, attn_implementation="eager")
+    torch.manual_seed(0)
+    theirs = transformers.models.bert.modeling_bert.BertEncoder(config).eval()
+    ours = fastbert.BertEncoder(config).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+def additive(mask):
+    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[:, None, None]
+
+
+@pytest.mark.parametrize("form", ["2-D", "4-D", "additive", "none"])
+def test_gives_hugging_faces_hidden_states(encoders, form):
+    ours, theirs = encoders
+    x = torch.randn(4, 5, 24)
+    mask = {"2-D": MASK, "4-D": MASK[:, None, None], "additive": additive(MASK), "none": None}[form]
+    expected = theirs(x, attention_mask=None if form == "none" else additive(MASK))
+    output = ours(x, attention_mask=mask).last_hidden_state
+    real = torch.ones_like(MASK) if form == "none" else MASK
+    torch.testing.assert_close(output[real], expected.last_hidden_state[real])
+    assert not output[~real].any()
+
+
+def test_packed_and_padded_input_agree(encoders):
+    encoder, _ = encoders
+    x = torch.randn(4, 5, 24)
+    padded = encoder(x, MASK, output_hidden_states=True)
+    cu_seqlens = torch.tensor([0, *MASK.sum(1)]).cumsum(0).int()
+    packed = encoder(x[MASK], cu_seqlens=cu_seqlens, max_seqlen=5, output_hidden_states=True)
+    torch.testing.assert_close(packed.last_hidden_state, padded.last_hidden_state[MASK])
+    assert len(packed.hidden_states) == 3
+    for a, b in zip(packed.hidden_states, padded.hidden_states, strict=True):
+        torch.testing.assert_close(a, b[MASK])
+
+
+def test_a_fully_masked_row_is_zero_with_finite_gradients(encoders):
+    encoder, _ = encoders
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    mask = torch.tensor([[True] * 5, [False] * 5])
+    output = encoder(x, mask).last_hidden_state
+    output.sum().backward()
+    assert not output[1].any()
+    assert not x.grad[1].any()
+    assert x.grad.isfinite().all()
+    nothing = encoder(x, torch.zeros(2, 5, dtype=torch.bool)).last_hidden_state
+    assert not nothing.any()
+
+
+@pytest.mark.parametrize("model", ["BertModel", "BertForPreTraining"])
+def test_autocast_gives_hugging_faces_dtypes(model):
+    config = transformers.BertConfig(**SHAPE)
+    batch = {"input_ids": torch.randint(1, 30, (4, 5)), "attention_mask": MASK.long()}
+    theirs = getattr(transformers, model)(config).eval()
+    ours = getattr(fastbert, model)(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = theirs(**batch, output_hidden_states=True)
+        output = ours(**batch, output_hidden_states=True)
+    assert output.keys() == expected.keys()
+    for name in output.keys() - {"hidden_states"}:
+        assert output[name].dtype == expected[name].dtype, name
+    real = MASK if model == "BertModel" else slice(None)
+    if model == "BertModel":
+        states = [s.dtype for s in output.hidden_states]
+        assert states == [s.dtype for s in expected.hidden_states]
+        a, b = output.last_hidden_state[real], expected.last_hidden_state[real]
+        torch.testing.assert_close(a, b, rtol=0, atol=0.1)
+
+
+def test_a_layer_with_a_hook_or_of_another_class_is_called(encoders):
+    encoder, theirs = encoders
+    x = torch.randn(4, 5, 24)
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    seen = []
+    query = encoder.layer[0].attention.self.query
+    query.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    for model in (encoder, theirs):
+        value = model.layer[1].attention.self.value
+        doubled = Doubled(24, 24)
+        doubled.load_state_dict(value.state_dict())
+        model.layer[1].attention.self.value = doubled
+    output = encoder(x).last_hidden_state
+    assert seen == [(20, 24)]
+    torch.testing.assert_close(output, theirs(x).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(6, 24),), "BertEncoder: expected hidden_states"),
+        ((torch.ones(2, 5, 24), torch.ones(2, 4).bool()), r"attention_mask: expected shape \(2, 5"),
+        ((torch.ones(2, 5, 24), torch.ones(2, 1, 5, 5).tril().bool()), "general mask"),
+    ],
+    ids=["packed without boundaries", "mask of another length", "causal"],
+)
+def test_what_it_cannot_do_is_refused(encoders, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        encoders[0](*arguments)
+
+
+def test_a_model_refuses_what_it_cannot_do():
+    model = fastbert.BertModel(fastbert.BertConfig(**SHAPE))
+    ids = torch.ones(2, 5, dtype=torch.long)
+    for arguments, message in (
+        ({"input_ids": ids, "output_attentions": True}, "output_attentions: expected False"),
+        ({"input_ids": ids, "inputs_embeds": torch.ones(2, 5, 24)}, "exactly one of input_ids"),
+        ({}, "exactly one of input_ids"),
+        ({"input_ids": ids[0]}, r"input_ids \(batch, seqlen\)"),
+        ({"input_ids": ids.expand(2, 5).repeat(1, 5)}, "max_position_embeddings = 20 tokens"),
+        ({"input_ids": ids, "token_type_ids": ids[:, :3]}, r"token_type_ids of shape \(2, 5\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**arguments)
+
+
+def test_the_reference_backend_gives_the_same(encoders):
+    from fastbert import backend
+
+    encoder, _ = encoders
+    x = torch.randn(4, 5, 24)
+    expected = encoder(x, MASK).last_hidden_state
+    with backend.use("reference"):
+        assert torch.equal(encoder(x, MASK).last_hidden_state, expected)

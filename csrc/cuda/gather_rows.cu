@@ -8,7 +8,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <bit>
 
 #include "../ops.h"
 
@@ -72,7 +71,10 @@ void launch(const at::Tensor& src, const at::Tensor& index, at::Tensor& out) {
   TORCH_CHECK_VALUE(
       width <= 1 << 30, "gather_rows: expected rows of at most 2^30 vectors, got ", width);
   // a warp for a wide row; a row of one token id takes one lane
-  const int64_t lanes = std::min<int64_t>(kMaxLanes, std::bit_ceil(static_cast<uint64_t>(width)));
+  int64_t lanes = 1;
+  while (lanes < std::min<int64_t>(width, kMaxLanes)) {
+    lanes *= 2;
+  }
   const int64_t rows_per_block = kThreads / lanes;
   const dim3 threads(lanes, rows_per_block);
   gather_rows_kernel<Vector>
@@ -93,7 +95,11 @@ int64_t vector_bytes(const at::Tensor& src, const at::Tensor& out) {
       reinterpret_cast<uintptr_t>(out.const_data_ptr()) |
       static_cast<uint64_t>(src.stride(0) * src.element_size()) |
       static_cast<uint64_t>(out.size(1) * out.element_size());
-  return int64_t{1} << std::min(4, std::countr_zero(multiples));
+  int64_t bytes = 16;
+  while (multiples % bytes != 0) {
+    bytes /= 2;
+  }
+  return bytes;
 }
 
 }  // namespace

@@ -23,24 +23,13 @@ def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     Raises ValueError for a wrong shape, dtype or device, IndexError on a CPU for an entry of index
     outside [-1, R); a GPU stops with a device-side assertion.
     """
-    return _GatherRows.apply(src, index, inverse)
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        _check(src, index, inverse)
-        ctx.save_for_backward(index, inverse)
-        if src.shape[0] == 0:
-            return src.new_zeros((index.shape[0], src.shape[1]))  # there is no row to point at
-        is_spare = index == -1
-        rows = src.index_select(0, index.masked_fill(is_spare, 0))
-        return rows.masked_fill_(is_spare[:, None], 0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        index, inverse = ctx.saved_tensors
-        return _GatherRows.apply(grad, inverse, index), None, None
+    _check(src, index, inverse)
+    if src.shape[0] == 0:  # there is no row to point at, but there is a gradient to hand back
+        return src.sum(0, keepdim=True).to(src.dtype).expand(index.shape[0], -1)
+    # PyTorch's own gradient of these is the right one: rows left out get zero, the others one row
+    is_spare = index == -1
+    rows = src.index_select(0, index.masked_fill(is_spare, 0))
+    return rows.masked_fill(is_spare[:, None], 0)
 
 
 @gather_rows.fused

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -173,6 +174,32 @@ def test_a_bad_corpus_is_one_clear_line(content, pattern, tmp_path):
     done = fastbert_cli("pretrain", "--corpus", path, "--out", tmp_path / "run", *SMALL)
     assert_one_clear_line(done, pattern)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(corpus, tmp_path):
+    """A limit on the size of files fails a write as a full disk does, without needing one."""
+    out = tmp_path / "run"
+    options = ["--corpus", corpus, "--out", out, "--resume", *RUN]
+    with subprocess.Popen(
+        [*COMMAND, "pretrain", *map(str, options)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        next(line for line in process.stdout if line.startswith("step 4/9"))
+        process.kill()
+    size = (out / "latest" / "model.safetensors").stat().st_size
+    for limit in (size // 2, size * 3 // 2):  # fails while writing the model, then the optimizer
+        done = subprocess.run(
+            [*COMMAND, "pretrain", "--out", str(out), "--resume"],
+            preexec_fn=lambda limit=limit: resource.setrlimit(
+                resource.RLIMIT_FSIZE, (limit, limit)
+            ),
+            capture_output=True,
+            text=True,
+        )
+        assert_one_clear_line(done, "checkpoint-6: cannot be written")
+        assert (out / "latest").resolve().name == "checkpoint-3"
+        assert not [path for path in out.iterdir() if "checkpoint-6" in path.name]
+    fastbert.BertForPreTraining.from_pretrained(out)
+    assert fastbert_cli("pretrain", "--out", out, "--resume").returncode == 0
 
 
 @pytest.fixture

@@ -147,10 +147,14 @@ def check_config(config: Any) -> None:
 
 
 class Preset(NamedTuple):
-    """A named architecture, and the learning rate at which it trains well."""
+    """A named architecture, and what it trains well with.
+
+    The small ones are for runs of minutes, which see too little text to need dropout.
+    """
 
     shape: dict[str, Any]
     learning_rate: float
+    dropout: float
 
 
 def _shape(layers: int, hidden: int) -> dict[str, Any]:
@@ -164,10 +168,10 @@ def _shape(layers: int, hidden: int) -> dict[str, Any]:
 
 
 PRESETS = {
-    "tiny": Preset(_shape(2, 128), 1e-3),
-    "mini": Preset(_shape(4, 256), 7e-4),
-    "base": Preset(_shape(12, 768), 1e-4),
-    "large": Preset(_shape(24, 1024), 1e-4),
+    "tiny": Preset(_shape(2, 128), 1e-3, dropout=0.0),
+    "mini": Preset(_shape(4, 256), 1e-3, dropout=0.0),
+    "base": Preset(_shape(12, 768), 1e-4, dropout=0.1),
+    "large": Preset(_shape(24, 1024), 1e-4, dropout=0.1),
 }
 
 
@@ -195,10 +199,13 @@ class PretrainConfig:
     max_seq_len: int = option(128, "Longest example, in tokens.")
     short_seq_prob: float = option(0.1, "Share of examples made shorter on purpose.")
     mlm_probability: float = option(0.15, "Share of tokens to predict.")
-    steps: int = option(1200, "Optimizer steps.")
+    steps: int = option(1500, "Optimizer steps.")
     batch_tokens: int = option(2048, "Tokens in the batch of one optimizer step.")
     accumulation: int = option(1, "Parts that a batch is run in, to save memory.")
     learning_rate: float | None = option(None, "Peak learning rate; by default the preset's.")
+    dropout: float | None = option(
+        None, "Of hidden states and attention probabilities; by default the preset's."
+    )
     warmup_ratio: float = option(0.1, "Share of the steps in which the learning rate rises.")
     weight_decay: float = option(0.01, "AdamW's, on all but biases and LayerNorm.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
@@ -220,6 +227,8 @@ class PretrainConfig:
         for name in ("short_seq_prob", "mlm_probability", "heldout_fraction", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{_dashed(name)}: between 0 and 1, got {getattr(self, name)}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise InputError(f"--dropout: at least 0 and below 1, got {self.dropout}")
         for name, known in (("preset", PRESETS), ("precision", ("auto", "bf16", "fp32"))):
             if getattr(self, name) not in known:
                 got = getattr(self, name)

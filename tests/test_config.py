@@ -84,7 +84,9 @@ def test_a_run_s_options_survive_json():
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"mlm_probability": 1.5}, {"preset": "huge"}, {"seed": -1}], ids=str
+    "change",
+    [{"steps": 0}, {"mlm_probability": 1.5}, {"preset": "huge"}, {"dropout": 1.0}, {"seed": -1}],
+    ids=str,
 )
 def test_impossible_options_are_named(change):
     with pytest.raises(InputError, match=f"--{next(iter(change)).replace('_', '-')}:"):

@@ -47,9 +47,12 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False) -> dict
             _abandon(out)
         raise
     preset = PRESETS[config.preset]
+    dropout = preset.dropout if config.dropout is None else config.dropout
     model = BertForPreTraining(
         BertConfig(
             **preset.shape,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
             vocab_size=text.tokenizer.get_vocab_size(),
             max_position_embeddings=max(512, config.max_seq_len),
         )

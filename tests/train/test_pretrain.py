@@ -18,7 +18,7 @@ import fastbert
 
 COMMAND = [sys.executable, "-m", "fastbert.cli"]
 SMALL = ["--preset", "tiny", "--vocab-size", "400", "--batch-tokens", "512"]
-SMALL += ["--max-seq-len", "64", "--eval-batches", "2"]
+SMALL += ["--max-seq-len", "64", "--eval-batches", "2", "--dropout", "0.1"]
 RUN = [*SMALL, "--steps", "9", "--save-every", "3", "--eval-every", "3", "--log-every", "1"]
 
 

@@ -64,6 +64,21 @@ def test_a_tied_parameter_is_written_once_and_stays_tied(saved):
     assert again.cls.predictions.decoder.bias is again.cls.predictions.bias
 
 
+def test_of_a_tied_parameters_names_the_first_counts(saved):
+    _, directory = saved
+    name, alias = "cls.predictions.bias", "cls.predictions.decoder.bias"
+    bias = torch.arange(50.0)
+
+    def loaded_bias(weights):
+        save_file({**load_file(directory / checkpoint.WEIGHTS), **weights}, directory / "x")
+        (directory / "x").replace(directory / checkpoint.WEIGHTS)
+        return fastbert.BertForPreTraining.from_pretrained(directory).cls.predictions.bias
+
+    assert torch.equal(loaded_bias({name: bias, alias: torch.ones(50)}), bias)
+    rewrite(directory, lambda weights: weights.pop(name))
+    assert torch.equal(loaded_bias({alias: bias}), bias)
+
+
 @pytest.mark.parametrize("cls", ["BertModel", "BertForMaskedLM"])
 def test_other_models_take_their_part(saved, cls):
     model, directory = saved

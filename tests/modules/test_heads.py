@@ -1,0 +1,19 @@
+import torch
+
+from fastbert.modules.heads import first_tokens
+
+
+def test_first_tokens_are_each_sequences_own():
+    hidden_states = torch.randn(6, 3, requires_grad=True)
+    cu_seqlens = torch.tensor([0, 0, 2, 2, 5, 6, 6], dtype=torch.int32)  # lengths 0 2 0 3 1 0
+    rows = first_tokens(hidden_states, cu_seqlens)
+    expected = torch.zeros(6, 3)
+    expected[[1, 3, 4]] = hidden_states[[0, 2, 5]]
+    assert torch.equal(rows, expected)
+    rows.sum().backward()
+    assert hidden_states.grad.sum(1).tolist() == [3, 0, 3, 0, 0, 3]
+
+
+def test_a_batch_of_empty_sequences_has_zeros():
+    rows = first_tokens(torch.ones(0, 3), torch.zeros(3, dtype=torch.int32))
+    assert torch.equal(rows, torch.zeros(2, 3))

@@ -55,8 +55,8 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float)
     """(N, n, D) each -> (N, n, D)"""
     if not dropout_p:  # four dimensions, because with three PyTorch's own fused kernel is not taken
         return F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)[0]
-    # PyTorch's fused CPU kernel has no dropout, and its fallback computes bf16 in float32: written
-    # out, a training step of 8 sequences of up to 512 tokens took 68 ms here instead of 370
+    # PyTorch's fused CPU kernel has no dropout, and its fallback computes bf16 in float32: forward
+    # and backward of 8 sequences of up to 512 tokens, 12 heads, took 123 ms on 2 cores, this 70 ms
     scores = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale)
     return F.dropout(scores.softmax(-1), dropout_p) @ v
 

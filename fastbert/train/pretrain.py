@@ -59,7 +59,9 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False) -> dict
     ).to(device)
     optimizer = make_optimizer(model, config.weight_decay)
     state = run_state.TrainingState(text.fingerprint)
-    if (out / checkpoint.LATEST).exists():
+    if (
+        out / checkpoint.LATEST
+    ).is_symlink():  # a dangling link is a lost checkpoint, not a new run
         state = run_state.load(out, model, optimizer)
         if state.text != text.fingerprint:
             raise InputError(f"{out}: the corpus or the tokenizer has changed since the run began")

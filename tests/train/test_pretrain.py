@@ -234,3 +234,9 @@ def test_a_vocabulary_of_another_checkpoint_is_one_clear_line(copied):
 
 def test_fill_mask_without_a_mask_is_one_clear_line(finished):
     assert_one_clear_line(fastbert_cli("fill-mask", "--model", finished[0], "a text"), "no .MASK.")
+
+
+def test_a_lost_checkpoint_is_no_new_run(copied):
+    shutil.rmtree((copied / "latest").resolve())
+    done = fastbert_cli("pretrain", "--out", copied, "--resume")
+    assert_one_clear_line(done, r"latest: holds neither model\.safetensors")

@@ -1,39 +1,28 @@
 """`python -m benchmarks.compile_report`: what Triton makes of each kernel, for GPUs not here.
 
-Compiles ahead of time for sm_80, sm_90 and sm_100 and reads registers, local memory and load
-widths from the binaries with the tools that Triton ships. Exits with 1 where a kernel spills or
-loads a row in pieces narrower than 16 bytes.
+Compiles every launch of `benchmarks.compile_cases` ahead of time for sm_80, sm_90 and sm_100 and
+reads registers, memory, tensor-core instructions and load widths from the binaries with the tools
+that Triton ships. Exits with 1 where a kernel exceeds its committed limits.
 """
 
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import triton
 import triton.backends.nvidia
+import typer
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastbert.kernels import layer_norm
+from benchmarks.compile_cases import UNITS, Case, all_cases
 
-CAPABILITIES = (80, 90, 100)
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
-
-
-class Spec(NamedTuple):
-    """One way a kernel is launched: the types of its arguments, its constants, its warps."""
-
-    kernel: Any
-    types: dict[str, str]
-    constants: dict[str, int]
-    num_warps: int
-    wide_loads: int  # 16-byte loads that the code must have at least
+TENSOR_CORES = r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b"
 
 
 class Report(NamedTuple):
@@ -41,38 +30,34 @@ class Report(NamedTuple):
     stack: int
     local: int
     spills: int
+    shared: int
     wide_loads: int
+    matrix_products: int
+    instructions: int
 
 
-def specs() -> Iterator[Spec]:
-    """The launches of BERT-base and BERT-large, in bf16."""
-    for columns in (768, 1024):
-        block, num_warps = layer_norm.block_and_warps(columns)
-        constants = {"N_COLS": columns, "BLOCK_N": block}
-        statistics = dict.fromkeys(("mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr"), "*fp32")
-        types = {"eps": "fp32", **statistics}
-        yield Spec(layer_norm._layer_norm_fwd_kernel, types, constants, num_warps, wide_loads=3)
-        yield Spec(layer_norm._layer_norm_bwd_kernel, types, constants, num_warps, wide_loads=3)
-
-
-def compile_for(spec: Spec, capability: int) -> Report:
+def compile_for(case: Case, capability: int) -> Report:
     """Compiles and disassembles; pointers and strides are multiples of 16, as in the launcher."""
     signature, attributes = {}, {}
-    for place, name in enumerate(spec.kernel.arg_names):
-        if name in spec.constants:
+    for place, name in enumerate(case.kernel.arg_names):
+        if name in case.constants:
             signature[name] = "constexpr"
             continue
         default = "*bf16" if name.endswith("_ptr") else "i32"
-        signature[name] = spec.types.get(name, default)
-        if name.endswith(("_ptr", "_stride")):
+        signature[name] = case.types.get(name, default)
+        if name.endswith(("_ptr", "_stride")) or name in case.divisible:
             attributes[(place,)] = [["tt.divisibility", 16]]
-    binary = triton.compile(
-        ASTSource(spec.kernel, signature, spec.constants, attributes),
+    compiled = triton.compile(
+        ASTSource(case.kernel, signature, case.constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": spec.num_warps},
-    ).asm["cubin"]
+        options={
+            "num_warps": case.num_warps,
+            "num_stages": case.num_stages,
+            "enable_fp_fusion": True,
+        },
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
+        file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
@@ -81,8 +66,26 @@ def compile_for(spec: Spec, capability: int) -> Report:
     return Report(
         *map(int, found.groups()),
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        wide_loads=len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", code)),
+        shared=compiled.metadata.shared,
+        wide_loads=len(re.findall(r"\b(?:LDG\.E|LDGSTS\.E)(?:\.\w+)*\.128\b", code)),
+        matrix_products=len(re.findall(TENSOR_CORES, code)),
+        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", code, re.MULTILINE)),
     )
+
+
+def faults(case: Case, capability: int, report: Report) -> list[str]:
+    """What in the code is beyond the case's limits."""
+    allowed = case.spills.get(capability, 0)
+    found = []
+    if report.spills > allowed:
+        found.append(f"{report.spills} spills, {allowed} allowed")
+    if (report.stack or report.local) and not allowed:
+        found.append(f"{report.stack + report.local} bytes of local memory")
+    if report.wide_loads < case.wide_loads:
+        found.append(f"{report.wide_loads} loads of 16 bytes, {case.wide_loads} wanted")
+    if case.dots and not report.matrix_products:
+        found.append("no tensor-core instruction")
+    return found
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -91,25 +94,29 @@ def _run(tool: str, *arguments: str) -> str:
     ).stdout
 
 
-def main() -> int:
-    table = Table("kernel", "columns", "GPU", *Report._fields, "verdict")
-    failed = False
-    for spec in specs():
-        for capability in CAPABILITIES:
-            report = compile_for(spec, capability)
-            good = not (report.stack or report.local or report.spills)
-            good = good and report.wide_loads >= spec.wide_loads
-            failed |= not good
-            table.add_row(
-                spec.kernel.__name__,
-                str(spec.constants["N_COLS"]),
-                f"sm_{capability}",
-                *map(str, report),
-                "ok" if good else "FAILED",
-            )
-    Console(width=140).print(table)
-    return 1 if failed else 0
+def main(
+    quick: Annotated[bool, typer.Option(help="Only the representative part.")] = False,
+    only: Annotated[str, typer.Option(help=f"One unit: {', '.join(UNITS)}.")] = "",
+) -> None:
+    """Compiles every kernel for every GPU and prints what became of it."""
+    table = Table("kernel", "case", "GPU", *Report._fields, "verdict")
+    total = failed = 0
+    for case in all_cases(only):
+        if quick and not case.quick:
+            continue
+        for capability in case.capabilities:
+            report = compile_for(case, capability)
+            found = faults(case, capability, report)
+            verdict = "; ".join(found) if found else "ok" + (case.reason and f" ({case.reason})")
+            name = case.kernel.__name__.strip("_")
+            table.add_row(name, case.label, f"sm_{capability}", *map(str, report), verdict)
+            total += 1
+            failed += bool(found)
+    console = Console(width=200)
+    console.print(table)
+    console.print(f"Triton {triton.__version__}: {total} compiled, {failed} beyond their limits")
+    raise typer.Exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

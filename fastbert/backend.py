@@ -43,7 +43,9 @@ class Op:
 
     `@op("ext")` decorates the reference body; `@name.fused` then decorates a function
     `(kernels, *args)` that runs a backend's kernels, with autograd. `dtypes` are those of the first
-    tensor that the faster bodies take, None for any; the reference takes the rest.
+    tensor that the faster bodies take, None for any. `@name.refuses` may decorate a function of the
+    arguments that returns why the faster bodies cannot take them, or None if they can. The
+    reference takes the rest.
     """
 
     def __init__(
@@ -58,12 +60,17 @@ class Op:
         self.backends = (*backends, "reference")
         self.dtypes = dtypes
         self.run_fused: Callable | None = None
+        self.refusal: Callable[..., str | None] | None = None
         self.choices: dict[str, Choice] = {}
         OPS[self.name] = self
 
     def fused(self, function: Callable) -> Callable:
         self.run_fused = function
         self.forget()  # so that the CPU's choice is made now, not while torch.compile traces a call
+        return function
+
+    def refuses(self, function: Callable[..., str | None]) -> Callable[..., str | None]:
+        self.refusal = function
         return function
 
     def forget(self) -> None:
@@ -80,12 +87,19 @@ class Op:
         choice = self.choice(x.device.type)
         if choice.kernels is None:
             return self.reference(x, *args, **kwargs)
-        if self.dtypes is not None and x.dtype not in self.dtypes:
+        refusal = self.refusal_of(x, *args, **kwargs)
+        if refusal is not None:
             if choice.forced:
-                raise BackendUnavailable(f"{self.name}: {choice.backend} has no body for {x.dtype}")
+                raise BackendUnavailable(f"{self.name}: {choice.backend} has no body for {refusal}")
             return self.reference(x, *args, **kwargs)
         assert self.run_fused is not None
         return self.run_fused(choice.kernels, x, *args, **kwargs)
+
+    def refusal_of(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> str | None:
+        """What about these arguments the faster bodies cannot take; None if they can."""
+        if self.dtypes is not None and x.dtype not in self.dtypes:
+            return str(x.dtype)
+        return self.refusal(x, *args, **kwargs) if self.refusal is not None else None
 
 
 def op(*backends: str, dtypes: tuple[torch.dtype, ...] | None = None) -> Callable[[Callable], Op]:

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbert.kernels.runtime import LAUNCH, launcher, on
+
 MAX_COLS = 16384
 MAX_PROGRAMS = 512  # of the backward: partial sums to add up, and rows in flight
 
@@ -75,24 +77,35 @@ def _layer_norm_bwd_kernel(
     tl.store(dbias_ptr + program * N_COLS + cols, dbias, mask=mask)
 
 
+def _fwd_outputs(x: Tensor, weight: Tensor, bias: Tensor, eps: float):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    mean = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    return y, mean, torch.empty_like(mean)
+
+
+@launcher(_fwd_outputs)
 def layer_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (M, N) -> y (M, N) in x.dtype; mean and rstd (M,) in float32."""
     n_rows, n_cols = _check(x)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    mean = torch.empty(n_rows, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
+    y, mean, rstd = _fwd_outputs(x, weight, bias, eps)
     if n_rows:
         block_n, num_warps = block_and_warps(n_cols)
-        with _on(x):
+        with on(x):
             _layer_norm_fwd_kernel[(n_rows,)](
                 x, weight, bias, y, mean, rstd, x.stride(0), y.stride(0), eps,
-                N_COLS=n_cols, BLOCK_N=block_n, num_warps=num_warps,
+                N_COLS=n_cols, BLOCK_N=block_n, num_warps=num_warps, **LAUNCH,
             )  # fmt: skip
     return y, mean, rstd
 
 
+def _bwd_outputs(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor):
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx, torch.empty_like(weight), torch.empty_like(weight)
+
+
+@launcher(_bwd_outputs)
 def layer_norm_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,18 +119,13 @@ def layer_norm_bwd(
     dbias = torch.empty_like(dweight)
     if n_rows:
         block_n, num_warps = block_and_warps(n_cols)
-        with _on(x):
+        with on(x):
             _layer_norm_bwd_kernel[(n_programs,)](
                 dy, x, weight, mean, rstd, dx, dweight, dbias,
                 dy.stride(0), x.stride(0), dx.stride(0), n_rows, rows_per_program,
-                N_COLS=n_cols, BLOCK_N=block_n, num_warps=num_warps,
+                N_COLS=n_cols, BLOCK_N=block_n, num_warps=num_warps, **LAUNCH,
             )  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
-
-
-def _on(x: Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device_of(x)
 
 
 def _check(x: Tensor) -> tuple[int, int]:

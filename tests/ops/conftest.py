@@ -25,6 +25,17 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
 
 
+@pytest.fixture(
+    params=[torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
+    ids=str,
+)
+def dtype(request, device):
+    """What kernels compute in; Triton's interpreter has no bfloat16 arithmetic."""
+    if request.param == torch.bfloat16 and device == "cpu":
+        pytest.skip("Triton's interpreter has no bfloat16 arithmetic")
+    return request.param
+
+
 @pytest.fixture(params=["ext", "reference"])
 def implementation(request, device, monkeypatch):
     """Runs the test over the extension and over its twin, each forced."""

@@ -1,0 +1,144 @@
+"""Dropout by counter: whether an element is dropped is a function of its place alone.
+
+A place is (seed, step, site, sequence, row, column, head). The random bits of a place are
+Philox4x32-7 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so a mask is never
+stored to be replayed, and a sequence gets the same masks padded, packed, reordered, recomputed
+under activation checkpointing, in plain PyTorch and in a kernel. Probabilities are multiples of
+1/4096, and kept elements are scaled by the exact inverse of the probability to be kept.
+
+This file is the definition; `kernels/philox.py` gives the same bits on a GPU.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+RESOLUTION = 4096
+ROUNDS = 7
+GROUP = 8  # neighbouring columns that share one call of Philox, 16 bits each
+CALLS_PER_WORD = 3  # of Philox for 32 dropout bits of attention, which take 12 words of 32 bits
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+@dataclasses.dataclass(frozen=True)
+class DropoutState:
+    """Where the random numbers of one forward pass come from.
+
+    state: (2,) int64 on the device, seed and step, so that a captured CUDA graph may change them;
+    token_key: (T,) int64, sequence << 32 | position of each token, position below 65536;
+    site: which dropout of the model, 16 bits.
+    """
+
+    state: Tensor
+    token_key: Tensor
+    site: int = 0
+
+    def at(self, site: int) -> "DropoutState":
+        return dataclasses.replace(self, site=site)
+
+    def rows(self, index: Tensor) -> "DropoutState":
+        """For the tokens at `index` (M,) alone: their masks are the same as among all."""
+        return dataclasses.replace(self, token_key=self.token_key[index.long()])
+
+
+def new_state(device: torch.device) -> Tensor:
+    """A fresh (seed, step) from torch's generator of the device."""
+    return torch.randint(2**62, (2,), device=device)
+
+
+def token_keys(cu_seqlens: Tensor, num_tokens: int, sequence_ids: Tensor | None = None) -> Tensor:
+    """The key (T,) of each packed token; sequences are numbered as in the batch by default.
+
+    cu_seqlens: (B + 1,) int32; sequence_ids: (B,) int64, of which 31 bits count.
+    """
+    places = torch.arange(num_tokens, device=cu_seqlens.device)
+    sequences = torch.searchsorted(cu_seqlens[1:], places, right=True, out_int32=True)
+    # rows behind the last sequence, which a fixed-size batch has, count as another one
+    positions = places - cu_seqlens.long()[sequences.clamp(max=cu_seqlens.shape[0] - 1)]
+    numbers = sequences.long()
+    if sequence_ids is not None:
+        spare = sequence_ids.new_full((1,), 2**31 - 1)
+        numbers = torch.cat([sequence_ids, spare])[numbers]
+    return numbers << 32 | positions
+
+
+def row_keys(num_rows: int, device: torch.device) -> Tensor:
+    """Keys (T,) of rows that belong to no sequence: their places."""
+    rows = torch.arange(num_rows, device=device)
+    return rows >> 16 << 32 | rows & 0xFFFF
+
+
+def fresh(num_rows: int, device: torch.device) -> DropoutState:
+    """A state for one use of one operator, for callers that pass none."""
+    return DropoutState(new_state(device), row_keys(num_rows, device))
+
+
+def threshold(dropout_p: float) -> int:
+    """Elements whose 12 random bits are below this are dropped; 0 means that none is."""
+    return round(dropout_p * RESOLUTION)
+
+
+def keep_scale(dropout_p: float) -> float:
+    """What kept elements are multiplied with: the inverse of the exact share that is kept."""
+    return RESOLUTION / (RESOLUTION - threshold(dropout_p))
+
+
+def philox(counter: tuple[Tensor, ...], seed: Tensor) -> tuple[Tensor, ...]:
+    """Philox4x32-7: four 32-bit words, in int64, for each counter of four such words."""
+    x0, x1, x2, x3 = torch.broadcast_tensors(*counter)
+    k0, k1 = seed & _WORD, seed >> 32 & _WORD
+    for _ in range(ROUNDS):
+        p0, p1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]  # modulo 2^64, as int64 wraps
+        x0, x1 = p1 >> 32 & _WORD ^ x1 ^ k0, p1 & _WORD
+        x2, x3 = p0 >> 32 & _WORD ^ x3 ^ k1, p0 & _WORD
+        k0, k1 = k0 + _WEYL[0] & _WORD, k1 + _WEYL[1] & _WORD
+    return x0, x1, x2, x3
+
+
+def hidden_keep_mask(rng: DropoutState, num_cols: int, dropout_p: float) -> Tensor:
+    """(T, num_cols) bool, True where an element of the packed stream is kept."""
+    seed, step = rng.state
+    groups = torch.arange(-(-num_cols // GROUP), device=rng.token_key.device)
+    sequence, position = _row_counter(rng.token_key)
+    words = philox(
+        (sequence, position | groups, seed.new_tensor(rng.site << 16), step & _WORD), seed
+    )
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1)
+    return (halves.flatten(1)[:, :num_cols] >> 4) >= threshold(dropout_p)
+
+
+def attention_drop_words(
+    rng: DropoutState, num_heads: int, num_words: int, dropout_p: float
+) -> Tensor:
+    """(N, T, num_words) int32: bit j of word w is set where a query drops key 32 * w + j.
+
+    The 32 bits of a word are drawn at once: 12 random words are the digits, lowest first, of 32
+    numbers, and comparing them with the threshold digit by digit takes one operation a digit.
+    """
+    seed, step = rng.state
+    device = rng.token_key.device
+    sequence, position = _row_counter(rng.token_key)
+    places = torch.arange(num_words, device=device) << 2
+    heads = torch.arange(num_heads, device=device)[:, None, None] | rng.site << 16
+    below = torch.zeros((), dtype=torch.int64, device=device)
+    for call in range(CALLS_PER_WORD):
+        digits = philox((sequence, position | places | call, heads, step & _WORD), seed)
+        for place, digit in enumerate(digits, start=4 * call):
+            is_set = threshold(dropout_p) >> place & 1
+            below = digit | below if is_set else digit & below
+    return torch.where(below >= 2**31, below - 2**32, below).int()
+
+
+def attention_keep_mask(words: Tensor, num_keys: int) -> Tensor:
+    """(N, T, W) drop words -> (N, T, num_keys) bool, True where a probability is kept."""
+    bits = words[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+    return bits.flatten(2)[..., :num_keys] == 0
+
+
+def _row_counter(token_key: Tensor) -> tuple[Tensor, Tensor]:
+    """(T, 1) each: the sequence, and the position where the counter wants it."""
+    return token_key[:, None] >> 32 & _WORD, (token_key[:, None] & 0xFFFF) << 16

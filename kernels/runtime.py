@@ -1,0 +1,61 @@
+"""What every launcher needs: registration as a torch operator, the device, and its properties."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("fastbert_triton", "DEF")
+
+# Fixed for all launches, so that a new default of Triton changes nothing.
+LAUNCH = {"enable_fp_fusion": True}
+
+IS_INTERPRETED = triton.knobs.runtime.interpret
+
+
+def launcher(outputs: Callable) -> Callable[[Callable], Callable]:
+    """Registers a function that launches kernels as `torch.ops.fastbert_triton.<its name>`.
+
+    `outputs` takes the same arguments and allocates the results: it is called by the launcher, and
+    it is all that runs while torch.compile or fake tensors trace a call. The schema is read from
+    the annotations. Autograd is not this layer's business: its caller wraps it in a Function.
+    """
+
+    def register(launch: Callable) -> Callable:
+        name = launch.__name__
+        _LIBRARY.define(name + torch.library.infer_schema(launch, mutates_args=()))
+        _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastbert_triton::{name}", outputs, lib=_LIBRARY)
+        operator = getattr(torch.ops.fastbert_triton, name).default
+        return operator
+
+    return register
+
+
+def on(x: Tensor) -> Any:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device_of(x)
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def capability(x: Tensor) -> int:
+    """80, 90, 100, ...: what tables of block shapes are keyed by. The interpreter plays a 90."""
+    return _capability(x.device) if x.is_cuda else 90
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def num_sms(x: Tensor) -> int:
+    """Streaming multiprocessors of the device; the interpreter has few, to keep its loops short."""
+    return _num_sms(x.device) if x.is_cuda else 4

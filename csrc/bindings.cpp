@@ -13,11 +13,21 @@ TORCH_LIBRARY(fastbert, m) {
   m.def(
       "gather_rows(Tensor src, Tensor index, Tensor inverse) -> Tensor",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "hidden_keep_mask(Tensor token_key, Tensor state, int site, SymInt num_cols, int threshold)"
+      " -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "attention_drop_words(Tensor token_key, Tensor state, int site, SymInt num_heads,"
+      " SymInt num_words, int threshold) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(fastbert, CPU, m) {
   m.impl("compact", &fastbert::compact_cpu);
   m.impl("gather_rows", &fastbert::gather_rows_cpu);
+  m.impl("hidden_keep_mask", &fastbert::hidden_keep_mask_cpu);
+  m.impl("attention_drop_words", &fastbert::attention_drop_words_cpu);
 }
 
 PyMODINIT_FUNC PyInit__C() {

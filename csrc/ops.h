@@ -24,6 +24,13 @@ at::Tensor gather_rows_cpu(
 at::Tensor gather_rows_cuda(
     const at::Tensor& src, const at::Tensor& index, const at::Tensor& inverse);
 
+at::Tensor hidden_keep_mask_cpu(
+    const at::Tensor& token_key, const at::Tensor& state, int64_t site, int64_t num_cols,
+    int64_t threshold);
+at::Tensor attention_drop_words_cpu(
+    const at::Tensor& token_key, const at::Tensor& state, int64_t site, int64_t num_heads,
+    int64_t num_words, int64_t threshold);
+
 // What both devices refuse, as a Python ValueError.
 void check_compact(
     const at::Tensor& values, int64_t ignore_index, std::optional<int64_t> capacity);

@@ -43,7 +43,7 @@ class Op:
 
     `@op("ext")` decorates the reference body; `@name.fused` then decorates a function
     `(kernels, *args)` that runs a backend's kernels, with autograd. `dtypes` are those of the first
-    tensor that the faster bodies take, None for any. `@name.refuses` may decorate a function of the
+    argument that the faster bodies take, None for any. `@name.refuses` may decorate a function of the
     arguments that returns why the faster bodies cannot take them, or None if they can. The
     reference takes the rest.
     """
@@ -83,7 +83,7 @@ class Op:
             self.choices[device] = select(self, device)
         return self.choices[device]
 
-    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         choice = self.choice(x.device.type)
         if choice.kernels is None:
             return self.reference(x, *args, **kwargs)
@@ -95,7 +95,7 @@ class Op:
         assert self.run_fused is not None
         return self.run_fused(choice.kernels, x, *args, **kwargs)
 
-    def refusal_of(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> str | None:
+    def refusal_of(self, x: Any, *args: Any, **kwargs: Any) -> str | None:
         """What about these arguments the faster bodies cannot take; None if they can."""
         if self.dtypes is not None and x.dtype not in self.dtypes:
             return str(x.dtype)

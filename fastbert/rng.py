@@ -37,6 +37,10 @@ class DropoutState:
     token_key: Tensor
     site: int = 0
 
+    @property
+    def device(self) -> torch.device:
+        return self.token_key.device
+
     def at(self, site: int) -> "DropoutState":
         return dataclasses.replace(self, site=site)
 
@@ -116,8 +120,8 @@ def attention_drop_words(
 ) -> Tensor:
     """(N, T, num_words) int32: bit j of word w is set where a query drops key 32 * w + j.
 
-    The 32 bits of a word are drawn at once: 12 random words are the digits, lowest first, of 32
-    numbers, and comparing them with the threshold digit by digit takes one operation a digit.
+    The 32 bits of a word are drawn at once: 12 random words hold the inverted digits, lowest first,
+    of 32 numbers, and comparing these with the threshold takes one operation a digit.
     """
     seed, step = rng.state
     device = rng.token_key.device

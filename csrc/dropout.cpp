@@ -1,0 +1,147 @@
+// The masks of dropout on the CPU; fastbert/rng.py defines their bits and says why they are so.
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <array>
+
+#include "ops.h"
+
+namespace fastbert {
+
+namespace {
+
+constexpr int kRounds = 7;
+constexpr int64_t kGroup = 8;  // columns that share a call, 16 bits each, of which 12 are compared
+constexpr int kCallsPerWord = 3;
+constexpr int64_t kLanes = 64;  // counters at a time: enough for the compiler's vectors
+
+using Words = std::array<std::array<uint32_t, kLanes>, 4>;
+
+// Where a row's random numbers come from: all of the counter but the place in the row.
+struct Row {
+  uint64_t seed;
+  uint32_t sequence, position, head, step;  // position and head already in their upper halves
+};
+
+Row row_of(int64_t token_key, const int64_t* state, int64_t site, int64_t head) {
+  return {
+      static_cast<uint64_t>(state[0]),
+      static_cast<uint32_t>(token_key >> 32),
+      static_cast<uint32_t>(token_key) << 16,
+      static_cast<uint32_t>(site << 16 | head),
+      static_cast<uint32_t>(state[1])};
+}
+
+// One binary serves every CPU: the loader picks the widest vectors that this one has.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FASTBERT_VECTOR_CLONES __attribute__((target_clones("avx512dq", "avx2", "default")))
+#else
+#define FASTBERT_VECTOR_CLONES
+#endif
+
+// Philox4x32-7 at the places first, first + stride, ...; x[w][i] is word w of lane i.
+FASTBERT_VECTOR_CLONES
+void philox(const Row& row, uint32_t first, uint32_t stride, Words& x) {
+  for (uint32_t i = 0; i < kLanes; ++i) {
+    x[0][i] = row.sequence;
+    x[1][i] = row.position | (first + stride * i);
+    x[2][i] = row.head;
+    x[3][i] = row.step;
+  }
+  auto k0 = static_cast<uint32_t>(row.seed), k1 = static_cast<uint32_t>(row.seed >> 32);
+  for (int round = 0; round < kRounds; ++round) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const uint64_t p0 = uint64_t{0xD2511F53} * x[0][i], p1 = uint64_t{0xCD9E8D57} * x[2][i];
+      x[0][i] = static_cast<uint32_t>(p1 >> 32) ^ x[1][i] ^ k0;
+      x[2][i] = static_cast<uint32_t>(p0 >> 32) ^ x[3][i] ^ k1;
+      x[1][i] = static_cast<uint32_t>(p1);
+      x[3][i] = static_cast<uint32_t>(p0);
+    }
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+}
+
+void check(const char* op, const at::Tensor& token_key, const at::Tensor& state) {
+  TORCH_CHECK_VALUE(
+      token_key.dim() == 1 && token_key.scalar_type() == at::kLong,
+      op, ": expected token_key of shape (tokens,) and dtype int64, got ", token_key.sizes(), " ",
+      token_key.scalar_type());
+  TORCH_CHECK_VALUE(
+      state.dim() == 1 && state.size(0) == 2 && state.scalar_type() == at::kLong,
+      op, ": expected state of shape (2,) and dtype int64, got ", state.sizes(), " ",
+      state.scalar_type());
+}
+
+}  // namespace
+
+at::Tensor hidden_keep_mask_cpu(
+    const at::Tensor& token_key, const at::Tensor& state, int64_t site, int64_t num_cols,
+    int64_t threshold) {
+  check("hidden_keep_mask", token_key, state);
+  const at::Tensor keys = token_key.contiguous(), start = state.contiguous();
+  at::Tensor keep = at::empty({keys.size(0), num_cols}, keys.options().dtype(at::kBool));
+  bool* const out = keep.mutable_data_ptr<bool>();
+  const auto* key = keys.const_data_ptr<int64_t>();
+  const auto* seed_and_step = start.const_data_ptr<int64_t>();
+  const auto limit = static_cast<uint32_t>(threshold);
+
+  at::parallel_for(0, keys.size(0), 16, [&](int64_t begin, int64_t end) {
+    Words x;
+    std::array<bool, kLanes * kGroup> block;
+    for (int64_t t = begin; t < end; ++t) {
+      const Row row = row_of(key[t], seed_and_step, site, 0);
+      for (int64_t col = 0; col < num_cols; col += kLanes * kGroup) {
+        philox(row, static_cast<uint32_t>(col / kGroup), 1, x);
+        for (int64_t i = 0; i < kLanes; ++i) {
+          for (int64_t w = 0; w < 4; ++w) {
+            block[i * kGroup + 2 * w] = (x[w][i] & 0xFFFF) >> 4 >= limit;
+            block[i * kGroup + 2 * w + 1] = x[w][i] >> 20 >= limit;
+          }
+        }
+        const int64_t count = std::min<int64_t>(kLanes * kGroup, num_cols - col);
+        std::copy_n(block.data(), count, out + t * num_cols + col);
+      }
+    }
+  });
+  return keep;
+}
+
+at::Tensor attention_drop_words_cpu(
+    const at::Tensor& token_key, const at::Tensor& state, int64_t site, int64_t num_heads,
+    int64_t num_words, int64_t threshold) {
+  check("attention_drop_words", token_key, state);
+  const at::Tensor keys = token_key.contiguous(), start = state.contiguous();
+  const int64_t tokens = keys.size(0);
+  at::Tensor words = at::empty({num_heads, tokens, num_words}, keys.options().dtype(at::kInt));
+  auto* const out = words.mutable_data_ptr<int32_t>();
+  const auto* key = keys.const_data_ptr<int64_t>();
+  const auto* seed_and_step = start.const_data_ptr<int64_t>();
+
+  at::parallel_for(0, num_heads * tokens, 16, [&](int64_t begin, int64_t end) {
+    Words digits;
+    std::array<uint32_t, kLanes> below;
+    for (int64_t r = begin; r < end; ++r) {
+      const Row row = row_of(key[r % tokens], seed_and_step, site, r / tokens);
+      for (int64_t word = 0; word < num_words; word += kLanes) {
+        below.fill(0);
+        for (int call = 0; call < kCallsPerWord; ++call) {
+          philox(row, static_cast<uint32_t>(word * 4 + call), 4, digits);
+          for (int w = 0; w < 4; ++w) {
+            const bool is_set = threshold >> (4 * call + w) & 1;
+            for (int64_t i = 0; i < kLanes; ++i) {
+              below[i] = is_set ? digits[w][i] | below[i] : digits[w][i] & below[i];
+            }
+          }
+        }
+        const int64_t count = std::min<int64_t>(kLanes, num_words - word);
+        std::copy_n(below.data(), count, out + r * num_words + word);
+      }
+    }
+  });
+  return words;
+}
+
+}  // namespace fastbert

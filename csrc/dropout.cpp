@@ -36,7 +36,7 @@ Row row_of(int64_t token_key, const int64_t* state, int64_t site, int64_t head) 
 
 // One binary serves every CPU: the loader picks the widest vectors that this one has.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FASTBERT_VECTOR_CLONES __attribute__((target_clones("avx512dq", "avx2", "default")))
+#define FASTBERT_VECTOR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define FASTBERT_VECTOR_CLONES
 #endif

@@ -43,8 +43,8 @@ class Op:
 
     `@op("ext")` decorates the reference body; `@name.fused` then decorates a function
     `(kernels, *args)` that runs a backend's kernels, with autograd. `dtypes` are those of the first
-    argument that the faster bodies take, None for any. `@name.refuses` may decorate a function of the
-    arguments that returns why the faster bodies cannot take them, or None if they can. The
+    argument that the faster bodies take, None for any. `@name.refuses` may decorate a function of
+    the arguments that returns why the faster bodies cannot take them, or None if they can. The
     reference takes the rest.
     """
 

@@ -149,12 +149,15 @@ def check_config(config: Any) -> None:
 class Preset(NamedTuple):
     """A named architecture, and what it trains well with.
 
-    The small ones are for runs of minutes, which see too little text to need dropout.
+    The small ones are for runs of minutes, which see a few million tokens: too few to need dropout,
+    to learn from long contexts, or to afford the noise of next-sentence prediction at full weight.
     """
 
     shape: dict[str, Any]
     learning_rate: float
     dropout: float
+    max_seq_len: int
+    nsp_weight: float
 
 
 def _shape(layers: int, hidden: int) -> dict[str, Any]:
@@ -168,10 +171,10 @@ def _shape(layers: int, hidden: int) -> dict[str, Any]:
 
 
 PRESETS = {
-    "tiny": Preset(_shape(2, 128), 1e-3, dropout=0.0),
-    "mini": Preset(_shape(4, 256), 1e-3, dropout=0.0),
-    "base": Preset(_shape(12, 768), 1e-4, dropout=0.1),
-    "large": Preset(_shape(24, 1024), 1e-4, dropout=0.1),
+    "tiny": Preset(_shape(2, 128), 1e-3, dropout=0.0, max_seq_len=32, nsp_weight=0.1),
+    "mini": Preset(_shape(4, 256), 1e-3, dropout=0.0, max_seq_len=32, nsp_weight=0.1),
+    "base": Preset(_shape(12, 768), 1e-4, dropout=0.1, max_seq_len=128, nsp_weight=1.0),
+    "large": Preset(_shape(24, 1024), 1e-4, dropout=0.1, max_seq_len=128, nsp_weight=1.0),
 }
 
 
@@ -182,7 +185,10 @@ def option(default: Any, text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """All that determines a pre-training run; the command line's options are these fields."""
+    """All that determines a pre-training run; the command line's options are these fields.
+
+    An option that is None takes the preset's value.
+    """
 
     corpus: tuple[Path, ...] = option(
         (),
@@ -196,15 +202,20 @@ class PretrainConfig:
     vocab_size: int = option(8192, "Size of the vocabulary to train.")
     lowercase: bool = option(True, "Lower-case the text and strip accents.")
     preset: str = option("mini", f"Architecture: {', '.join(PRESETS)}.")
-    max_seq_len: int = option(128, "Longest example, in tokens.")
+    max_seq_len: int = option(
+        None, "Longest example, in tokens; by default the preset's, 32 for tiny and mini, else 128."
+    )
     short_seq_prob: float = option(0.1, "Share of examples made shorter on purpose.")
     mlm_probability: float = option(0.15, "Share of tokens to predict.")
-    steps: int = option(1500, "Optimizer steps.")
-    batch_tokens: int = option(2048, "Tokens in the batch of one optimizer step.")
+    steps: int = option(3000, "Optimizer steps.")
+    batch_tokens: int = option(1024, "Tokens in the batch of one optimizer step.")
     accumulation: int = option(1, "Parts that a batch is run in, to save memory.")
-    learning_rate: float | None = option(None, "Peak learning rate; by default the preset's.")
-    dropout: float | None = option(
+    learning_rate: float = option(None, "Peak learning rate; by default the preset's.")
+    dropout: float = option(
         None, "Of hidden states and attention probabilities; by default the preset's."
+    )
+    nsp_weight: float = option(
+        None, "Of the next-sentence loss beside the MLM loss; by default the preset's."
     )
     warmup_ratio: float = option(0.1, "Share of the steps in which the learning rate rises.")
     weight_decay: float = option(0.01, "AdamW's, on all but biases and LayerNorm.")
@@ -219,6 +230,11 @@ class PretrainConfig:
     seed: int = option(0, "Seed of weights, order, masks and dropout.")
 
     def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise InputError(f"--preset: one of {', '.join(PRESETS)}, got {self.preset!r}")
+        for name in PRESETS[self.preset]._fields:
+            if getattr(self, name, ...) is None:
+                object.__setattr__(self, name, getattr(PRESETS[self.preset], name))
         least = {"steps": 1, "accumulation": 1, "vocab_size": 100, "max_seq_len": 8, "workers": 0}
         least |= dict.fromkeys(("eval_every", "eval_batches", "save_every", "log_every"), 1)
         for name, low in least.items():
@@ -227,12 +243,12 @@ class PretrainConfig:
         for name in ("short_seq_prob", "mlm_probability", "heldout_fraction", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{_dashed(name)}: between 0 and 1, got {getattr(self, name)}")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
+        if self.nsp_weight < 0:
+            raise InputError(f"--nsp-weight: at least 0, got {self.nsp_weight}")
+        if not 0 <= self.dropout < 1:
             raise InputError(f"--dropout: at least 0 and below 1, got {self.dropout}")
-        for name, known in (("preset", PRESETS), ("precision", ("auto", "bf16", "fp32"))):
-            if getattr(self, name) not in known:
-                got = getattr(self, name)
-                raise InputError(f"--{name}: one of {', '.join(known)}, got {got!r}")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise InputError(f"--precision: one of auto, bf16, fp32, got {self.precision!r}")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed: between 0 and 2^63 - 1, got {self.seed}")
 

@@ -83,9 +83,18 @@ def test_a_run_s_options_survive_json():
     assert config == PretrainConfig.from_json(config.to_json())
 
 
+def test_what_is_not_given_is_the_presets():
+    config = PretrainConfig(preset="base", nsp_weight=0.0)
+    assert (config.learning_rate, config.dropout, config.max_seq_len) == (1e-4, 0.1, 128)
+    assert config.nsp_weight == 0.0
+
+
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 0}, {"mlm_probability": 1.5}, {"preset": "huge"}, {"dropout": 1.0}, {"seed": -1}],
+    [
+        *({"steps": 0}, {"mlm_probability": 1.5}, {"preset": "huge"}, {"dropout": 1.0}),
+        *({"seed": -1}, {"nsp_weight": -0.5}, {"max_seq_len": 7}, {"precision": "fp8"}),
+    ],
     ids=str,
 )
 def test_impossible_options_are_named(change):

@@ -47,12 +47,13 @@ class PretrainingObjective(nn.Module):
     """MLM and NSP loss of a share of a batch, normalised by the counts of the whole batch.
 
     The shares' losses then add up to the batch's, whatever the number of shares and however the
-    masked tokens fall among them.
+    masked tokens fall among them. `nsp_weight` scales the next-sentence loss, 1 in Devlin et al.
     """
 
-    def __init__(self, model: BertForPreTraining) -> None:
+    def __init__(self, model: BertForPreTraining, nsp_weight: float = 1.0) -> None:
         super().__init__()
         self.model = model
+        self.nsp_weight = nsp_weight
 
     def forward(self, batch: PackedBatch, num_targets: int, num_pairs: int) -> Result:
         """num_targets, num_pairs: masked tokens and sentence pairs in the whole batch."""
@@ -61,7 +62,7 @@ class PretrainingObjective(nn.Module):
         words = score_masked(heads.predictions, encoded.last_hidden_state, batch)
         pairs = score_pairs(heads.seq_relationship(encoded.pooler_output), batch)
         mlm_loss, nsp_loss = words.loss_sum(), pairs.loss_sum()
-        loss = mlm_loss / max(num_targets, 1) + nsp_loss / max(num_pairs, 1)
+        loss = mlm_loss / max(num_targets, 1) + self.nsp_weight * nsp_loss / max(num_pairs, 1)
         with torch.no_grad():
             sums = (
                 *(mlm_loss, words.correct(), words.num_rows),

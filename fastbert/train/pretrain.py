@@ -46,13 +46,11 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False) -> dict
         if is_new:
             _abandon(out)
         raise
-    preset = PRESETS[config.preset]
-    dropout = preset.dropout if config.dropout is None else config.dropout
     model = BertForPreTraining(
         BertConfig(
-            **preset.shape,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
+            **PRESETS[config.preset].shape,
+            hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout,
             vocab_size=text.tokenizer.get_vocab_size(),
             max_position_embeddings=max(512, config.max_seq_len),
         )
@@ -117,9 +115,8 @@ def _train(
     out: Path,
     device: torch.device,
 ) -> None:
-    objective = PretrainingObjective(model)
+    objective = PretrainingObjective(model, config.nsp_weight)
     precision = _autocast(config.precision, device)
-    peak = config.learning_rate or PRESETS[config.preset].learning_rate
     warmup = round(config.steps * config.warmup_ratio)
     batches = loader(
         text.training,
@@ -144,7 +141,9 @@ def _train(
                 sums += result.sums
             nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             for group in optimizer.param_groups:
-                group["lr"] = linear_schedule(step, peak=peak, warmup=warmup, total=config.steps)
+                group["lr"] = linear_schedule(
+                    step, peak=config.learning_rate, warmup=warmup, total=config.steps
+                )
             optimizer.step()
             optimizer.zero_grad()
 
@@ -156,7 +155,7 @@ def _train(
             if saving or state.step % config.log_every == 0:
                 metrics = Metrics(*sums.tolist())  # the only place where the host waits
                 now = time.perf_counter()
-                row = _row(state.step, metrics, tokens / (now - reported))
+                row = _row(state.step, metrics, config.nsp_weight, tokens / (now - reported))
                 if not math.isfinite(row["loss"]):
                     raise InputError(
                         f"the loss is not finite at step {state.step}, and the last checkpoint is "
@@ -179,10 +178,12 @@ def _train(
                 run_state.save(out, model, text.tokenizer, optimizer, state)
 
 
-def _row(step: int, metrics: Metrics, tokens_per_second: float) -> dict[str, float]:
+def _row(
+    step: int, metrics: Metrics, nsp_weight: float, tokens_per_second: float
+) -> dict[str, float]:
     return {
         "step": step,
-        "loss": metrics.mlm_loss + metrics.nsp_loss,
+        "loss": metrics.mlm_loss + nsp_weight * metrics.nsp_loss,
         "mlm_loss": metrics.mlm_loss,
         "nsp_loss": metrics.nsp_loss,
         "mlm_accuracy": metrics.mlm_accuracy,

@@ -81,6 +81,13 @@ def test_metrics_are_those_of_the_logits(model):
     assert metrics.mlm_loss + metrics.nsp_loss == pytest.approx(output.loss.item())
 
 
+def test_the_next_sentence_loss_has_its_weight(model):
+    batch = make_batch([9, 3, 14], 1)
+    mlm, both, much = (PretrainingObjective(model, w)(batch, 1, 1).loss.item() for w in (0, 1, 3))
+    assert both - mlm == pytest.approx((much - mlm) / 3)
+    assert both > mlm
+
+
 def test_a_batch_with_nothing_to_predict_is_a_finite_zero(model):
     batch = make_batch([9, 3], 1)
     nothing = {"labels": torch.full_like(batch.labels, -100)}

@@ -173,26 +173,30 @@ def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None) -> Tensor:
     return torch.where(keep, x * random.keep_scale(dropout_p), 0.0)
 
 
-def dropout_state(who: str, x: Tensor, dropout_p: float, rng: DropoutState | None):
-    """The numbers for dropping elements of x (..., H), or None if none is to be dropped."""
+def dropout_state(
+    who: str, num_rows: int, device: torch.device, dropout_p: float, rng: DropoutState | None
+) -> DropoutState | None:
+    """The numbers for dropping elements of so many rows, or None if none is to be dropped."""
     require(0 <= dropout_p < 1, who, "a dropout_p in [0, 1)", dropout_p)
-    threshold, num_rows = random.threshold(dropout_p), x.shape[:-1].numel()
+    threshold = random.threshold(dropout_p)
     if threshold == 0:
         return None
     require(threshold < random.RESOLUTION, who, "a dropout_p of at most 4095/4096", dropout_p)
     if rng is None:
-        return random.fresh(num_rows, x.device)
+        return random.fresh(num_rows, device)
     key = rng.token_key
     require(
-        key.shape == (num_rows,) and key.device == rng.state.device == x.device,
+        key.shape == (num_rows,) and key.device == rng.state.device == device,
         who,
-        f"an rng with a token_key of shape ({num_rows},), one key a row, on {x.device}",
+        f"an rng with a token_key of shape ({num_rows},), one key a row, on {device}",
         f"{tuple(key.shape)} on {key.device}",
     )
     return rng
 
 
-def device_numbers(rng: DropoutState | None, dropout_p: float):
+def device_numbers(
+    rng: DropoutState | None, dropout_p: float
+) -> tuple[Tensor | None, Tensor | None, int, int]:
     """What launchers take of it: state, token_key, site and threshold."""
     if rng is None:
         return None, None, 0, 0
@@ -241,4 +245,4 @@ def _check_sum(
     _check_vectors(who, x, weight=weight, bias=bias)
     if x_bias is not None:
         _check_vectors(who, x, x_bias=x_bias)
-    return dropout_state(who, x, dropout_p, rng)
+    return dropout_state(who, x.shape[:-1].numel(), x.device, dropout_p, rng)

@@ -1,18 +1,60 @@
-"""Layer norm at the sizes of BERT-base and BERT-large, in bf16."""
+"""Layer norm, and dropout + residual + layer norm, at the sizes of BERT and its relatives."""
 
 from collections.abc import Iterator
 
 from benchmarks.compile_cases import Case
 from fastbert.kernels import layer_norm
 
+TYPES = {"state_ptr": "*i64", "token_key_ptr": "*i64", "eps": "fp32", "keep_scale": "fp32"}
+TYPES |= dict.fromkeys(("weight_ptr", "bias_ptr", "x_bias_ptr"), "*fp32")  # autocast's training
+TYPES |= dict.fromkeys(("mean_ptr", "rstd_ptr", "partials_ptr"), "*fp32")
+TYPES |= dict.fromkeys(("out0_ptr", "out1_ptr", "out2_ptr"), "*fp32")
+PLAIN = dict.fromkeys(("residual_ptr", "x_bias_ptr", "state_ptr", "token_key_ptr", "z_ptr"))
+NO_DROPOUT = dict.fromkeys(("state_ptr", "token_key_ptr", "dx_ptr"))
+
 
 def cases() -> Iterator[Case]:
-    statistics = dict.fromkeys(("mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr"), "*fp32")
-    types = {"eps": "fp32", **statistics}
+    for columns in (128, 312, 384, 768, 1024, 2048, 4096):
+        quick = columns == 768
+        yield _forward(columns, "dropout", {}, quick=quick)
+        yield _backward(columns, "dropout", {"HAS_X_BIAS": True}, quick=quick)
     for columns in (768, 1024):
-        block, num_warps = layer_norm.block_and_warps(columns)
-        constants = {"N_COLS": columns, "BLOCK_N": block}
-        for kernel in (layer_norm._layer_norm_fwd_kernel, layer_norm._layer_norm_bwd_kernel):
-            yield Case(
-                kernel, str(columns), constants, num_warps, types=types, wide_loads=3, quick=True
-            )
+        constants = dict.fromkeys(("state_ptr", "token_key_ptr"))
+        yield _forward(columns, "no dropout", constants)
+        yield _forward(columns, "plain", PLAIN)
+        yield _backward(columns, "no dropout", NO_DROPOUT | {"HAS_X_BIAS": True})
+        yield _backward(columns, "plain", NO_DROPOUT | {"HAS_X_BIAS": False})
+        for dtype in ("fp16", "fp32"):
+            yield _forward(columns, f"dropout {dtype}", {}, dtype)
+            yield _backward(columns, f"dropout {dtype}", {"HAS_X_BIAS": True}, dtype)
+        constants = {"N_COLS": columns, "BLOCK_M": 512, "BLOCK_N": 16}
+        kernel = layer_norm._add_partials_kernel
+        yield Case(kernel, str(columns), constants, 8, types=TYPES, wide_loads=1)
+
+
+def _forward(columns, label, constants, dtype="bf16", quick=False) -> Case:
+    block = layer_norm.forward_block(columns)
+    return _case(layer_norm._forward_kernel, block, columns, label, constants, dtype, quick)
+
+
+def _backward(columns, label, constants, dtype="bf16", quick=False) -> Case:
+    block = layer_norm.backward_block(columns)
+    return _case(layer_norm._backward_kernel, block, columns, label, constants, dtype, quick)
+
+
+def _case(kernel, block, columns, label, constants, dtype, quick) -> Case:
+    block_m, block_n, num_warps = block
+    shape = {"N_COLS": columns, "BLOCK_M": block_m, "BLOCK_N": block_n, "UNIT": 8}
+    element_bytes = 4 if dtype == "fp32" else 2
+    loads = block_m * block_n * element_bytes // (16 * 32 * num_warps)  # a thread, of each tensor
+    tensors = 1 if "residual_ptr" in constants else 2
+    activations = ("x_ptr", "residual_ptr", "y_ptr", "z_ptr", "dy_ptr", "dz_ptr", "dx_ptr")
+    return Case(
+        kernel,
+        f"{columns} {label}",
+        constants | shape,
+        num_warps,
+        types=TYPES | dict.fromkeys(activations, f"*{dtype}"),
+        wide_loads=tensors * loads,
+        quick=quick,
+    )

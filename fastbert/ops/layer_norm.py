@@ -7,38 +7,45 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastbert import rng as random
 from fastbert.backend import op
 from fastbert.check import require
+from fastbert.rng import DropoutState
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_COLS = 16384  # of the kernels, which hold a row in registers
 
 
-@op("triton", dtypes=(torch.float32, torch.float16, torch.bfloat16))
+@op("triton", dtypes=DTYPES)
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Tensor:
     """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension.
 
     x: (..., H); weight, bias: (H,). The variance is the biased one. Computed in float32 or wider,
     returned in x.dtype, whatever autocast would do: the packed stream keeps its dtype.
+
+    Raises ValueError for other shapes.
     """
+    _check_vectors("layer_norm", x, weight=weight, bias=bias)
     wide = torch.promote_types(x.dtype, torch.float32)
     normed = F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
     return normed.to(x.dtype)
 
 
+@layer_norm.refuses
+def _refusal(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> str | None:
+    return refusal(x, [], [weight, bias])
+
+
 @layer_norm.fused
 def _fused(kernels: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Tensor:
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        require(
-            tensor.shape == x.shape[-1:],
-            "layer_norm",
-            f"{name} of shape {tuple(x.shape[-1:])}",
-            tuple(tensor.shape),
-        )
+    _check_vectors("layer_norm", x, weight=weight, bias=bias)
     return _LayerNorm.apply(kernels, x, weight, bias, eps)
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernels, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = as_rows(x)
         y, mean, rstd = kernels.layer_norm_fwd(rows, weight, bias, eps)
         ctx.save_for_backward(rows, weight, mean, rstd)
         ctx.kernels = kernels
@@ -48,11 +55,11 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor):
         rows, weight, mean, rstd = ctx.saved_tensors
-        dy_rows = dy.reshape(rows.shape)
-        dx, dweight, dbias = ctx.kernels.layer_norm_bwd(dy_rows, rows, weight, mean, rstd)
+        dx, dweight, dbias = ctx.kernels.layer_norm_bwd(as_rows(dy), rows, weight, mean, rstd)
         return None, dx.view(dy.shape), dweight, dbias, None
 
 
+@op("triton", dtypes=DTYPES)
 def dropout_add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -60,11 +67,182 @@ def dropout_add_layer_norm(
     bias: Tensor,
     eps: float = 1e-12,
     *,
+    x_bias: Tensor | None = None,
     dropout_p: float = 0.0,
+    rng: DropoutState | None = None,
 ) -> Tensor:
-    """`layer_norm(residual + dropout(x))`: the end of each half of a BERT layer.
+    """`layer_norm(residual + dropout(x + x_bias))`: the end of each half of a BERT layer.
 
-    x, residual: (..., H); the result has residual.dtype.
+    x, residual: (..., H); weight, bias, x_bias: (H,); the result has residual.dtype. x_bias is that
+    of the linear layer before, whose gradient is then a by-product here. The sum is computed in
+    float32 or wider and rounded to residual.dtype, which is kept for the backward; from there on
+    as `layer_norm`. Dropout (Srivastava et al. 2014) is by counter, as `fastbert.rng` defines it:
+    `rng` names the tokens, (rows,) keys of the flattened leading dimensions, and None takes fresh
+    numbers from torch's generator.
+
+    Raises ValueError for other shapes, or a dropout_p not in [0, 1).
     """
-    x = F.dropout(x, dropout_p, training=dropout_p > 0)
-    return layer_norm((residual + x).to(residual.dtype), weight, bias, eps)
+    rng = _check_sum(x, residual, weight, bias, x_bias, dropout_p, rng)
+    wide = torch.promote_types(residual.dtype, torch.promote_types(x.dtype, torch.float32))
+    z = x.to(wide) if x_bias is None else x.to(wide) + x_bias.to(wide)
+    z = residual + dropout(z, dropout_p, rng)
+    return layer_norm.reference(z.to(residual.dtype), weight, bias, eps)
+
+
+@dropout_add_layer_norm.refuses
+def _sum_refusal(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-12,
+    *,
+    x_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng: DropoutState | None = None,
+) -> str | None:
+    vectors = [weight, bias] if x_bias is None else [weight, bias, x_bias]
+    return refusal(x, [residual], vectors)
+
+
+@dropout_add_layer_norm.fused
+def _sum_fused(
+    kernels: Any,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-12,
+    *,
+    x_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng: DropoutState | None = None,
+) -> Tensor:
+    rng = _check_sum(x, residual, weight, bias, x_bias, dropout_p, rng)
+    numbers = device_numbers(rng, dropout_p)
+    inputs = (x, residual, x_bias, weight, bias)
+    needs_backward = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in inputs
+    )
+    if needs_backward:
+        return _DropoutAddLayerNorm.apply(kernels, *inputs, eps, *numbers)
+    y, *_ = kernels.dropout_add_layer_norm_fwd(
+        as_rows(x), as_rows(residual), x_bias, weight, bias, eps, *numbers, save=False
+    )
+    return y.view(x.shape)
+
+
+class _DropoutAddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, kernels, x: Tensor, residual: Tensor, x_bias: Tensor | None, weight: Tensor,
+        bias: Tensor, eps: float, state: Tensor | None, token_key: Tensor | None, site: int,
+        threshold: int,
+    ) -> Tensor:  # fmt: skip
+        y, *saved = kernels.dropout_add_layer_norm_fwd(
+            as_rows(x), as_rows(residual), x_bias, weight, bias, eps,
+            state, token_key, site, threshold, save=True,
+        )  # fmt: skip
+        ctx.save_for_backward(weight, state, token_key, *saved)
+        ctx.kernels, ctx.site, ctx.threshold = kernels, site, threshold
+        ctx.x_dtype, ctx.has_x_bias = x.dtype, x_bias is not None
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        weight, state, token_key, z, mean, rstd = ctx.saved_tensors
+        dresidual, dx, dweight, dbias, dx_bias = ctx.kernels.dropout_add_layer_norm_bwd(
+            as_rows(dy), z, weight, mean, rstd, state, token_key, ctx.site, ctx.threshold,
+            ctx.x_dtype, ctx.has_x_bias,
+        )  # fmt: skip
+        dresidual = dresidual.view(dy.shape)
+        # Where both gradients are the same, the very same tensor goes to both, not a view of it:
+        # autograd adds to a gradient in place, or makes it a leaf's .grad without a copy, only
+        # while it holds the sole reference to that tensor.
+        dx = dresidual if dx.ndim == 1 else dx.view(dy.shape)
+        dx_bias = dx_bias if ctx.has_x_bias else None
+        return None, dx, dresidual, dx_bias, dweight, dbias, None, None, None, None, None
+
+
+def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None) -> Tensor:
+    """The reference: x (..., H), zero where `rng` drops it and scaled elsewhere."""
+    if rng is None:
+        return x
+    keep = random.hidden_keep_mask(rng, x.shape[-1], dropout_p).view(x.shape)
+    return torch.where(keep, x * random.keep_scale(dropout_p), 0.0)
+
+
+def dropout_state(
+    who: str, num_rows: int, device: torch.device, dropout_p: float, rng: DropoutState | None
+) -> DropoutState | None:
+    """The numbers for dropping elements of so many rows, or None if none is to be dropped."""
+    require(0 <= dropout_p < 1, who, "a dropout_p in [0, 1)", dropout_p)
+    threshold = random.threshold(dropout_p)
+    if threshold == 0:
+        return None
+    require(threshold < random.RESOLUTION, who, "a dropout_p of at most 4095/4096", dropout_p)
+    if rng is None:
+        return random.fresh(num_rows, device)
+    key = rng.token_key
+    require(
+        key.shape == (num_rows,) and key.device == rng.state.device == device,
+        who,
+        f"an rng with a token_key of shape ({num_rows},), one key a row, on {device}",
+        f"{tuple(key.shape)} on {key.device}",
+    )
+    return rng
+
+
+def device_numbers(
+    rng: DropoutState | None, dropout_p: float
+) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """What launchers take of it: state, token_key, site and threshold."""
+    if rng is None:
+        return None, None, 0, 0
+    return rng.state, rng.token_key, rng.site, random.threshold(dropout_p)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., H) -> (M, H) with unit column stride, a view where possible."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def refusal(x: Tensor, others: list[Tensor], vectors: list[Tensor]) -> str | None:
+    """Why the kernels cannot take x and `others` (..., H) with parameters `vectors` (H,)."""
+    if not 1 <= x.shape[-1] <= MAX_COLS:
+        return f"{x.shape[-1]} columns"
+    if any(tensor.device != x.device for tensor in (*others, *vectors)):
+        return "tensors on several devices"
+    if unknown := [t.dtype for t in (*others, *vectors) if t.dtype not in DTYPES]:
+        return str(unknown[0])
+    if len({vector.dtype for vector in vectors}) > 1:
+        return "parameters of several dtypes"
+    if not all(vector.is_contiguous() for vector in vectors):
+        return "parameters that are not contiguous"
+    return None
+
+
+def _check_vectors(who: str, x: Tensor, **vectors: Tensor) -> None:
+    for name, vector in vectors.items():
+        shape = tuple(x.shape[-1:])
+        require(vector.shape == shape, who, f"{name} of shape {shape}", tuple(vector.shape))
+
+
+def _check_sum(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    dropout_p: float,
+    rng: DropoutState | None,
+) -> DropoutState | None:
+    who = "dropout_add_layer_norm"
+    shape = tuple(x.shape)
+    require(residual.shape == shape, who, f"residual of shape {shape}", tuple(residual.shape))
+    _check_vectors(who, x, weight=weight, bias=bias)
+    if x_bias is not None:
+        _check_vectors(who, x, x_bias=x_bias)
+    return dropout_state(who, x.shape[:-1].numel(), x.device, dropout_p, rng)

@@ -1,13 +1,29 @@
+import functools
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastbert import backend
+from fastbert import rng as random
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from tests.oracle import assert_as_accurate, gradients
 
-SHAPES = [(3, 7), (2, 5, 768), (257, 100), (4, 1024), (0, 16)]
+SHAPES = [(3, 7), (2, 5, 768), (257, 100), (4, 1024), (17, 96), (6, 2060), (0, 16)]
+SUM_SHAPES = [(3, 7), (2, 5, 768), (67, 312), (35, 128), (3, 770), (6, 2060), (0, 16)]
 NAMES = ("y", "dx", "dweight", "dbias")
+SUM_NAMES = ("y", "dx", "dresidual", "dweight", "dbias", "dx_bias")
+
+
+def as_id(value):
+    return "x".join(map(str, value)) if isinstance(value, tuple) else None
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=["triton", "reference"])
@@ -20,6 +36,16 @@ def body(request, device):
         yield request.param
 
 
+@pytest.fixture
+def triton(device):
+    try:
+        backend.load("triton", "layer_norm", device)
+    except backend.BackendUnavailable as reason:
+        pytest.skip(str(reason))
+    with backend.use("triton"):
+        yield
+
+
 def native(eps):
     return lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
@@ -30,7 +56,49 @@ def inputs(shape, dtype, device):
     return x, weight, bias, torch.randn(shape, device=device).to(dtype)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+class Sum(NamedTuple):
+    """Inputs of dropout_add_layer_norm, in the order of SUM_NAMES, and the upstream gradient."""
+
+    tensors: tuple[Tensor, ...]
+    dy: Tensor
+    rng: random.DropoutState
+
+    def results(self, **options):
+        def function(x, residual, weight, bias, x_bias):
+            return dropout_add_layer_norm(
+                x, residual, weight, bias, x_bias=x_bias, rng=self.rng, **options
+            )
+
+        return gradients(function, *self.tensors, dy=self.dy)
+
+    def plain(self, dtype=None, *, eps=1e-12, dropout_p=0.0):
+        """Written out; without a dtype in those of the inputs, as PyTorch promotes them."""
+        keep, scale = 1, 1
+        if dropout_p:
+            keep = random.hidden_keep_mask(self.rng, self.tensors[0].shape[-1], dropout_p)
+            keep, scale = keep.view(self.tensors[0].shape), random.keep_scale(dropout_p)
+
+        def function(x, residual, weight, bias, x_bias):
+            return native(eps)(residual + (x + x_bias) * keep * scale, weight, bias)
+
+        tensors = self.tensors if dtype is None else [t.to(dtype) for t in self.tensors]
+        return gradients(function, *tensors, dy=self.dy)
+
+
+def sum_inputs(shape, dtype, device, *, site=5):
+    x, weight, bias, dy = inputs(shape, dtype, device)
+    residual = torch.randn(shape, device=device).to(dtype)
+    x_bias = torch.randn(shape[-1], device=device).to(dtype)
+    num_rows = shape[:-1].numel() if isinstance(shape, torch.Size) else x[..., 0].numel()
+    state = random.new_state(torch.device(device))
+    keys = torch.randint(2**31, (num_rows,), device=device) << 32 | torch.arange(
+        7, 7 + num_rows, device=device
+    )
+    rng = random.DropoutState(state, keys, site)
+    return Sum((x, residual, weight, bias, x_bias), dy, rng)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=as_id)
 @pytest.mark.parametrize("eps", [1e-12, 0.5])  # 0.5: an eps that is dropped shows
 @pytest.mark.usefixtures("body")
 def test_is_as_accurate_as_pytorch(eps, dtype, shape, device):
@@ -41,6 +109,105 @@ def test_is_as_accurate_as_pytorch(eps, dtype, shape, device):
     assert_as_accurate(actual, expected, truth, names=NAMES)
 
 
+@pytest.mark.parametrize("shape", SUM_SHAPES, ids=as_id)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.usefixtures("body")
+def test_a_sum_is_normed_as_accurately_as_by_pytorch(dropout_p, dtype, shape, device):
+    case = sum_inputs(shape, dtype, device)
+    options = {"eps": 0.5, "dropout_p": dropout_p}
+    actual, expected = case.results(**options), case.plain(**options)
+    assert_as_accurate(actual, expected, case.plain(torch.double, **options), names=SUM_NAMES)
+
+
+@pytest.mark.usefixtures("body")
+def test_a_row_of_one_number_becomes_the_bias(device):
+    case = sum_inputs((70, 1), torch.float32, device)
+    y, dx, _, dweight, dbias, _ = case.results(eps=0.5)
+    torch.testing.assert_close(y, case.tensors[3].expand(70, 1))
+    torch.testing.assert_close(dbias, case.dy.sum(0))
+    for zero in (dx, dweight):
+        torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("site", [0, 5])
+@pytest.mark.usefixtures("triton")
+def test_drops_exactly_what_the_reference_drops(site, device):
+    shape, dropout_p = (19, 72), 0.5
+    case = sum_inputs(shape, torch.float32, device, site=site)
+    x, residual, weight, bias, _ = case.tensors
+    _, dx, dresidual, *_ = gradients(
+        lambda x, residual: dropout_add_layer_norm(
+            x, residual, weight, bias, dropout_p=dropout_p, rng=case.rng
+        ),
+        x,
+        residual,
+        dy=case.dy,
+    )
+    keep = random.hidden_keep_mask(case.rng, shape[-1], dropout_p)
+    assert torch.equal(dx != 0, keep)
+    torch.testing.assert_close(dx, dresidual * keep * 2)
+
+
+@pytest.mark.usefixtures("body")
+def test_dropout_without_numbers_takes_them_from_torchs_generator(device):
+    x, weight, bias, _ = inputs((6, 64), torch.float32, device)
+
+    def draw():
+        return dropout_add_layer_norm(x, x, weight, bias, dropout_p=0.5)
+
+    torch.manual_seed(1)
+    first, second = draw(), draw()
+    torch.manual_seed(1)
+    assert torch.equal(draw(), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.usefixtures("body")
+def test_a_probability_that_rounds_to_nothing_drops_nothing(device):
+    case = sum_inputs((5, 16), torch.float32, device)
+    for a, b in zip(case.results(dropout_p=1e-5), case.results(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("x_dtype", "residual_dtype", "vector_dtype"),
+    [
+        (torch.float16, torch.float16, torch.float32),
+        (torch.float16, torch.float32, torch.float32),
+        (torch.float32, torch.float16, torch.float16),
+    ],
+    ids=["half activations", "float residual", "half residual"],
+)
+@pytest.mark.usefixtures("body")
+def test_dtypes_may_differ(x_dtype, residual_dtype, vector_dtype, dropout_p, device):
+    case = sum_inputs((21, 40), torch.float32, device)
+    dtypes = (x_dtype, residual_dtype, vector_dtype, vector_dtype, vector_dtype)
+    tensors = tuple(t.to(d) for t, d in zip(case.tensors, dtypes, strict=True))
+    case = case._replace(tensors=tensors, dy=case.dy.to(residual_dtype))
+    actual = case.results(dropout_p=dropout_p)
+    assert [t.dtype for t in actual] == [residual_dtype, *dtypes]
+    truth = case.plain(torch.double, dropout_p=dropout_p)
+    # PyTorch's own operators take no such mixture: compare with it in the lowest precision here
+    lowest = case._replace(tensors=tuple(t.half() for t in tensors))
+    expected = [
+        t.to(a.dtype) for t, a in zip(lowest.plain(dropout_p=dropout_p), actual, strict=True)
+    ]
+    assert_as_accurate(actual, expected, truth, names=SUM_NAMES)
+
+
+@pytest.mark.usefixtures("body")
+def test_gradients_of_wide_parameters_are_summed_in_float32(device):
+    """They miss only what the backward's rounded z misses, not what a rounded gradient would."""
+    case = sum_inputs((300, 24), torch.float16, device)
+    tensors = tuple(t if i < 2 else t.float() for i, t in enumerate(case.tensors))
+    case = case._replace(tensors=tensors)
+    actual, truth = case.results(), case.plain(torch.double)
+    torch.testing.assert_close(actual[4].double(), truth[4], rtol=1e-6, atol=1e-5)  # dbias
+    dx_bias = (actual[5].double() - truth[5]).abs().max()
+    assert dx_bias < 0.02  # of rounded gradients, 300 rows miss about 0.1
+
+
 @pytest.mark.usefixtures("body")
 def test_reads_rows_that_lie_apart_and_mixed_dtypes(device):
     wide = torch.randn(9, 64, device=device)
@@ -48,35 +215,195 @@ def test_reads_rows_that_lie_apart_and_mixed_dtypes(device):
     x = torch.nn.functional.pad(x, (0, 24))[:, :40]
     assert not x.is_contiguous()
     weight, bias = torch.randn(2, 40, device=device)
-    y, dx, dweight, _ = gradients(lambda *t: layer_norm(*t, 1e-5), x, weight, bias, dy=dy)
+    leaf = x.detach().requires_grad_()  # a clone would lie together
+    y = layer_norm(leaf, weight, bias, 1e-5)
+    dx = torch.autograd.grad(y, leaf, dy)[0]
     expected = gradients(native(1e-5), x.float(), weight, bias, dy=dy)
-    assert (y.dtype, dx.dtype, dweight.dtype) == (torch.half, torch.half, torch.float32)
+    assert (y.dtype, dx.dtype) == (torch.half, torch.half)
     torch.testing.assert_close(y, expected[0].half())
-    torch.testing.assert_close(dweight, expected[2], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(dx, expected[1].half())
+
+
+@pytest.mark.parametrize("start", [0, 1])  # 1: addresses that are no multiples of 16 bytes
+@pytest.mark.usefixtures("body")
+def test_sums_rows_that_lie_apart(start, device):
+    case = sum_inputs((9, 40), torch.float16, device)
+    x, residual, weight, bias, x_bias = case.tensors
+    apart = [
+        F.pad(t, (start, width))[:, start : start + 40] for t, width in ((x, 8), (residual, 3))
+    ]
+    leaves = [t.detach().requires_grad_() for t in apart]
+    dy = F.pad(case.dy, (0, 5))[:, :40]
+    y = dropout_add_layer_norm(*leaves, weight, bias, x_bias=x_bias, dropout_p=0.3, rng=case.rng)
+    actual = torch.autograd.grad(y, leaves, dy)
+    expected = case.results(dropout_p=0.3)
+    assert torch.equal(y, expected[0])
+    assert torch.equal(actual[0], expected[1])
+    assert torch.equal(actual[1], expected[2])
 
 
 @pytest.mark.usefixtures("body")
-def test_the_backward_gives_the_same_bits_each_time(device):
-    x, weight, bias, dy = inputs((1030, 24), torch.float32, device)  # more rows than programs
-    first, second = (gradients(layer_norm, x, weight, bias, dy=dy) for _ in range(2))
+def test_takes_columns_that_lie_apart_and_an_expanded_gradient(device):
+    case = sum_inputs((6, 24), torch.float32, device)
+    x, residual, weight, bias, _ = case.tensors
+    transposed = x.t().contiguous().t().requires_grad_()
+    y = dropout_add_layer_norm(transposed, residual, weight, bias)
+    expected = dropout_add_layer_norm(x, residual, weight, bias)
+    assert torch.equal(y, expected)
+    (dx,) = torch.autograd.grad((y * 3).sum(), transposed)
+    truth = gradients(lambda x: native(1e-12)(x + residual, weight, bias), x, dy=3 + 0 * x)[1]
+    torch.testing.assert_close(dx, truth, rtol=1e-4, atol=1e-5)
+    z = (transposed.detach()).requires_grad_()
+    (dz,) = torch.autograd.grad((layer_norm(z, weight, bias) * 3).sum(), z)
+    truth = gradients(lambda x: native(1e-12)(x, weight, bias), x, dy=3 + 0 * x)[1]
+    torch.testing.assert_close(dz, truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.usefixtures("body")
+def test_the_backward_gives_the_same_bits_each_time(dropout_p, device):
+    case = sum_inputs((1030, 24), torch.float32, device)  # more rows than programs take at once
+    first, second = (case.results(dropout_p=dropout_p) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    expected = gradients(native(1e-12), x.double(), weight.double(), bias.double(), dy=dy)
-    torch.testing.assert_close(first[2].double(), expected[2], rtol=1e-4, atol=1e-4)
+    truth = case.plain(torch.double, dropout_p=dropout_p)
+    assert_as_accurate(first, case.plain(dropout_p=dropout_p), truth, names=SUM_NAMES)
 
 
-def test_a_forced_backend_never_falls_back():
-    x = torch.ones(2, 4, dtype=torch.float64)
-    with backend.use("triton"), pytest.raises(backend.BackendUnavailable, match=r"layer_norm.*64"):
-        layer_norm(x, x[0], x[0])
+@pytest.mark.usefixtures("triton")
+def test_many_partial_sums_are_all_added(device):
+    """More of them than the adding kernel takes in one step."""
+    from fastbert.kernels.layer_norm import add_partials
+
+    for n_outputs in (2, 3):
+        partials = torch.randn(n_outputs, 1100, 20, device=device)
+        outputs = [torch.empty(20, device=device) for _ in range(n_outputs)]
+        add_partials(partials, *outputs)
+        torch.testing.assert_close(torch.stack(outputs), partials.sum(1), rtol=1e-4, atol=1e-4)
 
 
-def test_a_wrong_weight_is_named(device):
-    x = torch.ones(2, 4, device=device)
-    with (
-        backend.use("triton"),
-        pytest.raises(ValueError, match=r"layer_norm: expected weight of shape \(4,\), got \(3,\)"),
-    ):
-        layer_norm(x, x[0, :3], x[0])
+@pytest.mark.usefixtures("body")
+def test_gradients_of_both_inputs_share_no_memory(device):
+    """Without dropout they are one tensor in the backward, and leaves must get one each."""
+    case = sum_inputs((4, 16), torch.float32, device)
+    x, residual = (t.clone().requires_grad_() for t in case.tensors[:2])
+    weight, bias = case.tensors[2:4]
+    for _ in range(2):  # the second time adds to what is there
+        dropout_add_layer_norm(x, residual, weight, bias).backward(case.dy)
+    once = (
+        case.plain()[2] * 0
+        + torch.autograd.grad(dropout_add_layer_norm(x, residual, weight, bias), x, case.dy)[0]
+    )
+    torch.testing.assert_close(x.grad, 2 * once)
+    torch.testing.assert_close(residual.grad, 2 * once)
+    x.grad.zero_()
+    assert residual.grad.abs().sum() > 0
+
+
+@pytest.mark.usefixtures("body")
+def test_an_input_that_is_its_own_residual_gets_both_gradients(device):
+    case = sum_inputs((4, 16), torch.float32, device)
+    x, weight, bias = case.tensors[0], *case.tensors[2:4]
+    both = gradients(lambda x: dropout_add_layer_norm(2 * x, x, weight, bias), x, dy=case.dy)
+    expected = gradients(lambda x: native(1e-12)(3 * x, weight, bias), x, dy=case.dy)
+    torch.testing.assert_close(both, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("triton")
+def test_nothing_is_kept_where_no_gradient_is_needed(device):
+    case = sum_inputs((4, 16), torch.float32, device)
+    x, residual, weight, bias, _ = case.tensors
+    y = dropout_add_layer_norm(x, residual, weight.clone().requires_grad_(), bias)
+    with torch.no_grad():
+        bare = dropout_add_layer_norm(x, residual, weight.clone().requires_grad_(), bias)
+    assert y.requires_grad
+    assert not bare.requires_grad
+    assert torch.equal(y, bare)
+
+
+@pytest.mark.usefixtures("triton")
+def test_torch_compile_gives_the_eager_result(device):
+    case = sum_inputs((6, 40), torch.float32, device)
+    compiled = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+    for dropout_p in (0.0, 0.3):
+        eager = case.results(dropout_p=dropout_p)
+        torch._dynamo.reset()
+
+        def function(x, residual, weight, bias, x_bias, p=dropout_p):
+            return dropout_add_layer_norm(
+                x, residual, weight, bias, x_bias=x_bias, dropout_p=p, rng=case.rng
+            )
+
+        traced = gradients(compiled(function), *case.tensors, dy=case.dy)
+        assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
+    x, _, weight, bias, _ = case.tensors
+    eager = gradients(layer_norm, x, weight, bias, dy=case.dy)
+    traced = gradients(compiled(lambda *t: layer_norm(*t)), x, weight, bias, dy=case.dy)
+    assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
+
+
+@pytest.mark.usefixtures("triton")
+def test_a_second_derivative_is_refused(device):
+    x, weight, bias, dy = inputs((3, 8), torch.float32, device)
+    x.requires_grad_()
+    dy.requires_grad_()
+    for y in (layer_norm(x, weight, bias), dropout_add_layer_norm(x, x, weight, bias)):
+        (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dx.sum().backward()
+
+
+def test_the_reference_is_differentiable_twice_in_float64():
+    x, weight, bias, _ = inputs((2, 4), torch.float64, "cpu")
+    leaves = [t.requires_grad_() for t in (x, x.detach() + 1, weight, bias)]
+    with backend.use("reference"):
+        torch.autograd.gradgradcheck(lambda *t: dropout_add_layer_norm(*t, eps=0.1), leaves)
+
+
+def refused(x, weight, bias, **options):
+    return dropout_add_layer_norm(x, x, weight, bias, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda x: layer_norm(x.double(), x[0], x[0]), "float64"),
+        (lambda x: layer_norm(x, x[0].double(), x[0].double()), "float64"),
+        (lambda x: layer_norm(x, x[0], x[0].half()), "several dtypes"),
+        (lambda x: layer_norm(x, x[0, :1].expand(4), x[0]), "not contiguous"),
+        (lambda x: layer_norm(x.new_ones(1, 20000), *x.new_ones(2, 20000)), "20000 columns"),
+        (lambda x: refused(x.double(), x[0], x[0]), "float64"),
+        (lambda x: refused(x, x[0], x[0], x_bias=x[0].half()), "several dtypes"),
+        (lambda x: refused(x, x[0], x[0].to("meta")), "several devices"),
+    ],
+    ids=["double", "double weight", "mixed", "strided", "wide", "double sum", "x_bias", "devices"],
+)
+@pytest.mark.usefixtures("triton")
+def test_a_forced_backend_never_falls_back(call, reason, device):
+    with pytest.raises(backend.BackendUnavailable, match=f"layer_norm.*{reason}"):
+        call(torch.ones(2, 4, device=device))
+
+
+def short_key():
+    return random.fresh(3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: layer_norm(x, x[0, :3], x[0]), r"expected weight of shape \(4,\), got \(3,\)"),
+        (lambda x: refused(x, x[0], x[0, :3]), r"expected bias of shape \(4,\), got \(3,\)"),
+        (lambda x: refused(x, x[0], x[0], x_bias=x), r"expected x_bias of shape \(4,\)"),
+        (lambda x: dropout_add_layer_norm(x, x[0], x[0], x[0]), r"expected residual of shape"),
+        (lambda x: refused(x, x[0], x[0], dropout_p=1.0), r"dropout_p in \[0, 1\), got 1.0"),
+        (lambda x: refused(x, x[0], x[0], dropout_p=0.9999), "at most 4095/4096"),
+        (lambda x: refused(x, x[0], x[0], dropout_p=0.5, rng=short_key()), r"shape \(2,\).*\(3,\)"),
+    ],
+    ids=["weight", "bias", "x_bias", "residual", "certain", "almost certain", "keys"],
+)
+@pytest.mark.usefixtures("body")
+def test_wrong_arguments_are_named(call, message, device):
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(2, 4, device=device))
 
 
 def test_dropout_add_layer_norm_keeps_the_residuals_dtype():
@@ -85,5 +412,44 @@ def test_dropout_add_layer_norm_keeps_the_residuals_dtype():
     y = dropout_add_layer_norm(x, residual, weight, bias)
     torch.testing.assert_close(y, native(1e-12)(residual + x, weight, bias))
     assert y.dtype == residual.dtype
-    dropped = dropout_add_layer_norm(x, residual, weight, bias, dropout_p=0.999)
-    torch.testing.assert_close(dropped, native(1e-12)(residual, weight, bias))
+    y = dropout_add_layer_norm(residual, x, weight, bias)
+    assert y.dtype == x.dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [128, 312, 384, 768, 1024, 4096])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_real_sizes_on_a_gpu(dropout_p, hidden):
+    case = sum_inputs((8192 + 3, hidden), torch.bfloat16, "cuda")
+    tensors = tuple(t if i < 2 else t.float() for i, t in enumerate(case.tensors))
+    case = case._replace(tensors=tensors)
+    with backend.use("triton"):
+        actual = case.results(dropout_p=dropout_p)
+    plain = case._replace(tensors=tuple(t.bfloat16() for t in tensors)).plain(dropout_p=dropout_p)
+    expected = [t.to(a.dtype) for t, a in zip(plain, actual, strict=True)]
+    truth = case.plain(torch.double, dropout_p=dropout_p)
+    assert_as_accurate(actual, expected, truth, names=SUM_NAMES)
+
+
+@pytest.mark.gpu
+def test_more_elements_than_a_32_bit_offset_reaches():
+    """The last rows of 2^31 + some elements are those of the same rows by themselves."""
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GB of free GPU memory")
+    hidden, num_rows, last = 1024, 2**21 + 8, 64
+    x = torch.randn(last, hidden, device="cuda", dtype=torch.bfloat16).repeat(
+        -(-num_rows // last), 1
+    )[:num_rows]
+    weight, bias = torch.randn(2, hidden, device="cuda")
+    rng = random.fresh(num_rows, x.device)
+    leaf = x.requires_grad_()
+    with backend.use("triton"):
+        y = dropout_add_layer_norm(leaf, leaf, weight, bias, dropout_p=0.1, rng=rng)
+        (dx,) = torch.autograd.grad(y, leaf, y)
+        part = x[-last:].detach().requires_grad_()
+        tail = dropout_add_layer_norm(
+            part, part, weight, bias, dropout_p=0.1, rng=rng.rows(torch.arange(-last, 0).cuda())
+        )
+        (dpart,) = torch.autograd.grad(tail, part, tail)
+    assert torch.equal(y[-last:], tail)
+    assert torch.equal(dx[-last:], dpart)

@@ -1,0 +1,360 @@
+"""Word, position and token type embeddings, summed, layer-normalized and dropped, in one pass.
+
+T tokens, N columns; tables of V words, P positions and S types. The backward gathers the sums
+again, which moves less memory than keeping them would, and leaves a gradient dz (T, N) of the sum.
+A table's gradient adds up the rows of dz that share an id: the ids of all three tables, numbered
+through, are sorted once, and runs of equal ids are summed in that order, chunk by chunk. So there
+are no atomics, the host learns nothing of the ids, and the same bits come each time, however many
+tokens share an id.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels.layer_norm import (
+    add_partials,
+    backward_block,
+    backward_programs,
+    keep_scale,
+    standardize,
+    standardize_gradient,
+    store_partial,
+    stride_unit,
+)
+from fastbert.kernels.philox import keep_mask
+from fastbert.kernels.runtime import LAUNCH, launcher, on
+
+CHUNK = 32  # sorted ids that one program adds up
+JOIN_BLOCK = 16, 256, 8  # chunks of a long run and columns that a program takes at once; warps
+
+
+def forward_block(n_cols: int) -> tuple[int, int, int]:
+    """BLOCK_M, BLOCK_N, warps: a warp takes 512 elements, of three gathers each."""
+    block_m, block_n, _ = backward_block(n_cols)
+    return block_m, block_n, min(max(block_m * block_n // 512, 1), 16)
+
+
+def row_warps(block_n: int) -> int:
+    """For the sum of single rows, one after the other."""
+    return min(max(block_n // 256, 1), 16)
+
+
+@triton.jit
+def _load_ids(ids_ptr, rows, is_row, n_ids):
+    """int64 ids [R], all 0 without a pointer, and which of them the table has."""
+    ids = tl.zeros_like(rows)
+    if ids_ptr is not None:
+        ids = tl.load(ids_ptr + rows, mask=is_row, other=0).to(tl.int64)
+    return ids, (ids >= 0) & (ids < n_ids)
+
+
+@triton.jit
+def _gather(table_ptr, ids, mask, N_COLS: tl.constexpr, BLOCK_N: tl.constexpr):
+    places = (ids * N_COLS)[:, None] + tl.arange(0, BLOCK_N)[None, :]
+    return tl.load(table_ptr + places, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=[
+    "n_rows", "n_words", "n_positions", "n_types", "eps", "threshold", "site", "keep_scale",
+])  # fmt: skip
+def _forward_kernel(
+    input_ids_ptr, position_ids_ptr, token_type_ids_ptr,  # (T,), (T,), (T,) or None
+    word_ptr, position_ptr, token_type_ptr,  # (V, N), (P, N), (S, N)
+    weight_ptr, bias_ptr, state_ptr, token_key_ptr,  # (N,), (N,), (2,) or None, (T,)
+    y_ptr, mean_ptr, rstd_ptr,  # (T, N), (T,), (T,)
+    n_rows, n_words, n_positions, n_types, eps, threshold, site, keep_scale,
+    N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    is_row, is_col = rows < n_rows, cols < N_COLS
+
+    words, has_word = _load_ids(input_ids_ptr, rows, is_row, n_words)
+    positions, has_position = _load_ids(position_ids_ptr, rows, is_row, n_positions)
+    types, has_type = _load_ids(token_type_ids_ptr, rows, is_row, n_types)
+    is_known = has_word & has_position & has_type
+    mask = (is_row & is_known)[:, None] & is_col[None, :]
+    z = _gather(word_ptr, words, mask, N_COLS, BLOCK_N)
+    z += _gather(token_type_ptr, types, mask, N_COLS, BLOCK_N)
+    z += _gather(position_ptr, positions, mask, N_COLS, BLOCK_N)
+
+    # an id that its table does not have shows as a row of NaN, at no cost, and is never read
+    row_eps = tl.where(is_known, eps, float("nan"))
+    z_hat, mean, rstd = standardize(z, is_col, row_eps, N_COLS)
+    weight = tl.load(weight_ptr + cols, mask=is_col, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, mask=is_col, other=0.0).to(tl.float32)
+    y = z_hat * weight[None, :] + bias[None, :]
+    if state_ptr is not None:
+        keys = tl.load(token_key_ptr + rows, mask=is_row, other=0)
+        keep = keep_mask(state_ptr, keys, threshold, site, 0, BLOCK_N)
+        y = tl.where(keep, y * keep_scale, 0.0)
+    out = (rows * N_COLS)[:, None] + cols[None, :]
+    tl.store(y_ptr + out, y, mask=is_row[:, None] & is_col[None, :])
+    tl.store(mean_ptr + rows, mean, mask=is_row)
+    tl.store(rstd_ptr + rows, rstd, mask=is_row)
+
+
+@triton.jit(do_not_specialize=[
+    "dy_row_stride", "n_rows", "n_words", "n_positions", "n_types", "threshold", "site",
+    "keep_scale",
+])  # fmt: skip
+def _backward_kernel(
+    dy_ptr,  # (T, N)
+    input_ids_ptr, position_ids_ptr, token_type_ids_ptr,  # (T,), (T,), (T,) or None
+    word_ptr, position_ptr, token_type_ptr,  # (V, N), (P, N), (S, N)
+    weight_ptr, mean_ptr, rstd_ptr, state_ptr, token_key_ptr,  # (N,), (T,), (T,), (2,), (T,)
+    dz_ptr, keys_ptr, partials_ptr,  # (T, N), (3, T): ids numbered through, (2, programs, N)
+    dy_row_stride,
+    n_rows, n_words, n_positions, n_types, threshold, site, keep_scale,
+    N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK_N)
+    is_col = cols < N_COLS
+    weight = tl.load(weight_ptr + cols, mask=is_col, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+
+    for first in tl.range(tl.program_id(0) * BLOCK_M, n_rows, tl.num_programs(0) * BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M).to(tl.int64)
+        is_row = rows < n_rows
+        mask = is_row[:, None] & is_col[None, :]
+        words, has_word = _load_ids(input_ids_ptr, rows, is_row, n_words)
+        positions, has_position = _load_ids(position_ids_ptr, rows, is_row, n_positions)
+        types, has_type = _load_ids(token_type_ids_ptr, rows, is_row, n_types)
+        is_known = (has_word & has_position & has_type)[:, None] & mask
+        z = _gather(word_ptr, words, is_known, N_COLS, BLOCK_N)
+        z += _gather(token_type_ptr, types, is_known, N_COLS, BLOCK_N)
+        z += _gather(position_ptr, positions, is_known, N_COLS, BLOCK_N)
+
+        dy = (rows * dy_row_stride * UNIT)[:, None] + cols[None, :]
+        dy = tl.load(dy_ptr + dy, mask=mask, other=0.0).to(tl.float32)
+        if state_ptr is not None:
+            keys = tl.load(token_key_ptr + rows, mask=is_row, other=0)
+            keep = keep_mask(state_ptr, keys, threshold, site, 0, BLOCK_N)
+            dy = tl.where(keep, dy * keep_scale, 0.0)
+        mean = tl.load(mean_ptr + rows, mask=is_row, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=is_row, other=0.0)
+        z_hat = (z - mean[:, None]) * rstd[:, None]
+        dweight += dy * z_hat
+        dbias += dy
+        dz = standardize_gradient(dy * weight[None, :], z_hat, rstd, N_COLS)
+        tl.store(dz_ptr + (rows * N_COLS)[:, None] + cols[None, :], dz, mask=mask)
+
+        # ids that their table does not have come last, and go nowhere
+        n_ids = n_words + n_positions + n_types
+        word_keys = tl.where(has_word, words, n_ids)
+        position_keys = tl.where(has_position, n_words + positions, n_ids)
+        type_keys = tl.where(has_type, n_words + n_positions + types, n_ids)
+        tl.store(keys_ptr + rows, word_keys, mask=is_row)
+        tl.store(keys_ptr + n_rows + rows, position_keys, mask=is_row)
+        tl.store(keys_ptr + 2 * n_rows.to(tl.int64) + rows, type_keys, mask=is_row)
+
+    store_partial(partials_ptr, 0, dweight, is_col, N_COLS)
+    store_partial(partials_ptr, 1, dbias, is_col, N_COLS)
+
+
+@triton.jit
+def _store_row(
+    dword_ptr, dposition_ptr, dtoken_type_ptr, key, sums, cols, is_col,
+    n_words, n_positions, n_types, padding_id, N_COLS: tl.constexpr,
+):  # fmt: skip
+    """Row `key` of the three gradients, numbered through; that of padding stays zero."""
+    word = key.to(tl.int64)
+    position = word - n_words
+    token_type = position - n_positions
+    is_word = (position < 0) & (word != padding_id)
+    is_position = (position >= 0) & (token_type < 0)
+    is_type = (token_type >= 0) & (token_type < n_types)
+    tl.store(dword_ptr + word * N_COLS + cols, sums, mask=is_col & is_word)
+    tl.store(dposition_ptr + position * N_COLS + cols, sums, mask=is_col & is_position)
+    tl.store(dtoken_type_ptr + token_type * N_COLS + cols, sums, mask=is_col & is_type)
+
+
+@triton.jit(do_not_specialize=["n_keys", "n_rows", "n_words", "n_positions", "n_types",
+                               "padding_id"])  # fmt: skip
+def _sum_chunks_kernel(
+    dz_ptr, keys_ptr, order_ptr,  # (T, N); (3T,) sorted keys, and where each stood
+    dword_ptr, dposition_ptr, dtoken_type_ptr,  # (V, N), (P, N), (S, N), zeroed
+    heads_ptr, tails_ptr,  # (chunks, N)
+    n_keys, n_rows, n_words, n_positions, n_types, padding_id,
+    N_COLS: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Sums the runs of equal keys of one chunk.
+
+    A run that began in an earlier chunk goes to the chunk's head, one that begins here and goes on
+    to its tail, and one that lies within the chunk to its place.
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    first = chunk * CHUNK
+    end = tl.minimum(first + CHUNK, n_keys)
+    cols = tl.arange(0, BLOCK_N)
+    is_col = cols < N_COLS
+    before = tl.load(keys_ptr + first - 1, mask=first > 0, other=-1)
+    after = tl.load(keys_ptr + end, mask=end < n_keys, other=-1)
+    key = tl.load(keys_ptr + first)
+    sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for place in tl.range(first, end):
+        next_key = tl.load(keys_ptr + place)
+        if next_key != key:
+            if key == before:
+                tl.store(heads_ptr + chunk * N_COLS + cols, sums, mask=is_col)
+            else:
+                _store_row(
+                    dword_ptr, dposition_ptr, dtoken_type_ptr, key, sums, cols, is_col,
+                    n_words, n_positions, n_types, padding_id, N_COLS,
+                )  # fmt: skip
+            sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
+            key = next_key
+        row = tl.load(order_ptr + place) % n_rows
+        sums += tl.load(dz_ptr + row * N_COLS + cols, mask=is_col, other=0.0).to(tl.float32)
+    if key == before:
+        tl.store(heads_ptr + chunk * N_COLS + cols, sums, mask=is_col)
+    else:
+        if key == after:
+            tl.store(tails_ptr + chunk * N_COLS + cols, sums, mask=is_col)
+        else:
+            _store_row(
+                dword_ptr, dposition_ptr, dtoken_type_ptr, key, sums, cols, is_col,
+                n_words, n_positions, n_types, padding_id, N_COLS,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_keys", "n_words", "n_positions", "n_types", "padding_id"])
+def _join_chunks_kernel(
+    keys_ptr, heads_ptr, tails_ptr,  # (3T,), (chunks, N), (chunks, N)
+    dword_ptr, dposition_ptr, dtoken_type_ptr,  # (V, N), (P, N), (S, N)
+    n_keys, n_words, n_positions, n_types, padding_id,
+    N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Where a run begins in this chunk and goes on, adds the heads that follow to its tail."""
+    chunk = tl.program_id(0).to(tl.int64)
+    first = chunk * CHUNK
+    end = first + CHUNK
+    before = tl.load(keys_ptr + first - 1, mask=first > 0, other=-1)
+    after = tl.load(keys_ptr + end, mask=end < n_keys, other=-1)
+    key = tl.load(keys_ptr + tl.minimum(end, n_keys) - 1)
+    if (key == after) & (key != before):
+        cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        is_col = cols < N_COLS
+        heads = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        chunks = chunk + 1 + tl.arange(0, BLOCK_M)
+        goes_on = 1
+        while goes_on == 1:
+            places = chunks * CHUNK
+            is_same = tl.load(keys_ptr + places, mask=places < n_keys, other=-1) == key
+            heads += tl.load(
+                heads_ptr + (chunks * N_COLS)[:, None] + cols[None, :],
+                mask=is_same[:, None] & is_col[None, :],
+                other=0.0,
+            )
+            chunks += BLOCK_M
+            goes_on = tl.min(is_same.to(tl.int32))
+        tail = tl.load(tails_ptr + chunk * N_COLS + cols, mask=is_col, other=0.0)
+        _store_row(
+            dword_ptr, dposition_ptr, dtoken_type_ptr, key, tail + tl.sum(heads, axis=0),
+            cols, is_col, n_words, n_positions, n_types, padding_id, N_COLS,
+        )  # fmt: skip
+
+
+def _fwd_outputs(
+    input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
+    word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor, eps: float,
+    state: Tensor | None, token_key: Tensor | None, site: int, threshold: int, dtype: torch.dtype,
+):  # fmt: skip
+    n_rows, device = input_ids.shape[0], word.device
+    y = torch.empty(n_rows, word.shape[1], dtype=dtype, device=device)
+    mean = torch.empty(n_rows, dtype=torch.float32, device=device)
+    return y, mean, torch.empty_like(mean)
+
+
+@launcher(_fwd_outputs)
+def embedding_layer_norm_fwd(
+    input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
+    word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor, eps: float,
+    state: Tensor | None, token_key: Tensor | None, site: int, threshold: int, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """ids (T,), contiguous, and tables (V, N), (P, N), (S, N), contiguous and of one dtype.
+
+    y (T, N) in `dtype`; mean and rstd (T,) in float32. A state of None means no dropout.
+    """
+    y, mean, rstd = _fwd_outputs(
+        input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps,
+        state, token_key, site, threshold, dtype,
+    )  # fmt: skip
+    n_rows, n_cols = y.shape
+    block_m, block_n, num_warps = forward_block(n_cols)
+    if n_rows:
+        with on(word):
+            _forward_kernel[(triton.cdiv(n_rows, block_m),)](
+                input_ids, position_ids, token_type_ids, word, position, token_type,
+                weight, bias, state, token_key, y, mean, rstd,
+                n_rows, word.shape[0], position.shape[0], token_type.shape[0],
+                eps, threshold, site, keep_scale(threshold),
+                N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **LAUNCH,
+            )  # fmt: skip
+    return y, mean, rstd
+
+
+def _bwd_outputs(
+    dy: Tensor, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
+    word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    state: Tensor | None, token_key: Tensor | None, site: int, threshold: int, padding_id: int,
+):  # fmt: skip
+    tables = [torch.zeros_like(table) for table in (word, position, token_type)]
+    return *tables, torch.empty_like(weight), torch.empty_like(weight)
+
+
+@launcher(_bwd_outputs)
+def embedding_layer_norm_bwd(
+    dy: Tensor, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
+    word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    state: Tensor | None, token_key: Tensor | None, site: int, threshold: int, padding_id: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The dense gradients of the tables and of weight and bias, in their dtypes.
+
+    The word `padding_id` gets none; -1 for no such word.
+    """
+    dword, dposition, dtoken_type, dweight, dbias = _bwd_outputs(
+        dy, input_ids, position_ids, token_type_ids, word, position, token_type, weight, mean, rstd,
+        state, token_key, site, threshold, padding_id,
+    )  # fmt: skip
+    n_rows, n_cols = dy.shape
+    sizes = word.shape[0], position.shape[0], token_type.shape[0]
+    block_m, block_n, num_warps = block = backward_block(n_cols)
+    n_programs = backward_programs(dy, n_rows, block)
+    unit = stride_unit(dy.stride(0))
+    partials = torch.empty(2, n_programs, n_cols, dtype=torch.float32, device=dy.device)
+    if n_rows == 0:
+        with on(dy):
+            add_partials(partials, dweight, dbias)
+        return dword, dposition, dtoken_type, dweight, dbias
+
+    dz = torch.empty(n_rows, n_cols, dtype=word.dtype, device=dy.device)
+    keys = torch.empty(3, n_rows, dtype=torch.int32, device=dy.device)
+    n_chunks = triton.cdiv(keys.numel(), CHUNK)
+    heads, tails = torch.empty(2, n_chunks, n_cols, dtype=torch.float32, device=dy.device)
+    with on(dy):
+        _backward_kernel[(n_programs,)](
+            dy, input_ids, position_ids, token_type_ids, word, position, token_type,
+            weight, mean, rstd, state, token_key, dz, keys, partials, dy.stride(0) // unit,
+            n_rows, *sizes, threshold, site, keep_scale(threshold),
+            N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, UNIT=unit,
+            num_warps=num_warps, **LAUNCH,
+        )  # fmt: skip
+        add_partials(partials, dweight, dbias)
+        keys, order = torch.sort(keys.view(-1), stable=True)
+        _sum_chunks_kernel[(n_chunks,)](
+            dz, keys, order, dword, dposition, dtoken_type, heads, tails,
+            keys.numel(), n_rows, *sizes, padding_id,
+            N_COLS=n_cols, BLOCK_N=block_n, CHUNK=CHUNK,
+            num_warps=row_warps(block_n), **LAUNCH,
+        )  # fmt: skip
+        join_m, join_n, join_warps = JOIN_BLOCK
+        _join_chunks_kernel[(n_chunks, triton.cdiv(n_cols, join_n))](
+            keys, heads, tails, dword, dposition, dtoken_type, keys.numel(), *sizes, padding_id,
+            N_COLS=n_cols, BLOCK_M=join_m, BLOCK_N=join_n, CHUNK=CHUNK, num_warps=join_warps,
+            **LAUNCH,
+        )  # fmt: skip
+    return dword, dposition, dtoken_type, dweight, dbias

@@ -46,19 +46,17 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """q (T_q, N, D), k and v (T_k, N, D) -> out (T_q, N, D); lse (N, T_q), float32, to base 2.
 
-    cu_seqlens_q, cu_seqlens_k: (B + 1,) int32; mask: four dimensions that broadcast to
-    (B, N, max_seqlen_q, max_seqlen_k), boolean or floating; drop_words: (N, T_q, W) int32, as
-    `attention_drop_words` gives them, and keep_scale, 1 without them.
+    cu_seqlens_q, cu_seqlens_k: (B + 1,) int32; mask: (B, N, max_seqlen_q, max_seqlen_k),
+    boolean or floating, expanded with strides of 0 where it is the same; drop_words: (N, T_q, W)
+    int32, as `attention_drop_words` gives them; keep_scale: 1 without them.
     """
     _check(q, k, v, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
     out, lse = _fwd_outputs(q, k, v, cu_seqlens_q)
     _, num_heads, head_dim = q.shape
     columns = block_d(head_dim)
     if q.numel():
-        tile = fwd_tile(
-            capability(q), q.itemsize, columns,
-            dropout=drop_words is not None, masked=mask is not None,
-        )  # fmt: skip
+        extras = drop_words is not None or mask is not None
+        tile = fwd_tile(capability(q), q.itemsize, columns, extras=extras)
         grid = (max(triton.cdiv(max_seqlen_q, tile.block_m), 1), num_heads, len(cu_seqlens_q))
         mask, mask_strides = _mask_and_strides(mask)
         with on(q):
@@ -132,7 +130,8 @@ def launch_bwd(
         delta = torch.empty_like(lse)
         mask, mask_strides = _mask_and_strides(mask)
         strides = (*inputs, *mask_strides, _words_stride(drop_words), out.stride(0))
-        tile = dq_tile(gpu, q.itemsize, columns)
+        extras = drop_words is not None or mask is not None
+        tile = dq_tile(gpu, q.itemsize, columns, extras=extras)
         attention_dq_kernel[(max(triton.cdiv(max_seqlen_q, tile.block_m), 1), *grid)](
             q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, mask, drop_words, dq, delta,
             *strides, dq.stride(0), num_rows, softmax_scale, keep_scale,
@@ -149,11 +148,9 @@ def launch_bwd(
 
 
 def _mask_and_strides(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
-    """A stride of 0 reads the same element along a dimension that the mask lacks."""
     if mask is None:
         return None, (0, 0, 0, 0)
-    strides = (0 if n == 1 else stride for n, stride in zip(mask.shape, mask.stride(), strict=True))
-    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask), tuple(strides)
+    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask), mask.stride()
 
 
 def _words_stride(drop_words: Tensor | None) -> int:
@@ -161,7 +158,11 @@ def _words_stride(drop_words: Tensor | None) -> int:
 
 
 def _check(q, k, v, cu_seqlens, max_seqlen_q, max_seqlen_k) -> None:
-    for name, x, longest in (("q", q, max_seqlen_q), ("k", k, max_seqlen_k), ("v", v, max_seqlen_k)):
+    for name, x, longest in (
+        ("q", q, max_seqlen_q),
+        ("k", k, max_seqlen_k),
+        ("v", v, max_seqlen_k),
+    ):
         if x.ndim != 3 or x.stride(2) != 1 or x.stride(0) * longest >= 2**31:
             raise ValueError(
                 f"attention: expected {name} of shape (tokens, heads, head_dim) with unit stride in"

@@ -14,6 +14,7 @@ from fastbert.kernels.attention_common import (
     Tile,
     add_mask,
     drop,
+    generation,
     load_tile,
     load_words,
     store_tile,
@@ -21,17 +22,27 @@ from fastbert.kernels.attention_common import (
     zero_rows,
 )
 
-def dq_tile(capability: int, itemsize: int, block_d: int) -> Tile:
+
+def dq_tile(capability: int, itemsize: int, block_d: int, *, extras: bool) -> Tile:
+    """extras: with dropout or a mask, which take registers."""
+    gpu = generation(capability)
     if itemsize == 4:
-        return Tile(64, 32, 4, 1)
-    return Tile(128, 64, 8, 2) if block_d == 128 else Tile(64, 64, 4, 2)
+        return Tile(64 if gpu == 100 else 32, 32, 8, 1)
+    if block_d == 128:
+        return Tile(128, 32 if gpu == 80 else 64, 8, 2)
+    if gpu == 80 and extras:
+        return Tile(64, 32, 4, 2)
+    # a pipeline of so small a tile makes ptxas spill on sm_100
+    return Tile(64, 64, 4, 1 if gpu == 100 and block_d <= 32 else 2)
 
 
 def dkdv_tile(capability: int, itemsize: int, block_d: int) -> Tile:
     """Without a pipeline: its registers are worth more as programs that run beside each other."""
     if itemsize == 4:
-        return Tile(32, 64, 4, 1)
-    return Tile(128, 64, 8, 1) if block_d == 128 else Tile(64, 64, 4, 1)
+        return Tile(32, 32, 8, 1)
+    if block_d == 128:
+        return Tile(64 if generation(capability) == 80 else 128, 64, 8, 1)
+    return Tile(64, 64, 4, 1)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -256,7 +267,4 @@ def row_delta(out, dout, keep_scale):
 @triton.jit
 def score_gradient(p, kept, dp, delta, DROPOUT: tl.constexpr):
     """Of the scores, without the scales of softmax and dropout."""
-    if DROPOUT:
-        return kept * dp - p * delta[:, None]
-    else:
-        return p * (dp - delta[:, None])
+    return kept * dp - p * delta[:, None] if DROPOUT else p * (dp - delta[:, None])

@@ -59,10 +59,7 @@ def load_tile(ptrs, rows_in, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):
     """[R, BLOCK_D], zero behind HEAD_DIM and, if MASK_ROWS, where `rows_in` [R] is false."""
     BLOCK_D: tl.constexpr = ptrs.shape[1]
     if HEAD_DIM == BLOCK_D:
-        if MASK_ROWS:
-            tile = tl.load(ptrs, mask=rows_in[:, None], other=0.0)
-        else:
-            tile = tl.load(ptrs)
+        tile = tl.load(ptrs, mask=rows_in[:, None], other=0.0) if MASK_ROWS else tl.load(ptrs)
     else:
         dims_in = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
         if MASK_ROWS:
@@ -137,10 +134,11 @@ def drop(p, words):
     """`p` with zeros where a bit of its words [M, N] is set: one LOP3 and one FSEL a score."""
     bits = (1 << (tl.arange(0, p.shape[1]) & 31))[None, :]
     if _HAS_ASM:  # written as tl.where it becomes up to five instructions
-        return tl.inline_asm_elementwise(
+        kept = tl.inline_asm_elementwise(
             "{ .reg .pred %dropped; .reg .b32 %bit; and.b32 %bit, $2, $3;"
             " setp.ne.s32 %dropped, %bit, 0; selp.f32 $0, 0f00000000, $1, %dropped; }",
             "=f,f,r,r", [p, words, bits], dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        return tl.where((words & bits) != 0, 0.0, p)
+        kept = tl.where((words & bits) != 0, 0.0, p)
+    return kept

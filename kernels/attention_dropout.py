@@ -1,4 +1,4 @@
-"""The drop mask of attention, one bit a score: the same bits as `fastbert.rng.attention_drop_words`.
+"""The drop mask of attention, one bit a score: those of `fastbert.rng.attention_drop_words`.
 
 Made once, read by the forward and by both kernels of the backward: drawing them there would cost
 several times the matrix products. 32 bits are drawn at once. Twelve random words are the binary

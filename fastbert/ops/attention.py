@@ -3,48 +3,26 @@
 B sequences, T packed tokens, N heads, D head size, S the longest sequence.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastbert.backend import op
 from fastbert.check import require
-from fastbert.ops.unpad import Unpadding
-from fastbert.rng import (
-    RESOLUTION,
-    DropoutState,
-    attention_drop_words,
-    attention_keep_mask,
-    fresh,
-    keep_scale,
-    threshold,
+from fastbert.ops.attention_plain import (
+    Call,
+    attend_by_sequence,
+    attend_padded,
+    lengths_of,
+    reads_lengths,
 )
+from fastbert.rng import RESOLUTION, DropoutState, fresh, threshold
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128  # of the kernels, as is the number of sequences
 MAX_SEQUENCES = 65534
-MASKED = -1e30  # addends of a mask that are lower count as -inf
-
-
-class _Call(NamedTuple):
-    """The arguments of one call beside queries, keys and values, checked and completed."""
-
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
-    softmax_scale: float
-    dropout_p: float
-    rng: DropoutState | None  # None where nothing is dropped
-    mask: Tensor | None  # (B, N, S_q, S_k), expanded
-    num_heads: int
-
-    @property
-    def keep_scale(self) -> float:
-        return 1.0 if self.rng is None else keep_scale(self.dropout_p)
 
 
 @op("triton", dtypes=DTYPES)
@@ -82,12 +60,12 @@ def attention(
         "attention", q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         softmax_scale, dropout_p, rng, mask,
     )  # fmt: skip
-    if not _reads_lengths(call):
-        return _attend_padded(q, k, v, call)
-    lengths_q, lengths_k = _lengths(cu_seqlens_q, q), _lengths(cu_seqlens_k, k)
+    if not reads_lengths(call):
+        return attend_padded(q, k, v, call)
+    lengths_q, lengths_k = lengths_of(cu_seqlens_q, q), lengths_of(cu_seqlens_k, k)
     rows = zip((q, k, v), (lengths_q, lengths_k, lengths_k), strict=True)
     split = (x.transpose(0, 1).split(lengths, dim=1) for x, lengths in rows)
-    return _attend_by_sequence(list(zip(*split, strict=True)), call)
+    return attend_by_sequence(list(zip(*split, strict=True)), call)
 
 
 @op("triton", dtypes=DTYPES)
@@ -110,101 +88,18 @@ def attention_qkvpacked(
         qkv, cu_seqlens, max_seqlen, softmax_scale=softmax_scale, dropout_p=dropout_p, rng=rng,
         mask=mask,
     )  # fmt: skip
-    if not _reads_lengths(call):
-        return _attend_padded(*qkv.unbind(1), call)
+    if not reads_lengths(call):
+        q, k, v = qkv.unbind(1)
+        return attend_padded(q, k, v, call)
     # one split, whose backward is one concatenation: slices would each zero a whole gradient
-    sequences = qkv.permute(1, 2, 0, 3).split(_lengths(cu_seqlens, qkv), dim=2)
-    return _attend_by_sequence([one.unbind() for one in sequences], call)
-
-
-def _reads_lengths(call: _Call) -> bool:
-    """A CPU reads the lengths for nothing and does no work on padding; elsewhere the host would
-    wait for them, and one call for all sequences is what keeps a GPU busy."""
-    return call.cu_seqlens_q.is_cpu and not torch.compiler.is_compiling()
-
-
-def _lengths(cu_seqlens: Tensor, x: Tensor) -> list[int]:
-    """Of the sequences, and of what is behind the last one."""
-    return cu_seqlens.diff(append=cu_seqlens.new_tensor([len(x)])).tolist()
-
-
-def _attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: _Call) -> Tensor:
-    """sequences: q (N, n_q, D), k and v (N, n_k, D) of each; the last is what is behind them."""
-    q, k, v = sequences[-1]
-    sequences = [*sequences[:-1], (q, k[:, :0], v[:, :0])]
-    keeps = _keep_mask(call).split([q.shape[1] for q, _, _ in sequences], 1) if call.rng else None
-    outputs = []
-    for number, (q, k, v) in enumerate(sequences):
-        num_queries, num_keys = q.shape[1], k.shape[1]
-        if num_keys and call.mask is None and keeps is None:
-            # four dimensions, because with three PyTorch's own fused kernel is not taken
-            scale = call.softmax_scale
-            out = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)[0]
-        else:
-            keep = None if keeps is None else keeps[number][..., :num_keys]
-            mask = None
-            if call.mask is not None and num_keys:
-                mask = call.mask[number, :, :num_queries, :num_keys]
-            out = _attend(q, k, v, call, mask, keep)
-        outputs.append(out.transpose(0, 1))
-    return torch.cat(outputs)
-
-
-def _attend_padded(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
-    of_queries = Unpadding.from_cu_seqlens(call.cu_seqlens_q, call.max_seqlen_q, len(q))
-    of_keys = Unpadding.from_cu_seqlens(call.cu_seqlens_k, call.max_seqlen_k, len(k))
-    q = of_queries.pad(q).transpose(1, 2)  # (B, N, S, D)
-    k, v = (of_keys.pad(x).transpose(1, 2) for x in (k, v))
-    column = torch.arange(call.max_seqlen_k, device=k.device)
-    is_key = (column < call.cu_seqlens_k.diff()[:, None])[:, None, None]
-    if call.mask is None and call.rng is None and call.cu_seqlens_q is call.cu_seqlens_k:
-        scale = call.softmax_scale  # here only padding is without a key
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_key, scale=scale)
-    else:
-        keep = None
-        if call.rng is not None:
-            keep = of_queries.pad(_keep_mask(call).transpose(0, 1)).transpose(1, 2)
-        mask = is_key
-        if call.mask is not None:
-            without = False if call.mask.dtype == torch.bool else float("-inf")
-            mask = call.mask.masked_fill(~is_key, without)
-        out = _attend(q, k, v, call, mask, keep)
-    return of_queries.pack(out.transpose(1, 2))
-
-
-def _keep_mask(call: _Call) -> Tensor:
-    """(N, T_q, S_k) bool"""
-    assert call.rng is not None
-    num_words = -(-call.max_seqlen_k // 32)
-    num_heads = call.num_heads
-    words = attention_drop_words(call.rng, num_heads, num_words, call.dropout_p)
-    return attention_keep_mask(words, call.max_seqlen_k)
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, call: _Call, mask: Tensor | None, keep: Tensor | None
-) -> Tensor:
-    """Softmax attention written out; leading dimensions of all are alike."""
-    scores = q @ k.mT * call.softmax_scale
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        else:
-            scores = scores + mask.masked_fill(mask < MASKED, float("-inf"))
-        is_dead = (scores == float("-inf")).all(-1, keepdim=True)  # a row without a key
-        scores = scores.masked_fill(is_dead, 0.0)
-        p = scores.softmax(-1).masked_fill(is_dead, 0.0)
-    else:
-        p = scores.softmax(-1)
-    if keep is not None:
-        p = p * keep * call.keep_scale
-    return p.to(v.dtype) @ v
+    sequences = qkv.permute(1, 2, 0, 3).split(lengths_of(cu_seqlens, qkv), dim=2)
+    return attend_by_sequence([one.unbind() for one in sequences], call)
 
 
 def _checked(
     who, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     softmax_scale, dropout_p, rng, mask,
-) -> _Call:  # fmt: skip
+) -> Call:  # fmt: skip
     shape = "of shape (tokens, heads, head_dim)"
     require(q.ndim == 3, who, f"q {shape}", tuple(q.shape))
     for name, x in (("k", k), ("v", v)):
@@ -235,7 +130,7 @@ def _checked(
         mask = _expanded(who, mask, (len(cu_seqlens_q) - 1, q.shape[1], max_seqlen_q, max_seqlen_k))
     if softmax_scale is None:
         softmax_scale = q.shape[2] ** -0.5
-    return _Call(
+    return Call(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         softmax_scale, dropout_p, rng, mask, q.shape[1],
     )  # fmt: skip
@@ -243,15 +138,16 @@ def _checked(
 
 def _checked_packed(
     qkv, cu_seqlens, max_seqlen, softmax_scale=None, dropout_p=0.0, rng=None, mask=None
-) -> _Call:
+) -> Call:
     require(
         qkv.ndim == 4 and qkv.shape[1] == 3,
         "attention_qkvpacked",
         "qkv of shape (tokens, 3, heads, head_dim)",
         tuple(qkv.shape),
     )
+    q, k, v = qkv.unbind(1)
     return _checked(
-        "attention_qkvpacked", *qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        "attention_qkvpacked", q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
         softmax_scale, dropout_p, rng, mask,
     )  # fmt: skip
 
@@ -323,7 +219,8 @@ class _Attention(torch.autograd.Function):
     """Of q, k and v, or of one tensor of all three, whose gradient is then one tensor too."""
 
     @staticmethod
-    def forward(ctx, kernels, call: _Call, *tensors: Tensor) -> Tensor:
+    def forward(ctx, kernels, call: Call, *tensors: Tensor) -> Tensor:
+        tensors = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
         q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(1)
         words = _drop_words(kernels, call)
         out, lse = kernels.attention_fwd(
@@ -352,7 +249,7 @@ class _Attention(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _drop_words(kernels: Any, call: _Call) -> Tensor | None:
+def _drop_words(kernels: Any, call: Call) -> Tensor | None:
     if call.rng is None:
         return None
     return kernels.attention_drop_words(

@@ -38,17 +38,18 @@ class Unpadding:
     def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Self:
         """The padded form (B, max_seqlen) of sequences that are already packed.
 
-        cu_seqlens: (B + 1,) int32; num_tokens: its last entry. All sizes are the caller's, so the
-        host waits for nothing.
+        cu_seqlens: (B + 1,) int32; num_tokens: at least its last entry; the tokens behind that are
+        left out, and `pack` gives zeros there. All sizes are the caller's, so the host waits for
+        nothing.
         """
         ends = cu_seqlens[1:]
-        begins = cu_seqlens[:-1]
-        batch = begins.shape[0]
+        batch = ends.shape[0]
         token = torch.arange(num_tokens, dtype=torch.int32, device=cu_seqlens.device)
         column = torch.arange(max_seqlen, dtype=torch.int32, device=cu_seqlens.device)
         sequence = torch.searchsorted(ends, token, right=True, out_int32=True)
-        positions = token - begins[sequence] + sequence * max_seqlen
-        slots = begins[:, None] + column
+        positions = token - cu_seqlens[sequence] + sequence * max_seqlen
+        positions = torch.where(sequence < batch, positions, -1)
+        slots = cu_seqlens[:-1, None] + column
         slots = torch.where(slots < ends[:, None], slots, -1).flatten()
         return cls(positions, slots, cu_seqlens, max_seqlen, (batch, max_seqlen))
 

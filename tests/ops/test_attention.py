@@ -2,72 +2,277 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastbert.ops import attention
-from fastbert.ops.attention import attention_qkvpacked
+from fastbert import backend
+from fastbert.ops import attention as module
+from fastbert.ops.attention import attention, attention_qkvpacked
+from tests.ops.attention_truth import attend, boundaries, truth_and_pytorch
+from tests.oracle import assert_as_accurate, gradients
 
-LENGTHS = {"mixed": [5, 1, 0, 17, 3], "one": [9], "empty": [0, 0], "equal": [4, 4, 4]}
+LENGTHS = {"mixed": [5, 1, 0, 17, 3], "one": [9], "empty": [0, 0], "equal": [4, 4, 4], "none": []}
+# lengths of queries, lengths of keys (None: the same), heads, head_dim
+CASES = {
+    "single-tile-64": ([5, 1, 0, 64], None, 2, 64),
+    "single-tile-128": ([100, 3, 65], None, 1, 32),
+    "two-tiles": ([130, 7], None, 1, 16),
+    "whole-tiles": ([128, 64, 192], None, 1, 16),
+    "dim-26": ([5, 70], None, 2, 26),
+    "dim-80": ([33, 140], None, 1, 80),
+    "dim-128": ([66, 2], None, 1, 128),
+    "cross": ([5, 0, 3, 70, 2], [9, 2, 0, 140, 1], 2, 16),
+    "cross-single-tile": ([5, 0, 3, 30, 2], [9, 2, 0, 40, 64], 2, 16),
+    "no-keys": ([3, 2], [0, 0], 1, 16),
+    "no-queries": ([0, 0], [3, 2], 1, 16),
+    "no-sequence": ([], [], 1, 16),
+    "bert-base": ([512, 1, 384, 77, 0, 128, 500], None, 12, 64),
+    "bert-short": ([128, 1, 64, 77, 0, 128, 100], None, 12, 64),
+}
+GPU_ONLY = ("bert-base", "bert-short")
+TAIL = 3  # rows behind the last sequence
 
 
-def naive(qkv, lengths, scale):
-    """Each sequence by itself, softmax written out."""
-    outputs = []
-    for one in qkv.split(lengths):
-        q, k, v = one.permute(1, 2, 0, 3)
-        outputs.append(((q @ k.mT * scale).softmax(-1) @ v).transpose(0, 1))
-    return torch.cat(outputs)
-
-
-@pytest.fixture(params=["by sequence", "padded"])
-def strategy(request, monkeypatch):
-    """Both strategies run on a CPU here; which one runs is chosen by the device."""
+@pytest.fixture(params=["triton", "by sequence", "padded"])
+def body(request, monkeypatch, device):
+    """Both plain strategies run on a CPU here; which one runs is chosen by the device."""
     if request.param == "padded":
-        monkeypatch.setattr(attention, "_attend_by_sequence", attention._attend_padded)
+        monkeypatch.setattr(module, "reads_lengths", lambda call: False)
+    if request.param == "by sequence" and device != "cpu":
+        pytest.skip("would make the host wait")
+    with backend.use("triton" if request.param == "triton" else "reference"):
+        yield request.param
+
+
+@pytest.fixture
+def triton():
+    with backend.use("triton"):
+        yield
+
+
+def inputs(lengths_q, lengths_k, heads, head_dim, dtype, device):
+    """q, k, v and a gradient of the output."""
+    rows = [sum(lengths_q) + TAIL, *[sum(lengths_k) + TAIL] * 2, sum(lengths_q) + TAIL]
+    return [torch.randn(n, heads, head_dim, device=device).to(dtype) for n in rows]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(k, marks=pytest.mark.gpu) if k in GPU_ONLY else k for k in CASES],
+)
+def test_kernels_are_as_accurate_as_pytorch(case, dtype, device, triton):
+    lengths_q, lengths_k, heads, head_dim = CASES[case]
+    lengths_k = lengths_q if lengths_k is None else lengths_k
+    *tensors, dout = inputs(lengths_q, lengths_k, heads, head_dim, dtype, device)
+    cu_q, cu_k = boundaries(lengths_q, device), boundaries(lengths_k, device)
+    longest = (max(lengths_q, default=0), max(lengths_k, default=0))
+    arguments = (cu_q, cu_k, *longest)
+    actual = gradients(lambda *t: attention(*t, *arguments, softmax_scale=0.3), *tensors, dy=dout)
+    truth, expected = truth_and_pytorch(tensors, dout, lengths_q, lengths_k, 0.3)
+    assert_as_accurate(actual, expected, truth, names=("out", "dq", "dk", "dv"))
+
+
+@pytest.mark.parametrize("longest", [70, 90, 200])  # an upper bound may be loose
+def test_a_packed_tensor_gives_one_gradient(longest, dtype, device, triton):
+    lengths = [5, 1, 0, 70]
+    qkv = torch.randn(sum(lengths) + TAIL, 3, 2, 32, device=device).to(dtype)
+    dout = torch.randn_like(qkv[:, 0])
+    cu = boundaries(lengths, device)
+    actual = gradients(lambda t: attention_qkvpacked(t, cu, longest), qkv, dy=dout)
+    truth, expected = truth_and_pytorch([qkv], dout, lengths, lengths, 32**-0.5)
+    assert_as_accurate(actual, expected, truth, names=("out", "dqkv"))
+    assert actual[1].is_contiguous()
+
+
+@pytest.mark.parametrize("capability", [80, 89, 100, 120])
+def test_the_tiles_of_other_gpus(capability, monkeypatch, device, triton):
+    from fastbert.kernels import attention as kernels
+
+    monkeypatch.setattr(kernels, "capability", lambda x: capability)
+    for head_dim in (16, 64, 128):
+        qkv = torch.randn(75, 3, 1, head_dim, device=device).half()
+        dout, cu = torch.randn_like(qkv[:, 0]), boundaries([5, 70], device)
+        actual = gradients(lambda t, cu=cu: attention_qkvpacked(t, cu, 70), qkv, dy=dout)
+        truth, expected = truth_and_pytorch([qkv], dout, [5, 70], [5, 70], head_dim**-0.5)
+        assert_as_accurate(actual, expected, truth, names=("out", "dqkv"))
+
+
+def make_mask(kind, shape, device):
+    if kind == "boolean":
+        return torch.rand(shape, device=device) < 0.7
+    mask = torch.randn(shape, device=device)
+    return mask.masked_fill(torch.rand(shape, device=device) < 0.3, torch.finfo(torch.float32).min)
+
+
+BROADCASTS = {
+    "full": (4, 2, 70, 75),
+    "keys": (4, 1, 1, 75),
+    "heads": (2, 70, 75),
+    "queries": (4, 1, 70, 1),
+    "pairs": (70, 75),
+}
+
+
+@pytest.mark.parametrize("shape", BROADCASTS.values(), ids=BROADCASTS)
+@pytest.mark.parametrize("kind", ["boolean", "addends"])
+def test_a_mask_broadcasts(kind, shape, body, device):
+    lengths_q, lengths_k = [5, 1, 0, 70], [5, 75, 3, 66]
+    *tensors, dout = inputs(lengths_q, lengths_k, 2, 16, torch.float32, device)
+    mask = make_mask(kind, shape, device)
+    full = mask.expand(4, 2, 70, 75).clone()
+    arguments = (boundaries(lengths_q, device), boundaries(lengths_k, device), 70, 75)
+    actual = gradients(lambda *t: attention(*t, *arguments, mask=mask), *tensors, dy=dout)
+    truth, expected = truth_and_pytorch(tensors, dout, lengths_q, lengths_k, 0.25, mask=full)
+    assert_as_accurate(actual, expected, truth, names=("out", "dq", "dk", "dv"), rms=2.0)
+
+
+@pytest.mark.parametrize("kind", ["boolean", "addends"])
+def test_a_row_without_a_key_gives_zeros(kind, body, device):
+    qkv = torch.randn(75, 3, 2, 16, device=device)
+    dout, cu = torch.randn(75, 2, 16, device=device), boundaries([5, 70], device)
+    mask = torch.ones(2, 1, 70, 70, dtype=torch.bool, device=device)
+    mask[0, :, 2] = False
+    mask[1, :, :, 7] = False
+    if kind == "addends":
+        mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, float("-inf"))
+    out, dqkv = gradients(lambda t: attention_qkvpacked(t, cu, 70, mask=mask), qkv, dy=dout)
+    assert out[2].abs().max() == 0
+    assert dqkv[2, 0].abs().max() == 0  # its query
+    assert dqkv[12, 1:].abs().max() == 0  # a key that nobody sees
+    assert torch.isfinite(dqkv).all()
+    assert (out[[0, 1, 3, 4]] != 0).all()
+
+
+def test_masks_that_lie_apart(device, triton):
+    qkv = torch.randn(75, 3, 2, 16, device=device)
+    cu = boundaries([5, 70], device)
+    mask = torch.rand(2, 70, 70, 2, device=device).permute(0, 3, 2, 1) < 0.5
+    actual = attention_qkvpacked(qkv, cu, 70, mask=mask)
+    torch.testing.assert_close(actual, attention_qkvpacked(qkv, cu, 70, mask=mask.contiguous()))
+    with backend.use("reference"):
+        expected = attention_qkvpacked(qkv, cu, 70, mask=mask)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_reads_tensors_that_lie_apart(device, triton):
+    wide = torch.randn(2, 75, 3, 40, device=device)
+    q, k, v = wide[0, :, 0:2, :24], wide[1, :, 1:3, 8:32], wide.transpose(2, 3)[0, :, 3:27, :2].mT
+    k = k.transpose(1, 2).contiguous().transpose(1, 2)  # heads innermost: copied
+    cu = boundaries([5, 70], device)
+    arguments = (cu, cu, 70, 70)
+    dout = torch.randn(1, device=device).expand(75, 2, 24)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves, *arguments)
+    actual = [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+    expected = gradients(
+        lambda *t: attend(*t, [5, 70], [5, 70], 24**-0.5), q, k, v, dy=dout.contiguous()
+    )
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("scale", [None, 0.3])
-@pytest.mark.parametrize("dropout_p", [0.0, 1e-12])  # the second drops nothing, but runs its path
-@pytest.mark.usefixtures("strategy")
-def test_each_sequence_attends_to_itself_alone(lengths, scale, dropout_p):
-    tokens, heads, head_dim = sum(lengths), 3, 6
-    qkv = torch.randn(tokens, 3, heads, head_dim, dtype=torch.float64, requires_grad=True)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    upstream = torch.randn(tokens, heads, head_dim, dtype=torch.float64)
-
-    output = attention_qkvpacked(qkv, cu_seqlens, 20, softmax_scale=scale, dropout_p=dropout_p)
-    expected = naive(qkv, lengths, scale or head_dim**-0.5)
-    torch.testing.assert_close(output, expected)
-    (gradient,) = torch.autograd.grad(output, qkv, upstream)
-    (expected_gradient,) = torch.autograd.grad(expected, qkv, upstream)
-    torch.testing.assert_close(gradient, expected_gradient)
+def test_plain_bodies_equal_attention_written_out(lengths, scale, body):
+    if body == "triton":
+        pytest.skip("no float64")
+    qkv = torch.randn(sum(lengths) + TAIL, 3, 3, 6, dtype=torch.float64)
+    dout, cu = torch.randn_like(qkv[:, 0]), boundaries(lengths)
+    actual = gradients(lambda t: attention_qkvpacked(t, cu, 20, softmax_scale=scale), qkv, dy=dout)
+    expected, _ = truth_and_pytorch([qkv], dout, lengths, lengths, scale or 6**-0.5)
+    torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.usefixtures("strategy")
-def test_dropout_drops_probabilities_and_keeps_their_mean():
-    qkv = torch.zeros(400, 3, 2, 8)
-    qkv[:, 2] = 1.0  # every output is the sum of the kept probabilities
-    cu_seqlens = torch.tensor([0, 100, 400], dtype=torch.int32)
-    output = attention_qkvpacked(qkv, cu_seqlens, 300, dropout_p=0.25)
-    assert abs(output.mean() - 1) < 0.02
-    kept = (output[:100, 0, 0] * 0.75 * 100).round()
-    assert 60 < kept.min() < kept.max() < 90
-    undropped = attention_qkvpacked(qkv, cu_seqlens, 300)
-    torch.testing.assert_close(undropped, torch.ones(400, 2, 8))
+@pytest.mark.parametrize("name", ["cross", "no-keys", "no-queries"])
+def test_plain_bodies_take_other_keys_than_queries(name, body):
+    if body == "triton":
+        pytest.skip("tested above")
+    lengths_q, lengths_k, heads, head_dim = CASES[name]
+    *tensors, dout = inputs(lengths_q, lengths_k, heads, head_dim, torch.float64, "cpu")
+    arguments = (boundaries(lengths_q), boundaries(lengths_k), 70, 140)
+    actual = gradients(lambda *t: attention(*t, *arguments), *tensors, dy=dout)
+    expected, _ = truth_and_pytorch(tensors, dout, lengths_q, lengths_k, head_dim**-0.5)
+    torch.testing.assert_close(actual, expected)
 
 
-def test_fullgraph_compile_gives_the_eager_result():
-    def attend(qkv, cu_seqlens):
-        return attention_qkvpacked(qkv, cu_seqlens, 17)
+@pytest.mark.parametrize("choice", ["triton", "reference"])
+def test_fullgraph_compile_gives_the_eager_result(choice, device):
+    cu = boundaries([5, 1, 17], device)
+    qkv = torch.randn(23, 3, 2, 16, device=device)
+    mask = torch.rand(3, 1, 17, 17, device=device) < 0.9
 
-    cu_seqlens = torch.tensor([0, 5, 6, 23], dtype=torch.int32)
-    qkv = torch.randn(23, 3, 2, 8)
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(qkv, cu_seqlens), attend(qkv, cu_seqlens))
+    def packed(qkv):
+        return attention_qkvpacked(qkv, cu, 17) + attention_qkvpacked(qkv, cu, 17, mask=mask)
+
+    def separate(qkv):
+        return attention(*qkv.unbind(1), cu, cu, 17, 17)
+
+    with backend.use(choice):
+        for function in (packed, separate):
+            compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+            expected = gradients(function, qkv, dy=qkv[:, 0])
+            for a, e in zip(gradients(compiled, qkv, dy=qkv[:, 0]), expected, strict=True):
+                torch.testing.assert_close(a, e)
 
 
-def test_a_wrong_shape_is_named():
-    with pytest.raises(ValueError, match=r"attention_qkvpacked: expected qkv of shape"):
-        attention_qkvpacked(torch.ones(4, 2, 3, 8), torch.tensor([0, 4]).int(), 4)
+@pytest.mark.parametrize("longest", [64, 150])
+def test_the_same_bits_each_time(longest, device, triton):
+    qkv = torch.randn(75, 3, 2, 32, device=device).half()
+    dout, cu = torch.randn_like(qkv[:, 0]), boundaries([5, 70], device)
+    runs = [gradients(lambda t: attention_qkvpacked(t, cu, 150), qkv, dy=dout) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_second_derivative_is_refused(device, triton):
+    qkv = torch.randn(5, 3, 1, 16, device=device, requires_grad=True)
+    (gradient,) = torch.autograd.grad(
+        attention_qkvpacked(qkv, boundaries([5], device), 5).sum(), qkv, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_a_forced_backend_names_what_it_cannot_do(device, triton):
+    cu = boundaries([4], device)
+    qkv = torch.ones(4, 3, 1, 16, device=device)
+    mask = torch.zeros(4, 4, device=device, requires_grad=True)
+    for message, call in {
+        "float64": lambda: attention_qkvpacked(qkv.double(), cu, 4),
+        "head_dim 160": lambda: attention_qkvpacked(qkv.repeat(1, 1, 1, 10), cu, 4),
+        "softmax_scale -1": lambda: attention_qkvpacked(qkv, cu, 4, softmax_scale=-1.0),
+        "gradient of the mask": lambda: attention_qkvpacked(qkv, cu, 4, mask=mask),
+        "65535 sequences": lambda: attention_qkvpacked(qkv, cu[:1].expand(65536), 4),
+    }.items():
+        with pytest.raises(backend.BackendUnavailable, match=message):
+            call()
+
+
+def test_a_mask_may_have_a_gradient_in_plain_pytorch(body):
+    if body == "triton":
+        pytest.skip("refused")
+    mask = torch.zeros(4, 4, requires_grad=True)
+    attention_qkvpacked(torch.randn(4, 3, 1, 16), boundaries([4]), 4, mask=mask)[0].sum().backward()
+    assert mask.grad is not None
+    assert mask.grad[0].abs().sum() > 0
+
+
+def test_wrong_arguments_are_named(body, device):
+    cu, qkv = boundaries([4], device), torch.ones(4, 3, 3, 8, device=device)
+    q = qkv[:, 0]
+    for message, call in {
+        r"attention_qkvpacked: expected qkv of shape": lambda: attention_qkvpacked(q, cu, 4),
+        r"expected k of shape .* \(4, 3, 8\)": lambda: attention(q, q[:, :1], q, cu, cu, 4, 4),
+        r"expected v of shape": lambda: attention(q, q, q[:3], cu, cu, 4, 4),
+        r"k of q's dtype": lambda: attention(q, q.half(), q, cu, cu, 4, 4),
+        r"cu_seqlens_q of dtype int32": lambda: attention_qkvpacked(qkv, cu.long(), 4),
+        r"cu_seqlens_k of .*\(batch \+ 1,\)": lambda: attention(q, q, q, cu, cu[:1], 4, 4),
+        r"dropout_p from 0 to 0.9998, got 1.0": lambda: attention_qkvpacked(
+            qkv, cu, 4, dropout_p=1.0
+        ),
+        r"mask of dtype bool": lambda: attention_qkvpacked(qkv, cu, 4, mask=cu),
+        r"broadcasting to \(1, 3, 4, 4\)": lambda: attention_qkvpacked(
+            qkv, cu, 4, mask=torch.ones(5, 4, device=device)
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_scale_is_the_usual_one():
@@ -76,3 +281,15 @@ def test_scale_is_the_usual_one():
     output = attention_qkvpacked(qkv, torch.tensor([0, 7]).int(), 7)
     expected = F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
     torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements():
+    lengths = [512] * 1400 + [300]  # 2.2e9 elements of qkv
+    qkv = torch.randn(sum(lengths), 3, 16, 64, device="cuda", dtype=torch.bfloat16)
+    cu = boundaries(lengths, "cuda")
+    dout = torch.randn_like(qkv[:, 0])
+    out, dqkv = gradients(lambda t: attention_qkvpacked(t, cu, 512), qkv, dy=dout)
+    last = slice(len(qkv) - 300, None)
+    truth, expected = truth_and_pytorch([qkv[last]], dout[last], [300], [300], 0.125)
+    assert_as_accurate((out[last], dqkv[last]), expected, truth, names=("out", "dqkv"))

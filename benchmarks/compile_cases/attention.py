@@ -1,0 +1,82 @@
+"""Attention at head sizes of BERT (64), of smaller and larger models, and of one that is padded."""
+
+from collections.abc import Iterator
+
+from benchmarks.compile_cases import SM80, SM90, SM100, Case
+from fastbert.kernels import attention_bwd, attention_dropout, attention_fwd, attention_single
+from fastbert.kernels.attention_common import Tile, block_d
+
+FP32 = ("lse_ptr", "delta_ptr")
+INT32 = ("cu_q_ptr", "cu_k_ptr", "words_ptr")
+TYPES = {
+    **dict.fromkeys(FP32, "*fp32"),
+    **dict.fromkeys(INT32, "*i32"),
+    "softmax_scale": "fp32",
+    "keep_scale": "fp32",
+}
+ABSENT = {"words_ptr": None, "mask_ptr": None}
+
+
+def cases() -> Iterator[Case]:
+    yield words_case()
+    for capability in (SM80, SM90, SM100):
+        for head_dim in (32, 64, 80, 128):
+            for dropout in (False, True):
+                yield from kernels(capability, head_dim, "bf16", dropout=dropout)
+        yield from kernels(capability, 64, "fp16", dropout=True)
+        yield from kernels(capability, 64, "bf16", mask="*u8")
+        yield from kernels(capability, 64, "bf16", mask="*bf16", dropout=True)
+        yield from kernels(capability, 64, "fp32", dropout=True)
+
+
+def words_case() -> Case:
+    constants = {
+        "BLOCK_ROWS": attention_dropout.BLOCK_ROWS,
+        "BLOCK_WORDS": attention_dropout.BLOCK_WORDS,
+    }
+    types = TYPES | {"token_key_ptr": "*i64", "state_ptr": "*i64"}
+    kernel = attention_dropout.attention_drop_words_kernel
+    return Case(kernel, "", constants, attention_dropout.NUM_WARPS, types=types, quick=True)
+
+
+def kernels(
+    capability: int, head_dim: int, dtype: str, *, mask: str = "", dropout: bool = False
+) -> Iterator[Case]:
+    """The kernels as the launchers start them on one GPU."""
+    columns = block_d(head_dim)
+    extras = dropout or bool(mask)
+    size = 4 if dtype == "fp32" else 2
+    common = {"HEAD_DIM": head_dim, "BLOCK_D": columns}
+    common["PRECISION"] = "tf32x3" if dtype == "fp32" else "ieee"
+    options = f"{dtype} {head_dim}{' mask' if mask else ''}{' dropout' if dropout else ''}"
+    absent = {} if dropout else {"words_ptr": None}
+    absent |= {"mask_col_stride": 1} if mask else {"mask_ptr": None}
+
+    def case(kernel, tile: Tile, constants: dict) -> Case:
+        tensors = {name: f"*{dtype}" for name in kernel.arg_names if name.endswith("_ptr")}
+        known = {name: value for name, value in absent.items() if name in kernel.arg_names}
+        return Case(
+            kernel,
+            f"{options} {tile.block_m}x{tile.block_n}",
+            {**common, **constants, **known},
+            tile.num_warps,
+            tile.num_stages,
+            types=tensors | TYPES | {"mask_ptr": mask},
+            wide_loads=2,
+            dots=True,
+            capabilities=(capability,),
+        )
+
+    def blocks(tile: Tile) -> dict:
+        return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+
+    tile = attention_fwd.fwd_tile(capability, size, columns, extras=extras)
+    yield case(attention_fwd.attention_fwd_kernel, tile, blocks(tile))
+    tile = attention_bwd.dq_tile(capability, size, columns, extras=extras)
+    yield case(attention_bwd.attention_dq_kernel, tile, blocks(tile))
+    tile = attention_bwd.dkdv_tile(capability, size, columns)
+    yield case(attention_bwd.attention_dkdv_kernel, tile, blocks(tile))
+    for longest in (64, 128):
+        single = attention_single.single_tile(capability, size, columns, longest)
+        if single is not None and not mask:
+            yield case(attention_single.attention_single_kernel, single, {"BLOCK": single.block_m})

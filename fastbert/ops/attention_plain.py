@@ -1,0 +1,117 @@
+"""Attention in plain PyTorch: what `fastbert.ops.attention` runs without kernels, and their truth.
+
+B sequences, T packed tokens, N heads, D head size, S the longest sequence.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.ops.unpad import Unpadding
+from fastbert.rng import DropoutState, attention_drop_words, attention_keep_mask, keep_scale
+
+MASKED = -1e30  # addends of a mask that are lower count as -inf
+
+
+class Call(NamedTuple):
+    """The arguments of one call beside queries, keys and values, checked and completed."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    softmax_scale: float
+    dropout_p: float
+    rng: DropoutState | None  # None where nothing is dropped
+    mask: Tensor | None  # (B, N, S_q, S_k), expanded
+    num_heads: int
+
+    @property
+    def keep_scale(self) -> float:
+        return 1.0 if self.rng is None else keep_scale(self.dropout_p)
+
+
+def reads_lengths(call: Call) -> bool:
+    """A CPU reads the lengths for nothing and does no work on padding; elsewhere the host would
+    wait for them, and one call for all sequences is what keeps a GPU busy."""
+    return call.cu_seqlens_q.is_cpu and not torch.compiler.is_compiling()
+
+
+def lengths_of(cu_seqlens: Tensor, x: Tensor) -> list[int]:
+    """Of the sequences, and of what is behind the last one."""
+    return cu_seqlens.diff(append=cu_seqlens.new_tensor([len(x)])).tolist()
+
+
+def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tensor:
+    """sequences: q (N, n_q, D), k and v (N, n_k, D) of each; the last is what is behind them."""
+    q, k, v = sequences[-1]
+    sequences = [*sequences[:-1], (q, k[:, :0], v[:, :0])]
+    keeps = _keep_mask(call).split([q.shape[1] for q, _, _ in sequences], 1) if call.rng else None
+    outputs = []
+    for number, (q, k, v) in enumerate(sequences):
+        num_queries, num_keys = q.shape[1], k.shape[1]
+        if num_keys and call.mask is None and keeps is None:
+            # four dimensions, because with three PyTorch's own fused kernel is not taken
+            scale = call.softmax_scale
+            out = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)[0]
+        else:
+            keep = None if keeps is None else keeps[number][..., :num_keys]
+            mask = None
+            if call.mask is not None and num_keys:
+                mask = call.mask[number, :, :num_queries, :num_keys]
+            out = _attend(q, k, v, call, mask, keep)
+        outputs.append(out.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    of_queries = Unpadding.from_cu_seqlens(call.cu_seqlens_q, call.max_seqlen_q, len(q))
+    of_keys = Unpadding.from_cu_seqlens(call.cu_seqlens_k, call.max_seqlen_k, len(k))
+    q = of_queries.pad(q).transpose(1, 2)  # (B, N, S, D)
+    k, v = (of_keys.pad(x).transpose(1, 2) for x in (k, v))
+    column = torch.arange(call.max_seqlen_k, device=k.device)
+    is_key = (column < call.cu_seqlens_k.diff()[:, None])[:, None, None]
+    if call.mask is None and call.rng is None and call.cu_seqlens_q is call.cu_seqlens_k:
+        scale = call.softmax_scale  # here only padding is without a key
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_key, scale=scale)
+    else:
+        keep = None
+        if call.rng is not None:
+            keep = of_queries.pad(_keep_mask(call).transpose(0, 1)).transpose(1, 2)
+        mask = is_key
+        if call.mask is not None:
+            without = False if call.mask.dtype == torch.bool else float("-inf")
+            mask = call.mask.masked_fill(~is_key, without)
+        out = _attend(q, k, v, call, mask, keep)
+    return of_queries.pack(out.transpose(1, 2))
+
+
+def _keep_mask(call: Call) -> Tensor:
+    """(N, T_q, S_k) bool"""
+    assert call.rng is not None
+    num_words = -(-call.max_seqlen_k // 32)
+    num_heads = call.num_heads
+    words = attention_drop_words(call.rng, num_heads, num_words, call.dropout_p)
+    return attention_keep_mask(words, call.max_seqlen_k)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Tensor | None, keep: Tensor | None
+) -> Tensor:
+    """Softmax attention written out; leading dimensions of all are alike."""
+    scores = (q * call.softmax_scale) @ k.mT
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        else:
+            scores = scores + mask.masked_fill(mask < MASKED, float("-inf"))
+        is_dead = (scores == float("-inf")).all(-1, keepdim=True)  # a row without a key
+        scores = scores.masked_fill(is_dead, 0.0)
+        p = scores.softmax(-1).masked_fill(is_dead, 0.0)
+    else:
+        p = scores.softmax(-1)
+    if keep is not None:
+        p = p * keep * call.keep_scale
+    return p.to(v.dtype) @ v

@@ -1,0 +1,175 @@
+"""Launchers of variable-length attention, with the kernels of `attention_fwd` and the like.
+
+Nothing here waits for the device: grids follow from upper bounds of the lengths, programs without
+work end at once, and one more slice of the grid writes zeros behind the last sequence.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from fastbert.kernels.attention_bwd import (
+    attention_dkdv_kernel,
+    attention_dq_kernel,
+    dkdv_tile,
+    dq_tile,
+)
+from fastbert.kernels.attention_common import block_d, precision
+from fastbert.kernels.attention_dropout import attention_drop_words
+from fastbert.kernels.attention_fwd import attention_fwd_kernel, fwd_tile
+from fastbert.kernels.attention_single import attention_single_kernel, single_tile
+from fastbert.kernels.runtime import LAUNCH, capability, launcher, on
+
+__all__ = ["attention_bwd", "attention_drop_words", "attention_fwd"]
+
+MAX_SEQUENCES = 65534  # the third axis of a grid is 16 bits wide
+
+
+def _fwd_outputs(q, k, v, cu_seqlens_q, *_):
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+@launcher(_fwd_outputs)
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    mask: Tensor | None,
+    drop_words: Tensor | None,
+    keep_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """q (T_q, N, D), k and v (T_k, N, D) -> out (T_q, N, D); lse (N, T_q), float32, to base 2.
+
+    cu_seqlens_q, cu_seqlens_k: (B + 1,) int32; mask: (B, N, max_seqlen_q, max_seqlen_k),
+    boolean or floating, expanded with strides of 0 where it is the same; drop_words: (N, T_q, W)
+    int32, as `attention_drop_words` gives them; keep_scale: 1 without them.
+    """
+    _check(q, k, v, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    out, lse = _fwd_outputs(q, k, v, cu_seqlens_q)
+    _, num_heads, head_dim = q.shape
+    columns = block_d(head_dim)
+    if q.numel():
+        extras = drop_words is not None or mask is not None
+        tile = fwd_tile(capability(q), q.itemsize, columns, extras=extras)
+        grid = (max(triton.cdiv(max_seqlen_q, tile.block_m), 1), num_heads, len(cu_seqlens_q))
+        mask, mask_strides = _mask_and_strides(mask)
+        with on(q):
+            attention_fwd_kernel[grid](
+                q, k, v, cu_seqlens_q, cu_seqlens_k, mask, drop_words, out, lse,
+                *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *mask_strides,
+                _words_stride(drop_words), out.stride(0), q.shape[0], softmax_scale, keep_scale,
+                HEAD_DIM=head_dim, BLOCK_D=columns, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+                PRECISION=precision(q.dtype),
+                num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH,
+            )  # fmt: skip
+    return out, lse
+
+
+def _bwd_outputs(dout, q, k, v, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@launcher(_bwd_outputs)
+def attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    mask: Tensor | None,
+    drop_words: Tensor | None,
+    keep_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dout (T_q, N, D) -> dq (T_q, N, D), dk and dv (T_k, N, D); the rest is as in the forward."""
+    dq, dk, dv = _bwd_outputs(dout, q, k, v)
+    launch_bwd(
+        dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q, max_seqlen_k, softmax_scale, mask, drop_words, keep_scale,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def launch_bwd(
+    dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k,
+    max_seqlen_q, max_seqlen_k, softmax_scale, mask, drop_words, keep_scale,
+) -> None:  # fmt: skip
+    """Writes dq, dk and dv, each with heads end to end; dk and dv with the same row stride."""
+    _check(q, k, v, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    num_rows, num_heads, head_dim = q.shape
+    if not q.numel() + k.numel():
+        return
+    dout = dout.contiguous()
+    columns = block_d(head_dim)
+    grid = (num_heads, len(cu_seqlens_q))
+    inputs = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+    shape = {"HEAD_DIM": head_dim, "BLOCK_D": columns, "PRECISION": precision(q.dtype)}
+    longest = max(max_seqlen_q, max_seqlen_k)
+    gpu = capability(q)
+    with on(q):
+        tile = single_tile(gpu, q.itemsize, columns, longest) if mask is None else None
+        if tile is not None:
+            attention_single_kernel[(1, *grid)](
+                q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, drop_words, dq, dk, dv,
+                *inputs, _words_stride(drop_words), out.stride(0), dq.stride(0), dk.stride(0),
+                num_rows, k.shape[0], softmax_scale, keep_scale, **shape, BLOCK=tile.block_m,
+                num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH,
+            )  # fmt: skip
+            return
+        delta = torch.empty_like(lse)
+        mask, mask_strides = _mask_and_strides(mask)
+        strides = (*inputs, *mask_strides, _words_stride(drop_words), out.stride(0))
+        extras = drop_words is not None or mask is not None
+        tile = dq_tile(gpu, q.itemsize, columns, extras=extras)
+        attention_dq_kernel[(max(triton.cdiv(max_seqlen_q, tile.block_m), 1), *grid)](
+            q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, mask, drop_words, dq, delta,
+            *strides, dq.stride(0), num_rows, softmax_scale, keep_scale,
+            **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH,
+        )  # fmt: skip
+        tile = dkdv_tile(gpu, q.itemsize, columns)
+        attention_dkdv_kernel[(max(triton.cdiv(max_seqlen_k, tile.block_n), 1), *grid)](
+            q, k, v, dout, lse, delta, cu_seqlens_q, cu_seqlens_k, mask, drop_words, dk, dv,
+            *strides, dk.stride(0), num_rows, k.shape[0], softmax_scale, keep_scale,
+            **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH,
+        )  # fmt: skip
+
+
+def _mask_and_strides(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
+    if mask is None:
+        return None, (0, 0, 0, 0)
+    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask), mask.stride()
+
+
+def _words_stride(drop_words: Tensor | None) -> int:
+    return 0 if drop_words is None else drop_words.stride(1)
+
+
+def _check(q, k, v, cu_seqlens, max_seqlen_q, max_seqlen_k) -> None:
+    for name, x, longest in (
+        ("q", q, max_seqlen_q),
+        ("k", k, max_seqlen_k),
+        ("v", v, max_seqlen_k),
+    ):
+        if x.ndim != 3 or x.stride(2) != 1 or x.stride(0) * longest >= 2**31:
+            raise ValueError(
+                f"attention: expected {name} of shape (tokens, heads, head_dim) with unit stride in"
+                f" head_dim and rows of a sequence within 2**31 elements, got shape"
+                f" {tuple(x.shape)} and strides {x.stride()}"
+            )
+    if len(cu_seqlens) - 1 > MAX_SEQUENCES:
+        raise ValueError(
+            f"attention: expected at most {MAX_SEQUENCES} sequences, got {len(cu_seqlens) - 1}"
+        )

@@ -1,0 +1,270 @@
+"""Attention, backward: gradients without atomics, so that they have the same bits each time.
+
+P = exp2(S - lse) is computed again from the scores S, and with K the dropout mask (1 keeps) and c
+its scale: dV = c (K P)^T dO; dS = c (K P) (dO V^T) - P delta, delta being the rows' sums of
+O dO; dQ = scale dS K; dK = scale dS^T Q. The kernels leave the factor c to the end, with delta / c
+in delta's place. One kernel gives dQ and delta, a second dK and dV.
+"""
+
+import triton
+import triton.language as tl
+
+from fastbert.kernels.attention_common import (
+    LOG2_E,
+    Tile,
+    add_mask,
+    drop,
+    generation,
+    load_tile,
+    load_words,
+    store_tile,
+    tile_ptrs,
+    zero_rows,
+)
+
+
+def dq_tile(capability: int, itemsize: int, block_d: int, *, extras: bool) -> Tile:
+    """extras: with dropout or a mask, which take registers."""
+    gpu = generation(capability)
+    if itemsize == 4:
+        return Tile(64 if gpu == 100 else 32, 32, 8, 1)
+    if block_d == 128:
+        return Tile(128, 32 if gpu == 80 else 64, 8, 2)
+    if gpu == 80 and extras:
+        return Tile(64, 32, 4, 2)
+    # a pipeline of so small a tile makes ptxas spill on sm_100
+    return Tile(64, 64, 4, 1 if gpu == 100 and block_d <= 32 else 2)
+
+
+def dkdv_tile(capability: int, itemsize: int, block_d: int) -> Tile:
+    """Without a pipeline: its registers are worth more as programs that run beside each other."""
+    if itemsize == 4:
+        return Tile(32, 32, 8, 1)
+    if block_d == 128:
+        return Tile(64 if generation(capability) == 80 else 128, 64, 8, 1)
+    return Tile(64, 64, 4, 1)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def attention_dq_kernel(
+    q_ptr, k_ptr, v_ptr,  # (T_q, N, D), (T_k, N, D), (T_k, N, D)
+    out_ptr, dout_ptr, lse_ptr,  # (T_q, N, D), (T_q, N, D), (N, T_q)
+    cu_q_ptr, cu_k_ptr,  # (B + 1,) each
+    mask_ptr, words_ptr,  # (B, N, S_q, S_k) or None, (N, T_q, W) or None
+    dq_ptr, delta_ptr,  # (T_q, N, D), (N, T_q)
+    q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+    mask_batch_stride, mask_head_stride, mask_row_stride, mask_col_stride,
+    words_row_stride, out_row_stride, dq_row_stride,
+    n_rows,  # T_q
+    softmax_scale, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    sequence = tl.program_id(2).to(tl.int64)
+    dq_ptr += head * HEAD_DIM
+    q_first = tl.load(cu_q_ptr + sequence).to(tl.int64)
+    if sequence == tl.num_programs(2) - 1:  # not a sequence: what is behind the last one
+        zero_rows(dq_ptr, dq_row_stride, q_first, n_rows, HEAD_DIM, BLOCK_D, BLOCK_M)
+        return
+    n_queries = (tl.load(cu_q_ptr + sequence + 1) - q_first).to(tl.int32)
+    if tl.program_id(0) * BLOCK_M >= n_queries:
+        return
+    k_first = tl.load(cu_k_ptr + sequence).to(tl.int64)
+    n_keys = (tl.load(cu_k_ptr + sequence + 1) - k_first).to(tl.int32)
+
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_in = rows < n_queries
+    cols = tl.arange(0, BLOCK_N)
+    q_ptr += q_first * q_row_stride + head * q_head_stride
+    k_ptr += k_first * k_row_stride + head * k_head_stride
+    v_ptr += k_first * v_row_stride + head * v_head_stride
+    out_offset = q_first * out_row_stride + head * HEAD_DIM
+    k_ptrs = tile_ptrs(k_ptr, k_row_stride, cols, BLOCK_D)
+    v_ptrs = tile_ptrs(v_ptr, v_row_stride, cols, BLOCK_D)
+    if mask_ptr is not None:
+        mask_ptr += sequence * mask_batch_stride + head * mask_head_stride
+        mask_ptr += rows.to(tl.int64)[:, None] * mask_row_stride
+    if words_ptr is not None:
+        words_ptr += (head * n_rows + q_first + rows) * words_row_stride
+
+    q = load_tile(tile_ptrs(q_ptr, q_row_stride, rows, BLOCK_D), rows_in, HEAD_DIM, True)
+    out_ptrs = tile_ptrs(out_ptr + out_offset, out_row_stride, rows, BLOCK_D)
+    dout_ptrs = tile_ptrs(dout_ptr + out_offset, out_row_stride, rows, BLOCK_D)
+    dout = load_tile(dout_ptrs, rows_in, HEAD_DIM, True)
+    delta = row_delta(load_tile(out_ptrs, rows_in, HEAD_DIM, True), dout, keep_scale)
+    statistics = head * n_rows + q_first + rows
+    tl.store(delta_ptr + statistics, delta, mask=rows_in)
+    lse = tl.load(lse_ptr + statistics, mask=rows_in, other=float("inf"))
+
+    scale = softmax_scale * LOG2_E
+    mask_scale = 1.0 / softmax_scale
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    n_full = n_keys // BLOCK_N * BLOCK_N
+    for start in tl.range(0, n_full, BLOCK_N):
+        dq = _dq_step(
+            dq, q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptr, words_ptr, rows_in,
+            k_row_stride, v_row_stride, mask_col_stride, start, n_keys, scale, mask_scale,
+            HEAD_DIM, BLOCK_N, PRECISION, False,
+        )  # fmt: skip
+    if n_full < n_keys:
+        dq = _dq_step(
+            dq, q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptr, words_ptr, rows_in,
+            k_row_stride, v_row_stride, mask_col_stride, n_full, n_keys, scale, mask_scale,
+            HEAD_DIM, BLOCK_N, PRECISION, True,
+        )  # fmt: skip
+    dq *= softmax_scale * keep_scale
+    dq_ptrs = tile_ptrs(dq_ptr + q_first * dq_row_stride, dq_row_stride, rows, BLOCK_D)
+    store_tile(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), rows_in, HEAD_DIM)
+
+
+@triton.jit
+def _dq_step(
+    dq, q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptrs, word_ptrs, rows_in,
+    k_row_stride, v_row_stride, mask_col_stride, start, n_keys, scale, mask_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    IS_LAST: tl.constexpr,
+):  # fmt: skip
+    cols = start + tl.arange(0, BLOCK_N)
+    cols_in = cols < n_keys
+    k = load_tile(k_ptrs + start * k_row_stride, cols_in, HEAD_DIM, IS_LAST)
+    v = load_tile(v_ptrs + start * v_row_stride, cols_in, HEAD_DIM, IS_LAST)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s = add_mask(s, mask_ptrs, mask_col_stride, cols, rows_in, cols_in, mask_scale, IS_LAST)
+    if IS_LAST:  # behind the last key exp2(-lse) may be inf, and inf times a zero of k is NaN
+        s = tl.where(cols_in[None, :], s, float("-inf"))
+    p = tl.exp2(s * scale - lse[:, None])
+    kept = p
+    if word_ptrs is not None:
+        kept = drop(p, load_words(word_ptrs, rows_in, start, BLOCK_N))
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    ds = score_gradient(p, kept, dp, delta, word_ptrs is not None)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_key_rows"])
+def attention_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr,  # (T_q, N, D), (T_k, N, D), (T_k, N, D)
+    dout_ptr, lse_ptr, delta_ptr,  # (T_q, N, D), (N, T_q), (N, T_q)
+    cu_q_ptr, cu_k_ptr,  # (B + 1,) each
+    mask_ptr, words_ptr,  # (B, N, S_q, S_k) or None, (N, T_q, W) or None
+    dk_ptr, dv_ptr,  # (T_k, N, D) each
+    q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+    mask_batch_stride, mask_head_stride, mask_row_stride, mask_col_stride,
+    words_row_stride, out_row_stride, dk_row_stride,
+    n_rows, n_key_rows,  # T_q, T_k
+    softmax_scale, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    sequence = tl.program_id(2).to(tl.int64)
+    dk_ptr += head * HEAD_DIM
+    dv_ptr += head * HEAD_DIM
+    k_first = tl.load(cu_k_ptr + sequence).to(tl.int64)
+    if sequence == tl.num_programs(2) - 1:  # not a sequence: what is behind the last one
+        zero_rows(dk_ptr, dk_row_stride, k_first, n_key_rows, HEAD_DIM, BLOCK_D, BLOCK_N)
+        zero_rows(dv_ptr, dk_row_stride, k_first, n_key_rows, HEAD_DIM, BLOCK_D, BLOCK_N)
+        return
+    n_keys = (tl.load(cu_k_ptr + sequence + 1) - k_first).to(tl.int32)
+    first_col = tl.program_id(0) * BLOCK_N
+    if first_col >= n_keys:
+        return
+    q_first = tl.load(cu_q_ptr + sequence).to(tl.int64)
+    n_queries = (tl.load(cu_q_ptr + sequence + 1) - q_first).to(tl.int32)
+
+    rows = tl.arange(0, BLOCK_M)
+    cols = first_col + tl.arange(0, BLOCK_N)
+    cols_in = cols < n_keys
+    q_ptr += q_first * q_row_stride + head * q_head_stride
+    k_ptr += k_first * k_row_stride + head * k_head_stride
+    v_ptr += k_first * v_row_stride + head * v_head_stride
+    dout_ptr += q_first * out_row_stride + head * HEAD_DIM
+    q_ptrs = tile_ptrs(q_ptr, q_row_stride, rows, BLOCK_D)
+    dout_ptrs = tile_ptrs(dout_ptr, out_row_stride, rows, BLOCK_D)
+    statistics = head * n_rows + q_first + rows
+    lse_ptrs, delta_ptrs = lse_ptr + statistics, delta_ptr + statistics
+    if mask_ptr is not None:
+        mask_ptr += sequence * mask_batch_stride + head * mask_head_stride
+    if words_ptr is not None:
+        words_ptr += statistics * words_row_stride
+
+    k = load_tile(tile_ptrs(k_ptr, k_row_stride, cols, BLOCK_D), cols_in, HEAD_DIM, True)
+    v = load_tile(tile_ptrs(v_ptr, v_row_stride, cols, BLOCK_D), cols_in, HEAD_DIM, True)
+    scale = softmax_scale * LOG2_E
+    mask_scale = 1.0 / softmax_scale
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    n_full = n_queries // BLOCK_M * BLOCK_M
+    for start in tl.range(0, n_full, BLOCK_M):
+        dk, dv = _dkdv_step(
+            dk, dv, k, v, q_ptrs, dout_ptrs, lse_ptrs, delta_ptrs, mask_ptr, words_ptr,
+            q_row_stride, out_row_stride, mask_row_stride, mask_col_stride, words_row_stride,
+            start, n_queries, first_col, cols_in, scale, mask_scale,
+            HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION, False,
+        )  # fmt: skip
+    if n_full < n_queries:
+        dk, dv = _dkdv_step(
+            dk, dv, k, v, q_ptrs, dout_ptrs, lse_ptrs, delta_ptrs, mask_ptr, words_ptr,
+            q_row_stride, out_row_stride, mask_row_stride, mask_col_stride, words_row_stride,
+            n_full, n_queries, first_col, cols_in, scale, mask_scale,
+            HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION, True,
+        )  # fmt: skip
+    dk *= softmax_scale * keep_scale
+    dv *= keep_scale
+    offset = k_first * dk_row_stride
+    dk_ptrs = tile_ptrs(dk_ptr + offset, dk_row_stride, cols, BLOCK_D)
+    dv_ptrs = tile_ptrs(dv_ptr + offset, dk_row_stride, cols, BLOCK_D)
+    store_tile(dk_ptrs, dk.to(dk_ptr.dtype.element_ty), cols_in, HEAD_DIM)
+    store_tile(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), cols_in, HEAD_DIM)
+
+
+@triton.jit
+def _dkdv_step(
+    dk, dv, k, v, q_ptrs, dout_ptrs, lse_ptrs, delta_ptrs, mask_ptr, word_ptrs,
+    q_row_stride, out_row_stride, mask_row_stride, mask_col_stride, words_row_stride,
+    start, n_queries, first_col, cols_in, scale, mask_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, IS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Rows are queries here too: a tile with keys as rows would need lse along its columns.
+
+    No mask for keys behind the end: they only reach rows of dk and dv that nobody stores. A query
+    behind the end has lse = inf, so that its probabilities are zero.
+    """
+    rows = start + tl.arange(0, BLOCK_M)
+    rows_in = rows < n_queries
+    q = load_tile(q_ptrs + start * q_row_stride, rows_in, HEAD_DIM, IS_LAST)
+    dout = load_tile(dout_ptrs + start * out_row_stride, rows_in, HEAD_DIM, IS_LAST)
+    if IS_LAST:
+        lse = tl.load(lse_ptrs + start, mask=rows_in, other=float("inf"))
+        delta = tl.load(delta_ptrs + start, mask=rows_in, other=0.0)
+    else:
+        lse = tl.load(lse_ptrs + start)
+        delta = tl.load(delta_ptrs + start)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if mask_ptr is not None:
+        mask_ptrs = mask_ptr + rows.to(tl.int64)[:, None] * mask_row_stride
+        cols = first_col + tl.arange(0, BLOCK_N)
+        s = add_mask(s, mask_ptrs, mask_col_stride, cols, rows_in, cols_in, mask_scale, True)
+    p = tl.exp2(s * scale - lse[:, None])
+    kept = p
+    if word_ptrs is not None:
+        ptrs = word_ptrs + start * words_row_stride
+        kept = drop(p, load_words(ptrs, rows_in, first_col, BLOCK_N))
+    dv = tl.dot(tl.trans(kept.to(dout.dtype)), dout, dv, input_precision=PRECISION)
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    ds = score_gradient(p, kept, dp, delta, word_ptrs is not None)
+    dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def row_delta(out, dout, keep_scale):
+    return tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1) / keep_scale
+
+
+@triton.jit
+def score_gradient(p, kept, dp, delta, DROPOUT: tl.constexpr):
+    """Of the scores, without the scales of softmax and dropout."""
+    return kept * dp - p * delta[:, None] if DROPOUT else p * (dp - delta[:, None])

@@ -1,0 +1,144 @@
+"""What the attention kernels share: tiles, loads with padding, the mask and the drop words.
+
+B sequences, T packed tokens, N heads, D head size, S the longest sequence. Queries and keys may be
+packed differently: those of sequence b are the rows cu[b] to cu[b + 1] of their tensors.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from fastbert.kernels.runtime import IS_INTERPRETED
+
+# How products of float32 are computed: three tf32 products that together are as accurate as one in
+# float32 and run on the tensor cores. Tests may set "ieee". Other dtypes have one way only.
+FLOAT32_PRECISION = "tf32x3"
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1.0e30)  # a running maximum begins here: finite, so that -inf - it is -inf
+_HAS_ASM = tl.constexpr(not IS_INTERPRETED)
+
+
+class Tile(NamedTuple):
+    """How many queries and keys a step of a program takes, and how it is compiled."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def generation(capability: int) -> int:
+    """80, 90 or 100: whose tensor cores a GPU has. The small Blackwells have Ampere's."""
+    if 90 <= capability < 120:
+        return capability // 10 * 10
+    return 80
+
+
+def block_d(head_dim: int) -> int:
+    """Columns of a tile; a matrix product takes at least 16."""
+    return max(triton.next_power_of_2(head_dim), 16)
+
+
+def precision(dtype: torch.dtype) -> str:
+    return FLOAT32_PRECISION if dtype == torch.float32 else "ieee"
+
+
+@triton.jit
+def tile_ptrs(
+    ptr, row_stride, rows,  # the first row, head included; rows [R]
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    return ptr + rows[:, None] * row_stride + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def load_tile(ptrs, rows_in, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """[R, BLOCK_D], zero behind HEAD_DIM and, if MASK_ROWS, where `rows_in` [R] is false."""
+    BLOCK_D: tl.constexpr = ptrs.shape[1]
+    if HEAD_DIM == BLOCK_D:
+        tile = tl.load(ptrs, mask=rows_in[:, None], other=0.0) if MASK_ROWS else tl.load(ptrs)
+    else:
+        dims_in = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
+        if MASK_ROWS:
+            tile = tl.load(ptrs, mask=rows_in[:, None] & dims_in, other=0.0)
+        else:
+            tile = tl.load(ptrs, mask=dims_in, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(ptrs, tile, rows_in, HEAD_DIM: tl.constexpr):
+    BLOCK_D: tl.constexpr = ptrs.shape[1]
+    if HEAD_DIM == BLOCK_D:
+        tl.store(ptrs, tile, mask=rows_in[:, None])
+    else:
+        tl.store(ptrs, tile, mask=rows_in[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM))
+
+
+@triton.jit
+def zero_rows(
+    ptr, row_stride, first, end,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Zeros in rows `first` to `end`, divided among the programs of grid axis 0."""
+    zero = tl.zeros((BLOCK, BLOCK_D), dtype=ptr.dtype.element_ty)
+    step = tl.num_programs(0) * BLOCK
+    for start in range(first + tl.program_id(0) * BLOCK, end, step):
+        rows = start + tl.arange(0, BLOCK).to(tl.int64)
+        store_tile(tile_ptrs(ptr, row_stride, rows, BLOCK_D), zero, rows < end, HEAD_DIM)
+
+
+@triton.jit
+def add_mask(
+    scores, mask_ptrs, mask_col_stride, cols, rows_in, cols_in, mask_scale,
+    MASK_COLS: tl.constexpr,
+):  # fmt: skip
+    """The raw scores [M, N] with a mask: booleans, True where a query attends, or addends.
+
+    mask_ptrs: [M, 1], the first column of each row; addends are for scores that are multiplied with
+    the softmax's scale, and `mask_scale` is its inverse.
+    """
+    if mask_ptrs is not None:
+        ptrs = mask_ptrs + cols.to(tl.int64)[None, :] * mask_col_stride
+        if MASK_COLS:
+            mask = tl.load(ptrs, mask=rows_in[:, None] & cols_in[None, :], other=0)
+        else:
+            mask = tl.load(ptrs, mask=rows_in[:, None], other=0)
+        if mask.dtype.is_floating():
+            scores += mask.to(tl.float32) * mask_scale
+        else:
+            scores = tl.where(mask != 0, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def load_words(word_ptrs, rows_in, start, BLOCK_N: tl.constexpr):
+    """[M, BLOCK_N]: the drop word that has the bit of each score, from column `start` on.
+
+    word_ptrs: [M], the first word of each row.
+    """
+    ptrs = word_ptrs + start // 32
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    words = tl.load(ptrs, mask=rows_in, other=0)[:, None]
+    for place in tl.static_range(1, BLOCK_N // 32):
+        word = tl.load(ptrs + place, mask=rows_in, other=0)[:, None]
+        words = tl.where(cols < 32 * place, words, word)
+    return words
+
+
+@triton.jit
+def drop(p, words):
+    """`p` with zeros where a bit of its words [M, N] is set: one LOP3 and one FSEL a score."""
+    bits = (1 << (tl.arange(0, p.shape[1]) & 31))[None, :]
+    if _HAS_ASM:  # written as tl.where it becomes up to five instructions
+        kept = tl.inline_asm_elementwise(
+            "{ .reg .pred %dropped; .reg .b32 %bit; and.b32 %bit, $2, $3;"
+            " setp.ne.s32 %dropped, %bit, 0; selp.f32 $0, 0f00000000, $1, %dropped; }",
+            "=f,f,r,r", [p, words, bits], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        kept = tl.where((words & bits) != 0, 0.0, p)
+    return kept

@@ -44,7 +44,8 @@ def _gate(x, TANH: tl.constexpr, EXACT: tl.constexpr):
         # (1 + tanh(u)) / 2 = sigmoid(2u) with u = sqrt(2 / pi) * (x + 0.044715 x^3), for exp2
         falling = tl.exp2(x * (-2.302208198 - 0.1029432397 * x * x))
         gate = _reciprocal(1.0 + falling, EXACT)
-        slope = gate * (1.0 - gate) * (1.595769122 + 0.2140644488 * x * x)
+        rest = tl.where(x < 0, 1.0 - gate, falling * gate)  # 1 - gate, without cancellation
+        slope = gate * rest * (1.595769122 + 0.2140644488 * x * x)
     else:
         bell = tl.exp2(x * x * -_HALF_LOG2E)
         slope = bell * _INV_SQRT_2PI

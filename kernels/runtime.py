@@ -16,17 +16,18 @@ LAUNCH = {"enable_fp_fusion": True}
 IS_INTERPRETED = triton.knobs.runtime.interpret
 
 
-def launcher(outputs: Callable) -> Callable[[Callable], Callable]:
+def launcher(outputs: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Registers a function that launches kernels as `torch.ops.fastbert_triton.<its name>`.
 
     `outputs` takes the same arguments and allocates the results: it is called by the launcher, and
     it is all that runs while torch.compile or fake tensors trace a call. The schema is read from
-    the annotations. Autograd is not this layer's business: its caller wraps it in a Function.
+    the annotations; `mutates` names the arguments that are written to, if any: torch.compile then
+    gives the operator a copy of them. Autograd is not this layer's business: its caller wraps it in a Function.
     """
 
     def register(launch: Callable) -> Callable:
         name = launch.__name__
-        _LIBRARY.define(name + torch.library.infer_schema(launch, mutates_args=()))
+        _LIBRARY.define(name + torch.library.infer_schema(launch, mutates_args=mutates))
         _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastbert_triton::{name}", outputs, lib=_LIBRARY)
         operator = getattr(torch.ops.fastbert_triton, name).default

@@ -1,0 +1,235 @@
+"""A linear layer and the cross-entropy of its outputs, without a float32 copy of the logits."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastbert.backend import op
+from fastbert.check import require
+
+MAX_LOGITS_BYTES = 1 << 30  # above it, rows go in parts whose logits the backward computes again
+PADDING = 64  # classes are padded to a multiple of it, for wide loads and the tensor cores
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@op("triton", dtypes=_DTYPES)
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    return_correct: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of `hidden @ weight.T + bias`, averaged or summed over the rows that count.
+
+    hidden: (C, H); weight: (V, H); bias: (V,) or None; targets: (C,) int64, a class or
+    ignore_index; label_smoothing: as in `F.cross_entropy` (Szegedy et al. 2015); reduction:
+    "mean", which is 0 with zero gradients where no row counts, or "sum".
+    Returns the loss, (), in float32 or wider, and for return_correct=True also how many rows' target
+    has the highest score (the first of equal ones), () int64, which has no gradient.
+
+    The product is in hidden.dtype, or in autocast's; the softmax in float32 or wider. A target out
+    of range raises an IndexError on a CPU; the kernels, which cannot, make the loss NaN.
+    The kernels keep the logits in the product's dtype, and the backward overwrites them: a second
+    backward through the same graph raises a RuntimeError.
+    """
+    _check(hidden, weight, bias, targets, label_smoothing, reduction)
+    dtype = hidden.dtype
+    logits = F.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+    is_counted = targets != ignore_index
+    loss = F.cross_entropy(
+        logits.to(torch.promote_types(dtype, torch.float32)),
+        targets,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
+    if reduction == "mean":
+        loss = loss / is_counted.sum().clamp(min=1)
+    if not return_correct:
+        return loss
+    return loss, ((logits.detach().argmax(-1) == targets) & is_counted).sum()
+
+
+@linear_cross_entropy.refuses
+def _refusal(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, **options: Any
+) -> str | None:
+    for name, tensor in (("weight", weight), ("bias", bias), ("targets", targets)):
+        if tensor is not None and tensor.device != hidden.device:
+            return f"hidden on {hidden.device} and {name} on {tensor.device}"
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            return f"a {name} of {tensor.dtype}"
+    return None
+
+
+@linear_cross_entropy.fused
+def _fused(
+    kernels: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    return_correct: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    _check(hidden, weight, bias, targets, label_smoothing, reduction)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    loss, correct = _LinearCrossEntropy.apply(
+        kernels, hidden, weight, bias, targets, reduction, ignore_index, float(label_smoothing)
+    )
+    return (loss, correct) if return_correct else loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, kernels, hidden, weight, bias, targets, reduction, ignore_index, label_smoothing
+    ):
+        ctx.kernels = kernels
+        ctx.options = weight.shape[0], ignore_index, label_smoothing
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        weight = _padded(weight, hidden.dtype)
+        # in the product, whose epilogue adds it for nothing, not in two kernels that would read it
+        bias = None if bias is None else _padded(bias, hidden.dtype)
+        ctx.rows = _rows_of_a_part(hidden, weight)
+        parts = []
+        with torch.autocast(hidden.device.type, enabled=False):
+            for some, wanted in zip(hidden.split(ctx.rows), targets.split(ctx.rows), strict=True):
+                logits = None  # frees the last part's before the next are computed
+                logits = _scores(some, weight, bias)
+                parts.append(kernels.cross_entropy_fwd(logits, wanted.contiguous(), *ctx.options))
+        losses, lse, correct = map(_joined, zip(*parts, strict=True))
+        loss, count = losses.sum(), None
+        if reduction == "mean":
+            count = (targets != ignore_index).sum().clamp(min=1)
+            loss = loss / count
+        correct = correct.sum()
+        ctx.is_overwritten = False
+        ctx.keeps_logits = len(parts) == 1
+        ctx.save_for_backward(
+            hidden, weight, bias, targets, lse, count, logits if ctx.keeps_logits else None
+        )
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss: Tensor, _):
+        if ctx.is_overwritten:
+            raise RuntimeError(
+                "linear_cross_entropy: the first backward overwrote the logits that a second one "
+                "through the same graph needs; run the forward again instead of "
+                'retain_graph=True, or use fastbert.backend.use("reference")'
+            )
+        ctx.is_overwritten = ctx.keeps_logits
+        hidden, weight, bias, targets, lse, count, logits = ctx.saved_tensors
+        scale = dloss if count is None else dloss / count
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[1:4]
+        weight_dtype, bias_dtype = ctx.dtypes
+        sum_dtype = weight_dtype if ctx.keeps_logits else torch.float32
+        dhidden, dweight, dbias = [], None, None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for some, wanted, some_lse in zip(
+                hidden.split(ctx.rows), targets.split(ctx.rows), lse.split(ctx.rows), strict=True
+            ):
+                if not ctx.keeps_logits:
+                    logits = None
+                    logits = _scores(some, weight, bias)
+                column_sums = ctx.kernels.cross_entropy_bwd(
+                    logits, wanted.contiguous(), some_lse, scale, *ctx.options
+                )
+                if wants_hidden:
+                    dhidden.append(logits @ weight)
+                if wants_weight:
+                    dweight = _plus(dweight, _product(logits.t(), some, sum_dtype))
+                if wants_bias:
+                    dbias = _plus(dbias, column_sums)
+        classes = ctx.options[0]
+        return (
+            None,
+            _joined(dhidden) if wants_hidden else None,
+            dweight[:classes].to(weight_dtype) if wants_weight else None,
+            dbias[:classes].to(bias_dtype) if wants_bias else None,
+            *(None,) * 4,
+        )
+
+
+def _padded(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """(V, ...) in `dtype`, with zeros up to a multiple of PADDING rows, in at most one copy."""
+    classes = parameter.shape[0]
+    if classes % PADDING == 0:
+        return parameter.detach().to(dtype)
+    padded = parameter.new_empty(
+        -(-classes // PADDING) * PADDING, *parameter.shape[1:], dtype=dtype
+    )
+    padded[:classes] = parameter
+    padded[classes:] = 0
+    return padded
+
+
+def _rows_of_a_part(hidden: Tensor, weight: Tensor) -> int:
+    """As few parts as keep to MAX_LOGITS_BYTES, and as equal as can be."""
+    most = max(MAX_LOGITS_BYTES // (weight.shape[0] * weight.element_size()), 1)
+    parts = max(-(-hidden.shape[0] // most), 1)
+    return max(-(-hidden.shape[0] // parts), 1)
+
+
+def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return hidden @ weight.t() if bias is None else torch.addmm(bias, hidden, weight.t())
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`; on a GPU half-precision factors are then not rounded on the way to it."""
+    if a.is_cuda and dtype == torch.float32 != a.dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    label_smoothing: float,
+    reduction: str,
+) -> None:
+    who = "linear_cross_entropy"
+    require(hidden.ndim == 2, who, "hidden of shape (rows, hidden)", tuple(hidden.shape))
+    rows, size = hidden.shape
+    require(
+        weight.ndim == 2 and weight.shape[1] == size and weight.shape[0] > 0,
+        who,
+        f"weight of shape (classes, {size})",
+        tuple(weight.shape),
+    )
+    classes = weight.shape[0]
+    if bias is not None:
+        require(bias.shape == (classes,), who, f"bias of shape ({classes},)", tuple(bias.shape))
+    require(targets.shape == (rows,), who, f"targets of shape ({rows},)", tuple(targets.shape))
+    require(targets.dtype == torch.int64, who, "targets of dtype int64", targets.dtype)
+    require(0 <= label_smoothing <= 1, who, "label_smoothing from 0 to 1", label_smoothing)
+    require(reduction in ("mean", "sum"), who, 'reduction "mean" or "sum"', reduction)

@@ -1,0 +1,186 @@
+"""Cross-entropy over a matrix of logits: the loss of each row, and the gradient in their place.
+
+C rows, V classes in rows of L >= V columns: the columns from V on pad the rows to a multiple of 16
+bytes, count for nothing and get the gradient 0. All arithmetic is in float32.
+
+The forward reads a row once. Each of LANES positions keeps a maximum and a sum of exponentials of
+its own (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867), which meet at the end of
+the row. The backward goes down strips of columns, so that the bias gradient, the sum of each
+column, is taken on the way from values that are not rounded yet.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels.runtime import LAUNCH, launcher, num_sms, on
+
+DEPTH, LANES = 4, 1024  # of the forward's tile: DEPTH columns share the rescaling of a sum
+ROWS, COLS = 8, 256  # of the backward's
+NUM_WARPS = 4
+PROGRAMS_PER_SM = 7  # of the backward, all resident at once
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a difference of two is not NaN
+
+
+@triton.jit(do_not_specialize=["ignore_index", "label_smoothing"])
+def _cross_entropy_fwd_kernel(
+    logits_ptr, target_ptr,  # (C, L), (C,) int64
+    loss_ptr, lse_ptr, correct_ptr,  # (C,), (C,), (C,) int32
+    logits_row_stride,
+    ignore_index, label_smoothing,
+    N_CLASSES: tl.constexpr, N_COLS: tl.constexpr, SMOOTH: tl.constexpr,
+    DEPTH: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * logits_row_stride
+    target = tl.load(target_ptr + row)
+    is_counted = target != ignore_index
+    is_class = (target >= 0) & (target < N_CLASSES)
+    score = tl.load(row_ptr + target, mask=is_class, other=float("nan")).to(tl.float32)
+
+    cols = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    top = tl.full((LANES,), _LOWEST, dtype=tl.float32)
+    total = tl.zeros((LANES,), dtype=tl.float32)  # of exp(x - top)
+    linear = tl.zeros((LANES,), dtype=tl.float32)  # of x
+    for start in range(0, N_COLS, DEPTH * LANES):
+        # this mask, whose bound is a multiple of 16, keeps the loads 16 bytes wide
+        x = tl.load(row_ptr + start + cols, mask=start + cols < N_COLS, other=0.0).to(tl.float32)
+        in_row = start + cols < N_CLASSES
+        if SMOOTH:
+            linear += tl.sum(tl.where(in_row, x, 0.0), axis=0)
+        x = tl.where(in_row, x, float("-inf"))
+        higher = tl.maximum(top, tl.max(x, axis=0))
+        total *= tl.exp2((top - higher) * _LOG2E)
+        total += tl.sum(tl.exp2((x - higher[None, :]) * _LOG2E), axis=0)
+        top = higher
+    highest = tl.max(top, axis=0)
+    total = tl.sum(total * tl.exp2((top - highest) * _LOG2E), axis=0)
+    lse = highest + tl.log2(total) * _LN2
+
+    loss = lse - (1.0 - label_smoothing) * score
+    if SMOOTH:
+        loss -= label_smoothing * (tl.sum(linear, axis=0) / N_CLASSES)
+    tl.store(loss_ptr + row, tl.where(is_counted, loss, 0.0))
+    # the NaN of an impossible target reaches its gradient through lse
+    tl.store(lse_ptr + row, tl.where(is_counted & (is_class == 0), float("nan"), lse))
+
+    # as argmax has it, the first of equal scores wins: columns before the target's are read again
+    is_correct = is_counted & (score == highest)
+    ahead = tl.full((LANES,), float("-inf"), dtype=tl.float32)
+    for start in range(0, tl.where(is_correct, target, 0).to(tl.int32), DEPTH * LANES):
+        is_before = start + cols < target
+        x = tl.load(row_ptr + start + cols, mask=start + cols < N_COLS, other=0.0).to(tl.float32)
+        ahead = tl.maximum(ahead, tl.max(tl.where(is_before, x, float("-inf")), axis=0))
+    is_correct = is_correct & (tl.max(ahead, axis=0) < highest)
+    tl.store(correct_ptr + row, is_correct.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["n_rows", "rows_per_program", "ignore_index", "label_smoothing"])
+def _cross_entropy_bwd_kernel(
+    target_ptr, lse_ptr, scale_ptr,  # (C,) int64, (C,), ()
+    logits_ptr, dbias_ptr,  # (C, L), read and overwritten; (P, L): a partial sum per program
+    logits_row_stride,
+    n_rows, rows_per_program,
+    ignore_index, label_smoothing,
+    N_CLASSES: tl.constexpr, N_COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    strips: tl.constexpr = (N_COLS + COLS - 1) // COLS
+    part = tl.program_id(0) // strips
+    cols = tl.program_id(0) % strips * COLS + tl.arange(0, COLS)
+    scale = tl.load(scale_ptr)
+    of_target = 1.0 - label_smoothing
+    of_each = label_smoothing / N_CLASSES
+    dbias = tl.zeros((ROWS, COLS), dtype=tl.float32)
+
+    first = part.to(tl.int64) * rows_per_program
+    last = tl.minimum(first + rows_per_program, n_rows)
+    for start in range(first, last, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        targets = tl.load(target_ptr + rows, mask=rows < last, other=0)
+        lse = tl.load(lse_ptr + rows, mask=rows < last, other=0.0)
+        is_counted = (rows < last) & (targets != ignore_index)
+        is_target = targets.to(tl.int32)[:, None] == cols[None, :]
+        mask = (rows < last)[:, None] & (cols < N_COLS)[None, :]
+        place = logits_ptr + rows.to(tl.int64)[:, None] * logits_row_stride + cols[None, :]
+        x = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        dx = tl.exp2((x - lse[:, None]) * _LOG2E) - of_each - tl.where(is_target, of_target, 0.0)
+        is_wanted = is_counted[:, None] & (cols < N_CLASSES)[None, :]
+        dx = tl.where(is_wanted, dx * scale, 0.0)  # scaled first: in fp16 it could vanish
+        tl.store(place, dx, mask=mask)
+        dbias += dx
+    tl.store(dbias_ptr + part * N_COLS + cols, tl.sum(dbias, axis=0), mask=cols < N_COLS)
+
+
+def _fwd_outputs(
+    logits: Tensor, targets: Tensor, n_classes: int, ignore_index: int, label_smoothing: float
+):
+    loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    return loss, torch.empty_like(loss), torch.empty_like(loss, dtype=torch.int32)
+
+
+@launcher(_fwd_outputs)
+def cross_entropy_fwd(
+    logits: Tensor, targets: Tensor, n_classes: int, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits (C, L), targets (C,) int64 -> loss (C,), log-sum-exp (C,), correct (C,) int32.
+
+    A row whose target is ignore_index has the loss 0; any other target that is not a class, NaN.
+    """
+    n_rows, n_cols = _check(logits, n_classes)
+    loss, lse, correct = _fwd_outputs(logits, targets, n_classes, ignore_index, label_smoothing)
+    if n_rows:
+        with on(logits):
+            _cross_entropy_fwd_kernel[(n_rows,)](
+                logits, targets, loss, lse, correct, logits.stride(0),
+                ignore_index, label_smoothing,
+                N_CLASSES=n_classes, N_COLS=n_cols, SMOOTH=label_smoothing != 0,
+                DEPTH=DEPTH, LANES=LANES, num_warps=NUM_WARPS, **LAUNCH,
+            )  # fmt: skip
+    return loss, lse, correct
+
+
+def _bwd_outputs(
+    logits: Tensor, targets: Tensor, lse: Tensor, scale: Tensor,
+    n_classes: int, ignore_index: int, label_smoothing: float,
+):  # fmt: skip
+    return torch.empty(logits.shape[1], dtype=torch.float32, device=logits.device)
+
+
+@launcher(_bwd_outputs, mutates=("logits",))
+def cross_entropy_bwd(
+    logits: Tensor, targets: Tensor, lse: Tensor, scale: Tensor,
+    n_classes: int, ignore_index: int, label_smoothing: float,
+) -> Tensor:  # fmt: skip
+    """Overwrites the logits (C, L) with their gradient; returns its column sums (L,) in float32.
+
+    scale: () float32, the gradient of each row's loss.
+    """
+    n_rows, n_cols = _check(logits, n_classes)
+    strips = triton.cdiv(n_cols, COLS)
+    programs = max(num_sms(logits) * PROGRAMS_PER_SM // strips, 1)
+    rows_per_program = triton.cdiv(triton.cdiv(n_rows, programs), ROWS) * ROWS
+    parts = triton.cdiv(n_rows, rows_per_program) if n_rows else 0
+    dbias = torch.empty(parts, n_cols, dtype=torch.float32, device=logits.device)
+    if n_rows:
+        with on(logits):
+            _cross_entropy_bwd_kernel[(parts * strips,)](
+                targets, lse, scale, logits, dbias, logits.stride(0),
+                n_rows, rows_per_program, ignore_index, label_smoothing,
+                N_CLASSES=n_classes, N_COLS=n_cols,
+                ROWS=ROWS, COLS=COLS, num_warps=NUM_WARPS, **LAUNCH,
+            )  # fmt: skip
+    return dbias.sum(0)
+
+
+def _check(logits: Tensor, n_classes: int) -> tuple[int, int]:
+    if logits.ndim != 2 or logits.stride(1) != 1 or logits.shape[1] < n_classes:
+        raise ValueError(
+            f"cross_entropy: expected (rows, cols >= {n_classes}) with unit column stride, "
+            f"got shape {tuple(logits.shape)} and strides {logits.stride()}"
+        )
+    return logits.shape[0], logits.shape[1]

@@ -54,6 +54,21 @@ def new_state(device: torch.device) -> Tensor:
     return torch.randint(2**62, (2,), device=device)
 
 
+def for_batch(
+    cu_seqlens: Tensor,
+    num_tokens: int,
+    *,
+    sequence_ids: Tensor | None = None,
+    state: Tensor | None = None,
+) -> DropoutState:
+    """What one forward pass over packed sequences draws from; see `token_keys`.
+
+    state: (2,) int64, seed and step; a fresh one from torch's generator if None.
+    """
+    keys = token_keys(cu_seqlens, num_tokens, sequence_ids)
+    return DropoutState(new_state(cu_seqlens.device) if state is None else state, keys)
+
+
 def token_keys(cu_seqlens: Tensor, num_tokens: int, sequence_ids: Tensor | None = None) -> Tensor:
     """The key (T,) of each packed token; sequences are numbered as in the batch by default.
 

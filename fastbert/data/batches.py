@@ -182,6 +182,7 @@ class PretrainingData:
             labels=torch.from_numpy(labels),
             num_labels=int((labels >= 0).sum()),
             next_sentence_label=torch.from_numpy(epoch.pairs.is_random[examples].astype(np.int64)),
+            sequence_ids=torch.from_numpy(examples.astype(np.int64)),
         )
 
 

@@ -10,6 +10,7 @@ from fastbert.modules.encoder import BertEncoder, pad_output
 from fastbert.modules.heads import BertPooler, first_tokens
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.packing import PackedBatch
+from fastbert.rng import for_batch
 
 
 class BertModel(BertPreTrainedModel):
@@ -47,14 +48,23 @@ class BertModel(BertPreTrainedModel):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
         )
         self._check_positions(batch)
+        rng = None
+        if self.training:
+            rng = for_batch(
+                batch.cu_seqlens,
+                batch.num_tokens,
+                sequence_ids=batch.sequence_ids,
+                state=batch.dropout_state,
+            )
         x = self.embeddings(
-            batch.input_ids, batch.position_ids, batch.token_type_ids, batch.inputs_embeds
+            batch.input_ids, batch.position_ids, batch.token_type_ids, batch.inputs_embeds, rng
         )
         encoded = self.encoder(
             x,
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
             output_hidden_states=output_hidden_states,
+            rng=rng,
         )
         hidden_states = encoded.last_hidden_state
         pooled = None

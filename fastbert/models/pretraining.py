@@ -10,50 +10,55 @@ from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.bert import BertModel
 from fastbert.models.inputs import pack_inputs
 from fastbert.modules.encoder import pad_output
-from fastbert.modules.heads import BertOnlyMLMHead, BertPreTrainingHeads
+from fastbert.modules.heads import BertLMPredictionHead, BertOnlyMLMHead, BertPreTrainingHeads
+from fastbert.modules.linear import is_plain
+from fastbert.ops.linear_cross_entropy import linear_cross_entropy
 from fastbert.ops.mlm_gather import mlm_gather
 from fastbert.outputs import BertForPreTrainingOutput, MaskedLMOutput
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 
 
 class Scored(NamedTuple):
-    """Scores of the rows that have something to predict.
+    """How well the rows that have something to predict are predicted; each a ().
 
-    logits: (C, classes); targets: (C,), -100 in spare rows; num_rows: (), how many are real.
+    loss_sum: cross-entropy summed over these rows, in float32 or wider, 0 if there are none;
+    correct: how many targets have the highest score; num_rows: how many rows there are.
     """
 
-    logits: Tensor
-    targets: Tensor
+    loss_sum: Tensor
+    correct: Tensor
     num_rows: Tensor
 
-    def loss_sum(self) -> Tensor:
-        """Cross-entropy summed over the real rows, in float32 or wider; 0 if there are none."""
-        wide = torch.promote_types(self.logits.dtype, torch.float32)
-        return F.cross_entropy(
-            self.logits.to(wide), self.targets, ignore_index=IGNORE_INDEX, reduction="sum"
-        )
-
     def loss(self) -> Tensor:
-        """Mean cross-entropy; a finite 0 with zero gradients if no row is real."""
-        return self.loss_sum() / self.num_rows.clamp(min=1)
-
-    def correct(self) -> Tensor:
-        """(), how many targets have the highest score."""
-        return (self.logits.argmax(-1) == self.targets).sum()
+        """Mean cross-entropy; a finite 0 with zero gradients if there is no row."""
+        return self.loss_sum / self.num_rows.clamp(min=1)
 
 
-def score_masked(head: nn.Module, hidden_states: Tensor, batch: PackedBatch) -> Scored:
+def score_masked(head: BertLMPredictionHead, hidden_states: Tensor, batch: PackedBatch) -> Scored:
     """Runs the MLM head on the masked positions of (T, H) hidden states, and on no other."""
     assert batch.labels is not None
     rows, targets, _, count = mlm_gather(hidden_states, batch.labels, capacity=batch.num_labels)
-    return Scored(head(rows), targets, count)
+    rows, decoder = head.transform(rows), head.decoder
+    if is_plain(decoder):
+        loss_sum, correct = linear_cross_entropy(
+            rows, decoder.weight, decoder.bias, targets, reduction="sum", return_correct=True
+        )
+    else:
+        loss_sum, correct = _score(decoder(rows), targets)
+    return Scored(loss_sum, correct, count)
 
 
 def score_pairs(logits: Tensor, batch: PackedBatch) -> Scored:
     """(B, 2) next-sentence scores with their labels."""
     labels = batch.next_sentence_label
     assert labels is not None
-    return Scored(logits, labels, (labels != IGNORE_INDEX).sum())
+    return Scored(*_score(logits, labels), (labels != IGNORE_INDEX).sum())
+
+
+def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    loss_sum = F.cross_entropy(logits.to(wide), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss_sum, (logits.argmax(-1) == targets).sum()
 
 
 class BertForPreTraining(BertPreTrainedModel):

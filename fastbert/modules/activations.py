@@ -5,6 +5,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.ops.bias_gelu import bias_gelu
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 
@@ -19,6 +22,17 @@ ACTIVATIONS: dict[str, Callable] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
+
+
+def activate(function: Callable, x: Tensor, bias: Tensor | None) -> Tensor:
+    """function(x + bias), by one operator where there is one for it; a bias of None is none."""
+    if bias is None:
+        return function(x)
+    if function is F.gelu:
+        return bias_gelu(x, bias)
+    if function is _gelu_tanh:
+        return bias_gelu(x, bias, approximate="tanh")
+    return function(x + bias.to(x.dtype))
 
 
 def activation(hidden_act: str | Callable) -> Callable:

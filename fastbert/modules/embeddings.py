@@ -1,10 +1,13 @@
 """Word, position and segment embeddings, summed and normalized."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbert.modules.linear import is_plain
+from fastbert.ops.dropout import dropout
+from fastbert.ops.embedding import embedding_layer_norm
 from fastbert.ops.layer_norm import layer_norm
+from fastbert.rng import DropoutState
 
 
 def stream_dtype(x: Tensor) -> torch.dtype:
@@ -37,14 +40,33 @@ class BertEmbeddings(nn.Module):
         position_ids: Tensor,
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        rng: DropoutState | None = None,
     ) -> Tensor:
         """(...) int64 ids -> (..., H); token_type_ids of None means all zeros."""
-        x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if token_type_ids is None:
-            x = x + self.token_type_embeddings.weight[0]
-        else:
-            x = x + self.token_type_embeddings(token_type_ids)
-        x = x + self.position_embeddings(position_ids)
-        norm = self.LayerNorm
+        words, positions = self.word_embeddings, self.position_embeddings
+        types, norm = self.token_type_embeddings, self.LayerNorm
+        dropout_p = self.dropout.p if self.training else 0.0
+        if inputs_embeds is None:
+            assert input_ids is not None
+            if not all(is_plain(table, nn.Embedding) for table in (words, positions, types)):
+                inputs_embeds = words(input_ids)
+        if inputs_embeds is None:
+            return embedding_layer_norm(
+                input_ids,
+                position_ids,
+                token_type_ids,
+                words.weight,
+                positions.weight,
+                types.weight,
+                norm.weight,
+                norm.bias,
+                norm.eps,
+                padding_idx=words.padding_idx,
+                dropout_p=dropout_p,
+                rng=rng,
+                dtype=stream_dtype(words.weight),
+            )
+        segments = types.weight[0] if token_type_ids is None else types(token_type_ids)
+        x = inputs_embeds + segments + positions(position_ids)
         x = layer_norm(x, norm.weight, norm.bias, norm.eps).to(stream_dtype(x))
-        return F.dropout(x, self.dropout.p, self.training)
+        return dropout(x, dropout_p, rng)

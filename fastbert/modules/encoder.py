@@ -11,16 +11,20 @@ from torch import Tensor, nn
 
 from fastbert.check import require
 from fastbert.config import check_config
-from fastbert.modules.activations import activation
+from fastbert.modules.activations import activate, activation
 from fastbert.modules.embeddings import stream_dtype
-from fastbert.modules.linear import fused_linear
+from fastbert.modules.linear import fused_linear, split_bias
 from fastbert.modules.masks import key_padding_mask
 from fastbert.ops.attention import attention_qkvpacked
 from fastbert.ops.layer_norm import dropout_add_layer_norm
 from fastbert.ops.unpad import Unpadding, unpad
 from fastbert.outputs import BaseModelOutput
+from fastbert.rng import DropoutState, for_batch
 
 Output = TypeVar("Output", bound=Any)
+
+# Every dropout of a model has a number of its own: the embeddings' is 0, and each layer has three.
+_SITES_PER_LAYER = 3
 
 
 class BertSelfAttention(nn.Module):
@@ -32,7 +36,13 @@ class BertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rng: DropoutState | None = None,
+    ) -> Tensor:
         """(T, H) -> (T, H)"""
         qkv = fused_linear(hidden_states, (self.query, self.key, self.value))
         context = attention_qkvpacked(
@@ -40,6 +50,7 @@ class BertSelfAttention(nn.Module):
             cu_seqlens,
             max_seqlen,
             dropout_p=self.dropout.p if self.training else 0.0,
+            rng=rng,
         )
         return context.flatten(1)
 
@@ -53,14 +64,19 @@ class _ProjectAndNorm(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, residual: Tensor, rng: DropoutState | None = None
+    ) -> Tensor:
+        x, x_bias = split_bias(hidden_states, self.dense)
         return dropout_add_layer_norm(
-            self.dense(hidden_states),
+            x,
             residual,
             self.LayerNorm.weight,
             self.LayerNorm.bias,
             self.LayerNorm.eps,
+            x_bias=x_bias,
             dropout_p=self.dropout.p if self.training else 0.0,
+            rng=rng,
         )
 
 
@@ -80,8 +96,15 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertSelfOutput(config)
 
-    def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        return self.output(self.self(hidden_states, cu_seqlens, max_seqlen), hidden_states)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rng: DropoutState | None = None,
+    ) -> Tensor:
+        context = self.self(hidden_states, cu_seqlens, max_seqlen, rng)
+        return self.output(context, hidden_states, rng and rng.at(rng.site + 1))
 
 
 class BertIntermediate(nn.Module):
@@ -91,7 +114,7 @@ class BertIntermediate(nn.Module):
         self.intermediate_act_fn = activation(config.hidden_act)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.intermediate_act_fn(self.dense(hidden_states))
+        return activate(self.intermediate_act_fn, *split_bias(hidden_states, self.dense))
 
 
 class BertLayer(nn.Module):
@@ -101,10 +124,17 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config)
 
-    def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """(T, H) -> (T, H)"""
-        hidden_states = self.attention(hidden_states, cu_seqlens, max_seqlen)
-        return self.output(self.intermediate(hidden_states), hidden_states)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rng: DropoutState | None = None,
+    ) -> Tensor:
+        """(T, H) -> (T, H); the layer's three dropouts are the sites from `rng.site` on."""
+        hidden_states = self.attention(hidden_states, cu_seqlens, max_seqlen, rng)
+        intermediate = self.intermediate(hidden_states)
+        return self.output(intermediate, hidden_states, rng and rng.at(rng.site + 2))
 
 
 class BertEncoder(nn.Module):
@@ -128,13 +158,15 @@ class BertEncoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         output_hidden_states: bool = False,
+        rng: DropoutState | None = None,
     ) -> BaseModelOutput:
         """Runs the layers.
 
         hidden_states: (B, S, H), with attention_mask as `key_padding_mask` takes it, or packed
         (T, H), with cu_seqlens (B + 1,) int32 and max_seqlen. The output has the input's form;
         pad positions hold zeros. hidden_states of the output, if asked for, has the input and the
-        output of each layer.
+        output of each layer. rng: with packed hidden_states, what dropout draws from; by default a
+        fresh state of torch's generator, which numbers the sequences as they come.
         """
         if hidden_states.ndim == 3:
             batch, seqlen, _ = hidden_states.shape
@@ -164,9 +196,13 @@ class BertEncoder(nn.Module):
             "one",
             "cu_seqlens says where the sequences end",
         )
+        assert cu_seqlens is not None
+        if rng is None and self.training:
+            rng = for_batch(cu_seqlens, hidden_states.shape[0])
         states = [hidden_states]
-        for layer in self.layer:
-            hidden_states = layer(hidden_states, cu_seqlens, max_seqlen)
+        for number, layer in enumerate(self.layer):
+            site = 1 + _SITES_PER_LAYER * number
+            hidden_states = layer(hidden_states, cu_seqlens, max_seqlen, rng and rng.at(site))
             if output_hidden_states:
                 states.append(hidden_states)
         return BaseModelOutput(

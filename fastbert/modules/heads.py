@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from fastbert.modules.activations import activation
+from fastbert.modules.activations import activate, activation
+from fastbert.modules.linear import split_bias
 from fastbert.ops.layer_norm import layer_norm
 
 
@@ -26,7 +27,7 @@ class BertPredictionHeadTransform(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x = self.transform_act_fn(self.dense(hidden_states))
+        x = activate(self.transform_act_fn, *split_bias(hidden_states, self.dense))
         return layer_norm(x, self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps)
 
 

@@ -13,7 +13,7 @@ def fused_linear(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
     One product with the concatenated weights where every layer is a plain `nn.Linear`. A layer that
     is something else (LoRA, 8-bit, parametrized) or carries hooks is called, not read.
     """
-    if all(map(_is_plain, linears)) and len({layer.bias is None for layer in linears}) == 1:
+    if all(map(is_plain, linears)) and len({layer.bias is None for layer in linears}) == 1:
         weight = torch.cat([layer.weight for layer in linears])  # type: ignore[misc]
         bias = None
         if linears[0].bias is not None:
@@ -22,11 +22,23 @@ def fused_linear(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
     return torch.cat([layer(x) for layer in linears], dim=-1)
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def split_bias(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """A linear layer's product and its bias, for an operator that adds the bias on its way.
+
+    The gradient of the bias is then a by-product there, not another pass over the rows. A layer
+    that is not a plain `nn.Linear` is called, and leaves no bias to add.
+    """
+    if is_plain(layer):
+        return F.linear(x, layer.weight), layer.bias  # type: ignore[arg-type, return-value]
+    return layer(x), None
+
+
+def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether calling the layer does no more than a layer of that kind with its parameters."""
     hooks = (
         layer._forward_hooks,
         layer._forward_pre_hooks,
         layer._backward_hooks,
         layer._backward_pre_hooks,
     )
-    return type(layer) is nn.Linear and not any(hooks)
+    return type(layer) is kind and not any(hooks)

@@ -61,11 +61,11 @@ class PretrainingObjective(nn.Module):
         heads = self.model.cls
         words = score_masked(heads.predictions, encoded.last_hidden_state, batch)
         pairs = score_pairs(heads.seq_relationship(encoded.pooler_output), batch)
-        mlm_loss, nsp_loss = words.loss_sum(), pairs.loss_sum()
+        mlm_loss, nsp_loss = words.loss_sum, pairs.loss_sum
         loss = mlm_loss / max(num_targets, 1) + self.nsp_weight * nsp_loss / max(num_pairs, 1)
         with torch.no_grad():
             sums = (
-                *(mlm_loss, words.correct(), words.num_rows),
-                *(nsp_loss, pairs.correct(), pairs.num_rows),
+                *(mlm_loss, words.correct, words.num_rows),
+                *(nsp_loss, pairs.correct, pairs.num_rows),
             )
             return Result(loss, torch.stack([value.float() for value in sums]))

@@ -135,6 +135,8 @@ def _train(
             counts = text.training.targets(step)
             for part in parts:
                 tokens += part.num_tokens
+                # masks are those of the examples, in whatever parts the batch is run
+                part = dataclasses.replace(part, dropout_state=torch.tensor([config.seed, step]))
                 with precision:
                     result = objective(part.to(device, non_blocking=True), *counts)
                 result.loss.backward()

@@ -295,12 +295,25 @@ def test_scale_is_the_usual_one():
 
 
 @pytest.mark.gpu
+def test_float32_on_tensor_cores():
+    lengths, cu = [512, 130, 77], boundaries([512, 130, 77], "cuda")
+    qkv = torch.randn(sum(lengths), 3, 12, 64, device="cuda")
+    dout = torch.randn_like(qkv[:, 0])
+    with backend.use("triton"):
+        actual = gradients(lambda t: attention_qkvpacked(t, cu, 512), qkv, dy=dout)
+    truth, _ = truth_and_pytorch([qkv], dout, lengths, lengths, 0.125)
+    for a, t in zip(actual, truth, strict=True):
+        assert (a - t).abs().max() < 1e-5 * t.abs().max()
+
+
+@pytest.mark.gpu
 def test_more_than_two_to_the_31_elements():
     lengths = [512] * 1400 + [300]  # 2.2e9 elements of qkv
     qkv = torch.randn(sum(lengths), 3, 16, 64, device="cuda", dtype=torch.bfloat16)
     cu = boundaries(lengths, "cuda")
     dout = torch.randn_like(qkv[:, 0])
-    out, dqkv = gradients(lambda t: attention_qkvpacked(t, cu, 512), qkv, dy=dout)
+    with backend.use("triton"):
+        out, dqkv = gradients(lambda t: attention_qkvpacked(t, cu, 512), qkv, dy=dout)
     last = slice(len(qkv) - 300, None)
     truth, expected = truth_and_pytorch([qkv[last]], dout[last], [300], [300], 0.125)
     assert_attends((out[last], dqkv[last]), expected, truth, packed=True)

@@ -50,7 +50,7 @@ def attention_fwd(
     boolean or floating, expanded with strides of 0 where it is the same; drop_words: (N, T_q, W)
     int32, as `attention_drop_words` gives them; keep_scale: 1 without them.
     """
-    _check(q, k, v, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     out, lse = _fwd_outputs(q, k, v, cu_seqlens_q)
     _, num_heads, head_dim = q.shape
     columns = block_d(head_dim)
@@ -106,7 +106,7 @@ def launch_bwd(
     max_seqlen_q, max_seqlen_k, softmax_scale, mask, drop_words, keep_scale,
 ) -> None:  # fmt: skip
     """Writes dq, dk and dv, each with heads end to end; dk and dv with the same row stride."""
-    _check(q, k, v, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     num_rows, num_heads, head_dim = q.shape
     if not q.numel() + k.numel():
         return
@@ -157,7 +157,7 @@ def _words_stride(drop_words: Tensor | None) -> int:
     return 0 if drop_words is None else drop_words.stride(1)
 
 
-def _check(q, k, v, cu_seqlens, max_seqlen_q, max_seqlen_k) -> None:
+def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
     for name, x, longest in (
         ("q", q, max_seqlen_q),
         ("k", k, max_seqlen_k),
@@ -169,7 +169,9 @@ def _check(q, k, v, cu_seqlens, max_seqlen_q, max_seqlen_k) -> None:
                 f" head_dim and rows of a sequence within 2**31 elements, got shape"
                 f" {tuple(x.shape)} and strides {x.stride()}"
             )
-    if len(cu_seqlens) - 1 > MAX_SEQUENCES:
-        raise ValueError(
-            f"attention: expected at most {MAX_SEQUENCES} sequences, got {len(cu_seqlens) - 1}"
-        )
+    for cu_seqlens in (cu_seqlens_q, cu_seqlens_k):
+        if not cu_seqlens.is_contiguous() or len(cu_seqlens) - 1 > MAX_SEQUENCES:
+            raise ValueError(
+                f"attention: expected contiguous cu_seqlens of at most {MAX_SEQUENCES} sequences,"
+                f" got shape {tuple(cu_seqlens.shape)} and stride {cu_seqlens.stride()}"
+            )

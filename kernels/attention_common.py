@@ -32,9 +32,9 @@ class Tile(NamedTuple):
 
 def generation(capability: int) -> int:
     """80, 90 or 100: whose tensor cores a GPU has. The small Blackwells have Ampere's."""
-    if 90 <= capability < 120:
-        return capability // 10 * 10
-    return 80
+    if 100 <= capability < 120:
+        return 100
+    return 90 if capability == 90 else 80
 
 
 def block_d(head_dim: int) -> int:

@@ -6,6 +6,7 @@ digits, lowest first, of 32 numbers, and comparing those with the threshold take
 digit.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -104,6 +105,12 @@ def attention_drop_words(
     words = _words_outputs(
         token_key, state, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads
     )
+    for name, x in (("token_key", token_key), ("state", state)):
+        if not x.is_contiguous() or x.dtype != torch.int64:
+            raise ValueError(
+                f"attention_drop_words: expected contiguous int64 {name},"
+                f" got {x.dtype} with stride {x.stride()}"
+            )
     num_sequences = cu_seqlens_q.shape[0] - 1
     if words.numel() and num_sequences and max_seqlen_q:
         grid = (triton.cdiv(max_seqlen_q, BLOCK_ROWS), num_heads, num_sequences)

@@ -14,7 +14,7 @@ TYPES = {
     "softmax_scale": "fp32",
     "keep_scale": "fp32",
 }
-ABSENT = {"words_ptr": None, "mask_ptr": None}
+FLOAT32_SPILLS = 200
 
 
 def cases() -> Iterator[Case]:
@@ -52,6 +52,12 @@ def kernels(
     absent = {} if dropout else {"words_ptr": None}
     absent |= {"mask_col_stride": 1} if mask else {"mask_ptr": None}
 
+    spills, reason = 0, ""
+    if size == 4:
+        spills, reason = FLOAT32_SPILLS, "three tf32 products for one in float32"
+    elif capability == SM80 and dropout:
+        spills, reason = 2, "one register with Triton 3.6"
+
     def case(kernel, tile: Tile, constants: dict) -> Case:
         tensors = {name: f"*{dtype}" for name in kernel.arg_names if name.endswith("_ptr")}
         known = {name: value for name, value in absent.items() if name in kernel.arg_names}
@@ -64,7 +70,10 @@ def kernels(
             types=tensors | TYPES | {"mask_ptr": mask},
             wide_loads=2,
             dots=True,
+            spills={capability: spills},
+            reason=reason,
             capabilities=(capability,),
+            quick=capability == SM90 and options == "bf16 64 dropout" and tile.block_m < 128,
         )
 
     def blocks(tile: Tile) -> dict:

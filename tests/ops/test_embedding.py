@@ -1,0 +1,388 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert import backend
+from fastbert import rng as random
+from fastbert.ops.embedding import embedding_layer_norm
+from tests.oracle import assert_as_accurate, gradients
+
+NAMES = ("y", "dword", "dposition", "dtoken_type", "dweight", "dbias")
+WORDS, POSITIONS, TYPES = 50, 40, 3
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["triton", "reference"])
+def body(request, device):
+    try:
+        backend.load(request.param, "embedding_layer_norm", device)
+    except backend.BackendUnavailable as reason:
+        pytest.skip(str(reason))
+    with backend.use(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def triton(device):
+    try:
+        backend.load("triton", "embedding_layer_norm", device)
+    except backend.BackendUnavailable as reason:
+        pytest.skip(str(reason))
+    with backend.use("triton"):
+        yield
+
+
+@dataclasses.dataclass
+class Inputs:
+    input_ids: Tensor
+    position_ids: Tensor
+    token_type_ids: Tensor | None
+    parameters: list[Tensor]  # word, position, token_type, weight, bias
+    dy: Tensor
+    rng: random.DropoutState
+
+    def results(self, **options):
+        ids = self.input_ids, self.position_ids, self.token_type_ids
+        return gradients(
+            lambda *p: embedding_layer_norm(*ids, *p, rng=self.rng, **options),
+            *self.parameters,
+            dy=self.dy,
+        )
+
+    def plain(self, dtype, *, eps=1e-12, padding_idx=None, dropout_p=0.0):
+        """Written out, in one dtype."""
+        ids, hidden = self.input_ids, self.dy.shape[-1]
+        types = torch.zeros_like(ids) if self.token_type_ids is None else self.token_type_ids
+        keep, scale = 1, 1
+        if dropout_p:
+            keep = random.hidden_keep_mask(self.rng, hidden, dropout_p).view(self.dy.shape)
+            scale = random.keep_scale(dropout_p)
+
+        def function(word, position, token_type, weight, bias):
+            z = F.embedding(ids, word, padding_idx) + F.embedding(types, token_type)
+            z = z + F.embedding(self.position_ids, position).expand(self.dy.shape)
+            return F.layer_norm(z, (hidden,), weight, bias, eps) * keep * scale
+
+        return gradients(function, *(p.to(dtype) for p in self.parameters), dy=self.dy)
+
+
+def inputs(num_tokens, hidden, dtype, device, *, sizes=(WORDS, POSITIONS, TYPES)):
+    def ids(size):
+        return torch.randint(size, (num_tokens,), device=device)
+
+    tables = [torch.randn(size, hidden, device=device).to(dtype) for size in sizes]
+    vectors = [torch.randn(hidden, device=device).to(dtype) for _ in range(2)]
+    keys = torch.randint(2**31, (num_tokens,), device=device) << 32 | torch.arange(
+        7, 7 + num_tokens, device=device
+    )
+    return Inputs(
+        *map(ids, sizes),
+        parameters=tables + vectors,
+        dy=torch.randn(num_tokens, hidden, device=device).to(dtype),
+        rng=random.DropoutState(random.new_state(torch.device(device)), keys, site=3),
+    )
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden"),
+    [(70, 40), (33, 312), (5, 770), (3, 7), (3, 2060), (0, 16)],
+    ids=["70x40", "33x312", "5x770", "3x7", "3x2060", "empty"],
+)
+@pytest.mark.usefixtures("body")
+def test_is_as_accurate_as_pytorch(num_tokens, hidden, dropout_p, dtype, device):
+    case = inputs(num_tokens, hidden, dtype, device)
+    options = {"eps": 0.5, "dropout_p": dropout_p, "padding_idx": 2}
+    truth = case.plain(torch.double, **options)
+    assert_as_accurate(case.results(**options), case.plain(dtype, **options), truth, names=NAMES)
+
+
+def skewed(num_tokens):
+    """Mostly [MASK], a [CLS] and a [SEP] for each of many sequences, few others."""
+    weights = torch.tensor([0.05, 0.05, 0.8, *[0.1 / (WORDS - 3)] * (WORDS - 3)])
+    return torch.multinomial(weights, num_tokens, replacement=True)
+
+
+def shuffled_runs(*lengths):
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return ids[torch.randperm(len(ids))]
+
+
+CASES = {
+    "one id": lambda: torch.full((40,), 7),
+    "a chunk of one id": lambda: torch.full((32,), 7),
+    "all distinct": lambda: torch.randperm(WORDS),
+    "skewed": lambda: skewed(100),
+    # sorted runs that begin and end where a chunk of 32 does, or one before or after
+    "boundaries": lambda: shuffled_runs(32, 31, 1, 64, 33, 30, 1, 32, 1, 31, 96, 1),
+}
+
+
+@pytest.mark.parametrize("draw", CASES.values(), ids=CASES)
+@pytest.mark.usefixtures("triton")
+def test_sums_gradients_however_ids_repeat(draw, device):
+    ids = draw()
+    case = inputs(len(ids), 24, torch.float32, device)
+    case.input_ids = ids.to(device)
+    case.token_type_ids = None
+    truth = case.plain(torch.double)
+    assert_as_accurate(case.results(), case.plain(torch.float32), truth, names=NAMES)
+
+
+@pytest.mark.usefixtures("triton")
+def test_sums_runs_of_more_chunks_than_are_joined_at_once(device):
+    case = inputs(1200, 8, torch.float32, device)
+    case.input_ids[100:] = 7
+    case.token_type_ids = None
+    truth = case.plain(torch.double)
+    assert_as_accurate(case.results(), case.plain(torch.float32), truth, names=NAMES)
+
+
+@pytest.mark.parametrize("padding_idx", [0, 7, -1, -WORDS, None])
+@pytest.mark.usefixtures("body")
+def test_padding_gets_no_gradient(padding_idx, device):
+    case = inputs(90, 16, torch.float32, device)
+    case.input_ids[:45] = 7  # a run over chunks
+    case.input_ids[45] = 0
+    case.input_ids[46] = WORDS - 1
+    dword = case.results(padding_idx=padding_idx)[1]
+    torch.testing.assert_close(
+        dword, case.plain(torch.float32, padding_idx=padding_idx)[1], rtol=1e-4, atol=1e-4
+    )
+    is_zero = (dword[[0, 7, WORDS - 1]] == 0).all(1).tolist()
+    assert is_zero == [padding_idx in (0, -WORDS), padding_idx == 7, padding_idx == -1]
+
+
+@pytest.mark.parametrize("site", [0, 5])
+@pytest.mark.usefixtures("triton")
+def test_drops_exactly_what_the_reference_drops(site, device):
+    case = inputs(19, 72, torch.float32, device)
+    case.rng = case.rng.at(site)
+    dropped, kept = case.results(dropout_p=0.5)[0], case.results()[0]
+    keep = random.hidden_keep_mask(case.rng, 72, 0.5)
+    torch.testing.assert_close(dropped, kept * keep * 2)
+    assert torch.equal(dropped != 0, keep)
+
+
+@pytest.mark.usefixtures("body")
+def test_dropout_without_numbers_takes_them_from_torchs_generator(device):
+    case = inputs(6, 64, torch.float32, device)
+    case.rng = None
+    torch.manual_seed(1)
+    first, second = (case.results(dropout_p=0.5)[0] for _ in range(2))
+    torch.manual_seed(1)
+    assert torch.equal(case.results(dropout_p=0.5)[0], first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("table", [torch.float32, torch.float16], ids=str)
+@pytest.mark.usefixtures("body")
+def test_the_result_has_the_dtype_that_is_asked_for(table, device):
+    """Gradients of tables in float32 are as exact as float32, however coarse the result is."""
+    case = inputs(40, 48, torch.float32, device)
+    case.parameters = [p.to(table) for p in case.parameters[:3]] + case.parameters[3:]
+    case.dy = case.dy.half()
+    other = torch.float16 if table == torch.float32 else torch.float32
+    actual = case.results(dtype=other, eps=0.5)
+    assert [t.dtype for t in actual] == [other, *[table] * 3, *[torch.float32] * 2]
+    truth = case.plain(torch.double, eps=0.5)
+    expected = [t.to(a.dtype) for t, a in zip(case.plain(table, eps=0.5), actual, strict=True)]
+    assert_as_accurate(actual, expected, truth, names=NAMES)
+
+
+@pytest.mark.usefixtures("body")
+def test_ids_may_be_padded_broadcast_int32_and_strided(device):
+    case = inputs(18, 16, torch.float32, device)
+    expected = case.results()
+    case.position_ids = torch.arange(9, device=device)
+    case.input_ids = case.input_ids.view(2, 9)
+    case.token_type_ids = torch.ones(1, 1, dtype=torch.int64, device=device)
+    case.dy = case.dy.view(2, 9, 16)
+    padded = case.results()
+    assert padded[0].shape == (2, 9, 16)
+    case.input_ids = case.input_ids.flatten()
+    case.position_ids = case.position_ids.repeat(2).int()
+    case.token_type_ids = torch.ones(36, dtype=torch.int32, device=device)[::2]
+    case.dy = F.pad(case.dy.view(18, 16), (0, 7))[:, :16]
+    packed = case.results()
+    padded[0] = padded[0].flatten(0, 1)
+    assert all(torch.equal(a, b) for a, b in zip(padded, packed, strict=True))
+    assert not torch.equal(packed[0], expected[0])
+
+
+@pytest.mark.usefixtures("body")
+def test_an_expanded_gradient_is_that_of_its_copy(device):
+    case = inputs(11, 24, torch.float32, device)
+    case.dy = torch.full((1, 1), 3.0, device=device).expand(11, 24)
+    expanded = case.results()
+    case.dy = case.dy.contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(expanded, case.results(), strict=True))
+
+
+@pytest.mark.usefixtures("triton")
+def test_an_id_outside_its_table_shows_as_nan_and_writes_nowhere(device):
+    case = inputs(40, 16, torch.float32, device)
+    case.input_ids[:12] = 7
+    case.position_ids = torch.arange(40, device=device)
+    case.token_type_ids.zero_()
+    expected = case.results()
+    case.input_ids[3], case.input_ids[4] = -1, WORDS
+    case.position_ids[5], case.position_ids[6] = -1, POSITIONS
+    case.token_type_ids[7], case.token_type_ids[8] = -1, TYPES
+    actual = case.results()
+    is_wrong = torch.zeros(40, dtype=torch.bool, device=device)
+    is_wrong[3:9] = True
+    assert torch.equal(actual[0].isnan().all(1), is_wrong)
+    assert torch.equal(actual[0][~is_wrong], expected[0][~is_wrong])
+    is_other = torch.arange(WORDS, device=device) != 7
+    assert torch.equal(actual[1][is_other], expected[1][is_other])
+    assert torch.equal(actual[2][~is_wrong], expected[2][~is_wrong])
+    assert not actual[3][1:].any()
+
+
+@pytest.mark.usefixtures("body")
+def test_the_backward_gives_the_same_bits_each_time(device):
+    case = inputs(100, 24, torch.float32, device)
+    first, second = (case.results(dropout_p=0.3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.usefixtures("triton")
+def test_torch_compile_gives_the_eager_result(device):
+    case = inputs(20, 24, torch.float32, device)
+    ids = case.input_ids, case.position_ids, case.token_type_ids
+    for dropout_p in (0.0, 0.3):
+        eager = case.results(dropout_p=dropout_p)
+        torch._dynamo.reset()
+
+        @torch.compile(fullgraph=True, backend="aot_eager")
+        def function(*parameters, p=dropout_p):
+            return embedding_layer_norm(*ids, *parameters, dropout_p=p, rng=case.rng)
+
+        traced = gradients(function, *case.parameters, dy=case.dy)
+        assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
+
+
+@pytest.mark.usefixtures("triton")
+def test_a_second_derivative_is_refused(device):
+    case = inputs(3, 8, torch.float32, device)
+    ids = case.input_ids, case.position_ids, case.token_type_ids
+    leaves = [p.requires_grad_() for p in case.parameters]
+    y = embedding_layer_norm(*ids, *leaves)
+    (dword,) = torch.autograd.grad(y, leaves[0], case.dy.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dword.sum().backward()
+
+
+def test_the_reference_is_differentiable_twice_in_float64():
+    case = inputs(3, 4, torch.float64, "cpu", sizes=(4, 3, 2))
+    ids = case.input_ids, case.position_ids, case.token_type_ids
+    leaves = [p.requires_grad_() for p in case.parameters]
+    with backend.use("reference"):
+        torch.autograd.gradgradcheck(lambda *p: embedding_layer_norm(*ids, *p, eps=0.1), leaves)
+
+
+def call(device, change, **options):
+    """Of good arguments, some replaced by name."""
+    case = inputs(4, 8, torch.float32, device)
+    names = ("word", "position", "token_type", "weight", "bias")
+    arguments = {
+        "input_ids": case.input_ids,
+        "position_ids": case.position_ids,
+        "token_type_ids": case.token_type_ids,
+        **dict(zip(names, case.parameters, strict=True)),
+    }
+    replaced = {name: replace(arguments[name]) for name, replace in change.items()}
+    first, *rest = (arguments | replaced).values()
+    return embedding_layer_norm(first, *rest, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "reason"),
+    [
+        (dict.fromkeys(("word", "position", "token_type"), Tensor.double), {}, "float64"),
+        ({"position": Tensor.half}, {}, "tables of several dtypes"),
+        ({"word": lambda t: t.t().contiguous().t()}, {}, "tables that are not contiguous"),
+        ({"bias": Tensor.half}, {}, "parameters of several dtypes"),
+        ({}, {"dtype": torch.float64}, "a result in torch.float64"),
+        ({"token_type_ids": lambda t: t.to("meta")}, {}, "several devices"),
+    ],
+    ids=["double", "tables", "strides", "vectors", "result", "devices"],
+)
+@pytest.mark.usefixtures("triton")
+def test_a_forced_backend_never_falls_back(change, options, reason, device):
+    with pytest.raises(backend.BackendUnavailable, match=f"embedding_layer_norm.*{reason}"):
+        call(device, change, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"position_ids": lambda t: t[:3]}, {}, r"position_ids that broadcast to \(4,\), got \(3,"),
+        ({"token_type_ids": lambda t: t[None]}, {}, r"token_type_ids that broadcast"),
+        ({"position_ids": Tensor.short}, {}, "position_ids of dtype int64 or int32"),
+        ({"word": lambda t: t[0]}, {}, "word table"),
+        ({"position": lambda t: t[:, :5].clone()}, {}, r"position table of shape \(rows, 8\)"),
+        ({"token_type": lambda t: t[0]}, {}, "token_type table"),
+        ({"weight": lambda t: t[:5].clone()}, {}, r"weight of shape \(8,\), got \(5,\)"),
+        ({}, {"padding_idx": WORDS}, f"padding_idx within {WORDS} words"),
+        ({}, {"padding_idx": -WORDS - 1}, f"padding_idx within {WORDS} words"),
+        ({}, {"dropout_p": 1.0}, "dropout_p in"),
+        ({}, {"dropout_p": 0.5, "rng": random.fresh(3, torch.device("cpu"))}, r"got \(3,\)"),
+    ],
+    ids=[
+        "positions", "types", "short", "words", "position", "type", "weight", "padding", "negative",
+        "dropout", "keys",
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("body")
+def test_wrong_arguments_are_named(change, options, message, device):
+    with pytest.raises(ValueError, match=message):
+        call(device, change, **options)
+
+
+def test_an_id_outside_its_table_is_an_error_in_the_reference():
+    with backend.use("reference"), pytest.raises(IndexError):
+        call("cpu", {"input_ids": lambda t: t + WORDS})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [128, 384, 768, 1024])
+def test_real_sizes_on_a_gpu(hidden):
+    case = inputs(16384 + 3, hidden, torch.float32, "cuda", sizes=(30522, 512, 2))
+    case.input_ids[::6] = 103
+    case.input_ids[1::128] = 101
+    case.dy = case.dy.bfloat16()
+    with backend.use("triton"):
+        actual = case.results(dropout_p=0.1, dtype=torch.bfloat16, padding_idx=0)
+    options = {"dropout_p": 0.1, "padding_idx": 0}
+    plain = case.plain(torch.float32, **options)
+    expected = [t.to(a.dtype) for t, a in zip(plain, actual, strict=True)]
+    assert_as_accurate(actual, expected, case.plain(torch.double, **options), names=NAMES)
+
+
+@pytest.mark.gpu
+def test_tables_that_32_bit_offsets_do_not_reach():
+    """The same as with a table of the last rows alone."""
+    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("needs 30 GB of free GPU memory")
+    hidden, num_words, last = 1024, 2**21 + 64, 64
+    case = inputs(256, hidden, torch.bfloat16, "cuda", sizes=(last, 512, 2))
+    with backend.use("triton"):
+        few = case.results()
+        word = torch.zeros(num_words, hidden, dtype=torch.bfloat16, device="cuda")
+        word[-last:] = case.parameters[0]
+        case.parameters[0] = word
+        case.input_ids += num_words - last
+        many = case.results()
+    assert torch.equal(many[1][-last:], few[1])
+    assert not many[1][:-last].any()
+    for a, b in zip(many[2:] + many[:1], few[2:] + few[:1], strict=True):
+        assert torch.equal(a, b)

@@ -61,9 +61,9 @@ def _cross_entropy_fwd_kernel(
     total = tl.sum(total * tl.exp2((top - highest) * _LOG2E), axis=0)
     lse = highest + tl.log2(total) * _LN2
 
-    loss = lse - (1.0 - label_smoothing) * score
+    loss = lse - score
     if SMOOTH:
-        loss -= label_smoothing * (tl.sum(linear, axis=0) / N_CLASSES)
+        loss += label_smoothing * (score - tl.sum(linear, axis=0) / N_CLASSES)
     tl.store(loss_ptr + row, tl.where(is_counted, loss, 0.0))
     # the NaN of an impossible target reaches its gradient through lse
     tl.store(lse_ptr + row, tl.where(is_counted & (is_class == 0), float("nan"), lse))

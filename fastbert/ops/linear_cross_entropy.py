@@ -114,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = None  # frees the last part's before the next are computed
                 logits = _scores(some, weight, bias)
                 parts.append(kernels.cross_entropy_fwd(logits, wanted.contiguous(), *ctx.options))
-        losses, lse, correct = map(_joined, zip(*parts, strict=True))
+        losses, highest, total, correct = map(_joined, zip(*parts, strict=True))
         loss, count = losses.sum(), None
         if reduction == "mean":
             count = (targets != ignore_index).sum().clamp(min=1)
@@ -122,9 +122,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         correct = correct.sum()
         ctx.is_overwritten = False
         ctx.keeps_logits = len(parts) == 1
-        ctx.save_for_backward(
-            hidden, weight, bias, targets, lse, count, logits if ctx.keeps_logits else None
-        )
+        logits = logits if ctx.keeps_logits else None
+        ctx.save_for_backward(hidden, weight, bias, targets, highest, total, count, logits)
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
@@ -138,7 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 'retain_graph=True, or use fastbert.backend.use("reference")'
             )
         ctx.is_overwritten = ctx.keeps_logits
-        hidden, weight, bias, targets, lse, count, logits = ctx.saved_tensors
+        hidden, weight, bias, targets, highest, total, count, logits = ctx.saved_tensors
         scale = dloss if count is None else dloss / count
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[1:4]
         weight_dtype, bias_dtype = ctx.dtypes
@@ -147,14 +146,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight: Tensor | None = None
         dbias: Tensor | None = None
         with torch.autocast(hidden.device.type, enabled=False):
-            for some, wanted, some_lse in zip(
-                hidden.split(ctx.rows), targets.split(ctx.rows), lse.split(ctx.rows), strict=True
-            ):
+            by_row = (tensor.split(ctx.rows) for tensor in (hidden, targets, highest, total))
+            for some, wanted, *statistics in zip(*by_row, strict=True):
                 if not ctx.keeps_logits:
                     logits = None
                     logits = _scores(some, weight, bias)
                 column_sums = ctx.kernels.cross_entropy_bwd(
-                    logits, wanted.contiguous(), some_lse, scale, *ctx.options
+                    logits, wanted.contiguous(), *statistics, scale, *ctx.options
                 )
                 if wants_hidden:
                     dhidden.append(logits @ weight)

@@ -44,8 +44,8 @@ def _cross_entropy_fwd_kernel(
 
     cols = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     top = tl.full((LANES,), _LOWEST, dtype=tl.float32)
-    total = tl.zeros((LANES,), dtype=tl.float32)  # of exp(x - top)
-    linear = tl.zeros((LANES,), dtype=tl.float32)  # of x
+    total = tl.full((LANES,), 0.0, dtype=tl.float32)  # of exp(x - top)
+    linear = tl.full((LANES,), 0.0, dtype=tl.float32)  # of x
     for start in range(0, N_COLS, DEPTH * LANES):
         # this mask, whose bound is a multiple of 16, keeps the loads 16 bytes wide
         x = tl.load(row_ptr + start + cols, mask=start + cols < N_COLS, other=0.0).to(tl.float32)
@@ -70,13 +70,12 @@ def _cross_entropy_fwd_kernel(
 
     # as argmax has it, the first of equal scores wins: columns before the target's are read again
     is_correct = is_counted & (score == highest)
-    ahead = tl.full((LANES,), float("-inf"), dtype=tl.float32)
+    ahead = float("-inf")
     for start in range(0, tl.where(is_correct, target, 0).to(tl.int32), DEPTH * LANES):
         is_before = start + cols < target
         x = tl.load(row_ptr + start + cols, mask=start + cols < N_COLS, other=0.0).to(tl.float32)
-        ahead = tl.maximum(ahead, tl.max(tl.where(is_before, x, float("-inf")), axis=0))
-    is_correct = is_correct & (tl.max(ahead, axis=0) < highest)
-    tl.store(correct_ptr + row, is_correct.to(tl.int32))
+        ahead = tl.maximum(ahead, tl.max(tl.where(is_before, x, float("-inf"))))
+    tl.store(correct_ptr + row, (is_correct & (highest > ahead)).to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["n_rows", "rows_per_program", "ignore_index", "label_smoothing"])

@@ -107,6 +107,7 @@ def test_offsets_do_not_wrap_beyond_2_to_the_31_logits(monkeypatch):
     torch.testing.assert_close(dhidden[last], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("body")
 def test_small_fp16_gradients_survive_with_a_loss_scale(device):
     """Of 4,096 rows each gradient is below fp16's smallest number before it is scaled."""

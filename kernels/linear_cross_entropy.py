@@ -29,7 +29,7 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a difference o
 @triton.jit(do_not_specialize=["ignore_index", "label_smoothing"])
 def _cross_entropy_fwd_kernel(
     logits_ptr, target_ptr,  # (C, L), (C,) int64
-    loss_ptr, lse_ptr, correct_ptr,  # (C,), (C,), (C,) int32
+    loss_ptr, highest_ptr, total_ptr, correct_ptr,  # (C,) each, the last int32
     logits_row_stride,
     ignore_index, label_smoothing,
     N_CLASSES: tl.constexpr, N_COLS: tl.constexpr, SMOOTH: tl.constexpr,
@@ -44,8 +44,8 @@ def _cross_entropy_fwd_kernel(
 
     cols = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     top = tl.full((LANES,), _LOWEST, dtype=tl.float32)
-    total = tl.zeros((LANES,), dtype=tl.float32)  # of exp(x - top)
-    linear = tl.zeros((LANES,), dtype=tl.float32)  # of x
+    total = tl.full((LANES,), 0.0, dtype=tl.float32)  # of exp(x - top)
+    linear = tl.full((LANES,), 0.0, dtype=tl.float32)  # of x
     for start in range(0, N_COLS, DEPTH * LANES):
         # this mask, whose bound is a multiple of 16, keeps the loads 16 bytes wide
         x = tl.load(row_ptr + start + cols, mask=start + cols < N_COLS, other=0.0).to(tl.float32)
@@ -59,29 +59,28 @@ def _cross_entropy_fwd_kernel(
         top = higher
     highest = tl.max(top, axis=0)
     total = tl.sum(total * tl.exp2((top - highest) * _LOG2E), axis=0)
-    lse = highest + tl.log2(total) * _LN2
 
-    loss = lse - (1.0 - label_smoothing) * score
+    loss = (highest - score) + tl.log2(total) * _LN2
     if SMOOTH:
-        loss -= label_smoothing * (tl.sum(linear, axis=0) / N_CLASSES)
+        loss += label_smoothing * (score - tl.sum(linear, axis=0) / N_CLASSES)
     tl.store(loss_ptr + row, tl.where(is_counted, loss, 0.0))
-    # the NaN of an impossible target reaches its gradient through lse
-    tl.store(lse_ptr + row, tl.where(is_counted & (is_class == 0), float("nan"), lse))
+    tl.store(highest_ptr + row, highest)
+    # through this NaN the gradient shows an impossible target as well
+    tl.store(total_ptr + row, tl.where(is_counted & (is_class == 0), float("nan"), total))
 
     # as argmax has it, the first of equal scores wins: columns before the target's are read again
     is_correct = is_counted & (score == highest)
-    ahead = tl.full((LANES,), float("-inf"), dtype=tl.float32)
+    ahead = float("-inf")
     for start in range(0, tl.where(is_correct, target, 0).to(tl.int32), DEPTH * LANES):
         is_before = start + cols < target
         x = tl.load(row_ptr + start + cols, mask=start + cols < N_COLS, other=0.0).to(tl.float32)
-        ahead = tl.maximum(ahead, tl.max(tl.where(is_before, x, float("-inf")), axis=0))
-    is_correct = is_correct & (tl.max(ahead, axis=0) < highest)
-    tl.store(correct_ptr + row, is_correct.to(tl.int32))
+        ahead = tl.maximum(ahead, tl.max(tl.where(is_before, x, float("-inf"))))
+    tl.store(correct_ptr + row, (is_correct & (highest > ahead)).to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["n_rows", "rows_per_program", "ignore_index", "label_smoothing"])
 def _cross_entropy_bwd_kernel(
-    target_ptr, lse_ptr, scale_ptr,  # (C,) int64, (C,), ()
+    target_ptr, highest_ptr, total_ptr, scale_ptr,  # (C,) int64, (C,), (C,), ()
     logits_ptr, dbias_ptr,  # (C, L), read and overwritten; (P, L): a partial sum per program
     logits_row_stride,
     n_rows, rows_per_program,
@@ -102,13 +101,15 @@ def _cross_entropy_bwd_kernel(
     for start in range(first, last, ROWS):
         rows = start + tl.arange(0, ROWS)
         targets = tl.load(target_ptr + rows, mask=rows < last, other=0)
-        lse = tl.load(lse_ptr + rows, mask=rows < last, other=0.0)
+        highest = tl.load(highest_ptr + rows, mask=rows < last, other=0.0)
+        share = 1.0 / tl.load(total_ptr + rows, mask=rows < last, other=1.0)
         is_counted = (rows < last) & (targets != ignore_index)
         is_target = targets.to(tl.int32)[:, None] == cols[None, :]
         mask = (rows < last)[:, None] & (cols < N_COLS)[None, :]
         place = logits_ptr + rows.to(tl.int64)[:, None] * logits_row_stride + cols[None, :]
         x = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-        dx = tl.exp2((x - lse[:, None]) * _LOG2E) - of_each - tl.where(is_target, of_target, 0.0)
+        dx = tl.exp2((x - highest[:, None]) * _LOG2E) * share[:, None]
+        dx -= of_each + tl.where(is_target, of_target, 0.0)
         is_wanted = is_counted[:, None] & (cols < N_CLASSES)[None, :]
         dx = tl.where(is_wanted, dx * scale, 0.0)  # scaled first: in fp16 it could vanish
         tl.store(place, dx, mask=mask)
@@ -120,32 +121,34 @@ def _fwd_outputs(
     logits: Tensor, targets: Tensor, n_classes: int, ignore_index: int, label_smoothing: float
 ):
     loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    return loss, torch.empty_like(loss), torch.empty_like(loss, dtype=torch.int32)
+    correct = torch.empty_like(loss, dtype=torch.int32)
+    return loss, torch.empty_like(loss), torch.empty_like(loss), correct
 
 
 @launcher(_fwd_outputs)
 def cross_entropy_fwd(
     logits: Tensor, targets: Tensor, n_classes: int, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (C, L), targets (C,) int64 -> loss (C,), log-sum-exp (C,), correct (C,) int32.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits (C, L), targets (C,) int64 -> loss, highest, total, correct (C,), the last int32.
 
-    A row whose target is ignore_index has the loss 0; any other target that is not a class, NaN.
+    highest and total, the largest logit and the sum of exp(logit - highest), are kept apart for the
+    backward: one log-sum-exp would have fewer correct digits. A row whose target is ignore_index
+    has the loss 0; any other target that is not a class, NaN.
     """
     n_rows, n_cols = _check(logits, n_classes)
-    loss, lse, correct = _fwd_outputs(logits, targets, n_classes, ignore_index, label_smoothing)
+    outputs = _fwd_outputs(logits, targets, n_classes, ignore_index, label_smoothing)
     if n_rows:
         with on(logits):
             _cross_entropy_fwd_kernel[(n_rows,)](
-                logits, targets, loss, lse, correct, logits.stride(0),
-                ignore_index, label_smoothing,
+                logits, targets, *outputs, logits.stride(0), ignore_index, label_smoothing,
                 N_CLASSES=n_classes, N_COLS=n_cols, SMOOTH=label_smoothing != 0,
                 DEPTH=DEPTH, LANES=LANES, num_warps=NUM_WARPS, **LAUNCH,
             )  # fmt: skip
-    return loss, lse, correct
+    return outputs
 
 
 def _bwd_outputs(
-    logits: Tensor, targets: Tensor, lse: Tensor, scale: Tensor,
+    logits: Tensor, targets: Tensor, highest: Tensor, total: Tensor, scale: Tensor,
     n_classes: int, ignore_index: int, label_smoothing: float,
 ):  # fmt: skip
     return torch.empty(logits.shape[1], dtype=torch.float32, device=logits.device)
@@ -153,7 +156,7 @@ def _bwd_outputs(
 
 @launcher(_bwd_outputs, mutates=("logits",))
 def cross_entropy_bwd(
-    logits: Tensor, targets: Tensor, lse: Tensor, scale: Tensor,
+    logits: Tensor, targets: Tensor, highest: Tensor, total: Tensor, scale: Tensor,
     n_classes: int, ignore_index: int, label_smoothing: float,
 ) -> Tensor:  # fmt: skip
     """Overwrites the logits (C, L) with their gradient; returns its column sums (L,) in float32.
@@ -169,7 +172,7 @@ def cross_entropy_bwd(
     if n_rows:
         with on(logits):
             _cross_entropy_bwd_kernel[(parts * strips,)](
-                targets, lse, scale, logits, dbias, logits.stride(0),
+                targets, highest, total, scale, logits, dbias, logits.stride(0),
                 n_rows, rows_per_program, ignore_index, label_smoothing,
                 N_CLASSES=n_classes, N_COLS=n_cols,
                 ROWS=ROWS, COLS=COLS, num_warps=NUM_WARPS, **LAUNCH,

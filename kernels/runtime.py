@@ -21,8 +21,8 @@ def launcher(outputs: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Call
 
     `outputs` takes the same arguments and allocates the results: it is called by the launcher, and
     it is all that runs while torch.compile or fake tensors trace a call. The schema is read from
-    the annotations; `mutates` names the arguments that are written to, if any: torch.compile then
-    gives the operator a copy of them. Autograd is not this layer's business: its caller wraps it in a Function.
+    the annotations; `mutates` names the arguments that are written to, of which torch.compile then
+    passes copies. Autograd is not this layer's business: its caller wraps it in a Function.
     """
 
     def register(launch: Callable) -> Callable:

@@ -34,8 +34,8 @@ def linear_cross_entropy(
     hidden: (C, H); weight: (V, H); bias: (V,) or None; targets: (C,) int64, a class or
     ignore_index; label_smoothing: as in `F.cross_entropy` (Szegedy et al. 2015); reduction:
     "mean", which is 0 with zero gradients where no row counts, or "sum".
-    Returns the loss, (), in float32 or wider, and for return_correct=True also how many rows' target
-    has the highest score (the first of equal ones), () int64, which has no gradient.
+    Returns the loss, () in float32 or wider, and for return_correct=True also in how many rows the
+    target has the highest score (the first of equal ones), () int64 without a gradient.
 
     The product is in hidden.dtype, or in autocast's; the softmax in float32 or wider. A target out
     of range raises an IndexError on a CPU; the kernels, which cannot, make the loss NaN.
@@ -114,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = None  # frees the last part's before the next are computed
                 logits = _scores(some, weight, bias)
                 parts.append(kernels.cross_entropy_fwd(logits, wanted.contiguous(), *ctx.options))
-        losses, lse, correct = map(_joined, zip(*parts, strict=True))
+        losses, highest, total, correct = map(_joined, zip(*parts, strict=True))
         loss, count = losses.sum(), None
         if reduction == "mean":
             count = (targets != ignore_index).sum().clamp(min=1)
@@ -122,9 +122,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         correct = correct.sum()
         ctx.is_overwritten = False
         ctx.keeps_logits = len(parts) == 1
-        ctx.save_for_backward(
-            hidden, weight, bias, targets, lse, count, logits if ctx.keeps_logits else None
-        )
+        logits = logits if ctx.keeps_logits else None
+        ctx.save_for_backward(hidden, weight, bias, targets, highest, total, count, logits)
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
@@ -138,21 +137,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 'retain_graph=True, or use fastbert.backend.use("reference")'
             )
         ctx.is_overwritten = ctx.keeps_logits
-        hidden, weight, bias, targets, lse, count, logits = ctx.saved_tensors
+        hidden, weight, bias, targets, highest, total, count, logits = ctx.saved_tensors
         scale = dloss if count is None else dloss / count
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[1:4]
         weight_dtype, bias_dtype = ctx.dtypes
         sum_dtype = weight_dtype if ctx.keeps_logits else torch.float32
-        dhidden, dweight, dbias = [], None, None
+        dhidden: list[Tensor] = []
+        dweight: Tensor | None = None
+        dbias: Tensor | None = None
         with torch.autocast(hidden.device.type, enabled=False):
-            for some, wanted, some_lse in zip(
-                hidden.split(ctx.rows), targets.split(ctx.rows), lse.split(ctx.rows), strict=True
-            ):
+            by_row = (tensor.split(ctx.rows) for tensor in (hidden, targets, highest, total))
+            for some, wanted, *statistics in zip(*by_row, strict=True):
                 if not ctx.keeps_logits:
                     logits = None
                     logits = _scores(some, weight, bias)
                 column_sums = ctx.kernels.cross_entropy_bwd(
-                    logits, wanted.contiguous(), some_lse, scale, *ctx.options
+                    logits, wanted.contiguous(), *statistics, scale, *ctx.options
                 )
                 if wants_hidden:
                     dhidden.append(logits @ weight)
@@ -164,8 +164,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None,
             _joined(dhidden) if wants_hidden else None,
-            dweight[:classes].to(weight_dtype) if wants_weight else None,
-            dbias[:classes].to(bias_dtype) if wants_bias else None,
+            None if dweight is None else dweight[:classes].to(weight_dtype),
+            None if dbias is None else dbias[:classes].to(bias_dtype),
             *(None,) * 4,
         )
 
@@ -175,11 +175,9 @@ def _padded(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     classes = parameter.shape[0]
     if classes % PADDING == 0:
         return parameter.detach().to(dtype)
-    padded = parameter.new_empty(
-        -(-classes // PADDING) * PADDING, *parameter.shape[1:], dtype=dtype
-    )
+    shape = (-(-classes // PADDING) * PADDING, *parameter.shape[1:])
+    padded = parameter.new_zeros(shape, dtype=dtype)
     padded[:classes] = parameter
-    padded[classes:] = 0
     return padded
 
 

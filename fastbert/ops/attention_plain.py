@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbert.ops.dropout import attention_drop_words
 from fastbert.ops.unpad import Unpadding
-from fastbert.rng import DropoutState, attention_drop_words, attention_keep_mask, keep_scale
+from fastbert.rng import DropoutState, attention_keep_mask, keep_scale
 
 MASKED = -1e30  # addends of a mask that are lower count as -inf
 

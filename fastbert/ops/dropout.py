@@ -1,6 +1,6 @@
-"""The masks of dropout, a function of each element's place; `fastbert.rng` defines their bits.
+"""Dropout (Srivastava et al. 2014) by counter: `fastbert.rng` says where the bits come from.
 
-For plain PyTorch: Triton's kernels make the bits where they use them.
+The masks here are for plain PyTorch; Triton's kernels make the bits where they use them.
 """
 
 import contextlib
@@ -10,22 +10,23 @@ import torch
 from torch import Tensor
 
 from fastbert import backend
-from fastbert import rng as dropout_rng
+from fastbert import rng as random
 from fastbert.backend import op
+from fastbert.check import require
 from fastbert.rng import DropoutState
 
 
 @op("ext")
 def hidden_keep_mask(rng: DropoutState, num_cols: int, dropout_p: float) -> Tensor:
     """(T, num_cols) bool, True where an element of the packed stream is kept."""
-    return dropout_rng.hidden_keep_mask(rng, num_cols, dropout_p)
+    return _plain_keep_mask(rng.token_key, rng.state, rng.site, num_cols, dropout_p)
 
 
 @hidden_keep_mask.fused
 def _hidden_keep_mask_fused(
     kernels: Any, rng: DropoutState, num_cols: int, dropout_p: float
 ) -> Tensor:
-    limit = dropout_rng.threshold(dropout_p)
+    limit = random.threshold(dropout_p)
     return kernels.hidden_keep_mask(rng.token_key, rng.state, rng.site, num_cols, limit)
 
 
@@ -34,14 +35,14 @@ def attention_drop_words(
     rng: DropoutState, num_heads: int, num_words: int, dropout_p: float
 ) -> Tensor:
     """(N, T, num_words) int32: bit j of word w is set where a query drops key 32 * w + j."""
-    return dropout_rng.attention_drop_words(rng, num_heads, num_words, dropout_p)
+    return _plain_drop_words(rng.token_key, rng.state, rng.site, num_heads, num_words, dropout_p)
 
 
 @attention_drop_words.fused
 def _attention_drop_words_fused(
     kernels: Any, rng: DropoutState, num_heads: int, num_words: int, dropout_p: float
 ) -> Tensor:
-    limit = dropout_rng.threshold(dropout_p)
+    limit = random.threshold(dropout_p)
     return kernels.attention_drop_words(
         rng.token_key, rng.state, rng.site, num_heads, num_words, limit
     )
@@ -52,23 +53,71 @@ def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Ten
 
     The rows of x are the tokens of `rng`; without one, fresh random numbers are drawn.
     """
-    if dropout_rng.threshold(dropout_p) == 0:
-        return x
-    rows, num_cols = x.shape[:-1], x.shape[-1]
+    rng = dropout_state("dropout", x.shape[:-1].numel(), x.device, dropout_p, rng)
     if rng is None:
-        rng = dropout_rng.fresh(rows.numel(), x.device)
-    keep = hidden_keep_mask(rng, num_cols, dropout_p).view(x.shape)
-    return x * keep * dropout_rng.keep_scale(dropout_p)
+        return x
+    keep = hidden_keep_mask(rng, x.shape[-1], dropout_p).view(x.shape)
+    return torch.where(keep, x * random.keep_scale(dropout_p), 0.0)
 
 
+def dropout_state(
+    who: str, num_rows: int, device: torch.device, dropout_p: float, rng: DropoutState | None
+) -> DropoutState | None:
+    """The numbers for dropping elements of so many rows, or None if none is to be dropped."""
+    require(0 <= dropout_p < 1, who, "a dropout_p in [0, 1)", dropout_p)
+    threshold = random.threshold(dropout_p)
+    if threshold == 0:
+        return None
+    require(threshold < random.RESOLUTION, who, "a dropout_p of at most 4095/4096", dropout_p)
+    if rng is None:
+        return random.fresh(num_rows, device)
+    key = rng.token_key
+    require(
+        key.shape == (num_rows,) and key.device == rng.state.device == device,
+        who,
+        f"an rng with a token_key of shape ({num_rows},), one key a row, on {device}",
+        f"{tuple(key.shape)} on {key.device}",
+    )
+    return rng
+
+
+def device_numbers(
+    rng: DropoutState | None, dropout_p: float
+) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """What launchers take of it: state, token_key, site and threshold."""
+    if rng is None:
+        return None, None, 0, 0
+    return rng.state, rng.token_key, rng.site, random.threshold(dropout_p)
+
+
+# Operators of their own, because inductor of torch 2.13 computes other bits on a CPU where it fuses
+# several of these masks into one loop.
+@torch.library.custom_op("fastbert_plain::hidden_keep_mask", mutates_args=())
+def _plain_keep_mask(
+    token_key: Tensor, state: Tensor, site: int, num_cols: int, dropout_p: float
+) -> Tensor:
+    return random.hidden_keep_mask(DropoutState(state, token_key, site), num_cols, dropout_p)
+
+
+@torch.library.custom_op("fastbert_plain::attention_drop_words", mutates_args=())
+def _plain_drop_words(
+    token_key: Tensor, state: Tensor, site: int, num_heads: int, num_words: int, dropout_p: float
+) -> Tensor:
+    drawn = DropoutState(state, token_key, site)
+    return random.attention_drop_words(drawn, num_heads, num_words, dropout_p)
+
+
+def _keep_mask_fake(token_key, state, site, num_cols, _):
+    return token_key.new_empty((token_key.shape[0], num_cols), dtype=torch.bool)
+
+
+def _drop_words_fake(token_key, state, site, num_heads, num_words, _):
+    return token_key.new_empty((num_heads, token_key.shape[0], num_words), dtype=torch.int32)
+
+
+_plain_keep_mask.register_fake(_keep_mask_fake)
+_plain_drop_words.register_fake(_drop_words_fake)
 with contextlib.suppress(backend.BackendUnavailable):
     backend.load("ext", "hidden_keep_mask", "cpu")
-
-    @torch.library.register_fake("fastbert::hidden_keep_mask")
-    def _(token_key, state, site, num_cols, threshold):
-        return token_key.new_empty((token_key.shape[0], num_cols), dtype=torch.bool)
-
-    @torch.library.register_fake("fastbert::attention_drop_words")
-    def _(token_key, state, site, num_heads, num_words, threshold):
-        shape = (num_heads, token_key.shape[0], num_words)
-        return token_key.new_empty(shape, dtype=torch.int32)
+    torch.library.register_fake("fastbert::hidden_keep_mask", _keep_mask_fake)
+    torch.library.register_fake("fastbert::attention_drop_words", _drop_words_fake)

@@ -9,14 +9,8 @@ from torch.autograd.function import once_differentiable
 
 from fastbert.backend import op
 from fastbert.check import require
-from fastbert.ops.layer_norm import (
-    DTYPES,
-    as_rows,
-    device_numbers,
-    dropout,
-    dropout_state,
-    refusal,
-)
+from fastbert.ops.dropout import device_numbers, dropout, dropout_state
+from fastbert.ops.layer_norm import DTYPES, as_rows, refusal
 from fastbert.rng import DropoutState
 
 WHO = "embedding_layer_norm"
@@ -66,7 +60,8 @@ def embedding_layer_norm(
     z = z + (token_type[0] if ids[2] is None else F.embedding(ids[2], token_type)).to(wide)
     z = z + F.embedding(ids[1], position).to(wide)
     y = F.layer_norm(z, weight.shape, weight.to(wide), bias.to(wide), eps)
-    y = dropout(y, dropout_p, dropout_state(WHO, input_ids.numel(), word.device, dropout_p, rng))
+    rng = dropout_state(WHO, input_ids.numel(), word.device, dropout_p, rng)
+    y = dropout(y, dropout_p, rng) if rng is not None else y
     return y.to(dtype or word.dtype)
 
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastbert import rng as random
 from fastbert.backend import op
 from fastbert.check import require
+from fastbert.ops.dropout import device_numbers, dropout, dropout_state
 from fastbert.rng import DropoutState
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -85,7 +85,7 @@ def dropout_add_layer_norm(
     rng = _check_sum(x, residual, weight, bias, x_bias, dropout_p, rng)
     wide = torch.promote_types(residual.dtype, torch.promote_types(x.dtype, torch.float32))
     z = x.to(wide) if x_bias is None else x.to(wide) + x_bias.to(wide)
-    z = residual + dropout(z, dropout_p, rng)
+    z = residual + (z if rng is None else dropout(z, dropout_p, rng))
     return layer_norm.reference(z.to(residual.dtype), weight, bias, eps)
 
 
@@ -163,44 +163,6 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         dx = dresidual if dx.ndim == 1 else dx.view(dy.shape)
         dx_bias = dx_bias if ctx.has_x_bias else None
         return None, dx, dresidual, dx_bias, dweight, dbias, None, None, None, None, None
-
-
-def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None) -> Tensor:
-    """The reference: x (..., H), zero where `rng` drops it and scaled elsewhere."""
-    if rng is None:
-        return x
-    keep = random.hidden_keep_mask(rng, x.shape[-1], dropout_p).view(x.shape)
-    return torch.where(keep, x * random.keep_scale(dropout_p), 0.0)
-
-
-def dropout_state(
-    who: str, num_rows: int, device: torch.device, dropout_p: float, rng: DropoutState | None
-) -> DropoutState | None:
-    """The numbers for dropping elements of so many rows, or None if none is to be dropped."""
-    require(0 <= dropout_p < 1, who, "a dropout_p in [0, 1)", dropout_p)
-    threshold = random.threshold(dropout_p)
-    if threshold == 0:
-        return None
-    require(threshold < random.RESOLUTION, who, "a dropout_p of at most 4095/4096", dropout_p)
-    if rng is None:
-        return random.fresh(num_rows, device)
-    key = rng.token_key
-    require(
-        key.shape == (num_rows,) and key.device == rng.state.device == device,
-        who,
-        f"an rng with a token_key of shape ({num_rows},), one key a row, on {device}",
-        f"{tuple(key.shape)} on {key.device}",
-    )
-    return rng
-
-
-def device_numbers(
-    rng: DropoutState | None, dropout_p: float
-) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """What launchers take of it: state, token_key, site and threshold."""
-    if rng is None:
-        return None, None, 0, 0
-    return rng.state, rng.token_key, rng.site, random.threshold(dropout_p)
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -92,6 +92,16 @@ def test_a_packed_tensor_gives_one_gradient(longest, dtype, device, triton):
     assert actual[1].is_contiguous()
 
 
+@pytest.mark.parametrize("longest", [20, 200])
+def test_a_long_tail_behind_the_last_sequence_is_zero(longest, dtype, body, device):
+    qkv = torch.randn(725, 3, 1, 16, device=device).to(dtype)
+    cu = boundaries([5, 20], device)
+    out, dqkv = gradients(lambda t: attention_qkvpacked(t, cu, longest), qkv, dy=qkv[:, 0])
+    assert torch.isfinite(dqkv).all()
+    assert out[25:].abs().max() == dqkv[25:].abs().max() == 0
+    assert out[:25].abs().min() > 0
+
+
 @pytest.mark.parametrize("capability", [80, 89, 100, 120])
 def test_the_tiles_of_other_gpus(capability, monkeypatch, device, triton):
     from fastbert.kernels import attention as kernels

@@ -139,7 +139,7 @@ def _launch_bwd(
     dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k,
     max_seqlen_q, max_seqlen_k, softmax_scale, mask, drop_words, keep_scale,
 ) -> None:  # fmt: skip
-    """Writes dq, dk and dv, each with heads end to end; dk and dv with the same row stride."""
+    """Writes dq, dk and dv, which have the same row stride, and heads end to end."""
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     num_rows, num_heads, head_dim = q.shape
     if not q.numel() + k.numel():
@@ -156,7 +156,7 @@ def _launch_bwd(
         if tile is not None:
             attention_single_kernel[(1, *grid)](
                 q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, drop_words, dq, dk, dv,
-                *inputs, _words_stride(drop_words), out.stride(0), dq.stride(0), dk.stride(0),
+                *inputs, _words_stride(drop_words), out.stride(0), dq.stride(0),
                 num_rows, k.shape[0], softmax_scale, keep_scale, **shape, BLOCK=tile.block_m,
                 num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH,
             )  # fmt: skip

@@ -35,7 +35,7 @@ def attention_single_kernel(
     cu_q_ptr, cu_k_ptr, words_ptr,  # (B + 1,), (B + 1,), (N, T_q, W) or None
     dq_ptr, dk_ptr, dv_ptr,  # (T_q, N, D), (T_k, N, D), (T_k, N, D)
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
-    words_row_stride, out_row_stride, dq_row_stride, dk_row_stride,
+    words_row_stride, out_row_stride, grad_row_stride,
     n_rows, n_key_rows,  # T_q, T_k
     softmax_scale, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -48,9 +48,9 @@ def attention_single_kernel(
     q_first = tl.load(cu_q_ptr + sequence).to(tl.int64)
     k_first = tl.load(cu_k_ptr + sequence).to(tl.int64)
     if sequence == tl.num_programs(2) - 1:  # not a sequence: what is behind the last one
-        zero_rows(dq_ptr, dq_row_stride, q_first, n_rows, HEAD_DIM, BLOCK_D, BLOCK)
-        zero_rows(dk_ptr, dk_row_stride, k_first, n_key_rows, HEAD_DIM, BLOCK_D, BLOCK)
-        zero_rows(dv_ptr, dk_row_stride, k_first, n_key_rows, HEAD_DIM, BLOCK_D, BLOCK)
+        zero_rows(dq_ptr, grad_row_stride, q_first, n_rows, HEAD_DIM, BLOCK_D, BLOCK)
+        zero_rows(dk_ptr, grad_row_stride, k_first, n_key_rows, HEAD_DIM, BLOCK_D, BLOCK)
+        zero_rows(dv_ptr, grad_row_stride, k_first, n_key_rows, HEAD_DIM, BLOCK_D, BLOCK)
         return
 
     rows = tl.arange(0, BLOCK)
@@ -78,15 +78,15 @@ def attention_single_kernel(
         words = load_words(words_ptr + statistics * words_row_stride, rows_in, 0, BLOCK)
         kept = drop(p, words)
     dv = tl.dot(tl.trans(kept.to(dout.dtype)), dout, input_precision=PRECISION) * keep_scale
-    dv_ptrs = tile_ptrs(dv_ptr + k_first * dk_row_stride, dk_row_stride, rows, BLOCK_D)
+    dv_ptrs = tile_ptrs(dv_ptr + k_first * grad_row_stride, grad_row_stride, rows, BLOCK_D)
     store_tile(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), cols_in, HEAD_DIM)
 
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     ds = score_gradient(p, kept, dp, delta, words_ptr is not None).to(q.dtype)
     scale = softmax_scale * keep_scale
     dq = tl.dot(ds, k, input_precision=PRECISION) * scale
-    dq_ptrs = tile_ptrs(dq_ptr + q_first * dq_row_stride, dq_row_stride, rows, BLOCK_D)
+    dq_ptrs = tile_ptrs(dq_ptr + q_first * grad_row_stride, grad_row_stride, rows, BLOCK_D)
     store_tile(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), rows_in, HEAD_DIM)
     dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * scale
-    dk_ptrs = tile_ptrs(dk_ptr + k_first * dk_row_stride, dk_row_stride, rows, BLOCK_D)
+    dk_ptrs = tile_ptrs(dk_ptr + k_first * grad_row_stride, grad_row_stride, rows, BLOCK_D)
     store_tile(dk_ptrs, dk.to(dk_ptr.dtype.element_ty), cols_in, HEAD_DIM)

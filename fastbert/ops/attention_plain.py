@@ -49,16 +49,16 @@ def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tenso
     """sequences: q (N, n_q, D), k and v (N, n_k, D) of each; the last is what is behind them."""
     q, k, v = sequences[-1]
     sequences = [*sequences[:-1], (q, k[:, :0], v[:, :0])]
-    keeps = _keep_mask(call).split([q.shape[1] for q, _, _ in sequences], 1) if call.rng else None
+    words = _drop_words(call).split([q.shape[1] for q, _, _ in sequences], 1) if call.rng else None
     outputs = []
     for number, (q, k, v) in enumerate(sequences):
         num_queries, num_keys = q.shape[1], k.shape[1]
-        if num_keys and call.mask is None and keeps is None:
+        if num_keys and call.mask is None and words is None:
             # four dimensions, because with three PyTorch's own fused kernel is not taken
             scale = call.softmax_scale
             out = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)[0]
         else:
-            keep = None if keeps is None else keeps[number][..., :num_keys]
+            keep = None if words is None else attention_keep_mask(words[number], num_keys)
             mask = None
             if call.mask is not None and num_keys:
                 mask = call.mask[number, :, :num_queries, :num_keys]
@@ -80,7 +80,8 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     else:
         keep = None
         if call.rng is not None:
-            keep = of_queries.pad(_keep_mask(call).transpose(0, 1)).transpose(1, 2)
+            keep = attention_keep_mask(_drop_words(call), call.max_seqlen_k)
+            keep = of_queries.pad(keep.transpose(0, 1)).transpose(1, 2)
         mask = is_key
         if call.mask is not None:
             without = False if call.mask.dtype == torch.bool else float("-inf")
@@ -89,13 +90,12 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     return of_queries.pack(out.transpose(1, 2))
 
 
-def _keep_mask(call: Call) -> Tensor:
-    """(N, T_q, S_k) bool"""
+def _drop_words(call: Call) -> Tensor:
+    """(N, T_q, W), for the longest sequence's keys."""
     assert call.rng is not None
-    num_words = -(-call.max_seqlen_k // 32)
-    num_heads = call.num_heads
-    words = attention_drop_words(call.rng, num_heads, num_words, call.dropout_p)
-    return attention_keep_mask(words, call.max_seqlen_k)
+    return attention_drop_words(
+        call.rng, call.num_heads, -(-call.max_seqlen_k // 32), call.dropout_p
+    )
 
 
 def _attend(

@@ -92,6 +92,16 @@ def test_a_packed_tensor_gives_one_gradient(longest, dtype, device, triton):
     assert actual[1].is_contiguous()
 
 
+@pytest.mark.parametrize("longest", [20, 200])
+def test_a_long_tail_behind_the_last_sequence_is_zero(longest, dtype, body, device):
+    qkv = torch.randn(725, 3, 1, 16, device=device).to(dtype)
+    cu = boundaries([5, 20], device)
+    out, dqkv = gradients(lambda t: attention_qkvpacked(t, cu, longest), qkv, dy=qkv[:, 0])
+    assert torch.isfinite(dqkv).all()
+    assert out[25:].abs().max() == dqkv[25:].abs().max() == 0
+    assert out[:25].abs().min() > 0
+
+
 @pytest.mark.parametrize("capability", [80, 89, 100, 120])
 def test_the_tiles_of_other_gpus(capability, monkeypatch, device, triton):
     from fastbert.kernels import attention as kernels
@@ -221,6 +231,23 @@ def test_fullgraph_compile_gives_the_eager_result(choice, device):
             expected = gradients(function, qkv, dy=qkv[:, 0])
             for a, e in zip(gradients(compiled, qkv, dy=qkv[:, 0]), expected, strict=True):
                 torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("longest", [70, 150])
+def test_very_low_scores_do_not_leak_through_padding(longest, dtype, device, triton):
+    """exp2(-lse) is infinite here, and infinity times the zeros behind the last key is NaN."""
+    lengths = [5, 70]
+    qkv = torch.randn(75, 3, 1, 16, device=device)
+    qkv[:, 0] += 20
+    qkv[:, 1] -= 20
+    qkv, dout = qkv.to(dtype), torch.randn(75, 1, 16, device=device).to(dtype)
+    cu = boundaries(lengths, device)
+    actual = gradients(lambda t: attention_qkvpacked(t, cu, longest), qkv, dy=dout)
+    truth, _ = truth_and_pytorch([qkv], dout, lengths, lengths, 0.25)
+    # scores of -1600 have few digits left, and the keys' common -20 cancels in the sums of dq
+    tolerance = max(1e-2, 60 * torch.finfo(dtype).eps)
+    for a, t in zip(actual, truth, strict=True):
+        assert (a - t).abs().max() < tolerance * t.abs().max()
 
 
 @pytest.mark.parametrize("longest", [64, 150])

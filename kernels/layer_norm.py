@@ -1,9 +1,9 @@
 """Dropout, residual and layer normalization, in one pass over memory each way.
 
 M rows, N columns. A program holds BLOCK_M whole rows in registers. Statistics are in float32. The
-gradients of parameters are partial sums, one row of them a program, which a second kernel adds up
-in a fixed order, so that a backward gives the same bits each time. Row strides come divided by
-UNIT, which tells the compiler that each row starts at a multiple of UNIT elements.
+gradients of parameters are partial sums, one row of them a program, which are added up in a fixed
+order. Row strides come divided by UNIT, which tells the compiler that each row starts at a multiple
+of UNIT elements.
 """
 
 import math
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbert.kernels.partial_sums import add_partials, store_partial
 from fastbert.kernels.philox import keep_mask
 from fastbert.kernels.runtime import LAUNCH, launcher, num_sms, on
 
@@ -135,7 +136,7 @@ def _backward_kernel(
         dy = tl.load(dy_ptr + dy, mask=mask, other=0.0).to(tl.float32)
         z = (rows * z_row_stride * UNIT)[:, None] + cols[None, :]
         z = tl.load(z_ptr + z, mask=mask, other=0.0).to(tl.float32)
-        # rows past the end have rstd 0, and so add nothing to any sum
+        # rows past the end have a dy of 0, and so add nothing to any sum
         rstd = tl.load(rstd_ptr + rows, mask=is_row, other=0.0)
         mean = tl.load(mean_ptr + rows, mask=is_row, other=0.0)
 
@@ -157,46 +158,6 @@ def _backward_kernel(
     store_partial(partials_ptr, 1, dbias, is_col, N_COLS)
     if HAS_X_BIAS:
         store_partial(partials_ptr, 2, dx_bias, is_col, N_COLS)
-
-
-@triton.jit
-def store_partial(partials_ptr, k, sums, is_col, N_COLS: tl.constexpr):
-    """This program's row of partials[k] is the column sums of `sums` [R, C]."""
-    row = k * tl.num_programs(0).to(tl.int64) + tl.program_id(0)
-    cols = tl.arange(0, sums.shape[1])
-    tl.store(partials_ptr + row * N_COLS + cols, tl.sum(sums, axis=0), mask=is_col)
-
-
-@triton.jit(do_not_specialize=["n_partials"])
-def _add_partials_kernel(
-    partials_ptr, out0_ptr, out1_ptr, out2_ptr,  # (K, P, N), (N,), (N,), (N,) or None
-    n_partials, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.program_id(1)
-    is_col = cols < N_COLS
-    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in tl.range(0, n_partials, BLOCK_M):
-        rows = first + tl.arange(0, BLOCK_M)
-        place = (k * n_partials + rows).to(tl.int64) * N_COLS
-        mask = (rows < n_partials)[:, None] & is_col[None, :]
-        sums += tl.load(partials_ptr + place[:, None] + cols[None, :], mask=mask, other=0.0)
-    total = tl.sum(sums, axis=0)
-    tl.store(out0_ptr + cols, total, mask=is_col & (k == 0))
-    tl.store(out1_ptr + cols, total, mask=is_col & (k == 1))
-    if out2_ptr is not None:
-        tl.store(out2_ptr + cols, total, mask=is_col & (k == 2))
-
-
-def add_partials(partials: Tensor, *outputs: Tensor) -> None:
-    """(K, P, N) float32 -> K = 2 or 3 outputs (N,): the sums over P, always in the same order."""
-    n_outputs, n_partials, n_cols = partials.shape
-    # 16 columns are two sectors of memory; 512 rows of them, 16 KB in flight for 8 warps
-    block_m, block_n = min(triton.next_power_of_2(max(n_partials, 1)), 512), 16
-    _add_partials_kernel[(triton.cdiv(n_cols, block_n), n_outputs)](
-        partials, *outputs, *[None] * (3 - n_outputs), n_partials,
-        N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, **LAUNCH,
-    )  # fmt: skip
 
 
 def keep_scale(threshold: int) -> float:

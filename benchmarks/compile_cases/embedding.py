@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from benchmarks.compile_cases import Case
-from fastbert.kernels import embedding
+from fastbert.kernels import embedding, table_gradients
 from fastbert.kernels.layer_norm import backward_block
 
 IDS = ("input_ids_ptr", "position_ids_ptr", "token_type_ids_ptr", "order_ptr")
@@ -47,7 +47,8 @@ def _unit(columns: int, dtype: str, table: str, quick: bool = False) -> Iterator
     wide = 3 * loads(block, table) + loads(block, dtype)
     yield case(embedding._backward_kernel, block, wide_loads=wide, UNIT=8)
     if dtype == "bf16":
-        chunk = embedding.CHUNK
-        row = (1, block[1], embedding.row_warps(block[1]))
-        yield case(embedding._sum_chunks_kernel, row, wide_loads=1, CHUNK=chunk)
-        yield case(embedding._join_chunks_kernel, embedding.JOIN_BLOCK, wide_loads=1, CHUNK=chunk)
+        chunk = table_gradients.CHUNK
+        row = (1, *table_gradients.sum_block(columns))
+        yield case(table_gradients._sum_chunks_kernel, row, wide_loads=1, CHUNK=chunk)
+        join = table_gradients.JOIN_BLOCK
+        yield case(table_gradients._join_chunks_kernel, join, wide_loads=1, CHUNK=chunk)

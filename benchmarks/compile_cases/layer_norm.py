@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from benchmarks.compile_cases import Case
-from fastbert.kernels import layer_norm
+from fastbert.kernels import layer_norm, partial_sums
 
 TYPES = {"state_ptr": "*i64", "token_key_ptr": "*i64", "eps": "fp32", "keep_scale": "fp32"}
 TYPES |= dict.fromkeys(("weight_ptr", "bias_ptr", "x_bias_ptr"), "*fp32")  # autocast's training
@@ -27,9 +27,10 @@ def cases() -> Iterator[Case]:
         for dtype in ("fp16", "fp32"):
             yield _forward(columns, f"dropout {dtype}", {}, dtype)
             yield _backward(columns, f"dropout {dtype}", {"HAS_X_BIAS": True}, dtype)
-        constants = {"N_COLS": columns, "BLOCK_M": 512, "BLOCK_N": 16}
-        kernel = layer_norm._add_partials_kernel
-        yield Case(kernel, str(columns), constants, 8, types=TYPES, wide_loads=1)
+        block_m, block_n, num_warps = partial_sums.ADD_BLOCK
+        constants = {"N_COLS": columns, "BLOCK_M": block_m, "BLOCK_N": block_n}
+        kernel = partial_sums._add_partials_kernel
+        yield Case(kernel, str(columns), constants, num_warps, types=TYPES, wide_loads=1)
 
 
 def _forward(columns, label, constants, dtype="bf16", quick=False) -> Case:

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import backend
 from fastbert import rng as random
@@ -129,6 +130,14 @@ def test_a_row_of_one_number_becomes_the_bias(device):
         torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("body")
+def test_what_is_normed_is_the_rounded_sum_that_the_backward_reads(device):
+    x, residual, weight, bias, _ = sum_inputs((5, 64), torch.float16, device).tensors
+    rounded = (x.float() + residual.float()).half()
+    y = dropout_add_layer_norm(x, residual, weight, bias)
+    assert torch.equal(y, layer_norm(rounded, weight, bias))
+
+
 @pytest.mark.parametrize("site", [0, 5])
 @pytest.mark.usefixtures("triton")
 def test_drops_exactly_what_the_reference_drops(site, device):
@@ -194,6 +203,16 @@ def test_dtypes_may_differ(x_dtype, residual_dtype, vector_dtype, dropout_p, dev
         t.to(a.dtype) for t, a in zip(lowest.plain(dropout_p=dropout_p), actual, strict=True)
     ]
     assert_as_accurate(actual, expected, truth, names=SUM_NAMES)
+
+
+@pytest.mark.usefixtures("triton")
+def test_a_wide_input_of_a_narrow_residual_gets_a_wide_gradient(device):
+    case = sum_inputs((5, 40), torch.float32, device)
+    x, residual, weight, bias, _ = case.tensors
+    leaf, residual = x.requires_grad_(), residual.half()
+    y = dropout_add_layer_norm(leaf, residual, weight, bias)
+    (dx,) = torch.autograd.grad(y, leaf, case.dy.half())
+    assert (dx != dx.half()).any()
 
 
 @pytest.mark.usefixtures("body")
@@ -272,7 +291,7 @@ def test_the_backward_gives_the_same_bits_each_time(dropout_p, device):
 @pytest.mark.usefixtures("triton")
 def test_many_partial_sums_are_all_added(device):
     """More of them than the adding kernel takes in one step."""
-    from fastbert.kernels.layer_norm import add_partials
+    from fastbert.kernels.partial_sums import add_partials
 
     for n_outputs in (2, 3):
         partials = torch.randn(n_outputs, 1100, 20, device=device)
@@ -308,15 +327,28 @@ def test_an_input_that_is_its_own_residual_gets_both_gradients(device):
     torch.testing.assert_close(both, expected, rtol=1e-4, atol=1e-5)
 
 
+class Kept(TorchDispatchMode):
+    """Notes how many elements of z each forward leaves for a backward."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        if "dropout_add_layer_norm_fwd" in str(function):
+            self.elements = outputs[1].numel()
+        return outputs
+
+
 @pytest.mark.usefixtures("triton")
 def test_nothing_is_kept_where_no_gradient_is_needed(device):
     case = sum_inputs((4, 16), torch.float32, device)
     x, residual, weight, bias, _ = case.tensors
-    y = dropout_add_layer_norm(x, residual, weight.clone().requires_grad_(), bias)
-    with torch.no_grad():
-        bare = dropout_add_layer_norm(x, residual, weight.clone().requires_grad_(), bias)
-    assert y.requires_grad
-    assert not bare.requires_grad
+    with Kept() as kept:
+        y = dropout_add_layer_norm(x, residual, weight.requires_grad_(), bias)
+        assert kept.elements == y.numel()
+        with torch.no_grad():
+            bare = dropout_add_layer_norm(x, residual, weight, bias)
+        assert kept.elements == 0
+        dropout_add_layer_norm(x, residual, weight.detach(), bias)
+        assert kept.elements == 0
     assert torch.equal(y, bare)
 
 

@@ -1,0 +1,51 @@
+"""Column sums of many rows: each program sums its own, and a second kernel adds up what they have.
+
+Without atomics, and always in the same order, so that the same bits come each time.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels.runtime import LAUNCH
+
+ADD_BLOCK = 512, 16, 8  # partial sums, columns (two sectors of memory), warps
+
+
+@triton.jit
+def store_partial(partials_ptr, k, sums, is_col, N_COLS: tl.constexpr):
+    """This program's row of partials[k] is the column sums of `sums` [R, C]."""
+    row = k * tl.num_programs(0).to(tl.int64) + tl.program_id(0)
+    cols = tl.arange(0, sums.shape[1])
+    tl.store(partials_ptr + row * N_COLS + cols, tl.sum(sums, axis=0), mask=is_col)
+
+
+@triton.jit(do_not_specialize=["n_partials"])
+def _add_partials_kernel(
+    partials_ptr, out0_ptr, out1_ptr, out2_ptr,  # (K, P, N), (N,), (N,), (N,) or None
+    n_partials, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(1)
+    is_col = cols < N_COLS
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first in tl.range(0, n_partials, BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        place = (k * n_partials + rows).to(tl.int64) * N_COLS
+        mask = (rows < n_partials)[:, None] & is_col[None, :]
+        sums += tl.load(partials_ptr + place[:, None] + cols[None, :], mask=mask, other=0.0)
+    total = tl.sum(sums, axis=0)
+    tl.store(out0_ptr + cols, total, mask=is_col & (k == 0))
+    tl.store(out1_ptr + cols, total, mask=is_col & (k == 1))
+    if out2_ptr is not None:
+        tl.store(out2_ptr + cols, total, mask=is_col & (k == 2))
+
+
+def add_partials(partials: Tensor, *outputs: Tensor) -> None:
+    """(K, P, N) float32 -> K = 2 or 3 outputs (N,): the sums over P, always in the same order."""
+    n_outputs, n_partials, n_cols = partials.shape
+    block_m, block_n, num_warps = ADD_BLOCK
+    _add_partials_kernel[(triton.cdiv(n_cols, block_n), n_outputs)](
+        partials, *outputs, *[None] * (3 - n_outputs), n_partials,
+        N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **LAUNCH,
+    )  # fmt: skip

@@ -11,7 +11,7 @@ from benchmarks.kernels import workloads
 
 @pytest.mark.parametrize(
     "workload",
-    workloads("tiny", 40, "cpu", torch.float32),
+    list(workloads("tiny", 40, "cpu", torch.float32)),
     ids=lambda workload: f"{workload.operator.name} {workload.label}",
 )
 def test_compares_the_same_mathematics(workload):

@@ -291,19 +291,18 @@ def test_more_rows_than_fit_go_in_parts(options, dtype, device):
 
 @pytest.mark.usefixtures("small_parts")
 def test_parts_sum_the_weight_gradient_in_float32(device):
-    """In fp16 the first part's share would swallow the later ones'."""
-    hidden = torch.ones(21, 1, device=device).half()
-    hidden[7:] = 2**-12
+    """In fp16 the first part's share, 7, would swallow the 0.0015 of each later one."""
+    hidden = torch.full((100, 1), 0.0015 / 20, device=device).half()
+    hidden[:20], hidden[:7] = 0, 1
     weight, bias = torch.zeros(1003, 1, device=device).half(), torch.zeros(1003, device=device)
-    targets = torch.zeros(21, dtype=torch.int64, device=device)
+    targets = torch.zeros(100, dtype=torch.int64, device=device)
+    assert unit._rows_of_a_part(hidden, torch.empty(1024, 1, dtype=torch.half)) == 20
     with backend.use("triton"):
-        unit_parts = unit._rows_of_a_part(hidden, torch.empty(1024, 1, dtype=torch.half))
         _, _, dweight, _ = gradients(
             ours(targets, reduction="sum"), hidden, weight, bias, dy=torch.ones((), device=device)
         )
-    assert unit_parts == 11
-    truth = -(7 + 14 * 2**-12) * (1 - 1 / 1003)
-    assert abs(dweight[0].item() - truth) <= 2**-9  # one rounding to fp16 at 7
+    truth = -hidden.double().sum().item() * (1 - 1 / 1003)
+    assert abs(dweight[0].item() - truth) <= 2**-9  # one rounding
 
 
 @pytest.mark.usefixtures("body", "small_parts")
@@ -387,6 +386,17 @@ def test_columns_behind_the_classes_count_for_nothing(garbage, device):
     torch.testing.assert_close(logits[:, :50], leaf.grad)
     assert not logits[:, 50:].any()
     torch.testing.assert_close(column_sums, logits.sum(0))
+
+
+def test_column_sums_are_of_gradients_that_are_not_rounded_yet(device):
+    kernels = backend.load("triton", "linear_cross_entropy", device)
+    logits = torch.randn(5, 64, device=device).half()
+    targets, scale = torch.arange(5, device=device), torch.tensor(1e-9, device=device)
+    expected = (logits.float().softmax(-1) - torch.eye(64, device=device)[:5]).sum(0) * scale
+    _, *statistics, _ = kernels.cross_entropy_fwd(logits, targets, 64, -100, 0.0)
+    column_sums = kernels.cross_entropy_bwd(logits, targets, *statistics, scale, 64, -100, 0.0)
+    assert not logits.any()  # too small for fp16
+    torch.testing.assert_close(column_sums, expected, rtol=1e-4, atol=1e-14)
 
 
 def test_a_forced_backend_never_falls_back():

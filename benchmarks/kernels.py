@@ -16,11 +16,16 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.timing import summarize
-from fastbert import backend
+from fastbert import backend, rng
 from fastbert.config import PRESETS
-from fastbert.ops.bias_gelu import bias_gelu
-from fastbert.ops.layer_norm import layer_norm
-from fastbert.ops.linear_cross_entropy import linear_cross_entropy
+from fastbert.ops import (
+    attention_qkvpacked,
+    bias_gelu,
+    dropout_add_layer_norm,
+    embedding_layer_norm,
+    layer_norm,
+    linear_cross_entropy,
+)
 from fastbert.train.report import environment
 
 MASKED_SHARE = 0.15
@@ -78,6 +83,42 @@ def workloads(
             forward=2 * size * tokens * inner,  # x; y
             backward=3 * size * tokens * inner,  # dy, x; dx
         )
+    numbers = rng.fresh(tokens, torch.device(device))
+    yield Workload(
+        dropout_add_layer_norm,
+        f"{preset} {tokens} x {hidden} dropout 0.1",
+        lambda: (*(normal(tokens, hidden) for _ in range(2)), *(normal(hidden) for _ in range(3))),
+        lambda x, residual, weight, bias, x_bias: dropout_add_layer_norm(
+            x, residual, weight, bias, x_bias=x_bias, dropout_p=0.1, rng=numbers
+        ),
+        lambda x, residual, weight, bias, x_bias: F.layer_norm(
+            residual + F.dropout(x + x_bias, 0.1), (hidden,), weight, bias, 1e-12
+        ),
+        forward=4 * size * tokens * hidden,  # x, residual; z, y
+        backward=4 * size * tokens * hidden,  # dy, z; dx, dresidual
+    )
+    ids = torch.randint(30522, (tokens,), device=device)
+    places = torch.arange(tokens, device=device) % 512
+    yield Workload(
+        embedding_layer_norm,
+        f"{preset} {tokens} x {hidden}",
+        lambda: (
+            *(normal(count, hidden) for count in (30522, 512, 2)),
+            *(normal(hidden) for _ in range(2)),
+        ),
+        lambda *tables: embedding_layer_norm(ids, places, None, *tables),
+        lambda word, position, kind, weight, bias: F.layer_norm(
+            F.embedding(ids, word) + F.embedding(places, position) + kind[0],
+            (hidden,),
+            weight,
+            bias,
+            1e-12,
+        ),
+        forward=3 * size * tokens * hidden,  # a row of each table but the last; y
+        backward=size * (3 * tokens + 30522) * hidden,  # dy and both rows; the word table
+    )
+    for seqlen in (128, 512):
+        yield from attention_workloads(preset, tokens, seqlen, device, normal)
     rows = round(tokens * MASKED_SHARE)
     yield Workload(
         linear_cross_entropy,
@@ -94,6 +135,36 @@ def workloads(
         backward=4 * rows * hidden * vocab,
         is_product=True,
     )
+
+
+def attention_workloads(
+    preset: str, tokens: int, seqlen: int, device: str, normal: Callable[..., Tensor]
+) -> Iterator[Workload]:
+    """Sequences of one length, which plain PyTorch's fused attention takes without padding."""
+    heads = PRESETS[preset].shape["num_attention_heads"]
+    batch = tokens // seqlen
+    total = batch * seqlen
+    cu_seqlens = torch.arange(batch + 1, device=device, dtype=torch.int32) * seqlen
+    numbers = rng.for_batch(cu_seqlens, total)
+
+    def plain(qkv: Tensor, dropout_p: float) -> Tensor:
+        q, k, v = qkv.view(batch, seqlen, 3, heads, 64).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+        return out.transpose(1, 2).reshape(total, heads, 64)
+
+    for dropout_p in (0.0, 0.1):
+        yield Workload(
+            attention_qkvpacked,
+            f"{preset} {batch} x {seqlen} dropout {dropout_p}",
+            lambda: (normal(total, 3, heads, 64),),
+            lambda qkv, p=dropout_p: attention_qkvpacked(
+                qkv, cu_seqlens, seqlen, dropout_p=p, rng=numbers
+            ),
+            lambda qkv, p=dropout_p: plain(qkv, p),
+            forward=4 * total * seqlen * heads * 64,
+            backward=10 * total * seqlen * heads * 64,
+            is_product=True,
+        )
 
 
 def timed(flush: Tensor, work: Callable, *arguments: Any) -> tuple[Any, Callable[[], float]]:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.tune`: times attention's tiles on an NVIDIA GPU, for the tables of kernels/.
+"""`python -m benchmarks.tune`: times tiles of attention on an NVIDIA GPU, for the kernels' tables.
 
 Every candidate is compared with the plain body before it is timed; the fastest of each kernel are
 printed as the table entry to commit, and all of them are written as JSON Lines.

@@ -66,7 +66,6 @@ class Op:
 
     def fused(self, function: Callable) -> Callable:
         self.run_fused = function
-        self.forget()  # so that the CPU's choice is made now, not while torch.compile traces a call
         return function
 
     def refuses(self, function: Callable[..., str | None]) -> Callable[..., str | None]:
@@ -75,8 +74,6 @@ class Op:
 
     def forget(self) -> None:
         self.choices.clear()
-        if _forced not in self.backends:
-            self.choices["cpu"] = select(self, "cpu")
 
     def choice(self, device: str) -> Choice:
         if device not in self.choices:
@@ -84,7 +81,8 @@ class Op:
         return self.choices[device]
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        choice = self.choice(x.device.type)
+        _choose(self.name, x.device.type)
+        choice = self.choices[x.device.type]
         if choice.kernels is None:
             return self.reference(x, *args, **kwargs)
         refusal = self.refusal_of(x, *args, **kwargs)
@@ -100,6 +98,11 @@ class Op:
         if self.dtypes is not None and x.dtype not in self.dtypes:
             return str(x.dtype)
         return self.refusal(x, *args, **kwargs) if self.refusal is not None else None
+
+
+@torch.compiler.assume_constant_result  # while torch.compile traces a call, this runs as it is
+def _choose(name: str, device: str) -> str:
+    return OPS[name].choice(device).backend
 
 
 def op(*backends: str, dtypes: tuple[torch.dtype, ...] | None = None) -> Callable[[Callable], Op]:

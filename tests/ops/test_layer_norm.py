@@ -485,3 +485,14 @@ def test_more_elements_than_a_32_bit_offset_reaches():
         (dpart,) = torch.autograd.grad(tail, part, tail)
     assert torch.equal(y[-last:], tail)
     assert torch.equal(dx[-last:], dpart)
+
+
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_the_first_call_may_be_a_traced_one(name, device):
+    """The backend is then chosen, and its kernels imported, outside the trace."""
+    x, weight = torch.randn(3, 8, device=device), torch.ones(8, device=device)
+    torch.compiler.reset()
+    with backend.use(name):
+        compiled = torch.compile(layer_norm, fullgraph=True, backend="aot_eager")
+        actual = compiled(x, weight, weight)
+        torch.testing.assert_close(actual, layer_norm(x, weight, weight))

@@ -84,19 +84,20 @@ def workloads(
             backward=3 * size * tokens * inner,  # dy, x; dx
         )
     numbers = rng.fresh(tokens, torch.device(device))
-    yield Workload(
-        dropout_add_layer_norm,
-        f"{preset} {tokens} x {hidden} dropout 0.1",
-        lambda: (*(normal(tokens, hidden) for _ in range(2)), *(normal(hidden) for _ in range(3))),
-        lambda x, residual, weight, bias, x_bias: dropout_add_layer_norm(
-            x, residual, weight, bias, x_bias=x_bias, dropout_p=0.1, rng=numbers
-        ),
-        lambda x, residual, weight, bias, x_bias: F.layer_norm(
-            residual + F.dropout(x + x_bias, 0.1), (hidden,), weight, bias, 1e-12
-        ),
-        forward=4 * size * tokens * hidden,  # x, residual; z, y
-        backward=4 * size * tokens * hidden,  # dy, z; dx, dresidual
-    )
+    for dropout_p in (0.0, 0.1):
+        yield Workload(
+            dropout_add_layer_norm,
+            f"{preset} {tokens} x {hidden} dropout {dropout_p}",
+            lambda: (normal(tokens, hidden), normal(tokens, hidden), *normal(3, hidden).unbind()),
+            lambda x, residual, weight, bias, x_bias, p=dropout_p: dropout_add_layer_norm(
+                x, residual, weight, bias, x_bias=x_bias, dropout_p=p, rng=numbers
+            ),
+            lambda x, residual, weight, bias, x_bias, p=dropout_p: F.layer_norm(
+                residual + F.dropout(x + x_bias, p), (hidden,), weight, bias, 1e-12
+            ),
+            forward=4 * size * tokens * hidden,  # x, residual; z, y
+            backward=(4 if dropout_p else 3) * size * tokens * hidden,  # dy, z; dx, dresidual
+        )
     ids = torch.randint(30522, (tokens,), device=device)
     places = torch.arange(tokens, device=device) % 512
     yield Workload(

@@ -100,9 +100,13 @@ class Op:
         return self.refusal(x, *args, **kwargs) if self.refusal is not None else None
 
 
-@torch.compiler.assume_constant_result  # while torch.compile traces a call, this runs as it is
 def _choose(name: str, device: str) -> str:
     return OPS[name].choice(device).backend
+
+
+# While torch.compile traces a call, this runs as it is. `torch.compiler.assume_constant_result`
+# sets this mark and no more, but imports all of Dynamo, and Triton with it.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def op(*backends: str, dtypes: tuple[torch.dtype, ...] | None = None) -> Callable[[Callable], Op]:

@@ -60,7 +60,7 @@ def attention_fwd(
     _, num_heads, head_dim = q.shape
     columns = block_d(head_dim)
     if q.numel():
-        extras = drop_words is not None or mask is not None
+        extras = (drop_words is not None) + (mask is not None)
         tile = fwd_tile(capability(q), q.itemsize, columns, extras=extras)
         grid = (max(triton.cdiv(max_seqlen_q, tile.block_m), 1), num_heads, len(cu_seqlens_q))
         mask, mask_strides = _mask_and_strides(mask)
@@ -152,7 +152,10 @@ def _launch_bwd(
     longest = max(max_seqlen_q, max_seqlen_k)
     gpu = capability(q)
     with on(q):
-        tile = single_tile(gpu, q.itemsize, columns, longest) if mask is None else None
+        tile = None
+        if mask is None:
+            has_dropout = drop_words is not None
+            tile = single_tile(gpu, q.itemsize, columns, longest, dropout=has_dropout)
         if tile is not None:
             attention_single_kernel[(1, *grid)](
                 q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, drop_words, dq, dk, dv,
@@ -164,7 +167,7 @@ def _launch_bwd(
         delta = torch.empty_like(lse)
         mask, mask_strides = _mask_and_strides(mask)
         strides = (*inputs, *mask_strides, _words_stride(drop_words), out.stride(0))
-        extras = drop_words is not None or mask is not None
+        extras = (drop_words is not None) + (mask is not None)
         tile = dq_tile(gpu, q.itemsize, columns, extras=extras)
         attention_dq_kernel[(max(triton.cdiv(max_seqlen_q, tile.block_m), 1), *grid)](
             q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, mask, drop_words, dq, delta,

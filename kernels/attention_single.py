@@ -19,12 +19,17 @@ from fastbert.kernels.attention_common import (
     tile_ptrs,
     zero_rows,
 )
+from fastbert.kernels.runtime import TRITON_VERSION
 
 
-def single_tile(capability: int, itemsize: int, block_d: int, max_seqlen: int) -> Tile | None:
+def single_tile(
+    capability: int, itemsize: int, block_d: int, max_seqlen: int, *, dropout: bool
+) -> Tile | None:
     """A tile that holds the longest sequence, or None where it would not fit in registers."""
     if generation(capability) == 80 or itemsize == 4 or block_d > 64 or max_seqlen > 128:
         return None
+    if dropout and max_seqlen > 64 and TRITON_VERSION >= (3, 9):
+        return None  # Triton 3.9 spills here
     return Tile(64, 64, 4, 1) if max_seqlen <= 64 else Tile(128, 128, 8, 1)
 
 

@@ -13,6 +13,8 @@ _LIBRARY = torch.library.Library("fastbert_triton", "DEF")
 # Fixed for all launches, so that a new default of Triton changes nothing.
 LAUNCH = {"enable_fp_fusion": True}
 
+TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+
 IS_INTERPRETED = triton.knobs.runtime.interpret
 
 

@@ -11,7 +11,7 @@ from benchmarks.kernels import workloads
 
 @pytest.mark.parametrize(
     "workload",
-    list(workloads("tiny", 40, "cpu", torch.float32)),
+    [w for w in workloads("tiny", 600, "cpu", torch.float32) if "dropout 0.1" not in w.label],
     ids=lambda workload: f"{workload.operator.name} {workload.label}",
 )
 def test_compares_the_same_mathematics(workload):

@@ -44,7 +44,7 @@ def kernels(
 ) -> Iterator[Case]:
     """The kernels as the launchers start them on one GPU."""
     columns = block_d(head_dim)
-    extras = dropout or bool(mask)
+    extras = dropout + bool(mask)
     size = 4 if dtype == "fp32" else 2
     common = {"HEAD_DIM": head_dim, "BLOCK_D": columns}
     common["PRECISION"] = "tf32x3" if dtype == "fp32" else "ieee"
@@ -57,6 +57,8 @@ def kernels(
         spills, reason = FLOAT32_SPILLS, "three tf32 products for one in float32"
     elif capability == SM80 and dropout:
         spills, reason = 2, "one register with Triton 3.6"
+    elif capability == SM100 and dropout and head_dim > 64:
+        spills, reason = 4, "two registers with Triton 3.9"
 
     def case(kernel, tile: Tile, constants: dict) -> Case:
         tensors = {name: f"*{dtype}" for name in kernel.arg_names if name.endswith("_ptr")}
@@ -86,6 +88,6 @@ def kernels(
     tile = attention_bwd.dkdv_tile(capability, size, columns)
     yield case(attention_bwd.attention_dkdv_kernel, tile, blocks(tile))
     for longest in (64, 128):
-        single = attention_single.single_tile(capability, size, columns, longest)
+        single = attention_single.single_tile(capability, size, columns, longest, dropout=dropout)
         if single is not None and not mask:
             yield case(attention_single.attention_single_kernel, single, {"BLOCK": single.block_m})

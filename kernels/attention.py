@@ -60,8 +60,13 @@ def attention_fwd(
     _, num_heads, head_dim = q.shape
     columns = block_d(head_dim)
     if q.numel():
-        extras = (drop_words is not None) + (mask is not None)
-        tile = fwd_tile(capability(q), q.itemsize, columns, extras=extras)
+        tile = fwd_tile(
+            capability(q),
+            q.itemsize,
+            columns,
+            dropout=drop_words is not None,
+            mask=mask is not None,
+        )
         grid = (max(triton.cdiv(max_seqlen_q, tile.block_m), 1), num_heads, len(cu_seqlens_q))
         mask, mask_strides = _mask_and_strides(mask)
         with on(q):
@@ -167,7 +172,7 @@ def _launch_bwd(
         delta = torch.empty_like(lse)
         mask, mask_strides = _mask_and_strides(mask)
         strides = (*inputs, *mask_strides, _words_stride(drop_words), out.stride(0))
-        extras = (drop_words is not None) + (mask is not None)
+        extras = drop_words is not None or mask is not None
         tile = dq_tile(gpu, q.itemsize, columns, extras=extras)
         attention_dq_kernel[(max(triton.cdiv(max_seqlen_q, tile.block_m), 1), *grid)](
             q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, mask, drop_words, dq, delta,

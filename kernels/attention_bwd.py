@@ -23,8 +23,8 @@ from fastbert.kernels.attention_common import (
 )
 
 
-def dq_tile(capability: int, itemsize: int, block_d: int, *, extras: int) -> Tile:
-    """extras: how many of dropout and a mask there are, which take registers."""
+def dq_tile(capability: int, itemsize: int, block_d: int, *, extras: bool) -> Tile:
+    """extras: with dropout or a mask, which take registers."""
     gpu = generation(capability)
     if itemsize == 4:
         return Tile(64 if gpu == 100 else 32, 32, 8, 1)

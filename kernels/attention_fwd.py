@@ -23,11 +23,10 @@ from fastbert.kernels.attention_common import (
 )
 
 
-def fwd_tile(capability: int, itemsize: int, block_d: int, *, extras: int) -> Tile:
+def fwd_tile(capability: int, itemsize: int, block_d: int, *, dropout: bool, mask: bool) -> Tile:
     """The largest tile without spills that leaves room for two programs a multiprocessor.
 
-    extras: how many of dropout and a mask there are, which take registers. float32 spills at any
-    size worth having.
+    Dropout and a mask take registers. float32 spills at any size worth having.
     """
     gpu = generation(capability)
     if itemsize == 4 and gpu == 90 and block_d <= 64:
@@ -36,7 +35,7 @@ def fwd_tile(capability: int, itemsize: int, block_d: int, *, extras: int) -> Ti
         return Tile(64, 32, 8, 1) if gpu == 100 or block_d <= 64 else Tile(32, 32, 4, 1)
     if block_d == 128:
         return Tile(128, 32 if gpu == 80 else 64, 8, 2)
-    return Tile(64 if extras > (gpu == 100) else 128, 64, 4, 2)
+    return Tile(64 if mask or (dropout and gpu != 100) else 128, 64, 4, 2)
 
 
 @triton.jit(do_not_specialize=["n_rows"])

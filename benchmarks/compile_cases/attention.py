@@ -44,7 +44,7 @@ def kernels(
 ) -> Iterator[Case]:
     """The kernels as the launchers start them on one GPU."""
     columns = block_d(head_dim)
-    extras = dropout + bool(mask)
+    extras = dropout or bool(mask)
     size = 4 if dtype == "fp32" else 2
     common = {"HEAD_DIM": head_dim, "BLOCK_D": columns}
     common["PRECISION"] = "tf32x3" if dtype == "fp32" else "ieee"
@@ -81,7 +81,7 @@ def kernels(
     def blocks(tile: Tile) -> dict:
         return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
 
-    tile = attention_fwd.fwd_tile(capability, size, columns, extras=extras)
+    tile = attention_fwd.fwd_tile(capability, size, columns, dropout=dropout, mask=bool(mask))
     yield case(attention_fwd.attention_fwd_kernel, tile, blocks(tile))
     tile = attention_bwd.dq_tile(capability, size, columns, extras=extras)
     yield case(attention_bwd.attention_dq_kernel, tile, blocks(tile))

@@ -71,6 +71,17 @@ class BaseModelOutput(ModelOutput):
 
 
 @dataclasses.dataclass
+class BaseModelOutputWithPastAndCrossAttentions(ModelOutput):
+    """`BaseModelOutput`, with the fields of a decoder, which are None."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclasses.dataclass
 class BaseModelOutputWithPooling(ModelOutput):
     """`BaseModelOutput` and pooler_output: (B, H)."""
 

@@ -26,6 +26,8 @@ class PackedBatch:
         device; None counts them on the device, which makes the host wait once
     next_sentence_label: (B,) int64, 0 where the second segment follows the first, 1 where it is
         a random one, or None
+    attention_mask: which of its sequence's tokens each may attend to, bool or additive, broadcasts
+        to (B, heads, max_seqlen, max_seqlen); None for all, as padding needs none here
     sequence_ids: (B,) int64, numbers from which dropout draws each sequence's masks, whatever batch
         it is in; None numbers the sequences of this batch
     dropout_state: (2,) int64, seed and step of dropout; None draws them from torch's generator
@@ -40,6 +42,7 @@ class PackedBatch:
     labels: Tensor | None = None
     num_labels: int | None = None
     next_sentence_label: Tensor | None = None
+    attention_mask: Tensor | None = None
     sequence_ids: Tensor | None = None
     dropout_state: Tensor | None = None
 

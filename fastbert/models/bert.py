@@ -6,7 +6,7 @@ from fastbert.check import require
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.inputs import pack_inputs
 from fastbert.modules.embeddings import BertEmbeddings
-from fastbert.modules.encoder import BertEncoder, pad_output
+from fastbert.modules.encoder import BertEncoder, pad_output, refuse_attentions
 from fastbert.modules.heads import BertPooler, first_tokens
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.packing import PackedBatch
@@ -37,7 +37,7 @@ class BertModel(BertPreTrainedModel):
     ) -> BaseModelOutputWithPooling | tuple:
         """Hidden states of every token, and each sequence's pooled first token.
 
-        input_ids: (B, S) int64, or a PackedBatch alone; attention_mask: see `key_padding_mask`;
+        input_ids: (B, S) int64, or a PackedBatch alone; attention_mask: see `read_mask`;
         token_type_ids, position_ids: (B, S), by default zeros and the column; inputs_embeds:
         (B, S, H) instead of input_ids. Returns last_hidden_state (B, S, H) with zeros at padded
         positions, or (T, H) for a PackedBatch, and pooler_output (B, H), which reads the first
@@ -63,6 +63,7 @@ class BertModel(BertPreTrainedModel):
             x,
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
+            mask=batch.attention_mask,
             output_hidden_states=output_hidden_states,
             rng=rng,
         )
@@ -89,13 +90,3 @@ class BertModel(BertPreTrainedModel):
             batch.max_seqlen,
             "truncate them",
         )
-
-
-def refuse_attentions(output_attentions: bool) -> None:
-    require(
-        not output_attentions,
-        "output_attentions",
-        "False",
-        True,
-        "the fused attention never forms the probabilities; use fastbert.reference or transformers",
-    )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastbert.check import require
-from fastbert.modules.masks import key_padding_mask
+from fastbert.modules.masks import read_mask
 from fastbert.ops.unpad import Unpadding, unpad
 from fastbert.packing import PackedBatch
 
@@ -49,7 +49,7 @@ def pack_inputs(
         tuple(given.shape),
     )
     shape = batch_size, seqlen = given.shape[0], given.shape[1]
-    mask = key_padding_mask(attention_mask, batch_size, seqlen)
+    mask, general_mask = read_mask(attention_mask, batch_size, seqlen)
     if mask is None:
         padding = Unpadding.dense(batch_size, seqlen, device=given.device)
     else:
@@ -74,6 +74,7 @@ def pack_inputs(
         position_ids=packed("position_ids", position_ids),  # type: ignore[arg-type]
         token_type_ids=packed("token_type_ids", token_type_ids),
         labels=packed("labels", labels),
+        attention_mask=general_mask,
         next_sentence_label=None if next_sentence_label is None else next_sentence_label.view(-1),
     )
     return batch, padding

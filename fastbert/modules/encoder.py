@@ -1,30 +1,29 @@
 """The transformer encoder over packed tokens.
 
-T packed tokens of B sequences, H hidden, N heads, D head size. Module and parameter names are
-Hugging Face's; what flows between the modules is one (T, H) tensor and the sequence boundaries.
+T packed tokens of B sequences, M of which are wanted, H hidden, N heads. Module and parameter names
+are Hugging Face's; what flows between the modules is one (T, H) tensor and its `Sequences`.
 """
 
+import dataclasses
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastbert.check import require
 from fastbert.config import check_config
 from fastbert.modules.activations import activate, activation
 from fastbert.modules.embeddings import stream_dtype
-from fastbert.modules.linear import fused_linear, split_bias
-from fastbert.modules.masks import key_padding_mask
-from fastbert.ops.attention import attention_qkvpacked
-from fastbert.ops.layer_norm import dropout_add_layer_norm
+from fastbert.modules.layer import Rows, Sequences, project_and_norm, run_layers, self_attention
+from fastbert.modules.linear import split_bias
+from fastbert.modules.masks import document_boundaries, read_mask
 from fastbert.ops.unpad import Unpadding, unpad
-from fastbert.outputs import BaseModelOutput
+from fastbert.outputs import BaseModelOutputWithPastAndCrossAttentions
 from fastbert.rng import DropoutState, for_batch
 
 Output = TypeVar("Output", bound=Any)
-
-# Every dropout of a model has a number of its own: the embeddings' is 0, and each layer has three.
-_SITES_PER_LAYER = 3
 
 
 class BertSelfAttention(nn.Module):
@@ -36,23 +35,17 @@ class BertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        rng: DropoutState | None = None,
-    ) -> Tensor:
-        """(T, H) -> (T, H)"""
-        qkv = fused_linear(hidden_states, (self.query, self.key, self.value))
-        context = attention_qkvpacked(
-            qkv.unflatten(-1, (3, self.num_attention_heads, -1)),
-            cu_seqlens,
-            max_seqlen,
-            dropout_p=self.dropout.p if self.training else 0.0,
-            rng=rng,
+    def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
+        """(T, H) -> (T, H), or (M, H) where only some rows are wanted"""
+        return self_attention(
+            hidden_states,
+            self.query,
+            self.key,
+            self.value,
+            self.num_attention_heads,
+            self.dropout.p if self.training else 0.0,
+            sequences,
         )
-        return context.flatten(1)
 
 
 class _ProjectAndNorm(nn.Module):
@@ -67,17 +60,8 @@ class _ProjectAndNorm(nn.Module):
     def forward(
         self, hidden_states: Tensor, residual: Tensor, rng: DropoutState | None = None
     ) -> Tensor:
-        x, x_bias = split_bias(hidden_states, self.dense)
-        return dropout_add_layer_norm(
-            x,
-            residual,
-            self.LayerNorm.weight,
-            self.LayerNorm.bias,
-            self.LayerNorm.eps,
-            x_bias=x_bias,
-            dropout_p=self.dropout.p if self.training else 0.0,
-            rng=rng,
-        )
+        dropout_p = self.dropout.p if self.training else 0.0
+        return project_and_norm(hidden_states, residual, self.dense, self.LayerNorm, dropout_p, rng)
 
 
 class BertSelfOutput(_ProjectAndNorm):
@@ -96,15 +80,9 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertSelfOutput(config)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        rng: DropoutState | None = None,
-    ) -> Tensor:
-        context = self.self(hidden_states, cu_seqlens, max_seqlen, rng)
-        return self.output(context, hidden_states, rng and rng.at(rng.site + 1))
+    def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
+        context = self.self(hidden_states, sequences)
+        return self.output(context, sequences.wanted(hidden_states), sequences.wanted_rng(1))
 
 
 class BertIntermediate(nn.Module):
@@ -118,23 +96,21 @@ class BertIntermediate(nn.Module):
 
 
 class BertLayer(nn.Module):
+    # `gradient_checkpointing_enable`, ours and Hugging Face's, sets both on each layer
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable = staticmethod(checkpoint)
+
     def __init__(self, config) -> None:
         super().__init__()
         self.attention = BertAttention(config)
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        rng: DropoutState | None = None,
-    ) -> Tensor:
-        """(T, H) -> (T, H); the layer's three dropouts are the sites from `rng.site` on."""
-        hidden_states = self.attention(hidden_states, cu_seqlens, max_seqlen, rng)
+    def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
+        """(T, H) -> (T, H) or (M, H); its three dropouts are the sites from `sequences`' on."""
+        hidden_states = self.attention(hidden_states, sequences)
         intermediate = self.intermediate(hidden_states)
-        return self.output(intermediate, hidden_states, rng and rng.at(rng.site + 2))
+        return self.output(intermediate, hidden_states, sequences.wanted_rng(2))
 
 
 class BertEncoder(nn.Module):
@@ -154,35 +130,41 @@ class BertEncoder(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
         *,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        output_hidden_states: bool = False,
+        mask: Tensor | None = None,
+        output_hidden_states: bool | Collection[int] = False,
         rng: DropoutState | None = None,
-    ) -> BaseModelOutput:
+        rows: Rows | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Runs the layers.
 
-        hidden_states: (B, S, H), with attention_mask as `key_padding_mask` takes it, or packed
-        (T, H), with cu_seqlens (B + 1,) int32 and max_seqlen. The output has the input's form;
-        pad positions hold zeros. hidden_states of the output, if asked for, has the input and the
-        output of each layer. rng: with packed hidden_states, what dropout draws from; by default a
-        fresh state of torch's generator, which numbers the sequences as they come.
+        hidden_states: (B, S, H), with attention_mask as `read_mask` takes it; or (1, T, H) with
+        Hugging Face's cu_seq_lens_q and max_length_q; or packed (T, H), with cu_seqlens (B + 1,)
+        int32, max_seqlen and a mask as `Sequences` has it. The output has the input's form; pad
+        positions hold zeros.
+        output_hidden_states: True adds the input and the output of each layer; a list of layer
+        numbers adds these layers' outputs, with None for the others. rng: with packed
+        hidden_states, what dropout draws from; by default a fresh state of torch's generator, which
+        numbers the sequences as they come. rows: with packed hidden_states, the tokens that the
+        last layer computes; last_hidden_state is then (M, H).
         """
+        _refuse_decoding(
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
         if hidden_states.ndim == 3:
-            batch, seqlen, _ = hidden_states.shape
-            mask = key_padding_mask(attention_mask, batch, seqlen)
-            if mask is None:
-                padding = Unpadding.dense(batch, seqlen, hidden_states.device)
-            else:
-                padding = unpad(mask)
-            packed = self(
-                padding.pack(hidden_states).to(stream_dtype(hidden_states)),
-                cu_seqlens=padding.cu_seqlens,
-                max_seqlen=padding.max_seqlen,
-                output_hidden_states=output_hidden_states,
+            return self._forward_padded(
+                hidden_states, attention_mask, output_hidden_states, **kwargs
             )
-            return pad_output(packed, padding, hidden_states.dtype)
-
         require(
             hidden_states.ndim == 2 and cu_seqlens is not None and max_seqlen is not None,
             "BertEncoder",
@@ -196,19 +178,97 @@ class BertEncoder(nn.Module):
             "one",
             "cu_seqlens says where the sequences end",
         )
+        _refuse_unknown(kwargs)
         assert cu_seqlens is not None
-        if rng is None and self.training:
-            rng = for_batch(cu_seqlens, hidden_states.shape[0])
-        states = [hidden_states]
-        for number, layer in enumerate(self.layer):
-            site = 1 + _SITES_PER_LAYER * number
-            hidden_states = layer(hidden_states, cu_seqlens, max_seqlen, rng and rng.at(site))
-            if output_hidden_states:
-                states.append(hidden_states)
-        return BaseModelOutput(
-            last_hidden_state=hidden_states,
-            hidden_states=tuple(states) if output_hidden_states else None,
+        assert max_seqlen is not None
+        sequences = Sequences(cu_seqlens, max_seqlen, mask, rng)
+        return self._run(hidden_states, sequences, output_hidden_states, rows)
+
+    def _forward_padded(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        output_hidden_states: bool | Collection[int],
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        _refuse_unknown(kwargs)
+        batch, seqlen, _ = hidden_states.shape
+        documents = document_boundaries(
+            batch, seqlen, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k,
+            position_ids,
+        )  # fmt: skip
+        if documents is not None:
+            padding = Unpadding.documents(*documents, seqlen)
+            general = None
+        else:
+            mask, general = read_mask(attention_mask, batch, seqlen)
+            if mask is None:
+                padding = Unpadding.dense(batch, seqlen, hidden_states.device)
+            else:
+                padding = unpad(mask)
+        stream = padding.pack(hidden_states).to(stream_dtype(hidden_states))
+        sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
+        packed = self._run(stream, sequences, output_hidden_states)
+        return pad_output(packed, padding, hidden_states.dtype)
+
+    def _run(
+        self,
+        x: Tensor,
+        sequences: Sequences,
+        output_hidden_states: bool | Collection[int] = False,
+        rows: Rows | None = None,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """The layers over a packed (T, H) stream."""
+        if sequences.rng is None and self.training:
+            rng = for_batch(sequences.cu_seqlens, x.shape[0])
+            sequences = dataclasses.replace(sequences, rng=rng)
+        x, states = run_layers(self.layer, x, sequences, output_hidden_states, rows, _call)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, hidden_states=states)
+
+
+def _call(layer: BertLayer, x: Tensor, sequences: Sequences) -> Tensor:
+    if layer.gradient_checkpointing and layer.training:
+        return layer._gradient_checkpointing_func(layer.__call__, x, sequences)
+    return layer(x, sequences)
+
+
+def _refuse_decoding(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        require(
+            value is None or value is False,
+            "BertEncoder",
+            f"no {name}",
+            "one",
+            "it encodes only; a model patched by fastbert.patch decodes as Hugging Face does",
         )
+
+
+# What Hugging Face's models hand on to their encoder and a bidirectional one has no use for.
+_IGNORED = {"num_items_in_batch", "seq_idx", "return_dict", "cache_position"}
+
+
+def _refuse_unknown(kwargs: dict[str, Any]) -> None:
+    for name, value in kwargs.items():
+        if name in _IGNORED or value is None or value is False:
+            continue
+        refuse_attentions(name == "output_attentions")
+        require(False, "BertEncoder", "no further arguments", f"{name}={value!r}")
+
+
+def refuse_attentions(output_attentions: bool) -> None:
+    require(
+        not output_attentions,
+        "output_attentions",
+        "False",
+        True,
+        "the fused attention never forms the probabilities; a model patched by fastbert.patch "
+        "takes Hugging Face's path for such a call",
+    )
 
 
 def pad_output(output: Output, padding: Unpadding, dtype: torch.dtype) -> Output:
@@ -222,7 +282,9 @@ def pad_output(output: Output, padding: Unpadding, dtype: torch.dtype) -> Output
         return padding.pad(hidden_states.to(dtype))
 
     if output.hidden_states is not None:
-        output.hidden_states = tuple(map(padded, output.hidden_states))
+        output.hidden_states = tuple(
+            None if state is None else padded(state) for state in output.hidden_states
+        )
     if output.get("last_hidden_state") is not None:
         output.last_hidden_state = padded(output.last_hidden_state)
     for name in output.keys() & {"logits", "prediction_logits"}:

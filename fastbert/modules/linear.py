@@ -35,10 +35,18 @@ def split_bias(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether calling the layer does no more than a layer of that kind with its parameters."""
+    return type(layer) is kind and not has_hooks(layer)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether calling the layer does more than its class says: hooks, or a forward of its own.
+
+    Accelerate's offloading and older transformers' capture set such a forward on the instance.
+    """
     hooks = (
         layer._forward_hooks,
         layer._forward_pre_hooks,
         layer._backward_hooks,
         layer._backward_pre_hooks,
     )
-    return type(layer) is kind and not any(hooks)
+    return any(hooks) or "forward" in vars(layer)

@@ -1,21 +1,38 @@
-"""One place that reads an attention mask: what users and Hugging Face pass becomes key padding."""
+"""One place that reads what users and Hugging Face say about who attends to whom."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastbert.check import require
 
+# Additive masks forbid by finfo.min, -inf, or the -10000 of older scripts: each gives p = 0.
+_FORBIDDEN = -1e4
 
-def key_padding_mask(mask: Tensor | None, batch_size: int, seqlen: int) -> Tensor | None:
-    """(B, S) bool, True at real tokens, or None where every token is real.
 
-    mask: None; (B, S) bool or 0/1; (B or 1, heads or 1, S or 1, S) bool, True = attend, or
-    additive float, 0 = attend, as Hugging Face expands it. A 4-D mask must mean key padding: the
-    same for every query and head. An integer 4-D mask is refused, because it is ambiguous:
-    Hugging Face's eager attention would add its zeros and ones to the scores.
+class Mask(NamedTuple):
+    """What a mask means for B sequences of S places; at most one of the two is there.
+
+    padding: (B, S) bool, True at real tokens; general: bool, True = attend, or additive, broadcasts
+    to (B, heads, S, S); both None where every token attends to every other.
+    """
+
+    padding: Tensor | None = None
+    general: Tensor | None = None
+
+
+def read_mask(mask: Tensor | None, batch_size: int, seqlen: int) -> Mask:
+    """Reads a mask of any form that Hugging Face's encoder is handed.
+
+    mask: None; (B, S) bool or 0/1; (B or 1, heads or 1, S or 1, S) bool, True = attend, or float,
+    added to the scores. A 4-D mask that is the same for every query and head is padding; to find
+    that out it is read, for which the host waits for a GPU, except while torch.compile traces: then
+    only its shape counts. Raises ValueError for other shapes, and for an integer 4-D mask, because
+    it is ambiguous: Hugging Face's eager attention would add its zeros and ones to the scores.
     """
     if mask is None:
-        return None
+        return Mask()
     if mask.ndim == 2:
         require(
             mask.shape == (batch_size, seqlen),
@@ -31,11 +48,14 @@ def key_padding_mask(mask: Tensor | None, batch_size: int, seqlen: int) -> Tenso
                 "other floating-point values",
                 "an additive mask has four dimensions",
             )
-        return mask != 0
+        return Mask(padding=mask != 0)
     require(
-        mask.ndim == 4 and mask.shape[-1] == seqlen and mask.shape[0] in (1, batch_size),
+        mask.ndim == 4
+        and mask.shape[0] in (1, batch_size)
+        and mask.shape[2] in (1, seqlen)
+        and mask.shape[3] == seqlen,
         "attention_mask",
-        f"shape {(batch_size, seqlen)} or {(batch_size, 1, '1 or seqlen', seqlen)}",
+        f"shape {(batch_size, seqlen)} or {(batch_size, '1 or heads', '1 or seqlen', seqlen)}",
         tuple(mask.shape),
     )
     require(
@@ -45,22 +65,72 @@ def key_padding_mask(mask: Tensor | None, batch_size: int, seqlen: int) -> Tenso
         mask.dtype,
         "pass mask.bool()",
     )
-    if mask.dtype != torch.bool:
-        forbidden = mask <= -1e4  # finfo.min, -inf, and the -10000 of older scripts: all give p = 0
-        require(
-            bool((forbidden | (mask == 0)).all()),
-            "attention_mask",
-            "an additive mask of zeros and very large negative numbers",
-            "a bias",
-            "the packed encoder has no attention bias",
-        )
-        mask = ~forbidden
+    return _read_general(mask, batch_size, seqlen)
+
+
+def _read_general(mask: Tensor, batch_size: int, seqlen: int) -> Mask:
+    by_key = mask.shape[1:3] == (1, 1)
     first = mask[:, :1, :1]
+    if mask.dtype == torch.bool:
+        if by_key or (not torch.compiler.is_compiling() and bool((mask == first).all())):
+            return Mask(padding=first[:, 0, 0].expand(batch_size, seqlen))
+    elif not mask.requires_grad and not torch.compiler.is_compiling():
+        keep = first > _FORBIDDEN
+        same = by_key or bool((mask == first).all())
+        if same and bool((~keep | (first == 0)).all()):
+            return Mask(padding=keep[:, 0, 0].expand(batch_size, seqlen))
+    return Mask(general=mask)
+
+
+def document_boundaries(
+    batch_size: int,
+    seqlen: int,
+    attention_mask: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    position_ids: Tensor | None = None,
+) -> tuple[Tensor, int] | None:
+    """(cu_seqlens (n + 1,) int32, max_seqlen) of documents packed into one row, None if it is one.
+
+    Documents are said by Hugging Face's cu_seq_lens_q and max_length_q, or by position_ids (1, S)
+    that restart at 0 at each document, which are read: a GPU's host then waits. Its own sdpa and
+    eager attention would look across documents.
+    """
+    if cu_seq_lens_q is None and cu_seq_lens_k is None:
+        if batch_size != 1 or attention_mask is not None or position_ids is None:
+            return None
+        return _restarts(position_ids.expand(1, seqlen)[0])
     require(
-        mask.shape[1:3] == (1, 1) or bool((mask == first).all()),
-        "attention_mask",
-        "key padding, the same for every query and head",
-        f"a general mask of shape {tuple(mask.shape)}",
-        "the packed encoder runs no causal or block mask",
+        cu_seq_lens_q is not None and batch_size == 1 and attention_mask is None,
+        "cu_seq_lens_q",
+        "a batch of 1, cu_seq_lens_q, and no attention_mask, for packed documents",
+        f"a batch of {batch_size}"
+        + (", no cu_seq_lens_q" if cu_seq_lens_q is None else "")
+        + (", an attention_mask" if attention_mask is not None else ""),
     )
-    return first[:, 0, 0].expand(batch_size, seqlen)
+    assert cu_seq_lens_q is not None
+    same = cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q
+    require(
+        same or torch.equal(cu_seq_lens_k, cu_seq_lens_q),  # type: ignore[arg-type]
+        "cu_seq_lens_k",
+        "the boundaries of cu_seq_lens_q: each token is a query and a key",
+        "others",
+    )
+    lengths = [length for length in (max_length_q, max_length_k) if length is not None]
+    longest = max(lengths) if lengths else int(cu_seq_lens_q.diff().max())
+    return cu_seq_lens_q.int(), int(longest)
+
+
+def _restarts(position_ids: Tensor) -> tuple[Tensor, int] | None:
+    starts = position_ids == 0
+    counts_up = position_ids.diff() == 1
+    # only what counts up by one from each 0 is documents; other positions are the user's own
+    is_packed = starts[:1].all() & starts[1:].any() & (starts[1:] | counts_up).all()
+    if not bool(is_packed & counts_up.any()):
+        return None
+    ends = starts.nonzero().flatten()[1:]
+    length = position_ids.shape[0]
+    cu_seqlens = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), length)]).int()
+    return cu_seqlens, int(cu_seqlens.diff().max())

@@ -35,6 +35,11 @@ class Unpadding:
         return cls(None, None, cu_seqlens, seqlen, (batch, seqlen))
 
     @classmethod
+    def documents(cls, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Self:
+        """Documents end to end in the one row of a (1, T) batch, as Hugging Face packs them."""
+        return cls(None, None, cu_seqlens, max_seqlen, (1, num_tokens))
+
+    @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Self:
         """The padded form (B, max_seqlen) of sequences that are already packed.
 

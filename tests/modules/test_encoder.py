@@ -6,6 +6,8 @@ import transformers
 from torch import nn
 
 import fastbert
+from fastbert.modules.layer import Rows
+from fastbert.rng import for_batch
 
 SHAPE = {
     "vocab_size": 30,
@@ -116,9 +118,9 @@ def test_a_layer_with_a_hook_or_of_another_class_is_called(encoders):
     [
         ((torch.ones(6, 24),), "BertEncoder: expected hidden_states"),
         ((torch.ones(2, 5, 24), torch.ones(2, 4).bool()), r"attention_mask: expected shape \(2, 5"),
-        ((torch.ones(2, 5, 24), torch.ones(2, 1, 5, 5).tril().bool()), "general mask"),
+        ((torch.ones(2, 5, 24), None, torch.ones(2, 3, 24)), "no encoder_hidden_states"),
     ],
-    ids=["packed without boundaries", "mask of another length", "causal"],
+    ids=["packed without boundaries", "mask of another length", "cross attention"],
 )
 def test_what_it_cannot_do_is_refused(encoders, arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -138,6 +140,45 @@ def test_a_model_refuses_what_it_cannot_do():
     ):
         with pytest.raises(ValueError, match=message):
             model(**arguments)
+
+
+@pytest.mark.parametrize("kind", ["causal", "bias"])
+def test_a_general_mask_gives_hugging_faces_hidden_states(encoders, kind):
+    ours, theirs = encoders
+    x = torch.randn(4, 5, 24)
+    causal = torch.ones(5, 5).tril().bool().expand(4, 1, 5, 5)
+    bias = torch.randn(4, 3, 5, 5)
+    added = bias if kind == "bias" else torch.where(causal, 0.0, torch.finfo(torch.float32).min)
+    expected = theirs(x, attention_mask=added).last_hidden_state
+    mask = bias if kind == "bias" else causal
+    torch.testing.assert_close(ours(x, attention_mask=mask).last_hidden_state, expected)
+
+
+def test_documents_in_one_row_do_not_see_each_other(encoders):
+    encoder, theirs = encoders
+    x = torch.randn(1, 7, 24)
+    expected = torch.cat([theirs(part).last_hidden_state for part in x.split([3, 4], 1)], 1)
+    cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    for said in ({"cu_seq_lens_q": cu_seqlens, "max_length_q": 4}, {"position_ids": positions}):
+        torch.testing.assert_close(encoder(x, **said).last_hidden_state, expected)
+
+
+def test_only_some_rows_of_the_last_layer(encoders):
+    encoder, _ = encoders
+    encoder.train()
+    x = torch.randn(16, 24, requires_grad=True)
+    cu_seqlens = torch.tensor([0, 7, 7, 16], dtype=torch.int32)
+    wanted = torch.rand(16) < 0.4
+    rows = Rows.where(wanted, cu_seqlens, 9, capacity=12)
+    rng, weights = for_batch(cu_seqlens, 16), torch.randn(int(wanted.sum()), 24)
+    outputs = []
+    for subset in (None, rows):
+        y = encoder(x, cu_seqlens=cu_seqlens, max_seqlen=9, rng=rng, rows=subset).last_hidden_state
+        y = y[wanted] if subset is None else y[: int(wanted.sum())]
+        outputs.append((y, *torch.autograd.grad((y * weights).sum(), [x, *encoder.parameters()])))
+    for a, b in zip(*outputs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_the_reference_backend_gives_the_same(encoders):

@@ -1,0 +1,234 @@
+"""What a BERT layer computes over packed tokens, whichever modules hold its weights.
+
+fastbert's own `BertLayer` and the layers of patched Hugging Face models all run these functions.
+T packed tokens of B sequences, M of which are wanted, H hidden, N heads, D head size.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.check import require
+from fastbert.modules.activations import activate
+from fastbert.modules.linear import fused_linear, is_plain, split_bias
+from fastbert.ops.attention import attention, attention_qkvpacked
+from fastbert.ops.compact import compact
+from fastbert.ops.dropout import dropout
+from fastbert.ops.gather_rows import gather_rows
+from fastbert.ops.layer_norm import dropout_add_layer_norm
+from fastbert.rng import DropoutState
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """Which M of the T packed tokens are wanted, in order.
+
+    index: (M,) int32, each row's token, -1 for a spare row; inverse: (T,) int32, each token's row
+    or -1; cu_seqlens: (B + 1,) int32, where each sequence's rows begin; max_seqlen: an upper bound
+    of how many a sequence has.
+    """
+
+    index: Tensor
+    inverse: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @classmethod
+    def where(cls, wanted: Tensor, cu_seqlens: Tensor, max_seqlen: int, capacity: int) -> "Rows":
+        """The tokens that `wanted` (T,) bool marks, at most `capacity` of them; no host waits."""
+        kept = compact(wanted[None], 0, capacity)
+        before = torch.cat([wanted.new_zeros(1), wanted]).cumsum(0, dtype=torch.int32)
+        return cls(kept.positions, kept.slots, before[cu_seqlens.long()], max_seqlen)
+
+    def of(self, x: Tensor) -> Tensor:
+        """(T, H) -> (M, H), zeros in spare rows."""
+        return gather_rows(x, self.index, self.inverse)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sequences:
+    """How the T packed tokens of one forward pass belong together.
+
+    cu_seqlens: (B + 1,) int32, where each sequence begins, and T at the end; max_seqlen: an upper
+    bound of their lengths; mask: which of its sequence's tokens each may attend to, as `attention`
+    takes it, None for all; rng: what dropout draws from, None where none is; rows: the only tokens
+    whose output is wanted, None for all.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    mask: Tensor | None = None
+    rng: DropoutState | None = None
+    rows: Rows | None = None
+
+    def at(self, site: int) -> "Sequences":
+        """The same, with the dropout of another place in the model."""
+        return dataclasses.replace(self, rng=self.rng and self.rng.at(site))
+
+    def only(self, rows: Rows | None) -> "Sequences":
+        return dataclasses.replace(self, rows=rows)
+
+    def wanted(self, x: Tensor) -> Tensor:
+        """(T, H) -> the rows of it that are wanted"""
+        return x if self.rows is None else self.rows.of(x)
+
+    def wanted_rng(self, offset: int = 0) -> DropoutState | None:
+        """Dropout of the wanted rows, at the site `offset` behind the present one."""
+        if self.rng is None:
+            return None
+        rng = self.rng if self.rows is None else self.rng.rows(self.rows.index)
+        return rng.at(rng.site + offset)
+
+
+def self_attention(
+    x: Tensor,
+    query: nn.Module,
+    key: nn.Module,
+    value: nn.Module,
+    num_heads: int,
+    dropout_p: float,
+    sequences: Sequences,
+) -> Tensor:
+    """(T, H) -> (T, H), or (M, H) where only some rows are wanted; before the output projection."""
+    rows = sequences.rows
+    if rows is None:
+        qkv = fused_linear(x, (query, key, value)).unflatten(-1, (3, num_heads, -1))
+        context = attention_qkvpacked(
+            qkv,
+            sequences.cu_seqlens,
+            sequences.max_seqlen,
+            dropout_p=dropout_p,
+            rng=sequences.rng,
+            mask=sequences.mask,
+        )
+    else:
+        q = query(rows.of(x)).unflatten(-1, (num_heads, -1))
+        k, v = fused_linear(x, (key, value)).unflatten(-1, (2, num_heads, -1)).unbind(1)
+        context = attention(
+            q,
+            k,
+            v,
+            rows.cu_seqlens,
+            sequences.cu_seqlens,
+            rows.max_seqlen,
+            sequences.max_seqlen,
+            dropout_p=dropout_p,
+            rng=sequences.wanted_rng(),
+        )
+    return context.flatten(1)
+
+
+def project_and_norm(
+    x: Tensor,
+    residual: Tensor,
+    dense: nn.Module,
+    norm: nn.Module,
+    dropout_p: float,
+    rng: DropoutState | None,
+) -> Tensor:
+    """`norm(residual + dropout(dense(x)))`: the end of each half of a layer."""
+    x, x_bias = split_bias(x, dense)
+    if is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None:
+        return dropout_add_layer_norm(
+            x,
+            residual,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            x_bias=x_bias,
+            dropout_p=dropout_p,
+            rng=rng,
+        )
+    if x_bias is not None:
+        x = x + x_bias.to(x.dtype)
+    return norm(residual + dropout(x, dropout_p, rng)).to(residual.dtype)
+
+
+class LayerParts(NamedTuple):
+    """The modules of a layer by what they do, and its dropout probabilities, 0 in eval mode."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    num_heads: int
+    attention_dropout: float
+    attention_output: nn.Module
+    attention_output_dropout: float
+    attention_norm: nn.Module
+    intermediate: nn.Module
+    activation: Callable
+    output: nn.Module
+    output_dropout: float
+    output_norm: nn.Module
+
+
+def run_layer(parts: LayerParts, x: Tensor, sequences: Sequences) -> Tensor:
+    """(T, H) -> (T, H), or (M, H); the layer's three dropouts are three sites from rng's on."""
+    context = self_attention(
+        x,
+        parts.query,
+        parts.key,
+        parts.value,
+        parts.num_heads,
+        parts.attention_dropout,
+        sequences,
+    )
+    x = project_and_norm(
+        context,
+        sequences.wanted(x),
+        parts.attention_output,
+        parts.attention_norm,
+        parts.attention_output_dropout,
+        sequences.wanted_rng(1),
+    )
+    intermediate = activate(parts.activation, *split_bias(x, parts.intermediate))
+    return project_and_norm(
+        intermediate,
+        x,
+        parts.output,
+        parts.output_norm,
+        parts.output_dropout,
+        sequences.wanted_rng(2),
+    )
+
+
+# Every dropout of a model has a number of its own: the embeddings' is 0, and each layer has three.
+_SITES_PER_LAYER = 3
+
+
+def run_layers(
+    layers: Iterable[nn.Module],
+    x: Tensor,
+    sequences: Sequences,
+    wanted_states: bool | Collection[int],
+    rows: Rows | None,
+    call: Callable[[Any, Tensor, Sequences], Tensor],
+) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
+    """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; and hidden states.
+
+    call(layer, x, sequences) runs one layer. wanted_states: True for x and each layer's output,
+    layer numbers for these layers' outputs with None for the others, as in Hugging Face. Raises
+    ValueError if both rows and states are wanted, as the last state would lack rows.
+    """
+    every = wanted_states is True
+    chosen = () if isinstance(wanted_states, bool) else wanted_states
+    require(
+        rows is None or not wanted_states,
+        "BertEncoder",
+        "no output_hidden_states where only some rows are wanted",
+        wanted_states,
+    )
+    layers = list(layers)
+    states: list[Tensor | None] = [x] if every else []
+    for number, layer in enumerate(layers):
+        here = sequences.at(1 + _SITES_PER_LAYER * number)
+        if number == len(layers) - 1 and sequences.mask is None:
+            here = here.only(rows)
+        x = call(layer, x, here)
+        states.append(x if every or number in chosen else None)
+    if rows is not None and (not layers or sequences.mask is not None):
+        x = rows.of(x)  # a mask's rows are places in a sequence, so it takes all of them
+    return x, tuple(states) if wanted_states else None

@@ -1,5 +1,7 @@
 """Word, position and segment embeddings, summed and normalized."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,67 @@ def stream_dtype(x: Tensor) -> torch.dtype:
     """
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def embed(
+    words: Any,
+    positions: Any,
+    types: Any,
+    norm: Any,
+    dropout_p: float,
+    input_ids: Tensor | None,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    rng: DropoutState | None = None,
+) -> Tensor:
+    """`dropout(norm(words + types + positions))`: (...) ids -> (..., H), by whichever modules.
+
+    A module that is not a plain embedding or norm is called. token_type_ids of None means zeros;
+    inputs_embeds replaces the words; types of None is a model without segments.
+    """
+    tables = (words, positions, types)
+    if (
+        inputs_embeds is None
+        and types is not None
+        and all(is_plain(table, nn.Embedding) for table in tables)
+        and is_affine(norm)
+    ):
+        return embedding_layer_norm(
+            input_ids,
+            position_ids,
+            token_type_ids,
+            words.weight,
+            _without_padding_gradient(positions),
+            types.weight,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            padding_idx=words.padding_idx,
+            dropout_p=dropout_p,
+            rng=rng,
+            dtype=stream_dtype(words.weight),
+        )
+    x = words(input_ids) if inputs_embeds is None else inputs_embeds
+    if types is not None:
+        x = x + types(torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids)
+    x = x + positions(position_ids)
+    x = layer_norm(x, norm.weight, norm.bias, norm.eps) if is_affine(norm) else norm(x)
+    return dropout(x.to(stream_dtype(x)), dropout_p, rng)
+
+
+def is_affine(norm: Any) -> bool:
+    """Whether it is a plain LayerNorm with the weight and bias that the operators take."""
+    return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+
+
+def _without_padding_gradient(positions: Any) -> Tensor:
+    """RoBERTa's position table has a padding row, which never learns."""
+    table = positions.weight
+    if positions.padding_idx is None:
+        return table
+    is_padding = torch.arange(len(table), device=table.device) == positions.padding_idx
+    return torch.where(is_padding[:, None], table.detach(), table)
 
 
 class BertEmbeddings(nn.Module):
@@ -43,30 +106,15 @@ class BertEmbeddings(nn.Module):
         rng: DropoutState | None = None,
     ) -> Tensor:
         """(...) int64 ids -> (..., H); token_type_ids of None means all zeros."""
-        words, positions = self.word_embeddings, self.position_embeddings
-        types, norm = self.token_type_embeddings, self.LayerNorm
-        dropout_p = self.dropout.p if self.training else 0.0
-        if inputs_embeds is None:
-            assert input_ids is not None
-            if not all(is_plain(table, nn.Embedding) for table in (words, positions, types)):
-                inputs_embeds = words(input_ids)
-        if inputs_embeds is None:
-            return embedding_layer_norm(
-                input_ids,
-                position_ids,
-                token_type_ids,
-                words.weight,
-                positions.weight,
-                types.weight,
-                norm.weight,
-                norm.bias,
-                norm.eps,
-                padding_idx=words.padding_idx,
-                dropout_p=dropout_p,
-                rng=rng,
-                dtype=stream_dtype(words.weight),
-            )
-        segments = types.weight[0] if token_type_ids is None else types(token_type_ids)
-        x = inputs_embeds + segments + positions(position_ids)
-        x = layer_norm(x, norm.weight, norm.bias, norm.eps).to(stream_dtype(x))
-        return dropout(x, dropout_p, rng)
+        return embed(
+            self.word_embeddings,
+            self.position_embeddings,
+            self.token_type_embeddings,
+            self.LayerNorm,
+            self.dropout.p if self.training else 0.0,
+            input_ids,
+            position_ids,
+            token_type_ids,
+            inputs_embeds,
+            rng,
+        )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fastbert.check import require
 from fastbert.modules.activations import activate
-from fastbert.modules.linear import fused_linear, is_plain, split_bias
+from fastbert.modules.embeddings import is_affine
+from fastbert.modules.linear import fused_linear, split_bias
 from fastbert.ops.attention import attention, attention_qkvpacked
 from fastbert.ops.compact import compact
 from fastbert.ops.dropout import dropout
@@ -131,7 +132,7 @@ def project_and_norm(
 ) -> Tensor:
     """`norm(residual + dropout(dense(x)))`: the end of each half of a layer."""
     x, x_bias = split_bias(x, dense)
-    if is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None:
+    if is_affine(norm):
         return dropout_add_layer_norm(
             x,
             residual,

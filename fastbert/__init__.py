@@ -2,6 +2,7 @@
 
 from fastbert._version import __version__
 from fastbert.config import BertConfig
+from fastbert.hf import is_patched, patch, patched_class, unpatch
 from fastbert.models import BertForMaskedLM, BertForPreTraining, BertModel
 from fastbert.modules.encoder import BertEncoder
 from fastbert.ops import mlm_gather
@@ -16,5 +17,9 @@ __all__ = [
     "BertModel",
     "PackedBatch",
     "__version__",
+    "is_patched",
     "mlm_gather",
+    "patch",
+    "patched_class",
+    "unpatch",
 ]

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from fastbert.ops.bias_gelu import bias_gelu
 
-_gelu_tanh = partial(F.gelu, approximate="tanh")
+GELU_TANH = partial(F.gelu, approximate="tanh")
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": F.gelu,  # the exact one, by erf: Hugging Face's meaning of the name
     "gelu_python": F.gelu,
-    "gelu_new": _gelu_tanh,
-    "gelu_fast": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_new": GELU_TANH,
+    "gelu_fast": GELU_TANH,
+    "gelu_pytorch_tanh": GELU_TANH,
     "relu": F.relu,
     "silu": F.silu,
     "swish": F.silu,
@@ -30,7 +30,7 @@ def activate(function: Callable, x: Tensor, bias: Tensor | None) -> Tensor:
         return function(x)
     if function is F.gelu:
         return bias_gelu(x, bias)
-    if function is _gelu_tanh:
+    if function is GELU_TANH:
         return bias_gelu(x, bias, approximate="tanh")
     return function(x + bias.to(x.dtype))
 

@@ -1,0 +1,5 @@
+"""fastbert inside Hugging Face models; nothing here imports transformers before it is used."""
+
+from fastbert.hf.classes import is_patched, patch, patched_class, unpatch
+
+__all__ = ["is_patched", "patch", "patched_class", "unpatch"]

@@ -1,0 +1,150 @@
+"""Swaps the classes of a Hugging Face model's modules for ones with a packed forward, and back.
+
+A patched class is a subclass of the one it replaces that differs in `forward` alone. It has the
+same name and the same `__module__`, by which transformers, FSDP and checkpoints tell classes apart,
+and a module keeps its attributes, parameters and buffers: nothing else is held here.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from fastbert.hf.encode import run_encoder, run_model, run_one_layer
+from fastbert.hf.families import FAMILIES, Family, family_of
+from fastbert.hf.heads import run_head, run_masked_lm, run_pretraining
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_ORIGINAL = "_fastbert_original_class"
+
+
+def patch(model: Model) -> Model:
+    """Makes a Hugging Face model compute packed and fused, in place, and returns it.
+
+    model: one of transformers' BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA or DistilBERT models,
+    bare or with any head, or any module that contains some, on any device, the meta device too.
+    Its parameters, buffers, hooks, configuration and class names stay, so that loading, saving,
+    tying, resizing, PEFT, Trainer, DDP and FSDP go on as before (patch before `fully_shard`). What
+    the packed path does not compute (decoders, `output_attentions`, ...) runs as before;
+    `fastbert.explain` tells which. Patching twice changes nothing; `unpatch` takes it back.
+
+    Raises TypeError, naming the class, if there is nothing in the model to patch.
+    """
+    found = is_patched(model)
+    for module in model.modules():
+        new_class = _replacement(type(module))
+        if new_class is not None:
+            module.__class__ = new_class
+            found = True
+    if not found:
+        names = ", ".join(family.model for family in FAMILIES.values())
+        raise TypeError(
+            f"patch: expected a transformers model that contains one of {names}, "
+            f"got {type(model).__module__}.{type(model).__name__}, which has none"
+        )
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Gives every module of `model` the class it had before `patch`, and returns the model."""
+    for module in model.modules():
+        original = vars(type(module)).get(_ORIGINAL)
+        if original is not None:
+            module.__class__ = original
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `patch` has changed any module of the model."""
+    return any(_ORIGINAL in vars(type(module)) for module in model.modules())
+
+
+@functools.cache
+def patched_class(original: type) -> type:
+    """The class that `patch` puts in the place of transformers' `original`.
+
+    Its `from_pretrained` and its constructor give patched models. Raises TypeError for a class
+    that `patch` leaves as it is.
+    """
+    run = _forward_of(original)
+    if run is None:
+        raise TypeError(f"patched_class: {original.__module__}.{original.__name__} has none")
+
+    @functools.wraps(original.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        original.__init__(self, *args, **kwargs)
+        patch(self)
+
+    # copies and pickles name the class that can be imported
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        _, _, *state = original.__reduce_ex__(self, protocol)
+        return (_new_instance, (original,), *state)
+
+    attributes = {
+        "__init__": __init__,
+        "__reduce_ex__": __reduce_ex__,
+        "forward": _forward(original, run),
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        _ORIGINAL: original,
+    }
+    return type(original)(original.__name__, (original,), attributes)
+
+
+def _new_instance(original: type) -> nn.Module:
+    cls = patched_class(original)
+    return cls.__new__(cls)
+
+
+def _replacement(cls: type) -> type | None:
+    if _ORIGINAL in vars(cls) or _forward_of(cls) is None:
+        return None
+    return patched_class(cls)
+
+
+def _forward_of(cls: type) -> Callable | None:
+    """What computes the forward of a class of transformers; None for one that is left alone."""
+    family = family_of(cls)
+    if family is None or _ORIGINAL in vars(cls):
+        return None
+    return _role(family, cls.__name__)
+
+
+def _role(family: Family, name: str) -> Callable | None:
+    prefix = family.prefix
+    if name == family.model:
+        return run_model
+    if name == family.encoder:
+        return run_encoder
+    if name == family.layer:
+        return run_one_layer
+    if name == f"{prefix}ForMaskedLM":
+        return run_masked_lm
+    if name == "BertForPreTraining":
+        return run_pretraining
+    if name.startswith(f"{prefix}For") and name != f"{prefix}ForCausalLM":
+        return run_head
+    return None
+
+
+def _forward(original: type, run: Callable) -> Callable:
+    own: Callable = original.forward  # type: ignore[attr-defined]
+    if run is run_one_layer:
+
+        @functools.wraps(own)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return run(self, functools.partial(own, self), *args, **kwargs)
+
+    else:
+        names = list(inspect.signature(own).parameters)[1:]
+
+        @functools.wraps(own)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+            return run(self, functools.partial(own, self), arguments)
+
+    return forward

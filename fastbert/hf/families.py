@@ -1,0 +1,225 @@
+"""The Hugging Face models whose layers have BERT's shape, and where each keeps its parts.
+
+A family is one `modeling_*.py` of transformers, told by the name of the module that a class comes
+from, so that nothing here imports transformers. transformers 4.57 and 5.x differ in signatures and
+masks, not in what these modules compute.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbert.modules.activations import GELU_TANH, activate
+from fastbert.modules.layer import LayerParts
+from fastbert.modules.linear import has_hooks, is_plain, split_bias
+from fastbert.ops.layer_norm import layer_norm
+
+
+class Unsupported(Exception):
+    """The fused path does not compute what this module does; the message says why."""
+
+
+class MaskedHead(NamedTuple):
+    """A masked-LM head: what comes before the vocabulary, (C, H) -> (C, E), and the last linear."""
+
+    transform: Callable[[Tensor], Tensor]
+    decoder: nn.Module
+
+
+class Family(NamedTuple):
+    """How to read the models of one `transformers.models.*` module.
+
+    prefix: of its class names; encoder, layer: class names; encoder_of: (model) -> what has the
+    layers as `.layer`; parts: (layer) -> LayerParts and head: (masked LM) -> MaskedHead, both
+    raising Unsupported; has_types: whether there are segments; counts_positions: whether positions
+    count the tokens that are not padding, from padding_idx + 1, as RoBERTa's do; output: the class
+    in transformers.modeling_outputs that the bare model returns.
+    """
+
+    prefix: str
+    encoder: str | None
+    layer: str
+    encoder_of: Callable[[Any], Any]
+    parts: Callable[[Any], LayerParts]
+    head: Callable[[Any], MaskedHead]
+    has_types: bool = True
+    counts_positions: bool = False
+    output: str = "BaseModelOutputWithPoolingAndCrossAttentions"
+
+    @property
+    def model(self) -> str:
+        return f"{self.prefix}Model"
+
+
+def _require_untouched(*modules: nn.Module) -> None:
+    """A module between the layer and its linears is computed here, so it must be as it came."""
+    for module in modules:
+        if not type(module).__module__.startswith("transformers.models."):
+            raise Unsupported(f"a {type(module).__name__} was put into a layer")
+        if has_hooks(module):
+            raise Unsupported(f"a hook on a {type(module).__name__}")
+
+
+def dropout_of(module: nn.Module) -> float:
+    """The probability of a dropout module, 0 in eval mode."""
+    if is_plain(module, nn.Identity):
+        return 0.0
+    if not is_plain(module, nn.Dropout):
+        raise Unsupported(f"a {type(module).__name__} as dropout, or a hook on it")
+    return float(module.p) if module.training else 0.0  # type: ignore[arg-type]
+
+
+# transformers' classes of one function each; the tanh ones differ in how they round it
+_ACTIVATIONS: dict[str, Callable] = {
+    "GELUActivation": F.gelu,
+    "NewGELUActivation": GELU_TANH,
+    "FastGELUActivation": GELU_TANH,
+    "AccurateGELUActivation": GELU_TANH,
+    "PytorchGELUTanh": GELU_TANH,
+    "GELUTanh": GELU_TANH,
+}
+
+
+def activation_of(function: Callable) -> Callable:
+    """The function that has a fused body, or what was given."""
+    if not isinstance(function, nn.Module):
+        return function
+    if has_hooks(function) or type(function).__module__ != "transformers.activations":
+        return function
+    return _ACTIVATIONS.get(type(function).__name__, function)
+
+
+def _bert_parts(layer: Any) -> LayerParts:
+    attention, this = layer.attention, layer.attention.self
+    _require_untouched(attention, this, attention.output, layer.intermediate, layer.output)
+    if getattr(this, "position_embedding_type", "absolute") != "absolute":
+        raise Unsupported("relative positions")
+    _require_plain_layer(layer, layer.chunk_size_feed_forward)
+    return LayerParts(
+        query=this.query,
+        key=this.key,
+        value=this.value,
+        num_heads=this.num_attention_heads,
+        attention_dropout=dropout_of(this.dropout) if this.training else 0.0,
+        attention_output=attention.output.dense,
+        attention_output_dropout=dropout_of(attention.output.dropout),
+        attention_norm=attention.output.LayerNorm,
+        intermediate=layer.intermediate.dense,
+        activation=activation_of(layer.intermediate.intermediate_act_fn),
+        output=layer.output.dense,
+        output_dropout=dropout_of(layer.output.dropout),
+        output_norm=layer.output.LayerNorm,
+    )
+
+
+def _distilbert_parts(layer: Any) -> LayerParts:
+    attention, ffn = layer.attention, layer.ffn
+    _require_untouched(attention, ffn)
+    _require_plain_layer(layer, ffn.chunk_size_feed_forward)
+    return LayerParts(
+        query=attention.q_lin,
+        key=attention.k_lin,
+        value=attention.v_lin,
+        num_heads=attention.n_heads,
+        attention_dropout=dropout_of(attention.dropout) if attention.training else 0.0,
+        attention_output=attention.out_lin,
+        attention_output_dropout=0.0,
+        attention_norm=layer.sa_layer_norm,
+        intermediate=ffn.lin1,
+        activation=activation_of(ffn.activation),
+        output=ffn.lin2,
+        output_dropout=dropout_of(ffn.dropout),
+        output_norm=layer.output_layer_norm,
+    )
+
+
+def _require_plain_layer(layer: Any, chunk_size: int) -> None:
+    if chunk_size:
+        raise Unsupported("chunk_size_feed_forward, which trades speed for memory")
+    if getattr(layer, "is_decoder", False):
+        raise Unsupported("a decoder's layer")
+
+
+def _before_vocabulary(dense: Any, activation: Callable, norm: Any) -> Callable[[Tensor], Tensor]:
+    def transform(rows: Tensor) -> Tensor:
+        x = activate(activation_of(activation), *split_bias(rows, dense))
+        if is_plain(norm, nn.LayerNorm):
+            return layer_norm(x, norm.weight, norm.bias, norm.eps)
+        return norm(x)
+
+    return transform
+
+
+def _bert_head(model: Any) -> MaskedHead:
+    head = model.cls.predictions
+    if has_hooks(head) or has_hooks(model.cls) or has_hooks(head.transform):
+        raise Unsupported("a hook on the head")
+    parts = head.transform
+    return MaskedHead(
+        _before_vocabulary(parts.dense, parts.transform_act_fn, parts.LayerNorm), head.decoder
+    )
+
+
+def _roberta_head(model: Any) -> MaskedHead:
+    head = model.lm_head
+    if has_hooks(head):
+        raise Unsupported("a hook on the head")
+    return MaskedHead(_before_vocabulary(head.dense, F.gelu, head.layer_norm), head.decoder)
+
+
+def _distilbert_head(model: Any) -> MaskedHead:
+    transform = _before_vocabulary(model.vocab_transform, model.activation, model.vocab_layer_norm)
+    return MaskedHead(transform, model.vocab_projector)
+
+
+def _electra_head(model: Any) -> MaskedHead:
+    head = model.generator_predictions
+    if has_hooks(head):
+        raise Unsupported("a hook on the head")
+    return MaskedHead(
+        _before_vocabulary(head.dense, head.activation, head.LayerNorm), model.generator_lm_head
+    )
+
+
+def _bert_like(prefix: str, head: Callable[[Any], MaskedHead], **options: Any) -> Family:
+    return Family(
+        prefix,
+        encoder=f"{prefix}Encoder",
+        layer=f"{prefix}Layer",
+        encoder_of=lambda model: model.encoder,
+        parts=_bert_parts,
+        head=head,
+        **options,
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "bert": _bert_like("Bert", _bert_head),
+    "roberta": _bert_like("Roberta", _roberta_head, counts_positions=True),
+    "xlm_roberta": _bert_like("XLMRoberta", _roberta_head, counts_positions=True),
+    "camembert": _bert_like("Camembert", _roberta_head, counts_positions=True),
+    "electra": _bert_like(
+        "Electra", _electra_head, output="BaseModelOutputWithPastAndCrossAttentions"
+    ),
+    "distilbert": Family(
+        "DistilBert",
+        encoder=None,  # its arguments have other names in each release; the model runs the layers
+        layer="TransformerBlock",
+        encoder_of=lambda model: model.transformer,
+        parts=_distilbert_parts,
+        head=_distilbert_head,
+        has_types=False,
+        output="BaseModelOutput",
+    ),
+}
+
+
+def family_of(cls: type) -> Family | None:
+    """The family whose transformers module a class comes from; None for any other class."""
+    package, _, name = cls.__module__.rpartition(".")
+    folder = package.removeprefix("transformers.models.")
+    if f"transformers.models.{folder}.modeling_{folder}" != f"{package}.{name}":
+        return None
+    return FAMILIES.get(folder)

@@ -63,7 +63,7 @@ def is_patched(model: nn.Module) -> bool:
 
 
 @functools.cache
-def patched_class(original: type) -> type:
+def patched_class(original: Any) -> Any:
     """The class that `patch` puts in the place of transformers' `original`.
 
     Its `from_pretrained` and its constructor give patched models. Raises TypeError for a class
@@ -95,12 +95,12 @@ def patched_class(original: type) -> type:
     return type(original)(original.__name__, (original,), attributes)
 
 
-def _new_instance(original: type) -> nn.Module:
+def _new_instance(original: Any) -> nn.Module:
     cls = patched_class(original)
     return cls.__new__(cls)
 
 
-def _replacement(cls: type) -> type | None:
+def _replacement(cls: type) -> Any:
     if _ORIGINAL in vars(cls) or _forward_of(cls) is None:
         return None
     return patched_class(cls)
@@ -131,8 +131,8 @@ def _role(family: Family, name: str) -> Callable | None:
     return None
 
 
-def _forward(original: type, run: Callable) -> Callable:
-    own: Callable = original.forward  # type: ignore[attr-defined]
+def _forward(original: Any, run: Callable) -> Callable:
+    own = original.forward
     if run is run_one_layer:
 
         @functools.wraps(own)

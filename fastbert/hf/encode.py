@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.check import require
 from fastbert import events
+from fastbert.check import require
 from fastbert.hf.families import Family, Unsupported, dropout_of, family_of
 from fastbert.modules.embeddings import embed, stream_dtype
 from fastbert.modules.heads import first_tokens
@@ -82,8 +82,8 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
     if position_ids is None:
         position_ids = _positions(model, family, padding, input_ids, shape, given.device)
 
-    def pack(ids: Tensor | None) -> Tensor | None:
-        return None if ids is None else padding.pack(ids.expand(shape).to(given.device))
+    def pack(ids: Tensor) -> Tensor:
+        return padding.pack(ids.expand(shape).to(given.device))
 
     embeddings = model.embeddings
     num_tokens = given.shape[0] * given.shape[1]
@@ -104,9 +104,9 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
             embeddings.token_type_embeddings if family.has_types else None,
             embeddings.LayerNorm,
             dropout_of(embeddings.dropout),
-            pack(input_ids),
+            None if input_ids is None else pack(input_ids),
             pack(position_ids),
-            pack(token_type_ids),
+            None if token_type_ids is None else pack(token_type_ids),
             None if inputs_embeds is None else padding.pack(inputs_embeds),
             rng,
         )
@@ -217,9 +217,8 @@ def _require_encoder(config: Any, layers: nn.ModuleList, arguments: dict[str, An
     """Raises Unsupported unless the packed path computes what is asked of these layers."""
     if getattr(config, "is_decoder", False):
         raise Unsupported("a decoder: it attends to earlier tokens only")
-    if arguments.get("output_attentions", None) or (
-        arguments.get("output_attentions") is None and config.output_attentions
-    ):
+    attentions = arguments.get("output_attentions")
+    if config.output_attentions if attentions is None else attentions:
         raise Unsupported("output_attentions: the fused attention never forms the probabilities")
     for name, value in arguments.items():
         is_none = value is None or value is False or _all_none(value)

@@ -1,0 +1,117 @@
+"""`fastbert.patch`: the same outputs, losses and gradients, whatever the model and the call."""
+
+import dataclasses
+import pickle
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import fastbert
+from tests.hf.cases import BERT_KINDS, FAMILIES, KINDS, MASKS, Case, build, compare, inputs
+
+CASES = [
+    *(Case("Bert", kind) for kind in BERT_KINDS if kind != "ForQuestionAnswering"),
+    *(Case(family, kind, seed=1) for family in FAMILIES[1:] for kind in ("Model", "ForMaskedLM")),
+    *(
+        Case(family, kind, training=False)
+        for family in FAMILIES
+        for kind in KINDS[1:]
+        if kind != "ForQuestionAnswering"
+    ),
+    *(Case(family, "ForQuestionAnswering", mask="none") for family in FAMILIES),
+    *(Case(family, side="left", mask=mask) for family in FAMILIES[::4] for mask in MASKS),
+    *(Case(mask=mask, attention="eager") for mask in MASKS if mask != "4-D bool"),
+    Case(checkpointing=True),
+    Case("Roberta", "ForMaskedLM", checkpointing=True),
+    Case(from_embeddings=True, positions=True, states=True),
+    Case("Roberta", from_embeddings=True),
+    Case(return_dict=False, states=True, training=False),
+    Case(layers=0),
+    Case(lengths=(1,)),
+    Case(dtype=torch.float32, hidden_act="gelu_new", head_dim=5),
+    Case(hidden_act="relu"),
+    *(
+        Case("Bert", "ForSequenceClassification", problem=problem)
+        for problem in ("regression", "multi_label_classification")
+    ),
+]
+
+
+def readable(case: Case) -> str:
+    default = Case()
+    changed = {
+        f.name: getattr(case, f.name)
+        for f in dataclasses.fields(case)
+        if getattr(case, f.name) != getattr(default, f.name)
+    }
+    return " ".join(f"{name}={value}" for name, value in changed.items()) or "default"
+
+
+@pytest.mark.parametrize("case", CASES, ids=readable)
+def test_a_patched_model_gives_what_the_unpatched_gives(case):
+    compare(case)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patch_changes_classes_and_nothing_else(family):
+    model, _ = build(Case(family, "ForMaskedLM"))
+    before = {name: (type(module), id(module)) for name, module in model.named_modules()}
+    tensors = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    assert fastbert.patch(model) is model
+    assert fastbert.is_patched(model)
+    for name, module in model.named_modules():
+        cls, identity = before[name]
+        assert id(module) == identity
+        assert isinstance(module, cls)
+        assert str(type(module)) == str(cls)
+    assert {n: id(t) for n, t in model.state_dict(keep_vars=True).items()} == tensors
+    patched = {name: type(module) for name, module in model.named_modules()}
+    fastbert.patch(model)
+    assert {name: type(module) for name, module in model.named_modules()} == patched
+    assert fastbert.unpatch(model) is model
+    assert not fastbert.is_patched(model)
+    assert {n: type(m) for n, m in model.named_modules()} == {n: c for n, (c, _) in before.items()}
+
+
+def test_a_patched_class_makes_patched_models(tmp_path):
+    _, patched = build(Case("Bert", "ForSequenceClassification", training=False))
+    again = type(patched)(patched.config).to(torch.float64).eval()
+    again.load_state_dict(patched.state_dict())
+    patched.save_pretrained(tmp_path)
+    loaded = type(patched).from_pretrained(tmp_path, dtype=torch.float64)
+    chosen = fastbert.patched_class(transformers.BertForSequenceClassification)
+    assert chosen is type(patched)
+    arguments, _ = inputs(Case("Bert", "ForSequenceClassification"), patched)
+    expected = patched(**arguments).logits
+    for other in (again, loaded, pickle.loads(pickle.dumps(patched))):
+        assert fastbert.is_patched(other)
+        assert type(other) is type(patched)
+        assert torch.equal(other(**arguments).logits, expected)
+
+
+def test_a_model_without_such_an_encoder_is_refused_by_name():
+    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)
+    other = transformers.GPT2Model(config)
+    with pytest.raises(TypeError, match=r"patch: expected a transformers model .*GPT2Model, which"):
+        fastbert.patch(other)
+    with pytest.raises(TypeError, match=r"linear\.Linear, which has none"):
+        fastbert.patch(nn.Linear(2, 2))
+
+
+def test_a_decoder_runs_as_before():
+    config = transformers.BertConfig(
+        vocab_size=37,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=20,
+        is_decoder=True,
+    )
+    model = transformers.BertLMHeadModel(config).eval()
+    ids = torch.randint(0, 37, (2, 5))
+    expected = model(ids).logits
+    fastbert.patch(model)
+    assert torch.equal(model(ids).logits, expected)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 8)

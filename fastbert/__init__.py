@@ -2,6 +2,7 @@
 
 from fastbert._version import __version__
 from fastbert.config import BertConfig
+from fastbert.explain import explain
 from fastbert.hf import is_patched, patch, patched_class, unpatch
 from fastbert.models import BertForMaskedLM, BertForPreTraining, BertModel
 from fastbert.modules.encoder import BertEncoder
@@ -17,6 +18,7 @@ __all__ = [
     "BertModel",
     "PackedBatch",
     "__version__",
+    "explain",
     "is_patched",
     "mlm_gather",
     "patch",

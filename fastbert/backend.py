@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastbert import events
+
 BACKENDS = ("ext", "triton", "reference")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -45,7 +47,8 @@ class Op:
     `(kernels, *args)` that runs a backend's kernels, with autograd. `dtypes` are those of the first
     argument that the faster bodies take, None for any. `@name.refuses` may decorate a function of
     the arguments that returns why the faster bodies cannot take them, or None if they can. The
-    reference takes the rest.
+    reference takes the rest. `@name.describes` may decorate a function `(kernels, *args)` that
+    names the kernels a backend runs for these arguments, for `fastbert.explain`.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Op:
         self.dtypes = dtypes
         self.run_fused: Callable | None = None
         self.refusal: Callable[..., str | None] | None = None
+        self.description: Callable[..., str] | None = None
         self.choices: dict[str, Choice] = {}
         OPS[self.name] = self
 
@@ -70,6 +74,10 @@ class Op:
 
     def refuses(self, function: Callable[..., str | None]) -> Callable[..., str | None]:
         self.refusal = function
+        return function
+
+    def describes(self, function: Callable[..., str]) -> Callable[..., str]:
+        self.description = function
         return function
 
     def forget(self) -> None:
@@ -83,15 +91,26 @@ class Op:
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         _choose(self.name, x.device.type)
         choice = self.choices[x.device.type]
+        refusal = None if choice.kernels is None else self.refusal_of(x, *args, **kwargs)
+        if events.is_listening():
+            self._tell(choice, refusal, x, *args, **kwargs)
         if choice.kernels is None:
             return self.reference(x, *args, **kwargs)
-        refusal = self.refusal_of(x, *args, **kwargs)
         if refusal is not None:
             if choice.forced:
                 raise BackendUnavailable(f"{self.name}: {choice.backend} has no body for {refusal}")
             return self.reference(x, *args, **kwargs)
         assert self.run_fused is not None
         return self.run_fused(choice.kernels, x, *args, **kwargs)
+
+    def _tell(self, choice: Choice, refusal: str | None, *args: Any, **kwargs: Any) -> None:
+        backend, reason = choice.backend, choice.reason
+        if refusal is not None:
+            backend, reason = "reference", f"{choice.backend} has no body for {refusal}"
+        variant = ""
+        if self.description is not None and backend == choice.backend != "reference":
+            variant = self.description(choice.kernels, *args, **kwargs)
+        events.tell(events.OperatorRun(self.name, backend, variant, reason, args, kwargs))
 
     def refusal_of(self, x: Any, *args: Any, **kwargs: Any) -> str | None:
         """What about these arguments the faster bodies cannot take; None if they can."""

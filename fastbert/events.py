@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 
 class OperatorRun(NamedTuple):
-    """One call of an operator: by which backend, and why not by a better one."""
+    """One call of an operator: by which backend and kernels, and why not by a better one."""
 
     operator: str
     backend: str
+    variant: str
     reason: str
     arguments: tuple[Any, ...]
     options: dict[str, Any]
@@ -22,10 +23,11 @@ class OperatorRun(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A module took the packed path, or its own with the reason why."""
+    """A module ran packed tokens, as `layout` says, or its own forward for a reason."""
 
     module: str
-    reason: str | None
+    layout: str
+    reason: str
 
 
 Event = OperatorRun | Route
@@ -53,5 +55,14 @@ def tell(event: Event) -> None:
         _heard.append(event)
 
 
-def route(module: nn.Module, reason: str | None = None) -> None:
-    tell(Route(type(module).__name__, reason))
+def packed(module: nn.Module, num_tokens: int, places: int | None = None, note: str = "") -> None:
+    """The module computes `num_tokens` tokens of a batch with so many places."""
+    layout = f"packed, {num_tokens} tokens"
+    if places is not None:
+        layout += f" of {places} places" if num_tokens < places else ", no padding"
+    tell(Route(type(module).__name__, layout, note))
+
+
+def refused(module: nn.Module, reason: object) -> None:
+    """The module runs Hugging Face's own forward."""
+    tell(Route(type(module).__name__, "Hugging Face's own", str(reason)))

@@ -189,6 +189,17 @@ def _launch_bwd(
         )  # fmt: skip
 
 
+def variant(q: Tensor, longest: int, *, mask: bool, dropout: bool) -> str:
+    """The kernels that run for q (T, N, D) and sequences of at most `longest`, in words."""
+    gpu, columns = capability(q), block_d(q.shape[-1])
+    tile = fwd_tile(gpu, q.itemsize, columns, dropout=dropout, mask=mask)
+    forward = f"forward {tile.block_m}x{tile.block_n}"
+    single = None
+    if not mask:
+        single = single_tile(gpu, q.itemsize, columns, longest, dropout=dropout)
+    return forward + (", backward in one tile" if single else ", backward dq and dk/dv")
+
+
 def _mask_and_strides(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
     if mask is None:
         return None, (0, 0, 0, 0)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from fastbert import events
 from fastbert.check import require
 from fastbert.hf.families import Family, Unsupported, dropout_of, family_of
+from fastbert.hf.hooks import is_hooked, is_observed
 from fastbert.modules.embeddings import embed, stream_dtype
 from fastbert.modules.heads import first_tokens
 from fastbert.modules.layer import LayerParts, Rows, Sequences, run_layer, run_layers
-from fastbert.modules.linear import has_hooks
 from fastbert.modules.masks import document_boundaries, read_mask
 from fastbert.ops.unpad import Unpadding, unpad
 from fastbert.rng import for_batch
@@ -48,9 +48,8 @@ def run_model(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
     try:
         encoded = encode(model, wanted)
     except Unsupported as reason:
-        events.route(model, str(reason))
+        events.refused(model, reason)
         return original(**arguments)
-    events.route(model)
     return _model_output(model, encoded, return_dict)
 
 
@@ -86,12 +85,11 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
         return padding.pack(ids.expand(shape).to(given.device))
 
     embeddings = model.embeddings
-    num_tokens = given.shape[0] * given.shape[1]
-    num_tokens = num_tokens if padding.positions is None else len(padding.positions)
+    num_tokens = padding.num_tokens
     rng = None
     if any(module.training for module in (model, embeddings, *layers)):
         rng = for_batch(padding.cu_seqlens, num_tokens)
-    if has_hooks(embeddings) or _is_foreign(embeddings):
+    if is_hooked(embeddings) or _is_foreign(embeddings):
         ids = {"token_type_ids": token_type_ids} if family.has_types else {}
         x = embeddings(
             input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, **ids
@@ -115,6 +113,7 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
     sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, mask, rng)
     states = _states_wanted(model, arguments)
     chosen = rows(padding) if rows is not None and not states else None
+    _tell(model, layers, padding, mask, chosen)
     x, hidden_states = _run(layers, x, sequences, padding, states, chosen)
     dtype = _boundary_dtype(embeddings.LayerNorm.weight)
     return Encoded(x, hidden_states, padding, chosen, dtype)
@@ -135,12 +134,12 @@ def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> 
         if any(layer.training for layer in encoder.layer):
             rng = for_batch(padding.cu_seqlens, x.shape[0])
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
+        _tell(encoder, encoder.layer, padding, general, None)
         states_wanted = _states_wanted(encoder, wanted)
         x, states = _run(encoder.layer, x, sequences, padding, states_wanted, None)
     except Unsupported as reason:
-        events.route(encoder, str(reason))
+        events.refused(encoder, reason)
         return original(**arguments)
-    events.route(encoder)
     dtype = _boundary_dtype(hidden_states)
     output = output_class("BaseModelOutputWithPastAndCrossAttentions")(
         last_hidden_state=padding.pad(x.to(dtype)), hidden_states=_padded(states, padding, dtype)
@@ -197,20 +196,25 @@ def _run(
     return run_layers(layers, x, sequences, states, rows, call)
 
 
-def is_observed(layer: nn.Module) -> bool:
-    """Whether something looks at the layer's input and output, which must then be (B, S, H).
-
-    FSDP's hooks only move parameters, so they may see what flows.
-    """
-    hooks = (
-        *layer._forward_hooks.values(),
-        *layer._forward_pre_hooks.values(),
-        *layer._backward_hooks.values(),
-        *layer._backward_pre_hooks.values(),
-    )
-    modules = (getattr(hook, "__module__", None) or type(hook).__module__ for hook in hooks)
-    strangers = any(not module.startswith("torch.distributed.") for module in modules)
-    return strangers or "forward" in vars(layer)
+def _tell(
+    module: nn.Module,
+    layers: nn.ModuleList,
+    padding: Unpadding,
+    mask: Tensor | None,
+    rows: Rows | None,
+) -> None:
+    if not events.is_listening():
+        return
+    notes = []
+    if mask is not None:
+        notes.append("a general mask, so padding stays")
+    if rows is not None:
+        notes.append(f"the last layer computes {len(rows.index)} tokens")
+    observed = sum(map(is_observed, layers))
+    if observed:
+        notes.append(f"{observed} layers have hooks and see (batch, seqlen, hidden)")
+    places = padding.batch_shape[0] * padding.batch_shape[1]
+    events.packed(module, padding.num_tokens, places, "; ".join(notes))
 
 
 def _require_encoder(config: Any, layers: nn.ModuleList, arguments: dict[str, Any]) -> None:

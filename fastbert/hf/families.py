@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbert.hf.hooks import is_hooked
 from fastbert.modules.activations import GELU_TANH, activate
 from fastbert.modules.layer import LayerParts
-from fastbert.modules.linear import has_hooks, is_plain, split_bias
+from fastbert.modules.linear import is_plain, split_bias
 from fastbert.ops.layer_norm import layer_norm
 
 
@@ -58,7 +59,7 @@ def _require_untouched(*modules: nn.Module) -> None:
     for module in modules:
         if not type(module).__module__.startswith("transformers.models."):
             raise Unsupported(f"a {type(module).__name__} was put into a layer")
-        if has_hooks(module):
+        if is_hooked(module):
             raise Unsupported(f"a hook on a {type(module).__name__}")
 
 
@@ -86,7 +87,7 @@ def activation_of(function: Callable) -> Callable:
     """The function that has a fused body, or what was given."""
     if not isinstance(function, nn.Module):
         return function
-    if has_hooks(function) or type(function).__module__ != "transformers.activations":
+    if is_hooked(function) or type(function).__module__ != "transformers.activations":
         return function
     return _ACTIVATIONS.get(type(function).__name__, function)
 
@@ -154,7 +155,7 @@ def _before_vocabulary(dense: Any, activation: Callable, norm: Any) -> Callable[
 
 def _bert_head(model: Any) -> MaskedHead:
     head = model.cls.predictions
-    if has_hooks(head) or has_hooks(model.cls) or has_hooks(head.transform):
+    if is_hooked(head) or is_hooked(model.cls) or is_hooked(head.transform):
         raise Unsupported("a hook on the head")
     parts = head.transform
     return MaskedHead(
@@ -164,7 +165,7 @@ def _bert_head(model: Any) -> MaskedHead:
 
 def _roberta_head(model: Any) -> MaskedHead:
     head = model.lm_head
-    if has_hooks(head):
+    if is_hooked(head):
         raise Unsupported("a hook on the head")
     return MaskedHead(_before_vocabulary(head.dense, F.gelu, head.layer_norm), head.decoder)
 
@@ -176,7 +177,7 @@ def _distilbert_head(model: Any) -> MaskedHead:
 
 def _electra_head(model: Any) -> MaskedHead:
     head = model.generator_predictions
-    if has_hooks(head):
+    if is_hooked(head):
         raise Unsupported("a hook on the head")
     return MaskedHead(
         _before_vocabulary(head.dense, head.activation, head.LayerNorm), model.generator_lm_head

@@ -16,9 +16,10 @@ from torch import Tensor
 from fastbert import events
 from fastbert.hf.encode import encode, output_class
 from fastbert.hf.families import MaskedHead, Unsupported, family_of
+from fastbert.hf.hooks import is_hooked
 from fastbert.modules.heads import first_tokens
 from fastbert.modules.layer import Rows
-from fastbert.modules.linear import has_hooks, is_plain
+from fastbert.modules.linear import is_plain
 from fastbert.ops.linear_cross_entropy import linear_cross_entropy
 from fastbert.ops.mlm_gather import mlm_gather
 from fastbert.ops.unpad import Unpadding
@@ -111,11 +112,11 @@ def _run_masked(
     base = getattr(model, model.base_model_prefix)
     rest = _without(arguments, (*_HEADS_OWN, *_LOGIT_OPTIONS))
     labels = _of_real_tokens(arguments["labels"], rest.get("attention_mask"))
-    if not wants_logits and not has_hooks(base):
+    if not wants_logits and not is_hooked(base):
         try:
             return _run_rows(base, rest, labels, with_first), head, False
         except Unsupported as reason:
-            events.route(model, f"{reason}")
+            events.tell(events.Route(type(model).__name__, "all rows", str(reason)))
     outputs = base(**rest, return_dict=True)
     hidden_states = outputs.last_hidden_state.flatten(0, 1)
     rows, targets, _, _ = mlm_gather(hidden_states, labels.flatten())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastbert import events
 from fastbert.check import require
 from fastbert.config import check_config
 from fastbert.modules.activations import activate, activation
@@ -224,6 +225,7 @@ class BertEncoder(nn.Module):
         rows: Rows | None = None,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """The layers over a packed (T, H) stream."""
+        events.packed(self, x.shape[0])
         if sequences.rng is None and self.training:
             rng = for_batch(sequences.cu_seqlens, x.shape[0])
             sequences = dataclasses.replace(sequences, rng=rng)

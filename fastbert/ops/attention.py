@@ -198,6 +198,21 @@ def _refused(tensors, softmax_scale, rng, mask) -> str | None:
     return None
 
 
+@attention.describes
+def _variant(
+    kernels: Any, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    *, softmax_scale=None, dropout_p=0.0, rng=None, mask=None,
+) -> str:  # fmt: skip
+    longest = max(max_seqlen_q, max_seqlen_k)
+    return kernels.variant(q, longest, mask=mask is not None, dropout=threshold(dropout_p) > 0)
+
+
+@attention_qkvpacked.describes
+def _variant_packed(kernels: Any, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options):
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return _variant(kernels, *qkv.unbind(1), *lengths, **options)
+
+
 @attention.fused
 def _fused(
     kernels: Any, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,

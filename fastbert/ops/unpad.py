@@ -58,6 +58,10 @@ class Unpadding:
         slots = torch.where(slots < ends[:, None], slots, -1).flatten()
         return cls(positions, slots, cu_seqlens, max_seqlen, (batch, max_seqlen))
 
+    @property
+    def num_tokens(self) -> int:
+        return math.prod(self.batch_shape) if self.positions is None else len(self.positions)
+
     def pack(self, padded: Tensor) -> Tensor:
         """(B, S, ...) -> (T, ...), of any dtype."""
         require(
@@ -70,11 +74,10 @@ class Unpadding:
 
     def pad(self, packed: Tensor) -> Tensor:
         """(T, ...) -> (B, S, ...), of any dtype, with zeros at padding."""
-        tokens = math.prod(self.batch_shape) if self.positions is None else len(self.positions)
         require(
-            packed.shape[:1] == (tokens,),
+            packed.shape[:1] == (self.num_tokens,),
             "Unpadding.pad",
-            f"shape {(tokens,)} and further dimensions",
+            f"shape {(self.num_tokens,)} and further dimensions",
             tuple(packed.shape),
         )
         return _move(packed, self.slots, self.positions).unflatten(0, self.batch_shape)

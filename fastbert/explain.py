@@ -1,0 +1,115 @@
+"""`fastbert.explain`: which operator runs how, for a model and a batch, and why not faster."""
+
+import collections
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from fastbert import backend, events
+from fastbert.rng import threshold
+
+
+class Row(NamedTuple):
+    """One operator as it ran, `calls` times alike.
+
+    kernel: which ones, for operators with several; shape, dtype: of the first tensor; dropout: its
+    probability and where the masks are made, "" if none; note: why a faster body was not taken.
+    """
+
+    operator: str
+    calls: int
+    backend: str
+    kernel: str
+    shape: str
+    dtype: str
+    dropout: str
+    note: str
+
+
+class Explanation(NamedTuple):
+    """routes: of modules; rows: the operators; printed as two tables."""
+
+    routes: list[events.Route]
+    rows: list[Row]
+
+    def __str__(self) -> str:
+        console = Console(width=160)
+        with console.capture() as captured:
+            for table in self._tables():
+                console.print(table)
+        return captured.get()
+
+    def _tables(self) -> list[Table]:
+        paths = Table("module", "runs", "why", title="modules", title_justify="left")
+        for route in self.routes:
+            paths.add_row(*route)
+        operators = Table(*Row._fields, title="operators", title_justify="left")
+        for row in self.rows:
+            operators.add_row(*map(str, row))
+        return [paths, operators]
+
+
+def explain(model: nn.Module, /, *args: Any, show: bool = True, **batch: Any) -> Explanation:
+    """What each operator of `model` runs on this batch; also prints it, unless show=False.
+
+    Runs one forward pass, as the model is now (training or not, under the caller's autocast), with
+    the arguments that follow, keeps no graph, and leaves torch's random numbers as they were.
+    The backward of an operator is by the backend of its forward. Raises ValueError for a
+    model none of whose parts is fastbert's.
+    """
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with (
+        torch.random.fork_rng(devices=[device.index for device in devices]),
+        torch.no_grad(),
+        events.listen() as heard,
+    ):
+        model(*args, **batch)
+    if not heard:
+        raise ValueError(
+            f"explain: expected a fastbert model or a patched one, got {type(model).__name__}, "
+            "which runs no operator of fastbert; call fastbert.patch(model) first"
+        )
+    explanation = Explanation(_routes(heard), _rows(heard))
+    if show:
+        print(explanation)
+    return explanation
+
+
+def _routes(heard: list[events.Event]) -> list[events.Route]:
+    return list(dict.fromkeys(event for event in heard if isinstance(event, events.Route)))
+
+
+def _rows(heard: list[events.Event]) -> list[Row]:
+    calls = collections.Counter(
+        _row(event) for event in heard if isinstance(event, events.OperatorRun)
+    )
+    return [row._replace(calls=count) for row, count in calls.items()]
+
+
+def _row(run: events.OperatorRun) -> Row:
+    x = run.first
+    arguments = inspect.signature(backend.OPS[run.operator].reference).bind(
+        *run.arguments, **run.options
+    )
+    arguments.apply_defaults()
+    dropout_p = arguments.arguments.get("dropout_p", 0.0)
+    dropout = ""
+    if threshold(dropout_p):
+        dropout = f"{dropout_p:g} in the kernel" if run.backend == "triton" else f"{dropout_p:g}"
+    kernel = run.variant
+    if arguments.arguments.get("mask") is not None:
+        kernel = f"{kernel}, general mask".removeprefix(", ")
+    return Row(
+        operator=run.operator,
+        calls=1,
+        backend=run.backend,
+        kernel=kernel,
+        shape="" if x is None else "x".join(map(str, x.shape)),
+        dtype="" if x is None else str(x.dtype).removeprefix("torch."),
+        dropout=dropout,
+        note="" if run.reason == "preferred" else run.reason,
+    )

@@ -291,7 +291,8 @@ def _states_wanted(module: Any, arguments: dict[str, Any]) -> bool | Collection[
     wanted = arguments.get("output_hidden_states")
     if wanted is None:
         wanted = module.config.output_hidden_states
-    return wanted if isinstance(wanted, (list, tuple, set)) else bool(wanted)
+    is_choice = isinstance(wanted, (list, tuple, set)) and not _returns_tuples()
+    return wanted if is_choice else bool(wanted)
 
 
 def _model_output(model: Any, encoded: Encoded, return_dict: bool | None) -> Any:

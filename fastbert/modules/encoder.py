@@ -5,6 +5,7 @@ are Hugging Face's; what flows between the modules is one (T, H) tensor and its 
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
@@ -212,10 +213,15 @@ class BertEncoder(nn.Module):
                 padding = Unpadding.dense(batch, seqlen, hidden_states.device)
             else:
                 padding = unpad(mask)
+        captured = _captured_around()
+        if "hidden_states" in captured and not output_hidden_states:
+            output_hidden_states = True
         stream = padding.pack(hidden_states).to(stream_dtype(hidden_states))
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
         packed = self._run(stream, sequences, output_hidden_states)
-        return pad_output(packed, padding, hidden_states.dtype)
+        output = pad_output(packed, padding, hidden_states.dtype)
+        captured.get("hidden_states", []).extend(output.hidden_states or ())
+        return output
 
     def _run(
         self,
@@ -254,8 +260,21 @@ def _refuse_decoding(**arguments: Any) -> None:
 _IGNORED = {"num_items_in_batch", "seq_idx", "return_dict", "cache_position"}
 
 
+def _captured_around() -> dict[str, list]:
+    """What a Hugging Face model around this encoder records of its layers in this call.
+
+    transformers 5 records by hooks on layers of its own class, which are not here.
+    """
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collected = capturing._active_collector.get() if capturing is not None else None
+    refuse_attentions("attentions" in (collected or {}))
+    return collected or {}
+
+
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
+        if isinstance(value, (list, tuple)) and all(one is None for one in value):
+            continue  # a head_mask of None, as transformers 4.57 hands it on
         if name in _IGNORED or value is None or value is False:
             continue
         refuse_attentions(name == "output_attentions")

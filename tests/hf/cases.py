@@ -9,6 +9,8 @@ import transformers
 
 import fastbert
 
+# 4.57 has no sdpa for ELECTRA, takes no 4-D mask, and no list of layers as output_hidden_states
+IS_V4 = transformers.__version__.startswith("4.")
 _SHAPES = {
     "vocab_size": 37,
     "hidden_dropout_prob": 0.0,
@@ -60,7 +62,8 @@ class Case:
 def build(case: Case) -> tuple[Any, Any]:
     """The unpatched model and its patched copy."""
     torch.manual_seed(case.seed)
-    options: dict[str, Any] = {"attn_implementation": case.attention, "num_labels": 3}
+    attention = "eager" if IS_V4 and case.family == "Electra" else case.attention
+    options: dict[str, Any] = {"attn_implementation": attention, "num_labels": 3}
     if case.kind == "ForQuestionAnswering":
         options["num_labels"] = 2
     if case.problem:
@@ -193,6 +196,8 @@ def is_comparable(case: Case) -> bool:
         return False  # its pooler's output has no name to be left out by
     if "QuestionAnswering" in case.kind and padded:
         return False  # its softmax runs over the padded places too
+    if IS_V4 and (case.mask in MASKS[4:] or (case.positions and case.family == "DistilBert")):
+        return False
     if case.mask == "4-D bool" and case.attention == "eager":
         return False  # Hugging Face adds the zeros and ones to the scores
     return not (case.kind == "ForMultipleChoice" and case.mask not in MASKS[:4])

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from fastbert import events
 from fastbert.check import require
-from fastbert.hf.families import Family, Unsupported, dropout_of, family_of
+from fastbert.hf.families import (
+    Family,
+    Unsupported,
+    dropout_of,
+    family_of,
+    patched_base,
+    runs_patched,
+)
 from fastbert.hf.hooks import is_hooked, is_observed
 from fastbert.modules.embeddings import embed, stream_dtype
 from fastbert.modules.heads import first_tokens
@@ -172,8 +179,9 @@ def run_one_layer(
 
 
 def parts_of(layer: Any) -> LayerParts:
-    family = _family(layer)
-    return family.parts(layer)
+    if not runs_patched(layer):
+        raise Unsupported(f"a {type(layer).__name__} that is not patched, or of the user's own")
+    return _family(layer).parts(layer)
 
 
 def _run(
@@ -329,9 +337,8 @@ def _is_foreign(module: nn.Module) -> bool:
 
 
 def _family(module: nn.Module) -> Family:
-    family = family_of(type(module))
-    if family is None:
-        raise Unsupported(f"a {type(module).__name__} in place of transformers' class")
+    family = family_of(patched_base(module))
+    assert family is not None
     return family
 
 

@@ -17,6 +17,8 @@ from fastbert.modules.layer import LayerParts
 from fastbert.modules.linear import is_plain, split_bias
 from fastbert.ops.layer_norm import layer_norm
 
+ORIGINAL = "_fastbert_original_class"  # a patched class names the one it replaces by it
+
 
 class Unsupported(Exception):
     """The fused path does not compute what this module does; the message says why."""
@@ -215,6 +217,20 @@ FAMILIES: dict[str, Family] = {
         output="BaseModelOutput",
     ),
 }
+
+
+def patched_base(module: nn.Module) -> Any:
+    """The patched class that a module is of, or that its class derives from; None if there is none.
+
+    FSDP2 derives a class from each one that it shards, and so do users.
+    """
+    return next((cls for cls in type(module).__mro__ if ORIGINAL in vars(cls)), None)
+
+
+def runs_patched(module: nn.Module) -> bool:
+    """Whether a module's forward is the packed one, not another of the user's own."""
+    base = patched_base(module)
+    return base is not None and type(module).forward is base.forward
 
 
 def family_of(cls: type) -> Family | None:

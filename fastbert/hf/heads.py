@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastbert import events
 from fastbert.hf.encode import encode, output_class
-from fastbert.hf.families import MaskedHead, Unsupported, family_of
+from fastbert.hf.families import MaskedHead, Unsupported, family_of, patched_base, runs_patched
 from fastbert.hf.hooks import is_hooked
 from fastbert.modules.heads import first_tokens
 from fastbert.modules.layer import Rows
@@ -73,7 +73,7 @@ def run_pretraining(model: Any, original: Callable, arguments: dict[str, Any]) -
     pair_loss = pair_sum / num_pairs.clamp(min=1)
     if num_items is not None:
         pair_loss = pair_loss * count / num_items
-    output = sys.modules[type(model).__module__].BertForPreTrainingOutput(
+    output = sys.modules[patched_base(model).__module__].BertForPreTrainingOutput(
         loss=_per_item(loss_sum, count, num_items) + pair_loss,
         prediction_logits=_logits(head, masked) if wants_logits else None,
         seq_relationship_logits=pair_logits,
@@ -105,14 +105,14 @@ def _run_masked(
     model: Any, arguments: dict[str, Any], with_first: bool
 ) -> tuple[_Masked, MaskedHead, bool]:
     """Runs the bare model, its last layer on the wanted rows alone where that is all it is for."""
-    family = family_of(type(model))
+    family = family_of(patched_base(model))
     assert family is not None
     head = family.head(model)
     wants_logits = _wants_logits(model, arguments)
     base = getattr(model, model.base_model_prefix)
     rest = _without(arguments, (*_HEADS_OWN, *_LOGIT_OPTIONS))
     labels = _of_real_tokens(arguments["labels"], rest.get("attention_mask"))
-    if not wants_logits and not is_hooked(base):
+    if not wants_logits and runs_patched(base) and not is_hooked(base):
         try:
             return _run_rows(base, rest, labels, with_first), head, False
         except Unsupported as reason:

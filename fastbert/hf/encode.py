@@ -76,7 +76,10 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
     given = input_ids if inputs_embeds is None else inputs_embeds
     if given is None or (input_ids is not None and inputs_embeds is not None) or given.ndim < 2:
         raise Unsupported("input that Hugging Face refuses")
-    layers = family.encoder_of(model).layer
+    encoder = family.encoder_of(model)
+    if is_hooked(encoder) or _is_foreign(encoder):
+        raise Unsupported(f"a {type(encoder).__name__} of the user's own, or a hook on it")
+    layers = encoder.layer
     _require_encoder(model.config, layers, arguments)
     if attention_mask is not None and attention_mask.ndim not in (2, 4):
         raise Unsupported(f"an attention_mask of {attention_mask.ndim} dimensions")

@@ -262,6 +262,8 @@ def _padding(
     **packed: Any,
 ) -> tuple[Unpadding, Tensor | None]:
     """How the batch packs, and the mask that attention needs beside that."""
+    if given.is_meta:
+        raise Unsupported("the meta device: a batch is packed by the values of its mask")
     documents = document_boundaries(batch, seqlen, attention_mask, **packed)
     if documents is not None:
         return Unpadding.documents(*documents, seqlen), None

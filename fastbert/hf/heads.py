@@ -131,6 +131,8 @@ def _score_rows(model: Any, arguments: dict[str, Any], labels: Tensor, with_pair
 
     Raises Unsupported where something looks at what the head is given or gives.
     """
+    if labels.is_meta:
+        raise Unsupported("the meta device: nothing tells which tokens have a target")
     family = family_of(patched_base(model))
     assert family is not None
     head = family.head(model)

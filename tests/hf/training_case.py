@@ -22,9 +22,8 @@ LENGTHS = (11, 1, 16, 7)
 def make_model(kind=transformers.BertForMaskedLM, dropout=0.0, **options):
     """Hugging Face's model in training mode, with biases and norms that are not zeros and ones."""
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        **SHAPE, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **options
-    )
+    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    config = transformers.BertConfig(**SHAPE | dropouts | options)
     model = kind(config)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)

@@ -13,12 +13,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fastbert.hf.encode import run_encoder, run_model, run_one_layer
-from fastbert.hf.families import FAMILIES, Family, family_of
+from fastbert.hf.families import FAMILIES, ORIGINAL, Family, family_of, patched_base
 from fastbert.hf.heads import run_head, run_masked_lm, run_pretraining
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_ORIGINAL = "_fastbert_original_class"
 
 
 def patch(model: Model) -> Model:
@@ -51,7 +49,7 @@ def patch(model: Model) -> Model:
 def unpatch(model: Model) -> Model:
     """Gives every module of `model` the class it had before `patch`, and returns the model."""
     for module in model.modules():
-        original = vars(type(module)).get(_ORIGINAL)
+        original = vars(type(module)).get(ORIGINAL)
         if original is not None:
             module.__class__ = original
     return model
@@ -59,7 +57,7 @@ def unpatch(model: Model) -> Model:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether `patch` has changed any module of the model."""
-    return any(_ORIGINAL in vars(type(module)) for module in model.modules())
+    return any(patched_base(module) is not None for module in model.modules())
 
 
 @functools.cache
@@ -90,7 +88,7 @@ def patched_class(original: Any) -> Any:
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
-        _ORIGINAL: original,
+        ORIGINAL: original,
     }
     return type(original)(original.__name__, (original,), attributes)
 
@@ -101,7 +99,7 @@ def _new_instance(original: Any) -> nn.Module:
 
 
 def _replacement(cls: type) -> Any:
-    if _ORIGINAL in vars(cls) or _forward_of(cls) is None:
+    if ORIGINAL in vars(cls) or _forward_of(cls) is None:
         return None
     return patched_class(cls)
 
@@ -109,7 +107,7 @@ def _replacement(cls: type) -> Any:
 def _forward_of(cls: type) -> Callable | None:
     """What computes the forward of a class of transformers; None for one that is left alone."""
     family = family_of(cls)
-    if family is None or _ORIGINAL in vars(cls):
+    if family is None or ORIGINAL in vars(cls):
         return None
     return _role(family, cls.__name__)
 

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from fastbert import events
 from fastbert.check import require
-from fastbert.hf.families import Family, Unsupported, dropout_of, family_of
+from fastbert.hf.families import (
+    Family,
+    Unsupported,
+    dropout_of,
+    family_of,
+    patched_base,
+    runs_patched,
+)
 from fastbert.hf.hooks import is_hooked, is_observed
 from fastbert.modules.embeddings import embed, stream_dtype
 from fastbert.modules.heads import first_tokens
@@ -69,7 +76,10 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
     given = input_ids if inputs_embeds is None else inputs_embeds
     if given is None or (input_ids is not None and inputs_embeds is not None) or given.ndim < 2:
         raise Unsupported("input that Hugging Face refuses")
-    layers = family.encoder_of(model).layer
+    encoder = family.encoder_of(model)
+    if is_hooked(encoder) or _is_foreign(encoder):
+        raise Unsupported(f"a {type(encoder).__name__} of the user's own, or a hook on it")
+    layers = encoder.layer
     _require_encoder(model.config, layers, arguments)
     if attention_mask is not None and attention_mask.ndim not in (2, 4):
         raise Unsupported(f"an attention_mask of {attention_mask.ndim} dimensions")
@@ -172,8 +182,9 @@ def run_one_layer(
 
 
 def parts_of(layer: Any) -> LayerParts:
-    family = _family(layer)
-    return family.parts(layer)
+    if not runs_patched(layer):
+        raise Unsupported(f"a {type(layer).__name__} that is not patched, or of the user's own")
+    return _family(layer).parts(layer)
 
 
 def _run(
@@ -251,6 +262,8 @@ def _padding(
     **packed: Any,
 ) -> tuple[Unpadding, Tensor | None]:
     """How the batch packs, and the mask that attention needs beside that."""
+    if given.is_meta:
+        raise Unsupported("the meta device: a batch is packed by the values of its mask")
     documents = document_boundaries(batch, seqlen, attention_mask, **packed)
     if documents is not None:
         return Unpadding.documents(*documents, seqlen), None
@@ -329,9 +342,8 @@ def _is_foreign(module: nn.Module) -> bool:
 
 
 def _family(module: nn.Module) -> Family:
-    family = family_of(type(module))
-    if family is None:
-        raise Unsupported(f"a {type(module).__name__} in place of transformers' class")
+    family = family_of(patched_base(module))
+    assert family is not None
     return family
 
 

@@ -17,6 +17,8 @@ from fastbert.modules.layer import LayerParts
 from fastbert.modules.linear import is_plain, split_bias
 from fastbert.ops.layer_norm import layer_norm
 
+ORIGINAL = "_fastbert_original_class"  # a patched class names the one it replaces by it
+
 
 class Unsupported(Exception):
     """The fused path does not compute what this module does; the message says why."""
@@ -55,10 +57,10 @@ class Family(NamedTuple):
 
 
 def _require_untouched(*modules: nn.Module) -> None:
-    """A module between the layer and its linears is computed here, so it must be as it came."""
+    """A module whose own modules are called here in its place must be as it came."""
     for module in modules:
         if not type(module).__module__.startswith("transformers.models."):
-            raise Unsupported(f"a {type(module).__name__} was put into a layer")
+            raise Unsupported(f"a {type(module).__name__} of another library or the user's own")
         if is_hooked(module):
             raise Unsupported(f"a hook on a {type(module).__name__}")
 
@@ -154,10 +156,11 @@ def _before_vocabulary(dense: Any, activation: Callable, norm: Any) -> Callable[
 
 
 def _bert_head(model: Any) -> MaskedHead:
+    _require_untouched(model.cls)
     head = model.cls.predictions
-    if is_hooked(head) or is_hooked(model.cls) or is_hooked(head.transform):
-        raise Unsupported("a hook on the head")
+    _require_untouched(head)
     parts = head.transform
+    _require_untouched(parts)
     return MaskedHead(
         _before_vocabulary(parts.dense, parts.transform_act_fn, parts.LayerNorm), head.decoder
     )
@@ -165,8 +168,7 @@ def _bert_head(model: Any) -> MaskedHead:
 
 def _roberta_head(model: Any) -> MaskedHead:
     head = model.lm_head
-    if is_hooked(head):
-        raise Unsupported("a hook on the head")
+    _require_untouched(head)
     return MaskedHead(_before_vocabulary(head.dense, F.gelu, head.layer_norm), head.decoder)
 
 
@@ -177,8 +179,7 @@ def _distilbert_head(model: Any) -> MaskedHead:
 
 def _electra_head(model: Any) -> MaskedHead:
     head = model.generator_predictions
-    if is_hooked(head):
-        raise Unsupported("a hook on the head")
+    _require_untouched(head)
     return MaskedHead(
         _before_vocabulary(head.dense, head.activation, head.LayerNorm), model.generator_lm_head
     )
@@ -215,6 +216,20 @@ FAMILIES: dict[str, Family] = {
         output="BaseModelOutput",
     ),
 }
+
+
+def patched_base(module: nn.Module) -> Any:
+    """The patched class that a module is of, or that its class derives from; None if there is none.
+
+    FSDP2 derives a class from each one that it shards, and so do users.
+    """
+    return next((cls for cls in type(module).__mro__ if ORIGINAL in vars(cls)), None)
+
+
+def runs_patched(module: nn.Module) -> bool:
+    """Whether a module's forward is the packed one, not another of the user's own."""
+    base = patched_base(module)
+    return base is not None and type(module).forward is base.forward
 
 
 def family_of(cls: type) -> Family | None:

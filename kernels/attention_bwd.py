@@ -4,6 +4,11 @@ P = exp2(S - lse) is computed again from the scores S, and with K the dropout ma
 its scale: dV = c (K P)^T dO; dS = c (K P) (dO V^T) - P delta, delta being the rows' sums of
 O dO; dQ = scale dS K; dK = scale dS^T Q. The kernels leave the factor c to the end, with delta / c
 in delta's place. One kernel gives dQ and delta, a second dK and dV.
+
+In float32 the scores are not the forward's to the last bit where a product's tiles are others, and
+neither their rows of P sum to 1 nor those of dS to 0 as exactly as PyTorch's do. There the dQ
+kernel takes these sums t = rowsum(P) and e = rowsum(dS), on the way, and both kernels go on with
+P / t and delta + e / t: dQ = scale (dS K - e / t P K) / t. In 16 bits P and dS are rounded anyway.
 """
 
 import triton
@@ -51,7 +56,7 @@ def attention_dq_kernel(
     out_ptr, dout_ptr, lse_ptr,  # (T_q, N, D), (T_q, N, D), (N, T_q)
     cu_q_ptr, cu_k_ptr,  # (B + 1,) each
     mask_ptr, words_ptr,  # (B, N, S_q, S_k) or None, (N, T_q, W) or None
-    dq_ptr, delta_ptr,  # (T_q, N, D), (N, T_q)
+    dq_ptr, delta_ptr, total_ptr,  # (T_q, N, D), (N, T_q), (N, T_q) or None
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     mask_batch_stride, mask_head_stride, mask_row_stride, mask_col_stride,
     words_row_stride, out_row_stride, dq_row_stride,
@@ -94,25 +99,37 @@ def attention_dq_kernel(
     dout = load_tile(dout_ptrs, rows_in, HEAD_DIM, True)
     delta = row_delta(load_tile(out_ptrs, rows_in, HEAD_DIM, True), dout, keep_scale)
     statistics = head * n_rows + q_first + rows
-    tl.store(delta_ptr + statistics, delta, mask=rows_in)
+    if total_ptr is None:
+        tl.store(delta_ptr + statistics, delta, mask=rows_in)
     lse = tl.load(lse_ptr + statistics, mask=rows_in, other=float("inf"))
 
     scale = softmax_scale * LOG2_E
     mask_scale = 1.0 / softmax_scale
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    pk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    excess = tl.zeros((BLOCK_M,), tl.float32)
     n_full = n_keys // BLOCK_N * BLOCK_N
     for start in tl.range(0, n_full, BLOCK_N):
-        dq = _dq_step(
-            dq, q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptr, words_ptr, rows_in,
+        dq, pk, total, excess = _dq_step(
+            dq, pk, total, excess,
+            q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptr, words_ptr, rows_in,
             k_row_stride, v_row_stride, mask_col_stride, start, n_keys, scale, mask_scale,
-            HEAD_DIM, BLOCK_N, PRECISION, False,
+            HEAD_DIM, BLOCK_N, PRECISION, False, total_ptr is not None,
         )  # fmt: skip
     if n_full < n_keys:
-        dq = _dq_step(
-            dq, q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptr, words_ptr, rows_in,
+        dq, pk, total, excess = _dq_step(
+            dq, pk, total, excess,
+            q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptr, words_ptr, rows_in,
             k_row_stride, v_row_stride, mask_col_stride, n_full, n_keys, scale, mask_scale,
-            HEAD_DIM, BLOCK_N, PRECISION, True,
+            HEAD_DIM, BLOCK_N, PRECISION, True, total_ptr is not None,
         )  # fmt: skip
+    if total_ptr is not None:
+        total = tl.where(total > 0.0, total, 1.0)  # of a row without a key
+        excess /= total
+        dq = (dq - excess[:, None] * pk) / total[:, None]
+        tl.store(delta_ptr + statistics, delta + excess, mask=rows_in)
+        tl.store(total_ptr + statistics, total, mask=rows_in)
     dq *= softmax_scale * keep_scale
     dq_ptrs = tile_ptrs(dq_ptr + q_first * dq_row_stride, dq_row_stride, rows, BLOCK_D)
     store_tile(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), rows_in, HEAD_DIM)
@@ -120,10 +137,11 @@ def attention_dq_kernel(
 
 @triton.jit
 def _dq_step(
-    dq, q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptrs, word_ptrs, rows_in,
+    dq, pk, total, excess,  # [BLOCK_M, BLOCK_D] twice, [BLOCK_M] twice
+    q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptrs, word_ptrs, rows_in,
     k_row_stride, v_row_stride, mask_col_stride, start, n_keys, scale, mask_scale,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    IS_LAST: tl.constexpr,
+    IS_LAST: tl.constexpr, WITH_SUMS: tl.constexpr,
 ):  # fmt: skip
     cols = start + tl.arange(0, BLOCK_N)
     cols_in = cols < n_keys
@@ -134,18 +152,25 @@ def _dq_step(
     if IS_LAST:  # behind the last key exp2(-lse) may be inf, and inf times a zero of k is NaN
         s = tl.where(cols_in[None, :], s, float("-inf"))
     p = tl.exp2(s * scale - lse[:, None])
+    if WITH_SUMS:
+        total += tl.sum(p, axis=1)
+        # enough digits, because pk is multiplied with what is left of delta's rounding
+        pk = tl.dot(p, k, pk, input_precision="tf32")
     kept = p
     if word_ptrs is not None:
         kept = drop(p, load_words(word_ptrs, rows_in, start, BLOCK_N))
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     ds = score_gradient(p, kept, dp, delta, word_ptrs is not None)
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    if WITH_SUMS:
+        excess += tl.sum(ds, axis=1)
+    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq, pk, total, excess
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_key_rows"])
 def attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr,  # (T_q, N, D), (T_k, N, D), (T_k, N, D)
-    dout_ptr, lse_ptr, delta_ptr,  # (T_q, N, D), (N, T_q), (N, T_q)
+    dout_ptr, lse_ptr, delta_ptr, total_ptr,  # (T_q, N, D), (N, T_q) twice, (N, T_q) or None
     cu_q_ptr, cu_k_ptr,  # (B + 1,) each
     mask_ptr, words_ptr,  # (B, N, S_q, S_k) or None, (N, T_q, W) or None
     dk_ptr, dv_ptr,  # (T_k, N, D) each
@@ -184,6 +209,8 @@ def attention_dkdv_kernel(
     dout_ptrs = tile_ptrs(dout_ptr, out_row_stride, rows, BLOCK_D)
     statistics = head * n_rows + q_first + rows
     lse_ptrs, delta_ptrs = lse_ptr + statistics, delta_ptr + statistics
+    if total_ptr is not None:
+        total_ptr += statistics
     if mask_ptr is not None:
         mask_ptr += sequence * mask_batch_stride + head * mask_head_stride
     if words_ptr is not None:
@@ -198,14 +225,14 @@ def attention_dkdv_kernel(
     n_full = n_queries // BLOCK_M * BLOCK_M
     for start in tl.range(0, n_full, BLOCK_M):
         dk, dv = _dkdv_step(
-            dk, dv, k, v, q_ptrs, dout_ptrs, lse_ptrs, delta_ptrs, mask_ptr, words_ptr,
+            dk, dv, k, v, q_ptrs, dout_ptrs, lse_ptrs, delta_ptrs, total_ptr, mask_ptr, words_ptr,
             q_row_stride, out_row_stride, mask_row_stride, mask_col_stride, words_row_stride,
             start, n_queries, first_col, cols_in, scale, mask_scale,
             HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION, False,
         )  # fmt: skip
     if n_full < n_queries:
         dk, dv = _dkdv_step(
-            dk, dv, k, v, q_ptrs, dout_ptrs, lse_ptrs, delta_ptrs, mask_ptr, words_ptr,
+            dk, dv, k, v, q_ptrs, dout_ptrs, lse_ptrs, delta_ptrs, total_ptr, mask_ptr, words_ptr,
             q_row_stride, out_row_stride, mask_row_stride, mask_col_stride, words_row_stride,
             n_full, n_queries, first_col, cols_in, scale, mask_scale,
             HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION, True,
@@ -221,7 +248,7 @@ def attention_dkdv_kernel(
 
 @triton.jit
 def _dkdv_step(
-    dk, dv, k, v, q_ptrs, dout_ptrs, lse_ptrs, delta_ptrs, mask_ptr, word_ptrs,
+    dk, dv, k, v, q_ptrs, dout_ptrs, lse_ptrs, delta_ptrs, total_ptrs, mask_ptr, word_ptrs,
     q_row_stride, out_row_stride, mask_row_stride, mask_col_stride, words_row_stride,
     start, n_queries, first_col, cols_in, scale, mask_scale,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -248,6 +275,9 @@ def _dkdv_step(
         cols = first_col + tl.arange(0, BLOCK_N)
         s = add_mask(s, mask_ptrs, mask_col_stride, cols, rows_in, cols_in, mask_scale, True)
     p = tl.exp2(s * scale - lse[:, None])
+    if total_ptrs is not None:  # with `/`, which Triton does not round exactly, t / t may not be 1
+        total = tl.load(total_ptrs + start, mask=rows_in, other=1.0)
+        p = tl.div_rn(p, total[:, None])
     kept = p
     if word_ptrs is not None:
         ptrs = word_ptrs + start * words_row_stride

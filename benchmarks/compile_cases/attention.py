@@ -6,7 +6,7 @@ from benchmarks.compile_cases import SM80, SM90, SM100, Case
 from fastbert.kernels import attention_bwd, attention_dropout, attention_fwd, attention_single
 from fastbert.kernels.attention_common import Tile, block_d
 
-FP32 = ("lse_ptr", "delta_ptr")
+FP32 = ("lse_ptr", "delta_ptr", "total_ptr")
 INT32 = ("cu_q_ptr", "cu_k_ptr", "words_ptr")
 TYPES = {
     **dict.fromkeys(FP32, "*fp32"),
@@ -50,6 +50,7 @@ def kernels(
     common["PRECISION"] = "tf32x3" if dtype == "fp32" else "ieee"
     options = f"{dtype} {head_dim}{' mask' if mask else ''}{' dropout' if dropout else ''}"
     absent = {} if dropout else {"words_ptr": None}
+    absent |= {"total_ptr": None} if size == 2 else {}
     absent |= {"mask_col_stride": 1} if mask else {"mask_ptr": None}
 
     spills, reason = 0, ""

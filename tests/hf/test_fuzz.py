@@ -42,5 +42,7 @@ CASES = st.builds(
 def test_a_patched_model_gives_what_the_unpatched_gives(case):
     assume(case.family == "Bert" or case.kind in KINDS)
     assume(case.problem is None or case.kind == "ForSequenceClassification")
+    # the norm of a few numbers in float32 is mostly rounding
+    assume(case.dtype == torch.float64 or case.heads * case.head_dim >= 8)
     assume(is_comparable(case))
     compare(case)

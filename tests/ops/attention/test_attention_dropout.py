@@ -1,44 +1,12 @@
-import sys
-
 import pytest
 import torch
 
 from fastbert import backend, rng
 from fastbert.ops.attention import attention, attention_qkvpacked
-from tests.ops.attention_truth import assert_attends, boundaries, truth_and_pytorch
+from tests.ops.attention.truth import TAIL, assert_attends, boundaries, truth_and_pytorch
 from tests.oracle import gradients
 
-module = sys.modules["fastbert.ops.attention"]  # in fastbert.ops, the function
-
 SITE, P = 5, 0.3
-TAIL = 3  # rows behind the last sequence
-
-
-@pytest.fixture(params=["triton", "by sequence", "padded"])
-def body(request, monkeypatch, device):
-    if request.param == "triton":
-        from fastbert.kernels import attention_common
-
-        monkeypatch.setattr(attention_common, "FLOAT32_PRECISION", "ieee")
-    if request.param == "padded":
-        monkeypatch.setattr(
-            sys.modules["fastbert.ops.attention"], "reads_lengths", lambda call: False
-        )
-    if request.param == "by sequence" and device != "cpu":
-        pytest.skip("would make the host wait")
-    with backend.use("triton" if request.param == "triton" else "reference"):
-        yield request.param
-
-
-@pytest.fixture
-def triton():
-    with backend.use("triton"):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def dropout_state(cu_seqlens, num_tokens):

@@ -1,15 +1,18 @@
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastbert import backend
 from fastbert.ops.attention import attention, attention_qkvpacked
-from tests.ops.attention_truth import assert_attends, attend, boundaries, truth_and_pytorch
+from tests.ops.attention.truth import (
+    TAIL,
+    assert_attends,
+    attend,
+    boundaries,
+    inputs,
+    truth_and_pytorch,
+)
 from tests.oracle import gradients
-
-module = sys.modules["fastbert.ops.attention"]  # in fastbert.ops, the function
 
 LENGTHS = {"mixed": [5, 1, 0, 17, 3], "one": [9], "empty": [0, 0], "equal": [4, 4, 4], "none": []}
 # lengths of queries, lengths of keys (None: the same), heads, head_dim
@@ -21,6 +24,7 @@ CASES = {
     "dim-26": ([5, 70], None, 2, 26),
     "dim-80": ([33, 140], None, 1, 80),
     "dim-128": ([66, 2], None, 1, 128),
+    "few-keys": ([1, 2, 3] * 10, None, 1, 64),
     "cross": ([5, 0, 3, 70, 2], [9, 2, 0, 140, 1], 2, 16),
     "cross-single-tile": ([5, 0, 3, 30, 2], [9, 2, 0, 40, 64], 2, 16),
     "no-keys": ([3, 2], [0, 0], 1, 16),
@@ -30,43 +34,6 @@ CASES = {
     "bert-short": ([128, 1, 64, 77, 0, 128, 100], None, 12, 64),
 }
 GPU_ONLY = ("bert-base", "bert-short")
-TAIL = 3  # rows behind the last sequence
-
-
-@pytest.fixture(params=["triton", "by sequence", "padded"])
-def body(request, monkeypatch, device):
-    """Both plain strategies run on a CPU here; which one runs is chosen by the device."""
-    if request.param == "padded":
-        monkeypatch.setattr(
-            sys.modules["fastbert.ops.attention"], "reads_lengths", lambda call: False
-        )
-    if request.param == "triton":
-        request.getfixturevalue("triton")
-    if request.param == "by sequence" and device != "cpu":
-        pytest.skip("would make the host wait")
-    with backend.use("triton" if request.param == "triton" else "reference"):
-        yield request.param
-
-
-@pytest.fixture
-def triton(monkeypatch):
-    """With products of float32 as PyTorch has them, not the default on tensor cores."""
-    from fastbert.kernels import attention_common
-
-    monkeypatch.setattr(attention_common, "FLOAT32_PRECISION", "ieee")
-    with backend.use("triton"):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def inputs(lengths_q, lengths_k, heads, head_dim, dtype, device):
-    """q, k, v and a gradient of the output."""
-    rows = [sum(lengths_q) + TAIL, *[sum(lengths_k) + TAIL] * 2, sum(lengths_q) + TAIL]
-    return [torch.randn(n, heads, head_dim, device=device).to(dtype) for n in rows]
 
 
 @pytest.mark.parametrize(
@@ -118,63 +85,6 @@ def test_the_tiles_of_other_gpus(capability, monkeypatch, device, triton):
         actual = gradients(lambda t, cu=cu: attention_qkvpacked(t, cu, 70), qkv, dy=dout)
         truth, expected = truth_and_pytorch([qkv], dout, [5, 70], [5, 70], head_dim**-0.5)
         assert_attends(actual, expected, truth, packed=True)
-
-
-def make_mask(kind, shape, device):
-    if kind == "boolean":
-        return torch.rand(shape, device=device) < 0.7
-    mask = torch.randn(shape, device=device)
-    return mask.masked_fill(torch.rand(shape, device=device) < 0.3, torch.finfo(torch.float32).min)
-
-
-BROADCASTS = {
-    "full": (4, 2, 70, 75),
-    "keys": (4, 1, 1, 75),
-    "heads": (2, 70, 75),
-    "queries": (4, 1, 70, 1),
-    "pairs": (70, 75),
-}
-
-
-@pytest.mark.parametrize("shape", BROADCASTS.values(), ids=BROADCASTS)
-@pytest.mark.parametrize("kind", ["boolean", "addends"])
-def test_a_mask_broadcasts(kind, shape, body, device):
-    lengths_q, lengths_k = [5, 1, 0, 70], [5, 75, 3, 66]
-    *tensors, dout = inputs(lengths_q, lengths_k, 2, 16, torch.float32, device)
-    mask = make_mask(kind, shape, device)
-    full = mask.expand(4, 2, 70, 75).clone()
-    arguments = (boundaries(lengths_q, device), boundaries(lengths_k, device), 70, 75)
-    actual = gradients(lambda *t: attention(*t, *arguments, mask=mask), *tensors, dy=dout)
-    truth, expected = truth_and_pytorch(tensors, dout, lengths_q, lengths_k, 0.25, mask=full)
-    assert_attends(actual, expected, truth)
-
-
-@pytest.mark.parametrize("kind", ["boolean", "addends"])
-def test_a_row_without_a_key_gives_zeros(kind, body, device):
-    qkv = torch.randn(75, 3, 2, 16, device=device)
-    dout, cu = torch.randn(75, 2, 16, device=device), boundaries([5, 70], device)
-    mask = torch.ones(2, 1, 70, 70, dtype=torch.bool, device=device)
-    mask[0, :, 2] = False
-    mask[1, :, :, 7] = False
-    if kind == "addends":
-        mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, float("-inf"))
-    out, dqkv = gradients(lambda t: attention_qkvpacked(t, cu, 70, mask=mask), qkv, dy=dout)
-    assert out[2].abs().max() == 0
-    assert dqkv[2, 0].abs().max() == 0  # its query
-    assert dqkv[12, 1:].abs().max() == 0  # a key that nobody sees
-    assert torch.isfinite(dqkv).all()
-    assert (out[[0, 1, 3, 4]] != 0).all()
-
-
-def test_masks_that_lie_apart(device, triton):
-    qkv = torch.randn(75, 3, 2, 16, device=device)
-    cu = boundaries([5, 70], device)
-    mask = torch.rand(2, 70, 70, 2, device=device).permute(0, 3, 2, 1) < 0.5
-    actual = attention_qkvpacked(qkv, cu, 70, mask=mask)
-    torch.testing.assert_close(actual, attention_qkvpacked(qkv, cu, 70, mask=mask.contiguous()))
-    with backend.use("reference"):
-        expected = attention_qkvpacked(qkv, cu, 70, mask=mask)
-    torch.testing.assert_close(actual, expected)
 
 
 def test_reads_tensors_that_lie_apart(device, triton):
@@ -285,15 +195,6 @@ def test_a_forced_backend_names_what_it_cannot_do(device, triton):
     }.items():
         with pytest.raises(backend.BackendUnavailable, match=message):
             call()
-
-
-def test_a_mask_may_have_a_gradient_in_plain_pytorch(body):
-    if body == "triton":
-        pytest.skip("refused")
-    mask = torch.zeros(4, 4, requires_grad=True)
-    attention_qkvpacked(torch.randn(4, 3, 1, 16), boundaries([4]), 4, mask=mask)[0].sum().backward()
-    assert mask.grad is not None
-    assert mask.grad[0].abs().sum() > 0
 
 
 def test_wrong_arguments_are_named(body, device):

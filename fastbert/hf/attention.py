@@ -1,0 +1,141 @@
+"""The attention alone, for any Hugging Face encoder: `attn_implementation="fastbert"`.
+
+The rest of the model stays as it is, padding included, so `fastbert.patch` is faster where it
+serves. Keys are packed once a forward pass, when transformers makes the mask.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert.check import require
+from fastbert.ops.attention import attention
+from fastbert.ops.unpad import Unpadding, unpad
+
+NAME = "fastbert"
+_UNPADDING = "_fastbert_unpadding"
+# Arguments that change what attention computes, and that this one does not.
+_REFUSED = ("softcap", "s_aux", "sinks", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k")
+
+
+def register_attention() -> None:
+    """Makes `attn_implementation="fastbert"` known to transformers (4.57 and 5).
+
+    `from_pretrained(..., attn_implementation="fastbert")` and
+    `model.set_attn_implementation("fastbert")` then take it, for every model whose attention
+    transformers lets choose. Registering again changes nothing.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: Any = None,
+    kv_length: int | None = None,
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    mask_function: Any = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """What transformers' mask factories call: the (B, S) padding mask where that is all there is.
+
+    Other masks (causal, sliding windows, documents) are those of its sdpa attention, (B, 1, S, S).
+    """
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+    if mask_function is bidirectional_mask_function:
+        if attention_mask is None:
+            return None
+        keep = attention_mask.bool()
+        if torch.compiler.is_compiling():
+            return keep
+        if bool(keep.all()):
+            return None
+        setattr(keep, _UNPADDING, unpad(keep))  # for all layers: they are handed this very tensor
+        return keep
+    options = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        *args,
+        attention_mask=attention_mask,
+        mask_function=mask_function,
+        **{**kwargs, **options},
+    )
+
+
+def attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query (B, N, S_q, D), key and value (B, N or fewer, S_k, D) -> (B, S_q, N, D), None.
+
+    attention_mask: as the mask function above or the user gives it, see `read_mask`; position_bias:
+    added to the scores. Dropout draws from torch's generator, as PyTorch's own attention does, so
+    activation checkpointing that preserves its state replays it. A query without a key gives zeros.
+    Raises ValueError for softcap, attention sinks, a head_mask and packed documents.
+    """
+    for name in _REFUSED:
+        require(
+            kwargs.get(name) is None,
+            'attn_implementation="fastbert"',
+            f"no {name}",
+            "one",
+            'use attn_implementation="sdpa" or "eager" for this model',
+        )
+    batch, heads, num_queries, _ = query.shape
+    num_keys = key.shape[2]
+    if key.shape[1] != heads:
+        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
+    mask = None
+    if attention_mask is None or attention_mask.ndim != 2:
+        mask = attention_mask
+        if mask is None and causal and num_queries > 1:
+            ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+            mask = ones.tril()
+        padding = Unpadding.dense(batch, num_keys, query.device)
+    elif position_bias is not None or torch.compiler.is_compiling():
+        mask = attention_mask[:, None, None]
+        padding = Unpadding.dense(batch, num_keys, query.device)
+    else:
+        known = getattr(attention_mask, _UNPADDING, None)
+        padding = unpad(attention_mask) if known is None else known
+    if position_bias is not None:
+        mask = _added(position_bias, mask)
+    queries = Unpadding.dense(batch, num_queries, query.device)
+    out = attention(
+        queries.pack(query.transpose(1, 2)),
+        padding.pack(key.transpose(1, 2)),
+        padding.pack(value.transpose(1, 2)),
+        queries.cu_seqlens,
+        padding.cu_seqlens,
+        num_queries,
+        padding.max_seqlen,
+        softmax_scale=scaling,
+        dropout_p=dropout,
+        mask=mask,
+    )
+    return queries.pad(out), None
+
+
+def _added(position_bias: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return position_bias
+    if mask.dtype == torch.bool:
+        return position_bias.masked_fill(~mask, float("-inf"))
+    return position_bias + mask

@@ -1,0 +1,36 @@
+import sys
+
+import pytest
+import torch
+
+from fastbert import backend
+
+
+@pytest.fixture(params=["triton", "by sequence", "padded"])
+def body(request, monkeypatch, device):
+    """Both plain strategies run on a CPU here; which one runs is chosen by the device."""
+    if request.param == "padded":
+        monkeypatch.setattr(
+            sys.modules["fastbert.ops.attention"], "reads_lengths", lambda call: False
+        )
+    if request.param == "triton":
+        request.getfixturevalue("triton")
+    if request.param == "by sequence" and device != "cpu":
+        pytest.skip("would make the host wait")
+    with backend.use("triton" if request.param == "triton" else "reference"):
+        yield request.param
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    """With products of float32 as PyTorch has them, not the default on tensor cores."""
+    from fastbert.kernels import attention_common
+
+    monkeypatch.setattr(attention_common, "FLOAT32_PRECISION", "ieee")
+    with backend.use("triton"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

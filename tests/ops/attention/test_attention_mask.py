@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from fastbert import backend
+from fastbert.ops.attention import attention, attention_qkvpacked
+from tests.ops.attention.truth import assert_attends, boundaries, inputs, truth_and_pytorch
+from tests.oracle import gradients
+
+
+def make_mask(kind, shape, device):
+    if kind == "boolean":
+        return torch.rand(shape, device=device) < 0.7
+    mask = torch.randn(shape, device=device)
+    return mask.masked_fill(torch.rand(shape, device=device) < 0.3, torch.finfo(torch.float32).min)
+
+
+BROADCASTS = {
+    "full": (4, 2, 70, 75),
+    "keys": (4, 1, 1, 75),
+    "heads": (2, 70, 75),
+    "queries": (4, 1, 70, 1),
+    "pairs": (70, 75),
+}
+
+
+@pytest.mark.parametrize("shape", BROADCASTS.values(), ids=BROADCASTS)
+@pytest.mark.parametrize("kind", ["boolean", "addends"])
+def test_a_mask_broadcasts(kind, shape, body, device):
+    lengths_q, lengths_k = [5, 1, 0, 70], [5, 75, 3, 66]
+    *tensors, dout = inputs(lengths_q, lengths_k, 2, 16, torch.float32, device)
+    mask = make_mask(kind, shape, device)
+    full = mask.expand(4, 2, 70, 75).clone()
+    arguments = (boundaries(lengths_q, device), boundaries(lengths_k, device), 70, 75)
+    actual = gradients(lambda *t: attention(*t, *arguments, mask=mask), *tensors, dy=dout)
+    truth, expected = truth_and_pytorch(tensors, dout, lengths_q, lengths_k, 0.25, mask=full)
+    assert_attends(actual, expected, truth)
+
+
+@pytest.mark.parametrize("kind", ["boolean", "addends"])
+def test_a_row_without_a_key_gives_zeros(kind, body, device):
+    qkv = torch.randn(75, 3, 2, 16, device=device)
+    dout, cu = torch.randn(75, 2, 16, device=device), boundaries([5, 70], device)
+    mask = torch.ones(2, 1, 70, 70, dtype=torch.bool, device=device)
+    mask[0, :, 2] = False
+    mask[1, :, :, 7] = False
+    if kind == "addends":
+        mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, float("-inf"))
+    out, dqkv = gradients(lambda t: attention_qkvpacked(t, cu, 70, mask=mask), qkv, dy=dout)
+    assert out[2].abs().max() == 0
+    assert dqkv[2, 0].abs().max() == 0  # its query
+    assert dqkv[12, 1:].abs().max() == 0  # a key that nobody sees
+    assert torch.isfinite(dqkv).all()
+    assert (out[[0, 1, 3, 4]] != 0).all()
+
+
+def test_masks_that_lie_apart(device, triton):
+    qkv = torch.randn(75, 3, 2, 16, device=device)
+    cu = boundaries([5, 70], device)
+    mask = torch.rand(2, 70, 70, 2, device=device).permute(0, 3, 2, 1) < 0.5
+    actual = attention_qkvpacked(qkv, cu, 70, mask=mask)
+    torch.testing.assert_close(actual, attention_qkvpacked(qkv, cu, 70, mask=mask.contiguous()))
+    with backend.use("reference"):
+        expected = attention_qkvpacked(qkv, cu, 70, mask=mask)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_mask_may_have_a_gradient_in_plain_pytorch(body):
+    if body == "triton":
+        pytest.skip("refused")
+    mask = torch.zeros(4, 4, requires_grad=True)
+    attention_qkvpacked(torch.randn(4, 3, 1, 16), boundaries([4]), 4, mask=mask)[0].sum().backward()
+    assert mask.grad is not None
+    assert mask.grad[0].abs().sum() > 0

@@ -46,7 +46,7 @@ def test_two_processes_have_the_losses_of_one(report, alone, wrapper, model):
     found = report[f"{wrapper} {model}"]
     assert found["losses"] == pytest.approx(alone[model], rel=1e-5)
     assert found["routes"] >= distributed_case.STEPS
-    assert found["unpacked"] == []
+    assert found["slow"] == []
 
 
 def test_the_steps_have_changed_the_losses():

@@ -158,6 +158,7 @@ def losses_and_gradients(model, run, batch):
     return loss.detach(), gradients(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_packed_documents_compile_to_one_graph(training):
     dropout = 0.2 if training else 0.0
@@ -190,6 +191,7 @@ def test_packed_documents_compile_to_one_graph(training):
     assert_same_gradients(compiled_grads, grads)
 
 
+@pytest.mark.slow
 def test_padded_batches_compile_with_breaks():
     """The lengths of each batch are read once, to pack it."""
     ours, _ = make_pair(KIND, num_hidden_layers=1)

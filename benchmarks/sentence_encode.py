@@ -51,7 +51,8 @@ def run(number: int, rounds: int) -> dict[str, Any]:
     texts = passages(number)
     original = minilm()
     patched = fastbert.patch(copy.deepcopy(original))
-    batches = [original.preprocess(texts[start : start + BATCH]) for start in range(0, number, BATCH)]
+    starts = range(0, number, BATCH)
+    batches = [original.preprocess(texts[start : start + BATCH]) for start in starts]
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     places = sum(batch["attention_mask"].numel() for batch in batches)
 

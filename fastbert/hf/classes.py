@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastbert.hf.encode import run_encoder, run_model, run_one_layer
+from fastbert.hf.encode import run_encoder, run_model
 from fastbert.hf.families import FAMILIES, ORIGINAL, Family, family_of, patched_base
 from fastbert.hf.heads import run_head, run_masked_lm, run_pretraining
+from fastbert.hf.stack import run_one_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -6,7 +6,7 @@ reason, which `fastbert.explain` shows.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,26 +14,24 @@ from torch import Tensor, nn
 
 from fastbert import events
 from fastbert.check import require
-from fastbert.hf.families import (
-    Family,
-    Unsupported,
-    dropout_of,
-    family_of,
-    patched_base,
-    runs_patched,
+from fastbert.hf.families import Family, Unsupported, dropout_of
+from fastbert.hf.hooks import is_hooked
+from fastbert.hf.stack import (
+    boundary_dtype,
+    family_of_module,
+    padding_of,
+    require_encoder,
+    returns_tuples,
+    run_stack,
+    states_wanted,
 )
-from fastbert.hf.hooks import is_hooked, is_observed
 from fastbert.modules.embeddings import embed, stream_dtype
 from fastbert.modules.heads import first_tokens
-from fastbert.modules.layer import LayerParts, Rows, Sequences, run_layer, run_layers
-from fastbert.modules.masks import document_boundaries, read_mask
-from fastbert.ops.unpad import Unpadding, unpad
-from fastbert.rng import for_batch
+from fastbert.modules.layer import Rows, Sequences
+from fastbert.ops.unpad import Unpadding
+from fastbert.rng import DropoutState, for_batch
 
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-# Arguments that say nothing to an encoder, whatever their value.
-_IGNORED = {"num_items_in_batch", "seq_idx", "cache_position", "use_cache", "return_dict"}
-_BUILT_IN_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention", "fastbert")
 
 
 @dataclasses.dataclass
@@ -65,7 +63,7 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
 
     rows: (Unpadding) -> Rows, the only tokens that the last layer need compute.
     """
-    family = _family(model)
+    family = family_of_module(model)
     arguments = dict(arguments)
     input_ids = arguments.pop("input_ids", None)
     inputs_embeds = arguments.pop("inputs_embeds", None)
@@ -80,53 +78,67 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
     if is_hooked(encoder) or _is_foreign(encoder):
         raise Unsupported(f"a {type(encoder).__name__} of the user's own, or a hook on it")
     layers = encoder.layer
-    _require_encoder(model.config, layers, arguments)
+    require_encoder(model.config, layers, arguments)
     if attention_mask is not None and attention_mask.ndim not in (2, 4):
         raise Unsupported(f"an attention_mask of {attention_mask.ndim} dimensions")
 
     shape = batch, seqlen = given.shape[0], given.shape[1]
-    padding, mask = _padding(
+    padding, mask = padding_of(
         given, batch, seqlen, attention_mask, position_ids=position_ids, **packed
     )
     if position_ids is None:
         position_ids = _positions(model, family, padding, input_ids, shape, given.device)
 
-    def pack(ids: Tensor) -> Tensor:
-        return padding.pack(ids.expand(shape).to(given.device))
-
-    embeddings = model.embeddings
-    num_tokens = padding.num_tokens
     rng = None
-    if any(module.training for module in (model, embeddings, *layers)):
-        rng = for_batch(padding.cu_seqlens, num_tokens)
+    if any(module.training for module in (model, model.embeddings, *layers)):
+        rng = for_batch(padding.cu_seqlens, padding.num_tokens)
+    x = _embed(model, padding, rng, input_ids, inputs_embeds, position_ids, token_type_ids)
+    sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, mask, rng)
+    states = states_wanted(model, arguments)
+    chosen = rows(padding) if rows is not None and not states else None
+    x, hidden_states = run_stack(model, layers, x, sequences, padding, states, chosen)
+    dtype = boundary_dtype(model.embeddings.LayerNorm.weight)
+    return Encoded(x, hidden_states, padding, chosen, dtype)
+
+
+def _embed(
+    model: Any,
+    padding: Unpadding,
+    rng: DropoutState | None,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+) -> Tensor:
+    """The packed stream (T, H) before the first layer."""
+    embeddings = model.embeddings
+    has_types = family_of_module(model).has_types
     if is_hooked(embeddings) or _is_foreign(embeddings):
-        ids = {"token_type_ids": token_type_ids} if family.has_types else {}
+        types = {"token_type_ids": token_type_ids} if has_types else {}
         x = embeddings(
-            input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, **ids
+            input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, **types
         )
         x = padding.pack(x).to(stream_dtype(x))
     else:
+        shape = padding.batch_shape
+
+        def pack(ids: Tensor | None) -> Tensor | None:
+            return None if ids is None else padding.pack(ids.expand(shape))
+
         x = embed(
             embeddings.word_embeddings,
             embeddings.position_embeddings,
-            embeddings.token_type_embeddings if family.has_types else None,
+            embeddings.token_type_embeddings if has_types else None,
             embeddings.LayerNorm,
             dropout_of(embeddings.dropout),
-            None if input_ids is None else pack(input_ids),
-            pack(position_ids),
-            None if token_type_ids is None else pack(token_type_ids),
+            pack(input_ids),
+            padding.pack(position_ids.expand(shape)),
+            pack(token_type_ids),
             None if inputs_embeds is None else padding.pack(inputs_embeds),
             rng,
         )
-    if hasattr(model, "embeddings_project"):  # ELECTRA's small models embed narrower
-        x = model.embeddings_project(x)
-    sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, mask, rng)
-    states = _states_wanted(model, arguments)
-    chosen = rows(padding) if rows is not None and not states else None
-    _tell(model, layers, padding, mask, chosen)
-    x, hidden_states = _run(layers, x, sequences, padding, states, chosen)
-    dtype = _boundary_dtype(embeddings.LayerNorm.weight)
-    return Encoded(x, hidden_states, padding, chosen, dtype)
+    # ELECTRA's small models embed narrower
+    return model.embeddings_project(x) if hasattr(model, "embeddings_project") else x
 
 
 def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> Any:
@@ -136,141 +148,25 @@ def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> 
     mask = wanted.pop("attention_mask", None)
     packed = {name: wanted.pop(name, None) for name in (*_PACKED, "position_ids")}
     try:
-        _require_encoder(encoder.config, encoder.layer, wanted)
+        require_encoder(encoder.config, encoder.layer, wanted)
         batch, seqlen, _ = hidden_states.shape
-        padding, general = _padding(hidden_states, batch, seqlen, mask, **packed)
+        padding, general = padding_of(hidden_states, batch, seqlen, mask, **packed)
         x = padding.pack(hidden_states).to(stream_dtype(hidden_states))
         rng = None
         if any(layer.training for layer in encoder.layer):
             rng = for_batch(padding.cu_seqlens, x.shape[0])
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
-        _tell(encoder, encoder.layer, padding, general, None)
-        states_wanted = _states_wanted(encoder, wanted)
-        x, states = _run(encoder.layer, x, sequences, padding, states_wanted, None)
+        chosen = states_wanted(encoder, wanted)
+        x, states = run_stack(encoder, encoder.layer, x, sequences, padding, chosen, None)
     except Unsupported as reason:
         events.refused(encoder, reason)
         return original(**arguments)
-    dtype = _boundary_dtype(hidden_states)
+    dtype = boundary_dtype(hidden_states)
     output = output_class("BaseModelOutputWithPastAndCrossAttentions")(
         last_hidden_state=padding.pad(x.to(dtype)), hidden_states=_padded(states, padding, dtype)
     )
     # the first models to drop return_dict from their encoders swallow it
-    return output.to_tuple() if _returns_tuples() and wanted.get("return_dict") is False else output
-
-
-def run_one_layer(
-    layer: Any,
-    original: Callable,
-    hidden_states: Tensor,
-    *args: Any,
-    sequences: Sequences | None = None,
-    padding: Unpadding | None = None,
-    **kwargs: Any,
-) -> Any:
-    """The forward of a layer: its own, unless the packed path calls it with `sequences`.
-
-    hidden_states: (T, H), or with padding (B, S, H), as whoever hooked the layer expects to see it.
-    """
-    if sequences is None:
-        return original(hidden_states, *args, **kwargs)
-    parts = parts_of(layer)
-    if padding is None:
-        return run_layer(parts, hidden_states, sequences)
-    x = padding.pack(hidden_states).to(stream_dtype(hidden_states))
-    x = padding.pad(run_layer(parts, x, sequences).to(_boundary_dtype(hidden_states)))
-    return (x,) if _returns_tuples() else x
-
-
-def parts_of(layer: Any) -> LayerParts:
-    if not runs_patched(layer):
-        raise Unsupported(f"a {type(layer).__name__} that is not patched, or of the user's own")
-    return _family(layer).parts(layer)
-
-
-def _run(
-    layers: nn.ModuleList,
-    x: Tensor,
-    sequences: Sequences,
-    padding: Unpadding,
-    states: bool | Collection[int],
-    rows: Rows | None,
-) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
-    def call(layer: nn.Module, x: Tensor, sequences: Sequences) -> Tensor:
-        if not is_observed(layer):
-            return layer(x, sequences=sequences)
-        padded = padding.pad(x.to(_boundary_dtype(x)))
-        # what a hook sees has all rows
-        output = layer(padded, sequences=sequences.only(None), padding=padding)
-        y = padding.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
-        return y if sequences.rows is None else sequences.rows.of(y)
-
-    return run_layers(layers, x, sequences, states, rows, call)
-
-
-def _tell(
-    module: nn.Module,
-    layers: nn.ModuleList,
-    padding: Unpadding,
-    mask: Tensor | None,
-    rows: Rows | None,
-) -> None:
-    if not events.is_listening():
-        return
-    notes = []
-    if mask is not None:
-        notes.append("a general mask, so padding stays")
-    if rows is not None:
-        notes.append(f"the last layer computes {len(rows.index)} tokens")
-    observed = sum(map(is_observed, layers))
-    if observed:
-        notes.append(f"{observed} layers have hooks and see (batch, seqlen, hidden)")
-    places = padding.batch_shape[0] * padding.batch_shape[1]
-    events.packed(module, padding.num_tokens, places, "; ".join(notes))
-
-
-def _require_encoder(config: Any, layers: nn.ModuleList, arguments: dict[str, Any]) -> None:
-    """Raises Unsupported unless the packed path computes what is asked of these layers."""
-    if getattr(config, "is_decoder", False):
-        raise Unsupported("a decoder: it attends to earlier tokens only")
-    attentions = arguments.get("output_attentions")
-    if config.output_attentions if attentions is None else attentions:
-        raise Unsupported("output_attentions: the fused attention never forms the probabilities")
-    for name, value in arguments.items():
-        is_none = value is None or value is False or _all_none(value)
-        if name in _IGNORED or name.startswith("output_") or is_none:
-            continue
-        raise Unsupported(f"the argument {name}")
-    attention = getattr(config, "_attn_implementation", None) or "eager"
-    if not attention.startswith(_BUILT_IN_ATTENTION):
-        raise Unsupported(f"attn_implementation={attention!r}, an attention of the user's own")
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        raise Unsupported("tracing or export, which would fix the lengths of this batch")
-    for layer in layers:
-        parts_of(layer)
-
-
-def _all_none(value: Any) -> bool:
-    """4.57 expands a head_mask of None to a list of them."""
-    return isinstance(value, (list, tuple)) and all(one is None for one in value)
-
-
-def _padding(
-    given: Tensor,
-    batch: int,
-    seqlen: int,
-    attention_mask: Tensor | None,
-    **packed: Any,
-) -> tuple[Unpadding, Tensor | None]:
-    """How the batch packs, and the mask that attention needs beside that."""
-    if given.is_meta:
-        raise Unsupported("the meta device: a batch is packed by the values of its mask")
-    documents = document_boundaries(batch, seqlen, attention_mask, **packed)
-    if documents is not None:
-        return Unpadding.documents(*documents, seqlen), None
-    mask, general = read_mask(attention_mask, batch, seqlen)
-    if mask is None:
-        return Unpadding.dense(batch, seqlen, given.device), general
-    return unpad(mask.to(given.device)), None
+    return output.to_tuple() if returns_tuples() and wanted.get("return_dict") is False else output
 
 
 def _positions(
@@ -300,16 +196,8 @@ def _positions(
     return torch.arange(first, shape[1] + first, device=device)[None]
 
 
-def _states_wanted(module: Any, arguments: dict[str, Any]) -> bool | Collection[int]:
-    wanted = arguments.get("output_hidden_states")
-    if wanted is None:
-        wanted = module.config.output_hidden_states
-    is_choice = isinstance(wanted, (list, tuple, set)) and not _returns_tuples()
-    return wanted if is_choice else bool(wanted)
-
-
 def _model_output(model: Any, encoded: Encoded, return_dict: bool | None) -> Any:
-    family = _family(model)
+    family = family_of_module(model)
     padding, x, dtype = encoded.padding, encoded.x, encoded.dtype
     fields: dict[str, Any] = {"last_hidden_state": padding.pad(x.to(dtype))}
     pooler = getattr(model, "pooler", None)
@@ -331,30 +219,11 @@ def _padded(
     return tuple(None if x is None else padding.pad(x.to(dtype)) for x in states)
 
 
-def _boundary_dtype(x: Tensor) -> torch.dtype:
-    """Of hidden states as Hugging Face gives them: autocast runs its LayerNorm in float32."""
-    is_narrow = x.dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if is_narrow and torch.is_autocast_enabled(x.device.type) else x.dtype
-
-
 def _is_foreign(module: nn.Module) -> bool:
     return not type(module).__module__.startswith("transformers.models.")
-
-
-def _family(module: nn.Module) -> Family:
-    family = family_of(patched_base(module))
-    assert family is not None
-    return family
 
 
 def output_class(name: str) -> Callable:
     import transformers.modeling_outputs
 
     return getattr(transformers.modeling_outputs, name)
-
-
-def _returns_tuples() -> bool:
-    """Whether layers and encoders of this transformers may return tuples, as 4.57's do."""
-    import transformers
-
-    return int(transformers.__version__.partition(".")[0]) < 5

@@ -1,0 +1,165 @@
+"""The packed layers of a patched Hugging Face encoder: whether they may run, and how."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import events
+from fastbert.hf.families import Family, Unsupported, family_of, patched_base, runs_patched
+from fastbert.hf.hooks import is_observed
+from fastbert.modules.embeddings import stream_dtype
+from fastbert.modules.layer import LayerParts, Rows, Sequences, run_layer, run_layers
+from fastbert.modules.masks import document_boundaries, read_mask
+from fastbert.ops.unpad import Unpadding, unpad
+
+# Arguments that say nothing to an encoder, whatever their value.
+_IGNORED = {"num_items_in_batch", "seq_idx", "cache_position", "use_cache", "return_dict"}
+_BUILT_IN_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention", "fastbert")
+
+
+def require_encoder(config: Any, layers: nn.ModuleList, arguments: dict[str, Any]) -> None:
+    """Raises Unsupported unless the packed path computes what is asked of these layers."""
+    if getattr(config, "is_decoder", False):
+        raise Unsupported("a decoder: it attends to earlier tokens only")
+    attentions = arguments.get("output_attentions")
+    if config.output_attentions if attentions is None else attentions:
+        raise Unsupported("output_attentions: the fused attention never forms the probabilities")
+    for name, value in arguments.items():
+        is_none = value is None or value is False or _all_none(value)
+        if name in _IGNORED or name.startswith("output_") or is_none:
+            continue
+        raise Unsupported(f"the argument {name}")
+    attention = getattr(config, "_attn_implementation", None) or "eager"
+    if not attention.startswith(_BUILT_IN_ATTENTION):
+        raise Unsupported(f"attn_implementation={attention!r}, an attention of the user's own")
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise Unsupported("tracing or export, which would fix the lengths of this batch")
+    for layer in layers:
+        parts_of(layer)
+
+
+def _all_none(value: Any) -> bool:
+    """4.57 expands a head_mask of None to a list of them."""
+    return isinstance(value, (list, tuple)) and all(one is None for one in value)
+
+
+def parts_of(layer: Any) -> LayerParts:
+    if not runs_patched(layer):
+        raise Unsupported(f"a {type(layer).__name__} that is not patched, or of the user's own")
+    return family_of_module(layer).parts(layer)
+
+
+def family_of_module(module: nn.Module) -> Family:
+    family = family_of(patched_base(module))
+    assert family is not None
+    return family
+
+
+def padding_of(
+    given: Tensor,
+    batch: int,
+    seqlen: int,
+    attention_mask: Tensor | None,
+    **packed: Any,
+) -> tuple[Unpadding, Tensor | None]:
+    """How the batch packs, and the mask that attention needs beside that."""
+    if given.is_meta:
+        raise Unsupported("the meta device: a batch is packed by the values of its mask")
+    documents = document_boundaries(batch, seqlen, attention_mask, **packed)
+    if documents is not None:
+        return Unpadding.documents(*documents, seqlen), None
+    mask, general = read_mask(attention_mask, batch, seqlen)
+    if mask is None:
+        return Unpadding.dense(batch, seqlen, given.device), general
+    return unpad(mask.to(given.device)), None
+
+
+def states_wanted(module: Any, arguments: dict[str, Any]) -> bool | Collection[int]:
+    wanted = arguments.get("output_hidden_states")
+    if wanted is None:
+        wanted = module.config.output_hidden_states
+    is_choice = isinstance(wanted, (list, tuple, set)) and not returns_tuples()
+    return wanted if is_choice else bool(wanted)
+
+
+def run_stack(
+    module: nn.Module,
+    layers: nn.ModuleList,
+    x: Tensor,
+    sequences: Sequences,
+    padding: Unpadding,
+    states: bool | Collection[int],
+    rows: Rows | None,
+) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
+    """Runs the packed layers of `module`, with whatever hooks see them in (B, S, H)."""
+    _tell(module, layers, padding, sequences.mask, rows)
+
+    def call(layer: nn.Module, x: Tensor, sequences: Sequences) -> Tensor:
+        if not is_observed(layer):
+            return layer(x, sequences=sequences)
+        padded = padding.pad(x.to(boundary_dtype(x)))
+        # what a hook sees has all rows
+        output = layer(padded, sequences=sequences.only(None), padding=padding)
+        y = padding.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
+        return y if sequences.rows is None else sequences.rows.of(y)
+
+    return run_layers(layers, x, sequences, states, rows, call)
+
+
+def _tell(
+    module: nn.Module,
+    layers: nn.ModuleList,
+    padding: Unpadding,
+    mask: Tensor | None,
+    rows: Rows | None,
+) -> None:
+    if not events.is_listening():
+        return
+    notes = []
+    if mask is not None:
+        notes.append("a general mask, so padding stays")
+    if rows is not None:
+        notes.append(f"the last layer computes {len(rows.index)} tokens")
+    observed = sum(map(is_observed, layers))
+    if observed:
+        notes.append(f"{observed} layers have hooks and see (batch, seqlen, hidden)")
+    places = padding.batch_shape[0] * padding.batch_shape[1]
+    events.packed(module, padding.num_tokens, places, "; ".join(notes))
+
+
+def run_one_layer(
+    layer: Any,
+    original: Callable,
+    hidden_states: Tensor,
+    *args: Any,
+    sequences: Sequences | None = None,
+    padding: Unpadding | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The forward of a layer: its own, unless the packed path calls it with `sequences`.
+
+    hidden_states: (T, H), or with padding (B, S, H), as whoever hooked the layer expects to see it.
+    """
+    if sequences is None:
+        return original(hidden_states, *args, **kwargs)
+    parts = parts_of(layer)
+    if padding is None:
+        return run_layer(parts, hidden_states, sequences)
+    x = padding.pack(hidden_states).to(stream_dtype(hidden_states))
+    x = padding.pad(run_layer(parts, x, sequences).to(boundary_dtype(hidden_states)))
+    return (x,) if returns_tuples() else x
+
+
+def boundary_dtype(x: Tensor) -> torch.dtype:
+    """Of hidden states as Hugging Face gives them: autocast runs its LayerNorm in float32."""
+    is_narrow = x.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if is_narrow and torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def returns_tuples() -> bool:
+    """Whether layers and encoders of this transformers may return tuples, as 4.57's do."""
+    import transformers
+
+    return int(transformers.__version__.partition(".")[0]) < 5

@@ -111,16 +111,25 @@ def document_boundaries(
         + (", an attention_mask" if attention_mask is not None else ""),
     )
     assert cu_seq_lens_q is not None
-    same = cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q
+    if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q:
+        _require_same(cu_seq_lens_q, cu_seq_lens_k)
+    lengths = [length for length in (max_length_q, max_length_k) if length is not None]
+    longest = max(lengths) if lengths else int(cu_seq_lens_q.diff().max())
+    return cu_seq_lens_q.int(), int(longest)
+
+
+def _require_same(queries: Tensor, keys: Tensor) -> None:
+    is_same = keys.shape == queries.shape
+    if is_same and keys.is_cuda:
+        torch._assert_async((keys == queries).all())  # a copy, usually: not worth a wait
+    elif is_same:
+        is_same = torch.equal(keys, queries)
     require(
-        same or torch.equal(cu_seq_lens_k, cu_seq_lens_q),  # type: ignore[arg-type]
+        is_same,
         "cu_seq_lens_k",
         "the boundaries of cu_seq_lens_q: each token is a query and a key",
         "others",
     )
-    lengths = [length for length in (max_length_q, max_length_k) if length is not None]
-    longest = max(lengths) if lengths else int(cu_seq_lens_q.diff().max())
-    return cu_seq_lens_q.int(), int(longest)
 
 
 def _restarts(position_ids: Tensor) -> tuple[Tensor, int] | None:

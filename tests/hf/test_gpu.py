@@ -67,7 +67,7 @@ def test_packed_documents_make_the_host_wait_for_nothing():
         "input_ids": torch.randint(1, 3001, (1, total), device="cuda"),
         "position_ids": positions,
         "cu_seq_lens_q": cu_seqlens,
-        "cu_seq_lens_k": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens.clone(),
         "max_length_q": max(LENGTHS),
     }
     for dropout in (False, True):

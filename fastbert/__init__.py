@@ -2,7 +2,16 @@
 
 from fastbert._version import __version__
 from fastbert.config import BertConfig
-from fastbert.models import BertForMaskedLM, BertForPreTraining, BertModel
+from fastbert.models import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 from fastbert.modules.encoder import BertEncoder
 from fastbert.ops import mlm_gather
 from fastbert.packing import IGNORE_INDEX, PackedBatch
@@ -12,7 +21,12 @@ __all__ = [
     "BertConfig",
     "BertEncoder",
     "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
     "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
     "BertModel",
     "PackedBatch",
     "__version__",

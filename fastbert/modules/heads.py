@@ -1,4 +1,4 @@
-"""The pooler and the two pre-training heads."""
+"""The pooler and the pre-training heads."""
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,16 @@ class BertOnlyMLMHead(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.predictions(hidden_states)
+
+
+class BertOnlyNSPHead(nn.Module):
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, H) -> (B, 2)"""
+        return self.seq_relationship(pooled)
 
 
 class BertPreTrainingHeads(nn.Module):

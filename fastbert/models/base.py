@@ -14,7 +14,6 @@ from fastbert.config import BertConfig, changed, check_config
 from fastbert.models.inputs import ForwardOptions, Inputs, Request
 from fastbert.models.resize import resize
 from fastbert.modules.encoder import BertLayer, pad_output
-from fastbert.outputs import ModelOutput
 from fastbert.packing import PackedBatch
 
 
@@ -36,7 +35,7 @@ class BertPreTrainedModel(nn.Module):
         # loading with assign=True replaces parameters, the tied ones each by one of its own
         self.register_load_state_dict_post_hook(_tie_again)
 
-    def run(self, inputs: Inputs, options: Any, **targets: Any) -> ModelOutput | tuple:
+    def run(self, inputs: Inputs, options: Any, **targets: Any) -> Any:
         """Reads the arguments, predicts, and gives the result in the form that was asked for."""
         request = Request.read(type(self).__name__, self.config, inputs, options)
         output = self.predict(request, **targets)

@@ -55,7 +55,7 @@ class BertModel(BertPreTrainedModel):
             "with padded tensors",
         )
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self.run(inputs, options, rows=rows)  # type: ignore[return-value]
+        return self.run(inputs, options, rows=rows)
 
     def predict(self, request: Request, rows: Rows | None = None) -> BaseModelOutputWithPooling:
         batch = request.batch

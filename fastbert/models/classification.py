@@ -113,7 +113,7 @@ class BertForMultipleChoice(_Classifier):
         by_sequence = (x.flatten(0, 1) if isinstance(x, Tensor) else x for x in inputs)
         return self.run(Inputs._make(by_sequence), options, labels=labels, num_choices=num_choices)
 
-    def predict(  # type: ignore[override]
+    def predict(
         self, request: Request, labels: Tensor | None = None, num_choices: int = 1
     ) -> MultipleChoiceModelOutput:
         request = request.only(first=True)

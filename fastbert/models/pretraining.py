@@ -84,7 +84,7 @@ class BertForPreTraining(_PredictsWords):
         masked tokens, and its pair loss a mean of its batches' with the same weights.
         """
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self.run(  # type: ignore[return-value]
+        return self.run(
             inputs,
             options,
             labels=labels,
@@ -160,7 +160,7 @@ class BertForMaskedLM(_PredictsWords):
             "encoder_hidden_states": encoder_hidden_states,
             "encoder_attention_mask": encoder_attention_mask,
         }
-        return self.run(  # type: ignore[return-value]
+        return self.run(
             inputs,
             options | decoding,
             labels=labels,

@@ -55,7 +55,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         on padding or beyond the end are left out. The other arguments as in `BertModel`.
         """
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self.run(  # type: ignore[return-value]
+        return self.run(
             inputs, options, start_positions=start_positions, end_positions=end_positions
         )
 

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -92,6 +93,48 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: truncated or corrupt ({reason})") from None
 
 
+# The rest of google-research/bert's names is Hugging Face's with other separators.
+_FROM_TENSORFLOW = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r":0$", ""),
+        (r"^cls/squad/output_(weights|bias)$", r"qa_outputs/\1"),
+        (r"^output_(weights|bias)$", r"classifier/\1"),
+        (r"^(cls/seq_relationship)/output_(weights|bias)$", r"\1/\2"),
+        (r"^(cls/predictions)/output_bias$", r"\1/bias"),
+        (r"/layer_(\d+)/", r"/layer/\1/"),
+        (r"_embeddings$", r"_embeddings/weight"),
+        (r"/(gamma|kernel|weights)$", "/weight"),
+        (r"/beta$", "/bias"),
+    )
+]
+_OF_THE_OPTIMIZER = re.compile(
+    r"(^|/)(global_step|good_steps|loss_scale|beta\d_power|(adam|lamb)_[mv]|\w*Optimizer\w*)(/|:|$)",
+    re.IGNORECASE,
+)
+_TENSORFLOW_LINEARS = re.compile(r"/kernel(:0)?$")  # stored (in, out)
+
+
+def from_tensorflow(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights by Hugging Face's names, from those of google-research/bert and its fine-tunings.
+
+    tensors: arrays, or tensors, by their names in the TensorFlow checkpoint, such as
+    bert/encoder/layer_0/attention/self/query/kernel; an optimizer's slots and step are left out.
+    For `load_weights`, which refuses names that are no BERT's.
+    """
+    weights = {}
+    for name, array in tensors.items():
+        if _OF_THE_OPTIMIZER.search(name):
+            continue
+        tensor = array.detach().clone() if isinstance(array, Tensor) else torch.tensor(array)
+        if _TENSORFLOW_LINEARS.search(name):
+            tensor = tensor.T.contiguous()
+        for pattern, replacement in _FROM_TENSORFLOW:
+            name = pattern.sub(replacement, name)
+        weights[name.replace("/", ".")] = tensor
+    return weights
+
+
 def load_weights(
     model: nn.Module,
     weights: Mapping[str, Tensor],
@@ -131,19 +174,20 @@ def load_weights(
         name = reshaped[0]
         raise InputError(
             f"{source}: {name} has shape {tuple(weights[name].shape)}, "
-            f"the configuration asks for {tuple(own[name].shape)}{_remedy(name, weights[name])}"
+            f"the configuration asks for {tuple(own[name].shape)}"
+            f"{_remedy(model, name, len(weights[name]))}"
         )
     model.load_state_dict({n: t for n, t in weights.items() if n in own}, strict=False)
     return missing
 
 
-def _remedy(name: str, tensor: Tensor) -> str:
-    if not name.startswith("classifier."):
+def _remedy(model: Any, name: str, count: int) -> str:
+    if not _TASK_HEADS.match(name):
         return ""
-    return (
-        f"; load it with num_labels={len(tensor)}, or with ignore_mismatched_sizes=True to train a "
-        "new classifier"
-    )
+    rows = len(model.get_parameter(name))
+    is_sized = name.startswith("classifier.") and rows == model.config.num_labels
+    by_number = f"num_labels={count}, or with " if is_sized else ""
+    return f"; load it with {by_number}ignore_mismatched_sizes=True to draw the head anew"
 
 
 def save_weights(model: nn.Module, directory: str | Path) -> None:

@@ -4,7 +4,16 @@ from fastbert._version import __version__
 from fastbert.config import BertConfig
 from fastbert.explain import explain
 from fastbert.hf import is_patched, patch, patched_class, register_attention, unpatch
-from fastbert.models import BertForMaskedLM, BertForPreTraining, BertModel
+from fastbert.models import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 from fastbert.modules.encoder import BertEncoder
 from fastbert.ops import mlm_gather
 from fastbert.packing import IGNORE_INDEX, PackedBatch
@@ -14,7 +23,12 @@ __all__ = [
     "BertConfig",
     "BertEncoder",
     "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
     "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
     "BertModel",
     "PackedBatch",
     "__version__",

@@ -1,6 +1,7 @@
 """Weights on disk: Hugging Face's files and names in and out, and directories written whole."""
 
 import contextlib
+import json
 import os
 import pickle
 import re
@@ -8,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,9 +22,12 @@ from fastbert.check import InputError
 
 WEIGHTS = "model.safetensors"
 LEGACY_WEIGHTS = "pytorch_model.bin"
+INDEX = ".index.json"  # behind either name, where the weights are in several files
 LATEST = "latest"
+DOWNLOADS = ["*.json", "*.txt", "model*.safetensors", "pytorch_model*.bin"]
 
 # What a checkpoint or a model may have without the other: task heads and the pooler.
+_TASK_HEADS = re.compile(r"^(cls|classifier|qa_outputs|score)\.")
 _HEADS = re.compile(r"^(cls|classifier|qa_outputs|score|(bert\.)?pooler)\.")
 _BUFFERS = re.compile(r"(^|\.)embeddings\.(position_ids|token_type_ids)$")  # of older transformers
 
@@ -36,11 +41,7 @@ def resolve(name_or_directory: str | Path) -> Path:
     if directory.exists() or str(name_or_directory).startswith((".", "/", "~")):
         raise InputError(f"{directory}: no config.json there, so it is no model or run directory")
     try:
-        return Path(
-            snapshot_download(
-                str(name_or_directory), allow_patterns=["*.json", "*.txt", WEIGHTS, LEGACY_WEIGHTS]
-            )
-        )
+        return Path(snapshot_download(str(name_or_directory), allow_patterns=DOWNLOADS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
@@ -49,28 +50,104 @@ def resolve(name_or_directory: str | Path) -> Path:
 
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
-    """The tensors of model.safetensors, or of a legacy pytorch_model.bin, by name, on the CPU."""
-    safe, legacy = Path(directory) / WEIGHTS, Path(directory) / LEGACY_WEIGHTS
-    try:
-        if safe.is_file():
-            return load_file(safe)
-        if legacy.is_file():
-            return torch.load(legacy, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise InputError(f"{legacy}: truncated, corrupt, or holds more than tensors") from None
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        path = safe if safe.is_file() else legacy
-        raise InputError(f"{path}: truncated or corrupt ({reason})") from None
+    """The tensors of model.safetensors, or of a legacy pytorch_model.bin, by name, on the CPU.
+
+    Either may be in several files, which its index (model.safetensors.index.json) lists.
+    """
+    directory = Path(directory)
+    for name in (WEIGHTS, LEGACY_WEIGHTS):
+        if (directory / name).is_file():
+            return _read_file(directory / name)
+        index = directory / (name + INDEX)
+        if index.is_file():
+            weights: dict[str, Tensor] = {}
+            for shard in _shards(index):
+                weights |= _read_file(shard)
+            return weights
     raise InputError(f"{directory}: holds neither {WEIGHTS} nor {LEGACY_WEIGHTS}")
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> list[str]:
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = [index.parent / Path(name).name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{index}: not an index of weights, which has a weight_map") from None
+    for shard in shards:
+        if not shard.is_file():
+            raise InputError(
+                f"{shard}: missing, but {index.name} lists it; copy or download it again"
+            )
+    return shards
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: truncated, corrupt, or holds more than tensors") from None
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{path}: truncated or corrupt ({reason})") from None
+
+
+# The rest of google-research/bert's names is Hugging Face's with other separators.
+_FROM_TENSORFLOW = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r":0$", ""),
+        (r"^cls/squad/output_(weights|bias)$", r"qa_outputs/\1"),
+        (r"^output_(weights|bias)$", r"classifier/\1"),
+        (r"^(cls/seq_relationship)/output_(weights|bias)$", r"\1/\2"),
+        (r"^(cls/predictions)/output_bias$", r"\1/bias"),
+        (r"/layer_(\d+)/", r"/layer/\1/"),
+        (r"_embeddings$", r"_embeddings/weight"),
+        (r"/(gamma|kernel|weights)$", "/weight"),
+        (r"/beta$", "/bias"),
+    )
+]
+_OF_THE_OPTIMIZER = re.compile(
+    r"(^|/)(global_step|good_steps|loss_scale|beta\d_power|(adam|lamb)_[mv]|\w*Optimizer\w*)(/|:|$)",
+    re.IGNORECASE,
+)
+_TENSORFLOW_LINEARS = re.compile(r"/kernel(:0)?$")  # stored (in, out)
+
+
+def from_tensorflow(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights by Hugging Face's names, from those of google-research/bert and its fine-tunings.
+
+    tensors: arrays, or tensors, by their names in the TensorFlow checkpoint, such as
+    bert/encoder/layer_0/attention/self/query/kernel; an optimizer's slots and step are left out.
+    For `load_weights`, which refuses names that are no BERT's.
+    """
+    weights = {}
+    for name, array in tensors.items():
+        if _OF_THE_OPTIMIZER.search(name):
+            continue
+        tensor = array.detach().clone() if isinstance(array, Tensor) else torch.tensor(array)
+        if _TENSORFLOW_LINEARS.search(name):
+            tensor = tensor.T.contiguous()
+        for pattern, replacement in _FROM_TENSORFLOW:
+            name = pattern.sub(replacement, name)
+        weights[name.replace("/", ".")] = tensor
+    return weights
+
+
+def load_weights(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str | Path,
+    *,
+    ignore_mismatched_sizes: bool = False,
+) -> list[str]:
     """Copies `weights` into `model` by Hugging Face's names; returns the names of absent heads.
 
     Accepts checkpoints of the bare encoder (without the `bert.` prefix) and of models with other
-    heads, and the LayerNorm.gamma/beta of the first releases. Everything else that is missing,
-    unknown or of another shape is an InputError.
+    heads, and the LayerNorm.gamma/beta of the first releases. With ignore_mismatched_sizes, a head
+    of another shape counts as absent. Everything else that is missing, unknown or of another shape
+    is an InputError.
     """
     own = model.state_dict()
     weights = _with_prefix_of(own, {_modern(name): tensor for name, tensor in weights.items()})
@@ -80,11 +157,15 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
             weights.setdefault(name, weights[alias])
             del weights[alias]
 
+    reshaped = [n for n in weights if n in own and weights[n].shape != own[n].shape]
+    if ignore_mismatched_sizes:
+        for name in filter(_TASK_HEADS.match, reshaped):
+            del weights[name]
+        reshaped = [name for name in reshaped if name in weights]
     missing = [name for name in own if name not in weights and name not in tied]
     unknown = [
         n for n in weights if n not in own and not _HEADS.match(n) and not _BUFFERS.search(n)
     ]
-    reshaped = [n for n in weights if n in own and weights[n].shape != own[n].shape]
     lost = [name for name in missing if not _HEADS.match(name)]
     for problem, names in (("lacks", lost), ("has unknown", unknown)):
         if names:
@@ -94,15 +175,40 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
         raise InputError(
             f"{source}: {name} has shape {tuple(weights[name].shape)}, "
             f"the configuration asks for {tuple(own[name].shape)}"
+            f"{_remedy(model, name, len(weights[name]))}"
         )
     model.load_state_dict({n: t for n, t in weights.items() if n in own}, strict=False)
     return missing
 
 
+def _remedy(model: Any, name: str, count: int) -> str:
+    if not _TASK_HEADS.match(name):
+        return ""
+    rows = len(model.get_parameter(name))
+    is_sized = name.startswith("classifier.") and rows == model.config.num_labels
+    by_number = f"num_labels={count}, or with " if is_sized else ""
+    return f"; load it with {by_number}ignore_mismatched_sizes=True to draw the head anew"
+
+
 def save_weights(model: nn.Module, directory: str | Path) -> None:
     """Writes model.safetensors; a tied parameter is written once, under its first name."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    save_file(tensors, Path(directory) / WEIGHTS, metadata={"format": "pt"})
+    with new_file(Path(directory) / WEIGHTS) as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file that appears at `path` whole or not at all: the block writes it beside."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        beside.chmod(0o644)  # some libraries' files are for their owner alone
+        _sync(beside)
+        beside.replace(path)
+        _sync(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -164,7 +270,7 @@ def _with_prefix_of(own: Mapping[str, Tensor], weights: dict[str, Tensor]) -> di
         return weights
     if theirs:
         return {name.removeprefix("bert."): tensor for name, tensor in weights.items()}
-    return {name if name.startswith("cls.") else f"bert.{name}": t for name, t in weights.items()}
+    return {n if _TASK_HEADS.match(n) else f"bert.{n}": t for n, t in weights.items()}
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from fastbert.check import InputError, require
 
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
 # Values of config.json that would change the mathematics, with the only one this model computes.
 _ONLY = {
     "model_type": "bert",
@@ -25,8 +27,10 @@ _ONLY = {
 class BertConfig:
     """The shape of a BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805), by default base.
 
-    Names, defaults and meaning are those of Hugging Face's `BertConfig`. `extra` holds the keys of
-    a config.json that this model has no use for; they are written back as they came.
+    Names, defaults and meaning are those of Hugging Face's `BertConfig`. The labels of a classifier
+    follow from num_labels (2 unless given) or from id2label, whose length is num_labels. `extra`
+    holds the keys of a config.json that this model has no use for; they are written back as they
+    came.
     """
 
     vocab_size: int = 30522
@@ -43,11 +47,19 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = True
+    classifier_dropout: float | None = None
+    problem_type: str | None = None
+    num_labels: int = None  # type: ignore[assignment]  # a number once the object is made
+    id2label: Mapping[int, str] = None  # type: ignore[assignment]
+    label2id: Mapping[str, int] = None  # type: ignore[assignment]
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    return_dict: bool = True
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __new__(cls, **fields: Any) -> "BertConfig":
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields.keys() - set(known):
+        known = cls.field_names()
+        for name in fields.keys() - known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise TypeError(f"BertConfig: unknown option {name!r}{hint}")
@@ -73,11 +85,56 @@ class BertConfig:
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, name)
             require(0 <= value < 1, "BertConfig", f"{name} in [0, 1)", value)
+        self._complete_labels()
+        self._check_classifier()
         check_config(self)
+
+    def _complete_labels(self) -> None:
+        given, count = self.id2label, self.num_labels
+        if given is None:
+            names = _default_names(2 if count is None else count)
+        else:
+            names = {int(number): name for number, name in given.items()}
+            if count is not None and names == _default_names(len(names)):
+                names = _default_names(count)  # so that replace(config, num_labels=...) works
+        require(
+            count in (None, len(names)),
+            "BertConfig",
+            f"num_labels = {len(names)}, the number of names in id2label",
+            count,
+            "beside a new id2label give num_labels=None",
+        )
+        numbers = self.label2id
+        if numbers is None or given is None or len(given) != len(names):
+            numbers = {name: number for number, name in names.items()}
+        for field, value in (
+            ("num_labels", len(names)), ("id2label", names), ("label2id", numbers)
+        ):  # fmt: skip
+            object.__setattr__(self, field, value)
+
+    def _check_classifier(self) -> None:
+        require(
+            self.problem_type in (None, *PROBLEM_TYPES),
+            "BertConfig",
+            f"problem_type to be one of {', '.join(PROBLEM_TYPES)}",
+            repr(self.problem_type),
+        )
+        require(
+            self.problem_type != "single_label_classification" or self.num_labels > 1,
+            "BertConfig",
+            "num_labels of at least 2 for single_label_classification, whose loss is else always 0",
+            self.num_labels,
+        )
+        p = self.classifier_dropout
+        require(p is None or 0 <= p < 1, "BertConfig", "classifier_dropout in [0, 1) or None", p)
 
     @property
     def hidden_size_per_head(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def field_names(cls) -> set[str]:
+        return {field.name for field in dataclasses.fields(cls)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "BertConfig":
@@ -89,18 +146,19 @@ class BertConfig:
                     f"config.json: {key} = {value!r} would change the mathematics of the model; "
                     f"only {only!r} is supported"
                 )
-        known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
+        known = cls.field_names() - {"extra"}
         own = {key: value for key, value in values.items() if key in known}
         rest = {k: v for k, v in values.items() if k not in known and k != "model_type"}
         return cls(**own, extra=rest)
 
     def to_dict(self) -> dict[str, Any]:
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        own = {name: getattr(self, name) for name in self.field_names()}
+        del own["extra"], own["num_labels"]  # id2label says it, as in Hugging Face's config.json
         return {"model_type": "bert", **self.extra, **own}
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> "BertConfig":
-        """Reads `directory`/config.json."""
+    def from_pretrained(cls, directory: str | Path, **changes: Any) -> "BertConfig":
+        """Reads `directory`/config.json, as if `changes` stood there."""
         path = Path(directory) / "config.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -110,8 +168,10 @@ class BertConfig:
             raise InputError(f"{path}: not readable as JSON ({error})") from None
         if not isinstance(values, dict):
             raise InputError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        if changes.keys() & {"num_labels", "id2label"}:  # not those of the checkpoint's classifier
+            values = {k: v for k, v in values.items() if k not in ("id2label", "label2id")}
         try:
-            return cls.from_dict(values)
+            return cls.from_dict(values | changes)
         except InputError:
             raise
         except (TypeError, ValueError) as error:
@@ -126,6 +186,19 @@ class BertConfig:
             )
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (Path(directory) / "config.json").write_text(text, encoding="utf-8")
+
+
+def _default_names(count: int) -> dict[int, str]:
+    return {number: f"LABEL_{number}" for number in range(count)}
+
+
+def changed(config: Any, **changes: Any) -> Any:
+    """The configuration with other values: a copy of ours, a Hugging Face object itself."""
+    if isinstance(config, BertConfig):
+        return dataclasses.replace(config, **changes)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
 
 
 def check_config(config: Any) -> None:

@@ -66,7 +66,7 @@ class BaseModelOutput(ModelOutput):
     and after the last."""
 
     last_hidden_state: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
 
@@ -87,7 +87,7 @@ class BaseModelOutputWithPooling(ModelOutput):
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
 
@@ -98,15 +98,49 @@ class BertForPreTrainingOutput(ModelOutput):
     loss: Tensor | None = None
     prediction_logits: Tensor | None = None
     seq_relationship_logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclasses.dataclass
-class MaskedLMOutput(ModelOutput):
-    """loss: (); logits: (B, S, V) or (T, V) packed."""
-
+class _LossAndLogits(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclasses.dataclass
+class MaskedLMOutput(_LossAndLogits):
+    """loss: (); logits: (B, S, V), or (T, V) packed."""
+
+
+@dataclasses.dataclass
+class NextSentencePredictorOutput(_LossAndLogits):
+    """loss: (); logits: (B, 2)."""
+
+
+@dataclasses.dataclass
+class SequenceClassifierOutput(_LossAndLogits):
+    """loss: (); logits: (B, num_labels)."""
+
+
+@dataclasses.dataclass
+class TokenClassifierOutput(_LossAndLogits):
+    """loss: (); logits: (B, S, num_labels), or (T, num_labels) packed."""
+
+
+@dataclasses.dataclass
+class MultipleChoiceModelOutput(_LossAndLogits):
+    """loss: (); logits: (B, num_choices)."""
+
+
+@dataclasses.dataclass
+class QuestionAnsweringModelOutput(ModelOutput):
+    """loss: (); start_logits, end_logits: (B, S), or (T,) packed."""
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None

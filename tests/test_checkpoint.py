@@ -211,3 +211,216 @@ def test_a_full_disk_leaves_the_previous_checkpoint_loadable(tmp_path):
     assert done.stdout.split() == ["1", "1"], done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     fastbert.BertModel.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_sharded_checkpoints_are_read_and_a_missing_shard_is_named(kind, tmp_path):
+    theirs = transformers.BertForPreTraining(transformers.BertConfig(**SHAPE)).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="4KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    if kind == "bin":  # which transformers no longer writes
+        text = (tmp_path / "model.safetensors.index.json").read_text()
+        for shard in shards:
+            bin_name = shard.name.replace("model", "pytorch_model").replace("safetensors", "bin")
+            text = text.replace(shard.name, bin_name)
+            torch.save(load_file(shard), tmp_path / bin_name)
+            shard.unlink()
+        (tmp_path / "model.safetensors.index.json").unlink()
+        (tmp_path / "pytorch_model.bin.index.json").write_text(text)
+        shards = sorted(tmp_path.glob("pytorch_model-*.bin"))
+    ours = fastbert.BertForPreTraining.from_pretrained(tmp_path)
+    torch.testing.assert_close(ours(IDS).prediction_logits, theirs(IDS).prediction_logits)
+    shards[1].unlink()
+    with pytest.raises(InputError, match=f"{shards[1].name}: missing, but .*index.json lists it"):
+        fastbert.BertForPreTraining.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_a_damaged_index_is_named(text, saved):
+    _, directory = saved
+    (directory / checkpoint.WEIGHTS).unlink()
+    (directory / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json: not an index"):
+        fastbert.BertModel.from_pretrained(directory)
+
+
+def test_an_index_reads_no_file_outside_its_directory(saved, tmp_path):
+    _, directory = saved
+    inner = directory / "inner"
+    inner.mkdir()
+    (directory / "config.json").rename(inner / "config.json")
+    index = {"weight_map": {"a": f"../{checkpoint.WEIGHTS}"}}
+    (inner / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"inner/model\.safetensors: missing"):
+        fastbert.BertModel.from_pretrained(inner)
+
+
+def test_downloads_include_shards_and_their_index(monkeypatch):
+    from fnmatch import fnmatch
+
+    asked = {}
+    monkeypatch.setattr(
+        checkpoint, "snapshot_download", lambda name, allow_patterns: asked.setdefault(
+            name, allow_patterns
+        ) and "there"
+    )  # fmt: skip
+    checkpoint.resolve("some/model")
+    for name in (
+        *("config.json", "vocab.txt", "model.safetensors", "model.safetensors.index.json"),
+        *("model-00001-of-00002.safetensors", "pytorch_model-00001-of-00002.bin"),
+    ):
+        assert any(fnmatch(name, pattern) for pattern in asked["some/model"]), name
+
+
+HEADS = {
+    "SequenceClassification": "classifier",
+    "TokenClassification": "classifier",
+    "MultipleChoice": "classifier",
+    "QuestionAnswering": "qa_outputs",
+    "NextSentencePrediction": "cls.seq_relationship",
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "head"),
+    [
+        *(("BertModel", head) for head in HEADS),
+        *(("BertForMaskedLM", head) for head in HEADS),
+        ("BertForTokenClassification", "QuestionAnswering"),
+        ("BertForTokenClassification", "NextSentencePrediction"),
+    ],
+)
+def test_a_head_is_drawn_anew_over_another_models_encoder(source, head, tmp_path):
+    theirs = getattr(transformers, source)(transformers.BertConfig(**SHAPE))
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=rf"{HEADS[head]}\.weight.*drawn anew"):
+        model = getattr(fastbert, f"BertFor{head}").from_pretrained(tmp_path)
+    name = "encoder.layer.1.output.dense.weight"
+    assert torch.equal(model.bert.get_parameter(name), theirs.base_model.get_parameter(name))
+
+
+def test_classifiers_go_both_ways_with_their_labels(tmp_path):
+    labels = {"id2label": {0: "no", 1: "yes", 2: "maybe"}}
+    theirs = transformers.BertForSequenceClassification(transformers.BertConfig(**SHAPE, **labels))
+    theirs.save_pretrained(tmp_path)
+    ours = fastbert.BertForSequenceClassification.from_pretrained(tmp_path)
+    assert ours.config.id2label == labels["id2label"]
+    torch.testing.assert_close(ours(IDS).logits, theirs.eval()(IDS).logits)
+    ours.classifier.weight.data += 1
+    ours.save_pretrained(tmp_path)
+    again = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert again.config.id2label == labels["id2label"]
+    torch.testing.assert_close(ours(IDS).logits, again(IDS).logits)
+
+
+def test_another_number_of_labels_names_the_fix(tmp_path):
+    three = fastbert.BertForSequenceClassification(fastbert.BertConfig(**SHAPE, num_labels=3))
+    three.save_pretrained(tmp_path)
+    load = fastbert.BertForSequenceClassification.from_pretrained
+    with pytest.raises(InputError, match=r"classifier\.bias has shape.*num_labels=3, or with"):
+        load(tmp_path, num_labels=5)
+    with pytest.warns(UserWarning, match=r"classifier\.weight, classifier\.bias not in"):
+        model = load(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    assert model(IDS).logits.shape == (2, 5)
+    rewrite(tmp_path, lambda w: w.update({QUERY: torch.ones(3, 3)}))
+    with pytest.raises(InputError, match=QUERY):
+        load(tmp_path, ignore_mismatched_sizes=True)
+
+
+def tensorflow_name(name: str) -> tuple[str, bool]:
+    """google-research/bert's name of a weight, and whether it is stored transposed; by hand."""
+    heads = {
+        "cls.predictions.bias": "cls/predictions/output_bias",
+        "cls.seq_relationship.weight": "cls/seq_relationship/output_weights",
+        "cls.seq_relationship.bias": "cls/seq_relationship/output_bias",
+        "classifier.weight": "output_weights",
+        "classifier.bias": "output_bias",
+        "qa_outputs.weight": "cls/squad/output_weights",
+        "qa_outputs.bias": "cls/squad/output_bias",
+    }
+    if name in heads:
+        return heads[name], False
+    *path, module, kind = name.split(".")
+    if module.endswith("_embeddings"):
+        return "/".join([*path, module]), False
+    if module == "LayerNorm":
+        kind = {"weight": "gamma", "bias": "beta"}[kind]
+    transposed = kind == "weight"
+    kind = "kernel" if transposed else kind
+    return "/".join([*path, module, kind]).replace("layer/", "layer_"), transposed
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch"])
+@pytest.mark.parametrize("head", ["PreTraining", "SequenceClassification", "QuestionAnswering"])
+def test_tensorflow_checkpoints_become_hugging_faces(head, form):
+    theirs = getattr(transformers, f"BertFor{head}")(transformers.BertConfig(**SHAPE)).eval()
+    for parameter in theirs.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    tensors = {"global_step": torch.tensor(7)}
+    for name, tensor in theirs.named_parameters():
+        other, transposed = tensorflow_name(name)
+        tensors[other] = tensor.detach().T if transposed else tensor.detach()
+        tensors[f"{other}/adam_m"] = tensors[f"{other}/adam_v"] = tensors[other]
+    assert "bert/encoder/layer_0/attention/self/query/kernel" in tensors
+    assert "bert/embeddings/LayerNorm/gamma" in tensors
+    if form == "numpy":
+        tensors = {name: tensor.numpy() for name, tensor in tensors.items()}
+    weights = checkpoint.from_tensorflow(tensors)
+    expected = dict(theirs.named_parameters())
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, expected[name]), name
+    ours = getattr(fastbert, f"BertFor{head}")(fastbert.BertConfig(**SHAPE)).eval()
+    assert checkpoint.load_weights(ours, weights, "bert_model.ckpt") == []
+    torch.testing.assert_close(ours(IDS)[0], theirs(IDS)[0])
+    with pytest.raises(InputError, match=r"unknown bert\.encoder\.gate"):
+        checkpoint.load_weights(ours, weights | {"bert.encoder.gate": IDS}, "bert_model.ckpt")
+
+
+def test_the_official_names_of_a_tensorflow_checkpoint():
+    """As `tf.train.list_variables` gives them for uncased_L-12_H-768_A-12, and its fine-tunings."""
+    kernel = torch.arange(6.0).view(2, 3)
+    names = {
+        "bert/embeddings/word_embeddings": "bert.embeddings.word_embeddings.weight",
+        "bert/embeddings/LayerNorm/beta": "bert.embeddings.LayerNorm.bias",
+        "bert/encoder/layer_11/attention/output/LayerNorm/gamma": (
+            "bert.encoder.layer.11.attention.output.LayerNorm.weight"
+        ),
+        "bert/encoder/layer_0/intermediate/dense/kernel": (
+            "bert.encoder.layer.0.intermediate.dense.weight"
+        ),
+        "bert/pooler/dense/bias": "bert.pooler.dense.bias",
+        "cls/predictions/transform/dense/kernel:0": "cls.predictions.transform.dense.weight",
+        "cls/predictions/output_bias": "cls.predictions.bias",
+        "cls/seq_relationship/output_weights": "cls.seq_relationship.weight",
+        "cls/squad/output_bias": "qa_outputs.bias",
+        "output_weights": "classifier.weight",
+    }
+    slots = ["global_step", "bert/pooler/dense/kernel/adam_v", "beta1_power", "loss_scale:0"]
+    slots.append("bert/pooler/dense/kernel/AdamWeightDecayOptimizer_1")
+    weights = checkpoint.from_tensorflow(dict.fromkeys([*names, *slots], kernel))
+    assert list(weights) == list(names.values())
+    for name, tensor in zip(names, weights.values(), strict=True):
+        assert torch.equal(tensor, kernel.T if "kernel" in name else kernel), name
+
+
+def test_an_interrupted_save_leaves_the_previous_files(saved, monkeypatch):
+    model, directory = saved
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+
+    def stop(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", stop)
+    model.cls.predictions.bias.data += 1
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(directory)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_the_fix_for_a_head_that_does_not_follow_num_labels(tmp_path):
+    fastbert.BertForTokenClassification(fastbert.BertConfig(**SHAPE)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"asks for \(1,\); load it with ignore_mismatched_sizes"):
+        fastbert.BertForMultipleChoice.from_pretrained(tmp_path)

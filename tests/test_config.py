@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -100,3 +101,52 @@ def test_what_is_not_given_is_the_presets():
 def test_impossible_options_are_named(change):
     with pytest.raises(InputError, match=f"--{next(iter(change)).replace('_', '-')}:"):
         PretrainConfig(**change)
+
+
+def test_labels_follow_num_labels_or_id2label():
+    assert BertConfig().id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    config = BertConfig(num_labels=3)
+    assert config.label2id == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
+    config = dataclasses.replace(config, num_labels=1)
+    assert (config.num_labels, config.label2id) == (1, {"LABEL_0": 0})
+    config = BertConfig(id2label={"0": "no", "1": "yes", "2": "both"})
+    assert (config.num_labels, config.label2id["both"]) == (3, 2)
+    with pytest.raises(ValueError, match="expected num_labels = 3"):
+        dataclasses.replace(config, num_labels=2)
+    with pytest.raises(ValueError, match="problem_type to be one of regression"):
+        BertConfig(problem_type="ranking")
+    with pytest.raises(ValueError, match="at least 2 for single_label_classification"):
+        BertConfig(problem_type="single_label_classification", num_labels=1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_labels": 3},
+        {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}},
+        {"problem_type": "regression", "num_labels": 1, "classifier_dropout": 0.3},
+    ],
+    ids=["default", "number", "names", "regression"],
+)
+def test_a_classifiers_config_json_reads_alike_on_both_sides(fields, tmp_path):
+    names = ("num_labels", "id2label", "label2id", "problem_type", "classifier_dropout")
+    theirs, ours = transformers.BertConfig(**fields), BertConfig(**fields)
+    for name in names:
+        assert getattr(ours, name) == getattr(theirs, name), name
+    theirs.save_pretrained(tmp_path)
+    read = BertConfig.from_pretrained(tmp_path)
+    ours.save_pretrained(tmp_path)
+    back = transformers.BertConfig.from_pretrained(tmp_path)
+    for name in names:
+        assert getattr(read, name) == getattr(theirs, name), name
+        assert getattr(back, name) == getattr(theirs, name), name
+    assert "num_labels" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_a_checkpoints_config_is_read_with_other_labels(tmp_path):
+    BertConfig(id2label={0: "a", 1: "b", 2: "c"}, hidden_size=24).save_pretrained(tmp_path)
+    config = BertConfig.from_pretrained(tmp_path, num_labels=2)
+    assert (config.id2label, config.hidden_size) == ({0: "LABEL_0", 1: "LABEL_1"}, 24)
+    config = BertConfig.from_pretrained(tmp_path, id2label={0: "x"})
+    assert (config.num_labels, config.label2id) == (1, {"x": 0})

@@ -1,29 +1,66 @@
-"""What all models share: initialization, tied weights, loading and saving."""
+"""What all models share: the call, initialization, tied weights, loading, saving, recomputation."""
 
+import functools
 import json
 import warnings
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from fastbert import checkpoint
-from fastbert.config import BertConfig, check_config
+from fastbert.config import BertConfig, changed, check_config
+from fastbert.models.inputs import ForwardOptions, Inputs, Request
+from fastbert.models.resize import resize
+from fastbert.modules.encoder import BertLayer, pad_output
+from fastbert.packing import PackedBatch
 
 
 class BertPreTrainedModel(nn.Module):
     """Base of the models.
 
-    `config` is a `fastbert.BertConfig` or a Hugging Face object, kept by reference.
+    `config` is a `fastbert.BertConfig` or a Hugging Face object, kept by reference. A model has a
+    `forward` with Hugging Face's arguments, which calls `run`, and a `predict`, which computes.
     """
 
     base_model_prefix: ClassVar[str] = "bert"
+    supports_gradient_checkpointing: ClassVar[bool] = True
     config: Any
 
     def __init__(self, config) -> None:
         super().__init__()
         check_config(config)
         self.config = config
+        # loading with assign=True replaces parameters, the tied ones each by one of its own
+        self.register_load_state_dict_post_hook(_tie_again)
+
+    def run(self, inputs: Inputs, options: Any, **targets: Any) -> Any:
+        """Reads the arguments, predicts, and gives the result in the form that was asked for."""
+        request = Request.read(type(self).__name__, self.config, inputs, options)
+        output = self.predict(request, **targets)
+        if request.padding is not None:
+            dtype = self.base_model.embeddings.LayerNorm.weight.dtype
+            output = pad_output(output, request.padding, dtype)
+        return output if request.return_dict else output.to_tuple()
+
+    def predict(self, request: Request) -> Any:
+        """The output for a request; packed hidden states, everything else in its final form."""
+        raise NotImplementedError
+
+    def encode(self, request: Request) -> Any:
+        """What the heads read: all tokens' last hidden states (T, H), or the wanted rows'."""
+        return self.base_model(
+            request.batch,
+            rows=request.rows,
+            output_hidden_states=request.output_hidden_states,
+            output_attentions=False,
+            return_dict=True,
+        )
+
+    @property
+    def base_model(self) -> Any:
+        return getattr(self, self.base_model_prefix, self)
 
     def initialize(self) -> None:
         """Draws the weights as BERT does, and ties the decoder to the word embeddings."""
@@ -43,22 +80,92 @@ class BertPreTrainedModel(nn.Module):
             decoder.weight = self.get_input_embeddings().weight
 
     def get_input_embeddings(self) -> nn.Embedding:
-        base: Any = getattr(self, self.base_model_prefix, self)
-        return base.embeddings.word_embeddings
+        return self.base_model.embeddings.word_embeddings
+
+    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
+        self.base_model.embeddings.word_embeddings = embeddings
 
     def get_output_embeddings(self) -> nn.Linear | None:
         return None
 
+    def set_output_embeddings(self, decoder: nn.Linear) -> None:
+        raise NotImplementedError(f"{type(self).__name__} has no output embeddings")
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Gives the word embeddings, and the decoder, `new_num_tokens` rows; see `resize`.
+
+        The model then has a configuration with the new vocab_size: a new one in place of ours,
+        which cannot be changed, and the same object where it is Hugging Face's.
+        """
+        embeddings, decoder = self.get_input_embeddings(), self.get_output_embeddings()
+        count = embeddings.num_embeddings if new_num_tokens is None else new_num_tokens
+        count += -count % (pad_to_multiple_of or 1)
+        if count == embeddings.num_embeddings:
+            return embeddings
+        std = None if mean_resizing else self.config.initializer_range
+        resize(embeddings, count, std)
+        if decoder is not None:
+            resize(decoder, count, std)
+            self.set_output_embeddings(decoder)
+        config = changed(self.config, vocab_size=count)
+        for module in self.modules():
+            if getattr(module, "config", None) is self.config and module is not self:
+                module.config = config
+        self.config = config
+        self.tie_weights()
+        return embeddings
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Keeps only each layer's input for the backward pass, which computes the layer again.
+
+        gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`, by default
+        use_reentrant=False. Dropout draws the same masks again, as they follow from their places.
+        """
+        options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        for layer in self._layers():
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = functools.partial(recompute, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        for layer in self._layers():
+            layer.gradient_checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return any(layer.gradient_checkpointing for layer in self._layers())
+
+    def _layers(self) -> list[BertLayer]:
+        return [module for module in self.modules() if isinstance(module, BertLayer)]
+
     @classmethod
-    def from_pretrained(cls, name_or_directory: str | Path, **options: Any) -> Self:
+    def from_pretrained(
+        cls,
+        name_or_directory: str | Path,
+        *,
+        ignore_mismatched_sizes: bool = False,
+        **options: Any,
+    ) -> Self:
         """A model in eval mode, with the weights of a Hugging Face directory, a run, or a hub name.
 
-        `options` go to the constructor. Parameters of a head that the checkpoint lacks are drawn
-        anew, with a warning; anything else that is missing or does not fit is an InputError.
+        `options` that are fields of `BertConfig`, such as num_labels, stand in place of the
+        checkpoint's; the others go to the constructor. Parameters of a head that the checkpoint
+        lacks, or with ignore_mismatched_sizes has in another shape, are drawn anew, with a warning;
+        anything else that is missing or does not fit is an InputError.
         """
         directory = checkpoint.resolve(name_or_directory)
-        model = cls(BertConfig.from_pretrained(directory), **options)
-        absent = checkpoint.load_weights(model, checkpoint.read_weights(directory), directory)
+        changes = {name: options.pop(name) for name in options.keys() & BertConfig.field_names()}
+        model = cls(BertConfig.from_pretrained(directory, **changes), **options)
+        weights = checkpoint.read_weights(directory)
+        absent = checkpoint.load_weights(
+            model, weights, directory, ignore_mismatched_sizes=ignore_mismatched_sizes
+        )
         if absent:
             warnings.warn(
                 f"{directory}: {', '.join(absent)} not in the checkpoint, so drawn anew: train "
@@ -68,12 +175,40 @@ class BertPreTrainedModel(nn.Module):
         return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes config.json and model.safetensors, which Hugging Face's from_pretrained loads."""
+        """Writes config.json and model.safetensors, which Hugging Face's from_pretrained loads.
+
+        Each file appears whole or not at all, in place of an older one.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self.config.save_pretrained(directory)
-        path = directory / "config.json"
-        written = json.loads(path.read_text(encoding="utf-8"))
-        written["architectures"] = [type(self).__name__]
-        path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         checkpoint.save_weights(self, directory)
+        with checkpoint.new_file(directory / "config.json") as path:
+            values = self.config.to_dict() | {"architectures": [type(self).__name__]}
+            path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class LabelledModel(BertPreTrainedModel):
+    """A model whose one target is called `labels`."""
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **options: Unpack[ForwardOptions],
+    ) -> Any:
+        """The loss where labels are given, and the scores; what the labels are, the class says.
+
+        input_ids: (B, S) int64, or a PackedBatch; attention_mask: see `read_mask`; token_type_ids,
+        position_ids: (B, S), by default zeros and the column; inputs_embeds: (B, S, H) instead of
+        input_ids; options: see `ForwardOptions`.
+        """
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self.run(inputs, options, labels=labels)
+
+
+def _tie_again(model: BertPreTrainedModel, _: Any) -> None:
+    model.tie_weights()

@@ -1,13 +1,16 @@
 """`BertModel`: embeddings, encoder and pooler."""
 
+from typing import Unpack
+
 from torch import Tensor
 
 from fastbert.check import require
 from fastbert.models.base import BertPreTrainedModel
-from fastbert.models.inputs import pack_inputs
+from fastbert.models.inputs import ForwardOptions, Inputs, Request
 from fastbert.modules.embeddings import BertEmbeddings
-from fastbert.modules.encoder import BertEncoder, pad_output, refuse_attentions
+from fastbert.modules.encoder import BertEncoder
 from fastbert.modules.heads import BertPooler, first_tokens
+from fastbert.modules.layer import Rows
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.packing import PackedBatch
 from fastbert.rng import for_batch
@@ -31,22 +34,31 @@ class BertModel(BertPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         *,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        return_dict: bool = True,
+        rows: Rows | None = None,
+        **options: Unpack[ForwardOptions],
     ) -> BaseModelOutputWithPooling | tuple:
         """Hidden states of every token, and each sequence's pooled first token.
 
         input_ids: (B, S) int64, or a PackedBatch alone; attention_mask: see `read_mask`;
         token_type_ids, position_ids: (B, S), by default zeros and the column; inputs_embeds:
-        (B, S, H) instead of input_ids. Returns last_hidden_state (B, S, H) with zeros at padded
-        positions, or (T, H) for a PackedBatch, and pooler_output (B, H), which reads the first
-        *real* token of each sequence.
+        (B, S, H) instead of input_ids; options: see `ForwardOptions`. Returns last_hidden_state
+        (B, S, H) with zeros at padded positions, or (T, H) for a PackedBatch, and pooler_output
+        (B, H), which reads the first *real* token of each sequence, and of each document.
+
+        rows: with a PackedBatch, the only tokens that the last layer computes, the first of each
+        sequence among them if there is a pooler; last_hidden_state is then (M, H).
         """
-        refuse_attentions(output_attentions)
-        batch, padding = pack_inputs(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        require(
+            rows is None or isinstance(input_ids, PackedBatch),
+            "BertModel",
+            "rows with a PackedBatch",
+            "with padded tensors",
         )
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self.run(inputs, options, rows=rows)
+
+    def predict(self, request: Request, rows: Rows | None = None) -> BaseModelOutputWithPooling:
+        batch = request.batch
         self._check_positions(batch)
         rng = None
         if self.training:
@@ -64,21 +76,19 @@ class BertModel(BertPreTrainedModel):
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
             mask=batch.attention_mask,
-            output_hidden_states=output_hidden_states,
+            output_hidden_states=request.output_hidden_states,
             rng=rng,
+            rows=rows,
         )
-        hidden_states = encoded.last_hidden_state
         pooled = None
         if self.pooler is not None:
-            pooled = self.pooler(first_tokens(hidden_states, batch.cu_seqlens))
-        output = BaseModelOutputWithPooling(
-            last_hidden_state=hidden_states,
+            cu_seqlens = batch.cu_seqlens if rows is None else rows.cu_seqlens
+            pooled = self.pooler(first_tokens(encoded.last_hidden_state, cu_seqlens))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=encoded.last_hidden_state,
             pooler_output=pooled,
             hidden_states=encoded.hidden_states,
         )
-        if padding is not None:
-            output = pad_output(output, padding, self.embeddings.LayerNorm.weight.dtype)
-        return output if return_dict else output.to_tuple()
 
     def _check_positions(self, batch: PackedBatch) -> None:
         longest = self.config.max_position_embeddings

@@ -1,32 +1,166 @@
-"""From Hugging Face's arguments to a packed batch."""
+"""What one forward pass was asked for: Hugging Face's arguments, read into a packed batch."""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any, NamedTuple, Self, TypedDict
 
 import torch
 from torch import Tensor
 
 from fastbert.check import require
-from fastbert.modules.masks import read_mask
+from fastbert.modules.encoder import refuse_attentions, refuse_unknown
+from fastbert.modules.layer import Rows
+from fastbert.modules.masks import document_boundaries, read_mask
 from fastbert.ops.unpad import Unpadding, unpad
-from fastbert.packing import PackedBatch
+from fastbert.packing import IGNORE_INDEX, PackedBatch
 
 
-def pack_inputs(
-    input_ids: Tensor | PackedBatch | None,
-    attention_mask: Tensor | None = None,
-    token_type_ids: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    inputs_embeds: Tensor | None = None,
-    labels: Tensor | None = None,
-    next_sentence_label: Tensor | None = None,
-) -> tuple[PackedBatch, Unpadding | None]:
+class Inputs(NamedTuple):
+    """The arguments that all models begin with, in Hugging Face's order."""
+
+    input_ids: Tensor | PackedBatch | None
+    attention_mask: Tensor | None
+    token_type_ids: Tensor | None
+    position_ids: Tensor | None
+    inputs_embeds: Tensor | None
+
+
+class ForwardOptions(TypedDict, total=False):
+    """What every model's forward takes by keyword; what is None is the configuration's.
+
+    output_hidden_states: True for the embeddings and each layer's output, or a list of layer
+        numbers for these layers' outputs with None for the others
+    return_dict: False for a tuple of the fields that are not None
+    num_items_in_batch: what the summed loss is divided by instead of the number of labels here:
+        those of all batches of an optimizer step, as Hugging Face's Trainer counts them
+    cu_seq_lens_q, max_length_q: (documents + 1,) int32 and a number, where one row of a batch
+        (1, S) holds several documents; the same for _k
+    """
+
+    output_hidden_states: bool | Collection[int] | None
+    output_attentions: bool | None
+    return_dict: bool | None
+    num_items_in_batch: int | Tensor | None
+    cu_seq_lens_q: Tensor | None
+    cu_seq_lens_k: Tensor | None
+    max_length_q: int | None
+    max_length_k: int | None
+
+
+_DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """One call of a model. T packed tokens of B sequences, of which M rows are wanted.
+
+    batch: the tokens; padding: how to restore the padded form, None where packed input came and
+    packed output goes; output_hidden_states, return_dict, num_items: see `ForwardOptions`;
+    rows: the only tokens whose last hidden state is read, None for all.
+    """
+
+    batch: PackedBatch
+    padding: Unpadding | None
+    output_hidden_states: bool | Collection[int]
+    return_dict: bool
+    num_items: int | Tensor | None
+    rows: Rows | None = None
+
+    @classmethod
+    def read(cls, who: str, config: Any, inputs: Inputs, options: dict[str, Any]) -> Self:
+        """Raises ValueError for arguments that do not fit together, and for unknown ones."""
+        options = dict(options)
+        documents = {name: options.pop(name, None) for name in _DOCUMENTS}
+        hidden_states = options.pop("output_hidden_states", None)
+        attentions = options.pop("output_attentions", None)
+        return_dict = options.pop("return_dict", None)
+        num_items = options.pop("num_items_in_batch", None)
+        refuse_unknown(who, options)
+        refuse_attentions(config.output_attentions if attentions is None else attentions)
+        batch, padding = pack_inputs(inputs, documents)
+        return cls(
+            batch,
+            padding,
+            config.output_hidden_states if hidden_states is None else hidden_states,
+            config.return_dict if return_dict is None else return_dict,
+            num_items,
+        )
+
+    def labelled(self, labels: Tensor | None) -> Self:
+        """With `labels`, (B, S) like the ids, as the batch's; those at padding are dropped."""
+        batch = self.batch
+        if labels is not None:
+            require(
+                self.padding is not None,
+                "labels",
+                "None beside a PackedBatch, whose labels are a field of it",
+                tuple(labels.shape),
+            )
+            assert self.padding is not None
+            batch = dataclasses.replace(batch, labels=_packed(self.padding, "labels", labels))
+        if batch.labels is not None and batch.num_labels is None:
+            # the one place where the host waits to learn how many there are
+            count = int((batch.labels != IGNORE_INDEX).sum())
+            batch = dataclasses.replace(batch, num_labels=count)
+        return dataclasses.replace(self, batch=batch)
+
+    def labelled_pairs(self, next_sentence_label: Tensor | None) -> Self:
+        """With (B,) labels, or (B, 1), as the batch's."""
+        if next_sentence_label is None:
+            return self
+        require(
+            self.batch.next_sentence_label is None,
+            "next_sentence_label",
+            "None beside a PackedBatch that has the field",
+            tuple(next_sentence_label.shape),
+        )
+        batch = dataclasses.replace(self.batch, next_sentence_label=next_sentence_label.view(-1))
+        return dataclasses.replace(self, batch=batch)
+
+    def only(self, *, first: bool = False, labelled: bool = False) -> Self:
+        """Wanting no tokens but these, unless hidden states are asked for; see `wanted_rows`."""
+        if self.output_hidden_states:
+            return self
+        return dataclasses.replace(
+            self, rows=wanted_rows(self.batch, first=first, labelled=labelled)
+        )
+
+    def padded(self, tokens: Tensor) -> Tensor:
+        """(T, ...) -> (B, S, ...) with zeros at padding, where the input was padded."""
+        return tokens if self.padding is None else self.padding.pad(tokens)
+
+
+def wanted_rows(batch: PackedBatch, *, first: bool, labelled: bool) -> Rows:
+    """Each sequence's first token, the tokens with a label, or both; the last layer computes these.
+
+    The host waits for nothing where the batch has num_labels.
+    """
+    length = batch.num_tokens
+    wanted = torch.zeros(length + 1, dtype=torch.bool, device=batch.device)
+    capacity = 0
+    if first:  # an empty sequence has its successor's place, or the one behind all
+        wanted[batch.cu_seqlens[:-1].long()] = True
+        capacity += batch.num_sequences
+    wanted = wanted[:-1]
+    if labelled:
+        assert batch.labels is not None
+        is_labelled = batch.labels != IGNORE_INDEX
+        wanted = wanted | is_labelled
+        capacity += int(is_labelled.sum()) if batch.num_labels is None else batch.num_labels
+    longest = batch.max_seqlen if labelled else min(batch.max_seqlen, 1)
+    return Rows.where(wanted, batch.cu_seqlens, longest, min(capacity, length))
+
+
+def pack_inputs(inputs: Inputs, documents: dict[str, Any]) -> tuple[PackedBatch, Unpadding | None]:
     """The batch without its padding, and how to restore the padded form (None for a PackedBatch).
 
-    Without `position_ids`, a token's position is its column, as Hugging Face counts it, also where
-    the padding is on the left. Labels at padded positions are dropped with their tokens.
+    Without position_ids, a token's position is its column, as Hugging Face counts it, also where
+    the padding is on the left; and its place in its own document, where a row holds several.
     """
+    input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = inputs
     if isinstance(input_ids, PackedBatch):
-        others = (attention_mask, token_type_ids, position_ids, inputs_embeds, labels)
         require(
-            all(other is None for other in (*others, next_sentence_label)),
+            all(other is None for other in (*inputs[1:], *documents.values())),
             "model",
             "a PackedBatch alone",
             "other tensors beside it",
@@ -48,33 +182,45 @@ def pack_inputs(
         "input_ids (batch, seqlen) or inputs_embeds (batch, seqlen, hidden)",
         tuple(given.shape),
     )
-    shape = batch_size, seqlen = given.shape[0], given.shape[1]
-    mask, general_mask = read_mask(attention_mask, batch_size, seqlen)
-    if mask is None:
-        padding = Unpadding.dense(batch_size, seqlen, device=given.device)
+    batch_size, seqlen = given.shape[:2]
+    boundaries = document_boundaries(
+        batch_size, seqlen, attention_mask, position_ids=position_ids, **documents
+    )
+    general_mask = None
+    if boundaries is not None:
+        padding = Unpadding.documents(*boundaries, seqlen)
     else:
-        padding = unpad(mask)
-
-    def packed(name: str, tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        try:
-            tensor = tensor.expand(shape)
-        except RuntimeError:
-            require(False, "model", f"{name} of shape {tuple(shape)}", tuple(tensor.shape))
-        return padding.pack(tensor)
+        mask, general_mask = read_mask(attention_mask, batch_size, seqlen)
+        dense = Unpadding.dense(batch_size, seqlen, given.device)
+        padding = dense if mask is None else unpad(mask)
 
     if position_ids is None:
         position_ids = torch.arange(seqlen, device=given.device)
+        if boundaries is not None:
+            starts = padding.cu_seqlens[:-1].long()
+            position_ids = position_ids - starts.repeat_interleave(
+                padding.cu_seqlens.diff(), output_size=seqlen
+            )
+    by_token = {
+        "input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids
+    }  # fmt: skip
     batch = PackedBatch(
-        input_ids=packed("input_ids", input_ids),
+        **{
+            name: _packed(padding, name, tensor)
+            for name, tensor in by_token.items()
+            if tensor is not None
+        },  # type: ignore[arg-type]
         inputs_embeds=None if inputs_embeds is None else padding.pack(inputs_embeds),
         cu_seqlens=padding.cu_seqlens,
         max_seqlen=padding.max_seqlen,
-        position_ids=packed("position_ids", position_ids),  # type: ignore[arg-type]
-        token_type_ids=packed("token_type_ids", token_type_ids),
-        labels=packed("labels", labels),
         attention_mask=general_mask,
-        next_sentence_label=None if next_sentence_label is None else next_sentence_label.view(-1),
     )
     return batch, padding
+
+
+def _packed(padding: Unpadding, name: str, tensor: Tensor) -> Tensor:
+    try:
+        tensor = tensor.expand(padding.batch_shape)
+    except RuntimeError:
+        require(False, "model", f"{name} of shape {padding.batch_shape}", tuple(tensor.shape))
+    return padding.pack(tensor)

@@ -1,67 +1,56 @@
-"""The pre-training models: masked language modelling, with and without next-sentence prediction."""
+"""The models of pre-training: masked language modelling, next-sentence prediction, and both."""
 
-from typing import NamedTuple
+from typing import Any, Unpack
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert.models.base import BertPreTrainedModel
+from fastbert.check import require
+from fastbert.models.base import BertPreTrainedModel, LabelledModel
 from fastbert.models.bert import BertModel
-from fastbert.models.inputs import pack_inputs
-from fastbert.modules.encoder import pad_output
-from fastbert.modules.heads import BertLMPredictionHead, BertOnlyMLMHead, BertPreTrainingHeads
-from fastbert.modules.linear import is_plain
-from fastbert.ops.linear_cross_entropy import linear_cross_entropy
-from fastbert.ops.mlm_gather import mlm_gather
-from fastbert.outputs import BertForPreTrainingOutput, MaskedLMOutput
-from fastbert.packing import IGNORE_INDEX, PackedBatch
+from fastbert.models.inputs import ForwardOptions, Inputs, Request
+from fastbert.models.losses import score_classes, score_masked
+from fastbert.modules.heads import BertOnlyMLMHead, BertOnlyNSPHead, BertPreTrainingHeads
+from fastbert.outputs import BertForPreTrainingOutput, MaskedLMOutput, NextSentencePredictorOutput
+from fastbert.packing import PackedBatch
 
 
-class Scored(NamedTuple):
-    """How well the rows that have something to predict are predicted; each a ().
+class _PredictsWords(BertPreTrainedModel):
+    """A model with a decoder to the vocabulary, tied to the word embeddings.
 
-    loss_sum: cross-entropy summed over these rows, in float32 or wider, 0 if there are none;
-    correct: how many targets have the highest score; num_rows: how many rows there are.
+    In training mode with labels its head runs on the masked positions alone, and there are no
+    logits. `return_logits=True` asks for them all the same; `return_logits=False`, or
+    `skip_logits=True`, leaves them out always. Where they and hidden states are left out, the last
+    layer computes only the tokens that the losses read.
     """
 
-    loss_sum: Tensor
-    correct: Tensor
-    num_rows: Tensor
+    cls: Any
 
-    def loss(self) -> Tensor:
-        """Mean cross-entropy; a finite 0 with zero gradients if there is no row."""
-        return self.loss_sum / self.num_rows.clamp(min=1)
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.cls.predictions.decoder
 
+    def set_output_embeddings(self, decoder: nn.Linear) -> None:
+        self.cls.predictions.decoder = decoder
+        self.cls.predictions.bias = decoder.bias
 
-def score_masked(head: BertLMPredictionHead, hidden_states: Tensor, batch: PackedBatch) -> Scored:
-    """Runs the MLM head on the masked positions of (T, H) hidden states, and on no other."""
-    assert batch.labels is not None
-    rows, targets, _, count = mlm_gather(hidden_states, batch.labels, capacity=batch.num_labels)
-    rows, decoder = head.transform(rows), head.decoder
-    if is_plain(decoder):
-        loss_sum, correct = linear_cross_entropy(
-            rows, decoder.weight, decoder.bias, targets, reduction="sum", return_correct=True
+    def tie_weights(self) -> None:
+        super().tie_weights()
+        self.cls.predictions.decoder.bias = self.cls.predictions.bias
+
+    def _wants_logits(
+        self, has_loss: bool, return_logits: bool | None, skip_logits: bool | None
+    ) -> bool:
+        require(
+            return_logits is None or skip_logits is None or return_logits != skip_logits,
+            type(self).__name__,
+            "return_logits and skip_logits that agree",
+            f"{return_logits} and {skip_logits}",
         )
-    else:
-        loss_sum, correct = _score(decoder(rows), targets)
-    return Scored(loss_sum, correct, count)
+        if skip_logits is not None:
+            return not skip_logits
+        return not (has_loss and self.training) if return_logits is None else return_logits
 
 
-def score_pairs(logits: Tensor, batch: PackedBatch) -> Scored:
-    """(B, 2) next-sentence scores with their labels."""
-    labels = batch.next_sentence_label
-    assert labels is not None
-    return Scored(*_score(logits, labels), (labels != IGNORE_INDEX).sum())
-
-
-def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    loss_sum = F.cross_entropy(logits.to(wide), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    return loss_sum, (logits.argmax(-1) == targets).sum()
-
-
-class BertForPreTraining(BertPreTrainedModel):
+class BertForPreTraining(_PredictsWords):
     """BERT with both heads of its pre-training (Devlin et al. 2018), as in Hugging Face."""
 
     def __init__(self, config) -> None:
@@ -69,9 +58,6 @@ class BertForPreTraining(BertPreTrainedModel):
         self.bert = BertModel(config)
         self.cls = BertPreTrainingHeads(config)
         self.initialize()
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.cls.predictions.decoder
 
     def forward(
         self,
@@ -83,52 +69,64 @@ class BertForPreTraining(BertPreTrainedModel):
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
         *,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        return_dict: bool = True,
         return_logits: bool | None = None,
+        skip_logits: bool | None = None,
+        **options: Unpack[ForwardOptions],
     ) -> BertForPreTrainingOutput | tuple:
         """The sum of both losses where both labels are given, and the heads' scores.
 
         labels: (B, S) int64, the token to predict or -100; next_sentence_label: (B,) int64, 0
-        where the second segment follows the first; the other arguments as in `BertModel`.
-        prediction_logits (B, S, V), with zeros at padded positions, or (T, V) for a PackedBatch,
-        are left out in training mode with labels, where the head runs on the masked positions
-        alone; return_logits=True asks for them all the same, return_logits=False never has them.
+        where the second segment follows the first; the other arguments as in `BertModel`; when
+        prediction_logits (B, S, V), or (T, V) for a PackedBatch, are there, the class says.
+
+        num_items_in_batch is a number of masked tokens: the sum of both losses' means is weighted
+        by this batch's share of them. An optimizer step's word loss is then the mean over all its
+        masked tokens, and its pair loss a mean of its batches' with the same weights.
         """
-        batch, padding = pack_inputs(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            labels,
-            next_sentence_label,
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self.run(
+            inputs,
+            options,
+            labels=labels,
+            next_sentence_label=next_sentence_label,
+            return_logits=return_logits,
+            skip_logits=skip_logits,
         )
-        encoded = self.bert(
-            batch, output_hidden_states=output_hidden_states, output_attentions=output_attentions
-        )
+
+    def predict(
+        self,
+        request: Request,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        return_logits: bool | None = None,
+        skip_logits: bool | None = None,
+    ) -> BertForPreTrainingOutput:
+        request = request.labelled(labels).labelled_pairs(next_sentence_label)
+        batch, predictions = request.batch, self.cls.predictions
+        pair_labels = batch.next_sentence_label
+        has_loss = batch.labels is not None and pair_labels is not None
+        wants_logits = self._wants_logits(has_loss, return_logits, skip_logits)
+        if has_loss and not wants_logits:
+            request = request.only(first=True, labelled=True)
+        encoded = self.encode(request)
         hidden_states = encoded.last_hidden_state
         pair_logits = self.cls.seq_relationship(encoded.pooler_output)
         loss = None
-        if batch.labels is not None and batch.next_sentence_label is not None:
-            masked = score_masked(self.cls.predictions, hidden_states, batch)
-            loss = masked.loss() + score_pairs(pair_logits, batch).loss()
-        if return_logits is None:
-            return_logits = loss is None or not self.training
-        output = BertForPreTrainingOutput(
+        if has_loss:
+            assert pair_labels is not None
+            words = score_masked(predictions, hidden_states, batch, request.rows)
+            loss = words.loss() + score_classes(pair_logits, pair_labels).loss()
+            if request.num_items is not None:
+                loss = words._replace(loss_sum=loss * words.num_rows).loss(request.num_items)
+        return BertForPreTrainingOutput(
             loss=loss,
-            prediction_logits=self.cls.predictions(hidden_states) if return_logits else None,
+            prediction_logits=request.padded(predictions(hidden_states)) if wants_logits else None,
             seq_relationship_logits=pair_logits,
             hidden_states=encoded.hidden_states,
         )
-        if padding is not None:
-            dtype = self.bert.embeddings.LayerNorm.weight.dtype
-            output = pad_output(output, padding, dtype)
-        return output if return_dict else output.to_tuple()
 
 
-class BertForMaskedLM(BertPreTrainedModel):
+class BertForMaskedLM(_PredictsWords):
     """BERT with the masked-language-modelling head alone, as in Hugging Face."""
 
     def __init__(self, config) -> None:
@@ -137,9 +135,6 @@ class BertForMaskedLM(BertPreTrainedModel):
         self.cls = BertOnlyMLMHead(config)
         self.initialize()
 
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.cls.predictions.decoder
-
     def forward(
         self,
         input_ids: Tensor | PackedBatch | None = None,
@@ -147,32 +142,78 @@ class BertForMaskedLM(BertPreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: None = None,
+        encoder_attention_mask: None = None,
         labels: Tensor | None = None,
         *,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        return_dict: bool = True,
         return_logits: bool | None = None,
+        skip_logits: bool | None = None,
+        **options: Unpack[ForwardOptions],
     ) -> MaskedLMOutput | tuple:
-        """The masked-LM loss where labels are given, and the scores; see `BertForPreTraining`."""
-        batch, padding = pack_inputs(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, labels
+        """The masked-LM loss where labels are given, and the scores; see `BertForPreTraining`.
+
+        encoder_hidden_states, encoder_attention_mask: Hugging Face's places for a decoder's
+        arguments, which are refused.
+        """
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        decoding = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+        }
+        return self.run(
+            inputs,
+            options | decoding,
+            labels=labels,
+            return_logits=return_logits,
+            skip_logits=skip_logits,
         )
-        encoded = self.bert(
-            batch, output_hidden_states=output_hidden_states, output_attentions=output_attentions
-        )
+
+    def predict(
+        self,
+        request: Request,
+        labels: Tensor | None = None,
+        return_logits: bool | None = None,
+        skip_logits: bool | None = None,
+    ) -> MaskedLMOutput:
+        request = request.labelled(labels)
+        has_loss = request.batch.labels is not None
+        wants_logits = self._wants_logits(has_loss, return_logits, skip_logits)
+        if has_loss and not wants_logits:
+            request = request.only(labelled=True)
+        encoded = self.encode(request)
         hidden_states = encoded.last_hidden_state
         loss = None
-        if batch.labels is not None:
-            loss = score_masked(self.cls.predictions, hidden_states, batch).loss()
-        if return_logits is None:
-            return_logits = loss is None or not self.training
-        output = MaskedLMOutput(
+        if has_loss:
+            words = score_masked(self.cls.predictions, hidden_states, request.batch, request.rows)
+            loss = words.loss(request.num_items)
+        return MaskedLMOutput(
             loss=loss,
-            logits=self.cls(hidden_states) if return_logits else None,
+            logits=request.padded(self.cls(hidden_states)) if wants_logits else None,
             hidden_states=encoded.hidden_states,
         )
-        if padding is not None:
-            dtype = self.bert.embeddings.LayerNorm.weight.dtype
-            output = pad_output(output, padding, dtype)
-        return output if return_dict else output.to_tuple()
+
+
+class BertForNextSentencePrediction(LabelledModel):
+    """BERT with the next-sentence head alone, as in Hugging Face.
+
+    labels: (B,) int64, 0 where the second segment follows the first, 1 where it is a random one; by
+    default a PackedBatch's next_sentence_label.
+    """
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config)
+        self.cls = BertOnlyNSPHead(config)
+        self.initialize()
+
+    def predict(
+        self, request: Request, labels: Tensor | None = None
+    ) -> NextSentencePredictorOutput:
+        request = request.labelled_pairs(labels).only(first=True)
+        encoded = self.encode(request)
+        logits, labels = self.cls(encoded.pooler_output), request.batch.next_sentence_label
+        return NextSentencePredictorOutput(
+            loss=None if labels is None else score_classes(logits, labels).loss(request.num_items),
+            logits=logits,
+            hidden_states=encoded.hidden_states,
+        )

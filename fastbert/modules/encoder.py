@@ -180,7 +180,7 @@ class BertEncoder(nn.Module):
             "one",
             "cu_seqlens says where the sequences end",
         )
-        _refuse_unknown(kwargs)
+        refuse_unknown("BertEncoder", kwargs)
         assert cu_seqlens is not None
         assert max_seqlen is not None
         sequences = Sequences(cu_seqlens, max_seqlen, mask, rng)
@@ -198,7 +198,7 @@ class BertEncoder(nn.Module):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        _refuse_unknown(kwargs)
+        refuse_unknown("BertEncoder", kwargs)
         batch, seqlen, _ = hidden_states.shape
         documents = document_boundaries(
             batch, seqlen, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k,
@@ -271,14 +271,20 @@ def _captured_around() -> dict[str, list]:
     return collected or {}
 
 
-def _refuse_unknown(kwargs: dict[str, Any]) -> None:
+def refuse_unknown(who: str, kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
         if isinstance(value, (list, tuple)) and all(one is None for one in value):
             continue  # a head_mask of None, as transformers 4.57 hands it on
         if name in _IGNORED or value is None or value is False:
             continue
         refuse_attentions(name == "output_attentions")
-        require(False, "BertEncoder", "no further arguments", f"{name}={value!r}")
+        require(
+            False,
+            who,
+            "only arguments that an encoder has a use for",
+            name,
+            "leave it out, or use a model patched by fastbert.patch",
+        )
 
 
 def refuse_attentions(output_attentions: bool) -> None:
@@ -293,10 +299,9 @@ def refuse_attentions(output_attentions: bool) -> None:
 
 
 def pad_output(output: Output, padding: Unpadding, dtype: torch.dtype) -> Output:
-    """The padded form of an output whose token tensors are packed: (T, ...) -> (B, S, ...).
+    """The padded form of an output whose hidden states are packed: (T, H) -> (B, S, H).
 
-    Hidden states come back in `dtype`, as Hugging Face's do, which autocast keeps in float32;
-    logits stay in the precision they were computed in.
+    They come back in `dtype`, as Hugging Face's do, which autocast keeps in float32.
     """
 
     def padded(hidden_states: Tensor) -> Tensor:
@@ -308,6 +313,4 @@ def pad_output(output: Output, padding: Unpadding, dtype: torch.dtype) -> Output
         )
     if output.get("last_hidden_state") is not None:
         output.last_hidden_state = padded(output.last_hidden_state)
-    for name in output.keys() & {"logits", "prediction_logits"}:
-        output[name] = padding.pad(output[name])
     return output

@@ -1,4 +1,4 @@
-"""The pooler and the two pre-training heads."""
+"""The pooler and the pre-training heads."""
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,16 @@ class BertOnlyMLMHead(nn.Module):
         return self.predictions(hidden_states)
 
 
+class BertOnlyNSPHead(nn.Module):
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, H) -> (B, 2)"""
+        return self.seq_relationship(pooled)
+
+
 class BertPreTrainingHeads(nn.Module):
     def __init__(self, config) -> None:
         super().__init__()
@@ -64,7 +74,7 @@ class BertPreTrainingHeads(nn.Module):
 def first_tokens(hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(T, H) -> (B, H): each sequence's first token, zeros for a sequence of length 0."""
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
-    if not hidden_states.shape[0]:
-        return hidden_states.new_zeros(starts.shape[0], hidden_states.shape[1])
+    if not hidden_states.shape[0]:  # a sum over no rows: zeros that hand back a gradient
+        return hidden_states.sum(0, keepdim=True).expand(starts.shape[0], -1)
     rows = hidden_states[starts.clamp(max=hidden_states.shape[0] - 1).long()]
     return torch.where((ends > starts)[:, None], rows, 0.0)

@@ -42,11 +42,16 @@ class Rows:
         """The tokens that `wanted` (T,) bool marks, at most `capacity` of them; no host waits."""
         kept = compact(wanted[None], 0, capacity)
         before = torch.cat([wanted.new_zeros(1), wanted]).cumsum(0, dtype=torch.int32)
-        return cls(kept.positions, kept.slots, before[cu_seqlens.long()], max_seqlen)
+        begins = before[cu_seqlens.long()].clamp(max=capacity)
+        return cls(kept.positions, kept.slots, begins, max_seqlen)
 
     def of(self, x: Tensor) -> Tensor:
         """(T, H) -> (M, H), zeros in spare rows."""
         return gather_rows(x, self.index, self.inverse)
+
+    def take(self, values: Tensor, spare: int) -> Tensor:
+        """(T,) -> (M,), `spare` in spare rows."""
+        return torch.where(self.index >= 0, values[self.index.clamp(min=0)], spare)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

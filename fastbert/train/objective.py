@@ -5,7 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastbert.models.pretraining import BertForPreTraining, score_masked, score_pairs
+from fastbert.models.inputs import wanted_rows
+from fastbert.models.losses import score_classes, score_masked
+from fastbert.models.pretraining import BertForPreTraining
 from fastbert.packing import PackedBatch
 
 
@@ -57,10 +59,13 @@ class PretrainingObjective(nn.Module):
 
     def forward(self, batch: PackedBatch, num_targets: int, num_pairs: int) -> Result:
         """num_targets, num_pairs: masked tokens and sentence pairs in the whole batch."""
-        encoded = self.model.bert(batch)
+        rows = wanted_rows(batch, first=True, labelled=True)
+        encoded = self.model.bert(batch, rows=rows)
         heads = self.model.cls
-        words = score_masked(heads.predictions, encoded.last_hidden_state, batch)
-        pairs = score_pairs(heads.seq_relationship(encoded.pooler_output), batch)
+        words = score_masked(heads.predictions, encoded.last_hidden_state, batch, rows)
+        pair_logits = heads.seq_relationship(encoded.pooler_output)
+        assert batch.next_sentence_label is not None
+        pairs = score_classes(pair_logits, batch.next_sentence_label)
         mlm_loss, nsp_loss = words.loss_sum, pairs.loss_sum
         loss = mlm_loss / max(num_targets, 1) + self.nsp_weight * nsp_loss / max(num_pairs, 1)
         with torch.no_grad():

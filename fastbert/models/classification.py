@@ -1,0 +1,126 @@
+"""The models that classify: sequences, tokens, and the choices of a question."""
+
+from typing import Unpack
+
+from torch import Tensor, nn
+
+from fastbert.check import require
+from fastbert.models.base import LabelledModel
+from fastbert.models.bert import BertModel
+from fastbert.models.inputs import ForwardOptions, Inputs, Request
+from fastbert.models.losses import score_classes, score_sequences
+from fastbert.outputs import (
+    MultipleChoiceModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from fastbert.packing import PackedBatch
+
+
+class _Classifier(LabelledModel):
+    """BERT, dropout and a linear classifier of `num_classes`."""
+
+    def __init__(self, config, num_classes: int, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = BertModel(config, add_pooling_layer)
+        p = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if p is None else p)
+        self.classifier = nn.Linear(config.hidden_size, num_classes)
+        self.initialize()
+
+
+class BertForSequenceClassification(_Classifier):
+    """BERT with a classifier of whole sequences, as in Hugging Face.
+
+    labels: (B,) classes, or (B, num_labels) numbers, or floats 0 and 1, by config.problem_type; see
+    `score_sequences`, also for a problem_type of None.
+    """
+
+    def __init__(self, config) -> None:
+        super().__init__(config, config.num_labels)
+
+    def predict(self, request: Request, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        request = request.only(first=True)
+        encoded = self.encode(request)
+        logits, loss = self.classifier(self.dropout(encoded.pooler_output)), None
+        if labels is not None:
+            scored = score_sequences(logits, labels, self.config.problem_type)
+            loss = scored.loss(request.num_items)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states
+        )
+
+
+class BertForTokenClassification(_Classifier):
+    """BERT with a classifier of tokens, as in Hugging Face; labels: (B, S) classes or -100."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config, config.num_labels, add_pooling_layer=False)
+
+    def predict(self, request: Request, labels: Tensor | None = None) -> TokenClassifierOutput:
+        request = request.labelled(labels)
+        encoded = self.encode(request)
+        logits = self.classifier(self.dropout(encoded.last_hidden_state))
+        labels = request.batch.labels
+        return TokenClassifierOutput(
+            loss=None if labels is None else score_classes(logits, labels).loss(request.num_items),
+            logits=request.padded(logits),
+            hidden_states=encoded.hidden_states,
+        )
+
+
+class BertForMultipleChoice(_Classifier):
+    """BERT with a score for each of a question's choices, as in Hugging Face."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config, 1)
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        num_choices: int | None = None,
+        **options: Unpack[ForwardOptions],
+    ) -> MultipleChoiceModelOutput | tuple:
+        """The loss where labels are given, and the scores (B, C).
+
+        input_ids and what goes with it: (B, C, S), or (B, C, S, H), as in `BertModel`, or a
+        PackedBatch of B * C sequences, a question's choices in a row, with num_choices; labels:
+        (B,) int64, the right choice or -100.
+        """
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if isinstance(given, Tensor):
+            require(
+                given.ndim == (3 if inputs_embeds is None else 4),
+                "BertForMultipleChoice",
+                "input_ids (batch, choices, seqlen) or inputs_embeds of one dimension more",
+                tuple(given.shape),
+            )
+            num_choices = given.shape[1]
+        require(
+            num_choices is not None,
+            "BertForMultipleChoice",
+            "num_choices beside a PackedBatch",
+            None,
+        )
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        by_sequence = (x.flatten(0, 1) if isinstance(x, Tensor) else x for x in inputs)
+        return self.run(Inputs._make(by_sequence), options, labels=labels, num_choices=num_choices)
+
+    def predict(
+        self, request: Request, labels: Tensor | None = None, num_choices: int = 1
+    ) -> MultipleChoiceModelOutput:
+        request = request.only(first=True)
+        encoded = self.encode(request)
+        logits = self.classifier(self.dropout(encoded.pooler_output)).view(-1, num_choices)
+        return MultipleChoiceModelOutput(
+            loss=None if labels is None else score_classes(logits, labels).loss(request.num_items),
+            logits=logits,
+            hidden_states=encoded.hidden_states,
+        )

@@ -1,0 +1,102 @@
+"""Losses as sums with their counts, so that an optimizer step may normalise them over all batches.
+
+B sequences, T tokens, L labels.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.check import require
+from fastbert.modules.heads import BertLMPredictionHead
+from fastbert.modules.layer import Rows
+from fastbert.modules.linear import is_plain
+from fastbert.ops.linear_cross_entropy import linear_cross_entropy
+from fastbert.ops.mlm_gather import mlm_gather
+from fastbert.packing import IGNORE_INDEX, PackedBatch
+
+
+class Scored(NamedTuple):
+    """How well the rows that have something to predict are predicted; each a ().
+
+    loss_sum: the loss summed over these rows, in float32 or wider, 0 if there are none; num_rows:
+    how many rows there are; correct: how many targets have the highest score, 0 where targets are
+    numbers.
+    """
+
+    loss_sum: Tensor
+    num_rows: Tensor
+    correct: Tensor
+
+    def loss(self, num_items: Tensor | int | None = None) -> Tensor:
+        """The mean, or the sum by num_items; a finite 0 with zero gradients if there is no row."""
+        count = self.num_rows if num_items is None else num_items
+        if isinstance(count, Tensor):
+            return self.loss_sum / count.to(self.loss_sum.device).clamp(min=1)
+        return self.loss_sum / max(count, 1)
+
+
+def score_masked(
+    head: BertLMPredictionHead, hidden_states: Tensor, batch: PackedBatch, rows: Rows | None = None
+) -> Scored:
+    """Runs the MLM head on the masked positions of (T, H) hidden states, and on no other.
+
+    Where only `rows` of them were computed, hidden_states is (M, H).
+    """
+    labels = batch.labels
+    assert labels is not None
+    if rows is not None:
+        labels = rows.take(labels, IGNORE_INDEX)
+    masked, targets, _, count = mlm_gather(hidden_states, labels, capacity=batch.num_labels)
+    masked, decoder = head.transform(masked), head.decoder
+    if not is_plain(decoder):
+        return score_classes(decoder(masked), targets)
+    loss_sum, correct = linear_cross_entropy(
+        masked, decoder.weight, decoder.bias, targets, reduction="sum", return_correct=True
+    )
+    return Scored(loss_sum, count, correct)
+
+
+def score_classes(logits: Tensor, targets: Tensor) -> Scored:
+    """Cross-entropy of (T, L) scores with (T,) targets, of which -100 do not count."""
+    targets = targets.long()
+    loss_sum = F.cross_entropy(_wide(logits), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    is_counted = targets != IGNORE_INDEX
+    return Scored(loss_sum, is_counted.sum(), (logits.argmax(-1) == targets).sum())
+
+
+def score_sequences(logits: Tensor, labels: Tensor, problem_type: str | None) -> Scored:
+    """Squared error, cross-entropy or binary cross-entropies of (B, L) scores.
+
+    labels: (B,) classes for single_label_classification; (B, L) numbers for regression, or for
+    multi_label_classification. A problem_type of None is inferred as Hugging Face does: regression
+    for L = 1, otherwise single label for integers and multi-label for floats. As there, means of
+    the last two are over all B * L numbers.
+    """
+    if problem_type is None:
+        if logits.shape[1] == 1:
+            problem_type = "regression"
+        elif labels.dtype in (torch.int64, torch.int32):
+            problem_type = "single_label_classification"
+        else:
+            problem_type = "multi_label_classification"
+    shape, is_single = tuple(logits.shape), problem_type == "single_label_classification"
+    require(
+        labels.numel() == logits.shape[0] * (1 if is_single else logits.shape[1]),
+        "labels",
+        f"shape {shape[:1] if is_single else shape} for {problem_type}",
+        tuple(labels.shape),
+    )
+    if is_single:
+        return score_classes(logits, labels.flatten())
+    logits = _wide(logits)
+    labels = labels.reshape(logits.shape).to(logits.dtype)
+    of = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
+    count = torch.full((), logits.numel(), device=logits.device)
+    return Scored(of(logits, labels, reduction="sum"), count, torch.zeros_like(count))
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

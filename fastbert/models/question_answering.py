@@ -1,0 +1,101 @@
+"""`BertForQuestionAnswering`: where in a text an answer begins and ends."""
+
+from typing import Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbert.check import require
+from fastbert.models.base import BertPreTrainedModel
+from fastbert.models.bert import BertModel
+from fastbert.models.inputs import ForwardOptions, Inputs, Request
+from fastbert.models.losses import Scored, score_classes
+from fastbert.ops.unpad import Unpadding
+from fastbert.outputs import QuestionAnsweringModelOutput
+from fastbert.packing import IGNORE_INDEX, PackedBatch
+
+
+class BertForQuestionAnswering(BertPreTrainedModel):
+    """BERT with scores of where an answer begins and ends, as in Hugging Face.
+
+    The scores compete among the real tokens of a sequence. In Hugging Face's model, padding takes
+    part too, so that there the loss depends on how wide the batch is; here the scores of padding
+    are the dtype's lowest number, which no softmax sees and no argmax takes.
+    """
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        require(
+            self.num_labels == 2,
+            "BertForQuestionAnswering",
+            "num_labels = 2, for a start and an end",
+            self.num_labels,
+        )
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.initialize()
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **options: Unpack[ForwardOptions],
+    ) -> QuestionAnsweringModelOutput | tuple:
+        """The mean of both ends' losses where both are given, and their scores.
+
+        start_positions, end_positions: (B,) int64, a column, or the place in its sequence or
+        document where the input is packed; negative ones count as 0, as in Hugging Face, and those
+        on padding or beyond the end are left out. The other arguments as in `BertModel`.
+        """
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self.run(
+            inputs, options, start_positions=start_positions, end_positions=end_positions
+        )
+
+    def predict(
+        self,
+        request: Request,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+    ) -> QuestionAnsweringModelOutput:
+        encoded = self.encode(request)
+        logits = self.qa_outputs(encoded.last_hidden_state)  # (T, 2)
+        batch, padding = request.batch, request.padding
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            by_sequence = padding
+            if by_sequence is None or by_sequence.batch_shape[0] != batch.num_sequences:
+                by_sequence = Unpadding.from_cu_seqlens(
+                    batch.cu_seqlens, batch.max_seqlen, batch.num_tokens
+                )
+            starts, ends = _by_column(logits, by_sequence)
+            begin, end = _score(starts, start_positions), _score(ends, end_positions)
+            loss = (begin.loss(request.num_items) + end.loss(request.num_items)) / 2
+        starts, ends = logits.unbind(-1) if padding is None else _by_column(logits, padding)
+        return QuestionAnsweringModelOutput(
+            loss=loss, start_logits=starts, end_logits=ends, hidden_states=encoded.hidden_states
+        )
+
+
+def _by_column(logits: Tensor, padding: Unpadding) -> tuple[Tensor, Tensor]:
+    """(T, 2) -> (B, S) twice, with the lowest number at padding."""
+    is_real = padding.pad(torch.ones_like(logits[:, 0], dtype=torch.bool))
+    scores = padding.pad(logits).masked_fill(~is_real[..., None], torch.finfo(logits.dtype).min)
+    starts, ends = scores.unbind(-1)
+    return starts, ends
+
+
+def _score(scores: Tensor, positions: Tensor) -> Scored:
+    """Cross-entropy of (B, S) scores with (B,) or (B, 1) columns."""
+    lowest, beyond = torch.finfo(scores.dtype).min, scores.shape[1]
+    scores = F.pad(scores, (0, 1), value=lowest)  # the place of all columns that do not exist
+    columns = positions.view(-1, 1).clamp(0, beyond)
+    is_real = scores.gather(1, columns) > lowest
+    return score_classes(scores, torch.where(is_real, columns, IGNORE_INDEX).squeeze(1))

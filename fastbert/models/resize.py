@@ -1,0 +1,35 @@
+"""Tables of another vocabulary size."""
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def resize(table: nn.Embedding | nn.Linear, count: int, std: float | None) -> None:
+    """Gives an embedding, or a decoder, `count` rows in new parameters; the first ones stay.
+
+    Rows beyond the old ones are drawn with the given std around 0; for None, next to the mean of
+    the old ones, so that a decoder's probabilities hardly change at first (Hewitt 2021,
+    https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
+    """
+    table.weight = _resized(table.weight, count, std)
+    if isinstance(table, nn.Embedding):
+        table.num_embeddings = count
+        if table.padding_idx is not None and table.padding_idx >= count:
+            table.padding_idx = None
+        return
+    table.out_features = count
+    if table.bias is not None:
+        table.bias = _resized(table.bias, count, None if std is None else 0.0)
+
+
+def _resized(old: Tensor, count: int, std: float | None) -> nn.Parameter:
+    added = max(count - len(old), 0)
+    noise = torch.randn(added, *old.shape[1:], device=old.device, dtype=old.dtype)
+    if std is None:
+        wide = old.to(torch.promote_types(old.dtype, torch.float32))
+        extra = wide.mean(0) + 3e-5 * wide.std(0) * noise
+    else:
+        extra = std * noise
+    rows = torch.cat([old[:count], extra.to(old.dtype)])
+    return nn.Parameter(rows, requires_grad=old.requires_grad)

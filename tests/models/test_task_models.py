@@ -1,0 +1,324 @@
+"""Each model against transformers: outputs, loss and all gradients, on the same weights.
+
+Hugging Face's model runs the right-padded batch; ours the same sequences padded right or left, or
+packed. Its pooler and its span scores would read padding, which ours never do.
+"""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+import fastbert
+from fastbert.modules.layer import Rows
+from tests.models.parity import SHAPE, TOLERANCE, assert_same, assert_same_gradients
+
+LENGTHS = (13, 1, 29, 7)
+WIDTH = 29
+REAL = torch.arange(WIDTH) < torch.tensor(LENGTHS)[:, None]
+POSITIONS = torch.arange(WIDTH).expand_as(REAL)
+
+SINGLE = {"labels": torch.tensor([2, 0, -100, 1])}
+NUMBERS = {"labels": torch.tensor([[0.5, 1.0, -2.0]] * 3 + [[1.0, 0.0, 3.0]])}
+BINARY = {"labels": torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1]])}
+GENERATOR = torch.Generator().manual_seed(0)
+MASKED = REAL & (torch.rand(REAL.shape, generator=GENERATOR) < 0.4)
+WORDS = {"labels": torch.randint(0, 3, REAL.shape, generator=GENERATOR).where(MASKED, -100)}
+CASES = {
+    "single label": ("SequenceClassification", {"problem_type": "single_label"}, SINGLE),
+    "single label, inferred": ("SequenceClassification", {}, SINGLE),
+    "multi-label": ("SequenceClassification", {"problem_type": "multi_label"}, BINARY),
+    "multi-label, inferred": ("SequenceClassification", {}, BINARY),
+    "regression": ("SequenceClassification", {"problem_type": "regression"}, NUMBERS),
+    "regression, inferred": (
+        *("SequenceClassification", {"num_labels": 1}),
+        {"labels": torch.tensor([0.5, 2.0, -1.0, 0.0])},
+    ),
+    "tokens": ("TokenClassification", {}, WORDS),
+    "next sentence": ("NextSentencePrediction", {}, {"labels": torch.tensor([0, 1, 1, -100])}),
+    "choice": ("MultipleChoice", {}, {"labels": torch.tensor([1, 0])}),
+    "words": ("MaskedLM", {}, WORDS),
+    "pre-training": (
+        *("PreTraining", {}),
+        {**WORDS, "next_sentence_label": torch.tensor([0, 1, -100, 0])},
+    ),
+    "span": (
+        *("QuestionAnswering", {"num_labels": 2}),
+        {
+            "start_positions": torch.tensor([3, 0, 40, -1]),
+            "end_positions": torch.tensor([12, 0, 28, 6]),
+        },
+    ),
+}
+
+
+def make_models(name: str, dtype: torch.dtype = torch.float32):
+    """Hugging Face's and ours, with the same weights, in training mode without dropout."""
+    head, changes, _ = CASES[name]
+    changes = {"num_labels": 3, **changes}
+    if changes.get("problem_type", "").endswith("label"):
+        changes["problem_type"] += "_classification"
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        **SHAPE, **changes, hidden_dropout_prob=0, attention_probs_dropout_prob=0
+    )
+    theirs = getattr(transformers, f"BertFor{head}")(config).to(dtype).train()
+    for parameter in theirs.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    ours = getattr(fastbert, f"BertFor{head}")(fastbert.BertConfig.from_dict(config.to_dict()))
+    ours = ours.to(dtype).train()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
+def make_inputs(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {
+        "input_ids": torch.randint(1, 99, REAL.shape) * REAL,
+        "attention_mask": REAL.long(),
+        "token_type_ids": torch.randint(0, 2, REAL.shape),
+    }
+
+
+def to_the_right(x: torch.Tensor, fill: int = 0) -> torch.Tensor:
+    """The same sequences, padded on the left."""
+    rows = [F.pad(row[:n], (WIDTH - n, 0), value=fill) for row, n in zip(x, LENGTHS, strict=True)]
+    return torch.stack(rows)
+
+
+def in_form(form: str, name: str, inputs, targets):
+    """The arguments for our model, and what makes of its token scores those of real tokens."""
+    if form == "packed":
+        by_token = {k: v[REAL] for k, v in targets.items() if v.shape == REAL.shape}
+        pair = {"next_sentence_label"} & targets.keys()
+        batch = fastbert.PackedBatch(
+            input_ids=inputs["input_ids"][REAL],
+            token_type_ids=inputs["token_type_ids"][REAL],
+            position_ids=POSITIONS[REAL],
+            cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0).int(),
+            max_seqlen=WIDTH,
+            **by_token,
+            **{key: targets[key] for key in pair},
+        )
+        rest = {k: v for k, v in targets.items() if k not in by_token and k not in pair}
+        rest |= {"num_choices": 2} if name == "choice" else {}
+        return {"input_ids": batch, **rest}, lambda x: x
+    real = REAL
+    if form == "left":
+        inputs = {k: to_the_right(v) for k, v in inputs.items()}
+        inputs["position_ids"] = to_the_right(POSITIONS)
+        real = inputs["attention_mask"].bool()
+        targets = {
+            k: to_the_right(v, -100) if v.shape == REAL.shape else v for k, v in targets.items()
+        }
+        if name == "span":
+            shift = WIDTH - torch.tensor(LENGTHS)
+            targets = {k: (v.clamp(min=0) + shift) for k, v in targets.items()}
+    if name == "choice":
+        inputs = {k: v.unflatten(0, (2, 2)) for k, v in inputs.items()}
+    return {**inputs, **targets}, lambda x: x[real]
+
+
+def masked_span_loss(output, targets) -> torch.Tensor:
+    """Hugging Face's loss, where padding cannot win."""
+    losses = []
+    for end in ("start", "end"):
+        columns = targets[f"{end}_positions"].clamp(0, WIDTH)
+        beyond = columns >= torch.tensor(LENGTHS)
+        scores = output[f"{end}_logits"].masked_fill(~REAL, float("-inf"))
+        losses.append(F.cross_entropy(scores, columns.where(~beyond, -100)))
+    return sum(losses) / 2
+
+
+@pytest.mark.parametrize("form", ["right", "left", "packed"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_gives_hugging_faces_outputs_loss_and_gradients(name, dtype, form):
+    theirs, ours = make_models(name, dtype)
+    inputs, targets = make_inputs(), dict(CASES[name][2])
+    if dtype == torch.float64:
+        targets = {k: v.double() if v.is_floating_point() else v for k, v in targets.items()}
+    given, _ = in_form("right", name, inputs, targets)
+    expected = theirs(**given)
+    loss = masked_span_loss(expected, targets) if name == "span" else expected.loss
+    loss.backward()
+    given, real = in_form(form, name, inputs, targets)
+    output = ours(**given)
+    output.loss.backward()
+
+    assert_same(output.loss, loss, dtype, "loss")
+    # all choices, or all places, share the bias
+    shared = {
+        "choice": ("classifier.bias",),
+        "span": ("qa_outputs.bias", "layer.2.output.LayerNorm.bias"),
+    }.get(name, ())
+    assert_same_gradients(ours, theirs, dtype, shifts=("key.bias", *shared))
+    output = ours.eval()(**given)
+    keys = [key for key in expected if key != "hidden_states"]
+    assert list(output.keys()) == keys
+    for key in set(keys) - {"loss"}:
+        a, b = output[key], expected[key]
+        if b.shape[:2] == REAL.shape:
+            a, b = real(a), b[REAL]
+        assert_same(a, b, dtype, key)
+
+
+def test_a_span_on_a_full_batch_has_hugging_faces_own_loss():
+    theirs, ours = make_models("span", torch.float64)
+    ids = torch.randint(1, 99, (4, 9))
+    targets = {
+        "start_positions": torch.tensor([3, -1, 12, 0]),
+        "end_positions": torch.tensor([[8], [9], [2], [100]]),
+    }
+    expected, output = theirs(ids, **targets), ours(ids, **targets)
+    assert_same(output.loss, expected.loss, torch.float64, "loss")
+
+
+def test_padding_never_is_the_answer():
+    _, ours = make_models("span")
+    inputs = make_inputs()
+    for output in (ours(**inputs).start_logits, ours(**inputs).end_logits):
+        assert (output[~REAL] == torch.finfo(torch.float32).min).all()
+        assert REAL[torch.arange(4), output.argmax(1)].all()
+    loss = ours(
+        **inputs, start_positions=torch.tensor([20, 1, 29, 7]), end_positions=torch.tensor([13] * 4)
+    ).loss
+    alone = ours(inputs["input_ids"][2:3], None, inputs["token_type_ids"][2:3])
+    expected = F.cross_entropy(alone.end_logits, torch.tensor([13])) / 2
+    torch.testing.assert_close(loss, expected)  # every other answer lies on padding
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_dicts_and_forward_arguments_are_hugging_faces(name):
+    theirs, ours = make_models(name)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert [n for n, _ in ours.named_children()] == [n for n, _ in theirs.named_children()]
+
+    def positional(model):
+        parameters = inspect.signature(model.forward).parameters.values()
+        return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    assert positional(ours) == positional(theirs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_are_normalised_by_the_items_of_the_step(name):
+    """The losses of a step's parts, each normalised by the items of all, add up to the whole's."""
+    _, ours = make_models(name, torch.float64)
+    inputs, targets = make_inputs(), CASES[name][2]
+    if name == "pre-training":  # whose parts count by their masked tokens
+        targets = {**targets, "next_sentence_label": torch.full((4,), -100)}
+    given, _ = in_form("right", name, inputs, targets)
+    whole = ours(**given).loss
+    if name == "span":
+        assert ours(**given, num_items_in_batch=3).loss != whole
+        one = ours(**given, num_items_in_batch=1).loss
+        torch.testing.assert_close(ours(**given, num_items_in_batch=torch.tensor(4)).loss * 4, one)
+        return
+    labels = given["labels"]
+    items = int((labels != -100).sum())
+    parts = [{k: v[rows] for k, v in given.items()} for rows in (slice(1), slice(1, None))]
+    torch.testing.assert_close(ours(**given, num_items_in_batch=items).loss, whole)
+    for count in (items, torch.tensor(items)):
+        total = sum(ours(**part, num_items_in_batch=count).loss for part in parts)
+        torch.testing.assert_close(total, whole)
+
+
+def test_the_pair_loss_is_weighted_by_the_share_of_masked_tokens():
+    _, ours = make_models("pre-training", torch.float64)
+    given, _ = in_form("right", "pre-training", make_inputs(), CASES["pre-training"][2])
+    count = int((given["labels"] != -100).sum())
+    whole = ours(**given).loss
+    torch.testing.assert_close(ours(**given, num_items_in_batch=count).loss, whole)
+    torch.testing.assert_close(ours(**given, num_items_in_batch=4 * count).loss, whole / 4)
+
+
+@pytest.mark.parametrize("kind", ["ignored", "empty"])
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_to_learn_is_a_finite_zero(name, kind):
+    _, ours = make_models(name)
+    given, _ = in_form("right", name, make_inputs(), CASES[name][2])
+    if kind == "empty":
+        given = {k: v[:0] for k, v in given.items()}
+    elif given.get("labels", SINGLE["labels"]).is_floating_point():
+        pytest.skip("numbers have no value to ignore")
+    else:
+        beyond = WIDTH if name == "span" else -100
+        given |= {k: torch.full_like(given[k], beyond) for k in CASES[name][2]}
+    for items in (None, 0, torch.tensor(0)):
+        ours.zero_grad()
+        loss = ours(**given, num_items_in_batch=items).loss
+        assert loss.item() == 0
+        loss.backward()
+        for parameter_name, parameter in ours.named_parameters():
+            assert parameter.grad is not None, parameter_name
+            assert not parameter.grad.any(), parameter_name
+
+
+def test_labels_that_do_not_fit_are_refused():
+    _, ours = make_models("regression")
+    with pytest.raises(ValueError, match=r"labels: expected shape \(4, 3\) for regression"):
+        ours(**make_inputs(), labels=torch.ones(4))
+    _, ours = make_models("single label")
+    with pytest.raises(ValueError, match=r"labels: expected shape \(4,\) for single_label"):
+        ours(**make_inputs(), labels=torch.ones(4, 3, dtype=torch.long))
+    _, ours = make_models("words")
+    given, _ = in_form("packed", "words", make_inputs(), WORDS)
+    with pytest.raises(ValueError, match="labels: expected None beside a PackedBatch"):
+        ours(**given, labels=WORDS["labels"])
+
+
+DDP = """
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from tests.models.test_task_models import CASES, in_form, make_inputs, make_models
+
+store = distributed.HashStore()
+distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+for name in ("single label", "tokens", "span", "words", "pre-training"):
+    _, ours = make_models(name)
+    wrapped = DistributedDataParallel(ours)
+    given, _ = in_form("right", name, make_inputs(), CASES[name][2])
+    for _ in range(2):  # the second step raises if a parameter had no gradient in the first
+        wrapped(**given).loss.backward()
+    del wrapped
+distributed.destroy_process_group()
+print("trained")
+"""
+
+
+def test_trains_under_ddp_without_unused_parameters():
+    done = subprocess.run(
+        [sys.executable, "-c", DDP], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.stdout.split() == ["trained"], done.stderr
+
+
+def test_the_last_layer_computes_only_what_is_read(monkeypatch):
+    seen = []
+    original = Rows.of
+
+    def of(self, x):
+        seen.append(len(self.index))
+        return original(self, x)
+
+    monkeypatch.setattr(Rows, "of", of)
+    masked = int((WORDS["labels"] != -100).sum())
+    tokens = sum(LENGTHS)
+    for name, rows in (
+        ("single label", 4), ("next sentence", 4), ("choice", 4), ("words", masked),
+        ("pre-training", min(masked + 4, tokens)), ("tokens", None), ("span", None),
+    ):  # fmt: skip
+        _, ours = make_models(name)
+        given, _ = in_form("right", name, make_inputs(), CASES[name][2])
+        seen.clear()
+        ours(**given)
+        assert set(seen) == ({rows} if rows is not None else set()), name
+        seen.clear()
+        ours(**given, output_hidden_states=True)
+        assert not seen, name

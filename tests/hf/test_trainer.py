@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import fastbert
-from fastbert.hf import encode
+from fastbert.hf import stack
 from tests.hf.training_case import (
     SHAPE,
     assert_same_gradients,
@@ -212,8 +212,8 @@ def test_a_patched_classifier_learns_in_bf16(tmp_path):
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 def test_checkpointed_layers_are_recomputed_with_the_same_dropout(tmp_path, monkeypatch, reentrant):
     runs = []
-    run_layer = encode.run_layer
-    monkeypatch.setattr(encode, "run_layer", lambda *args: runs.append(1) or run_layer(*args))
+    run_layer = stack.run_layer
+    monkeypatch.setattr(stack, "run_layer", lambda *args: runs.append(1) or run_layer(*args))
     options = {
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from benchmarks.compile_cases import Case
 from fastbert.kernels import embedding, table_gradients
-from fastbert.kernels.layer_norm import backward_block
+from fastbert.kernels.layer_norm_bwd import backward_block
 
 IDS = ("input_ids_ptr", "position_ids_ptr", "token_type_ids_ptr", "order_ptr")
 TABLES = ("word_ptr", "position_ptr", "token_type_ptr")

@@ -16,7 +16,7 @@ from fastbert.modules.embeddings import stream_dtype
 from fastbert.modules.linear import fused_linear, split_bias
 from fastbert.modules.masks import key_padding_mask
 from fastbert.ops.attention import attention_qkvpacked
-from fastbert.ops.layer_norm import dropout_add_layer_norm
+from fastbert.ops.layer_norm import Save, dropout_add_layer_norm
 from fastbert.ops.unpad import Unpadding, unpad
 from fastbert.outputs import BaseModelOutput
 from fastbert.rng import DropoutState, for_batch
@@ -56,7 +56,13 @@ class BertSelfAttention(nn.Module):
 
 
 class _ProjectAndNorm(nn.Module):
-    """`LayerNorm(residual + dropout(dense(x)))`: the end of each half of a layer."""
+    """`LayerNorm(residual + dropout(dense(x)))`: the end of each half of a layer.
+
+    save: what `dropout_add_layer_norm` keeps for its backward. It may be set on an instance, or on
+    this class for all; "y" saves memory, and is for weights of LayerNorm that are not near 0.
+    """
+
+    save: Save = "z"
 
     def __init__(self, in_features: int, config) -> None:
         super().__init__()
@@ -77,6 +83,7 @@ class _ProjectAndNorm(nn.Module):
             x_bias=x_bias,
             dropout_p=self.dropout.p if self.training else 0.0,
             rng=rng,
+            save=self.save,
         )
 
 

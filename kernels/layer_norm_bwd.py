@@ -30,10 +30,8 @@ def backward_programs(
 ) -> int:
     """As many as stay on the device at once, by the registers that the compile report shows."""
     block_m, block_n, num_warps = block
-    if block_n <= 2048:
-        warps_per_sm = 20 if from_y else 24
-    else:
-        warps_per_sm = 8 if from_y else 16
+    from_z_or_y = (24, 20) if block_n <= 2048 else (16, 8)
+    warps_per_sm = from_z_or_y[from_y]
     return min(triton.cdiv(n_rows, block_m), max(warps_per_sm // num_warps, 1) * num_sms(x))
 
 

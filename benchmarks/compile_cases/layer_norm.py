@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from benchmarks.compile_cases import Case
+from benchmarks.compile_cases import SM100, Case
 from fastbert.kernels import layer_norm_bwd, layer_norm_fwd, partial_sums
 
 TYPES = {"state_ptr": "*i64", "token_key_ptr": "*i64", "eps": "fp32", "keep_scale": "fp32"}
@@ -46,9 +46,13 @@ def _forward(columns, label, constants, dtype="bf16", quick=False) -> Case:
 
 def _backward(columns, label, constants, dtype="bf16", quick=False) -> Case:
     block = layer_norm_bwd.backward_block(columns)
-    return _case(
+    case = _case(
         layer_norm_bwd.layer_norm_bwd_kernel, block, columns, label, constants, dtype, quick
     )
+    if case.label == "768 dropout fp32":
+        # 8 warps would not spill, but the table is also that of bf16
+        return case._replace(spills={SM100: 2}, reason="one register with Triton 3.8 and 3.9")
+    return case
 
 
 def _case(kernel, block, columns, label, constants, dtype, quick) -> Case:

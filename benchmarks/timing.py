@@ -3,8 +3,13 @@
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
+
+FLUSH_BYTES = 256 << 20  # written before each measurement: more than any cache holds
+SLEEP_CYCLES = 1_000_000  # of the GPU, about half a millisecond, while the host queues the work
 
 
 def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -19,6 +24,22 @@ def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dic
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def timed(flush: Tensor, work: Callable, *arguments: Any) -> tuple[Any, Callable[[], float]]:
+    """Runs `work` behind a full queue; the second result reads its seconds once the GPU is done."""
+    if not flush.is_cuda:
+        before = time.perf_counter()
+        result = work(*arguments)
+        seconds = time.perf_counter() - before
+        return result, lambda: seconds
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(SLEEP_CYCLES)
+    flush.zero_()
+    start.record()
+    result = work(*arguments)
+    end.record()
+    return result, lambda: start.elapsed_time(end) / 1e3
 
 
 def summarize(seconds: list[float]) -> dict[str, float]:

@@ -1,150 +1,239 @@
-"""`python -m benchmarks.tune`: times tiles of attention on an NVIDIA GPU, for the kernels' tables.
+"""`python -m benchmarks.tune --op X`: times block shapes of its kernels, for their tables.
 
-Every candidate is compared with the plain body before it is timed; the fastest of each kernel are
-printed as the table entry to commit, and all of them are written as JSON Lines.
+A table of block shapes is an attribute of the module that launches the kernel, a constant or a
+function; a sweep puts each candidate in its place. Every candidate is compared with the reference
+before it is timed, and the fastest are printed as the entry to commit, beside the present one.
+
+Needs an NVIDIA GPU. With TRITON_INTERPRET=1 it runs anywhere, which shows that it works, and times
+nothing worth knowing.
 """
 
 import contextlib
+import functools
+import importlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 from rich.console import Console
+from torch import Tensor
 
-from benchmarks.timing import summarize
-from fastbert import backend, rng
-from fastbert.kernels import attention as launchers
-from fastbert.kernels.attention_common import Tile
-from fastbert.ops import attention_qkvpacked
+from benchmarks.kernels import measure
+from benchmarks.operators import Workload, workloads
+from benchmarks.timing import FLUSH_BYTES, summarize
+from benchmarks.workloads import sequence_lengths
+from fastbert import backend
 from fastbert.train.report import environment
 
-# what is swept: the launcher's name for the table, and whether it belongs to the backward
-TABLES = {"fwd_tile": False, "dq_tile": True, "dkdv_tile": True, "single_tile": True}
-SETS = 4  # of inputs, taken in turn, so that no cache holds them
+TOLERANCE = 0.05  # of the largest element: no rounding of bfloat16 comes near, no wrong block stays
 
-console = Console(highlight=False, width=110)
+console = Console(highlight=False, width=110, soft_wrap=True)
 
 
-def candidates(table: str) -> Iterator[Tile]:
-    if table == "single_tile":
-        yield from (Tile(size, size, warps, 1) for size in (64, 128) for warps in (4, 8))
-        return
+class Table(NamedTuple):
+    """A table of block shapes, and what to try in its place.
+
+    unit, name: the attribute of a module of fastbert.kernels; backward: which pass it is for;
+    candidates: of the rows' width, the entries to try; where: in the label of workloads that use
+    the table, as short and long sequences have kernels of their own.
+    """
+
+    unit: str
+    name: str
+    backward: bool
+    candidates: Callable[[int], Iterable[Any]]
+    where: str = ""
+
+
+def whole_rows(columns: int) -> Iterator[tuple[int, int, int]]:
+    """Rows, columns as a power of 2, and warps, each with 128 to 2048 elements."""
+    block_n = 1 << (columns - 1).bit_length()
+    for block_m, warps in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16)):
+        if 128 <= block_m * block_n // warps <= 2048:
+            yield block_m, block_n, warps
+
+
+def sum_rows(columns: int) -> Iterator[tuple[int, int]]:
+    yield from ((block_n, warps) for block_m, block_n, warps in whole_rows(columns) if block_m == 1)
+
+
+def grid(*choices: Iterable[int]) -> Callable[[int], Iterator[tuple[int, ...]]]:
+    """Candidates that are all combinations, whatever the rows' width."""
+    return lambda columns: itertools.product(*choices)
+
+
+def tiles(columns: int) -> Iterator[Any]:
+    """Stages too: attention has the only loops that Triton pipelines, those with a product."""
+    from fastbert.kernels.attention_common import Tile
+
     for rows, cols in itertools.product((64, 128), (32, 64, 128)):
         for warps, stages in itertools.product((4, 8), (1, 2, 3)):
             if not (warps == 8 and rows == 64):  # which doubles the work of each score
                 yield Tile(rows, cols, warps, stages)
 
 
+def single_tiles(columns: int) -> Iterator[Any]:
+    from fastbert.kernels.attention_common import Tile
+
+    yield from (Tile(size, size, warps, 1) for size in (64, 128) for warps in (4, 8))
+
+
+ADD_PARTIALS = Table(
+    "partial_sums", "ADD_BLOCK", True, grid((128, 256, 512, 1024), (16, 32), (4, 8, 16))
+)
+ATTENTION = (
+    Table("attention_dropout", "BLOCK", False, grid((16, 32, 64), (8, 16), (4, 8)), "dropout 0.1"),
+    Table("attention", "fwd_tile", False, tiles),
+    Table("attention", "dq_tile", True, tiles, "x 512 "),
+    Table("attention", "dkdv_tile", True, tiles, "x 512 "),
+    Table("attention", "single_tile", True, single_tiles, "x 128 "),
+)
+LAYER_NORM = (
+    Table("layer_norm", "forward_block", False, whole_rows),
+    Table("layer_norm", "backward_block", True, whole_rows),
+    ADD_PARTIALS,
+)
+TABLES: dict[str, tuple[Table, ...]] = {
+    "attention": ATTENTION,
+    "attention_qkvpacked": ATTENTION,
+    "bias_gelu": (
+        Table("bias_gelu", "FWD_BLOCK", False, grid((4, 8, 16), (128, 256, 512), (4, 8))),
+        Table("bias_gelu", "BWD_BLOCK", True, grid((2, 4, 8), (128, 256, 512), (2, 4, 8))),
+    ),
+    "dropout_add_layer_norm": LAYER_NORM,
+    "embedding_layer_norm": (
+        Table("embedding", "forward_block", False, whole_rows),
+        Table("embedding", "backward_block", True, whole_rows),
+        Table("table_gradients", "CHUNK", True, lambda columns: (8, 16, 32, 64, 128)),
+        Table("table_gradients", "sum_block", True, sum_rows),
+        Table("table_gradients", "JOIN_BLOCK", True, grid((8, 16, 32), (128, 256), (4, 8))),
+    ),
+    "layer_norm": LAYER_NORM,
+    "linear_cross_entropy": (
+        Table(
+            "linear_cross_entropy", "FWD_BLOCK", False, grid((2, 4, 8), (512, 1024, 2048), (4, 8))
+        ),
+        Table("linear_cross_entropy", "BWD_BLOCK", True, grid((4, 8, 16), (128, 256), (2, 4, 8))),
+    ),
+}
+
+
 @contextlib.contextmanager
-def forced(table: str, tile: Tile | None) -> Iterator[None]:
-    original = getattr(launchers, table)
-    setattr(launchers, table, lambda *_, **__: tile)
+def forced(table: Table, entry: Any) -> Iterator[None]:
+    """`entry` in the place of whatever the table says; None leaves the table as it is."""
+    module = importlib.import_module(f"fastbert.kernels.{table.unit}")
+    original = getattr(module, table.name)
+    if entry is not None:
+        setattr(module, table.name, (lambda *_, **__: entry) if callable(original) else entry)
     try:
         yield
     finally:
-        setattr(launchers, table, original)
+        setattr(module, table.name, original)
 
 
-class Problem:
-    """Sequences of one length, so that what is tuned does not hang on how they are mixed."""
+class Check:
+    """Compares the kernels' result and gradients with the reference's on one set of inputs."""
 
-    def __init__(self, seqlen: int, tokens: int, heads: int, head_dim: int, dropout: float) -> None:
-        batch = max(tokens // seqlen, 1)
-        self.seqlen, self.dropout = seqlen, dropout
-        self.cu_seqlens = torch.arange(batch + 1, device="cuda", dtype=torch.int32) * seqlen
-        shape = (SETS, batch * seqlen, 3, heads, head_dim)
-        self.inputs = torch.randn(shape, device="cuda", dtype=torch.bfloat16).unbind()
-        self.rng = rng.for_batch(self.cu_seqlens, batch * seqlen)
-        self.dout = torch.randn_like(self.inputs[0][:, 0])
-        for qkv in self.inputs:
-            qkv.requires_grad_()
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self.tensors = [t.requires_grad_(t.is_floating_point()) for t in workload.make()]
         with backend.use("reference"):
-            self.expected = self.step(self.inputs[0])
+            y = workload.fused(*self.tensors)
+            self.dy = torch.randn_like(y)
+            self.expected = self.gradients(y)
 
-    def forward(self, qkv: torch.Tensor) -> torch.Tensor:
-        return attention_qkvpacked(
-            qkv, self.cu_seqlens, self.seqlen, dropout_p=self.dropout, rng=self.rng
-        )
+    def gradients(self, y: Tensor) -> list[Tensor]:
+        leaves = [t for t in self.tensors if t.requires_grad]
+        return [y.detach(), *torch.autograd.grad(y, leaves, self.dy)]
 
-    def step(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        out = self.forward(qkv)
-        return out.detach(), torch.autograd.grad(out, qkv, self.dout)[0]
-
-    def is_right(self) -> bool:
-        pairs = zip(self.step(self.inputs[0]), self.expected, strict=True)
+    def passes(self) -> bool:
+        actual = self.gradients(self.workload.fused(*self.tensors))
         return all(
-            bool((actual - expected).abs().max() <= 0.05 * expected.abs().max())
-            for actual, expected in pairs
+            bool((a - e).abs().max() <= TOLERANCE * e.abs().max())  # False if a is NaN
+            for a, e in zip(actual, self.expected, strict=True)
         )
 
-    def seconds(self, backward: bool, rounds: int) -> dict[str, float]:
-        """Median and spread of one forward, or of one backward, by CUDA events."""
-        seconds = []
-        for number in range(rounds + 2):
-            qkv = self.inputs[number % SETS]
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            out = self.forward(qkv) if backward else None
-            torch.cuda._sleep(1_000_000)  # the host queues the work meanwhile
-            start.record()
-            if out is None:
-                self.forward(qkv)
-            else:
-                torch.autograd.grad(out, qkv, self.dout)
-            end.record()
-            torch.cuda.synchronize()
-            if number >= 2:
-                seconds.append(start.elapsed_time(end) / 1e3)
-        return summarize(seconds)
 
-
-def sweep(problem: Problem, table: str, rounds: int) -> Iterator[dict]:
-    for tile in candidates(table):
-        row: dict = {"table": table, "tile": list(tile)}
+def sweep(
+    workload: Workload, table: Table, entries: Iterable[Any], rounds: int, flush: Tensor
+) -> Iterator[dict]:
+    """A row for each entry: its time, or why it was refused."""
+    check = Check(workload)
+    direction = "backward" if table.backward else "forward"
+    for entry in entries:
+        row: dict = {
+            "operator": workload.operator.name,
+            "size": workload.label,
+            "table": f"{table.unit}.{table.name}",
+            "entry": entry,
+        }
         try:
-            with backend.use("triton"), forced(table, tile):
-                if problem.is_right():
-                    row |= problem.seconds(TABLES[table], rounds)
+            with backend.use("triton"), forced(table, entry):
+                if check.passes():
+                    times = measure(workload, rounds, flush, ("fused",))["fused"]
+                    row |= summarize(times[direction])
                 else:
                     row["refused"] = "wrong result"
-        except Exception as error:  # a tile that does not fit is a result too
+        except Exception as error:  # a block that does not fit is a result too
             row["refused"] = str(error).strip().partition("\n")[0] or repr(error)
         yield row
 
 
+def describe(rows: list[dict], best: int = 3) -> Iterator[str]:
+    """The fastest entries, as they would be committed, and the present one's time."""
+    present, timed = rows[0], [row for row in rows if "median_s" in row]
+    for row in sorted(timed, key=lambda row: row["median_s"])[:best]:
+        entry = "as it is" if row["entry"] is None else repr(row["entry"])
+        micro, spread = row["median_s"] * 1e6, row["spread"]
+        line = f"{row['table']} = {entry}  # {row['size']}: {micro:,.1f} us ±{spread:.0%}"
+        if "median_s" in present:
+            line += f", {present['median_s'] / row['median_s']:.2f}x the present speed"
+        yield line
+    yield f"{present['table']}: {len(timed)} of {len(rows)} entries ran and were right"
+
+
 def main(
-    seqlen: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 512,
-    tokens: Annotated[int, typer.Option(help="Tokens in the batch.")] = 32768,
-    heads: Annotated[int, typer.Option()] = 16,
-    head_dim: Annotated[int, typer.Option()] = 64,
-    dropout: Annotated[float, typer.Option()] = 0.1,
-    rounds: Annotated[int, typer.Option(help="Timed runs of each tile.", min=4)] = 20,
-    only: Annotated[str, typer.Option(help=f"One of {', '.join(TABLES)}.")] = "",
+    op: Annotated[str, typer.Option(help=f"One of {', '.join(TABLES)}; all by default.")] = "",
+    table: Annotated[str, typer.Option(help="One table, as it is printed: unit.name.")] = "",
+    preset: Annotated[str, typer.Option(help="tiny, mini, base, large; base and large.")] = "",
+    sequences: Annotated[int, typer.Option(help="In the packed batch.", min=1)] = 128,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each entry.", min=2)] = 20,
     out: Annotated[Path | None, typer.Option(help="JSON Lines file, appended to.")] = None,
 ) -> None:
-    """Sweeps the tiles of attention's kernels at one shape."""
-    if not torch.cuda.is_available():
+    """Sweeps the tables of block shapes, at the sizes of BERT-base and BERT-large."""
+    if op and op not in TABLES:
+        raise typer.BadParameter(f"expected one of {', '.join(TABLES)}, got {op!r}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not backend.INTERPRETED:
         console.print("benchmarks.tune: needs an NVIDIA GPU, and PyTorch finds none")
         raise typer.Exit(2)
     torch.manual_seed(0)
-    problem = Problem(seqlen, tokens, heads, head_dim, dropout)
-    shape = {"seqlen": seqlen, "head_dim": head_dim, "dropout": dropout}
-    _append(out, {"environment": environment(torch.device("cuda")), **shape})
-    # one tile for all gradients takes the place of the two other backward kernels where it fits
-    tables = ["fwd_tile", "single_tile"] if seqlen <= 128 else ["fwd_tile", "dq_tile", "dkdv_tile"]
-    for table in [only] if only else tables:
-        rows = []
-        for row in sweep(problem, table, rounds):
-            rows.append(row)
-            _append(out, row)
-        timed = sorted((r for r in rows if "median_s" in r), key=lambda r: r["median_s"])
-        for row in timed[:3]:
-            micro, spread = row["median_s"] * 1e6, row["spread"]
-            console.print(f"{table}: Tile{tuple(row['tile'])}  {micro:.1f} us  spread {spread:.0%}")
-        console.print(f"{table}: {len(timed)} of {len(rows)} tiles ran and were right")
+    write = functools.partial(_append, out)
+    write({"environment": environment(torch.device(device))})
+    flush = torch.empty(FLUSH_BYTES if device == "cuda" else 0, dtype=torch.uint8, device=device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # which the interpreter has not
+    tokens = sum(sequence_lengths("wikipedia", sequences))
+    for size in [preset] if preset else ["base", "large"]:
+        for workload in workloads(size, tokens, device, dtype):
+            name = workload.operator.name
+            for swept in TABLES[name] if op in ("", name) else ():
+                if table in ("", f"{swept.unit}.{swept.name}") and swept.where in workload.label:
+                    entries = [None, *swept.candidates(columns_of(workload))]
+                    rows = []
+                    for row in sweep(workload, swept, entries, rounds, flush):
+                        rows.append(row)
+                        write(row)
+                    for line in describe(rows):
+                        console.print(line)
+
+
+def columns_of(workload: Workload) -> int:
+    """The width of a row that a table is asked for: the first input's."""
+    return workload.make()[0].shape[-1]
 
 
 def _append(out: Path | None, row: dict) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastbert.kernels.philox import ROUNDS
 from fastbert.kernels.runtime import LAUNCH, launcher, on
 
-BLOCK_ROWS, BLOCK_WORDS, NUM_WARPS = 32, 16, 4
+BLOCK = 32, 16, 4  # rows, words of a row, warps
 
 
 @triton.jit(do_not_specialize=["n_rows", "site", "threshold"])
@@ -113,11 +113,12 @@ def attention_drop_words(
             )
     num_sequences = cu_seqlens_q.shape[0] - 1
     if words.numel() and num_sequences and max_seqlen_q:
-        grid = (triton.cdiv(max_seqlen_q, BLOCK_ROWS), num_heads, num_sequences)
+        block_rows, block_words, num_warps = BLOCK
+        grid = (triton.cdiv(max_seqlen_q, block_rows), num_heads, num_sequences)
         with on(token_key):
             attention_drop_words_kernel[grid](
                 token_key, state, cu_seqlens_q, cu_seqlens_k, words,
                 words.stride(1), token_key.shape[0], site, threshold,
-                BLOCK_ROWS=BLOCK_ROWS, BLOCK_WORDS=BLOCK_WORDS, num_warps=NUM_WARPS, **LAUNCH,
+                BLOCK_ROWS=block_rows, BLOCK_WORDS=block_words, num_warps=num_warps, **LAUNCH,
             )  # fmt: skip
     return words

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from fastbert.kernels.runtime import IS_INTERPRETED, LAUNCH, launcher, num_sms, on
 
-# A tile of the backward is smaller: with 8 rows it takes up to 96 registers a thread, not 48.
-FWD_ROWS, BWD_ROWS, COLS, NUM_WARPS = 8, 4, 256, 4
-PROGRAMS_PER_SM = 8  # of the backward, all resident at once
+# Rows and columns of a tile, and warps. In the backward a tile is smaller: with 8 rows it takes up
+# to 96 registers a thread, not 48.
+FWD_BLOCK = 8, 256, 4
+BWD_BLOCK = 4, 256, 4
+WARPS_PER_SM = 32  # of the backward, all resident at once
 
 _INTERPRETED = tl.constexpr(IS_INTERPRETED)
 _HALF_LOG2E = tl.constexpr(0.7213475204444817)
@@ -121,13 +123,14 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
     """x (M, N), bias (N,) -> gelu(x + bias) (M, N) in x.dtype."""
     n_rows, n_cols = _check(x)
     y = _fwd_outputs(x, bias, tanh)
+    rows, cols, num_warps = FWD_BLOCK
     if n_rows:
-        tiles = triton.cdiv(n_rows, FWD_ROWS) * triton.cdiv(n_cols, COLS)
+        tiles = triton.cdiv(n_rows, rows) * triton.cdiv(n_cols, cols)
         with on(x):
             _bias_gelu_fwd_kernel[(tiles,)](
                 x, bias, y, x.stride(0), y.stride(0), n_rows,
                 N_COLS=n_cols, TANH=tanh, EXACT=x.dtype == torch.float32,
-                ROWS=FWD_ROWS, COLS=COLS, num_warps=NUM_WARPS, **LAUNCH,
+                ROWS=rows, COLS=cols, num_warps=num_warps, **LAUNCH,
             )  # fmt: skip
     return y
 
@@ -141,9 +144,10 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tens
     """dx (M, N) in x.dtype; dbias (N,) in bias.dtype, summed in float32."""
     n_rows, n_cols = _check(x)
     _check(dy)
-    strips = triton.cdiv(n_cols, COLS)
-    programs = max(num_sms(x) * PROGRAMS_PER_SM // strips, 1)
-    rows_per_program = triton.cdiv(triton.cdiv(n_rows, programs), BWD_ROWS) * BWD_ROWS
+    rows, cols, num_warps = BWD_BLOCK
+    strips = triton.cdiv(n_cols, cols)
+    programs = max(num_sms(x) * WARPS_PER_SM // num_warps // strips, 1)
+    rows_per_program = triton.cdiv(triton.cdiv(n_rows, programs), rows) * rows
     parts = triton.cdiv(n_rows, rows_per_program) if n_rows else 0
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dbias = torch.empty(parts, n_cols, dtype=torch.float32, device=x.device)
@@ -153,7 +157,7 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tens
                 dy, x, bias, dx, dbias,
                 dy.stride(0), x.stride(0), dx.stride(0), n_rows, rows_per_program,
                 N_COLS=n_cols, TANH=tanh, EXACT=x.dtype == torch.float32,
-                ROWS=BWD_ROWS, COLS=COLS, num_warps=NUM_WARPS, **LAUNCH,
+                ROWS=rows, COLS=cols, num_warps=num_warps, **LAUNCH,
             )  # fmt: skip
     return dx, dbias.sum(0).to(bias.dtype)
 

@@ -10,17 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.layer_norm import (
+from fastbert.kernels.layer_norm_bwd import (
     backward_block,
     backward_programs,
-    keep_scale,
-    standardize,
     standardize_gradient,
-    stride_unit,
 )
+from fastbert.kernels.layer_norm_fwd import standardize
 from fastbert.kernels.partial_sums import add_partials, store_partial
-from fastbert.kernels.philox import keep_mask
-from fastbert.kernels.runtime import LAUNCH, launcher, on
+from fastbert.kernels.philox import keep_mask, keep_scale
+from fastbert.kernels.runtime import LAUNCH, launcher, on, stride_unit
 from fastbert.kernels.table_gradients import add_to_tables
 
 

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from fastbert.kernels.runtime import LAUNCH, launcher, num_sms, on
 
-DEPTH, LANES = 4, 1024  # of the forward's tile: DEPTH columns share the rescaling of a sum
-ROWS, COLS = 8, 256  # of the backward's
-NUM_WARPS = 4
-PROGRAMS_PER_SM = 7  # of the backward, all resident at once
+FWD_BLOCK = 4, 1024, 4  # DEPTH columns, which share the rescaling of a sum, LANES, and warps
+BWD_BLOCK = 8, 256, 4  # rows, columns and warps
+WARPS_PER_SM = 28  # of the backward, all resident at once
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -137,12 +136,13 @@ def cross_entropy_fwd(
     """
     n_rows, n_cols = _check(logits, n_classes)
     outputs = _fwd_outputs(logits, targets, n_classes, ignore_index, label_smoothing)
+    depth, lanes, num_warps = FWD_BLOCK
     if n_rows:
         with on(logits):
             _cross_entropy_fwd_kernel[(n_rows,)](
                 logits, targets, *outputs, logits.stride(0), ignore_index, label_smoothing,
                 N_CLASSES=n_classes, N_COLS=n_cols, SMOOTH=label_smoothing != 0,
-                DEPTH=DEPTH, LANES=LANES, num_warps=NUM_WARPS, **LAUNCH,
+                DEPTH=depth, LANES=lanes, num_warps=num_warps, **LAUNCH,
             )  # fmt: skip
     return outputs
 
@@ -164,9 +164,10 @@ def cross_entropy_bwd(
     scale: () float32, the gradient of each row's loss.
     """
     n_rows, n_cols = _check(logits, n_classes)
-    strips = triton.cdiv(n_cols, COLS)
-    programs = max(num_sms(logits) * PROGRAMS_PER_SM // strips, 1)
-    rows_per_program = triton.cdiv(triton.cdiv(n_rows, programs), ROWS) * ROWS
+    rows, cols, num_warps = BWD_BLOCK
+    strips = triton.cdiv(n_cols, cols)
+    programs = max(num_sms(logits) * WARPS_PER_SM // num_warps // strips, 1)
+    rows_per_program = triton.cdiv(triton.cdiv(n_rows, programs), rows) * rows
     parts = triton.cdiv(n_rows, rows_per_program) if n_rows else 0
     dbias = torch.empty(parts, n_cols, dtype=torch.float32, device=logits.device)
     if n_rows:
@@ -175,7 +176,7 @@ def cross_entropy_bwd(
                 targets, highest, total, scale, logits, dbias, logits.stride(0),
                 n_rows, rows_per_program, ignore_index, label_smoothing,
                 N_CLASSES=n_classes, N_COLS=n_cols,
-                ROWS=ROWS, COLS=COLS, num_warps=NUM_WARPS, **LAUNCH,
+                ROWS=rows, COLS=cols, num_warps=num_warps, **LAUNCH,
             )  # fmt: skip
     return dbias.sum(0)
 

@@ -44,3 +44,8 @@ def _low(word):
 @triton.jit
 def _high(word):
     return word >> 20
+
+
+def keep_scale(threshold: int) -> float:
+    """What kept elements are multiplied with, of `fastbert.rng.threshold`'s number of 4096."""
+    return 4096 / (4096 - threshold)

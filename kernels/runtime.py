@@ -1,6 +1,7 @@
 """What every launcher needs: registration as a torch operator, the device, and its properties."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -62,3 +63,8 @@ def _num_sms(device: torch.device) -> int:
 def num_sms(x: Tensor) -> int:
     """Streaming multiprocessors of the device; the interpreter has few, to keep its loops short."""
     return _num_sms(x.device) if x.is_cuda else 4
+
+
+def stride_unit(*strides: int) -> int:
+    """A power of two, up to 8, that divides all these row strides: see `layer_norm_fwd`."""
+    return math.gcd(8, *strides)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernels import workloads
+from benchmarks.operators import workloads
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,11 @@ def cases() -> Iterator[Case]:
 
 
 def words_case() -> Case:
-    constants = {
-        "BLOCK_ROWS": attention_dropout.BLOCK_ROWS,
-        "BLOCK_WORDS": attention_dropout.BLOCK_WORDS,
-    }
+    block_rows, block_words, num_warps = attention_dropout.BLOCK
+    constants = {"BLOCK_ROWS": block_rows, "BLOCK_WORDS": block_words}
     types = TYPES | {"token_key_ptr": "*i64", "state_ptr": "*i64"}
     kernel = attention_dropout.attention_drop_words_kernel
-    return Case(kernel, "", constants, attention_dropout.NUM_WARPS, types=types, quick=True)
+    return Case(kernel, "", constants, num_warps, types=types, quick=True)
 
 
 def kernels(

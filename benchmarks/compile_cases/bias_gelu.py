@@ -20,14 +20,14 @@ def cases() -> Iterator[Case]:
             "N_COLS": columns,
             "TANH": tanh,
             "EXACT": dtype == "fp32",
-            "COLS": bias_gelu.COLS,
         }
         # activations in `dtype`, the bias a float32 parameter as under autocast
         names = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr")
         types = {**dict.fromkeys(names, f"*{dtype}"), "bias_ptr": "*fp32", "dbias_ptr": "*fp32"}
         label = f"{columns} {dtype}{' tanh' * tanh}"
-        for kernel, rows in ((forward, bias_gelu.FWD_ROWS), (backward, bias_gelu.BWD_ROWS)):
+        for kernel, block in ((forward, bias_gelu.FWD_BLOCK), (backward, bias_gelu.BWD_BLOCK)):
+            rows, cols, num_warps = block
             yield Case(
-                kernel, label, {**constants, "ROWS": rows}, bias_gelu.NUM_WARPS,
+                kernel, label, {**constants, "ROWS": rows, "COLS": cols}, num_warps,
                 types=types, wide_loads=2, quick=(columns, dtype, tanh) == (4096, "bf16", False),
             )  # fmt: skip

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from benchmarks.compile_cases import Case
+from benchmarks.compile_cases import SM100, Case
 from fastbert.kernels import embedding, table_gradients
-from fastbert.kernels.layer_norm import backward_block
+from fastbert.kernels.layer_norm_bwd import backward_block
 
 IDS = ("input_ids_ptr", "position_ids_ptr", "token_type_ids_ptr", "order_ptr")
 TABLES = ("word_ptr", "position_ptr", "token_type_ptr")
@@ -45,7 +45,11 @@ def _unit(columns: int, dtype: str, table: str, quick: bool = False) -> Iterator
     yield case(embedding._forward_kernel, block, wide_loads=3 * loads(block, table))
     block = backward_block(columns)
     wide = 3 * loads(block, table) + loads(block, dtype)
-    yield case(embedding._backward_kernel, block, wide_loads=wide, UNIT=8)
+    backward = case(embedding._backward_kernel, block, wide_loads=wide, UNIT=8)
+    if label == "768 fp16, tables fp16":
+        # twice the warps would not spill; autocast, whose tables are float32, has no need of them
+        backward = backward._replace(spills={SM100: 2}, reason="one register with Triton 3.9")
+    yield backward
     if dtype == "bf16":
         chunk = table_gradients.CHUNK
         row = (1, *table_gradients.sum_block(columns))

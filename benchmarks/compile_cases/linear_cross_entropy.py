@@ -10,8 +10,8 @@ STATISTICS = ("loss_ptr", "highest_ptr", "total_ptr", "scale_ptr", "dbias_ptr")
 
 def cases() -> Iterator[Case]:
     classes = {"N_CLASSES": 30522, "N_COLS": 30528}
-    lanes = {"DEPTH": unit.DEPTH, "LANES": unit.LANES}
-    tile = {"ROWS": unit.ROWS, "COLS": unit.COLS}
+    depth, lanes, fwd_warps = unit.FWD_BLOCK
+    rows, cols, bwd_warps = unit.BWD_BLOCK
     for dtype in ("bf16", "fp16", "fp32"):
         types = {
             "logits_ptr": f"*{dtype}",
@@ -23,12 +23,13 @@ def cases() -> Iterator[Case]:
         wide = 2 if dtype == "fp32" else 1  # loads of 16 bytes for 8 elements
         for smooth in (False, True):
             label = f"{dtype}{' smoothed' * smooth}"
-            constants = {**classes, **lanes, "SMOOTH": smooth}
+            constants = {**classes, "DEPTH": depth, "LANES": lanes, "SMOOTH": smooth}
             yield Case(
-                unit._cross_entropy_fwd_kernel, label, constants, unit.NUM_WARPS, types=types,
-                wide_loads=2 * unit.DEPTH * wide, quick=label == "bf16",
+                unit._cross_entropy_fwd_kernel, label, constants, fwd_warps, types=types,
+                wide_loads=2 * depth * wide, quick=label == "bf16",
             )  # fmt: skip
+        constants = {**classes, "ROWS": rows, "COLS": cols}
         yield Case(
-            unit._cross_entropy_bwd_kernel, dtype, {**classes, **tile}, unit.NUM_WARPS, types=types,
-            wide_loads=unit.ROWS // 4 * wide, quick=dtype == "bf16",
+            unit._cross_entropy_bwd_kernel, dtype, constants, bwd_warps, types=types,
+            wide_loads=rows // 4 * wide, quick=dtype == "bf16",
         )  # fmt: skip

@@ -21,6 +21,7 @@ from fastbert.modules.embeddings import stream_dtype
 from fastbert.modules.layer import Rows, Sequences, project_and_norm, run_layers, self_attention
 from fastbert.modules.linear import split_bias
 from fastbert.modules.masks import document_boundaries, read_mask
+from fastbert.ops.layer_norm import Save
 from fastbert.ops.unpad import Unpadding, unpad
 from fastbert.outputs import BaseModelOutputWithPastAndCrossAttentions
 from fastbert.rng import DropoutState, for_batch
@@ -51,7 +52,13 @@ class BertSelfAttention(nn.Module):
 
 
 class _ProjectAndNorm(nn.Module):
-    """`LayerNorm(residual + dropout(dense(x)))`: the end of each half of a layer."""
+    """`LayerNorm(residual + dropout(dense(x)))`: the end of each half of a layer.
+
+    save: what `dropout_add_layer_norm` keeps for its backward. It may be set on an instance, or on
+    this class for all; "y" saves memory, and is for weights of LayerNorm that are not near 0.
+    """
+
+    save: Save = "z"
 
     def __init__(self, in_features: int, config) -> None:
         super().__init__()
@@ -63,7 +70,9 @@ class _ProjectAndNorm(nn.Module):
         self, hidden_states: Tensor, residual: Tensor, rng: DropoutState | None = None
     ) -> Tensor:
         dropout_p = self.dropout.p if self.training else 0.0
-        return project_and_norm(hidden_states, residual, self.dense, self.LayerNorm, dropout_p, rng)
+        return project_and_norm(
+            hidden_states, residual, self.dense, self.LayerNorm, dropout_p, rng, self.save
+        )
 
 
 class BertSelfOutput(_ProjectAndNorm):

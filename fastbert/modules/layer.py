@@ -19,7 +19,7 @@ from fastbert.ops.attention import attention, attention_qkvpacked
 from fastbert.ops.compact import compact
 from fastbert.ops.dropout import dropout
 from fastbert.ops.gather_rows import gather_rows
-from fastbert.ops.layer_norm import dropout_add_layer_norm
+from fastbert.ops.layer_norm import Save, dropout_add_layer_norm
 from fastbert.rng import DropoutState
 
 
@@ -134,6 +134,7 @@ def project_and_norm(
     norm: nn.Module,
     dropout_p: float,
     rng: DropoutState | None,
+    save: Save = "z",
 ) -> Tensor:
     """`norm(residual + dropout(dense(x)))`: the end of each half of a layer."""
     x, x_bias = split_bias(x, dense)
@@ -147,6 +148,7 @@ def project_and_norm(
             x_bias=x_bias,
             dropout_p=dropout_p,
             rng=rng,
+            save=save,
         )
     if x_bias is not None:
         x = x + x_bias.to(x.dtype)

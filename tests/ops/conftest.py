@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from torch.utils import deterministic
@@ -5,6 +7,11 @@ from torch.utils import deterministic
 from fastbert import backend
 
 POISON = -(2**30)  # in integers; floating-point memory holds NaN
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +41,29 @@ def dtype(request, device):
     if request.param == torch.bfloat16 and device == "cpu":
         pytest.skip("Triton's interpreter has no bfloat16 arithmetic")
     return request.param
+
+
+@pytest.fixture(params=["triton", "reference"])
+def body(request, device):
+    """Runs the test over the Triton kernels and over the reference, each forced."""
+    with _forced(request.param, device):
+        yield request.param
+
+
+@pytest.fixture
+def triton(device):
+    with _forced("triton", device):
+        yield
+
+
+@contextlib.contextmanager
+def _forced(name, device):
+    try:
+        backend.load(name, "layer_norm", device)  # where one unit runs, all of them do
+    except backend.BackendUnavailable as reason:
+        pytest.skip(str(reason))
+    with backend.use(name):
+        yield
 
 
 @pytest.fixture(params=["ext", "reference"])

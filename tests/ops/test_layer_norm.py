@@ -1,102 +1,23 @@
 import functools
-from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import backend
 from fastbert import rng as random
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
+from tests.ops.layer_norm_case import SUM_NAMES, inputs, native, sum_inputs
 from tests.oracle import assert_as_accurate, gradients
 
 SHAPES = [(3, 7), (2, 5, 768), (257, 100), (4, 1024), (17, 96), (6, 2060), (0, 16)]
 SUM_SHAPES = [(3, 7), (2, 5, 768), (67, 312), (35, 128), (3, 770), (6, 2060), (0, 16)]
 NAMES = ("y", "dx", "dweight", "dbias")
-SUM_NAMES = ("y", "dx", "dresidual", "dweight", "dbias", "dx_bias")
 
 
 def as_id(value):
     return "x".join(map(str, value)) if isinstance(value, tuple) else None
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=["triton", "reference"])
-def body(request, device):
-    try:
-        backend.load(request.param, "layer_norm", device)
-    except backend.BackendUnavailable as reason:
-        pytest.skip(str(reason))
-    with backend.use(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def triton(device):
-    try:
-        backend.load("triton", "layer_norm", device)
-    except backend.BackendUnavailable as reason:
-        pytest.skip(str(reason))
-    with backend.use("triton"):
-        yield
-
-
-def native(eps):
-    return lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-
-def inputs(shape, dtype, device):
-    x = (torch.randn(shape, device=device) * 3 + 1).to(dtype)
-    weight, bias = torch.randn(2, shape[-1], device=device).to(dtype)
-    return x, weight, bias, torch.randn(shape, device=device).to(dtype)
-
-
-class Sum(NamedTuple):
-    """Inputs of dropout_add_layer_norm, in the order of SUM_NAMES, and the upstream gradient."""
-
-    tensors: tuple[Tensor, ...]
-    dy: Tensor
-    rng: random.DropoutState
-
-    def results(self, **options):
-        def function(x, residual, weight, bias, x_bias):
-            return dropout_add_layer_norm(
-                x, residual, weight, bias, x_bias=x_bias, rng=self.rng, **options
-            )
-
-        return gradients(function, *self.tensors, dy=self.dy)
-
-    def plain(self, dtype=None, *, eps=1e-12, dropout_p=0.0):
-        """Written out; without a dtype in those of the inputs, as PyTorch promotes them."""
-        keep, scale = 1, 1
-        if dropout_p:
-            keep = random.hidden_keep_mask(self.rng, self.tensors[0].shape[-1], dropout_p)
-            keep, scale = keep.view(self.tensors[0].shape), random.keep_scale(dropout_p)
-
-        def function(x, residual, weight, bias, x_bias):
-            return native(eps)(residual + (x + x_bias) * keep * scale, weight, bias)
-
-        tensors = self.tensors if dtype is None else [t.to(dtype) for t in self.tensors]
-        return gradients(function, *tensors, dy=self.dy)
-
-
-def sum_inputs(shape, dtype, device, *, site=5):
-    x, weight, bias, dy = inputs(shape, dtype, device)
-    residual = torch.randn(shape, device=device).to(dtype)
-    x_bias = torch.randn(shape[-1], device=device).to(dtype)
-    num_rows = shape[:-1].numel() if isinstance(shape, torch.Size) else x[..., 0].numel()
-    state = random.new_state(torch.device(device))
-    keys = torch.randint(2**31, (num_rows,), device=device) << 32 | torch.arange(
-        7, 7 + num_rows, device=device
-    )
-    rng = random.DropoutState(state, keys, site)
-    return Sum((x, residual, weight, bias, x_bias), dy, rng)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=as_id)
@@ -344,6 +265,8 @@ def test_nothing_is_kept_where_no_gradient_is_needed(device):
     with Kept() as kept:
         y = dropout_add_layer_norm(x, residual, weight.requires_grad_(), bias)
         assert kept.elements == y.numel()
+        dropout_add_layer_norm(x, residual, weight, bias, save="y")
+        assert kept.elements == 0
         with torch.no_grad():
             bare = dropout_add_layer_norm(x, residual, weight, bias)
         assert kept.elements == 0
@@ -429,8 +352,9 @@ def short_key():
         (lambda x: refused(x, x[0], x[0], dropout_p=1.0), r"dropout_p in \[0, 1\), got 1.0"),
         (lambda x: refused(x, x[0], x[0], dropout_p=0.9999), "at most 4095/4096"),
         (lambda x: refused(x, x[0], x[0], dropout_p=0.5, rng=short_key()), r"shape \(2,\).*\(3,\)"),
+        (lambda x: refused(x, x[0], x[0], save="x"), 'expected a save of "z" or "y", got \'x\''),
     ],
-    ids=["weight", "bias", "x_bias", "residual", "certain", "almost certain", "keys"],
+    ids=["weight", "bias", "x_bias", "residual", "certain", "almost certain", "keys", "save"],
 )
 @pytest.mark.usefixtures("body")
 def test_wrong_arguments_are_named(call, message, device):

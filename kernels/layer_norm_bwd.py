@@ -1,0 +1,107 @@
+"""Layer normalization, backward: one pass over memory, from what the forward kept.
+
+M rows, N columns, strides by UNIT as in `layer_norm_fwd`. A program walks down the matrix, BLOCK_M
+whole rows at a time. Its gradients of parameters are partial sums, one row of them a program, which
+are added up in a fixed order.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels.partial_sums import store_partial
+from fastbert.kernels.philox import keep_mask
+from fastbert.kernels.runtime import num_sms
+
+
+def backward_block(n_cols: int) -> tuple[int, int, int]:
+    """The same for the backward, which keeps three sums a column: a warp takes 256 elements.
+
+    Very long rows give it 512, as more than 16 warps leave too few registers to each.
+    """
+    block_n = max(triton.next_power_of_2(n_cols), 8)
+    block_m = min(max(1024 // block_n, 1), 16)
+    per_warp = 256 if block_n <= 2048 else 512
+    return block_m, block_n, max(block_m * block_n // per_warp, 1)
+
+
+def backward_programs(
+    x: Tensor, n_rows: int, block: tuple[int, int, int], *, from_y: bool = False
+) -> int:
+    """As many as stay on the device at once, by the registers that the compile report shows."""
+    block_m, block_n, num_warps = block
+    from_z_or_y = (24, 20) if block_n <= 2048 else (16, 8)
+    warps_per_sm = from_z_or_y[from_y]
+    return min(triton.cdiv(n_rows, block_m), max(warps_per_sm // num_warps, 1) * num_sms(x))
+
+
+@triton.jit
+def standardize_gradient(dz_hat, z_hat, rstd, N_COLS: tl.constexpr):
+    """dz = rstd * (dz_hat - mean(dz_hat) - z_hat * mean(dz_hat * z_hat)), by rows [R, C].
+
+    dz_hat is 0 outside the columns, which makes z_hat there immaterial.
+    """
+    along_one = tl.sum(dz_hat, axis=1) / N_COLS
+    along_z = tl.sum(dz_hat * z_hat, axis=1) / N_COLS
+    return (dz_hat - along_one[:, None] - z_hat * along_z[:, None]) * rstd[:, None]
+
+
+@triton.jit(do_not_specialize=[
+    "dy_row_stride", "kept_row_stride", "n_rows", "threshold", "site", "keep_scale",
+])  # fmt: skip
+def layer_norm_bwd_kernel(
+    dy_ptr, kept_ptr, weight_ptr, bias_ptr,  # (M, N), (M, N): z or y, (N,), (N,) or None
+    mean_ptr, rstd_ptr,  # (M,) or None, (M,)
+    state_ptr, token_key_ptr,  # (2,) or None, (M,)
+    dz_ptr, dx_ptr,  # (M, N), (M, N) or None
+    partials_ptr,  # (2 or 3, P, N): of weight, bias and x_bias, one row a program
+    dy_row_stride, kept_row_stride,
+    n_rows, threshold, site, keep_scale,
+    N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
+):  # fmt: skip
+    """z_hat, which all gradients need, comes from z and the mean or, with a bias, from y."""
+    program, n_programs = tl.program_id(0), tl.num_programs(0)
+    cols = tl.arange(0, BLOCK_N)
+    is_col = cols < N_COLS
+    weight = tl.load(weight_ptr + cols, mask=is_col, other=1.0).to(tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + cols, mask=is_col, other=0.0).to(tl.float32)
+        inverse = 1.0 / weight
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    dx_bias = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+
+    for first in tl.range(program * BLOCK_M, n_rows, n_programs * BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M).to(tl.int64)
+        is_row = rows < n_rows
+        mask = is_row[:, None] & is_col[None, :]
+        out = (rows * N_COLS)[:, None] + cols[None, :]
+        dy = (rows * dy_row_stride * UNIT)[:, None] + cols[None, :]
+        dy = tl.load(dy_ptr + dy, mask=mask, other=0.0).to(tl.float32)
+        kept = (rows * kept_row_stride * UNIT)[:, None] + cols[None, :]
+        kept = tl.load(kept_ptr + kept, mask=mask, other=0.0).to(tl.float32)
+        # rows past the end have a dy of 0, and so add nothing to any sum
+        rstd = tl.load(rstd_ptr + rows, mask=is_row, other=0.0)
+        if bias_ptr is not None:
+            z_hat = (kept - bias[None, :]) * inverse[None, :]
+        else:
+            mean = tl.load(mean_ptr + rows, mask=is_row, other=0.0)
+            z_hat = (kept - mean[:, None]) * rstd[:, None]
+        dweight += dy * z_hat
+        dbias += dy
+        dx = standardize_gradient(dy * weight[None, :], z_hat, rstd, N_COLS)
+        tl.store(dz_ptr + out, dx, mask=mask)
+        if state_ptr is not None:
+            keys = tl.load(token_key_ptr + rows, mask=is_row, other=0)
+            keep = keep_mask(state_ptr, keys, threshold, site, 0, BLOCK_N)
+            dx = tl.where(keep, dx * keep_scale, 0.0)
+        if dx_ptr is not None:
+            tl.store(dx_ptr + out, dx, mask=mask)
+        if HAS_X_BIAS:
+            dx_bias += dx
+
+    store_partial(partials_ptr, 0, dweight, is_col, N_COLS)
+    store_partial(partials_ptr, 1, dbias, is_col, N_COLS)
+    if HAS_X_BIAS:
+        store_partial(partials_ptr, 2, dx_bias, is_col, N_COLS)

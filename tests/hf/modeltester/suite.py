@@ -19,6 +19,7 @@ import transformers
 
 import fastbert
 from fastbert.hf import encode
+from tests.hf.modeltester.different import DIFFERENT
 
 PACKAGE = "transformers_tests"
 IS_PATCHED = os.environ["FASTBERT_MODELTESTER_PATCHED"] == "1"
@@ -137,10 +138,18 @@ class Families:
                     inputs["next_sentence_label"] = torch.zeros_like(inputs["input_ids"][:, 0])
             return inputs
 
-        # compares with Hugging Face's own forward, which has no zeros at padded positions
-        def test_feed_forward_chunking_without_padding(self) -> None:
-            self.model_tester.has_padding = False
-            self.test_feed_forward_chunking()
+
+def _without_padding(name: str) -> Any:
+    def test(self: Any) -> None:
+        self.model_tester.has_padding = False
+        getattr(self, name)()
+
+    return test
+
+
+for _name in DIFFERENT:
+    if hasattr(Families.Test, _name):
+        setattr(Families.Test, f"{_name}_without_padding", _without_padding(_name))
 
 
 class TestBert(Families.Test):

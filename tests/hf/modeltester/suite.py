@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import fastbert
-from fastbert.hf import encode
+from fastbert.hf import stack
 from tests.hf.modeltester.different import DIFFERENT, UNTRACEABLE
 
 PACKAGE = "transformers_tests"
@@ -124,7 +124,7 @@ class Families:
 
         @pytest.fixture(autouse=True)
         def _count(self, record_property: Any) -> Any:
-            with mock.patch.object(encode, "run_layers", wraps=encode.run_layers) as layers:
+            with mock.patch.object(stack, "run_layers", wraps=stack.run_layers) as layers:
                 yield
             record_property("packed", layers.call_count)
 

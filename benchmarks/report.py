@@ -1,0 +1,98 @@
+"""`python -m benchmarks report`: tables, plots and the README's figures, from committed results.
+
+A results file NAME.jsonl gets NAME.md and NAME-PART.png beside it. The README says where a table
+goes and which part of which file it shows, by a pair of comments; what is between them is written
+here, and a test checks that it still is what the file says:
+
+    <!-- benchmarks: cpu/steps.jsonl steps -->
+    <!-- end -->
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks import plots
+from benchmarks.results import Row, read
+from benchmarks.tables import PARTS
+from fastbert.check import InputError
+from fastbert.train.state import write_text
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+README = HERE.parent / "README.md"
+
+BLOCK = re.compile(r"(<!-- benchmarks: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Results; by default all that are committed.")
+    ] = None,
+    readme: Annotated[Path, typer.Option(help="Where to fill in the tables.")] = README,
+) -> None:
+    """Write tables (Markdown) and plots (PNG) beside results, and the README's tables."""
+    for path in files or sorted(RESULTS.glob("*/*.jsonl")):
+        rows = read(path)
+        write_text(path.with_suffix(".md"), markdown(rows))
+        for plot in plots.write(rows, path):
+            print(plot)
+    write_text(readme, filled(readme.read_text(encoding="utf-8")))
+
+
+def markdown(rows: list[Row]) -> str:
+    """Everything that a file holds."""
+    environment = {key: value for key, value in rows[0].items() if key != "part"}
+    lines = [f"- {name}: {value}" for name, value in environment.items() if value is not None]
+    sections = ["# Results", "\n".join(lines)]
+    for part, table in PARTS.items():
+        if found := [row for row in rows if row["part"] == part]:
+            sections += [f"## {part}", table(found).markdown()]
+            refused = {
+                f"- {name}: {reason}"
+                for row in found
+                for name, reason in row.get("refused", {}).items()
+            }
+            if refused:
+                sections.append("\n".join(["Could not run:", "", *sorted(refused)]))
+    for row in rows:
+        if row["part"] == "failure":
+            sections.append(f"{row['case']['of']} failed: {row['error']}")
+    return "\n\n".join(sections) + "\n"
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """The text with every block as the results say."""
+    return BLOCK.sub(lambda found: found[1] + block(results / found[2], found[3]) + found[4], text)
+
+
+def block(path: Path, part: str) -> str:
+    """A part's table, and under it where and how it was measured."""
+    if part not in PARTS:
+        raise InputError(f"README: a block for {part!r}, expected one of {', '.join(PARTS)}")
+    if not path.exists():
+        return "\nNot measured yet.\n\n"
+    if path.suffix == ".json":  # the summary of a run of fastbert's own
+        row = json.loads(path.read_text(encoding="utf-8"))
+        return f"\n{PARTS[part]([row]).markdown()}\n\n{_source(row, path)}\n\n"
+    rows = read(path)
+    found = [row for row in rows if row["part"] == part]
+    if not found:
+        return "\nNot measured yet.\n\n"
+    return f"\n{PARTS[part](found).markdown()}\n\n{_source(rows[0], path)}\n\n"
+
+
+def _source(about: Row, path: Path) -> str:
+    where = [about["device"], f"torch {about['torch']}", f"commit {about['commit']}"]
+    if about["device"].startswith("cpu"):
+        where.insert(1, f"{about['threads']} threads")
+    if "command" in about:
+        where.append(f"`{about['command']}`")
+    return f"On {', '.join(where)}: `benchmarks/results/{path.parent.name}/{path.name}`"
+
+
+if __name__ == "__main__":
+    typer.run(main)

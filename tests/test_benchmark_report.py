@@ -1,0 +1,194 @@
+"""Tables, plots and the README say what the results say; `compare` finds what got slower."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+import benchmarks.__main__ as suite
+from benchmarks import report
+from benchmarks.results import FASTBERT, read
+from benchmarks.tables import PARTS, seconds
+from fastbert.check import InputError
+
+ENVIRONMENT = {
+    "part": "environment",
+    "device": "cpu (made up)",
+    "threads": 2,
+    "torch": "2.13.0",
+    "commit": "abc",
+    "command": "python -m benchmarks",
+}
+
+
+def timing(median, spread=0.02):
+    return {"median_s": median, "spread": spread, "real_tokens_per_second": 1000 / median}
+
+
+def step(ours=2.0, theirs=7.0, **case):
+    case = {"preset": "base", "lengths": "wikipedia", "sequences": 4, **case}
+    timings = {FASTBERT: timing(ours), "Hugging Face (SDPA)": timing(theirs)}
+    return {"part": "steps", "case": case, "timings": timings, "fill": 0.49, "refused": {}}
+
+
+ROWS = [
+    ENVIRONMENT,
+    step(),
+    {**step(), "part": "inference", "refused": {"Hugging Face (eager)": "out of memory"}},
+    *(
+        {
+            "part": "ablation",
+            "case": {"without": without},
+            "timings": {name: timing(time)},
+        }
+        for without, name, time in (
+            ("nothing", FASTBERT, 2.0),
+            ("fused QKV", FASTBERT, 2.5),
+            ("fastbert", "Hugging Face (SDPA)", 7.0),
+        )
+    ),
+    {
+        "part": "convergence",
+        "case": {"preset": "tiny", "steps": 2},
+        "timings": {},
+        "curves": {FASTBERT: [9.0, 8.0], "reference": [9.0, 8.01], "Hugging Face": [9.0, 8.0]},
+        "largest_gap": {"reference": 0.01, "Hugging Face": 0.0},
+    },
+]
+
+
+def written(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def results(tmp_path):
+    return written(tmp_path / "results" / "cpu" / "steps.jsonl", ROWS)
+
+
+def test_writes_tables_and_plots_beside_the_results(results):
+    readme = results.parent / "README.md"
+    readme.write_text("Nothing to fill in.\n")
+    report.main([results], readme)
+    text = results.with_suffix(".md").read_text()
+    for said in (
+        "cpu (made up)",
+        "3.50x",
+        "1.25x",
+        "Hugging Face (eager): out of memory",
+        "1.0e-02",
+    ):
+        assert said in text
+    plots = sorted(path.name for path in results.parent.glob("*.png"))
+    assert plots == [
+        f"steps-{part}.png" for part in ("ablation", "convergence", "inference", "steps")
+    ]
+    for path in results.parent.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert readme.read_text() == "Nothing to fill in.\n"
+
+
+def test_fills_in_a_readme(results):
+    before = "a\n<!-- benchmarks: cpu/steps.jsonl steps -->\nold\n<!-- end -->\nb\n"
+    after = report.filled(before, results.parents[1])
+    assert after.startswith("a\n<!-- benchmarks: cpu/steps.jsonl steps -->\n\n| model |")
+    assert after.endswith("<!-- end -->\nb\n")
+    assert "| 7 s (3.50x) |" in after
+    assert "old" not in after
+    assert report.filled(after, results.parents[1]) == after
+    # another figure in the results shows
+    written(results, [ENVIRONMENT, step(theirs=8.0)])
+    assert "(4.00x)" in report.filled(after, results.parents[1])
+    results.unlink()
+    assert "Not measured yet." in report.filled(after, results.parents[1])
+
+
+def test_a_block_names_a_part_that_there_is(results):
+    with pytest.raises(InputError, match="expected one of"):
+        report.filled(
+            "<!-- benchmarks: cpu/steps.jsonl stepps -->\n<!-- end -->", results.parents[1]
+        )
+
+
+def test_the_readme_says_what_the_committed_results_say():
+    text = report.README.read_text(encoding="utf-8")
+    assert report.filled(text) == text, "run python -m benchmarks report"
+    named = {path for _, path, _, _ in report.BLOCK.findall(text)}
+    assert named
+    assert all((report.RESULTS / path).exists() for path in named)
+
+
+def test_the_readme_has_no_other_measured_figures():
+    """Ratios and times stand in generated blocks alone."""
+    text = report.BLOCK.sub("", report.README.read_text(encoding="utf-8"))
+    section = text[text.index("## What is measured") : text.index("## Where things are")]
+    figures = re.findall(r"\d[\d,.]*\s?(?:x|s|ms|us|nats|%|tokens/s)(?!\w)", section)
+    assert not figures
+
+
+def test_committed_tables_say_what_the_committed_results_say():
+    for path in report.RESULTS.glob("*/*.jsonl"):
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == report.markdown(read(path))
+
+
+def compare(tmp_path, before, after):
+    paths = [
+        written(tmp_path / name, [ENVIRONMENT, *rows])
+        for name, rows in (("a.jsonl", before), ("b.jsonl", after))
+    ]
+    done = CliRunner().invoke(suite.app, ["compare", *map(str, paths)], env={"COLUMNS": "200"})
+    return done.exit_code, done.stdout
+
+
+def test_compare_finds_what_got_slower(tmp_path):
+    code, said = compare(tmp_path, [step(2.0, 7.0)], [step(2.6, 7.1)])
+    assert code == 1
+    lines = [line for line in said.splitlines() if "x" in line and "±" in line]
+    assert "1.30x" in lines[0]
+    assert "slower" in lines[0]
+    assert "same within noise" in lines[1]
+    assert "1 slower beyond the noise" in said
+
+
+def test_compare_is_content_with_noise_and_gains(tmp_path):
+    code, said = compare(tmp_path, [step(2.0, 7.0)], [step(1.0, 7.2)])
+    assert code == 0
+    assert "faster" in said
+
+
+def test_compare_names_what_has_no_counterpart(tmp_path):
+    code, said = compare(tmp_path, [step(), step(lengths="full")], [step()])
+    assert code == 0
+    assert "only in a.jsonl: steps" in said
+    assert "full" in said
+
+
+def test_compare_says_that_the_machines_differ(tmp_path):
+    a = written(tmp_path / "a.jsonl", ROWS)
+    b = written(tmp_path / "b.jsonl", [{**ENVIRONMENT, "device": "cuda (other)"}, *ROWS[1:]])
+    said = CliRunner().invoke(suite.app, ["compare", str(a), str(b)]).stdout
+    assert "device differs: cpu (made up) in a.jsonl, cuda (other) in b.jsonl" in said
+
+
+@pytest.mark.parametrize("text", ["", "{}\n", "not json\n", '{"part": "steps"}\n', "[1]\n"])
+def test_refuses_a_file_that_holds_no_results(tmp_path, text):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(InputError, match=r"a\.jsonl: not results"):
+        read(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match=r"b\.jsonl: No such file"):
+        read(tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1234.5, "1,234 s"), (4.132, "4.13 s"), (0.0153, "15.3 ms"), (2.5e-6, "2.5 us")],
+)
+def test_times_are_readable(value, text):
+    assert seconds(value) == text
+
+
+def test_every_part_of_the_suite_has_a_table():
+    assert {"steps", "inference", "ablation", "convergence", "sentence_encode"} <= PARTS.keys()

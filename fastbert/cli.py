@@ -65,6 +65,12 @@ def pretrain(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write a profiler's trace of a few steps.")
+    ] = False,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="On a GPU, run steps without a CUDA graph.")
+    ] = False,
     **options: Any,
 ) -> None:
     """Pre-train a BERT (masked LM and next-sentence prediction) on text."""
@@ -82,7 +88,7 @@ def pretrain(
             name for name, source in sources.items() if source and source.name == "COMMANDLINE"
         ]
         config = earlier.same_run(**{name: options[name] for name in given})
-    pretraining.pretrain(config, out, resume=resume)
+    pretraining.pretrain(config, out, resume=resume, eager=eager, profile=profile)
 
 
 @app.command(

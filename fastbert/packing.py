@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +10,19 @@ from torch import Tensor
 from fastbert.check import require
 
 IGNORE_INDEX = -100  # the label of a position where there is nothing to predict, as in PyTorch
+
+
+# The number that spare sequences have for dropout, which no example has.
+SPARE_SEQUENCE = 2**31 - 1
+
+
+class Bucket(NamedTuple):
+    """Sizes that batches are padded to, so that all of them are alike."""
+
+    num_tokens: int
+    num_sequences: int
+    num_labels: int
+    max_seqlen: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +113,63 @@ class PackedBatch:
     def num_sequences(self) -> int:
         return self.cu_seqlens.shape[0] - 1
 
+    def misfit(self, bucket: Bucket) -> str | None:
+        """Why the batch cannot be padded to the bucket, None if it can."""
+        spare = _num_spare(self, bucket)
+        sizes = {
+            "num_tokens": self.num_tokens,
+            "num_sequences": self.num_sequences + spare,
+            "num_labels": self.num_labels or 0,
+            "max_seqlen": self.max_seqlen,
+        }
+        for name, size in sizes.items():
+            if size > getattr(bucket, name):
+                return f"a batch of {name} {size}, more than its bucket's {getattr(bucket, name)}"
+        return None
+
+    def padded_to(self, bucket: Bucket) -> "PackedBatch":
+        """The batch of a pre-training step with all sizes as the bucket says.
+
+        Spare tokens make sequences of their own that predict nothing, the other spare sequences
+        are empty. Losses, gradients and dropout masks of the batch's own tokens stay as they are.
+        Raises ValueError if it does not fit, or has no labels, inputs_embeds or an attention_mask.
+        """
+        misfit = self.misfit(bucket)
+        require(misfit is None, "padded_to", "a batch that fits the bucket", misfit)
+        for name, wanted in (("labels", True), ("num_labels", True), ("input_ids", True),
+                             ("next_sentence_label", True), ("attention_mask", False)):  # fmt: skip
+            has = getattr(self, name) is not None
+            require(has == wanted, "padded_to", f"{name} {'given' if wanted else 'None'}", has)
+        tokens = bucket.num_tokens - self.num_tokens
+        spare = _num_spare(self, bucket)
+        empty = bucket.num_sequences - self.num_sequences - spare
+        begins = torch.arange(1, spare + 1, device=self.device) * bucket.max_seqlen
+        ends = (self.num_tokens + begins).clamp(max=bucket.num_tokens)
+        ends = torch.cat([ends, ends.new_full((empty,), bucket.num_tokens)])
+        places = torch.arange(tokens, device=self.device) % bucket.max_seqlen
+        numbers = self.sequence_ids
+        if numbers is None:
+            numbers = torch.arange(self.num_sequences, device=self.device)
+        types = self.token_type_ids
+        return dataclasses.replace(
+            self,
+            input_ids=_extended(self.input_ids, tokens, 0),
+            cu_seqlens=torch.cat([self.cu_seqlens, ends.int()]),
+            max_seqlen=bucket.max_seqlen,
+            position_ids=torch.cat([self.position_ids, places]),
+            token_type_ids=None if types is None else _extended(types, tokens, 0),
+            labels=_extended(self.labels, tokens, IGNORE_INDEX),
+            num_labels=bucket.num_labels,
+            next_sentence_label=_extended(self.next_sentence_label, spare + empty, IGNORE_INDEX),
+            sequence_ids=_extended(numbers, spare + empty, SPARE_SEQUENCE),
+        )
+
+    def copy_(self, other: "PackedBatch") -> None:
+        """Overwrites the tensors with those of a batch of the same sizes; no host waits."""
+        for field in dataclasses.fields(self):
+            if isinstance(buffer := getattr(self, field.name), Tensor):
+                buffer.copy_(getattr(other, field.name), non_blocking=True)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
@@ -112,3 +183,13 @@ class PackedBatch:
             if isinstance(value := getattr(self, field.name), Tensor)
         }
         return dataclasses.replace(self, **changed)
+
+
+def _num_spare(batch: PackedBatch, bucket: Bucket) -> int:
+    """How many sequences the spare tokens make."""
+    return max(-(-(bucket.num_tokens - batch.num_tokens) // bucket.max_seqlen), 0)
+
+
+def _extended(values: Tensor | None, count: int, value: int) -> Tensor:
+    assert values is not None  # `padded_to` has looked
+    return torch.cat([values, values.new_full((count,), value)])

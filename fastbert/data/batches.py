@@ -20,7 +20,9 @@ from fastbert.data.pairs import PairPlan, plan_pairs
 from fastbert.data.streams import Purpose, stream
 from fastbert.data.tokenized import TokenizedCorpus
 from fastbert.data.tokenizer import SpecialTokens
-from fastbert.packing import PackedBatch
+from fastbert.packing import Bucket, PackedBatch
+
+TOKENS_OF_A_BUCKET = 128  # buckets are multiples of it, which matrix products like
 
 
 class GlobalCounts(NamedTuple):
@@ -98,6 +100,18 @@ class PretrainingData:
         maskable = np.add.reduceat(rows.maskable, rows.begins[:-1], dtype=np.int64)
         masked = num_targets(maskable, self.mlm_probability).sum()
         return GlobalCounts(int(masked), len(maskable))
+
+    def bucket(self, micro_batches: int = 1) -> Bucket:
+        """Sizes that nearly every micro-batch fits, judged by the batches of the present epoch."""
+        examples = -(-max(np.diff(self._epoch.bounds)) // micro_batches)
+        tokens = -(-self.batch_tokens // micro_batches)
+        if micro_batches > 1:  # shares are equal but for an example or so
+            tokens += self.max_seq_len
+        tokens += -tokens % TOKENS_OF_A_BUCKET
+        # other epochs cut other batches, and what is left of a bucket makes sequences too
+        sequences = int(1.1 * examples) + 8
+        labels = int(np.ceil(self.mlm_probability * tokens)) + sequences  # at least one in each
+        return Bucket(tokens, sequences, labels, self.max_seq_len)
 
     def batch(
         self, step: int, rank: int = 0, world_size: int = 1, micro_batches: int = 1

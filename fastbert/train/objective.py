@@ -57,8 +57,10 @@ class PretrainingObjective(nn.Module):
         self.model = model
         self.nsp_weight = nsp_weight
 
-    def forward(self, batch: PackedBatch, num_targets: int, num_pairs: int) -> Result:
-        """num_targets, num_pairs: masked tokens and sentence pairs in the whole batch."""
+    def forward(
+        self, batch: PackedBatch, num_targets: int | Tensor, num_pairs: int | Tensor
+    ) -> Result:
+        """num_targets, num_pairs: masked tokens and pairs in the whole batch, numbers or ()."""
         rows = wanted_rows(batch, first=True, labelled=True)
         encoded = self.model.bert(batch, rows=rows)
         heads = self.model.cls
@@ -67,10 +69,15 @@ class PretrainingObjective(nn.Module):
         assert batch.next_sentence_label is not None
         pairs = score_classes(pair_logits, batch.next_sentence_label)
         mlm_loss, nsp_loss = words.loss_sum, pairs.loss_sum
-        loss = mlm_loss / max(num_targets, 1) + self.nsp_weight * nsp_loss / max(num_pairs, 1)
+        pair_mean = nsp_loss / _at_least_one(num_pairs)
+        loss = mlm_loss / _at_least_one(num_targets) + self.nsp_weight * pair_mean
         with torch.no_grad():
             sums = (
                 *(mlm_loss, words.correct, words.num_rows),
                 *(nsp_loss, pairs.correct, pairs.num_rows),
             )
             return Result(loss, torch.stack([value.float() for value in sums]))
+
+
+def _at_least_one(count: int | Tensor) -> int | Tensor:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

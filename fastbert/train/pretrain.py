@@ -20,20 +20,30 @@ from fastbert.models.pretraining import BertForPreTraining
 from fastbert.packing import PackedBatch
 from fastbert.train import state as run_state
 from fastbert.train.objective import Metrics, PretrainingObjective
-from fastbert.train.optimizer import linear_schedule, make_optimizer
+from fastbert.train.optimizer import make_optimizer
 from fastbert.train.prepare import TEXT, PreparedText, prepare_text
+from fastbert.train.profiling import Unprofiled, profiling
 from fastbert.train.report import Reporter, console, environment, plot_losses
+from fastbert.train.step import make_step
 
 RUN = "run.json"
 SUMMARY = "summary.json"
 
 
-def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
+def pretrain(
+    config: PretrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    eager: bool = False,
+    profile: bool = False,
+) -> dict[str, Any]:
     """Runs, or with `resume` continues, the pre-training that `config` describes, in `out`.
 
     Leaves out/latest, a checkpoint that Hugging Face loads, loss.png, summary.json (which is
     returned) and TensorBoard's files. The same config gives the same run, bit for bit on a CPU at
-    the same number of threads, also through any number of kills and resumptions.
+    the same number of threads, also through any number of kills and resumptions. On a GPU steps
+    are replayed as a CUDA graph, unless `eager`; `profile` leaves out/profile, see `profiling`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = dataclasses.replace(config, precision=_precision(config.precision))
@@ -65,7 +75,7 @@ def pretrain(config: PretrainConfig, out: Path, *, resume: bool = False) -> dict
             raise InputError(f"{out}: the corpus or the tokenizer has changed since the run began")
         console.print(f"resuming {out} at step {state.step} of {config.steps}")
     _describe(model, config, device)
-    _train(model, optimizer, config, text, state, out, device)
+    _train(model, optimizer, config, text, state, out, device, eager=eager, profile=profile)
     return _finish(state, config, text, out, device)
 
 
@@ -114,10 +124,13 @@ def _train(
     state: run_state.TrainingState,
     out: Path,
     device: torch.device,
+    *,
+    eager: bool,
+    profile: bool,
 ) -> None:
     objective = PretrainingObjective(model, config.nsp_weight)
     precision = _autocast(config.precision, device)
-    warmup = round(config.steps * config.warmup_ratio)
+    train_step = make_step(objective, optimizer, config, text.training, device, eager=eager)
     batches = loader(
         text.training,
         state.step,
@@ -130,24 +143,14 @@ def _train(
     tokens = 0
     before = state.seconds
     started = reported = time.perf_counter()
-    with Reporter(out, start=state.step, steps=config.steps) as reporter:
+    with (
+        Reporter(out, start=state.step, steps=config.steps) as reporter,
+        profiling(out, config.steps - state.step, device) if profile else Unprofiled() as profiler,
+    ):
         for step, parts in zip(range(state.step, config.steps), batches, strict=True):
-            counts = text.training.targets(step)
-            for part in parts:
-                tokens += part.num_tokens
-                # masks are those of the examples, in whatever parts the batch is run
-                part = dataclasses.replace(part, dropout_state=torch.tensor([config.seed, step]))
-                with precision:
-                    result = objective(part.to(device, non_blocking=True), *counts)
-                result.loss.backward()
-                sums += result.sums
-            nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = linear_schedule(
-                    step, peak=config.learning_rate, warmup=warmup, total=config.steps
-                )
-            optimizer.step()
-            optimizer.zero_grad()
+            sums += train_step(step, parts, text.training.targets(step))
+            tokens += sum(part.num_tokens for part in parts)
+            profiler.step()
 
             state.step = step + 1
             reporter.advance()

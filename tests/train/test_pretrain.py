@@ -1,5 +1,6 @@
 """The main job, run as a user runs it: by the command line, in processes that may be killed."""
 
+import gzip
 import json
 import re
 import resource
@@ -124,6 +125,28 @@ def test_a_finished_run_has_nothing_left_to_do(finished):
     done = fastbert_cli("pretrain", "--out", out, "--resume", "--log-every", "2")
     assert done.returncode == 0, done.stderr
     assert (out / "latest" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_profiles_a_few_steps(corpus, tmp_path):
+    out = tmp_path / "run"
+    steps = ["--steps", "12", "--log-every", "12"]
+    done = fastbert_cli("pretrain", "--corpus", corpus, "--out", out, *SMALL, *steps, "--profile")
+    assert done.returncode == 0, done.stderr
+    trace = json.loads(gzip.decompress((out / "profile" / "trace.json.gz").read_bytes()))
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert sum(name.startswith("ProfilerStep") for name in names) == 3
+    assert "aten::addmm" in names
+    assert "Self CPU" in done.stdout
+    assert f"trace of 3 steps: {out}/profile/trace.json.gz" in done.stdout
+
+
+def test_a_run_too_short_to_profile_says_so(corpus, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["--corpus", corpus, "--out", out, *SMALL, "--steps", "2", "--profile"]
+    done = fastbert_cli("pretrain", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "--profile: needs 10 steps, and 2 are left; no trace is written" in done.stdout
+    assert not (out / "profile").exists()
 
 
 def test_fill_mask_prints_five_words_with_probabilities(finished):

@@ -1,0 +1,55 @@
+"""A look at where the time of a few training steps goes."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from fastbert.train.report import console
+
+SKIPPED, WARM_UP, RECORDED = 5, 2, 3  # steps; a CUDA graph is captured in the skipped ones
+LINES = 10
+
+
+class Unprofiled(contextlib.nullcontext):
+    """Stands where a profiler would."""
+
+    def __enter__(self) -> "Unprofiled":
+        return self
+
+    def step(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def profiling(out: Path, steps: int, device: torch.device) -> Iterator[profile | Unprofiled]:
+    """A profiler whose `step` follows each of `steps` steps; leaves out/profile/trace.json.gz.
+
+    The trace opens in Perfetto or chrome://tracing. The costliest operators are also printed.
+    """
+    needed = SKIPPED + WARM_UP + RECORDED
+    if steps < needed:
+        console.print(f"--profile: needs {needed} steps, and {steps} are left; no trace is written")
+        yield Unprofiled()
+        return
+    path = out / "profile" / "trace.json.gz"
+    path.parent.mkdir(exist_ok=True)
+    on_gpu = device.type == "cuda"
+
+    def report(profiler: profile) -> None:
+        beside = path.with_name(f".new.{path.name}")
+        profiler.export_chrome_trace(str(beside))
+        beside.replace(path)
+        key = f"self_{device.type}_time_total"
+        events = profiler.key_averages()
+        console.print(events.table(sort_by=key, row_limit=LINES, max_name_column_width=60))
+        console.print(f"trace of {RECORDED} steps: {path}")
+
+    with profile(
+        activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu,
+        schedule=schedule(wait=SKIPPED, warmup=WARM_UP, active=RECORDED, repeat=1),
+        on_trace_ready=report,
+    ) as profiler:
+        yield profiler

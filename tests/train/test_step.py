@@ -1,0 +1,220 @@
+"""A graphed step trains as an eager one does; here a stand-in for the graph runs the work again."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+import fastbert
+from fastbert.config import PretrainConfig
+from fastbert.data import GlobalCounts
+from fastbert.packing import IGNORE_INDEX, Bucket, PackedBatch
+from fastbert.train.objective import PretrainingObjective
+from fastbert.train.optimizer import make_optimizer
+from fastbert.train.step import WARM_UP, EagerStep, GraphedStep, capture_cuda_graph
+from tests.models.pretraining_case import make_batch, make_model
+
+CPU = torch.device("cpu")
+STEPS = 9
+BUCKET = Bucket(num_tokens=64, num_sequences=9, num_labels=48, max_seqlen=16)
+CONFIG = PretrainConfig(preset="tiny", steps=STEPS, learning_rate=1e-2, dropout=0.1, seed=3)
+
+
+def batches(parts=1):
+    """Of changing sizes, which all fit the bucket."""
+    draw = torch.Generator().manual_seed(0)
+    for step in range(STEPS):
+        sizes = [torch.randint(1, 5, (), generator=draw) for _ in range(parts)]
+        lengths = [torch.randint(1, 16, (size,), generator=draw).tolist() for size in sizes]
+        yield [
+            prepared(make_batch(some, seed=10 * step + part)) for part, some in enumerate(lengths)
+        ]
+
+
+def prepared(batch: PackedBatch) -> PackedBatch:
+    """As a loader gives it: what dropout draws from is the step's."""
+    return dataclasses.replace(batch, dropout_state=None)
+
+
+def counts_of(parts):
+    return GlobalCounts(
+        sum(part.num_labels for part in parts), sum(part.num_sequences for part in parts)
+    )
+
+
+def replayed(work):
+    """As a graph's capture, it does no work yet."""
+    return work
+
+
+def make_steps(device=CPU, capture=replayed, bucket=BUCKET, precision="fp32"):
+    config = dataclasses.replace(CONFIG, precision=precision)
+    model = make_model(device=device)
+    found = []
+    for one in (model, copy.deepcopy(model)):
+        optimizer = make_optimizer(one, 0.01)
+        found.append(EagerStep(PretrainingObjective(one), optimizer, config, device))
+    eager, inner = found
+    return eager, GraphedStep(inner, bucket, capture)
+
+
+def run_both(eager, graphed, parts=1):
+    for number, batch in enumerate(batches(parts=parts)):
+        expected = eager(number, batch, counts_of(batch))
+        actual = graphed(number, batch, counts_of(batch))
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def assert_same_weights(eager, graphed, tolerance=1e-5):
+    ours, theirs = (s.objective.state_dict() for s in (eager, graphed.eager))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(tensor, ours[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_trains_as_the_eager_step_does(parts):
+    eager, graphed = make_steps()
+    before = copy.deepcopy(eager.objective.state_dict())
+    run_both(eager, graphed, parts)
+    assert graphed.replay is not None
+    assert_same_weights(eager, graphed)
+    moved = [not torch.equal(before[name], t) for name, t in eager.objective.state_dict().items()]
+    assert all(moved)
+
+
+def test_padding_changes_neither_loss_nor_gradient():
+    model = make_model(dropout=0.3)
+    model.double()
+    batch = prepared(make_batch([5, 16, 1, 9]))
+    batch = dataclasses.replace(batch, dropout_state=torch.tensor([5, 9]))
+    found = []
+    for one in (batch, batch.padded_to(BUCKET)):
+        result = PretrainingObjective(model)(one, *counts_of([batch]))
+        found.append((result, torch.autograd.grad(result.loss, list(model.parameters()))))
+    (a, a_grads), (b, b_grads) = found
+    torch.testing.assert_close(b.loss, a.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(b.sums, a.sums)
+    for x, y in zip(b_grads, a_grads, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+def test_a_padded_batch_has_the_sizes_of_its_bucket():
+    batch = prepared(make_batch([5, 16, 1, 9]))
+    padded = batch.padded_to(BUCKET)
+    assert padded.num_tokens == BUCKET.num_tokens
+    assert padded.num_sequences == BUCKET.num_sequences
+    assert padded.max_seqlen == BUCKET.max_seqlen
+    assert padded.cu_seqlens.tolist() == [0, 5, 21, 22, 31, 47, 63, 64, 64, 64]
+    assert padded.cu_seqlens.dtype == torch.int32
+    assert padded.position_ids[31:].tolist() == [*range(16), *range(16), 0]
+    assert set(padded.labels[31:].tolist()) == {IGNORE_INDEX}
+    full = prepared(make_batch([16] * 4))
+    assert full.padded_to(BUCKET).cu_seqlens.tolist() == [0, 16, 32, 48, *[64] * 6]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "name"),
+    [([16, 16, 16, 16, 1], "num_tokens"), ([1] * 8, "num_sequences"), ([17], "max_seqlen")],
+)
+def test_a_batch_that_does_not_fit_is_refused(lengths, name):
+    batch = prepared(make_batch(lengths))
+    assert name in batch.misfit(BUCKET)
+    with pytest.raises(ValueError, match=f"padded_to.*{name}"):
+        batch.padded_to(BUCKET)
+
+
+def test_a_batch_with_nothing_to_predict_is_refused():
+    batch = dataclasses.replace(prepared(make_batch([3])), labels=None, num_labels=None)
+    with pytest.raises(ValueError, match="labels given"):
+        batch.padded_to(BUCKET)
+
+
+def test_a_step_that_does_not_fit_runs_eagerly_and_says_so_once(capsys):
+    eager, graphed = make_steps(bucket=BUCKET._replace(num_tokens=40))
+    run_both(eager, graphed)
+    assert_same_weights(eager, graphed)
+    assert (
+        capsys.readouterr().out.count("a step runs without the CUDA graph: a batch of num_t") == 1
+    )
+
+
+def test_a_failing_capture_is_said_once_and_loses_nothing(capsys):
+    def capture(work):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    eager, graphed = make_steps(capture=capture)
+    run_both(eager, graphed)
+    assert_same_weights(eager, graphed)
+    said = capsys.readouterr().out
+    assert said == (
+        "steps run without a CUDA graph: operation not permitted when stream is capturing\n"
+    )
+
+
+def test_captures_once_after_the_warm_up():
+    captured = []
+
+    def capture(work):
+        captured.append(graphed.steps)
+        return work
+
+    eager, graphed = make_steps(capture=capture)
+    run_both(eager, graphed)
+    assert captured == [WARM_UP + 1]
+
+
+@pytest.mark.parametrize("first", ["eager", "graphed"])
+def test_goes_on_from_the_other_kinds_checkpoint(first):
+    eager, graphed = make_steps()
+    run_both(eager, graphed)
+    saved = copy.deepcopy((eager if first == "eager" else graphed.eager).optimizer.state_dict())
+    eager, graphed = make_steps()
+    for one in (eager, graphed.eager):
+        one.optimizer.load_state_dict(copy.deepcopy(saved))
+    # as in a run, which makes its step from the loaded optimizer
+    eager = EagerStep(eager.objective, eager.optimizer, eager.config, CPU)
+    inner = graphed.eager
+    graphed = GraphedStep(
+        EagerStep(inner.objective, inner.optimizer, inner.config, CPU), BUCKET, replayed
+    )
+    run_both(eager, graphed)
+    assert_same_weights(eager, graphed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "parts"), [("fp32", 1), ("fp32", 2), ("bf16", 1)])
+def test_a_cuda_graph_trains_as_the_eager_step_does(precision, parts, capsys):
+    device = torch.device("cuda")
+    eager, graphed = make_steps(device, capture_cuda_graph, precision=precision)
+    run_both_on_gpu(eager, graphed, parts, 1e-4 if precision == "fp32" else 5e-2)
+    assert graphed.replay is not None, capsys.readouterr().out
+
+
+def run_both_on_gpu(eager, graphed, parts, tolerance):
+    for number, batch in enumerate(batches(parts=parts)):
+        expected = eager(number, batch, counts_of(batch))
+        actual = graphed(number, batch, counts_of(batch))
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    assert_same_weights(eager, graphed, tolerance)
+
+
+def test_the_bucket_of_real_data_fits_nearly_all(tmp_path):
+    from fastbert.train.prepare import prepare_text
+
+    config = PretrainConfig(preset="tiny", vocab_size=400, batch_tokens=512, max_seq_len=64)
+    data = prepare_text(config, tmp_path).training
+    for micro_batches in (1, 3):
+        bucket = data.bucket(micro_batches)
+        parts = [p for step in range(120) for p in data.batch(step, micro_batches=micro_batches)]
+        misfits = [reason for part in parts if (reason := part.misfit(bucket))]
+        assert len(misfits) <= 0.02 * len(parts), misfits
+    assert data.bucket().num_tokens == 512
+
+
+def test_runs_eagerly_without_a_gpu():
+    from fastbert.train.step import make_step
+
+    model = fastbert.BertForPreTraining(make_model().config)
+    step = make_step(PretrainingObjective(model), make_optimizer(model, 0.0), CONFIG, None, CPU)
+    assert isinstance(step, EagerStep)

@@ -18,7 +18,7 @@ from benchmarks.tables import PARTS as TABLES
 from fastbert.check import InputError
 
 # A part is a module with run(options, results).
-PARTS = ("steps", "ablation", "convergence", "sentence_encode", "step_profile")
+PARTS = ("kernels", "steps", "ablation", "convergence", "sentence_encode", "step_profile")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command("compare")(compare.main)

@@ -41,6 +41,7 @@ class Results:
 
     def __init__(self, options: Options, path: Path | None = None) -> None:
         self.path = path
+        self.device = options.device.type
         self.rows: list[Row] = []
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,8 +22,10 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks.bodies import Body, Workload
 from benchmarks.kernels import measure
-from benchmarks.operators import Workload, workloads
+from benchmarks.operators import workloads
+from benchmarks.results import FASTBERT
 from benchmarks.timing import FLUSH_BYTES, summarize
 from benchmarks.workloads import sequence_lengths
 from fastbert import backend
@@ -174,8 +176,11 @@ def sweep(
         try:
             with backend.use("triton"), forced(table, entry):
                 if check.passes():
-                    times = measure(workload, rounds, flush, ("fused",))["fused"]
-                    row |= summarize(times[direction])
+                    fused = {FASTBERT: Body(workload.fused)}
+                    times, refused = measure(workload, fused, rounds, flush)
+                    if refused:
+                        raise RuntimeError(refused[FASTBERT])
+                    row |= summarize(times[FASTBERT][direction])
                 else:
                     row["refused"] = "wrong result"
         except Exception as error:  # a block that does not fit is a result too

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from fastbert.config import PretrainConfig
 from fastbert.data import GlobalCounts, PretrainingData
 from fastbert.packing import Bucket, PackedBatch
+from fastbert.train.cuda_graph import WARM_UP, CudaGraphs, Recorder, Work
 from fastbert.train.objective import PretrainingObjective
 from fastbert.train.optimizer import linear_schedule
 from fastbert.train.report import console
 
-WARM_UP = 3  # steps before the capture, in which kernels are compiled and libraries set up
-
-Replay = Callable[[], Tensor]
 Step = Callable[[int, list[PackedBatch], GlobalCounts], Tensor]
 
 
@@ -40,7 +38,7 @@ def make_step(
     step = EagerStep(objective, optimizer, config, device)
     if device.type != "cuda" or eager:
         return step
-    return GraphedStep(step, data.bucket(config.accumulation), capture_cuda_graph)
+    return GraphedStep(step, data.bucket(config.accumulation), CudaGraphs())
 
 
 class EagerStep:
@@ -105,26 +103,24 @@ class EagerStep:
 
 
 class GraphedStep:
-    """The same, captured after a few steps and replayed from then on.
+    """The same, recorded after a few steps and replayed from then on.
 
-    A batch larger than the bucket runs as it is, and so do all of them if the capture fails; both
-    are said once. capture(work) gives a function that does the work again, and does none itself.
+    A batch larger than the bucket runs as it is, and so do all of them if recording fails; both
+    are said once.
     """
 
-    def __init__(
-        self, eager: EagerStep, bucket: Bucket, capture: Callable[[Callable[[], Tensor]], Replay]
-    ) -> None:
-        self.eager, self.bucket, self.capture = eager, bucket, capture
+    def __init__(self, eager: EagerStep, bucket: Bucket, graphs: Recorder) -> None:
+        self.eager, self.bucket, self.graphs = eager, bucket, graphs
         self.buffers: list[PackedBatch] = []
         self.counts = torch.zeros(2, dtype=torch.int64, device=eager.device)
-        self.replay: Replay | None = None
+        self.replay: Work | None = None
         self.steps = 0
         self.said: set[str] = set()
         eager.use_rate_on_device()
 
     def __call__(self, number: int, parts: list[PackedBatch], counts: GlobalCounts) -> Tensor:
         misfit = next(filter(None, (part.misfit(self.bucket) for part in parts)), None)
-        if misfit or self.capture_failed:
+        if misfit or self.recording_failed:
             if misfit:
                 self._say("a step runs without the CUDA graph", misfit)
             return self.eager(number, parts, counts)
@@ -133,15 +129,15 @@ class GraphedStep:
         self.steps += 1
         if self.replay is None and self.steps > WARM_UP:
             try:
-                self.replay = self.capture(self._work)
+                self.replay = self.graphs.record(self._work)
             except RuntimeError as error:
                 self.eager.optimizer.zero_grad()
                 self._say("steps run without a CUDA graph", str(error).strip().partition("\n")[0])
                 return self.eager(number, parts, counts)
-        return self._work_aside() if self.replay is None else self.replay()
+        return self.graphs.warm_up(self._work) if self.replay is None else self.replay()
 
     @property
-    def capture_failed(self) -> bool:
+    def recording_failed(self) -> bool:
         return self.replay is None and self.steps > WARM_UP
 
     def _fill(self, parts: list[PackedBatch], counts: GlobalCounts) -> None:
@@ -158,32 +154,7 @@ class GraphedStep:
     def _work(self) -> Tensor:
         return self.eager.compute(self.buffers, *self.counts.unbind())
 
-    def _work_aside(self) -> Tensor:
-        """On another stream than the default one, as the capture will be."""
-        if self.eager.device.type != "cuda":
-            return self._work()
-        present, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(present)
-        with torch.cuda.stream(aside):
-            sums = self._work()
-        present.wait_stream(aside)
-        sums.record_stream(present)
-        return sums
-
     def _say(self, what: str, reason: str) -> None:
         if what not in self.said:
             console.print(f"{what}: {reason}")
             self.said.add(what)
-
-
-def capture_cuda_graph(work: Callable[[], Tensor]) -> Replay:
-    graph = torch.cuda.CUDAGraph()
-    # the thread that pins the next batches' memory may go on meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        sums = work()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return sums
-
-    return replay

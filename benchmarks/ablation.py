@@ -16,12 +16,20 @@ from torch import Tensor, nn
 
 import fastbert
 from benchmarks.results import FASTBERT, Options, Results
-from benchmarks.steps import SDPA, Work, make_model, optimizer_step, training_step
-from benchmarks.timing import interleaved, summarize
+from benchmarks.steps import (
+    GRAPH,
+    SDPA,
+    at_fixed_places,
+    make_model,
+    optimizer_step,
+    training_step,
+)
+from benchmarks.timing import interleaved, recorded, summarize
 from benchmarks.workloads import MAX_SEQLEN, Batch, pretraining_batch, sequence_lengths
 from fastbert.models.losses import score_classes, score_masked
 from fastbert.modules import encoder, layer
 from fastbert.packing import PackedBatch
+from fastbert.train.cuda_graph import Work
 
 NOTHING, EVERYTHING = "nothing", "all of these"
 
@@ -34,9 +42,16 @@ def run(options: Options, results: Results) -> None:
     torch.manual_seed(0)
     batch = pretraining_batch(sequence_lengths("wikipedia", sequences)).to(options.device)
     model = make_model(FASTBERT, preset).to(options.device).train()
-    steps: dict[str, Work] = {NOTHING: ablated(model, batch, (), options)}
-    steps |= {name: ablated(model, batch, (name,), options) for name in TRICKS}
-    steps[EVERYTHING] = ablated(model, batch, tuple(TRICKS), options)
+    tricks = (*TRICKS, GRAPH) if options.device.type == "cuda" else (*TRICKS,)
+    left_out = {NOTHING: (), **{name: (name,) for name in tricks}, EVERYTHING: tricks}
+    steps: dict[str, Work] = {}
+    refused: dict[str, dict[str, str]] = {}
+    for name, without in left_out.items():
+        steps[name] = ablated(model, batch, without, options)
+        if options.device.type == "cuda" and GRAPH not in without:
+            steps[name], reason = recorded(steps[name])
+            if reason:
+                refused[name] = {GRAPH: reason}
     theirs = make_model(SDPA, preset).to(options.device)
     steps[SDPA] = training_step(SDPA, theirs, batch, options)
     seconds = interleaved(steps, rounds)
@@ -45,26 +60,30 @@ def run(options: Options, results: Results) -> None:
         if name == SDPA:
             results.add("ablation", {**case, "without": "fastbert"}, {SDPA: summarize(values)})
         else:
-            results.add("ablation", {**case, "without": name}, {FASTBERT: summarize(values)})
+            timings = {FASTBERT: summarize(values)}
+            why = refused.get(name, {})
+            results.add("ablation", {**case, "without": name}, timings, refused=why)
 
 
 def ablated(
     model: fastbert.BertForPreTraining, batch: Batch, without: tuple[str, ...], options: Options
 ) -> Work:
-    """A pre-training step without some of the TRICKS."""
-    packed = padded(batch) if "unpadding" in without else batch.packed
+    """A pre-training step without some of the TRICKS, which a GRAPH can replay."""
+    packed = at_fixed_places(padded(batch) if "unpadding" in without else batch.packed)
     loss_of = _loss
     if "masked-only head" in without:
         loss_of = _loss_of_every_position
     elif "last-layer subset" in without:
         loss_of = _loss_after_every_row
-    step = optimizer_step(model, lambda: loss_of(model, packed), options)
+    step = optimizer_step(
+        model, lambda: loss_of(model, packed), options, capturable=packed.cu_seqlens.is_cuda
+    )
 
-    def run_step() -> None:
+    def run_step() -> Tensor:
         with contextlib.ExitStack() as stack:
             for name in without:
-                stack.enter_context(TRICKS[name]())
-            step()
+                stack.enter_context(TRICKS.get(name, _by_data)())
+            return step()
 
     return run_step
 
@@ -110,7 +129,7 @@ def _pair_loss(model: fastbert.BertForPreTraining, pooled: Tensor, batch: Packed
 
 @contextlib.contextmanager
 def _by_data() -> Iterator[None]:
-    """For tricks that the batch or the loss leaves out."""
+    """For tricks that the batch, the loss or who runs the step leaves out."""
     yield
 
 

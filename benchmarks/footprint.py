@@ -44,7 +44,11 @@ def of(work: Callable[[], object], device: torch.device) -> dict[str, float]:
     with torch.profiler.profile(activities=activities) as profile:
         work()
         torch.cuda.synchronize()
-    launches = sum(event.count for event in profile.key_averages() if "LaunchKernel" in event.key)
+    launches = sum(
+        event.count
+        for event in profile.key_averages()
+        if "LaunchKernel" in event.key or "GraphLaunch" in event.key  # a graph is one
+    )
     return {
         "peak_memory_bytes": peak,
         "host_syncs": sum("synchroniz" in str(wait.message) for wait in waits),

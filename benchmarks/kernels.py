@@ -1,27 +1,36 @@
 """Each operator of fastbert beside the alternatives that a user has, forward and backward.
 
-On a GPU by CUDA events behind a full queue, so that no launch gap is timed, on inputs that change
-and with the cache flushed. Rates are shares of what the same run measures for a copy (operators
-bound by memory) or a matrix product (those bound by arithmetic).
+On a GPU by CUDA events around the replay of a graph behind a full queue, so that no launch gap is
+timed; on inputs that change and with the cache flushed. Rates are shares of what the same run
+measures for a copy (operators bound by memory) or a matrix product (those bound by arithmetic).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
 from torch import Tensor
 
+from benchmarks import ceilings
 from benchmarks.bodies import Body, Workload
 from benchmarks.operators import workloads
 from benchmarks.results import FASTBERT, Options, Results
-from benchmarks.timing import FLUSH_BYTES, summarize, timed
+from benchmarks.timing import flush_for, summarize, timed
 from fastbert import backend
+from fastbert.train.cuda_graph import WARM_UP, CudaGraphs
 
-SETS = 4  # of inputs, taken in turn
+SETS = 3  # of inputs, taken in turn
 
 Times = dict[str, dict[str, list[float]]]
+
+
+class Passes(NamedTuple):
+    """Both directions of a body on one set of inputs; backward takes what forward gave."""
+
+    forward: Callable[[], Tensor]
+    backward: Callable[[Tensor], Tensor]
 
 
 def run(options: Options, results: Results, only: str = "") -> None:
@@ -29,20 +38,16 @@ def run(options: Options, results: Results, only: str = "") -> None:
     device, on_gpu = options.device, options.device.type == "cuda"
     tokens = (8192 if options.quick else 32768) if on_gpu else 512 if options.quick else 2048
     rounds = (12 if options.quick else 30) if on_gpu else 4 if options.quick else 10
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     torch.manual_seed(0)
-    flush = torch.empty(FLUSH_BYTES if on_gpu else 0, dtype=torch.uint8, device=device)
-    ceilings = dict(measure_ceilings(rounds, flush, dtype))
-    for name, rate in ceilings.items():
-        results.add("ceilings", {"of": name, "dtype": str(dtype)}, rate=rate)
+    ceilings.of(options, results)
     for preset in ("base",) if options.quick else ("base", "large"):
-        for workload in workloads(preset, tokens, device.type, dtype):
+        for workload in workloads(preset, tokens, device.type, options.dtype):
             if only in ("", workload.operator.name):
                 bodies = {FASTBERT: Body(workload.fused), **workload.alternatives}
                 if not options.quick:
                     bodies["torch.compile"] = Body(torch.compile(workload.plain))
-                times, refused = measure(workload, bodies, rounds, flush)
-                add_rows(results, workload, times, refused, ceilings)
+                times, refused = measure(workload, bodies, rounds, flush_for(device))
+                add_rows(options, results, workload, times, refused)
 
 
 def measure(
@@ -52,96 +57,107 @@ def measure(
 
     A body that fails is left out from then on; the second result says why.
     """
-    times: Times = {name: {"forward": [], "backward": []} for name in bodies}
-    refused: dict[str, str] = {}
     own = [_with_gradients(workload.make()) for _ in range(SETS)]
-    others = {
-        name: [_with_gradients(body.make()) for _ in range(2)]
-        for name, body in bodies.items()
-        if body.make is not None
-    }
-    for number in range(rounds + 2):
-        for name, body in bodies.items():
-            if name in refused:
-                continue
-            sets = others.get(name, own)
-            tensors = sets[number % len(sets)]
+    passes: dict[str, list[Passes]] = {}
+    refused: dict[str, str] = {}
+    for name, body in bodies.items():
+        try:
+            sets = own if body.make is None else [_with_gradients(body.make()) for _ in own]
+            passes[name] = [direct(workload, body, tensors) for tensors in sets]
+        except Exception as error:
+            refused[name] = _first_line(error)
+            continue
+        if flush.is_cuda:
             try:
-                elapsed = _time_once(workload, body, tensors, flush)
+                passes[name] = [recorded(workload, each) for each in passes[name]]
+            except RuntimeError as error:
+                refused[f"{name}, as a CUDA graph"] = _first_line(error)
+    times: Times = {name: {"forward": [], "backward": []} for name in passes}
+    for number in range(rounds + 2):
+        for name in tuple(passes):
+            try:
+                elapsed = _time_once(workload, passes[name][number % SETS], flush)
             except Exception as error:
-                refused[name] = str(error).strip().partition("\n")[0][:200] or repr(error)
+                refused[name] = _first_line(error)
+                del passes[name], times[name]
                 continue
             if number >= 2:
                 for direction, seconds in elapsed.items():
                     times[name][direction].append(seconds)
-    return {name: found for name, found in times.items() if name not in refused}, refused
+    return times, refused
+
+
+def direct(workload: Workload, body: Body, tensors: tuple[Tensor, ...]) -> Passes:
+    """Runs forward once, which compiles what there is to compile."""
+    leaves = [tensor for tensor in tensors if tensor.requires_grad]
+    y = body.run(*tensors)
+    dy = torch.randn_like(y) if workload.backward else y
+
+    def backward(y: Tensor) -> Tensor:
+        return torch.autograd.grad(y, leaves, dy)[0]
+
+    return Passes(lambda: body.run(*tensors), backward)
+
+
+def recorded(workload: Workload, passes: Passes) -> Passes:
+    """Each direction as a CUDA graph. Raises RuntimeError where one cannot be recorded."""
+    graphs = CudaGraphs()
+
+    def both() -> Tensor:
+        y = passes.forward()
+        return passes.backward(y) if workload.backward else y
+
+    for _ in range(WARM_UP):
+        graphs.warm_up(both)
+    forward = graphs.record(passes.forward)
+    if not workload.backward:
+        return Passes(forward, passes.backward)
+    y = forward()  # with what backward needs of it, in the memory of the first graph
+    backward = graphs.record(lambda: passes.backward(y))
+    return Passes(forward, lambda _: backward())
 
 
 def _with_gradients(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(tensor.requires_grad_(tensor.is_floating_point()) for tensor in tensors)
 
 
-def _time_once(
-    workload: Workload, body: Body, tensors: tuple[Tensor, ...], flush: Tensor
-) -> dict[str, float]:
-    y, forward = timed(flush, body.run, *tensors)
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200] or repr(error)
+
+
+def _time_once(workload: Workload, passes: Passes, flush: Tensor) -> dict[str, float]:
+    y, forward = timed(flush, passes.forward)
     readers = {"forward": forward}
     if workload.backward:
-        leaves = [tensor for tensor in tensors if tensor.requires_grad]
-        _, readers["backward"] = timed(flush, torch.autograd.grad, y, leaves, torch.randn_like(y))
+        _, readers["backward"] = timed(flush, passes.backward, y)
     if flush.is_cuda:
         torch.cuda.synchronize()
     return {direction: read() for direction, read in readers.items()}
 
 
-def measure_ceilings(rounds: int, flush: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    """What a matrix product (operations a second) and a copy (bytes a second) reach here."""
-    device = flush.device
-    size, numbers = (8192, 1 << 28) if flush.is_cuda else (1024, 1 << 24)
-    source = torch.randn(numbers, device=device)
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    target, product = torch.empty_like(source), torch.empty_like(a)
-    for name, work, amount in (
-        ("product", lambda: torch.mm(a, b, out=product), 2 * size**3),
-        ("copy", lambda: target.copy_(source), 2 * source.nbytes),
-    ):
-        seconds = []
-        for _ in range(rounds + 1):
-            _, elapsed = timed(flush, work)
-            if flush.is_cuda:
-                torch.cuda.synchronize()
-            seconds.append(elapsed())
-        yield name, amount / summarize(seconds[1:])["median_s"]
-
-
 def add_rows(
+    options: Options,
     results: Results,
     workload: Workload,
     times: Times,
     refused: dict[str, str],
-    ceilings: dict[str, float],
 ) -> None:
     """A row for each direction."""
+    ceiling = ceilings.of(options, results)["product" if workload.is_product else "copy"]
+    case = {
+        "operator": workload.operator.name,
+        "size": workload.label,
+        "backend": workload.operator.choice(options.device.type).backend,
+    }
     for direction, work in (("forward", workload.forward), ("backward", workload.backward)):
         if not work:
             continue
         timings = {name: summarize(found[direction]) for name, found in times.items()}
-        ceiling = ceilings["product" if workload.is_product else "copy"]
-        ours = timings.get(FASTBERT)
-        results.add(
-            "kernels",
-            {
-                "operator": workload.operator.name,
-                "size": workload.label,
-                "direction": direction,
-                "backend": workload.operator.choice(results.device).backend,
-            },
-            timings,
-            work=work,
-            unit="FLOP/s" if workload.is_product else "B/s",
-            share=work / ours["median_s"] / ceiling if ours else None,
-            refused=refused,
-        )
+        for timing in timings.values():
+            timing["share"] = work / timing["median_s"] / ceiling
+        unit = "FLOP/s" if workload.is_product else "B/s"
+        where = {**case, "direction": direction}
+        results.add("kernels", where, timings, work=work, unit=unit, refused=refused)
 
 
 def main(

@@ -87,7 +87,7 @@ def kernels(axes: plt.Axes, rows: list[Row]) -> None:
         for row in rows
     ]
     axes.figure.set_size_inches(9, 1 + 0.22 * len(rows))
-    bars = axes.barh(labels, [100 * row["share"] for row in rows])
+    bars = axes.barh(labels, [100 * row["timings"][FASTBERT]["share"] for row in rows])
     axes.bar_label(bars, fmt="{:.0f}", padding=2, fontsize=7)
     axes.tick_params(axis="y", labelsize=7)
     axes.invert_yaxis()

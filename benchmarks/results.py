@@ -35,13 +35,17 @@ class Options:
     precision: str = "fp32"
     quick: bool = False
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what matrix products multiply."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
 
 class Results:
     """Collects rows, and appends them to a file if there is one."""
 
     def __init__(self, options: Options, path: Path | None = None) -> None:
         self.path = path
-        self.device = options.device.type
         self.rows: list[Row] = []
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

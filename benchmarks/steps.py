@@ -1,9 +1,11 @@
 """A whole pre-training step and a forward pass, fastbert's and Hugging Face's, on the same batches.
 
 A step is MLM + NSP, dropout 0.1, clipping and AdamW; Hugging Face's BERT has eager and SDPA
-attention, and goes through torch.compile. All candidates take turns in one process.
+attention, and goes through torch.compile. On a GPU fastbert's step is a CUDA graph, as it is in
+`fastbert pretrain`. All candidates take turns in one process.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,15 +14,16 @@ import transformers
 from torch import Tensor, nn
 
 import fastbert
-from benchmarks import footprint
+from benchmarks import ceilings, footprint
 from benchmarks.results import FASTBERT, Options, Results, Row
-from benchmarks.timing import interleaved, summarize
-from benchmarks.workloads import Batch, pretraining_batch, sequence_lengths
+from benchmarks.timing import interleaved, recorded, summarize
+from benchmarks.workloads import MAX_SEQLEN, Batch, pretraining_batch, sequence_lengths
 from fastbert.config import PRESETS
+from fastbert.packing import Bucket, PackedBatch
+from fastbert.train.cuda_graph import Work
 
+GRAPH, WITHOUT_GRAPH = "CUDA graph", "fastbert (without CUDA graph)"
 EAGER, SDPA, COMPILED = (f"Hugging Face ({how})" for how in ("eager", "SDPA", "torch.compile"))
-
-Work = Callable[[], object]
 
 
 class Case(NamedTuple):
@@ -80,31 +83,42 @@ def compare(part: str, case: Case, options: Options, results: Results) -> Row:
     weights = shared.state_dict()
     candidates: dict[str, Work] = {}
     refused: dict[str, str] = {}
-    for name in (FASTBERT, SDPA, *case.few):
+    names: tuple[str, ...] = (FASTBERT, SDPA, *case.few)
+    graph = part == "steps" and options.device.type == "cuda"
+    if graph:
+        names = (FASTBERT, WITHOUT_GRAPH, *names[1:])
+    for name in names:
         try:
             model = make_model(name, case.preset).to(options.device)
             model.load_state_dict(weights)
-            make = training_step if part == "steps" else forward_pass
-            work = make(name, model, batch, options)
+            if name == FASTBERT and graph:
+                work, reason = graphed_step(model, batch, options)
+                if reason:
+                    refused[GRAPH] = reason
+            else:
+                make = training_step if part == "steps" else forward_pass
+                work = make(name, model, batch, options)
             work()
             candidates[name] = work
         except Exception as error:  # out of memory, no compiler: the others are still worth timing
             refused[name] = str(error).strip().partition("\n")[0] or repr(error)
     seconds = interleaved(candidates, case.rounds, dict.fromkeys(case.few, 4))
     timings = {name: summarize(values) for name, values in seconds.items()}
+    flops = footprint.model_flops(case.preset, batch, training=part == "steps")
+    ceiling = ceilings.of(options, results)["product"]
     for name, timing in timings.items():
+        timing["utilisation"] = flops / timing["median_s"] / ceiling
         timing["real_tokens_per_second"] = sum(batch.lengths) / timing["median_s"]
         timing |= footprint.of(candidates[name], options.device)
     about = {"preset": case.preset, "lengths": case.lengths, "sequences": case.sequences}
     if part == "steps":
         about["optimizer"] = "AdamW"
-    flops = footprint.model_flops(case.preset, batch, training=part == "steps")
     return results.add(part, about, timings, fill=batch.fill, flops=flops, refused=refused)
 
 
 def make_model(name: str, preset: str) -> nn.Module:
     shape = PRESETS[preset].shape
-    if name == FASTBERT:
+    if name in (FASTBERT, WITHOUT_GRAPH):
         return fastbert.BertForPreTraining(fastbert.BertConfig(**shape))
     attention = "eager" if name == EAGER else "sdpa"
     config = transformers.BertConfig(**shape, attn_implementation=attention)
@@ -114,21 +128,49 @@ def make_model(name: str, preset: str) -> nn.Module:
 def training_step(name: str, model: nn.Module, batch: Batch, options: Options) -> Work:
     model.train()
     run = torch.compile(model) if name == COMPILED else model
-    if name == FASTBERT:
+    if name in (FASTBERT, WITHOUT_GRAPH):
         return optimizer_step(model, lambda: run(batch.packed).loss, options)
     return optimizer_step(model, lambda: run(**batch.padded).loss, options)
 
 
-def optimizer_step(model: nn.Module, loss_of: Callable[[], Tensor], options: Options) -> Work:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
+def graphed_step(model: nn.Module, batch: Batch, options: Options) -> tuple[Work, str | None]:
+    """fastbert's step on a batch padded to fixed sizes; and why it is no graph, if it is none."""
+    packed = at_fixed_places(batch.packed.padded_to(bucket_of(batch.packed)))
+    return recorded(
+        optimizer_step(model.train(), lambda: model(packed).loss, options, capturable=True)
+    )
 
-    def step() -> None:
+
+def bucket_of(batch: PackedBatch) -> Bucket:
+    """With the room that `PretrainingData.bucket` leaves."""
+    assert batch.num_labels is not None
+    sequences = int(1.1 * batch.num_sequences) + 8
+    tokens = batch.num_tokens + -batch.num_tokens % 128
+    return Bucket(tokens, sequences, batch.num_labels + sequences, MAX_SEQLEN)
+
+
+def at_fixed_places(batch: PackedBatch) -> PackedBatch:
+    """With all that a graph reads in its tensors."""
+    state = torch.zeros(2, dtype=torch.int64, device=batch.device)
+    return dataclasses.replace(batch, dropout_state=state)
+
+
+def optimizer_step(
+    model: nn.Module, loss_of: Callable[[], Tensor], options: Options, *, capturable: bool = False
+) -> Work:
+    """What takes a step and returns its loss."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-5, weight_decay=0.01, fused=True, capturable=capturable
+    )
+
+    def step() -> Tensor:
         with autocast(options):
             loss = loss_of()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        return loss.detach()
 
     return step
 

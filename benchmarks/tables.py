@@ -3,10 +3,19 @@
 Ratios are another candidate's median over fastbert's: how many times as long it takes.
 """
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeVar
 
 from benchmarks.results import FASTBERT, Row
+
+T = TypeVar("T")
+
+# What a GPU tells of a step beside its time, and how it is written.
+COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "peak_memory_bytes": ("peak memory", lambda size: f"{size / 2**30:.2f} GiB"),
+    "host_syncs": ("host syncs", str),
+    "kernel_launches": ("launches", str),
+}
 
 
 class Table(NamedTuple):
@@ -19,21 +28,29 @@ class Table(NamedTuple):
 
 
 def steps(rows: list[Row]) -> Table:
-    others = _others(rows)
-    header = ("model", "lengths", "batch filled", FASTBERT, "real tokens/s", *others)
+    costs = tuple(name for name in COSTS if any(name in t for r in rows for t in _timings(r)))
+    header = ("model", "lengths", "filled", "by", "time", "real tokens/s", "MFU",
+              *(COSTS[name][0] for name in costs), "over fastbert's")  # fmt: skip
     lines = []
     for row in rows:
-        ours = row["timings"][FASTBERT]
-        lines.append(
-            (
-                f"{row['case']['preset']}, {row['case']['sequences']} sequences",
-                row["case"]["lengths"],
-                f"{row['fill']:.0%}",
-                f"{seconds(ours['median_s'])} ±{ours['spread']:.0%}",
-                f"{ours['real_tokens_per_second']:,.0f}",
-                *(_against(row, name) for name in others),
-            )
+        case = row["case"]
+        about = (
+            f"{case['preset']}, {case['sequences']} sequences",
+            case["lengths"],
+            f"{row['fill']:.0%}",
         )
+        lines += [
+            (
+                *what,
+                name,
+                _time(timing),
+                f"{timing['real_tokens_per_second']:,.0f}",
+                f"{timing['utilisation']:.0%}",
+                *(COSTS[cost][1](timing[cost]) for cost in costs),
+                _ratio(row, name),
+            )
+            for what, (name, timing) in _once(about, row["timings"].items())
+        ]
     return Table(header, lines)
 
 
@@ -45,8 +62,7 @@ def ablation(rows: list[Row]) -> Table:
         (name, timing), without = next(iter(row["timings"].items())), row["case"]["without"]
         what = name if name != FASTBERT else f"without {without}"
         what = "fastbert" if without == "nothing" else what
-        time = f"{seconds(timing['median_s'])} ±{timing['spread']:.0%}"
-        lines.append((what, time, f"{timing['median_s'] / full:.2f}x"))
+        lines.append((what, _time(timing), f"{timing['median_s'] / full:.2f}x"))
     return Table(("step", "time", "times fastbert's"), lines)
 
 
@@ -92,26 +108,23 @@ def ceilings(rows: list[Row]) -> Table:
 
 
 def kernels(rows: list[Row]) -> Table:
-    others = _others(rows)
-    header = ("operator", "size", "pass", FASTBERT, "rate", "of ceiling", *others)
+    header = ("operator", "size", "pass", "by", "time", "rate", "of ceiling", "over fastbert's")
     lines = []
     for row in rows:
-        case, ours = row["case"], row["timings"].get(FASTBERT)
-        if ours is None:
-            continue
+        case = row["case"]
+        about = (case["operator"], case["size"], case["direction"])
         scale, unit = (1e12, "TFLOP/s") if row["unit"] == "FLOP/s" else (1e9, "GB/s")
-        size = ", ".join(str(v) for k, v in case.items() if k not in ("operator", "direction"))
-        lines.append(
+        lines += [
             (
-                case["operator"],
-                size,
-                case["direction"],
-                f"{seconds(ours['median_s'])} ±{ours['spread']:.0%}",
-                f"{row['work'] / ours['median_s'] / scale:,.2f} {unit}",
-                f"{row['share']:.0%}",
-                *(_against(row, name) for name in others),
+                *what,
+                f"{name} ({case['backend']})" if name == FASTBERT else name,
+                _time(timing),
+                f"{row['work'] / timing['median_s'] / scale:,.2f} {unit}",
+                f"{timing['share']:.0%}",
+                _ratio(row, name),
             )
-        )
+            for what, (name, timing) in _once(about, row["timings"].items())
+        ]
     return Table(header, lines)
 
 
@@ -162,16 +175,24 @@ def seconds(value: float) -> str:
     return f"{value * 1e6:.3g} us"
 
 
-def _others(rows: Iterable[Row]) -> tuple[str, ...]:
-    names = dict.fromkeys(name for row in rows for name in (*row["timings"], *row["refused"]))
-    return tuple(name for name in names if name != FASTBERT)
+def _timings(row: Row) -> list[Row]:
+    return list(row["timings"].values())
 
 
-def _against(row: Row, name: str) -> str:
-    if name not in row["timings"] or FASTBERT not in row["timings"]:
+def _once(about: tuple[str, ...], candidates: Iterable[T]) -> Iterator[tuple[tuple[str, ...], T]]:
+    """What a group of lines is about, in its first line alone."""
+    for number, candidate in enumerate(candidates):
+        yield (tuple("" for _ in about) if number else about), candidate
+
+
+def _time(timing: Row) -> str:
+    return f"{seconds(timing['median_s'])} ±{timing['spread']:.0%}"
+
+
+def _ratio(row: Row, name: str) -> str:
+    if FASTBERT not in row["timings"]:
         return "-"
-    other, ours = row["timings"][name], row["timings"][FASTBERT]
-    return f"{seconds(other['median_s'])} ({other['median_s'] / ours['median_s']:.2f}x)"
+    return f"{row['timings'][name]['median_s'] / row['timings'][FASTBERT]['median_s']:.2f}x"
 
 
 def _median(rows: list[Row], without: str) -> float:

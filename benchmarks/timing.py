@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbert.train.cuda_graph import WARM_UP, CudaGraphs, Work
+
 FLUSH_BYTES = 256 << 20  # written before each measurement: more than any cache holds
 SLEEP_CYCLES = 1_000_000  # of the GPU, about half a millisecond, while the host queues the work
 
@@ -47,6 +49,23 @@ def timed(flush: Tensor, work: Callable, *arguments: Any) -> tuple[Any, Callable
     result = work(*arguments)
     end.record()
     return result, lambda: start.elapsed_time(end) / 1e3
+
+
+def flush_for(device: torch.device) -> Tensor:
+    """What `timed` writes over a GPU's cache; nothing on a CPU."""
+    size = FLUSH_BYTES if device.type == "cuda" else 0
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def recorded(work: Work) -> tuple[Work, str | None]:
+    """The work as a CUDA graph that replays it; or as it is, and why it could not be recorded."""
+    graphs = CudaGraphs()
+    for _ in range(WARM_UP):
+        graphs.warm_up(work)
+    try:
+        return graphs.record(work), None
+    except RuntimeError as error:
+        return work, str(error).strip().partition("\n")[0]
 
 
 def summarize(seconds: list[float]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from benchmarks.bodies import Body, Workload
 from benchmarks.kernels import measure
 from benchmarks.operators import workloads
 from benchmarks.results import FASTBERT
-from benchmarks.timing import FLUSH_BYTES, summarize
+from benchmarks.timing import flush_for, summarize
 from benchmarks.workloads import sequence_lengths
 from fastbert import backend
 from fastbert.train.report import environment
@@ -219,7 +219,7 @@ def main(
     torch.manual_seed(0)
     write = functools.partial(_append, out)
     write({"environment": environment(torch.device(device))})
-    flush = torch.empty(FLUSH_BYTES if device == "cuda" else 0, dtype=torch.uint8, device=device)
+    flush = flush_for(torch.device(device))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32  # which the interpreter has not
     tokens = sum(sequence_lengths("wikipedia", sequences))
     for size in [preset] if preset else ["base", "large"]:

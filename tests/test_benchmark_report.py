@@ -23,7 +23,12 @@ ENVIRONMENT = {
 
 
 def timing(median, spread=0.02):
-    return {"median_s": median, "spread": spread, "real_tokens_per_second": 1000 / median}
+    return {
+        "median_s": median,
+        "spread": spread,
+        "real_tokens_per_second": 1000 / median,
+        "utilisation": 0.4 / median,
+    }
 
 
 def step(ours=2.0, theirs=7.0, **case):
@@ -96,12 +101,15 @@ def test_fills_in_a_readme(results):
     after = report.filled(before, results.parents[1])
     assert after.startswith("a\n<!-- benchmarks: cpu/steps.jsonl steps -->\n\n| model |")
     assert after.endswith("<!-- end -->\nb\n")
-    assert "| 7 s (3.50x) |" in after
+    assert (
+        "| base, 4 sequences | wikipedia | 49% | fastbert | 2 s ±2% | 500 | 20% | 1.00x |" in after
+    )
+    assert "| Hugging Face (SDPA) | 7 s ±2% | 143 | 6% | 3.50x |" in after
     assert "old" not in after
     assert report.filled(after, results.parents[1]) == after
     # another figure in the results shows
     written(results, [ENVIRONMENT, step(theirs=8.0)])
-    assert "(4.00x)" in report.filled(after, results.parents[1])
+    assert "| 4.00x |" in report.filled(after, results.parents[1])
     results.unlink()
     assert "Not measured yet." in report.filled(after, results.parents[1])
 

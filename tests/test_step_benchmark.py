@@ -38,7 +38,9 @@ def losses(monkeypatch):
     """Of the steps that run, which then change no weight."""
     seen = []
     monkeypatch.setattr(
-        ablation, "optimizer_step", lambda model, loss_of, options: lambda: seen.append(loss_of())
+        ablation,
+        "optimizer_step",
+        lambda model, loss_of, options, **_: lambda: seen.append(loss_of()),
     )
     return seen
 
@@ -125,8 +127,16 @@ def test_compares_the_candidates_and_records_what_cannot_run(monkeypatch, tmp_pa
         ours = row["timings"][FASTBERT]
         assert ours["real_tokens_per_second"] == pytest.approx(80 / ours["median_s"])
         assert ours["rounds"] == 2
+        ceiling = results.of("ceilings")[0]["rate"]
+        assert ours["utilisation"] * ceiling == pytest.approx(row["flops"] / ours["median_s"])
     written = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [row["part"] for row in written] == ["environment", "steps", "inference"]
+    assert [row["part"] for row in written] == [
+        "environment",
+        "ceilings",
+        "ceilings",
+        "steps",
+        "inference",
+    ]
 
 
 def test_a_failing_part_stops_no_other(monkeypatch, tmp_path):

@@ -70,6 +70,37 @@ def test_what_cannot_run_is_recorded_and_the_rest_is_timed():
         assert [len(found[direction]) for direction in ("forward", "backward")] == [3, 3]
 
 
+class Repeats:
+    """In place of CUDA graphs: the work is done anew."""
+
+    def warm_up(self, work):
+        return work()
+
+    def record(self, work):
+        return work
+
+
+@pytest.mark.parametrize("workload", small(), ids=lambda w: f"{w.operator.name} {w.label}")
+def test_a_recorded_operator_has_both_directions(workload, monkeypatch):
+    monkeypatch.setattr(kernels, "CudaGraphs", Repeats)
+    tensors = kernels._with_gradients(workload.make())
+    passes = kernels.direct(workload, Body(workload.fused), tensors)
+    again = kernels.recorded(workload, passes)
+    y = passes.forward()
+    torch.testing.assert_close(again.forward(), y)
+    if workload.backward:
+        torch.testing.assert_close(again.backward(y), passes.backward(y))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["base"])
+def test_operators_are_recorded_on_a_gpu(preset):
+    flush = torch.empty(1, dtype=torch.uint8, device="cuda")
+    for workload in workloads(preset, 600, "cuda", torch.bfloat16):
+        _, refused = kernels.measure(workload, {FASTBERT: Body(workload.fused)}, 2, flush)
+        assert not refused, workload.label
+
+
 def test_adds_a_row_for_each_direction(monkeypatch):
     monkeypatch.setattr(kernels, "workloads", lambda *_: small())
     options = Options(torch.device("cpu"), quick=True)

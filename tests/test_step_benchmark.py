@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import benchmarks.__main__ as suite
-from benchmarks import ablation, footprint, steps
+from benchmarks import ablation, footprint, steps, timing
 from benchmarks.results import FASTBERT, Options, Results
 from benchmarks.workloads import pretraining_batch, sequence_lengths
 from fastbert import events
@@ -94,6 +94,30 @@ def test_without_a_fused_operator_it_does_not_run(model, batch, losses, name, op
     in_head = 1 if operator == "bias_gelu" else 0
     assert runs(()) >= 2 + in_head
     assert runs((name,)) <= in_head
+
+
+def test_the_step_of_a_graph_is_the_same_step(model, batch, monkeypatch):
+    monkeypatch.setattr(steps, "recorded", lambda work: (work, None))
+    monkeypatch.setattr(
+        steps, "optimizer_step", lambda model, loss_of, options, **_: lambda: loss_of()
+    )
+    work, reason = steps.graphed_step(model, batch, QUICK)
+    assert reason is None
+    torch.testing.assert_close(work(), model(batch.packed).loss)
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch):
+    class Fails:
+        def warm_up(self, work):
+            return work()
+
+        def record(self, work):
+            raise RuntimeError("not permitted\nand more")
+
+    monkeypatch.setattr(timing, "CudaGraphs", Fails)
+    work = torch.zeros
+    assert timing.recorded(lambda: work(1))[1] == "not permitted"
+    assert timing.recorded(lambda: work(1))[0]() == 0
 
 
 def test_counts_the_operations_of_a_step():

@@ -17,8 +17,12 @@ from benchmarks.results import Options, Results, Row
 from benchmarks.tables import PARTS as TABLES
 from fastbert.check import InputError
 
-# A part is a module with run(options, results).
-PARTS = ("kernels", "steps", "ablation", "convergence", "sentence_encode", "step_profile")
+# A part is a module with run(options, results); the last ones take hours and run if named.
+PARTS = (
+    *("kernels", "steps", "ablation", "convergence"),
+    *("sentence_encode", "masking", "step_profile"),
+)
+LONG = ("noising",)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command("compare")(compare.main)
@@ -30,7 +34,7 @@ console = Console(highlight=False, markup=False, width=120)
 def main(
     context: typer.Context,
     quick: Annotated[bool, typer.Option("--quick", help="Minutes, at small sizes.")] = False,
-    only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(PARTS)}.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(PARTS + LONG)}.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (autocast).")] = "auto",
     out: Annotated[Path | None, typer.Option(help="JSON Lines file, written as it goes.")] = None,
 ) -> None:
@@ -38,8 +42,8 @@ def main(
     if context.invoked_subcommand is not None:
         return
     for name in only or ():
-        if name not in PARTS:
-            raise InputError(f"--only: one of {', '.join(PARTS)}, got {name!r}")
+        if name not in PARTS + LONG:
+            raise InputError(f"--only: one of {', '.join(PARTS + LONG)}, got {name!r}")
     if precision not in ("auto", "fp32", "bf16"):
         raise InputError(f"--precision: auto, fp32 or bf16, got {precision!r}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

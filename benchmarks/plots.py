@@ -1,5 +1,6 @@
 """Plots of results, a PNG a part."""
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.results import FASTBERT, Row
+from benchmarks.tables import by_scheme
 
 
 def write(rows: list[Row], path: Path) -> list[Path]:
@@ -80,6 +82,24 @@ def convergence(axes: plt.Axes, rows: list[Row]) -> None:
     axes.legend()
 
 
+def noising(axes: plt.Axes, rows: list[Row]) -> None:
+    for scheme, runs in by_scheme(rows).items():
+        steps = [step for step, _ in runs[0]["heldout"]]
+        curves = [[loss for _, loss in run["heldout"]] for run in runs]
+        (line,) = axes.plot(steps, [statistics.fmean(at) for at in zip(*curves, strict=True)])
+        line.set_label(scheme)
+        lowest, highest = (list(map(f, zip(*curves, strict=True))) for f in (min, max))
+        axes.fill_between(steps, lowest, highest, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.axhline(rows[0]["baseline"], color="gray", linestyle="--", label="unigram baseline")
+    axes.set(
+        xlabel="step",
+        ylabel="held-out MLM loss under BERT's masking (nats)",
+        title="Maskings compared: mean and range of the seeds",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
 def kernels(axes: plt.Axes, rows: list[Row]) -> None:
     rows = [row for row in rows if FASTBERT in row["timings"]]
     labels = [
@@ -100,4 +120,5 @@ PLOTS: dict[str, Callable[[plt.Axes, list[Row]], None]] = {
     "inference": steps,
     "ablation": ablation,
     "convergence": convergence,
+    "noising": noising,
 }

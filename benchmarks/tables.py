@@ -3,6 +3,7 @@
 Ratios are another candidate's median over fastbert's: how many times as long it takes.
 """
 
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
@@ -99,6 +100,40 @@ def sentence_encode(rows: list[Row]) -> Table:
     return Table(("route", "filled", "patched", "unpatched", "ratio"), lines)
 
 
+def masking(rows: list[Row]) -> Table:
+    lines = []
+    for row in rows:
+        timing = row["timings"][FASTBERT]
+        rate = f"{timing['tokens_per_second'] / 1e6:.1f} M"
+        lines.append((row["case"]["scheme"], str(row["case"]["length"]), _time(timing), rate))
+    return Table(("masking", "tokens a sequence", "time of a batch", "tokens/s"), lines)
+
+
+def noising(rows: list[Row]) -> Table:
+    lines = []
+    for scheme, runs in by_scheme(rows).items():
+        finals, gamma = [run["final"] for run in runs], runs[0]["case"]["gamma"]
+        lines.append(
+            (
+                scheme,
+                "-" if gamma is None else f"{gamma:g}",
+                str(len(runs)),
+                f"{statistics.fmean(finals):.3f}",
+                f"{min(finals):.3f} to {max(finals):.3f}",
+                f"{statistics.fmean(run['seconds'] for run in runs):.0f} s",
+            )
+        )
+    header = ("masking", "gamma", "seeds", "held-out loss (nats)", "smallest to largest", "a run")
+    return Table(header, lines)
+
+
+def by_scheme(rows: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["case"]["scheme"], []).append(row)
+    return found
+
+
 def ceilings(rows: list[Row]) -> Table:
     lines = []
     for row in rows:
@@ -162,6 +197,8 @@ PARTS: dict[str, Callable[[list[Row]], Table]] = {
     "ablation": ablation,
     "convergence": convergence,
     "sentence_encode": sentence_encode,
+    "masking": masking,
+    "noising": noising,
     "profile": profile,
     "pretraining": pretraining,
 }

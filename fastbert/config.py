@@ -279,7 +279,23 @@ class PretrainConfig:
         None, "Longest example, in tokens; by default the preset's, 32 for tiny and mini, else 128."
     )
     short_seq_prob: float = option(0.1, "Share of examples made shorter on purpose.")
+    objective: str = option(
+        "mlm+nsp",
+        "mlm+nsp: sentence pairs and both losses; mlm: full sentences of one document, as RoBERTa.",
+    )
     mlm_probability: float = option(0.15, "Share of tokens to predict.")
+    masking: str = option(
+        "bert",
+        "Which tokens are predicted and what stands there instead: bert, whole-word, span (80/10/10 "
+        "of tokens, words, spans), blank, unigram, bigram-kn (Xie et al. 2017, of tokens).",
+    )
+    gamma: float = option(
+        0.8, "Of blank, unigram, bigram-kn: how much of what is predicted is changed."
+    )
+    segmenter: str = option(
+        "characters",
+        "Chinese words, for whole-word and span: characters, spaces (the text has them), or jieba.",
+    )
     steps: int = option(3000, "Optimizer steps.")
     batch_tokens: int = option(1024, "Tokens in the batch of one optimizer step.")
     accumulation: int = option(1, "Parts that a batch is run in, to save memory.")
@@ -316,6 +332,8 @@ class PretrainConfig:
         for name in ("short_seq_prob", "mlm_probability", "heldout_fraction", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{_dashed(name)}: between 0 and 1, got {getattr(self, name)}")
+        if self.objective not in ("mlm+nsp", "mlm"):
+            raise InputError(f"--objective: mlm+nsp or mlm, got {self.objective!r}")
         if self.nsp_weight < 0:
             raise InputError(f"--nsp-weight: at least 0, got {self.nsp_weight}")
         if not 0 <= self.dropout < 1:

@@ -137,7 +137,7 @@ class PackedBatch:
         misfit = self.misfit(bucket)
         require(misfit is None, "padded_to", "a batch that fits the bucket", misfit)
         for name, wanted in (("labels", True), ("num_labels", True), ("input_ids", True),
-                             ("next_sentence_label", True), ("attention_mask", False)):  # fmt: skip
+                             ("attention_mask", False)):  # fmt: skip
             has = getattr(self, name) is not None
             require(has == wanted, "padded_to", f"{name} {'given' if wanted else 'None'}", has)
         tokens = bucket.num_tokens - self.num_tokens
@@ -150,7 +150,7 @@ class PackedBatch:
         numbers = self.sequence_ids
         if numbers is None:
             numbers = torch.arange(self.num_sequences, device=self.device)
-        types = self.token_type_ids
+        types, pairs = self.token_type_ids, self.next_sentence_label
         return dataclasses.replace(
             self,
             input_ids=_extended(self.input_ids, tokens, 0),
@@ -160,7 +160,9 @@ class PackedBatch:
             token_type_ids=None if types is None else _extended(types, tokens, 0),
             labels=_extended(self.labels, tokens, IGNORE_INDEX),
             num_labels=bucket.num_labels,
-            next_sentence_label=_extended(self.next_sentence_label, spare + empty, IGNORE_INDEX),
+            next_sentence_label=None
+            if pairs is None
+            else _extended(pairs, spare + empty, IGNORE_INDEX),
             sequence_ids=_extended(numbers, spare + empty, SPARE_SEQUENCE),
         )
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import fastbert
 from fastbert import ops
-from fastbert.data.masking import mask_tokens
+from fastbert.data import Tokens, make_masking
 from fastbert.data.tokenizer import SpecialTokens
 
 SHAPE = {
@@ -264,22 +264,17 @@ def test_13_hidden_act_is_followed_exactly(hidden_act):
         torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_14_masking_takes_pieces_of_an_unspaced_sentence_and_heeds_seed_zero():
+@pytest.mark.parametrize("scheme", ["bert", "whole-word", "span"])
+def test_14_masking_takes_pieces_of_an_unspaced_sentence_and_heeds_seed_zero(scheme):
     specials = SpecialTokens(pad=0, unk=1, cls=2, sep=3, mask=4)
     tokens = 4000  # one sentence without a space
     ids = np.arange(tokens) % 30 + 5
     masked = {}
     for seed in (0, 1):
-        masked[seed], labels = mask_tokens(
-            ids,
-            np.zeros(tokens, np.int64),
-            np.arange(tokens),
-            np.ones(tokens, bool),
-            seed=seed,
-            epoch=0,
-            vocab_size=37,
-            specials=specials,
-        )
+        where = (np.zeros(tokens, np.int64), np.arange(tokens))
+        every = np.ones(tokens, bool)
+        masking = make_masking(scheme, specials, 37)
+        masked[seed], labels = masking(Tokens(ids, *where, every, every), seed=seed, epoch=0)
         chosen = labels != -100
         assert chosen.mean() == pytest.approx(0.15)
         assert (masked[seed][chosen] == specials.mask).mean() == pytest.approx(0.8, abs=0.05)

@@ -9,9 +9,12 @@ from fastbert.data.batches import (
 )
 from fastbert.data.cache import tokenize_corpus
 from fastbert.data.corpus import fingerprint_files, read_documents
-from fastbert.data.masking import mask_tokens
-from fastbert.data.pairs import PairPlan, plan_pairs
+from fastbert.data.masking import SCHEMES, Masking, make_masking
+from fastbert.data.ngrams import NgramCounts, ngram_counts
+from fastbert.data.pairs import PairPlan, plan_pairs, plan_sentences
 from fastbert.data.python_docs import fingerprint_python, python_documents
+from fastbert.data.segment import SEGMENTERS, Segmenter, make_segmenter
+from fastbert.data.selection import Tokens
 from fastbert.data.sentences import split_sentences
 from fastbert.data.tokenized import TokenizedCorpus
 from fastbert.data.tokenizer import (
@@ -23,18 +26,27 @@ from fastbert.data.tokenizer import (
 )
 
 __all__ = [
+    "SCHEMES",
+    "SEGMENTERS",
     "GlobalCounts",
+    "Masking",
+    "NgramCounts",
     "PairPlan",
     "PretrainingData",
+    "Segmenter",
     "SpecialTokens",
     "TokenizedCorpus",
+    "Tokens",
     "fingerprint_files",
     "fingerprint_python",
     "heldout_batches",
     "load_tokenizer",
     "loader",
-    "mask_tokens",
+    "make_masking",
+    "make_segmenter",
+    "ngram_counts",
     "plan_pairs",
+    "plan_sentences",
     "python_documents",
     "read_documents",
     "save_tokenizer",

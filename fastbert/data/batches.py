@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastbert.check import InputError
-from fastbert.data.masking import mask_tokens, num_targets
-from fastbert.data.pairs import PairPlan, plan_pairs
+from fastbert.data.masking import Masking
+from fastbert.data.pairs import PairPlan, plan_pairs, plan_sentences
+from fastbert.data.selection import Tokens
 from fastbert.data.streams import Purpose, stream
 from fastbert.data.tokenized import TokenizedCorpus
 from fastbert.data.tokenizer import SpecialTokens
@@ -35,7 +36,8 @@ class GlobalCounts(NamedTuple):
 class PretrainingData:
     """The documents `docs` of a corpus as an endless row of global batches, epoch after epoch.
 
-    Each epoch plans its sentence pairs anew, shuffles them, and fills batches of `batch_tokens`
+    Each epoch plans its sentence pairs anew (or without `pairs` takes full sentences), shuffles
+    them, and fills batches of `batch_tokens`
     tokens, special tokens included, as far as whole examples go; the last batch of an epoch, which
     is smaller, is dropped unless it is the only one. Raises InputError for options out of range.
     """
@@ -45,36 +47,27 @@ class PretrainingData:
         corpus: TokenizedCorpus,
         docs: NDArray[np.int64],
         specials: SpecialTokens,
-        vocab_size: int,
+        masking: Masking,
         *,
         seed: int,
         batch_tokens: int,
         max_seq_len: int,
         short_seq_prob: float = 0.1,
-        mlm_probability: float = 0.15,
+        pairs: bool = True,
     ) -> None:
         if batch_tokens < max_seq_len:
             raise InputError(
                 f"batch_tokens: expected at least max_seq_len, {max_seq_len}, got {batch_tokens}"
             )
-        if not 0 < mlm_probability < 1:
-            raise InputError(
-                f"mlm_probability: expected a number between 0 and 1, got {mlm_probability}"
-            )
-        if vocab_size < corpus.vocab_size:
-            raise InputError(
-                f"vocab_size: {vocab_size} is smaller than the corpus' vocabulary of "
-                f"{corpus.vocab_size}"
-            )
         self.corpus = corpus
         self.docs = docs
         self.specials = specials
-        self.vocab_size = vocab_size
+        self.masking = masking
+        self.pairs = pairs
         self.seed = seed
         self.batch_tokens = batch_tokens
         self.max_seq_len = max_seq_len
         self.short_seq_prob = short_seq_prob
-        self.mlm_probability = mlm_probability
         self._num_batches: list[int] = []  # of the epochs located so far
         self._epoch = self._make_plan(0)
 
@@ -97,9 +90,8 @@ class PretrainingData:
         epoch, index = self.locate(step)
         plan = self._plan(epoch)
         rows = self._rows(plan, plan.batch(index))
-        maskable = np.add.reduceat(rows.maskable, rows.begins[:-1], dtype=np.int64)
-        masked = num_targets(maskable, self.mlm_probability).sum()
-        return GlobalCounts(int(masked), len(maskable))
+        masked = self.masking.num_targets(rows.tokens, seed=self.seed, epoch=epoch)
+        return GlobalCounts(masked, len(rows.begins) - 1 if self.pairs else 0)
 
     def bucket(self, micro_batches: int = 1) -> Bucket:
         """Sizes that nearly every micro-batch fits, judged by the batches of the present epoch."""
@@ -110,7 +102,7 @@ class PretrainingData:
         tokens += -tokens % TOKENS_OF_A_BUCKET
         # other epochs cut other batches, and what is left of a bucket makes sequences too
         sequences = int(1.1 * examples) + 8
-        labels = int(np.ceil(self.mlm_probability * tokens)) + sequences  # at least one in each
+        labels = int(np.ceil(self.masking.probability * tokens)) + sequences  # at least one in each
         return Bucket(tokens, sequences, labels, self.max_seq_len)
 
     def batch(
@@ -141,21 +133,24 @@ class PretrainingData:
         return self._epoch
 
     def _make_plan(self, number: int) -> "_Epoch":
-        pairs = plan_pairs(
-            self.corpus,
-            self.docs,
-            seed=self.seed,
-            epoch=number,
-            max_seq_len=self.max_seq_len,
-            short_seq_prob=self.short_seq_prob,
-        )
-        lengths = pairs.lengths
+        if self.pairs:
+            plan = plan_pairs(
+                self.corpus,
+                self.docs,
+                seed=self.seed,
+                epoch=number,
+                max_seq_len=self.max_seq_len,
+                short_seq_prob=self.short_seq_prob,
+            )
+        else:
+            plan = plan_sentences(self.corpus, self.docs, max_seq_len=self.max_seq_len)
+        lengths = plan.lengths
         order = stream(self.seed, Purpose.SHUFFLE, number).permutation(len(lengths))
-        return _Epoch(number, pairs, lengths, order, _cut(lengths[order], self.batch_tokens))
+        return _Epoch(number, plan, lengths, order, _cut(lengths[order], self.batch_tokens))
 
     def _rows(self, epoch: "_Epoch", examples: NDArray[np.int64]) -> "_Rows":
-        """[CLS] A [SEP] B [SEP] of each of the examples, end to end."""
-        a_start, a_end, b_start, _ = epoch.pairs.spans[examples].T
+        """[CLS] A [SEP] B [SEP], or [CLS] A [SEP], of each of the examples, end to end."""
+        a_start, a_end, b_start, _ = epoch.plan.spans[examples].T
         lengths = epoch.lengths[examples]
         begins = np.append(0, np.cumsum(lengths))
         number = np.repeat(np.arange(len(examples)), lengths)
@@ -172,30 +167,25 @@ class PretrainingData:
         ids[cls] = self.specials.cls
         ids[sep] = self.specials.sep
         maskable = ~np.isin(ids, self.specials)  # [UNK] stands for no word to predict
-        return _Rows(ids, begins, examples[number], position, in_b, maskable)
+        starts = self.corpus.word_starts[source]
+        tokens = Tokens(ids, examples[number], position, maskable, starts)
+        return _Rows(tokens, begins, in_b)
 
     def _pack(self, epoch: "_Epoch", examples: NDArray[np.int64]) -> PackedBatch:
         rows = self._rows(epoch, examples)
-        masked, labels = mask_tokens(
-            rows.ids,
-            rows.example,
-            rows.position,
-            rows.maskable,
-            seed=self.seed,
-            epoch=epoch.number,
-            vocab_size=self.vocab_size,
-            specials=self.specials,
-            mlm_probability=self.mlm_probability,
-        )
+        masked, labels = self.masking(rows.tokens, seed=self.seed, epoch=epoch.number)
+        is_random = epoch.plan.is_random
         return PackedBatch(
             input_ids=torch.from_numpy(masked),
             cu_seqlens=torch.from_numpy(rows.begins.astype(np.int32)),
             max_seqlen=int(epoch.lengths[examples].max()),
-            position_ids=torch.from_numpy(rows.position),
+            position_ids=torch.from_numpy(rows.tokens.position),
             token_type_ids=torch.from_numpy(rows.in_b.astype(np.int64)),
             labels=torch.from_numpy(labels),
             num_labels=int((labels >= 0).sum()),
-            next_sentence_label=torch.from_numpy(epoch.pairs.is_random[examples].astype(np.int64)),
+            next_sentence_label=None
+            if is_random is None
+            else torch.from_numpy(is_random[examples].astype(np.int64)),
             sequence_ids=torch.from_numpy(examples.astype(np.int64)),
         )
 
@@ -205,7 +195,7 @@ class _Epoch:
     """An epoch's E examples; batch i holds `order[bounds[i] : bounds[i + 1]]`."""
 
     number: int
-    pairs: PairPlan
+    plan: PairPlan
     lengths: NDArray[np.int64]
     order: NDArray[np.int64]
     bounds: list[int]
@@ -220,14 +210,11 @@ class _Epoch:
 
 
 class _Rows(NamedTuple):
-    """T tokens of B examples: all but `begins`, which is (B + 1,), are (T,)."""
+    """T tokens of B examples; begins: (B + 1,); in_b: (T,), True in the second segment."""
 
-    ids: NDArray[np.int64]
+    tokens: Tokens
     begins: NDArray[np.int64]
-    example: NDArray[np.int64]
-    position: NDArray[np.int64]
     in_b: NDArray[np.bool_]
-    maskable: NDArray[np.bool_]
 
 
 def _cut(lengths: NDArray[np.int64], batch_tokens: int) -> list[int]:

@@ -18,9 +18,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from fastbert.check import InputError
+from fastbert.data.segment import Segmenter, continuations, name_of
 from fastbert.data.tokenized import TokenizedCorpus, open_cache
 
 _FORMAT = 1  # of the arrays and of the manifest
@@ -35,6 +36,7 @@ def tokenize_corpus(
     directory: str | Path,
     *,
     fingerprint: str,
+    segmenter: Segmenter | None = None,
     progress: Progress | None = None,
 ) -> TokenizedCorpus:
     """The cache in `directory` if it is of this corpus and tokenizer, else a new one.
@@ -42,6 +44,7 @@ def tokenize_corpus(
     documents: lists of sentences, the same in the same order whenever `fingerprint` is the same;
         not touched if the cache is complete. They stream: memory is bounded by a part and the
         longest document.
+    segmenter: tells the words of Chinese, see `segment`; by default every character is one
     progress: called with (documents, tokens) so far, after each part
 
     Sentences without tokens are dropped, and documents without sentences. Only one process at a
@@ -53,12 +56,15 @@ def tokenize_corpus(
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # text that says "[MASK]" holds no mask
-    identity = hashlib.sha256(f"{_FORMAT} {fingerprint} {tokenizer.to_str()}".encode()).hexdigest()
+    made_by = f"{_FORMAT} {fingerprint} {tokenizer.to_str()} {name_of(segmenter)}"
+    identity = hashlib.sha256(made_by.encode()).hexdigest()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory / "lock"):
             corpus = open_cache(directory, identity)
-            return corpus or _build(documents, tokenizer, directory, identity, progress)
+            return corpus or _build(
+                documents, tokenizer, segmenter, directory, identity, progress
+            )
     except OSError as error:
         raise InputError(f"cache {directory}: cannot be written: {error.strerror}") from error
 
@@ -66,6 +72,7 @@ def tokenize_corpus(
 def _build(
     documents: Iterable[list[str]],
     tokenizer: Tokenizer,
+    segmenter: Segmenter | None,
     directory: Path,
     identity: str,
     progress: Progress | None,
@@ -76,13 +83,13 @@ def _build(
     if not owner.is_file() or owner.read_text() != identity:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        _write(owner, lambda file: file.write(identity.encode()))
+        write_file(owner, lambda file: file.write(identity.encode()))
 
     parts = list(_complete_parts(partial))
     seen = sum(part.documents_read for part in parts)
     tokens = sum(part.tokens for part in parts)
     for batch in _batches(itertools.islice(documents, seen, None)):
-        part = _encode(batch, tokenizer, partial / f"{len(parts):06d}.npz")
+        part = _encode(batch, tokenizer, segmenter, partial / f"{len(parts):06d}.npz")
         parts.append(part)
         seen += part.documents_read
         tokens += part.tokens
@@ -101,7 +108,7 @@ def _build(
         "documents": sum(part.documents for part in parts),
     }
     text = json.dumps(manifest, indent=2) + "\n"
-    _write(directory / "manifest.json", lambda file: file.write(text.encode()))
+    write_file(directory / "manifest.json", lambda file: file.write(text.encode()))
     shutil.rmtree(partial, ignore_errors=True)
     return TokenizedCorpus.open(directory)
 
@@ -143,7 +150,9 @@ def _batches(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
         yield batch
 
 
-def _encode(documents: list[list[str]], tokenizer: Tokenizer, path: Path) -> _Part:
+def _encode(
+    documents: list[list[str]], tokenizer: Tokenizer, segmenter: Segmenter | None, path: Path
+) -> _Part:
     sentences = list(itertools.chain.from_iterable(documents))
     # runs on all cores; encode_batch_fast would be no faster to speak of and forgets the words
     encodings = tokenizer.encode_batch(sentences, add_special_tokens=False)
@@ -157,6 +166,9 @@ def _encode(documents: list[list[str]], tokenizer: Tokenizer, path: Path) -> _Pa
     words = flat(encoding.word_ids for encoding in encodings)
     starts = np.diff(words, prepend=-1) != 0
     starts[(np.cumsum(lengths) - lengths)[lengths > 0]] = True  # each sentence counts from 0
+    if segmenter is not None:
+        goes_on = _continue_words(sentences, encodings, segmenter)
+        starts &= ~np.fromiter(goes_on, np.bool_, total)
 
     owner = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
     kept = np.bincount(owner[lengths > 0], minlength=len(documents))
@@ -169,8 +181,18 @@ def _encode(documents: list[list[str]], tokenizer: Tokenizer, path: Path) -> _Pa
         "document_lengths": kept,
         "counts": np.array(counts),
     }
-    _write(path, lambda file: np.savez(file, **arrays))
+    write_file(path, lambda file: np.savez(file, **arrays))
     return _Part(path, *counts)
+
+
+def _continue_words(
+    sentences: list[str], encodings: list[Encoding], segmenter: Segmenter
+) -> Iterator[bool]:
+    """For each token, whether the segmenter takes it to the word of the one before."""
+    for sentence, encoding in zip(sentences, encodings, strict=True):
+        inside = continuations(sentence, segmenter)
+        for begin, _ in encoding.offsets:
+            yield begin in inside
 
 
 def _merge(parts: list[_Part], directory: Path, dtype: type) -> None:
@@ -207,7 +229,7 @@ def _merge(parts: list[_Part], directory: Path, dtype: type) -> None:
         beside[name].replace(directory / f"{name}.npy")
 
 
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file that is either complete under its name or not there, whatever happens."""
     beside = path.with_name(f".{path.name}")
     with beside.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Sentence pairs for next sentence prediction, planned for a whole epoch without touching a token.
+"""The examples of an epoch, planned without touching a token: sentence pairs, or full sentences.
 
 The sentences of a document lie end to end in the corpus, so that an example is only two spans of
 it. The procedure is that of BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805) and of
@@ -7,7 +7,7 @@ create_pretraining_data.py in https://github.com/google-research/bert, with fres
 
 import dataclasses
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,18 +24,20 @@ NUM_SPECIAL = 3  # [CLS] A [SEP] B [SEP]
 class PairPlan:
     """The E examples of one epoch, in the order of their documents.
 
-    spans: (E, 4) int64: a_start, a_end, b_start, b_end in the corpus' tokens; no span is empty
-    is_random: (E,) bool, True where B is from another document than A
+    spans: (E, 4) int64: a_start, a_end, b_start, b_end in the corpus' tokens; A is never empty, and
+        B only where there are no pairs: [CLS] A [SEP]
+    is_random: (E,) bool, True where B is from another document than A; None without pairs
     """
 
     spans: NDArray[np.int64]
-    is_random: NDArray[np.bool_]
+    is_random: NDArray[np.bool_] | None
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """(E,) int64: tokens of each example, with [CLS] and both [SEP]."""
+        """(E,) int64: tokens of each example, with [CLS] and every [SEP]."""
         a_start, a_end, b_start, b_end = self.spans.T
-        return (a_end - a_start) + (b_end - b_start) + NUM_SPECIAL
+        special = NUM_SPECIAL - (self.is_random is None)
+        return (a_end - a_start) + (b_end - b_start) + special
 
 
 def plan_pairs(
@@ -92,6 +94,33 @@ def plan_pairs(
     spans = np.stack([a_start, a_end, b_start, b_end], axis=1)
     _truncate(spans, room, stream(seed, Purpose.TRUNCATION, epoch))
     return PairPlan(spans, is_random.astype(bool))
+
+
+def plan_sentences(
+    corpus: TokenizedCorpus, docs: NDArray[np.int64], *, max_seq_len: int
+) -> PairPlan:
+    """Consecutive sentences of one document, as many as fit: Liu et al. 2019, "DOC-SENTENCES".
+
+    https://arxiv.org/abs/1907.11692 found them the best by a little, and took sentences across
+    documents only because batches of rows of one length need them; packed ones do not. A sentence
+    longer than an example is cut. The same in every epoch; masks are drawn anew. Raises InputError
+    for a max_seq_len without room.
+    """
+    room = max_seq_len - 2
+    if room < 1:
+        raise InputError(f"max_seq_len: expected at least 3, got {max_seq_len}")
+    rows = array("q")
+    for doc in docs.tolist():
+        first, last = corpus.document_offsets[doc : doc + 2]
+        offsets = corpus.sentence_offsets[first : last + 1].tolist()
+        start, end = 0, len(offsets) - 1
+        while start < end:
+            stop = max(bisect_right(offsets, offsets[start] + room) - 1, start + 1)
+            for begin in range(offsets[start], offsets[stop], room):
+                rows.extend((begin, min(begin + room, offsets[stop])))
+            start = stop
+    a_start, a_end = np.array(rows, np.int64).reshape(-1, 2).T
+    return PairPlan(np.stack([a_start, a_end, a_end, a_end], axis=1), None)
 
 
 def _chunks(

@@ -22,6 +22,7 @@ class TokenizedCorpus:
     word_starts: (T,) bool, True where the token begins a word
     sentence_offsets: (S + 1,) int64, where each sentence begins in `tokens`, and T
     document_offsets: (D + 1,) int64, where each document begins in `sentence_offsets`, and S
+    identity: tells it from what another corpus or tokenizer gives
 
     No sentence and no document is empty. The arrays are read-only and mapped from `directory`, so
     that pickling a corpus, as for the workers of a loader, passes on its path alone.
@@ -33,6 +34,7 @@ class TokenizedCorpus:
     word_starts: NDArray[np.bool_]
     sentence_offsets: NDArray[np.int64]
     document_offsets: NDArray[np.int64]
+    identity: str = ""
 
     @classmethod
     def open(cls, directory: str | Path) -> "TokenizedCorpus":
@@ -95,7 +97,9 @@ def open_cache(directory: Path, identity: str | None = None) -> TokenizedCorpus 
         # plain arrays over the map: a slice of np.memmap costs several times as much
         files = {name: directory / f"{name}.npy" for name in _ARRAYS}
         arrays = {n: np.asarray(np.load(file, mmap_mode="r")) for n, file in files.items()}
-        corpus = TokenizedCorpus(directory, int(manifest["vocab_size"]), **arrays)
+        corpus = TokenizedCorpus(
+            directory, int(manifest["vocab_size"]), **arrays, identity=manifest["fingerprint"]
+        )
         counts = (corpus.num_tokens, corpus.num_sentences, corpus.num_documents)
         whole = counts == (manifest["tokens"], manifest["sentences"], manifest["documents"])
         return corpus if whole else None

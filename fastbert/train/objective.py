@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastbert.models.inputs import wanted_rows
 from fastbert.models.losses import score_classes, score_masked
-from fastbert.models.pretraining import BertForPreTraining
+from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
 from fastbert.packing import PackedBatch
 
 
@@ -46,13 +46,17 @@ class Metrics(NamedTuple):
 
 
 class PretrainingObjective(nn.Module):
-    """MLM and NSP loss of a share of a batch, normalised by the counts of the whole batch.
+    """MLM loss, and NSP loss where there are pairs, of a share of a batch.
+
+    They are normalised by the counts of the whole batch.
 
     The shares' losses then add up to the batch's, whatever the number of shares and however the
     masked tokens fall among them. `nsp_weight` scales the next-sentence loss, 1 in Devlin et al.
     """
 
-    def __init__(self, model: BertForPreTraining, nsp_weight: float = 1.0) -> None:
+    def __init__(
+        self, model: BertForPreTraining | BertForMaskedLM, nsp_weight: float = 1.0
+    ) -> None:
         super().__init__()
         self.model = model
         self.nsp_weight = nsp_weight
@@ -61,21 +65,19 @@ class PretrainingObjective(nn.Module):
         self, batch: PackedBatch, num_targets: int | Tensor, num_pairs: int | Tensor
     ) -> Result:
         """num_targets, num_pairs: masked tokens and pairs in the whole batch, numbers or ()."""
-        rows = wanted_rows(batch, first=True, labelled=True)
+        pair_labels = batch.next_sentence_label
+        rows = wanted_rows(batch, first=pair_labels is not None, labelled=True)
         encoded = self.model.bert(batch, rows=rows)
         heads = self.model.cls
         words = score_masked(heads.predictions, encoded.last_hidden_state, batch, rows)
-        pair_logits = heads.seq_relationship(encoded.pooler_output)
-        assert batch.next_sentence_label is not None
-        pairs = score_classes(pair_logits, batch.next_sentence_label)
-        mlm_loss, nsp_loss = words.loss_sum, pairs.loss_sum
-        pair_mean = nsp_loss / _at_least_one(num_pairs)
-        loss = mlm_loss / _at_least_one(num_targets) + self.nsp_weight * pair_mean
+        loss = words.loss_sum / _at_least_one(num_targets)
+        sums = [words.loss_sum, words.correct, words.num_rows]
+        if pair_labels is not None:
+            pairs = score_classes(heads.seq_relationship(encoded.pooler_output), pair_labels)
+            loss = loss + self.nsp_weight * pairs.loss_sum / _at_least_one(num_pairs)
+            sums += [pairs.loss_sum, pairs.correct, pairs.num_rows]
         with torch.no_grad():
-            sums = (
-                *(mlm_loss, words.correct, words.num_rows),
-                *(nsp_loss, pairs.correct, pairs.num_rows),
-            )
+            sums += [torch.zeros_like(loss)] * (len(Metrics._fields) - len(sums))
             return Result(loss, torch.stack([value.float() for value in sums]))
 
 

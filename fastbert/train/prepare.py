@@ -42,6 +42,7 @@ def prepare_text(config: PretrainConfig, out: Path) -> PreparedText:
         tokenizer,
         directory,
         fingerprint=fingerprint,
+        segmenter=data.make_segmenter(config.segmenter),
         progress=lambda documents, tokens: console.print(
             f"tokenised {documents:,} documents, {tokens:,} tokens"
         ),
@@ -49,22 +50,30 @@ def prepare_text(config: PretrainConfig, out: Path) -> PreparedText:
     train, heldout = corpus.split(config.heldout_fraction, config.seed)
     specials = data.special_tokens(tokenizer)
 
-    def examples(documents) -> data.PretrainingData:
+    def examples(documents, scheme: str) -> data.PretrainingData:
+        masking = data.make_masking(
+            scheme,
+            specials,
+            tokenizer.get_vocab_size(),
+            probability=config.mlm_probability,
+            gamma=config.gamma,
+            counts=lambda: data.ngram_counts(corpus),
+        )
         return data.PretrainingData(
             corpus,
             documents,
             specials,
-            tokenizer.get_vocab_size(),
+            masking,
             seed=config.seed,
             batch_tokens=config.batch_tokens,
             max_seq_len=config.max_seq_len,
             short_seq_prob=config.short_seq_prob,
-            mlm_probability=config.mlm_probability,
+            pairs=config.objective == "mlm+nsp",
         )
 
-    training = examples(train)
+    training = examples(train, config.masking)
     training.batch(0, micro_batches=config.accumulation)  # refuses a budget that is too small
-    batches = list(itertools.islice(data.heldout_batches(examples(heldout)), config.eval_batches))
+    batches = list(itertools.islice(data.heldout_batches(examples(heldout, "bert")), config.eval_batches))
     labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
     targets = labels[labels != IGNORE_INDEX].numpy()
     baseline = data.unigram_baseline(corpus.token_counts(train), targets)

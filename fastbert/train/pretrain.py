@@ -16,7 +16,7 @@ from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.config import PRESETS, BertConfig, PretrainConfig
 from fastbert.data import loader
-from fastbert.models.pretraining import BertForPreTraining
+from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
 from fastbert.packing import PackedBatch
 from fastbert.train import state as run_state
 from fastbert.train.objective import Metrics, PretrainingObjective
@@ -56,7 +56,8 @@ def pretrain(
         if is_new:
             _abandon(out)
         raise
-    model = BertForPreTraining(
+    kind = BertForPreTraining if config.objective == "mlm+nsp" else BertForMaskedLM
+    model = kind(
         BertConfig(
             **PRESETS[config.preset].shape,
             hidden_dropout_prob=config.dropout,
@@ -117,7 +118,7 @@ def read_run(out: Path) -> PretrainConfig | None:
 
 
 def _train(
-    model: BertForPreTraining,
+    model: BertForPreTraining | BertForMaskedLM,
     optimizer: torch.optim.Optimizer,
     config: PretrainConfig,
     text: PreparedText,
@@ -190,11 +191,16 @@ def _row(
         "step": step,
         "loss": metrics.mlm_loss + nsp_weight * metrics.nsp_loss,
         "mlm_loss": metrics.mlm_loss,
-        "nsp_loss": metrics.nsp_loss,
         "mlm_accuracy": metrics.mlm_accuracy,
-        "nsp_accuracy": metrics.nsp_accuracy,
+        **_of_pairs(metrics),
         "real_tokens_per_second": tokens_per_second,
     }
+
+
+def _of_pairs(metrics: Metrics) -> dict[str, float]:
+    if not metrics.num_pairs:
+        return {}
+    return {"nsp_loss": metrics.nsp_loss, "nsp_accuracy": metrics.nsp_accuracy}
 
 
 @torch.no_grad()
@@ -217,7 +223,7 @@ def _evaluate(
         "step": state.step,
         "heldout_mlm_loss": metrics.mlm_loss,
         "mlm_accuracy": metrics.mlm_accuracy,
-        "nsp_accuracy": metrics.nsp_accuracy,
+        **_of_pairs(metrics),
     }
 
 
@@ -234,7 +240,7 @@ def _finish(
         "heldout_mlm_loss": heldout["heldout_mlm_loss"],
         "unigram_baseline": text.baseline,
         "mlm_accuracy": heldout["mlm_accuracy"],
-        "nsp_accuracy": heldout["nsp_accuracy"],
+        "nsp_accuracy": heldout.get("nsp_accuracy"),
         "real_tokens_per_second": state.real_tokens / state.seconds,
         "steps": state.step,
         "seconds": state.seconds,

@@ -52,8 +52,7 @@ class Reporter:
 
     def training(self, row: dict[str, float], seconds_left: float) -> None:
         line = (
-            f"loss {row['loss']:.3f}  mlm {row['mlm_accuracy']:.1%}  nsp {row['nsp_accuracy']:.1%}"
-            f"  {row['real_tokens_per_second']:,.0f} tokens/s"
+            f"loss {row['loss']:.3f}  {_accuracies(row)}  {row['real_tokens_per_second']:,.0f} tokens/s"
         )
         self.progress.update(self.task, line=line)
         if not self.live:
@@ -64,7 +63,7 @@ class Reporter:
     def validation(self, row: dict[str, float]) -> None:
         console.print(
             f"step {row['step']}/{self.steps}  held out: mlm loss {row['heldout_mlm_loss']:.3f}  "
-            f"mlm {row['mlm_accuracy']:.1%}  nsp {row['nsp_accuracy']:.1%}"
+            f"{_accuracies(row)}"
         )
         self._scalars("heldout", row)
 
@@ -72,6 +71,11 @@ class Reporter:
         for name, value in row.items():
             if name != "step":
                 self.writer.add_scalar(f"{group}/{name}", value, row["step"])
+
+
+def _accuracies(row: dict[str, float]) -> str:
+    found = ((name, row.get(f"{name}_accuracy")) for name in ("mlm", "nsp"))
+    return "  ".join(f"{name} {share:.1%}" for name, share in found if share is not None)
 
 
 def plot_losses(history: list[dict[str, float]], baseline: float, path: Path) -> None:
@@ -88,7 +92,9 @@ def plot_losses(history: list[dict[str, float]], baseline: float, path: Path) ->
         "o-",
         label="MLM, held out",
     )
-    axes.plot([r["step"] for r in train], [r["nsp_loss"] for r in train], label="NSP, training")
+    pairs = [row for row in train if "nsp_loss" in row]
+    if pairs:
+        axes.plot([r["step"] for r in pairs], [r["nsp_loss"] for r in pairs], label="NSP, training")
     axes.axhline(baseline, color="gray", linestyle="--", label="unigram baseline, held out")
     axes.set(xlabel="step", ylabel="loss (nats)", title="Pre-training", ylim=(0, None))
     axes.grid(alpha=0.3)

@@ -12,6 +12,7 @@ from fastbert.data import (
     PretrainingData,
     heldout_batches,
     loader,
+    make_masking,
     plan_pairs,
     special_tokens,
     unigram_baseline,
@@ -27,7 +28,8 @@ def make(corpus, tokenizer):
         defaults = {"seed": SEED, "batch_tokens": BATCH_TOKENS, "max_seq_len": MAX_SEQ_LEN}
         docs = np.arange(corpus.num_documents) if docs is None else docs
         specials = special_tokens(tokenizer)
-        return PretrainingData(corpus, docs, specials, corpus.vocab_size, **defaults | options)
+        masking = make_masking("bert", specials, corpus.vocab_size)
+        return PretrainingData(corpus, docs, specials, masking, **defaults | options)
 
     return build
 
@@ -127,10 +129,11 @@ def test_unknown_words_are_not_predicted(tokenizer, tmp_path):
     documents = [["ba ? ke ? " * 4] * 8] * 6
     corpus = tokenize_corpus(documents, tokenizer, tmp_path, fingerprint="f")
     assert (corpus.tokens == 1).mean() > 0.3
+    specials = special_tokens(tokenizer)
+    masking = make_masking("bert", specials, corpus.vocab_size)
     data = PretrainingData(
-        corpus, np.arange(6), special_tokens(tokenizer), corpus.vocab_size,
-        seed=0, batch_tokens=256, max_seq_len=64,
-    )  # fmt: skip
+        corpus, np.arange(6), specials, masking, seed=0, batch_tokens=256, max_seq_len=64
+    )
     [batch] = data.batch(0)
     assert not (batch.labels == 1).any()
     assert data.targets(0) == (batch.num_labels, batch.num_sequences)
@@ -160,10 +163,11 @@ def test_epochs_differ(data):
 def test_an_epoch_has_its_own_order_and_masks(numbered, tokenizer):
     """Overlong sentences make each an example of full length, so that nothing else changes."""
     corpus = numbered([[100] * 5 for _ in range(10)])
+    specials = special_tokens(tokenizer)
+    masking = make_masking("bert", specials, corpus.vocab_size)
     data = PretrainingData(
-        corpus, np.arange(10), special_tokens(tokenizer), corpus.vocab_size,
-        seed=0, batch_tokens=640, max_seq_len=64,
-    )  # fmt: skip
+        corpus, np.arange(10), specials, masking, seed=0, batch_tokens=640, max_seq_len=64
+    )
     epochs = [data._make_plan(number) for number in (0, 1)]
     assert [len(epoch.lengths) for epoch in epochs] == [50, 50]
     assert not np.array_equal(epochs[0].order, epochs[1].order)
@@ -270,14 +274,45 @@ def test_unigram_baseline():
 def test_bad_options(make, data, corpus, tokenizer):
     with pytest.raises(InputError, match="batch_tokens: expected at least max_seq_len, 64, got 63"):
         make(batch_tokens=63)
-    with pytest.raises(InputError, match="mlm_probability: expected a number between 0 and 1"):
-        make(mlm_probability=0.0)
     with pytest.raises(InputError, match=r"1 document\(s\), and one gives no random next"):
         make(np.array([0]))
-    with pytest.raises(InputError, match="vocab_size: 10 is smaller than the corpus' vocabulary"):
-        PretrainingData(
-            corpus, np.arange(9), special_tokens(tokenizer), 10,
-            seed=0, batch_tokens=512, max_seq_len=64,
-        )  # fmt: skip
     with pytest.raises(InputError, match=r"too few for 8 rank\(s\) x 4 micro-batch\(es\); raise"):
         data.batch(0, world_size=8, micro_batches=4)
+
+
+@pytest.mark.parametrize("scheme", ["whole-word", "span"])
+def test_targets_are_known_whatever_is_masked(make, corpus, tokenizer, scheme):
+    masking = make_masking(scheme, special_tokens(tokenizer), corpus.vocab_size)
+    data = make()
+    data.masking = masking
+    for step in range(3):
+        parts = [part for rank in (0, 1) for part in data.batch(step, rank, 2, 2)]
+        counts = (sum(part.num_labels for part in parts), sum(part.num_sequences for part in parts))
+        assert data.targets(step) == counts
+
+
+def test_without_pairs_examples_are_single_segments(make):
+    data = make(pairs=False)
+    [batch] = data.batch(0)
+    assert batch.next_sentence_label is None
+    assert not batch.token_type_ids.any()
+    assert data.targets(0) == (batch.num_labels, 0)
+    ids = torch.where(batch.labels >= 0, batch.labels, batch.input_ids)
+    for first, last in itertools.pairwise(batch.cu_seqlens.tolist()):
+        row = ids[first:last].tolist()
+        assert (row[0], row[-1]) == (2, 3)
+        assert not {0, 2, 3} & set(row[1:-1])
+
+
+@pytest.mark.parametrize("scheme", ["bert", "whole-word", "span"])
+def test_workers_change_nothing(make, corpus, tokenizer, scheme):
+    data = make(pairs=False)
+    data.masking = make_masking(scheme, special_tokens(tokenizer), corpus.vocab_size)
+    runs = [
+        [batch for parts in loader(data, 3, 9, workers=workers) for batch in parts]
+        for workers in (0, 1, 4)
+    ]
+    for others in runs[1:]:
+        for one, other in zip(runs[0], others, strict=True):
+            assert torch.equal(one.input_ids, other.input_ids)
+            assert torch.equal(one.labels, other.labels)

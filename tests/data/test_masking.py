@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastbert.data import SpecialTokens, mask_tokens
-from fastbert.data.masking import philox
+from fastbert.check import InputError
+from fastbert.data import SpecialTokens, Tokens, make_masking
+from fastbert.data.philox import philox
 
 SPECIALS = SpecialTokens(
     pad=0, unk=7, cls=101, sep=5, mask=60
@@ -40,10 +41,13 @@ def batch(lengths, seed=0, special_share=0.05):
     return ids, example, position
 
 
-def mask(ids, example, position, seed=1, epoch=0, **options):
+def mask(ids, example, position, seed=1, epoch=0, probability=0.15):
     maskable = ~np.isin(ids, SPECIALS)
-    options = {"vocab_size": VOCAB, "specials": SPECIALS, **options}
-    return mask_tokens(ids, example, position, maskable, seed=seed, epoch=epoch, **options)
+    tokens = Tokens(ids, example, position, maskable, np.ones(len(ids), bool))
+    masking = make_masking("bert", SPECIALS, VOCAB, probability=probability)
+    masked, labels = masking(tokens, seed=seed, epoch=epoch)
+    assert masking.num_targets(tokens, seed=seed, epoch=epoch) == (labels != -100).sum()
+    return masked, labels
 
 
 @settings(max_examples=60, deadline=None)
@@ -55,7 +59,7 @@ def mask(ids, example, position, seed=1, epoch=0, **options):
 def test_counts_and_places(lengths, seed, probability):
     ids, example, position = batch(lengths, seed % 1000, special_share=0.3)
     before = ids.copy()
-    masked, labels = mask(ids, example, position, seed=seed, mlm_probability=probability)
+    masked, labels = mask(ids, example, position, seed=seed, probability=probability)
     np.testing.assert_array_equal(ids, before)
     assert masked.dtype == labels.dtype == np.int64
     chosen = labels != -100
@@ -145,3 +149,17 @@ def test_an_example_of_special_tokens_only_has_no_targets():
     np.testing.assert_array_equal(masked[:5], ids[:5])
     assert (labels[:5] == -100).all()
     assert (labels[5:] != -100).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheme": "words"}, "masking: one of bert, whole-word, span, blank, unigram, bigram-kn"),
+        ({"probability": 0.0}, "mlm_probability: expected a number between 0 and 1"),
+        ({"gamma": 0.0}, "gamma: expected a number above 0"),
+        ({"scheme": "blank", "gamma": 1.5}, "gamma: expected a probability for blank"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(InputError, match=message):
+        make_masking(**{"scheme": "bert", "specials": SPECIALS, "vocab_size": VOCAB, **options})

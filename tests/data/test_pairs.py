@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastbert.check import InputError
-from fastbert.data import plan_pairs
+from fastbert.data import plan_pairs, plan_sentences
 from fastbert.data.pairs import _truncate
 
 
@@ -189,3 +189,31 @@ def test_bad_options(numbered):
         plan_pairs(corpus, docs, seed=0, epoch=0, max_seq_len=4)
     with pytest.raises(InputError, match="short_seq_prob: expected a number from 0 to 1, got 2"):
         plan_pairs(corpus, docs, seed=0, epoch=0, max_seq_len=20, short_seq_prob=2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), count=st.integers(1, 6), max_seq_len=st.integers(3, 80))
+def test_full_sentences_use_every_token_once(numbered, seed, count, max_seq_len):
+    corpus = numbered(documents_of(seed, count, sentences=(1, 12)))
+    plan = plan_sentences(corpus, np.arange(count), max_seq_len=max_seq_len)
+    assert plan.is_random is None
+    assert (plan.lengths <= max_seq_len).all()
+    a_start, a_end, b_start, b_end = plan.spans.T
+    assert (b_start == b_end).all()
+    np.testing.assert_array_equal(plan.lengths, a_end - a_start + 2)
+    np.testing.assert_array_equal(a_start[1:], a_end[:-1])
+    assert (a_start[0], a_end[-1]) == (0, corpus.num_tokens)
+    # none crosses documents, and each takes as many whole sentences as fit
+    assert (owner(corpus, a_start)[0] == owner(corpus, a_end - 1)[0]).all()
+    bounds = set(corpus.sentence_offsets.tolist())
+    for start, end in zip(a_start.tolist(), a_end.tolist(), strict=True):
+        document, sentence = owner(corpus, end - 1)
+        if end in bounds and start in bounds and sentence + 1 < corpus.document_offsets[document + 1]:
+            assert corpus.sentence_offsets[sentence + 2] - start > max_seq_len - 2
+        if end not in bounds:
+            assert end - start == max_seq_len - 2
+
+
+def test_full_sentences_need_room(numbered):
+    with pytest.raises(InputError, match="max_seq_len: expected at least 3, got 2"):
+        plan_sentences(numbered([[3]]), np.arange(1), max_seq_len=2)

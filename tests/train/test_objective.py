@@ -1,5 +1,7 @@
 """The training loss: shares of a batch add up to the batch, and to Hugging Face's loss."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -125,3 +127,16 @@ def test_the_objective_trains_every_parameter(model):
     batch = make_batch([9, 3, 14], 1)
     PretrainingObjective(model)(batch, 1, 1).loss.backward()
     assert all(isinstance(p, nn.Parameter) and p.grad is not None for p in model.parameters())
+
+
+def test_without_pairs_it_is_the_masked_lm_loss():
+    torch.manual_seed(0)
+    model = fastbert.BertForMaskedLM(CONFIG).double().eval()
+    batch = dataclasses.replace(make_batch([9, 3, 14], 1), next_sentence_label=None)
+    result = PretrainingObjective(model)(batch, batch.num_labels, 0)
+    torch.testing.assert_close(result.loss, model(batch).loss)
+    metrics = Metrics(*result.sums.tolist())
+    assert metrics.mlm_loss == pytest.approx(model(batch).loss.item(), rel=1e-6)
+    assert (metrics.nsp_loss_sum, metrics.num_pairs) == (0, 0)
+    result.loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())

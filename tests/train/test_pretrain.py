@@ -119,6 +119,30 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_losses(finished, corpus,
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
+@pytest.mark.parametrize("masking", ["whole-word", "span", "blank", "unigram", "bigram-kn"])
+def test_every_masking_trains(masking, corpus, tmp_path):
+    arguments = ("--corpus", corpus, "--out", tmp_path / "run", *SMALL, "--masking", masking)
+    done = fastbert_cli("pretrain", *arguments, "--steps", "2", "--log-every", "1")
+    assert done.returncode == 0, done.stderr
+    other = fastbert_cli("pretrain", "--out", tmp_path / "run", "--resume", "--masking", "bert")
+    assert_one_clear_line(other, f"--masking bert: the run was started with {masking}")
+
+
+def test_without_pairs_a_run_leaves_a_masked_lm(corpus, tmp_path):
+    out = tmp_path / "run"
+    arguments = ("--corpus", corpus, "--out", out, *SMALL, "--objective", "mlm")
+    done = fastbert_cli("pretrain", *arguments, "--steps", "4", "--log-every", "1")
+    assert done.returncode == 0, done.stderr
+    assert "nsp" not in done.stdout
+    assert (out / "loss.png").is_file()
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(out / "latest")
+    assert type(theirs).__name__ == "BertForMaskedLM"
+    state = load_file(out / "latest" / "model.safetensors")
+    assert not any("pooler" in name or "seq_relationship" in name for name in state)
+    words = fastbert_cli("fill-mask", "--model", out, "the [MASK] of a list")
+    assert words.returncode == 0, words.stderr
+
+
 def test_a_finished_run_has_nothing_left_to_do(finished):
     out, _ = finished
     before = (out / "latest" / "model.safetensors").stat().st_mtime_ns

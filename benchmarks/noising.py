@@ -1,0 +1,58 @@
+"""Maskings compared: the same small pre-training run with each, on the default corpus.
+
+What differs is what the model is trained on; all are judged by the same held-out text under BERT's
+own masking.
+"""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.results import Options, Results
+from fastbert.config import PretrainConfig
+from fastbert.data import SCHEMES
+from fastbert.train import state
+from fastbert.train.pretrain import pretrain
+
+# The share of targets that is changed; for bigram-kn a factor, which on the default corpus leaves
+# about as many unchanged.
+GAMMA = {"blank": 0.8, "unigram": 0.8, "bigram-kn": 4.0}
+
+
+def run(options: Options, results: Results) -> None:
+    """The part "noising": held-out losses of every scheme and seed."""
+    base = PretrainConfig(preset="mini", steps=2000, eval_every=200, log_every=200, save_every=2000)
+    seeds = 3
+    if options.quick:
+        base = PretrainConfig(
+            preset="tiny", steps=6, eval_every=3, eval_batches=2, batch_tokens=512, vocab_size=1000
+        )
+        seeds = 1
+    for seed in range(seeds):
+        for scheme in SCHEMES:
+            config = dataclasses.replace(
+                base,
+                seed=seed,
+                masking=scheme,
+                gamma=GAMMA.get(scheme, base.gamma),
+                precision=options.precision,
+            )
+            with tempfile.TemporaryDirectory() as directory:
+                summary = pretrain(config, Path(directory))
+                history = torch.load(Path(directory) / "latest" / state.STATE)["state"]["history"]
+            heldout = [
+                (row["step"], row["heldout_mlm_loss"])
+                for row in history
+                if "heldout_mlm_loss" in row
+            ]
+            results.add(
+                "noising",
+                {"scheme": scheme, "gamma": GAMMA.get(scheme), "seed": seed, "steps": base.steps},
+                heldout=heldout,
+                final=heldout[-1][1],
+                baseline=summary["unigram_baseline"],
+                seconds=summary["seconds"],
+            )
+

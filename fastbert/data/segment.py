@@ -1,0 +1,70 @@
+"""The words of Chinese, which is written without spaces: for masking whole ones."""
+
+from collections.abc import Callable, Iterable
+
+from fastbert.check import InputError
+
+Segmenter = Callable[[str], Iterable[str]]
+"""Gives the words of a sentence, in order; what lies between them is left out or a word too."""
+
+SEGMENTERS = ("characters", "spaces", "jieba")
+LONGEST = 10  # characters of a word; a longer one is text that the segmenter could not divide
+
+# The characters that BERT's tokenizers make words of their own (google-research/bert,
+# tokenization.py, _is_chinese_char), first and last of each block.
+_BLOCKS = (
+    (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
+    (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
+)  # fmt: skip
+
+
+def make_segmenter(name: str) -> Segmenter | None:
+    """One of the SEGMENTERS: None, where every character is a word; words that the text already
+    divides by spaces; or those of jieba, https://github.com/fxsjy/jieba."""
+    if name == "characters":
+        return None
+    if name == "spaces":
+        return str.split
+    if name == "jieba":
+        try:
+            import jieba
+        except ImportError:
+            raise InputError(
+                "--segmenter jieba: not installed; pip install 'fastbert[chinese]'"
+            ) from None
+        jieba.setLogLevel("WARNING")
+        return jieba.lcut
+    raise InputError(f"--segmenter: one of {', '.join(SEGMENTERS)}, got {name!r}")
+
+
+def name_of(segmenter: Segmenter | None) -> str:
+    """What tells a cache made with it from others."""
+    if segmenter is None:
+        return ""
+    return f"{segmenter.__module__}.{segmenter.__qualname__}"
+
+
+def continuations(sentence: str, segmenter: Segmenter) -> set[int]:
+    """Where in the sentence a Chinese character continues the word of the one before it.
+
+    Words in other scripts are left to the tokenizer. A "word" of more than LONGEST characters is
+    none: a sentence that was not divided is not one word. Raises InputError for a word that is not
+    in the sentence.
+    """
+    inside: set[int] = set()
+    end = 0
+    for word in segmenter(sentence):
+        begin = sentence.find(word, end)
+        if begin < 0:
+            raise InputError(f"segmenter: gave the word {word!r}, which is not in {sentence[:60]!r}")
+        end = begin + len(word)
+        if len(word) <= LONGEST:
+            is_chinese = [_is_chinese(character) for character in word]
+            inside.update(
+                begin + i for i in range(1, len(word)) if is_chinese[i] and is_chinese[i - 1]
+            )
+    return inside
+
+
+def _is_chinese(character: str) -> bool:
+    return any(first <= ord(character) <= last for first, last in _BLOCKS)

@@ -48,7 +48,7 @@ def steps(axes: plt.Axes, rows: list[Row]) -> None:
     axes.margins(x=0.12)
     kind = "Pre-training step" if rows[0]["part"] == "steps" else "Forward pass"
     axes.set(xlabel="real tokens a second", title=f"{kind}: the same batches, in turns")
-    axes.legend(fontsize=8)
+    axes.figure.legend(loc="outside lower center", ncols=min(len(names), 4), fontsize=8)
 
 
 def ablation(axes: plt.Axes, rows: list[Row]) -> None:

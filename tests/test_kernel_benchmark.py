@@ -80,7 +80,7 @@ class Repeats:
         return work
 
 
-@pytest.mark.parametrize("workload", small(), ids=lambda w: f"{w.operator.name} {w.label}")
+@pytest.mark.parametrize("workload", list(small()), ids=lambda w: f"{w.operator.name} {w.label}")
 def test_a_recorded_operator_has_both_directions(workload, monkeypatch):
     monkeypatch.setattr(kernels, "CudaGraphs", Repeats)
     tensors = kernels._with_gradients(workload.make())

@@ -55,4 +55,3 @@ def run(options: Options, results: Results) -> None:
                 baseline=summary["unigram_baseline"],
                 seconds=summary["seconds"],
             )
-

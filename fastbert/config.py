@@ -286,8 +286,8 @@ class PretrainConfig:
     mlm_probability: float = option(0.15, "Share of tokens to predict.")
     masking: str = option(
         "bert",
-        "Which tokens are predicted and what stands there instead: bert, whole-word, span (80/10/10 "
-        "of tokens, words, spans), blank, unigram, bigram-kn (Xie et al. 2017, of tokens).",
+        "What is predicted, and what stands there instead: bert, whole-word, span (80/10/10 of "
+        "tokens, words, spans), blank, unigram, bigram-kn (Xie et al. 2017, of tokens).",
     )
     gamma: float = option(
         0.8, "Of blank, unigram, bigram-kn: how much of what is predicted is changed."

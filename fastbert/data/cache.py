@@ -62,9 +62,7 @@ def tokenize_corpus(
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory / "lock"):
             corpus = open_cache(directory, identity)
-            return corpus or _build(
-                documents, tokenizer, segmenter, directory, identity, progress
-            )
+            return corpus or _build(documents, tokenizer, segmenter, directory, identity, progress)
     except OSError as error:
         raise InputError(f"cache {directory}: cannot be written: {error.strerror}") from error
 

@@ -15,7 +15,7 @@ from fastbert.data import noising, selection
 from fastbert.data.ngrams import NgramCounts
 from fastbert.data.noising import Corrupt
 from fastbert.data.philox import philox
-from fastbert.data.selection import Chosen, Choose, Draws, Tokens
+from fastbert.data.selection import Choose, Chosen, Draws, Tokens
 from fastbert.data.tokenizer import SpecialTokens
 from fastbert.packing import IGNORE_INDEX
 
@@ -44,12 +44,12 @@ class Masking:
         seed: 64 bits
         """
         chosen, draws = self._choose(tokens, seed, epoch)
-        own = draws.at(chosen.index)
+        own = draws.at(chosen.targets)
         labels = np.full(len(tokens.ids), IGNORE_INDEX, np.int64)
         masked = tokens.ids.copy()
-        labels[chosen.index] = tokens.ids[chosen.index]
-        masked[chosen.index] = self.corrupt(
-            tokens.ids[chosen.index], draws.choice[chosen.leader], own
+        labels[chosen.targets] = tokens.ids[chosen.targets]
+        masked[chosen.targets] = self.corrupt(
+            tokens.ids[chosen.targets], draws.choice[chosen.leader], own
         )
         return masked, labels
 
@@ -57,7 +57,7 @@ class Masking:
         """How many tokens of the batch are predicted."""
         if self.choose is selection.choose_tokens:  # whichever they are
             return int(selection.examples_of(tokens, self.probability).wanted.sum())
-        return len(self._choose(tokens, seed, epoch)[0].index)
+        return len(self._choose(tokens, seed, epoch)[0].targets)
 
     def _choose(self, tokens: Tokens, seed: int, epoch: int) -> tuple[Chosen, Draws]:
         draws = Draws(*philox((tokens.position, tokens.example, epoch, _STREAM), seed))
@@ -84,7 +84,7 @@ def make_masking(
     """
     if scheme not in SCHEMES:
         raise InputError(f"masking: one of {', '.join(SCHEMES)}, got {scheme!r}")
-    if not 0 < gamma:
+    if not gamma > 0:
         raise InputError(f"gamma: expected a number above 0, got {gamma}")
     choose = {"whole-word": selection.choose_words, "span": selection.choose_spans}
     corrupt: Corrupt = noising.BertNoise(specials, vocab_size)

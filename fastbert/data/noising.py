@@ -1,7 +1,6 @@
 """What becomes of the tokens that are to be predicted."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +11,14 @@ from fastbert.data.philox import uniform
 from fastbert.data.selection import Draws
 from fastbert.data.tokenizer import SpecialTokens
 
-# (ids of the chosen tokens, the `choice` of each, its own draws) -> what stands there instead
-Corrupt = Callable[[NDArray[np.int64], NDArray[np.uint64], Draws], NDArray[np.int64]]
+
+class Corrupt(Protocol):
+    def __call__(
+        self, ids: NDArray[np.int64], choice: NDArray[np.uint64], draws: Draws
+    ) -> NDArray[np.int64]:
+        """What stands instead of the chosen tokens `ids`, (N,), given a `choice` for each."""
+        ...
+
 
 _ONE = 2.0**32  # a word of 32 bits is below
 
@@ -83,9 +88,7 @@ def bigram_kneser_ney(gamma: float, counts: NgramCounts, specials: SpecialTokens
     return Replace(probability, _cumulative_shares(counts.predecessors, specials))
 
 
-def _cumulative_shares(
-    weights: NDArray[np.int64], specials: SpecialTokens
-) -> NDArray[np.float64]:
+def _cumulative_shares(weights: NDArray[np.int64], specials: SpecialTokens) -> NDArray[np.float64]:
     weights = weights.astype(np.float64)
     weights[list(specials)] = 0
     if not weights.any():

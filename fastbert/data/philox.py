@@ -3,12 +3,15 @@
 Philox4x32-10 of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, which step the keys
 _WORD = np.uint64(0xFFFFFFFF)
+_BLOCK = 1 << 14  # counters at a time, whose words stay in a core's own cache
 
 
 def philox(
@@ -19,7 +22,16 @@ def philox(
     counter: four integers or arrays below 2**32, lowest word first, broadcast together
     key: 64 bits, the lower half first
     """
-    x0, x1, x2, x3 = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter))
+    words = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter))
+    if words[0].ndim != 1 or words[0].size <= _BLOCK:
+        return _rounds(words, key)
+    blocks = range(0, words[0].size, _BLOCK)
+    found = [_rounds([word[i : i + _BLOCK] for word in words], key) for i in blocks]
+    return tuple(map(np.concatenate, zip(*found, strict=True)))
+
+
+def _rounds(words: Sequence[NDArray[np.uint64]], key: int) -> tuple[NDArray[np.uint64], ...]:
+    x0, x1, x2, x3 = words
     k0, k1 = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
     for _ in range(10):
         p0, p1 = x0 * np.uint64(_MULTIPLIERS[0]), x2 * np.uint64(_MULTIPLIERS[1])

@@ -24,10 +24,10 @@ def make_segmenter(name: str) -> Segmenter | None:
     if name == "characters":
         return None
     if name == "spaces":
-        return str.split
+        return _between_spaces
     if name == "jieba":
         try:
-            import jieba
+            import jieba  # type: ignore
         except ImportError:
             raise InputError(
                 "--segmenter jieba: not installed; pip install 'fastbert[chinese]'"
@@ -35,6 +35,10 @@ def make_segmenter(name: str) -> Segmenter | None:
         jieba.setLogLevel("WARNING")
         return jieba.lcut
     raise InputError(f"--segmenter: one of {', '.join(SEGMENTERS)}, got {name!r}")
+
+
+def _between_spaces(sentence: str) -> list[str]:
+    return sentence.split()
 
 
 def name_of(segmenter: Segmenter | None) -> str:
@@ -56,7 +60,9 @@ def continuations(sentence: str, segmenter: Segmenter) -> set[int]:
     for word in segmenter(sentence):
         begin = sentence.find(word, end)
         if begin < 0:
-            raise InputError(f"segmenter: gave the word {word!r}, which is not in {sentence[:60]!r}")
+            raise InputError(
+                f"segmenter: gave the word {word!r}, which is not in {sentence[:60]!r}"
+            )
         end = begin + len(word)
         if len(word) <= LONGEST:
             is_chinese = [_is_chinese(character) for character in word]

@@ -10,6 +10,8 @@ from fastbert.data.philox import uniform
 
 # Lengths of spans in words: geometric with 0.2, no longer than 10 (Joshi et al. 2020).
 SPAN_P, SPAN_MAX = 0.2, 10
+_SHARES = SPAN_P * (1 - SPAN_P) ** np.arange(SPAN_MAX)
+_LENGTHS_REACHED = np.cumsum(_SHARES / _SHARES.sum())[:-1]
 
 
 class Tokens(NamedTuple):
@@ -39,10 +41,10 @@ class Draws(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """index: (N,) int64, tokens to predict, each once; leader: (N,) int64, the token by whose
-    `choice` the tokens at `index` are changed, for those that are changed alike."""
+    """targets: (N,) int64, the tokens to predict, each once; leader: (N,) int64, for each the token
+    by whose `choice` it is changed, one for those that are changed alike."""
 
-    index: NDArray[np.int64]
+    targets: NDArray[np.int64]
     leader: NDArray[np.int64]
 
 
@@ -72,8 +74,16 @@ def examples_of(tokens: Tokens, share: float) -> Examples:
 
 
 def _at_random(number: NDArray[np.int64], key: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Example by example, the order of the keys, which are at most 2**32."""
-    return np.argsort(number.astype(np.uint64) << np.uint64(33) | key, kind="stable")
+    """Example by example, the order of the keys, which are at most 2**32; of equal ones as it is.
+
+    Numbers are sorted several times faster than an order is found, so each carries its index.
+    """
+    high = number.astype(np.uint64) << np.uint64(33) | key
+    bits = len(key).bit_length()
+    if len(key) and int(number[-1]).bit_length() + 33 + bits > 64:
+        return np.argsort(high, kind="stable")
+    index = np.arange(len(key), dtype=np.uint64)
+    return (np.sort(high << np.uint64(bits) | index) & np.uint64(2**bits - 1)).astype(np.int64)
 
 
 def choose_tokens(tokens: Tokens, draws: Draws, share: float) -> Chosen:
@@ -130,38 +140,31 @@ def choose_words(tokens: Tokens, draws: Draws, share: float) -> Chosen:
     # what may be too long for the share alone stands in for it
     wanted = examples.wanted.copy()
     wanted[number[is_first]] = np.maximum(wanted[number[is_first]], size[is_first])
-    chosen = order[_that_fit(number, size, is_first, wanted)]
+    chosen = order[_that_fit(number, size, wanted)]
     index, _ = _ranges(words.first[chosen], words.size[chosen])
     return Chosen(index, index)
 
 
 def _that_fit(
-    number: NDArray[np.int64],
-    size: NDArray[np.int64],
-    is_first: NDArray[np.bool_],
-    room: NDArray[np.int64],
-) -> NDArray[np.bool_]:
+    number: NDArray[np.int64], size: NDArray[np.int64], room: NDArray[np.int64]
+) -> NDArray[np.int64]:
     """Which are taken if each, in its turn, is taken where the room of its number still holds it.
 
-    Every round settles all up to the first that does not fit, and with it all later ones that are
-    larger than what is left: as many rounds as there are sizes at most.
+    Every round takes all up to the first that does not fit, and drops what is larger than what is
+    then left: as many rounds as there are sizes at most, and few words after the first.
     """
-    taken = np.ones(len(number), bool)
-    first = np.flatnonzero(is_first)
-    while True:
-        used = np.cumsum(size * taken)
-        before = (used - size * taken)[first]  # all examples before this one
-        over = taken & (used - np.repeat(before, np.diff(first, append=len(number))) > room[number])
-        if not over.any():
-            return taken
-        where = np.flatnonzero(over)
-        where = where[np.diff(number[where], prepend=-1) != 0]  # the first one of each example
-        left = np.zeros_like(room)
-        from_here = np.full(len(room), len(number))
-        start = before[np.searchsorted(first, where, side="right") - 1]
-        left[number[where]] = room[number[where]] - (used[where] - size[where] - start)
-        from_here[number[where]] = where
-        taken &= ~((np.arange(len(number)) >= from_here[number]) & (size > left[number]))
+    room, taken = room.copy(), []
+    waiting = np.arange(len(number))
+    while len(waiting):
+        of, used = number[waiting], np.cumsum(size[waiting])
+        first = np.flatnonzero(np.diff(of, prepend=-1))
+        used -= np.repeat(used[first] - size[waiting[first]], np.diff(first, append=len(of)))
+        fits = used <= room[of]
+        taken.append(waiting[fits])
+        np.subtract.at(room, of[fits], size[waiting[fits]])
+        waiting = waiting[~fits]
+        waiting = waiting[size[waiting] <= room[number[waiting]]]
+    return np.concatenate(taken) if taken else waiting
 
 
 def choose_spans(tokens: Tokens, draws: Draws, share: float) -> Chosen:
@@ -175,7 +178,6 @@ def choose_spans(tokens: Tokens, draws: Draws, share: float) -> Chosen:
     examples = examples_of(tokens, share)
     words = _words(tokens, examples)
     order = _at_random(words.number, draws.key[words.first])
-    lengths = _span_lengths(draws.high[words.first], draws.low[words.first])
     segment_end = _segment_ends(words)
     free = np.ones(len(order), bool)
     # of the examples that have words: where their words are in `order`, and what is still wanted
@@ -189,7 +191,8 @@ def choose_spans(tokens: Tokens, draws: Draws, share: float) -> Chosen:
         place[active] += 1
         is_free = free[anchor]
         anchor, of = anchor[is_free], active[is_free]
-        span, owner = _ranges(anchor, np.minimum(lengths[anchor], segment_end[anchor] - anchor))
+        length = _span_lengths(draws.at(words.first[anchor]))
+        span, owner = _ranges(anchor, np.minimum(length, segment_end[anchor] - anchor))
         is_free = free[span]
         span, owner = span[is_free], owner[is_free]
         free[span] = False
@@ -208,10 +211,10 @@ def _segment_ends(words: _Words) -> NDArray[np.int64]:
     """(W,) the end of the words that follow each without a gap, in its example."""
     gap = words.first[1:] != words.first[:-1] + words.size[:-1]
     gap |= np.diff(words.number) != 0
-    segment = np.append(0, np.cumsum(gap))
-    return np.searchsorted(segment, segment, side="right")
+    ends = np.append(np.flatnonzero(gap) + 1, len(words.first))
+    return ends[np.append(0, np.cumsum(gap))]
 
 
-def _span_lengths(high: NDArray[np.uint64], low: NDArray[np.uint64]) -> NDArray[np.int64]:
-    shares = SPAN_P * (1 - SPAN_P) ** np.arange(SPAN_MAX)
-    return 1 + np.searchsorted(np.cumsum(shares / shares.sum())[:-1], uniform(high, low), "right")
+def _span_lengths(draws: Draws) -> NDArray[np.int64]:
+    uniform_numbers = uniform(draws.high, draws.low)
+    return 1 + np.searchsorted(_LENGTHS_REACHED, uniform_numbers, side="right")

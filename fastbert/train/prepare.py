@@ -73,7 +73,9 @@ def prepare_text(config: PretrainConfig, out: Path) -> PreparedText:
 
     training = examples(train, config.masking)
     training.batch(0, micro_batches=config.accumulation)  # refuses a budget that is too small
-    batches = list(itertools.islice(data.heldout_batches(examples(heldout, "bert")), config.eval_batches))
+    batches = list(
+        itertools.islice(data.heldout_batches(examples(heldout, "bert")), config.eval_batches)
+    )
     labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
     targets = labels[labels != IGNORE_INDEX].numpy()
     baseline = data.unigram_baseline(corpus.token_counts(train), targets)

@@ -51,9 +51,8 @@ class Reporter:
         self.progress.advance(self.task)
 
     def training(self, row: dict[str, float], seconds_left: float) -> None:
-        line = (
-            f"loss {row['loss']:.3f}  {_accuracies(row)}  {row['real_tokens_per_second']:,.0f} tokens/s"
-        )
+        speed = f"{row['real_tokens_per_second']:,.0f} tokens/s"
+        line = f"loss {row['loss']:.3f}  {_accuracies(row)}  {speed}"
         self.progress.update(self.task, line=line)
         if not self.live:
             minutes, seconds = divmod(round(seconds_left), 60)

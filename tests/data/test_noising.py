@@ -1,5 +1,6 @@
 """Empirical frequencies beside the formulas of Xie et al. 2017, counts beside plain ones."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -94,7 +95,7 @@ def plain_counts(corpus):
     for first, last in zip(corpus.document_offsets[:-1], corpus.document_offsets[1:], strict=True):
         ids = corpus.tokens[corpus.sentence_offsets[first] : corpus.sentence_offsets[last]].tolist()
         tokens.update(ids)
-        pairs.update(zip(ids[:-1], ids[1:], strict=True))
+        pairs.update(itertools.pairwise(ids))
     followers, predecessors = (Counter(pair[side] for pair in pairs) for side in (0, 1))
     return [[c[v] for v in range(corpus.vocab_size)] for c in (tokens, followers, predecessors)]
 

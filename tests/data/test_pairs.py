@@ -208,7 +208,11 @@ def test_full_sentences_use_every_token_once(numbered, seed, count, max_seq_len)
     bounds = set(corpus.sentence_offsets.tolist())
     for start, end in zip(a_start.tolist(), a_end.tolist(), strict=True):
         document, sentence = owner(corpus, end - 1)
-        if end in bounds and start in bounds and sentence + 1 < corpus.document_offsets[document + 1]:
+        if (
+            end in bounds
+            and start in bounds
+            and sentence + 1 < corpus.document_offsets[document + 1]
+        ):
             assert corpus.sentence_offsets[sentence + 2] - start > max_seq_len - 2
         if end not in bounds:
             assert end - start == max_seq_len - 2

@@ -26,9 +26,7 @@ def tokenizer():
 
 def word_starts(tokenizer, directory, sentence, segmenter):
     documents = [[sentence]] * 4
-    corpus = tokenize_corpus(
-        documents, tokenizer, directory, fingerprint="f", segmenter=segmenter
-    )
+    corpus = tokenize_corpus(documents, tokenizer, directory, fingerprint="f", segmenter=segmenter)
     first, last = corpus.sentence_offsets[:2]
     pieces = [tokenizer.id_to_token(int(i)) for i in corpus.tokens[first:last]]
     words = []

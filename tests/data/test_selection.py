@@ -104,8 +104,8 @@ def test_words_are_those_of_a_plain_loop(words, share, seed):
     tokens = laid_out(words, seed=seed)
     draws = drawn(tokens, seed)
     chosen = choose_words(tokens, draws, share)
-    assert sorted(chosen.index.tolist()) == plain_words(tokens, draws, share)
-    np.testing.assert_array_equal(chosen.index, chosen.leader)
+    assert sorted(chosen.targets.tolist()) == plain_words(tokens, draws, share)
+    np.testing.assert_array_equal(chosen.targets, chosen.leader)
 
 
 @settings(max_examples=150, deadline=None)
@@ -114,36 +114,36 @@ def test_spans_are_those_of_a_plain_loop(words, share, seed):
     tokens = laid_out(words, seed=seed)
     draws = drawn(tokens, seed)
     chosen = choose_spans(tokens, draws, share)
-    found = dict(zip(chosen.index.tolist(), chosen.leader.tolist(), strict=True))
-    assert len(found) == len(chosen.index)
+    found = dict(zip(chosen.targets.tolist(), chosen.leader.tolist(), strict=True))
+    assert len(found) == len(chosen.targets)
     assert found == plain_spans(tokens, draws, share)
 
 
 @pytest.mark.parametrize("choose", [choose_tokens, choose_words, choose_spans])
 def test_nothing_but_special_tokens(choose):
     tokens = laid_out([[1, 2, 3], [1]], special_share=1.0)
-    assert len(choose(tokens, drawn(tokens), 0.15).index) == 0
+    assert len(choose(tokens, drawn(tokens), 0.15).targets) == 0
     tokens = laid_out([[1, 2, 3], [1]], special_share=0.0)._replace(
         maskable=np.array([False] * 6 + [True])
     )
-    assert choose(tokens, drawn(tokens), 0.15).index.tolist() == [6]
+    assert choose(tokens, drawn(tokens), 0.15).targets.tolist() == [6]
 
 
 @pytest.mark.parametrize("choose", [choose_words, choose_spans])
 def test_the_same_whatever_else_is_in_the_batch(choose):
     tokens = laid_out([[1, 3, 2] * 9, [2] * 30, [5, 1] * 12])
     draws = drawn(tokens)
-    chosen = set(choose(tokens, draws, 0.15).index.tolist())
+    chosen = set(choose(tokens, draws, 0.15).targets.tolist())
     for number in range(3):
         where = np.flatnonzero(tokens.example == number)
-        alone = choose(Tokens(*(x[where] for x in tokens)), draws.at(where), 0.15).index
+        alone = choose(Tokens(*(x[where] for x in tokens)), draws.at(where), 0.15).targets
         assert set(where[alone].tolist()) == chosen & set(where.tolist())
 
 
 def test_words_make_about_the_share():
     rng = np.random.default_rng(0)
     tokens = laid_out([rng.integers(1, 5, 60).tolist() for _ in range(500)], special_share=0.0)
-    chosen = choose_words(tokens, drawn(tokens), 0.15).index
+    chosen = choose_words(tokens, drawn(tokens), 0.15).targets
     assert 0.145 < len(chosen) / len(tokens.ids) <= 0.15
     # whole words alone
     word = np.cumsum(tokens.word_starts)

@@ -1,7 +1,8 @@
-"""The command line: `fastbert pretrain`, `fill-mask`, `info`."""
+"""The command line: `fastbert pretrain`, `finetune`, `predict`, `embed`, `fill-mask`, `info`."""
 
 import dataclasses
 import inspect
+import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -12,10 +13,11 @@ import typer
 
 from fastbert.check import InputError
 from fastbert.config import PretrainConfig
+from fastbert.finetune.config import FinetuneConfig
 
 app = typer.Typer(
     name="fastbert",
-    help="Pre-train and run BERT, fast.",
+    help="Pre-train, fine-tune and run BERT, fast.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -111,6 +113,64 @@ def fill_mask(
         for word in words:
             table.add_row(f"{word.probability:.3f}", word.word, word.text)
         console.print(table)
+
+
+@app.command(
+    epilog="Example: `fastbert finetune --train train.csv --dev dev.csv --model runs/demo`"
+)
+@options_of(FinetuneConfig)
+def finetune(
+    *,
+    out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/finetune"),
+    **options: Any,
+) -> None:
+    """Fine-tune a model on labelled data: text, words, answers, choices."""
+    from fastbert.finetune.train import finetune as run
+
+    run(FinetuneConfig(**options), out)
+
+
+@app.command(epilog="Example: `fastbert predict --model runs/finetune --input new.csv`")
+def predict(
+    model: Annotated[str, typer.Option(help="What fastbert finetune left.")],
+    input: Annotated[Path, typer.Option(help="In the form of the training data, without labels.")],
+    out: Annotated[
+        Path | None, typer.Option(help="JSON Lines file; by default it is shown.")
+    ] = None,
+) -> None:
+    """Run a fine-tuned model on new examples."""
+    from fastbert.finetune import predict as predicting
+
+    rows = predicting.predict(model, input)
+    if out is None:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False))
+    else:
+        predicting.write_jsonl(rows, out)
+        print(f"{out}: {len(rows):,} predictions")
+
+
+@app.command(epilog="Example: `fastbert embed --model runs/demo --input texts.txt --out e.npy`")
+def embed(
+    model: Annotated[str, typer.Option(help="Directory of a model or of a run, or a hub name.")],
+    input: Annotated[Path, typer.Option(help="A text a line (.txt), or a .csv, .tsv or .jsonl.")],
+    out: Annotated[Path, typer.Option(help="The .npy file, an embedding a row.")],
+    pooling: Annotated[str, typer.Option(help="mean, or cls.")] = "mean",
+    normalize: Annotated[bool, typer.Option("--normalize", help="To length 1.")] = False,
+    text_column: Annotated[str, typer.Option(help="Of a table.")] = "text",
+    max_seq_len: Annotated[
+        int | None, typer.Option(help="Cut texts to this many tokens; by default the model's.")
+    ] = None,
+) -> None:
+    """Write embeddings of texts."""
+    from fastbert.finetune import predict as predicting
+
+    texts = predicting.read_texts(input, text_column)
+    found = predicting.embed(
+        model, texts, pooling=pooling, normalize=normalize, max_seq_len=max_seq_len
+    )
+    predicting.write_npy(found, out)
+    print(f"{out}: {found.shape[0]:,} embeddings of {found.shape[1]}")
 
 
 @app.command(epilog="Example: `fastbert info`")

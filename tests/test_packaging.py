@@ -114,6 +114,7 @@ def test_import_loads_neither_triton_nor_cuda():
 LAYERS = (  # from the top down: a file may import its own layer, those below, and the leaves
     {"cli"},
     {"about", "explain", "hf", "predict"},
+    {"finetune"},
     {"train"},
     {"data"},
     {"models"},

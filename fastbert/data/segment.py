@@ -11,7 +11,7 @@ SEGMENTERS = ("characters", "spaces", "jieba")
 LONGEST = 10  # characters of a word; a longer one is text that the segmenter could not divide
 
 # The characters that BERT's tokenizers make words of their own (google-research/bert,
-# tokenization.py, _is_chinese_char), first and last of each block.
+# tokenization.py, is_chinese_char), first and last of each block.
 _BLOCKS = (
     (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
     (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
@@ -65,12 +65,13 @@ def continuations(sentence: str, segmenter: Segmenter) -> set[int]:
             )
         end = begin + len(word)
         if len(word) <= LONGEST:
-            is_chinese = [_is_chinese(character) for character in word]
+            is_chinese = [is_chinese(character) for character in word]
             inside.update(
                 begin + i for i in range(1, len(word)) if is_chinese[i] and is_chinese[i - 1]
             )
     return inside
 
 
-def _is_chinese(character: str) -> bool:
+def is_chinese(character: str) -> bool:
+    """Whether BERT's tokenizers make a word of it."""
     return any(first <= ord(character) <= last for first, last in _BLOCKS)

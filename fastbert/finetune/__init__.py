@@ -1,0 +1,1 @@
+"""Fine-tuning on labelled data, and what a fine-tuned model says of new text."""

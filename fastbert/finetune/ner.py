@@ -1,5 +1,6 @@
 """Named entities, or any other labels of words, from CoNLL files."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class Ner(Task):
 
     def loss(self, model: Any, batch: PackedBatch, features: Sequence[Feature]) -> Tensor:
         labels = torch.tensor([label for f in features for label in f.target], device=batch.device)
-        return model(batch, labels=labels).loss
+        return model(dataclasses.replace(batch, labels=labels)).loss
 
     def scores(
         self, model: Any, batch: PackedBatch, features: Sequence[Feature]

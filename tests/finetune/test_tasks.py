@@ -107,7 +107,7 @@ def test_multilabel(model, tmp_path):
         rows.append((sentence(rng, *marks), "|".join(marks)))
     train = write_table(tmp_path / "train.csv", ("text", "label"), rows[:150])
     dev = write_table(tmp_path / "dev.csv", ("text", "label"), rows[150:])
-    summary, _ = finetune(model, tmp_path / "out", "multilabel", train, dev)
+    summary, _ = finetune(model, tmp_path / "out", "multilabel", train, dev, "--epochs", "15")
     assert summary["micro_f1"] > 0.9
     found = predict(tmp_path / "out", dev, tmp_path)
     exact = np.mean(

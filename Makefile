@@ -38,9 +38,10 @@ $(PY):
 		PYTHONPATH=$(VENV)-bootstrap $(PYTHON) -m virtualenv -q $(VENV); \
 		status=$$?; rm -rf $(VENV)-bootstrap; exit $$status; }
 
-# The extension is built apart, below, so that pip does not hide what becomes of it.
+# The extension is built apart, below, so that pip does not hide what becomes of it; setuptools_scm
+# is what seqeval is built with.
 $(VENV)/.installed: constraints.txt pyproject.toml | $(PY)
-	$(PIP) install -q -c constraints.txt setuptools torch numpy
+	$(PIP) install -q -c constraints.txt setuptools setuptools_scm torch numpy
 	FASTBERT_BUILD_EXT=0 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 

@@ -46,7 +46,9 @@ def main() -> None:
     for part, found in rows.items():
         with Path(f"{part}.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("text", "label"), *found])
-        print(f"{part}.csv: {len(found)} docstrings of {len({label for _, label in found})} modules")
+        print(
+            f"{part}.csv: {len(found)} docstrings of {len({label for _, label in found})} modules"
+        )
 
 
 if __name__ == "__main__":

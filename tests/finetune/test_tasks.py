@@ -55,7 +55,7 @@ def write_table(path, columns, rows):
     return path
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_classification(model, tmp_path, suffix):
     rng = random.Random(0)
     rows = [(sentence(rng, mark), mark) for mark in ["good", "bad"] * 80]

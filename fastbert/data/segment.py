@@ -65,10 +65,8 @@ def continuations(sentence: str, segmenter: Segmenter) -> set[int]:
             )
         end = begin + len(word)
         if len(word) <= LONGEST:
-            is_chinese = [is_chinese(character) for character in word]
-            inside.update(
-                begin + i for i in range(1, len(word)) if is_chinese[i] and is_chinese[i - 1]
-            )
+            chinese = [is_chinese(character) for character in word]
+            inside.update(begin + i for i in range(1, len(word)) if chinese[i] and chinese[i - 1])
     return inside
 
 

@@ -190,9 +190,15 @@ def _remedy(model: Any, name: str, count: int) -> str:
     return f"; load it with {by_number}ignore_mismatched_sizes=True to draw the head anew"
 
 
-def save_weights(model: nn.Module, directory: str | Path) -> None:
-    """Writes model.safetensors; a tied parameter is written once, under its first name."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+def save_weights(
+    model: nn.Module, directory: str | Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes model.safetensors; a tied parameter is written once, under its first name.
+
+    weights: to be written in place of the model's own, which may be shards
+    """
+    own = model.named_parameters() if weights is None else weights.items()
+    tensors = {name: p.detach().cpu().contiguous() for name, p in own}
     with new_file(Path(directory) / WEIGHTS) as path:
         save_file(tensors, path, metadata={"format": "pt"})
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import typer
 
 from fastbert.check import InputError
 from fastbert.config import PretrainConfig
-from fastbert.finetune.config import FinetuneConfig
+from fastbert.finetune_config import FinetuneConfig
 
 app = typer.Typer(
     name="fastbert",
@@ -73,6 +72,9 @@ def pretrain(
     eager: Annotated[
         bool, typer.Option("--eager", help="On a GPU, run steps without a CUDA graph.")
     ] = False,
+    parallel: Annotated[
+        str, typer.Option(help="Under torchrun: ddp (whole weights on each GPU) or fsdp (shards).")
+    ] = "ddp",
     **options: Any,
 ) -> None:
     """Pre-train a BERT (masked LM and next-sentence prediction) on text."""
@@ -90,7 +92,87 @@ def pretrain(
             name for name, source in sources.items() if source and source.name == "COMMANDLINE"
         ]
         config = earlier.same_run(**{name: options[name] for name in given})
-    pretraining.pretrain(config, out, resume=resume, eager=eager, profile=profile)
+    pretraining.pretrain(
+        config, out, resume=resume, eager=eager, profile=profile, parallel=parallel
+    )
+
+
+_MODEL = typer.Option(help="Directory of a model or of a run, or a hub name.")
+_INPUT = typer.Option("--input", help="File to read.")
+_PRECISION = "auto, bf16, fp16 or fp32; auto is bf16 autocast where it is fast"
+_BATCH_TOKENS = typer.Option(help="Tokens computed at once.", min=1)
+
+
+@app.command(
+    epilog="Example: `fastbert finetune --task classification --train train.csv --dev dev.csv "
+    "--model runs/demo --out runs/reviews`"
+)
+@options_of(FinetuneConfig)
+def finetune(
+    *,
+    out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/finetune"),
+    **options: Any,
+) -> None:
+    """Train a BERT for a task on labelled examples; keep the best epoch."""
+    config = FinetuneConfig(**options)
+    from fastbert.finetune import train  # slow to import: torch
+
+    train.finetune(config, out)
+
+
+@app.command(
+    epilog="Example: `fastbert predict --model runs/reviews --input new.csv --out new.jsonl`"
+)
+def predict(
+    model: Annotated[str, typer.Option(help="Directory of a fine-tuning run.")],
+    source: Annotated[Path, _INPUT],
+    out: Annotated[Path, typer.Option(help="JSON Lines to write, an object for each example.")],
+    batch_tokens: Annotated[int, _BATCH_TOKENS] = 4096,
+    precision: Annotated[
+        str | None, typer.Option(help=f"{_PRECISION}; by default that of the training.")
+    ] = None,
+) -> None:
+    """Run a fine-tuned model on a file in the format that it was trained with."""
+    from fastbert.finetune import predict as inference
+
+    predictions = inference.predict(
+        model, source, batch_tokens=batch_tokens, precision=precision
+    )
+    inference.write_json_lines(out, predictions)
+    print(f"{len(predictions)} predictions are in {out}")
+
+
+@app.command(epilog="Example: `fastbert embed --model runs/demo --input texts.txt --out texts.npy`")
+def embed(
+    model: Annotated[str, _MODEL],
+    source: Annotated[Path, _INPUT],
+    out: Annotated[Path, typer.Option(help="The .npy to write, (texts, hidden_size) float32.")],
+    pooling: Annotated[str, typer.Option(help="mean of all tokens, or cls.")] = "mean",
+    text_column: Annotated[str, typer.Option(help="Column of a .csv, .tsv or .jsonl.")] = "text",
+    max_seq_len: Annotated[
+        int | None, typer.Option(help="Longest sequence, in tokens; by default the model's.")
+    ] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut longer texts off instead of refusing them.")
+    ] = False,
+    batch_tokens: Annotated[int, _BATCH_TOKENS] = 4096,
+    precision: Annotated[str, typer.Option(help=f"{_PRECISION}.")] = "auto",
+) -> None:
+    """Write an embedding for each text of a file: a line of a .txt, or a row of a table."""
+    from fastbert.finetune import predict as inference
+
+    embeddings = inference.embed(
+        model,
+        source,
+        text_column=text_column,
+        pooling=pooling,
+        max_seq_len=max_seq_len,
+        truncate=truncate,
+        batch_tokens=batch_tokens,
+        precision=precision,
+    )
+    inference.write_npy(out, embeddings)
+    print(f"embeddings {embeddings.shape} are in {out}")
 
 
 @app.command(
@@ -98,7 +180,7 @@ def pretrain(
 )
 def fill_mask(
     text: Annotated[str, typer.Argument(help="Text with one or more [MASK].")],
-    model: Annotated[str, typer.Option(help="Directory of a model or of a run, or a hub name.")],
+    model: Annotated[str, _MODEL],
     top: Annotated[int, typer.Option(help="How many words to show.", min=1)] = 5,
 ) -> None:
     """Show the likeliest words for each [MASK] of a text, with their probabilities."""
@@ -113,64 +195,6 @@ def fill_mask(
         for word in words:
             table.add_row(f"{word.probability:.3f}", word.word, word.text)
         console.print(table)
-
-
-@app.command(
-    epilog="Example: `fastbert finetune --train train.csv --dev dev.csv --model runs/demo`"
-)
-@options_of(FinetuneConfig)
-def finetune(
-    *,
-    out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/finetune"),
-    **options: Any,
-) -> None:
-    """Fine-tune a model on labelled data: text, words, answers, choices."""
-    from fastbert.finetune.train import finetune as run
-
-    run(FinetuneConfig(**options), out)
-
-
-@app.command(epilog="Example: `fastbert predict --model runs/finetune --input new.csv`")
-def predict(
-    model: Annotated[str, typer.Option(help="What fastbert finetune left.")],
-    input: Annotated[Path, typer.Option(help="In the form of the training data, without labels.")],
-    out: Annotated[
-        Path | None, typer.Option(help="JSON Lines file; by default it is shown.")
-    ] = None,
-) -> None:
-    """Run a fine-tuned model on new examples."""
-    from fastbert.finetune import predict as predicting
-
-    rows = predicting.predict(model, input)
-    if out is None:
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False))
-    else:
-        predicting.write_jsonl(rows, out)
-        print(f"{out}: {len(rows):,} predictions")
-
-
-@app.command(epilog="Example: `fastbert embed --model runs/demo --input texts.txt --out e.npy`")
-def embed(
-    model: Annotated[str, typer.Option(help="Directory of a model or of a run, or a hub name.")],
-    input: Annotated[Path, typer.Option(help="A text a line (.txt), or a .csv, .tsv or .jsonl.")],
-    out: Annotated[Path, typer.Option(help="The .npy file, an embedding a row.")],
-    pooling: Annotated[str, typer.Option(help="mean, or cls.")] = "mean",
-    normalize: Annotated[bool, typer.Option("--normalize", help="To length 1.")] = False,
-    text_column: Annotated[str, typer.Option(help="Of a table.")] = "text",
-    max_seq_len: Annotated[
-        int | None, typer.Option(help="Cut texts to this many tokens; by default the model's.")
-    ] = None,
-) -> None:
-    """Write embeddings of texts."""
-    from fastbert.finetune import predict as predicting
-
-    texts = predicting.read_texts(input, text_column)
-    found = predicting.embed(
-        model, texts, pooling=pooling, normalize=normalize, max_seq_len=max_seq_len
-    )
-    predicting.write_npy(found, out)
-    print(f"{out}: {found.shape[0]:,} embeddings of {found.shape[1]}")
 
 
 @app.command(epilog="Example: `fastbert info`")

@@ -251,6 +251,10 @@ PRESETS = {
 }
 
 
+OPTIMIZERS = ("adamw", "lamb")
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+
+
 def option(default: Any, text: str) -> Any:
     """A field of a run's configuration with the help that the command line shows."""
     return dataclasses.field(default=default, metadata={"help": text})
@@ -299,6 +303,7 @@ class PretrainConfig:
     steps: int = option(3000, "Optimizer steps.")
     batch_tokens: int = option(1024, "Tokens in the batch of one optimizer step.")
     accumulation: int = option(1, "Parts that a batch is run in, to save memory.")
+    optimizer: str = option("adamw", "adamw, or lamb for large batches, with a rate of its own.")
     learning_rate: float = option(None, "Peak learning rate; by default the preset's.")
     dropout: float = option(
         None, "Of hidden states and attention probabilities; by default the preset's."
@@ -307,9 +312,11 @@ class PretrainConfig:
         None, "Of the next-sentence loss beside the MLM loss; by default the preset's."
     )
     warmup_ratio: float = option(0.1, "Share of the steps in which the learning rate rises.")
-    weight_decay: float = option(0.01, "AdamW's, on all but biases and LayerNorm.")
+    weight_decay: float = option(0.01, "On all but biases and LayerNorm.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
-    precision: str = option("auto", "auto, bf16 or fp32; auto is bf16 autocast where it is fast.")
+    precision: str = option(
+        "auto", "auto, bf16, fp16 or fp32; auto is bf16 autocast where it is fast, else fp32."
+    )
     heldout_fraction: float = option(0.05, "Share of the documents held out for validation.")
     eval_every: int = option(100, "Steps between validations.")
     eval_batches: int = option(32, "Held-out batches that a validation reads at most.")
@@ -338,8 +345,10 @@ class PretrainConfig:
             raise InputError(f"--nsp-weight: at least 0, got {self.nsp_weight}")
         if not 0 <= self.dropout < 1:
             raise InputError(f"--dropout: at least 0 and below 1, got {self.dropout}")
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise InputError(f"--precision: one of auto, bf16, fp32, got {self.precision!r}")
+        for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                got = getattr(self, name)
+                raise InputError(f"--{name}: one of {', '.join(known)}, got {got!r}")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed: between 0 and 2^63 - 1, got {self.seed}")
 

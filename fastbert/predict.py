@@ -28,18 +28,11 @@ def fill_mask(name_or_directory: str | Path, text: str, top: int = 5) -> list[li
     [MASK] or is too long, or the vocabulary is not the model's.
     """
     directory = checkpoint.resolve(name_or_directory)
-    tokenizer = load_tokenizer(directory)
     model = BertForMaskedLM.from_pretrained(directory)
     config = model.config
+    tokenizer = load_tokenizer(directory, model_vocab_size=config.vocab_size)
     words_known = tokenizer.get_vocab_size()
-    # a few spare rows are common: vocabularies are padded to a multiple of 8 to 64 for speed
-    if not words_known <= config.vocab_size < words_known + 64:
-        raise InputError(
-            f"{directory}: the vocabulary has {words_known} entries, the checkpoint "
-            f"{config.vocab_size}: they do not belong together"
-        )
     mask = special_tokens(tokenizer).mask
-    tokenizer.no_truncation()
     ids = torch.tensor(tokenizer.encode(text).ids)
     gaps = (ids == mask).nonzero().flatten().tolist()
     if not gaps:

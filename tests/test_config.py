@@ -94,7 +94,13 @@ def test_what_is_not_given_is_the_presets():
     "change",
     [
         *({"steps": 0}, {"mlm_probability": 1.5}, {"preset": "huge"}, {"dropout": 1.0}),
-        *({"seed": -1}, {"nsp_weight": -0.5}, {"max_seq_len": 7}, {"precision": "fp8"}),
+        *(
+            {"seed": -1},
+            {"nsp_weight": -0.5},
+            {"max_seq_len": 7},
+            {"precision": "fp8"},
+            {"optimizer": "lion"},
+        ),
     ],
     ids=str,
 )

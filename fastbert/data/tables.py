@@ -1,138 +1,110 @@
-"""Labelled data as people have it: CSV, TSV and JSON Lines with named columns, CoNLL for NER."""
+"""Labelled examples in tables: CSV, TSV and JSON Lines, with named columns."""
 
 import csv
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from fastbert.check import InputError
 
-_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_FORMATS: dict[str, dict[str, Any]] = {
+    ".csv": {"delimiter": ",", "strict": True},
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
+_JSON_LINES = ".jsonl"
 
 
 class Row(NamedTuple):
-    """values: by column; where: file and line, for messages."""
+    """One row: where it stands, for messages, and its values by column."""
 
-    values: dict[str, Any]
     where: str
-
-    def get(self, column: str) -> Any:
-        """Raises InputError if there is no such column."""
-        if column not in self.values:
-            known = ", ".join(map(str, self.values))
-            raise InputError(f"{self.where}: no column {column!r}; there are {known}")
-        return self.values[column]
+    values: dict[str, Any]
 
     def text(self, column: str) -> str:
-        value = self.get(column)
-        if not isinstance(value, str):
-            raise InputError(f"{self.where}: expected text in column {column!r}, got {value!r}")
+        """The text of a column; InputError if the row has none there."""
+        value = self.values.get(column)
+        if not isinstance(value, str) or not value.strip():
+            raise InputError(f"{self.where}: expected a text in column {column!r}, got {value!r}")
         return value
 
-
-def read_table(path: str | Path) -> list[Row]:
-    """Rows of a .csv, a .tsv (no quoting) or a .jsonl file, UTF-8, with named columns.
-
-    Raises InputError for another suffix, a line that does not fit the header, a file that cannot be
-    read, or one without rows.
-    """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix in _JSON_SUFFIXES:
-        read = _json_rows
-    elif suffix in (".csv", ".tsv"):
-        read = _csv_rows
-    else:
-        raise InputError(f"{path}: expected .csv, .tsv or .jsonl")
-    return _read(path, read)
+    def label(self, column: str) -> str:
+        """The label in a column as text; JSON's numbers, true and false as JSON writes them."""
+        value = self.values.get(column)
+        if value is None or isinstance(value, list | dict) or value == "":
+            raise InputError(f"{self.where}: expected a label in column {column!r}, got {value!r}")
+        return value if isinstance(value, str) else json.dumps(value)
 
 
-class Sentence(NamedTuple):
-    """labels: None where the file has none."""
-
-    words: list[str]
-    labels: list[str] | None
-    where: str
-
-
-def read_conll(path: str | Path, *, labelled: bool = True) -> list[Sentence]:
-    """Sentences of a CoNLL file: a word a line, its label in the last column, blank lines between.
-
-    Columns are separated by white space, their number is the same in the whole file; lines that
-    begin with -DOCSTART- are skipped. Without `labelled` the word may stand alone.
-    """
-    return _read(Path(path), lambda file, path: _conll_sentences(file, path, labelled))
-
-
-def _read(path: Path, read) -> list:
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text with its own line ends; InputError if it cannot be read or is empty."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            found = list(read(file, path))
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8; convert it, for example with iconv") from None
-    except csv.Error as error:
-        raise InputError(f"{path}: not readable as a table ({error})") from None
-    if not found:
-        raise InputError(f"{path}: holds no examples")
-    return found
+    if not text.strip():
+        raise InputError(f"{path}: is empty")
+    return text
 
 
-def _csv_rows(file: TextIO, path: Path) -> Iterator[Row]:
-    if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(file, strict=True)
+def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
+    """The rows of a .csv, .tsv or .jsonl file, each of which has the named columns.
+
+    A .csv is quoted as RFC 4180 says. A .tsv has no quotes, like those of GLUE: a quotation mark in
+    it is one. Raises InputError for another kind of file, for one without rows, for a row with more
+    or fewer fields than the header, and for a missing column.
+    """
+    if path.suffix not in (*_FORMATS, _JSON_LINES):
+        raise InputError(f"{path}: expected a .csv, .tsv or .jsonl file, got {path.suffix!r}")
+    text = read_text(path)
+    if path.suffix == _JSON_LINES:
+        rows = list(_json_lines(text, path, columns))
     else:
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-    for values in reader:
-        where = f"{path}, line {reader.line_num}"
-        if None in values or None in values.values():
-            names = reader.fieldnames or ()
-            count = sum(value is not None for name, value in values.items() if name is not None)
-            count += len(values.get(None, ()))
-            raise InputError(f"{where}: {count} fields, and the header names {len(names)}")
-        yield Row(dict(values), where)
+        rows = list(_delimited(text, path, columns))
+    if not rows:
+        raise InputError(f"{path}: has a header and no rows")
+    return rows
 
 
-def _json_rows(file: TextIO, path: Path) -> Iterator[Row]:
-    for number, line in enumerate(file, start=1):
+def _delimited(text: str, path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), **_FORMATS[path.suffix])
+    try:
+        header = next(reader)
+        _check_columns(header, columns, str(path))
+        if len(set(header)) < len(header):
+            raise InputError(f"{path}: two columns have the same name, of {', '.join(header)}")
+        for fields in reader:
+            where = f"{path}, line {reader.line_num}"
+            if not fields:  # a blank line
+                continue
+            if len(fields) != len(header):
+                raise InputError(
+                    f"{where}: expected {len(header)} fields, as in the header, got {len(fields)}"
+                )
+            yield Row(where, dict(zip(header, fields, strict=True)))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _json_lines(text: str, path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
             values = json.loads(line)
-        except ValueError:
-            values = None
+        except ValueError as error:
+            raise InputError(f"{where}: not JSON ({error})") from None
         if not isinstance(values, dict):
-            raise InputError(f"{where}: expected one JSON object")
-        yield Row(values, where)
+            raise InputError(f"{where}: expected a JSON object, got {type(values).__name__}")
+        _check_columns(values, columns, where)
+        yield Row(where, values)
 
 
-def _conll_sentences(file: TextIO, path: Path, labelled: bool) -> Iterator[Sentence]:
-    rows: list[list[str]] = []
-    begin = width = 0
-
-    def sentence() -> Sentence:
-        labels = [row[-1] for row in rows] if width > 1 else None
-        return Sentence([row[0] for row in rows], labels, f"{path}, line {begin}")
-
-    for number, line in enumerate(file, start=1):
-        fields = line.split()
-        if not fields or fields[0] == "-DOCSTART-":
-            if rows:
-                yield sentence()
-            rows = []
-            continue
-        width = width or len(fields)
-        if len(fields) != width:
-            raise InputError(
-                f"{path}, line {number}: {len(fields)} fields, and the lines before have {width}"
-            )
-        if labelled and width < 2:
-            raise InputError(f"{path}, line {number}: a word without a label")
-        if not rows:
-            begin = number
-        rows.append(fields)
-    if rows:
-        yield sentence()
+def _check_columns(there: Sequence[str] | dict, columns: Sequence[str], where: str) -> None:
+    for column in columns:
+        if column not in there:
+            raise InputError(f"{where}: no column {column!r}, only {', '.join(map(str, there))}")

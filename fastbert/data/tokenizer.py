@@ -140,11 +140,12 @@ def _with_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, *, model_vocab_size: int | None = None) -> Tokenizer:
     """A `tokenizer.json`, a `vocab.txt`, or a directory that holds one (the former goes first).
 
     Beside a vocab.txt, `tokenizer_config.json` says whether to lower-case (yes unless it says no).
-    Raises InputError unless it is a WordPiece with the five special tokens and ids 0 to V - 1.
+    Raises InputError unless it is a WordPiece with the five special tokens and ids 0 to V - 1, and
+    belongs to a model of `model_vocab_size`, if given.
     """
     path = file = Path(path)
     if path.is_dir():
@@ -162,6 +163,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise InputError(
             f"tokenizer {file}: {len(vocab)} different tokens but ids up to {max(vocab.values())}; "
             "remove doubled lines or gaps"
+        )
+    # a few spare rows are common: vocabularies are padded to a multiple of 8 to 64 for speed
+    if model_vocab_size is not None and not len(vocab) <= model_vocab_size < len(vocab) + 64:
+        raise InputError(
+            f"{path}: the vocabulary has {len(vocab)} entries, the checkpoint "
+            f"{model_vocab_size}: they do not belong together"
         )
     tokenizer.no_truncation()  # a saved tokenizer may carry either, and would cut the corpus
     tokenizer.no_padding()

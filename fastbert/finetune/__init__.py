@@ -1,1 +1,1 @@
-"""Fine-tuning on labelled data, and what a fine-tuned model says of new text."""
+"""Fine-tuning: reading, training, measuring and running a BERT with a task's head."""

@@ -1,109 +1,119 @@
-"""Which of several answers to a question, or of several endings of a text, is right."""
+"""Multiple choice: which of several texts goes with a first one (SWAG, RACE, C3)."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbert.check import InputError
 from fastbert.data.tables import Row, read_table
-from fastbert.finetune.config import FinetuneConfig
-from fastbert.finetune.task import Feature, Table, Task
+from fastbert.finetune.features import Encoder, Feature
+from fastbert.finetune.metrics import Report
+from fastbert.finetune.task import Prediction, Task, softmax, to_host
 from fastbert.models.classification import BertForMultipleChoice
 from fastbert.packing import PackedBatch
 
 
-class Question(NamedTuple):
-    """label: the right choice, from 0; None for a new question."""
+class ChoiceExample(NamedTuple):
+    """A text, the choices with what stands before each, and the number of the right one."""
 
-    text: str
-    choices: list[str]
-    label: int | None
     where: str
+    text: str
+    choices: tuple[str, ...]
+    target: int | None
 
 
 class Choice(Task):
-    head = BertForMultipleChoice
-    best = "accuracy"
+    model_class = BertForMultipleChoice
+    metrics = ("accuracy",)
 
-    @staticmethod
-    def read(config: FinetuneConfig, path: Path, *, labelled: bool) -> list[Question]:
-        found = []
-        for row in read_table(path):
-            choices = _choices(row, config)
-            label = _label(row, config, len(choices)) if labelled else None
-            found.append(Question(row.text(config.text_column), choices, label, row.where))
-            if len(choices) != len(found[0].choices):
+    def read(self, path: Path, *, labelled: bool = True) -> list[ChoiceExample]:
+        s = self.settings
+        columns = [s.text_column, *s.choice_column]
+        columns += [column for column in (s.pair_column,) if column is not None]
+        rows = read_table(path, [*columns, s.label_column] if labelled else columns)
+        examples = [self._example(row, labelled) for row in rows]
+        for example in examples:
+            if len(example.choices) != len(examples[0].choices):
                 raise InputError(
-                    f"{row.where}: {len(choices)} choices, and the first question has "
-                    f"{len(found[0].choices)}"
+                    f"{example.where}: expected {len(examples[0].choices)} choices, as in the "
+                    f"first row, got {len(example.choices)}"
                 )
-        return found
+        return examples
+
+    def _example(self, row: Row, labelled: bool) -> ChoiceExample:
+        s = self.settings
+        listed = row.values[s.choice_column[0]]
+        if len(s.choice_column) == 1 and isinstance(listed, list):
+            choices = [Row(row.where, {"choice": text}).text("choice") for text in listed]
+        else:
+            choices = [row.text(column) for column in s.choice_column]
+        if len(choices) < 2:
+            raise InputError(f"{row.where}: expected two choices or more, got {len(choices)}")
+        before = "" if s.pair_column is None else row.text(s.pair_column) + " "
+        target = self._target(row, len(choices)) if labelled else None
+        return ChoiceExample(
+            row.where, row.text(s.text_column), tuple(before + text for text in choices), target
+        )
+
+    def _target(self, row: Row, count: int) -> int:
+        """The right choice: its number from 0, or the name of its column."""
+        label = row.label(self.settings.label_column)
+        if label in self.settings.choice_column:
+            return self.settings.choice_column.index(label)
+        if not label.isdecimal() or int(label) >= count:
+            raise InputError(
+                f"{row.where}: expected a number from 0 to {count - 1} as the right choice, "
+                f"got {label!r}"
+            )
+        return int(label)
+
+    def learn(self, examples: Sequence[ChoiceExample]) -> None:
+        self.labels = []
 
     def model_options(self) -> dict[str, Any]:
-        return {}
+        return {"num_labels": 2, "problem_type": None}  # Hugging Face's default; the head has 1
 
-    def features(self, examples: list[Question], *, labelled: bool) -> list[Feature]:
-        pairs = [(example.text, choice) for example in examples for choice in example.choices]
-        places = [example.where for example in examples for _ in example.choices]
-        encodings = iter(self.encode(pairs, places))
+    def features(self, examples: Sequence[ChoiceExample], encoder: Encoder) -> list[Feature]:
+        features = []
+        for number, (where, text, choices, target) in enumerate(examples):
+            first = encoder.ids(text)
+            windows = [
+                window
+                for choice in choices
+                for window in encoder.windows(where, first, encoder.ids(choice))
+            ]
+            features.append(Feature(number, tuple(windows), target))
+        return features
+
+    def forward(self, model: Any, batch: PackedBatch, features: Sequence[Feature]) -> Any:
+        return model(batch, num_choices=len(features[0].windows))
+
+    def loss(
+        self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float
+    ) -> Tensor:
+        logits = self.forward(model, batch, features).logits.float()
+        targets = torch.tensor([feature.target for feature in features], device=logits.device)
+        return F.cross_entropy(logits, targets, reduction="sum") / total
+
+    def scores(self, output: Any, features: Sequence[Feature]) -> list[NDArray[np.float32]]:
+        return list(to_host(output.logits))
+
+    def predict(self, examples, features, scores) -> list[Prediction]:
         return [
-            Feature(tuple(next(encodings) for _ in example.choices), example.label, number)
-            for number, example in enumerate(examples)
+            {
+                "choice": int(row.argmax()),
+                "text": example.choices[int(row.argmax())],
+                "probabilities": softmax(row),
+            }
+            for example, row in zip(examples, scores, strict=True)
         ]
 
-    def loss(self, model: Any, batch: PackedBatch, features: Sequence[Feature]) -> Tensor:
-        labels = torch.tensor([feature.target for feature in features], device=batch.device)
-        return model(batch, labels=labels, num_choices=len(features[0].sequences)).loss
-
-    def scores(
-        self, model: Any, batch: PackedBatch, features: Sequence[Feature]
-    ) -> Sequence[Tensor]:
-        return model(batch, num_choices=len(features[0].sequences)).logits.float().unbind()
-
-    def predictions(
-        self, examples: list[Question], features: list[Feature], scores: list[Tensor]
-    ) -> list[dict[str, Any]]:
-        found = []
-        for example, logits in zip(examples, scores, strict=True):
-            best = int(logits.argmax())
-            probabilities = logits.softmax(-1).tolist()
-            choice = example.choices[best]
-            found.append({"label": best, "choice": choice, "probabilities": probabilities})
-        return found
-
-    def metrics(
-        self, examples: list[Question], predictions: list[dict[str, Any]]
-    ) -> tuple[dict[str, float], list[Table]]:
-        right = [p["label"] == e.label for p, e in zip(predictions, examples, strict=True)]
-        truth = [example.label for example in examples]
-        majority = max(map(truth.count, set(truth))) / len(truth)
-        return {"accuracy": sum(right) / len(right), "majority": majority}, []
-
-
-def _choices(row: Row, config: FinetuneConfig) -> list[str]:
-    value = row.get(config.choices_column)
-    if isinstance(value, str):
-        value = [part.strip() for part in value.split(config.separator)]
-    if isinstance(value, list) and len(value) > 1 and all(isinstance(c, str) for c in value):
-        return value
-    raise InputError(
-        f"{row.where}: expected two choices or more in {config.choices_column!r}, got {value!r}: a "
-        f"list of texts, or one text with {config.separator!r} between them"
-    )
-
-
-def _label(row: Row, config: FinetuneConfig, count: int) -> int:
-    value = row.get(config.label_column)
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = -1
-    if not 0 <= number < count:
-        raise InputError(
-            f"{row.where}: expected the number of the right choice in {config.label_column!r}, "
-            f"from 0 to {count - 1}, got {value!r}"
-        )
-    return number
+    def evaluate(self, examples, predictions) -> Report:
+        right = [p["choice"] == e.target for e, p in zip(examples, predictions, strict=True)]
+        return Report({"accuracy": float(np.mean(right))})

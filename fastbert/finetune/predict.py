@@ -1,4 +1,4 @@
-"""What a fine-tuned model says of new examples, and embeddings of texts by any model."""
+"""Runs fine-tuned models on new input, and writes what they say."""
 
 import json
 from pathlib import Path
@@ -6,114 +6,122 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastbert import checkpoint
 from fastbert.check import InputError
+from fastbert.config import BertConfig
 from fastbert.data import load_tokenizer
-from fastbert.data.tables import read_table
-from fastbert.finetune.config import FinetuneConfig
-from fastbert.finetune.task import Feature, pack
-from fastbert.finetune.tasks import TASKS
-from fastbert.finetune.train import ABOUT, by_length, load, predict_features
+from fastbert.data.tables import read_table, read_text
+from fastbert.finetune.features import Encoder, Feature, collate, parts
+from fastbert.finetune.infer import TASK_OF, evaluating, run
+from fastbert.finetune.metrics import require_libraries
+from fastbert.finetune.task import Prediction, Settings
 from fastbert.models.bert import BertModel
+from fastbert.train.precision import autocast, resolve_precision
+from fastbert.train.state import write_text
 
 POOLINGS = ("mean", "cls")
 
 
-def predict(name_or_directory: str | Path, path: Path) -> list[dict[str, Any]]:
-    """One object for each example of a file: in the form of the training data, labels or none."""
-    directory = checkpoint.resolve(name_or_directory)
-    config, labels = _read_about(directory)
-    kind = TASKS[config.task]
-    examples = kind.read(config, path, labelled=False)
-    model, task = load(kind, config, directory, load_tokenizer(directory), labels)
+def predict(
+    model: str | Path, source: Path, *, batch_tokens: int = 4096, precision: str | None = None
+) -> list[Prediction]:
+    """What the model in a fine-tuning run, or in its checkpoint, says of each example of a file.
+
+    The file has the format and the columns that the model was trained with; labels are not read.
+    precision: auto, bf16 or fp32; None is what the model was trained and measured in.
+    """
+    directory = checkpoint.resolve(model)
+    settings = Settings.load(directory)
+    config = BertConfig.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory, model_vocab_size=config.vocab_size)
+    labels = [config.id2label[number] for number in range(config.num_labels)]
+    require_libraries()
+    task = TASK_OF[settings.task](settings, labels)
+    examples = task.read(source, labelled=False)
+    encoder = Encoder(tokenizer, settings.max_seq_len, settings.stride, settings.truncate)
+    features = task.features(examples, encoder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    features = task.features(examples, labelled=False)
-    found = predict_features(task, model.to(device), examples, features, device)
-    shown = [{"text": e.text} if hasattr(e, "text") else {} for e in examples]
-    return [what | prediction for what, prediction in zip(shown, found, strict=True)]
+    trained = task.model_class.from_pretrained(directory).to(device)
+    low = autocast(resolve_precision(precision or settings.precision), device)
+    return task.predict(examples, features, run(task, trained, features, batch_tokens, device, low))
 
 
-def _read_about(directory: Path) -> tuple[FinetuneConfig, list[str]]:
-    path = directory / ABOUT
+def write_json_lines(path: Path, values: list[Prediction]) -> None:
+    """One object a line, in UTF-8; the file appears whole or not at all."""
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        values = about["config"]
-        paths = {name: Path(values[name]) for name in ("train", "dev")}
-        return FinetuneConfig(**{**values, **paths}), list(about["labels"])
-    except FileNotFoundError:
-        raise InputError(
-            f"{directory}: not a fine-tuned model (no {ABOUT} there); fastbert finetune makes one"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not what fastbert finetune writes ({error})") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
 
-def write_jsonl(rows: list[dict[str, Any]], path: Path) -> None:
-    """An object a line; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoint.new_file(path) as beside:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        beside.write_text("".join(lines), encoding="utf-8")
-
-
-@torch.no_grad()
 def embed(
-    name_or_directory: str | Path,
-    texts: list[str],
+    model: str | Path,
+    source: Path,
     *,
+    text_column: str = "text",
     pooling: str = "mean",
-    normalize: bool = False,
     max_seq_len: int | None = None,
+    truncate: bool = False,
+    batch_tokens: int = 4096,
+    precision: str = "auto",
 ) -> NDArray[np.float32]:
-    """(N, H): of each text the mean of its last hidden states, or that of [CLS].
+    """Embeddings (N, hidden_size) float32 of the texts of a file, in order.
 
-    Longer texts are cut to max_seq_len tokens, by default as many as the model reads; normalize
-    scales each embedding to length 1. Texts are run in batches of like lengths, and stay in order.
+    source: a .txt with a text a line, or a table; pooling: the mean of the last hidden states of
+    all tokens with [CLS] and [SEP], as in Sentence-BERT (Reimers & Gurevych 2019), or
+    that of [CLS] alone.
     """
     if pooling not in POOLINGS:
         raise InputError(f"--pooling: one of {', '.join(POOLINGS)}, got {pooling!r}")
-    directory = checkpoint.resolve(name_or_directory)
+    directory = checkpoint.resolve(model)
+    config = BertConfig.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory, model_vocab_size=config.vocab_size)
+    longest = config.max_position_embeddings
+    if max_seq_len is not None and not 3 <= max_seq_len <= longest:
+        raise InputError(f"--max-seq-len: between 3 and the model's {longest}, got {max_seq_len}")
+    encoder = Encoder(tokenizer, max_seq_len or longest, None, truncate)
+    features = [
+        Feature(number, tuple(encoder.windows(where, encoder.ids(text))), None)
+        for number, (where, text) in enumerate(_texts(source, text_column))
+    ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = BertModel.from_pretrained(directory, add_pooling_layer=False).to(device)
-    tokenizer = load_tokenizer(directory)
-    tokenizer.enable_truncation(max_seq_len or model.config.max_position_embeddings)
-    encodings = tokenizer.encode_batch(texts)
-    features = [Feature((encoding,), None, number) for number, encoding in enumerate(encodings)]
-    found = np.empty((len(texts), model.config.hidden_size), np.float32)
-    for batch in by_length(features):
-        packed = pack([features[i] for i in batch]).to(device)
-        states = model(packed).last_hidden_state.float()
-        starts = packed.cu_seqlens.long()
-        if pooling == "cls":
-            pooled = states[starts[:-1]]
-        else:
-            owner = torch.repeat_interleave(starts.diff())
-            sums = torch.zeros(len(batch), states.shape[1], device=device)
-            pooled = sums.index_add_(0, owner, states) / starts.diff()[:, None]
-        found[batch] = (F.normalize(pooled) if normalize else pooled).cpu().numpy()
-    return found
+    bert = BertModel.from_pretrained(directory, add_pooling_layer=False).to(device)
+    low = autocast(resolve_precision(precision), device)
+    embeddings = np.empty((len(features), config.hidden_size), np.float32)
+    with evaluating(bert), low:
+        for numbers in parts([feature.num_tokens for feature in features], batch_tokens):
+            batch = collate([features[number] for number in numbers]).to(device)
+            hidden = bert(batch).last_hidden_state.float()
+            pooled = _pool(hidden, batch.cu_seqlens, pooling)
+            embeddings[numbers.start : numbers.stop] = pooled.cpu().numpy()
+    return embeddings
 
 
-def read_texts(path: Path, column: str) -> list[str]:
-    """A text a line of a .txt file, or a column of a table."""
-    if path.suffix.lower() not in (".txt", ".text"):
-        return [row.text(column) for row in read_table(path)]
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8; convert it, for example with iconv") from None
-    texts = [line for line in map(str.strip, lines) if line]
-    if not texts:
-        raise InputError(f"{path}: holds no examples")
-    return texts
+def _pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
+    """(T, H) -> (B, H)."""
+    if pooling == "cls":
+        return hidden[cu_seqlens[:-1].long()]
+    lengths = cu_seqlens.diff().long()
+    return torch.segment_reduce(hidden, "mean", lengths=lengths)
 
 
-def write_npy(array: NDArray[np.float32], path: Path) -> None:
+def _texts(source: Path, column: str) -> list[tuple[str, str]]:
+    if source.suffix != ".txt":
+        return [(row.where, row.text(column)) for row in read_table(source, [column])]
+    lines = read_text(source).split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return [(f"{source}, line {i}", line.rstrip("\r")) for i, line in enumerate(lines, start=1)]
+
+
+def write_npy(path: Path, array: NDArray[Any]) -> None:
+    """The file appears whole or not at all."""
+    if path.suffix != ".npy":
+        raise InputError(f"--out {path}: expected a name that ends in .npy")
     path.parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.new_file(path) as beside, beside.open("wb") as file:
         np.save(file, array)

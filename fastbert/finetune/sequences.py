@@ -1,261 +1,199 @@
-"""Tasks that label whole texts or pairs of texts: classification, multi-label, regression."""
+"""Tasks of whole texts or pairs of texts: classification, multi-label and regression."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbert.check import InputError
 from fastbert.data.tables import Row, read_table
-from fastbert.finetune.config import FinetuneConfig
-from fastbert.finetune.task import Feature, Table, Task, label_index, library
+from fastbert.finetune import metrics as measures
+from fastbert.finetune.features import Encoder, Feature
+from fastbert.finetune.metrics import Report
+from fastbert.finetune.task import Prediction, Task, by_example, softmax, to_host
 from fastbert.models.classification import BertForSequenceClassification
 from fastbert.packing import PackedBatch
 
 
-class Text(NamedTuple):
-    """label: as the file has it, None for new text."""
+class TextExample(NamedTuple):
+    """One text or two, and a label, a tuple of labels, or a number."""
 
-    text: Any
-    label: Any
     where: str
+    texts: tuple[str, ...]
+    target: Any
 
 
 class _SequenceTask(Task):
-    head = BertForSequenceClassification
-    problem_type: str
+    """A long text's windows are examples of their own in training; their scores are averaged."""
 
-    @classmethod
-    def read(cls, config: FinetuneConfig, path: Path, *, labelled: bool) -> list[Text]:
-        found = []
-        for row in read_table(path):
-            text: Any = row.text(config.text_column)
-            if config.pair_column is not None:
-                text = (text, row.text(config.pair_column))
-            label = cls.label(row, config) if labelled else None
-            found.append(Text(text, label, row.where))
-        return found
+    model_class = BertForSequenceClassification
+    problem_type: ClassVar[str]
 
-    @staticmethod
-    def label(row: Row, config: FinetuneConfig) -> Any:
-        raise NotImplementedError
-
-    def target(self, example: Text) -> Any:
-        raise NotImplementedError
-
-    def model_options(self) -> dict[str, Any]:
-        return {**super().model_options(), "problem_type": self.problem_type}
-
-    def features(self, examples: list[Text], *, labelled: bool) -> list[Feature]:
-        encodings = self.encode([e.text for e in examples], [e.where for e in examples])
-        targets = [self.target(example) if labelled else None for example in examples]
+    def read(self, path: Path, *, labelled: bool = True) -> list[TextExample]:
+        s = self.settings
+        texts = [column for column in (s.text_column, s.pair_column) if column is not None]
+        rows = read_table(path, [*texts, s.label_column] if labelled else texts)
         return [
-            Feature((encoding,), target, number)
-            for number, (encoding, target) in enumerate(zip(encodings, targets, strict=True))
+            TextExample(row.where, tuple(map(row.text, texts)), self.target(row, labelled))
+            for row in rows
         ]
 
-    def loss(self, model: Any, batch: PackedBatch, features: Sequence[Feature]) -> Tensor:
-        targets = torch.tensor([f.target for f in features], device=batch.device)
-        return model(batch, labels=targets).loss
+    def target(self, row: Row, labelled: bool) -> Any:
+        return row.label(self.settings.label_column) if labelled else None
 
-    def scores(
-        self, model: Any, batch: PackedBatch, features: Sequence[Feature]
-    ) -> Sequence[Tensor]:
-        return model(batch).logits.float().unbind()
+    def number(self, target: Any) -> Any:
+        """The target as the loss takes it."""
+        return self.labels.index(target)
+
+    def features(self, examples: Sequence[TextExample], encoder: Encoder) -> list[Feature]:
+        return [
+            Feature(i, (window,), None if e.target is None else self.number(e.target))
+            for i, e in enumerate(examples)
+            for window in encoder.windows(e.where, *map(encoder.ids, e.texts))
+        ]
+
+    def scores(self, output: Any, features: Sequence[Feature]) -> list[NDArray[np.float32]]:
+        return list(to_host(output.logits))
+
+    def means(
+        self, examples: Sequence[Any], features: Sequence[Feature], scores: Sequence[NDArray]
+    ) -> list[NDArray[np.float32]]:
+        """The scores (L,) of each example."""
+        groups = by_example(features, len(examples))
+        return [np.mean([scores[number] for number in group], axis=0) for group in groups]
+
+    def model_options(self) -> dict[str, Any]:
+        return super().model_options() | {"problem_type": self.problem_type}
 
 
 class Classification(_SequenceTask):
-    """One label of several."""
-
-    best = "accuracy"
+    metrics = ("accuracy", "macro_f1", "mcc")
     problem_type = "single_label_classification"
-    weights: Tensor | None = None
 
-    @staticmethod
-    def label(row: Row, config: FinetuneConfig) -> str:
-        value = row.get(config.label_column)
-        if isinstance(value, (str, int)) and str(value).strip():
-            return str(value).strip()
-        raise InputError(f"{row.where}: expected a label in {config.label_column!r}, got {value!r}")
+    def labels_of(self, example: TextExample) -> Iterable[str]:
+        return () if example.target is None else (example.target,)
 
-    @staticmethod
-    def labels_of(examples: list[Text]) -> list[str]:
-        found = sorted({example.label for example in examples})
-        if len(found) < 2:
-            raise InputError(f"{examples[0].where}: all examples have the one label {found[0]!r}")
-        return found
+    def count(self, feature: Feature) -> float:
+        return 1.0 if self.weights is None else self.weights[feature.target].item()
 
-    def target(self, example: Text) -> int:
-        return label_index(self.labels, example.label, example.where)
+    def loss(
+        self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float
+    ) -> Tensor:
+        logits = model(batch).logits.float()
+        targets = torch.tensor([feature.target for feature in features], device=logits.device)
+        weights = None if self.weights is None else self.weights.to(logits.device)
+        return F.cross_entropy(logits, targets, weights, reduction="sum") / total
 
-    def balance(self, features: list[Feature]) -> None:
-        """Weighs labels by n / (labels * count), as scikit-learn's "balanced"."""
-        targets = torch.tensor([feature.target for feature in features])
-        counts = targets.bincount(minlength=len(self.labels))
-        self.weights = len(targets) / (len(self.labels) * counts.float())
+    def predict(self, examples, features, scores) -> list[Prediction]:
+        predictions = []
+        for mean in self.means(examples, features, scores):
+            by_label = dict(zip(self.labels, softmax(mean), strict=True))
+            best = self.labels[int(mean.argmax())]
+            predictions.append({"label": best, "probability": by_label[best],
+                                "probabilities": by_label})  # fmt: skip
+        return predictions
 
-    def loss(self, model: Any, batch: PackedBatch, features: Sequence[Feature]) -> Tensor:
-        if self.weights is None:
-            return super().loss(model, batch, features)
-        targets = torch.tensor([f.target for f in features], device=batch.device)
-        return F.cross_entropy(
-            model(batch).logits.float(), targets, weight=self.weights.to(batch.device)
-        )
-
-    def predictions(
-        self, examples: list[Text], features: list[Feature], scores: list[Tensor]
-    ) -> list[dict[str, Any]]:
-        found = []
-        for logits in scores:
-            probabilities = logits.softmax(-1)
-            best = int(probabilities.argmax())
-            found.append(
-                {
-                    "label": self.labels[best],
-                    "probability": float(probabilities[best]),
-                    "probabilities": dict(zip(self.labels, probabilities.tolist(), strict=True)),
-                }
-            )
-        return found
-
-    def metrics(
-        self, examples: list[Text], predictions: list[dict[str, Any]]
-    ) -> tuple[dict[str, float], list[Table]]:
-        measure = library("sklearn.metrics")
-        truth, guess = [e.label for e in examples], [p["label"] for p in predictions]
-        report = measure.classification_report(truth, guess, output_dict=True, zero_division=0)
-        majority = max(truth.count(label) for label in self.labels) / len(truth)
-        tables = [_by_label(report, self.labels)]
-        if len(self.labels) <= 20:
-            counts = measure.confusion_matrix(truth, guess, labels=self.labels).tolist()
-            lines = [
-                (label, *map(str, row)) for label, row in zip(self.labels, counts, strict=True)
-            ]
-            tables.append(Table("confusion (rows: true)", ("", *self.labels), lines))
-        found = {
-            "accuracy": measure.accuracy_score(truth, guess),
-            "macro_f1": measure.f1_score(truth, guess, average="macro", zero_division=0),
-            "majority": majority,
-        }
-        return found, tables
+    def evaluate(self, examples, predictions) -> Report:
+        truth = [example.target for example in examples]
+        return measures.classification(truth, [p["label"] for p in predictions], self.labels)
 
 
 class MultiLabel(_SequenceTask):
-    """Any number of labels."""
+    """Any number of labels a text, each on its own; 0.5 is the threshold."""
 
-    best = "micro_f1"
+    metrics = ("micro_f1", "macro_f1", "exact")
     problem_type = "multi_label_classification"
 
-    @staticmethod
-    def label(row: Row, config: FinetuneConfig) -> list[str]:
-        value = row.get(config.label_column)
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(config.separator) if part.strip()]
-        if isinstance(value, list) and all(isinstance(part, str) for part in value):
-            return value
-        raise InputError(
-            f"{row.where}: expected labels in {config.label_column!r}, got {value!r}: a list of "
-            f"texts, or one text with {config.separator!r} between them"
+    def target(self, row: Row, labelled: bool) -> tuple[str, ...] | None:
+        """A list in JSON, else text with separators; an empty one is no label."""
+        if not labelled:
+            return None
+        s = self.settings
+        value = row.values[s.label_column]
+        if isinstance(value, list):
+            return tuple(Row(row.where, {s.label_column: x}).label(s.label_column) for x in value)
+        if value == "":
+            return ()
+        names = [name.strip() for name in row.label(s.label_column).split(s.label_separator)]
+        return tuple(name for name in names if name)
+
+    def labels_of(self, example: TextExample) -> Iterable[str]:
+        return example.target or ()
+
+    def number(self, target: tuple[str, ...]) -> list[float]:
+        return [float(label in target) for label in self.labels]
+
+    def balanced(self, examples: Sequence[TextExample]) -> list[float]:
+        """For each label, how many examples lack it for one that has it."""
+        have = np.array([self.number(example.target) for example in examples]).sum(0)
+        return ((len(examples) - have) / have).tolist()
+
+    def loss(
+        self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float
+    ) -> Tensor:
+        logits = model(batch).logits.float()
+        targets = torch.tensor([feature.target for feature in features], device=logits.device)
+        weights = None if self.weights is None else self.weights.to(logits.device)
+        losses = F.binary_cross_entropy_with_logits(
+            logits, targets, pos_weight=weights, reduction="sum"
         )
+        return losses / (total * len(self.labels))
 
-    @staticmethod
-    def labels_of(examples: list[Text]) -> list[str]:
-        found = sorted({label for example in examples for label in example.label})
-        if not found:
-            raise InputError(f"{examples[0].where}: no example has a label")
-        return found
+    def predict(self, examples, features, scores) -> list[Prediction]:
+        predictions = []
+        for mean in self.means(examples, features, scores):
+            shares = torch.from_numpy(mean).sigmoid().tolist()
+            by_label = dict(zip(self.labels, shares, strict=True))
+            chosen = [label for label, share in by_label.items() if share > 0.5]
+            predictions.append({"labels": chosen, "probabilities": by_label})
+        return predictions
 
-    def target(self, example: Text) -> list[float]:
-        target = [0.0] * len(self.labels)
-        for label in example.label:
-            target[label_index(self.labels, label, example.where)] = 1.0
-        return target
-
-    def predictions(
-        self, examples: list[Text], features: list[Feature], scores: list[Tensor]
-    ) -> list[dict[str, Any]]:
-        found = []
-        for logits in scores:
-            by_label = dict(zip(self.labels, logits.sigmoid().tolist(), strict=True))
-            labels = [label for label, probability in by_label.items() if probability > 0.5]
-            found.append({"labels": labels, "probabilities": by_label})
-        return found
-
-    def metrics(
-        self, examples: list[Text], predictions: list[dict[str, Any]]
-    ) -> tuple[dict[str, float], list[Table]]:
-        measure = library("sklearn.metrics")
-        truth = [self.target(example) for example in examples]
-        guess = [[float(name in p["labels"]) for name in self.labels] for p in predictions]
-        report = measure.classification_report(
-            truth, guess, target_names=self.labels, output_dict=True, zero_division=0
-        )
-        found = {
-            f"{how}_f1": measure.f1_score(truth, guess, average=how, zero_division=0)
-            for how in ("micro", "macro")
-        }
-        found["exact_match"] = measure.accuracy_score(truth, guess)
-        return found, [_by_label(report, self.labels)]
+    def evaluate(self, examples, predictions) -> Report:
+        truth = [example.target for example in examples]
+        return measures.multilabel(truth, [p["labels"] for p in predictions], self.labels)
 
 
 class Regression(_SequenceTask):
-    """A number."""
-
-    best = "r2"
+    metrics = ("pearson", "spearman", "mse", "mae")
     problem_type = "regression"
 
-    @staticmethod
-    def label(row: Row, config: FinetuneConfig) -> float:
-        value = row.get(config.label_column)
+    def target(self, row: Row, labelled: bool) -> float | None:
+        if not labelled:
+            return None
+        column = self.settings.label_column
         try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = float("nan")
-        if not torch.isfinite(torch.tensor(number)):
-            raise InputError(
-                f"{row.where}: expected a number in {config.label_column!r}, got {value!r}"
-            )
+            number = float(row.label(column))
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            number = math.nan
+        if not math.isfinite(number):
+            got = row.values[column]
+            raise InputError(f"{row.where}: expected a number in column {column!r}, got {got!r}")
         return number
 
-    @staticmethod
-    def labels_of(examples: list[Text]) -> list[str]:
-        return ["value"]
+    def learn(self, examples: Sequence[TextExample]) -> None:
+        self.labels = ["score"]
 
-    def target(self, example: Text) -> float:
-        return example.label
+    def number(self, target: float) -> float:
+        return target
 
-    def predictions(
-        self, examples: list[Text], features: list[Feature], scores: list[Tensor]
-    ) -> list[dict[str, Any]]:
-        return [{"value": float(score)} for score in scores]
+    def loss(
+        self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float
+    ) -> Tensor:
+        logits = model(batch).logits.float()
+        targets = torch.tensor([feature.target for feature in features], device=logits.device)
+        return F.mse_loss(logits[:, 0], targets, reduction="sum") / total
 
-    def metrics(
-        self, examples: list[Text], predictions: list[dict[str, Any]]
-    ) -> tuple[dict[str, float], list[Table]]:
-        measure, stats = library("sklearn.metrics"), library("scipy.stats")
-        truth, guess = [e.label for e in examples], [p["value"] for p in predictions]
-        found = {
-            "r2": measure.r2_score(truth, guess),
-            "mean_absolute_error": measure.mean_absolute_error(truth, guess),
-            "mean_squared_error": measure.mean_squared_error(truth, guess),
-        }
-        if len(set(truth)) > 1 and len(set(guess)) > 1:  # undefined of a constant
-            found["pearson"] = float(stats.pearsonr(truth, guess)[0])
-            found["spearman"] = float(stats.spearmanr(truth, guess)[0])
-        return found, []
+    def predict(self, examples, features, scores) -> list[Prediction]:
+        return [{"score": float(mean[0])} for mean in self.means(examples, features, scores)]
 
-
-def _by_label(report: dict[str, Any], labels: list[str]) -> Table:
-    lines = [
-        (
-            label,
-            *(f"{report[label][name]:.3f}" for name in ("precision", "recall", "f1-score")),
-            f"{report[label]['support']:.0f}",
-        )
-        for label in labels
-        if label in report
-    ]
-    return Table("by label", ("label", "precision", "recall", "F1", "examples"), lines)
+    def evaluate(self, examples, predictions) -> Report:
+        truth = [example.target for example in examples]
+        return measures.regression(truth, [p["score"] for p in predictions])

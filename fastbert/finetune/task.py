@@ -1,168 +1,196 @@
-"""What a task is: reading examples, making sequences of them, scoring, and judging the result."""
+"""What a task is: how its files become sequences, what it learns, and how it is measured."""
 
 import abc
-import dataclasses
-import importlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
+import numpy as np
 import torch
-from tokenizers import Encoding, Tokenizer
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbert.check import InputError
-from fastbert.finetune.config import FinetuneConfig
+from fastbert.finetune.features import Encoder, Feature
+from fastbert.finetune.metrics import Report
+from fastbert.finetune_config import BALANCED, FinetuneConfig
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.packing import PackedBatch
 
+SETTINGS = "finetune.json"
 
-class Feature(NamedTuple):
-    """What the model reads of an example: one sequence, or one for each choice.
-
-    target: what it is trained on, None for new text; example: index among the examples
-    """
-
-    sequences: tuple[Encoding, ...]
-    target: Any
-    example: int
+Prediction = dict[str, Any]
 
 
-class Table(NamedTuple):
-    title: str
-    header: tuple[str, ...]
-    lines: list[tuple[str, ...]]
+class Settings(NamedTuple):
+    """What a fine-tuned model must know of its run to read new input; fields of the config."""
+
+    task: str
+    text_column: str
+    pair_column: str | None
+    label_column: str
+    label_separator: str
+    choice_column: tuple[str, ...]
+    max_seq_len: int
+    stride: int | None
+    truncate: bool
+    max_answer_tokens: int
+    null_threshold: float
+    precision: str  # what the model was trained and measured in
+    may_be_impossible: bool = False  # qa: the training data had questions without an answer
+
+    @classmethod
+    def of(cls, config: FinetuneConfig, max_seq_len: int) -> Self:
+        values = {k: getattr(config, k) for k in cls._fields if k != "may_be_impossible"}
+        return cls(**values | {"max_seq_len": max_seq_len})
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Of a fine-tuned model's directory; InputError for another."""
+        path = directory / SETTINGS
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**values | {"choice_column": tuple(values["choice_column"])})
+        except FileNotFoundError:
+            raise InputError(
+                f"{directory}: no {SETTINGS} there; `fastbert finetune` makes a model that has one"
+            ) from None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path}: not the settings of a fine-tuned model ({error})") from None
+
+    def save(self, directory: Path) -> None:
+        text = json.dumps(self._asdict(), indent=2, ensure_ascii=False) + "\n"
+        (directory / SETTINGS).write_text(text, encoding="utf-8")
 
 
 class Task(abc.ABC):
-    """One of the kinds of fine-tuning.
+    """One of `--task`, over examples E of its own type, each with a `where` for messages.
 
-    head: the model; best: the metric by which the best epoch is chosen, larger is better. An
-    example is whatever `read` gives; everything is checked when examples are read or made features
-    of, and raises InputError.
+    labels: the names of what the model scores, in order; empty where there are none to learn.
     """
 
-    head: ClassVar[type[BertPreTrainedModel]]
-    best: ClassVar[str]
+    model_class: ClassVar[type[BertPreTrainedModel]]
+    metrics: ClassVar[tuple[str, ...]]  # by which epochs are compared, by default the first
 
-    def __init__(
-        self, config: FinetuneConfig, tokenizer: Tokenizer, labels: list[str], max_seq_len: int
-    ) -> None:
-        self.config = config
-        self.tokenizer = tokenizer
-        self.labels = labels
-        self.max_seq_len = max_seq_len
+    def __init__(self, settings: Settings, labels: Sequence[str] = ()) -> None:
+        self.settings = settings
+        self.labels = list(labels)
+        self.weights: Tensor | None = None  # of the labels in the loss
 
-    @staticmethod
     @abc.abstractmethod
-    def read(config: FinetuneConfig, path: Path, *, labelled: bool) -> list[Any]:
-        """The examples of a file, with or without what is to be predicted."""
+    def read(self, path: Path, *, labelled: bool = True) -> list[Any]:
+        """The examples of a file; InputError for what cannot be one."""
 
-    @staticmethod
-    def labels_of(examples: list[Any]) -> list[str]:
-        """The names of the labels that occur, in the order in which the model numbers them."""
-        return []
+    @abc.abstractmethod
+    def features(self, examples: Sequence[Any], encoder: Encoder) -> list[Feature]:
+        """The sequences of the examples in order, with targets where the examples have them."""
+
+    def forward(self, model: Any, batch: PackedBatch, features: Sequence[Feature]) -> Any:
+        """The model's output for the batch of these features."""
+        return model(batch)
+
+    @abc.abstractmethod
+    def loss(
+        self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float
+    ) -> Tensor:
+        """The share of this part of a step in the step's mean loss: its sum by `total`."""
+
+    @abc.abstractmethod
+    def scores(self, output: Any, features: Sequence[Feature]) -> list[NDArray[np.float32]]:
+        """The model's scores of each feature, on the host."""
+
+    @abc.abstractmethod
+    def predict(
+        self,
+        examples: Sequence[Any],
+        features: Sequence[Feature],
+        scores: Sequence[NDArray[np.float32]],
+    ) -> list[Prediction]:
+        """What is said of each example, in order, as it is written to JSON Lines."""
+
+    @abc.abstractmethod
+    def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
+        """The metrics by the field's definitions, and tables of what goes wrong."""
+
+    def learn(self, examples: Sequence[Any]) -> None:
+        """Takes the labels from the training examples."""
+        found = {label for example in examples for label in self.labels_of(example)}
+        self.labels = _in_order(found)
+        if len(self.labels) < 2:
+            raise InputError(
+                f"--train: expected two labels or more, got only {', '.join(found) or 'none'}"
+            )
+
+    def labels_of(self, example: Any) -> Iterable[str]:
+        """The labels that an example has, for tasks with labels."""
+        return ()
+
+    def check(self, examples: Sequence[Any]) -> None:
+        """Raises InputError for a label that is not in the training examples."""
+        for example in examples if self.labels else ():
+            for label in self.labels_of(example):
+                if label not in self.labels:
+                    raise InputError(
+                        f"{example.where}: the label {label!r} does not occur in --train, which "
+                        f"has {', '.join(self.labels[:10])}"
+                        f"{', ...' if len(self.labels) > 10 else ''}"
+                    )
+
+    def weigh(self, config: FinetuneConfig, examples: Sequence[Any]) -> None:
+        """Sets the weights of the labels as --class-weight says."""
+        if not config.class_weight:
+            return
+        if config.class_weight == (BALANCED,):
+            self.weights = torch.tensor(self.balanced(examples), dtype=torch.float32)
+            return
+        given = config.weight_of_labels()
+        for label in given:
+            if label not in self.labels:
+                raise InputError(f"--class-weight: the label {label!r} does not occur in --train")
+        self.weights = torch.tensor([given.get(label, 1.0) for label in self.labels])
+
+    def balanced(self, examples: Sequence[Any]) -> list[float]:
+        """Weights that give each label the same weight in all: n / (labels * count)."""
+        from sklearn.utils.class_weight import compute_class_weight
+
+        y = np.array([label for example in examples for label in self.labels_of(example)])
+        weights = compute_class_weight("balanced", classes=np.array(self.labels), y=y)
+        return weights.tolist()
 
     def model_options(self) -> dict[str, Any]:
-        """Changes to the configuration of the pre-trained model."""
-        names = dict(enumerate(self.labels))
-        return {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+        """What the model's config says other than the checkpoint's."""
+        return {
+            "num_labels": None,
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: number for number, label in enumerate(self.labels)},
+            "problem_type": None,
+        }
 
-    @abc.abstractmethod
-    def features(self, examples: list[Any], *, labelled: bool) -> list[Feature]: ...
-
-    @abc.abstractmethod
-    def loss(self, model: Any, batch: PackedBatch, features: Sequence[Feature]) -> Tensor:
-        """The mean over the batch, ()."""
-
-    @abc.abstractmethod
-    def scores(
-        self, model: Any, batch: PackedBatch, features: Sequence[Feature]
-    ) -> Sequence[Tensor]:
-        """What the model says of each feature, in a tensor each."""
-
-    @abc.abstractmethod
-    def predictions(
-        self, examples: list[Any], features: list[Feature], scores: list[Tensor]
-    ) -> list[dict[str, Any]]:
-        """What is written of each example."""
-
-    @abc.abstractmethod
-    def metrics(
-        self, examples: list[Any], predictions: list[dict[str, Any]]
-    ) -> tuple[dict[str, float], list[Table]]:
-        """By name, in [0, 1] where they are shares; and tables to print at the end."""
-
-    def encode(self, texts: Sequence[Any], where: Sequence[str]) -> list[Encoding]:
-        """Single texts or pairs; one that is too long is cut or an error."""
-        tokenizer = self.tokenizer
-        tokenizer.no_truncation()
-        if self.config.truncate:
-            tokenizer.enable_truncation(self.max_seq_len)
-        encodings = tokenizer.encode_batch(list(texts))
-        for encoding, place in zip(encodings, where, strict=True):
-            if len(encoding) > self.max_seq_len:
-                raise InputError(
-                    f"{place}: {len(encoding)} tokens, and the model reads {self.max_seq_len}; "
-                    "--truncate cuts such texts"
-                )
-        return encodings
-
-    def windows(
-        self,
-        text: Any,
-        pair: str | None = None,
-        *,
-        where: str,
-        strategy: str = "longest_first",
-        is_pretokenized: bool = False,
-    ) -> list[Encoding]:
-        """The sequence of a text or a pair, or those that a long one is split into by --stride."""
-        config, tokenizer = self.config, self.tokenizer
-        tokenizer.no_truncation()
-        encoding = tokenizer.encode(text, pair, is_pretokenized=is_pretokenized)
-        if len(encoding) <= self.max_seq_len:
-            return [encoding]
-        if config.stride is None and not config.truncate:
-            raise InputError(
-                f"{where}: {len(encoding)} tokens, and the model reads {self.max_seq_len}; "
-                "--stride splits such texts into windows, --truncate cuts them"
-            )
-        try:
-            tokenizer.enable_truncation(
-                self.max_seq_len, stride=config.stride or 0, strategy=strategy
-            )
-            encoding = tokenizer.encode(text, pair, is_pretokenized=is_pretokenized)
-        except Exception as error:  # the library raises no narrower class
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"{where}: does not fit windows of {self.max_seq_len} tokens ({reason})"
-            ) from None
-        return [encoding, *encoding.overflowing] if config.stride is not None else [encoding]
+    def count(self, feature: Feature) -> float:
+        """What the feature counts in the mean loss of a step."""
+        return 1.0
 
 
-def pack(features: Sequence[Feature]) -> PackedBatch:
-    """All sequences of the features, end to end."""
-    sequences = [sequence for feature in features for sequence in feature.sequences]
-    types = [kind for sequence in sequences for kind in sequence.type_ids]
-    batch = PackedBatch.from_sequences([sequence.ids for sequence in sequences])
-    return dataclasses.replace(batch, token_type_ids=torch.tensor(types))
+def _in_order(labels: Iterable[str]) -> list[str]:
+    """By number where all are whole numbers, else by their characters."""
+    labels = sorted(labels)
+    return sorted(labels, key=int) if all(label.isdecimal() for label in labels) else labels
 
 
-def label_index(labels: list[str], label: str, where: str) -> int:
-    """Raises InputError for a label that is not among them."""
-    if label not in labels:
-        known = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
-        raise InputError(f"{where}: the label {label!r} is not in the training data ({known})")
-    return labels.index(label)
+def by_example(features: Sequence[Feature], num_examples: int) -> list[list[int]]:
+    """The numbers of each example's features."""
+    numbers: list[list[int]] = [[] for _ in range(num_examples)]
+    for number, feature in enumerate(features):
+        numbers[feature.example].append(number)
+    return numbers
 
 
-def library(name: str) -> ModuleType:
-    """A module of what the extra [finetune] installs."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise InputError(
-            f"{name.partition('.')[0]}: not installed; pip install 'fastbert[finetune]'"
-        ) from None
+def to_host(scores: Tensor) -> NDArray[np.float32]:
+    return scores.detach().float().cpu().numpy()
+
+
+def softmax(scores: NDArray[np.float32]) -> list[float]:
+    """The probabilities that (L,) scores stand for."""
+    shares = np.exp(scores - scores.max())
+    return (shares / shares.sum()).tolist()

@@ -1,247 +1,223 @@
-"""The fine-tuning loop: epochs over packed batches, the best epoch's model is kept."""
+"""Fine-tuning: from a pre-trained BERT and labelled examples to the best epoch's checkpoint."""
 
 import dataclasses
-import json
-import re
+import math
+import shutil
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table as RichTable
 from tokenizers import Tokenizer
 from torch import nn
 
 from fastbert import checkpoint
 from fastbert.check import InputError
+from fastbert.config import BertConfig
 from fastbert.data import load_tokenizer, save_tokenizer
-from fastbert.finetune.config import FinetuneConfig
-from fastbert.finetune.task import Feature, Table, Task, pack
-from fastbert.finetune.tasks import TASKS
-from fastbert.models.base import BertPreTrainedModel
-from fastbert.train.optimizer import linear_schedule
+from fastbert.data.streams import Purpose, stream
+from fastbert.finetune.features import Encoder, Feature, collate, parts
+from fastbert.finetune.infer import TASK_OF, run
+from fastbert.finetune.metrics import Report, require_libraries
+from fastbert.finetune.report import print_report
+from fastbert.finetune.task import Settings, Task
+from fastbert.finetune_config import FinetuneConfig
+from fastbert.train.optimizer import finetuning_optimizer, linear_schedule
 from fastbert.train.precision import autocast, resolve_precision
 from fastbert.train.report import console, environment
 from fastbert.train.state import write_json
 
-ABOUT = "finetune.json"  # in a fine-tuned model's directory: what `predict` needs to know
+RUN = "run.json"
 SUMMARY = "summary.json"
-TOKENS_OF_A_BATCH = 8192  # when nothing is trained
+
+
+class _Data(NamedTuple):
+    train: list[Feature]
+    dev: list[Feature]
+    dev_examples: list[Any]
 
 
 def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
-    """Trains `config.model` on labelled data, leaves the best epoch's in `out`.
+    """Runs the fine-tuning that `config` describes in the directory `out`.
 
-    out/latest is a Hugging Face checkpoint with the task's head and labels, out/summary.json has
-    the metrics of every epoch, and is returned. The same config gives the same run, bit for bit on
-    a CPU at the same number of threads.
+    Leaves out/latest, the best epoch's checkpoint, which Hugging Face loads, with the tokenizer and
+    what `predict` must know; and summary.json, which is returned. The same config gives the same
+    run, bit for bit on a CPU at the same number of threads.
     """
-    if (out / checkpoint.LATEST).is_symlink():
+    require_libraries()
+    if (out / RUN).exists():
         raise InputError(f"--out {out}: holds a run already; name another directory")
-    config = dataclasses.replace(config, precision=resolve_precision(config.precision))
+    started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(config.seed)
-    kind = TASKS[config.task]
-    examples = {
-        name: kind.read(config, getattr(config, name), labelled=True) for name in ("train", "dev")
-    }
+    config = dataclasses.replace(config, precision=resolve_precision(config.precision))
     directory = checkpoint.resolve(config.model)
-    tokenizer = load_tokenizer(directory)
-    labels = kind.labels_of(examples["train"])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*drawn anew")  # the head, as is meant
-        model, task = load(kind, config, directory, tokenizer, labels, ignore_mismatched_sizes=True)
-    features = {name: task.features(found, labelled=True) for name, found in examples.items()}
-    if config.balance:
-        task.balance(features["train"])  # type: ignore[attr-defined]
-    model.to(device)
+    shape = BertConfig.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory, model_vocab_size=shape.vocab_size)
+    task, data = _read(config, tokenizer, shape.max_position_embeddings)
+
+    torch.manual_seed(config.seed)
+    with warnings.catch_warnings():  # a head that is not in the checkpoint is what training is for
+        warnings.filterwarnings("ignore", message=".*drawn anew", category=UserWarning)
+        model = task.model_class.from_pretrained(
+            directory, ignore_mismatched_sizes=True, **task.model_options()
+        ).to(device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}") from None
+    write_json(out / RUN, config.to_json())
     console.print(
-        f"{config.task}: {len(examples['train']):,} examples to train on, "
-        f"{len(examples['dev']):,} to judge by"
-        + (f", {len(labels)} labels" if labels else "")
-        + f"; on {device.type} in {config.precision}"
+        f"{config.task}: {len(data.train)} training sequences, {len(data.dev)} to measure by, on "
+        f"{device.type} in {config.precision}"
     )
-    history, tables = _train(task, model, examples["dev"], features, out, device)
-    best = max(history, key=lambda row: row[task.best])
-    summary = {
-        "task": config.task,
-        "best_epoch": best["epoch"],
-        **{name: best[name] for name in best if name not in ("epoch", "loss")},
-        "history": history,
-        "model": str(config.model),
-        **environment(device),
-    }
-    write_json(out / SUMMARY, summary)
-    for table in tables:
-        console.print(_rich(table))
-    console.print(
-        f"best after epoch {best['epoch']}: {_metrics(best)}\n"
-        f"try: fastbert predict --model {out} --input FILE --out FILE.jsonl"
-    )
-    return summary
+    trainer = _Trainer(config, out, task, model, tokenizer, data, device)
+    trainer.train()
+    return trainer.finish(time.perf_counter() - started)
 
 
-def load(
-    kind: type[Task],
-    config: FinetuneConfig,
-    directory: Path,
-    tokenizer: Tokenizer,
-    labels: list[str],
-    **changes: Any,
-) -> tuple[BertPreTrainedModel, Task]:
-    """The task, and its model with the weights in `directory`; a head that is not there is new."""
-    if config.dropout is not None:
-        names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-        changes |= dict.fromkeys(names, config.dropout)
-    task = kind(config, tokenizer, labels, 0)
-    model = kind.head.from_pretrained(directory, **task.model_options(), **changes)
-    most = model.config.max_position_embeddings
-    task.max_seq_len = config.max_seq_len or most
-    if task.max_seq_len > most:
-        raise InputError(f"--max-seq-len {config.max_seq_len}: the model reads {most} tokens")
-    return model, task
+def _read(config: FinetuneConfig, tokenizer: Tokenizer, longest: int) -> tuple[Task, _Data]:
+    max_seq_len = longest if config.max_seq_len is None else config.max_seq_len
+    if max_seq_len > longest:
+        raise InputError(f"--max-seq-len: the model reads at most {longest}, got {max_seq_len}")
+    task = TASK_OF[config.task](Settings.of(config, max_seq_len))
+    if config.metric is not None and config.metric not in task.metrics:
+        raise InputError(f"--metric: one of {', '.join(task.metrics)}, got {config.metric!r}")
+    train, dev = task.read(config.train), task.read(config.dev)
+    task.learn(train)
+    task.check(dev)
+    task.weigh(config, train)
+    encoder = Encoder(tokenizer, max_seq_len, config.stride, config.truncate)
+    return task, _Data(task.features(train, encoder), task.features(dev, encoder), dev)
 
 
-def _train(
-    task: Task,
-    model: BertPreTrainedModel,
-    examples: list[Any],
-    features: dict[str, list[Feature]],
-    out: Path,
-    device: torch.device,
-) -> tuple[list[dict[str, Any]], list[Table]]:
-    """The metrics of every epoch, and the tables of the best."""
-    config = task.config
-    optimizer = _optimizer(model, config)
-    batches = -(-len(features["train"]) // config.batch_size)
-    total = config.epochs * batches
-    warmup = round(total * config.warmup_ratio)
-    history: list[dict[str, Any]] = []
-    tables: list[Table] = []
-    step = 0
-    for epoch in range(1, config.epochs + 1):
-        model.train()
-        losses = torch.zeros((), device=device)
-        order = torch.randperm(
-            len(features["train"]),
-            generator=torch.Generator().manual_seed(config.seed * 1000 + epoch),
-        ).tolist()
-        for begin in range(0, len(order), config.batch_size):
-            batch = [features["train"][i] for i in order[begin : begin + config.batch_size]]
-            for group in optimizer.param_groups:
-                rate = linear_schedule(step, peak=config.learning_rate, warmup=warmup, total=total)
-                group["lr"] = rate * group["scale"]
-            with autocast(config.precision, device):
-                loss = task.loss(model, pack(batch).to(device), batch)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses += loss.detach()
-            step += 1
-        row = {"epoch": epoch, "loss": float(losses) / batches}
-        if not torch.isfinite(losses):
-            raise InputError(
-                f"the loss is not finite in epoch {epoch}; use a smaller --learning-rate"
-            )
-        predictions = predict_features(task, model, examples, features["dev"], device)
-        metrics, found = task.metrics(examples, predictions)
-        row |= {name: float(value) for name, value in metrics.items()}
-        console.print(f"epoch {epoch}/{config.epochs}  loss {row['loss']:.3f}  {_metrics(row)}")
-        if not history or row[task.best] > max(earlier[task.best] for earlier in history):
-            tables = found
-            save(out, task, model)
-        history.append(row)
-        best = max(history, key=lambda earlier: earlier[task.best])
-        if config.patience is not None and epoch - best["epoch"] >= config.patience:
-            console.print(f"no better for {config.patience} epoch(s)")
-            break
-    return history, tables
+class _Trainer:
+    """The loop, with what it has found so far."""
 
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        out: Path,
+        task: Task,
+        model: Any,
+        tokenizer: Tokenizer,
+        data: _Data,
+        device: torch.device,
+    ) -> None:
+        self.config, self.out, self.task = config, out, task
+        self.model, self.tokenizer, self.data, self.device = model, tokenizer, data, device
+        self.autocast = autocast(config.precision, device)
+        self.optimizer = finetuning_optimizer(
+            model, model.config.num_hidden_layers, config.weight_decay, config.layer_decay
+        )
+        self.metric = config.metric or task.metrics[0]
+        self.step = 0
+        self.total = config.epochs * math.ceil(len(data.train) / config.batch_size)
+        self.history: list[dict[str, float]] = []
+        self.best: tuple[float, int, Report] | None = None
 
-def _optimizer(model: BertPreTrainedModel, config: FinetuneConfig) -> torch.optim.AdamW:
-    """AdamW with a learning rate that falls by `layer_decay` from the head down to the embeddings
-    (Howard and Ruder 2018), and no decay on biases and LayerNorm."""
-    layers = model.config.num_hidden_layers
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        layer = re.search(r"\bencoder\.layer\.(\d+)\.", name)
-        above = layers + 1
-        if layer:
-            above = int(layer[1]) + 1
-        elif ".embeddings." in name:
-            above = 0
-        scale = config.layer_decay ** (layers + 1 - above)
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((scale, decay), []).append(parameter)
-    options = [
-        {"params": found, "scale": scale, "weight_decay": decay}
-        for (scale, decay), found in groups.items()
-    ]
-    return torch.optim.AdamW(options, lr=0.0, fused=True)
+    def train(self) -> None:
+        for epoch in range(1, self.config.epochs + 1):
+            loss = self._epoch(epoch)
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"the loss is not finite in epoch {epoch}; start a new run with a smaller "
+                    "--learning-rate"
+                )
+            report = self._evaluate()
+            self.history.append({"epoch": epoch, "step": self.step, "loss": loss, **report.metrics})
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in report.metrics.items())
+            console.print(f"epoch {epoch}/{self.config.epochs}  loss {loss:.4f}  {shown}")
+            value = self._value(report)
+            if self.best is None or value > self.best[0]:
+                self.best = value, epoch, report
+                self._save(epoch)
+            elif self.config.patience and epoch - self.best[1] >= self.config.patience:
+                console.print(f"no better epoch in {self.config.patience}: stopping")
+                break
 
+    def _value(self, report: Report) -> float:
+        """What is to grow: the metric, or an error with its sign changed."""
+        return report.metrics[self.metric] * (-1 if self.metric in ("mse", "mae") else 1)
 
-@torch.no_grad()
-def predict_features(
-    task: Task,
-    model: BertPreTrainedModel,
-    examples: list[Any],
-    features: list[Feature],
-    device: torch.device,
-) -> list[dict[str, Any]]:
-    """What the model says of each example."""
-    model.eval()
-    scores: dict[int, torch.Tensor] = {}
-    for batch in by_length(features):
-        chosen = [features[i] for i in batch]
-        with autocast(task.config.precision, device):
-            found = task.scores(model, pack(chosen).to(device), chosen)
-        scores |= {i: score.float().cpu() for i, score in zip(batch, found, strict=True)}
-    return task.predictions(examples, features, [scores[i] for i in range(len(features))])
+    def _epoch(self, epoch: int) -> float:
+        """The mean loss of the steps."""
+        self.model.train()
+        features = self.data.train
+        order = stream(self.config.seed, Purpose.SHUFFLE, epoch).permutation(len(features)).tolist()
+        losses = []
+        for begin in range(0, len(order), self.config.batch_size):
+            losses.append(self._step(order[begin : begin + self.config.batch_size]))
+            self.step += 1
+        return float(torch.stack(losses).mean())  # the only place where the host waits
 
+    def _step(self, numbers: Sequence[int]) -> torch.Tensor:
+        """An optimizer step over these features, in as many parts as the token limit asks for."""
+        features = [self.data.train[number] for number in numbers]
+        total = max(sum(map(self.task.count, features)), 1e-9)
+        state = torch.tensor([self.config.seed, self.step])
+        loss = torch.zeros((), device=self.device)
+        for part in parts([feature.num_tokens for feature in features], self.config.batch_tokens):
+            some = [features[i] for i in part]
+            batch = collate(some, [numbers[i] for i in part])
+            batch = dataclasses.replace(batch, dropout_state=state).to(self.device)
+            with self.autocast:
+                share = self.task.loss(self.model, batch, some, total)
+            share.backward()
+            loss += share.detach()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        rate = linear_schedule(
+            self.step,
+            peak=self.config.learning_rate,
+            warmup=round(self.total * self.config.warmup_ratio),
+            total=self.total,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
 
-def by_length(features: Sequence[Feature]) -> Iterator[list[int]]:
-    """Indices of features in batches of about TOKENS_OF_A_BATCH tokens, long ones first."""
+    def _evaluate(self) -> Report:
+        data, limit = self.data, self.config.batch_tokens
+        scores = run(self.task, self.model, data.dev, limit, self.device, self.autocast)
+        predictions = self.task.predict(data.dev_examples, data.dev, scores)
+        return self.task.evaluate(data.dev_examples, predictions)
 
-    def size(index: int) -> int:
-        return sum(map(len, features[index].sequences))
+    def _save(self, epoch: int) -> None:
+        """Writes the checkpoint of the best epoch so far and removes the one before."""
+        directory = self.out / f"checkpoint-{epoch}"
+        with checkpoint.new_directory(directory) as writing:
+            self.model.save_pretrained(writing)
+            save_tokenizer(self.tokenizer, writing)
+            self.task.settings.save(writing)
+        checkpoint.point_latest(directory)
+        for old in self.out.glob("checkpoint-*"):
+            if old != directory:
+                shutil.rmtree(old)
 
-    batch: list[int] = []
-    used = 0
-    for index in sorted(range(len(features)), key=size, reverse=True):
-        if batch and used + size(index) > TOKENS_OF_A_BATCH:
-            yield batch
-            batch, used = [], 0
-        batch.append(index)
-        used += size(index)
-    if batch:
-        yield batch
-
-
-def save(out: Path, task: Task, model: BertPreTrainedModel) -> None:
-    """Writes out/best whole, with all that `predict` needs, and points out/latest to it."""
-    directory = out / "best"
-    with checkpoint.new_directory(directory) as writing:
-        model.save_pretrained(writing)
-        save_tokenizer(task.tokenizer, writing)
-        config = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(task.config).items()
+    def finish(self, seconds: float) -> dict[str, Any]:
+        """Prints and writes the best epoch's report."""
+        assert self.best is not None
+        _, epoch, report = self.best
+        print_report(report)
+        summary = {
+            "task": self.config.task,
+            "metric": self.metric,
+            "best_epoch": epoch,
+            **report.metrics,
+            "tables": [table._asdict() for table in report.tables],
+            "history": self.history,
+            "steps": self.step,
+            "seconds": seconds,
+            "checkpoint": f"checkpoint-{epoch}",
+            **environment(self.device),
         }
-        about = {"labels": task.labels, "config": config}
-        (writing / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    checkpoint.point_latest(directory)
-
-
-def _metrics(row: dict[str, Any]) -> str:
-    return "  ".join(
-        f"{name} {value:.3f}" for name, value in row.items() if name not in ("epoch", "loss")
-    )
-
-
-def _rich(table: Table) -> RichTable:
-    found = RichTable(*table.header, title=table.title, title_justify="left")
-    for line in table.lines:
-        found.add_row(*line)
-    return found
+        write_json(self.out / SUMMARY, summary)
+        console.print(
+            f"best in {self.metric}: epoch {epoch}, {report.metrics[self.metric]:.4f}; checkpoint "
+            f"and summary are in {self.out}\n"
+            f"try: fastbert predict --model {self.out} --input FILE --out FILE.jsonl"
+        )
+        return summary

@@ -3,6 +3,7 @@
 import functools
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
 
@@ -174,14 +175,19 @@ class BertPreTrainedModel(nn.Module):
             )
         return model.eval()
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(
+        self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Writes config.json and model.safetensors, which Hugging Face's from_pretrained loads.
 
         Each file appears whole or not at all, in place of an older one.
+
+        state_dict: what to write in place of the parameters, of which this process may have a
+            shard only; each tied one once, under its first name
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_weights(self, directory)
+        checkpoint.save_weights(self, directory, state_dict)
         with checkpoint.new_file(directory / "config.json") as path:
             values = self.config.to_dict() | {"architectures": [type(self).__name__]}
             path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -12,14 +12,17 @@ from fastbert.packing import PackedBatch
 
 
 class Result(NamedTuple):
-    """loss: (), to run backward from; sums: (6,) float32, what `Metrics` names, on the device."""
+    """loss: (), to run backward from; sums: (6,) float32, the first of `Metrics`, on the device."""
 
     loss: Tensor
     sums: Tensor
 
 
 class Metrics(NamedTuple):
-    """Sums over masked tokens and sentence pairs; the means are what people read."""
+    """Sums over masked tokens and sentence pairs; the means are what people read.
+
+    skipped_steps: those whose gradients were not finite; the sums leave them out.
+    """
 
     mlm_loss_sum: float = 0.0
     mlm_correct: float = 0.0
@@ -27,6 +30,7 @@ class Metrics(NamedTuple):
     nsp_loss_sum: float = 0.0
     nsp_correct: float = 0.0
     num_pairs: float = 0.0
+    skipped_steps: float = 0.0
 
     @property
     def mlm_loss(self) -> float:
@@ -76,8 +80,9 @@ class PretrainingObjective(nn.Module):
             pairs = score_classes(heads.seq_relationship(encoded.pooler_output), pair_labels)
             loss = loss + self.nsp_weight * pairs.loss_sum / _at_least_one(num_pairs)
             sums += [pairs.loss_sum, pairs.correct, pairs.num_rows]
+        else:
+            sums += [torch.zeros_like(loss)] * 3
         with torch.no_grad():
-            sums += [torch.zeros_like(loss)] * (len(Metrics._fields) - len(sums))
             return Result(loss, torch.stack([value.float() for value in sums]))
 
 

@@ -29,7 +29,7 @@ class PreparedText(NamedTuple):
     baseline: float
 
 
-def prepare_text(config: PretrainConfig, out: Path) -> PreparedText:
+def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> PreparedText:
     """Tokenises the corpus into out/text, or finds it there, and splits its documents."""
     directory = out / TEXT
     tokenizer = _tokenizer(config, directory)
@@ -72,7 +72,8 @@ def prepare_text(config: PretrainConfig, out: Path) -> PreparedText:
         )
 
     training = examples(train, config.masking)
-    training.batch(0, micro_batches=config.accumulation)  # refuses a budget that is too small
+    # refuses a budget that is too small
+    training.batch(0, world_size=num_ranks, micro_batches=config.accumulation)
     batches = list(
         itertools.islice(data.heldout_batches(examples(heldout, "bert")), config.eval_batches)
     )

@@ -3,11 +3,10 @@
 import contextlib
 import dataclasses
 import json
-import math
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,17 +16,21 @@ from fastbert.check import InputError
 from fastbert.config import PRESETS, BertConfig, PretrainConfig
 from fastbert.data import loader
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
-from fastbert.packing import PackedBatch
+from fastbert.train import distributed
 from fastbert.train import state as run_state
+from fastbert.train.distributed import Ranks
+from fastbert.train.evaluate import evaluate, training_row
 from fastbert.train.objective import Metrics, PretrainingObjective
 from fastbert.train.optimizer import make_optimizer
+from fastbert.train.precision import make_scaler, resolve_precision
 from fastbert.train.prepare import TEXT, PreparedText, prepare_text
 from fastbert.train.profiling import Unprofiled, profiling
-from fastbert.train.report import Reporter, console, environment, plot_losses
+from fastbert.train.report import Reporter, Silent, console, environment, plot_losses
 from fastbert.train.step import make_step
 
 RUN = "run.json"
 SUMMARY = "summary.json"
+MOST_SKIPPED = 20  # steps in a row: fp16's scale has come down from 2^16 to 1 long before
 
 
 def pretrain(
@@ -37,6 +40,7 @@ def pretrain(
     resume: bool = False,
     eager: bool = False,
     profile: bool = False,
+    parallel: str = "ddp",
 ) -> dict[str, Any]:
     """Runs, or with `resume` continues, the pre-training that `config` describes, in `out`.
 
@@ -44,18 +48,51 @@ def pretrain(
     returned) and TensorBoard's files. The same config gives the same run, bit for bit on a CPU at
     the same number of threads, also through any number of kills and resumptions. On a GPU steps
     are replayed as a CUDA graph, unless `eager`; `profile` leaves out/profile, see `profiling`.
+
+    Under torchrun each process trains on its share of each batch, by `parallel` "ddp" or "fsdp";
+    `out` is then a directory that all of them see. Their number may change from one resumption to
+    the next, and changes the losses by rounding alone.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = dataclasses.replace(config, precision=_precision(config.precision))
-    is_new = _open_run(config, out, resume=resume)
-    run_state.discard_partial(out)
-    torch.manual_seed(config.seed)
+    with distributed.joined() as ranks:
+        config = dataclasses.replace(config, precision=resolve_precision(config.precision))
+        torch.manual_seed(config.seed)
+        with ranks.first_goes_ahead():
+            text = _prepare(config, out, ranks, resume=resume)
+        run = _set_up(config, text, out, ranks, parallel)
+        _describe(run, config, ranks, parallel)
+        _train(run, config, text, out, ranks, eager=eager, profile=profile)
+        return _finish(run.state, config, text, out, ranks)
+
+
+class _Run(NamedTuple):
+    """What is trained, and what a checkpoint restores. objective: of the model, as ranks run it."""
+
+    model: BertForPreTraining | BertForMaskedLM
+    objective: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    state: run_state.TrainingState
+
+
+def _prepare(config: PretrainConfig, out: Path, ranks: Ranks, *, resume: bool) -> PreparedText:
+    is_new = False
+    if ranks.is_first:
+        is_new = _open_run(config, out, resume=resume)
+        run_state.discard_partial(out)
     try:
-        text = prepare_text(config, out)
+        return prepare_text(config, out, ranks.size)
     except InputError:
         if is_new:
             _abandon(out)
         raise
+
+
+def _set_up(
+    config: PretrainConfig, text: PreparedText, out: Path, ranks: Ranks, parallel: str
+) -> _Run:
+    """The run at its beginning, or where its last checkpoint was."""
+    # a dangling link is a lost checkpoint, not a new run
+    is_begun = (out / checkpoint.LATEST).is_symlink()
     kind = BertForPreTraining if config.objective == "mlm+nsp" else BertForMaskedLM
     model = kind(
         BertConfig(
@@ -65,19 +102,21 @@ def pretrain(
             vocab_size=text.tokenizer.get_vocab_size(),
             max_position_embeddings=max(512, config.max_seq_len),
         )
-    ).to(device)
-    optimizer = make_optimizer(model, config.weight_decay)
+    ).to(ranks.device)
+    if is_begun:
+        run_state.load_weights(out, model)
+    objective = distributed.parallelised(
+        PretrainingObjective(model, config.nsp_weight), parallel, ranks
+    )
+    optimizer = make_optimizer(model, config.weight_decay, config.optimizer)
+    scaler = make_scaler(config.precision, ranks.device)
     state = run_state.TrainingState(text.fingerprint)
-    if (
-        out / checkpoint.LATEST
-    ).is_symlink():  # a dangling link is a lost checkpoint, not a new run
-        state = run_state.load(out, model, optimizer)
+    if is_begun:
+        state = run_state.load(out, model, optimizer, scaler)
         if state.text != text.fingerprint:
             raise InputError(f"{out}: the corpus or the tokenizer has changed since the run began")
         console.print(f"resuming {out} at step {state.step} of {config.steps}")
-    _describe(model, config, device)
-    _train(model, optimizer, config, text, state, out, device, eager=eager, profile=profile)
-    return _finish(state, config, text, out, device)
+    return _Run(model, objective, optimizer, scaler, state)
 
 
 def _open_run(config: PretrainConfig, out: Path, *, resume: bool) -> bool:
@@ -118,35 +157,44 @@ def read_run(out: Path) -> PretrainConfig | None:
 
 
 def _train(
-    model: BertForPreTraining | BertForMaskedLM,
-    optimizer: torch.optim.Optimizer,
+    run: _Run,
     config: PretrainConfig,
     text: PreparedText,
-    state: run_state.TrainingState,
     out: Path,
-    device: torch.device,
+    ranks: Ranks,
     *,
     eager: bool,
     profile: bool,
 ) -> None:
-    objective = PretrainingObjective(model, config.nsp_weight)
-    precision = _autocast(config.precision, device)
-    train_step = make_step(objective, optimizer, config, text.training, device, eager=eager)
+    model, objective, optimizer, scaler, state = run
+    device = ranks.device
+    train_step = make_step(
+        objective,
+        optimizer,
+        config,
+        text.training,
+        device,
+        scaler=scaler,
+        num_ranks=ranks.size,
+        eager=eager,
+    )
     batches = loader(
         text.training,
         state.step,
         config.steps,
+        rank=ranks.rank,
+        world_size=ranks.size,
         micro_batches=config.accumulation,
         workers=config.workers,
         pin_memory=device.type == "cuda",
     )
     sums = torch.zeros(len(Metrics._fields), device=device)
-    tokens = 0
-    before = state.seconds
+    tokens = stalled = 0
+    before, last = state.seconds, state.step
     started = reported = time.perf_counter()
     with (
-        Reporter(out, start=state.step, steps=config.steps) as reporter,
-        profiling(out, config.steps - state.step, device) if profile else Unprofiled() as profiler,
+        _reporter(out, state, config, ranks) as reporter,
+        _profiler(out, state, config, ranks, profile) as profiler,
     ):
         for step, parts in zip(range(state.step, config.steps), batches, strict=True):
             sums += train_step(step, parts, text.training.targets(step))
@@ -159,15 +207,23 @@ def _train(
             saving = done or state.step % config.save_every == 0
             # what is reported before a checkpoint need not be in it, so a resumed run reports alike
             if saving or state.step % config.log_every == 0:
+                ranks.sum(sums[:-1])  # of all but the skipped steps, which are everyone's
+                tokens = int(ranks.sum(torch.tensor(tokens, device=device)))
                 metrics = Metrics(*sums.tolist())  # the only place where the host waits
                 now = time.perf_counter()
-                row = _row(state.step, metrics, config.nsp_weight, tokens / (now - reported))
-                if not math.isfinite(row["loss"]):
+                row = training_row(
+                    state.step, metrics, config.nsp_weight, tokens / (now - reported)
+                )
+                skipped, passed = int(metrics.skipped_steps), state.step - last
+                stalled = stalled + passed if skipped == passed else 0
+                if stalled >= MOST_SKIPPED:
                     raise InputError(
-                        f"the loss is not finite at step {state.step}, and the last checkpoint is "
-                        "from before; start a new run with a smaller --learning-rate"
+                        f"the gradients of the last {stalled} steps before step {state.step} were "
+                        "not finite; start a new run with a smaller --learning-rate"
                     )
+                last = state.step
                 state.history.append(row)
+                state.skipped_steps += skipped
                 state.real_tokens += tokens
                 state.seconds = before + now - started
                 per_step = state.seconds / state.step
@@ -176,55 +232,32 @@ def _train(
                 tokens, reported = 0, now
             if done or state.step % config.eval_every == 0:
                 evaluating = time.perf_counter()
-                state.history.append(_evaluate(objective, text.heldout, precision, state, device))
+                state.history.append(
+                    evaluate(objective, text.heldout, config.precision, state.step, ranks)
+                )
                 reporter.validation(state.history[-1])
                 reported += time.perf_counter() - evaluating
             if saving:
                 state.seconds = before + time.perf_counter() - started
-                run_state.save(out, model, text.tokenizer, optimizer, state)
+                run_state.save(out, model, text.tokenizer, optimizer, scaler, state, ranks)
 
 
-def _row(
-    step: int, metrics: Metrics, nsp_weight: float, tokens_per_second: float
-) -> dict[str, float]:
-    return {
-        "step": step,
-        "loss": metrics.mlm_loss + nsp_weight * metrics.nsp_loss,
-        "mlm_loss": metrics.mlm_loss,
-        "mlm_accuracy": metrics.mlm_accuracy,
-        **_of_pairs(metrics),
-        "real_tokens_per_second": tokens_per_second,
-    }
+def _reporter(
+    out: Path, state: run_state.TrainingState, config: PretrainConfig, ranks: Ranks
+) -> Reporter | Silent:
+    return Reporter(out, start=state.step, steps=config.steps) if ranks.is_first else Silent()
 
 
-def _of_pairs(metrics: Metrics) -> dict[str, float]:
-    if not metrics.num_pairs:
-        return {}
-    return {"nsp_loss": metrics.nsp_loss, "nsp_accuracy": metrics.nsp_accuracy}
-
-
-@torch.no_grad()
-def _evaluate(
-    objective: PretrainingObjective,
-    batches: list[PackedBatch],
-    precision: contextlib.AbstractContextManager,
+def _profiler(
+    out: Path,
     state: run_state.TrainingState,
-    device: torch.device,
-) -> dict[str, float]:
-    """The metrics of the held-out batches, every one of them once."""
-    objective.eval()
-    sums = torch.zeros(len(Metrics._fields), device=device)
-    for batch in batches:
-        with precision:
-            sums += objective(batch.to(device), 1, 1).sums
-    objective.train()
-    metrics = Metrics(*sums.tolist())
-    return {
-        "step": state.step,
-        "heldout_mlm_loss": metrics.mlm_loss,
-        "mlm_accuracy": metrics.mlm_accuracy,
-        **_of_pairs(metrics),
-    }
+    config: PretrainConfig,
+    ranks: Ranks,
+    wanted: bool,
+) -> contextlib.AbstractContextManager:
+    if not (wanted and ranks.is_first):
+        return Unprofiled()
+    return profiling(out, config.steps - state.step, ranks.device)
 
 
 def _finish(
@@ -232,7 +265,7 @@ def _finish(
     config: PretrainConfig,
     text: PreparedText,
     out: Path,
-    device: torch.device,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Writes the plot and the summary of a finished run and prints its result."""
     heldout = next(row for row in reversed(state.history) if "heldout_mlm_loss" in row)
@@ -243,10 +276,14 @@ def _finish(
         "nsp_accuracy": heldout.get("nsp_accuracy"),
         "real_tokens_per_second": state.real_tokens / state.seconds,
         "steps": state.step,
+        "skipped_steps": state.skipped_steps,
         "seconds": state.seconds,
         "checkpoint": f"checkpoint-{state.step}",
-        **environment(device),
+        "processes": ranks.size,
+        **environment(ranks.device),
     }
+    if not ranks.is_first:
+        return summary
     run_state.write_json(out / SUMMARY, summary)
     plot_losses(state.history, text.baseline, out / "loss.png")
     gained = text.baseline - summary["heldout_mlm_loss"]
@@ -259,23 +296,10 @@ def _finish(
     return summary
 
 
-def _describe(model: nn.Module, config: PretrainConfig, device: torch.device) -> None:
-    size = sum(p.numel() for p in model.parameters()) / 1e6
+def _describe(run: _Run, config: PretrainConfig, ranks: Ranks, parallel: str) -> None:
+    size = sum(p.numel() for p in run.model.parameters()) / 1e6
+    together = f", {ranks.size} processes by {parallel}" if ranks.size > 1 else ""
     console.print(
         f"{config.preset}: {size:.1f} M parameters, {config.batch_tokens} tokens a step, on "
-        f"{device.type} in {config.precision}"
+        f"{ranks.device.type} in {config.precision}{together}"
     )
-
-
-def _autocast(precision: str, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def _precision(wanted: str) -> str:
-    """What `auto` stands for: bf16 where this machine multiplies in it, else fp32."""
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if fast else "fp32"

@@ -53,6 +53,8 @@ class Reporter:
     def training(self, row: dict[str, float], seconds_left: float) -> None:
         speed = f"{row['real_tokens_per_second']:,.0f} tokens/s"
         line = f"loss {row['loss']:.3f}  {_accuracies(row)}  {speed}"
+        if row["skipped_steps"]:
+            line += f"  {row['skipped_steps']:.0f} step(s) skipped"
         self.progress.update(self.task, line=line)
         if not self.live:
             minutes, seconds = divmod(round(seconds_left), 60)
@@ -70,6 +72,22 @@ class Reporter:
         for name, value in row.items():
             if name != "step":
                 self.writer.add_scalar(f"{group}/{name}", value, row["step"])
+
+
+class Silent(contextlib.nullcontext):
+    """Stands where a reporter would, in the processes that show nothing."""
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def advance(self) -> None:
+        pass
+
+    def training(self, row: dict[str, float], seconds_left: float) -> None:
+        pass
+
+    def validation(self, row: dict[str, float]) -> None:
+        pass
 
 
 def _accuracies(row: dict[str, float]) -> str:

@@ -1,4 +1,8 @@
-"""What a run keeps to go on after a kill: a model's directory with the optimizer's state in it."""
+"""What a run keeps to go on after a kill: a model's directory with the optimizer's state in it.
+
+One process keeps that in the one file STATE. Several write it together into the directory OPTIMIZER
+beside it, as torch.distributed.checkpoint does, and any number of them can go on from either.
+"""
 
 import dataclasses
 import json
@@ -9,14 +13,16 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import nn
 
 from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.data import save_tokenizer
 from fastbert.models.base import BertPreTrainedModel
+from fastbert.train import distributed
+from fastbert.train.distributed import Ranks
 
 STATE = "training_state.pt"
+OPTIMIZER = "optimizer"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -25,13 +31,15 @@ class TrainingState:
     """What a checkpoint says of its run, beside the tensors.
 
     text: fingerprint of the corpus and the tokenizer; step: optimizer steps done, which is the
-    position in the data; seconds, real_tokens: spent and read so far; history: what was reported.
+    position in the data; seconds, real_tokens, skipped_steps: spent, read and left out so far;
+    history: what was reported.
     """
 
     text: str
     step: int = 0
     seconds: float = 0.0
     real_tokens: int = 0
+    skipped_steps: int = 0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
@@ -40,37 +48,62 @@ def save(
     model: BertPreTrainedModel,
     tokenizer: Tokenizer,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     state: TrainingState,
+    ranks: Ranks,
     *,
     keep: int = 2,
-) -> Path:
-    """Writes run/checkpoint-STEP whole, points run/latest to it, and keeps the newest `keep`."""
+) -> None:
+    """Writes run/checkpoint-STEP whole, points run/latest to it, and keeps the newest `keep`.
+
+    All ranks call it, and write into the same file system.
+    """
     directory = run / f"checkpoint-{state.step}"
-    with checkpoint.new_directory(directory) as writing:
-        model.save_pretrained(writing)
-        save_tokenizer(tokenizer, writing)
-        torch.save(
-            {
-                "state": dataclasses.asdict(state),
-                "optimizer": optimizer.state_dict(),
-                "rng": _rng_states(),
-            },
-            writing / STATE,
-        )
-    checkpoint.point_latest(directory)
-    for old in _checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
-    return directory
+    weights = distributed.whole_weights(model) if ranks.size > 1 else None
+    saved = {
+        "state": dataclasses.asdict(state),
+        "scaler": scaler.state_dict(),
+        "rng": _rng_states(),
+    }
+    with ranks.new_directory(directory) as writing:
+        if ranks.is_first:
+            model.save_pretrained(writing, weights)
+            save_tokenizer(tokenizer, writing)
+            alone = {"optimizer": optimizer.state_dict()} if ranks.size == 1 else {}
+            torch.save(saved | alone, writing / STATE)
+        if ranks.size > 1:
+            distributed.save_optimizer(writing / OPTIMIZER, model, optimizer)
+    if ranks.is_first:
+        checkpoint.point_latest(directory)
+        for old in _checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
 
 
-def load(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
-    """Restores what `save` wrote last; the random generators are set as they were."""
+def load_weights(run: Path, model: BertPreTrainedModel) -> None:
+    """Restores the weights that `save` wrote last, before the model is cut into shards."""
     directory = run / checkpoint.LATEST
     checkpoint.load_weights(model, checkpoint.read_weights(directory), directory.resolve())
+
+
+def load(
+    run: Path,
+    model: BertPreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> TrainingState:
+    """Restores the rest of what `save` wrote last; the random generators are set as they were.
+
+    All ranks call it; their number may be another than that of those that saved.
+    """
+    directory = run / checkpoint.LATEST
     path = directory.resolve() / STATE
     try:
         saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(saved["optimizer"])
+        if "optimizer" in saved:
+            optimizer.load_state_dict(distributed.shard_state(optimizer, saved["optimizer"]))
+        else:
+            distributed.load_optimizer(path.with_name(OPTIMIZER), model, optimizer)
+        scaler.load_state_dict(saved.get("scaler", {}))
         state = TrainingState(**saved["state"])
     except FileNotFoundError:
         raise InputError(f"{path}: missing, so this checkpoint cannot be resumed") from None
@@ -83,7 +116,7 @@ def load(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Train
         ) from None
     torch.set_rng_state(saved["rng"]["cpu"])
     if torch.cuda.is_available() and "cuda" in saved["rng"]:
-        torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+        torch.cuda.set_rng_state_all(saved["rng"]["cuda"][: torch.cuda.device_count()])
     return state
 
 

@@ -1,5 +1,8 @@
 """One optimizer step of pre-training, run as it is or replayed as one CUDA graph.
 
+A step whose gradients are not finite changes neither weights nor the optimizer's state, and is
+counted; that too is decided on the device.
+
 A graph's kernels run on the same addresses and sizes each time. So batches are padded to fixed
 sizes, with sequences that predict nothing, and copied into buffers; and what changes from step to
 step (learning rate, dropout's state, the counts that losses are means over) lies on the device.
@@ -7,36 +10,42 @@ step (learning rate, dropout's state, the counts that losses are means over) lie
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastbert.config import PretrainConfig
 from fastbert.data import GlobalCounts, PretrainingData
 from fastbert.packing import Bucket, PackedBatch
+from fastbert.train import distributed
 from fastbert.train.cuda_graph import WARM_UP, CudaGraphs, Recorder, Work
-from fastbert.train.objective import PretrainingObjective
 from fastbert.train.optimizer import linear_schedule
+from fastbert.train.precision import autocast, make_scaler
 from fastbert.train.report import console
 
 Step = Callable[[int, list[PackedBatch], GlobalCounts], Tensor]
 
 
 def make_step(
-    objective: PretrainingObjective,
+    objective: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: PretrainConfig,
     data: PretrainingData,
     device: torch.device,
     *,
+    scaler: torch.amp.GradScaler | None = None,
+    num_ranks: int = 1,
     eager: bool = False,
 ) -> Step:
     """What the loop calls for each step: (number, parts of the batch, its counts) -> metric sums.
 
-    On a GPU it is a graph, unless `eager` asks for none.
+    On one GPU it is a graph, unless `eager` asks for none. objective: a `PretrainingObjective`, as
+    `distributed.parallelised` returns it for that many ranks.
     """
-    step = EagerStep(objective, optimizer, config, device)
-    if device.type != "cuda" or eager:
+    step = EagerStep(objective, optimizer, config, device, scaler=scaler, num_ranks=num_ranks)
+    if device.type != "cuda" or eager or num_ranks > 1:
         return step
     return GraphedStep(step, data.bucket(config.accumulation), CudaGraphs())
 
@@ -46,19 +55,22 @@ class EagerStep:
 
     def __init__(
         self,
-        objective: PretrainingObjective,
+        objective: nn.Module,
         optimizer: torch.optim.Optimizer,
         config: PretrainConfig,
         device: torch.device,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        num_ranks: int = 1,
     ) -> None:
         self.objective, self.optimizer, self.config = objective, optimizer, config
-        self.device = device
+        self.device, self.num_ranks = device, num_ranks
+        self.scaler = make_scaler(config.precision, device) if scaler is None else scaler
         self.rate: Tensor | None = None
         for group in optimizer.param_groups:  # of a checkpoint that graphs may have trained
             group["capturable"] = False
         self.warmup = round(config.steps * config.warmup_ratio)
-        enabled = config.precision == "bf16"
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+        self.autocast = autocast(config.precision, device)
 
     def __call__(self, number: int, parts: list[PackedBatch], counts: GlobalCounts) -> Tensor:
         self.set_learning_rate(number)
@@ -89,17 +101,31 @@ class EagerStep:
     def compute(
         self, parts: list[PackedBatch], num_targets: int | Tensor, num_pairs: int | Tensor
     ) -> Tensor:
-        """The metric sums (6,) of the parts, all on the device; no host waits."""
+        """`Metrics` (7,) of the parts, float32, all on the device; no host waits."""
         sums = []
-        for part in parts:
-            with self.autocast:
-                result = self.objective(part, num_targets, num_pairs)
-            result.loss.backward()
+        for number, part in enumerate(parts, start=1):
+            with distributed.exchange(self.objective, wanted=number == len(parts)):
+                with self.autocast:
+                    result = self.objective(part, num_targets, num_pairs)
+                self.scaler.scale(result.loss * self.num_ranks).backward()
             sums.append(result.sums)
-        nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return torch.stack(sums).sum(0)
+        self.scaler.unscale_(self.optimizer)
+        parameters = self.objective.parameters()
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        skipped = (~norm.isfinite()).float()
+        self._update(skipped)
+        return torch.cat([torch.stack(sums).sum(0).masked_fill(skipped.bool(), 0), skipped[None]])
+
+    def _update(self, skipped: Tensor) -> None:
+        """An optimizer's step, by the flag that GradScaler would hand over, if only in fp16."""
+        optimizer: Any = self.optimizer
+        optimizer.found_inf = skipped
+        optimizer.step()
+        del optimizer.found_inf
+        self.scaler.update()
+        optimizer.zero_grad()
 
 
 class GraphedStep:

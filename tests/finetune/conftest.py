@@ -1,28 +1,57 @@
+"""A small untrained BERT whose vocabulary knows some English words and all Chinese used here."""
+
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 import fastbert
-from fastbert.data import save_tokenizer, train_tokenizer
+from fastbert.data import load_tokenizer, save_tokenizer
 
-ENGLISH = "the cat sat on a mat while good dogs ran away from bad birds in Paris and Ann met Bob ."
-CHINESE = "北京是中国的首都上海很大今天天气好坏我不喜欢他在工作学习"
-HIDDEN = 64
+WORDS = (
+    "good bad fine awful film book the a was is not and very in of to lives who where what when "
+    "does john mary paris london berlin cat dog red blue green one two three yes no big small near "
+    "far ##s ##ing ##ed . , ? ! - ' ( ) : 2 0 1 8"
+)
+CHINESE = "我很喜欢这部电影不好看差极了北京是中国的首都上海在东边谁里有什么城市大小明住张三李四"
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """A directory with a small model that reads 64 tokens, of English and Chinese words."""
+def model(tmp_path_factory) -> Path:
+    """A directory with the model and its tokenizer."""
     directory = tmp_path_factory.mktemp("model")
-    tokenizer = train_tokenizer([ENGLISH, CHINESE] * 20, 400)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocab = dict.fromkeys([*special, *WORDS.split(), *CHINESE, *"，。？"])  # noqa: RUF001
+    (directory / "vocab.txt").write_text("".join(f"{word}\n" for word in vocab), "utf-8")
+    save_tokenizer(load_tokenizer(directory), directory)
     torch.manual_seed(0)
     config = fastbert.BertConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=HIDDEN,
+        vocab_size=len(vocab),
+        hidden_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=128,
-        max_position_embeddings=64,
+        max_position_embeddings=48,
+        initializer_range=0.1,  # an untrained model of small weights learns slowly
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
-    fastbert.BertForPreTraining(config).save_pretrained(directory)
-    save_tokenizer(tokenizer, directory)
+    fastbert.BertModel(config).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file of the test: text as it is, lists as JSON Lines, other objects as JSON."""
+
+    def write(name: str, contents) -> Path:
+        path = tmp_path / name
+        if isinstance(contents, list):
+            contents = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in contents)
+        elif not isinstance(contents, str):
+            contents = json.dumps(contents, ensure_ascii=False)
+        path.write_text(contents, "utf-8")
+        return path
+
+    return write

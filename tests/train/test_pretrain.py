@@ -173,6 +173,13 @@ def test_a_run_too_short_to_profile_says_so(corpus, tmp_path):
     assert not (out / "profile").exists()
 
 
+def test_a_run_that_diverges_stops_in_one_clear_line(corpus, tmp_path):
+    options = ["--steps", "60", "--log-every", "5", "--learning-rate", "1e30", *SMALL]
+    done = fastbert_cli("pretrain", "--corpus", corpus, "--out", tmp_path / "run", *options)
+    assert_one_clear_line(done, r"gradients of the last 20 steps before step \d+ were not finite")
+    assert "5 step(s) skipped" in done.stdout
+
+
 def test_fill_mask_prints_five_words_with_probabilities(finished):
     done = fastbert_cli("fill-mask", "--model", finished[0], "A [MASK] is an object.")
     assert done.returncode == 0, done.stderr
@@ -196,10 +203,11 @@ def test_info_names_every_operator():
         (["--preset", "huge"], "--preset: one of tiny"),
         (["--batch-tokens", "16"], "batch_tokens"),
         (["--accumulation", "100"], "batch_tokens.*100 micro-batch"),
+        (["--parallel", "tensor"], "--parallel: one of ddp, fsdp, got 'tensor'"),
         (["--tokenizer", "no/vocab.txt"], "no/vocab.txt"),
         (["--out", "/dev/null/run"], "/dev/null/run"),
     ],
-    ids=["corpus", "steps", "preset", "budget", "parts", "tokenizer", "out"],
+    ids=["corpus", "steps", "preset", "budget", "parts", "parallel", "tokenizer", "out"],
 )
 def test_bad_options_are_one_clear_line(options, pattern, corpus, tmp_path):
     given = ["--corpus", corpus, "--out", tmp_path / "run", *SMALL, *options]

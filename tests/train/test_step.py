@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import sys
 
 import pytest
@@ -108,15 +109,15 @@ class Recorded(Repeats):
         return replay
 
 
-def make_steps(device=CPU, graphs=None, bucket=BUCKET, precision="fp32"):
+def make_steps(device=CPU, graphs=None, bucket=BUCKET, precision="fp32", optimizer="adamw"):
     config = dataclasses.replace(CONFIG, precision=precision)
     model = make_model(device=device)
     if device == CPU:  # in float32, AdamW makes steps of the noise that is the keys' bias gradient
         model.double()
     found = []
     for one in (model, copy.deepcopy(model)):
-        optimizer = make_optimizer(one, 0.01)
-        found.append(EagerStep(PretrainingObjective(one), optimizer, config, device))
+        made = make_optimizer(one, 0.01, optimizer)
+        found.append(EagerStep(PretrainingObjective(one), made, config, device))
     eager, inner = found
     return eager, GraphedStep(inner, bucket, graphs or Repeats())
 
@@ -294,3 +295,60 @@ def test_runs_eagerly_without_a_gpu():
     model = fastbert.BertForPreTraining(make_model().config)
     step = make_step(PretrainingObjective(model), make_optimizer(model, 0.0), CONFIG, None, CPU)
     assert isinstance(step, EagerStep)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("kind", ["eager", "recorded"])
+@pytest.mark.parametrize("bad_part", [0, 1])
+def test_a_step_with_gradients_that_are_not_finite_is_left_out_and_counted(
+    kind, bad_part, optimizer, monkeypatch
+):
+    """As if it had not been there: weights, moments, number of steps, and the metrics' sums."""
+    monkeypatch.setattr(sys.modules["fastbert.ops.attention"], "reads_lengths", lambda call: False)
+    eager, graphed = make_steps(optimizer=optimizer)
+    model = graphed.eager.objective.model
+    graphed.graphs = Recorded(model, graphed.eager.optimizer)
+    step = graphed if kind == "recorded" else graphed.eager
+    poison = torch.zeros((), dtype=torch.float64)
+    parts_seen = [0]
+
+    def poisoned(module, arguments, output):
+        place = torch.arange(2).eq(bad_part)[parts_seen[0] % 2]
+        parts_seen[0] += 1
+        return output + poison * place
+
+    model.bert.embeddings.register_forward_hook(poisoned)
+    for number, batch in enumerate(batches(parts=2)):
+        poison.fill_(float("nan") if number in (0, 4, 7) else 0.0)
+        actual = step(number, batch, counts_of(batch))
+        if number in (0, 4, 7):
+            assert actual.tolist() == [0.0] * 6 + [1.0]
+            continue
+        expected = eager(number, batch, counts_of(batch))
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        assert actual[-1] == 0
+    if kind == "recorded":
+        assert graphed.replay is not None
+    assert_same_weights(eager, graphed)
+    for ours, theirs in zip(
+        eager.optimizer.state.values(), graphed.eager.optimizer.state.values(), strict=True
+    ):
+        assert ours["step"] == theirs["step"] == STEPS - 3
+
+
+def test_fp16_halves_its_scale_where_it_overflows_and_goes_on():
+    model = make_model()
+    config = dataclasses.replace(CONFIG, precision="fp16")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    optimizer = make_optimizer(model, 0.01)
+    step = EagerStep(PretrainingObjective(model), optimizer, config, CPU, scaler=scaler)
+    skipped = []
+    for number, batch in enumerate(itertools.chain(batches(), batches(), batches(), batches())):
+        sums = step(number % STEPS, batch, counts_of(batch))
+        assert sums.isfinite().all()
+        skipped.append(sums[-1].item())
+    number = int(sum(skipped))
+    assert skipped[0] == 1.0
+    assert 10 < number < len(skipped)
+    assert scaler.get_scale() == 2.0 ** (30 - number)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

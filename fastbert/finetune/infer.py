@@ -1,0 +1,56 @@
+"""Runs a model over features, and names the tasks."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fastbert.finetune.choice import Choice
+from fastbert.finetune.features import Feature, collate, parts
+from fastbert.finetune.questions import Answering
+from fastbert.finetune.sequences import Classification, MultiLabel, Regression
+from fastbert.finetune.task import Task
+from fastbert.finetune.tokens import Entities
+
+TASK_OF: dict[str, type[Task]] = {
+    "classification": Classification,
+    "multilabel": MultiLabel,
+    "regression": Regression,
+    "ner": Entities,
+    "qa": Answering,
+    "choice": Choice,
+}
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients; afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def run(
+    task: Task,
+    model: nn.Module,
+    features: Sequence[Feature],
+    batch_tokens: int,
+    device: torch.device,
+    autocast: contextlib.AbstractContextManager,
+) -> list[NDArray[np.float32]]:
+    """The task's scores of each feature, in order."""
+    scores: list[NDArray[np.float32]] = []
+    with evaluating(model):
+        for numbers in parts([feature.num_tokens for feature in features], batch_tokens):
+            some = [features[number] for number in numbers]
+            with autocast:
+                output = task.forward(model, collate(some).to(device), some)
+            scores += task.scores(output, some)
+    return scores

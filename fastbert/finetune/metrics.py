@@ -1,0 +1,127 @@
+"""Metrics by the field's definitions, computed by scikit-learn, SciPy and seqeval."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastbert.check import InputError
+
+_SCORES = ("precision", "recall", "f1-score", "support")
+
+
+class Table(NamedTuple):
+    """A table to print and to keep; rows begin with their names."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[Any, ...]]
+
+
+class Report(NamedTuple):
+    """metrics: what is known of the whole, by name; tables: and of its labels."""
+
+    metrics: dict[str, float]
+    tables: tuple[Table, ...] = ()
+
+
+def require_libraries() -> None:
+    """Raises InputError unless the libraries of the extra `finetune` are there."""
+    try:
+        import seqeval.metrics  # noqa: F401
+        import sklearn.metrics  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"fine-tuning needs {error.name}: pip install 'fastbert[finetune]'"
+        ) from None
+
+
+def classification(truth: Sequence[str], predicted: Sequence[str], labels: list[str]) -> Report:
+    """Accuracy, macro F1 and Matthews' correlation; a table by label and the confusion matrix."""
+    from sklearn import metrics
+
+    confusion = metrics.confusion_matrix(truth, predicted, labels=labels)
+    by_label = metrics.classification_report(
+        truth, predicted, labels=labels, output_dict=True, zero_division=0
+    )
+    return Report(
+        {
+            "accuracy": float(metrics.accuracy_score(truth, predicted)),
+            "macro_f1": by_label["macro avg"]["f1-score"],
+            "mcc": float(metrics.matthews_corrcoef(truth, predicted)),
+        },
+        (
+            _by_label(by_label, labels),
+            Table(
+                "confusion: rows are true, columns predicted",
+                ("label", *labels),
+                [(name, *row) for name, row in zip(labels, confusion.tolist(), strict=True)],
+            ),
+        ),
+    )
+
+
+def multilabel(
+    truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], labels: list[str]
+) -> Report:
+    """Micro and macro F1 over the labels, and the share of examples that are right in all."""
+    from sklearn import metrics
+
+    y, z = _indicators(truth, labels), _indicators(predicted, labels)
+    by_label = metrics.classification_report(
+        y, z, target_names=labels, output_dict=True, zero_division=0
+    )
+    return Report(
+        {
+            "micro_f1": by_label["micro avg"]["f1-score"],
+            "macro_f1": by_label["macro avg"]["f1-score"],
+            "exact": float((y == z).all(1).mean()),
+        },
+        (_by_label(by_label, labels),),
+    )
+
+
+def regression(truth: Sequence[float], predicted: Sequence[float]) -> Report:
+    """Errors and correlations; a correlation with a constant is 0."""
+    from scipy import stats
+    from sklearn import metrics
+
+    constant = np.ptp(truth) == 0 or np.ptp(predicted) == 0
+    return Report(
+        {
+            "pearson": 0.0 if constant else float(stats.pearsonr(truth, predicted).statistic),
+            "spearman": 0.0 if constant else float(stats.spearmanr(truth, predicted).statistic),
+            "mse": float(metrics.mean_squared_error(truth, predicted)),
+            "mae": float(metrics.mean_absolute_error(truth, predicted)),
+        }
+    )
+
+
+def entities(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> Report:
+    """Precision, recall and F1 of whole entities, as conlleval counts, and words' accuracy."""
+    from seqeval import metrics
+
+    y, z = [list(labels) for labels in truth], [list(labels) for labels in predicted]
+    if not any(label != "O" for labels in (*y, *z) for label in labels):
+        return Report({"precision": 0.0, "recall": 0.0, "f1": 0.0, "accuracy": 1.0})
+    by_type = metrics.classification_report(y, z, output_dict=True, zero_division=0)
+    types = [name for name in by_type if not name.endswith(" avg")]
+    micro = by_type["micro avg"]
+    return Report(
+        {
+            "precision": float(micro["precision"]),
+            "recall": float(micro["recall"]),
+            "f1": float(micro["f1-score"]),
+            "accuracy": float(metrics.accuracy_score(y, z)),
+        },
+        (_by_label(by_type, types),),
+    )
+
+
+def _by_label(report: dict[str, Any], labels: Sequence[str]) -> Table:
+    rows = [(label, *(float(report[label][name]) for name in _SCORES)) for label in labels]
+    return Table("by label", ("label", *_SCORES), rows)
+
+
+def _indicators(chosen: Sequence[Sequence[str]], labels: list[str]) -> np.ndarray:
+    return np.array([[label in some for label in labels] for some in chosen], dtype=int)

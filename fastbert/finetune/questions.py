@@ -1,0 +1,162 @@
+"""Reading comprehension: the part of a text that answers a question."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastbert.check import InputError
+from fastbert.data.squad import Question, read_squad
+from fastbert.finetune.features import Encoder, Feature, Window
+from fastbert.finetune.metrics import Report
+from fastbert.finetune.squad_metrics import score_answers
+from fastbert.finetune.task import Prediction, Task, by_example, softmax, to_host
+from fastbert.models.question_answering import BertForQuestionAnswering
+from fastbert.packing import PackedBatch
+
+_BEST = 20  # starts, ends and answers that compete
+
+
+class Span(NamedTuple):
+    """What a window is asked: start and end tokens of the answer, 0 and 0 if it has none; and the
+    places (start, end) of the window's context tokens in the characters of the context."""
+
+    start: int
+    end: int
+    offsets: list[tuple[int, int]]
+
+
+class Answering(Task):
+    """Devlin et al. 2018, sections 4.2 and 4.3: the likeliest start and end; [CLS] is no answer."""
+
+    model_class = BertForQuestionAnswering
+    metrics = ("f1", "exact")
+
+    def read(self, path: Path, *, labelled: bool = True) -> list[Question]:
+        return read_squad(path, labelled=labelled)
+
+    def learn(self, examples: Sequence[Question]) -> None:
+        impossible = any(example.is_impossible for example in examples)
+        self.settings = self.settings._replace(may_be_impossible=impossible)
+
+    def model_options(self) -> dict[str, Any]:
+        return {"num_labels": 2, "problem_type": None}
+
+    def features(self, examples: Sequence[Question], encoder: Encoder) -> list[Feature]:
+        features = []
+        for number, example in enumerate(examples):
+            context = encoder.tokenizer.encode(example.context, add_special_tokens=False)
+            if not context.ids:
+                raise InputError(f"{example.where}: the context {example.context!r} has no token")
+            question = encoder.ids(example.question)
+            answer = _tokens_of(example, context.offsets)
+            for window in encoder.windows(example.where, question, context.ids):
+                start, end = _in_window(window, answer)
+                offsets = context.offsets[window.begin : window.end]
+                features.append(Feature(number, (window,), Span(start, end, offsets)))
+        return features
+
+    def loss(
+        self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float
+    ) -> Tensor:
+        starts, ends = (
+            torch.tensor([getattr(feature.target, end) for feature in features]).to(batch.device)
+            for end in ("start", "end")
+        )
+        return model(
+            batch, start_positions=starts, end_positions=ends, num_items_in_batch=int(total)
+        ).loss
+
+    def scores(self, output: Any, features: Sequence[Feature]) -> list[NDArray[np.float32]]:
+        """(T, 2) of each, the starts' and the ends'."""
+        ends = np.cumsum([feature.num_tokens for feature in features])
+        scores = torch.stack([output.start_logits, output.end_logits], 1)
+        return np.split(to_host(scores), ends[:-1])
+
+    def predict(self, examples, features, scores) -> list[Prediction]:
+        groups = by_example(features, len(examples))
+        return [
+            self._answer(e, [features[i] for i in own], [scores[i] for i in own])
+            for e, own in zip(examples, groups, strict=True)
+        ]
+
+    def _answer(
+        self, example: Question, features: list[Feature], scores: list[NDArray[np.float32]]
+    ) -> Prediction:
+        """The best answer of all windows; none where [CLS] wins in the window where it is least."""
+        candidates = [
+            candidate
+            for feature, own in zip(features, scores, strict=True)
+            for candidate in _candidates(feature, own, self.settings.max_answer_tokens)
+        ]
+        candidates = sorted(candidates, key=lambda c: -c[0])[:_BEST]
+        null = float(min(own[0].sum() for own in scores))
+        if self.settings.may_be_impossible:
+            shares = softmax(np.array([null] + [score for score, _, _ in candidates]))[1:]
+        else:
+            shares = softmax(np.array([score for score, _, _ in candidates]))
+        best, start, end = candidates[0]
+        prediction: Prediction = {
+            "id": example.id,
+            "answer": example.context[start:end],
+            "start": start,
+            "end": end,
+            "probability": shares[0],
+        }
+        if self.settings.may_be_impossible:
+            prediction["null_score_difference"] = null - best
+            if null - best > self.settings.null_threshold:
+                prediction |= {"answer": "", "start": None, "end": None,
+                               "probability": 1 - sum(shares)}  # fmt: skip
+        return prediction
+
+    def evaluate(self, examples, predictions) -> Report:
+        return score_answers(
+            [[answer.text for answer in example.answers] for example in examples],
+            [prediction["answer"] for prediction in predictions],
+            [example.question for example in examples],
+        )
+
+
+def _tokens_of(example: Question, offsets: list[tuple[int, int]]) -> tuple[int, int] | None:
+    """The first answer's first and last token in the context."""
+    if not example.answers:
+        return None
+    text, start = example.answers[0]
+    places = np.array(offsets).reshape(-1, 2)
+    inside = np.flatnonzero((places[:, 1] > start) & (places[:, 0] < start + len(text)))
+    if not len(inside):
+        raise InputError(f"{example.where}: the answer {text!r} has no token")
+    return int(inside[0]), int(inside[-1])
+
+
+def _in_window(window: Window, answer: tuple[int, int] | None) -> tuple[int, int]:
+    """The answer's tokens in the window's sequence; 0 and 0 unless it is there as a whole."""
+    if answer is None or answer[0] < window.begin or answer[1] >= window.end:
+        return 0, 0
+    shift = window.prefix - window.begin
+    return answer[0] + shift, answer[1] + shift
+
+
+def _candidates(
+    feature: Feature, scores: NDArray[np.float32], longest: int
+) -> list[tuple[float, int, int]]:
+    """(score, start, end) of the window's best answers, in characters of the context."""
+    (window,) = feature.windows
+    inside = scores[window.prefix : window.prefix + window.end - window.begin]
+    starts, ends = (np.argsort(-inside[:, i], kind="stable")[:_BEST].tolist() for i in (0, 1))
+    offsets = feature.target.offsets
+    found = [
+        (float(inside[first, 0] + inside[last, 1]), offsets[first][0], offsets[last][1])
+        for first in starts
+        for last in ends
+        if first <= last < first + longest
+    ]
+    if found:
+        return found
+    best = int(inside.sum(1).argmax())  # no pair in order: the best answer of one token
+    return [(float(inside[best].sum()), *offsets[best])]

@@ -1,0 +1,28 @@
+"""The tables at the end of a run."""
+
+from typing import Any
+
+from rich.table import Table as Printed
+
+from fastbert.finetune.metrics import Report
+from fastbert.train.report import console
+
+_WIDEST = 12  # columns that a terminal has room for
+
+
+def print_report(report: Report) -> None:
+    """Prints the tables; one with too many columns is only in summary.json."""
+    for table in report.tables:
+        if len(table.header) > _WIDEST:
+            console.print(f"{table.title}: {len(table.rows)} labels, see summary.json")
+            continue
+        printed = Printed(*table.header, title=table.title, title_justify="left")
+        for row in table.rows:
+            printed.add_row(*map(_shown, row))
+        console.print(printed)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if value == int(value) and value > 1 else f"{value:.3f}"
+    return str(value)

@@ -1,0 +1,130 @@
+"""Named entities: a label for each word."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastbert.data.conll import Sentence, read_conll
+from fastbert.finetune.features import Encoder, Feature, best_window
+from fastbert.finetune.metrics import Report, entities
+from fastbert.finetune.task import Prediction, Task, by_example, to_host
+from fastbert.models.classification import BertForTokenClassification
+from fastbert.packing import IGNORE_INDEX, PackedBatch
+
+
+class WordPlaces(NamedTuple):
+    """By token, the number of the word that is labelled there and of its label, -100 for none."""
+
+    words: list[int]
+    labels: list[int]
+
+
+class Entities(Task):
+    """A word is labelled at its first token, and in one window only: the one that shows most of
+    what is on both sides of it. A feature's target is a `WordPlaces`.
+    """
+
+    model_class = BertForTokenClassification
+    metrics = ("f1", "precision", "recall", "accuracy")
+
+    def read(self, path: Path, *, labelled: bool = True) -> list[Sentence]:
+        return read_conll(path, labelled=labelled)
+
+    def labels_of(self, example: Sentence) -> Iterable[str]:
+        return example.labels or ()
+
+    def features(self, examples: Sequence[Sentence], encoder: Encoder) -> list[Feature]:
+        return [
+            feature
+            for number, example in enumerate(examples)
+            for feature in self._features_of(number, example, encoder)
+        ]
+
+    def _features_of(self, number: int, example: Sentence, encoder: Encoder) -> list[Feature]:
+        encoded = encoder.tokenizer.encode(
+            list(example.words), is_pretokenized=True, add_special_tokens=False
+        )
+        by_word: list[list[int]] = [[] for _ in example.words]
+        for token, word in zip(encoded.ids, encoded.word_ids, strict=True):
+            assert word is not None  # there are no special tokens
+            by_word[word].append(token)
+        # a word of which the normaliser leaves nothing (a control character) still has a label
+        by_word = [tokens or [encoder.specials.unk] for tokens in by_word]
+        starts = np.cumsum([0, *map(len, by_word)])[:-1].tolist()
+        windows = encoder.windows(example.where, [token for word in by_word for token in word])
+        words = [[IGNORE_INDEX] * len(window.input_ids) for window in windows]
+        for word, start in enumerate(starts):
+            best = best_window(start, windows)
+            words[best][windows[best].prefix + start - windows[best].begin] = word
+        return [
+            Feature(number, (window,), WordPlaces(own, self._numbers(own, example)))
+            for window, own in zip(windows, words, strict=True)
+        ]
+
+    def _numbers(self, words: list[int], example: Sentence) -> list[int]:
+        """The labels' numbers by token; -100 where no word begins, or no labels are known."""
+        if example.labels is None:
+            return [IGNORE_INDEX] * len(words)
+        return [
+            IGNORE_INDEX if word == IGNORE_INDEX else self.labels.index(example.labels[word])
+            for word in words
+        ]
+
+    def count(self, feature: Feature) -> float:
+        numbers = [number for number in feature.target.labels if number != IGNORE_INDEX]
+        return len(numbers) if self.weights is None else float(self.weights[numbers].sum())
+
+    def loss(
+        self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float
+    ) -> Tensor:
+        logits = model(batch).logits.float()
+        targets = torch.tensor(
+            [number for feature in features for number in feature.target.labels],
+            device=logits.device,
+        )
+        weights = None if self.weights is None else self.weights.to(logits.device)
+        losses = F.cross_entropy(
+            logits, targets, weights, ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        return losses / total
+
+    def scores(self, output: Any, features: Sequence[Feature]) -> list[NDArray[np.float32]]:
+        """(T, L) of each."""
+        ends = np.cumsum([feature.num_tokens for feature in features])
+        return np.split(to_host(output.logits), ends[:-1])
+
+    def predict(self, examples, features, scores) -> list[Prediction]:
+        predictions = []
+        for example, own in zip(examples, by_example(features, len(examples)), strict=True):
+            labels = ["O"] * len(example.words)
+            for number in own:
+                best = scores[number].argmax(1).tolist()
+                for word, label in zip(features[number].target.words, best, strict=True):
+                    if word != IGNORE_INDEX:
+                        labels[word] = self.labels[label]
+            predictions.append(
+                {
+                    "words": list(example.words),
+                    "labels": labels,
+                    "entities": _entities(example.words, labels),
+                }
+            )
+        return predictions
+
+    def evaluate(self, examples, predictions) -> Report:
+        return entities([e.labels for e in examples], [p["labels"] for p in predictions])
+
+
+def _entities(words: Sequence[str], labels: list[str]) -> list[dict[str, Any]]:
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    return [
+        {"type": kind, "words": list(words[first : last + 1]), "start": first, "end": last + 1}
+        for kind, first, last in get_entities(labels)
+    ]

@@ -1,0 +1,192 @@
+"""LAMB, the optimizer for large batches, as a torch optimizer over many tensors at a time."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fastbert.check import require
+
+VARIANTS = ("paper", "nvidia")
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB: AdamW whose step is scaled, tensor by tensor, to the norm of the weights.
+
+    Algorithm 2 of You et al. 2019 (https://arxiv.org/abs/1904.00962), with phi(z) = z. For each
+    tensor x with gradient g, in step t:
+
+        m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
+        u = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay x
+        x = x - lr (|x| / |u|) u
+
+    Where |x| or |u| is 0, of which the paper says nothing, their ratio counts as 1.
+
+    variant="nvidia" is what NVIDIA trains BERT with (apex.optimizers.FusedLAMB by its defaults:
+    apex/optimizers/fused_lamb.py and csrc/multi_tensor_lamb.cu). It differs in two points:
+
+    - Before all else the gradients are divided, in place, by max(1, |g| / max_grad_norm), |g| being
+      the norm over all parameters of all groups. The paper's algorithm leaves them alone.
+      max_grad_norm=None leaves this to the caller, who may clip for other reasons already.
+    - Groups with weight_decay = 0, by custom biases and LayerNorm, have no ratio: they take a step
+      of Adam. By the paper every tensor has one, also the keys' biases in attention, whose gradient
+      is 0 but for rounding: the ratio makes full steps of that noise. (FusedLAMB with
+      use_nvlamb=True gives all groups a ratio: variant="paper" behind a clipping to norm 1.)
+
+    Alike are bias correction (absent from the paper's first version), weight decay inside the
+    ratio, gradient averaging (1 - beta1, not 1), eps outside the root, and ratio 1 for norm 0.
+
+    params: parameters or groups, on one device a group, of any floating dtype; norms and
+        corrections are in float32, in float64 for float64. Shards of FSDP2 (DTensor) have the
+        norms of the whole tensors, for one small all-reduce a group.
+    lr: a number, or a tensor on the device, which a CUDA graph reads anew.
+
+    No host waits in `step`, and step counts lie on the device, so that a graph can record it. As
+    in torch's fused optimizers, a float32 tensor () in `found_inf` skips a step where it is 1, and
+    gradients are divided by `grad_scale`: GradScaler sets both. Raises ValueError for sparse
+    gradients and options out of range.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then leaves skipping to `step`
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        variant: str = "paper",
+        max_grad_norm: float | None = 1.0,
+    ) -> None:
+        require(variant in VARIANTS, "Lamb", f"variant to be one of {VARIANTS}", repr(variant))
+        require(all(0 <= beta < 1 for beta in betas), "Lamb", "betas in [0, 1)", betas)
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            require(isinstance(value, Tensor) or value >= 0, "Lamb", f"{name} >= 0", value)
+        above_0 = max_grad_norm is None or max_grad_norm > 0
+        require(above_0, "Lamb", "max_grad_norm > 0 or None", max_grad_norm)
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, options | {"variant": variant, "max_grad_norm": max_grad_norm})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():  # torch leaves a "step" where it was saved
+            state["step"] = state["step"].to(parameter.device)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes a step by the parameters' `grad`; those without one stay as they are."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        used = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        every = [p for parameters in used for p in parameters]
+        if not every:
+            return loss
+        found_inf = getattr(self, "found_inf", None)
+        self._prepare_gradients(every, found_inf)
+        for group, parameters in zip(self.param_groups, used, strict=True):
+            if parameters:
+                self._step_group(group, parameters, found_inf)
+        return loss
+
+    def _prepare_gradients(self, parameters: list[Tensor], found_inf: Tensor | None) -> None:
+        gradients = [_local(_gradient(p)) for p in parameters]
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            torch._foreach_div_(gradients, scale)
+        limit = self.defaults["max_grad_norm"]
+        if self.defaults["variant"] == "nvidia" and limit is not None:
+            squares = _sum_over_shards(_squares(gradients), parameters)
+            excess = squares.sum().sqrt() / limit
+            torch._foreach_div_(gradients, excess.clamp(min=1))
+        if found_inf is not None:
+            for gradient in gradients:
+                gradient.masked_fill_(found_inf.bool(), 0)
+
+    def _step_group(
+        self, group: dict[str, Any], parameters: list[Tensor], found_inf: Tensor | None
+    ) -> None:
+        """Everything on local tensors: only the norms need to know of the other shards."""
+        states = [self._state(parameter) for parameter in parameters]
+        x = [_local(parameter) for parameter in parameters]
+        g = [_local(_gradient(parameter)) for parameter in parameters]
+        m = [_local(state["exp_avg"]) for state in states]
+        v = [_local(state["exp_avg_sq"]) for state in states]
+        steps = [state["step"] for state in states]
+        beta1, beta2 = group["betas"]
+
+        # a step that is skipped has gradients of 0, decays no moment and counts for nothing
+        taken: Any = 1.0 if found_inf is None else 1 - found_inf.float()
+        torch._foreach_add_(steps, [taken] * len(steps))
+        torch._foreach_mul_(m, 1 - (1 - beta1) * taken)
+        torch._foreach_add_(m, g, alpha=1 - beta1)
+        torch._foreach_mul_(v, 1 - (1 - beta2) * taken)
+        torch._foreach_addcmul_(v, g, g, value=1 - beta2)
+
+        counts = torch.stack(steps).double().clamp(min=1)  # 1 - 0.999 is inexact in float32
+        correction1, correction2 = 1 - beta1**counts, 1 - beta2**counts
+        u = list(torch._foreach_div(v, list(correction2.unbind())))
+        torch._foreach_sqrt_(u)
+        torch._foreach_add_(u, group["eps"])
+        torch._foreach_mul_(u, list(correction1.unbind()))
+        torch._foreach_reciprocal_(u)
+        torch._foreach_mul_(u, m)
+        if group["weight_decay"] != 0:
+            torch._foreach_add_(u, x, alpha=group["weight_decay"])
+
+        rates = taken * group["lr"] * torch.ones_like(counts)
+        if self.defaults["variant"] == "paper" or group["weight_decay"] != 0:
+            squares = torch.stack([_squares(x), _squares(u)], dim=1)
+            of_x, of_u = _sum_over_shards(squares, parameters).unbind(dim=1)
+            rates = rates * torch.where((of_x > 0) & (of_u > 0), (of_x / of_u).sqrt(), 1)
+        torch._foreach_mul_(u, list(rates.unbind()))
+        torch._foreach_sub_(x, u)
+
+    def _state(self, parameter: Tensor) -> dict[str, Any]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    gradient = parameter.grad
+    assert gradient is not None
+    require(not gradient.is_sparse, "Lamb", "dense gradients", "a sparse one")
+    return gradient
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _squares(tensors: list[Tensor]) -> Tensor:
+    """The squared norm of each (N,), in float32, or float64 where there is such a tensor."""
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype)).square()
+
+
+def _sum_over_shards(squares: Tensor, parameters: list[Tensor]) -> Tensor:
+    """Rows of sums over a shard each -> over the whole of the parameters; (N, ...) -> (N, ...)."""
+    rows: dict[dist.ProcessGroup, list[int]] = {}
+    for row, parameter in enumerate(parameters):
+        if isinstance(parameter, DTensor):
+            for dimension, placement in enumerate(parameter.placements):
+                if not placement.is_replicate():
+                    rows.setdefault(parameter.device_mesh.get_group(dimension), []).append(row)
+    for group, mine in rows.items():
+        if len(mine) == len(squares):
+            dist.all_reduce(squares, group=group)
+        else:
+            part = squares[mine]
+            dist.all_reduce(part, group=group)
+            squares[mine] = part
+    return squares

@@ -1,0 +1,133 @@
+"""What each process of tests/train/test_distributed.py runs, by torchrun: it writes a report.pt.
+
+Training steps of a small model in float64, with dropout and accumulation, by DDP and FSDP2; one of
+them has a loss that is not finite on the last rank alone. And steps of LAMB on shards.
+"""
+
+import sys
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fastbert.config import PretrainConfig
+from fastbert.data import GlobalCounts
+from fastbert.optim import Lamb
+from fastbert.train import distributed
+from fastbert.train.distributed import Ranks
+from fastbert.train.objective import PretrainingObjective
+from fastbert.train.step import EagerStep
+from tests.models.pretraining_case import make_batch, make_model
+
+# what FSDP2 calls, by its name since torch 2.13 and before
+SCATTER = next(n for n in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, n))
+STEPS, BAD_STEP, PARTS = 4, 2, 2
+LENGTHS = (9, 3, 14, 5, 1, 16, 7, 12, 2)
+CONFIG = PretrainConfig(preset="tiny", steps=STEPS, learning_rate=0.3, dropout=0.3, seed=3)
+
+
+def share(step, rank, size):
+    """This rank's parts of a batch, as unequal as they come."""
+    ids = list(range(len(LENGTHS)))
+    return [
+        make_batch([LENGTHS[i] for i in mine], ids=mine, seed=step)
+        for mine in (ids[rank * PARTS + part :: size * PARTS] for part in range(PARTS))
+    ]
+
+
+class Descent(torch.optim.Optimizer):
+    """Not Adam or LAMB, which a wrong scale of the gradients would leave as they are."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                x, g = (
+                    t.to_local() if isinstance(t, DTensor) else t
+                    for t in (parameter, parameter.grad)
+                )
+                x.sub_(g.masked_fill(self.found_inf.bool(), 0), alpha=group["lr"])
+
+
+def train(ranks: Ranks, kind: str) -> dict:
+    """`Metrics` of each step over all ranks, the weights at the end, and what was exchanged."""
+    model = make_model(dropout=0.3).double()
+    module = distributed.parallelised(PretrainingObjective(model), kind, ranks)
+    exchanged = []
+    if kind == "ddp" and ranks.size > 1:
+        module.register_comm_hook(None, counting(exchanged))
+    optimizer = Descent(module.parameters(), {"lr": 0.0})
+    step = EagerStep(module, optimizer, CONFIG, ranks.device, num_ranks=ranks.size)
+    rows = []
+    for number in range(STEPS):
+        whole = share(number, 0, 1)
+        counts = GlobalCounts(sum(part.num_labels for part in whole), len(LENGTHS))
+        if number == BAD_STEP and ranks.rank == ranks.size - 1:
+            counts = (torch.tensor(torch.nan), counts.pairs)
+        with mock.patch.object(dist, SCATTER, side_effect=getattr(dist, SCATTER)) as sent:
+            sums = step(number, share(number, ranks.rank, ranks.size), counts)
+        if kind == "fsdp":
+            exchanged.append(sent.call_count)
+        ranks.sum(sums[:-1])
+        rows.append(sums)
+    weights = distributed.whole_weights(model) if ranks.size > 1 else dict(model.named_parameters())
+    return {"rows": torch.stack(rows), "weights": weights, "exchanged": exchanged}
+
+
+def counting(exchanged):
+    def hook(state, bucket):
+        exchanged.append(bucket.index())
+        buffer = bucket.buffer().div_(dist.get_world_size())
+        work = dist.all_reduce(buffer, async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    return hook
+
+
+class Tensors(nn.Module):
+    """Some that two ranks share equally, unequally, and not at all."""
+
+    def __init__(self):
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        shapes = ((6, 4), (5,), (1, 3), (7, 2))
+        self.all = nn.ParameterList(
+            torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes
+        )
+
+
+def lamb(variant: str, sharded: bool) -> list[torch.Tensor]:
+    module = Tensors()
+    whole = [parameter.detach().clone() for parameter in module.all]
+    if sharded:
+        fully_shard(module)
+    members = list(module.parameters())
+    groups = [
+        {"params": members[:2], "weight_decay": 0.01},
+        {"params": members[2:], "weight_decay": 0.0},
+    ]
+    optimizer = Lamb(groups, lr=0.1, variant=variant)
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        for member, value in zip(members, whole, strict=True):
+            gradient = 3 * torch.randn(value.shape, generator=draw, dtype=value.dtype)
+            if isinstance(member, DTensor):
+                gradient = distribute_tensor(gradient, member.device_mesh, member.placements)
+            member.grad = gradient
+        optimizer.step()
+    return [m.full_tensor() if isinstance(m, DTensor) else m.detach() for m in members]
+
+
+def main(path: str) -> None:
+    with distributed.joined() as ranks:
+        report = {kind: train(ranks, kind) for kind in distributed.KINDS}
+        report |= {variant: lamb(variant, sharded=True) for variant in ("paper", "nvidia")}
+        if ranks.is_first:
+            torch.save(report, path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,185 @@
+"""Two processes under torchrun, with gloo on the CPU, train as one process does."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from fastbert.train import distributed
+from fastbert.train.distributed import Ranks
+from tests.train import distributed_case
+from tests.train.distributed_case import BAD_STEP, STEPS
+
+if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+    pytest.skip("this torch has no gloo", allow_module_level=True)
+pytest.importorskip("torch.distributed.run", reason="this torch has no torchrun")
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+CLI = ["-m", "fastbert.cli", "pretrain"]
+RUN = ["--preset", "tiny", "--vocab-size", "400", "--batch-tokens", "512", "--max-seq-len", "64"]
+RUN += ["--eval-batches", "3", "--dropout", "0.1", "--accumulation", "2", "--precision", "fp32"]
+RUN += ["--steps", "9", "--save-every", "3", "--eval-every", "3", "--log-every", "1"]
+
+
+def run(*command) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        list(map(str, command)), env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What two processes made of `distributed_case`, in one start of torchrun."""
+    path = tmp_path_factory.mktemp("distributed") / "report.pt"
+    run(*TORCHRUN, distributed_case.__file__, path)
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return distributed_case.train(Ranks(torch.device("cpu")), "ddp")
+
+
+@pytest.mark.parametrize("kind", distributed.KINDS)
+def test_steps_of_two_ranks_are_those_of_one(report, alone, kind):
+    """Sums of the metrics, then weights, under SGD: gradients are neither halved nor doubled."""
+    torch.testing.assert_close(report[kind]["rows"], alone["rows"], rtol=1e-6, atol=1e-6)
+    assert report[kind]["weights"].keys() == alone["weights"].keys()
+    for name, expected in alone["weights"].items():
+        actual = report[kind]["weights"][name]
+        torch.testing.assert_close(actual, expected.detach(), rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("kind", distributed.KINDS)
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(report, kind):
+    skipped = [float(step == BAD_STEP) for step in range(STEPS)]
+    assert report[kind]["rows"][:, -1].tolist() == skipped
+    assert not report[kind]["rows"][BAD_STEP, :-1].any()
+
+
+def test_gradients_are_exchanged_once_a_step(report):
+    """Not once for each of the parts that a batch is run in."""
+    buckets = report["ddp"]["exchanged"]
+    assert buckets.count(0) == STEPS
+    shards = 3  # two layers and the rest
+    assert report["fsdp"]["exchanged"] == [shards] * STEPS
+
+
+@pytest.mark.parametrize("variant", ["paper", "nvidia"])
+def test_lamb_on_shards_has_the_norms_of_whole_tensors(report, variant):
+    whole = distributed_case.lamb(variant, sharded=False)
+    for actual, expected in zip(report[variant], whole, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "topics.txt"
+    documents = (topics[name].replace("\n\n", "\n") for name in sorted(topics)[:24])
+    path.write_text("\n\n".join(documents))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    """Whole runs: of one process, and of two by each kind."""
+    out = tmp_path_factory.mktemp("runs")
+    arguments = ["--corpus", corpus, *RUN]
+    run(sys.executable, *CLI, "--out", out / "one", *arguments)
+    for kind in distributed.KINDS:
+        run(*TORCHRUN, *CLI, "--out", out / kind, "--parallel", kind, *arguments)
+    return out
+
+
+def history(out: Path) -> list[dict[str, float]]:
+    rows = torch.load(out / "latest" / "training_state.pt")["state"]["history"]
+    return [{k: v for k, v in row.items() if k != "real_tokens_per_second"} for row in rows]
+
+
+def assert_same_curve(out: Path, other: Path) -> None:
+    rows, expected = history(out), history(other)
+    assert len(rows) == len(expected) == 12
+    for row, truth in zip(rows, expected, strict=True):
+        assert row == pytest.approx(truth, rel=1e-5)
+
+
+def back_to_step(step: int, out: Path, copy: Path) -> Path:
+    shutil.copytree(out, copy, symlinks=True)
+    (copy / "latest").unlink()
+    (copy / "latest").symlink_to(f"checkpoint-{step}")
+    shutil.rmtree(copy / "checkpoint-9")
+    return copy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", distributed.KINDS)
+def test_two_processes_have_the_loss_curve_of_one(runs, kind):
+    assert_same_curve(runs / kind, runs / "one")
+    assert len({row["loss"] for row in history(runs / "one") if "loss" in row}) == 9
+    summary = json.loads((runs / kind / "summary.json").read_text())
+    assert summary["processes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", distributed.KINDS)
+def test_the_checkpoint_of_two_processes_is_hugging_faces(runs, kind):
+    directory = runs / kind / "latest"
+    _, report = transformers.BertForPreTraining.from_pretrained(directory, output_loading_info=True)
+    assert not any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    transformers.AutoTokenizer.from_pretrained(directory)
+    one, two = (load_file(runs / r / "latest" / "model.safetensors") for r in ("one", kind))
+    assert one.keys() == two.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", distributed.KINDS)
+def test_one_process_goes_on_from_two(runs, kind, tmp_path):
+    out = back_to_step(6, runs / kind, tmp_path / "run")
+    done = run(sys.executable, *CLI, "--out", out, "--resume")
+    assert "at step 6 of 9" in done.stdout
+    assert_same_curve(out, runs / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "kind"), [("one", "fsdp"), ("one", "ddp"), ("ddp", "fsdp")])
+def test_two_processes_go_on_from_another_kind(runs, before, kind, tmp_path):
+    out = back_to_step(6, runs / before, tmp_path / "run")
+    done = run(*TORCHRUN, *CLI, "--out", out, "--parallel", kind, "--resume")
+    assert "at step 6 of 9" in done.stdout
+    assert_same_curve(out, runs / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", distributed.KINDS)
+def test_torchrun_restarts_a_killed_rank_to_the_same_curve(runs, corpus, kind, tmp_path):
+    out = tmp_path / "run"
+    torchrun = [*TORCHRUN, "--max-restarts=1", *CLI]
+    options = ["--corpus", corpus, "--out", out, "--parallel", kind, "--resume", *RUN]
+    with subprocess.Popen(
+        list(map(str, [*torchrun, *options])),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("step 5/9") and not any("resuming" in before for before in said):
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+                os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+    assert process.returncode == 0, "".join(said)[-4000:]
+    assert any(f"resuming {out} at step 3 of 9" in line for line in said)
+    assert history(out) == history(runs / kind)

@@ -135,9 +135,7 @@ def predict(
     """Run a fine-tuned model on a file in the format that it was trained with."""
     from fastbert.finetune import predict as inference
 
-    predictions = inference.predict(
-        model, source, batch_tokens=batch_tokens, precision=precision
-    )
+    predictions = inference.predict(model, source, batch_tokens=batch_tokens, precision=precision)
     inference.write_json_lines(out, predictions)
     print(f"{len(predictions)} predictions are in {out}")
 

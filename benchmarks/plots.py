@@ -100,6 +100,22 @@ def noising(axes: plt.Axes, rows: list[Row]) -> None:
     axes.legend()
 
 
+def large_batch(axes: plt.Axes, rows: list[Row]) -> None:
+    for optimizer in dict.fromkeys(row["case"]["optimizer"] for row in rows):
+        mine = [r for r in rows if r["case"]["optimizer"] == optimizer and r["final"] is not None]
+        rates = [row["case"]["learning_rate"] for row in mine]
+        axes.semilogx(rates, [row["final"] for row in mine], "o-", label=optimizer)
+    axes.axhline(rows[0]["baseline"], color="gray", linestyle="--", label="unigram baseline")
+    case = rows[0]["case"]
+    axes.set(
+        xlabel="peak learning rate",
+        ylabel="held-out MLM loss (nats)",
+        title=f"{case['steps']} steps of {case['batch_tokens']:,} tokens",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
 def kernels(axes: plt.Axes, rows: list[Row]) -> None:
     rows = [row for row in rows if FASTBERT in row["timings"]]
     labels = [
@@ -121,4 +137,5 @@ PLOTS: dict[str, Callable[[plt.Axes, list[Row]], None]] = {
     "ablation": ablation,
     "convergence": convergence,
     "noising": noising,
+    "large_batch": large_batch,
 }

@@ -127,6 +127,29 @@ def noising(rows: list[Row]) -> Table:
     return Table(header, lines)
 
 
+def large_batch(rows: list[Row]) -> Table:
+    """A column for each place in the two lists of rates, the best of each optimizer in bold."""
+    lines = []
+    for optimizer in dict.fromkeys(row["case"]["optimizer"] for row in rows):
+        mine = [row for row in rows if row["case"]["optimizer"] == optimizer]
+        best = min(row["final"] for row in mine if row["final"] is not None)
+        losses = ["diverged" if row["final"] is None else f"{row['final']:.3f}" for row in mine]
+        lines.append((f"{optimizer}, learning rate",
+                      *(f"{row['case']['learning_rate']:g}" for row in mine)))  # fmt: skip
+        lines.append(
+            (
+                "held-out loss (nats)",
+                *(
+                    f"**{loss}**" if row["final"] == best else loss
+                    for row, loss in zip(mine, losses, strict=True)
+                ),
+            )
+        )
+    case = rows[0]["case"]
+    title = f"{case['preset']}, {case['steps']} steps of {case['batch_tokens']:,} tokens"
+    return Table((title, *("" for _ in lines[0][1:])), lines)
+
+
 def by_scheme(rows: list[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -199,6 +222,7 @@ PARTS: dict[str, Callable[[list[Row]], Table]] = {
     "sentence_encode": sentence_encode,
     "masking": masking,
     "noising": noising,
+    "large_batch": large_batch,
     "profile": profile,
     "pretraining": pretraining,
 }

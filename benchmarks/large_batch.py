@@ -1,0 +1,52 @@
+"""LAMB and AdamW at sixteen times the batch: a small BERT, each at its best of five rates."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+from benchmarks.results import Options, Results
+from fastbert.check import InputError
+from fastbert.config import PretrainConfig
+from fastbert.train.pretrain import pretrain
+
+TIMES = 16  # the batch of PretrainConfig's default
+RATES = {
+    "adamw": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    "lamb": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2),
+}
+
+
+def run(options: Options, results: Results) -> None:
+    """The part "large_batch": the held-out loss that each optimizer ends at, by learning rate."""
+    base = PretrainConfig(
+        preset="tiny",
+        steps=150,
+        eval_every=150,
+        log_every=50,
+        save_every=150,
+        precision=options.precision,
+    )
+    base = dataclasses.replace(base, batch_tokens=TIMES * base.batch_tokens)
+    if options.quick:
+        base = dataclasses.replace(
+            base, steps=3, eval_every=3, eval_batches=2, batch_tokens=2048, vocab_size=1000
+        )
+    for optimizer, rates in RATES.items():
+        for rate in rates:
+            config = dataclasses.replace(base, optimizer=optimizer, learning_rate=rate)
+            case = {"optimizer": optimizer, "learning_rate": rate, "steps": base.steps}
+            case |= {"batch_tokens": base.batch_tokens, "preset": base.preset}
+            with tempfile.TemporaryDirectory() as directory:
+                try:
+                    summary = pretrain(config, Path(directory))
+                except InputError as error:  # gradients that are not finite, step after step
+                    results.add("large_batch", case, final=None, reason=str(error))
+                    continue
+            results.add(
+                "large_batch",
+                case,
+                final=summary["heldout_mlm_loss"],
+                baseline=summary["unigram_baseline"],
+                skipped_steps=summary["skipped_steps"],
+                seconds=summary["seconds"],
+            )

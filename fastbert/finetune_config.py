@@ -30,6 +30,9 @@ class FinetuneConfig:
         "and its label a line, a blank line between sentences); for qa SQuAD JSON, v1.1 or v2.0.",
     )
     dev: Path = option(None, "Examples to measure by, in the same format.")
+    test: Path | None = option(
+        None, "Examples to measure the best epoch by, once, at the end; in the same format."
+    )
     model: str = option(None, "Directory of a model or of a run, or a hub name.")
     text_column: str = option("text", "Column of the text, or of its first half.")
     pair_column: str | None = option(

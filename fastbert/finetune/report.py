@@ -22,6 +22,10 @@ def print_report(report: Report) -> None:
         console.print(printed)
 
 
+def shown(report: Report) -> list[str]:
+    return [f"{name} {value:.4f}" for name, value in report.metrics.items()]
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if value == int(value) and value > 1 else f"{value:.3f}"

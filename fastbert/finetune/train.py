@@ -21,7 +21,7 @@ from fastbert.data.streams import Purpose, stream
 from fastbert.finetune.features import Encoder, Feature, collate, parts
 from fastbert.finetune.infer import TASK_OF, run
 from fastbert.finetune.metrics import Report, require_libraries
-from fastbert.finetune.report import print_report
+from fastbert.finetune.report import print_report, shown
 from fastbert.finetune.task import Settings, Task
 from fastbert.finetune_config import FinetuneConfig
 from fastbert.train.optimizer import finetuning_optimizer, linear_schedule
@@ -33,10 +33,17 @@ RUN = "run.json"
 SUMMARY = "summary.json"
 
 
+class _Labelled(NamedTuple):
+    """Examples, and the sequences that they became."""
+
+    examples: list[Any]
+    features: list[Feature]
+
+
 class _Data(NamedTuple):
-    train: list[Feature]
-    dev: list[Feature]
-    dev_examples: list[Any]
+    train: _Labelled
+    dev: _Labelled
+    test: _Labelled | None
 
 
 def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
@@ -69,8 +76,8 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
         raise InputError(f"--out {out}: {error.strerror}") from None
     write_json(out / RUN, config.to_json())
     console.print(
-        f"{config.task}: {len(data.train)} training sequences, {len(data.dev)} to measure by, on "
-        f"{device.type} in {config.precision}"
+        f"{config.task}: {len(data.train.features)} training sequences, "
+        f"{len(data.dev.features)} to choose the epoch by, on {device.type} in {config.precision}"
     )
     trainer = _Trainer(config, out, task, model, tokenizer, data, device)
     trainer.train()
@@ -85,11 +92,15 @@ def _read(config: FinetuneConfig, tokenizer: Tokenizer, longest: int) -> tuple[T
     if config.metric is not None and config.metric not in task.metrics:
         raise InputError(f"--metric: one of {', '.join(task.metrics)}, got {config.metric!r}")
     train, dev = task.read(config.train), task.read(config.dev)
+    test = [] if config.test is None else task.read(config.test)
     task.learn(train)
-    task.check(dev)
+    task.check([*dev, *test])
     task.weigh(config, train)
     encoder = Encoder(tokenizer, max_seq_len, config.stride, config.truncate)
-    return task, _Data(task.features(train, encoder), task.features(dev, encoder), dev)
+    of_train, of_dev, of_test = (
+        _Labelled(examples, task.features(examples, encoder)) for examples in (train, dev, test)
+    )
+    return task, _Data(of_train, of_dev, of_test if test else None)
 
 
 class _Trainer:
@@ -113,7 +124,7 @@ class _Trainer:
         )
         self.metric = config.metric or task.metrics[0]
         self.step = 0
-        self.total = config.epochs * math.ceil(len(data.train) / config.batch_size)
+        self.total = config.epochs * math.ceil(len(data.train.features) / config.batch_size)
         self.history: list[dict[str, float]] = []
         self.best: tuple[float, int, Report] | None = None
 
@@ -125,10 +136,10 @@ class _Trainer:
                     f"the loss is not finite in epoch {epoch}; start a new run with a smaller "
                     "--learning-rate"
                 )
-            report = self._evaluate()
+            report = self._evaluate(self.model, self.data.dev)
             self.history.append({"epoch": epoch, "step": self.step, "loss": loss, **report.metrics})
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in report.metrics.items())
-            console.print(f"epoch {epoch}/{self.config.epochs}  loss {loss:.4f}  {shown}")
+            about = [f"epoch {epoch}/{self.config.epochs}", f"loss {loss:.4f}", *shown(report)]
+            console.print("  ".join(about))
             value = self._value(report)
             if self.best is None or value > self.best[0]:
                 self.best = value, epoch, report
@@ -144,7 +155,7 @@ class _Trainer:
     def _epoch(self, epoch: int) -> float:
         """The mean loss of the steps."""
         self.model.train()
-        features = self.data.train
+        features = self.data.train.features
         order = stream(self.config.seed, Purpose.SHUFFLE, epoch).permutation(len(features)).tolist()
         losses = []
         for begin in range(0, len(order), self.config.batch_size):
@@ -154,7 +165,7 @@ class _Trainer:
 
     def _step(self, numbers: Sequence[int]) -> torch.Tensor:
         """An optimizer step over these features, in as many parts as the token limit asks for."""
-        features = [self.data.train[number] for number in numbers]
+        features = [self.data.train.features[number] for number in numbers]
         total = max(sum(map(self.task.count, features)), 1e-9)
         state = torch.tensor([self.config.seed, self.step])
         loss = torch.zeros((), device=self.device)
@@ -179,11 +190,11 @@ class _Trainer:
         self.optimizer.zero_grad()
         return loss
 
-    def _evaluate(self) -> Report:
-        data, limit = self.data, self.config.batch_tokens
-        scores = run(self.task, self.model, data.dev, limit, self.device, self.autocast)
-        predictions = self.task.predict(data.dev_examples, data.dev, scores)
-        return self.task.evaluate(data.dev_examples, predictions)
+    def _evaluate(self, model: nn.Module, data: _Labelled) -> Report:
+        limit = self.config.batch_tokens
+        scores = run(self.task, model, data.features, limit, self.device, self.autocast)
+        predictions = self.task.predict(data.examples, data.features, scores)
+        return self.task.evaluate(data.examples, predictions)
 
     def _save(self, epoch: int) -> None:
         """Writes the checkpoint of the best epoch so far and removes the one before."""
@@ -198,16 +209,23 @@ class _Trainer:
                 shutil.rmtree(old)
 
     def finish(self, seconds: float) -> dict[str, Any]:
-        """Prints and writes the best epoch's report."""
+        """Prints and writes the best epoch's report, on the test data where there are some."""
         assert self.best is not None
         _, epoch, report = self.best
-        print_report(report)
+        where, measured, test = "dev", report, None
+        if self.data.test is not None:
+            best = self.task.model_class.from_pretrained(self.out / checkpoint.LATEST)
+            where, measured = "test", self._evaluate(best.to(self.device), self.data.test)
+            test = {**measured.metrics, "tables": [t._asdict() for t in measured.tables]}
+        print_report(measured)
+        console.print("  ".join([f"{where}:", *shown(measured)]))
         summary = {
             "task": self.config.task,
             "metric": self.metric,
             "best_epoch": epoch,
             **report.metrics,
             "tables": [table._asdict() for table in report.tables],
+            "test": test,
             "history": self.history,
             "steps": self.step,
             "seconds": seconds,

@@ -299,3 +299,20 @@ def test_early_stopping_keeps_the_best_epoch(model, write, tmp_path):
     assert (tmp_path / "run" / "latest").resolve().name == "checkpoint-1"
     with pytest.raises(InputError, match="holds a run already"):
         learn(model, tmp_path, task="classification", train=file, dev=file)
+
+
+def test_the_test_data_measure_the_best_epoch_not_the_last(model, write, tmp_path):
+    """The dev data say the opposite of what is learnt, so that an early epoch is the best."""
+    numbers = {"one": 1.0, "two": 2.0, "three": 3.0}
+    rows = [{"text": f"the {word} cat", "label": n} for word, n in numbers.items()]
+    file = write("train.jsonl", rows)
+    dev = write("dev.jsonl", [row | {"label": 4 - row["label"]} for row in rows])
+    summary = learn(
+        *(model, tmp_path),
+        task="regression", train=file, dev=dev, test=file, epochs=40, metric="mse",
+    )  # fmt: skip
+    said = np.array([one["score"] for one in predict(tmp_path / "run", file)])
+    error = ((said - [1, 2, 3]) ** 2).mean()
+    assert summary["test"]["mse"] == pytest.approx(error, rel=1e-4)
+    assert summary["best_epoch"] < 40
+    assert error > 0.1

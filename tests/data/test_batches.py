@@ -8,11 +8,13 @@ import torch
 
 from fastbert.check import InputError
 from fastbert.data import (
+    SCHEMES,
     GlobalCounts,
     PretrainingData,
     heldout_batches,
     loader,
     make_masking,
+    ngram_counts,
     plan_pairs,
     special_tokens,
     unigram_baseline,
@@ -304,10 +306,11 @@ def test_without_pairs_examples_are_single_segments(make):
         assert not {0, 2, 3} & set(row[1:-1])
 
 
-@pytest.mark.parametrize("scheme", ["bert", "whole-word", "span"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_workers_change_nothing(make, corpus, tokenizer, scheme):
     data = make(pairs=False)
-    data.masking = make_masking(scheme, special_tokens(tokenizer), corpus.vocab_size)
+    specials, counts = special_tokens(tokenizer), lambda: ngram_counts(corpus)
+    data.masking = make_masking(scheme, specials, corpus.vocab_size, counts=counts)
     runs = [
         [batch for parts in loader(data, 3, 9, workers=workers) for batch in parts]
         for workers in (0, 1, 4)

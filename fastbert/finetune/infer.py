@@ -14,6 +14,7 @@ from fastbert.finetune.questions import Answering
 from fastbert.finetune.sequences import Classification, MultiLabel, Regression
 from fastbert.finetune.task import Task
 from fastbert.finetune.tokens import Entities
+from fastbert.train.report import tracked
 
 TASK_OF: dict[str, type[Task]] = {
     "classification": Classification,
@@ -48,7 +49,8 @@ def run(
     """The task's scores of each feature, in order."""
     scores: list[NDArray[np.float32]] = []
     with evaluating(model):
-        for numbers in parts([feature.num_tokens for feature in features], batch_tokens):
+        batches = parts([feature.num_tokens for feature in features], batch_tokens)
+        for numbers in tracked(batches, "reading"):
             some = [features[number] for number in numbers]
             with autocast:
                 output = task.forward(model, collate(some).to(device), some)

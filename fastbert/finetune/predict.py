@@ -20,6 +20,7 @@ from fastbert.finetune.metrics import require_libraries
 from fastbert.finetune.task import Prediction, Settings
 from fastbert.models.bert import BertModel
 from fastbert.train.precision import autocast, resolve_precision
+from fastbert.train.report import tracked
 from fastbert.train.state import write_text
 
 POOLINGS = ("mean", "cls")
@@ -93,7 +94,8 @@ def embed(
     low = autocast(resolve_precision(precision), device)
     embeddings = np.empty((len(features), config.hidden_size), np.float32)
     with evaluating(bert), low:
-        for numbers in parts([feature.num_tokens for feature in features], batch_tokens):
+        batches = parts([feature.num_tokens for feature in features], batch_tokens)
+        for numbers in tracked(batches, "reading"):
             batch = collate([features[number] for number in numbers]).to(device)
             hidden = bert(batch).last_hidden_state.float()
             pooled = _pool(hidden, batch.cu_seqlens, pooling)

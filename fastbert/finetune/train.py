@@ -26,7 +26,7 @@ from fastbert.finetune.task import Settings, Task
 from fastbert.finetune_config import FinetuneConfig
 from fastbert.train.optimizer import finetuning_optimizer, linear_schedule
 from fastbert.train.precision import autocast, resolve_precision
-from fastbert.train.report import console, environment
+from fastbert.train.report import console, environment, tracked
 from fastbert.train.state import write_json
 
 RUN = "run.json"
@@ -158,7 +158,8 @@ class _Trainer:
         features = self.data.train.features
         order = stream(self.config.seed, Purpose.SHUFFLE, epoch).permutation(len(features)).tolist()
         losses = []
-        for begin in range(0, len(order), self.config.batch_size):
+        begins = range(0, len(order), self.config.batch_size)
+        for begin in tracked(begins, f"epoch {epoch}/{self.config.epochs}"):
             losses.append(self._step(order[begin : begin + self.config.batch_size]))
             self.step += 1
         return float(torch.stack(losses).mean())  # the only place where the host waits

@@ -4,18 +4,26 @@ import contextlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 from torch.utils.tensorboard import SummaryWriter
 
 from fastbert import __version__
 from fastbert.check import InputError
 
+T = TypeVar("T")
+
 console = Console(soft_wrap=True, highlight=False, markup=False)
+
+
+def tracked(items: Sequence[T], doing: str) -> Iterable[T]:
+    """The items, with a bar on the terminal, if there is one, until the last of them is done."""
+    return track(items, doing, console=console, transient=True, disable=not console.is_terminal)
 
 
 class Reporter:

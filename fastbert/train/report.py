@@ -115,7 +115,7 @@ class TokenizingReporter:
         line = f"{documents:,} documents, {tokens:,} tokens"
         if self.bytes_total:
             line += f", {bytes_read / self.bytes_total:.0%} of {self.bytes_total / 1e6:,.1f} MB"
-        if tokens > self.tokens_before:
+        if tokens > self.tokens_before and now > self.started:
             line += f", {(tokens - self.tokens_before) / (now - self.started):,.0f} tokens/s"
         self.progress.update(self.task, completed=bytes_read, line=line)
         if documents:

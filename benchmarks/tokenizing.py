@@ -63,8 +63,10 @@ def write_corpus(path: Path, sentences: list[str], size: int) -> Path:
 def throughput(
     tokenizer: Tokenizer, corpus: Path, place: Path, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each. What is compared with the ceiling reads, encodes, writes and merges. The hash
-    of the files, which a run takes whether there is a cache or not, stands by itself."""
+    """Seconds of each. What is compared with the ceiling reads, encodes, writes and merges.
+
+    The hash of the files, which a run takes whether there is a cache or not, stands by itself.
+    """
     sentences = list(itertools.chain.from_iterable(data.read_documents([corpus])))
     cores = data.available_cores()
 

@@ -7,17 +7,16 @@ from fastbert.data.batches import (
     loader,
     unigram_baseline,
 )
-from fastbert.data.cache import OtherCache, locked, require_same, tokenize_corpus
+from fastbert.data.cache import OtherCache, tokenize_corpus
 from fastbert.data.corpus import Meter, fingerprint_files, read_documents
 from fastbert.data.masking import SCHEMES, Masking, make_masking
 from fastbert.data.ngrams import NgramCounts, ngram_counts
 from fastbert.data.pairs import PairPlan, plan_pairs, plan_sentences
-from fastbert.data.parts import write_json
 from fastbert.data.python_docs import fingerprint_python, python_documents
 from fastbert.data.segment import SEGMENTERS, Segmenter, make_segmenter
 from fastbert.data.selection import Tokens
 from fastbert.data.sentences import split_sentences
-from fastbert.data.tokenized import TokenizedCorpus, read_json
+from fastbert.data.tokenized import TokenizedCorpus
 from fastbert.data.tokenizer import (
     SpecialTokens,
     load_tokenizer,
@@ -48,7 +47,6 @@ __all__ = [
     "heldout_batches",
     "load_tokenizer",
     "loader",
-    "locked",
     "make_masking",
     "make_segmenter",
     "ngram_counts",
@@ -56,13 +54,10 @@ __all__ = [
     "plan_sentences",
     "python_documents",
     "read_documents",
-    "read_json",
-    "require_same",
     "save_tokenizer",
     "special_tokens",
     "split_sentences",
     "tokenize_corpus",
     "train_tokenizer",
     "unigram_baseline",
-    "write_json",
 ]

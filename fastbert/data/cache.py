@@ -141,8 +141,10 @@ def _build(
     partial = directory / "partial"
     cut = {"format": FORMAT, "part_characters": parts.PART_CHARACTERS}
     work.keep(_kept(partial, made_from, cut))
-    for number, part in workers.write_parts(work.missing(partial), encoder, processes):
-        work.add(number, part)
+    made = workers.write_parts(work.missing(partial), encoder, processes)
+    with contextlib.closing(made):  # ends the processes, whatever fails here
+        for number, part in made:
+            work.add(number, part)
     if not work.tokens:
         raise InputError("corpus: holds no text")
 

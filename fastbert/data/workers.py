@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
@@ -43,7 +43,7 @@ def available_cores() -> int:
 
 def write_parts(
     batches: Iterable[Batch], encoder: Encoder, processes: int
-) -> Iterator[tuple[int, Part]]:
+) -> Generator[tuple[int, Part], None, None]:
     """(number, part) of each batch as it is done, in any order if `processes` are 2 or more.
 
     At most _UNDER_WAY batches a process are read ahead. Raises InputError for a segmenter that

@@ -13,6 +13,9 @@ from fastbert import data
 from fastbert.check import InputError
 from fastbert.checkpoint import LATEST
 from fastbert.config import PretrainConfig
+from fastbert.data.cache import locked, require_same
+from fastbert.data.parts import write_json
+from fastbert.data.tokenized import read_json
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 from fastbert.train.report import TokenizingReporter, console
 
@@ -133,13 +136,13 @@ def _tokenizer(config: PretrainConfig, source: _Source, directory: Path) -> Toke
         "lowercase": config.lowercase,
     }
     record = directory / "trained_on.json"
-    with data.locked(directory):
+    with locked(directory):
         if (directory / "tokenizer.json").is_file():
-            data.require_same(made_from, data.read_json(record), directory)
+            require_same(made_from, read_json(record), directory)
             return data.load_tokenizer(directory)
         sentences = itertools.chain.from_iterable(source.documents())
         tokenizer = data.train_tokenizer(sentences, config.vocab_size, config.lowercase)
         console.print(f"trained a vocabulary of {tokenizer.get_vocab_size():,} entries")
-        data.write_json(record, made_from)
+        write_json(record, made_from)
         data.save_tokenizer(tokenizer, directory)
         return tokenizer

@@ -179,23 +179,27 @@ def is_running(pid):
         return file.read().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_ctrl_c_ends_the_processes(documents, tokenizer, tmp_path, obedient):
-    def interrupted():
+@pytest.mark.parametrize("where", ["reading", "showing"])
+def test_ctrl_c_ends_the_processes(documents, tokenizer, tmp_path, obedient, where):
+    def ctrl_c(at):
+        if at == where:
+            wait_for(lambda: list(tmp_path.glob("pid*")))
+            raise KeyboardInterrupt
+
+    def texts():
         yield ["ba sleep ke " * 500]
         yield from documents[:3]
-        wait_for(lambda: list(tmp_path.glob("pid*")))
-        raise KeyboardInterrupt
+        ctrl_c("reading")
+        yield from documents[3:]
+
+    def show(seen, *_):
+        if seen:
+            ctrl_c("showing")
 
     started = time.monotonic()
+    options = {"fingerprint": "f", "segmenter": obedient, "processes": 2, "progress": show}
     with pytest.raises(KeyboardInterrupt):
-        tokenize_corpus(
-            interrupted(),
-            tokenizer,
-            tmp_path / "out",
-            fingerprint="f",
-            segmenter=obedient,
-            processes=2,
-        )
+        tokenize_corpus(texts(), tokenizer, tmp_path / "out", **options)
     assert not multiprocessing.active_children()
     assert time.monotonic() - started < 50
 

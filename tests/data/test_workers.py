@@ -212,11 +212,14 @@ def test_an_error_in_a_process_arrives_as_itself(documents, tokenizer, tmp_path,
         )
 
 
-def test_a_segmenter_that_cannot_travel_is_one_line(tokenizer, tmp_path):
-    def of_the_script(sentence):
-        return []
+def of_the_script(sentence):
+    return sentence.split()
 
-    of_the_script.__module__ = "__main__"
+
+def test_a_segmenter_that_cannot_travel_is_one_line(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(of_the_script, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "of_the_script", of_the_script, raising=False)
+    assert pickle.dumps(of_the_script)  # but another process has another script
     for segmenter in (lambda sentence: [], of_the_script):
         with pytest.raises(InputError, match=r"segmenter .*function of a module.* processes=1"):
             tokenize_corpus(

@@ -109,6 +109,27 @@ def masking(rows: list[Row]) -> Table:
     return Table(("masking", "tokens a sequence", "time of a batch", "tokens/s"), lines)
 
 
+def tokenizing(rows: list[Row]) -> Table:
+    lines = []
+    for row in rows:
+        about = (f"{row['case']['bytes'] / 1e6:,.0f} MB", str(row["case"]["cores"]))
+        for what, (name, timing) in _once(about, row["timings"].items()):
+            rates = [timing[f"{unit}_per_second"] / 1e6 for unit in ("bytes", "tokens")]
+            figures = (f"{rates[0]:.2f} MB/s", f"{rates[1]:.2f} M", f"{timing['share']:.0%}")
+            lines.append((*what, name, _time(timing), *figures))
+    header = ("corpus", "cores", "by", "time", "text", "tokens/s", "of encode_batch")
+    return Table(header, lines)
+
+
+def tokenizing_memory(rows: list[Row]) -> Table:
+    lines = []
+    for row in rows:
+        size, memory = row["case"]["bytes"] / 1e6, row["peak_memory_bytes"] / 2**20
+        processes = str(row["case"]["processes"])
+        lines.append((f"{size:,.0f} MB", processes, f"{memory:,.0f} MiB", seconds(row["seconds"])))
+    return Table(("corpus", "processes", "peak memory, all", "time from cold"), lines)
+
+
 def noising(rows: list[Row]) -> Table:
     lines = []
     for scheme, runs in by_scheme(rows).items():
@@ -221,6 +242,8 @@ PARTS: dict[str, Callable[[list[Row]], Table]] = {
     "convergence": convergence,
     "sentence_encode": sentence_encode,
     "masking": masking,
+    "tokenizing": tokenizing,
+    "tokenizing_memory": tokenizing_memory,
     "noising": noising,
     "large_batch": large_batch,
     "profile": profile,

@@ -260,6 +260,10 @@ def option(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
+# Options that leave the results of a run alone, so that it may go on with others.
+_FREE = ("workers", "tokenize_workers", "cache", "log_every")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """All that determines a pre-training run; the command line's options are these fields.
@@ -275,6 +279,11 @@ class PretrainConfig:
     )
     tokenizer: Path | None = option(
         None, "An existing tokenizer.json or vocab.txt; by default one is trained on the corpus."
+    )
+    cache: Path | None = option(
+        None,
+        "Directory of the tokenised corpus, which runs with the same corpus and tokenizer share; "
+        "by default OUT/text.",
     )
     vocab_size: int = option(8192, "Size of the vocabulary to train.")
     lowercase: bool = option(True, "Lower-case the text and strip accents.")
@@ -323,6 +332,10 @@ class PretrainConfig:
     save_every: int = option(100, "Steps between checkpoints.")
     log_every: int = option(20, "Steps between reports.")
     workers: int = option(0, "Processes that prepare batches; 0 prepares them in this one.")
+    tokenize_workers: int | None = option(
+        None,
+        "Processes that tokenise the corpus, 0: this one; by default all cores if it is large.",
+    )
     seed: int = option(0, "Seed of weights, order, masks and dropout.")
 
     def __post_init__(self) -> None:
@@ -336,6 +349,8 @@ class PretrainConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise InputError(f"--{_dashed(name)}: at least {low}, got {getattr(self, name)}")
+        if self.tokenize_workers is not None and self.tokenize_workers < 0:
+            raise InputError(f"--tokenize-workers: at least 0, got {self.tokenize_workers}")
         for name in ("short_seq_prob", "mlm_probability", "heldout_fraction", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{_dashed(name)}: between 0 and 1, got {getattr(self, name)}")
@@ -358,7 +373,7 @@ class PretrainConfig:
         Raises InputError for an option that would make it another run.
         """
         for name, value in changes.items():
-            if value != getattr(self, name) and name not in ("workers", "log_every"):
+            if value != getattr(self, name) and name not in _FREE:
                 raise InputError(
                     f"--{_dashed(name)} {value}: the run was started with {getattr(self, name)}; "
                     "leave the option out, or start a new run in another directory"
@@ -368,14 +383,16 @@ class PretrainConfig:
     def to_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
         values["corpus"] = [str(path) for path in self.corpus]
-        values["tokenizer"] = None if self.tokenizer is None else str(self.tokenizer)
+        for name in ("tokenizer", "cache"):
+            values[name] = None if values[name] is None else str(values[name])
         return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "PretrainConfig":
-        paths = {"corpus": tuple(map(Path, values["corpus"]))}
-        if values["tokenizer"] is not None:
-            paths["tokenizer"] = Path(values["tokenizer"])  # type: ignore[assignment]
+        paths: dict[str, Any] = {"corpus": tuple(map(Path, values["corpus"]))}
+        for name in ("tokenizer", "cache"):
+            if values.get(name) is not None:
+                paths[name] = Path(values[name])
         return cls(**{**values, **paths})
 
 

@@ -198,5 +198,25 @@ def test_times_are_readable(value, text):
     assert seconds(value) == text
 
 
+def test_tokenising_is_shown_as_a_share_of_the_tokenizers_own_speed():
+    rates = {"bytes_per_second": 2.5e6, "tokens_per_second": 5e5}
+    rows = [
+        {
+            "part": "tokenizing",
+            "case": {"bytes": 50_000_000, "cores": 2},
+            "timings": {
+                "tokenizers, encode_batch": {**timing(20.0), **rates, "share": 1.0},
+                FASTBERT: {**timing(25.0), **rates, "share": 0.8},
+            },
+        }
+    ]
+    lines = PARTS["tokenizing"](rows).lines
+    assert lines[0][:3] == ("50 MB", "2", "tokenizers, encode_batch")
+    assert lines[1] == ("", "", "fastbert", "25 s ±2%", "2.50 MB/s", "0.50 M", "80%")
+    memory = {"part": "tokenizing_memory", "case": {"bytes": 25_000_000, "processes": 2}}
+    row = {**memory, "peak_memory_bytes": 300 << 20, "seconds": 11.0}
+    assert PARTS["tokenizing_memory"]([row]).lines == [("25 MB", "2", "300 MiB", "11 s")]
+
+
 def test_every_part_of_the_suite_has_a_table():
     assert {"steps", "inference", "ablation", "convergence", "sentence_encode"} <= PARTS.keys()

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import transformers
@@ -79,9 +80,18 @@ def test_a_damaged_config_json_names_the_file(text, tmp_path):
 
 
 def test_a_run_s_options_survive_json():
-    config = PretrainConfig(corpus=("a", "b"), tokenizer="c", steps=3)
+    config = PretrainConfig(corpus=("a", "b"), tokenizer="c", cache="d", steps=3)
     config = PretrainConfig.from_json(json.loads(json.dumps(config.to_json())))
     assert config == PretrainConfig.from_json(config.to_json())
+    assert config.cache == Path("d")
+
+
+def test_a_run_goes_on_with_other_processes_and_another_cache():
+    config = PretrainConfig(steps=3)
+    free = {"tokenize_workers": 2, "cache": Path("d"), "workers": 1, "log_every": 5}
+    assert config.same_run(**free) == PretrainConfig(steps=3, **free)
+    with pytest.raises(InputError, match="--steps 4: the run was started with 3"):
+        config.same_run(steps=4)
 
 
 def test_what_is_not_given_is_the_presets():
@@ -96,6 +106,7 @@ def test_what_is_not_given_is_the_presets():
         *({"steps": 0}, {"mlm_probability": 1.5}, {"preset": "huge"}, {"dropout": 1.0}),
         *(
             {"seed": -1},
+            {"tokenize_workers": -1},
             {"nsp_weight": -0.5},
             {"max_seq_len": 7},
             {"precision": "fp8"},

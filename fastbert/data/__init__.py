@@ -7,8 +7,8 @@ from fastbert.data.batches import (
     loader,
     unigram_baseline,
 )
-from fastbert.data.cache import tokenize_corpus
-from fastbert.data.corpus import fingerprint_files, read_documents
+from fastbert.data.cache import OtherCache, tokenize_corpus
+from fastbert.data.corpus import Meter, fingerprint_files, read_documents
 from fastbert.data.masking import SCHEMES, Masking, make_masking
 from fastbert.data.ngrams import NgramCounts, ngram_counts
 from fastbert.data.pairs import PairPlan, plan_pairs, plan_sentences
@@ -24,19 +24,24 @@ from fastbert.data.tokenizer import (
     special_tokens,
     train_tokenizer,
 )
+from fastbert.data.workers import Interrupted, available_cores
 
 __all__ = [
     "SCHEMES",
     "SEGMENTERS",
     "GlobalCounts",
+    "Interrupted",
     "Masking",
+    "Meter",
     "NgramCounts",
+    "OtherCache",
     "PairPlan",
     "PretrainingData",
     "Segmenter",
     "SpecialTokens",
     "TokenizedCorpus",
     "Tokens",
+    "available_cores",
     "fingerprint_files",
     "fingerprint_python",
     "heldout_batches",

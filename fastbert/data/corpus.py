@@ -3,6 +3,7 @@
 A document is a list of sentences. Nothing here holds more than one document in memory.
 """
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -20,7 +21,15 @@ _SUFFIXES = (".txt", ".text", *_JSON_SUFFIXES)
 _READER_VERSION = 1  # raise when the same files begin to give other documents
 
 
-def read_documents(paths: Sequence[str | Path]) -> Iterator[list[str]]:
+@dataclasses.dataclass
+class Meter:
+    """How far a corpus is read: bytes of its files, of compressed ones as they lie on the disk."""
+
+    bytes_read: int = 0
+    bytes_total: int = 0
+
+
+def read_documents(paths: Sequence[str | Path], meter: Meter | None = None) -> Iterator[list[str]]:
     """The documents of files and directories, in the order given, directories sorted by name.
 
     Text files hold one sentence a line and a blank line between documents, as in
@@ -29,10 +38,15 @@ def read_documents(paths: Sequence[str | Path]) -> Iterator[list[str]]:
     may be gzipped (`.gz`). In a directory only files with these suffixes count; a file named by
     itself may have any other suffix and is then text.
 
+    `meter` goes along, to within some hundred lines.
+
     Raises InputError at once if a path is missing or a directory holds no such file, and while
     reading if a file cannot be read or the whole corpus is empty.
     """
-    return _documents([file for file, _ in _corpus_files(paths)])
+    meter = meter or Meter()
+    files = [file for file, _ in _corpus_files(paths)]
+    meter.bytes_total = sum(file.stat().st_size for file in files)
+    return _documents(files, meter)
 
 
 def fingerprint_files(paths: Sequence[str | Path]) -> str:
@@ -73,11 +87,11 @@ def _text_suffix(file: Path) -> str:
     return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
-def _documents(files: Sequence[Path]) -> Iterator[list[str]]:
+def _documents(files: Sequence[Path], meter: Meter) -> Iterator[list[str]]:
     empty = True
     for file in files:
         read = _json_documents if _text_suffix(file) in _JSON_SUFFIXES else _text_documents
-        for document in read(file):
+        for document in read(file, meter):
             if document:
                 empty = False
                 yield document
@@ -86,9 +100,9 @@ def _documents(files: Sequence[Path]) -> Iterator[list[str]]:
         raise InputError(f"corpus {names}: holds no text")
 
 
-def _text_documents(file: Path) -> Iterator[list[str]]:
+def _text_documents(file: Path, meter: Meter) -> Iterator[list[str]]:
     sentences: list[str] = []
-    for _, line in _lines(file):
+    for _, line in _lines(file, meter):
         if line:
             sentences.append(line)
         elif sentences:
@@ -97,8 +111,8 @@ def _text_documents(file: Path) -> Iterator[list[str]]:
     yield sentences
 
 
-def _json_documents(file: Path) -> Iterator[list[str]]:
-    for number, line in _lines(file):
+def _json_documents(file: Path, meter: Meter) -> Iterator[list[str]]:
+    for number, line in _lines(file, meter):
         if not line:
             continue
         try:
@@ -113,13 +127,17 @@ def _json_documents(file: Path) -> Iterator[list[str]]:
         yield split_sentences(text.encode("utf-8", "ignore").decode("utf-8"))
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
+def _lines(file: Path, meter: Meter) -> Iterator[tuple[int, str]]:
     """(line number from 1, line without surrounding white space)."""
+    before = meter.bytes_read
     try:
-        with _open(file) as stream:
+        with file.open("rb") as stored, _text_of(file, stored) as stream:
             for number, raw in enumerate(stream, start=1):
                 # utf-8-sig: editors on Windows begin a file with a byte-order mark
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if number % 256 == 0:  # asking for the place is slower than reading a line
+                    meter.bytes_read = before + stored.tell()
+            meter.bytes_read = before + stored.tell()
     except UnicodeDecodeError as error:
         raise InputError(
             f"corpus {file}, line {number}: not UTF-8; convert the file, for example with iconv"
@@ -128,8 +146,9 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
         raise _unreadable(file, error) from error
 
 
-def _open(file: Path) -> BinaryIO:
-    return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")  # type: ignore[return-value]
+def _text_of(file: Path, stored: BinaryIO) -> BinaryIO:
+    is_zipped = file.suffix.lower() == ".gz"
+    return gzip.GzipFile(fileobj=stored) if is_zipped else stored  # type: ignore[return-value]
 
 
 def _unreadable(file: Path, error: Exception) -> InputError:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbert.check import InputError
-from fastbert.data.cache import write_file
+from fastbert.data.parts import write_file
 from fastbert.data.tokenized import TokenizedCorpus
 
 FILE = "ngrams.npz"

@@ -1,6 +1,8 @@
 """The words of Chinese, which is written without spaces: for masking whole ones."""
 
+import functools
 from collections.abc import Callable, Iterable
+from types import ModuleType
 
 from fastbert.check import InputError
 
@@ -26,15 +28,26 @@ def make_segmenter(name: str) -> Segmenter | None:
     if name == "spaces":
         return _between_spaces
     if name == "jieba":
-        try:
-            import jieba  # type: ignore
-        except ImportError:
-            raise InputError(
-                "--segmenter jieba: not installed; pip install 'fastbert[chinese]'"
-            ) from None
-        jieba.setLogLevel("WARNING")
-        return jieba.lcut
+        _jieba()
+        return _by_jieba
     raise InputError(f"--segmenter: one of {', '.join(SEGMENTERS)}, got {name!r}")
+
+
+def _by_jieba(sentence: str) -> list[str]:
+    """In a function of ours, as jieba's own cannot be sent to another process."""
+    return _jieba().lcut(sentence)
+
+
+@functools.cache
+def _jieba() -> ModuleType:
+    try:
+        import jieba  # type: ignore
+    except ImportError:
+        raise InputError(
+            "--segmenter jieba: not installed; pip install 'fastbert[chinese]'"
+        ) from None
+    jieba.setLogLevel("WARNING")
+    return jieba
 
 
 def _between_spaces(sentence: str) -> list[str]:

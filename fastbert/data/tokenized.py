@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from fastbert.check import InputError
 from fastbert.data.streams import Purpose, stream
 
-_ARRAYS = ("tokens", "word_starts", "sentence_offsets", "document_offsets")
+ARRAYS = ("tokens", "word_starts", "sentence_offsets", "document_offsets")
+FORMAT = 2  # of the arrays and of the manifest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,14 +89,16 @@ class TokenizedCorpus:
         return counts
 
 
-def open_cache(directory: Path, identity: str | None = None) -> TokenizedCorpus | None:
-    """The cache if it is complete and whole, and of `identity` unless that is None."""
+def open_cache(directory: Path) -> TokenizedCorpus | None:
+    """The cache if it is complete and, by the sizes of its files, whole."""
+    manifest = read_json(directory / "manifest.json")
+    files = {name: directory / f"{name}.npy" for name in ARRAYS}
     try:
-        manifest = json.loads((directory / "manifest.json").read_text("utf-8"))
-        if identity not in (None, manifest["fingerprint"]):
+        if manifest["format"] != FORMAT:
+            return None
+        if manifest["bytes"] != {name: file.stat().st_size for name, file in files.items()}:
             return None
         # plain arrays over the map: a slice of np.memmap costs several times as much
-        files = {name: directory / f"{name}.npy" for name in _ARRAYS}
         arrays = {n: np.asarray(np.load(file, mmap_mode="r")) for n, file in files.items()}
         corpus = TokenizedCorpus(
             directory, int(manifest["vocab_size"]), **arrays, identity=manifest["fingerprint"]
@@ -105,3 +108,12 @@ def open_cache(directory: Path, identity: str | None = None) -> TokenizedCorpus 
         return corpus if whole else None
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one if it is damaged or there is none."""
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -10,11 +10,18 @@ import torch
 from tokenizers import Tokenizer
 
 from fastbert import data
+from fastbert.check import InputError
+from fastbert.checkpoint import LATEST
 from fastbert.config import PretrainConfig
+from fastbert.data.cache import locked, require_same
+from fastbert.data.parts import write_json
+from fastbert.data.tokenized import read_json
 from fastbert.packing import IGNORE_INDEX, PackedBatch
-from fastbert.train.report import console
+from fastbert.train.report import TokenizingReporter, console
 
-TEXT = "text"  # the directory of a run where they are kept
+TEXT = "text"  # the directory of a run where they are kept, unless --cache names another
+CHANGED = "{}: the corpus or the tokenizer has changed since the run began"
+LARGE = 100 << 20  # bytes of a corpus that several processes tokenise, who take seconds to start
 
 
 class PreparedText(NamedTuple):
@@ -30,23 +37,18 @@ class PreparedText(NamedTuple):
 
 
 def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> PreparedText:
-    """Tokenises the corpus into out/text, or finds it there, and splits its documents."""
-    directory = out / TEXT
-    tokenizer = _tokenizer(config, directory)
-    if config.corpus:
-        fingerprint = data.fingerprint_files(config.corpus)
-    else:
-        fingerprint = data.fingerprint_python()
-    corpus = data.tokenize_corpus(
-        _documents(config),
-        tokenizer,
-        directory,
-        fingerprint=fingerprint,
-        segmenter=data.make_segmenter(config.segmenter),
-        progress=lambda documents, tokens: console.print(
-            f"tokenised {documents:,} documents, {tokens:,} tokens"
-        ),
-    )
+    """Tokenises the corpus into the cache, or finds it there, and splits its documents.
+
+    Raises data.OtherCache or data.Interrupted, after which the cache is worth keeping; else
+    InputError.
+    """
+    source = _Source(config)
+    try:
+        tokenizer, corpus = _tokenised(config, source, config.cache or out / TEXT)
+    except data.OtherCache:
+        if config.cache is None and (out / LATEST).is_symlink():
+            raise InputError(CHANGED.format(out)) from None
+        raise
     train, heldout = corpus.split(config.heldout_fraction, config.seed)
     specials = data.special_tokens(tokenizer)
 
@@ -80,22 +82,67 @@ def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> Prepa
     labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
     targets = labels[labels != IGNORE_INDEX].numpy()
     baseline = data.unigram_baseline(corpus.token_counts(train), targets)
-    both = hashlib.sha256(f"{fingerprint} {tokenizer.to_str()}".encode()).hexdigest()
+    both = hashlib.sha256(f"{source.fingerprint} {tokenizer.to_str()}".encode()).hexdigest()
     return PreparedText(both, tokenizer, training, batches, baseline)
 
 
-def _tokenizer(config: PretrainConfig, directory: Path) -> Tokenizer:
-    """The user's tokenizer, or the one that this run trained, or a new one, kept in `directory`."""
+class _Source:
+    """The text that a run is to read, the user's or Python's own."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.paths = config.corpus
+        self.meter = data.Meter()
+        self.fingerprint = (
+            data.fingerprint_files(self.paths) if self.paths else data.fingerprint_python()
+        )
+
+    def documents(self) -> Iterator[list[str]]:
+        """From the beginning; a corpus is read once for the vocabulary and once for its tokens."""
+        self.meter.bytes_read = 0
+        if not self.paths:
+            return data.python_documents()
+        return data.read_documents(self.paths, self.meter)
+
+
+def _tokenised(
+    config: PretrainConfig, source: _Source, directory: Path
+) -> tuple[Tokenizer, data.TokenizedCorpus]:
+    tokenizer = _tokenizer(config, source, directory)
+    documents = source.documents()
+    workers = config.tokenize_workers
+    if workers is None:
+        workers = data.available_cores() if source.meter.bytes_total >= LARGE else 0
+    with TokenizingReporter(source.meter.bytes_total) as reporter:
+        corpus = data.tokenize_corpus(
+            documents,
+            tokenizer,
+            directory,
+            fingerprint=source.fingerprint,
+            segmenter=data.make_segmenter(config.segmenter),
+            processes=workers,
+            meter=source.meter,
+            progress=reporter,
+        )
+    return tokenizer, corpus
+
+
+def _tokenizer(config: PretrainConfig, source: _Source, directory: Path) -> Tokenizer:
+    """The user's tokenizer, or the one that was trained on the corpus, kept in `directory`."""
     if config.tokenizer is not None:
         return data.load_tokenizer(config.tokenizer)
-    if (directory / "tokenizer.json").is_file():
-        return data.load_tokenizer(directory)
-    sentences = itertools.chain.from_iterable(_documents(config))
-    tokenizer = data.train_tokenizer(sentences, config.vocab_size, config.lowercase)
-    console.print(f"trained a vocabulary of {tokenizer.get_vocab_size():,} entries")
-    data.save_tokenizer(tokenizer, directory)
-    return tokenizer
-
-
-def _documents(config: PretrainConfig) -> Iterator[list[str]]:
-    return data.read_documents(config.corpus) if config.corpus else data.python_documents()
+    made_from = {
+        "corpus": source.fingerprint,
+        "vocab_size": config.vocab_size,
+        "lowercase": config.lowercase,
+    }
+    record = directory / "trained_on.json"
+    with locked(directory):
+        if (directory / "tokenizer.json").is_file():
+            require_same(made_from, read_json(record), directory)
+            return data.load_tokenizer(directory)
+        sentences = itertools.chain.from_iterable(source.documents())
+        tokenizer = data.train_tokenizer(sentences, config.vocab_size, config.lowercase)
+        console.print(f"trained a vocabulary of {tokenizer.get_vocab_size():,} entries")
+        write_json(record, made_from)
+        data.save_tokenizer(tokenizer, directory)
+        return tokenizer

@@ -14,7 +14,7 @@ from torch import nn
 from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.config import PRESETS, BertConfig, PretrainConfig
-from fastbert.data import loader
+from fastbert.data import Interrupted, OtherCache, loader
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
 from fastbert.train import distributed
 from fastbert.train import state as run_state
@@ -23,7 +23,7 @@ from fastbert.train.evaluate import evaluate, training_row
 from fastbert.train.objective import Metrics, PretrainingObjective
 from fastbert.train.optimizer import make_optimizer
 from fastbert.train.precision import make_scaler, resolve_precision
-from fastbert.train.prepare import TEXT, PreparedText, prepare_text
+from fastbert.train.prepare import CHANGED, TEXT, PreparedText, prepare_text
 from fastbert.train.profiling import Unprofiled, profiling
 from fastbert.train.report import Reporter, Silent, console, environment, plot_losses
 from fastbert.train.step import make_step
@@ -81,9 +81,9 @@ def _prepare(config: PretrainConfig, out: Path, ranks: Ranks, *, resume: bool) -
         run_state.discard_partial(out)
     try:
         return prepare_text(config, out, ranks.size)
-    except InputError:
+    except InputError as error:
         if is_new:
-            _abandon(out)
+            _abandon(out, keep_text=isinstance(error, OtherCache | Interrupted))
         raise
 
 
@@ -114,7 +114,7 @@ def _set_up(
     if is_begun:
         state = run_state.load(out, model, optimizer, scaler)
         if state.text != text.fingerprint:
-            raise InputError(f"{out}: the corpus or the tokenizer has changed since the run began")
+            raise InputError(CHANGED.format(out))
         console.print(f"resuming {out} at step {state.step} of {config.steps}")
     return _Run(model, objective, optimizer, scaler, state)
 
@@ -137,10 +137,11 @@ def _open_run(config: PretrainConfig, out: Path, *, resume: bool) -> bool:
     return False
 
 
-def _abandon(out: Path) -> None:
+def _abandon(out: Path, *, keep_text: bool) -> None:
     """Takes back a claim on a directory in which nothing was trained."""
     (out / RUN).unlink()
-    shutil.rmtree(out / TEXT, ignore_errors=True)
+    if not keep_text:
+        shutil.rmtree(out / TEXT, ignore_errors=True)
     with contextlib.suppress(OSError):  # the directory was there before, with other things in it
         out.rmdir()
 

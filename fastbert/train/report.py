@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,6 +81,56 @@ class Reporter:
         for name, value in row.items():
             if name != "step":
                 self.writer.add_scalar(f"{group}/{name}", value, row["step"])
+
+
+class TokenizingReporter:
+    """Shows how far `tokenize_corpus` is: a live bar, or now and then a plain line.
+
+    bytes_total: of the corpus, 0 where that is not known. Silent where there is nothing to do.
+    """
+
+    SECONDS = 10  # between two plain lines
+
+    def __init__(self, bytes_total: int) -> None:
+        self.bytes_total = bytes_total
+        self.live = console.is_terminal
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not self.live,
+        )
+        self.line = self.printed = ""
+
+    def __enter__(self) -> "TokenizingReporter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        if self.line != self.printed:
+            console.print(self.line)
+
+    def __call__(self, documents: int, tokens: int, bytes_read: int) -> None:
+        now = time.perf_counter()
+        if not self.progress.tasks:  # what an earlier run has left, if anything
+            self.started = self.shown = now
+            self.tokens_before = tokens
+            self.progress.start()
+            total = self.bytes_total or None
+            self.task = self.progress.add_task("tokenising", total=total, line="")
+        line = f"{documents:,} documents, {tokens:,} tokens"
+        if self.bytes_total:
+            line += f", {bytes_read / self.bytes_total:.0%} of {self.bytes_total / 1e6:,.1f} MB"
+        if tokens > self.tokens_before and now > self.started:
+            line += f", {(tokens - self.tokens_before) / (now - self.started):,.0f} tokens/s"
+        self.progress.update(self.task, completed=bytes_read, line=line)
+        if documents:
+            self.line = f"tokenised {line}"
+        if not self.live and now - self.shown > self.SECONDS:
+            self.shown, self.printed = now, self.line
+            console.print(self.line)
 
 
 class Silent(contextlib.nullcontext):

@@ -11,14 +11,15 @@ import pytest
 from tokenizers import Tokenizer
 
 from fastbert.check import InputError
-from fastbert.data import TokenizedCorpus, cache, tokenize_corpus, train_tokenizer
+from fastbert.data import OtherCache, TokenizedCorpus, parts, tokenize_corpus, train_tokenizer
+from fastbert.data.encoding import Encoder
 
 ARRAYS = ("tokens", "word_starts", "sentence_offsets", "document_offsets")
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(cache, "_PART_CHARACTERS", 5_000)
+    monkeypatch.setattr(parts, "PART_CHARACTERS", 5_000)
 
 
 def assert_same(a: TokenizedCorpus, b: TokenizedCorpus):
@@ -57,7 +58,8 @@ def test_equals_one_sentence_at_a_time(documents, tokenizer, tmp_path):
     assert corpus.sentence_offsets.dtype == corpus.document_offsets.dtype == np.int64
     assert corpus.num_documents == 21
     assert len(calls) > 3  # in several parts
-    assert calls[-1] == (len(holes), corpus.num_tokens)
+    assert calls[0] == (0, 0, 0)
+    assert calls[-1] == (len(holes), corpus.num_tokens, 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["lock", "manifest.json", *(f"{name}.npy" for name in ARRAYS)]
     )
@@ -112,20 +114,56 @@ def test_a_complete_cache_is_used_as_it_is(documents, tokenizer, tmp_path):
     assert (tmp_path / "tokens.npy").stat().st_mtime_ns == stamp
 
 
-def test_another_corpus_or_vocabulary_is_built_anew(documents, tokenizer, tmp_path):
-    tokenize_corpus(documents, tokenizer, tmp_path, fingerprint="one")
-    two = tokenize_corpus(documents[:5], tokenizer, tmp_path, fingerprint="two")
-    assert two.num_documents == 5
-    other = train_tokenizer((s for document in documents for s in document), 60)
-    three = tokenize_corpus(documents[:5], other, tmp_path, fingerprint="two")
-    assert three.vocab_size == 60
-    assert three.num_tokens > two.num_tokens
-    cased = train_tokenizer((s for document in documents for s in document), 60, lowercase=False)
-    assert cased.get_vocab() == other.get_vocab()
-    text = [["Ba ba"]]  # the vocabulary is the same, the tokens are not
-    lower = tokenize_corpus(text, other, tmp_path, fingerprint="three").tokens.tolist()
-    upper = tokenize_corpus(text, cased, tmp_path, fingerprint="three").tokens.tolist()
-    assert lower != upper
+def test_lower_casing_makes_another_cache(documents, tmp_path):
+    sentences = [s for document in documents for s in document]
+    uncased, cased = (train_tokenizer(sentences, 60, lowercase=low) for low in (True, False))
+    assert cased.get_vocab() == uncased.get_vocab()
+    tokenize_corpus([["Ba ba"]], uncased, tmp_path, fingerprint="f")
+    with pytest.raises(OtherCache, match="was made with another tokenizer; remove"):
+        tokenize_corpus([["Ba ba"]], cased, tmp_path, fingerprint="f")
+
+
+def words(sentence):
+    return sentence.split()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("others", "change"),
+    [
+        ("corpus", {"fingerprint": "two"}),
+        ("tokenizer", {"tokenizer": train_tokenizer(["ba ke"] * 2, 30)}),
+        ("segmenter", {"segmenter": words}),
+        ("corpus and another segmenter", {"fingerprint": "two", "segmenter": words}),
+    ],
+    ids=["corpus", "tokenizer", "segmenter", "two"],
+)
+def test_a_cache_of_something_else_is_an_error(
+    documents, tokenizer, tmp_path, others, change, finished
+):
+    one = {"tokenizer": tokenizer, "directory": tmp_path, "fingerprint": "one"}
+    if finished:
+        tokenize_corpus(documents, **one)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            tokenize_corpus(interrupted(documents, 50), **one)
+    before = files_in(tmp_path)
+    with pytest.raises(OtherCache) as error:
+        tokenize_corpus(documents, **{**one, **change})
+    said = f"cache {tmp_path}: was made with another {others}; remove the directory or name another"
+    assert str(error.value).startswith(said)
+    assert files_in(tmp_path) == before
+    assert tokenize_corpus(documents, **one).num_documents == 80
+
+
+def files_in(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_directory_in_which_nothing_was_made_is_free(documents, tokenizer, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_corpus(interrupted(documents, 1), tokenizer, tmp_path, fingerprint="one")
+    assert tokenize_corpus(documents, tokenizer, tmp_path, fingerprint="two").num_documents == 80
 
 
 @pytest.mark.parametrize(
@@ -136,11 +174,12 @@ def test_another_corpus_or_vocabulary_is_built_anew(documents, tokenizer, tmp_pa
         lambda d: (d / "manifest.json").unlink(),
         lambda d: (d / "tokens.npy").unlink(),
         lambda d: os.truncate(d / "tokens.npy", 1000),
+        lambda d: (d / "tokens.npy").open("ab").write(b"more"),
         lambda d: (d / "word_starts.npy").write_bytes(b""),
         lambda d: np.save(d / "sentence_offsets.npy", np.arange(3)),
         lambda d: (d / "document_offsets.npy").write_bytes(b"nonsense"),
     ],
-    ids="broken list missing no-tokens short empty other nonsense".split(),  # noqa: SIM905
+    ids="broken list missing no-tokens short long empty other nonsense".split(),  # noqa: SIM905
 )
 def test_a_damaged_cache_is_rebuilt(documents, tokenizer, tmp_path, damage):
     whole = tokenize_corpus(documents, tokenizer, tmp_path / "a", fingerprint="f")
@@ -158,31 +197,33 @@ def interrupted(documents, after):
 
 def test_continues_after_the_complete_parts(documents, tokenizer, tmp_path, monkeypatch):
     whole = tokenize_corpus(documents, tokenizer, tmp_path / "a", fingerprint="f")
-    tokenize_corpus(documents[:2], tokenizer, tmp_path / "b", fingerprint="old")
     with pytest.raises(KeyboardInterrupt):
         tokenize_corpus(interrupted(documents, 50), tokenizer, tmp_path / "b", fingerprint="f")
     parts = sorted((tmp_path / "b" / "partial").glob("0*.npz"))
     assert len(parts) > 3
-    assert not (tmp_path / "b" / "manifest.json").exists()  # nor the old one
+    assert not (tmp_path / "b" / "manifest.json").exists()
 
     encoded = []
-    encode = cache._encode
-    monkeypatch.setattr(cache, "_encode", lambda docs, *a: encoded.extend(docs) or encode(docs, *a))
+    encode = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda e, docs: encoded.extend(docs) or encode(e, docs))
     again = tokenize_corpus(documents, tokenizer, tmp_path / "b", fingerprint="f")
     assert_same(again, whole)
     assert 30 <= len(encoded) < 50  # the last of 80, and those whose part was not yet full
     assert encoded == documents[-len(encoded) :]
 
 
-def test_parts_of_another_corpus_or_damaged_ones_are_not_used(documents, tokenizer, tmp_path):
+def test_damaged_parts_and_parts_cut_elsewhere_are_made_again(
+    documents, tokenizer, tmp_path, monkeypatch
+):
+    whole = tokenize_corpus(documents, tokenizer, tmp_path / "a", fingerprint="f")
     with pytest.raises(KeyboardInterrupt):
-        tokenize_corpus(interrupted(documents, 50), tokenizer, tmp_path / "b", fingerprint="other")
-    reverse = documents[::-1]
-    whole = tokenize_corpus(reverse, tokenizer, tmp_path / "a", fingerprint="f")
-    with pytest.raises(KeyboardInterrupt):
-        tokenize_corpus(interrupted(reverse, 50), tokenizer, tmp_path / "b", fingerprint="f")
+        tokenize_corpus(interrupted(documents, 50), tokenizer, tmp_path / "b", fingerprint="f")
     os.truncate(tmp_path / "b" / "partial" / "000002.npz", 100)
-    assert_same(tokenize_corpus(reverse, tokenizer, tmp_path / "b", fingerprint="f"), whole)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_corpus(interrupted(documents, 30), tokenizer, tmp_path / "b", fingerprint="f")
+    (tmp_path / "b" / "partial" / "000001.npz").unlink()
+    monkeypatch.setattr(parts, "PART_CHARACTERS", 3_000)
+    assert_same(tokenize_corpus(documents, tokenizer, tmp_path / "b", fingerprint="f"), whole)
 
 
 def test_survives_a_kill(documents, tokenizer, tmp_path):
@@ -190,10 +231,10 @@ def test_survives_a_kill(documents, tokenizer, tmp_path):
     program = """
 import json, os, pickle, signal, sys
 from tokenizers import Tokenizer
-from fastbert.data import cache
+from fastbert.data import cache, parts
 documents, tokenizer, directory = pickle.load(open(sys.argv[1], "rb"))
-cache._PART_CHARACTERS = 5_000
-savez, calls = cache.np.savez, []
+parts.PART_CHARACTERS = 5_000
+savez, calls = parts.np.savez, []
 def dying(file, **arrays):
     calls.append(file)
     if len(calls) == 4:
@@ -201,7 +242,7 @@ def dying(file, **arrays):
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     savez(file, **arrays)
-cache.np.savez = dying
+parts.np.savez = dying
 cache.tokenize_corpus(documents, Tokenizer.from_str(tokenizer), directory, fingerprint="f")
 """
     job = tmp_path / "job"
@@ -212,7 +253,7 @@ cache.tokenize_corpus(documents, Tokenizer.from_str(tokenizer), directory, finge
     assert len(parts) == 3
     stamps = [part.stat().st_mtime_ns for part in parts]
 
-    def check(*_):  # after the first part that this run makes
+    def check(*_):  # before the first part that this run makes, and after each
         assert [part.stat().st_mtime_ns for part in parts] == stamps
 
     resumed = tokenize_corpus(documents, tokenizer, tmp_path / "b", fingerprint="f", progress=check)
@@ -279,6 +320,11 @@ def test_the_manifest_tells_the_counts(documents, tokenizer, tmp_path):
     assert manifest["sentences"] == corpus.num_sentences == sum(map(len, documents))
     assert manifest["tokens"] == corpus.num_tokens
     assert manifest["vocab_size"] == corpus.vocab_size == tokenizer.get_vocab_size()
+    assert manifest["corpus"] == "f"
+    assert manifest["segmenter"] == ""
+    assert len(manifest["tokenizer"]) == 64
+    assert manifest["bytes"]["tokens"] == (tmp_path / "tokens.npy").stat().st_size
+    assert TokenizedCorpus.open(tmp_path).identity == manifest["fingerprint"]
 
 
 def test_waits_while_another_process_builds(documents, tokenizer, tmp_path):

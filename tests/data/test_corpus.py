@@ -6,6 +6,7 @@ import pytest
 
 from fastbert.check import InputError
 from fastbert.data import (
+    Meter,
     fingerprint_files,
     fingerprint_python,
     python_docs,
@@ -30,6 +31,19 @@ def test_text_has_a_sentence_a_line_and_blank_lines_between_documents(tmp_path):
 def test_the_end_of_a_file_ends_its_document(tmp_path):
     files = [write(tmp_path / "b.txt", "one"), write(tmp_path / "a.txt", "two")]
     assert list(read_documents(files)) == [["one"], ["two"]]
+
+
+def test_a_meter_tells_how_far_files_are_read(tmp_path):
+    text = "\n\n".join(f"sentence number {i}" for i in range(20_000))
+    files = [write(tmp_path / name, text) for name in ("a.txt", "b.txt.gz")]
+    first, second = (file.stat().st_size for file in files)
+    meter = Meter()
+    seen = [meter.bytes_read for _ in read_documents(files, meter)]
+    assert meter == Meter(first + second, first + second)
+    assert seen == sorted(seen)
+    assert abs(seen[10_000] - first / 2) < 0.05 * first + 2**17  # files are read in blocks
+    assert seen[19_999] <= first <= seen[20_001]
+    assert first < seen[30_000] < first + second
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.JSONL", "a.jsonl.gz"])

@@ -54,9 +54,9 @@ def test_an_undivided_sentence_is_not_one_word(tokenizer, tmp_path):
     assert word_starts(tokenizer, tmp_path, SENTENCE, spaces) == alone
 
 
-def test_another_segmenter_makes_another_cache(tokenizer, tmp_path):
-    assert word_starts(tokenizer, tmp_path, SENTENCE, divide) == WORDS
-    assert word_starts(tokenizer, tmp_path, SENTENCE, None) != WORDS
+def test_without_a_segmenter_every_character_is_a_word(tokenizer, tmp_path):
+    assert word_starts(tokenizer, tmp_path / "words", SENTENCE, divide) == WORDS
+    assert word_starts(tokenizer, tmp_path / "characters", SENTENCE, None) != WORDS
 
 
 def test_words_of_other_scripts_are_the_tokenizers():

@@ -5,7 +5,7 @@ import difflib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from fastbert.check import InputError, require
 
@@ -326,24 +326,20 @@ class PretrainConfig:
     seed: int = option(0, "Seed of weights, order, masks and dropout.")
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise InputError(f"--preset: one of {', '.join(PRESETS)}, got {self.preset!r}")
-        for name in PRESETS[self.preset]._fields:
-            if getattr(self, name, ...) is None:
-                object.__setattr__(self, name, getattr(PRESETS[self.preset], name))
+        self._complete()
         least = {"steps": 1, "accumulation": 1, "vocab_size": 100, "max_seq_len": 8, "workers": 0}
         least |= dict.fromkeys(("eval_every", "eval_batches", "save_every", "log_every"), 1)
         for name, low in least.items():
-            if getattr(self, name) < low:
+            if self._is_below(name, low):
                 raise InputError(f"--{_dashed(name)}: at least {low}, got {getattr(self, name)}")
         for name in ("short_seq_prob", "mlm_probability", "heldout_fraction", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{_dashed(name)}: between 0 and 1, got {getattr(self, name)}")
         if self.objective not in ("mlm+nsp", "mlm"):
             raise InputError(f"--objective: mlm+nsp or mlm, got {self.objective!r}")
-        if self.nsp_weight < 0:
+        if self._is_below("nsp_weight", 0):
             raise InputError(f"--nsp-weight: at least 0, got {self.nsp_weight}")
-        if not 0 <= self.dropout < 1:
+        if self.dropout is not None and not 0 <= self.dropout < 1:
             raise InputError(f"--dropout: at least 0 and below 1, got {self.dropout}")
         for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
@@ -352,7 +348,20 @@ class PretrainConfig:
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed: between 0 and 2^63 - 1, got {self.seed}")
 
-    def same_run(self, **changes: Any) -> "PretrainConfig":
+    def _complete(self) -> None:
+        """Takes what is None from the preset."""
+        if self.preset not in PRESETS:
+            raise InputError(f"--preset: one of {', '.join(PRESETS)}, got {self.preset!r}")
+        for name in PRESETS[self.preset]._fields:
+            if getattr(self, name, ...) is None:
+                object.__setattr__(self, name, getattr(PRESETS[self.preset], name))
+
+    def _is_below(self, name: str, low: float) -> bool:
+        """A value that is still None is not."""
+        value = getattr(self, name)
+        return value is not None and value < low
+
+    def same_run(self, **changes: Any) -> Self:
         """This run with other options, of which only those that leave its results alone may change.
 
         Raises InputError for an option that would make it another run.
@@ -372,7 +381,7 @@ class PretrainConfig:
         return values
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "PretrainConfig":
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
         paths = {"corpus": tuple(map(Path, values["corpus"]))}
         if values["tokenizer"] is not None:
             paths["tokenizer"] = Path(values["tokenizer"])  # type: ignore[assignment]

@@ -193,7 +193,7 @@ def test_ranks_and_micro_batches_only_cut_the_batch_up(data, world_size, micro_b
         tokens = [part.num_tokens for part in parts]
         assert max(tokens) - min(tokens) <= MAX_SEQ_LEN
         counts = data.targets(step)
-        assert counts == GlobalCounts(whole.num_labels, whole.num_sequences)
+        assert counts == GlobalCounts(whole.num_labels, whole.num_sequences, whole.num_tokens)
         assert counts.masked_tokens == sum(part.num_labels for part in parts)
 
 

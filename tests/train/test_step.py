@@ -43,9 +43,8 @@ def prepared(batch: PackedBatch) -> PackedBatch:
 
 
 def counts_of(parts):
-    return GlobalCounts(
-        sum(part.num_labels for part in parts), sum(part.num_sequences for part in parts)
-    )
+    names = ("num_labels", "num_sequences", "num_tokens")
+    return GlobalCounts(*(sum(getattr(part, name) for part in parts) for name in names))
 
 
 class Repeats:

@@ -22,7 +22,7 @@ PARTS = (
     *("kernels", "steps", "ablation", "convergence"),
     *("sentence_encode", "masking", "step_profile"),
 )
-LONG = ("noising",)
+LONG = ("noising", "distillation")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command("compare")(compare.main)

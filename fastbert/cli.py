@@ -37,8 +37,7 @@ def options_of(config: type) -> Callable[[Callable], Callable]:
             hint, default = hints[field.name], field.default
             if isinstance(default, tuple):  # the command line knows repeated options as lists
                 hint, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc]
-            hidden = field.metadata.get("hidden", False)
-            option = typer.Option(help=field.metadata["help"], hidden=hidden)
+            option = typer.Option(**field.metadata)
             parameters.append(
                 inspect.Parameter(
                     field.name,

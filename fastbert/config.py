@@ -255,9 +255,9 @@ OPTIMIZERS = ("adamw", "lamb")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
-def option(default: Any, text: str) -> Any:
-    """A field of a run's configuration with the help that the command line shows."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def option(default: Any, text: str, *, hidden: bool = False) -> Any:
+    """A field of a run's configuration with the help that the command line shows, unless hidden."""
+    return dataclasses.field(default=default, metadata={"help": text, "hidden": hidden})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

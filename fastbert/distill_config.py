@@ -1,6 +1,7 @@
 """`DistillConfig`, the options of a run that trains a small model to do what a larger one does."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Self
 
 from fastbert.check import InputError
@@ -8,11 +9,6 @@ from fastbert.config import PRESETS, BertConfig, PretrainConfig, option
 
 INITS = ("teacher", "random")
 WEIGHTS = ("soft_weight", "mlm_weight", "cosine_weight")
-
-
-def _settled(default: Any, by: str) -> Any:
-    """An option of pre-training that distillation leaves no choice in; the help has it not."""
-    return dataclasses.field(default=default, metadata={"help": by, "hidden": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,15 +45,16 @@ class DistillConfig(PretrainConfig):
         "Of the cosine distance between the last hidden states; by default 1, and 0 where the "
         "student is not as wide as the teacher.",
     )
-    tokenizer: None = _settled(None, "the student reads with the teacher's")
-    vocab_size: int = _settled(None, "the student has the teacher's vocabulary")
-    lowercase: bool = _settled(None, "the student reads with the teacher's tokenizer")
-    objective: str = _settled("mlm", "there is no next-sentence loss in distillation")
-    nsp_weight: float = _settled(None, "there is no next-sentence loss in distillation")
+    # options of pre-training that leave no choice here
+    tokenizer: Path | None = option(None, "the student reads with the teacher's", hidden=True)
+    vocab_size: int = option(None, "the student has the teacher's vocabulary", hidden=True)
+    lowercase: bool = option(None, "the student reads with the teacher's tokenizer", hidden=True)
+    objective: str = option("mlm", "there is no next-sentence loss in distillation", hidden=True)
+    nsp_weight: float = option(None, "there is no next-sentence loss in distillation", hidden=True)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.metadata.get("hidden") and getattr(self, field.name) != field.default:
+            if field.metadata["hidden"] and getattr(self, field.name) != field.default:
                 name = field.name.replace("_", "-")
                 raise InputError(f"--{name}: {field.metadata['help']}; leave the option out")
         if self.teacher is None:

@@ -76,7 +76,7 @@ def answer(model: BertForMaskedLM, batch: PackedBatch, rows: Rows | None) -> Ans
     """Hidden states of all tokens or of `rows`, and the head's scores at the masked positions."""
     hidden_states = model.bert(batch, rows=rows).last_hidden_state
     masked = masked_rows(hidden_states, batch, rows)
-    return Answer(hidden_states, model.cls(masked.rows), masked.targets)
+    return Answer(hidden_states, model.cls.predictions(masked.rows), masked.targets)
 
 
 class DistillationObjective(PretrainingObjective):

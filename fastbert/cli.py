@@ -33,7 +33,8 @@ def options_of(config: type) -> Callable[[Callable], Callable]:
     def decorate(command: Callable) -> Callable:
         hints = get_type_hints(config)
         parameters = []
-        for field in dataclasses.fields(config):
+        own = inspect.get_annotations(config)  # go before those of a base class
+        for field in sorted(dataclasses.fields(config), key=lambda field: field.name not in own):
             hint, default = hints[field.name], field.default
             if isinstance(default, tuple):  # the command line knows repeated options as lists
                 hint, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc]
@@ -46,12 +47,12 @@ def options_of(config: type) -> Callable[[Callable], Callable]:
                     annotation=Annotated[hint, option],
                 )
             )
-        own = [
+        before = [
             parameter
             for parameter in inspect.signature(command).parameters.values()
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
-        command.__signature__ = inspect.Signature(own + parameters)  # type: ignore[attr-defined]
+        command.__signature__ = inspect.Signature(before + parameters)  # type: ignore[attr-defined]
         return command
 
     return decorate

@@ -137,6 +137,12 @@ class DistillConfig(PretrainConfig):
             attention_probs_dropout_prob=self.dropout,
         )
 
+    def reading(self, tokenizer: Path) -> PretrainConfig:
+        """By which options of pre-training the corpus is read, with the teacher's tokenizer."""
+        names = (field.name for field in dataclasses.fields(PretrainConfig))
+        given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        return PretrainConfig(**given | {"tokenizer": tokenizer})
+
     def _shape(self, teacher: BertConfig, layers: int | None) -> dict[str, Any]:
         if self.preset is not None:
             return PRESETS[self.preset].shape

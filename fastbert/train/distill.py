@@ -9,7 +9,7 @@ import torch
 
 from fastbert import checkpoint
 from fastbert.check import InputError
-from fastbert.config import BertConfig
+from fastbert.config import BertConfig, PretrainConfig
 from fastbert.data import load_tokenizer
 from fastbert.distill_config import DistillConfig
 from fastbert.models.pretraining import BertForMaskedLM
@@ -60,13 +60,17 @@ class Distillation(Recipe):
         directory = checkpoint.resolve(config.teacher)
         shape = BertConfig.from_pretrained(directory)
         self.config: DistillConfig = config.fitted_to(shape)
-        self.tokenizer = load_tokenizer(directory, model_vocab_size=shape.vocab_size)
+        load_tokenizer(directory, model_vocab_size=shape.vocab_size)  # refuses another model's
+        self.directory = directory
         self.model = _read(directory, shape)
         self.teacher = _fingerprint(self.model)
 
     def name(self) -> str:
         student = self.config.student(self.model.config)
         return f"student of {student.num_hidden_layers} layers, width {student.hidden_size}"
+
+    def reading(self) -> PretrainConfig:
+        return self.config.reading(self.directory)
 
     def make_model(self, vocab_size: int) -> BertForMaskedLM:
         """vocab_size: of the tokenizer; the teacher may have spare rows, and so has the student."""

@@ -29,16 +29,10 @@ class PreparedText(NamedTuple):
     baseline: float
 
 
-def prepare_text(
-    config: PretrainConfig, out: Path, num_ranks: int = 1, tokenizer: Tokenizer | None = None
-) -> PreparedText:
-    """Tokenises the corpus into out/text, or finds it there, and splits its documents.
-
-    tokenizer: to be used in place of the one that `config` asks for
-    """
+def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> PreparedText:
+    """Tokenises the corpus into out/text, or finds it there, and splits its documents."""
     directory = out / TEXT
-    if tokenizer is None:
-        tokenizer = _tokenizer(config, directory)
+    tokenizer = _tokenizer(config, directory)
     if config.corpus:
         fingerprint = data.fingerprint_files(config.corpus)
     else:

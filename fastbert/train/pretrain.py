@@ -95,7 +95,7 @@ def _prepare(
         is_new = _open_run(config, out, resume=resume)
         run_state.discard_partial(out)
     try:
-        return prepare_text(config, out, ranks.size, recipe.tokenizer)
+        return prepare_text(recipe.reading(), out, ranks.size)
     except InputError:
         if is_new:
             _abandon(out)

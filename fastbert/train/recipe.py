@@ -4,8 +4,6 @@ import abc
 import math
 from typing import Any, ClassVar, NamedTuple
 
-from tokenizers import Tokenizer
-
 from fastbert.config import PRESETS, BertConfig, PretrainConfig
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
 from fastbert.packing import PackedBatch
@@ -28,19 +26,22 @@ class Verdict(NamedTuple):
 class Recipe(abc.ABC):
     """A kind of run, which `pretrain.carry_out` does.
 
-    metrics: what the objective's sums are, the skipped steps last; tokenizer: in place of the one
-    that the configuration asks for; teacher: fingerprint of a model that the run learns from.
+    metrics: what the objective's sums are, the skipped steps last; teacher: fingerprint of a model
+    that the run learns from, None where there is none.
     """
 
     title: ClassVar[str]
     metrics: ClassVar[Any]
-    tokenizer: Tokenizer | None = None
     teacher: str | None = None
     config: PretrainConfig
 
     @abc.abstractmethod
     def name(self) -> str:
         """Of the model, in a word or two."""
+
+    def reading(self) -> PretrainConfig:
+        """By which options the corpus becomes batches."""
+        return self.config
 
     @abc.abstractmethod
     def make_model(self, vocab_size: int) -> BertForPreTraining | BertForMaskedLM:

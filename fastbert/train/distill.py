@@ -23,6 +23,7 @@ from fastbert.train.distillation import (
 from fastbert.train.distributed import Ranks
 from fastbert.train.evaluate import evaluate
 from fastbert.train.objective import PretrainingObjective
+from fastbert.train.precision import resolve_precision
 from fastbert.train.pretrain import carry_out
 from fastbert.train.recipe import Recipe, Verdict
 
@@ -67,7 +68,7 @@ class Distillation(Recipe):
 
     def name(self) -> str:
         student = self.config.student(self.model.config)
-        return f"student of {student.num_hidden_layers} layers, width {student.hidden_size}"
+        return f"student of depth {student.num_hidden_layers}, width {student.hidden_size}"
 
     def reading(self) -> PretrainConfig:
         return self.config.reading(self.directory)
@@ -99,8 +100,9 @@ class Distillation(Recipe):
     def verdict(
         self, model: Any, heldout: dict[str, float], batches: list[PackedBatch], ranks: Ranks
     ) -> Verdict:
-        objective, step = PretrainingObjective(self.model), int(heldout["step"])
-        found = evaluate(objective.eval(), batches, self.config.precision, step, ranks)
+        objective, step = PretrainingObjective(self.model).eval(), int(heldout["step"])
+        precision = resolve_precision(self.config.precision)
+        found = evaluate(objective, batches, precision, step, ranks)
         loss, accuracy = found["heldout_mlm_loss"], found["mlm_accuracy"]
         sizes = [sum(p.numel() for p in m.parameters()) for m in (model, self.model)]
         share = heldout["mlm_accuracy"] / accuracy if accuracy else None

@@ -1,6 +1,7 @@
 """What a run shows: one live line, TensorBoard scalars, and at the end a plot and a summary."""
 
 import contextlib
+import itertools
 import os
 import platform
 import subprocess
@@ -118,7 +119,7 @@ def plot_losses(
     pairs = [row for row in train if "nsp_loss" in row]
     if pairs:
         axes.plot([r["step"] for r in pairs], [r["nsp_loss"] for r in pairs], label="NSP, training")
-    for (name, level), style in zip(levels.items(), ("--", ":"), strict=False):
+    for (name, level), style in zip(levels.items(), itertools.cycle(("--", ":"))):
         axes.axhline(level, color="gray", linestyle=style, label=f"{name}, held out")
     axes.set(xlabel="step", ylabel="loss (nats)", title=title, ylim=(0, None))
     axes.grid(alpha=0.3)

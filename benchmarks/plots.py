@@ -83,6 +83,21 @@ def convergence(axes: plt.Axes, rows: list[Row]) -> None:
 
 
 def noising(axes: plt.Axes, rows: list[Row]) -> None:
+    _heldout(axes, rows)
+    axes.set_title("Maskings compared: mean and range of the seeds")
+
+
+def distillation(axes: plt.Axes, rows: list[Row]) -> None:
+    students = [row for row in rows if row["case"]["scheme"] != "teacher"]
+    _heldout(axes, students)
+    taught = [row["teacher_final"] for row in students if row["teacher_final"] is not None]
+    axes.axhline(statistics.fmean(taught), color="gray", linestyle=":", label="teachers")
+    axes.set_title("A student of half the layers: mean and range of the seeds")
+    axes.legend()
+
+
+def _heldout(axes: plt.Axes, rows: list[Row]) -> None:
+    """The held-out losses of runs, a curve a scheme."""
     for scheme, runs in by_scheme(rows).items():
         steps = [step for step, _ in runs[0]["heldout"]]
         curves = [[loss for _, loss in run["heldout"]] for run in runs]
@@ -94,7 +109,6 @@ def noising(axes: plt.Axes, rows: list[Row]) -> None:
     axes.set(
         xlabel="step",
         ylabel="held-out MLM loss under BERT's masking (nats)",
-        title="Maskings compared: mean and range of the seeds",
     )
     axes.grid(alpha=0.3)
     axes.legend()
@@ -138,4 +152,5 @@ PLOTS: dict[str, Callable[[plt.Axes, list[Row]], None]] = {
     "convergence": convergence,
     "noising": noising,
     "large_batch": large_batch,
+    "distillation": distillation,
 }

@@ -171,6 +171,32 @@ def large_batch(rows: list[Row]) -> Table:
     return Table((title, *("" for _ in lines[0][1:])), lines)
 
 
+def distillation(rows: list[Row]) -> Table:
+    """The teacher's loss is that on the students' batches, which have one segment."""
+    lines = []
+    for scheme, runs in by_scheme(rows).items():
+        finals, accuracies = ([run[name] for run in runs] for name in ("final", "accuracy"))
+        if scheme == "teacher":
+            students = [row for row in rows if row["teacher_final"] is not None]
+            finals = list(dict.fromkeys(row["teacher_final"] for row in students))
+            accuracies = list(dict.fromkeys(row["teacher_accuracy"] for row in students))
+        lines.append(
+            (
+                scheme,
+                f"{runs[0]['parameters'] / 1e6:.1f} M",
+                str(runs[0]["case"]["steps"]),
+                str(len(runs)),
+                f"{statistics.fmean(finals):.3f}",
+                f"{min(finals):.3f} to {max(finals):.3f}",
+                f"{statistics.fmean(accuracies):.1%}",
+                f"{statistics.fmean(run['seconds'] for run in runs):.0f} s",
+            )
+        )
+    header = ("model", "parameters", "steps", "seeds", "held-out loss (nats)",
+              "smallest to largest", "right", "a run")  # fmt: skip
+    return Table(header, lines)
+
+
 def by_scheme(rows: list[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -246,6 +272,7 @@ PARTS: dict[str, Callable[[list[Row]], Table]] = {
     "tokenizing_memory": tokenizing_memory,
     "noising": noising,
     "large_batch": large_batch,
+    "distillation": distillation,
     "profile": profile,
     "pretraining": pretraining,
 }

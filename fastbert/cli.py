@@ -1,4 +1,4 @@
-"""The command line: `fastbert pretrain`, `finetune`, `predict`, `embed`, `fill-mask`, `info`."""
+"""The command line: `fastbert pretrain`, `distill`, `finetune`, `predict`, `embed`, ..."""
 
 import dataclasses
 import inspect
@@ -6,13 +6,16 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import typer
 
 from fastbert.check import InputError
 from fastbert.config import PretrainConfig
+from fastbert.distill_config import DistillConfig
 from fastbert.finetune_config import FinetuneConfig
+
+Run = TypeVar("Run", bound=PretrainConfig)
 
 app = typer.Typer(
     name="fastbert",
@@ -30,11 +33,12 @@ def options_of(config: type) -> Callable[[Callable], Callable]:
     def decorate(command: Callable) -> Callable:
         hints = get_type_hints(config)
         parameters = []
-        for field in dataclasses.fields(config):
+        own = inspect.get_annotations(config)  # go before those of a base class
+        for field in sorted(dataclasses.fields(config), key=lambda field: field.name not in own):
             hint, default = hints[field.name], field.default
             if isinstance(default, tuple):  # the command line knows repeated options as lists
                 hint, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc]
-            option = typer.Option(help=field.metadata["help"])
+            option = typer.Option(**field.metadata)
             parameters.append(
                 inspect.Parameter(
                     field.name,
@@ -43,58 +47,97 @@ def options_of(config: type) -> Callable[[Callable], Callable]:
                     annotation=Annotated[hint, option],
                 )
             )
-        own = [
+        before = [
             parameter
             for parameter in inspect.signature(command).parameters.values()
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
-        command.__signature__ = inspect.Signature(own + parameters)  # type: ignore[attr-defined]
+        command.__signature__ = inspect.Signature(before + parameters)  # type: ignore[attr-defined]
         return command
 
     return decorate
+
+
+_Paths = Annotated[
+    list[Path] | None, typer.Argument(help="More of --corpus, as in --corpus a.txt b.txt.")
+]
+_Out = Annotated[Path, typer.Option(help="Directory of the run.")]
+_Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")
+]
+_Profile = Annotated[
+    bool, typer.Option("--profile", help="Write a profiler's trace of a few steps.")
+]
+_Eager = Annotated[bool, typer.Option("--eager", help="On a GPU, run steps without a CUDA graph.")]
+_Parallel = Annotated[
+    str, typer.Option(help="Under torchrun: ddp (whole weights on each GPU) or fsdp (shards).")
+]
 
 
 @app.command(epilog="Example: `fastbert pretrain --corpus wiki/ --out runs/wiki --preset base`")
 @options_of(PretrainConfig)
 def pretrain(
     context: typer.Context,
-    paths: Annotated[
-        list[Path] | None, typer.Argument(help="More of --corpus, as in --corpus a.txt b.txt.")
-    ] = None,
+    paths: _Paths = None,
     *,
-    out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/pretrain"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")
-    ] = False,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Write a profiler's trace of a few steps.")
-    ] = False,
-    eager: Annotated[
-        bool, typer.Option("--eager", help="On a GPU, run steps without a CUDA graph.")
-    ] = False,
-    parallel: Annotated[
-        str, typer.Option(help="Under torchrun: ddp (whole weights on each GPU) or fsdp (shards).")
-    ] = "ddp",
+    out: _Out = Path("runs/pretrain"),
+    resume: _Resume = False,
+    profile: _Profile = False,
+    eager: _Eager = False,
+    parallel: _Parallel = "ddp",
     **options: Any,
 ) -> None:
     """Pre-train a BERT (masked LM and next-sentence prediction) on text."""
     from fastbert.train import pretrain as pretraining  # slow to import: torch
 
-    options["corpus"] = (*options["corpus"], *(paths or ()))
-    if paths and len(options["corpus"]) == len(paths):
-        raise InputError(f"{paths[0]}: a stray argument; text to train on is named by --corpus")
-    earlier = pretraining.read_run(out) if resume else None
-    if earlier is None:
-        config = PretrainConfig(**options)
-    else:
-        sources = {name: context.get_parameter_source(name) for name in options}
-        given = [
-            name for name, source in sources.items() if source and source.name == "COMMANDLINE"
-        ]
-        config = earlier.same_run(**{name: options[name] for name in given})
+    config = _config_of_run(PretrainConfig, context, paths, out, resume, options)
     pretraining.pretrain(
         config, out, resume=resume, eager=eager, profile=profile, parallel=parallel
     )
+
+
+@app.command(
+    epilog="Example: `fastbert distill --teacher runs/wiki --corpus wiki/ --out runs/small`"
+)
+@options_of(DistillConfig)
+def distill(
+    context: typer.Context,
+    paths: _Paths = None,
+    *,
+    out: _Out = Path("runs/distill"),
+    resume: _Resume = False,
+    profile: _Profile = False,
+    eager: _Eager = False,
+    parallel: _Parallel = "ddp",
+    **options: Any,
+) -> None:
+    """Train a smaller BERT on text to predict what a teacher predicts (DistilBERT's losses)."""
+    from fastbert.train import distill as distilling  # slow to import: torch
+
+    config = _config_of_run(DistillConfig, context, paths, out, resume, options)
+    distilling.distill(config, out, resume=resume, eager=eager, profile=profile, parallel=parallel)
+
+
+def _config_of_run(
+    kind: type[Run],
+    context: typer.Context,
+    paths: list[Path] | None,
+    out: Path,
+    resume: bool,
+    options: dict[str, Any],
+) -> Run:
+    """Of a new run, or of the one that is resumed, which only some options may change."""
+    from fastbert.train.pretrain import read_run
+
+    options["corpus"] = (*options["corpus"], *(paths or ()))
+    if paths and len(options["corpus"]) == len(paths):
+        raise InputError(f"{paths[0]}: a stray argument; text to train on is named by --corpus")
+    earlier = read_run(out, kind) if resume else None
+    if earlier is None:
+        return kind(**options)
+    sources = {name: context.get_parameter_source(name) for name in options}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    return earlier.same_run(**{name: options[name] for name in given})
 
 
 _MODEL = typer.Option(help="Directory of a model or of a run, or a hub name.")

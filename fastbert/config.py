@@ -5,7 +5,7 @@ import difflib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from fastbert.check import InputError, require
 
@@ -255,9 +255,9 @@ OPTIMIZERS = ("adamw", "lamb")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
-def option(default: Any, text: str) -> Any:
-    """A field of a run's configuration with the help that the command line shows."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def option(default: Any, text: str, *, hidden: bool = False) -> Any:
+    """A field of a run's configuration with the help that the command line shows, unless hidden."""
+    return dataclasses.field(default=default, metadata={"help": text, "hidden": hidden})
 
 
 # Options that leave the results of a run alone, so that it may go on with others.
@@ -339,15 +339,11 @@ class PretrainConfig:
     seed: int = option(0, "Seed of weights, order, masks and dropout.")
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise InputError(f"--preset: one of {', '.join(PRESETS)}, got {self.preset!r}")
-        for name in PRESETS[self.preset]._fields:
-            if getattr(self, name, ...) is None:
-                object.__setattr__(self, name, getattr(PRESETS[self.preset], name))
+        self._complete()
         least = {"steps": 1, "accumulation": 1, "vocab_size": 100, "max_seq_len": 8, "workers": 0}
         least |= dict.fromkeys(("eval_every", "eval_batches", "save_every", "log_every"), 1)
         for name, low in least.items():
-            if getattr(self, name) < low:
+            if self._is_below(name, low):
                 raise InputError(f"--{_dashed(name)}: at least {low}, got {getattr(self, name)}")
         if self.tokenize_workers is not None and self.tokenize_workers < 0:
             raise InputError(f"--tokenize-workers: at least 0, got {self.tokenize_workers}")
@@ -356,9 +352,9 @@ class PretrainConfig:
                 raise InputError(f"--{_dashed(name)}: between 0 and 1, got {getattr(self, name)}")
         if self.objective not in ("mlm+nsp", "mlm"):
             raise InputError(f"--objective: mlm+nsp or mlm, got {self.objective!r}")
-        if self.nsp_weight < 0:
+        if self._is_below("nsp_weight", 0):
             raise InputError(f"--nsp-weight: at least 0, got {self.nsp_weight}")
-        if not 0 <= self.dropout < 1:
+        if self.dropout is not None and not 0 <= self.dropout < 1:
             raise InputError(f"--dropout: at least 0 and below 1, got {self.dropout}")
         for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
@@ -367,7 +363,20 @@ class PretrainConfig:
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed: between 0 and 2^63 - 1, got {self.seed}")
 
-    def same_run(self, **changes: Any) -> "PretrainConfig":
+    def _complete(self) -> None:
+        """Takes what is None from the preset."""
+        if self.preset not in PRESETS:
+            raise InputError(f"--preset: one of {', '.join(PRESETS)}, got {self.preset!r}")
+        for name in PRESETS[self.preset]._fields:
+            if getattr(self, name, ...) is None:
+                object.__setattr__(self, name, getattr(PRESETS[self.preset], name))
+
+    def _is_below(self, name: str, low: float) -> bool:
+        """A value that is still None is not."""
+        value = getattr(self, name)
+        return value is not None and value < low
+
+    def same_run(self, **changes: Any) -> Self:
         """This run with other options, of which only those that leave its results alone may change.
 
         Raises InputError for an option that would make it another run.
@@ -388,7 +397,7 @@ class PretrainConfig:
         return values
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "PretrainConfig":
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
         paths: dict[str, Any] = {"corpus": tuple(map(Path, values["corpus"]))}
         for name in ("tokenizer", "cache"):
             if values.get(name) is not None:

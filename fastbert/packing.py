@@ -166,6 +166,14 @@ class PackedBatch:
             sequence_ids=_extended(numbers, spare + empty, SPARE_SEQUENCE),
         )
 
+    def is_real(self) -> Tensor:
+        """(T,) bool, False for the tokens that `padded_to` has added, which are the last ones."""
+        places = torch.arange(self.num_tokens, device=self.device)
+        if self.sequence_ids is None:
+            return torch.ones_like(places, dtype=torch.bool)
+        own = (self.sequence_ids != SPARE_SEQUENCE).sum(0, keepdim=True)
+        return places < self.cu_seqlens.index_select(0, own)  # reads nothing on the host
+
     def copy_(self, other: "PackedBatch") -> None:
         """Overwrites the tensors with those of a batch of the same sizes; no host waits."""
         for field in dataclasses.fields(self):

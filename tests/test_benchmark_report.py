@@ -218,5 +218,21 @@ def test_tokenising_is_shown_as_a_share_of_the_tokenizers_own_speed():
     assert PARTS["tokenizing_memory"]([row]).lines == [("25 MB", "2", "300 MiB", "11 s")]
 
 
+def test_a_teacher_is_measured_as_its_students_are():
+    same = {"part": "distillation", "parameters": 2e6, "seconds": 9.0, "baseline": 6.0}
+    case = {"seed": 0, "steps": 5}
+    none = {"teacher_final": None, "teacher_accuracy": None}
+    rows = [
+        {**same, **none, "case": {"scheme": "teacher", **case}, "final": 5.0, "accuracy": 0.1},
+        {**same, "case": {"scheme": "distilled", **case}, "final": 4.5, "accuracy": 0.3,
+         "teacher_final": 4.0, "teacher_accuracy": 0.4},
+        {**same, **none, "case": {"scheme": "alone", **case}, "final": 5.5, "accuracy": 0.2},
+    ]  # fmt: skip
+    lines = PARTS["distillation"](rows).lines
+    assert [(line[0], line[4], line[6]) for line in lines] == [
+        ("teacher", "4.000", "40.0%"), ("distilled", "4.500", "30.0%"), ("alone", "5.500", "20.0%")
+    ]  # fmt: skip
+
+
 def test_every_part_of_the_suite_has_a_table():
     assert {"steps", "inference", "ablation", "convergence", "sentence_encode"} <= PARTS.keys()

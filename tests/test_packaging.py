@@ -123,7 +123,7 @@ LAYERS = (  # from the top down: a file may import its own layer, those below, a
     {"kernels"},
 )
 LEAVES = {
-    *("_version", "check", "checkpoint", "config", "events", "finetune_config"),
+    *("_version", "check", "checkpoint", "config", "distill_config", "events", "finetune_config"),
     *("optim", "outputs", "packing", "reference", "rng"),
 }
 

@@ -31,6 +31,7 @@ class GlobalCounts(NamedTuple):
 
     masked_tokens: int
     pairs: int
+    tokens: int
 
 
 class PretrainingData:
@@ -91,7 +92,7 @@ class PretrainingData:
         plan = self._plan(epoch)
         rows = self._rows(plan, plan.batch(index))
         masked = self.masking.num_targets(rows.tokens, seed=self.seed, epoch=epoch)
-        return GlobalCounts(masked, len(rows.begins) - 1 if self.pairs else 0)
+        return GlobalCounts(masked, len(rows.begins) - 1 if self.pairs else 0, len(rows.in_b))
 
     def bucket(self, micro_batches: int = 1) -> Bucket:
         """Sizes that nearly every micro-batch fits, judged by the batches of the present epoch."""

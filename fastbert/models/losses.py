@@ -14,7 +14,7 @@ from fastbert.modules.heads import BertLMPredictionHead
 from fastbert.modules.layer import Rows
 from fastbert.modules.linear import is_plain
 from fastbert.ops.linear_cross_entropy import linear_cross_entropy
-from fastbert.ops.mlm_gather import mlm_gather
+from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 
 
@@ -45,11 +45,7 @@ def score_masked(
 
     Where only `rows` of them were computed, hidden_states is (M, H).
     """
-    labels = batch.labels
-    assert labels is not None
-    if rows is not None:
-        labels = rows.take(labels, IGNORE_INDEX)
-    masked, targets, _, count = mlm_gather(hidden_states, labels, capacity=batch.num_labels)
+    masked, targets, _, count = masked_rows(hidden_states, batch, rows)
     masked, decoder = head.transform(masked), head.decoder
     if not is_plain(decoder):
         return score_classes(decoder(masked), targets)
@@ -57,6 +53,37 @@ def score_masked(
         masked, decoder.weight, decoder.bias, targets, reduction="sum", return_correct=True
     )
     return Scored(loss_sum, count, correct)
+
+
+def masked_rows(hidden_states: Tensor, batch: PackedBatch, rows: Rows | None = None) -> MaskedRows:
+    """The masked positions of (T, H) hidden states; of (M, H), where only `rows` were computed."""
+    labels = batch.labels
+    assert labels is not None
+    if rows is not None:
+        labels = rows.take(labels, IGNORE_INDEX)
+    return mlm_gather(hidden_states, labels, capacity=batch.num_labels)
+
+
+def soft_target_loss(
+    logits: Tensor, teacher_logits: Tensor, counts: Tensor, temperature: float
+) -> Tensor:
+    """KL divergence from a teacher's probabilities, summed, times temperature^2.
+
+    Both scores (C, L) are divided by the temperature (Hinton et al. 2015,
+    https://arxiv.org/abs/1503.02531); counts: (C,) bool, the rows that do. Returns () in float32
+    or wider.
+    """
+    own, taught = (
+        (_wide(scores) / temperature).log_softmax(-1) for scores in (logits, teacher_logits)
+    )
+    divergence = F.kl_div(own, taught, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * divergence.masked_fill(~counts, 0).sum()
+
+
+def cosine_loss(hidden_states: Tensor, teacher_states: Tensor, counts: Tensor) -> Tensor:
+    """1 - cosine of (T, H) with (T, H), summed over the rows that (T,) bool `counts` marks."""
+    cosine = F.cosine_similarity(_wide(hidden_states), _wide(teacher_states), dim=-1)
+    return (1 - cosine).masked_fill(~counts, 0).sum()
 
 
 def score_classes(logits: Tensor, targets: Tensor) -> Scored:

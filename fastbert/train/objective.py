@@ -17,6 +17,11 @@ class Result(NamedTuple):
     loss: Tensor
     sums: Tensor
 
+    @classmethod
+    @torch.no_grad()
+    def of(cls, loss: Tensor, sums: list[Tensor]) -> "Result":
+        return cls(loss, torch.stack([value.float() for value in sums]))
+
 
 class Metrics(NamedTuple):
     """Sums over masked tokens and sentence pairs; the means are what people read.
@@ -48,6 +53,12 @@ class Metrics(NamedTuple):
     def nsp_accuracy(self) -> float:
         return self.nsp_correct / max(self.num_pairs, 1)
 
+    def of_pairs(self) -> dict[str, float]:
+        """What is reported of them; nothing where there are none."""
+        if not self.num_pairs:
+            return {}
+        return {"nsp_loss": self.nsp_loss, "nsp_accuracy": self.nsp_accuracy}
+
 
 class PretrainingObjective(nn.Module):
     """MLM loss, and NSP loss where there are pairs, of a share of a batch.
@@ -66,25 +77,31 @@ class PretrainingObjective(nn.Module):
         self.nsp_weight = nsp_weight
 
     def forward(
-        self, batch: PackedBatch, num_targets: int | Tensor, num_pairs: int | Tensor
+        self,
+        batch: PackedBatch,
+        num_targets: int | Tensor,
+        num_pairs: int | Tensor,
+        num_tokens: int | Tensor = 1,
     ) -> Result:
-        """num_targets, num_pairs: masked tokens and pairs in the whole batch, numbers or ()."""
+        """num_targets, num_pairs, num_tokens: those of the whole batch, numbers or ().
+
+        The last is for objectives that have a loss over all tokens.
+        """
         pair_labels = batch.next_sentence_label
         rows = wanted_rows(batch, first=pair_labels is not None, labelled=True)
         encoded = self.model.bert(batch, rows=rows)
         heads = self.model.cls
         words = score_masked(heads.predictions, encoded.last_hidden_state, batch, rows)
-        loss = words.loss_sum / _at_least_one(num_targets)
+        loss = words.loss_sum / at_least_one(num_targets)
         sums = [words.loss_sum, words.correct, words.num_rows]
         if pair_labels is not None:
             pairs = score_classes(heads.seq_relationship(encoded.pooler_output), pair_labels)
-            loss = loss + self.nsp_weight * pairs.loss_sum / _at_least_one(num_pairs)
+            loss = loss + self.nsp_weight * pairs.loss_sum / at_least_one(num_pairs)
             sums += [pairs.loss_sum, pairs.correct, pairs.num_rows]
         else:
             sums += [torch.zeros_like(loss)] * 3
-        with torch.no_grad():
-            return Result(loss, torch.stack([value.float() for value in sums]))
+        return Result.of(loss, sums)
 
 
-def _at_least_one(count: int | Tensor) -> int | Tensor:
+def at_least_one(count: int | Tensor) -> int | Tensor:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

@@ -1,4 +1,4 @@
-"""Pre-training from raw text: MLM and next-sentence prediction over packed batches."""
+"""Pre-training from raw text, and the run that other kinds of training share with it."""
 
 import contextlib
 import dataclasses
@@ -6,27 +6,29 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from fastbert import checkpoint
 from fastbert.check import InputError
-from fastbert.config import PRESETS, BertConfig, PretrainConfig
+from fastbert.config import PretrainConfig
 from fastbert.data import Interrupted, OtherCache, loader
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
 from fastbert.train import distributed
 from fastbert.train import state as run_state
 from fastbert.train.distributed import Ranks
-from fastbert.train.evaluate import evaluate, training_row
-from fastbert.train.objective import Metrics, PretrainingObjective
+from fastbert.train.evaluate import evaluate
 from fastbert.train.optimizer import make_optimizer
 from fastbert.train.precision import make_scaler, resolve_precision
 from fastbert.train.prepare import CHANGED, TEXT, PreparedText, prepare_text
 from fastbert.train.profiling import Unprofiled, profiling
+from fastbert.train.recipe import Pretraining, Recipe, training_row
 from fastbert.train.report import Reporter, Silent, console, environment, plot_losses
 from fastbert.train.step import make_step
+
+Config = TypeVar("Config", bound=PretrainConfig)
 
 RUN = "run.json"
 SUMMARY = "summary.json"
@@ -53,20 +55,31 @@ def pretrain(
     `out` is then a directory that all of them see. Their number may change from one resumption to
     the next, and changes the losses by rounding alone.
     """
+    return carry_out(
+        Pretraining(config), out, resume=resume, eager=eager, profile=profile, parallel=parallel
+    )
+
+
+def carry_out(
+    recipe: Recipe, out: Path, *, resume: bool, eager: bool, profile: bool, parallel: str
+) -> dict[str, Any]:
+    """Trains what the recipe says; see `pretrain`, whose promises hold for all of them."""
     with distributed.joined() as ranks:
+        config = recipe.config
         config = dataclasses.replace(config, precision=resolve_precision(config.precision))
         torch.manual_seed(config.seed)
         with ranks.first_goes_ahead():
-            text = _prepare(config, out, ranks, resume=resume)
-        run = _set_up(config, text, out, ranks, parallel)
+            text = _prepare(recipe, config, out, ranks, resume=resume)
+        run = _set_up(recipe, config, text, out, ranks, parallel)
         _describe(run, config, ranks, parallel)
         _train(run, config, text, out, ranks, eager=eager, profile=profile)
-        return _finish(run.state, config, text, out, ranks)
+        return _finish(run, config, text, out, ranks)
 
 
 class _Run(NamedTuple):
     """What is trained, and what a checkpoint restores. objective: of the model, as ranks run it."""
 
+    recipe: Recipe
     model: BertForPreTraining | BertForMaskedLM
     objective: nn.Module
     optimizer: torch.optim.Optimizer
@@ -74,13 +87,15 @@ class _Run(NamedTuple):
     state: run_state.TrainingState
 
 
-def _prepare(config: PretrainConfig, out: Path, ranks: Ranks, *, resume: bool) -> PreparedText:
+def _prepare(
+    recipe: Recipe, config: PretrainConfig, out: Path, ranks: Ranks, *, resume: bool
+) -> PreparedText:
     is_new = False
     if ranks.is_first:
         is_new = _open_run(config, out, resume=resume)
         run_state.discard_partial(out)
     try:
-        return prepare_text(config, out, ranks.size)
+        return prepare_text(recipe.reading(), out, ranks.size)
     except InputError as error:
         if is_new:
             _abandon(out, keep_text=isinstance(error, OtherCache | Interrupted))
@@ -88,35 +103,31 @@ def _prepare(config: PretrainConfig, out: Path, ranks: Ranks, *, resume: bool) -
 
 
 def _set_up(
-    config: PretrainConfig, text: PreparedText, out: Path, ranks: Ranks, parallel: str
+    recipe: Recipe,
+    config: PretrainConfig,
+    text: PreparedText,
+    out: Path,
+    ranks: Ranks,
+    parallel: str,
 ) -> _Run:
     """The run at its beginning, or where its last checkpoint was."""
     # a dangling link is a lost checkpoint, not a new run
     is_begun = (out / checkpoint.LATEST).is_symlink()
-    kind = BertForPreTraining if config.objective == "mlm+nsp" else BertForMaskedLM
-    model = kind(
-        BertConfig(
-            **PRESETS[config.preset].shape,
-            hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.dropout,
-            vocab_size=text.tokenizer.get_vocab_size(),
-            max_position_embeddings=max(512, config.max_seq_len),
-        )
-    ).to(ranks.device)
+    model = recipe.make_model(text.tokenizer.get_vocab_size()).to(ranks.device)
     if is_begun:
         run_state.load_weights(out, model)
-    objective = distributed.parallelised(
-        PretrainingObjective(model, config.nsp_weight), parallel, ranks
-    )
+    objective = distributed.parallelised(recipe.make_objective(model), parallel, ranks)
     optimizer = make_optimizer(model, config.weight_decay, config.optimizer)
     scaler = make_scaler(config.precision, ranks.device)
-    state = run_state.TrainingState(text.fingerprint)
+    state = run_state.TrainingState(text.fingerprint, recipe.teacher)
     if is_begun:
         state = run_state.load(out, model, optimizer, scaler)
         if state.text != text.fingerprint:
             raise InputError(CHANGED.format(out))
+        if state.teacher != recipe.teacher:
+            raise InputError(f"{out}: the teacher has changed since the run began")
         console.print(f"resuming {out} at step {state.step} of {config.steps}")
-    return _Run(model, objective, optimizer, scaler, state)
+    return _Run(recipe, model, objective, optimizer, scaler, state)
 
 
 def _open_run(config: PretrainConfig, out: Path, *, resume: bool) -> bool:
@@ -131,7 +142,7 @@ def _open_run(config: PretrainConfig, out: Path, *, resume: bool) -> bool:
         return True
     if not resume:
         raise InputError(f"--out {out}: holds a run already; --resume continues it")
-    earlier = read_run(out)
+    earlier = read_run(out, type(config))
     assert earlier is not None
     earlier.same_run(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
     return False
@@ -146,13 +157,13 @@ def _abandon(out: Path, *, keep_text: bool) -> None:
         out.rmdir()
 
 
-def read_run(out: Path) -> PretrainConfig | None:
-    """The options of the run in `out`, None if there is none."""
+def read_run(out: Path, kind: type[Config]) -> Config | None:
+    """The options of the run of that kind in `out`, None if there is none."""
     path = out / RUN
     if not path.exists():
         return None
     try:
-        return PretrainConfig.from_json(json.loads(path.read_text(encoding="utf-8")))
+        return kind.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: not a run's options ({error})") from None
 
@@ -167,7 +178,7 @@ def _train(
     eager: bool,
     profile: bool,
 ) -> None:
-    model, objective, optimizer, scaler, state = run
+    recipe, model, objective, optimizer, scaler, state = run
     device = ranks.device
     train_step = make_step(
         objective,
@@ -189,7 +200,7 @@ def _train(
         workers=config.workers,
         pin_memory=device.type == "cuda",
     )
-    sums = torch.zeros(len(Metrics._fields), device=device)
+    sums = torch.zeros(len(recipe.metrics._fields), device=device)
     tokens = stalled = 0
     before, last = state.seconds, state.step
     started = reported = time.perf_counter()
@@ -210,11 +221,9 @@ def _train(
             if saving or state.step % config.log_every == 0:
                 ranks.sum(sums[:-1])  # of all but the skipped steps, which are everyone's
                 tokens = int(ranks.sum(torch.tensor(tokens, device=device)))
-                metrics = Metrics(*sums.tolist())  # the only place where the host waits
+                metrics = recipe.metrics(*sums.tolist())  # the only place where the host waits
                 now = time.perf_counter()
-                row = training_row(
-                    state.step, metrics, config.nsp_weight, tokens / (now - reported)
-                )
+                row = training_row(recipe, state.step, metrics, tokens / (now - reported))
                 skipped, passed = int(metrics.skipped_steps), state.step - last
                 stalled = stalled + passed if skipped == passed else 0
                 if stalled >= MOST_SKIPPED:
@@ -262,14 +271,12 @@ def _profiler(
 
 
 def _finish(
-    state: run_state.TrainingState,
-    config: PretrainConfig,
-    text: PreparedText,
-    out: Path,
-    ranks: Ranks,
+    run: _Run, config: PretrainConfig, text: PreparedText, out: Path, ranks: Ranks
 ) -> dict[str, Any]:
     """Writes the plot and the summary of a finished run and prints its result."""
+    state = run.state
     heldout = next(row for row in reversed(state.history) if "heldout_mlm_loss" in row)
+    verdict = run.recipe.verdict(run.model, heldout, text.heldout, ranks)
     summary = {
         "heldout_mlm_loss": heldout["heldout_mlm_loss"],
         "unigram_baseline": text.baseline,
@@ -281,16 +288,19 @@ def _finish(
         "seconds": state.seconds,
         "checkpoint": f"checkpoint-{state.step}",
         "processes": ranks.size,
+        **verdict.figures,
         **environment(ranks.device),
     }
     if not ranks.is_first:
         return summary
     run_state.write_json(out / SUMMARY, summary)
-    plot_losses(state.history, text.baseline, out / "loss.png")
+    levels = {"unigram baseline": text.baseline, **verdict.levels}
+    plot_losses(state.history, levels, out / "loss.png", run.recipe.title)
     gained = text.baseline - summary["heldout_mlm_loss"]
     console.print(
         f"held-out MLM loss {summary['heldout_mlm_loss']:.3f} nats, unigram baseline "
         f"{text.baseline:.3f}: {abs(gained):.3f} {'below' if gained >= 0 else 'ABOVE'} it\n"
+        f"{verdict.said}"
         f"{state.step} steps in {state.seconds:.0f} s; checkpoint, plot and summary are in {out}\n"
         f'try: fastbert fill-mask --model {out} "a short text with one [MASK] in it"'
     )
@@ -301,6 +311,6 @@ def _describe(run: _Run, config: PretrainConfig, ranks: Ranks, parallel: str) ->
     size = sum(p.numel() for p in run.model.parameters()) / 1e6
     together = f", {ranks.size} processes by {parallel}" if ranks.size > 1 else ""
     console.print(
-        f"{config.preset}: {size:.1f} M parameters, {config.batch_tokens} tokens a step, on "
+        f"{run.recipe.name()}: {size:.1f} M parameters, {config.batch_tokens} tokens a step, on "
         f"{ranks.device.type} in {config.precision}{together}"
     )

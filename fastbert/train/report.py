@@ -1,6 +1,7 @@
 """What a run shows: one live line, TensorBoard scalars, and at the end a plot and a summary."""
 
 import contextlib
+import itertools
 import os
 import platform
 import subprocess
@@ -25,6 +26,9 @@ console = Console(soft_wrap=True, highlight=False, markup=False)
 def tracked(items: Sequence[T], doing: str) -> Iterable[T]:
     """The items, with a bar on the terminal, if there is one, until the last of them is done."""
     return track(items, doing, console=console, transient=True, disable=not console.is_terminal)
+
+
+PARTS = ("soft", "cosine")  # of a loss, shown beside it
 
 
 class Reporter:
@@ -61,7 +65,8 @@ class Reporter:
 
     def training(self, row: dict[str, float], seconds_left: float) -> None:
         speed = f"{row['real_tokens_per_second']:,.0f} tokens/s"
-        line = f"loss {row['loss']:.3f}  {_accuracies(row)}  {speed}"
+        parts = "".join(f"{n} {row[n + '_loss']:.3f}  " for n in PARTS if n + "_loss" in row)
+        line = f"loss {row['loss']:.3f}  {parts}{_accuracies(row)}  {speed}"
         if row["skipped_steps"]:
             line += f"  {row['skipped_steps']:.0f} step(s) skipped"
         self.progress.update(self.task, line=line)
@@ -154,8 +159,10 @@ def _accuracies(row: dict[str, float]) -> str:
     return "  ".join(f"{name} {share:.1%}" for name, share in found if share is not None)
 
 
-def plot_losses(history: list[dict[str, float]], baseline: float, path: Path) -> None:
-    """Writes the loss curves as a PNG."""
+def plot_losses(
+    history: list[dict[str, float]], levels: dict[str, float], path: Path, title: str
+) -> None:
+    """Writes the loss curves as a PNG, with lines at the held-out losses that `levels` names."""
     import matplotlib.pyplot as plt  # slow to import, and only needed at the end of a run
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
@@ -171,8 +178,9 @@ def plot_losses(history: list[dict[str, float]], baseline: float, path: Path) ->
     pairs = [row for row in train if "nsp_loss" in row]
     if pairs:
         axes.plot([r["step"] for r in pairs], [r["nsp_loss"] for r in pairs], label="NSP, training")
-    axes.axhline(baseline, color="gray", linestyle="--", label="unigram baseline, held out")
-    axes.set(xlabel="step", ylabel="loss (nats)", title="Pre-training", ylim=(0, None))
+    for (name, level), style in zip(levels.items(), itertools.cycle(("--", ":"))):
+        axes.axhline(level, color="gray", linestyle=style, label=f"{name}, held out")
+    axes.set(xlabel="step", ylabel="loss (nats)", title=title, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     beside = path.with_name(f".{path.name}.new")

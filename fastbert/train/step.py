@@ -98,15 +98,16 @@ class EagerStep:
         for group in self.optimizer.param_groups:
             group["lr"], group["capturable"] = self.rate, True
 
-    def compute(
-        self, parts: list[PackedBatch], num_targets: int | Tensor, num_pairs: int | Tensor
-    ) -> Tensor:
-        """`Metrics` (7,) of the parts, float32, all on the device; no host waits."""
+    def compute(self, parts: list[PackedBatch], *counts: int | Tensor) -> Tensor:
+        """The objective's metrics (7,) of the parts, float32, all on the device; no host waits.
+
+        counts: `GlobalCounts`, numbers or ()
+        """
         sums = []
         for number, part in enumerate(parts, start=1):
             with distributed.exchange(self.objective, wanted=number == len(parts)):
                 with self.autocast:
-                    result = self.objective(part, num_targets, num_pairs)
+                    result = self.objective(part, *counts)
                 self.scaler.scale(result.loss * self.num_ranks).backward()
             sums.append(result.sums)
         self.scaler.unscale_(self.optimizer)
@@ -138,7 +139,7 @@ class GraphedStep:
     def __init__(self, eager: EagerStep, bucket: Bucket, graphs: Recorder) -> None:
         self.eager, self.bucket, self.graphs = eager, bucket, graphs
         self.buffers: list[PackedBatch] = []
-        self.counts = torch.zeros(2, dtype=torch.int64, device=eager.device)
+        self.counts = torch.zeros(len(GlobalCounts._fields), dtype=torch.int64, device=eager.device)
         self.replay: Work | None = None
         self.steps = 0
         self.said: set[str] = set()

@@ -138,7 +138,7 @@ def test_unknown_words_are_not_predicted(tokenizer, tmp_path):
     )
     [batch] = data.batch(0)
     assert not (batch.labels == 1).any()
-    assert data.targets(0) == (batch.num_labels, batch.num_sequences)
+    assert data.targets(0) == (batch.num_labels, batch.num_sequences, batch.num_tokens)
 
 
 def test_steps_walk_through_the_epochs(make):
@@ -195,7 +195,7 @@ def test_ranks_and_micro_batches_only_cut_the_batch_up(data, world_size, micro_b
         tokens = [part.num_tokens for part in parts]
         assert max(tokens) - min(tokens) <= MAX_SEQ_LEN
         counts = data.targets(step)
-        assert counts == GlobalCounts(whole.num_labels, whole.num_sequences)
+        assert counts == GlobalCounts(whole.num_labels, whole.num_sequences, whole.num_tokens)
         assert counts.masked_tokens == sum(part.num_labels for part in parts)
 
 
@@ -289,8 +289,9 @@ def test_targets_are_known_whatever_is_masked(make, corpus, tokenizer, scheme):
     data.masking = masking
     for step in range(3):
         parts = [part for rank in (0, 1) for part in data.batch(step, rank, 2, 2)]
-        counts = (sum(part.num_labels for part in parts), sum(part.num_sequences for part in parts))
-        assert data.targets(step) == counts
+        names = ("num_labels", "num_sequences", "num_tokens")
+        counts = (sum(getattr(part, name) for part in parts) for name in names)
+        assert data.targets(step) == tuple(counts)
 
 
 def test_without_pairs_examples_are_single_segments(make):
@@ -298,7 +299,7 @@ def test_without_pairs_examples_are_single_segments(make):
     [batch] = data.batch(0)
     assert batch.next_sentence_label is None
     assert not batch.token_type_ids.any()
-    assert data.targets(0) == (batch.num_labels, 0)
+    assert data.targets(0) == (batch.num_labels, 0, batch.num_tokens)
     ids = torch.where(batch.labels >= 0, batch.labels, batch.input_ids)
     for first, last in itertools.pairwise(batch.cu_seqlens.tolist()):
         row = ids[first:last].tolist()

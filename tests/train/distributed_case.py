@@ -1,9 +1,11 @@
 """What each process of tests/train/test_distributed.py runs, by torchrun: it writes a report.pt.
 
-Training steps of a small model in float64, with dropout and accumulation, by DDP and FSDP2; one of
-them has a loss that is not finite on the last rank alone. And steps of LAMB on shards.
+Training steps of a small model in float64, with dropout and accumulation, by DDP and FSDP2, of
+pre-training and of distillation; one of them has a loss that is not finite on the last rank alone.
+And steps of LAMB on shards.
 """
 
+import dataclasses
 import sys
 from unittest import mock
 
@@ -13,10 +15,12 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fastbert.config import PretrainConfig
+from fastbert.config import BertConfig, PretrainConfig
 from fastbert.data import GlobalCounts
+from fastbert.models.pretraining import BertForMaskedLM
 from fastbert.optim import Lamb
 from fastbert.train import distributed
+from fastbert.train.distillation import DistillationObjective, Teacher, Weights
 from fastbert.train.distributed import Ranks
 from fastbert.train.objective import PretrainingObjective
 from fastbert.train.step import EagerStep
@@ -52,10 +56,21 @@ class Descent(torch.optim.Optimizer):
                 x.sub_(g.masked_fill(self.found_inf.bool(), 0), alpha=group["lr"])
 
 
-def train(ranks: Ranks, kind: str) -> dict:
-    """`Metrics` of each step over all ranks, the weights at the end, and what was exchanged."""
-    model = make_model(dropout=0.3).double()
-    module = distributed.parallelised(PretrainingObjective(model), kind, ranks)
+def distillation() -> DistillationObjective:
+    shape = dataclasses.asdict(make_model(dropout=0.3).config) | {"num_labels": None}
+    student, teacher = (
+        BertForMaskedLM(BertConfig(**shape | {"num_hidden_layers": layers})).double()
+        for layers in (2, 3)
+    )
+    return DistillationObjective(student, Teacher(teacher), Weights(5.0, 2.0, 1.0), 2.0)
+
+
+def train(ranks: Ranks, kind: str, objective: PretrainingObjective | None = None) -> dict:
+    """Metrics of each step over all ranks, the weights at the end, and what was exchanged."""
+    if objective is None:
+        objective = PretrainingObjective(make_model(dropout=0.3).double())
+    model = objective.model
+    module = distributed.parallelised(objective, kind, ranks)
     exchanged = []
     if kind == "ddp" and ranks.size > 1:
         module.register_comm_hook(None, counting(exchanged))
@@ -64,9 +79,9 @@ def train(ranks: Ranks, kind: str) -> dict:
     rows = []
     for number in range(STEPS):
         whole = share(number, 0, 1)
-        counts = GlobalCounts(sum(part.num_labels for part in whole), len(LENGTHS))
+        counts = GlobalCounts(sum(part.num_labels for part in whole), len(LENGTHS), sum(LENGTHS))
         if number == BAD_STEP and ranks.rank == ranks.size - 1:
-            counts = (torch.tensor(torch.nan), counts.pairs)
+            counts = (torch.tensor(torch.nan), *counts[1:])
         with mock.patch.object(dist, SCATTER, side_effect=getattr(dist, SCATTER)) as sent:
             sums = step(number, share(number, ranks.rank, ranks.size), counts)
         if kind == "fsdp":
@@ -124,6 +139,7 @@ def lamb(variant: str, sharded: bool) -> list[torch.Tensor]:
 def main(path: str) -> None:
     with distributed.joined() as ranks:
         report = {kind: train(ranks, kind) for kind in distributed.KINDS}
+        report |= {f"distil {k}": train(ranks, k, distillation()) for k in distributed.KINDS}
         report |= {variant: lamb(variant, sharded=True) for variant in ("paper", "nvidia")}
         if ranks.is_first:
             torch.save(report, path)

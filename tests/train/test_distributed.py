@@ -49,16 +49,20 @@ def report(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone():
-    return distributed_case.train(Ranks(torch.device("cpu")), "ddp")
+    ranks = Ranks(torch.device("cpu"))
+    distilled = distributed_case.train(ranks, "ddp", distributed_case.distillation())
+    return {"": distributed_case.train(ranks, "ddp"), "distil ": distilled}
 
 
+@pytest.mark.parametrize("objective", ["", "distil "], ids=["pre-training", "distillation"])
 @pytest.mark.parametrize("kind", distributed.KINDS)
-def test_steps_of_two_ranks_are_those_of_one(report, alone, kind):
+def test_steps_of_two_ranks_are_those_of_one(report, alone, kind, objective):
     """Sums of the metrics, then weights, under SGD: gradients are neither halved nor doubled."""
-    torch.testing.assert_close(report[kind]["rows"], alone["rows"], rtol=1e-6, atol=1e-6)
-    assert report[kind]["weights"].keys() == alone["weights"].keys()
+    alone, two = alone[objective], report[objective + kind]
+    torch.testing.assert_close(two["rows"], alone["rows"], rtol=1e-6, atol=1e-6)
+    assert two["weights"].keys() == alone["weights"].keys()
     for name, expected in alone["weights"].items():
-        actual = report[kind]["weights"][name]
+        actual = two["weights"][name]
         torch.testing.assert_close(actual, expected.detach(), rtol=1e-9, atol=1e-12, msg=name)
 
 

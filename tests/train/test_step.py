@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import sys
 
@@ -15,6 +16,7 @@ from fastbert.config import PretrainConfig
 from fastbert.data import GlobalCounts
 from fastbert.packing import IGNORE_INDEX, Bucket, PackedBatch
 from fastbert.train.cuda_graph import WARM_UP, CudaGraphs
+from fastbert.train.distillation import DistillationObjective, Teacher, Weights
 from fastbert.train.objective import PretrainingObjective
 from fastbert.train.optimizer import make_optimizer
 from fastbert.train.step import EagerStep, GraphedStep
@@ -43,9 +45,8 @@ def prepared(batch: PackedBatch) -> PackedBatch:
 
 
 def counts_of(parts):
-    return GlobalCounts(
-        sum(part.num_labels for part in parts), sum(part.num_sequences for part in parts)
-    )
+    names = ("num_labels", "num_sequences", "num_tokens")
+    return GlobalCounts(*(sum(getattr(part, name) for part in parts) for name in names))
 
 
 class Repeats:
@@ -109,7 +110,19 @@ class Recorded(Repeats):
         return replay
 
 
-def make_steps(device=CPU, graphs=None, bucket=BUCKET, precision="fp32", optimizer="adamw"):
+def distillation(model, cosine=1.0):
+    teacher = make_model(num_hidden_layers=3).double()
+    return DistillationObjective(model, Teacher(teacher), Weights(5.0, 2.0, cosine), 2.0)
+
+
+def make_steps(
+    device=CPU,
+    graphs=None,
+    bucket=BUCKET,
+    precision="fp32",
+    optimizer="adamw",
+    objective=PretrainingObjective,
+):
     config = dataclasses.replace(CONFIG, precision=precision)
     model = make_model(device=device)
     if device == CPU:  # in float32, AdamW makes steps of the noise that is the keys' bias gradient
@@ -117,7 +130,7 @@ def make_steps(device=CPU, graphs=None, bucket=BUCKET, precision="fp32", optimiz
     found = []
     for one in (model, copy.deepcopy(model)):
         made = make_optimizer(one, 0.01, optimizer)
-        found.append(EagerStep(PretrainingObjective(one), made, config, device))
+        found.append(EagerStep(objective(one), made, config, device))
     eager, inner = found
     return eager, GraphedStep(inner, bucket, graphs or Repeats())
 
@@ -146,12 +159,23 @@ def test_trains_as_the_eager_step_does(parts):
     assert all(moved)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_what_is_recorded_reads_all_that_changes_from_its_places(parts, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("parts", "objective"),
+    [
+        (1, PretrainingObjective),
+        (2, PretrainingObjective),
+        (2, distillation),
+        (1, functools.partial(distillation, cosine=0.0)),
+    ],
+    ids=["whole", "parts", "distillation", "distillation without cosine"],
+)
+def test_what_is_recorded_reads_all_that_changes_from_its_places(
+    parts, objective, monkeypatch, capsys
+):
     """Rate, batch, counts and the state of dropout; and the host reads nothing."""
     # as on a GPU, where attention does not read the lengths on the host
     monkeypatch.setattr(sys.modules["fastbert.ops.attention"], "reads_lengths", lambda call: False)
-    eager, graphed = make_steps()
+    eager, graphed = make_steps(objective=objective)
     graphed.graphs = Recorded(graphed.eager.objective, graphed.eager.optimizer)
     run_both(eager, graphed, parts)
     assert graphed.replay is not None, capsys.readouterr().out

@@ -1,0 +1,153 @@
+"""`DistillConfig`, the options of a run that trains a small model to do what a larger one does."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Self
+
+from fastbert.check import InputError
+from fastbert.config import PRESETS, BertConfig, PretrainConfig, option
+
+INITS = ("teacher", "random")
+WEIGHTS = ("soft_weight", "mlm_weight", "cosine_weight")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig(PretrainConfig):
+    """All that determines a distillation; the command line's options are these fields.
+
+    Defaults are those of DistilBERT (Sanh et al. 2019, https://arxiv.org/abs/1910.01108), and of
+    pre-training. An option that is None follows from the teacher: see `fitted_to`.
+    """
+
+    teacher: str = option(
+        None, "Directory of a model or of a run, or a hub name; with a masked-LM head."
+    )
+    preset: str = option(
+        None,
+        f"Architecture of the student: {', '.join(PRESETS)}; by default the teacher's with half "
+        "the layers. Learning rate, dropout and length are by default the preset's, else those of "
+        "the preset that is nearest to the student in width.",
+    )
+    layers: int = option(
+        None, "Layers of a student of the teacher's width; by default half the teacher's."
+    )
+    init: str = option(
+        None,
+        "teacher: embeddings, masked-LM head and evenly spaced layers, the first and the last "
+        "among them, begin as copies of the teacher's; random. By default teacher, where the "
+        "student has its width.",
+    )
+    temperature: float = option(2.0, "That both scores are divided by for the soft targets.")
+    soft_weight: float = option(5.0, "Of the loss against the teacher's probabilities.")
+    mlm_weight: float = option(2.0, "Of the masked-LM loss.")
+    cosine_weight: float = option(
+        None,
+        "Of the cosine distance between the last hidden states; by default 1, and 0 where the "
+        "student is not as wide as the teacher.",
+    )
+    # options of pre-training that leave no choice here
+    tokenizer: Path | None = option(None, "the student reads with the teacher's", hidden=True)
+    vocab_size: int = option(None, "the student has the teacher's vocabulary", hidden=True)
+    lowercase: bool = option(None, "the student reads with the teacher's tokenizer", hidden=True)
+    objective: str = option("mlm", "there is no next-sentence loss in distillation", hidden=True)
+    nsp_weight: float = option(None, "there is no next-sentence loss in distillation", hidden=True)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.metadata["hidden"] and getattr(self, field.name) != field.default:
+                name = field.name.replace("_", "-")
+                raise InputError(f"--{name}: {field.metadata['help']}; leave the option out")
+        if self.teacher is None:
+            raise InputError("--teacher: missing")
+        super().__post_init__()
+        if self.preset is not None and self.layers is not None:
+            raise InputError(
+                "--layers: of a student of the teacher's width; leave it or --preset out"
+            )
+        if self._is_below("layers", 1):
+            raise InputError(f"--layers: at least 1, got {self.layers}")
+        if self.init not in (None, *INITS):
+            raise InputError(f"--init: one of {', '.join(INITS)}, got {self.init!r}")
+        if not self.temperature > 0:
+            raise InputError(f"--temperature: above 0, got {self.temperature}")
+        for name in WEIGHTS:
+            if self._is_below(name, 0):
+                dashed = name.replace("_", "-")
+                raise InputError(f"--{dashed}: at least 0, got {getattr(self, name)}")
+        if all(getattr(self, name) == 0 for name in WEIGHTS):
+            raise InputError("--soft-weight: all three weights are 0, so there is nothing to learn")
+
+    def _complete(self) -> None:
+        """What is None waits for the teacher."""
+        if self.preset is not None and self.preset not in PRESETS:
+            raise InputError(f"--preset: one of {', '.join(PRESETS)}, got {self.preset!r}")
+
+    def fitted_to(self, teacher: BertConfig) -> Self:
+        """With what follows from the teacher in place of what is None.
+
+        Raises InputError where an option asks for what this teacher cannot give.
+        """
+        depth, width = teacher.num_hidden_layers, teacher.hidden_size
+        layers = self.layers
+        if self.preset is None and layers is None:
+            layers = max(-(-depth // 2), 1)
+        student = dataclasses.replace(teacher, **self._shape(teacher, layers))
+        if self.preset is None and student.num_hidden_layers > depth:
+            raise InputError(f"--layers {layers}: more than the teacher's {depth}")
+        alike = ("hidden_size", "num_attention_heads", "intermediate_size")
+        copies = student.num_hidden_layers <= depth and all(
+            getattr(student, name) == getattr(teacher, name) for name in alike
+        )
+        if self.init == "teacher" and not copies:
+            raise InputError(
+                f"--init teacher: layers can be copied into a student of the teacher's width, "
+                f"{width}, and of at most its {depth} layers; give --layers in place of --preset"
+            )
+        as_wide = student.hidden_size == width
+        if self.cosine_weight and not as_wide:
+            raise InputError(
+                f"--cosine-weight {self.cosine_weight:g}: compares hidden states of one width, and "
+                f"the student's is {student.hidden_size}, the teacher's {width}; leave it out"
+            )
+        near = PRESETS[self.preset or _nearest(student.hidden_size)]
+        longest = teacher.max_position_embeddings
+        follows: dict[str, Any] = {
+            "layers": layers,
+            "init": "teacher" if copies else "random",
+            "cosine_weight": 1.0 if as_wide else 0.0,
+            "learning_rate": near.learning_rate,
+            "dropout": near.dropout,
+            "max_seq_len": min(near.max_seq_len, longest),
+        }
+        fitted = dataclasses.replace(
+            self, **{n: v for n, v in follows.items() if getattr(self, n) is None}
+        )
+        if fitted.max_seq_len > longest:
+            raise InputError(
+                f"--max-seq-len {fitted.max_seq_len}: the teacher reads {longest} tokens at most"
+            )
+        return fitted
+
+    def student(self, teacher: BertConfig) -> BertConfig:
+        """The student's architecture, of options that are fitted to the teacher."""
+        return dataclasses.replace(
+            teacher,
+            **self._shape(teacher, self.layers),
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
+        )
+
+    def reading(self, tokenizer: Path) -> PretrainConfig:
+        """By which options of pre-training the corpus is read, with the teacher's tokenizer."""
+        names = (field.name for field in dataclasses.fields(PretrainConfig))
+        given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        return PretrainConfig(**given | {"tokenizer": tokenizer})
+
+    def _shape(self, teacher: BertConfig, layers: int | None) -> dict[str, Any]:
+        if self.preset is not None:
+            return PRESETS[self.preset].shape
+        return {"num_hidden_layers": layers}
+
+
+def _nearest(width: int) -> str:
+    return min(PRESETS, key=lambda name: abs(PRESETS[name].shape["hidden_size"] - width))

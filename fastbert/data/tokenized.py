@@ -13,6 +13,7 @@ from fastbert.data.streams import Purpose, stream
 
 ARRAYS = ("tokens", "word_starts", "sentence_offsets", "document_offsets")
 FORMAT = 2  # of the arrays and of the manifest
+_COUNTED = 4096  # documents whose tokens are counted at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,12 +81,16 @@ class TokenizedCorpus:
         return np.sort(shuffled[heldout:]), np.sort(shuffled[:heldout])
 
     def token_counts(self, docs: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(V,) int64: how often each token occurs in the documents `docs`."""
+        """(V,) int64: how often each token occurs in the documents `docs`, each named once."""
         counts = np.zeros(self.vocab_size, np.int64)
-        first = self.sentence_offsets[self.document_offsets[docs]]
-        last = self.sentence_offsets[self.document_offsets[docs + 1]]
-        for document in map(slice, first, last):
-            np.add.at(counts, self.tokens[document], 1)
+        is_wanted = np.zeros(self.num_documents, np.bool_)
+        is_wanted[docs] = True
+        begins = self.sentence_offsets[self.document_offsets]
+        for first in range(0, self.num_documents, _COUNTED):
+            ends = begins[first : first + _COUNTED + 1]
+            tokens = self.tokens[ends[0] : ends[-1]]
+            inside = np.repeat(is_wanted[first : first + _COUNTED], np.diff(ends))
+            counts += np.bincount(tokens[inside], minlength=self.vocab_size)
         return counts
 
 

@@ -11,7 +11,14 @@ import pytest
 from tokenizers import Tokenizer
 
 from fastbert.check import InputError
-from fastbert.data import OtherCache, TokenizedCorpus, parts, tokenize_corpus, train_tokenizer
+from fastbert.data import (
+    OtherCache,
+    TokenizedCorpus,
+    parts,
+    tokenize_corpus,
+    tokenized,
+    train_tokenizer,
+)
 from fastbert.data.encoding import Encoder
 
 ARRAYS = ("tokens", "word_starts", "sentence_offsets", "document_offsets")
@@ -291,7 +298,9 @@ def test_split_refuses_what_it_cannot_split(numbered, corpus):
         corpus.split(1.0, seed=0)
 
 
-def test_token_counts(corpus):
+@pytest.mark.parametrize("at_once", [7, 4096])
+def test_token_counts(corpus, monkeypatch, at_once):
+    monkeypatch.setattr(tokenized, "_COUNTED", at_once)
     docs = np.array([3, 7, 79])
     expected = np.zeros(corpus.vocab_size, int)
     for doc in docs:

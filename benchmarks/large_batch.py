@@ -20,10 +20,10 @@ def run(options: Options, results: Results) -> None:
     """The part "large_batch": the held-out loss that each optimizer ends at, by learning rate."""
     base = PretrainConfig(
         preset="tiny",
-        steps=300,
-        eval_every=300,
+        steps=200,
+        eval_every=200,
         log_every=100,
-        save_every=300,
+        save_every=200,
         precision=options.precision,
     )
     base = dataclasses.replace(base, batch_tokens=TIMES * base.batch_tokens)

@@ -139,8 +139,10 @@ def test_goes_on_after_a_kill_with_the_parts_that_are_missing(
     job.write_bytes(pickle.dumps((texts, tokenizer.to_str(), obedient.__module__)))
     program.write_text(PROGRAM)
     with subprocess.Popen([sys.executable, program, job]) as process:
-        wait_for(lambda: len(stamps(out)) >= 3)
-        process.kill()
+        try:
+            wait_for(lambda: len(stamps(out)) >= 3)
+        finally:
+            process.kill()
     assert (tmp_path / "runs").read_text() == "run"  # the processes have not run the script
     pids = [int(path.name[3:]) for path in tmp_path.glob("pid*")]
     assert len(pids) == 1
@@ -160,7 +162,7 @@ def test_goes_on_after_a_kill_with_the_parts_that_are_missing(
     assert corpus.num_documents == 81
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=40):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happened"

@@ -157,12 +157,12 @@ def test_plain_lines_come_now_and_then(shown, monkeypatch):
     out = shown(force_terminal=False)
     now = iter([0.0, 0.0, 5.0, 12.0, 13.0, 20.0])
     monkeypatch.setattr(report.time, "perf_counter", lambda: next(now, 20.0))
-    with TokenizingReporter(4_000_000) as reporter:
-        for part in range(6):
-            reporter(10 * part, 1000 * part, 1_000_000 * min(part, 4))
+    with TokenizingReporter(6_000_000) as reporter:
+        for part in range(1, 7):  # the first is of an earlier run
+            reporter(10 * part, 1000 * part, 1_000_000 * part)
     lines = out.getvalue().splitlines()
-    assert lines[0].startswith("tokenised 30 documents, 3,000 tokens, 75% of 4.0 MB, 250 tokens/s")
-    assert lines[1].startswith("tokenised 50 documents, 5,000 tokens, 100% of 4.0 MB, 250 tokens/s")
+    assert lines[0].startswith("tokenised 40 documents, 4,000 tokens, 67% of 6.0 MB, 250 tokens/s")
+    assert lines[1].startswith("tokenised 60 documents, 6,000 tokens, 100% of 6.0 MB, 250 tokens/s")
     assert len(lines) == 2
 
 

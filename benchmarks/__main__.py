@@ -22,7 +22,7 @@ PARTS = (
     *("kernels", "steps", "ablation", "convergence"),
     *("sentence_encode", "masking", "tokenizing", "step_profile"),
 )
-LONG = ("noising", "large_batch", "distillation")
+LONG = ("noising", "large_batch", "distillation", "chain")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command("compare")(compare.main)

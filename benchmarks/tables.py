@@ -148,6 +148,26 @@ def noising(rows: list[Row]) -> Table:
     return Table(header, lines)
 
 
+def chain(rows: list[Row]) -> Table:
+    lines = []
+    for is_trained in (True, False):
+        runs = [row for row in rows if row["case"]["pre-trained"] is is_trained]
+        accuracies = [run["accuracy"] for run in runs]
+        lines.append(
+            (
+                "pre-trained" if is_trained else "not pre-trained",
+                str(len(runs)),
+                f"{statistics.fmean(accuracies):.1%}",
+                f"{min(accuracies):.1%} to {max(accuracies):.1%}",
+                f"{statistics.fmean(run['macro_f1'] for run in runs):.3f}",
+            )
+        )
+    lines.append(("the most frequent module", "", f"{rows[0]['majority']:.1%}", "", ""))
+    took = rows[0]["seconds"]
+    lines += [(f"time: {name}", "", seconds(took[name]), "", "") for name in took]
+    return Table(("model", "seeds", "right on test.csv", "from, to", "macro F1"), lines)
+
+
 def large_batch(rows: list[Row]) -> Table:
     """A column for each place in the two lists of rates, the best of each optimizer in bold."""
     lines = []
@@ -272,6 +292,7 @@ PARTS: dict[str, Callable[[list[Row]], Table]] = {
     "tokenizing_memory": tokenizing_memory,
     "noising": noising,
     "large_batch": large_batch,
+    "chain": chain,
     "distillation": distillation,
     "profile": profile,
     "pretraining": pretraining,

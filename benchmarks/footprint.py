@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.workloads import VOCAB_SIZE, Batch
-from fastbert.config import PRESETS
+from fastbert.pretrain_config import PRESETS
 
 
 def model_flops(preset: str, batch: Batch, *, training: bool) -> float:

@@ -9,7 +9,6 @@ from torch import Tensor
 from benchmarks.attention_workloads import attention_workloads
 from benchmarks.bodies import EAGER, Body, Workload
 from fastbert import rng
-from fastbert.config import PRESETS
 from fastbert.ops import (
     bias_gelu,
     dropout_add_layer_norm,
@@ -19,6 +18,7 @@ from fastbert.ops import (
 )
 from fastbert.ops.compact import compact
 from fastbert.ops.gather_rows import gather_rows
+from fastbert.pretrain_config import PRESETS
 
 MASKED_SHARE = 0.15
 

@@ -18,8 +18,8 @@ from benchmarks import ceilings, footprint
 from benchmarks.results import FASTBERT, Options, Results, Row
 from benchmarks.timing import interleaved, recorded, summarize
 from benchmarks.workloads import MAX_SEQLEN, Batch, pretraining_batch, sequence_lengths
-from fastbert.config import PRESETS
 from fastbert.packing import Bucket, PackedBatch
+from fastbert.pretrain_config import PRESETS
 from fastbert.train.cuda_graph import Work
 
 GRAPH, WITHOUT_GRAPH = "CUDA graph", "fastbert (without CUDA graph)"

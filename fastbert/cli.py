@@ -11,9 +11,9 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 import typer
 
 from fastbert.check import InputError
-from fastbert.config import PretrainConfig
 from fastbert.distill_config import DistillConfig
 from fastbert.finetune_config import FinetuneConfig
+from fastbert.pretrain_config import PretrainConfig
 
 Run = TypeVar("Run", bound=PretrainConfig)
 

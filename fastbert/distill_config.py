@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from fastbert.check import InputError
-from fastbert.config import PRESETS, BertConfig, PretrainConfig, option
+from fastbert.config import BertConfig
+from fastbert.pretrain_config import PRESETS, PretrainConfig, option
 
 INITS = ("teacher", "random")
 WEIGHTS = ("soft_weight", "mlm_weight", "cosine_weight")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbert.check import InputError
-from fastbert.config import option
+from fastbert.pretrain_config import option
 
 TASKS = ("classification", "multilabel", "regression", "ner", "qa", "choice")
 WINDOWS = (

@@ -124,7 +124,7 @@ LAYERS = (  # from the top down: a file may import its own layer, those below, a
 )
 LEAVES = {
     *("_version", "check", "checkpoint", "config", "distill_config", "events", "finetune_config"),
-    *("optim", "outputs", "packing", "reference", "rng"),
+    *("optim", "outputs", "packing", "pretrain_config", "reference", "rng"),
 }
 
 

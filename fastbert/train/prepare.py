@@ -12,11 +12,11 @@ from tokenizers import Tokenizer
 from fastbert import data
 from fastbert.check import InputError
 from fastbert.checkpoint import LATEST
-from fastbert.config import PretrainConfig
 from fastbert.data.cache import locked, require_same
 from fastbert.data.parts import write_json
 from fastbert.data.tokenized import read_json
 from fastbert.packing import IGNORE_INDEX, PackedBatch
+from fastbert.pretrain_config import PretrainConfig
 from fastbert.train.report import TokenizingReporter, console
 
 TEXT = "text"  # the directory of a run where they are kept, unless --cache names another

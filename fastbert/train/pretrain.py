@@ -13,9 +13,9 @@ from torch import nn
 
 from fastbert import checkpoint
 from fastbert.check import InputError
-from fastbert.config import PretrainConfig
 from fastbert.data import Interrupted, OtherCache, loader
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
+from fastbert.pretrain_config import PretrainConfig
 from fastbert.train import distributed
 from fastbert.train import state as run_state
 from fastbert.train.distributed import Ranks

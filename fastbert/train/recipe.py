@@ -4,9 +4,10 @@ import abc
 import math
 from typing import Any, ClassVar, NamedTuple
 
-from fastbert.config import PRESETS, BertConfig, PretrainConfig
+from fastbert.config import BertConfig
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
 from fastbert.packing import PackedBatch
+from fastbert.pretrain_config import PRESETS, PretrainConfig
 from fastbert.train.distributed import Ranks
 from fastbert.train.objective import Metrics, PretrainingObjective
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastbert.config import PretrainConfig
 from fastbert.data import GlobalCounts, PretrainingData
 from fastbert.packing import Bucket, PackedBatch
+from fastbert.pretrain_config import PretrainConfig
 from fastbert.train import distributed
 from fastbert.train.cuda_graph import WARM_UP, CudaGraphs, Recorder, Work
 from fastbert.train.optimizer import linear_schedule

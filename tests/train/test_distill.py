@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 import fastbert
 from fastbert import cli
 from fastbert.check import InputError
-from fastbert.config import BertConfig, PretrainConfig
+from fastbert.config import BertConfig
 from fastbert.distill_config import DistillConfig
 from fastbert.finetune.train import finetune
 from fastbert.finetune_config import FinetuneConfig
+from fastbert.pretrain_config import PretrainConfig
 from fastbert.train.distill import distill
 from fastbert.train.pretrain import pretrain
 

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from fastbert.check import InputError
-from fastbert.config import PretrainConfig
 from fastbert.data import Interrupted, OtherCache, available_cores, parts, workers
+from fastbert.pretrain_config import PretrainConfig
 from fastbert.train import prepare, report
 from fastbert.train.pretrain import pretrain
 from fastbert.train.report import TokenizingReporter

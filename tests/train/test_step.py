@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastbert
-from fastbert.config import PretrainConfig
 from fastbert.data import GlobalCounts
 from fastbert.packing import IGNORE_INDEX, Bucket, PackedBatch
+from fastbert.pretrain_config import PretrainConfig
 from fastbert.train.cuda_graph import WARM_UP, CudaGraphs
 from fastbert.train.distillation import DistillationObjective, Teacher, Weights
 from fastbert.train.objective import PretrainingObjective

@@ -150,6 +150,8 @@ def _build(
 
     vocab_size = encoder.tokenizer.get_vocab_size()
     ordered = [part for _, part in sorted(work.parts.items())]
+    for half in directory.glob(".*.npy.*"):  # of a run that was killed here
+        half.unlink()
     parts.merge(ordered, directory, np.uint16 if vocab_size <= 2**16 else np.uint32)
     identity = json.dumps([FORMAT, made_from])
     manifest = {

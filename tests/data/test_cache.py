@@ -209,6 +209,7 @@ def test_continues_after_the_complete_parts(documents, tokenizer, tmp_path, monk
     parts = sorted((tmp_path / "b" / "partial").glob("0*.npz"))
     assert len(parts) > 3
     assert not (tmp_path / "b" / "manifest.json").exists()
+    (tmp_path / "b" / ".tokens.npy.123").write_bytes(b"half")  # of a kill while parts were merged
 
     encoded = []
     encode = Encoder.encode
@@ -217,6 +218,7 @@ def test_continues_after_the_complete_parts(documents, tokenizer, tmp_path, monk
     assert_same(again, whole)
     assert 30 <= len(encoded) < 50  # the last of 80, and those whose part was not yet full
     assert encoded == documents[-len(encoded) :]
+    assert not list((tmp_path / "b").glob(".*"))
 
 
 def test_damaged_parts_and_parts_cut_elsewhere_are_made_again(

@@ -12,7 +12,7 @@ setup: $(VENV)/.installed $(VENV)/.extension
 pretrain: setup
 	$(VENV)/bin/fastbert pretrain --out $(OUT) --resume
 
-# Two processes of a thread each are nearly twice as fast as one of two threads: most tests are small.
+# Most tests are too small to share among threads: processes of a thread each do more.
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 

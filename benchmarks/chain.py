@@ -19,7 +19,7 @@ from benchmarks.results import Options, Results
 ROOT = Path(__file__).parents[1]
 CLI = (sys.executable, "-m", "fastbert.cli")
 SEEDS = (0, 1, 2)
-FINETUNING = ("--epochs", "10", "--learning-rate", "5e-4", "--max-seq-len", "128", "--truncate")
+FINETUNING = ("--epochs", "3", "--learning-rate", "5e-4", "--max-seq-len", "128", "--truncate")
 
 
 def run(options: Options, results: Results) -> None:

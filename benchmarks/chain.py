@@ -24,10 +24,11 @@ FINETUNING = ("--epochs", "3", "--learning-rate", "5e-4", "--max-seq-len", "128"
 
 def run(options: Options, results: Results) -> None:
     """The part "chain": accuracies on the test data, and the seconds of each command."""
-    pretraining, finetuning = (), FINETUNING
+    precision = ("--precision", options.precision)
+    pretraining, finetuning = precision, (*FINETUNING, *precision)
     if options.quick:
-        pretraining = ("--preset", "tiny", "--steps", "6", "--eval-batches", "2")
-        finetuning = (*FINETUNING, "--epochs", "1")
+        pretraining += ("--preset", "tiny", "--steps", "6", "--eval-batches", "2")
+        finetuning += ("--epochs", "1")
     with tempfile.TemporaryDirectory() as directory:
         here = Path(directory)
         corpus = ("--corpus", "corpus.txt", *pretraining)

@@ -9,13 +9,7 @@ from fastbert.check import InputError
 from fastbert.pretrain_config import option
 
 TASKS = ("classification", "multilabel", "regression", "ner", "qa", "choice")
-WINDOWS = (
-    "classification",
-    "multilabel",
-    "regression",
-    "ner",
-    "qa",
-)  # may read long texts in parts
+WINDOWS = tuple(task for task in TASKS if task != "choice")  # may read long texts in parts
 BALANCED = "balanced"
 
 

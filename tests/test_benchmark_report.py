@@ -218,6 +218,50 @@ def test_tokenising_is_shown_as_a_share_of_the_tokenizers_own_speed():
     assert PARTS["tokenizing_memory"]([row]).lines == [("25 MB", "2", "300 MiB", "11 s")]
 
 
+def test_the_best_rate_of_each_optimizer_is_in_bold():
+    rows = [
+        {
+            "part": "large_batch",
+            "case": {"optimizer": optimizer, "learning_rate": rate, "steps": 7,
+                     "batch_tokens": 4096, "preset": "tiny"},
+            "final": loss,
+            "baseline": 6.5,
+        }
+        for optimizer, rate, loss in (
+            ("adamw", 0.1, 6.0), ("adamw", 0.2, None), ("lamb", 0.3, 5.5), ("lamb", 0.4, 5.25)
+        )
+    ]  # fmt: skip
+    assert PARTS["large_batch"](rows).lines == [
+        ("adamw, learning rate", "0.1", "0.2"),
+        ("held-out loss (nats)", "**6.000**", "diverged"),
+        ("lamb, learning rate", "0.3", "0.4"),
+        ("held-out loss (nats)", "5.500", "**5.250**"),
+    ]
+
+
+def test_the_chain_is_shown_with_and_without_pre_training():
+    took = {"data": 9.0, "pre-training": 500.0, "fine-tuning": 60.0}
+    rows = [
+        {
+            "part": "chain",
+            "case": {"pre-trained": is_trained, "seed": seed},
+            "accuracy": accuracy,
+            "macro_f1": accuracy - 0.1,
+            "majority": 0.25,
+            "seconds": took if seed == 0 and is_trained else dict.fromkeys(took, 1.0),
+        }
+        for seed, is_trained, accuracy in (
+            (0, True, 0.75), (0, False, 0.5), (1, True, 0.8), (1, False, 0.7)
+        )
+    ]  # fmt: skip
+    assert PARTS["chain"](rows).lines == [
+        ("pre-trained", "2", "77.5%", "75.0% to 80.0%", "0.675"),
+        ("not pre-trained", "2", "60.0%", "50.0% to 70.0%", "0.500"),
+        ("the most frequent module", "", "25.0%", "", ""),
+        *((f"time: {name}", "", seconds(took[name]), "", "") for name in took),
+    ]
+
+
 def test_a_teacher_is_measured_as_its_students_are():
     same = {"part": "distillation", "parameters": 2e6, "seconds": 9.0, "baseline": 6.0}
     case = {"seed": 0, "steps": 5}

@@ -20,15 +20,14 @@ from fastbert.check import InputError
 
 T = TypeVar("T")
 
+PARTS = ("soft", "cosine")  # of a loss, shown beside it
+
 console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 def tracked(items: Sequence[T], doing: str) -> Iterable[T]:
     """The items, with a bar on the terminal, if there is one, until the last of them is done."""
     return track(items, doing, console=console, transient=True, disable=not console.is_terminal)
-
-
-PARTS = ("soft", "cosine")  # of a loss, shown beside it
 
 
 class Reporter:

@@ -31,9 +31,9 @@ class TrainingState:
     """What a checkpoint says of its run, beside the tensors.
 
     text: fingerprint of the corpus and the tokenizer; teacher: of the model that a run learns from,
-    None where there is none; step: optimizer steps done, which is the
-    position in the data; seconds, real_tokens, skipped_steps: spent, read and left out so far;
-    history: what was reported.
+    None where there is none; step: optimizer steps done, which is the position in the data;
+    seconds, real_tokens, skipped_steps: spent, read and left out so far; history: what was
+    reported.
     """
 
     text: str

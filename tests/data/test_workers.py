@@ -92,9 +92,7 @@ def test_reads_only_so_far_ahead(documents, tokenizer, tmp_path):
     assert 1 <= max(ahead) <= 3  # and with the one that is being read, two a process
 
 
-def test_a_killed_process_is_one_line_and_loses_nothing_stamps(
-    documents, tokenizer, tmp_path, obedient
-):
+def test_a_killed_process_is_one_line_and_loses_nothing(documents, tokenizer, tmp_path, obedient):
     texts = [*documents[:40], ["ba die ke"], *documents[40:]]
     options = {"fingerprint": "f", "segmenter": obedient, "processes": 2}
     out = tmp_path / "out"

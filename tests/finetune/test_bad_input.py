@@ -106,6 +106,25 @@ def test_finetune_refuses(name, model, write, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("contents", "pattern"),
+    [
+        ("text,label\nx,odd\n", r"test.csv, line 2: the label 'odd' does not occur in --train"),
+        ("text,y\nx,pos\n", r"test.csv: no column 'label'"),
+        ("", "test.csv: is empty"),
+    ],
+)
+def test_bad_test_data_are_refused_before_training(
+    contents, pattern, model, write, tmp_path, monkeypatch, capsys
+):
+    file, test = write("train.csv", GOOD), write("test.csv", contents)
+    files = ["--train", file, "--dev", file, "--test", test, "--model", model]
+    arguments = ["finetune", "--task", "classification", *files, "--out", tmp_path / "run"]
+    error = run(monkeypatch, capsys, *arguments)
+    assert re.search(pattern, error), error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("command", "source", "out", "options", "pattern"),
     [
         ("predict", "text\na\n", "x.jsonl", [], "no finetune.json there"),

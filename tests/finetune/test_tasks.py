@@ -316,3 +316,25 @@ def test_the_test_data_measure_the_best_epoch_not_the_last(model, write, tmp_pat
     assert summary["test"]["mse"] == pytest.approx(error, rel=1e-4)
     assert summary["best_epoch"] < 40
     assert error > 0.1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_predictions_are_computed_as_the_model_was_measured(model, write, tmp_path, precision):
+    """On whatever machine: `auto` may stand there for the other precision."""
+    rows = [{"text": text, "label": float(n)} for n, (text, _) in enumerate(OPINIONS)]
+    file = write("rows.jsonl", rows)
+    summary = learn(
+        model, tmp_path, task="regression", train=file, dev=file, epochs=1, precision=precision
+    )
+    truth = np.arange(len(rows))
+    errors = {
+        name: ((np.array([one["score"] for one in said]) - truth) ** 2).mean()
+        for name, said in (
+            ("default", predict(tmp_path / "run", file)),
+            ("bf16", predict(tmp_path / "run", file, precision="bf16")),
+            ("fp32", predict(tmp_path / "run", file, precision="fp32")),
+        )
+    }
+    assert errors["default"] == errors[precision]
+    assert errors["bf16"] != errors["fp32"]
+    assert summary["mse"] == pytest.approx(errors[precision], rel=1e-6)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -23,14 +22,6 @@ from fastbert.train.pretrain import pretrain
 
 SMALL = {"batch_tokens": 512, "max_seq_len": 64, "eval_batches": 2, "dropout": 0.1}
 OFTEN = {"save_every": 3, "eval_every": 3, "log_every": 1}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "topics.txt"
-    documents = (topics[name].replace("\n\n", "\n") for name in sorted(topics)[:24])
-    path.write_text("\n\n".join(documents))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -86,14 +85,6 @@ def test_lamb_on_shards_has_the_norms_of_whole_tensors(report, variant):
     whole = distributed_case.lamb(variant, sharded=False)
     for actual, expected in zip(report[variant], whole, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "topics.txt"
-    documents = (topics[name].replace("\n\n", "\n") for name in sorted(topics)[:24])
-    path.write_text("\n\n".join(documents))
-    return path
 
 
 @pytest.fixture(scope="module")

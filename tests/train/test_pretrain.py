@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -34,14 +33,6 @@ def assert_one_clear_line(done: subprocess.CompletedProcess, pattern: str) -> No
     assert done.stderr.startswith("fastbert: error: ")
     assert done.stderr.count("\n") == 1
     assert re.search(pattern, done.stderr), done.stderr
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "topics.txt"
-    documents = (topics[name].replace("\n\n", "\n") for name in sorted(topics)[:24])
-    path.write_text("\n\n".join(documents))
-    return path
 
 
 @pytest.fixture(scope="module")

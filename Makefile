@@ -19,9 +19,9 @@ test: setup
 bench: setup
 	$(PY) -m benchmarks
 
-# With the machine's own Python, as it is: nothing is installed.
+# With the machine's own Python, as it is: nothing is installed. ONLY="a b" runs these parts.
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check $(OUT)
+	$(PYTHON) -m benchmarks.gpu_check $(OUT) $(ONLY:%=--only %)
 
 lint: setup
 	$(PY) -m ruff check .

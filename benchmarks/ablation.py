@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastbert
-from benchmarks.results import FASTBERT, Options, Results
+from benchmarks.results import FASTBERT, SDPA, Options, Results
 from benchmarks.steps import (
     GRAPH,
-    SDPA,
     at_fixed_places,
     make_model,
     optimizer_step,

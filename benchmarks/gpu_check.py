@@ -4,9 +4,14 @@ The extension is built, the tests that need a GPU run, then the benchmarks, then
 with the Python that runs this and what it has installed: no network is asked. Every part is a
 process of its own with a time limit, so that none takes another with it. DIR gets results.jsonl,
 which grows as parts finish, log.txt, and one trace. Without a GPU the same runs at small sizes.
+
+A second ten minutes are for the parts that run only where `--only` names them (`make gpu-check
+OUT=DIR ONLY="memcheck racecheck convergence"`): NVIDIA's compute-sanitizer over every operator, and
+BERT-base trained by fastbert and by Hugging Face.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -26,45 +31,68 @@ LOG, RESULTS, TRACE = "log.txt", "results.jsonl", "results.trace.json.gz"
 
 
 class Part(NamedTuple):
-    """arguments: of Python; seconds: when it is stopped; its benchmarks' rows join the results."""
+    """arguments: of Python; seconds: when it is stopped; its benchmarks' rows join the results.
+
+    under: a command that runs this one.
+    """
 
     name: str
     arguments: tuple[str, ...]
     seconds: int
     measures: bool = False
+    under: tuple[str, ...] = ()
 
 
-def benchmark(name: str, seconds: int) -> Part:
-    arguments = ("-m", "benchmarks", "--quick", "--only", name)
+def benchmark(name: str, seconds: int, *options: str) -> Part:
+    arguments = ("-m", "benchmarks", *options, "--only", name)
     return Part(name, arguments, seconds, measures=True)
+
+
+def tests(seconds: int) -> Part:
+    """Side by side where pytest-xdist is: most of their time is Triton's compiling."""
+    many = ("-n", "8", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
+    return Part("tests", ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *many), seconds)
+
+
+def sanitizer(tool: str, seconds: int) -> Part:
+    # PyTorch's allocator hands out parts of large blocks, past whose ends is memory all the same
+    under = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", tool)
+    return Part(tool, ("-m", "benchmarks.once"), seconds, under=(*under, "--error-exitcode", "9"))
 
 
 PARTS = (
     Part("extension", ("setup.py", "-q", "build_ext", "--inplace"), 150),
-    Part("tests", ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"), 210),
-    benchmark("kernels", 100),
-    benchmark("steps", 110),
-    benchmark("ablation", 40),
-    benchmark("step_profile", 40),
+    tests(210),
+    benchmark("kernels", 100, "--quick"),
+    benchmark("steps", 110, "--quick"),
+    benchmark("ablation", 40, "--quick"),
+    benchmark("step_profile", 40, "--quick"),
+)
+NAMED = (
+    Part("once", ("-m", "benchmarks.once"), 60),  # compiles what the sanitizers then run
+    sanitizer("memcheck", 120),
+    sanitizer("racecheck", 120),
+    benchmark("convergence", 300),
 )
 
 
 def main(
     out: Annotated[Path, typer.Argument(help="Directory for what is found.")],
-    only: Annotated[list[str] | None, typer.Option(help="Parts, by name; by default all.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Parts, by name.")] = None,
 ) -> None:
     """Run every part, whatever becomes of the others, and end with a line for each."""
-    names = [part.name for part in PARTS]
+    known = {part.name: part for part in PARTS + NAMED}
     for name in only or ():
-        if name not in names:
-            print(f"gpu-check: error: --only: one of {', '.join(names)}, got {name!r}")
+        if name not in known:
+            print(f"gpu-check: error: --only: one of {', '.join(known)}, got {name!r}")
             raise typer.Exit(2)
+    parts = [known[name] for name in only] if only else PARTS
     out.mkdir(parents=True, exist_ok=True)
     (out / LOG).write_text("", encoding="utf-8")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = Options(device, "bf16" if device.type == "cuda" else "fp32", quick=True)
     results = Results(options, out / RESULTS)
-    outcomes = [run(part, out, results) for part in PARTS if not only or part.name in only]
+    outcomes = [run(part, out, results) for part in parts]
     print("\n".join(["", *(line for line, _ in outcomes)]))
     raise typer.Exit(0 if all(succeeded for _, succeeded in outcomes) else 1)
 
@@ -75,9 +103,10 @@ def run(part: Part, out: Path, results: Results) -> tuple[str, bool]:
     rows = out / f".{part.name}.jsonl"
     arguments = [*part.arguments, *(("--out", str(rows.resolve())) if part.measures else ())]
     with (out / LOG).open("a", encoding="utf-8") as log:
-        log.write(f"== {part.name}: python {' '.join(arguments)}\n")
+        command = [*part.under, sys.executable, *arguments]
+        log.write(f"== {part.name}: {' '.join(command)}\n")
         log.flush()
-        status = _run_process([sys.executable, *arguments], log, part.seconds)
+        status = _run_process(command, log, part.seconds)
     found = list(_rows(rows))
     for row in found:
         results.add(**row)

@@ -36,7 +36,7 @@ class Passes(NamedTuple):
 def run(options: Options, results: Results, only: str = "") -> None:
     """The parts "ceilings" and "kernels"."""
     device, on_gpu = options.device, options.device.type == "cuda"
-    tokens = (8192 if options.quick else 32768) if on_gpu else 512 if options.quick else 2048
+    tokens = (16384 if options.quick else 32768) if on_gpu else 512 if options.quick else 2048
     rounds = (12 if options.quick else 30) if on_gpu else 4 if options.quick else 10
     torch.manual_seed(0)
     ceilings.of(options, results)

@@ -68,15 +68,22 @@ def ablation(axes: plt.Axes, rows: list[Row]) -> None:
 
 
 def convergence(axes: plt.Axes, rows: list[Row]) -> None:
-    styles = ("-", "--", ":")
+    """A colour for each candidate, a curve for each seed."""
+    names = list(dict.fromkeys(name for row in rows for name in row["curves"]))
     for row in rows:
-        for (name, losses), style in zip(row["curves"].items(), styles, strict=True):
-            axes.plot(range(1, len(losses) + 1), losses, style, label=name)
-    gap = max(gap for row in rows for gap in row["largest_gap"].values())
+        for number, (name, losses) in enumerate(row["curves"].items()):
+            label = name if row is rows[0] else None
+            style = ("-", "--", ":")[number]
+            steps = range(1, len(losses) + 1)
+            axes.plot(steps, losses, style, label=label, color=f"C{names.index(name)}", linewidth=1)
+    case, gap = rows[0]["case"], max(gap for row in rows for gap in row["largest_gap"].values())
+    apart = f"seeds {', '.join(str(row['case']['seed']) for row in rows)}"
+    if not case["dropout"]:
+        apart = f"largest gap {gap:.1e} nats"
     axes.set(
         xlabel="step",
-        ylabel="loss (nats)",
-        title=f"The same run three times: largest gap {gap:.1e} nats",
+        ylabel="training loss (nats)",
+        title=f"BERT-{case['preset']}, the same weights and batches: {apart}",
     )
     axes.grid(alpha=0.3)
     axes.legend()

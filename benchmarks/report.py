@@ -2,7 +2,7 @@
 
 A results file NAME.jsonl gets NAME.md and NAME-PART.png beside it. The README says where a table
 goes and which part of which file it shows, by a pair of comments; what is between them is written
-here, and a test checks that it still is what the file says:
+here, and a test checks that it still is what the file says. The part "targets" reads a folder too:
 
     <!-- benchmarks: cpu/steps.jsonl steps -->
     <!-- end -->
@@ -17,7 +17,8 @@ import typer
 
 from benchmarks import plots
 from benchmarks.results import Row, read
-from benchmarks.tables import PARTS
+from benchmarks.tables import PARTS, targets
+from benchmarks.targets import targets_of
 from fastbert.check import InputError
 from fastbert.train.state import write_text
 
@@ -25,6 +26,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 
+TARGETS = "targets"
 BLOCK = re.compile(r"(<!-- benchmarks: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -48,6 +50,8 @@ def markdown(rows: list[Row]) -> str:
     environment = {key: value for key, value in rows[0].items() if key != "part"}
     lines = [f"- {name}: {value}" for name, value in environment.items() if value is not None]
     sections = ["# Results", "\n".join(lines)]
+    if any(target.value(rows) is not None for target in targets_of(rows)):
+        sections += ["## Targets", targets(rows).markdown()]
     for part, table in PARTS.items():
         if found := [row for row in rows if row["part"] == part]:
             sections += [f"## {part}", table(found).markdown()]
@@ -66,32 +70,37 @@ def markdown(rows: list[Row]) -> str:
 
 def filled(text: str, results: Path = RESULTS) -> str:
     """The text with every block as the results say."""
-    return BLOCK.sub(lambda found: found[1] + block(results / found[2], found[3]) + found[4], text)
+    return BLOCK.sub(lambda found: found[1] + block(results, found[2], found[3]) + found[4], text)
 
 
-def block(path: Path, part: str) -> str:
+def block(results: Path, name: str, part: str) -> str:
     """A part's table, and under it where and how it was measured."""
-    if part not in PARTS:
+    path, file = results / name, f"`benchmarks/results/{name}`"
+    if part not in (*PARTS, TARGETS):
         raise InputError(f"README: a block for {part!r}, expected one of {', '.join(PARTS)}")
     if not path.exists():
         return "\nNot measured yet.\n\n"
+    if part == TARGETS:
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        rows = [row for each in files for row in read(each)]
+        return f"\n{targets(rows).markdown()}\n\nFrom {file}\n\n"
     if path.suffix == ".json":  # the summary of a run of fastbert's own
         row = json.loads(path.read_text(encoding="utf-8"))
-        return f"\n{PARTS[part]([row]).markdown()}\n\n{_source(row, path)}\n\n"
+        return f"\n{PARTS[part]([row]).markdown()}\n\n{_source(row)}: {file}\n\n"
     rows = read(path)
     found = [row for row in rows if row["part"] == part]
     if not found:
         return "\nNot measured yet.\n\n"
-    return f"\n{PARTS[part](found).markdown()}\n\n{_source(rows[0], path)}\n\n"
+    return f"\n{PARTS[part](found).markdown()}\n\n{_source(rows[0])}: {file}\n\n"
 
 
-def _source(about: Row, path: Path) -> str:
+def _source(about: Row) -> str:
     where = [about["device"], f"torch {about['torch']}", f"commit {about['commit']}"]
     if about["device"].startswith("cpu"):
         where.insert(1, f"{about['threads']} threads")
     if "command" in about:
         where.append(f"`{about['command']}`")
-    return f"On {', '.join(where)}: `benchmarks/results/{path.parent.name}/{path.name}`"
+    return f"On {', '.join(where)}"
 
 
 if __name__ == "__main__":

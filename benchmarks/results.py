@@ -19,7 +19,9 @@ import torch
 from fastbert.check import InputError
 from fastbert.train.report import environment
 
+# Whom a step is timed beside; operators have others.
 FASTBERT = "fastbert"
+EAGER, SDPA, COMPILED = (f"Hugging Face ({how})" for how in ("eager", "SDPA", "torch.compile"))
 
 Row = dict[str, Any]
 

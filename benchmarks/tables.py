@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 from benchmarks.results import FASTBERT, Row
+from benchmarks.targets import targets_of
 
 T = TypeVar("T")
 
@@ -68,27 +69,33 @@ def ablation(rows: list[Row]) -> Table:
 
 
 def convergence(rows: list[Row]) -> Table:
-    header = (
-        "model",
-        "steps",
-        "compared with",
-        "largest gap (nats)",
-        "final loss",
-        "its final loss",
-    )
-    lines = [
-        (
-            row["case"]["preset"],
-            str(row["case"]["steps"]),
-            name,
-            f"{gap:.1e}",
-            f"{row['curves'][FASTBERT][-1]:.4f}",
-            f"{row['curves'][name][-1]:.4f}",
-        )
-        for row in rows
-        for name, gap in row["largest_gap"].items()
-    ]
+    """A line for each run and other candidate; and one for all seeds, if there are several.
+
+    A curve ends at the mean of its last tenth. Differences that are no larger than what they vary
+    by from seed to seed are noise.
+    """
+    lines = []
+    for name in dict.fromkeys(name for row in rows for name in row["largest_gap"]):
+        runs = [row for row in rows if name in row["largest_gap"]]
+        ends = [[_end(row["curves"][by]) for by in (FASTBERT, name)] for row in runs]
+        for row, (ours, theirs) in zip(runs, ends, strict=True):
+            case = row["case"]
+            about = (*(str(case[key]) for key in ("preset", "steps", "dropout", "seed")), name)
+            gap = f"{row['largest_gap'][name]:.1e}"
+            lines.append((*about, f"{ours:.4f}", f"{theirs:.4f}", f"{ours - theirs:+.4f}", gap))
+        if len(runs) > 1:
+            means = [statistics.fmean(side) for side in zip(*ends, strict=True)]
+            apart = [ours - theirs for ours, theirs in ends]
+            difference = f"{statistics.fmean(apart):+.4f} ±{statistics.stdev(apart):.4f}"
+            about = ("", "", "", f"all {len(runs)}", name)
+            lines.append((*about, *(f"{mean:.4f}" for mean in means), difference, ""))
+    header = ("model", "steps", "dropout", "seed", "compared with", "final loss", "its final loss",
+              "difference", "largest gap of a step")  # fmt: skip
     return Table(header, lines)
+
+
+def _end(curve: list[float]) -> float:
+    return statistics.fmean(curve[-max(len(curve) // 10, 1) :])
 
 
 def sentence_encode(rows: list[Row]) -> Table:
@@ -279,6 +286,29 @@ def pretraining(rows: list[Row]) -> Table:
     return Table(
         ("steps", "time", "held-out MLM loss (nats)", "unigram baseline", "below it"), lines
     )
+
+
+def targets(rows: list[Row]) -> Table:
+    """What is wanted beside what was measured: of all rows of a file, its environment first."""
+    lines = []
+    for target in targets_of(rows):
+        value = target.value(rows)
+        bound = "at most" if target.is_limit else "at least"
+        wanted = f"{bound} {_figure(target.goal, target.unit)}"
+        measured, verdict = "-", "not measured"
+        if value is not None:
+            measured = _figure(value, target.unit)
+            verdict = "met" if target.is_met(value) else "not met"
+        lines.append((target.what, wanted, measured, verdict))
+    return Table(("target", "wanted", "measured", ""), lines)
+
+
+def _figure(value: float, unit: str) -> str:
+    if unit == "s":
+        return seconds(value)
+    if not unit:
+        return f"{value:.0%}"
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.2f}{unit}"
 
 
 PARTS: dict[str, Callable[[list[Row]], Table]] = {

@@ -4,6 +4,9 @@ A table of block shapes is an attribute of the module that launches the kernel, 
 function; a sweep puts each candidate in its place. Every candidate is compared with the reference
 before it is timed, and the fastest are printed as the entry to commit, beside the present one.
 
+Most of a sweep would be Triton's compiling, so processes of their own run each candidate once
+before any is timed; what they compile lies in Triton's cache from then on.
+
 Needs an NVIDIA GPU. With TRITON_INTERPRET=1 it runs anywhere, which shows that it works, and times
 nothing worth knowing.
 """
@@ -13,7 +16,10 @@ import functools
 import importlib
 import itertools
 import json
+import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -31,7 +37,10 @@ from benchmarks.workloads import sequence_lengths
 from fastbert import backend
 from fastbert.train.report import environment
 
+AHEAD_TOKENS = 4096  # of what is run to be compiled, by many processes on one GPU
 TOLERANCE = 0.05  # of the largest element: no rounding of bfloat16 comes near, no wrong block stays
+
+PROCESSES = min(os.cpu_count() or 1, 8)
 
 console = Console(highlight=False, width=110, soft_wrap=True)
 
@@ -188,6 +197,41 @@ def sweep(
         yield row
 
 
+class Sizes(NamedTuple):
+    """What `workloads` is asked for."""
+
+    preset: str
+    tokens: int
+    device: str
+    dtype: torch.dtype
+
+
+def compile_ahead(pool: Executor, sizes: Sizes, number: int, place: int, count: int) -> None:
+    """Has the candidates of a table compiled: those of its operator's `place`-th.
+
+    number: of the workload among those of these sizes; count: how many candidates there are.
+    """
+    few = sizes._replace(tokens=min(sizes.tokens, AHEAD_TOKENS))
+    list(pool.map(_run_once, *zip(*((few, number, place, n) for n in range(count)), strict=True)))
+
+
+def _run_once(sizes: Sizes, number: int, place: int, candidate: int) -> None:
+    check, table = _check(sizes, number), TABLES[_name(sizes, number)][place]
+    entry = list(table.candidates(columns_of(check.workload)))[candidate]
+    # what fails here fails again where it is measured, and is told there
+    with contextlib.suppress(Exception), backend.use("triton"), forced(table, entry):
+        check.passes()
+
+
+@functools.lru_cache(maxsize=1)
+def _check(sizes: Sizes, number: int) -> Check:
+    return Check(next(itertools.islice(workloads(*sizes), number, None)))
+
+
+def _name(sizes: Sizes, number: int) -> str:
+    return _check(sizes, number).workload.operator.name
+
+
 def describe(rows: list[dict], best: int = 3) -> Iterator[str]:
     """The fastest entries, as they would be committed, and the present one's time."""
     present, timed = rows[0], [row for row in rows if "median_s" in row]
@@ -207,6 +251,7 @@ def main(
     preset: Annotated[str, typer.Option(help="tiny, mini, base, large; base and large.")] = "",
     sequences: Annotated[int, typer.Option(help="In the packed batch.", min=1)] = 128,
     rounds: Annotated[int, typer.Option(help="Timed runs of each entry.", min=2)] = 20,
+    processes: Annotated[int, typer.Option(help="That compile ahead.", min=1)] = PROCESSES,
     out: Annotated[Path | None, typer.Option(help="JSON Lines file, appended to.")] = None,
 ) -> None:
     """Sweeps the tables of block shapes, at the sizes of BERT-base and BERT-large."""
@@ -222,18 +267,29 @@ def main(
     flush = flush_for(torch.device(device))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32  # which the interpreter has not
     tokens = sum(sequence_lengths("wikipedia", sequences))
-    for size in [preset] if preset else ["base", "large"]:
-        for workload in workloads(size, tokens, device, dtype):
-            name = workload.operator.name
-            for swept in TABLES[name] if op in ("", name) else ():
-                if table in ("", f"{swept.unit}.{swept.name}") and swept.where in workload.label:
-                    entries = [None, *swept.candidates(columns_of(workload))]
-                    rows = []
-                    for row in sweep(workload, swept, entries, rounds, flush):
-                        rows.append(row)
-                        write(row)
-                    for line in describe(rows):
-                        console.print(line)
+    spawn = multiprocessing.get_context("spawn")  # a process that has used the GPU cannot fork
+    with ProcessPoolExecutor(processes, spawn) as pool:
+        for size in [preset] if preset else ["base", "large"]:
+            sizes = Sizes(size, tokens, device, dtype)
+            for number, workload, place, swept in chosen(sizes, op, table):
+                entries = [None, *swept.candidates(columns_of(workload))]
+                if device == "cuda":
+                    compile_ahead(pool, sizes, number, place, len(entries) - 1)
+                rows = []
+                for row in sweep(workload, swept, entries, rounds, flush):
+                    rows.append(row)
+                    write(row)
+                for line in describe(rows):
+                    console.print(line)
+
+
+def chosen(sizes: Sizes, op: str, name: str) -> Iterator[tuple[int, Workload, int, Table]]:
+    """Workloads with the tables that they are for; each with its number. op, name: "" for all."""
+    for number, workload in enumerate(workloads(*sizes)):
+        operator = workload.operator.name
+        for place, table in enumerate(TABLES.get(operator, ()) if op in ("", operator) else ()):
+            if name in ("", f"{table.unit}.{table.name}") and table.where in workload.label:
+                yield number, workload, place, table
 
 
 def columns_of(workload: Workload) -> int:

@@ -33,21 +33,31 @@ class Batch(NamedTuple):
 
 
 def sequence_lengths(distribution: str, count: int) -> list[int]:
-    """`count` lengths at equally spaced quantiles of "wikipedia" or "uniform"; 512 for "full"."""
+    """`count` lengths at equally spaced quantiles of a distribution.
+
+    "wikipedia"; "uniform" up to 512; "serving", uniform from a fifth of 512 on, which fills 60 % of
+    a padded batch; "full", all 512; or a number, which all are.
+    """
+    if distribution.isdigit():
+        return [int(distribution)] * count
     if distribution == "full":
         return [MAX_SEQLEN] * count
-    bins = {"wikipedia": WIKIPEDIA, "uniform": (1 / 8,) * 8}[distribution]
-    bounds = torch.tensor([0.0, *bins]).cumsum(0)
     quantiles = (torch.arange(count) + 0.5) / count
-    place = torch.searchsorted(bounds, quantiles) - 1
-    inside = (quantiles - bounds[place]) / (bounds[place + 1] - bounds[place])
-    return ((place + inside) * (MAX_SEQLEN / len(bins))).round().clamp(min=8).int().tolist()
+    if distribution == "wikipedia":
+        bounds = torch.tensor([0.0, *WIKIPEDIA]).cumsum(0)
+        place = torch.searchsorted(bounds, quantiles) - 1
+        inside = (quantiles - bounds[place]) / (bounds[place + 1] - bounds[place])
+        shares = (place + inside) / len(WIKIPEDIA)
+    else:
+        lowest = {"uniform": 0.0, "serving": 0.2}[distribution]
+        shares = lowest + (1 - lowest) * quantiles
+    return (shares * MAX_SEQLEN).round().clamp(min=8).int().tolist()
 
 
-def pretraining_batch(lengths: list[int]) -> Batch:
+def pretraining_batch(lengths: list[int], width: int = MAX_SEQLEN) -> Batch:
     """The padded batch is as wide as MAX_SEQLEN, as in MLPerf; 15 % of real tokens are masked."""
-    size = (len(lengths), MAX_SEQLEN)
-    places = torch.arange(MAX_SEQLEN)
+    size = (len(lengths), width)
+    places = torch.arange(width)
     ends = torch.tensor(lengths)[:, None]
     real = places < ends
     ids = torch.randint(5, VOCAB_SIZE, size) * real

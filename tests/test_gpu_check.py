@@ -1,6 +1,9 @@
 """One command for a GPU machine: here with parts that are quick, fail, hang, and measure."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import typer
@@ -8,6 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks import gpu_check
 from benchmarks.gpu_check import Part
+from fastbert import backend
 
 MEASURING = """
 import json, sys, time
@@ -65,6 +69,42 @@ def test_all_is_well(tmp_path, monkeypatch):
 def test_fits_into_ten_minutes():
     assert sum(part.seconds for part in gpu_check.PARTS) <= 650  # ends of parts that take no time
     assert len(gpu_check.PARTS) <= 10  # lines of the table
+
+
+def test_a_part_that_is_named_runs_under_its_tool(tmp_path, monkeypatch):
+    tool = ("env", "WHO=the tool", sys.executable, "-c", "import os, sys; print(os.environ['WHO'])")
+    monkeypatch.setattr(gpu_check, "PARTS", (Part("usual", ("-c", "print('not asked for')"), 60),))
+    monkeypatch.setattr(gpu_check, "NAMED", (Part("named", ("-c", "1"), 60, under=tool),))
+    outcome = check(tmp_path, "--only", "named")
+    assert outcome.exit_code == 0
+    assert "the tool" in outcome.stdout
+    assert "not asked for" not in outcome.stdout
+    assert [row["case"]["of"] for row in results(tmp_path)[1:]] == ["named"]
+
+
+def test_without_the_tool_a_part_fails_and_says_so(tmp_path, monkeypatch):
+    part = Part("named", ("-c", "1"), 60, under=("env", "no-such-sanitizer"))
+    monkeypatch.setattr(gpu_check, "NAMED", (part,))
+    outcome = check(tmp_path, "--only", "named")
+    assert outcome.exit_code == 1
+    assert "failed (127)" in outcome.stdout
+    assert "no-such-sanitizer" in outcome.stdout
+
+
+def test_the_named_parts_fit_into_ten_minutes_too():
+    assert sum(part.seconds for part in gpu_check.NAMED) <= 600
+
+
+@pytest.mark.slow
+def test_what_a_sanitizer_looks_at_is_every_operator():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "benchmarks.once"]
+    process = subprocess.run(
+        command, cwd=gpu_check.ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    by_triton = {name for name, operator in backend.OPS.items() if "triton" in operator.backends}
+    for name in by_triton | {"compact", "gather_rows"}:
+        assert name in process.stdout
 
 
 def test_names_the_parts_it_knows(tmp_path):

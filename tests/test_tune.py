@@ -1,4 +1,5 @@
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -60,3 +61,36 @@ def test_the_table_is_put_back():
                 inside = getattr(module, table.name)
                 assert (inside() if callable(before) else inside) == (1, 2, 3)
             assert getattr(module, table.name) is before
+
+
+def test_a_sweep_of_everything_reaches_every_table():
+    sizes = tune.Sizes("tiny", 64, "cpu", torch.float32)
+    found = {
+        (workload.operator.name, table) for _, workload, _, table in tune.chosen(sizes, "", "")
+    }
+    assert found == {(op, table) for op, tables in tune.TABLES.items() for table in tables}
+    (one,) = {table.name for *_, table in tune.chosen(sizes, "bias_gelu", "bias_gelu.BWD_BLOCK")}
+    assert one == "BWD_BLOCK"
+
+
+def test_every_candidate_is_compiled_ahead(monkeypatch):
+    """Run once, on a small batch, whatever becomes of it."""
+    entries = [(2, 128, 2), (4, 128, 4), object()]
+    table = tune.Table("bias_gelu", "FWD_BLOCK", False, lambda columns: entries)
+    monkeypatch.setitem(tune.TABLES, "bias_gelu", (tune.ADD_PARTIALS, table))
+    seen = []
+
+    def passes(check):
+        seen.append((bias_gelu.FWD_BLOCK, check.workload.label))
+        if seen[-1][0] is entries[2]:
+            raise RuntimeError("does not fit")
+
+    bias_gelu = importlib.import_module("fastbert.kernels.bias_gelu")
+    monkeypatch.setattr(tune.Check, "passes", passes)
+    monkeypatch.setattr(tune, "AHEAD_TOKENS", 16)
+    sizes = tune.Sizes("tiny", 64, "cpu", torch.float32)
+    number = next(n for n, workload, *_ in tune.chosen(sizes, "bias_gelu", ""))
+    with ThreadPoolExecutor(1) as pool:
+        tune.compile_ahead(pool, sizes, number, 1, len(entries))
+    assert [entry for entry, _ in seen] == entries
+    assert all("16 x" in label for _, label in seen)

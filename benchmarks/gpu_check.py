@@ -50,7 +50,7 @@ def benchmark(name: str, seconds: int, *options: str) -> Part:
 
 def tests(seconds: int) -> Part:
     """Side by side where pytest-xdist is: most of their time is Triton's compiling."""
-    many = ("-n", "8", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
+    many = ("-n", "12", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
     return Part("tests", ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *many), seconds)
 
 

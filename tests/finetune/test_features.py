@@ -147,6 +147,18 @@ def test_null_threshold_and_longest_answer(model, encoder):
         assert said["null_score_difference"] == pytest.approx(1)
 
 
+def test_a_text_of_several_windows_has_the_mean_of_their_scores(model):
+    texts = ["cat", " ".join(["cat", "dog"] * 8)]
+    examples = [TextExample("here", (text,), None) for text in texts]
+    task = task_of("classification", labels=("neg", "pos"))
+    features = task.features(examples, Encoder(load_tokenizer(model), 10, 2, False))
+    assert [feature.example for feature in features] == [0, 1, 1, 1]
+    scores = np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 6.0], [0.0, 0.0]], dtype=np.float32)
+    first, second = task.means(examples, features, scores)
+    assert first.tolist() == [1.0, 2.0]
+    assert second.tolist() == [1.0, 2.0]
+
+
 def test_parts_and_collate(model, encoder):
     assert parts([3, 3, 5, 9, 1], 6) == [range(2), range(2, 3), range(3, 4), range(4, 5)]
     task = task_of("regression")

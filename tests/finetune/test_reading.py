@@ -8,6 +8,7 @@ from fastbert.data import load_tokenizer
 from fastbert.data.conll import read_conll
 from fastbert.data.squad import read_squad
 from fastbert.data.tables import read_table
+from fastbert.finetune.choice import Choice
 from fastbert.finetune.features import Encoder, collate
 from fastbert.finetune.infer import TASK_OF
 from fastbert.finetune.sequences import TextExample
@@ -53,6 +54,16 @@ def test_squad_of_both_versions(write):
     one, two = read_squad(file)
     assert [tuple(answer) for answer in one.answers] == [("b", 2), ("c", 4)]
     assert (one.is_impossible, two.is_impossible, two.answers) == (False, True, ())
+
+
+def test_a_question_stands_before_each_choice(write):
+    """As in RACE: the text, and the question with an answer."""
+    row = {"text": "It rained.", "question": "Why?", "a": "Clouds.", "b": "Sun.", "label": "a"}
+    columns = {"pair_column": "question", "choice_column": ("a", "b")}
+    config = FinetuneConfig(task="choice", train="x", dev="x", model="x", **columns)
+    (example,) = Choice(Settings.of(config, 48)).read(write("a.jsonl", [row]))
+    assert example.choices == ("Why? Clouds.", "Why? Sun.")
+    assert (example.text, example.target) == ("It rained.", 0)
 
 
 def make_task(name: str, *weights: str):

@@ -6,14 +6,9 @@ and of a large product the longer of the two times is its floor. It needs neithe
 and shows what a step reads and writes more often than it must. Kernels are those of a GPU.
 """
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # makes Triton's operators available on a CPU
-
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple
 from unittest import mock
 
@@ -52,7 +47,7 @@ class Work:
     flops: float = 0.0
 
     def floor(self, product: float = PRODUCT, copy: float = COPY) -> float:
-        """Seconds; all calls of a kind have the same sizes, so one bound holds for all."""
+        """Seconds, at these rates; calls of one kind have one size, so one bound holds for all."""
         return max(self.flops / product, self.bytes / copy)
 
 
@@ -70,15 +65,15 @@ class Counter(TorchDispatchMode):
         result = func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
         if func.namespace != "prim" and not _is_view(func) and name not in ALLOCATIONS:
-            inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(result))
-            self._add(func, name, inputs, outputs, args, kwargs, result)
+            self._add(func, name, args, kwargs, result)
         return result
 
-    def _add(self, func, name, inputs, outputs, args, kwargs, result) -> None:
-        written = outputs or list(_tensors(_written(func, args)))
+    def _add(self, func, name, args, kwargs, result) -> None:
+        inputs = _tensors((args, kwargs))
+        written = _tensors(result) or _tensors(_written(func, args))
         work = self.work[Kind(name, _sizes(inputs))]
         work.calls += 1
-        work.bytes += sum(map(_bytes, inputs)) + sum(map(_bytes, written))
+        work.bytes += sum(map(_bytes, inputs + written))
         if func._overloadpacket in flop_registry:
             work.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
         elif name.startswith(("attention_fwd", "attention_bwd", "attention_qkvpacked")):
@@ -93,6 +88,7 @@ def count(preset: str, lengths: list[int]) -> dict[Kind, Work]:
     kernels = ("triton", "ext", "reference")
     with (
         mock.patch.dict(backend.PREFERENCE, cpu=kernels),
+        mock.patch.object(backend, "INTERPRETED", True),  # of fake tensors no kernel is launched
         backend.use(None),  # so that choices of before are forgotten
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
     ):
@@ -111,19 +107,14 @@ def _is_view(func) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
 
 
-def _written(func, args) -> Iterator[Any]:
-    for declared, given in zip(func._schema.arguments, args, strict=False):
-        if declared.alias_info is not None and declared.alias_info.is_write:
-            yield given
+def _written(func, args) -> list[Any]:
+    declared = (argument.alias_info for argument in func._schema.arguments)
+    pairs = zip(declared, args, strict=False)
+    return [given for alias, given in pairs if alias is not None and alias.is_write]
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    leaves = itertools.chain.from_iterable(map(tree_leaves, tree if _is_lazy(tree) else [tree]))
-    return (leaf for leaf in leaves if isinstance(leaf, Tensor))
-
-
-def _is_lazy(tree: Any) -> bool:
-    return isinstance(tree, collections.abc.Iterator)
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -134,7 +125,9 @@ def _bytes(tensor: Tensor) -> int:
 def _sizes(tensors: list[Tensor]) -> str:
     if len(tensors) > 40:
         return f"{len(tensors)} tensors"
-    shapes = (f"{'x'.join(map(str, t.shape))} {_short(t.dtype)}" for t in tensors if t.numel() > 1e5)
+    shapes = (
+        f"{'x'.join(map(str, t.shape))} {_short(t.dtype)}" for t in tensors if t.numel() > 1e5
+    )
     return ", ".join(itertools.islice(shapes, 2))
 
 
@@ -144,7 +137,7 @@ def _short(dtype: torch.dtype) -> str:
 
 def main(
     preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "large",
-    lengths: Annotated[str, typer.Option(help="wikipedia, full, uniform, or a number.")] = "wikipedia",
+    lengths: Annotated[str, typer.Option(help="wikipedia, full, uniform, a number.")] = "wikipedia",
     sequences: Annotated[int, typer.Option(help="In the batch.", min=1)] = 96,
     product: Annotated[float, typer.Option(help="TFLOP/s of a large product.")] = PRODUCT / 1e12,
     copy: Annotated[float, typer.Option(help="TB/s of a large copy.")] = COPY / 1e12,

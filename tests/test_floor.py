@@ -1,0 +1,56 @@
+"""The floor of a step counts what its operators read, write and multiply."""
+
+import pytest
+
+from benchmarks import floor, footprint
+from benchmarks.floor import Work
+from benchmarks.workloads import pretraining_batch, sequence_lengths
+from fastbert.pretrain_config import PRESETS
+
+LENGTHS = sequence_lengths("wikipedia", 8)
+TOKENS = sum(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def work():
+    return floor.count("base", LENGTHS)
+
+
+def of(work, operator):
+    return [one for kind, one in work.items() if kind.operator == operator]
+
+
+def test_the_arithmetic_is_what_the_result_needs(work):
+    """Less what the last layer leaves out, more the rows of padding in the vocabulary."""
+    needed = footprint.model_flops("base", pretraining_batch(LENGTHS), training=True)
+    assert 0.9 * needed < sum(one.flops for one in work.values()) < 1.01 * needed
+
+
+def test_bytes_are_those_of_inputs_and_results(work):
+    """bfloat16 tokens, float32 biases; a layer each, but for the last one's wanted rows."""
+    layers, inner = PRESETS["base"].shape["num_hidden_layers"] - 1, 4 * 768
+    whole = max(of(work, "bias_gelu_fwd"), key=lambda one: one.bytes)
+    assert whole.calls == layers
+    assert whole.bytes == layers * (2 * 2 * TOKENS * inner + 4 * inner)
+    whole = max(of(work, "bias_gelu_bwd"), key=lambda one: one.bytes)
+    assert whole.bytes == layers * (3 * 2 * TOKENS * inner + 2 * 4 * inner)
+
+
+def test_attention_is_counted_by_the_sequences(work):
+    forward = of(work, "attention_fwd")
+    backward = of(work, "attention_qkvpacked_bwd") + of(work, "attention_bwd")
+    per_layer = 4 * 768 * sum(n**2 for n in LENGTHS)
+    whole = max(forward, key=lambda one: one.flops)
+    assert whole.flops == 11 * per_layer
+    total = sum(one.flops for one in backward)
+    assert total == pytest.approx(2.5 * sum(one.flops for one in forward))
+
+
+def test_the_optimizer_reads_four_tensors_and_writes_them(work):
+    (adamw,) = of(work, "_fused_adamw_")
+    assert adamw.bytes == pytest.approx(2 * 4 * 4 * 110e6, rel=0.02)
+
+
+def test_the_longer_of_two_times_is_the_floor():
+    assert Work(1, bytes=10, flops=30).floor(product=10, copy=5) == 3
+    assert Work(1, bytes=20, flops=30).floor(product=10, copy=5) == 4

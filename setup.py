@@ -70,6 +70,8 @@ def extension() -> dict[str, Any]:
     cuda = cpp_extension.CUDA_HOME is not None and torch.version.cuda is not None
     sources = sorted(map(str, Path("csrc").glob("*.cpp")))
     if cuda:
+        if not torch.cuda.is_available():  # for GPUs elsewhere: 8.0 is all of 8.x, PTX the newer
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         sources += sorted(str(path) for path in Path("csrc/cuda").iterdir())
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     openmp = ["-fopenmp"] if sys.platform == "linux" else []  # at::parallel_for is a header's

@@ -40,7 +40,8 @@ def run(options: Options, results: Results) -> None:
         preset, sequences, rounds = "base", 96, 12 if options.quick else 24
     torch.manual_seed(0)
     batch = pretraining_batch(sequence_lengths("wikipedia", sequences)).to(options.device)
-    model = make_model(FASTBERT, preset).to(options.device).train()
+    with options.device:
+        model, theirs = make_model(FASTBERT, preset).train(), make_model(SDPA, preset)
     tricks = (*TRICKS, GRAPH) if options.device.type == "cuda" else (*TRICKS,)
     left_out = {NOTHING: (), **{name: (name,) for name in tricks}, EVERYTHING: tricks}
     steps: dict[str, Work] = {}
@@ -51,7 +52,6 @@ def run(options: Options, results: Results) -> None:
             steps[name], reason = recorded(steps[name])
             if reason:
                 refused[name] = {GRAPH: reason}
-    theirs = make_model(SDPA, preset).to(options.device)
     steps[SDPA] = training_step(SDPA, theirs, batch, options)
     seconds = interleaved(steps, rounds)
     case = {"preset": preset, "lengths": "wikipedia", "sequences": sequences}

@@ -61,12 +61,12 @@ def sanitizer(tool: str, seconds: int) -> Part:
 
 
 PARTS = (
-    Part("extension", ("setup.py", "-q", "build_ext", "--inplace"), 150),
-    tests(210),
+    Part("extension", ("setup.py", "-q", "build_ext", "--inplace"), 120),
+    tests(200),
     benchmark("kernels", 100, "--quick"),
-    benchmark("steps", 110, "--quick"),
-    benchmark("ablation", 40, "--quick"),
-    benchmark("step_profile", 40, "--quick"),
+    benchmark("steps", 130, "--quick"),
+    benchmark("ablation", 50, "--quick"),
+    benchmark("step_profile", 50, "--quick"),
 )
 NAMED = (
     Part("once", ("-m", "benchmarks.once"), 60),  # compiles what the sanitizers then run

@@ -88,6 +88,10 @@ class Op:
             self.choices[device] = select(self, device)
         return self.choices[device]
 
+    def has_kernels(self, device: str) -> bool:
+        """Whether a faster body runs on such a device, for the arguments that it takes."""
+        return _choose(self.name, device) != "reference"
+
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         _choose(self.name, x.device.type)
         choice = self.choices[x.device.type]

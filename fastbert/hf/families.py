@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.hf.hooks import is_hooked
-from fastbert.modules.activations import GELU_TANH, activate
+from fastbert.modules.activations import GELU_TANH, dense_and_activate
 from fastbert.modules.layer import LayerParts
-from fastbert.modules.linear import is_plain, split_bias
+from fastbert.modules.linear import is_plain
 from fastbert.ops.layer_norm import layer_norm
 
 ORIGINAL = "_fastbert_original_class"  # a patched class names the one it replaces by it
@@ -147,7 +147,7 @@ def _require_plain_layer(layer: Any, chunk_size: int) -> None:
 
 def _before_vocabulary(dense: Any, activation: Callable, norm: Any) -> Callable[[Tensor], Tensor]:
     def transform(rows: Tensor) -> Tensor:
-        x = activate(activation_of(activation), *split_bias(rows, dense))
+        x = dense_and_activate(rows, dense, activation_of(activation))
         if is_plain(norm, nn.LayerNorm):
             return layer_norm(x, norm.weight, norm.bias, norm.eps)
         return norm(x)

@@ -5,8 +5,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastbert.modules.linear import split_bias
 from fastbert.ops.bias_gelu import bias_gelu
 
 GELU_TANH = partial(F.gelu, approximate="tanh")
@@ -22,6 +23,12 @@ ACTIVATIONS: dict[str, Callable] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
+
+
+def dense_and_activate(x: Tensor, dense: nn.Module, function: Callable) -> Tensor:
+    """function(dense(x)), the bias added by the operator of the function, if it has one."""
+    into = bias_gelu if function in (F.gelu, GELU_TANH) else None
+    return activate(function, *split_bias(x, dense, into))
 
 
 def activate(function: Callable, x: Tensor, bias: Tensor | None) -> Tensor:

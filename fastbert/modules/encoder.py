@@ -16,10 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from fastbert import events
 from fastbert.check import require
 from fastbert.config import check_config
-from fastbert.modules.activations import activate, activation
+from fastbert.modules.activations import activation, dense_and_activate
 from fastbert.modules.embeddings import stream_dtype
 from fastbert.modules.layer import Rows, Sequences, project_and_norm, run_layers, self_attention
-from fastbert.modules.linear import split_bias
 from fastbert.modules.masks import document_boundaries, read_mask
 from fastbert.ops.layer_norm import Save
 from fastbert.ops.unpad import Unpadding, unpad
@@ -103,7 +102,7 @@ class BertIntermediate(nn.Module):
         self.intermediate_act_fn = activation(config.hidden_act)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return activate(self.intermediate_act_fn, *split_bias(hidden_states, self.dense))
+        return dense_and_activate(hidden_states, self.dense, self.intermediate_act_fn)
 
 
 class BertLayer(nn.Module):

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastbert.modules.activations import activate, activation
-from fastbert.modules.linear import split_bias
+from fastbert.modules.activations import activation, dense_and_activate
 from fastbert.ops.layer_norm import layer_norm
 
 
@@ -27,7 +26,7 @@ class BertPredictionHeadTransform(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x = activate(self.transform_act_fn, *split_bias(hidden_states, self.dense))
+        x = dense_and_activate(hidden_states, self.dense, self.transform_act_fn)
         return layer_norm(x, self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps)
 
 

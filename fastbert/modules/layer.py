@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.check import require
-from fastbert.modules.activations import activate
+from fastbert.modules.activations import dense_and_activate
 from fastbert.modules.embeddings import is_affine
 from fastbert.modules.linear import fused_linear, split_bias
 from fastbert.ops.attention import attention, attention_qkvpacked
@@ -137,7 +137,7 @@ def project_and_norm(
     save: Save = "z",
 ) -> Tensor:
     """`norm(residual + dropout(dense(x)))`: the end of each half of a layer."""
-    x, x_bias = split_bias(x, dense)
+    x, x_bias = split_bias(x, dense, dropout_add_layer_norm if is_affine(norm) else None)
     if is_affine(norm):
         return dropout_add_layer_norm(
             x,
@@ -150,8 +150,6 @@ def project_and_norm(
             rng=rng,
             save=save,
         )
-    if x_bias is not None:
-        x = x + x_bias.to(x.dtype)
     return norm(residual + dropout(x, dropout_p, rng)).to(residual.dtype)
 
 
@@ -192,7 +190,7 @@ def run_layer(parts: LayerParts, x: Tensor, sequences: Sequences) -> Tensor:
         parts.attention_output_dropout,
         sequences.wanted_rng(1),
     )
-    intermediate = activate(parts.activation, *split_bias(x, parts.intermediate))
+    intermediate = dense_and_activate(x, parts.intermediate, parts.activation)
     return project_and_norm(
         intermediate,
         x,

@@ -1,19 +1,25 @@
 """Several linear layers of the same input as one matrix product."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbert.backend import Op
+
 
 def fused_linear(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
     """The outputs of `linears` side by side: (..., H) -> (..., sum of their output sizes).
 
-    One product with the concatenated weights where every layer is a plain `nn.Linear`. A layer that
-    is something else (LoRA, 8-bit, parametrized) or carries hooks is called, not read.
+    One product with the concatenated weights where every layer is a plain `nn.Linear`, but for few
+    rows on a CPU, where copying the weights takes longer than the rest. A layer that is something
+    else (LoRA, 8-bit, parametrized) or carries hooks is called, not read.
     """
-    if all(map(is_plain, linears)) and len({layer.bias is None for layer in linears}) == 1:
+    is_worth_it = x.device.type != "cpu" or x.numel() >= x.shape[-1] ** 2
+    are_alike = all(map(is_plain, linears)) and len({layer.bias is None for layer in linears}) == 1
+    if is_worth_it and are_alike:
         weight = torch.cat([layer.weight for layer in linears])  # type: ignore[misc]
         bias = None
         if linears[0].bias is not None:
@@ -22,15 +28,19 @@ def fused_linear(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
     return torch.cat([layer(x) for layer in linears], dim=-1)
 
 
-def split_bias(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """A linear layer's product and its bias, for an operator that adds the bias on its way.
+def split_bias(x: Tensor, layer: nn.Module, into: Op | None) -> tuple[Tensor, Tensor | None]:
+    """A linear layer's product and its bias, for the operator `into`, which adds it on its way.
 
-    The gradient of the bias is then a by-product there, not another pass over the rows. A layer
-    that is not a plain `nn.Linear` is called, and leaves no bias to add.
+    The gradient of the bias is then a by-product of its kernel, not another pass over the rows. The
+    bias is None where it is in the product already: where `into` has no kernel here, and for a
+    layer that is not a plain `nn.Linear`, which is called.
     """
-    if is_plain(layer):
-        return F.linear(x, layer.weight), layer.bias  # type: ignore[arg-type, return-value]
-    return layer(x), None
+    if not is_plain(layer):
+        return layer(x), None
+    weight, bias = cast(Tensor, layer.weight), cast(Tensor | None, layer.bias)
+    if into is not None and into.has_kernels(x.device.type):
+        return F.linear(x, weight), bias
+    return F.linear(x, weight, bias), None
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:

@@ -1,0 +1,59 @@
+"""Linear layers of one input side by side, and who adds their bias."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastbert import backend
+from fastbert.modules.linear import fused_linear, split_bias
+from fastbert.ops import bias_gelu
+
+
+@pytest.mark.parametrize("rows", [0, 3, 31, 32, 90])
+@pytest.mark.parametrize("bias", ["all", "none", "some"])
+def test_layers_of_one_input_are_side_by_side(rows, bias):
+    """However many rows there are, though few take a product for each layer."""
+    torch.manual_seed(0)
+    has_bias = {"all": (True,) * 3, "none": (False,) * 3, "some": (True, False, True)}[bias]
+    layers = [nn.Linear(32, n, bias=b) for n, b in zip((32, 32, 8), has_bias, strict=True)]
+    x, dy = torch.randn(rows, 32, requires_grad=True), torch.randn(rows, 72)
+    parameters = [x, *(p for layer in layers for p in layer.parameters())]
+    separate = torch.cat([layer(x) for layer in layers], dim=-1)
+    expected = torch.autograd.grad(separate, parameters, dy)
+    y = fused_linear(x, layers)
+    torch.testing.assert_close(y, separate)
+    for a, e in zip(torch.autograd.grad(y, parameters, dy), expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_copies_weights_only_where_there_are_rows_enough(monkeypatch):
+    layers, sizes = [nn.Linear(32, 32) for _ in range(3)], []
+    product = torch.nn.functional.linear
+
+    def seen(x, weight, bias=None):
+        sizes.append(len(weight))
+        return product(x, weight, bias)
+
+    monkeypatch.setattr("torch.nn.functional.linear", seen)
+    fused_linear(torch.randn(31, 32), layers)
+    fused_linear(torch.randn(32, 32), layers)
+    fused_linear(torch.randn(1, 32, device="meta"), [layer.to("meta") for layer in layers])
+    assert sizes == [32, 32, 32, 96, 96]
+
+
+def test_a_bias_is_left_to_an_operator_that_has_a_kernel_here():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(16, 24), torch.randn(5, 16)
+    expected = layer(x)
+    with backend.use("triton"):
+        y, bias = split_bias(x, layer, bias_gelu)
+        assert bias is layer.bias
+        torch.testing.assert_close(y + bias, expected)
+        assert torch.equal(split_bias(x, layer, None)[0], expected)
+    with backend.use("reference"):
+        y, bias = split_bias(x, layer, bias_gelu)
+        assert bias is None
+        assert torch.equal(y, expected)
+    layer.register_forward_hook(lambda *_: None)
+    with backend.use("triton"):
+        assert split_bias(x, layer, bias_gelu)[1] is None

@@ -14,10 +14,11 @@ def fused_linear(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
     """The outputs of `linears` side by side: (..., H) -> (..., sum of their output sizes).
 
     One product with the concatenated weights where every layer is a plain `nn.Linear`, but for few
-    rows on a CPU, where copying the weights takes longer than the rest. A layer that is something
-    else (LoRA, 8-bit, parametrized) or carries hooks is called, not read.
+    rows of float32 on a CPU, where copying the weights takes longer than the rest. A layer that is
+    something else (LoRA, 8-bit, parametrized) or carries hooks is called, not read.
     """
-    is_worth_it = x.device.type != "cpu" or x.numel() >= x.shape[-1] ** 2
+    are_few = x.device.type == "cpu" and x.numel() < x.shape[-1] ** 2
+    is_worth_it = not are_few or rounds_products(x)  # whose gradients' sum would be rounded thrice
     are_alike = all(map(is_plain, linears)) and len({layer.bias is None for layer in linears}) == 1
     if is_worth_it and are_alike:
         weight = torch.cat([layer.weight for layer in linears])  # type: ignore[misc]
@@ -31,16 +32,25 @@ def fused_linear(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
 def split_bias(x: Tensor, layer: nn.Module, into: Op | None) -> tuple[Tensor, Tensor | None]:
     """A linear layer's product and its bias, for the operator `into`, which adds it on its way.
 
-    The gradient of the bias is then a by-product of its kernel, not another pass over the rows. The
-    bias is None where it is in the product already: where `into` has no kernel here, and for a
-    layer that is not a plain `nn.Linear`, which is called.
+    The gradient of the bias is then a by-product of its kernel, not another pass over the rows, and
+    in low precision its sum with the product is not rounded. The bias is None where it is in the
+    product already: in float32 where `into` has no kernel here, and for a layer that is not a plain
+    `nn.Linear`, which is called.
     """
     if not is_plain(layer):
         return layer(x), None
     weight, bias = cast(Tensor, layer.weight), cast(Tensor | None, layer.bias)
-    if into is not None and into.has_kernels(x.device.type):
+    if into is not None and (into.has_kernels(x.device.type) or rounds_products(x)):
         return F.linear(x, weight), bias
     return F.linear(x, weight, bias), None
+
+
+def rounds_products(x: Tensor) -> bool:
+    """Whether a product of x, under autocast too, is in less than float32."""
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return torch.finfo(dtype).bits < 32
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:

@@ -37,8 +37,10 @@ def test_copies_weights_only_where_there_are_rows_enough(monkeypatch):
     monkeypatch.setattr("torch.nn.functional.linear", seen)
     fused_linear(torch.randn(31, 32), layers)
     fused_linear(torch.randn(32, 32), layers)
+    with torch.autocast("cpu", torch.bfloat16):
+        fused_linear(torch.randn(31, 32), layers)
     fused_linear(torch.randn(1, 32, device="meta"), [layer.to("meta") for layer in layers])
-    assert sizes == [32, 32, 32, 96, 96]
+    assert sizes == [32, 32, 32, 96, 96, 96]
 
 
 def test_a_bias_is_left_to_an_operator_that_has_a_kernel_here():
@@ -54,6 +56,9 @@ def test_a_bias_is_left_to_an_operator_that_has_a_kernel_here():
         y, bias = split_bias(x, layer, bias_gelu)
         assert bias is None
         assert torch.equal(y, expected)
+    with torch.autocast("cpu", torch.bfloat16):  # where its sum with the product would be rounded
+        assert split_bias(x, layer, bias_gelu)[1] is layer.bias
+    assert split_bias(x.bfloat16(), layer.bfloat16(), bias_gelu)[1] is layer.bias
     layer.register_forward_hook(lambda *_: None)
     with backend.use("triton"):
-        assert split_bias(x, layer, bias_gelu)[1] is None
+        assert split_bias(x.bfloat16(), layer, bias_gelu)[1] is None

@@ -26,20 +26,12 @@ ACTIVATIONS: dict[str, Callable] = {
 
 
 def dense_and_activate(x: Tensor, dense: nn.Module, function: Callable) -> Tensor:
-    """function(dense(x)), the bias added by the operator of the function, if it has one."""
-    into = bias_gelu if function in (F.gelu, GELU_TANH) else None
-    return activate(function, *split_bias(x, dense, into))
-
-
-def activate(function: Callable, x: Tensor, bias: Tensor | None) -> Tensor:
-    """function(x + bias), by one operator where there is one for it; a bias of None is none."""
+    """function(dense(x)), the bias added on the way where there is one operator for both."""
+    is_gelu = function is F.gelu or function is GELU_TANH
+    x, bias = split_bias(x, dense, bias_gelu if is_gelu else None)
     if bias is None:
         return function(x)
-    if function is F.gelu:
-        return bias_gelu(x, bias)
-    if function is GELU_TANH:
-        return bias_gelu(x, bias, approximate="tanh")
-    return function(x + bias.to(x.dtype))
+    return bias_gelu(x, bias, approximate="none" if function is F.gelu else "tanh")
 
 
 def activation(hidden_act: str | Callable) -> Callable:

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cells import seconds
 from benchmarks.results import Row, read
-from benchmarks.tables import seconds
 
 console = Console(highlight=False, markup=False, width=120)
 

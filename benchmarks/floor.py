@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks import footprint
+from benchmarks.cells import seconds
 from benchmarks.results import FASTBERT, Options
 from benchmarks.steps import make_model, training_step
-from benchmarks.tables import seconds
 from benchmarks.workloads import Batch, pretraining_batch, sequence_lengths
 from fastbert import backend
 from fastbert.pretrain_config import PRESETS
@@ -144,7 +144,12 @@ def main(
     rows: Annotated[int, typer.Option(help="Operators to show.", min=1)] = 40,
 ) -> None:
     """The floor of a pre-training step, costliest operators first."""
-    found = sequence_lengths(lengths, sequences)
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"preset: one of {', '.join(PRESETS)}, got {preset!r}")
+    try:
+        found = sequence_lengths(lengths, sequences)
+    except KeyError:
+        raise typer.BadParameter(f"lengths: wikipedia, full, ..., got {lengths!r}") from None
     work = count(preset, found)
     rates = (product * 1e12, copy * 1e12)
     costliest = sorted(work.items(), key=lambda item: item[1].floor(*rates), reverse=True)

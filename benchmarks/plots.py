@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.results import FASTBERT, Row
-from benchmarks.tables import by_scheme
+from benchmarks.run_tables import by_scheme
 
 
 def write(rows: list[Row], path: Path) -> list[Path]:

@@ -15,10 +15,9 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import plots
+from benchmarks import plots, targets
 from benchmarks.results import Row, read
-from benchmarks.tables import PARTS, targets
-from benchmarks.targets import targets_of
+from benchmarks.tables import PARTS
 from fastbert.check import InputError
 from fastbert.train.state import write_text
 
@@ -50,8 +49,8 @@ def markdown(rows: list[Row]) -> str:
     environment = {key: value for key, value in rows[0].items() if key != "part"}
     lines = [f"- {name}: {value}" for name, value in environment.items() if value is not None]
     sections = ["# Results", "\n".join(lines)]
-    if any(target.value(rows) is not None for target in targets_of(rows)):
-        sections += ["## Targets", targets(rows).markdown()]
+    if any(target.value(rows) is not None for target in targets.targets_of(rows)):
+        sections += ["## Targets", targets.table(rows).markdown()]
     for part, table in PARTS.items():
         if found := [row for row in rows if row["part"] == part]:
             sections += [f"## {part}", table(found).markdown()]
@@ -83,7 +82,7 @@ def block(results: Path, name: str, part: str) -> str:
     if part == TARGETS:
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         rows = [row for each in files for row in read(each)]
-        return f"\n{targets(rows).markdown()}\n\nFrom {file}\n\n"
+        return f"\n{targets.table(rows).markdown()}\n\nFrom {file}\n\n"
     if path.suffix == ".json":  # the summary of a run of fastbert's own
         row = json.loads(path.read_text(encoding="utf-8"))
         return f"\n{PARTS[part]([row]).markdown()}\n\n{_source(row)}: {file}\n\n"

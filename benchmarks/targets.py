@@ -8,6 +8,7 @@ memory's bandwidth for what moves bytes alone, and of Hugging Face's BERT on the
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from benchmarks.cells import Table, seconds
 from benchmarks.results import COMPILED, FASTBERT, SDPA, Row
 
 LARGE, BASE = "large", "base"
@@ -140,6 +141,29 @@ CPU = (
 def targets_of(rows: list[Row]) -> tuple[Target, ...]:
     """Those of the kind of machine that the results are of."""
     return CPU if rows[0]["device"].startswith("cpu") else GPU
+
+
+def table(rows: list[Row]) -> Table:
+    """What is wanted beside what was measured: of all rows of a file, its environment first."""
+    lines = []
+    for target in targets_of(rows):
+        value = target.value(rows)
+        bound = "at most" if target.is_limit else "at least"
+        wanted = f"{bound} {_figure(target.goal, target.unit)}"
+        measured, verdict = "-", "not measured"
+        if value is not None:
+            measured = _figure(value, target.unit)
+            verdict = "met" if target.is_met(value) else "not met"
+        lines.append((target.what, wanted, measured, verdict))
+    return Table(("target", "wanted", "measured", ""), lines)
+
+
+def _figure(value: float, unit: str) -> str:
+    if unit == "s":
+        return seconds(value)
+    if not unit:
+        return f"{value:.0%}"
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.2f}{unit}"
 
 
 def _of(rows: list[Row], part: str, lengths: str, presets: tuple[str, ...]) -> Iterable[Row]:

@@ -1,6 +1,8 @@
 """The floor of a step counts what its operators read, write and multiply."""
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from benchmarks import floor, footprint
 from benchmarks.floor import Work
@@ -54,3 +56,13 @@ def test_the_optimizer_reads_four_tensors_and_writes_them(work):
 def test_the_longer_of_two_times_is_the_floor():
     assert Work(1, bytes=10, flops=30).floor(product=10, copy=5) == 3
     assert Work(1, bytes=20, flops=30).floor(product=10, copy=5) == 4
+
+
+@pytest.mark.parametrize(("option", "known"), [("preset", "mini"), ("lengths", "wikipedia")])
+def test_an_unknown_name_is_an_error_that_lists_the_known(option, known):
+    app = typer.Typer()
+    app.command()(floor.main)
+    outcome = CliRunner().invoke(app, [f"--{option}", "nothing"])
+    assert outcome.exit_code == 2
+    assert known in outcome.output
+    assert "'nothing'" in outcome.output

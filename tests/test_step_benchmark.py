@@ -128,8 +128,9 @@ def test_counts_the_operations_of_a_step():
     assert per_token == pytest.approx(1.812e9 + 0.107e9 + 0.029e9, rel=0.01)
 
 
-def test_lengths_fill_half_of_a_batch():
-    for distribution, fill in (("wikipedia", 0.49), ("uniform", 0.5), ("full", 1.0)):
+def test_lengths_fill_what_they_should_of_a_batch():
+    fills = {"wikipedia": 0.49, "uniform": 0.5, "serving": 0.6, "full": 1.0, "128": 0.25}
+    for distribution, fill in fills.items():
         assert sum(sequence_lengths(distribution, 96)) / 96 / 512 == pytest.approx(fill, abs=0.01)
 
 
@@ -144,7 +145,8 @@ def test_compares_the_candidates_and_records_what_cannot_run(monkeypatch, tmp_pa
     original = steps.make_model
     monkeypatch.setattr(steps, "make_model", make_model)
     results = Results(QUICK, tmp_path / "results.jsonl")
-    for part in ("steps", "inference"):
+    # a step is padded to 512 tokens, as in MLPerf, and a forward pass no wider than it must be
+    for part, fill in (("steps", 80 / 1024), ("inference", 80 / 100)):
         case = steps.Case("tiny", "wikipedia", 2, 2, (steps.EAGER,))
         row = steps.compare(part, case, QUICK, results)
         assert row["refused"] == {steps.EAGER: "out of memory"}
@@ -152,6 +154,7 @@ def test_compares_the_candidates_and_records_what_cannot_run(monkeypatch, tmp_pa
         ours = row["timings"][FASTBERT]
         assert ours["real_tokens_per_second"] == pytest.approx(80 / ours["median_s"])
         assert ours["rounds"] == 2
+        assert row["fill"] == pytest.approx(fill)
         ceiling = results.of("ceilings")[0]["rate"]
         assert ours["utilisation"] * ceiling == pytest.approx(row["flops"] / ours["median_s"])
     written = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

@@ -186,7 +186,8 @@ def _sum_over_shards(squares: Tensor, parameters: list[Tensor]) -> Tensor:
         if len(mine) == len(squares):
             dist.all_reduce(squares, group=group)
         else:
-            part = squares[mine]
+            views = [squares[row] for row in mine]  # a list of rows would be copied from the host
+            part = torch.stack(views)
             dist.all_reduce(part, group=group)
-            squares[mine] = part
+            torch._foreach_copy_(views, list(part))
     return squares

@@ -69,6 +69,9 @@ def for_batch(
     return DropoutState(new_state(cu_seqlens.device) if state is None else state, keys)
 
 
+# Keys are operators that torch.compile does not look into, as the masks of `fastbert.ops.dropout`
+# are: inductor may narrow 64-bit integers, and a key that lost its upper half is another mask.
+@torch.library.custom_op("fastbert_plain::token_keys", mutates_args=())
 def token_keys(cu_seqlens: Tensor, num_tokens: int, sequence_ids: Tensor | None = None) -> Tensor:
     """The key (T,) of each packed token; sequences are numbered as in the batch by default.
 
@@ -85,15 +88,27 @@ def token_keys(cu_seqlens: Tensor, num_tokens: int, sequence_ids: Tensor | None 
     return numbers << 32 | positions
 
 
-def row_keys(num_rows: int, device: torch.device) -> Tensor:
-    """Keys (T,) of rows that belong to no sequence: their places."""
-    rows = torch.arange(num_rows, device=device)
+@torch.library.custom_op("fastbert_plain::row_keys", mutates_args=())
+def row_keys(state: Tensor, num_rows: int) -> Tensor:
+    """Keys (T,) of rows that belong to no sequence: their places, on the device of `state`."""
+    rows = torch.arange(num_rows, device=state.device)
     return rows >> 16 << 32 | rows & 0xFFFF
+
+
+@token_keys.register_fake
+def _(cu_seqlens: Tensor, num_tokens: int, sequence_ids: Tensor | None = None) -> Tensor:
+    return cu_seqlens.new_empty((num_tokens,), dtype=torch.int64)
+
+
+@row_keys.register_fake
+def _(state: Tensor, num_rows: int) -> Tensor:
+    return state.new_empty((num_rows,))
 
 
 def fresh(num_rows: int, device: torch.device) -> DropoutState:
     """A state for one use of one operator, for callers that pass none."""
-    return DropoutState(new_state(device), row_keys(num_rows, device))
+    state = new_state(device)
+    return DropoutState(state, row_keys(state, num_rows))
 
 
 def threshold(dropout_p: float) -> int:
@@ -124,7 +139,7 @@ def hidden_keep_mask(rng: DropoutState, num_cols: int, dropout_p: float) -> Tens
     groups = torch.arange(-(-num_cols // GROUP), device=rng.token_key.device)
     sequence, position = _row_counter(rng.token_key)
     words = philox(
-        (sequence, position | groups, seed.new_tensor(rng.site << 16), step & _WORD), seed
+        (sequence, position | groups, seed.new_full((), rng.site << 16), step & _WORD), seed
     )
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1)
     return (halves.flatten(1)[:, :num_cols] >> 4) >= threshold(dropout_p)

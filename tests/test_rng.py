@@ -128,7 +128,7 @@ def test_keys_name_sequence_and_position_and_rows_of_no_sequence():
     assert keys.tolist() == [0, 1, 2 << 32, 3 << 32]
     keys = rng.token_keys(torch.tensor([0, 1], dtype=torch.int32), 2, torch.tensor([40]))
     assert keys.tolist() == [40 << 32, (2**31 - 1) << 32]
-    keys = rng.row_keys(65538, torch.device("cpu"))
+    keys = rng.row_keys(torch.zeros(2, dtype=torch.int64), 65538)
     assert keys[[0, 65535, 65536, 65537]].tolist() == [0, 65535, 1 << 32, 1 << 32 | 1]
 
 

@@ -138,15 +138,18 @@ def _score_rows(model: Any, arguments: dict[str, Any], labels: Tensor, with_pair
     head = family.head(model)
     base = getattr(model, model.base_model_prefix)
     rest = _without(arguments, (*_HEADS_OWN, *_LOGIT_OPTIONS))
+    num_labels = int((labels != IGNORE_INDEX).sum())  # the host waits here, before anything runs
     masked = None
     if runs_patched(base) and not is_hooked(base):
         try:
-            masked = _run_rows(base, rest, labels, with_pairs)
+            masked = _run_rows(base, rest, labels, num_labels, with_pairs)
         except Unsupported as reason:
             events.tell(events.Route(type(model).__name__, "all rows", str(reason)))
     if masked is None:
         outputs = base(**rest, return_dict=True)
-        rows, targets, _, _ = mlm_gather(outputs.last_hidden_state.flatten(0, 1), labels.flatten())
+        rows, targets, _, _ = mlm_gather(
+            outputs.last_hidden_state.flatten(0, 1), labels.flatten(), capacity=num_labels
+        )
         masked = _Masked(rows, targets, outputs.pooler_output if with_pairs else None, outputs)
     loss_sum, count = _masked_loss(head, masked)
     pair_logits = model.cls.seq_relationship(masked.pooled) if with_pairs else None
@@ -164,30 +167,34 @@ class _Masked(NamedTuple):
     outputs: Any
 
 
-def _run_rows(base: Any, rest: dict[str, Any], labels: Tensor, with_pairs: bool) -> _Masked:
+def _run_rows(
+    base: Any, rest: dict[str, Any], labels: Tensor, num_labels: int, with_pairs: bool
+) -> _Masked:
     packed_labels: Tensor | None = None
 
     def rows_of(padding: Unpadding) -> Rows:
         nonlocal packed_labels
         packed_labels = padding.pack(labels)
-        wanted = packed_labels != IGNORE_INDEX
-        if with_pairs:
-            starts = padding.cu_seqlens[:-1].long()
-            has_tokens = padding.cu_seqlens.diff() > 0
-            wanted[starts[has_tokens]] = True
-        return Rows.where(wanted, padding.cu_seqlens, padding.max_seqlen, int(wanted.sum()))
+        return Rows.read_by_losses(
+            padding.cu_seqlens,
+            padding.max_seqlen,
+            padding.num_tokens,
+            first=with_pairs,
+            has_label=packed_labels != IGNORE_INDEX,
+            num_labels=num_labels,
+        )
 
     encoded = encode(base, rest, rows_of)
     rows = encoded.rows
     if rows is None:
         raise Unsupported("hidden states, which all rows have")
     assert packed_labels is not None
-    targets = packed_labels[rows.index.long()]
+    targets = rows.take(packed_labels, IGNORE_INDEX)
     if not with_pairs:
         return _Masked(encoded.x, targets, None, None)
     first = first_tokens(encoded.x, rows.cu_seqlens)
     pooled = base.pooler(first.to(encoded.dtype)[:, None])
-    masked, targets, _, _ = mlm_gather(encoded.x, targets)
+    masked, targets, _, _ = mlm_gather(encoded.x, targets, capacity=num_labels)
     return _Masked(masked, targets, pooled, None)
 
 

@@ -135,20 +135,19 @@ def wanted_rows(batch: PackedBatch, *, first: bool, labelled: bool) -> Rows:
 
     The host waits for nothing where the batch has num_labels.
     """
-    length = batch.num_tokens
-    wanted = torch.zeros(length + 1, dtype=torch.bool, device=batch.device)
-    capacity = 0
-    if first:  # an empty sequence has its successor's place, or the one behind all
-        wanted[batch.cu_seqlens[:-1].long()] = True
-        capacity += batch.num_sequences
-    wanted = wanted[:-1]
+    has_label, num_labels = None, 0
     if labelled:
         assert batch.labels is not None
-        is_labelled = batch.labels != IGNORE_INDEX
-        wanted = wanted | is_labelled
-        capacity += int(is_labelled.sum()) if batch.num_labels is None else batch.num_labels
-    longest = batch.max_seqlen if labelled else min(batch.max_seqlen, 1)
-    return Rows.where(wanted, batch.cu_seqlens, longest, min(capacity, length))
+        has_label = batch.labels != IGNORE_INDEX
+        num_labels = int(has_label.sum()) if batch.num_labels is None else batch.num_labels
+    return Rows.read_by_losses(
+        batch.cu_seqlens,
+        batch.max_seqlen,
+        batch.num_tokens,
+        first=first,
+        has_label=has_label,
+        num_labels=num_labels,
+    )
 
 
 def pack_inputs(inputs: Inputs, documents: dict[str, Any]) -> tuple[PackedBatch, Unpadding | None]:

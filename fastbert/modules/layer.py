@@ -45,6 +45,33 @@ class Rows:
         begins = before[cu_seqlens.long()].clamp(max=capacity)
         return cls(kept.positions, kept.slots, begins, max_seqlen)
 
+    @classmethod
+    def read_by_losses(
+        cls,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        num_tokens: int,
+        *,
+        first: bool,
+        has_label: Tensor | None = None,
+        num_labels: int = 0,
+    ) -> "Rows":
+        """Each sequence's first token if `first`, and the tokens that (T,) bool `has_label` marks.
+
+        num_labels: how many these are, or an upper bound of it. The host waits for nothing.
+        """
+        wanted = torch.zeros(num_tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
+        capacity = num_labels
+        if first:  # an empty sequence has its successor's place, or the one behind all
+            # an assignment through an index would copy its value from the host, and wait for that
+            wanted.index_fill_(0, cu_seqlens[:-1].long(), True)
+            capacity += cu_seqlens.shape[0] - 1
+        wanted = wanted[:-1]
+        if has_label is not None:
+            wanted = wanted | has_label
+        longest = min(max_seqlen, 1) if has_label is None else max_seqlen
+        return cls.where(wanted, cu_seqlens, longest, min(capacity, num_tokens))
+
     def of(self, x: Tensor) -> Tensor:
         """(T, H) -> (M, H), zeros in spare rows."""
         return gather_rows(x, self.index, self.inverse)

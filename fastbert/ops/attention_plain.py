@@ -42,7 +42,7 @@ def reads_lengths(call: Call) -> bool:
 
 def lengths_of(cu_seqlens: Tensor, x: Tensor) -> list[int]:
     """Of the sequences, and of what is behind the last one."""
-    return cu_seqlens.diff(append=cu_seqlens.new_tensor([len(x)])).tolist()
+    return cu_seqlens.diff(append=cu_seqlens.new_full((1,), len(x))).tolist()
 
 
 def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tensor:

@@ -1,7 +1,8 @@
 """Work recorded as a CUDA graph: one launch replays all of its kernels, on the same addresses."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,23 @@ class Recorder(Protocol):
 
     def record(self, work: Work) -> Work:
         """What does the work again; this call does none. Raises RuntimeError where it cannot."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Replay:
+    """A recorded graph. Its kernels read and write the addresses that the work's tensors had.
+
+    So it keeps the work alive, with the models, batches and optimizers that the work refers to: a
+    graph that outlived them would read freed memory.
+    """
+
+    graph: Any
+    work: Work
+    result: Tensor
+
+    def __call__(self) -> Tensor:
+        self.graph.replay()
+        return self.result
 
 
 class CudaGraphs:
@@ -42,9 +60,4 @@ class CudaGraphs:
             torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
         ):
             result = work()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return result
-
-        return replay
+        return Replay(graph, work, result)

@@ -28,7 +28,9 @@ class BertConfig:
     """The shape of a BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805), by default base.
 
     Names, defaults and meaning are those of Hugging Face's `BertConfig`. The labels of a classifier
-    follow from num_labels (2 unless given) or from id2label, whose length is num_labels. `extra`
+    follow from num_labels (2 unless given) or from id2label, whose length is num_labels.
+    residual_in_fp32: whether the residual stream is in float32 under autocast; None for eval mode
+    alone (see `fastbert.modules.embeddings.stream_dtype`). `extra`
     holds the keys of a config.json that this model has no use for; they are written back as they
     came.
     """
@@ -55,6 +57,7 @@ class BertConfig:
     output_hidden_states: bool = False
     output_attentions: bool = False
     return_dict: bool = True
+    residual_in_fp32: bool | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __new__(cls, **fields: Any) -> "BertConfig":
@@ -154,6 +157,8 @@ class BertConfig:
     def to_dict(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in self.field_names()}
         del own["extra"], own["num_labels"]  # id2label says it, as in Hugging Face's config.json
+        if self.residual_in_fp32 is None:  # Hugging Face's has no such key
+            del own["residual_in_fp32"]
         return {"model_type": "bert", **self.extra, **own}
 
     @classmethod

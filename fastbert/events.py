@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -55,11 +56,15 @@ def tell(event: Event) -> None:
         _heard.append(event)
 
 
-def packed(module: nn.Module, num_tokens: int, places: int | None = None, note: str = "") -> None:
-    """The module computes `num_tokens` tokens of a batch with so many places."""
-    layout = f"packed, {num_tokens} tokens"
+def packed(module: nn.Module, x: Tensor, places: int | None = None, note: str = "") -> None:
+    """The module computes the packed tokens x (T, H) of a batch with so many places."""
+    if not is_listening():
+        return
+    layout = f"packed, {len(x)} tokens"
     if places is not None:
-        layout += f" of {places} places" if num_tokens < places else ", no padding"
+        layout += f" of {places} places" if len(x) < places else ", no padding"
+    if torch.is_autocast_enabled(x.device.type):
+        layout += f", residual stream in {str(x.dtype).removeprefix('torch.')}"
     tell(Route(type(module).__name__, layout, note))
 
 

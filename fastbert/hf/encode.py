@@ -112,13 +112,14 @@ def _embed(
 ) -> Tensor:
     """The packed stream (T, H) before the first layer."""
     embeddings = model.embeddings
+    dtype = stream_dtype(embeddings.LayerNorm.weight, model.config, training=model.training)
     has_types = family_of_module(model).has_types
     if is_hooked(embeddings) or _is_foreign(embeddings):
         types = {"token_type_ids": token_type_ids} if has_types else {}
         x = embeddings(
             input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, **types
         )
-        x = padding.pack(x).to(stream_dtype(x))
+        x = padding.pack(x).to(dtype)
     else:
         shape = padding.batch_shape
 
@@ -136,9 +137,10 @@ def _embed(
             pack(token_type_ids),
             None if inputs_embeds is None else padding.pack(inputs_embeds),
             rng,
+            dtype=dtype,
         )
     # ELECTRA's small models embed narrower
-    return model.embeddings_project(x) if hasattr(model, "embeddings_project") else x
+    return model.embeddings_project(x).to(dtype) if hasattr(model, "embeddings_project") else x
 
 
 def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> Any:
@@ -151,7 +153,8 @@ def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> 
         require_encoder(encoder.config, encoder.layer, wanted)
         batch, seqlen, _ = hidden_states.shape
         padding, general = padding_of(hidden_states, batch, seqlen, mask, **packed)
-        x = padding.pack(hidden_states).to(stream_dtype(hidden_states))
+        dtype = stream_dtype(hidden_states, encoder.config, training=encoder.training)
+        x = padding.pack(hidden_states).to(dtype)
         rng = None
         if any(layer.training for layer in encoder.layer):
             rng = for_batch(padding.cu_seqlens, x.shape[0])

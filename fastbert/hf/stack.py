@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from fastbert import events
 from fastbert.hf.families import Family, Unsupported, family_of, patched_base, runs_patched
 from fastbert.hf.hooks import is_observed
-from fastbert.modules.embeddings import stream_dtype
 from fastbert.modules.layer import LayerParts, Rows, Sequences, run_layer, run_layers
 from fastbert.modules.masks import document_boundaries, read_mask
 from fastbert.ops.unpad import Unpadding, unpad
@@ -94,14 +93,14 @@ def run_stack(
     rows: Rows | None,
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
     """Runs the packed layers of `module`, with whatever hooks see them in (B, S, H)."""
-    _tell(module, layers, padding, sequences.mask, rows)
+    _tell(module, layers, x, padding, sequences.mask, rows)
 
     def call(layer: nn.Module, x: Tensor, sequences: Sequences) -> Tensor:
         if not is_observed(layer):
             return layer(x, sequences=sequences)
         padded = padding.pad(x.to(boundary_dtype(x)))
         # what a hook sees has all rows
-        output = layer(padded, sequences=sequences.only(None), padding=padding)
+        output = layer(padded, sequences=sequences.only(None), padding=padding, dtype=x.dtype)
         y = padding.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
         return y if sequences.rows is None else sequences.rows.of(y)
 
@@ -111,6 +110,7 @@ def run_stack(
 def _tell(
     module: nn.Module,
     layers: nn.ModuleList,
+    x: Tensor,
     padding: Unpadding,
     mask: Tensor | None,
     rows: Rows | None,
@@ -126,7 +126,7 @@ def _tell(
     if observed:
         notes.append(f"{observed} layers have hooks and see (batch, seqlen, hidden)")
     places = padding.batch_shape[0] * padding.batch_shape[1]
-    events.packed(module, padding.num_tokens, places, "; ".join(notes))
+    events.packed(module, x, places, "; ".join(notes))
 
 
 def run_one_layer(
@@ -136,18 +136,20 @@ def run_one_layer(
     *args: Any,
     sequences: Sequences | None = None,
     padding: Unpadding | None = None,
+    dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> Any:
     """The forward of a layer: its own, unless the packed path calls it with `sequences`.
 
-    hidden_states: (T, H), or with padding (B, S, H), as whoever hooked the layer expects to see it.
+    hidden_states: (T, H), or with padding (B, S, H), as whoever hooked the layer expects to see it;
+    the layer then computes in `dtype`, that of the residual stream.
     """
     if sequences is None:
         return original(hidden_states, *args, **kwargs)
     parts = parts_of(layer)
     if padding is None:
         return run_layer(parts, hidden_states, sequences)
-    x = padding.pack(hidden_states).to(stream_dtype(hidden_states))
+    x = padding.pack(hidden_states).to(dtype)
     x = padding.pad(run_layer(parts, x, sequences).to(boundary_dtype(hidden_states)))
     return (x,) if returns_tuples() else x
 

@@ -12,14 +12,21 @@ from fastbert.ops.layer_norm import layer_norm
 from fastbert.rng import DropoutState
 
 
-def stream_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the packed stream: autocast's where it is on, x's own elsewhere.
+def stream_dtype(x: Tensor, config: Any, *, training: bool) -> torch.dtype:
+    """The dtype of the residual stream: x's own, but under autocast float32 or the low precision.
 
-    Keeping the residual in the low precision halves the traffic of every memory-bound operator;
-    statistics stay in float32.
+    `config.residual_in_fp32`, ours or a Hugging Face object's, says which; where it is None or
+    missing, training takes the low precision, which halves the traffic of the operators between the
+    products, and eval mode float32, as Hugging Face does always, which is 2 to 7 times nearer the
+    truth. `docs/numerics.md` has the measurements. Statistics are in float32 either way.
     """
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if not torch.is_autocast_enabled(device):
+        return x.dtype
+    in_fp32 = getattr(config, "residual_in_fp32", None)
+    if in_fp32 or (in_fp32 is None and not training):
+        return torch.promote_types(x.dtype, torch.float32)
+    return torch.get_autocast_dtype(device)
 
 
 def embed(
@@ -33,11 +40,14 @@ def embed(
     token_type_ids: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     rng: DropoutState | None = None,
+    *,
+    dtype: torch.dtype,
 ) -> Tensor:
     """`dropout(norm(words + types + positions))`: (...) ids -> (..., H), by whichever modules.
 
     A module that is not a plain embedding or norm is called. token_type_ids of None means zeros;
-    inputs_embeds replaces the words; types of None is a model without segments.
+    inputs_embeds replaces the words; types of None is a model without segments; dtype: the
+    result's.
     """
     tables = (words, positions, types)
     if (
@@ -59,14 +69,14 @@ def embed(
             padding_idx=words.padding_idx,
             dropout_p=dropout_p,
             rng=rng,
-            dtype=stream_dtype(words.weight),
+            dtype=dtype,
         )
     x = words(input_ids) if inputs_embeds is None else inputs_embeds
     if types is not None:
         x = x + types(torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids)
     x = x + positions(position_ids)
     x = layer_norm(x, norm.weight, norm.bias, norm.eps) if is_affine(norm) else norm(x)
-    return dropout(x.to(stream_dtype(x)), dropout_p, rng)
+    return dropout(x.to(dtype), dropout_p, rng)
 
 
 def is_affine(norm: Any) -> bool:
@@ -88,6 +98,7 @@ class BertEmbeddings(nn.Module):
 
     def __init__(self, config) -> None:
         super().__init__()
+        self.config = config
         hidden = config.hidden_size
         self.word_embeddings = nn.Embedding(
             config.vocab_size, hidden, padding_idx=config.pad_token_id
@@ -117,4 +128,5 @@ class BertEmbeddings(nn.Module):
             token_type_ids,
             inputs_embeds,
             rng,
+            dtype=stream_dtype(self.LayerNorm.weight, self.config, training=self.training),
         )

@@ -224,7 +224,8 @@ class BertEncoder(nn.Module):
         captured = _captured_around()
         if "hidden_states" in captured and not output_hidden_states:
             output_hidden_states = True
-        stream = padding.pack(hidden_states).to(stream_dtype(hidden_states))
+        dtype = stream_dtype(hidden_states, self.config, training=self.training)
+        stream = padding.pack(hidden_states).to(dtype)
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
         packed = self._run(stream, sequences, output_hidden_states)
         output = pad_output(packed, padding, hidden_states.dtype)
@@ -239,7 +240,7 @@ class BertEncoder(nn.Module):
         rows: Rows | None = None,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """The layers over a packed (T, H) stream."""
-        events.packed(self, x.shape[0])
+        events.packed(self, x)
         if sequences.rng is None and self.training:
             rng = for_batch(sequences.cu_seqlens, x.shape[0])
             sequences = dataclasses.replace(sequences, rng=rng)

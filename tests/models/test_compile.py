@@ -1,4 +1,7 @@
-"""torch.compile of the packed encoder, in a process of its own: with an empty cache, and warm."""
+"""What inductor makes of packed models: the eager result, with the eager masks of dropout.
+
+In processes of their own: with an empty cache, and warm.
+"""
 
 import os
 import subprocess
@@ -7,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = """
+ROOT = Path(__file__).parents[2]
+
+ENCODER = """
 import torch
 import fastbert
 from fastbert import rng
@@ -18,10 +23,11 @@ config = fastbert.BertConfig(
 encoder = fastbert.BertEncoder(config).train()
 lengths = [5, 1, 18]
 cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-state = rng.for_batch(cu_seqlens, 24, state=torch.tensor([3, 4]))
+seed = torch.tensor([3, 4])
 
 def step(encoder, x):
-    output = encoder(x, cu_seqlens=cu_seqlens, max_seqlen=18, rng=state).last_hidden_state
+    drawn = rng.for_batch(cu_seqlens, 24, state=seed)
+    output = encoder(x, cu_seqlens=cu_seqlens, max_seqlen=18, rng=drawn).last_hidden_state
     return output, *torch.autograd.grad(output.sin().sum(), [x, *encoder.parameters()])
 
 x = torch.randn(24, 32, requires_grad=True)
@@ -32,17 +38,55 @@ for a, e in zip(actual, expected, strict=True):
 """
 
 
+# Keys and masks as a model draws them, among other integer arithmetic that inductor fuses.
+MASKS = """
+import torch
+from fastbert import backend, rng
+from fastbert.ops.dropout import attention_drop_words, hidden_keep_mask
+
+def draw(cu_seqlens, ids, state, rows):
+    drawn = rng.for_batch(cu_seqlens, 97, sequence_ids=ids * 2 + 1, state=state)
+    fresh = rng.DropoutState(state, rng.row_keys(state, 70000), 3)
+    found = [drawn.token_key, drawn.token_key[0::2], fresh.token_key]
+    for site in (0, 7):
+        for some in (drawn.at(site), drawn.at(site).rows(rows)):
+            found.append(hidden_keep_mask(some, 768, 0.1))
+            found.append(hidden_keep_mask(some, 40, 0.5).long() * 3)
+            found.append(attention_drop_words(some, 12, 4, 0.1))
+    return found
+
+lengths = [5, 1, 18, 0, 63]
+cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+ids = torch.tensor([2**31 - 7, 4, 2**20, 1, 0]) // 2
+state = torch.tensor([7 << 40 | 5, 2**35 + 9])
+rows = torch.tensor([0, 96, 50, -1], dtype=torch.int32)
+for name in ("reference", None):
+    with backend.use(name):
+        torch.compiler.reset()
+        expected = draw(cu_seqlens, ids, state, rows)
+        actual = torch.compile(draw, fullgraph=True)(cu_seqlens, ids, state, rows)
+    for number, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.dtype == e.dtype and torch.equal(a, e), (name, number)
+"""
+
+
 @pytest.mark.slow
-def test_the_packed_encoder_compiles_whole_and_gives_the_eager_result(tmp_path):
+@pytest.mark.parametrize(
+    ("program", "caches"),
+    [(ENCODER, ("cold", "warm")), (MASKS, ("cold",))],
+    ids=["encoder", "masks"],
+)
+def test_inductor_gives_the_eager_result(program, caches, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
-    for cache in ("cold", "warm"):
+    environment["PYTHONPATH"] = str(ROOT)
+    for cache in caches:
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM],
+            [sys.executable, "-c", program],
             capture_output=True,
             text=True,
             env=environment,
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
         )
         assert done.returncode == 0, f"{cache}: {done.stderr}"
     assert any(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What a recorded CUDA graph needs of the host, seen with stand-ins for CUDA's streams and graphs."""
+"""What a recorded CUDA graph needs of the host, with stand-ins for CUDA's streams and graphs."""
 
 import contextlib
 import gc

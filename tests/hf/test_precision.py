@@ -1,0 +1,108 @@
+"""The residual stream of patched models under autocast, beside Hugging Face's; docs/numerics.md."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import fastbert
+from tests.precision import LENGTHS, padded_batch, root_mean_square_error
+
+FAMILIES = ("Bert", "Roberta", "Electra", "DistilBert")
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def models(family, device):
+    """As Hugging Face initialises them: unpatched, patched, and a function to their states."""
+    large = device == "cuda"
+    options = {"hidden_size": 768 if large else 192, "num_attention_heads": 12 if large else 3}
+    options |= {"num_hidden_layers": 12 if large else 4, "vocab_size": 301}
+    if family == "DistilBert":
+        names = {"hidden_size": "dim", "num_attention_heads": "n_heads"}
+        names["num_hidden_layers"] = "n_layers"
+        options = {names.get(name, name): value for name, value in options.items()}
+    elif family == "Electra":
+        options["embedding_size"] = 64
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**options, attn_implementation="sdpa")
+    model = getattr(transformers, f"{family}Model")(config).to(device).eval()
+    batch = padded_batch(LENGTHS, 301, device, config.pad_token_id or 0)
+    real = batch["attention_mask"].bool()
+
+    @torch.no_grad()
+    def states(one):
+        return [one(**batch).last_hidden_state[real]]
+
+    return model, fastbert.patch(copy.deepcopy(model)), states
+
+
+@DTYPES
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_eval_mode_it_is_as_near_the_truth_as_hugging_faces(family, dtype, device):
+    """Both keep it in float32."""
+    model, patched, states = models(family, device)
+    truth = states(copy.deepcopy(model).double())
+    theirs = root_mean_square_error(model, states, truth, autocast=dtype)
+    ours = root_mean_square_error(patched, states, truth, autocast=dtype)
+    assert ours <= 1.2 * theirs
+
+
+@DTYPES
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_low_precision_it_is_as_near_as_a_model_in_that_precision(family, dtype, device):
+    model, patched, states = models(family, device)
+    truth = states(copy.deepcopy(model).double())
+    theirs = root_mean_square_error(model, states, truth, dtype=dtype)
+    assert root_mean_square_error(patched, states, truth, dtype=dtype) <= 1.1 * theirs
+    patched.config.residual_in_fp32 = False
+    ours = root_mean_square_error(patched, states, truth, autocast=dtype)
+    assert ours <= 1.1 * theirs
+    if family != "Electra":  # whose projection before the first layer rounds the stream anyway
+        near = root_mean_square_error(model, states, truth, autocast=dtype)
+        assert ours > 1.2 * near  # so that the test above could fail
+
+
+@pytest.mark.parametrize("kind", ["patched", "encoder", "own"])
+def test_the_option_and_the_mode_choose_its_dtype(kind):
+    """Low in training, float32 in eval mode; the option decides for both."""
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
+    model = transformers.BertModel(config)
+    if kind == "own":
+        model = fastbert.BertModel(config)
+    elif kind == "encoder":
+        model.encoder = fastbert.BertEncoder(config)
+    else:
+        fastbert.patch(model)
+    ids = torch.randint(5, 99, (2, 7))
+
+    def dtype():
+        with torch.autocast("cpu", torch.bfloat16):
+            told = fastbert.explain(model, ids, show=False).routes
+        (layout,) = {route.layout for route in told}
+        return layout.rpartition(" ")[2]
+
+    for option in (None, True, False):
+        config.residual_in_fp32 = option
+        for training in (False, True):
+            in_fp32 = not training if option is None else option
+            model.train(training)
+            assert dtype() == ("float32" if in_fp32 else "bfloat16")
+    assert "stream" not in str(fastbert.explain(model, ids, show=False))
+
+
+def test_a_hooked_layer_does_not_change_it():
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48
+    )
+    model = fastbert.patch(transformers.BertModel(config).eval())
+    ids = torch.randint(5, 99, (2, 7))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        for option in (None, False):
+            config.residual_in_fp32 = option
+            expected = model(ids).last_hidden_state
+            with_hook = model.encoder.layer[1].register_forward_hook(lambda *_: None)
+            assert torch.equal(model(ids).last_hidden_state, expected)
+            with_hook.remove()

@@ -26,6 +26,9 @@ class Compacted(NamedTuple):
     offsets: Tensor
 
 
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
 @op("ext")
 def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> Compacted:
     """Keeps the entries that differ from `ignore_index`, in row-major order.
@@ -39,6 +42,11 @@ def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> C
     entries, if its dtype cannot hold ignore_index, or if capacity is negative.
     """
     _check(values, ignore_index, capacity)
+    dtype = values.dtype
+    if dtype in _SIGNED:  # PyTorch does not index the unsigned ones on a GPU; the bits are the same
+        values = values.view(_SIGNED[dtype])
+        last = torch.iinfo(values.dtype).max
+        ignore_index = ignore_index - 2 * (last + 1) if ignore_index > last else ignore_index
     entries = values.flatten()
     is_kept = entries != ignore_index
     ranks = is_kept.cumsum(0, dtype=torch.int32)  # from 1 for the first kept entry
@@ -53,7 +61,7 @@ def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> C
     kept = torch.cat([entries, entries.new_full((1,), ignore_index)])[found]
     positions = torch.where(found < len(entries), found, -1)
     slots = torch.where(is_kept & (ranks <= capacity), ranks - 1, -1)
-    return Compacted(kept, positions, slots, offsets)
+    return Compacted(kept.view(dtype), positions, slots, offsets)
 
 
 @compact.fused

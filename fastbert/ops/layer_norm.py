@@ -83,10 +83,11 @@ def dropout_add_layer_norm(
     `rng` names the tokens, (rows,) keys of the flattened leading dimensions, and None takes fresh
     numbers from torch's generator.
 
-    save: what the backward reads; the result has the same bits. "z" keeps the sum for it. "y" keeps
-    the result, as Apex's `memory_efficient=True` does, from which it rebuilds normalized values as
-    `(y - bias) / weight`. The next linear layer keeps that tensor anyway, so it saves x.numel()
-    elements. It is for weights that are at least 0.1 in size, as most trained ones are, but not all
+    save: what the backward reads; the result is the same, but for the last bit on a GPU, where each
+    is a kernel of its own. "z" keeps the sum for it. "y" keeps the result, as Apex's
+    `memory_efficient=True` does, from which it rebuilds normalized values as `(y - bias) / weight`.
+    The next linear layer keeps that tensor anyway, so it saves x.numel() elements. It is for
+    weights that are at least 0.1 in size, as most trained ones are, but not all
     (of all-MiniLM-L6-v2's last layer, 3 of 384 are smaller): the division magnifies the rounding of
     y. Where all weights are 0.1, the RMS error of their gradient is up to 3.6 times plain
     PyTorch's; where they are normally distributed, up to 11 times. A weight of 0 leaves nothing to

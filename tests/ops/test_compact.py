@@ -101,7 +101,11 @@ def test_ignore_index_at_the_ends_of_int64(implementation, device, value):
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64], ids=str)
 def test_compact_of_unsigned_types(implementation, device, dtype):
-    check(torch.tensor([[1, 0, 3], [0, 0, 9]]).to(device, dtype), 0, 4)
+    values = torch.tensor([[1, 0, 3], [0, 0, 9]]).to(device, dtype)
+    check(values, 0, 4)
+    largest = min(torch.iinfo(dtype).max, 2**63 - 1)  # that an operator's schema can say
+    values = torch.tensor([[1, largest, 3], [largest, largest - 1, 9]], dtype=dtype).to(device)
+    check(values, largest, 5)
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,9 @@ def test_takes_columns_that_lie_apart_and_an_expanded_gradient(device):
     transposed = x.t().contiguous().t().requires_grad_()
     y = dropout_add_layer_norm(transposed, residual, weight, bias)
     expected = dropout_add_layer_norm(x, residual, weight, bias)
-    assert torch.equal(y, expected)
+    # not the same bits on a GPU: each stride has a kernel of its own, in which the compiler joins
+    # other products and sums
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
     (dx,) = torch.autograd.grad((y * 3).sum(), transposed)
     truth = gradients(lambda x: native(1e-12)(x + residual, weight, bias), x, dy=3 + 0 * x)[1]
     torch.testing.assert_close(dx, truth, rtol=1e-4, atol=1e-5)

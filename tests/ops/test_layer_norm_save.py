@@ -54,11 +54,16 @@ def test_gradients_are_as_accurate_as_the_rounding_of_y_lets_them(dropout_p, dty
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.usefixtures("body")
-def test_the_result_has_the_same_bits(dropout_p, dtype, device):
+def test_the_result_is_the_same(dropout_p, body, dtype, device):
     case = sum_inputs((9, 40), dtype, device)
     from_z, from_y = (case.results(dropout_p=dropout_p, save=save)[0] for save in "zy")
-    assert torch.equal(from_z, from_y)
+    if body == "triton" and device == "cuda":
+        # two kernels, in which the compiler joins other products and sums; the sum is rounded to
+        # the dtype before it is normalized, and the result once more
+        limit = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(from_y, from_z, rtol=limit, atol=limit)
+    else:
+        assert torch.equal(from_z, from_y)
 
 
 @pytest.mark.usefixtures("body")
@@ -84,8 +89,12 @@ def test_dtypes_may_differ(device):
     case = case._replace(tensors=tensors, dy=case.dy.half())
     from_z, from_y = (case.results(dropout_p=0.3, save=save) for save in "zy")
     assert [t.dtype for t in from_y] == [torch.float16, *dtypes]
-    for a, e in zip(from_y, from_z, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-3, atol=0.02)
+    for name, a, e in zip(SUM_NAMES, from_y, from_z, strict=True):
+        limit = torch.full_like(e, 0.02)
+        if name == "dweight":  # the rounding of y, divided by the weight, in a sum over the rows
+            y, weight = from_z[0].float(), tensors[2]
+            limit += (case.dy * y).abs().sum(0) * torch.finfo(torch.float16).eps / weight.abs()
+        assert ((a - e).abs() <= limit + 1e-3 * e.abs()).all(), name
 
 
 @pytest.mark.usefixtures("body")

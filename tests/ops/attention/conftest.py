@@ -1,3 +1,4 @@
+import contextlib
 import sys
 
 import pytest
@@ -24,9 +25,24 @@ def body(request, monkeypatch, device):
 @pytest.fixture
 def triton(monkeypatch):
     """With products of float32 as PyTorch has them, not the default on tensor cores."""
+    with _triton(monkeypatch, "ieee"):
+        yield
+
+
+@pytest.fixture(params=["ieee", pytest.param("tf32x3", marks=pytest.mark.gpu)])
+def triton_either_way(request, monkeypatch, device, dtype):
+    """With either way that the kernels have for products of float32."""
+    if request.param == "tf32x3" and (device == "cpu" or dtype != torch.float32):
+        pytest.skip("only float32 on a GPU has another way")
+    with _triton(monkeypatch, request.param):
+        yield
+
+
+@contextlib.contextmanager
+def _triton(monkeypatch, precision):
     from fastbert.kernels import attention_common
 
-    monkeypatch.setattr(attention_common, "FLOAT32_PRECISION", "ieee")
+    monkeypatch.setattr(attention_common, "FLOAT32_PRECISION", precision)
     with backend.use("triton"):
         yield
 

@@ -8,8 +8,11 @@ from tests.ops.attention.truth import (
     TAIL,
     assert_attends,
     attend,
+    attend_all_at_once,
     boundaries,
     inputs,
+    limits,
+    plain,
     truth_and_pytorch,
 )
 from tests.oracle import gradients
@@ -40,7 +43,9 @@ GPU_ONLY = ("bert-base", "bert-short")
     "case",
     [pytest.param(k, marks=pytest.mark.gpu) if k in GPU_ONLY else k for k in CASES],
 )
-def test_kernels_are_as_accurate_as_pytorch(case, dtype, device, triton):
+def test_kernels_are_as_accurate_as_pytorch(case, dtype, device, triton_either_way):
+    if case in GPU_ONLY and device == "cpu":
+        pytest.skip("too large for the interpreter")
     lengths_q, lengths_k, heads, head_dim = CASES[case]
     lengths_k = lengths_q if lengths_k is None else lengths_k
     *tensors, dout = inputs(lengths_q, lengths_k, heads, head_dim, dtype, device)
@@ -48,8 +53,9 @@ def test_kernels_are_as_accurate_as_pytorch(case, dtype, device, triton):
     longest = (max(lengths_q, default=0), max(lengths_k, default=0))
     arguments = (cu_q, cu_k, *longest)
     actual = gradients(lambda *t: attention(*t, *arguments, softmax_scale=0.3), *tensors, dy=dout)
-    truth, expected = truth_and_pytorch(tensors, dout, lengths_q, lengths_k, 0.3)
-    assert_attends(actual, expected, truth)
+    about = (tensors, dout, lengths_q, lengths_k, 0.3)
+    truth, expected = truth_and_pytorch(*about)
+    assert_attends(actual, expected, truth, **limits(*about))
 
 
 @pytest.mark.parametrize("longest", [70, 90, 200])  # an upper bound may be loose
@@ -102,6 +108,23 @@ def test_reads_tensors_that_lie_apart(device, triton):
     )
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in GPU_ONLY])
+def test_both_ways_of_writing_it_out_are_the_same(case):
+    lengths_q, lengths_k, heads, head_dim = CASES[case]
+    lengths_k = lengths_q if lengths_k is None else lengths_k
+    *tensors, dout = inputs(lengths_q, lengths_k, heads, head_dim, torch.float64, "cpu")
+    shape = (len(lengths_q), 1, max(lengths_q, default=0), max(lengths_k, default=0))
+    mask = torch.rand(shape) < 0.7
+    keep = torch.rand(heads, len(tensors[0]), shape[3]) < 0.8
+    options = {"mask": mask, "keep": keep, "keep_scale": 1.25}
+    for some in ({}, options, options | {"mask": torch.randn(shape)}):
+        found = [
+            plain(one, tensors, dout, lengths_q, lengths_k, 0.3, **some)
+            for one in (attend, attend_all_at_once)
+        ]
+        torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)

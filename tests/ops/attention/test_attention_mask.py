@@ -3,7 +3,13 @@ import torch
 
 from fastbert import backend
 from fastbert.ops.attention import attention, attention_qkvpacked
-from tests.ops.attention.truth import assert_attends, boundaries, inputs, truth_and_pytorch
+from tests.ops.attention.truth import (
+    assert_attends,
+    boundaries,
+    inputs,
+    limits,
+    truth_and_pytorch,
+)
 from tests.oracle import gradients
 
 
@@ -32,8 +38,9 @@ def test_a_mask_broadcasts(kind, shape, body, device):
     full = mask.expand(4, 2, 70, 75).clone()
     arguments = (boundaries(lengths_q, device), boundaries(lengths_k, device), 70, 75)
     actual = gradients(lambda *t: attention(*t, *arguments, mask=mask), *tensors, dy=dout)
-    truth, expected = truth_and_pytorch(tensors, dout, lengths_q, lengths_k, 0.25, mask=full)
-    assert_attends(actual, expected, truth)
+    about = (tensors, dout, lengths_q, lengths_k, 0.25)
+    truth, expected = truth_and_pytorch(*about, mask=full)
+    assert_attends(actual, expected, truth, **limits(*about, mask=full))
 
 
 @pytest.mark.parametrize("kind", ["boolean", "addends"])

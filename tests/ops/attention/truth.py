@@ -40,18 +40,74 @@ def attend(q, k, v, lengths_q, lengths_k, scale, mask=None, keep=None, keep_scal
     return out
 
 
-def truth_and_pytorch(tensors, dout, *arguments, **options):
-    """[output, gradients] in float64 and in the tensors' dtype."""
+def attend_all_at_once(q, k, v, lengths_q, lengths_k, scale, mask=None, keep=None, keep_scale=1.0):
+    """`attend` as one product over all sequences, padded, with rows of zeros behind each."""
+    shape = len(lengths_q), max(lengths_q, default=0), max(lengths_k, default=0)
+
+    def padded(x, lengths, longest):
+        pieces = x[: sum(lengths)].split(lengths)
+        rows = [torch.cat([one, one.new_zeros(longest - len(one), *x.shape[1:])]) for one in pieces]
+        return torch.stack(rows).transpose(1, 2)  # (B, N, S, ...)
+
+    tail = 0 * (q[sum(lengths_q) :] + k.sum() + v.sum())
+    if not all(shape):
+        return torch.cat([0 * (q[: sum(lengths_q)] + k.sum() + v.sum()), tail])
+    q, k, v = (
+        padded(q, lengths_q, shape[1]),
+        padded(k, lengths_k, shape[2]),
+        padded(v, lengths_k, shape[2]),
+    )
+    columns = torch.arange(shape[2], device=q.device)
+    is_key = columns < torch.tensor(lengths_k, device=q.device)[:, None, None, None]
+    added = torch.zeros_like(is_key, dtype=q.dtype).masked_fill(~is_key, float("-inf"))
+    if mask is not None:
+        mask = mask.to(q.device)
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+        added = added + mask.to(q.dtype)
+    has_key = (added > -1e30).any(-1, keepdim=True)
+    scores = torch.where(has_key, (q @ k.mT) * scale + added, 0.0)
+    p = scores.softmax(-1) * has_key
+    if keep is not None:
+        p = p * padded(keep.transpose(0, 1), lengths_q, shape[1]) * keep_scale
+    out = (p @ v).transpose(1, 2)
+    return torch.cat([*(one[:n] for one, n in zip(out, lengths_q, strict=True)), tail])
+
+
+def plain(attend, tensors, dout, *arguments, **options):
+    """[output, gradients] of q, k and v, or of one tensor of all three."""
 
     def function(*leaves):
         q, k, v = leaves if len(leaves) == 3 else leaves[0].unbind(1)
         return attend(q, k, v, *arguments, **options)
 
-    exact = gradients(function, *(x.double() for x in tensors), dy=dout)
-    return exact, gradients(function, *tensors, dy=dout)
+    return gradients(function, *tensors, dy=dout)
 
 
-def assert_attends(actual, expected, truth, *, packed=False):
+def truth_and_pytorch(tensors, dout, *arguments, **options):
+    """[output, gradients] in float64 and in the tensors' dtype."""
+    exact = plain(attend, [x.double() for x in tensors], dout, *arguments, **options)
+    return exact, plain(attend, tensors, dout, *arguments, **options)
+
+
+def assert_attends(actual, expected, truth, *, packed=False, **limits):
     """As accurate as plain PyTorch: [output, gradients]."""
     names = ("out", "dqkv") if packed else ("out", "dq", "dk", "dv")
-    assert_as_accurate(actual, expected, truth, names=names)
+    assert_as_accurate(actual, expected, truth, names=names, **limits)
+
+
+def limits(tensors, dout, *arguments, **options):
+    """Of `assert_attends` in float32 on a GPU, {} elsewhere.
+
+    cuBLAS sums float32 in another order for each shape: on an H200 PyTorch's own products over
+    padded sequences miss the limits that its products sequence by sequence set. So both count. The
+    products of three tf32 on the tensor cores are allowed eight times PyTorch's error.
+    """
+    from fastbert.kernels import attention_common
+
+    if not (dout.is_cuda and dout.dtype == torch.float32):
+        return {}
+    other = plain(attend_all_at_once, tensors, dout, *arguments, **options)
+    if attention_common.FLOAT32_PRECISION == "ieee":
+        return {"other": other}
+    return {"other": other, "worst": 8.0, "rms": 8.0}

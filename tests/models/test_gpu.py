@@ -1,12 +1,15 @@
-"""Whole models on an NVIDIA GPU: accuracy beside Hugging Face, bits, waits, and captured graphs."""
+"""Whole models on an NVIDIA GPU: accuracy, bits, waits of the host, and captured graphs."""
 
 import pytest
 import torch
-import transformers
 
-import fastbert
-from fastbert import backend
-from tests.models.pretraining_case import loss_and_gradients, make_batch, make_model
+from tests.models.pretraining_case import (
+    errors_by_limit,
+    loss_and_gradients,
+    make_batch,
+    make_model,
+    plain_loss_and_gradients,
+)
 
 pytestmark = pytest.mark.gpu
 LENGTHS = [1, 128, 37, 200, 512, 5, 64, 333]
@@ -26,62 +29,19 @@ def batch():
 
 
 def base_model(dropout=0.0):
-    model = make_model(dropout, **BASE)
-    return model.cuda()
+    return make_model(dropout, "cuda", noise=0.02, **BASE)
 
 
 def named(model):
     return ["loss", *(name for name, _ in model.named_parameters())]
 
 
-def test_gradients_through_twelve_layers_are_as_near_the_truth_as_the_plain_bodies(batch):
-    model = base_model()
-    with backend.use("reference"):
-        truth = loss_and_gradients(model.double(), batch)
-        expected = loss_and_gradients(model.float(), batch)
-    actual = loss_and_gradients(model, batch)
-    for name, a, e, t in zip(named(model), actual, expected, truth, strict=True):
-        allowed = 8 * (e - t).abs().max() + 1e-6 * t.abs().max() + 1e-9
-        assert (a - t).abs().max() <= allowed, name
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_is_as_near_the_truth_as_hugging_faces(dtype):
-    config = transformers.BertConfig(
-        **BASE, hidden_dropout_prob=0, attention_probs_dropout_prob=0, attn_implementation="sdpa"
-    )
-    torch.manual_seed(0)
-    theirs = transformers.BertForPreTraining(config).cuda().train()
-    ours = fastbert.BertForPreTraining(config).cuda().train()
-    ours.load_state_dict(theirs.state_dict())
-    mask = torch.arange(512) < torch.tensor(LENGTHS)[:, None]
-    ids = torch.randint(1, 3001, mask.shape) * mask
-    labels = ids.where((torch.rand(mask.shape) < 0.15) & mask, -100)
-    labels[:, 0] = ids[:, 0]
-    arguments = {
-        "input_ids": ids.cuda(),
-        "attention_mask": mask.long().cuda(),
-        "labels": labels.cuda(),
-        "next_sentence_label": (torch.arange(len(LENGTHS)) % 2).cuda(),
-    }
-
-    def step(model, enabled):
-        model.zero_grad()
-        with torch.autocast("cuda", dtype, enabled=enabled):
-            loss = model(**arguments).loss
-        (loss * 1024).backward()
-        # shared by both models, in one order of names
-        parameters = dict(model.named_parameters())
-        return [parameters[n].grad.double() / 1024 for n in sorted(dict(theirs.named_parameters()))]
-
-    truth = step(theirs.double(), False)
-    theirs.float()
-    for a, e, t in zip(step(ours, True), step(theirs, True), truth, strict=True):
-        assert a.isfinite().all()
-        error, allowed = (a - t).abs(), (e - t).abs()
-        rounding = torch.finfo(dtype).eps * t.abs().max() + 1e-9
-        assert error.max() <= 2 * allowed.max() + rounding
-        assert error.square().mean().sqrt() <= 2 * allowed.square().mean().sqrt() + rounding / 100
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["plain", "dropout"])
+def test_twelve_layers_are_as_near_the_truth_as_the_plain_bodies(dropout, batch):
+    model = base_model(dropout)
+    truth, expected = plain_loss_and_gradients(model, batch)
+    wrong = errors_by_limit(model, loss_and_gradients(model, batch), expected, truth)
+    assert max(wrong.values()) <= 1, max(wrong, key=wrong.get)
 
 
 def test_gradients_are_the_same_bits_each_time(batch):
@@ -93,15 +53,6 @@ def test_gradients_are_the_same_bits_each_time(batch):
         torch.use_deterministic_algorithms(False)
     for name, a, b in zip(named(model), first, second, strict=True):
         assert torch.equal(a, b), name
-
-
-def test_dropout_is_that_of_the_plain_bodies(batch):
-    model = base_model(dropout=0.1)
-    actual = loss_and_gradients(model, batch)
-    with backend.use("reference"):
-        expected = loss_and_gradients(model, batch)
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=2e-2, atol=1e-3 * e.abs().max().item() + 1e-7)
 
 
 def test_a_step_never_makes_the_host_wait(batch):

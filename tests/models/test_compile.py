@@ -40,7 +40,7 @@ for a, e in zip(actual, expected, strict=True):
 
 # Keys and masks as a model draws them, among other integer arithmetic that inductor fuses.
 MASKS = """
-import torch
+import sys, torch
 from fastbert import backend, rng
 from fastbert.ops.dropout import attention_drop_words, hidden_keep_mask
 
@@ -55,6 +55,7 @@ def draw(cu_seqlens, ids, state, rows):
             found.append(attention_drop_words(some, 12, 4, 0.1))
     return found
 
+torch.set_default_device(sys.argv[1])
 lengths = [5, 1, 18, 0, 63]
 cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
 ids = torch.tensor([2**31 - 7, 4, 2**20, 1, 0]) // 2
@@ -72,17 +73,21 @@ for name in ("reference", None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("program", "caches"),
-    [(ENCODER, ("cold", "warm")), (MASKS, ("cold",))],
-    ids=["encoder", "masks"],
+    ("program", "device", "caches"),
+    [
+        (ENCODER, "cpu", ("cold", "warm")),
+        (MASKS, "cpu", ("cold",)),
+        pytest.param(MASKS, "cuda", ("cold",), marks=pytest.mark.gpu),
+    ],
+    ids=["encoder", "masks", "masks on a GPU"],
 )
-def test_inductor_gives_the_eager_result(program, caches, tmp_path):
+def test_inductor_gives_the_eager_result(program, device, caches, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
     environment["PYTHONPATH"] = str(ROOT)
     for cache in caches:
         done = subprocess.run(
-            [sys.executable, "-c", program],
+            [sys.executable, "-c", program, device],
             capture_output=True,
             text=True,
             env=environment,

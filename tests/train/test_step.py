@@ -24,6 +24,7 @@ from tests.train.step_case import (
     STEPS,
     Recorded,
     Repeats,
+    assert_moved_alike,
     assert_same_weights,
     batches,
     counts_of,
@@ -174,16 +175,35 @@ def test_goes_on_from_the_other_kinds_checkpoint(first):
 def test_a_cuda_graph_trains_as_the_eager_step_does(precision, parts, capsys):
     device = torch.device("cuda")
     eager, graphed = make_steps(device, CudaGraphs(), precision=precision)
-    run_both_on_gpu(eager, graphed, parts, 1e-4 if precision == "fp32" else 5e-2)
-    assert graphed.replay is not None, capsys.readouterr().out
-
-
-def run_both_on_gpu(eager, graphed, parts, tolerance):
+    before = copy.deepcopy(eager.objective.state_dict())
+    tolerance, share = (1e-4, 0.01) if precision == "fp32" else (5e-2, 0.05)
     for number, batch in enumerate(batches(parts=parts)):
         expected = eager(number, batch, counts_of(batch))
         actual = graphed(number, batch, counts_of(batch))
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-    assert_same_weights(eager, graphed, tolerance)
+    assert graphed.replay is not None, capsys.readouterr().out
+    assert_moved_alike(eager, graphed, before, share)
+
+
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 0.01), ("bf16", 0.05)])
+def test_how_alike_two_steps_of_a_gpu_are_is_judged_rightly(precision, share):
+    """Padding's rounding passes, one step at another learning rate of nine does not."""
+    eager, graphed = make_steps(precision=precision)
+    for step in (eager, graphed.eager):
+        step.objective.float()
+    before = copy.deepcopy(eager.objective.state_dict())
+    right = graphed.eager.set_learning_rate
+    for wrong in (False, True):
+        for step in (eager, graphed.eager):
+            step.objective.load_state_dict(before)
+            step.optimizer.state.clear()
+        graphed.eager.set_learning_rate = lambda n, w=wrong: right(0 if w and n == 4 else n)
+        run_both(eager, graphed, tolerance=1.0 if wrong else 1e-4)
+        if wrong:
+            with pytest.raises(AssertionError):
+                assert_moved_alike(eager, graphed, before, share)
+        else:
+            assert_moved_alike(eager, graphed, before, share)
 
 
 def test_the_bucket_of_real_data_fits_nearly_all(tmp_path):

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import benchmarks.__main__ as suite
-from benchmarks import ablation, footprint, steps, timing
+from benchmarks import ablation, footprint, steps
 from benchmarks.results import FASTBERT, Options, Results
 from benchmarks.workloads import pretraining_batch, sequence_lengths
 from fastbert import events
@@ -105,20 +105,6 @@ def test_the_step_of_a_graph_is_the_same_step(model, batch, monkeypatch):
     work, reason = steps.graphed_step(model, batch, QUICK)
     assert reason is None
     torch.testing.assert_close(work(), model(batch.packed).loss)
-
-
-def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch):
-    class Fails:
-        def warm_up(self, work):
-            return work()
-
-        def record(self, work):
-            raise RuntimeError("not permitted\nand more")
-
-    monkeypatch.setattr(timing, "CudaGraphs", Fails)
-    work = torch.zeros
-    assert timing.recorded(lambda: work(1))[1] == "not permitted"
-    assert timing.recorded(lambda: work(1))[0]() == 0
 
 
 def test_counts_the_operations_of_a_step():

@@ -21,9 +21,10 @@ T = TypeVar("T")
 
 # What a GPU tells of a step beside its time, and how it is written.
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "peak_memory_bytes": ("peak memory", lambda size: f"{size / 2**30:.2f} GiB"),
-    "host_syncs": ("host syncs", str),
-    "kernel_launches": ("launches", str),
+    "memory_held_bytes": ("memory held", lambda size: f"{size / 2**30:.2f} GiB"),
+    "host_waits": ("host waits", str),
+    "kernel_launches": ("launches", "{:,}".format),
+    "graph_nodes": ("nodes of the graph", "{:,}".format),
 }
 
 
@@ -46,7 +47,7 @@ def steps(rows: list[Row]) -> Table:
                 _time(timing),
                 f"{timing['real_tokens_per_second']:,.0f}",
                 f"{timing['utilisation']:.0%}",
-                *(COSTS[cost][1](timing[cost]) for cost in costs),
+                *(COSTS[cost][1](timing[cost]) if cost in timing else "-" for cost in costs),
                 _ratio(row, name),
             )
             for what, (name, timing) in _once(about, row["timings"].items())

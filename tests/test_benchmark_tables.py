@@ -5,7 +5,7 @@ import pytest
 from benchmarks.cells import seconds
 from benchmarks.results import FASTBERT
 from benchmarks.tables import PARTS
-from tests.results_case import timing
+from tests.results_case import step, timing
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,18 @@ def test_the_runs_of_several_seeds_end_with_what_they_differ_by():
         ("1", "Hugging Face", "5.6000", "5.5000", "+0.1000"),
         ("all 2", "Hugging Face", "5.5500", "5.6000", "-0.0500 ±0.2121"),
     ]
+
+
+def test_what_a_step_costs_is_shown_of_those_that_have_it():
+    """And not the figures of earlier files, which left a graph's memory out."""
+    row = step()
+    ours, theirs = row["timings"][FASTBERT], row["timings"]["Hugging Face (SDPA)"]
+    ours |= {"memory_held_bytes": 3 << 29, "kernel_launches": 1, "graph_nodes": 1426}
+    theirs |= {"kernel_launches": 2326, "peak_memory_bytes": 5 << 30}
+    header, lines = PARTS["steps"]([row])
+    places = slice(header.index("MFU") + 1, -1)
+    assert header[places] == ("memory held", "launches", "nodes of the graph")
+    assert [line[places] for line in lines] == [("1.50 GiB", "1", "1,426"), ("-", "2,326", "-")]
 
 
 def test_every_part_of_the_suite_has_a_table():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import kernels, timing
 from benchmarks.attention_workloads import Sequences
@@ -152,3 +153,18 @@ def test_counting_labels_by_nonzero_is_not_recorded():
         w for w in workloads("tiny", 600, "cpu", torch.float32) if w.operator.name == "compact"
     )
     assert workload.alternatives[EAGER].waits
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_dropout_goes_on_after_a_failed_recording():
+    x = torch.ones(1000, device="cuda")
+
+    def waits():
+        return F.dropout(x, 0.5) * x.sum().item()
+
+    assert timing.recorded(waits)[1]
+    assert 0 < F.dropout(x, 0.5).count_nonzero() < 1000
+    replay, reason = timing.recorded(lambda: F.dropout(x, 0.5))
+    assert reason is None
+    first = replay().clone()
+    assert not torch.equal(first, replay())

@@ -114,6 +114,13 @@ def test_counts_the_operations_of_a_step():
     assert per_token == pytest.approx(1.812e9 + 0.107e9 + 0.029e9, rel=0.01)
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_gpu_measures_both_sizes_of_bert(quick):
+    options = Options(torch.device("cuda"), "bf16", quick)
+    for cases in (steps.step_cases(options), steps.inference_cases(options)):
+        assert {case.preset for case in cases} == {"base", "large"}
+
+
 def test_lengths_fill_what_they_should_of_a_batch():
     fills = {"wikipedia": 0.49, "uniform": 0.5, "serving": 0.6, "full": 1.0, "128": 0.25}
     for distribution, fill in fills.items():

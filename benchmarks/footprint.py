@@ -77,6 +77,12 @@ def of(work: Callable[[], object], device: torch.device) -> dict[str, float]:
     return {"host_waits": waits, **launches(profile.key_averages())}
 
 
+def ran_on_gpu(event: Any) -> bool:
+    """Whether this event of the profiler is work of a GPU, and not the span of a region of it."""
+    on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+    return on_gpu and not event.is_user_annotation
+
+
 def launches(events: Iterable[Any]) -> dict[str, int]:
     """kernel_launches by the host, of which a graph is one; and the graph_nodes, where it is all.
 
@@ -87,7 +93,7 @@ def launches(events: Iterable[Any]) -> dict[str, int]:
     for event in events:
         graphs += event.count * ("GraphLaunch" in event.key)
         kernels += event.count * ("LaunchKernel" in event.key)
-        nodes += event.count * (event.device_type == torch.autograd.DeviceType.CUDA)
+        nodes += event.count * ran_on_gpu(event)
     counts = {"kernel_launches": graphs + kernels}
     if graphs and not kernels:
         counts["graph_nodes"] = nodes

@@ -143,11 +143,15 @@ def targets_of(rows: list[Row]) -> tuple[Target, ...]:
     return CPU if rows[0]["device"].startswith("cpu") else GPU
 
 
-def table(rows: list[Row]) -> Table:
-    """What is wanted beside what was measured: of all rows of a file, its environment first."""
+def table(*runs: list[Row]) -> Table:
+    """What is wanted beside what was measured: by the last run, of those in order, that has it.
+
+    A run is all rows of a file, its environment first.
+    """
     lines = []
-    for target in targets_of(rows):
-        value = target.value(rows)
+    for target in targets_of(runs[0]):
+        values = [value for run in runs if (value := target.value(run)) is not None]
+        value = values[-1] if values else None
         bound = "at most" if target.is_limit else "at least"
         wanted = f"{bound} {_figure(target.goal, target.unit)}"
         measured, verdict = "-", "not measured"

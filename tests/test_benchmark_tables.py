@@ -124,5 +124,19 @@ def test_what_a_step_costs_is_shown_of_those_that_have_it():
     assert [line[places] for line in lines] == [("1.50 GiB", "1", "1,426"), ("-", "2,326", "-")]
 
 
+def test_a_patched_model_is_shown_beside_the_original():
+    def row(of, sequences, ours, theirs):
+        case = {"of": of, "preset": "base", "sequences": sequences, "length": 128}
+        times = {FASTBERT: {"median_s": ours}, "Hugging Face (SDPA)": {"median_s": theirs}}
+        return {"part": "drop_in", "case": case, "timings": times, "fill": 0.5}
+
+    rows = [row("a step", 32, 0.04, 0.02), row("a step", 64, 0.04, 0.06), row("serving", 1, 2, 1)]
+    assert PARTS["drop_in"](rows).lines == [
+        ("a step", "32 x 128", "50%", "20 ms", "40 ms", "0.50x"),
+        ("", "64 x 128", "50%", "60 ms", "40 ms", "1.50x"),
+        ("serving", "1 x 128", "50%", "1 s", "2 s", "0.50x"),
+    ]
+
+
 def test_every_part_of_the_suite_has_a_table():
     assert {"steps", "inference", "ablation", "convergence", "sentence_encode"} <= PARTS.keys()

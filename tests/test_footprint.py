@@ -77,12 +77,13 @@ def test_nothing_is_counted_on_a_cpu():
     assert footprint.Memory(device).of(lambda: None) == {} == footprint.of(lambda: None, device)
 
 
-def event(key, count=1, where=ON_HOST):
-    return SimpleNamespace(key=key, count=count, device_type=where)
+def event(key, count=1, where=ON_HOST, is_region=False):
+    return SimpleNamespace(key=key, count=count, device_type=where, is_user_annotation=is_region)
 
 
 def test_nodes_of_a_graph_are_what_ran_on_the_gpu():
     ran = [event("gemm", 7, ON_GPU), event("Memcpy DtoD", 2, ON_GPU), event("Memset", 1, ON_GPU)]
+    ran.append(event("Optimizer.step", 1, ON_GPU, is_region=True))
     found = footprint.launches([event("cudaGraphLaunch"), event("cudaDeviceSynchronize"), *ran])
     assert found == {"kernel_launches": 1, "graph_nodes": 10}
     found = footprint.launches([event("cudaLaunchKernel", 5), event("cuLaunchKernelEx", 2), *ran])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from benchmarks import footprint, gpu_check, step_profile
@@ -55,6 +56,7 @@ def test_parts_are_shown_with_their_sum():
     ]
 
 
+@pytest.mark.slow
 def test_results_name_the_program_that_made_them(tmp_path):
     out = tmp_path / "results.jsonl"
     for module, arguments in (

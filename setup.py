@@ -8,6 +8,7 @@ import contextlib
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from setuptools import setup
 
 WANTED = os.environ.get("FASTBERT_BUILD_EXT", "auto")
+LIBSTDCXX = "libstdc++.so.6"
 
 
 def leave_out(reason: BaseException | str) -> None:
@@ -45,6 +47,29 @@ def silence() -> Iterator[None]:
             os.close(copy)
 
 
+def shared_libstdcxx(compiler: str) -> list[str]:
+    """What has the linker take torch's own libstdc++, also where the compiler adds a static one.
+
+    Named before what the compiler adds, it is what the symbols are found in. With a second copy in
+    the library, an error message that is begun in one and ended in the other ends the process.
+    """
+    command = [*shlex.split(compiler), f"-print-file-name={LIBSTDCXX}"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return [found] if os.path.isabs(found) else []
+    return []
+
+
+def check_libstdcxx(library: Path, compiler: str) -> None:
+    """Removes a library that does not name the shared libstdc++, and raises RuntimeError."""
+    if LIBSTDCXX.encode() + b"\0" not in library.read_bytes():
+        library.unlink()
+        raise RuntimeError(
+            f"{compiler} links another libstdc++ into it than torch's, and errors would end the "
+            "process; CXX=/usr/bin/g++ may do better"
+        )
+
+
 def extension() -> dict[str, Any]:
     """The arguments of `setup` that build the extension, from C++ and, where torch has it, CUDA."""
     import torch
@@ -67,6 +92,12 @@ def extension() -> dict[str, Any]:
                 self.extensions = []  # or setuptools goes on to copy the missing file
                 self.inplace = inplace  # which setuptools changes while it builds
 
+        def build_extension(self, ext: Any) -> None:
+            super().build_extension(ext)
+            if sys.platform == "linux":
+                library = Path(self.get_ext_fullpath(ext.name))
+                check_libstdcxx(library, cpp_extension.get_cxx_compiler())
+
     cuda = cpp_extension.CUDA_HOME is not None and torch.version.cuda is not None
     sources = sorted(map(str, Path("csrc").glob("*.cpp")))
     if cuda:
@@ -76,7 +107,14 @@ def extension() -> dict[str, Any]:
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     openmp = ["-fopenmp"] if sys.platform == "linux" else []  # at::parallel_for is a header's
     flags = {"cxx": ["-O3", "-g0", *openmp], "nvcc": ["-O3", "-lineinfo"]}
-    module = make("fastbert._C", sources, extra_compile_args=flags, extra_link_args=openmp)
+    linked = [*openmp, *shared_libstdcxx(cpp_extension.get_cxx_compiler())]
+    module = make(
+        "fastbert._C",
+        sources,
+        extra_compile_args=flags,
+        extra_link_args=linked,
+        depends=["setup.py"],  # which says how to link
+    )
     return {"ext_modules": [module], "cmdclass": {"build_ext": OptionalBuild}}
 
 

@@ -63,7 +63,7 @@ class Sequences:
             label,
             lambda: (self.normal(self.total, 3, self.heads, HEAD_DIM),),
             lambda qkv: attention_qkvpacked(qkv, cu, longest, dropout_p=p, rng=numbers),
-            {EAGER: Body(lambda qkv: self.plain(*qkv.unbind(1)))},
+            {EAGER: Body(lambda qkv: self.plain(*qkv.unbind(1)), waits=self.is_padded)},
             **shared,
         )
         yield Workload(
@@ -77,7 +77,7 @@ class Sequences:
 
     def alternatives(self) -> dict[str, Body]:
         """Those that want padded tensors get them padded: it is how their users have them."""
-        bodies = {EAGER: Body(self.plain)}
+        bodies = {EAGER: Body(self.plain, waits=self.is_padded)}
         for name, backend in SDPA_BACKENDS.items():
             bodies[name] = Body(self._sdpa(backend), self._padded_inputs)
         bodies["torch varlen_attn"] = Body(self._varlen)
@@ -85,7 +85,7 @@ class Sequences:
         return bodies
 
     def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Padding, PyTorch's own choice of attention, unpadding."""
+        """Padding, PyTorch's own choice of attention, unpadding by a mask, whose sum is awaited."""
         if not self.is_padded:
             shape = (len(self.lengths), self.longest, self.heads, HEAD_DIM)
             q, k, v = (x.view(shape).transpose(1, 2) for x in (q, k, v))

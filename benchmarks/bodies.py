@@ -13,11 +13,13 @@ EAGER = "PyTorch eager"
 class Body(NamedTuple):
     """What else computes a workload; it may raise where it cannot run here.
 
-    make: draws its inputs, None for the workload's own.
+    make: draws its inputs, None for the workload's own; waits: makes the host wait for a GPU, so
+    that no CUDA graph of it can be recorded.
     """
 
     run: Callable[..., Tensor]
     make: Callable[[], tuple[Tensor, ...]] | None = None
+    waits: bool = False
 
 
 class Workload(NamedTuple):

@@ -76,7 +76,7 @@ def changes(before: list[Row], after: list[Row]) -> Iterator[Change]:
     old, new = timings(before), timings(after)
     for key in old.keys() & new.keys():
         medians = (run[key]["median_s"] for run in (old, new))
-        yield Change(*key, *medians, old[key]["spread"] + new[key]["spread"])
+        yield Change(*key, *medians, sum(run[key].get("spread", 0.0) for run in (old, new)))
 
 
 def timings(rows: list[Row]) -> dict[tuple[str, str, str], dict[str, Any]]:

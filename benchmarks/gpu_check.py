@@ -61,9 +61,9 @@ def sanitizer(tool: str, seconds: int) -> Part:
 
 
 PARTS = (
-    Part("extension", ("setup.py", "-q", "build_ext", "--inplace"), 120),
+    Part("extension", ("setup.py", "-q", "build_ext", "--inplace"), 60),
     tests(200),
-    benchmark("kernels", 100, "--quick"),
+    benchmark("kernels", 160, "--quick"),
     benchmark("steps", 130, "--quick"),
     benchmark("ablation", 50, "--quick"),
     benchmark("step_profile", 50, "--quick"),

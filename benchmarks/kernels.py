@@ -14,10 +14,17 @@ import typer
 from torch import Tensor
 
 from benchmarks import ceilings
-from benchmarks.bodies import Body, Workload
+from benchmarks.bodies import EAGER, Body, Workload
 from benchmarks.operators import workloads
 from benchmarks.results import FASTBERT, Options, Results
-from benchmarks.timing import flush_for, summarize, timed
+from benchmarks.timing import (
+    first_line,
+    flush_for,
+    generators_kept,
+    summarize,
+    timed,
+    why_not_recorded,
+)
 from fastbert import backend
 from fastbert.train.cuda_graph import WARM_UP, CudaGraphs
 
@@ -36,18 +43,20 @@ class Passes(NamedTuple):
 def run(options: Options, results: Results, only: str = "") -> None:
     """The parts "ceilings" and "kernels"."""
     device, on_gpu = options.device, options.device.type == "cuda"
-    tokens = (16384 if options.quick else 32768) if on_gpu else 512 if options.quick else 2048
+    # a quick look has the tokens of a whole step's batch
+    tokens = (24576 if options.quick else 32768) if on_gpu else 512 if options.quick else 2048
     rounds = (12 if options.quick else 30) if on_gpu else 4 if options.quick else 10
     torch.manual_seed(0)
     ceilings.of(options, results)
-    for preset in ("base",) if options.quick else ("base", "large"):
+    for preset in ("base",) if options.quick and not on_gpu else ("large", "base"):
         for workload in workloads(preset, tokens, device.type, options.dtype):
             if only in ("", workload.operator.name):
                 bodies = {FASTBERT: Body(workload.fused), **workload.alternatives}
                 if options.quick:  # without what takes long to compile
                     bodies.pop("flex attention", None)
                 else:
-                    bodies["torch.compile"] = Body(torch.compile(workload.plain))
+                    plain = workload.alternatives[EAGER]
+                    bodies["torch.compile"] = plain._replace(run=torch.compile(plain.run))
                 times, refused = measure(workload, bodies, rounds, flush_for(device))
                 add_rows(options, results, workload, times, refused)
 
@@ -67,20 +76,22 @@ def measure(
             sets = own if body.make is None else [_with_gradients(body.make()) for _ in own]
             passes[name] = [direct(workload, body, tensors) for tensors in sets]
         except Exception as error:
-            refused[name] = _first_line(error)
+            refused[name] = first_line(error)
             continue
-        if flush.is_cuda:
+        if flush.is_cuda and body.waits:
+            refused[f"{name}, as a CUDA graph"] = "makes the host wait"
+        elif flush.is_cuda:
             try:
                 passes[name] = [recorded(workload, each) for each in passes[name]]
             except RuntimeError as error:
-                refused[f"{name}, as a CUDA graph"] = _first_line(error)
+                refused[f"{name}, as a CUDA graph"] = why_not_recorded(error)
     times: Times = {name: {"forward": [], "backward": []} for name in passes}
     for number in range(rounds + 2):
         for name in tuple(passes):
             try:
                 elapsed = _time_once(workload, passes[name][number % SETS], flush)
             except Exception as error:
-                refused[name] = _first_line(error)
+                refused[name] = first_line(error)
                 del passes[name], times[name]
                 continue
             if number >= 2:
@@ -111,20 +122,17 @@ def recorded(workload: Workload, passes: Passes) -> Passes:
 
     for _ in range(WARM_UP):
         graphs.warm_up(both)
-    forward = graphs.record(passes.forward)
-    if not workload.backward:
-        return Passes(forward, passes.backward)
-    y = forward()  # with what backward needs of it, in the memory of the first graph
-    backward = graphs.record(lambda: passes.backward(y))
+    with generators_kept():
+        forward = graphs.record(passes.forward)
+        if not workload.backward:
+            return Passes(forward, passes.backward)
+        y = forward()  # with what backward needs of it, in the memory of the first graph
+        backward = graphs.record(lambda: passes.backward(y))
     return Passes(forward, lambda _: backward())
 
 
 def _with_gradients(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(tensor.requires_grad_(tensor.is_floating_point()) for tensor in tensors)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200] or repr(error)
 
 
 def _time_once(workload: Workload, passes: Passes, flush: Tensor) -> dict[str, float]:
@@ -164,7 +172,7 @@ def add_rows(
 
 def main(
     only: Annotated[str, typer.Option(help="One operator, by name; by default all.")] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, BERT-base alone.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, less compiled.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON Lines file, written as it goes.")] = None,
 ) -> None:
     """Time the operators alone, at the sizes of BERT-base and BERT-large."""

@@ -129,7 +129,7 @@ def workloads(
         f"{tokens} labels",
         lambda: (labels.clone(),),
         lambda labels: compact(labels, -100, rows).positions,
-        {EAGER: Body(lambda labels: (labels.flatten() != -100).nonzero()[:, 0].int())},
+        {EAGER: Body(lambda labels: (labels.flatten() != -100).nonzero()[:, 0].int(), waits=True)},
         forward=8.0 * tokens + 4 * tokens + 12 * rows,  # labels; slots; kept and their positions
         backward=0.0,
     )

@@ -46,6 +46,7 @@ def steps(axes: plt.Axes, rows: list[Row]) -> None:
     axes.set_yticks([place + 0.4 - height / 2 for place in range(len(rows))], labels)
     axes.invert_yaxis()
     axes.margins(x=0.12)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     kind = "Pre-training step" if rows[0]["part"] == "steps" else "Forward pass"
     axes.set(xlabel="real tokens a second", title=f"{kind}: the same batches, in turns")
     axes.figure.legend(loc="outside lower center", ncols=min(len(names), 4), fontsize=8)

@@ -1,8 +1,9 @@
 """`python -m benchmarks report`: tables, plots and the README's figures, from committed results.
 
-A results file NAME.jsonl gets NAME.md and NAME-PART.png beside it. The README says where a table
-goes and which part of which file it shows, by a pair of comments; what is between them is written
-here, and a test checks that it still is what the file says. The part "targets" reads a folder too:
+A results file NAME.jsonl gets NAME.md and NAME-PART.png beside it. The README, and docs/tuning.md,
+say where a table goes and which part of which file it shows, by a pair of comments; what is between
+them is written here, and a test checks that it still is what the file says. The part "targets"
+reads a folder too, where the last file by name that has measured a target is what counts:
 
     <!-- benchmarks: cpu/steps.jsonl steps -->
     <!-- end -->
@@ -24,6 +25,7 @@ from fastbert.train.state import write_text
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
+DOCUMENTS = (README, HERE.parent / "docs" / "tuning.md")
 
 TARGETS = "targets"
 BLOCK = re.compile(r"(<!-- benchmarks: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -33,15 +35,18 @@ def main(
     files: Annotated[
         list[Path] | None, typer.Argument(help="Results; by default all that are committed.")
     ] = None,
-    readme: Annotated[Path, typer.Option(help="Where to fill in the tables.")] = README,
+    document: Annotated[
+        list[Path] | None, typer.Option(help="Where to fill in tables; the README, docs/tuning.md.")
+    ] = None,
 ) -> None:
-    """Write tables (Markdown) and plots (PNG) beside results, and the README's tables."""
+    """Write tables (Markdown) and plots (PNG) beside results, and the tables of documents."""
     for path in files or sorted(RESULTS.glob("*/*.jsonl")):
         rows = read(path)
         write_text(path.with_suffix(".md"), markdown(rows))
         for plot in plots.write(rows, path):
             print(plot)
-    write_text(readme, filled(readme.read_text(encoding="utf-8")))
+    for path in document or DOCUMENTS:
+        write_text(path, filled(path.read_text(encoding="utf-8")))
 
 
 def markdown(rows: list[Row]) -> str:
@@ -76,13 +81,13 @@ def block(results: Path, name: str, part: str) -> str:
     """A part's table, and under it where and how it was measured."""
     path, file = results / name, f"`benchmarks/results/{name}`"
     if part not in (*PARTS, TARGETS):
-        raise InputError(f"README: a block for {part!r}, expected one of {', '.join(PARTS)}")
+        raise InputError(f"a block for {part!r}, expected one of {', '.join(PARTS)}")
     if not path.exists():
         return "\nNot measured yet.\n\n"
     if part == TARGETS:
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        rows = [row for each in files for row in read(each)]
-        return f"\n{targets.table(rows).markdown()}\n\nFrom {file}\n\n"
+        table = targets.table(*(read(each) for each in files))
+        return f"\n{table.markdown()}\n\nFrom {file}\n\n"
     if path.suffix == ".json":  # the summary of a run of fastbert's own
         row = json.loads(path.read_text(encoding="utf-8"))
         return f"\n{PARTS[part]([row]).markdown()}\n\n{_source(row)}: {file}\n\n"
@@ -94,7 +99,10 @@ def block(results: Path, name: str, part: str) -> str:
 
 
 def _source(about: Row) -> str:
-    where = [about["device"], f"torch {about['torch']}", f"commit {about['commit']}"]
+    commit = f"commit {about['commit']}"
+    if "changes" in about:
+        commit = f"commit {about['commit'].removesuffix('-dirty')} with {about['changes']}"
+    where = [about["device"], f"torch {about['torch']}", commit]
     if about["device"].startswith("cpu"):
         where.insert(1, f"{about['threads']} threads")
     if "command" in about:

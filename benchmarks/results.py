@@ -1,8 +1,8 @@
 """Results as JSON Lines: what was measured where, row by row, on disk as soon as it is known.
 
-The first row is the environment. Every other one names its `part`, and as `case` what was measured;
-its `timings` hold a median_s and a spread for each candidate, fastbert's under FASTBERT; whatever
-else a part measures stands beside them.
+The first row is the environment, with `changes` where the commit had some. Every other one names
+its `part`, and as `case` what was measured; its `timings` hold a median_s and a spread for each
+candidate, fastbert's under FASTBERT; whatever else a part measures stands beside them.
 """
 
 import contextlib
@@ -88,10 +88,16 @@ def describe(options: Options) -> Row:
         **environment(options.device),
         "driver": _driver() if options.device.type == "cuda" else None,
         **{name: _version(name) for name in ("triton", "transformers")},
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "command": " ".join(["python -m", _program(), *sys.argv[1:]]),
         "precision": options.precision,
         "quick": options.quick,
     }
+
+
+def _program() -> str:
+    """The module that was run: the suite, or a part of it by itself."""
+    spec = sys.modules["__main__"].__spec__
+    return "benchmarks" if spec is None else spec.name.removesuffix(".__main__")
 
 
 def _version(package: str) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fastbert
 from benchmarks import ceilings, footprint
 from benchmarks.results import COMPILED, EAGER, FASTBERT, SDPA, Options, Results, Row
-from benchmarks.timing import interleaved, recorded, summarize
+from benchmarks.timing import first_line, interleaved, recorded, summarize
 from benchmarks.workloads import MAX_SEQLEN, Batch, pretraining_batch, sequence_lengths
 from fastbert.packing import Bucket, PackedBatch
 from fastbert.pretrain_config import PRESETS
@@ -88,27 +88,20 @@ def compare(part: str, case: Case, options: Options, results: Results) -> Row:
     candidates: dict[str, Work] = {}
     refused: dict[str, str] = {}
     names: tuple[str, ...] = (FASTBERT, SDPA, *case.few)
-    on_gpu = options.device.type == "cuda"
-    if on_gpu:
+    if options.device.type == "cuda":
         names = (FASTBERT, WITHOUT_GRAPH, *names[1:])
+    held: dict[str, dict[str, float]] = {}
     for name in names:
+        memory = footprint.Memory(options.device)
         try:
-            with options.device:
-                model = make_model(name, case.preset)
-            model.load_state_dict(weights)
-            if part == "steps" and name == FASTBERT and on_gpu:
-                work, reason = graphed_step(model, batch, options)
-            else:
-                make = training_step if part == "steps" else forward_pass
-                work, reason = make(name, model, batch, options), None
-                if name == FASTBERT and on_gpu:
-                    work, reason = recorded(work)
+            work, reason = candidate(part, name, case.preset, weights, batch, options)
+            held[name] = memory.of(work)
+            candidates[name] = work
             if reason:
                 refused[GRAPH] = reason
-            work()
-            candidates[name] = work
         except Exception as error:  # out of memory, no compiler: the others are still worth timing
-            refused[name] = str(error).strip().partition("\n")[0] or repr(error)
+            refused[name] = first_line(error)
+        work = None  # one that failed holds nothing while the next is made
     seconds = interleaved(candidates, case.rounds, dict.fromkeys(case.few, 4))
     timings = {name: summarize(values) for name, values in seconds.items()}
     flops = footprint.model_flops(case.preset, batch, training=part == "steps")
@@ -116,11 +109,31 @@ def compare(part: str, case: Case, options: Options, results: Results) -> Row:
     for name, timing in timings.items():
         timing["utilisation"] = flops / timing["median_s"] / ceiling
         timing["real_tokens_per_second"] = sum(batch.lengths) / timing["median_s"]
-        timing |= footprint.of(candidates[name], options.device)
+        timing |= held[name] | footprint.of(candidates[name], options.device)
     about = {"preset": case.preset, "lengths": case.lengths, "sequences": case.sequences}
     if part == "steps":
         about["optimizer"] = "AdamW"
     return results.add(part, about, timings, fill=batch.fill, flops=flops, refused=refused)
+
+
+def candidate(
+    part: str, name: str, preset: str, weights: dict[str, Tensor], batch: Batch, options: Options
+) -> tuple[Work, str | None]:
+    """What has run once and can run again; and why it is no graph, where it was to be one."""
+    with options.device:
+        model = make_model(name, preset)
+    model.load_state_dict(weights)
+    reason = None
+    to_record = name == FASTBERT and options.device.type == "cuda"
+    if part == "steps" and to_record:
+        work, reason = graphed_step(model, batch, options)
+    else:
+        make = training_step if part == "steps" else forward_pass
+        work = make(name, model, batch, options)
+        if to_record:
+            work, reason = recorded(work)
+    work()
+    return work, reason
 
 
 def make_model(name: str, preset: str) -> nn.Module:

@@ -3,11 +3,12 @@
 Ratios are another candidate's median over fastbert's: how many times as long it takes.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from benchmarks.cells import Table, seconds
-from benchmarks.results import FASTBERT, Row
+from benchmarks.results import FASTBERT, SDPA, Row
 from benchmarks.run_tables import (
     chain,
     convergence,
@@ -21,9 +22,10 @@ T = TypeVar("T")
 
 # What a GPU tells of a step beside its time, and how it is written.
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "peak_memory_bytes": ("peak memory", lambda size: f"{size / 2**30:.2f} GiB"),
-    "host_syncs": ("host syncs", str),
-    "kernel_launches": ("launches", str),
+    "memory_held_bytes": ("memory held", lambda size: f"{size / 2**30:.2f} GiB"),
+    "host_waits": ("host waits", str),
+    "kernel_launches": ("launches", "{:,}".format),
+    "graph_nodes": ("nodes of the graph", "{:,}".format),
 }
 
 
@@ -46,7 +48,7 @@ def steps(rows: list[Row]) -> Table:
                 _time(timing),
                 f"{timing['real_tokens_per_second']:,.0f}",
                 f"{timing['utilisation']:.0%}",
-                *(COSTS[cost][1](timing[cost]) for cost in costs),
+                *(COSTS[cost][1](timing[cost]) if cost in timing else "-" for cost in costs),
                 _ratio(row, name),
             )
             for what, (name, timing) in _once(about, row["timings"].items())
@@ -145,6 +147,28 @@ def profile(rows: list[Row]) -> Table:
     return Table(("step of", "operator or kernel", "time", "share"), lines)
 
 
+def step_parts(rows: list[Row]) -> Table:
+    lines = []
+    for row in rows:
+        total = row["total_s"]
+        times = {**row["seconds"], "all kernels": total}
+        for what, (name, time) in _once((row["case"]["preset"],), times.items()):
+            lines.append((*what, name, seconds(time), f"{time / total:.0%}"))
+    return Table(("step of", "part", "time", "share"), lines)
+
+
+def drop_in(rows: list[Row]) -> Table:
+    header = ("BERT-base", "batch", "filled", "Hugging Face (SDPA)", "patched", "ratio")
+    lines = []
+    for what, group in itertools.groupby(rows, lambda row: row["case"]["of"]):
+        for about, row in _once((what,), group):
+            batch = f"{row['case']['sequences']} x {row['case']['length']}"
+            theirs, ours = (row["timings"][name]["median_s"] for name in (SDPA, FASTBERT))
+            times = (seconds(theirs), seconds(ours), f"{theirs / ours:.2f}x")
+            lines.append((*about, batch, f"{row['fill']:.0%}", *times))
+    return Table(header, lines)
+
+
 PARTS: dict[str, Callable[[list[Row]], Table]] = {
     "ceilings": ceilings,
     "kernels": kernels,
@@ -161,6 +185,8 @@ PARTS: dict[str, Callable[[list[Row]], Table]] = {
     "chain": chain,
     "distillation": distillation,
     "profile": profile,
+    "step_parts": step_parts,
+    "drop_in": drop_in,
     "pretraining": pretraining,
 }
 

@@ -1,8 +1,9 @@
 """Timing side by side: candidates take turns, so that what the machine does hits all of them."""
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -63,9 +64,34 @@ def recorded(work: Work) -> tuple[Work, str | None]:
     for _ in range(WARM_UP):
         graphs.warm_up(work)
     try:
-        return graphs.record(work), None
+        with generators_kept():
+            return graphs.record(work), None
     except RuntimeError as error:
-        return work, str(error).strip().partition("\n")[0]
+        return work, why_not_recorded(error)
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Gives PyTorch's generators on GPUs a state as before where a recording in here fails.
+
+    The one they have then still counts as being recorded, and refuses whoever draws next.
+    """
+    states = [generator.clone_state() for generator in torch.cuda.default_generators]
+    try:
+        yield
+    except BaseException:
+        for generator, state in zip(torch.cuda.default_generators, states, strict=True):
+            generator.graphsafe_set_state(state)
+        raise
+
+
+def why_not_recorded(error: BaseException) -> str:
+    """Of the error behind this one, if any: a recording that has failed then fails to end too."""
+    return first_line(error.__context__ or error)
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200] or repr(error)
 
 
 def summarize(seconds: list[float]) -> dict[str, float]:

@@ -45,7 +45,7 @@ def results(tmp_path):
 def test_writes_tables_and_plots_beside_the_results(results):
     readme = results.parent / "README.md"
     readme.write_text("Nothing to fill in.\n")
-    report.main([results], readme)
+    report.main([results], [readme])
     text = results.with_suffix(".md").read_text()
     for said in (
         "cpu (made up)",
@@ -89,8 +89,9 @@ def test_a_block_names_a_part_that_there_is(results):
         )
 
 
-def test_the_readme_says_what_the_committed_results_say():
-    text = report.README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("document", report.DOCUMENTS, ids=lambda path: path.name)
+def test_a_document_says_what_the_committed_results_say(document):
+    text = document.read_text(encoding="utf-8")
     assert report.filled(text) == text, "run python -m benchmarks report"
     named = {path for _, path, _, _ in report.BLOCK.findall(text)}
     assert named
@@ -135,6 +136,15 @@ def test_compare_is_content_with_noise_and_gains(tmp_path):
     assert "faster" in said
 
 
+def test_compare_takes_timings_without_a_spread(tmp_path):
+    before, after = step(2.0), step(2.6)
+    for row in (before, after):
+        del row["timings"][FASTBERT]["spread"]
+    code, said = compare(tmp_path, [before], [after])
+    assert code == 1
+    assert "1 slower beyond the noise" in said
+
+
 def test_compare_names_what_has_no_counterpart(tmp_path):
     code, said = compare(tmp_path, [step(), step(lengths="full")], [step()])
     assert code == 0
@@ -158,10 +168,28 @@ def test_refuses_a_file_that_holds_no_results(tmp_path, text):
         read(tmp_path / "b.jsonl")
 
 
+def test_changes_to_the_commit_are_named(results):
+    changed = {**ENVIRONMENT, "commit": "abc-dirty", "changes": "larger blocks"}
+    written(results, [changed, step()])
+    text = "<!-- benchmarks: cpu/steps.jsonl steps -->\n<!-- end -->\n"
+    assert ", commit abc with larger blocks, " in report.filled(text, results.parents[1])
+
+
+def test_of_a_target_in_several_files_the_last_counts(results):
+    folder = results.parent
+    results.unlink()
+    full = step(ours=2.0, theirs=2.6, lengths="full")
+    written(folder / "1-first.jsonl", [ENVIRONMENT, step(theirs=9.0), full])
+    written(folder / "2-later.jsonl", [ENVIRONMENT, step(theirs=5.0)])
+    found = report.filled("<!-- benchmarks: cpu targets -->\n<!-- end -->\n", folder.parent)
+    assert "| step over Hugging Face's (SDPA) | at least 3.00x | 2.50x | not met |" in found
+    assert "Hugging Face's (SDPA) | at least 1.25x | 1.30x | met |" in found
+
+
 def test_a_block_of_targets_reads_a_folder(results):
     text = "<!-- benchmarks: cpu targets -->\nold\n<!-- end -->\n"
     found = report.filled(text, results.parents[1])
     assert "| step over Hugging Face's (SDPA) | at least 3.00x | 3.50x | met |" in found
     assert "From `benchmarks/results/cpu`" in found
-    report.main([results], written(results.parent / "README.md", []))
+    report.main([results], [written(results.parent / "README.md", [])])
     assert "## Targets" in results.with_suffix(".md").read_text()

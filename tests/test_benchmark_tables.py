@@ -5,7 +5,7 @@ import pytest
 from benchmarks.cells import seconds
 from benchmarks.results import FASTBERT
 from benchmarks.tables import PARTS
-from tests.results_case import timing
+from tests.results_case import step, timing
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,32 @@ def test_the_runs_of_several_seeds_end_with_what_they_differ_by():
         ("0", "Hugging Face", "5.5000", "5.7000", "-0.2000"),
         ("1", "Hugging Face", "5.6000", "5.5000", "+0.1000"),
         ("all 2", "Hugging Face", "5.5500", "5.6000", "-0.0500 ±0.2121"),
+    ]
+
+
+def test_what_a_step_costs_is_shown_of_those_that_have_it():
+    """And not the figures of earlier files, which left a graph's memory out."""
+    row = step()
+    ours, theirs = row["timings"][FASTBERT], row["timings"]["Hugging Face (SDPA)"]
+    ours |= {"memory_held_bytes": 3 << 29, "kernel_launches": 1, "graph_nodes": 1426}
+    theirs |= {"kernel_launches": 2326, "peak_memory_bytes": 5 << 30}
+    header, lines = PARTS["steps"]([row])
+    places = slice(header.index("MFU") + 1, -1)
+    assert header[places] == ("memory held", "launches", "nodes of the graph")
+    assert [line[places] for line in lines] == [("1.50 GiB", "1", "1,426"), ("-", "2,326", "-")]
+
+
+def test_a_patched_model_is_shown_beside_the_original():
+    def row(of, sequences, ours, theirs):
+        case = {"of": of, "preset": "base", "sequences": sequences, "length": 128}
+        times = {FASTBERT: {"median_s": ours}, "Hugging Face (SDPA)": {"median_s": theirs}}
+        return {"part": "drop_in", "case": case, "timings": times, "fill": 0.5}
+
+    rows = [row("a step", 32, 0.04, 0.02), row("a step", 64, 0.04, 0.06), row("serving", 1, 2, 1)]
+    assert PARTS["drop_in"](rows).lines == [
+        ("a step", "32 x 128", "50%", "20 ms", "40 ms", "0.50x"),
+        ("", "64 x 128", "50%", "60 ms", "40 ms", "1.50x"),
+        ("serving", "1 x 128", "50%", "1 s", "2 s", "0.50x"),
     ]
 
 

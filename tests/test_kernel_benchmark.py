@@ -101,6 +101,23 @@ def test_operators_are_recorded_on_a_gpu(preset):
         assert not refused, workload.label
 
 
+@pytest.mark.parametrize(
+    ("device", "quick", "presets"),
+    [
+        ("cuda", True, ["large", "base"]),
+        ("cuda", False, ["large", "base"]),
+        ("cpu", True, ["base"]),
+        ("cpu", False, ["large", "base"]),
+    ],
+)
+def test_bert_large_is_measured_wherever_there_is_time(device, quick, presets, monkeypatch):
+    asked = []
+    monkeypatch.setattr(kernels, "workloads", lambda preset, *_: asked.append(preset) or [])
+    monkeypatch.setattr(kernels.ceilings, "of", lambda *_: {})
+    kernels.run(Options(torch.device(device), "bf16", quick), None)
+    assert asked == presets
+
+
 def test_adds_a_row_for_each_direction(monkeypatch):
     monkeypatch.setattr(kernels, "workloads", lambda *_: small())
     options = Options(torch.device("cpu"), quick=True)

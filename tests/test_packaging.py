@@ -100,6 +100,62 @@ def test_a_wanted_extension_that_cannot_be_built_is_an_error(checkout):
     assert build_without_a_compiler(checkout, wanted="1").returncode != 0
 
 
+STATIC = """#!/bin/sh
+case "$*" in *-print-file-name*{known}) echo libstdc++.so.6; exit;; esac
+exec {compiler} -static-libstdc++ "$@"
+"""
+
+
+@pytest.fixture
+def static(checkout):
+    """A build of a small extension by a compiler that links its own libstdc++ into a library.
+
+    It may know where the shared one lies, or not.
+    """
+    if shutil.which("readelf") is None or (compiler := shutil.which("g++")) is None:
+        pytest.skip("no g++ with binutils")
+    for source in (checkout / "csrc").glob("*.cpp"):
+        source.unlink()
+    small = "#include <iostream>\nvoid say(int n) { std::cerr << n; }\n"
+    (checkout / "csrc" / "small.cpp").write_text(small)
+
+    def build(wanted, knows_the_shared_one):
+        script = checkout.parent / "static-g++"
+        known = "never" if knows_the_shared_one else ""
+        script.write_text(STATIC.format(compiler=compiler, known=known))
+        script.chmod(0o755)
+        environment = {"CXX": str(script), "FASTBERT_BUILD_EXT": wanted}
+        built = run("setup.py", "-q", "build_ext", "--inplace", cwd=checkout, **environment)
+        return built, list(checkout.rglob("*.so"))
+
+    return build
+
+
+@pytest.mark.slow
+def test_the_extension_takes_the_shared_libstdcxx_whatever_the_compiler_adds(static):
+    built, libraries = static("1", knows_the_shared_one=True)
+    assert built.returncode == 0, built.stderr
+    library, _ = libraries  # in the build folder too
+    needed = subprocess.run(
+        ["readelf", "-d", library], capture_output=True, text=True, check=True
+    ).stdout
+    assert "Shared library: [libstdc++.so.6]" in needed
+
+
+@pytest.mark.slow
+def test_an_extension_with_a_libstdcxx_of_its_own_is_left_out(static):
+    built, libraries = static("auto", knows_the_shared_one=False)
+    assert built.returncode == 0, built.stderr
+    (line,) = (built.stdout + built.stderr).splitlines()
+    assert "links another libstdc++ into it than torch's" in line
+    assert "CXX=/usr/bin/g++" in line
+    assert not libraries
+    built, libraries = static("1", knows_the_shared_one=False)
+    assert built.returncode != 0
+    assert "links another libstdc++ into it than torch's" in built.stderr
+    assert not libraries
+
+
 def test_import_loads_neither_triton_nor_cuda():
     program = (
         "import fastbert, sys, torch\n"

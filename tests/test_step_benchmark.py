@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import benchmarks.__main__ as suite
-from benchmarks import ablation, footprint, steps, timing
+from benchmarks import ablation, footprint, steps
 from benchmarks.results import FASTBERT, Options, Results
 from benchmarks.workloads import pretraining_batch, sequence_lengths
 from fastbert import events
@@ -107,25 +107,18 @@ def test_the_step_of_a_graph_is_the_same_step(model, batch, monkeypatch):
     torch.testing.assert_close(work(), model(batch.packed).loss)
 
 
-def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch):
-    class Fails:
-        def warm_up(self, work):
-            return work()
-
-        def record(self, work):
-            raise RuntimeError("not permitted\nand more")
-
-    monkeypatch.setattr(timing, "CudaGraphs", Fails)
-    work = torch.zeros
-    assert timing.recorded(lambda: work(1))[1] == "not permitted"
-    assert timing.recorded(lambda: work(1))[0]() == 0
-
-
 def test_counts_the_operations_of_a_step():
     """The parts that the brief's table of BERT-large has: GEMMs, attention, MLM head."""
     batch = pretraining_batch(sequence_lengths("wikipedia", 96))
     per_token = footprint.model_flops("large", batch, training=True) / sum(batch.lengths)
     assert per_token == pytest.approx(1.812e9 + 0.107e9 + 0.029e9, rel=0.01)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_gpu_measures_both_sizes_of_bert(quick):
+    options = Options(torch.device("cuda"), "bf16", quick)
+    for cases in (steps.step_cases(options), steps.inference_cases(options)):
+        assert {case.preset for case in cases} == {"base", "large"}
 
 
 def test_lengths_fill_what_they_should_of_a_batch():

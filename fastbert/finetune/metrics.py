@@ -1,5 +1,6 @@
 """Metrics by the field's definitions, computed by scikit-learn, SciPy and seqeval."""
 
+import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,14 @@ import numpy as np
 from fastbert.check import InputError
 
 _SCORES = ("precision", "recall", "f1-score", "support")
+
+# What a task is measured by; the other tasks need none of these.
+_LIBRARIES = {
+    "classification": ("sklearn.metrics",),
+    "multilabel": ("sklearn.metrics",),
+    "regression": ("sklearn.metrics", "scipy.stats"),
+    "ner": ("seqeval.metrics",),
+}
 
 
 class Table(NamedTuple):
@@ -25,15 +34,19 @@ class Report(NamedTuple):
     tables: tuple[Table, ...] = ()
 
 
-def require_libraries() -> None:
-    """Raises InputError unless the libraries of the extra `finetune` are there."""
-    try:
-        import seqeval.metrics  # noqa: F401
-        import sklearn.metrics  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"fine-tuning needs {error.name}: pip install 'fastbert[finetune]'"
-        ) from None
+def require_libraries(task: str, *, to_measure: bool = True) -> None:
+    """Raises InputError unless what the task uses of the extra `finetune` is there.
+
+    to_measure: not only to predict, for which NER alone needs a library, to find its entities.
+    """
+    for name in _LIBRARIES.get(task, ()) if to_measure or task == "ner" else ():
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            missing = (error.name or name).partition(".")[0]
+            raise InputError(
+                f"--task {task} needs {missing}: pip install 'fastbert[finetune]'"
+            ) from None
 
 
 def classification(truth: Sequence[str], predicted: Sequence[str], labels: list[str]) -> Report:

@@ -39,7 +39,7 @@ def predict(
     config = BertConfig.from_pretrained(directory)
     tokenizer = load_tokenizer(directory, model_vocab_size=config.vocab_size)
     labels = [config.id2label[number] for number in range(config.num_labels)]
-    require_libraries()
+    require_libraries(settings.task, to_measure=False)
     task = TASK_OF[settings.task](settings, labels)
     examples = task.read(source, labelled=False)
     encoder = Encoder(tokenizer, settings.max_seq_len, settings.stride, settings.truncate)

@@ -53,7 +53,7 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     what `predict` must know; and summary.json, which is returned. The same config gives the same
     run, bit for bit on a CPU at the same number of threads.
     """
-    require_libraries()
+    require_libraries(config.task)
     if (out / RUN).exists():
         raise InputError(f"--out {out}: holds a run already; name another directory")
     started = time.perf_counter()

@@ -140,12 +140,3 @@ def test_predict_and_embed_refuse(
     file = write("input.csv", source)
     arguments = ["--model", model, "--input", file, "--out", tmp_path / out, *options]
     assert pattern in run(monkeypatch, capsys, command, *arguments)
-
-
-def test_a_missing_extra_is_named(model, write, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "seqeval", None)
-    monkeypatch.setitem(sys.modules, "seqeval.metrics", None)
-    file = write("train.csv", GOOD)
-    files = ["--train", file, "--dev", file, "--model", model, "--out", tmp_path / "run"]
-    error = run(monkeypatch, capsys, "finetune", "--task", "classification", *files)
-    assert "pip install 'fastbert[finetune]'" in error

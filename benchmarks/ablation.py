@@ -26,11 +26,12 @@ from benchmarks.steps import (
 from benchmarks.timing import interleaved, recorded, summarize
 from benchmarks.workloads import MAX_SEQLEN, Batch, pretraining_batch, sequence_lengths
 from fastbert.models.losses import score_classes, score_masked
-from fastbert.modules import encoder, layer
+from fastbert.modules import embeddings, encoder, layer
 from fastbert.packing import PackedBatch
 from fastbert.train.cuda_graph import Work
 
 NOTHING, EVERYTHING = "nothing", "all of these"
+NARROW = "narrow residual stream"
 
 
 def run(options: Options, results: Results) -> None:
@@ -42,8 +43,10 @@ def run(options: Options, results: Results) -> None:
     batch = pretraining_batch(sequence_lengths("wikipedia", sequences)).to(options.device)
     with options.device:
         model, theirs = make_model(FASTBERT, preset).train(), make_model(SDPA, preset)
-    tricks = (*TRICKS, GRAPH) if options.device.type == "cuda" else (*TRICKS,)
-    left_out = {NOTHING: (), **{name: (name,) for name in tricks}, EVERYTHING: tricks}
+    tricks = [*TRICKS, GRAPH] if options.device.type == "cuda" else [*TRICKS]
+    if options.precision == "fp32":
+        tricks.remove(NARROW)
+    left_out = {NOTHING: (), **{name: (name,) for name in tricks}, EVERYTHING: (*tricks,)}
     steps: dict[str, Work] = {}
     refused: dict[str, dict[str, str]] = {}
     for name, without in left_out.items():
@@ -160,6 +163,12 @@ def _plain_gelu() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _wide_stream() -> Iterator[None]:
+    with mock.patch.object(embeddings, "stream_dtype", lambda weight, *_, **__: weight.dtype):
+        yield
+
+
 TRICKS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "unpadding": _by_data,
     "masked-only head": _by_data,
@@ -167,4 +176,5 @@ TRICKS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "fused QKV": _three_products,
     "fused norm": _plain_norm,
     "fused GELU": _plain_gelu,
+    NARROW: _wide_stream,
 }

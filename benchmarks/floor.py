@@ -9,6 +9,7 @@ and shows what a step reads and writes more often than it must. Kernels are thos
 import collections
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from typing import Annotated, Any, NamedTuple
 from unittest import mock
 
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -82,7 +84,33 @@ class Counter(TorchDispatchMode):
             work.flops += passes * rows * self.attention_flops
 
 
-def count(preset: str, lengths: list[int]) -> dict[Kind, Work]:
+class Kept(saved_tensors_hooks):
+    """Counts the bytes that the forward keeps for the backward, beside what there is anyway."""
+
+    def __init__(self, anyway: Iterable[Tensor]) -> None:
+        super().__init__(self._keep, lambda tensor: tensor)
+        self.anyway = {tensor.untyped_storage()._cdata for tensor in anyway}
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.anyway:
+            self.storages[storage._cdata] = storage
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+class Count(NamedTuple):
+    """work: of a step; kept_bytes: what its forward keeps for its backward."""
+
+    work: dict[Kind, Work]
+    kept_bytes: int
+
+
+def count(preset: str, lengths: list[int], residual_in_fp32: bool | None = None) -> Count:
     """What a step of BERT in bf16 does: forward, backward, clipping and AdamW, with dropout."""
     batch = pretraining_batch(lengths)
     kernels = ("triton", "ext", "reference")
@@ -95,12 +123,13 @@ def count(preset: str, lengths: list[int]) -> dict[Kind, Work]:
         fields = vars(batch.packed).items()
         tensors = {k: fake.from_tensor(v) for k, v in fields if isinstance(v, Tensor)}
         batch = batch._replace(packed=dataclasses.replace(batch.packed, **tensors))
-        model = make_model(FASTBERT, preset)
+        model = make_model(FASTBERT, preset, residual_in_fp32=residual_in_fp32)
         step = training_step(FASTBERT, model, batch, Options(torch.device("cpu"), "bf16"))
         step()  # the optimizer allocates its moments
-        with Counter(batch, PRESETS[preset].shape["hidden_size"]) as counter:
+        kept = Kept([*model.parameters(), *tensors.values()])
+        with kept, Counter(batch, PRESETS[preset].shape["hidden_size"]) as counter:
             step()
-    return counter.work
+        return Count(counter.work, kept.bytes)
 
 
 def _is_view(func) -> bool:
@@ -142,6 +171,7 @@ def main(
     product: Annotated[float, typer.Option(help="TFLOP/s of a large product.")] = PRODUCT / 1e12,
     copy: Annotated[float, typer.Option(help="TB/s of a large copy.")] = COPY / 1e12,
     rows: Annotated[int, typer.Option(help="Operators to show.", min=1)] = 40,
+    residual_in_fp32: Annotated[bool, typer.Option(help="With a float32 residual stream.")] = False,
 ) -> None:
     """The floor of a pre-training step, costliest operators first."""
     if preset not in PRESETS:
@@ -150,7 +180,7 @@ def main(
         found = sequence_lengths(lengths, sequences)
     except KeyError:
         raise typer.BadParameter(f"lengths: wikipedia, full, ..., got {lengths!r}") from None
-    work = count(preset, found)
+    work, kept_bytes = count(preset, found, residual_in_fp32)
     rates = (product * 1e12, copy * 1e12)
     costliest = sorted(work.items(), key=lambda item: item[1].floor(*rates), reverse=True)
     table = Table("operator", "sizes", "calls", "GB", "TFLOP", "floor")
@@ -161,13 +191,14 @@ def main(
     total = sum(one.floor(*rates) for one in work.values())
     table.add_row("all others", "", str(sum(one.calls for one in rest)), "", "",
                   seconds(sum(one.floor(*rates) for one in rest)))  # fmt: skip
-    console = Console(highlight=False, width=120)
+    console = Console(highlight=False, width=130)
     console.print(table)
     batch = pretraining_batch(found)
     needed = footprint.model_flops(preset, batch, training=True) / rates[0]
     console.print(
         f"{preset}, {sum(found):,} real tokens: floor {seconds(total)}, "
-        f"{sum(found) / total:,.0f} tokens/s; the products alone {seconds(needed)}"
+        f"{sum(found) / total:,.0f} tokens/s; the products alone {seconds(needed)}; "
+        f"kept for the backward {kept_bytes / 1e9:.2f} GB"
     )
 
 

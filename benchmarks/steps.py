@@ -7,7 +7,7 @@ attention, and goes through torch.compile. On a GPU fastbert's step is a CUDA gr
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -136,10 +136,11 @@ def candidate(
     return work, reason
 
 
-def make_model(name: str, preset: str) -> nn.Module:
+def make_model(name: str, preset: str, **ours: Any) -> nn.Module:
+    """ours: options that only fastbert's configuration has."""
     shape = PRESETS[preset].shape
     if name in OURS:
-        return fastbert.BertForPreTraining(fastbert.BertConfig(**shape))
+        return fastbert.BertForPreTraining(fastbert.BertConfig(**shape, **ours))
     attention = "eager" if name == EAGER else "sdpa"
     config = transformers.BertConfig(**shape, attn_implementation=attention)
     return transformers.BertForPreTraining(config)

@@ -113,13 +113,13 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "attention_qkvpacked": ATTENTION,
     "bias_gelu": (
         Table("bias_gelu", "FWD_BLOCK", False, grid((4, 8, 16), (128, 256, 512), (4, 8))),
-        Table("bias_gelu", "BWD_BLOCK", True, grid((2, 4, 8), (128, 256, 512), (2, 4, 8))),
+        Table("bias_gelu", "backward_block", True, grid((2, 4, 8), (128, 256, 512), (2, 4, 8))),
     ),
     "dropout_add_layer_norm": LAYER_NORM,
     "embedding_layer_norm": (
         Table("embedding", "forward_block", False, whole_rows),
         Table("embedding", "backward_block", True, whole_rows),
-        Table("table_gradients", "CHUNK", True, lambda columns: (8, 16, 32, 64, 128)),
+        Table("table_gradients", "chunk_size", True, lambda columns: (8, 16, 32, 64, 128)),
         Table("table_gradients", "sum_block", True, sum_rows),
         Table("table_gradients", "JOIN_BLOCK", True, grid((8, 16, 32), (128, 256), (4, 8))),
     ),

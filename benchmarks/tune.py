@@ -97,7 +97,13 @@ ADD_PARTIALS = Table(
     "partial_sums", "ADD_BLOCK", True, grid((128, 256, 512, 1024), (16, 32), (4, 8, 16))
 )
 ATTENTION = (
-    Table("attention_dropout", "BLOCK", False, grid((16, 32, 64), (8, 16), (4, 8)), "dropout 0.1"),
+    Table(
+        "attention_dropout",
+        "words_block",
+        False,
+        grid((16, 32, 64), (8, 16), (4, 8)),
+        "dropout 0.1",
+    ),
     Table("attention", "fwd_tile", False, tiles),
     Table("attention", "dq_tile", True, tiles, "x 512 "),
     Table("attention", "dkdv_tile", True, tiles, "x 512 "),

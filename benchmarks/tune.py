@@ -82,8 +82,10 @@ def tiles(columns: int) -> Iterator[Any]:
     from fastbert.kernels.attention_common import Tile
 
     for rows, cols in itertools.product((64, 128), (32, 64, 128)):
-        for warps, stages in itertools.product((4, 8), (1, 2, 3)):
-            if not (warps == 8 and rows == 64):  # which doubles the work of each score
+        for warps, stages in itertools.product((4, 8), (1, 2, 3, 4, 5)):
+            doubles_work = warps == 8 and rows == 64  # of each score
+            fills_memory = stages > 3 and cols == 128  # the shared one, 32 KiB a stage
+            if not (doubles_work or fills_memory):
                 yield Tile(rows, cols, warps, stages)
 
 

@@ -82,8 +82,10 @@ def tiles(columns: int) -> Iterator[Any]:
     from fastbert.kernels.attention_common import Tile
 
     for rows, cols in itertools.product((64, 128), (32, 64, 128)):
-        for warps, stages in itertools.product((4, 8), (1, 2, 3)):
-            if not (warps == 8 and rows == 64):  # which doubles the work of each score
+        for warps, stages in itertools.product((4, 8), (1, 2, 3, 4, 5)):
+            doubles_work = warps == 8 and rows == 64  # of each score
+            fills_memory = stages > 3 and cols == 128  # the shared one, 32 KiB a stage
+            if not (doubles_work or fills_memory):
                 yield Tile(rows, cols, warps, stages)
 
 
@@ -97,7 +99,13 @@ ADD_PARTIALS = Table(
     "partial_sums", "ADD_BLOCK", True, grid((128, 256, 512, 1024), (16, 32), (4, 8, 16))
 )
 ATTENTION = (
-    Table("attention_dropout", "BLOCK", False, grid((16, 32, 64), (8, 16), (4, 8)), "dropout 0.1"),
+    Table(
+        "attention_dropout",
+        "words_block",
+        False,
+        grid((16, 32, 64), (8, 16), (4, 8)),
+        "dropout 0.1",
+    ),
     Table("attention", "fwd_tile", False, tiles),
     Table("attention", "dq_tile", True, tiles, "x 512 "),
     Table("attention", "dkdv_tile", True, tiles, "x 512 "),
@@ -113,13 +121,13 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "attention_qkvpacked": ATTENTION,
     "bias_gelu": (
         Table("bias_gelu", "FWD_BLOCK", False, grid((4, 8, 16), (128, 256, 512), (4, 8))),
-        Table("bias_gelu", "BWD_BLOCK", True, grid((2, 4, 8), (128, 256, 512), (2, 4, 8))),
+        Table("bias_gelu", "backward_block", True, grid((2, 4, 8), (128, 256, 512), (2, 4, 8))),
     ),
     "dropout_add_layer_norm": LAYER_NORM,
     "embedding_layer_norm": (
         Table("embedding", "forward_block", False, whole_rows),
         Table("embedding", "backward_block", True, whole_rows),
-        Table("table_gradients", "CHUNK", True, lambda columns: (8, 16, 32, 64, 128)),
+        Table("table_gradients", "chunk_size", True, lambda columns: (8, 16, 32, 64, 128)),
         Table("table_gradients", "sum_block", True, sum_rows),
         Table("table_gradients", "JOIN_BLOCK", True, grid((8, 16, 32), (128, 256), (4, 8))),
     ),

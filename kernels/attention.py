@@ -157,9 +157,9 @@ def _launch_bwd(
     longest = max(max_seqlen_q, max_seqlen_k)
     gpu = capability(q)
     with on(q):
+        has_mask, has_dropout = mask is not None, drop_words is not None
         tile = None
-        if mask is None:
-            has_dropout = drop_words is not None
+        if not has_mask:
             tile = single_tile(gpu, q.itemsize, columns, longest, dropout=has_dropout)
         if tile is not None:
             attention_single_kernel[(1, *grid)](
@@ -173,15 +173,14 @@ def _launch_bwd(
         total = torch.empty_like(lse) if q.dtype == torch.float32 else None
         mask, mask_strides = _mask_and_strides(mask)
         strides = (*inputs, *mask_strides, _words_stride(drop_words), out.stride(0))
-        extras = drop_words is not None or mask is not None
-        tile = dq_tile(gpu, q.itemsize, columns, extras=extras)
+        tile = dq_tile(gpu, q.itemsize, columns, dropout=has_dropout, mask=has_mask)
         attention_dq_kernel[(max(triton.cdiv(max_seqlen_q, tile.block_m), 1), *grid)](
             q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, mask, drop_words,
             dq, delta, total, *strides, dq.stride(0), num_rows, softmax_scale, keep_scale,
             **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH,
         )  # fmt: skip
-        tile = dkdv_tile(gpu, q.itemsize, columns)
+        tile = dkdv_tile(gpu, q.itemsize, columns, mask=has_mask)
         attention_dkdv_kernel[(max(triton.cdiv(max_seqlen_k, tile.block_n), 1), *grid)](
             q, k, v, dout, lse, delta, total, cu_seqlens_q, cu_seqlens_k, mask, drop_words, dk, dv,
             *strides, dk.stride(0), num_rows, k.shape[0], softmax_scale, keep_scale,

@@ -12,9 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels.philox import ROUNDS
-from fastbert.kernels.runtime import LAUNCH, launcher, on
+from fastbert.kernels.runtime import LAUNCH, capability, launcher, on
 
-BLOCK = 32, 16, 4  # rows, words of a row, warps
+
+def words_block(capability: int) -> tuple[int, int, int]:
+    """Rows, words of a row, and warps."""
+    # H200, 188 x 128: the forward takes 111 us, from 131 with (32, 16, 4); 47 x 512: 248, from 254
+    return (64, 8, 4) if capability == 90 else (32, 16, 4)
 
 
 @triton.jit(do_not_specialize=["n_rows", "site", "threshold"])
@@ -113,7 +117,7 @@ def attention_drop_words(
             )
     num_sequences = cu_seqlens_q.shape[0] - 1
     if words.numel() and num_sequences and max_seqlen_q:
-        block_rows, block_words, num_warps = BLOCK
+        block_rows, block_words, num_warps = words_block(capability(token_key))
         grid = (triton.cdiv(max_seqlen_q, block_rows), num_heads, num_sequences)
         with on(token_key):
             attention_drop_words_kernel[grid](

@@ -10,10 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.runtime import LAUNCH
+from fastbert.kernels.runtime import LAUNCH, capability
 
-CHUNK = 32  # sorted ids that one program adds up
 JOIN_BLOCK = 16, 256, 8  # chunks of a long run and columns that a program takes at once; warps
+
+
+def chunk_size(capability: int) -> int:
+    """Sorted ids that one program adds up."""
+    # H200, bf16, 24152 x 1024: the embeddings' backward takes 239 us, from 268 with 32
+    return 64 if capability == 90 else 32
 
 
 def sum_block(n_cols: int) -> tuple[int, int]:
@@ -135,19 +140,20 @@ def add_to_tables(
     """
     n_rows, n_cols = dz.shape
     sizes = dword.shape[0], dposition.shape[0], dtoken_type.shape[0]
-    n_chunks = triton.cdiv(keys.numel(), CHUNK)
+    chunk = chunk_size(capability(dz))
+    n_chunks = triton.cdiv(keys.numel(), chunk)
     heads, tails = torch.empty(2, n_chunks, n_cols, dtype=torch.float32, device=dz.device)
     sorted_keys, order = torch.sort(keys.view(-1), stable=True)
     block_n, num_warps = sum_block(n_cols)
     _sum_chunks_kernel[(n_chunks,)](
         dz, sorted_keys, order, dword, dposition, dtoken_type, heads, tails,
         keys.numel(), n_rows, *sizes, padding_id,
-        N_COLS=n_cols, BLOCK_N=block_n, CHUNK=CHUNK, num_warps=num_warps, **LAUNCH,
+        N_COLS=n_cols, BLOCK_N=block_n, CHUNK=chunk, num_warps=num_warps, **LAUNCH,
     )  # fmt: skip
     block_m, block_n, num_warps = JOIN_BLOCK
     _join_chunks_kernel[(n_chunks, triton.cdiv(n_cols, block_n))](
         sorted_keys, heads, tails, dword, dposition, dtoken_type,
         keys.numel(), *sizes, padding_id,
-        N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=CHUNK,
+        N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=chunk,
         num_warps=num_warps, **LAUNCH,
     )  # fmt: skip

@@ -69,8 +69,20 @@ def test_a_sweep_of_everything_reaches_every_table():
         (workload.operator.name, table) for _, workload, _, table in tune.chosen(sizes, "", "")
     }
     assert found == {(op, table) for op, tables in tune.TABLES.items() for table in tables}
-    (one,) = {table.name for *_, table in tune.chosen(sizes, "bias_gelu", "bias_gelu.BWD_BLOCK")}
-    assert one == "BWD_BLOCK"
+    name = "bias_gelu.backward_block"
+    (one,) = {table.name for *_, table in tune.chosen(sizes, "bias_gelu", name)}
+    assert one == "backward_block"
+
+
+def test_attention_is_swept_around_the_entries_of_its_tables():
+    from fastbert.kernels.attention import dkdv_tile, dq_tile, fwd_tile
+
+    entries = set(tune.tiles(64))
+    for dropout in (False, True):
+        assert fwd_tile(90, 2, 64, dropout=dropout, mask=False) in entries
+        assert dq_tile(90, 2, 64, dropout=dropout, mask=False) in entries
+    assert dkdv_tile(90, 2, 64, mask=False) in entries
+    assert {tile.num_stages for tile in entries} == {1, 2, 3, 4, 5}
 
 
 def test_every_candidate_is_compiled_ahead(monkeypatch):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 UNITS = sorted(file.stem for file in Path(__file__).parent.glob("[a-z]*.py"))
 
-SM80, SM90, SM100 = 80, 90, 100
+CAPABILITIES = SM80, SM90, SM100 = 80, 90, 100
 
 
 class Case(NamedTuple):
@@ -33,7 +33,7 @@ class Case(NamedTuple):
     spills: dict[int, int] = {}  # noqa: RUF012
     reason: str = ""
     divisible: tuple[str, ...] = ()
-    capabilities: tuple[int, ...] = (SM80, SM90, SM100)
+    capabilities: tuple[int, ...] = CAPABILITIES
     quick: bool = False
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from benchmarks.compile_cases import SM80, SM90, SM100, Case
+from benchmarks.compile_cases import CAPABILITIES, SM80, SM90, SM100, Case
 from fastbert.kernels import attention_bwd, attention_dropout, attention_fwd, attention_single
 from fastbert.kernels.attention_common import Tile, block_d
 
@@ -15,11 +15,12 @@ TYPES = {
     "keep_scale": "fp32",
 }
 FLOAT32_SPILLS = 200
+TWO_REGISTERS = "two registers with Triton 3.9"
 
 
 def cases() -> Iterator[Case]:
-    yield words_case()
-    for capability in (SM80, SM90, SM100):
+    for capability in CAPABILITIES:
+        yield words_case(capability)
         for head_dim in (32, 64, 80, 128):
             for dropout in (False, True):
                 yield from kernels(capability, head_dim, "bf16", dropout=dropout)
@@ -29,12 +30,13 @@ def cases() -> Iterator[Case]:
         yield from kernels(capability, 64, "fp32", dropout=True)
 
 
-def words_case() -> Case:
-    block_rows, block_words, num_warps = attention_dropout.BLOCK
+def words_case(capability: int) -> Case:
+    block_rows, block_words, num_warps = attention_dropout.words_block(capability)
     constants = {"BLOCK_ROWS": block_rows, "BLOCK_WORDS": block_words}
     types = TYPES | {"token_key_ptr": "*i64", "state_ptr": "*i64"}
     kernel = attention_dropout.attention_drop_words_kernel
-    return Case(kernel, "", constants, num_warps, types=types, quick=True)
+    only = (capability,)
+    return Case(kernel, "", constants, num_warps, types=types, capabilities=only, quick=True)
 
 
 def kernels(
@@ -42,7 +44,7 @@ def kernels(
 ) -> Iterator[Case]:
     """The kernels as the launchers start them on one GPU."""
     columns = block_d(head_dim)
-    extras = dropout or bool(mask)
+    has_mask = bool(mask)
     size = 4 if dtype == "fp32" else 2
     common = {"HEAD_DIM": head_dim, "BLOCK_D": columns}
     common["PRECISION"] = "tf32x3" if dtype == "fp32" else "ieee"
@@ -51,15 +53,15 @@ def kernels(
     absent |= {"total_ptr": None} if size == 2 else {}
     absent |= {"mask_col_stride": 1} if mask else {"mask_ptr": None}
 
-    spills, reason = 0, ""
+    limit = 0, ""
     if size == 4:
-        spills, reason = FLOAT32_SPILLS, "three tf32 products for one in float32"
+        limit = FLOAT32_SPILLS, "three tf32 products for one in float32"
     elif capability == SM80 and dropout:
-        spills, reason = 2, "one register with Triton 3.6"
+        limit = 2, "one register with Triton 3.6"
     elif capability == SM100 and dropout and head_dim > 64:
-        spills, reason = 4, "two registers with Triton 3.9"
+        limit = 4, TWO_REGISTERS
 
-    def case(kernel, tile: Tile, constants: dict) -> Case:
+    def case(kernel, tile: Tile, constants: dict, limit: tuple[int, str] = limit) -> Case:
         tensors = {name: f"*{dtype}" for name in kernel.arg_names if name.endswith("_ptr")}
         known = {name: value for name, value in absent.items() if name in kernel.arg_names}
         return Case(
@@ -71,8 +73,8 @@ def kernels(
             types=tensors | TYPES | {"mask_ptr": mask},
             wide_loads=2,
             dots=True,
-            spills={capability: spills},
-            reason=reason,
+            spills={capability: limit[0]},
+            reason=limit[1],
             capabilities=(capability,),
             quick=capability == SM90 and options == "bf16 64 dropout" and tile.block_m < 128,
         )
@@ -80,13 +82,16 @@ def kernels(
     def blocks(tile: Tile) -> dict:
         return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
 
-    tile = attention_fwd.fwd_tile(capability, size, columns, dropout=dropout, mask=bool(mask))
+    tile = attention_fwd.fwd_tile(capability, size, columns, dropout=dropout, mask=has_mask)
     yield case(attention_fwd.attention_fwd_kernel, tile, blocks(tile))
-    tile = attention_bwd.dq_tile(capability, size, columns, extras=extras)
+    tile = attention_bwd.dq_tile(capability, size, columns, dropout=dropout, mask=has_mask)
     yield case(attention_bwd.attention_dq_kernel, tile, blocks(tile))
-    tile = attention_bwd.dkdv_tile(capability, size, columns)
-    yield case(attention_bwd.attention_dkdv_kernel, tile, blocks(tile))
+    tile = attention_bwd.dkdv_tile(capability, size, columns, mask=has_mask)
+    pipelined = (4, TWO_REGISTERS) if dropout and tile.num_stages > 1 else limit
+    yield case(attention_bwd.attention_dkdv_kernel, tile, blocks(tile), pipelined)
     for longest in (64, 128):
         single = attention_single.single_tile(capability, size, columns, longest, dropout=dropout)
         if single is not None and not mask:
-            yield case(attention_single.attention_single_kernel, single, {"BLOCK": single.block_m})
+            block = {"BLOCK": single.block_m}
+            half = (115, "faster than 8 warps without") if single[:3] == (128, 128, 4) else limit
+            yield case(attention_single.attention_single_kernel, single, block, half)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from benchmarks.compile_cases import Case
+from benchmarks.compile_cases import CAPABILITIES, Case
 from fastbert.kernels import bias_gelu
 
 
@@ -25,9 +25,13 @@ def cases() -> Iterator[Case]:
         names = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr")
         types = {**dict.fromkeys(names, f"*{dtype}"), "bias_ptr": "*fp32", "dbias_ptr": "*fp32"}
         label = f"{columns} {dtype}{' tanh' * tanh}"
-        for kernel, block in ((forward, bias_gelu.FWD_BLOCK), (backward, bias_gelu.BWD_BLOCK)):
-            rows, cols, num_warps = block
+        launches = [(forward, bias_gelu.FWD_BLOCK, CAPABILITIES)]
+        for capability in CAPABILITIES:
+            block = bias_gelu.backward_block(capability, 4 if dtype == "fp32" else 2)
+            launches.append((backward, block, (capability,)))
+        for kernel, (rows, cols, num_warps), capabilities in launches:
             yield Case(
                 kernel, label, {**constants, "ROWS": rows, "COLS": cols}, num_warps,
-                types=types, wide_loads=2, quick=(columns, dtype, tanh) == (4096, "bf16", False),
+                types=types, wide_loads=2, capabilities=capabilities,
+                quick=(columns, dtype, tanh) == (4096, "bf16", False),
             )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from benchmarks.compile_cases import SM100, Case
+from benchmarks.compile_cases import CAPABILITIES, SM100, Case
 from fastbert.kernels import embedding, table_gradients
 from fastbert.kernels.layer_norm_bwd import backward_block
 
@@ -50,9 +50,12 @@ def _unit(columns: int, dtype: str, table: str, quick: bool = False) -> Iterator
         # twice the warps would not spill; autocast, whose tables are float32, has no need of them
         backward = backward._replace(spills={SM100: 2}, reason="one register with Triton 3.9")
     yield backward
-    if dtype == "bf16":
-        chunk = table_gradients.CHUNK
-        row = (1, *table_gradients.sum_block(columns))
-        yield case(table_gradients._sum_chunks_kernel, row, wide_loads=1, CHUNK=chunk)
-        join = table_gradients.JOIN_BLOCK
-        yield case(table_gradients._join_chunks_kernel, join, wide_loads=1, CHUNK=chunk)
+    for capability in CAPABILITIES if dtype == "bf16" else ():
+        chunk = table_gradients.chunk_size(capability)
+        row, join = (1, *table_gradients.sum_block(columns)), table_gradients.JOIN_BLOCK
+        for kernel, block in (
+            (table_gradients._sum_chunks_kernel, row),
+            (table_gradients._join_chunks_kernel, join),
+        ):
+            chunks = case(kernel, block, wide_loads=1, CHUNK=chunk)
+            yield chunks._replace(capabilities=(capability,))

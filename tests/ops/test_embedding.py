@@ -116,12 +116,13 @@ def shuffled_runs(*lengths):
 
 
 CASES = {
-    "one id": lambda: torch.full((40,), 7),
-    "a chunk of one id": lambda: torch.full((32,), 7),
+    "one id": lambda: torch.full((80,), 7),
+    "a chunk of one id": lambda: torch.full((64,), 7),
     "all distinct": lambda: torch.randperm(WORDS),
     "skewed": lambda: skewed(100),
-    # sorted runs that begin and end where a chunk of 32 does, or one before or after
-    "boundaries": lambda: shuffled_runs(32, 31, 1, 64, 33, 30, 1, 32, 1, 31, 96, 1),
+    # sorted runs that begin and end where a chunk does, or one before or after
+    "boundaries of 32": lambda: shuffled_runs(32, 31, 1, 64, 33, 30, 1, 32, 1, 31, 96, 1),
+    "boundaries of 64": lambda: shuffled_runs(64, 63, 1, 128, 65, 62, 1, 64, 1, 63, 192, 1),
 }
 
 
@@ -148,10 +149,10 @@ def test_sums_runs_of_more_chunks_than_are_joined_at_once(device):
 @pytest.mark.parametrize("padding_idx", [0, 7, -1, -WORDS, None])
 @pytest.mark.usefixtures("body")
 def test_padding_gets_no_gradient(padding_idx, device):
-    case = inputs(90, 16, torch.float32, device)
-    case.input_ids[:45] = 7  # a run over chunks
-    case.input_ids[45] = 0
-    case.input_ids[46] = WORDS - 1
+    case = inputs(150, 16, torch.float32, device)
+    case.input_ids[:75] = 7  # a run over chunks
+    case.input_ids[75] = 0
+    case.input_ids[76] = WORDS - 1
     dword = case.results(padding_idx=padding_idx)[1]
     torch.testing.assert_close(
         dword, case.plain(torch.float32, padding_idx=padding_idx)[1], rtol=1e-4, atol=1e-4

@@ -136,6 +136,7 @@ class DistillConfig(PretrainConfig):
             **self._shape(teacher, self.layers),
             hidden_dropout_prob=self.dropout,
             attention_probs_dropout_prob=self.dropout,
+            residual_in_fp32=self.residual_in_fp32 or None,
         )
 
     def reading(self, tokenizer: Path) -> PretrainConfig:

@@ -115,6 +115,9 @@ class PretrainConfig:
     precision: str = option(
         "auto", "auto, bf16, fp16 or fp32; auto is bf16 autocast where it is fast, else fp32."
     )
+    residual_in_fp32: bool = option(
+        False, "Under autocast, keep the residual stream in float32, as Hugging Face: slower."
+    )
     heldout_fraction: float = option(0.05, "Share of the documents held out for validation.")
     eval_every: int = option(100, "Steps between validations.")
     eval_batches: int = option(32, "Held-out batches that a validation reads at most.")

@@ -89,6 +89,7 @@ class Pretraining(Recipe):
                 attention_probs_dropout_prob=config.dropout,
                 vocab_size=vocab_size,
                 max_position_embeddings=max(512, config.max_seq_len),
+                residual_in_fp32=config.residual_in_fp32 or None,
             )
         )
 

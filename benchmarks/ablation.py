@@ -165,7 +165,7 @@ def _plain_gelu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _wide_stream() -> Iterator[None]:
-    with mock.patch.object(embeddings, "stream_dtype", lambda weight, *_, **__: weight.dtype):
+    with mock.patch.object(embeddings, "stream_dtype", lambda own, *_, **__: own):
         yield
 
 

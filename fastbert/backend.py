@@ -88,13 +88,18 @@ class Op:
             self.choices[device] = select(self, device)
         return self.choices[device]
 
+    def chosen(self, device: str) -> Choice:
+        """The choice that was made, or is made now, but not while torch.compile traces."""
+        if device not in self.choices:
+            _choose(self.name, device)
+        return self.choices[device]
+
     def has_kernels(self, device: str) -> bool:
         """Whether a faster body runs on such a device, for the arguments that it takes."""
-        return _choose(self.name, device) != "reference"
+        return self.chosen(device).kernels is not None
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        _choose(self.name, x.device.type)
-        choice = self.choices[x.device.type]
+        choice = self.chosen(x.device.type)
         refusal = None if choice.kernels is None else self.refusal_of(x, *args, **kwargs)
         if events.is_listening():
             self._tell(choice, refusal, x, *args, **kwargs)

@@ -42,11 +42,11 @@ class DropoutState:
         return self.token_key.device
 
     def at(self, site: int) -> "DropoutState":
-        return dataclasses.replace(self, site=site)
+        return DropoutState(self.state, self.token_key, site)
 
     def rows(self, index: Tensor) -> "DropoutState":
         """For the tokens at `index` (M,) alone: their masks are the same as among all."""
-        return dataclasses.replace(self, token_key=self.token_key[index.long()])
+        return DropoutState(self.state, self.token_key[index.long()], self.site)
 
 
 def new_state(device: torch.device) -> Tensor:

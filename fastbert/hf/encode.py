@@ -97,7 +97,7 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
     states = states_wanted(model, arguments)
     chosen = rows(padding) if rows is not None and not states else None
     x, hidden_states = run_stack(model, layers, x, sequences, padding, states, chosen)
-    dtype = boundary_dtype(model.embeddings.LayerNorm.weight)
+    dtype = boundary_dtype(model.embeddings.LayerNorm.weight.dtype, x.device)
     return Encoded(x, hidden_states, padding, chosen, dtype)
 
 
@@ -112,7 +112,9 @@ def _embed(
 ) -> Tensor:
     """The packed stream (T, H) before the first layer."""
     embeddings = model.embeddings
-    dtype = stream_dtype(embeddings.LayerNorm.weight, model.config, training=model.training)
+    # the input's device: an offloaded model's weights are on the meta device
+    own, device = embeddings.LayerNorm.weight.dtype, position_ids.device
+    dtype = stream_dtype(own, device, model.config, training=model.training)
     has_types = family_of_module(model).has_types
     if is_hooked(embeddings) or _is_foreign(embeddings):
         types = {"token_type_ids": token_type_ids} if has_types else {}
@@ -153,7 +155,8 @@ def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> 
         require_encoder(encoder.config, encoder.layer, wanted)
         batch, seqlen, _ = hidden_states.shape
         padding, general = padding_of(hidden_states, batch, seqlen, mask, **packed)
-        dtype = stream_dtype(hidden_states, encoder.config, training=encoder.training)
+        own, device = hidden_states.dtype, hidden_states.device
+        dtype = stream_dtype(own, device, encoder.config, training=encoder.training)
         x = padding.pack(hidden_states).to(dtype)
         rng = None
         if any(layer.training for layer in encoder.layer):
@@ -164,7 +167,7 @@ def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> 
     except Unsupported as reason:
         events.refused(encoder, reason)
         return original(**arguments)
-    dtype = boundary_dtype(hidden_states)
+    dtype = boundary_dtype(hidden_states.dtype, hidden_states.device)
     output = output_class("BaseModelOutputWithPastAndCrossAttentions")(
         last_hidden_state=padding.pad(x.to(dtype)), hidden_states=_padded(states, padding, dtype)
     )

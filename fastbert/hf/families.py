@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastbert.hf.hooks import is_hooked
 from fastbert.modules.activations import GELU_TANH, dense_and_activate
 from fastbert.modules.layer import LayerParts
-from fastbert.modules.linear import is_plain
+from fastbert.modules.linear import Leaf, is_plain
 from fastbert.ops.layer_norm import layer_norm
 
 ORIGINAL = "_fastbert_original_class"  # a patched class names the one it replaces by it
@@ -101,19 +101,19 @@ def _bert_parts(layer: Any) -> LayerParts:
         raise Unsupported("relative positions")
     _require_plain_layer(layer, layer.chunk_size_feed_forward)
     return LayerParts(
-        query=this.query,
-        key=this.key,
-        value=this.value,
+        query=Leaf(this.query),
+        key=Leaf(this.key),
+        value=Leaf(this.value),
         num_heads=this.num_attention_heads,
         attention_dropout=dropout_of(this.dropout) if this.training else 0.0,
-        attention_output=attention.output.dense,
+        attention_output=Leaf(attention.output.dense),
         attention_output_dropout=dropout_of(attention.output.dropout),
-        attention_norm=attention.output.LayerNorm,
-        intermediate=layer.intermediate.dense,
+        attention_norm=Leaf(attention.output.LayerNorm, nn.LayerNorm),
+        intermediate=Leaf(layer.intermediate.dense),
         activation=activation_of(layer.intermediate.intermediate_act_fn),
-        output=layer.output.dense,
+        output=Leaf(layer.output.dense),
         output_dropout=dropout_of(layer.output.dropout),
-        output_norm=layer.output.LayerNorm,
+        output_norm=Leaf(layer.output.LayerNorm, nn.LayerNorm),
     )
 
 
@@ -122,19 +122,19 @@ def _distilbert_parts(layer: Any) -> LayerParts:
     _require_untouched(attention, ffn)
     _require_plain_layer(layer, ffn.chunk_size_feed_forward)
     return LayerParts(
-        query=attention.q_lin,
-        key=attention.k_lin,
-        value=attention.v_lin,
+        query=Leaf(attention.q_lin),
+        key=Leaf(attention.k_lin),
+        value=Leaf(attention.v_lin),
         num_heads=attention.n_heads,
         attention_dropout=dropout_of(attention.dropout) if attention.training else 0.0,
-        attention_output=attention.out_lin,
+        attention_output=Leaf(attention.out_lin),
         attention_output_dropout=0.0,
-        attention_norm=layer.sa_layer_norm,
-        intermediate=ffn.lin1,
+        attention_norm=Leaf(layer.sa_layer_norm, nn.LayerNorm),
+        intermediate=Leaf(ffn.lin1),
         activation=activation_of(ffn.activation),
-        output=ffn.lin2,
+        output=Leaf(ffn.lin2),
         output_dropout=dropout_of(ffn.dropout),
-        output_norm=layer.output_layer_norm,
+        output_norm=Leaf(layer.output_layer_norm, nn.LayerNorm),
     )
 
 
@@ -147,7 +147,7 @@ def _require_plain_layer(layer: Any, chunk_size: int) -> None:
 
 def _before_vocabulary(dense: Any, activation: Callable, norm: Any) -> Callable[[Tensor], Tensor]:
     def transform(rows: Tensor) -> Tensor:
-        x = dense_and_activate(rows, dense, activation_of(activation))
+        x = dense_and_activate(rows, Leaf(dense), activation_of(activation))
         if is_plain(norm, nn.LayerNorm):
             return layer_norm(x, norm.weight, norm.bias, norm.eps)
         return norm(x)

@@ -11,6 +11,7 @@ from fastbert.hf.families import Family, Unsupported, family_of, patched_base, r
 from fastbert.hf.hooks import is_observed
 from fastbert.modules.layer import LayerParts, Rows, Sequences, run_layer, run_layers
 from fastbert.modules.masks import document_boundaries, read_mask
+from fastbert.modules.plan import Planner, calls_layers
 from fastbert.ops.unpad import Unpadding, unpad
 
 # Arguments that say nothing to an encoder, whatever their value.
@@ -35,8 +36,7 @@ def require_encoder(config: Any, layers: nn.ModuleList, arguments: dict[str, Any
         raise Unsupported(f"attn_implementation={attention!r}, an attention of the user's own")
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         raise Unsupported("tracing or export, which would fix the lengths of this batch")
-    for layer in layers:
-        parts_of(layer)
+    _PLANNER.parts(layers)
 
 
 def _all_none(value: Any) -> bool:
@@ -48,6 +48,9 @@ def parts_of(layer: Any) -> LayerParts:
     if not runs_patched(layer):
         raise Unsupported(f"a {type(layer).__name__} that is not patched, or of the user's own")
     return family_of_module(layer).parts(layer)
+
+
+_PLANNER = Planner(parts_of)
 
 
 def family_of_module(module: nn.Module) -> Family:
@@ -95,16 +98,22 @@ def run_stack(
     """Runs the packed layers of `module`, with whatever hooks see them in (B, S, H)."""
     _tell(module, layers, x, padding, sequences.mask, rows)
 
-    def call(layer: nn.Module, x: Tensor, sequences: Sequences) -> Tensor:
+    parts = _PLANNER.parts(layers)
+    is_called = calls_layers(layers)
+
+    def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
+        if not is_called:
+            return run_layer(parts[number], x, sequences)
+        layer = layers[number]
         if not is_observed(layer):
             return layer(x, sequences=sequences)
-        padded = padding.pad(x.to(boundary_dtype(x)))
+        padded = padding.pad(x.to(boundary_dtype(x.dtype, x.device)))
         # what a hook sees has all rows
         output = layer(padded, sequences=sequences.only(None), padding=padding, dtype=x.dtype)
         y = padding.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
         return y if sequences.rows is None else sequences.rows.of(y)
 
-    return run_layers(layers, x, sequences, states, rows, call)
+    return run_layers(len(layers), x, sequences, states, rows, call)
 
 
 def _tell(
@@ -150,14 +159,15 @@ def run_one_layer(
     if padding is None:
         return run_layer(parts, hidden_states, sequences)
     x = padding.pack(hidden_states).to(dtype)
-    x = padding.pad(run_layer(parts, x, sequences).to(boundary_dtype(hidden_states)))
+    wide = boundary_dtype(hidden_states.dtype, hidden_states.device)
+    x = padding.pad(run_layer(parts, x, sequences).to(wide))
     return (x,) if returns_tuples() else x
 
 
-def boundary_dtype(x: Tensor) -> torch.dtype:
+def boundary_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
     """Of hidden states as Hugging Face gives them: autocast runs its LayerNorm in float32."""
-    is_narrow = x.dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if is_narrow and torch.is_autocast_enabled(x.device.type) else x.dtype
+    is_narrow = own in (torch.float16, torch.bfloat16)
+    return torch.float32 if is_narrow and torch.is_autocast_enabled(device.type) else own
 
 
 def returns_tuples() -> bool:

@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastbert.modules.linear import split_bias
+from fastbert.modules.linear import Leaf, split_bias
 from fastbert.ops.bias_gelu import bias_gelu
 
 GELU_TANH = partial(F.gelu, approximate="tanh")
@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 
-def dense_and_activate(x: Tensor, dense: nn.Module, function: Callable) -> Tensor:
+def dense_and_activate(x: Tensor, dense: Leaf, function: Callable) -> Tensor:
     """function(dense(x)), the bias added on the way where there is one operator for both."""
     is_gelu = function is F.gelu or function is GELU_TANH
     x, bias = split_bias(x, dense, bias_gelu if is_gelu else None)

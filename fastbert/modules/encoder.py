@@ -7,7 +7,7 @@ are Hugging Face's; what flows between the modules is one (T, H) tensor and its 
 import dataclasses
 import sys
 from collections.abc import Callable, Collection
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,18 @@ from fastbert.check import require
 from fastbert.config import check_config
 from fastbert.modules.activations import activation, dense_and_activate
 from fastbert.modules.embeddings import stream_dtype
-from fastbert.modules.layer import Rows, Sequences, project_and_norm, run_layers, self_attention
+from fastbert.modules.layer import (
+    LayerParts,
+    Rows,
+    Sequences,
+    project_and_norm,
+    run_layer,
+    run_layers,
+    self_attention,
+)
+from fastbert.modules.linear import Leaf, is_plain
 from fastbert.modules.masks import document_boundaries, read_mask
+from fastbert.modules.plan import Planner, calls_layers
 from fastbert.ops.layer_norm import Save
 from fastbert.ops.unpad import Unpadding, unpad
 from fastbert.outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -41,9 +51,9 @@ class BertSelfAttention(nn.Module):
         """(T, H) -> (T, H), or (M, H) where only some rows are wanted"""
         return self_attention(
             hidden_states,
-            self.query,
-            self.key,
-            self.value,
+            Leaf(self.query),
+            Leaf(self.key),
+            Leaf(self.value),
             self.num_attention_heads,
             self.dropout.p if self.training else 0.0,
             sequences,
@@ -69,9 +79,8 @@ class _ProjectAndNorm(nn.Module):
         self, hidden_states: Tensor, residual: Tensor, rng: DropoutState | None = None
     ) -> Tensor:
         dropout_p = self.dropout.p if self.training else 0.0
-        return project_and_norm(
-            hidden_states, residual, self.dense, self.LayerNorm, dropout_p, rng, self.save
-        )
+        dense, norm = Leaf(self.dense), Leaf(self.LayerNorm, nn.LayerNorm)
+        return project_and_norm(hidden_states, residual, dense, norm, dropout_p, rng, self.save)
 
 
 class BertSelfOutput(_ProjectAndNorm):
@@ -102,7 +111,7 @@ class BertIntermediate(nn.Module):
         self.intermediate_act_fn = activation(config.hidden_act)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return dense_and_activate(hidden_states, self.dense, self.intermediate_act_fn)
+        return dense_and_activate(hidden_states, Leaf(self.dense), self.intermediate_act_fn)
 
 
 class BertLayer(nn.Module):
@@ -224,7 +233,8 @@ class BertEncoder(nn.Module):
         captured = _captured_around()
         if "hidden_states" in captured and not output_hidden_states:
             output_hidden_states = True
-        dtype = stream_dtype(hidden_states, self.config, training=self.training)
+        own, device = hidden_states.dtype, hidden_states.device
+        dtype = stream_dtype(own, device, self.config, training=self.training)
         stream = padding.pack(hidden_states).to(dtype)
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
         packed = self._run(stream, sequences, output_hidden_states)
@@ -244,14 +254,60 @@ class BertEncoder(nn.Module):
         if sequences.rng is None and self.training:
             rng = for_batch(sequences.cu_seqlens, x.shape[0])
             sequences = dataclasses.replace(sequences, rng=rng)
-        x, states = run_layers(self.layer, x, sequences, output_hidden_states, rows, _call)
+        layers, parts = self.layer, _PLANNER.parts(self.layer)
+        is_called = calls_layers(layers)
+
+        def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
+            layer, read = cast(BertLayer, layers[number]), parts[number]
+            if not is_called and read is not None:
+                return run_layer(read, x, sequences)
+            if layer.gradient_checkpointing and layer.training:
+                return layer._gradient_checkpointing_func(layer.__call__, x, sequences)
+            return layer(x, sequences)
+
+        x, states = run_layers(len(layers), x, sequences, output_hidden_states, rows, call)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, hidden_states=states)
 
 
-def _call(layer: BertLayer, x: Tensor, sequences: Sequences) -> Tensor:
-    if layer.gradient_checkpointing and layer.training:
-        return layer._gradient_checkpointing_func(layer.__call__, x, sequences)
-    return layer(x, sequences)
+def _parts_of(layer: Any) -> LayerParts | None:
+    """None for a layer whose modules have hooks or were replaced: these are called instead."""
+    if type(layer) is not BertLayer:
+        return None
+    attention, this, kinds = (
+        layer.attention,
+        layer.attention.self,
+        (
+            (layer.attention, BertAttention),
+            (layer.attention.self, BertSelfAttention),
+            (layer.attention.output, BertSelfOutput),
+            (layer.intermediate, BertIntermediate),
+            (layer.output, BertOutput),
+        ),
+    )
+    if not all(is_plain(module, kind) for module, kind in kinds):
+        return None
+    outputs = attention.output, layer.output
+    dropouts = [one.dropout for one in (this, *outputs)]
+    return LayerParts(
+        Leaf(this.query),
+        Leaf(this.key),
+        Leaf(this.value),
+        this.num_attention_heads,
+        dropouts[0].p if this.training else 0.0,
+        Leaf(attention.output.dense),
+        dropouts[1].p if outputs[0].training else 0.0,
+        Leaf(attention.output.LayerNorm, nn.LayerNorm),
+        Leaf(layer.intermediate.dense),
+        layer.intermediate.intermediate_act_fn,
+        Leaf(layer.output.dense),
+        dropouts[2].p if outputs[1].training else 0.0,
+        Leaf(layer.output.LayerNorm, nn.LayerNorm),
+        outputs[0].save,
+        outputs[1].save,
+    )
+
+
+_PLANNER = Planner(_parts_of)
 
 
 def _refuse_decoding(**arguments: Any) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.modules.activations import activation, dense_and_activate
+from fastbert.modules.linear import Leaf
 from fastbert.ops.layer_norm import layer_norm
 
 
@@ -26,7 +27,7 @@ class BertPredictionHeadTransform(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x = dense_and_activate(hidden_states, self.dense, self.transform_act_fn)
+        x = dense_and_activate(hidden_states, Leaf(self.dense), self.transform_act_fn)
         return layer_norm(x, self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps)
 
 

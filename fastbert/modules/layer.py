@@ -5,16 +5,15 @@ T packed tokens of B sequences, M of which are wanted, H hidden, N heads, D head
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastbert.check import require
 from fastbert.modules.activations import dense_and_activate
-from fastbert.modules.embeddings import is_affine
-from fastbert.modules.linear import fused_linear, split_bias
+from fastbert.modules.linear import Leaf, fused_linear, split_bias
 from fastbert.ops.attention import attention, attention_qkvpacked
 from fastbert.ops.compact import compact
 from fastbert.ops.dropout import dropout
@@ -99,10 +98,14 @@ class Sequences:
 
     def at(self, site: int) -> "Sequences":
         """The same, with the dropout of another place in the model."""
-        return dataclasses.replace(self, rng=self.rng and self.rng.at(site))
+        if self.rng is None:
+            return self
+        return Sequences(self.cu_seqlens, self.max_seqlen, self.mask, self.rng.at(site), self.rows)
 
     def only(self, rows: Rows | None) -> "Sequences":
-        return dataclasses.replace(self, rows=rows)
+        if rows is self.rows:
+            return self
+        return Sequences(self.cu_seqlens, self.max_seqlen, self.mask, self.rng, rows)
 
     def wanted(self, x: Tensor) -> Tensor:
         """(T, H) -> the rows of it that are wanted"""
@@ -118,9 +121,9 @@ class Sequences:
 
 def self_attention(
     x: Tensor,
-    query: nn.Module,
-    key: nn.Module,
-    value: nn.Module,
+    query: Leaf,
+    key: Leaf,
+    value: Leaf,
     num_heads: int,
     dropout_p: float,
     sequences: Sequences,
@@ -157,21 +160,22 @@ def self_attention(
 def project_and_norm(
     x: Tensor,
     residual: Tensor,
-    dense: nn.Module,
-    norm: nn.Module,
+    dense: Leaf,
+    norm: Leaf,
     dropout_p: float,
     rng: DropoutState | None,
     save: Save = "z",
 ) -> Tensor:
     """`norm(residual + dropout(dense(x)))`: the end of each half of a layer."""
-    x, x_bias = split_bias(x, dense, dropout_add_layer_norm if is_affine(norm) else None)
-    if is_affine(norm):
+    affine = norm.is_plain and norm.weight is not None and norm.bias is not None
+    x, x_bias = split_bias(x, dense, dropout_add_layer_norm if affine else None)
+    if affine:
         return dropout_add_layer_norm(
             x,
             residual,
             norm.weight,
             norm.bias,
-            norm.eps,
+            norm.module.eps,
             x_bias=x_bias,
             dropout_p=dropout_p,
             rng=rng,
@@ -183,19 +187,21 @@ def project_and_norm(
 class LayerParts(NamedTuple):
     """The modules of a layer by what they do, and its dropout probabilities, 0 in eval mode."""
 
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
+    query: Leaf
+    key: Leaf
+    value: Leaf
     num_heads: int
     attention_dropout: float
-    attention_output: nn.Module
+    attention_output: Leaf
     attention_output_dropout: float
-    attention_norm: nn.Module
-    intermediate: nn.Module
+    attention_norm: Leaf
+    intermediate: Leaf
     activation: Callable
-    output: nn.Module
+    output: Leaf
     output_dropout: float
-    output_norm: nn.Module
+    output_norm: Leaf
+    attention_save: Save = "z"
+    output_save: Save = "z"
 
 
 def run_layer(parts: LayerParts, x: Tensor, sequences: Sequences) -> Tensor:
@@ -216,6 +222,7 @@ def run_layer(parts: LayerParts, x: Tensor, sequences: Sequences) -> Tensor:
         parts.attention_norm,
         parts.attention_output_dropout,
         sequences.wanted_rng(1),
+        parts.attention_save,
     )
     intermediate = dense_and_activate(x, parts.intermediate, parts.activation)
     return project_and_norm(
@@ -225,6 +232,7 @@ def run_layer(parts: LayerParts, x: Tensor, sequences: Sequences) -> Tensor:
         parts.output_norm,
         parts.output_dropout,
         sequences.wanted_rng(2),
+        parts.output_save,
     )
 
 
@@ -233,16 +241,16 @@ _SITES_PER_LAYER = 3
 
 
 def run_layers(
-    layers: Iterable[nn.Module],
+    num_layers: int,
     x: Tensor,
     sequences: Sequences,
     wanted_states: bool | Collection[int],
     rows: Rows | None,
-    call: Callable[[Any, Tensor, Sequences], Tensor],
+    call: Callable[[int, Tensor, Sequences], Tensor],
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
     """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; and hidden states.
 
-    call(layer, x, sequences) runs one layer. wanted_states: True for x and each layer's output,
+    call(number, x, sequences) runs one layer. wanted_states: True for x and each layer's output,
     layer numbers for these layers' outputs with None for the others, as in Hugging Face. Raises
     ValueError if both rows and states are wanted, as the last state would lack rows.
     """
@@ -254,14 +262,13 @@ def run_layers(
         "no output_hidden_states where only some rows are wanted",
         wanted_states,
     )
-    layers = list(layers)
     states: list[Tensor | None] = [x] if every else []
-    for number, layer in enumerate(layers):
+    for number in range(num_layers):
         here = sequences.at(1 + _SITES_PER_LAYER * number)
-        if number == len(layers) - 1 and sequences.mask is None:
+        if number == num_layers - 1 and sequences.mask is None:
             here = here.only(rows)
-        x = call(layer, x, here)
+        x = call(number, x, here)
         states.append(x if every or number in chosen else None)
-    if rows is not None and (not layers or sequences.mask is not None):
+    if rows is not None and (not num_layers or sequences.mask is not None):
         x = rows.of(x)  # a mask's rows are places in a sequence, so it takes all of them
     return x, tuple(states) if wanted_states else None

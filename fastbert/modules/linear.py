@@ -1,7 +1,7 @@
 """Several linear layers of the same input as one matrix product."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,27 +9,55 @@ from torch import Tensor, nn
 
 from fastbert.backend import Op
 
+_NARROW = (torch.float16, torch.bfloat16)
 
-def fused_linear(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
+
+class Leaf:
+    """A module without modules of its own, and whether it is plain, which is asked once.
+
+    A plain one's parameters are read at each use, from its dictionary: `nn.Module`'s own look-up
+    takes longer. Any other is called.
+    """
+
+    __slots__ = ("is_plain", "module")
+
+    def __init__(self, module: nn.Module, kind: type[nn.Module] = nn.Linear) -> None:
+        self.module = module
+        self.is_plain = is_plain(module, kind)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if type(self.module) is nn.Linear and self.is_plain:
+            return F.linear(x, self.weight, self.bias)
+        return self.module(x)
+
+    @property
+    def weight(self) -> Any:
+        return self.module._parameters["weight"]
+
+    @property
+    def bias(self) -> Any:
+        return self.module._parameters["bias"]
+
+
+def fused_linear(x: Tensor, linears: Sequence[Leaf]) -> Tensor:
     """The outputs of `linears` side by side: (..., H) -> (..., sum of their output sizes).
 
     One product with the concatenated weights where every layer is a plain `nn.Linear`, but for few
     rows of float32 on a CPU, where copying the weights takes longer than the rest. A layer that is
     something else (LoRA, 8-bit, parametrized) or carries hooks is called, not read.
     """
-    are_few = x.device.type == "cpu" and x.numel() < x.shape[-1] ** 2
+    are_few = x.is_cpu and x.numel() < x.shape[-1] ** 2
     is_worth_it = not are_few or rounds_products(x)  # whose gradients' sum would be rounded thrice
-    are_alike = all(map(is_plain, linears)) and len({layer.bias is None for layer in linears}) == 1
-    if is_worth_it and are_alike:
-        weight = torch.cat([layer.weight for layer in linears])  # type: ignore[misc]
-        bias = None
-        if linears[0].bias is not None:
-            bias = torch.cat([layer.bias for layer in linears])  # type: ignore[misc]
-        return F.linear(x, weight, bias)
+    if is_worth_it and all(layer.is_plain for layer in linears):
+        biases = [layer.bias for layer in linears]
+        without = biases.count(None)
+        if without in (0, len(biases)):
+            weight = torch.cat([layer.weight for layer in linears])
+            return F.linear(x, weight, None if without else torch.cat(biases))
     return torch.cat([layer(x) for layer in linears], dim=-1)
 
 
-def split_bias(x: Tensor, layer: nn.Module, into: Op | None) -> tuple[Tensor, Tensor | None]:
+def split_bias(x: Tensor, layer: Leaf, into: Op | None) -> tuple[Tensor, Tensor | None]:
     """A linear layer's product and its bias, for the operator `into`, which adds it on its way.
 
     The gradient of the bias is then a by-product of its kernel, not another pass over the rows, and
@@ -37,9 +65,9 @@ def split_bias(x: Tensor, layer: nn.Module, into: Op | None) -> tuple[Tensor, Te
     product already: in float32 where `into` has no kernel here, and for a layer that is not a plain
     `nn.Linear`, which is called.
     """
-    if not is_plain(layer):
+    if not layer.is_plain:
         return layer(x), None
-    weight, bias = cast(Tensor, layer.weight), cast(Tensor | None, layer.bias)
+    weight, bias = layer.weight, layer.bias
     if into is not None and (into.has_kernels(x.device.type) or rounds_products(x)):
         return F.linear(x, weight), bias
     return F.linear(x, weight, bias), None
@@ -47,10 +75,7 @@ def split_bias(x: Tensor, layer: nn.Module, into: Op | None) -> tuple[Tensor, Te
 
 def rounds_products(x: Tensor) -> bool:
     """Whether a product of x, under autocast too, is in less than float32."""
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    return torch.finfo(dtype).bits < 32
+    return x.dtype in _NARROW or torch.is_autocast_enabled(x.device.type)
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:

@@ -13,6 +13,7 @@ from fastbert.backend import op
 from fastbert.check import require
 from fastbert.ops.attention_plain import (
     Call,
+    attend_alike,
     attend_by_sequence,
     attend_padded,
     lengths_of,
@@ -91,8 +92,12 @@ def attention_qkvpacked(
     if not reads_lengths(call):
         q, k, v = qkv.unbind(1)
         return attend_padded(q, k, v, call)
+    lengths = lengths_of(cu_seqlens, qkv)
+    is_plain = call.mask is None and call.rng is None
+    if is_plain and lengths[-1] == 0 < lengths[0] and len({*lengths[:-1]}) == 1:
+        return attend_alike(qkv, len(lengths) - 1, call)
     # one split, whose backward is one concatenation: slices would each zero a whole gradient
-    sequences = qkv.permute(1, 2, 0, 3).split(lengths_of(cu_seqlens, qkv), dim=2)
+    sequences = qkv.permute(1, 2, 0, 3).split(lengths, dim=2)
     return attend_by_sequence([one.unbind() for one in sequences], call)
 
 
@@ -101,24 +106,21 @@ def _checked(
     softmax_scale, dropout_p, rng, mask,
 ) -> Call:  # fmt: skip
     shape = "of shape (tokens, heads, head_dim)"
-    require(q.ndim == 3, who, f"q {shape}", tuple(q.shape))
+    if q.ndim != 3:
+        require(False, who, f"q {shape}", tuple(q.shape))
+    expected = (k.shape[0], *q.shape[1:])
     for name, x in (("k", k), ("v", v)):
-        expected = (k.shape[0], *q.shape[1:])
-        require(x.shape == expected, who, f"{name} {shape}, {expected}", tuple(x.shape))
-        require(x.dtype == q.dtype, who, f"{name} of q's dtype {q.dtype}", x.dtype)
+        if x.shape != expected:
+            require(False, who, f"{name} {shape}, {expected}", tuple(x.shape))
+        if x.dtype != q.dtype:
+            require(False, who, f"{name} of q's dtype {q.dtype}", x.dtype)
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        require(
-            x.dtype == torch.int32 and x.ndim == 1 and x.shape == cu_seqlens_q.shape and len(x) > 0,
-            who,
-            f"{name} of dtype int32 and shape (batch + 1,)",
-            f"{x.dtype} {tuple(x.shape)}",
-        )
-    require(
-        dropout_p >= 0 and threshold(dropout_p) < RESOLUTION,
-        who,
-        f"dropout_p from 0 to {(RESOLUTION - 1) / RESOLUTION:.4f}",
-        dropout_p,
-    )
+        if x.dtype != torch.int32 or x.ndim != 1 or x.shape != cu_seqlens_q.shape or not len(x):
+            found = f"{x.dtype} {tuple(x.shape)}"
+            require(False, who, f"{name} of dtype int32 and shape (batch + 1,)", found)
+    if dropout_p < 0 or threshold(dropout_p) >= RESOLUTION:
+        most = (RESOLUTION - 1) / RESOLUTION
+        require(False, who, f"dropout_p from 0 to {most:.4f}", dropout_p)
     if not threshold(dropout_p):
         rng = None
     elif rng is None:

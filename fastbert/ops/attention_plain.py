@@ -3,6 +3,7 @@
 B sequences, T packed tokens, N heads, D head size, S the longest sequence.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,15 @@ def reads_lengths(call: Call) -> bool:
 
 def lengths_of(cu_seqlens: Tensor, x: Tensor) -> list[int]:
     """Of the sequences, and of what is behind the last one."""
-    return cu_seqlens.diff(append=cu_seqlens.new_full((1,), len(x))).tolist()
+    bounds = [*cu_seqlens.tolist(), len(x)]
+    return [end - begin for begin, end in itertools.pairwise(bounds)]
+
+
+def attend_alike(qkv: Tensor, count: int, call: Call) -> Tensor:
+    """`count` sequences of one length, qkv (T, 3, N, D): a batch without padding, not moved."""
+    q, k, v = qkv.unflatten(0, (count, -1)).permute(2, 0, 3, 1, 4).unbind()
+    out = F.scaled_dot_product_attention(q, k, v, scale=call.softmax_scale)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tensor:

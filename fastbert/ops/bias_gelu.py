@@ -63,8 +63,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _check(x: Tensor, bias: Tensor, approximate: str) -> None:
     require(x.ndim > 0, "bias_gelu", "x of shape (..., hidden)", "()")
-    shape = (x.shape[-1],)
-    require(bias.shape == shape, "bias_gelu", f"bias of shape {shape}", tuple(bias.shape))
+    if bias.shape != x.shape[-1:]:
+        require(False, "bias_gelu", f"bias of shape {tuple(x.shape[-1:])}", tuple(bias.shape))
     require(
         approximate in ("none", "tanh"), "bias_gelu", 'approximate "none" or "tanh"', approximate
     )

@@ -28,9 +28,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> T
     Raises ValueError for other shapes.
     """
     _check_vectors("layer_norm", x, weight=weight, bias=bias)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    normed = F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
-    return normed.to(x.dtype)
+    return _normed(x, weight, bias, eps)
 
 
 @layer_norm.refuses
@@ -96,11 +94,26 @@ def dropout_add_layer_norm(
     Raises ValueError for other shapes, a dropout_p not in [0, 1), or another `save`.
     """
     rng = _check_sum(x, residual, weight, bias, x_bias, dropout_p, rng, save)
-    wide = torch.promote_types(residual.dtype, torch.promote_types(x.dtype, torch.float32))
-    z = x.to(wide) if x_bias is None else x.to(wide) + x_bias.to(wide)
-    z = residual + (z if rng is None else dropout(z, dropout_p, rng))
-    norm = layer_norm.reference if save == "z" else _NormKeepingY.apply
-    return norm(z.to(residual.dtype), weight, bias, eps)
+    dtype = residual.dtype
+    if x.dtype != dtype or dtype not in _WIDE:
+        x = x.to(torch.promote_types(dtype, torch.promote_types(x.dtype, torch.float32)))
+    if x_bias is not None:
+        x = x + x_bias.to(x.dtype)
+    if rng is not None:
+        x = dropout(x, dropout_p, rng)
+    norm = _normed if save == "z" else _NormKeepingY.apply
+    return norm((residual + x).to(dtype), weight, bias, eps)
+
+
+_WIDE = (torch.float32, torch.float64)
+
+
+def _normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`F.layer_norm` in float32 or wider, whatever autocast would do."""
+    if x.dtype in _WIDE and x.dtype == weight.dtype == bias.dtype:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(x.dtype)
 
 
 class _NormKeepingY(torch.autograd.Function):
@@ -230,9 +243,10 @@ def refusal(x: Tensor, others: list[Tensor], vectors: list[Tensor]) -> str | Non
 
 
 def _check_vectors(who: str, x: Tensor, **vectors: Tensor) -> None:
+    shape = x.shape[-1:]
     for name, vector in vectors.items():
-        shape = tuple(x.shape[-1:])
-        require(vector.shape == shape, who, f"{name} of shape {shape}", tuple(vector.shape))
+        if vector.shape != shape:
+            require(False, who, f"{name} of shape {tuple(shape)}", tuple(vector.shape))
 
 
 def _check_sum(
@@ -247,9 +261,12 @@ def _check_sum(
 ) -> DropoutState | None:
     who = "dropout_add_layer_norm"
     require(save in ("z", "y"), who, 'a save of "z" or "y"', repr(save))
-    shape = tuple(x.shape)
-    require(residual.shape == shape, who, f"residual of shape {shape}", tuple(residual.shape))
+    shape = x.shape
+    if residual.shape != shape:
+        require(False, who, f"residual of shape {tuple(shape)}", tuple(residual.shape))
     _check_vectors(who, x, weight=weight, bias=bias)
     if x_bias is not None:
         _check_vectors(who, x, x_bias=x_bias)
-    return dropout_state(who, x.shape[:-1].numel(), x.device, dropout_p, rng)
+    if dropout_p == 0:
+        return None
+    return dropout_state(who, shape[:-1].numel(), x.device, dropout_p, rng)

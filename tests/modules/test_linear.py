@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastbert import backend
-from fastbert.modules.linear import fused_linear, split_bias
+from fastbert.modules.linear import Leaf, fused_linear, split_bias
 from fastbert.ops import bias_gelu
 
 
@@ -20,7 +20,7 @@ def test_layers_of_one_input_are_side_by_side(rows, bias):
     parameters = [x, *(p for layer in layers for p in layer.parameters())]
     separate = torch.cat([layer(x) for layer in layers], dim=-1)
     expected = torch.autograd.grad(separate, parameters, dy)
-    y = fused_linear(x, layers)
+    y = fused_linear(x, [*map(Leaf, layers)])
     torch.testing.assert_close(y, separate)
     for a, e in zip(torch.autograd.grad(y, parameters, dy), expected, strict=True):
         torch.testing.assert_close(a, e)
@@ -35,11 +35,14 @@ def test_copies_weights_only_where_there_are_rows_enough(monkeypatch):
         return product(x, weight, bias)
 
     monkeypatch.setattr("torch.nn.functional.linear", seen)
-    fused_linear(torch.randn(31, 32), layers)
-    fused_linear(torch.randn(32, 32), layers)
+    leaves = [*map(Leaf, layers)]
+    fused_linear(torch.randn(31, 32), leaves)
+    fused_linear(torch.randn(32, 32), leaves)
     with torch.autocast("cpu", torch.bfloat16):
-        fused_linear(torch.randn(31, 32), layers)
-    fused_linear(torch.randn(1, 32, device="meta"), [layer.to("meta") for layer in layers])
+        fused_linear(torch.randn(31, 32), leaves)
+    for layer in layers:
+        layer.to("meta")
+    fused_linear(torch.randn(1, 32, device="meta"), leaves)
     assert sizes == [32, 32, 32, 96, 96, 96]
 
 
@@ -48,17 +51,17 @@ def test_a_bias_is_left_to_an_operator_that_has_a_kernel_here():
     layer, x = nn.Linear(16, 24), torch.randn(5, 16)
     expected = layer(x)
     with backend.use("triton"):
-        y, bias = split_bias(x, layer, bias_gelu)
+        y, bias = split_bias(x, Leaf(layer), bias_gelu)
         assert bias is layer.bias
         torch.testing.assert_close(y + bias, expected)
-        assert torch.equal(split_bias(x, layer, None)[0], expected)
+        assert torch.equal(split_bias(x, Leaf(layer), None)[0], expected)
     with backend.use("reference"):
-        y, bias = split_bias(x, layer, bias_gelu)
+        y, bias = split_bias(x, Leaf(layer), bias_gelu)
         assert bias is None
         assert torch.equal(y, expected)
     with torch.autocast("cpu", torch.bfloat16):  # where its sum with the product would be rounded
-        assert split_bias(x, layer, bias_gelu)[1] is layer.bias
-    assert split_bias(x.bfloat16(), layer.bfloat16(), bias_gelu)[1] is layer.bias
+        assert split_bias(x, Leaf(layer), bias_gelu)[1] is layer.bias
+    assert split_bias(x.bfloat16(), Leaf(layer.bfloat16()), bias_gelu)[1] is layer.bias
     layer.register_forward_hook(lambda *_: None)
     with backend.use("triton"):
-        assert split_bias(x.bfloat16(), layer, bias_gelu)[1] is None
+        assert split_bias(x.bfloat16(), Leaf(layer), bias_gelu)[1] is None

@@ -1,0 +1,124 @@
+"""What the layers of an encoder are made of, read once and looked at cheaply in each call.
+
+Reading a layer means asking each of its modules for its class, hooks and probabilities, which takes
+longer than the kernels of a small batch. So the parts are kept, with a guard: all that they were
+read from, compared in a few calls of C. Parameters are not kept: they are read at each use.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastbert.modules.layer import LayerParts
+
+# Attributes that say nothing which the parts of a layer are made of.
+_UNREAD = {"in_features", "out_features", "normalized_shape", "elementwise_affine", "inplace"}
+_ABSENT = ("forward", "save")  # of an instance, which usually has none
+
+
+class Plan(NamedTuple):
+    """parts: of each layer; modules: all in the layers; the rest: what they looked like.
+
+    attributes: (instance dictionaries, names, values), one a row; children: the dictionaries of
+    submodules, live and then; types: of the modules; classes: what these define.
+    """
+
+    parts: tuple[LayerParts | None, ...]
+    modules: tuple[nn.Module, ...]
+    attributes: tuple[list[dict], list[str], list[Any]]
+    children: tuple[list[dict], list[dict]]
+    types: list[type]
+    classes: dict[type, tuple]
+
+    def holds(self) -> bool:
+        """Whether the layers still look as they did; hooks are asked about by `is_quiet`."""
+        dictionaries, names, values = self.attributes
+        return (
+            list(map(dict.get, dictionaries, names)) == values
+            and self.children[0] == self.children[1]
+            and list(map(type, self.modules)) == self.types
+            and all(_of_class(cls) == then for cls, then in self.classes.items())
+        )
+
+
+class Planner:
+    """Keeps the plans of encoders, by their lists of layers, as long as these live."""
+
+    def __init__(self, parts_of: Callable[[Any], LayerParts | None]) -> None:
+        self.parts_of = parts_of
+        self.plans: weakref.WeakKeyDictionary[nn.ModuleList, tuple] = weakref.WeakKeyDictionary()
+
+    def parts(self, layers: nn.ModuleList) -> tuple[Any, ...]:
+        """What `parts_of` gives for each layer; raises what it raises."""
+        if torch.compiler.is_compiling():  # which guards what it reads in its own way
+            return tuple(map(self.parts_of, layers))
+        found = self.plans.get(layers)
+        if found is not None:
+            plan, hooks = found
+            if not any(hooks) and plan.holds():
+                return plan.parts
+        parts = tuple(map(self.parts_of, layers))
+        inner = [module for layer in layers for module in layer.modules() if module is not layer]
+        hooks = tuple(hook for module in inner for hook in hooks_of(module))
+        if not any(hooks):  # what is hooked is read anew each time, as some hooks sleep
+            self.plans[layers] = (_plan(layers, parts), hooks)
+        return parts
+
+
+def hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    """The four dictionaries of a module's hooks."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+
+
+def calls_layers(layers: nn.ModuleList) -> bool:
+    """Whether a layer does more than its forward when it is called: hooks, or checkpointing."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
+    for layer in layers:
+        own = vars(layer)
+        if (
+            any(hooks_of(layer))
+            or "forward" in own
+            or (own.get("gradient_checkpointing") and own["training"])
+        ):
+            return True
+    return False
+
+
+def _plan(layers: nn.ModuleList, parts: tuple[LayerParts | None, ...]) -> Plan:
+    modules = tuple(layers.modules())
+    rows = [(vars(m), name, value) for m in modules for name, value in _attributes(m)]
+    dictionaries, names, values = (list(column) for column in zip(*rows, strict=True))
+    live = [m._modules for m in modules if m._modules]
+    types = list(map(type, modules))
+    classes = {cls: _of_class(cls) for cls in types}
+    return Plan(
+        parts,
+        modules,
+        (dictionaries, names, values),
+        (live, [dict(children) for children in live]),
+        types,
+        classes,
+    )
+
+
+def _attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:
+    """Numbers, names and functions that an instance has, and None for what it might have."""
+    own = vars(module)
+    yield from ((name, own.get(name)) for name in _ABSENT)
+    for name, value in own.items():
+        is_read = name not in _UNREAD and name not in _ABSENT and not name.startswith("_")
+        if is_read and (isinstance(value, (bool, int, float, str)) or callable(value)):
+            yield name, value
+
+
+def _of_class(cls: type) -> tuple:
+    return getattr(cls, "forward", None), getattr(cls, "save", None)

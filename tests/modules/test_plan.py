@@ -1,0 +1,219 @@
+"""What an encoder's plan was read from may change after a call, and the next call sees it."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+import fastbert
+from fastbert.modules import plan
+
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 61,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+IDS = torch.arange(2, 22).view(2, 10)
+MASK = (torch.arange(10) < torch.tensor([[10], [6]])).long()
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def build(kind):
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(**SHAPE)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    if kind == "patched":
+        return fastbert.patch(model)
+    own = fastbert.BertModel(fastbert.BertConfig(**SHAPE)).eval()
+    own.load_state_dict(model.state_dict())
+    return own
+
+
+def result(model):
+    torch.manual_seed(7)
+    with torch.no_grad():
+        return model(IDS, MASK).last_hidden_state
+
+
+def dense(layer):
+    return layer.intermediate.dense
+
+
+def set_weight(layer):
+    dense(layer).weight = nn.Parameter(torch.ones_like(dense(layer).weight))
+
+
+def set_data(layer):
+    dense(layer).weight.data = torch.ones_like(dense(layer).weight)
+
+
+def replace_leaf(layer):
+    layer.output.dense = Doubled(48, 32)
+
+
+def replace_by_alike(layer):
+    layer.output.dense = nn.Linear(48, 32)
+
+
+def change_class(layer):
+    layer.attention.self.query.__class__ = Doubled
+
+
+def replace_norm(layer):
+    layer.output.LayerNorm = nn.LayerNorm(32, elementwise_affine=False)
+
+
+def remove_bias(layer):
+    dense(layer).bias = None
+
+
+def change_eps(layer):
+    layer.attention.output.LayerNorm.eps = 0.5
+
+
+def change_heads(layer):
+    layer.attention.self.num_attention_heads = 2
+    layer.attention.self.attention_head_size = 16
+
+
+def hook_a_leaf(layer):
+    layer.attention.output.dense.register_forward_hook(lambda m, i, o: o * 2)
+
+
+def hook_a_leaf_before(layer):
+    layer.attention.self.key.register_forward_pre_hook(lambda m, i: (i[0] * 2,))
+
+
+def hook_the_layer(layer):
+    layer.register_forward_hook(lambda m, i, o: o * 2)
+
+
+def set_forward(layer):
+    forward = layer.output.dense.forward
+    layer.output.dense.forward = lambda x: forward(x) * 2
+
+
+def set_activation(layer):
+    is_module = isinstance(layer.intermediate.intermediate_act_fn, nn.Module)
+    layer.intermediate.intermediate_act_fn = nn.ReLU() if is_module else F.relu
+
+
+def parametrize(layer):
+    nn.utils.parametrizations.weight_norm(dense(layer))
+    dense(layer).parametrizations.weight.original0.data *= 2
+
+
+CHANGES = [
+    set_weight, set_data, replace_leaf, replace_by_alike, change_class, replace_norm, remove_bias,
+    change_eps, change_heads, hook_a_leaf, hook_a_leaf_before, hook_the_layer, set_forward,
+    set_activation, parametrize,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["patched", "own"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_after_a_call_is_seen(change, kind):
+    """As by a model that was changed before its first call."""
+    model, fresh = build(kind), build(kind)
+    before = result(model)
+    assert torch.equal(result(model), before)
+    for one in (model, fresh):
+        torch.manual_seed(1)
+        change(one.encoder.layer[1])
+    expected = result(fresh)
+    assert not torch.allclose(expected, before, atol=1e-4)
+    assert torch.equal(result(model), expected)
+
+
+@pytest.mark.parametrize("kind", ["patched", "own"])
+def test_a_hook_that_is_gone_is_not_missed(kind):
+    model = build(kind)
+    before = result(model)
+    for module in (model.encoder.layer[1], model.encoder.layer[0].output.dense):
+        hook = module.register_forward_hook(lambda m, i, o: o * 2)
+        assert not torch.allclose(result(model), before, atol=1e-4)
+        hook.remove()
+        assert torch.equal(result(model), before)
+
+
+@pytest.mark.parametrize("kind", ["patched", "own"])
+def test_a_layer_may_be_replaced_or_removed(kind):
+    model, fresh = build(kind), build(kind)
+    before = result(model)
+    del model.encoder.layer[0], fresh.encoder.layer[0]
+    expected = result(fresh)
+    assert not torch.allclose(expected, before, atol=1e-4)
+    assert torch.equal(result(model), expected)
+
+
+@pytest.mark.parametrize("kind", ["patched", "own"])
+def test_modes_and_probabilities_are_those_of_now(kind):
+    model = build(kind)
+    before = result(model)
+    model.train()
+    assert torch.equal(result(model), before)
+    dropout = model.encoder.layer[1].output.dropout
+    dropout.p = 0.5
+    dropped = result(model)
+    assert not torch.allclose(dropped, before, atol=1e-4)
+    model.eval()
+    assert torch.equal(result(model), before)
+    # Hugging Face's dropout asks its own mode, ours that of the module around it
+    (dropout if kind == "patched" else model.encoder.layer[1].output).training = True
+    assert not torch.allclose(result(model), before, atol=1e-4)
+
+
+def test_a_class_whose_forward_is_replaced_is_seen(monkeypatch):
+    """Where transformers looks forward up at each call, a plan must as well."""
+    model = build("patched")
+    result(model)
+    reads = []
+    held = plan.Plan.holds
+    monkeypatch.setattr(plan.Plan, "holds", lambda self: reads.append(held(self)) or reads[-1])
+    result(model)
+    assert reads == [True, True]  # whether the layers may run, and what runs
+    cls = transformers.models.bert.modeling_bert.BertSelfOutput
+    monkeypatch.setattr(cls, "forward", lambda *args: None)
+    reads.clear()
+    result(model)
+    assert reads[0] is False
+
+
+@pytest.mark.parametrize("kind", ["patched", "own"])
+def test_a_global_hook_sees_every_layer(kind):
+    model = build(kind)
+    result(model)
+    seen = []
+    name = type(model.encoder.layer[0]).__name__
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda m, i, o: seen.append(type(m).__name__)
+    )
+    try:
+        result(model)
+    finally:
+        hook.remove()
+    assert seen.count(name) == 2
+
+
+def test_copies_have_plans_of_their_own():
+    model = build("patched")
+    before = result(model)
+    other = copy.deepcopy(model)
+    other.encoder.layer[1].output.dense.weight.data.zero_()
+    changed = result(other)
+    assert not torch.allclose(changed, before, atol=1e-4)
+    assert torch.equal(result(model), before)
+    assert torch.equal(result(other), changed)

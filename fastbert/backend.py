@@ -89,8 +89,11 @@ class Op:
         return self.choices[device]
 
     def chosen(self, device: str) -> Choice:
-        """The choice that was made, or is made now, but not while torch.compile traces."""
-        if device not in self.choices:
+        """The choice that was made, or is made now.
+
+        torch.compile's trace keeps a dictionary as it first saw it, so there it is made first.
+        """
+        if torch.compiler.is_compiling() or device not in self.choices:
             _choose(self.name, device)
         return self.choices[device]
 

@@ -57,7 +57,8 @@ def attend_alike(qkv: Tensor, count: int, call: Call) -> Tensor:
 def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tensor:
     """sequences: q (N, n_q, D), k and v (N, n_k, D) of each; the last is what is behind them."""
     q, k, v = sequences[-1]
-    sequences = [*sequences[:-1], (q, k[:, :0], v[:, :0])]
+    behind = [(q, k[:, :0], v[:, :0])] if q.shape[1] or len(sequences) == 1 else []
+    sequences = [*sequences[:-1], *behind]
     words = _drop_words(call).split([q.shape[1] for q, _, _ in sequences], 1) if call.rng else None
     outputs = []
     for number, (q, k, v) in enumerate(sequences):
@@ -123,5 +124,5 @@ def _attend(
     else:
         p = scores.softmax(-1)
     if keep is not None:
-        p = p * keep * call.keep_scale
+        p = p * (keep * call.keep_scale)  # the scaled mask needs no gradient: one product has one
     return p.to(v.dtype) @ v

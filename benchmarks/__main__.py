@@ -20,7 +20,7 @@ from fastbert.check import InputError
 # A part is a module with run(options, results); the last ones take hours and run if named.
 PARTS = (
     *("kernels", "steps", "ablation", "convergence"),
-    *("drop_in", "sentence_encode", "masking", "tokenizing", "step_profile"),
+    *("host", "sentence_encode", "masking", "tokenizing", "step_profile"),
 )
 LONG = ("noising", "large_batch", "distillation", "chain")
 

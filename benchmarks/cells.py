@@ -1,6 +1,9 @@
 """A table of text and how figures are written in it, alike in the console, files and README."""
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Table(NamedTuple):
@@ -18,3 +21,14 @@ def seconds(value: float) -> str:
         if value >= scale:
             return f"{value / scale:.3g} {unit}" if value < 1000 * scale else f"{value:,.0f} s"
     return f"{value * 1e6:.3g} us"
+
+
+def time_of(timing: dict[str, Any]) -> str:
+    """The median, and the distance of the quartiles as a share of it."""
+    return f"{seconds(timing['median_s'])} ±{timing['spread']:.0%}"
+
+
+def once(about: tuple[str, ...], candidates: Iterable[T]) -> Iterator[tuple[tuple[str, ...], T]]:
+    """What a group of lines is about, in its first line alone."""
+    for number, candidate in enumerate(candidates):
+        yield (tuple("" for _ in about) if number else about), candidate

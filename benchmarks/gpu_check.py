@@ -7,7 +7,8 @@ which grows as parts finish, log.txt, and one trace. Without a GPU the same runs
 
 A second ten minutes are for the parts that run only where `--only` names them (`make gpu-check
 OUT=DIR ONLY="memcheck racecheck convergence"`): NVIDIA's compute-sanitizer over every operator, and
-BERT-base trained by fastbert and by Hugging Face.
+BERT-base trained by fastbert and by Hugging Face. A third ten are for `ONLY=host`, calls of patched
+models beside Hugging Face's.
 """
 
 import contextlib
@@ -68,12 +69,14 @@ PARTS = (
     benchmark("ablation", 50, "--quick"),
     benchmark("step_profile", 50, "--quick"),
 )
-NAMED = (
+SECOND = (
     Part("once", ("-m", "benchmarks.once"), 60),  # compiles what the sanitizers then run
     sanitizer("memcheck", 120),
     sanitizer("racecheck", 120),
     benchmark("convergence", 300),
 )
+THIRD = (benchmark("host", 550),)  # each of its batches goes through torch.compile
+NAMED = SECOND + THIRD
 
 
 def main(

@@ -22,6 +22,9 @@ from fastbert.train.report import environment
 # Whom a step is timed beside; operators have others.
 FASTBERT = "fastbert"
 EAGER, SDPA, COMPILED = (f"Hugging Face ({how})" for how in ("eager", "SDPA", "torch.compile"))
+# Calls of small batches are timed beside a compiled model that replays graphs, too.
+REDUCED = "Hugging Face (torch.compile, reduce-overhead)"
+PATCHED, PATCHED_GRAPHS = "patched", "patched (CUDA graphs)"
 
 Row = dict[str, Any]
 

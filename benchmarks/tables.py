@@ -1,14 +1,14 @@
 """Rows of results as tables of text: the console, the Markdown files and the README show the same.
 
-Ratios are another candidate's median over fastbert's: how many times as long it takes.
+Ratios are another candidate's median over fastbert's: how many times as long it takes; those of
+host time are over Hugging Face's.
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable
 
-from benchmarks.cells import Table, seconds
-from benchmarks.results import FASTBERT, SDPA, Row
+from benchmarks.cells import Table, once, seconds, time_of
+from benchmarks.host_tables import drop_in, host, host_layers, host_operators
+from benchmarks.results import FASTBERT, Row
 from benchmarks.run_tables import (
     chain,
     convergence,
@@ -17,8 +17,6 @@ from benchmarks.run_tables import (
     noising,
     pretraining,
 )
-
-T = TypeVar("T")
 
 # What a GPU tells of a step beside its time, and how it is written.
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -45,13 +43,13 @@ def steps(rows: list[Row]) -> Table:
             (
                 *what,
                 name,
-                _time(timing),
+                time_of(timing),
                 f"{timing['real_tokens_per_second']:,.0f}",
                 f"{timing['utilisation']:.0%}",
                 *(COSTS[cost][1](timing[cost]) if cost in timing else "-" for cost in costs),
                 _ratio(row, name),
             )
-            for what, (name, timing) in _once(about, row["timings"].items())
+            for what, (name, timing) in once(about, row["timings"].items())
         ]
     return Table(header, lines)
 
@@ -64,7 +62,7 @@ def ablation(rows: list[Row]) -> Table:
         (name, timing), without = next(iter(row["timings"].items())), row["case"]["without"]
         what = name if name != FASTBERT else f"without {without}"
         what = "fastbert" if without == "nothing" else what
-        lines.append((what, _time(timing), f"{timing['median_s'] / full:.2f}x"))
+        lines.append((what, time_of(timing), f"{timing['median_s'] / full:.2f}x"))
     return Table(("step", "time", "times fastbert's"), lines)
 
 
@@ -82,7 +80,7 @@ def masking(rows: list[Row]) -> Table:
     for row in rows:
         timing = row["timings"][FASTBERT]
         rate = f"{timing['tokens_per_second'] / 1e6:.1f} M"
-        lines.append((row["case"]["scheme"], str(row["case"]["length"]), _time(timing), rate))
+        lines.append((row["case"]["scheme"], str(row["case"]["length"]), time_of(timing), rate))
     return Table(("masking", "tokens a sequence", "time of a batch", "tokens/s"), lines)
 
 
@@ -90,12 +88,12 @@ def tokenizing(rows: list[Row]) -> Table:
     lines = []
     for row in rows:
         about = (f"{row['case']['bytes'] / 1e6:,.0f} MB", str(row["case"]["cores"]))
-        for what, (name, timing) in _once(about, row["timings"].items()):
+        for what, (name, timing) in once(about, row["timings"].items()):
             rates = [timing[f"{unit}_per_second"] / 1e6 for unit in ("bytes", "tokens")]
             figures = (f"{rates[1]:.2f} M", f"{timing['share']:.0%}")
             if name.startswith("hash"):  # which makes no tokens
                 figures = ("-", "-")
-            lines.append((*what, name, _time(timing), f"{rates[0]:,.2f} MB/s", *figures))
+            lines.append((*what, name, time_of(timing), f"{rates[0]:,.2f} MB/s", *figures))
     header = ("corpus", "cores", "by", "time", "text", "tokens/s", "of encode_batch")
     return Table(header, lines)
 
@@ -128,12 +126,12 @@ def kernels(rows: list[Row]) -> Table:
             (
                 *what,
                 f"{name} ({case['backend']})" if name == FASTBERT else name,
-                _time(timing),
+                time_of(timing),
                 f"{row['work'] / timing['median_s'] / scale:,.2f} {unit}",
                 f"{timing['share']:.0%}",
                 _ratio(row, name),
             )
-            for what, (name, timing) in _once(about, row["timings"].items())
+            for what, (name, timing) in once(about, row["timings"].items())
         ]
     return Table(header, lines)
 
@@ -152,21 +150,9 @@ def step_parts(rows: list[Row]) -> Table:
     for row in rows:
         total = row["total_s"]
         times = {**row["seconds"], "all kernels": total}
-        for what, (name, time) in _once((row["case"]["preset"],), times.items()):
+        for what, (name, time) in once((row["case"]["preset"],), times.items()):
             lines.append((*what, name, seconds(time), f"{time / total:.0%}"))
     return Table(("step of", "part", "time", "share"), lines)
-
-
-def drop_in(rows: list[Row]) -> Table:
-    header = ("BERT-base", "batch", "filled", "Hugging Face (SDPA)", "patched", "ratio")
-    lines = []
-    for what, group in itertools.groupby(rows, lambda row: row["case"]["of"]):
-        for about, row in _once((what,), group):
-            batch = f"{row['case']['sequences']} x {row['case']['length']}"
-            theirs, ours = (row["timings"][name]["median_s"] for name in (SDPA, FASTBERT))
-            times = (seconds(theirs), seconds(ours), f"{theirs / ours:.2f}x")
-            lines.append((*about, batch, f"{row['fill']:.0%}", *times))
-    return Table(header, lines)
 
 
 PARTS: dict[str, Callable[[list[Row]], Table]] = {
@@ -186,6 +172,9 @@ PARTS: dict[str, Callable[[list[Row]], Table]] = {
     "distillation": distillation,
     "profile": profile,
     "step_parts": step_parts,
+    "host": host,
+    "host_layers": host_layers,
+    "host_operators": host_operators,
     "drop_in": drop_in,
     "pretraining": pretraining,
 }
@@ -193,16 +182,6 @@ PARTS: dict[str, Callable[[list[Row]], Table]] = {
 
 def _timings(row: Row) -> list[Row]:
     return list(row["timings"].values())
-
-
-def _once(about: tuple[str, ...], candidates: Iterable[T]) -> Iterator[tuple[tuple[str, ...], T]]:
-    """What a group of lines is about, in its first line alone."""
-    for number, candidate in enumerate(candidates):
-        yield (tuple("" for _ in about) if number else about), candidate
-
-
-def _time(timing: Row) -> str:
-    return f"{seconds(timing['median_s'])} ±{timing['spread']:.0%}"
 
 
 def _ratio(row: Row, name: str) -> str:

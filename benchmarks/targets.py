@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from benchmarks.cells import Table, seconds
-from benchmarks.results import COMPILED, FASTBERT, SDPA, Row
+from benchmarks.results import COMPILED, FASTBERT, PATCHED, SDPA, Row
 
 LARGE, BASE = "large", "base"
 BYTES = ("dropout_add_layer_norm", "bias_gelu", "embedding_layer_norm", "gather_rows")
@@ -106,6 +106,29 @@ def sequences_a_second(rows: list[Row]) -> Iterable[float]:
         yield row["case"]["sequences"] / fastest
 
 
+def small_calls(of: str, by: str) -> Callable:
+    """Of Hugging Face's time for a call on the CPU in which there is next to no arithmetic."""
+
+    def measured(rows: list[Row]) -> Iterable[float]:
+        for row in rows:
+            is_it = row["part"] == "host" and (row["case"]["device"], row["case"]["of"]) == (
+                "cpu",
+                of,
+            )
+            if is_it and {by, SDPA} <= row["timings"].keys():
+                yield _median(row, by) / _median(row, SDPA)
+
+    return measured
+
+
+def layer_on_host(rows: list[Row]) -> Iterable[float]:
+    """Seconds of a layer in inference without kernels and products, own and patched."""
+    for row in rows:
+        if row["part"] == "host_layers" and row["case"]["of"] == "inference":
+            for timing in row["timings"].values():
+                yield timing["median_s"] - row["products"]["median_s"]
+
+
 BOTH = (BASE, LARGE)
 GPU = (
     Target("BERT-large, bf16, real tokens a second", 280e3, "tokens/s",
@@ -135,6 +158,14 @@ CPU = (
            ratio("steps", "full", SDPA, BOTH)),
     Target("sentence embeddings over a loop of mixed lengths", 3, "x", encoding("loop")),
     Target("sentence embeddings over sentence-transformers", 1.8, "x", encoding("sentence")),
+    *(
+        Target(f"{of} of a tiny model, {by}, of Hugging Face's time", goal, "x",
+               small_calls(of, by), is_limit=True)
+        for of, by, goal in (("inference", PATCHED, 1.0), ("training step", PATCHED, 1.1),
+                             ("inference", FASTBERT, 0.8), ("training step", FASTBERT, 1.0))
+    ),
+    Target("a layer in inference without kernels and products", 80e-6, "s", layer_on_host,
+           is_limit=True),
 )  # fmt: skip
 
 

@@ -4,11 +4,10 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from fastbert.check import require
 from fastbert.models.base import BertPreTrainedModel, LabelledModel
 from fastbert.models.bert import BertModel
-from fastbert.models.inputs import ForwardOptions, Inputs, Request
-from fastbert.models.losses import score_classes, score_masked
+from fastbert.models.inputs import ForwardOptions, Inputs, Request, wants_logits
+from fastbert.models.losses import pretraining_loss, score_classes, score_masked
 from fastbert.modules.heads import BertOnlyMLMHead, BertOnlyNSPHead, BertPreTrainingHeads
 from fastbert.outputs import BertForPreTrainingOutput, MaskedLMOutput, NextSentencePredictorOutput
 from fastbert.packing import PackedBatch
@@ -35,19 +34,6 @@ class _PredictsWords(BertPreTrainedModel):
     def tie_weights(self) -> None:
         super().tie_weights()
         self.cls.predictions.decoder.bias = self.cls.predictions.bias
-
-    def _wants_logits(
-        self, has_loss: bool, return_logits: bool | None, skip_logits: bool | None
-    ) -> bool:
-        require(
-            return_logits is None or skip_logits is None or return_logits != skip_logits,
-            type(self).__name__,
-            "return_logits and skip_logits that agree",
-            f"{return_logits} and {skip_logits}",
-        )
-        if skip_logits is not None:
-            return not skip_logits
-        return not (has_loss and self.training) if return_logits is None else return_logits
 
 
 class BertForPreTraining(_PredictsWords):
@@ -105,8 +91,8 @@ class BertForPreTraining(_PredictsWords):
         batch, predictions = request.batch, self.cls.predictions
         pair_labels = batch.next_sentence_label
         has_loss = batch.labels is not None and pair_labels is not None
-        wants_logits = self._wants_logits(has_loss, return_logits, skip_logits)
-        if has_loss and not wants_logits:
+        with_logits = wants_logits(self, has_loss, return_logits, skip_logits)
+        if has_loss and not with_logits:
             request = request.only(first=True, labelled=True)
         encoded = self.encode(request)
         hidden_states = encoded.last_hidden_state
@@ -115,12 +101,11 @@ class BertForPreTraining(_PredictsWords):
         if has_loss:
             assert pair_labels is not None
             words = score_masked(predictions, hidden_states, batch, request.rows)
-            loss = words.loss() + score_classes(pair_logits, pair_labels).loss()
-            if request.num_items is not None:
-                loss = words._replace(loss_sum=loss * words.num_rows).loss(request.num_items)
+            pairs = score_classes(pair_logits, pair_labels)
+            loss = pretraining_loss(words, pairs, request.num_items)
         return BertForPreTrainingOutput(
             loss=loss,
-            prediction_logits=request.padded(predictions(hidden_states)) if wants_logits else None,
+            prediction_logits=request.padded(predictions(hidden_states)) if with_logits else None,
             seq_relationship_logits=pair_logits,
             hidden_states=encoded.hidden_states,
         )
@@ -177,8 +162,8 @@ class BertForMaskedLM(_PredictsWords):
     ) -> MaskedLMOutput:
         request = request.labelled(labels)
         has_loss = request.batch.labels is not None
-        wants_logits = self._wants_logits(has_loss, return_logits, skip_logits)
-        if has_loss and not wants_logits:
+        with_logits = wants_logits(self, has_loss, return_logits, skip_logits)
+        if has_loss and not with_logits:
             request = request.only(labelled=True)
         encoded = self.encode(request)
         hidden_states = encoded.last_hidden_state
@@ -188,7 +173,7 @@ class BertForMaskedLM(_PredictsWords):
             loss = words.loss(request.num_items)
         return MaskedLMOutput(
             loss=loss,
-            logits=request.padded(self.cls(hidden_states)) if wants_logits else None,
+            logits=request.padded(self.cls(hidden_states)) if with_logits else None,
             hidden_states=encoded.hidden_states,
         )
 

@@ -21,6 +21,7 @@ from fastbert.models.losses import Scored, pretraining_loss, score_classes, scor
 from fastbert.modules.heads import first_tokens
 from fastbert.modules.layer import Rows
 from fastbert.modules.linear import is_plain
+from fastbert.modules.masks import _FORBIDDEN
 from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
 from fastbert.ops.unpad import Unpadding
 from fastbert.packing import IGNORE_INDEX
@@ -79,7 +80,7 @@ def run_head(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
     if labels is None:
         return original(**arguments)
     if name.endswith(("ForTokenClassification", "ForPreTraining")):  # elsewhere, by sequence
-        labels = _of_real_tokens(labels, arguments.get("attention_mask"))
+        labels = _of_real_tokens(labels, arguments)
     elif labels.dtype == torch.int32:  # which Hugging Face takes for classes and cannot score
         labels = labels.long()
     output = original(**{**arguments, "labels": labels, "return_dict": True})
@@ -99,8 +100,9 @@ def _run_spans(model: Any, original: Callable, arguments: dict[str, Any]) -> Any
     if any(arguments.get(name) is None for name in names):
         return original(**arguments)
     output = original(**_without(arguments, (*names, "return_dict")), return_dict=True)
-    mask, scores = arguments.get("attention_mask"), (output.start_logits, output.end_logits)
-    is_real = None if mask is None or mask.ndim != 2 else (mask != 0).to(scores[0].device)
+    is_real, scores = _real(arguments), (output.start_logits, output.end_logits)
+    if is_real is not None:
+        is_real = is_real.to(scores[0].device).expand_as(scores[0])
     columns = [arguments[name] for name in names]
     loss = span_loss(scores, columns, is_real, arguments.get("num_items_in_batch"))
     return _returned(model, type(output)(loss=loss, **output), arguments)
@@ -111,7 +113,7 @@ def _score(
 ) -> tuple[Scored, dict[str, Any]]:
     """How well the words are predicted, by the masked rows alone where that will do, and the fields
     of the output but for the loss."""
-    labels = _of_real_tokens(arguments["labels"], arguments.get("attention_mask"))
+    labels = _of_real_tokens(arguments["labels"], arguments)
     if not with_logits:
         try:
             return _score_rows(model, arguments, labels, with_pairs)
@@ -194,21 +196,31 @@ def _is_usual(model: Any) -> bool:
     if loss is None:
         return True
     usual = {"ignore_index": IGNORE_INDEX, "reduction": "mean", "label_smoothing": 0.0}
-    return (
-        is_plain(loss, torch.nn.CrossEntropyLoss)
-        and loss.weight is None
-        and all(getattr(loss, name) == value for name, value in usual.items())
-    )
+    is_usual = all(getattr(loss, name, None) == value for name, value in usual.items())
+    return is_plain(loss, torch.nn.CrossEntropyLoss) and loss.weight is None and is_usual
 
 
-def _of_real_tokens(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+def _of_real_tokens(labels: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Labels of tokens, int64 unless they are floating-point, with -100 at padding."""
-    labels = labels if labels.is_floating_point() else labels.long()
-    mask = attention_mask
-    if mask is None or mask.ndim != 2 or mask.numel() != labels.numel():
+    labels, is_real = labels if labels.is_floating_point() else labels.long(), _real(arguments)
+    if is_real is None:
         return labels
-    is_padding = (mask == 0).to(labels.device).view(labels.shape)
-    return labels.masked_fill(is_padding, IGNORE_INDEX)
+    by_row = labels.reshape(-1, is_real.shape[1])  # Hugging Face takes them flat too
+    return by_row.masked_fill(~is_real.to(labels.device), IGNORE_INDEX).view(labels.shape)
+
+
+def _real(arguments: dict[str, Any]) -> Tensor | None:
+    """(B or 1, S): where no padding is by `read_mask`'s rules, found without a wait of the host."""
+    mask = arguments.get("attention_mask")
+    if mask is None or mask.ndim not in (2, 4) or mask.requires_grad:
+        return None
+    if mask.ndim == 2:
+        return mask != 0
+    first = mask[:, :1, :1]
+    is_bool = mask.dtype == torch.bool
+    keep, is_free = (first, first) if is_bool else (first > _FORBIDDEN, first == 0)
+    is_general = (mask != first).any() | (keep & ~is_free).any()
+    return (keep | is_general)[:, 0, 0]
 
 
 def _returned(model: Any, output: Any, arguments: dict[str, Any]) -> Any:

@@ -134,12 +134,9 @@ def wants_logits(
     model: nn.Module, has_loss: bool, return_logits: bool | None, skip_logits: bool | None
 ) -> bool:
     """Whether to give the vocabulary's scores; by default not where a model trains by a loss."""
-    require(
-        return_logits is None or skip_logits is None or return_logits != skip_logits,
-        type(model).__name__,
-        "return_logits and skip_logits that agree",
-        f"{return_logits} and {skip_logits}",
-    )
+    agree = None in (return_logits, skip_logits) or return_logits != skip_logits
+    said = f"{return_logits} and {skip_logits}"
+    require(agree, type(model).__name__, "return_logits and skip_logits that agree", said)
     if skip_logits is not None:
         return not skip_logits
     return not (has_loss and model.training) if return_logits is None else return_logits

@@ -17,6 +17,8 @@ from fastbert.ops.linear_cross_entropy import linear_cross_entropy
 from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 
+Count = Tensor | int | None  # of the items of a whole step, by which sums are divided
+
 
 class Scored(NamedTuple):
     """How well the rows that have something to predict are predicted; each a ().
@@ -29,7 +31,7 @@ class Scored(NamedTuple):
     num_rows: Tensor
     correct: Tensor | None = None
 
-    def loss(self, num_items: Tensor | int | None = None) -> Tensor:
+    def loss(self, num_items: Count = None) -> Tensor:
         """The mean, or the sum by num_items; a finite 0 with zero gradients if there is no row."""
         count = self.num_rows if num_items is None else num_items
         if isinstance(count, Tensor):
@@ -42,7 +44,7 @@ class Scored(NamedTuple):
         return [self.loss_sum, self.correct, self.num_rows]
 
 
-def pretraining_loss(words: Scored, pairs: Scored, num_items: Tensor | int | None = None) -> Tensor:
+def pretraining_loss(words: Scored, pairs: Scored, num_items: Count = None) -> Tensor:
     """The sum of both means; or the words' sum by num_items, a number of words, and of the mean of
     the pairs the part that these words are of that number."""
     pair_loss = pairs.loss()
@@ -52,17 +54,13 @@ def pretraining_loss(words: Scored, pairs: Scored, num_items: Tensor | int | Non
 
 
 def score_masked(
-    head: Any,
-    hidden_states: Tensor,
-    batch: PackedBatch,
-    rows: Rows | None = None,
-    count_correct: bool = False,
+    head: Any, hidden_states: Tensor, batch: PackedBatch, rows: Rows | None = None
 ) -> Scored:
     """Runs the MLM head on the masked positions of (T, H) hidden states, and on no other.
 
     Where only `rows` of them were computed, hidden_states is (M, H).
     """
-    return score_words(head, masked_rows(hidden_states, batch, rows), count_correct)
+    return score_words(head, masked_rows(hidden_states, batch, rows))
 
 
 def score_words(head: Any, masked: MaskedRows, count_correct: bool = False) -> Scored:
@@ -119,27 +117,21 @@ def score_classes(logits: Tensor, targets: Tensor, count_correct: bool = False) 
 
 
 def span_loss(
-    scores: Sequence[Tensor],
-    columns: Sequence[Tensor],
-    is_real: Tensor | None,
-    num_items: Tensor | int | None = None,
+    scores: Sequence[Tensor], columns: Sequence[Tensor], is_real: Tensor | None, num_items: Count
 ) -> Tensor:
     """The mean of the losses of starts and of ends: (B, S) scores and (B,) or (B, 1) columns each.
 
     Columns below 0 count as 0, as in Hugging Face. Those beyond the end, and those where (B, S)
     is_real is False, do not count.
     """
-    start, end = map(_score_columns, scores, columns, (is_real, is_real))
-    return (start.loss(num_items) + end.loss(num_items)) / 2
-
-
-def _score_columns(scores: Tensor, columns: Tensor, is_real: Tensor | None) -> Scored:
-    columns = columns.to(scores.device, torch.int64).view(-1, 1).clamp(0, scores.shape[1])
-    if is_real is None:
-        is_counted = columns < scores.shape[1]
-    else:
-        is_counted = F.pad(is_real, (0, 1)).gather(1, columns)
-    return score_classes(scores, torch.where(is_counted, columns, IGNORE_INDEX).squeeze(1))
+    losses = []
+    for each, places in zip(scores, columns, strict=True):
+        places = places.to(each.device, torch.int64).view(-1, 1).clamp(0, each.shape[1])
+        inside = places < each.shape[1]
+        counts = inside if is_real is None else F.pad(is_real, (0, 1)).gather(1, places)
+        targets = torch.where(counts, places, IGNORE_INDEX).squeeze(1)
+        losses.append(score_classes(each, targets).loss(num_items))
+    return (losses[0] + losses[1]) / 2
 
 
 def score_sequences(logits: Tensor, labels: Tensor, problem_type: str | None) -> Scored:
@@ -151,12 +143,8 @@ def score_sequences(logits: Tensor, labels: Tensor, problem_type: str | None) ->
     the last two are over all B * L numbers.
     """
     if problem_type is None:
-        if logits.shape[1] == 1:
-            problem_type = "regression"
-        elif labels.dtype in (torch.int64, torch.int32):
-            problem_type = "single_label_classification"
-        else:
-            problem_type = "multi_label_classification"
+        kind = "single" if labels.dtype in (torch.int64, torch.int32) else "multi"
+        problem_type = "regression" if logits.shape[1] == 1 else f"{kind}_label_classification"
     shape, is_single = tuple(logits.shape), problem_type == "single_label_classification"
     require(
         labels.numel() == logits.shape[0] * (1 if is_single else logits.shape[1]),

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fastbert.models.base import BertPreTrainedModel, LabelledModel
 from fastbert.models.bert import BertModel
 from fastbert.models.inputs import ForwardOptions, Inputs, Request, wants_logits
-from fastbert.models.losses import pretraining_loss, score_classes, score_masked
+from fastbert.models.losses import Scored, pretraining_loss, score_classes, score_masked
 from fastbert.modules.heads import BertOnlyMLMHead, BertOnlyNSPHead, BertPreTrainingHeads
 from fastbert.outputs import BertForPreTrainingOutput, MaskedLMOutput, NextSentencePredictorOutput
 from fastbert.packing import PackedBatch
@@ -34,6 +34,22 @@ class _PredictsWords(BertPreTrainedModel):
     def tie_weights(self) -> None:
         super().tie_weights()
         self.cls.predictions.decoder.bias = self.cls.predictions.bias
+
+    def _read(
+        self, request: Request, with_pairs: bool, return_logits: bool | None, skip: bool | None
+    ) -> tuple[Any, Scored | None, Tensor | None]:
+        """What the encoder gives, how well words are predicted if there is a loss, and logits."""
+        batch, head = request.batch, self.cls.predictions
+        pair_labels = batch.next_sentence_label
+        has_loss = batch.labels is not None and (not with_pairs or pair_labels is not None)
+        with_logits = wants_logits(self, has_loss, return_logits, skip)
+        if has_loss and not with_logits:
+            request = request.only(first=with_pairs, labelled=True)
+        encoded = self.encode(request)
+        x = encoded.last_hidden_state
+        words = score_masked(head, x, batch, request.rows) if has_loss else None
+        whole = head if with_pairs else self.cls
+        return encoded, words, request.padded(whole(x)) if with_logits else None
 
 
 class BertForPreTraining(_PredictsWords):
@@ -88,24 +104,15 @@ class BertForPreTraining(_PredictsWords):
         skip_logits: bool | None = None,
     ) -> BertForPreTrainingOutput:
         request = request.labelled(labels).labelled_pairs(next_sentence_label)
-        batch, predictions = request.batch, self.cls.predictions
-        pair_labels = batch.next_sentence_label
-        has_loss = batch.labels is not None and pair_labels is not None
-        with_logits = wants_logits(self, has_loss, return_logits, skip_logits)
-        if has_loss and not with_logits:
-            request = request.only(first=True, labelled=True)
-        encoded = self.encode(request)
-        hidden_states = encoded.last_hidden_state
-        pair_logits = self.cls.seq_relationship(encoded.pooler_output)
-        loss = None
-        if has_loss:
-            assert pair_labels is not None
-            words = score_masked(predictions, hidden_states, batch, request.rows)
-            pairs = score_classes(pair_logits, pair_labels)
+        encoded, words, logits = self._read(request, True, return_logits, skip_logits)
+        pair_logits, loss = self.cls.seq_relationship(encoded.pooler_output), None
+        if words is not None:
+            assert request.batch.next_sentence_label is not None
+            pairs = score_classes(pair_logits, request.batch.next_sentence_label)
             loss = pretraining_loss(words, pairs, request.num_items)
         return BertForPreTrainingOutput(
             loss=loss,
-            prediction_logits=request.padded(predictions(hidden_states)) if with_logits else None,
+            prediction_logits=logits,
             seq_relationship_logits=pair_logits,
             hidden_states=encoded.hidden_states,
         )
@@ -161,21 +168,9 @@ class BertForMaskedLM(_PredictsWords):
         skip_logits: bool | None = None,
     ) -> MaskedLMOutput:
         request = request.labelled(labels)
-        has_loss = request.batch.labels is not None
-        with_logits = wants_logits(self, has_loss, return_logits, skip_logits)
-        if has_loss and not with_logits:
-            request = request.only(labelled=True)
-        encoded = self.encode(request)
-        hidden_states = encoded.last_hidden_state
-        loss = None
-        if has_loss:
-            words = score_masked(self.cls.predictions, hidden_states, request.batch, request.rows)
-            loss = words.loss(request.num_items)
-        return MaskedLMOutput(
-            loss=loss,
-            logits=request.padded(self.cls(hidden_states)) if with_logits else None,
-            hidden_states=encoded.hidden_states,
-        )
+        encoded, words, logits = self._read(request, False, return_logits, skip_logits)
+        loss = None if words is None else words.loss(request.num_items)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
 
 
 class BertForNextSentencePrediction(LabelledModel):

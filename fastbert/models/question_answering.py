@@ -71,9 +71,8 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         if start_positions is not None and end_positions is not None:
             by_sequence = padding
             if by_sequence is None or by_sequence.batch_shape[0] != batch.num_sequences:
-                by_sequence = Unpadding.from_cu_seqlens(
-                    batch.cu_seqlens, batch.max_seqlen, batch.num_tokens
-                )
+                sizes = batch.cu_seqlens, batch.max_seqlen, batch.num_tokens
+                by_sequence = Unpadding.from_cu_seqlens(*sizes)
             *scores, is_real = _by_column(logits, by_sequence)
             loss = span_loss(scores, (start_positions, end_positions), is_real, request.num_items)
         starts, ends = logits.unbind(-1) if padding is None else _by_column(logits, padding)[:2]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.models.inputs import wanted_rows
-from fastbert.models.losses import score_classes, score_masked
+from fastbert.models.losses import masked_rows, score_classes, score_words
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
 from fastbert.packing import PackedBatch
 
@@ -91,7 +91,8 @@ class PretrainingObjective(nn.Module):
         rows = wanted_rows(batch, first=pair_labels is not None, labelled=True)
         encoded = self.model.bert(batch, rows=rows)
         heads = self.model.cls
-        words = score_masked(heads.predictions, encoded.last_hidden_state, batch, rows, True)
+        masked = masked_rows(encoded.last_hidden_state, batch, rows)
+        words = score_words(heads.predictions, masked, count_correct=True)
         loss, sums = words.loss(num_targets), words.sums()
         if pair_labels is not None:
             pair_logits = heads.seq_relationship(encoded.pooler_output)

@@ -153,11 +153,7 @@ class Subject:
             beyond = {name: torch.full_like(x, WIDTH) for name, x in self.targets.items()}
             padding = (~self.real).long().argmax(1) + WIDTH * self.real.all(1)
             return [beyond, dict.fromkeys(self.targets, padding)]
-        if self.head in HEADS[4:6]:
-            return []
         ignored = {name: torch.full_like(x, -100) for name, x in self.targets.items()}
-        if self.head == "Discriminator":
-            return []
         if self.head not in BY_TOKEN and self.head != "PreTraining":
             return [ignored]
         return [ignored, ignored | {"labels": torch.ones(self.real.shape).long() - 101 * self.real}]

@@ -72,14 +72,16 @@ def test_nothing_labelled_is_a_finite_zero(model, training):
 @pytest.mark.parametrize("form", ["bool", "square bool", "additive", "square additive"])
 def test_labels_at_the_padding_of_a_mask_of_four_dimensions_count_for_nothing(model, form):
     subject = Subject(model, "left")
-    losses = [subject(num_items_in_batch=items).loss for items in (None, 9)]
+    ways = list(itertools.product((True, False), (None, 9)))
+    losses = [subject(num_items_in_batch=items).loss for _, items in ways]
     mask = subject.real[:, None, None]
     if "square" in form:
         mask = mask.expand(-1, 1, WIDTH, -1)
     if "additive" in form:
         mask = torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf)
     subject.inputs["attention_mask"] = mask
-    for items, loss in zip((None, 9), losses, strict=True):
+    for (training, items), loss in zip(ways, losses, strict=True):
+        subject.model.train(training)
         subject.assert_near(subject(num_items_in_batch=items).loss, loss)
     mask = mask.expand(-1, 1, WIDTH, WIDTH).clone()  # and those of a general mask all count
     mask[..., 0, :] = True if "bool" in form else 0.0

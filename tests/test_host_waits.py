@@ -100,6 +100,19 @@ def test_a_patched_pretraining_step_waits_no_more_than_that():
     assert waits.seen == ["_score_rows", "unpad"]
 
 
+@pytest.mark.parametrize("head", ["TokenClassification", "QuestionAnswering"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_patched_heads_step_waits_for_the_count_of_tokens_alone(family, head):
+    """That labels at padding do not count is found out on the device."""
+    case = Case(family, f"For{head}")
+    model = build(case)[1]
+    batch, _ = inputs(case, model)
+    batch["num_items_in_batch"] = torch.tensor(9)
+    with NoHostWaits(tensors_of(model, batch), allowed=("unpad",)) as waits:
+        model(**batch).loss.backward()
+    assert waits.seen == ["unpad"]
+
+
 def test_own_models_in_packed_form_wait_for_nothing():
     for kind in ("BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction",
                  "BertForSequenceClassification", "BertForTokenClassification",

@@ -7,88 +7,64 @@ positions ignored.
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import events
-from fastbert.hf.encode import encode, output_class
-from fastbert.hf.families import MaskedHead, Unsupported, family_of, patched_base, runs_patched
+from fastbert.hf.encode import encode
+from fastbert.hf.families import Unsupported, family_of, patched_base, runs_patched
 from fastbert.hf.hooks import is_hooked
+from fastbert.models.inputs import wants_logits
+from fastbert.models.losses import Scored, pretraining_loss, score_classes, score_words, span_loss
 from fastbert.modules.heads import first_tokens
 from fastbert.modules.layer import Rows
 from fastbert.modules.linear import is_plain
-from fastbert.ops.linear_cross_entropy import linear_cross_entropy
-from fastbert.ops.mlm_gather import mlm_gather
+from fastbert.modules.masks import _FORBIDDEN
+from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
 from fastbert.ops.unpad import Unpadding
 from fastbert.packing import IGNORE_INDEX
 
-_HEADS_OWN = ("labels", "next_sentence_label", "return_dict")
 _LOGIT_OPTIONS = ("return_logits", "skip_logits")
-
-
-class _Scored(NamedTuple):
-    """What a masked-LM head makes of a batch.
-
-    loss_sum, num_targets: cross-entropy summed over the tokens that have a target, and how many
-    these are, each (); logits: (B, S, V) if wanted; pair_logits: (B, 2) if asked for; outputs: what
-    has the hidden states, None where only some rows were computed.
-    """
-
-    loss_sum: Tensor
-    num_targets: Tensor
-    logits: Tensor | None
-    pair_logits: Tensor | None
-    outputs: Any
-
-    def loss(self, num_items: Tensor | int | None) -> Tensor:
-        return self.loss_sum / (self.num_targets.clamp(min=1) if num_items is None else num_items)
-
-    def states(self) -> dict[str, Any]:
-        names = ("hidden_states", "attentions")
-        return {name: self.outputs and self.outputs.get(name) for name in names}
+_HEADS_OWN = ("labels", "next_sentence_label", "return_dict", *_LOGIT_OPTIONS)
 
 
 def run_masked_lm(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
     """The forward of `BertForMaskedLM`, `RobertaForMaskedLM`, ..."""
-    is_decoder = getattr(model.config, "is_decoder", False)
-    if arguments.get("labels") is None or is_decoder or not _is_usual(model):
-        return original(**_without(arguments, _LOGIT_OPTIONS))
-    scored = _score(model, original, arguments, with_pairs=False)
-    output = output_class("MaskedLMOutput")(
-        loss=scored.loss(arguments.get("num_items_in_batch")),
-        logits=scored.logits,
-        **scored.states(),
-    )
-    return _returned(model, output, arguments)
+    has_loss = arguments.get("labels") is not None and _is_usual(model)
+    return _run_words(model, original, arguments, has_loss, with_pairs=False)
 
 
 def run_pretraining(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
-    """The forward of `BertForPreTraining`.
+    """The forward of `BertForPreTraining`; num_items_in_batch is a number of masked tokens."""
+    has_loss = all(arguments.get(name) is not None for name in ("labels", "next_sentence_label"))
+    return _run_words(model, original, arguments, has_loss, with_pairs=True)
 
-    With num_items_in_batch, the number of masked tokens in all shares of a batch, the pair loss
-    counts by this share's part of them, so that the shares add up to about the batch's mean.
-    """
-    pair_labels, num_items = (
-        arguments.get(name) for name in ("next_sentence_label", "num_items_in_batch")
-    )
-    if arguments.get("labels") is None or pair_labels is None:
-        return original(**_without(arguments, _LOGIT_OPTIONS))
-    scored = _score(model, original, arguments, with_pairs=True)
-    assert scored.pair_logits is not None
-    pair_sum, num_pairs = _cross_entropy(scored.pair_logits, pair_labels.view(-1))
-    pair_loss = pair_sum / num_pairs.clamp(min=1)
-    if num_items is not None:
-        pair_loss = pair_loss * scored.num_targets / num_items
-    output = sys.modules[patched_base(model).__module__].BertForPreTrainingOutput(
-        loss=scored.loss(num_items) + pair_loss,
-        prediction_logits=scored.logits,
-        seq_relationship_logits=scored.pair_logits,
-        **scored.states(),
-    )
-    return _returned(model, output, arguments)
+
+def _run_words(
+    model: Any, original: Callable, arguments: dict[str, Any], has_loss: bool, with_pairs: bool
+) -> Any:
+    with_logits = wants_logits(model, has_loss, *map(arguments.get, _LOGIT_OPTIONS))
+    if has_loss:
+        words, fields = _score(model, original, arguments, with_logits, with_pairs)
+        num_items = arguments.get("num_items_in_batch")
+        if with_pairs:
+            pair_labels = arguments["next_sentence_label"].view(-1)
+            pairs = score_classes(fields["seq_relationship_logits"], pair_labels)
+            fields["loss"] = pretraining_loss(words, pairs, num_items)
+        else:
+            fields["loss"] = words.loss(num_items)
+    else:  # the loss, if there is one, is Hugging Face's or the user's
+        rest = _without(arguments, _LOGIT_OPTIONS)
+        if with_logits:
+            return original(**rest)
+        fields = original(**{**rest, "return_dict": True})
+    if not with_logits:
+        fields = _without(fields, ("logits", "prediction_logits"))
+    modeling = sys.modules[patched_base(model).__module__]
+    name = "BertForPreTrainingOutput" if with_pairs else "MaskedLMOutput"
+    return _returned(model, getattr(modeling, name)(**fields), arguments)
 
 
 def run_head(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
@@ -97,36 +73,60 @@ def run_head(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
     Where no item is labelled, the loss is a finite 0; with num_items_in_batch, it is the sum over
     the items divided by that number, so that the shares of a batch add up to its mean.
     """
+    name = patched_base(model).__name__
+    if name.endswith("ForQuestionAnswering"):
+        return _run_spans(model, original, arguments)
     labels, num_items = (arguments.get(name) for name in ("labels", "num_items_in_batch"))
     if labels is None:
         return original(**arguments)
-    output = original(**{**arguments, "return_dict": True})
+    if name.endswith(("ForTokenClassification", "ForPreTraining")):  # elsewhere, by sequence
+        labels = _of_real_tokens(labels, arguments)
+    elif labels.dtype == torch.int32:  # which Hugging Face takes for classes and cannot score
+        labels = labels.long()
+    output = original(**{**arguments, "labels": labels, "return_dict": True})
     if output.loss is not None:
-        counted = labels != IGNORE_INDEX if not labels.is_floating_point() else labels == labels
-        count = counted.sum()
+        are_numbers = labels.is_floating_point() and not name.endswith("ForPreTraining")
+        counted = labels == labels if are_numbers else labels != IGNORE_INDEX
+        count = counted.sum().to(output.loss.device)
         loss = torch.where(count > 0, output.loss, 0.0)
-        output.loss = loss if num_items is None else loss * count / num_items
+        output.loss = loss if num_items is None else Scored(loss * count, count).loss(num_items)
     return _returned(model, output, arguments)
 
 
-def _score(model: Any, original: Callable, arguments: dict[str, Any], with_pairs: bool) -> _Scored:
-    """The head on the masked rows alone, or where that will not do, on all of them."""
-    labels = _of_real_tokens(arguments["labels"], arguments.get("attention_mask"))
-    if not _wants_logits(model, arguments):
+def _run_spans(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
+    """The forward of `BertForQuestionAnswering`, ...: Hugging Face's scores, and a loss in which
+    each end counts by itself, as one may be at padding and the other not."""
+    names = ("start_positions", "end_positions")
+    if any(arguments.get(name) is None for name in names):
+        return original(**arguments)
+    output = original(**_without(arguments, (*names, "return_dict")), return_dict=True)
+    is_real, scores = _real(arguments), (output.start_logits, output.end_logits)
+    if is_real is not None:
+        is_real = is_real.to(scores[0].device).expand_as(scores[0])
+    columns = [arguments[name] for name in names]
+    loss = span_loss(scores, columns, is_real, arguments.get("num_items_in_batch"))
+    return _returned(model, type(output)(loss=loss, **output), arguments)
+
+
+def _score(
+    model: Any, original: Callable, arguments: dict[str, Any], with_logits: bool, with_pairs: bool
+) -> tuple[Scored, dict[str, Any]]:
+    """How well the words are predicted, by the masked rows alone where that will do, and the fields
+    of the output but for the loss."""
+    labels = _of_real_tokens(arguments["labels"], arguments)
+    if not with_logits:
         try:
             return _score_rows(model, arguments, labels, with_pairs)
         except Unsupported as reason:
             events.tell(events.Route(type(model).__name__, "logits of all tokens", str(reason)))
-    rest = _without(arguments, (*_HEADS_OWN, *_LOGIT_OPTIONS))
-    outputs = original(**rest, return_dict=True)
-    logits = outputs.prediction_logits if with_pairs else outputs.logits
-    loss_sum, count = _cross_entropy(logits.flatten(0, 1), labels.flatten())
-    pair_logits = outputs.seq_relationship_logits if with_pairs else None
-    wanted = logits if _wants_logits(model, arguments) else None
-    return _Scored(loss_sum, count, wanted, pair_logits, outputs)
+    fields = dict(original(**_without(arguments, _HEADS_OWN), return_dict=True))
+    logits = fields["prediction_logits" if with_pairs else "logits"]
+    return score_classes(logits.flatten(0, 1), labels.flatten()), fields
 
 
-def _score_rows(model: Any, arguments: dict[str, Any], labels: Tensor, with_pairs: bool) -> _Scored:
+def _score_rows(
+    model: Any, arguments: dict[str, Any], labels: Tensor, with_pairs: bool
+) -> tuple[Scored, dict[str, Any]]:
     """Without logits; the last layer too computes the wanted rows alone, if that is all it is for.
 
     Raises Unsupported where something looks at what the head is given or gives.
@@ -137,39 +137,30 @@ def _score_rows(model: Any, arguments: dict[str, Any], labels: Tensor, with_pair
     assert family is not None
     head = family.head(model)
     base = getattr(model, model.base_model_prefix)
-    rest = _without(arguments, (*_HEADS_OWN, *_LOGIT_OPTIONS))
+    rest = _without(arguments, _HEADS_OWN)
     num_labels = int((labels != IGNORE_INDEX).sum())  # the host waits here, before anything runs
-    masked = None
+    found, fields = None, {}
     if runs_patched(base) and not is_hooked(base):
         try:
-            masked = _run_rows(base, rest, labels, num_labels, with_pairs)
+            found = _run_rows(base, rest, labels, num_labels, with_pairs)
         except Unsupported as reason:
             events.tell(events.Route(type(model).__name__, "all rows", str(reason)))
-    if masked is None:
+    if found is None:
         outputs = base(**rest, return_dict=True)
-        rows, targets, _, _ = mlm_gather(
-            outputs.last_hidden_state.flatten(0, 1), labels.flatten(), capacity=num_labels
-        )
-        masked = _Masked(rows, targets, outputs.pooler_output if with_pairs else None, outputs)
-    loss_sum, count = _masked_loss(head, masked)
-    pair_logits = model.cls.seq_relationship(masked.pooled) if with_pairs else None
-    return _Scored(loss_sum, count, None, pair_logits, masked.outputs)
-
-
-class _Masked(NamedTuple):
-    """rows: (C, H), the hidden states that have a target; targets: (C,); pooled: (B, H), each
-    sequence's first token after the pooler, if there is one; outputs: of the bare model, if it ran
-    whole."""
-
-    rows: Tensor
-    targets: Tensor
-    pooled: Tensor | None
-    outputs: Any
+        states = outputs.last_hidden_state.flatten(0, 1)
+        masked = mlm_gather(states, labels.flatten(), capacity=num_labels)
+        found = masked, outputs.pooler_output if with_pairs else None
+        fields = {name: outputs.get(name) for name in ("hidden_states", "attentions")}
+    masked, pooled = found
+    if with_pairs:
+        fields["seq_relationship_logits"] = model.cls.seq_relationship(pooled)
+    return score_words(head, masked), fields
 
 
 def _run_rows(
     base: Any, rest: dict[str, Any], labels: Tensor, num_labels: int, with_pairs: bool
-) -> _Masked:
+) -> tuple[MaskedRows, Tensor | None]:
+    """The masked rows, and with pairs each sequence's first token after the pooler, (B, H)."""
     packed_labels: Tensor | None = None
 
     def rows_of(padding: Unpadding) -> Rows:
@@ -191,52 +182,45 @@ def _run_rows(
     assert packed_labels is not None
     targets = rows.take(packed_labels, IGNORE_INDEX)
     if not with_pairs:
-        return _Masked(encoded.x, targets, None, None)
+        return MaskedRows(encoded.x, targets, rows.index, rows.cu_seqlens[-1]), None
     first = first_tokens(encoded.x, rows.cu_seqlens)
     pooled = base.pooler(first.to(encoded.dtype)[:, None])
-    masked, targets, _, _ = mlm_gather(encoded.x, targets, capacity=num_labels)
-    return _Masked(masked, targets, pooled, None)
-
-
-def _masked_loss(head: MaskedHead, masked: _Masked) -> tuple[Tensor, Tensor]:
-    """Cross-entropy summed over the rows with a target, and how many there are."""
-    rows, decoder, targets = head.transform(masked.rows), head.decoder, masked.targets
-    if not is_plain(decoder):
-        return _cross_entropy(decoder(rows), targets)
-    loss = linear_cross_entropy(rows, decoder.weight, decoder.bias, targets, reduction="sum")
-    return loss, (targets != IGNORE_INDEX).sum()
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    loss = F.cross_entropy(logits.to(wide), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    return loss, (targets != IGNORE_INDEX).sum()
+    return mlm_gather(encoded.x, targets, capacity=num_labels), pooled
 
 
 def _is_usual(model: Any) -> bool:
     """Whether the loss is the mean cross-entropy; DistilBERT holds it as a module."""
+    if getattr(model.config, "is_decoder", False):
+        return False
     loss = getattr(model, "mlm_loss_fct", None)
     if loss is None:
         return True
     usual = {"ignore_index": IGNORE_INDEX, "reduction": "mean", "label_smoothing": 0.0}
-    return (
-        is_plain(loss, torch.nn.CrossEntropyLoss)
-        and loss.weight is None
-        and all(getattr(loss, name) == value for name, value in usual.items())
-    )
+    is_usual = all(getattr(loss, name, None) == value for name, value in usual.items())
+    return is_plain(loss, torch.nn.CrossEntropyLoss) and loss.weight is None and is_usual
 
 
-def _of_real_tokens(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    if attention_mask is None or attention_mask.ndim != 2:
+def _of_real_tokens(labels: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Labels of tokens, int64 unless they are floating-point, with -100 at padding."""
+    labels, is_real = labels if labels.is_floating_point() else labels.long(), _real(arguments)
+    if is_real is None:
         return labels
-    return labels.masked_fill(attention_mask == 0, IGNORE_INDEX)
+    by_row = labels.reshape(-1, is_real.shape[1])  # Hugging Face takes them flat too
+    return by_row.masked_fill(~is_real.to(labels.device), IGNORE_INDEX).view(labels.shape)
 
 
-def _wants_logits(model: Any, arguments: dict[str, Any]) -> bool:
-    if arguments.get("skip_logits"):
-        return False
-    wanted = arguments.get("return_logits")
-    return not model.training if wanted is None else wanted
+def _real(arguments: dict[str, Any]) -> Tensor | None:
+    """(B or 1, S): where no padding is by `read_mask`'s rules, found without a wait of the host."""
+    mask = arguments.get("attention_mask")
+    if mask is None or mask.ndim not in (2, 4) or mask.requires_grad:
+        return None
+    if mask.ndim == 2:
+        return mask != 0
+    first = mask[:, :1, :1]
+    is_bool = mask.dtype == torch.bool
+    keep, is_free = (first, first) if is_bool else (first > _FORBIDDEN, first == 0)
+    is_general = (mask != first).any() | (keep & ~is_free).any()
+    return (keep | is_general)[:, 0, 0]
 
 
 def _returned(model: Any, output: Any, arguments: dict[str, Any]) -> Any:

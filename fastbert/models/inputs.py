@@ -5,7 +5,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple, Self, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbert.check import require
 from fastbert.modules.encoder import refuse_attentions, refuse_unknown
@@ -128,6 +128,18 @@ class Request:
     def padded(self, tokens: Tensor) -> Tensor:
         """(T, ...) -> (B, S, ...) with zeros at padding, where the input was padded."""
         return tokens if self.padding is None else self.padding.pad(tokens)
+
+
+def wants_logits(
+    model: nn.Module, has_loss: bool, return_logits: bool | None, skip_logits: bool | None
+) -> bool:
+    """Whether to give the vocabulary's scores; by default not where a model trains by a loss."""
+    agree = None in (return_logits, skip_logits) or return_logits != skip_logits
+    said = f"{return_logits} and {skip_logits}"
+    require(agree, type(model).__name__, "return_logits and skip_logits that agree", said)
+    if skip_logits is not None:
+        return not skip_logits
+    return not (has_loss and model.training) if return_logits is None else return_logits
 
 
 def wanted_rows(batch: PackedBatch, *, first: bool, labelled: bool) -> Rows:

@@ -3,56 +3,78 @@
 B sequences, T tokens, L labels.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.check import require
-from fastbert.modules.heads import BertLMPredictionHead
 from fastbert.modules.layer import Rows
 from fastbert.modules.linear import is_plain
 from fastbert.ops.linear_cross_entropy import linear_cross_entropy
 from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 
+Count = Tensor | int | None  # of the items of a whole step, by which sums are divided
+
 
 class Scored(NamedTuple):
     """How well the rows that have something to predict are predicted; each a ().
 
     loss_sum: the loss summed over these rows, in float32 or wider, 0 if there are none; num_rows:
-    how many rows there are; correct: how many targets have the highest score, 0 where targets are
-    numbers.
+    how many rows there are; correct: how many targets have the highest score, if they were counted.
     """
 
     loss_sum: Tensor
     num_rows: Tensor
-    correct: Tensor
+    correct: Tensor | None = None
 
-    def loss(self, num_items: Tensor | int | None = None) -> Tensor:
+    def loss(self, num_items: Count = None) -> Tensor:
         """The mean, or the sum by num_items; a finite 0 with zero gradients if there is no row."""
         count = self.num_rows if num_items is None else num_items
         if isinstance(count, Tensor):
             return self.loss_sum / count.to(self.loss_sum.device).clamp(min=1)
         return self.loss_sum / max(count, 1)
 
+    def sums(self) -> list[Tensor]:
+        """What metrics add up, with the right answers counted."""
+        assert self.correct is not None
+        return [self.loss_sum, self.correct, self.num_rows]
+
+
+def pretraining_loss(words: Scored, pairs: Scored, num_items: Count = None) -> Tensor:
+    """The sum of both means; or the words' sum by num_items, a number of words, and of the mean of
+    the pairs the part that these words are of that number."""
+    pair_loss = pairs.loss()
+    if num_items is not None:
+        pair_loss = pairs._replace(loss_sum=pair_loss * words.num_rows).loss(num_items)
+    return words.loss(num_items) + pair_loss
+
 
 def score_masked(
-    head: BertLMPredictionHead, hidden_states: Tensor, batch: PackedBatch, rows: Rows | None = None
+    head: Any, hidden_states: Tensor, batch: PackedBatch, rows: Rows | None = None
 ) -> Scored:
     """Runs the MLM head on the masked positions of (T, H) hidden states, and on no other.
 
     Where only `rows` of them were computed, hidden_states is (M, H).
     """
-    masked, targets, _, count = masked_rows(hidden_states, batch, rows)
-    masked, decoder = head.transform(masked), head.decoder
+    return score_words(head, masked_rows(hidden_states, batch, rows))
+
+
+def score_words(head: Any, masked: MaskedRows, count_correct: bool = False) -> Scored:
+    """Runs an MLM head, a `transform` and a linear `decoder`, on masked positions."""
+    rows, decoder = head.transform(masked.rows), head.decoder
     if not is_plain(decoder):
-        return score_classes(decoder(masked), targets)
-    loss_sum, correct = linear_cross_entropy(
-        masked, decoder.weight, decoder.bias, targets, reduction="sum", return_correct=True
+        return score_classes(decoder(rows), masked.targets, count_correct)
+    result = linear_cross_entropy(
+        *(rows, decoder.weight, decoder.bias, masked.targets.long()),
+        reduction="sum",
+        return_correct=count_correct,
     )
-    return Scored(loss_sum, count, correct)
+    loss_sum, correct = result if isinstance(result, tuple) else (result, None)
+    return Scored(loss_sum, masked.count, correct)
 
 
 def masked_rows(hidden_states: Tensor, batch: PackedBatch, rows: Rows | None = None) -> MaskedRows:
@@ -86,12 +108,30 @@ def cosine_loss(hidden_states: Tensor, teacher_states: Tensor, counts: Tensor) -
     return (1 - cosine).masked_fill(~counts, 0).sum()
 
 
-def score_classes(logits: Tensor, targets: Tensor) -> Scored:
+def score_classes(logits: Tensor, targets: Tensor, count_correct: bool = False) -> Scored:
     """Cross-entropy of (T, L) scores with (T,) targets, of which -100 do not count."""
-    targets = targets.long()
+    targets = targets.to(logits.device, torch.int64)
     loss_sum = F.cross_entropy(_wide(logits), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    is_counted = targets != IGNORE_INDEX
-    return Scored(loss_sum, is_counted.sum(), (logits.argmax(-1) == targets).sum())
+    correct = (logits.argmax(-1) == targets).sum() if count_correct else None
+    return Scored(loss_sum, (targets != IGNORE_INDEX).sum(), correct)
+
+
+def span_loss(
+    scores: Sequence[Tensor], columns: Sequence[Tensor], is_real: Tensor | None, num_items: Count
+) -> Tensor:
+    """The mean of the losses of starts and of ends: (B, S) scores and (B,) or (B, 1) columns each.
+
+    Columns below 0 count as 0, as in Hugging Face. Those beyond the end, and those where (B, S)
+    is_real is False, do not count.
+    """
+    losses = []
+    for each, places in zip(scores, columns, strict=True):
+        places = places.to(each.device, torch.int64).view(-1, 1).clamp(0, each.shape[1])
+        inside = places < each.shape[1]
+        counts = inside if is_real is None else F.pad(is_real, (0, 1)).gather(1, places)
+        targets = torch.where(counts, places, IGNORE_INDEX).squeeze(1)
+        losses.append(score_classes(each, targets).loss(num_items))
+    return (losses[0] + losses[1]) / 2
 
 
 def score_sequences(logits: Tensor, labels: Tensor, problem_type: str | None) -> Scored:
@@ -103,12 +143,8 @@ def score_sequences(logits: Tensor, labels: Tensor, problem_type: str | None) ->
     the last two are over all B * L numbers.
     """
     if problem_type is None:
-        if logits.shape[1] == 1:
-            problem_type = "regression"
-        elif labels.dtype in (torch.int64, torch.int32):
-            problem_type = "single_label_classification"
-        else:
-            problem_type = "multi_label_classification"
+        kind = "single" if labels.dtype in (torch.int64, torch.int32) else "multi"
+        problem_type = "regression" if logits.shape[1] == 1 else f"{kind}_label_classification"
     shape, is_single = tuple(logits.shape), problem_type == "single_label_classification"
     require(
         labels.numel() == logits.shape[0] * (1 if is_single else logits.shape[1]),
@@ -122,7 +158,7 @@ def score_sequences(logits: Tensor, labels: Tensor, problem_type: str | None) ->
     labels = labels.reshape(logits.shape).to(logits.dtype)
     of = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
     count = torch.full((), logits.numel(), device=logits.device)
-    return Scored(of(logits, labels, reduction="sum"), count, torch.zeros_like(count))
+    return Scored(of(logits, labels, reduction="sum"), count)
 
 
 def _wide(logits: Tensor) -> Tensor:

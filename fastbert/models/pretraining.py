@@ -4,11 +4,10 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from fastbert.check import require
 from fastbert.models.base import BertPreTrainedModel, LabelledModel
 from fastbert.models.bert import BertModel
-from fastbert.models.inputs import ForwardOptions, Inputs, Request
-from fastbert.models.losses import score_classes, score_masked
+from fastbert.models.inputs import ForwardOptions, Inputs, Request, wants_logits
+from fastbert.models.losses import Scored, pretraining_loss, score_classes, score_masked
 from fastbert.modules.heads import BertOnlyMLMHead, BertOnlyNSPHead, BertPreTrainingHeads
 from fastbert.outputs import BertForPreTrainingOutput, MaskedLMOutput, NextSentencePredictorOutput
 from fastbert.packing import PackedBatch
@@ -36,18 +35,21 @@ class _PredictsWords(BertPreTrainedModel):
         super().tie_weights()
         self.cls.predictions.decoder.bias = self.cls.predictions.bias
 
-    def _wants_logits(
-        self, has_loss: bool, return_logits: bool | None, skip_logits: bool | None
-    ) -> bool:
-        require(
-            return_logits is None or skip_logits is None or return_logits != skip_logits,
-            type(self).__name__,
-            "return_logits and skip_logits that agree",
-            f"{return_logits} and {skip_logits}",
-        )
-        if skip_logits is not None:
-            return not skip_logits
-        return not (has_loss and self.training) if return_logits is None else return_logits
+    def _read(
+        self, request: Request, with_pairs: bool, return_logits: bool | None, skip: bool | None
+    ) -> tuple[Any, Scored | None, Tensor | None]:
+        """What the encoder gives, how well words are predicted if there is a loss, and logits."""
+        batch, head = request.batch, self.cls.predictions
+        pair_labels = batch.next_sentence_label
+        has_loss = batch.labels is not None and (not with_pairs or pair_labels is not None)
+        with_logits = wants_logits(self, has_loss, return_logits, skip)
+        if has_loss and not with_logits:
+            request = request.only(first=with_pairs, labelled=True)
+        encoded = self.encode(request)
+        x = encoded.last_hidden_state
+        words = score_masked(head, x, batch, request.rows) if has_loss else None
+        whole = head if with_pairs else self.cls
+        return encoded, words, request.padded(whole(x)) if with_logits else None
 
 
 class BertForPreTraining(_PredictsWords):
@@ -102,25 +104,15 @@ class BertForPreTraining(_PredictsWords):
         skip_logits: bool | None = None,
     ) -> BertForPreTrainingOutput:
         request = request.labelled(labels).labelled_pairs(next_sentence_label)
-        batch, predictions = request.batch, self.cls.predictions
-        pair_labels = batch.next_sentence_label
-        has_loss = batch.labels is not None and pair_labels is not None
-        wants_logits = self._wants_logits(has_loss, return_logits, skip_logits)
-        if has_loss and not wants_logits:
-            request = request.only(first=True, labelled=True)
-        encoded = self.encode(request)
-        hidden_states = encoded.last_hidden_state
-        pair_logits = self.cls.seq_relationship(encoded.pooler_output)
-        loss = None
-        if has_loss:
-            assert pair_labels is not None
-            words = score_masked(predictions, hidden_states, batch, request.rows)
-            loss = words.loss() + score_classes(pair_logits, pair_labels).loss()
-            if request.num_items is not None:
-                loss = words._replace(loss_sum=loss * words.num_rows).loss(request.num_items)
+        encoded, words, logits = self._read(request, True, return_logits, skip_logits)
+        pair_logits, loss = self.cls.seq_relationship(encoded.pooler_output), None
+        if words is not None:
+            assert request.batch.next_sentence_label is not None
+            pairs = score_classes(pair_logits, request.batch.next_sentence_label)
+            loss = pretraining_loss(words, pairs, request.num_items)
         return BertForPreTrainingOutput(
             loss=loss,
-            prediction_logits=request.padded(predictions(hidden_states)) if wants_logits else None,
+            prediction_logits=logits,
             seq_relationship_logits=pair_logits,
             hidden_states=encoded.hidden_states,
         )
@@ -176,21 +168,9 @@ class BertForMaskedLM(_PredictsWords):
         skip_logits: bool | None = None,
     ) -> MaskedLMOutput:
         request = request.labelled(labels)
-        has_loss = request.batch.labels is not None
-        wants_logits = self._wants_logits(has_loss, return_logits, skip_logits)
-        if has_loss and not wants_logits:
-            request = request.only(labelled=True)
-        encoded = self.encode(request)
-        hidden_states = encoded.last_hidden_state
-        loss = None
-        if has_loss:
-            words = score_masked(self.cls.predictions, hidden_states, request.batch, request.rows)
-            loss = words.loss(request.num_items)
-        return MaskedLMOutput(
-            loss=loss,
-            logits=request.padded(self.cls(hidden_states)) if wants_logits else None,
-            hidden_states=encoded.hidden_states,
-        )
+        encoded, words, logits = self._read(request, False, return_logits, skip_logits)
+        loss = None if words is None else words.loss(request.num_items)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
 
 
 class BertForNextSentencePrediction(LabelledModel):

@@ -3,17 +3,16 @@
 from typing import Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.check import require
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.bert import BertModel
 from fastbert.models.inputs import ForwardOptions, Inputs, Request
-from fastbert.models.losses import Scored, score_classes
+from fastbert.models.losses import span_loss
 from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import QuestionAnsweringModelOutput
-from fastbert.packing import IGNORE_INDEX, PackedBatch
+from fastbert.packing import PackedBatch
 
 
 class BertForQuestionAnswering(BertPreTrainedModel):
@@ -72,30 +71,19 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         if start_positions is not None and end_positions is not None:
             by_sequence = padding
             if by_sequence is None or by_sequence.batch_shape[0] != batch.num_sequences:
-                by_sequence = Unpadding.from_cu_seqlens(
-                    batch.cu_seqlens, batch.max_seqlen, batch.num_tokens
-                )
-            starts, ends = _by_column(logits, by_sequence)
-            begin, end = _score(starts, start_positions), _score(ends, end_positions)
-            loss = (begin.loss(request.num_items) + end.loss(request.num_items)) / 2
-        starts, ends = logits.unbind(-1) if padding is None else _by_column(logits, padding)
+                sizes = batch.cu_seqlens, batch.max_seqlen, batch.num_tokens
+                by_sequence = Unpadding.from_cu_seqlens(*sizes)
+            *scores, is_real = _by_column(logits, by_sequence)
+            loss = span_loss(scores, (start_positions, end_positions), is_real, request.num_items)
+        starts, ends = logits.unbind(-1) if padding is None else _by_column(logits, padding)[:2]
         return QuestionAnsweringModelOutput(
             loss=loss, start_logits=starts, end_logits=ends, hidden_states=encoded.hidden_states
         )
 
 
-def _by_column(logits: Tensor, padding: Unpadding) -> tuple[Tensor, Tensor]:
-    """(T, 2) -> (B, S) twice, with the lowest number at padding."""
+def _by_column(logits: Tensor, padding: Unpadding) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, 2) -> (B, S) twice, with the lowest number at padding, and which places are real."""
     is_real = padding.pad(torch.ones_like(logits[:, 0], dtype=torch.bool))
     scores = padding.pad(logits).masked_fill(~is_real[..., None], torch.finfo(logits.dtype).min)
     starts, ends = scores.unbind(-1)
-    return starts, ends
-
-
-def _score(scores: Tensor, positions: Tensor) -> Scored:
-    """Cross-entropy of (B, S) scores with (B,) or (B, 1) columns."""
-    lowest, beyond = torch.finfo(scores.dtype).min, scores.shape[1]
-    scores = F.pad(scores, (0, 1), value=lowest)  # the place of all columns that do not exist
-    columns = positions.view(-1, 1).clamp(0, beyond)
-    is_real = scores.gather(1, columns) > lowest
-    return score_classes(scores, torch.where(is_real, columns, IGNORE_INDEX).squeeze(1))
+    return starts, ends, is_real

@@ -10,7 +10,7 @@ from fastbert.models.losses import cosine_loss, masked_rows, score_classes, soft
 from fastbert.models.pretraining import BertForMaskedLM
 from fastbert.modules.layer import Rows
 from fastbert.packing import IGNORE_INDEX, PackedBatch
-from fastbert.train.objective import PretrainingObjective, Result, at_least_one
+from fastbert.train.objective import PretrainingObjective, Result
 
 
 class DistillationMetrics(NamedTuple):
@@ -117,16 +117,16 @@ class DistillationObjective(PretrainingObjective):
         # the cosine is over all tokens, so that only without it the last layer may skip some
         rows = None if weights.cosine else wanted_rows(batch, first=False, labelled=True)
         own, taught = answer(self.model, batch, rows), self.teacher.answer(batch, rows)
-        words = score_classes(own.logits, own.targets)
+        words = score_classes(own.logits, own.targets, count_correct=True)
         soft = soft_target_loss(
             own.logits, taught.logits, own.targets != IGNORE_INDEX, self.temperature
         )
-        loss = (weights.soft * soft + weights.mlm * words.loss_sum) / at_least_one(num_targets)
+        both = weights.soft * soft + weights.mlm * words.loss_sum
+        loss = words._replace(loss_sum=both).loss(num_targets)
         cosine = tokens = torch.zeros_like(loss)
         if weights.cosine:
             is_real = batch.is_real()
             cosine = cosine_loss(own.hidden_states, taught.hidden_states, is_real)
             tokens = is_real.sum()
-            loss = loss + weights.cosine * cosine / at_least_one(num_tokens)
-        sums = [words.loss_sum, words.correct, words.num_rows, soft, cosine, tokens]
-        return Result.of(loss, sums)
+            loss = loss + weights.cosine * words._replace(loss_sum=cosine).loss(num_tokens)
+        return Result.of(loss, [*words.sums(), soft, cosine, tokens])

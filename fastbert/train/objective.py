@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.models.inputs import wanted_rows
-from fastbert.models.losses import score_classes, score_masked
+from fastbert.models.losses import masked_rows, score_classes, score_words
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
 from fastbert.packing import PackedBatch
 
@@ -91,17 +91,14 @@ class PretrainingObjective(nn.Module):
         rows = wanted_rows(batch, first=pair_labels is not None, labelled=True)
         encoded = self.model.bert(batch, rows=rows)
         heads = self.model.cls
-        words = score_masked(heads.predictions, encoded.last_hidden_state, batch, rows)
-        loss = words.loss_sum / at_least_one(num_targets)
-        sums = [words.loss_sum, words.correct, words.num_rows]
+        masked = masked_rows(encoded.last_hidden_state, batch, rows)
+        words = score_words(heads.predictions, masked, count_correct=True)
+        loss, sums = words.loss(num_targets), words.sums()
         if pair_labels is not None:
-            pairs = score_classes(heads.seq_relationship(encoded.pooler_output), pair_labels)
-            loss = loss + self.nsp_weight * pairs.loss_sum / at_least_one(num_pairs)
-            sums += [pairs.loss_sum, pairs.correct, pairs.num_rows]
+            pair_logits = heads.seq_relationship(encoded.pooler_output)
+            pairs = score_classes(pair_logits, pair_labels, count_correct=True)
+            loss = loss + self.nsp_weight * pairs.loss(num_pairs)
+            sums += pairs.sums()
         else:
             sums += [torch.zeros_like(loss)] * 3
         return Result.of(loss, sums)
-
-
-def at_least_one(count: int | Tensor) -> int | Tensor:
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

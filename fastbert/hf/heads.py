@@ -21,7 +21,7 @@ from fastbert.models.losses import Scored, pretraining_loss, score_classes, scor
 from fastbert.modules.heads import first_tokens
 from fastbert.modules.layer import Rows
 from fastbert.modules.linear import is_plain
-from fastbert.modules.masks import _FORBIDDEN
+from fastbert.modules.masks import FORBIDDEN
 from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
 from fastbert.ops.unpad import Unpadding
 from fastbert.packing import IGNORE_INDEX
@@ -218,7 +218,7 @@ def _real(arguments: dict[str, Any]) -> Tensor | None:
         return mask != 0
     first = mask[:, :1, :1]
     is_bool = mask.dtype == torch.bool
-    keep, is_free = (first, first) if is_bool else (first > _FORBIDDEN, first == 0)
+    keep, is_free = (first, first) if is_bool else (first > FORBIDDEN, first == 0)
     is_general = (mask != first).any() | (keep & ~is_free).any()
     return (keep | is_general)[:, 0, 0]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastbert.check import require
 
 # Additive masks forbid by finfo.min, -inf, or the -10000 of older scripts: each gives p = 0.
-_FORBIDDEN = -1e4
+FORBIDDEN = -1e4
 
 
 class Mask(NamedTuple):
@@ -75,7 +75,7 @@ def _read_general(mask: Tensor, batch_size: int, seqlen: int) -> Mask:
         if by_key or (not torch.compiler.is_compiling() and bool((mask == first).all())):
             return Mask(padding=first[:, 0, 0].expand(batch_size, seqlen))
     elif not mask.requires_grad and not torch.compiler.is_compiling():
-        keep = first > _FORBIDDEN
+        keep = first > FORBIDDEN
         same = by_key or bool((mask == first).all())
         if same and bool((~keep | (first == 0)).all()):
             return Mask(padding=keep[:, 0, 0].expand(batch_size, seqlen))

@@ -78,7 +78,7 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
     if is_hooked(encoder) or _is_foreign(encoder):
         raise Unsupported(f"a {type(encoder).__name__} of the user's own, or a hook on it")
     layers = encoder.layer
-    require_encoder(model.config, layers, arguments)
+    parts = require_encoder(model.config, layers, arguments)
     if attention_mask is not None and attention_mask.ndim not in (2, 4):
         raise Unsupported(f"an attention_mask of {attention_mask.ndim} dimensions")
 
@@ -96,7 +96,7 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
     sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, mask, rng)
     states = states_wanted(model, arguments)
     chosen = rows(padding) if rows is not None and not states else None
-    x, hidden_states = run_stack(model, layers, x, sequences, padding, states, chosen)
+    x, hidden_states = run_stack(model, layers, parts, x, sequences, padding, states, chosen)
     dtype = boundary_dtype(model.embeddings.LayerNorm.weight.dtype, x.device)
     return Encoded(x, hidden_states, padding, chosen, dtype)
 
@@ -152,7 +152,7 @@ def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> 
     mask = wanted.pop("attention_mask", None)
     packed = {name: wanted.pop(name, None) for name in (*_PACKED, "position_ids")}
     try:
-        require_encoder(encoder.config, encoder.layer, wanted)
+        parts = require_encoder(encoder.config, encoder.layer, wanted)
         batch, seqlen, _ = hidden_states.shape
         padding, general = padding_of(hidden_states, batch, seqlen, mask, **packed)
         own, device = hidden_states.dtype, hidden_states.device
@@ -163,7 +163,7 @@ def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> 
             rng = for_batch(padding.cu_seqlens, x.shape[0])
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
         chosen = states_wanted(encoder, wanted)
-        x, states = run_stack(encoder, encoder.layer, x, sequences, padding, chosen, None)
+        x, states = run_stack(encoder, encoder.layer, parts, x, sequences, padding, chosen, None)
     except Unsupported as reason:
         events.refused(encoder, reason)
         return original(**arguments)

@@ -19,8 +19,10 @@ _IGNORED = {"num_items_in_batch", "seq_idx", "cache_position", "use_cache", "ret
 _BUILT_IN_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention", "fastbert")
 
 
-def require_encoder(config: Any, layers: nn.ModuleList, arguments: dict[str, Any]) -> None:
-    """Raises Unsupported unless the packed path computes what is asked of these layers."""
+def require_encoder(
+    config: Any, layers: nn.ModuleList, arguments: dict[str, Any]
+) -> tuple[LayerParts, ...]:
+    """The parts of the layers; raises Unsupported unless the packed path computes what is asked."""
     if getattr(config, "is_decoder", False):
         raise Unsupported("a decoder: it attends to earlier tokens only")
     attentions = arguments.get("output_attentions")
@@ -36,7 +38,7 @@ def require_encoder(config: Any, layers: nn.ModuleList, arguments: dict[str, Any
         raise Unsupported(f"attn_implementation={attention!r}, an attention of the user's own")
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         raise Unsupported("tracing or export, which would fix the lengths of this batch")
-    _PLANNER.parts(layers)
+    return _PLANNER.parts(layers)
 
 
 def _all_none(value: Any) -> bool:
@@ -89,6 +91,7 @@ def states_wanted(module: Any, arguments: dict[str, Any]) -> bool | Collection[i
 def run_stack(
     module: nn.Module,
     layers: nn.ModuleList,
+    parts: tuple[LayerParts, ...],
     x: Tensor,
     sequences: Sequences,
     padding: Unpadding,
@@ -98,7 +101,6 @@ def run_stack(
     """Runs the packed layers of `module`, with whatever hooks see them in (B, S, H)."""
     _tell(module, layers, x, padding, sequences.mask, rows)
 
-    parts = _PLANNER.parts(layers)
     is_called = calls_layers(layers)
 
     def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:

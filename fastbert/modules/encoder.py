@@ -273,20 +273,12 @@ def _parts_of(layer: Any) -> LayerParts | None:
     """None for a layer whose modules have hooks or were replaced: these are called instead."""
     if type(layer) is not BertLayer:
         return None
-    attention, this, kinds = (
-        layer.attention,
-        layer.attention.self,
-        (
-            (layer.attention, BertAttention),
-            (layer.attention.self, BertSelfAttention),
-            (layer.attention.output, BertSelfOutput),
-            (layer.intermediate, BertIntermediate),
-            (layer.output, BertOutput),
-        ),
-    )
-    if not all(is_plain(module, kind) for module, kind in kinds):
-        return None
+    attention, this = layer.attention, layer.attention.self
     outputs = attention.output, layer.output
+    modules = (attention, this, *outputs, layer.intermediate)
+    kinds = (BertAttention, BertSelfAttention, BertSelfOutput, BertOutput, BertIntermediate)
+    if not all(map(is_plain, modules, kinds)):
+        return None
     dropouts = [one.dropout for one in (this, *outputs)]
     return LayerParts(
         Leaf(this.query),

@@ -20,7 +20,9 @@ _ABSENT = ("forward", "save")  # of an instance, which usually has none
 
 
 class Plan(NamedTuple):
-    """parts: of each layer; modules: all in the layers; the rest: what they looked like.
+    """parts: of each layer; modules: all in the layers; the rest: what these looked like.
+
+    Nothing here refers to the list of layers, so that a plan goes when its encoder does.
 
     attributes: (instance dictionaries, names, values), one a row; children: the dictionaries of
     submodules, live and then; types: of the modules; classes: what these define.
@@ -34,7 +36,7 @@ class Plan(NamedTuple):
     classes: dict[type, tuple]
 
     def holds(self) -> bool:
-        """Whether the layers still look as they did; hooks are asked about by `is_quiet`."""
+        """Whether the layers still look as they did, but for hooks."""
         dictionaries, names, values = self.attributes
         return (
             list(map(dict.get, dictionaries, names)) == values
@@ -94,16 +96,16 @@ def calls_layers(layers: nn.ModuleList) -> bool:
 
 
 def _plan(layers: nn.ModuleList, parts: tuple[LayerParts | None, ...]) -> Plan:
-    modules = tuple(layers.modules())
+    modules = tuple(module for layer in layers for module in layer.modules())
     rows = [(vars(m), name, value) for m in modules for name, value in _attributes(m)]
-    dictionaries, names, values = (list(column) for column in zip(*rows, strict=True))
-    live = [m._modules for m in modules if m._modules]
+    attributes = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
+    live: list[dict] = [layers._modules, *(m._modules for m in modules if m._modules)]
     types = list(map(type, modules))
     classes = {cls: _of_class(cls) for cls in types}
     return Plan(
         parts,
         modules,
-        (dictionaries, names, values),
+        attributes,
         (live, [dict(children) for children in live]),
         types,
         classes,

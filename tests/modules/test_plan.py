@@ -1,6 +1,8 @@
 """What an encoder's plan was read from may change after a call, and the next call sees it."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -184,7 +186,7 @@ def test_a_class_whose_forward_is_replaced_is_seen(monkeypatch):
     held = plan.Plan.holds
     monkeypatch.setattr(plan.Plan, "holds", lambda self: reads.append(held(self)) or reads[-1])
     result(model)
-    assert reads == [True, True]  # whether the layers may run, and what runs
+    assert reads == [True]
     cls = transformers.models.bert.modeling_bert.BertSelfOutput
     monkeypatch.setattr(cls, "forward", lambda *args: None)
     reads.clear()
@@ -206,6 +208,16 @@ def test_a_global_hook_sees_every_layer(kind):
     finally:
         hook.remove()
     assert seen.count(name) == 2
+
+
+@pytest.mark.parametrize("kind", ["patched", "own"])
+def test_a_plan_goes_with_its_model(kind):
+    model = build(kind)
+    result(model)
+    watched = [weakref.ref(one) for one in (model, model.encoder.layer, model.encoder.layer[0])]
+    del model
+    gc.collect()
+    assert [one() for one in watched] == [None] * 3
 
 
 def test_copies_have_plans_of_their_own():

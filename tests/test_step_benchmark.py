@@ -1,6 +1,5 @@
 """What the whole-step benchmarks compare is the same step, and each trick is really off."""
 
-import dataclasses
 import json
 
 import pytest
@@ -175,17 +174,3 @@ def test_a_failing_part_stops_no_other(monkeypatch, tmp_path):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["part"] for row in rows] == ["environment", "failure", "ablation"]
     assert rows[1]["case"] == {"of": "steps"}
-
-
-@pytest.mark.parametrize(
-    ("name", "operator"), [("fused norm", "dropout_add_layer_norm"), ("fused GELU", "bias_gelu")]
-)
-def test_without_a_fused_operator_no_layer_runs_it(model, batch, losses, name, operator):
-    bf16 = dataclasses.replace(QUICK, precision="bf16")  # where the plain bodies add the bias too
-    calls = []
-    for without in ((), (name,)):
-        with events.listen() as heard:
-            ablation.ablated(model, batch, without, bf16)()
-        calls.append(sum(getattr(event, "operator", "") == operator for event in heard))
-    layers = model.config.num_hidden_layers
-    assert calls[0] - calls[1] == layers * (2 if name == "fused norm" else 1)

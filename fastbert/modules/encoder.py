@@ -270,14 +270,14 @@ class BertEncoder(nn.Module):
 
 
 def _parts_of(layer: Any) -> LayerParts | None:
-    """None for a layer whose modules have hooks or were replaced: these are called instead."""
-    if type(layer) is not BertLayer:
+    """None where modules or their classes' forwards were replaced, or hooked: these are called."""
+    is_own = all(kind.forward is forward for kind, forward in _FORWARDS.items())
+    if type(layer) is not BertLayer or not is_own:
         return None
     attention, this = layer.attention, layer.attention.self
     outputs = attention.output, layer.output
     modules = (attention, this, *outputs, layer.intermediate)
-    kinds = (BertAttention, BertSelfAttention, BertSelfOutput, BertOutput, BertIntermediate)
-    if not all(map(is_plain, modules, kinds)):
+    if not all(map(is_plain, modules, list(_FORWARDS)[1:])):
         return None
     dropouts = [one.dropout for one in (this, *outputs)]
     return LayerParts(
@@ -299,6 +299,18 @@ def _parts_of(layer: Any) -> LayerParts | None:
     )
 
 
+# Of a layer, and of its modules in the order in which `_parts_of` asks for them.
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (
+        BertLayer,
+        BertAttention,
+        BertSelfAttention,
+        BertSelfOutput,
+        BertOutput,
+        BertIntermediate,
+    )
+}
 _PLANNER = Planner(_parts_of)
 
 

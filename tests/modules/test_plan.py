@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 import fastbert
-from fastbert.modules import plan
+from fastbert.modules import encoder, plan
 
 SHAPE = {
     "hidden_size": 32,
@@ -192,6 +192,19 @@ def test_a_class_whose_forward_is_replaced_is_seen(monkeypatch):
     reads.clear()
     result(model)
     assert reads[0] is False
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["BertLayer", "BertAttention", "BertSelfAttention", "BertSelfOutput", "BertIntermediate"],
+)
+def test_an_own_class_whose_forward_is_replaced_runs_it(name, monkeypatch):
+    model = build("own")
+    before, cls = result(model), getattr(encoder, name)
+    forward, calls = cls.forward, []
+    monkeypatch.setattr(cls, "forward", lambda *args: calls.append(1) or forward(*args))
+    assert torch.equal(result(model), before)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("kind", ["patched", "own"])

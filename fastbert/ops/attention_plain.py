@@ -124,5 +124,5 @@ def _attend(
     else:
         p = scores.softmax(-1)
     if keep is not None:
-        p = p * (keep * call.keep_scale)  # the scaled mask needs no gradient: one product has one
+        p = p * keep * call.keep_scale
     return p.to(v.dtype) @ v

@@ -57,7 +57,8 @@ def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Ten
     if rng is None:
         return x
     keep = hidden_keep_mask(rng, x.shape[-1], dropout_p).view(x.shape)
-    return x * (keep * random.keep_scale(dropout_p)).to(x.dtype)
+    # of which the backward keeps the mask alone, a byte an element
+    return torch.where(keep, x * random.keep_scale(dropout_p), 0.0)
 
 
 def dropout_state(

@@ -25,11 +25,11 @@ from benchmarks.steps import (
 )
 from benchmarks.timing import interleaved, recorded, summarize
 from benchmarks.workloads import MAX_SEQLEN, Batch, pretraining_batch, sequence_lengths
+from fastbert.cuda_graph import Work
 from fastbert.models.losses import score_classes, score_masked
 from fastbert.modules import embeddings, layer
 from fastbert.modules.linear import Leaf
 from fastbert.packing import PackedBatch
-from fastbert.train.cuda_graph import Work
 
 NOTHING, EVERYTHING = "nothing", "all of these"
 NARROW = "narrow residual stream"

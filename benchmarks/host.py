@@ -4,7 +4,7 @@ The part "host" is whole calls of fastbert's own, patched and Hugging Face's mod
 weights and batch, in turns. On any machine, on the CPU with one thread: 12 layers of 32 and one
 sequence of 16 tokens, in float32. On a GPU, BERT-base as well, inference with the weights in the
 precision that is measured and a fine-tuning step under autocast; there patched models also run with
-CUDA graphs as soon as `fastbert.patch` has them, and Hugging Face's through torch.compile.
+CUDA graphs, and Hugging Face's through torch.compile.
 
 Then follows `empty_launches`: the same of single layers and operators, as they are on a GPU.
 """
@@ -26,7 +26,6 @@ from benchmarks.host_calls import (
     Work,
     batch_of,
     forward_pass,
-    has_graphs,
     models,
     training_step,
 )
@@ -81,7 +80,7 @@ def compare(
     batch = batch_of(case, options.device, shape)
     names = [FASTBERT, PATCHED, SDPA]
     if options.device.type == "cuda":
-        names += [PATCHED_GRAPHS] if has_graphs() else []
+        names += [PATCHED_GRAPHS]
         names += [REDUCED] if case in COMPILED_CASES and not options.quick else []
     works: dict[str, Work] = {}
     refused: dict[str, str] = {}

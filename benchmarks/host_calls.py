@@ -1,6 +1,5 @@
 """The calls whose host time is measured: models, batches, and what is done with them."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 import fastbert
 from benchmarks.results import FASTBERT, PATCHED, PATCHED_GRAPHS, REDUCED, Options
+from fastbert import graphs
 
 ENCODER, CLASSIFIER = "BertModel", "BertForSequenceClassification"
 INFERENCE, STEP = "inference", "training step"
@@ -37,10 +37,6 @@ class Case(NamedTuple):
     has_mask: bool = True
 
 
-def has_graphs() -> bool:
-    return "graphs" in inspect.signature(fastbert.patch).parameters
-
-
 def batch_of(case: Case, device: torch.device, shape: dict) -> dict[str, Tensor]:
     shares = (torch.arange(case.sequences) + 0.5) / case.sequences
     lengths = (shares * case.length).round().clamp(min=1)
@@ -64,14 +60,14 @@ def models(case: Case, shape: dict, names: list[str], device: torch.device) -> d
         with device:
             if name == FASTBERT:
                 model = getattr(fastbert, case.model)(fastbert.BertConfig(**shape))
+                graphs.allow(model, False)
             else:
                 config = transformers.BertConfig(**shape, attn_implementation="sdpa")
                 model = getattr(transformers, case.model)(config)
         if made:
             model.load_state_dict(next(iter(made.values())).state_dict())
         if name in (PATCHED, PATCHED_GRAPHS):
-            options = {"graphs": "auto" if name == PATCHED_GRAPHS else False}
-            fastbert.patch(model, **options if has_graphs() else {})
+            fastbert.patch(model, graphs="auto" if name == PATCHED_GRAPHS else False)
         made[name] = model
     return made
 

@@ -26,7 +26,7 @@ from benchmarks.timing import (
     why_not_recorded,
 )
 from fastbert import backend
-from fastbert.train.cuda_graph import WARM_UP, CudaGraphs
+from fastbert.cuda_graph import WARM_UP, CudaGraphs
 
 SETS = 3  # of inputs, taken in turn
 

@@ -218,6 +218,11 @@ def use(backend: str | None) -> Iterator[None]:
         _forget()
 
 
+def is_forced() -> bool:
+    """Whether somebody chose a backend."""
+    return _forced is not None
+
+
 def _forget() -> None:
     for operator in OPS.values():
         operator.forget()

@@ -8,7 +8,6 @@ import pytest
 import torch
 from triton.runtime.jit import KernelInterface
 
-import fastbert
 from benchmarks import empty_launches, host, host_calls, report
 from benchmarks.host_calls import ENCODER, INFERENCE, SMALL, STEP, Case
 from benchmarks.results import (
@@ -23,7 +22,7 @@ from benchmarks.results import (
 )
 from benchmarks.tables import PARTS
 from benchmarks.targets import CPU
-from fastbert import backend, ops
+from fastbert import backend, graphs, ops
 
 QUICK = Options(torch.device("cpu"), "fp32", quick=True)
 NAMES = [FASTBERT, PATCHED, SDPA]
@@ -72,20 +71,11 @@ def test_batches_are_as_wide_as_they_say_and_filled_so():
         assert mask.float().mean() == pytest.approx(fill, abs=0.02)
 
 
-def test_graphs_are_asked_for_where_patch_has_them(monkeypatch):
-    patch, asked = fastbert.patch, []
-
-    def with_graphs(model, graphs="auto"):
-        asked.append(graphs)
-        return patch(model)
-
-    case, names = Case(INFERENCE), [PATCHED, PATCHED_GRAPHS]
-    monkeypatch.setattr(fastbert, "patch", lambda model: patch(model))
-    assert not host_calls.has_graphs()
-    monkeypatch.setattr(fastbert, "patch", with_graphs)
-    assert host_calls.has_graphs()
-    host_calls.models(case, SHAPE, names, QUICK.device)
-    assert asked == [False, "auto"]
+def test_graphs_run_under_their_own_name_alone():
+    names = [FASTBERT, PATCHED, PATCHED_GRAPHS]
+    found = host_calls.models(Case(INFERENCE), SHAPE, names, QUICK.device)
+    layers = {name: next(iter(model.children())).encoder.layer for name, model in found.items()}
+    assert [graphs.are_allowed(layers[name]) for name in names] == [False, False, True]
 
 
 def test_a_compiled_model_replays_graphs(monkeypatch):

@@ -173,14 +173,14 @@ LAYERS = (  # from the top down: a file may import its own layer, those below, a
     {"train"},
     {"data"},
     {"models"},
-    {"modules"},
+    {"graphs", "modules", "replays"},
     {"ops"},
     {"backend"},
     {"kernels"},
 )
 LEAVES = {
-    *("_version", "check", "checkpoint", "config", "distill_config", "events", "finetune_config"),
-    *("optim", "outputs", "packing", "pretrain_config", "reference", "rng"),
+    *("_version", "check", "checkpoint", "config", "cuda_graph", "distill_config", "events"),
+    *("finetune_config", "optim", "outputs", "packing", "pretrain_config", "reference", "rng"),
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fastbert.graphs import Graphs, allow
 from fastbert.hf.encode import run_encoder, run_model
 from fastbert.hf.families import FAMILIES, ORIGINAL, Family, family_of, patched_base
 from fastbert.hf.heads import run_head, run_masked_lm, run_pretraining
@@ -20,7 +21,7 @@ from fastbert.hf.stack import run_one_layer
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def patch(model: Model) -> Model:
+def patch(model: Model, graphs: Graphs = "auto") -> Model:
     """Makes a Hugging Face model compute packed and fused, in place, and returns it.
 
     model: one of transformers' BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA or DistilBERT models,
@@ -29,6 +30,9 @@ def patch(model: Model) -> Model:
     tying, resizing, PEFT, Trainer, DDP and FSDP go on as before (patch before `fully_shard`). What
     the packed path does not compute (decoders, `output_attentions`, ...) runs as before;
     `fastbert.explain` tells which. Patching twice changes nothing; `unpatch` takes it back.
+
+    graphs: "auto" replays the layers as CUDA graphs where that is right, on a GPU; False never
+    does, nor does FASTBERT_GRAPHS=0 for any model; see `fastbert.graphs`.
 
     Raises TypeError, naming the class, if there is nothing in the model to patch.
     """
@@ -44,6 +48,7 @@ def patch(model: Model) -> Model:
             f"patch: expected a transformers model that contains one of {names}, "
             f"got {type(model).__module__}.{type(model).__name__}, which has none"
         )
+    allow(model, graphs)
     return model
 
 
@@ -53,6 +58,7 @@ def unpatch(model: Model) -> Model:
         original = vars(type(module)).get(ORIGINAL)
         if original is not None:
             module.__class__ = original
+    allow(model, "auto")
     return model
 
 

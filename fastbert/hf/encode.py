@@ -19,19 +19,18 @@ from fastbert.hf.hooks import is_hooked
 from fastbert.hf.stack import (
     boundary_dtype,
     family_of_module,
-    padding_of,
     require_encoder,
+    require_values,
     returns_tuples,
-    run_stack,
+    run_packed,
     states_wanted,
 )
 from fastbert.modules.embeddings import embed, stream_dtype
 from fastbert.modules.heads import first_tokens
 from fastbert.modules.layer import Rows, Sequences
+from fastbert.modules.request import DOCUMENTS, read_layout
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState, for_batch
-
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 @dataclasses.dataclass
@@ -70,7 +69,7 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
     attention_mask = arguments.pop("attention_mask", None)
     token_type_ids = arguments.pop("token_type_ids", None)
     position_ids = arguments.pop("position_ids", None)
-    packed = {name: arguments.pop(name, None) for name in _PACKED}
+    packed = {name: arguments.pop(name, None) for name in DOCUMENTS}
     given = input_ids if inputs_embeds is None else inputs_embeds
     if given is None or (input_ids is not None and inputs_embeds is not None) or given.ndim < 2:
         raise Unsupported("input that Hugging Face refuses")
@@ -82,10 +81,9 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
     if attention_mask is not None and attention_mask.ndim not in (2, 4):
         raise Unsupported(f"an attention_mask of {attention_mask.ndim} dimensions")
 
-    shape = batch, seqlen = given.shape[0], given.shape[1]
-    padding, mask = padding_of(
-        given, batch, seqlen, attention_mask, position_ids=position_ids, **packed
-    )
+    shape = given.shape[0], given.shape[1]
+    require_values(given)
+    padding, mask = read_layout(given, attention_mask, position_ids, **packed)
     if position_ids is None:
         position_ids = _positions(model, family, padding, input_ids, shape, given.device)
 
@@ -96,7 +94,7 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
     sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, mask, rng)
     states = states_wanted(model, arguments)
     chosen = rows(padding) if rows is not None and not states else None
-    x, hidden_states = run_stack(model, layers, parts, x, sequences, padding, states, chosen)
+    x, hidden_states = run_packed(model, layers, parts, x, sequences, padding, states, chosen)
     dtype = boundary_dtype(model.embeddings.LayerNorm.weight.dtype, x.device)
     return Encoded(x, hidden_states, padding, chosen, dtype)
 
@@ -150,11 +148,12 @@ def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> 
     wanted = dict(arguments)
     hidden_states = wanted.pop("hidden_states")
     mask = wanted.pop("attention_mask", None)
-    packed = {name: wanted.pop(name, None) for name in (*_PACKED, "position_ids")}
+    positions = wanted.pop("position_ids", None)
+    packed = {name: wanted.pop(name, None) for name in DOCUMENTS}
     try:
         parts = require_encoder(encoder.config, encoder.layer, wanted)
-        batch, seqlen, _ = hidden_states.shape
-        padding, general = padding_of(hidden_states, batch, seqlen, mask, **packed)
+        require_values(hidden_states)
+        padding, general = read_layout(hidden_states, mask, positions, **packed)
         own, device = hidden_states.dtype, hidden_states.device
         dtype = stream_dtype(own, device, encoder.config, training=encoder.training)
         x = padding.pack(hidden_states).to(dtype)
@@ -163,7 +162,7 @@ def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> 
             rng = for_batch(padding.cu_seqlens, x.shape[0])
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
         chosen = states_wanted(encoder, wanted)
-        x, states = run_stack(encoder, encoder.layer, parts, x, sequences, padding, chosen, None)
+        x, states = run_packed(encoder, encoder.layer, parts, x, sequences, padding, chosen, None)
     except Unsupported as reason:
         events.refused(encoder, reason)
         return original(**arguments)

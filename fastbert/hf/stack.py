@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from fastbert import events
 from fastbert.hf.families import Family, Unsupported, family_of, patched_base, runs_patched
 from fastbert.hf.hooks import is_observed
-from fastbert.modules.layer import LayerParts, Rows, Sequences, run_layer, run_layers
-from fastbert.modules.masks import document_boundaries, read_mask
-from fastbert.modules.plan import Planner, calls_layers
-from fastbert.ops.unpad import Unpadding, unpad
+from fastbert.modules.layer import LayerParts, Rows, Sequences, run_layer
+from fastbert.modules.plan import Planner
+from fastbert.modules.request import unknown_argument
+from fastbert.modules.stack import run_stack
+from fastbert.ops.unpad import Unpadding
 
-# Arguments that say nothing to an encoder, whatever their value.
-_IGNORED = {"num_items_in_batch", "seq_idx", "cache_position", "use_cache", "return_dict"}
 _BUILT_IN_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention", "fastbert")
 
 
@@ -28,10 +27,8 @@ def require_encoder(
     attentions = arguments.get("output_attentions")
     if config.output_attentions if attentions is None else attentions:
         raise Unsupported("output_attentions: the fused attention never forms the probabilities")
-    for name, value in arguments.items():
-        is_none = value is None or value is False or _all_none(value)
-        if name in _IGNORED or name.startswith("output_") or is_none:
-            continue
+    name = unknown_argument(arguments)
+    if name is not None:
         raise Unsupported(f"the argument {name}")
     attention = getattr(config, "_attn_implementation", None) or "eager"
     if not attention.startswith(_BUILT_IN_ATTENTION):
@@ -41,9 +38,9 @@ def require_encoder(
     return _PLANNER.parts(layers)
 
 
-def _all_none(value: Any) -> bool:
-    """4.57 expands a head_mask of None to a list of them."""
-    return isinstance(value, (list, tuple)) and all(one is None for one in value)
+def require_values(given: Tensor) -> None:
+    if given.is_meta:
+        raise Unsupported("the meta device: a batch is packed by the values of its mask")
 
 
 def parts_of(layer: Any) -> LayerParts:
@@ -61,25 +58,6 @@ def family_of_module(module: nn.Module) -> Family:
     return family
 
 
-def padding_of(
-    given: Tensor,
-    batch: int,
-    seqlen: int,
-    attention_mask: Tensor | None,
-    **packed: Any,
-) -> tuple[Unpadding, Tensor | None]:
-    """How the batch packs, and the mask that attention needs beside that."""
-    if given.is_meta:
-        raise Unsupported("the meta device: a batch is packed by the values of its mask")
-    documents = document_boundaries(batch, seqlen, attention_mask, **packed)
-    if documents is not None:
-        return Unpadding.documents(*documents, seqlen), None
-    mask, general = read_mask(attention_mask, batch, seqlen)
-    if mask is None:
-        return Unpadding.dense(batch, seqlen, given.device), general
-    return unpad(mask.to(given.device)), None
-
-
 def states_wanted(module: Any, arguments: dict[str, Any]) -> bool | Collection[int]:
     wanted = arguments.get("output_hidden_states")
     if wanted is None:
@@ -88,7 +66,7 @@ def states_wanted(module: Any, arguments: dict[str, Any]) -> bool | Collection[i
     return wanted if is_choice else bool(wanted)
 
 
-def run_stack(
+def run_packed(
     module: nn.Module,
     layers: nn.ModuleList,
     parts: tuple[LayerParts, ...],
@@ -101,11 +79,7 @@ def run_stack(
     """Runs the packed layers of `module`, with whatever hooks see them in (B, S, H)."""
     _tell(module, layers, x, padding, sequences.mask, rows)
 
-    is_called = calls_layers(layers)
-
     def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
-        if not is_called:
-            return run_layer(parts[number], x, sequences)
         layer = layers[number]
         if not is_observed(layer):
             return layer(x, sequences=sequences)
@@ -115,7 +89,7 @@ def run_stack(
         y = padding.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
         return y if sequences.rows is None else sequences.rows.of(y)
 
-    return run_layers(len(layers), x, sequences, states, rows, call)
+    return run_stack(layers, parts, x, sequences, states, rows, call)
 
 
 def _tell(

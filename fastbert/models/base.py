@@ -14,7 +14,8 @@ from fastbert import checkpoint
 from fastbert.config import BertConfig, changed, check_config
 from fastbert.models.inputs import ForwardOptions, Inputs, Request
 from fastbert.models.resize import resize
-from fastbert.modules.encoder import BertLayer, pad_output
+from fastbert.modules.bert_layer import BertLayer
+from fastbert.modules.encoder import pad_output
 from fastbert.packing import PackedBatch
 
 

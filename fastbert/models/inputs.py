@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.check import require
-from fastbert.modules.encoder import refuse_attentions, refuse_unknown
 from fastbert.modules.layer import Rows
-from fastbert.modules.masks import document_boundaries, read_mask
-from fastbert.ops.unpad import Unpadding, unpad
+from fastbert.modules.request import DOCUMENTS, read_layout, refuse_attentions, refuse_unknown
+from fastbert.ops.unpad import Unpadding
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 
 
@@ -47,9 +46,6 @@ class ForwardOptions(TypedDict, total=False):
     max_length_k: int | None
 
 
-_DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
     """One call of a model. T packed tokens of B sequences, of which M rows are wanted.
@@ -70,7 +66,7 @@ class Request:
     def read(cls, who: str, config: Any, inputs: Inputs, options: dict[str, Any]) -> Self:
         """Raises ValueError for arguments that do not fit together, and for unknown ones."""
         options = dict(options)
-        documents = {name: options.pop(name, None) for name in _DOCUMENTS}
+        documents = {name: options.pop(name, None) for name in DOCUMENTS}
         hidden_states = options.pop("output_hidden_states", None)
         attentions = options.pop("output_attentions", None)
         return_dict = options.pop("return_dict", None)
@@ -193,25 +189,9 @@ def pack_inputs(inputs: Inputs, documents: dict[str, Any]) -> tuple[PackedBatch,
         "input_ids (batch, seqlen) or inputs_embeds (batch, seqlen, hidden)",
         tuple(given.shape),
     )
-    batch_size, seqlen = given.shape[:2]
-    boundaries = document_boundaries(
-        batch_size, seqlen, attention_mask, position_ids=position_ids, **documents
-    )
-    general_mask = None
-    if boundaries is not None:
-        padding = Unpadding.documents(*boundaries, seqlen)
-    else:
-        mask, general_mask = read_mask(attention_mask, batch_size, seqlen)
-        dense = Unpadding.dense(batch_size, seqlen, given.device)
-        padding = dense if mask is None else unpad(mask)
-
+    padding, general_mask = read_layout(given, attention_mask, position_ids, **documents)
     if position_ids is None:
-        position_ids = torch.arange(seqlen, device=given.device)
-        if boundaries is not None:
-            starts = padding.cu_seqlens[:-1].long()
-            position_ids = position_ids - starts.repeat_interleave(
-                padding.cu_seqlens.diff(), output_size=seqlen
-            )
+        position_ids = _positions(padding, given)
     by_token = {
         "input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids
     }  # fmt: skip
@@ -227,6 +207,16 @@ def pack_inputs(inputs: Inputs, documents: dict[str, Any]) -> tuple[PackedBatch,
         attention_mask=general_mask,
     )
     return batch, padding
+
+
+def _positions(padding: Unpadding, given: Tensor) -> Tensor:
+    """(S,): each token's column, or its place in its own document."""
+    seqlen = given.shape[1]
+    columns = torch.arange(seqlen, device=given.device)
+    if len(padding.cu_seqlens) - 1 == given.shape[0]:
+        return columns
+    starts, lengths = padding.cu_seqlens[:-1].long(), padding.cu_seqlens.diff()
+    return columns - starts.repeat_interleave(lengths, output_size=seqlen)
 
 
 def _packed(padding: Unpadding, name: str, tensor: Tensor) -> Tensor:

@@ -47,17 +47,23 @@ class Plan(NamedTuple):
 
 
 class Planner:
-    """Keeps the plans of encoders, by their lists of layers, as long as these live."""
+    """Keeps the plans of encoders, by their lists of layers, as long as these live.
+
+    Training has one and eval mode another, so that changing between them reads nothing anew.
+    """
 
     def __init__(self, parts_of: Callable[[Any], LayerParts | None]) -> None:
         self.parts_of = parts_of
-        self.plans: weakref.WeakKeyDictionary[nn.ModuleList, tuple] = weakref.WeakKeyDictionary()
+        self.plans: weakref.WeakKeyDictionary[nn.ModuleList, dict[bool, tuple]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def parts(self, layers: nn.ModuleList) -> tuple[Any, ...]:
         """What `parts_of` gives for each layer; raises what it raises."""
         if torch.compiler.is_compiling():  # which guards what it reads in its own way
             return tuple(map(self.parts_of, layers))
-        found = self.plans.get(layers)
+        plans = self.plans.setdefault(layers, {})
+        found = plans.get(layers.training)
         if found is not None:
             plan, hooks = found
             if not any(hooks) and plan.holds():
@@ -66,7 +72,7 @@ class Planner:
         inner = [module for layer in layers for module in layer.modules() if module is not layer]
         hooks = tuple(hook for module in inner for hook in hooks_of(module))
         if not any(hooks):  # what is hooked is read anew each time, as some hooks sleep
-            self.plans[layers] = (_plan(layers, parts), hooks)
+            plans[layers.training] = _plan(layers, parts), hooks
         return parts
 
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fastbert import graphs
+from fastbert.cuda_graph import WARM_UP, CudaGraphs, Recorder, Work
 from fastbert.data import GlobalCounts, PretrainingData
 from fastbert.packing import Bucket, PackedBatch
 from fastbert.pretrain_config import PretrainConfig
 from fastbert.train import distributed
-from fastbert.train.cuda_graph import WARM_UP, CudaGraphs, Recorder, Work
 from fastbert.train.optimizer import linear_schedule
 from fastbert.train.precision import autocast, make_scaler
 from fastbert.train.report import console
@@ -47,6 +48,9 @@ def make_step(
     step = EagerStep(objective, optimizer, config, device, scaler=scaler, num_ranks=num_ranks)
     if device.type != "cuda" or eager or num_ranks > 1:
         return step
+    graphs.allow(
+        objective, False
+    )  # within a whole step's graph, the layers' would only take memory
     return GraphedStep(step, data.bucket(config.accumulation), CudaGraphs())
 
 

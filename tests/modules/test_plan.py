@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 import fastbert
-from fastbert.modules import encoder, plan
+from fastbert.modules import bert_layer, plan
 
 SHAPE = {
     "hidden_size": 32,
@@ -200,7 +200,7 @@ def test_a_class_whose_forward_is_replaced_is_seen(monkeypatch):
 )
 def test_an_own_class_whose_forward_is_replaced_runs_it(name, monkeypatch):
     model = build("own")
-    before, cls = result(model), getattr(encoder, name)
+    before, cls = result(model), getattr(bert_layer, name)
     forward, calls = cls.forward, []
     monkeypatch.setattr(cls, "forward", lambda *args: calls.append(1) or forward(*args))
     assert torch.equal(result(model), before)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import fastbert
+from fastbert.cuda_graph import WARM_UP, CudaGraphs
 from fastbert.packing import IGNORE_INDEX
 from fastbert.pretrain_config import PretrainConfig
-from fastbert.train.cuda_graph import WARM_UP, CudaGraphs
 from fastbert.train.objective import PretrainingObjective
 from fastbert.train.optimizer import make_optimizer
 from fastbert.train.step import EagerStep, GraphedStep

@@ -7,8 +7,8 @@ import weakref
 import pytest
 import torch
 
-from fastbert.train import cuda_graph
-from fastbert.train.cuda_graph import CudaGraphs
+from fastbert import cuda_graph
+from fastbert.cuda_graph import CudaGraphs
 from tests.models.pretraining_case import make_batch, make_model
 
 

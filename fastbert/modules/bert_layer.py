@@ -1,0 +1,155 @@
+"""BERT's layer as modules under Hugging Face's names, and what `run_layer` reads of it.
+
+T packed tokens, M of which are wanted, H hidden. What flows between the modules is one (T, H)
+tensor and its `Sequences`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastbert.modules.activations import activation, dense_and_activate
+from fastbert.modules.layer import LayerParts, Sequences, project_and_norm, self_attention
+from fastbert.modules.linear import Leaf, is_plain
+from fastbert.ops.layer_norm import Save
+from fastbert.rng import DropoutState
+
+
+class BertSelfAttention(nn.Module):
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.num_attention_heads = config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
+        """(T, H) -> (T, H), or (M, H) where only some rows are wanted"""
+        return self_attention(
+            hidden_states,
+            Leaf(self.query),
+            Leaf(self.key),
+            Leaf(self.value),
+            self.num_attention_heads,
+            self.dropout.p if self.training else 0.0,
+            sequences,
+        )
+
+
+class _ProjectAndNorm(nn.Module):
+    """`LayerNorm(residual + dropout(dense(x)))`: the end of each half of a layer.
+
+    save: what `dropout_add_layer_norm` keeps for its backward. It may be set on an instance, or on
+    this class for all; "y" saves memory, and is for weights of LayerNorm that are not near 0.
+    """
+
+    save: Save = "z"
+
+    def __init__(self, in_features: int, config) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self, hidden_states: Tensor, residual: Tensor, rng: DropoutState | None = None
+    ) -> Tensor:
+        dropout_p = self.dropout.p if self.training else 0.0
+        dense, norm = Leaf(self.dense), Leaf(self.LayerNorm, nn.LayerNorm)
+        return project_and_norm(hidden_states, residual, dense, norm, dropout_p, rng, self.save)
+
+
+class BertSelfOutput(_ProjectAndNorm):
+    def __init__(self, config) -> None:
+        super().__init__(config.hidden_size, config)
+
+
+class BertOutput(_ProjectAndNorm):
+    def __init__(self, config) -> None:
+        super().__init__(config.intermediate_size, config)
+
+
+class BertAttention(nn.Module):
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.self = BertSelfAttention(config)
+        self.output = BertSelfOutput(config)
+
+    def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
+        context = self.self(hidden_states, sequences)
+        return self.output(context, sequences.wanted(hidden_states), sequences.wanted_rng(1))
+
+
+class BertIntermediate(nn.Module):
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate_act_fn = activation(config.hidden_act)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return dense_and_activate(hidden_states, Leaf(self.dense), self.intermediate_act_fn)
+
+
+class BertLayer(nn.Module):
+    # `gradient_checkpointing_enable`, ours and Hugging Face's, sets both on each layer
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable = staticmethod(checkpoint)
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.attention = BertAttention(config)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertOutput(config)
+
+    def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
+        """(T, H) -> (T, H) or (M, H); its three dropouts are the sites from `sequences`' on."""
+        hidden_states = self.attention(hidden_states, sequences)
+        intermediate = self.intermediate(hidden_states)
+        return self.output(intermediate, hidden_states, sequences.wanted_rng(2))
+
+
+def parts_of(layer: Any) -> LayerParts | None:
+    """None where modules or their classes' forwards were replaced, or hooked: these are called."""
+    is_own = all(kind.forward is forward for kind, forward in _FORWARDS.items())
+    if type(layer) is not BertLayer or not is_own:
+        return None
+    attention, this = layer.attention, layer.attention.self
+    outputs = attention.output, layer.output
+    modules = (attention, this, *outputs, layer.intermediate)
+    if not all(map(is_plain, modules, list(_FORWARDS)[1:])):
+        return None
+    dropouts = [one.dropout for one in (this, *outputs)]
+    return LayerParts(
+        Leaf(this.query),
+        Leaf(this.key),
+        Leaf(this.value),
+        this.num_attention_heads,
+        dropouts[0].p if this.training else 0.0,
+        Leaf(attention.output.dense),
+        dropouts[1].p if outputs[0].training else 0.0,
+        Leaf(attention.output.LayerNorm, nn.LayerNorm),
+        Leaf(layer.intermediate.dense),
+        layer.intermediate.intermediate_act_fn,
+        Leaf(layer.output.dense),
+        dropouts[2].p if outputs[1].training else 0.0,
+        Leaf(layer.output.LayerNorm, nn.LayerNorm),
+        outputs[0].save,
+        outputs[1].save,
+    )
+
+
+# Of a layer, and of its modules in the order in which `parts_of` asks for them.
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (
+        BertLayer,
+        BertAttention,
+        BertSelfAttention,
+        BertSelfOutput,
+        BertOutput,
+        BertIntermediate,
+    )
+}

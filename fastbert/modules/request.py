@@ -1,0 +1,83 @@
+"""What one call asks for, as models, encoders and patched modules of every kind read it."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastbert.check import require
+from fastbert.modules.masks import document_boundaries, read_mask
+from fastbert.ops.unpad import Unpadding, unpad
+
+# How Hugging Face says where documents that are packed into one row begin.
+DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+# Accepted, without effect on a bidirectional encoder.
+_IGNORED = {"num_items_in_batch", "seq_idx", "cache_position", "use_cache", "return_dict"}
+
+
+class Layout(NamedTuple):
+    """padding: how the batch packs; mask: what attention needs beside that, as `attention` takes
+    it, None for nothing."""
+
+    padding: Unpadding
+    mask: Tensor | None
+
+
+def read_layout(
+    given: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    **documents: Any,
+) -> Layout:
+    """Who attends to whom among given (B, S, ...), ids or embeddings.
+
+    attention_mask: see `read_mask`; position_ids, documents: see `document_boundaries`. The host
+    waits for a GPU once where there is a mask. Raises ValueError for what does not fit together.
+    """
+    batch, seqlen = given.shape[:2]
+    boundaries = document_boundaries(
+        batch, seqlen, attention_mask, position_ids=position_ids, **documents
+    )
+    if boundaries is not None:
+        return Layout(Unpadding.documents(*boundaries, seqlen), None)
+    padding, general = read_mask(attention_mask, batch, seqlen)
+    if padding is None:
+        return Layout(Unpadding.dense(batch, seqlen, given.device), general)
+    return Layout(unpad(padding.to(given.device)), None)
+
+
+def unknown_argument(arguments: dict[str, Any]) -> str | None:
+    """The first of further arguments that asks for something; None if none does."""
+    for name, value in arguments.items():
+        is_none = value is None or value is False or _all_none(value)
+        if not (is_none or name in _IGNORED or name.startswith("output_")):
+            return name
+    return None
+
+
+def _all_none(value: Any) -> bool:
+    """transformers 4.57 expands a head_mask of None to a list of them."""
+    return isinstance(value, (list, tuple)) and all(one is None for one in value)
+
+
+def refuse_unknown(who: str, arguments: dict[str, Any]) -> None:
+    refuse_attentions(arguments.get("output_attentions"))
+    name = unknown_argument(arguments)
+    require(
+        name is None,
+        who,
+        "only arguments that an encoder has a use for",
+        name,
+        "leave it out, or use a model patched by fastbert.patch",
+    )
+
+
+def refuse_attentions(output_attentions: bool | None) -> None:
+    require(
+        not output_attentions,
+        "output_attentions",
+        "False",
+        True,
+        "the fused attention never forms the probabilities; a model patched by fastbert.patch "
+        "takes Hugging Face's path for such a call",
+    )

@@ -135,9 +135,9 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def is_differentiable_twice() -> bool:
-    """Whether plain bodies run because they can be differentiated in every way."""
-    return _forced == "reference" or is_transformed()
+def is_forced(backend: str) -> bool:
+    """Whether the user said that this backend is to run."""
+    return _forced == backend
 
 
 def _choose(name: str, device: str) -> str:

@@ -18,6 +18,7 @@ from fastbert.ops.attention import Call as Attention
 from fastbert.ops.attention import attention, attention_qkvpacked
 from fastbert.ops.compact import compact
 from fastbert.ops.dropout import check_dropout, drawn, dropout
+from fastbert.ops.gather_rows import Call as Gather
 from fastbert.ops.gather_rows import gather_rows
 from fastbert.ops.layer_norm import Call as Norm
 from fastbert.ops.layer_norm import Save, dropout_add_layer_norm
@@ -75,7 +76,7 @@ class Rows:
 
     def of(self, x: Tensor) -> Tensor:
         """(T, H) -> (M, H), zeros in spare rows."""
-        return gather_rows(x, self.index, self.inverse)
+        return gather_rows.run(Gather(x, self.index, self.inverse))
 
     def take(self, values: Tensor, spare: int) -> Tensor:
         """(T,) -> (M,), `spare` in spare rows."""

@@ -4,6 +4,7 @@ B sequences, T packed tokens, N heads, D head size, S the longest sequence.
 """
 
 import itertools
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastbert.backend import is_differentiable_twice
+from fastbert.backend import is_forced, is_transformed
 from fastbert.ops.dropout import attention_drop_words
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState, attention_keep_mask, keep_scale
@@ -130,12 +131,35 @@ def _drop_words(call: Call) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Tensor | None = None) -> Tensor:
-    """PyTorch's own attention; its faster kernels can be differentiated once, and by autograd."""
-    options: dict = {"attn_mask": mask, "scale": call.softmax_scale}
-    if torch.is_grad_enabled() and is_differentiable_twice():
+    """PyTorch's own attention, so that it can be differentiated in the ways that are asked for."""
+    if is_transformed():
         with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q, k, v, **options)
-    return F.scaled_dot_product_attention(q, k, v, **options)
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=call.softmax_scale)
+    if is_forced("reference") and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Sdpa.apply(q, k, v, mask, call.softmax_scale)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=call.softmax_scale)
+
+
+class _Sdpa(torch.autograd.Function):
+    """The same, with a gradient that has a gradient: PyTorch's fast kernels have only one."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale = scale
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        *inputs, mask = ctx.saved_tensors
+        again = torch.is_grad_enabled()  # where the gradient is to be differentiated
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if again else nullcontext():
+            # views, as two of them may be one tensor
+            q, k, v = views = [
+                x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs
+            ]
+            out = F.scaled_dot_product_attention(q, k, v, mask, scale=ctx.scale)
+            return *torch.autograd.grad(out, views, dout, create_graph=again), None, None
 
 
 def _attend(

@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.bodies import EAGER, Body, Workload
 from benchmarks.workloads import sequence_lengths
 from fastbert import rng
-from fastbert.ops import attention, attention_qkvpacked
+from fastbert.ops.attention import attention, attention_qkvpacked
 from fastbert.pretrain_config import PRESETS
 
 SDPA_BACKENDS = {

@@ -24,7 +24,11 @@ from benchmarks import host_calls
 from benchmarks.host_calls import INFERENCE, SMALL, STEP, TOKENS, Case, Work
 from benchmarks.results import FASTBERT, PATCHED, Options, Results
 from benchmarks.timing import interleaved, summarize
-from fastbert import backend, ops
+from fastbert import backend
+from fastbert.ops.attention import attention_qkvpacked
+from fastbert.ops.bias_gelu import bias_gelu
+from fastbert.ops.embedding import embedding_layer_norm
+from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 
 DEPTHS = 2, 12  # a layer is what the deeper model takes longer, over the layers it has more
 CALLS = 50  # of an operator, timed together
@@ -114,10 +118,10 @@ def operators() -> list[Operator]:
     ids, tables = torch.arange(TOKENS), torch.randn(3, TOKENS, hidden).unbind()
 
     def attention(qkv: Tensor) -> Tensor:
-        return ops.attention_qkvpacked(qkv, cu_seqlens, TOKENS)
+        return attention_qkvpacked(qkv, cu_seqlens, TOKENS)
 
     def add_norm(x: Tensor, x_bias: Tensor, *others: Tensor) -> Tensor:
-        return ops.dropout_add_layer_norm(x, *others, x_bias=x_bias)
+        return dropout_add_layer_norm(x, *others, x_bias=x_bias)
 
     qkv = torch.randn(TOKENS, 3, heads, hidden // heads)
     wide_x, wide_bias = torch.randn(TOKENS, wide), torch.randn(wide)
@@ -125,9 +129,9 @@ def operators() -> list[Operator]:
     return [
         Operator("attention_qkvpacked", attention, (qkv,)),
         Operator("dropout_add_layer_norm", add_norm, (x, x_bias, residual, weight, bias)),
-        Operator("layer_norm", ops.layer_norm, (x, weight, bias)),
-        Operator("bias_gelu", ops.bias_gelu, (wide_x, wide_bias)),
-        Operator("embedding_layer_norm", ops.embedding_layer_norm, embedding),
+        Operator("layer_norm", layer_norm, (x, weight, bias)),
+        Operator("bias_gelu", bias_gelu, (wide_x, wide_bias)),
+        Operator("embedding_layer_norm", embedding_layer_norm, embedding),
     ]
 
 

@@ -15,7 +15,7 @@ from fastbert.models import (
     BertModel,
 )
 from fastbert.modules.encoder import BertEncoder
-from fastbert.ops import mlm_gather
+from fastbert.ops.mlm_gather import mlm_gather
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 
 __all__ = [

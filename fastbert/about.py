@@ -1,6 +1,7 @@
 """What `fastbert info` shows: versions, devices, and the backend of each operator."""
 
 import importlib.metadata
+import pkgutil
 import platform
 import shutil
 import subprocess
@@ -40,6 +41,8 @@ def devices() -> list[tuple[str, ...]]:
 
 def backends() -> list[tuple[str, ...]]:
     """(operator, device, backend, why) for each operator and each kind of device here."""
+    for module in pkgutil.iter_modules(fastbert.ops.__path__, "fastbert.ops."):
+        importlib.import_module(module.name)  # which registers its operators
     kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     rows: list[tuple[str, ...]] = []
     for name, operator in sorted(backend.OPS.items()):

@@ -1,22 +1,24 @@
 """Picks which implementation of an operator runs; no other file asks what is installed.
 
-An operator is a function whose body is its plain PyTorch reference. A backend is a namespace that
-holds faster bodies under fixed names: `torch.ops.fastbert` (the C++/CUDA extension) or a module of
-Triton launchers. The first usable backend of `PREFERENCE` runs; `FASTBERT_BACKEND`, or a
-`with backend.use(...)` block, forces one for the operators that have a body there, and those raise
-if it cannot run. The other operators keep the default.
+An operator is a function that checks its arguments, with a body in plain PyTorch, its reference. A
+backend is a namespace that holds faster bodies under fixed names: `torch.ops.fastbert` (the
+C++/CUDA extension) or a module of Triton launchers. The first usable backend of `PREFERENCE` runs;
+`FASTBERT_BACKEND`, or a `with backend.use(...)` block, forces one for the operators that have a
+body there, and those raise if it cannot run. The other operators keep the default.
 """
 
 import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from fastbert import events
 
@@ -25,6 +27,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The interpreter takes milliseconds a row: on a CPU, Triton runs only where a test forces it.
 PREFERENCE = {"cuda": ("ext", "triton", "reference"), "cpu": ("ext", "reference")}
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that Triton's kernels take
 
 OPS: dict[str, "Op"] = {}
 
@@ -41,42 +45,47 @@ class Choice(NamedTuple):
 
 
 class Op:
-    """A callable operator: its reference, the backends with a faster body, and the choice made.
+    """A callable operator: the check of its arguments, its bodies, and the choice among them.
 
-    `@op("ext")` decorates the reference body; `@name.fused` then decorates a function
-    `(kernels, *args)` that runs a backend's kernels, with autograd. `dtypes` are those of the first
-    argument that the faster bodies take, None for any. `@name.refuses` may decorate a function of
-    the arguments that returns why the faster bodies cannot take them, or None if they can. The
-    reference takes the rest. `@name.describes` may decorate a function `(kernels, *args)` that
-    names the kernels a backend runs for these arguments, for `fastbert.explain`.
+    `@op("triton")` decorates the function of the public name. It raises ValueError for arguments
+    that are wrong and returns the others, completed, as a named tuple: the call, whose first field
+    has a device. Who makes a call that is right by construction, as the models do, gives it to
+    `run`. The rest are decorators of functions of a call:
+
+    `@name.plain`: the operator in plain PyTorch. `@name.fused`, of `(kernels, call)`: a backend's
+    kernels, with gradients. `@name.refuses`: why the kernels cannot take the call, None if they
+    can; the plain body takes the others. `@name.describes`, of `(kernels, call)`: the names of
+    the kernels that run, for `fastbert.explain`.
     """
 
-    def __init__(
-        self,
-        reference: Callable,
-        backends: tuple[str, ...],
-        dtypes: tuple[torch.dtype, ...] | None,
-    ) -> None:
-        functools.update_wrapper(self, reference)
-        self.name = reference.__name__
-        self.reference = reference
+    plain_body: Callable
+    fused_body: Callable
+
+    def __init__(self, check: Callable, backends: tuple[str, ...]) -> None:
+        functools.update_wrapper(self, check)
+        self.name = check.__name__
+        self.check = check
         self.backends = (*backends, "reference")
-        self.dtypes = dtypes
-        self.run_fused: Callable | None = None
-        self.refusal: Callable[..., str | None] | None = None
-        self.description: Callable[..., str] | None = None
+        self.refusal: Callable[[Any], str | None] = lambda call: None
+        self.description: Callable[[Any, Any], str] = lambda kernels, call: ""
         self.choices: dict[str, Choice] = {}
         OPS[self.name] = self
 
-    def fused(self, function: Callable) -> Callable:
-        self.run_fused = function
+    def plain(self, function: Callable) -> Callable:
+        self.plain_body = function
+        result = inspect.signature(function).return_annotation  # what a user gets, for `help`
+        self.__signature__ = inspect.signature(self.check).replace(return_annotation=result)
         return function
 
-    def refuses(self, function: Callable[..., str | None]) -> Callable[..., str | None]:
+    def fused(self, function: Callable) -> Callable:
+        self.fused_body = function
+        return function
+
+    def refuses(self, function: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
         self.refusal = function
         return function
 
-    def describes(self, function: Callable[..., str]) -> Callable[..., str]:
+    def describes(self, function: Callable[[Any, Any], str]) -> Callable[[Any, Any], str]:
         self.description = function
         return function
 
@@ -101,34 +110,34 @@ class Op:
         """Whether a faster body runs on such a device, for the arguments that it takes."""
         return self.chosen(device).kernels is not None
 
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        choice = self.chosen(x.device.type)
-        refusal = None if choice.kernels is None else self.refusal_of(x, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.check(*args, **kwargs))
+
+    def run(self, call: Any) -> Any:
+        """The result of a call that was checked, or is right by construction."""
+        backend, kernels, reason, forced = self.chosen(call[0].device.type)
+        if kernels is not None:
+            is_plain = is_transformed()
+            refusal = "function transforms (torch.func)" if is_plain else self.refusal(call)
+            if refusal is not None:
+                reason = f"{backend} has no body for {refusal}"
+                if forced and not is_plain:
+                    raise BackendUnavailable(f"{self.name}: {reason}")
+                backend, kernels = "reference", None
         if events.is_listening():
-            self._tell(choice, refusal, x, *args, **kwargs)
-        if choice.kernels is None:
-            return self.reference(x, *args, **kwargs)
-        if refusal is not None:
-            if choice.forced:
-                raise BackendUnavailable(f"{self.name}: {choice.backend} has no body for {refusal}")
-            return self.reference(x, *args, **kwargs)
-        assert self.run_fused is not None
-        return self.run_fused(choice.kernels, x, *args, **kwargs)
+            variant = "" if kernels is None else self.description(kernels, call)
+            events.tell(events.OperatorRun(self.name, backend, variant, reason, call))
+        return self.plain_body(call) if kernels is None else self.fused_body(kernels, call)
 
-    def _tell(self, choice: Choice, refusal: str | None, *args: Any, **kwargs: Any) -> None:
-        backend, reason = choice.backend, choice.reason
-        if refusal is not None:
-            backend, reason = "reference", f"{choice.backend} has no body for {refusal}"
-        variant = ""
-        if self.description is not None and backend == choice.backend != "reference":
-            variant = self.description(choice.kernels, *args, **kwargs)
-        events.tell(events.OperatorRun(self.name, backend, variant, reason, args, kwargs))
 
-    def refusal_of(self, x: Any, *args: Any, **kwargs: Any) -> str | None:
-        """What about these arguments the faster bodies cannot take; None if they can."""
-        if self.dtypes is not None and x.dtype not in self.dtypes:
-            return str(x.dtype)
-        return self.refusal(x, *args, **kwargs) if self.refusal is not None else None
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work, which only plain PyTorch has rules for."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def forced() -> str | None:
+    """The backend that the user said is to run, None if any may."""
+    return _forced
 
 
 def _choose(name: str, device: str) -> str:
@@ -140,9 +149,9 @@ def _choose(name: str, device: str) -> str:
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def op(*backends: str, dtypes: tuple[torch.dtype, ...] | None = None) -> Callable[[Callable], Op]:
-    """Decorates a reference body; `backends` names where faster bodies of it exist."""
-    return lambda reference: Op(reference, backends, dtypes)
+def op(*backends: str) -> Callable[[Callable], Op]:
+    """Decorates an operator's check; `backends` names where faster bodies of it exist."""
+    return lambda check: Op(check, backends)
 
 
 def load(backend: str, op: str, device: str) -> Any:
@@ -179,7 +188,7 @@ def _load_triton(op: str, device: str) -> Any:
             "Triton builds its launcher with a C compiler, and none is on PATH"
         )
     # kernels/x.py holds the bodies of all the operators of fastbert/ops/x.py
-    unit = OPS[op].reference.__module__.rpartition(".")[2]
+    unit = OPS[op].check.__module__.rpartition(".")[2]
     return importlib.import_module(f"fastbert.kernels.{unit}")
 
 
@@ -216,11 +225,6 @@ def use(backend: str | None) -> Iterator[None]:
     finally:
         _forced = previous
         _forget()
-
-
-def is_forced() -> bool:
-    """Whether somebody chose a backend."""
-    return _forced is not None
 
 
 def _forget() -> None:

@@ -15,12 +15,11 @@ class OperatorRun(NamedTuple):
     backend: str
     variant: str
     reason: str
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
+    call: Any
 
     @property
     def first(self) -> Tensor | None:
-        return next((x for x in self.arguments if isinstance(x, Tensor)), None)
+        return next((x for x in self.call if isinstance(x, Tensor)), None)
 
 
 class Route(NamedTuple):

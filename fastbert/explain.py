@@ -1,7 +1,6 @@
 """`fastbert.explain`: which operator runs how, for a model and a batch, and why not faster."""
 
 import collections
-import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fastbert import backend, events
+from fastbert import events
 from fastbert.rng import threshold
 
 
@@ -91,17 +90,13 @@ def _rows(heard: list[events.Event]) -> list[Row]:
 
 
 def _row(run: events.OperatorRun) -> Row:
-    x = run.first
-    arguments = inspect.signature(backend.OPS[run.operator].reference).bind(
-        *run.arguments, **run.options
-    )
-    arguments.apply_defaults()
-    dropout_p = arguments.arguments.get("dropout_p", 0.0)
+    x, call = run.first, run.call
+    dropout_p = getattr(call, "dropout_p", 0.0)
     dropout = ""
     if threshold(dropout_p):
         dropout = f"{dropout_p:g} in the kernel" if run.backend == "triton" else f"{dropout_p:g}"
     kernel = run.variant
-    if arguments.arguments.get("mask") is not None:
+    if getattr(call, "mask", None) is not None:
         kernel = f"{kernel}, general mask".removeprefix(", ")
     return Row(
         operator=run.operator,

@@ -267,7 +267,7 @@ def _refusal(layers: nn.ModuleList, x: Tensor, sequences: Sequences, pool: Pool)
         return "an earlier forward whose backward is yet to run"
     if "_is_replica" in vars(layers):
         return "a replica of DataParallel"
-    if backend.is_forced():
+    if backend.forced() is not None:
         return "a backend that is forced"
     if pool.recorder.is_inside():
         return "a recording of the caller's own"

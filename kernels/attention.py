@@ -5,7 +5,6 @@ work end at once, and one more slice of the grid writes zeros behind the last se
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from fastbert.kernels.attention_bwd import (
@@ -18,7 +17,7 @@ from fastbert.kernels.attention_common import block_d, precision
 from fastbert.kernels.attention_dropout import attention_drop_words
 from fastbert.kernels.attention_fwd import attention_fwd_kernel, fwd_tile
 from fastbert.kernels.attention_single import attention_single_kernel, single_tile
-from fastbert.kernels.runtime import LAUNCH, capability, launcher, on
+from fastbert.kernels.runtime import LAUNCH, capability, cdiv, launcher, on
 
 __all__ = [
     "attention_bwd",
@@ -27,12 +26,12 @@ __all__ = [
     "attention_qkvpacked_bwd",
 ]
 
-MAX_SEQUENCES = 65534  # the third axis of a grid is 16 bits wide
 
-
-def _fwd_outputs(q, k, v, cu_seqlens_q, *_):
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    return q.new_empty(q.shape), lse
+def _fwd_outputs(q, *others):
+    outputs = [q.new_empty(q.shape)]
+    if others[-1]:  # keep
+        outputs.append(q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32))
+    return outputs
 
 
 @launcher(_fwd_outputs)
@@ -48,37 +47,34 @@ def attention_fwd(
     mask: Tensor | None,
     drop_words: Tensor | None,
     keep_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """q (T_q, N, D), k and v (T_k, N, D) -> out (T_q, N, D); lse (N, T_q), float32, to base 2.
+    keep: bool,
+) -> list[Tensor]:
+    """q (T_q, N, D), k and v (T_k, N, D) -> out (T_q, N, D); if `keep`, lse (N, T_q) too.
 
-    cu_seqlens_q, cu_seqlens_k: (B + 1,) int32; mask: (B, N, max_seqlen_q, max_seqlen_k),
-    boolean or floating, expanded with strides of 0 where it is the same; drop_words: (N, T_q, W)
-    int32, as `attention_drop_words` gives them; keep_scale: 1 without them.
+    lse, which a backward reads: float32, to base 2; cu_seqlens_q, cu_seqlens_k: (B + 1,) int32;
+    mask: (B, N, max_seqlen_q, max_seqlen_k), boolean or floating, expanded with strides of 0 where
+    it is the same; drop_words: (N, T_q, W) int32, as `attention_drop_words` gives them; keep_scale:
+    1 without them.
     """
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    out, lse = _fwd_outputs(q, k, v, cu_seqlens_q)
-    _, num_heads, head_dim = q.shape
-    columns = block_d(head_dim)
+    outputs = _fwd_outputs(q, keep)
     if q.numel():
-        tile = fwd_tile(
-            capability(q),
-            q.itemsize,
-            columns,
-            dropout=drop_words is not None,
-            mask=mask is not None,
-        )
-        grid = (max(triton.cdiv(max_seqlen_q, tile.block_m), 1), num_heads, len(cu_seqlens_q))
+        out, lse = (*outputs, None)[:2]
+        num_rows, num_heads, head_dim = q.shape
+        columns, inputs = block_d(head_dim), _strides(q, k, v, max_seqlen_q, max_seqlen_k)
+        has_dropout, has_mask = drop_words is not None, mask is not None
+        tile = fwd_tile(capability(q), q.itemsize, columns, dropout=has_dropout, mask=has_mask)
+        grid = (max(cdiv(max_seqlen_q, tile.block_m), 1), num_heads, len(cu_seqlens_q))
         mask, mask_strides = _mask_and_strides(mask)
         with on(q):
             attention_fwd_kernel[grid](
                 q, k, v, cu_seqlens_q, cu_seqlens_k, mask, drop_words, out, lse,
-                *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *mask_strides,
-                _words_stride(drop_words), out.stride(0), q.shape[0], softmax_scale, keep_scale,
+                *inputs, *mask_strides, _words_stride(drop_words), num_heads * head_dim,
+                num_rows, softmax_scale, keep_scale,
                 HEAD_DIM=head_dim, BLOCK_D=columns, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
                 PRECISION=precision(q.dtype),
                 num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH,
             )  # fmt: skip
-    return out, lse
+    return outputs
 
 
 def _bwd_outputs(dout, q, k, v, *_):
@@ -145,14 +141,13 @@ def _launch_bwd(
     max_seqlen_q, max_seqlen_k, softmax_scale, mask, drop_words, keep_scale,
 ) -> None:  # fmt: skip
     """Writes dq, dk and dv, which have the same row stride, and heads end to end."""
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     num_rows, num_heads, head_dim = q.shape
     if not q.numel() + k.numel():
         return
     dout = dout.contiguous()
     columns = block_d(head_dim)
     grid = (num_heads, len(cu_seqlens_q))
-    inputs = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+    inputs = _strides(q, k, v, max_seqlen_q, max_seqlen_k)
     shape = {"HEAD_DIM": head_dim, "BLOCK_D": columns, "PRECISION": precision(q.dtype)}
     longest = max(max_seqlen_q, max_seqlen_k)
     gpu = capability(q)
@@ -174,14 +169,14 @@ def _launch_bwd(
         mask, mask_strides = _mask_and_strides(mask)
         strides = (*inputs, *mask_strides, _words_stride(drop_words), out.stride(0))
         tile = dq_tile(gpu, q.itemsize, columns, dropout=has_dropout, mask=has_mask)
-        attention_dq_kernel[(max(triton.cdiv(max_seqlen_q, tile.block_m), 1), *grid)](
+        attention_dq_kernel[(max(cdiv(max_seqlen_q, tile.block_m), 1), *grid)](
             q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, mask, drop_words,
             dq, delta, total, *strides, dq.stride(0), num_rows, softmax_scale, keep_scale,
             **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH,
         )  # fmt: skip
         tile = dkdv_tile(gpu, q.itemsize, columns, mask=has_mask)
-        attention_dkdv_kernel[(max(triton.cdiv(max_seqlen_k, tile.block_n), 1), *grid)](
+        attention_dkdv_kernel[(max(cdiv(max_seqlen_k, tile.block_n), 1), *grid)](
             q, k, v, dout, lse, delta, total, cu_seqlens_q, cu_seqlens_k, mask, drop_words, dk, dv,
             *strides, dk.stride(0), num_rows, k.shape[0], softmax_scale, keep_scale,
             **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
@@ -210,21 +205,12 @@ def _words_stride(drop_words: Tensor | None) -> int:
     return 0 if drop_words is None else drop_words.stride(1)
 
 
-def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
-    for name, x, longest in (
-        ("q", q, max_seqlen_q),
-        ("k", k, max_seqlen_k),
-        ("v", v, max_seqlen_k),
-    ):
-        if x.ndim != 3 or x.stride(2) != 1 or x.stride(0) * longest >= 2**31:
-            raise ValueError(
-                f"attention: expected {name} of shape (tokens, heads, head_dim) with unit stride in"
-                f" head_dim and rows of a sequence within 2**31 elements, got shape"
-                f" {tuple(x.shape)} and strides {x.stride()}"
-            )
-    for cu_seqlens in (cu_seqlens_q, cu_seqlens_k):
-        if not cu_seqlens.is_contiguous() or len(cu_seqlens) - 1 > MAX_SEQUENCES:
-            raise ValueError(
-                f"attention: expected contiguous cu_seqlens of at most {MAX_SEQUENCES} sequences,"
-                f" got shape {tuple(cu_seqlens.shape)} and stride {cu_seqlens.stride()}"
-            )
+def _strides(q, k, v, max_seqlen_q: int, max_seqlen_k: int) -> tuple[int, ...]:
+    """Of rows and heads; raises ValueError where a place in a sequence would exceed 31 bits."""
+    (q_row, q_head, _), (k_row, k_head, _), (v_row, v_head, _) = q.stride(), k.stride(), v.stride()
+    if max(q_row * max_seqlen_q, k_row * max_seqlen_k, v_row * max_seqlen_k) >= 2**31:
+        raise ValueError(
+            f"attention: expected rows of a sequence within 2**31 elements, got up to"
+            f" {max(max_seqlen_q, max_seqlen_k)} rows with strides {q_row}, {k_row} and {v_row}"
+        )
+    return q_row, q_head, k_row, k_head, v_row, v_head

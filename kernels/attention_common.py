@@ -4,6 +4,7 @@ B sequences, T packed tokens, N heads, D head size, S the longest sequence. Quer
 packed differently: those of sequence b are the rows cu[b] to cu[b + 1] of their tensors.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ def generation(capability: int) -> int:
     return 90 if capability == 90 else 80
 
 
+@functools.cache
 def block_d(head_dim: int) -> int:
     """Columns of a tile; a matrix product takes at least 16."""
     return max(triton.next_power_of_2(head_dim), 16)

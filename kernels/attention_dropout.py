@@ -6,13 +6,12 @@ digits, lowest first, of 32 numbers, and comparing those with the threshold take
 digit.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels.philox import ROUNDS
-from fastbert.kernels.runtime import LAUNCH, capability, launcher, on
+from fastbert.kernels.runtime import LAUNCH, capability, cdiv, launcher, on
 
 
 def words_block(capability: int) -> tuple[int, int, int]:
@@ -79,7 +78,7 @@ def _compare(below, digit, threshold, place: tl.constexpr):
 
 def row_words(max_seqlen_k: int) -> int:
     """W: words of a row, a multiple of 4."""
-    return triton.cdiv(max_seqlen_k, 128) * 4
+    return cdiv(max_seqlen_k, 128) * 4
 
 
 def _words_outputs(
@@ -109,16 +108,10 @@ def attention_drop_words(
     words = _words_outputs(
         token_key, state, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads
     )
-    for name, x in (("token_key", token_key), ("state", state)):
-        if not x.is_contiguous() or x.dtype != torch.int64:
-            raise ValueError(
-                f"attention_drop_words: expected contiguous int64 {name},"
-                f" got {x.dtype} with stride {x.stride()}"
-            )
     num_sequences = cu_seqlens_q.shape[0] - 1
     if words.numel() and num_sequences and max_seqlen_q:
         block_rows, block_words, num_warps = words_block(capability(token_key))
-        grid = (triton.cdiv(max_seqlen_q, block_rows), num_heads, num_sequences)
+        grid = (cdiv(max_seqlen_q, block_rows), num_heads, num_sequences)
         with on(token_key):
             attention_drop_words_kernel[grid](
                 token_key, state, cu_seqlens_q, cu_seqlens_k, words,

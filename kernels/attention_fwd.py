@@ -48,7 +48,7 @@ def attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr,  # (T_q, N, D), (T_k, N, D), (T_k, N, D)
     cu_q_ptr, cu_k_ptr,  # (B + 1,) each
     mask_ptr, words_ptr,  # (B, N, S_q, S_k) or None, (N, T_q, W) or None
-    out_ptr, lse_ptr,  # (T_q, N, D), (N, T_q)
+    out_ptr, lse_ptr,  # (T_q, N, D), (N, T_q) or None
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     mask_batch_stride, mask_head_stride, mask_row_stride, mask_col_stride,
     words_row_stride, out_row_stride,
@@ -106,8 +106,9 @@ def attention_fwd_kernel(
 
     # a row without a key gives zeros, and with lse = inf the backward's probabilities are zero too
     has_key = total > 0.0
-    lse = tl.where(has_key, peak * scale + tl.log2(total), float("inf"))
-    tl.store(lse_ptr + head * n_rows + q_first + rows, lse, mask=rows_in)
+    if lse_ptr is not None:
+        lse = tl.where(has_key, peak * scale + tl.log2(total), float("inf"))
+        tl.store(lse_ptr + head * n_rows + q_first + rows, lse, mask=rows_in)
     out *= tl.where(has_key, keep_scale / total, 0.0)[:, None]
     out_ptrs = tile_ptrs(out_ptr + q_first * out_row_stride, out_row_stride, rows, BLOCK_D)
     store_tile(out_ptrs, out.to(out_ptr.dtype.element_ty), rows_in, HEAD_DIM)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.runtime import IS_INTERPRETED, LAUNCH, capability, launcher, num_sms, on
+from fastbert.kernels.runtime import IS_INTERPRETED, LAUNCH, capability, cdiv, launcher, num_sms, on
 
 FWD_BLOCK = 8, 256, 4  # rows and columns of a tile, and warps
 # Of the backward: all resident at once up to 64 registers a thread. sm_90's block takes up to 128,
@@ -120,19 +120,18 @@ def _bias_gelu_bwd_kernel(
 
 
 def _fwd_outputs(x: Tensor, bias: Tensor, tanh: bool):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 @launcher(_fwd_outputs)
 def bias_gelu_fwd(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
-    """x (M, N), bias (N,) -> gelu(x + bias) (M, N) in x.dtype."""
-    n_rows, n_cols = _check(x)
+    """x (M, N), with unit column stride, and bias (N,) -> gelu(x + bias) (M, N) in x.dtype."""
     y = _fwd_outputs(x, bias, tanh)
+    n_rows, n_cols = x.shape
     rows, cols, num_warps = FWD_BLOCK
     if n_rows:
-        tiles = triton.cdiv(n_rows, rows) * triton.cdiv(n_cols, cols)
         with on(x):
-            _bias_gelu_fwd_kernel[(tiles,)](
+            _bias_gelu_fwd_kernel[(cdiv(n_rows, rows) * cdiv(n_cols, cols),)](
                 x, bias, y, x.stride(0), y.stride(0), n_rows,
                 N_COLS=n_cols, TANH=tanh, EXACT=x.dtype == torch.float32,
                 ROWS=rows, COLS=cols, num_warps=num_warps, **LAUNCH,
@@ -141,20 +140,19 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
 
 
 def _bwd_outputs(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(bias)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(bias)
 
 
 @launcher(_bwd_outputs)
 def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
     """dx (M, N) in x.dtype; dbias (N,) in bias.dtype, summed in float32."""
-    n_rows, n_cols = _check(x)
-    _check(dy)
+    n_rows, n_cols = x.shape
     rows, cols, num_warps = backward_block(capability(x), x.itemsize)
-    strips = triton.cdiv(n_cols, cols)
+    strips = cdiv(n_cols, cols)
     programs = max(num_sms(x) * WARPS_PER_SM // num_warps // strips, 1)
-    rows_per_program = triton.cdiv(triton.cdiv(n_rows, programs), rows) * rows
-    parts = triton.cdiv(n_rows, rows_per_program) if n_rows else 0
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows_per_program = cdiv(cdiv(n_rows, programs), rows) * rows
+    parts = cdiv(n_rows, rows_per_program) if n_rows else 0
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dbias = torch.empty(parts, n_cols, dtype=torch.float32, device=x.device)
     if n_rows:
         with on(x):
@@ -165,12 +163,3 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tens
                 ROWS=rows, COLS=cols, num_warps=num_warps, **LAUNCH,
             )  # fmt: skip
     return dx, dbias.sum(0).to(bias.dtype)
-
-
-def _check(x: Tensor) -> tuple[int, int]:
-    if x.ndim != 2 or x.stride(1) != 1:
-        raise ValueError(
-            f"bias_gelu: expected (rows, cols) with unit column stride, "
-            f"got shape {tuple(x.shape)} and strides {x.stride()}"
-        )
-    return x.shape[0], x.shape[1]

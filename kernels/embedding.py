@@ -5,6 +5,8 @@ again, which moves less memory than keeping them would, and leaves a gradient dz
 which `table_gradients` adds to the rows of the tables.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -18,10 +20,11 @@ from fastbert.kernels.layer_norm_bwd import (
 from fastbert.kernels.layer_norm_fwd import standardize
 from fastbert.kernels.partial_sums import add_partials, store_partial
 from fastbert.kernels.philox import keep_mask, keep_scale
-from fastbert.kernels.runtime import LAUNCH, launcher, on, stride_unit
+from fastbert.kernels.runtime import LAUNCH, cdiv, launcher, on, stride_unit
 from fastbert.kernels.table_gradients import add_to_tables
 
 
+@functools.cache
 def forward_block(n_cols: int) -> tuple[int, int, int]:
     """BLOCK_M, BLOCK_N, warps: a warp takes 512 elements, of three gathers each."""
     block_m, block_n, _ = backward_block(n_cols)
@@ -50,7 +53,7 @@ def _forward_kernel(
     input_ids_ptr, position_ids_ptr, token_type_ids_ptr,  # (T,), (T,), (T,) or None
     word_ptr, position_ptr, token_type_ptr,  # (V, N), (P, N), (S, N)
     weight_ptr, bias_ptr, state_ptr, token_key_ptr,  # (N,), (N,), (2,) or None, (T,)
-    y_ptr, mean_ptr, rstd_ptr,  # (T, N), (T,), (T,)
+    y_ptr, mean_ptr, rstd_ptr,  # (T, N), (T,) or None, (T,) or None
     n_rows, n_words, n_positions, n_types, eps, threshold, site, keep_scale,
     N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -79,8 +82,10 @@ def _forward_kernel(
         y = tl.where(keep, y * keep_scale, 0.0)
     out = (rows * N_COLS)[:, None] + cols[None, :]
     tl.store(y_ptr + out, y, mask=is_row[:, None] & is_col[None, :])
-    tl.store(mean_ptr + rows, mean, mask=is_row)
-    tl.store(rstd_ptr + rows, rstd, mask=is_row)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + rows, mean, mask=is_row)
+    if rstd_ptr is not None:
+        tl.store(rstd_ptr + rows, rstd, mask=is_row)
 
 
 @triton.jit(do_not_specialize=[
@@ -146,11 +151,14 @@ def _fwd_outputs(
     input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
     word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor, eps: float,
     state: Tensor | None, token_key: Tensor | None, site: int, threshold: int, dtype: torch.dtype,
+    keep: bool,
 ):  # fmt: skip
     n_rows, device = input_ids.shape[0], word.device
     y = torch.empty(n_rows, word.shape[1], dtype=dtype, device=device)
+    if not keep:
+        return [y]
     mean = torch.empty(n_rows, dtype=torch.float32, device=device)
-    return y, mean, torch.empty_like(mean)
+    return [y, mean, torch.empty_like(mean)]
 
 
 @launcher(_fwd_outputs)
@@ -158,27 +166,30 @@ def embedding_layer_norm_fwd(
     input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
     word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor, eps: float,
     state: Tensor | None, token_key: Tensor | None, site: int, threshold: int, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    keep: bool,
+) -> list[Tensor]:  # fmt: skip
     """ids (T,), contiguous, and tables (V, N), (P, N), (S, N), contiguous and of one dtype.
 
-    y (T, N) in `dtype`; mean and rstd (T,) in float32. A state of None means no dropout.
+    y (T, N) in `dtype` and, if `keep`, what a backward reads: mean and rstd (T,) in float32. A
+    state of None means no dropout.
     """
-    y, mean, rstd = _fwd_outputs(
+    outputs = _fwd_outputs(
         input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps,
-        state, token_key, site, threshold, dtype,
+        state, token_key, site, threshold, dtype, keep,
     )  # fmt: skip
+    y, *statistics = outputs
     n_rows, n_cols = y.shape
     block_m, block_n, num_warps = forward_block(n_cols)
     if n_rows:
         with on(word):
-            _forward_kernel[(triton.cdiv(n_rows, block_m),)](
+            _forward_kernel[(cdiv(n_rows, block_m),)](
                 input_ids, position_ids, token_type_ids, word, position, token_type,
-                weight, bias, state, token_key, y, mean, rstd,
+                weight, bias, state, token_key, y, *(statistics or (None, None)),
                 n_rows, word.shape[0], position.shape[0], token_type.shape[0],
                 eps, threshold, site, keep_scale(threshold),
                 N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **LAUNCH,
             )  # fmt: skip
-    return y, mean, rstd
+    return outputs
 
 
 def _bwd_outputs(

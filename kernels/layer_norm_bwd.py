@@ -5,15 +5,18 @@ whole rows at a time. Its gradients of parameters are partial sums, one row of t
 are added up in a fixed order.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels.partial_sums import store_partial
 from fastbert.kernels.philox import keep_mask
-from fastbert.kernels.runtime import num_sms
+from fastbert.kernels.runtime import cdiv, num_sms
 
 
+@functools.cache
 def backward_block(n_cols: int) -> tuple[int, int, int]:
     """The same for the backward, which keeps three sums a column: a warp takes 256 elements.
 
@@ -32,7 +35,7 @@ def backward_programs(
     block_m, block_n, num_warps = block
     from_z_or_y = (24, 20) if block_n <= 2048 else (16, 8)
     warps_per_sm = from_z_or_y[from_y]
-    return min(triton.cdiv(n_rows, block_m), max(warps_per_sm // num_warps, 1) * num_sms(x))
+    return min(cdiv(n_rows, block_m), max(warps_per_sm // num_warps, 1) * num_sms(x))
 
 
 @triton.jit

@@ -4,12 +4,15 @@ M rows, N columns. A program holds BLOCK_M whole rows in registers. Row strides 
 UNIT, which tells the compiler that each row starts at a multiple of UNIT elements.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
 from fastbert.kernels.philox import keep_mask
 
 
+@functools.cache
 def forward_block(n_cols: int) -> tuple[int, int, int]:
     """BLOCK_M, BLOCK_N, warps: a warp takes up to 1024 elements, and short rows come together."""
     block_n = max(triton.next_power_of_2(n_cols), 8)
@@ -32,7 +35,7 @@ def standardize(z, is_col, eps, N_COLS: tl.constexpr):
 def layer_norm_fwd_kernel(
     x_ptr, residual_ptr, x_bias_ptr,  # (M, N), (M, N) or None, (N,) or None
     weight_ptr, bias_ptr, state_ptr, token_key_ptr,  # (N,), (N,), (2,) or None, (M,)
-    y_ptr, z_ptr, mean_ptr, rstd_ptr,  # (M, N), (M, N) or None, (M,) or None, (M,)
+    y_ptr, z_ptr, mean_ptr, rstd_ptr,  # (M, N), (M, N) or None, (M,) or None, (M,) or None
     x_row_stride, residual_row_stride,
     n_rows, eps, threshold, site, keep_scale,
     N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
@@ -65,4 +68,5 @@ def layer_norm_fwd_kernel(
     tl.store(y_ptr + out, z_hat * weight[None, :] + bias[None, :], mask=mask)
     if mean_ptr is not None:
         tl.store(mean_ptr + rows, mean, mask=is_row)
-    tl.store(rstd_ptr + rows, rstd, mask=is_row)
+    if rstd_ptr is not None:
+        tl.store(rstd_ptr + rows, rstd, mask=is_row)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.runtime import LAUNCH, launcher, num_sms, on
+from fastbert.kernels.runtime import LAUNCH, cdiv, launcher, num_sms, on
 
 FWD_BLOCK = 4, 1024, 4  # DEPTH columns, which share the rescaling of a sum, LANES, and warps
 BWD_BLOCK = 8, 256, 4  # rows, columns and warps
@@ -28,7 +28,7 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a difference o
 @triton.jit(do_not_specialize=["ignore_index", "label_smoothing"])
 def _cross_entropy_fwd_kernel(
     logits_ptr, target_ptr,  # (C, L), (C,) int64
-    loss_ptr, highest_ptr, total_ptr, correct_ptr,  # (C,) each, the last int32
+    loss_ptr, highest_ptr, total_ptr, correct_ptr,  # (C,), (C,) or None, (C,) or None, (C,) int32
     logits_row_stride,
     ignore_index, label_smoothing,
     N_CLASSES: tl.constexpr, N_COLS: tl.constexpr, SMOOTH: tl.constexpr,
@@ -63,9 +63,11 @@ def _cross_entropy_fwd_kernel(
     if SMOOTH:
         loss += label_smoothing * (score - tl.sum(linear, axis=0) / N_CLASSES)
     tl.store(loss_ptr + row, tl.where(is_counted, loss, 0.0))
-    tl.store(highest_ptr + row, highest)
-    # through this NaN the gradient shows an impossible target as well
-    tl.store(total_ptr + row, tl.where(is_counted & (is_class == 0), float("nan"), total))
+    if highest_ptr is not None:
+        tl.store(highest_ptr + row, highest)
+    if total_ptr is not None:
+        # through this NaN the gradient shows an impossible target as well
+        tl.store(total_ptr + row, tl.where(is_counted & (is_class == 0), float("nan"), total))
 
     # as argmax has it, the first of equal scores wins: columns before the target's are read again
     is_correct = is_counted & (score == highest)
@@ -117,30 +119,35 @@ def _cross_entropy_bwd_kernel(
 
 
 def _fwd_outputs(
-    logits: Tensor, targets: Tensor, n_classes: int, ignore_index: int, label_smoothing: float
-):
+    logits: Tensor, targets: Tensor, n_classes: int, ignore_index: int, label_smoothing: float,
+    keep: bool,
+):  # fmt: skip
     loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    correct = torch.empty_like(loss, dtype=torch.int32)
-    return loss, torch.empty_like(loss), torch.empty_like(loss), correct
+    statistics = [torch.empty_like(loss), torch.empty_like(loss)] if keep else []
+    return [loss, torch.empty_like(loss, dtype=torch.int32), *statistics]
 
 
 @launcher(_fwd_outputs)
 def cross_entropy_fwd(
-    logits: Tensor, targets: Tensor, n_classes: int, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logits (C, L), targets (C,) int64 -> loss, highest, total, correct (C,), the last int32.
+    logits: Tensor, targets: Tensor, n_classes: int, ignore_index: int, label_smoothing: float,
+    keep: bool,
+) -> list[Tensor]:  # fmt: skip
+    """logits (C, L), targets (C,) int64 -> loss, correct (C,), the last int32; highest, total (C,).
 
-    highest and total, the largest logit and the sum of exp(logit - highest), are kept apart for the
-    backward: one log-sum-exp would have fewer correct digits. A row whose target is ignore_index
-    has the loss 0; any other target that is not a class, NaN.
+    highest and total, which come if `keep`, are the largest logit and the sum of
+    exp(logit - highest) for the backward: one log-sum-exp would have fewer correct digits. Rows
+    have unit column stride. A row whose target is ignore_index has the loss 0; any other target
+    that is not a class, NaN.
     """
-    n_rows, n_cols = _check(logits, n_classes)
-    outputs = _fwd_outputs(logits, targets, n_classes, ignore_index, label_smoothing)
+    outputs = _fwd_outputs(logits, targets, n_classes, ignore_index, label_smoothing, keep)
+    loss, correct, highest, total = (*outputs, None, None)[:4]
+    n_rows, n_cols = logits.shape
     depth, lanes, num_warps = FWD_BLOCK
     if n_rows:
         with on(logits):
             _cross_entropy_fwd_kernel[(n_rows,)](
-                logits, targets, *outputs, logits.stride(0), ignore_index, label_smoothing,
+                logits, targets, loss, highest, total, correct,
+                logits.stride(0), ignore_index, label_smoothing,
                 N_CLASSES=n_classes, N_COLS=n_cols, SMOOTH=label_smoothing != 0,
                 DEPTH=depth, LANES=lanes, num_warps=num_warps, **LAUNCH,
             )  # fmt: skip
@@ -163,12 +170,12 @@ def cross_entropy_bwd(
 
     scale: () float32, the gradient of each row's loss.
     """
-    n_rows, n_cols = _check(logits, n_classes)
+    n_rows, n_cols = logits.shape
     rows, cols, num_warps = BWD_BLOCK
-    strips = triton.cdiv(n_cols, cols)
+    strips = cdiv(n_cols, cols)
     programs = max(num_sms(logits) * WARPS_PER_SM // num_warps // strips, 1)
-    rows_per_program = triton.cdiv(triton.cdiv(n_rows, programs), rows) * rows
-    parts = triton.cdiv(n_rows, rows_per_program) if n_rows else 0
+    rows_per_program = cdiv(cdiv(n_rows, programs), rows) * rows
+    parts = cdiv(n_rows, rows_per_program) if n_rows else 0
     dbias = torch.empty(parts, n_cols, dtype=torch.float32, device=logits.device)
     if n_rows:
         with on(logits):
@@ -179,12 +186,3 @@ def cross_entropy_bwd(
                 ROWS=rows, COLS=cols, num_warps=num_warps, **LAUNCH,
             )  # fmt: skip
     return dbias.sum(0)
-
-
-def _check(logits: Tensor, n_classes: int) -> tuple[int, int]:
-    if logits.ndim != 2 or logits.stride(1) != 1 or logits.shape[1] < n_classes:
-        raise ValueError(
-            f"cross_entropy: expected (rows, cols >= {n_classes}) with unit column stride, "
-            f"got shape {tuple(logits.shape)} and strides {logits.stride()}"
-        )
-    return logits.shape[0], logits.shape[1]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.runtime import LAUNCH
+from fastbert.kernels.runtime import LAUNCH, cdiv
 
 ADD_BLOCK = 512, 16, 8  # partial sums, columns (two sectors of memory), warps
 
@@ -45,7 +45,7 @@ def add_partials(partials: Tensor, *outputs: Tensor) -> None:
     """(K, P, N) float32 -> K = 2 or 3 outputs (N,): the sums over P, always in the same order."""
     n_outputs, n_partials, n_cols = partials.shape
     block_m, block_n, num_warps = ADD_BLOCK
-    _add_partials_kernel[(triton.cdiv(n_cols, block_n), n_outputs)](
+    _add_partials_kernel[(cdiv(n_cols, block_n), n_outputs)](
         partials, *outputs, *[None] * (3 - n_outputs), n_partials,
         N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **LAUNCH,
     )  # fmt: skip

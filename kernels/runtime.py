@@ -19,13 +19,21 @@ TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 IS_INTERPRETED = triton.knobs.runtime.interpret
 
 
+# A call with arguments of other types, such as fake or functional tensors, is being traced.
+_EAGER = frozenset((Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, str))
+
+
 def launcher(outputs: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-    """Registers a function that launches kernels as `torch.ops.fastbert_triton.<its name>`.
+    """Makes a function that launches kernels one that torch.compile and fake tensors can trace.
+
+    It is registered as `torch.ops.fastbert_triton.<its name>`, which is what a traced call runs. An
+    eager call runs the plain function: torch's dispatcher would take longer than a small kernel.
 
     `outputs` takes the same arguments and allocates the results: it is called by the launcher, and
-    it is all that runs while torch.compile or fake tensors trace a call. The schema is read from
-    the annotations; `mutates` names the arguments that are written to, of which torch.compile then
-    passes copies. Autograd is not this layer's business: its caller wraps it in a Function.
+    it is all that runs while a call is traced. The schema is read from the annotations; `mutates`
+    names the arguments that are written to, of which torch.compile then passes copies. Autograd is
+    not this layer's business: its caller wraps it in a Function. Arguments are not checked again:
+    the operators did that.
     """
 
     def register(launch: Callable) -> Callable:
@@ -34,9 +42,29 @@ def launcher(outputs: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Call
         _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastbert_triton::{name}", outputs, lib=_LIBRARY)
         operator = getattr(torch.ops.fastbert_triton, name).default
-        return operator
+
+        @functools.wraps(launch)
+        def call(*arguments: Any) -> Any:
+            return (operator if is_traced(arguments) else launch)(*arguments)
+
+        return call
 
     return register
+
+
+def is_traced(arguments: tuple[Any, ...]) -> bool:
+    """Whether something watches or stands in for what a call with these arguments does."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or not _EAGER.issuperset(map(type, arguments))
+    )
+
+
+def cdiv(a: int, b: int) -> int:
+    """Upwards rounded a / b; Triton's own takes microseconds on the host."""
+    return -(-a // b)
 
 
 def on(x: Tensor) -> Any:

@@ -5,12 +5,14 @@ order, chunk by chunk. So there are no atomics, the host learns nothing of the i
 bits come each time, however many tokens share an id.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.runtime import LAUNCH, capability
+from fastbert.kernels.runtime import LAUNCH, capability, cdiv
 
 JOIN_BLOCK = 16, 256, 8  # chunks of a long run and columns that a program takes at once; warps
 
@@ -21,6 +23,7 @@ def chunk_size(capability: int) -> int:
     return 64 if capability == 90 else 32
 
 
+@functools.cache
 def sum_block(n_cols: int) -> tuple[int, int]:
     """BLOCK_N, which covers a row, and warps."""
     block_n = triton.next_power_of_2(n_cols)
@@ -141,7 +144,7 @@ def add_to_tables(
     n_rows, n_cols = dz.shape
     sizes = dword.shape[0], dposition.shape[0], dtoken_type.shape[0]
     chunk = chunk_size(capability(dz))
-    n_chunks = triton.cdiv(keys.numel(), chunk)
+    n_chunks = cdiv(keys.numel(), chunk)
     heads, tails = torch.empty(2, n_chunks, n_cols, dtype=torch.float32, device=dz.device)
     sorted_keys, order = torch.sort(keys.view(-1), stable=True)
     block_n, num_warps = sum_block(n_cols)
@@ -151,7 +154,7 @@ def add_to_tables(
         N_COLS=n_cols, BLOCK_N=block_n, CHUNK=chunk, num_warps=num_warps, **LAUNCH,
     )  # fmt: skip
     block_m, block_n, num_warps = JOIN_BLOCK
-    _join_chunks_kernel[(n_chunks, triton.cdiv(n_cols, block_n))](
+    _join_chunks_kernel[(n_chunks, cdiv(n_cols, block_n))](
         sorted_keys, heads, tails, dword, dposition, dtoken_type,
         keys.numel(), *sizes, padding_id,
         N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=chunk,

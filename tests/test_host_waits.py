@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-import sys
 
 import pytest
 import torch
 
 import fastbert
 from fastbert import rng
+from fastbert.ops import attention_plain
 from fastbert.ops.mlm_gather import mlm_gather
 from fastbert.packing import IGNORE_INDEX
 from fastbert.train.distillation import DistillationObjective, Teacher, Weights
@@ -24,7 +24,7 @@ from tests.train.step_case import BUCKET, CONFIG, CPU, counts_of
 @pytest.fixture(autouse=True)
 def lengths_stay_on_the_device(monkeypatch):
     """As on a GPU; on a CPU attention reads them, as nobody waits there."""
-    monkeypatch.setattr(sys.modules["fastbert.ops.attention"], "reads_lengths", lambda call: False)
+    monkeypatch.setattr(attention_plain, "reads_lengths", lambda call: False)
 
 
 TEACHER = make_model(num_hidden_layers=3)

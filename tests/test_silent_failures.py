@@ -14,9 +14,10 @@ import transformers
 from torch import nn
 
 import fastbert
-from fastbert import ops
 from fastbert.data import Tokens, make_masking
 from fastbert.data.tokenizer import SpecialTokens
+from fastbert.ops.attention import attention_qkvpacked
+from fastbert.ops.gather_rows import gather_rows
 
 SHAPE = {
     "vocab_size": 37,
@@ -117,14 +118,14 @@ def test_04_rows_behind_two_to_the_31_elements_are_found():
     index = torch.tensor([rows - 1], dtype=torch.int32)
     inverse = torch.full((rows,), -1, dtype=torch.int32)
     inverse[-1] = 0
-    assert torch.equal(ops.gather_rows(src, index, inverse)[0], src[-1])
+    assert torch.equal(gather_rows(src, index, inverse)[0], src[-1])
 
 
 def test_04_sequences_of_length_zero_are_legal():
     qkv = torch.randn(5, 3, 2, 8)
     cu_seqlens = torch.tensor([0, 0, 2, 2, 5, 5], dtype=torch.int32)
-    expected = ops.attention_qkvpacked(qkv, torch.tensor([0, 2, 5], dtype=torch.int32), 3)
-    assert torch.equal(ops.attention_qkvpacked(qkv, cu_seqlens, 3), expected)
+    expected = attention_qkvpacked(qkv, torch.tensor([0, 2, 5], dtype=torch.int32), 3)
+    assert torch.equal(attention_qkvpacked(qkv, cu_seqlens, 3), expected)
 
 
 def test_05_padding_is_written_as_zeros_and_means_over_tokens_agree():

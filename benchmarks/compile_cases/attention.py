@@ -61,12 +61,14 @@ def kernels(
     elif capability == SM100 and dropout and head_dim > 64:
         limit = 4, TWO_REGISTERS
 
-    def case(kernel, tile: Tile, constants: dict, limit: tuple[int, str] = limit) -> Case:
+    def case(
+        kernel, tile: Tile, constants: dict, limit: tuple[int, str] = limit, note: str = ""
+    ) -> Case:
         tensors = {name: f"*{dtype}" for name in kernel.arg_names if name.endswith("_ptr")}
         known = {name: value for name, value in absent.items() if name in kernel.arg_names}
         return Case(
             kernel,
-            f"{options} {tile.block_m}x{tile.block_n}",
+            f"{options} {tile.block_m}x{tile.block_n}{note}",
             {**common, **constants, **known},
             tile.num_warps,
             tile.num_stages,
@@ -84,6 +86,9 @@ def kernels(
 
     tile = attention_fwd.fwd_tile(capability, size, columns, dropout=dropout, mask=has_mask)
     yield case(attention_fwd.attention_fwd_kernel, tile, blocks(tile))
+    if not dropout:
+        alone = blocks(tile) | {"lse_ptr": None}
+        yield case(attention_fwd.attention_fwd_kernel, tile, alone, note=" inference")
     tile = attention_bwd.dq_tile(capability, size, columns, dropout=dropout, mask=has_mask)
     yield case(attention_bwd.attention_dq_kernel, tile, blocks(tile))
     tile = attention_bwd.dkdv_tile(capability, size, columns, mask=has_mask)

@@ -42,7 +42,11 @@ def _unit(columns: int, dtype: str, table: str, quick: bool = False) -> Iterator
         return block_m * block_n * (4 if dtype == "fp32" else 2) // (16 * 32 * num_warps)
 
     block = embedding.forward_block(columns)
-    yield case(embedding._forward_kernel, block, wide_loads=3 * loads(block, table))
+    wide = 3 * loads(block, table)
+    yield case(embedding._forward_kernel, block, wide_loads=wide)
+    alone = dict.fromkeys(("state_ptr", "token_key_ptr", "mean_ptr", "rstd_ptr"))
+    inference = case(embedding._forward_kernel, block, wide_loads=wide, **alone)
+    yield inference._replace(label=f"{label}, inference", quick=False)
     block = backward_block(columns)
     wide = 3 * loads(block, table) + loads(block, dtype)
     backward = case(embedding._backward_kernel, block, wide_loads=wide, UNIT=8)

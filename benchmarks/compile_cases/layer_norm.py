@@ -11,6 +11,7 @@ TYPES |= dict.fromkeys(("mean_ptr", "rstd_ptr", "partials_ptr"), "*fp32")
 TYPES |= dict.fromkeys(("out0_ptr", "out1_ptr", "out2_ptr"), "*fp32")
 PLAIN = dict.fromkeys(("residual_ptr", "x_bias_ptr", "state_ptr", "token_key_ptr", "z_ptr"))
 FROM_Z, FROM_Y = {"bias_ptr": None}, {"mean_ptr": None}
+INFERENCE = dict.fromkeys(("state_ptr", "token_key_ptr", "z_ptr", "mean_ptr", "rstd_ptr"))
 NO_DROPOUT = FROM_Z | dict.fromkeys(("state_ptr", "token_key_ptr", "dx_ptr"))
 
 
@@ -24,6 +25,8 @@ def cases() -> Iterator[Case]:
         constants = dict.fromkeys(("state_ptr", "token_key_ptr"))
         yield _forward(columns, "no dropout", constants)
         yield _forward(columns, "plain", PLAIN)
+        yield _forward(columns, "inference", INFERENCE)
+        yield _forward(columns, "plain inference", PLAIN | INFERENCE)
         yield _forward(columns, "dropout, for y", {"z_ptr": None, "mean_ptr": None})
         yield _backward(columns, "no dropout", NO_DROPOUT | {"HAS_X_BIAS": True})
         yield _backward(columns, "plain", NO_DROPOUT | {"HAS_X_BIAS": False})

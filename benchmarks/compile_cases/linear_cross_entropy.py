@@ -28,6 +28,11 @@ def cases() -> Iterator[Case]:
                 unit._cross_entropy_fwd_kernel, label, constants, fwd_warps, types=types,
                 wide_loads=2 * depth * wide, quick=label == "bf16",
             )  # fmt: skip
+        constants |= {"SMOOTH": False, "highest_ptr": None, "total_ptr": None}
+        yield Case(
+            unit._cross_entropy_fwd_kernel, f"{dtype} inference", constants, fwd_warps, types=types,
+            wide_loads=2 * depth * wide,
+        )  # fmt: skip
         constants = {**classes, "ROWS": rows, "COLS": cols}
         yield Case(
             unit._cross_entropy_bwd_kernel, dtype, constants, bwd_warps, types=types,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.modules.linear import Leaf, split_bias
-from fastbert.ops.bias_gelu import bias_gelu
+from fastbert.ops.bias_gelu import Call, bias_gelu
 
 GELU_TANH = partial(F.gelu, approximate="tanh")
 
@@ -31,7 +31,7 @@ def dense_and_activate(x: Tensor, dense: Leaf, function: Callable) -> Tensor:
     x, bias = split_bias(x, dense, bias_gelu if is_gelu else None)
     if bias is None:
         return function(x)
-    return bias_gelu(x, bias, approximate="none" if function is F.gelu else "tanh")
+    return bias_gelu.run(Call(x, bias, "none" if function is F.gelu else "tanh"))
 
 
 def activation(hidden_act: str | Callable) -> Callable:

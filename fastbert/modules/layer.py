@@ -6,7 +6,7 @@ T packed tokens of B sequences, M of which are wanted, H hidden, N heads, D head
 
 import dataclasses
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,13 @@ from torch import Tensor
 from fastbert.check import require
 from fastbert.modules.activations import dense_and_activate
 from fastbert.modules.linear import Leaf, fused_linear, split_bias
+from fastbert.ops.attention import Call as Attention
 from fastbert.ops.attention import attention, attention_qkvpacked
 from fastbert.ops.compact import compact
-from fastbert.ops.dropout import dropout
+from fastbert.ops.dropout import check_dropout, drawn, dropout
+from fastbert.ops.gather_rows import Call as Gather
 from fastbert.ops.gather_rows import gather_rows
+from fastbert.ops.layer_norm import Call as Norm
 from fastbert.ops.layer_norm import Save, dropout_add_layer_norm
 from fastbert.rng import DropoutState
 
@@ -73,7 +76,7 @@ class Rows:
 
     def of(self, x: Tensor) -> Tensor:
         """(T, H) -> (M, H), zeros in spare rows."""
-        return gather_rows(x, self.index, self.inverse)
+        return gather_rows.run(Gather(x, self.index, self.inverse))
 
     def take(self, values: Tensor, spare: int) -> Tensor:
         """(T,) -> (M,), `spare` in spare rows."""
@@ -95,6 +98,22 @@ class Sequences:
     mask: Tensor | None = None
     rng: DropoutState | None = None
     rows: Rows | None = None
+
+    def check(self, num_tokens: int) -> None:
+        """Raises ValueError where these are not sequences of so many tokens.
+
+        Asked once in a forward pass, as layers do not check what they give to operators.
+        """
+        cu_seqlens, mask, rng = self.cu_seqlens, self.mask, self.rng
+        if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or not len(cu_seqlens):
+            got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            require(False, "attention", "cu_seqlens of dtype int32 and shape (batch + 1,)", got)
+        if not cu_seqlens.is_contiguous():
+            require(False, "attention", "contiguous cu_seqlens", cu_seqlens.stride())
+        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+            require(False, "attention", "a mask of dtype bool or floating", mask.dtype)
+        if rng is not None:
+            check_dropout("dropout", num_tokens, cu_seqlens.device, 0.5, rng)
 
     def at(self, site: int) -> "Sequences":
         """The same, with the dropout of another place in the model."""
@@ -132,14 +151,15 @@ def self_attention(
     rows = sequences.rows
     if rows is None:
         qkv = fused_linear(x, (query, key, value)).unflatten(-1, (3, num_heads, -1))
-        context = attention_qkvpacked(
-            qkv,
-            sequences.cu_seqlens,
-            sequences.max_seqlen,
-            dropout_p=dropout_p,
-            rng=sequences.rng,
-            mask=sequences.mask,
-        )
+        mask, rng = sequences.mask, sequences.rng
+        boundaries, longest = sequences.cu_seqlens, sequences.max_seqlen
+        if mask is not None:
+            mask = mask.expand(len(boundaries) - 1, num_heads, longest, longest)
+        rng = drawn(len(x), x.device, dropout_p, rng) if dropout_p else None
+        scale = qkv.shape[3] ** -0.5
+        lengths = (boundaries, boundaries, longest, longest)
+        call = Attention(qkv, None, None, *lengths, scale, dropout_p, rng, mask)
+        context = attention_qkvpacked.run(call)
     else:
         q = query(rows.of(x)).unflatten(-1, (num_heads, -1))
         k, v = fused_linear(x, (key, value)).unflatten(-1, (2, num_heads, -1)).unbind(1)
@@ -170,17 +190,14 @@ def project_and_norm(
     affine = norm.is_plain and norm.weight is not None and norm.bias is not None
     x, x_bias = split_bias(x, dense, dropout_add_layer_norm if affine else None)
     if affine:
-        return dropout_add_layer_norm(
-            x,
-            residual,
-            norm.weight,
-            norm.bias,
-            norm.module.eps,
-            x_bias=x_bias,
-            dropout_p=dropout_p,
-            rng=rng,
-            save=save,
-        )
+        weight = norm.weight
+        if x.shape != residual.shape or weight.shape != x.shape[-1:]:  # of modules put together
+            expected = f"a product of {tuple(residual.shape)} and a weight of {tuple(weight.shape)}"
+            require(False, "LayerNorm", f"{expected} to fit", tuple(x.shape))
+        rng = drawn(len(x), x.device, dropout_p, rng) if dropout_p else None
+        eps: Any = norm.module.eps
+        call = Norm(x, residual, weight, norm.bias, eps, x_bias, dropout_p, rng, save)
+        return dropout_add_layer_norm.run(call)
     return norm(residual + dropout(x, dropout_p, rng)).to(residual.dtype)
 
 
@@ -254,6 +271,7 @@ def run_layers(
     layer numbers for these layers' outputs with None for the others, as in Hugging Face. Raises
     ValueError if both rows and states are wanted, as the last state would lack rows.
     """
+    sequences.check(len(x))
     every = wanted_states is True
     chosen = () if isinstance(wanted_states, bool) else wanted_states
     require(

@@ -4,12 +4,15 @@ B sequences, T packed tokens, N heads, D head size, S the longest sequence.
 """
 
 import itertools
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastbert.backend import forced, is_transformed
 from fastbert.ops.dropout import attention_drop_words
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState, attention_keep_mask, keep_scale
@@ -18,21 +21,43 @@ MASKED = -1e30  # addends of a mask that are lower count as -inf
 
 
 class Call(NamedTuple):
-    """The arguments of one call beside queries, keys and values, checked and completed."""
+    """A call of `attention`, or of `attention_qkvpacked` where k and v are None.
 
+    Then q is qkv, (T, 3, N, D). rng: None where nothing is dropped; mask: (B, N, S_q, S_k).
+    """
+
+    q: Tensor
+    k: Tensor | None
+    v: Tensor | None
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
     softmax_scale: float
     dropout_p: float
-    rng: DropoutState | None  # None where nothing is dropped
-    mask: Tensor | None  # (B, N, S_q, S_k), expanded
-    num_heads: int
+    rng: DropoutState | None
+    mask: Tensor | None
 
-    @property
-    def keep_scale(self) -> float:
-        return 1.0 if self.rng is None else keep_scale(self.dropout_p)
+
+def attend(call: Call) -> Tensor:
+    """The plain body of both operators."""
+    q, k, v, cu_seqlens_q, cu_seqlens_k = call[:5]
+    if k is not None and v is not None:
+        if not reads_lengths(call):
+            return attend_padded((q, k, v), call)
+        lengths_k = lengths_of(cu_seqlens_k, k)
+        rows = zip((q, k, v), (lengths_of(cu_seqlens_q, q), lengths_k, lengths_k), strict=True)
+        split = (x.transpose(0, 1).split(lengths, dim=1) for x, lengths in rows)
+        return attend_by_sequence(list(zip(*split, strict=True)), call)
+    if not reads_lengths(call):
+        return attend_padded(q.unbind(1), call)
+    lengths = lengths_of(cu_seqlens_q, q)
+    is_plain = call.mask is None and call.rng is None
+    if is_plain and lengths[-1] == 0 < lengths[0] and len({*lengths[:-1]}) == 1:
+        return attend_alike(q, len(lengths) - 1, call)
+    # one split, whose backward is one concatenation: slices would each zero a whole gradient
+    sequences = q.permute(1, 2, 0, 3).split(lengths, dim=2)
+    return attend_by_sequence([one.unbind() for one in sequences], call)
 
 
 def reads_lengths(call: Call) -> bool:
@@ -50,8 +75,7 @@ def lengths_of(cu_seqlens: Tensor, x: Tensor) -> list[int]:
 def attend_alike(qkv: Tensor, count: int, call: Call) -> Tensor:
     """`count` sequences of one length, qkv (T, 3, N, D): a batch without padding, not moved."""
     q, k, v = qkv.unflatten(0, (count, -1)).permute(2, 0, 3, 1, 4).unbind()
-    out = F.scaled_dot_product_attention(q, k, v, scale=call.softmax_scale)
-    return out.transpose(1, 2).flatten(0, 1)
+    return _sdpa(q, k, v, call).transpose(1, 2).flatten(0, 1)
 
 
 def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tensor:
@@ -65,8 +89,7 @@ def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tenso
         num_queries, num_keys = q.shape[1], k.shape[1]
         if num_keys and call.mask is None and words is None:
             # four dimensions, because with three PyTorch's own fused kernel is not taken
-            scale = call.softmax_scale
-            out = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)[0]
+            out = _sdpa(q[None], k[None], v[None], call)[0]
         else:
             keep = None if words is None else attention_keep_mask(words[number], num_keys)
             mask = None
@@ -77,7 +100,8 @@ def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tenso
     return torch.cat(outputs)
 
 
-def attend_padded(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+def attend_padded(tensors: tuple[Tensor, ...], call: Call) -> Tensor:
+    q, k, v = tensors
     of_queries = Unpadding.from_cu_seqlens(call.cu_seqlens_q, call.max_seqlen_q, len(q))
     of_keys = Unpadding.from_cu_seqlens(call.cu_seqlens_k, call.max_seqlen_k, len(k))
     q = of_queries.pad(q).transpose(1, 2)  # (B, N, S, D)
@@ -85,8 +109,7 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     column = torch.arange(call.max_seqlen_k, device=k.device)
     is_key = (column < call.cu_seqlens_k.diff()[:, None])[:, None, None]
     if call.mask is None and call.rng is None and call.cu_seqlens_q is call.cu_seqlens_k:
-        scale = call.softmax_scale  # here only padding is without a key
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_key, scale=scale)
+        out = _sdpa(q, k, v, call, is_key)  # here only padding is without a key
     else:
         keep = None
         if call.rng is not None:
@@ -103,9 +126,40 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
 def _drop_words(call: Call) -> Tensor:
     """(N, T_q, W), for the longest sequence's keys."""
     assert call.rng is not None
-    return attention_drop_words(
-        call.rng, call.num_heads, -(-call.max_seqlen_k // 32), call.dropout_p
-    )
+    num_words = -(-call.max_seqlen_k // 32)
+    return attention_drop_words(call.rng, call.q.shape[-2], num_words, call.dropout_p)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Tensor | None = None) -> Tensor:
+    """PyTorch's own attention, so that it can be differentiated in the ways that are asked for."""
+    if is_transformed():
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=call.softmax_scale)
+    if forced() == "reference" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Sdpa.apply(q, k, v, mask, call.softmax_scale)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=call.softmax_scale)
+
+
+class _Sdpa(torch.autograd.Function):
+    """The same, with a gradient that has a gradient: PyTorch's fast kernels have only one."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale = scale
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        *inputs, mask = ctx.saved_tensors
+        again = torch.is_grad_enabled()  # where the gradient is to be differentiated
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if again else nullcontext():
+            # views, as two of them may be one tensor
+            q, k, v = views = [
+                x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs
+            ]
+            out = F.scaled_dot_product_attention(q, k, v, mask, scale=ctx.scale)
+            return *torch.autograd.grad(out, views, dout, create_graph=again), None, None
 
 
 def _attend(
@@ -124,5 +178,5 @@ def _attend(
     else:
         p = scores.softmax(-1)
     if keep is not None:
-        p = p * keep * call.keep_scale
+        p = p * keep * keep_scale(call.dropout_p)
     return p.to(v.dtype) @ v

@@ -29,8 +29,16 @@ class Compacted(NamedTuple):
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
+class Call(NamedTuple):
+    """A call of `compact`."""
+
+    values: Tensor
+    ignore_index: int
+    capacity: int | None = None
+
+
 @op("ext")
-def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> Compacted:
+def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> Call:
     """Keeps the entries that differ from `ignore_index`, in row-major order.
 
     values: (B, S) of any integer dtype or bool. capacity: how many places C the result has. Spare
@@ -41,7 +49,28 @@ def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> C
     Raises ValueError if values is not 2-D, has a floating-point dtype or more than 2^31 - 1
     entries, if its dtype cannot hold ignore_index, or if capacity is negative.
     """
-    _check(values, ignore_index, capacity)
+    require(values.ndim == 2, "compact", "values of shape (batch, seqlen)", tuple(values.shape))
+    is_integer = not values.dtype.is_floating_point and not values.dtype.is_complex
+    require(is_integer, "compact", "values of an integer dtype or bool", values.dtype)
+    if values.dtype == torch.bool:
+        low, high = 0, 1
+    else:
+        low, high = torch.iinfo(values.dtype).min, torch.iinfo(values.dtype).max
+    require(
+        low <= ignore_index <= high,
+        "compact",
+        f"an ignore_index that {values.dtype} can hold",
+        ignore_index,
+    )
+    size = math.prod(values.shape)
+    require(size < 2**31, "compact", "at most 2^31 - 1 values", size)
+    require(capacity is None or capacity >= 0, "compact", "a capacity of at least 0", capacity)
+    return Call(values, ignore_index, capacity)
+
+
+@compact.plain
+def _plain(call: Call) -> Compacted:
+    values, ignore_index, capacity = call
     dtype = values.dtype
     if dtype in _SIGNED:  # PyTorch does not index the unsigned ones on a GPU; the bits are the same
         values = values.view(_SIGNED[dtype])
@@ -65,14 +94,12 @@ def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> C
 
 
 @compact.fused
-def _compact_fused(
-    kernels: Any, values: Tensor, ignore_index: int, capacity: int | None = None
-) -> Compacted:
-    return Compacted(*kernels.compact(values, ignore_index, capacity))
+def _fused(kernels: Any, call: Call) -> Compacted:
+    return Compacted(*kernels.compact(*call))
 
 
 def _compact_fake(values: Tensor, ignore_index: int, capacity: int | None = None) -> Compacted:
-    _check(values, ignore_index, capacity)
+    compact.check(values, ignore_index, capacity)  # as the extension does when it runs
     room = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
 
     def int32(size: int | torch.SymInt) -> Tensor:
@@ -84,26 +111,6 @@ def _compact_fake(values: Tensor, ignore_index: int, capacity: int | None = None
         slots=int32(values.numel()),
         offsets=int32(values.shape[0] + 1),
     )
-
-
-def _check(values: Tensor, ignore_index: int, capacity: int | None) -> None:
-    """The extension checks the same when it runs."""
-    require(values.ndim == 2, "compact", "values of shape (batch, seqlen)", tuple(values.shape))
-    is_integer = not values.dtype.is_floating_point and not values.dtype.is_complex
-    require(is_integer, "compact", "values of an integer dtype or bool", values.dtype)
-    if values.dtype == torch.bool:
-        low, high = 0, 1
-    else:
-        low, high = torch.iinfo(values.dtype).min, torch.iinfo(values.dtype).max
-    require(
-        low <= ignore_index <= high,
-        "compact",
-        f"an ignore_index that {values.dtype} can hold",
-        ignore_index,
-    )
-    size = math.prod(values.shape)
-    require(size < 2**31, "compact", "at most 2^31 - 1 values", size)
-    require(capacity is None or capacity >= 0, "compact", "a capacity of at least 0", capacity)
 
 
 with contextlib.suppress(backend.BackendUnavailable):

@@ -4,7 +4,7 @@ The masks here are for plain PyTorch; Triton's kernels make the bits where they 
 """
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,36 +16,52 @@ from fastbert.check import require
 from fastbert.rng import DropoutState
 
 
+class Call(NamedTuple):
+    """A call of `hidden_keep_mask` or `attention_drop_words`, with the sizes of the result."""
+
+    rng: DropoutState
+    sizes: tuple[int, ...]
+    dropout_p: float
+
+    @property
+    def numbers(self) -> tuple[Tensor, Tensor, int]:
+        return self.rng.token_key, self.rng.state, self.rng.site
+
+
 @op("ext")
-def hidden_keep_mask(rng: DropoutState, num_cols: int, dropout_p: float) -> Tensor:
+def hidden_keep_mask(rng: DropoutState, num_cols: int, dropout_p: float) -> Call:
     """(T, num_cols) bool, True where an element of the packed stream is kept."""
-    return _plain_keep_mask(rng.token_key, rng.state, rng.site, num_cols, dropout_p)
-
-
-@hidden_keep_mask.fused
-def _hidden_keep_mask_fused(
-    kernels: Any, rng: DropoutState, num_cols: int, dropout_p: float
-) -> Tensor:
-    limit = random.threshold(dropout_p)
-    return kernels.hidden_keep_mask(rng.token_key, rng.state, rng.site, num_cols, limit)
+    return Call(rng, (num_cols,), dropout_p)
 
 
 @op("ext")
 def attention_drop_words(
     rng: DropoutState, num_heads: int, num_words: int, dropout_p: float
-) -> Tensor:
+) -> Call:
     """(N, T, num_words) int32: bit j of word w is set where a query drops key 32 * w + j."""
-    return _plain_drop_words(rng.token_key, rng.state, rng.site, num_heads, num_words, dropout_p)
+    return Call(rng, (num_heads, num_words), dropout_p)
+
+
+@hidden_keep_mask.plain
+def _keep_mask(call: Call) -> Tensor:
+    return _plain_keep_mask(*call.numbers, *call.sizes, call.dropout_p)
+
+
+@attention_drop_words.plain
+def _drop_words(call: Call) -> Tensor:
+    return _plain_drop_words(*call.numbers, *call.sizes, call.dropout_p)
+
+
+@hidden_keep_mask.fused
+def _keep_mask_fused(kernels: Any, call: Call) -> Tensor:
+    limit = random.threshold(call.dropout_p)
+    return kernels.hidden_keep_mask(*call.numbers, *call.sizes, limit)
 
 
 @attention_drop_words.fused
-def _attention_drop_words_fused(
-    kernels: Any, rng: DropoutState, num_heads: int, num_words: int, dropout_p: float
-) -> Tensor:
-    limit = random.threshold(dropout_p)
-    return kernels.attention_drop_words(
-        rng.token_key, rng.state, rng.site, num_heads, num_words, limit
-    )
+def _drop_words_fused(kernels: Any, call: Call) -> Tensor:
+    limit = random.threshold(call.dropout_p)
+    return kernels.attention_drop_words(*call.numbers, *call.sizes, limit)
 
 
 def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Tensor:
@@ -53,7 +69,9 @@ def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Ten
 
     The rows of x are the tokens of `rng`; without one, fresh random numbers are drawn.
     """
-    rng = dropout_state("dropout", x.shape[:-1].numel(), x.device, dropout_p, rng)
+    rows = x.shape[:-1].numel()
+    check_dropout("dropout", rows, x.device, dropout_p, rng)
+    rng = drawn(rows, x.device, dropout_p, rng)
     if rng is None:
         return x
     keep = hidden_keep_mask(rng, x.shape[-1], dropout_p).view(x.shape)
@@ -61,25 +79,32 @@ def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Ten
     return torch.where(keep, x * random.keep_scale(dropout_p), 0.0)
 
 
-def dropout_state(
+def check_dropout(
     who: str, num_rows: int, device: torch.device, dropout_p: float, rng: DropoutState | None
-) -> DropoutState | None:
-    """The numbers for dropping elements of so many rows, or None if none is to be dropped."""
+) -> None:
+    """Raises ValueError unless elements of so many rows can be dropped by these numbers."""
     require(0 <= dropout_p < 1, who, "a dropout_p in [0, 1)", dropout_p)
     threshold = random.threshold(dropout_p)
-    if threshold == 0:
-        return None
     require(threshold < random.RESOLUTION, who, "a dropout_p of at most 4095/4096", dropout_p)
-    if rng is None:
-        return random.fresh(num_rows, device)
-    key = rng.token_key
-    require(
-        key.shape == (num_rows,) and key.device == rng.state.device == device,
-        who,
-        f"an rng with a token_key of shape ({num_rows},), one key a row, on {device}",
-        f"{tuple(key.shape)} on {key.device}",
-    )
-    return rng
+    if threshold and rng is not None:
+        key = rng.token_key
+        require(
+            key.shape == (num_rows,) and key.device == rng.state.device == device,
+            who,
+            f"an rng with a token_key of shape ({num_rows},), one key a row, on {device}",
+            f"{tuple(key.shape)} on {key.device}",
+        )
+        dtypes = key.dtype, rng.state.dtype
+        require(dtypes == (torch.int64,) * 2, who, "an rng of int64 tensors", dtypes)
+
+
+def drawn(
+    num_rows: int, device: torch.device, dropout_p: float, rng: DropoutState | None
+) -> DropoutState | None:
+    """The numbers for dropping elements of so many rows, or None if none is to be dropped."""
+    if not random.threshold(dropout_p):
+        return None
+    return random.fresh(num_rows, device) if rng is None else rng
 
 
 def device_numbers(
@@ -88,7 +113,8 @@ def device_numbers(
     """What launchers take of it: state, token_key, site and threshold."""
     if rng is None:
         return None, None, 0, 0
-    return rng.state, rng.token_key, rng.site, random.threshold(dropout_p)
+    state, token_key = rng.state.contiguous(), rng.token_key.contiguous()
+    return state, token_key, rng.site, random.threshold(dropout_p)
 
 
 # Operators of their own, because inductor of torch 2.13 computes other bits on a CPU where it fuses

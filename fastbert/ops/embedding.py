@@ -1,22 +1,44 @@
 """The input of BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805): three embeddings."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastbert.backend import op
+from fastbert.backend import DTYPES, op
 from fastbert.check import require
-from fastbert.ops.dropout import device_numbers, dropout, dropout_state
-from fastbert.ops.layer_norm import DTYPES, as_rows, refusal
+from fastbert.ops.dropout import check_dropout, device_numbers, drawn, dropout
+from fastbert.ops.fused import as_rows, once, run
+from fastbert.ops.layer_norm import refusal
 from fastbert.rng import DropoutState
 
 WHO = "embedding_layer_norm"
 
 
-@op("triton", dtypes=(torch.int64, torch.int32))
+class Call(NamedTuple):
+    """A call of `embedding_layer_norm`.
+
+    The ids are all of one shape; padding_idx: not negative; rng: None where nothing is dropped;
+    dtype: of the result.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    token_type_ids: Tensor | None
+    word: Tensor
+    position: Tensor
+    token_type: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    padding_idx: int | None
+    dropout_p: float
+    rng: DropoutState | None
+    dtype: torch.dtype
+
+
+@op("triton")
 def embedding_layer_norm(
     input_ids: Tensor,
     position_ids: Tensor,
@@ -32,7 +54,7 @@ def embedding_layer_norm(
     dropout_p: float = 0.0,
     rng: DropoutState | None = None,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Call:
     """`dropout(layer_norm(word[input_ids] + token_type[token_type_ids] + position[position_ids]))`.
 
     input_ids: (...) int64, usually (T,) packed tokens; position_ids and token_type_ids broadcast to
@@ -51,117 +73,22 @@ def embedding_layer_norm(
     Raises ValueError for other shapes, a padding_idx outside the table, or a dropout_p not in
     [0, 1).
     """
-    ids = _check_ids(input_ids, position_ids, token_type_ids)
+    shape = input_ids.shape
+    input_ids = _expand("input_ids", input_ids, shape)
+    position_ids = _expand("position_ids", position_ids, shape)
+    if token_type_ids is not None:
+        token_type_ids = _expand("token_type_ids", token_type_ids, shape)
     _check_tables(word, position, token_type, weight, bias)
-    wide = torch.promote_types(word.dtype, torch.float32)
     if padding_idx is not None:
-        padding_idx = _padding_id(padding_idx, word)
-    z = F.embedding(ids[0], word, padding_idx).to(wide)
-    z = z + (token_type[0] if ids[2] is None else F.embedding(ids[2], token_type)).to(wide)
-    z = z + F.embedding(ids[1], position).to(wide)
-    y = F.layer_norm(z, weight.shape, weight.to(wide), bias.to(wide), eps)
-    rng = dropout_state(WHO, input_ids.numel(), word.device, dropout_p, rng)
-    y = dropout(y, dropout_p, rng) if rng is not None else y
-    return y.to(dtype or word.dtype)
-
-
-@embedding_layer_norm.refuses
-def _refusal(
-    input_ids: Tensor,
-    position_ids: Tensor,
-    token_type_ids: Tensor | None,
-    word: Tensor,
-    position: Tensor,
-    token_type: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-12,
-    *,
-    padding_idx: int | None = None,
-    dropout_p: float = 0.0,
-    rng: DropoutState | None = None,
-    dtype: torch.dtype | None = None,
-) -> str | None:
-    tables = (word, position, token_type)
-    if reason := refusal(word, [word, position, token_type], [weight, bias]):
-        return reason
-    if len({table.dtype for table in tables}) > 1:
-        return "tables of several dtypes"
-    if not all(table.is_contiguous() for table in tables):
-        return "tables that are not contiguous"
-    if dtype is not None and dtype not in DTYPES:
-        return f"a result in {dtype}"
-    ids = (input_ids, position_ids, token_type_ids)
-    if any(tensor is not None and tensor.device != word.device for tensor in ids):
-        return "tensors on several devices"
-    return None
-
-
-@embedding_layer_norm.fused
-def _fused(
-    kernels: Any,
-    input_ids: Tensor,
-    position_ids: Tensor,
-    token_type_ids: Tensor | None,
-    word: Tensor,
-    position: Tensor,
-    token_type: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-12,
-    *,
-    padding_idx: int | None = None,
-    dropout_p: float = 0.0,
-    rng: DropoutState | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    ids = _check_ids(input_ids, position_ids, token_type_ids)
-    _check_tables(word, position, token_type, weight, bias)
-    padding_id = -1 if padding_idx is None else _padding_id(padding_idx, word)
-    rng = dropout_state(WHO, input_ids.numel(), word.device, dropout_p, rng)
-    flat = [None if t is None else t.reshape(-1).contiguous() for t in ids]
-    y = _EmbeddingLayerNorm.apply(
-        kernels, *flat, word, position, token_type, weight, bias, eps,
-        *device_numbers(rng, dropout_p), padding_id, dtype or word.dtype,
+        size = word.shape[0]
+        require(-size <= padding_idx < size, WHO, f"a padding_idx within {size} words", padding_idx)
+        padding_idx %= size
+    rows = input_ids.numel()
+    check_dropout(WHO, rows, word.device, dropout_p, rng)
+    return Call(
+        input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps,
+        padding_idx, dropout_p, drawn(rows, word.device, dropout_p, rng), dtype or word.dtype,
     )  # fmt: skip
-    return y.view(*input_ids.shape, word.shape[1])
-
-
-class _EmbeddingLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, kernels, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
-        word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor,
-        eps: float, state: Tensor | None, token_key: Tensor | None, site: int, threshold: int,
-        padding_id: int, dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        ids_and_tables = (input_ids, position_ids, token_type_ids, word, position, token_type)
-        y, mean, rstd = kernels.embedding_layer_norm_fwd(
-            *ids_and_tables, weight, bias, eps, state, token_key, site, threshold, dtype
-        )
-        ctx.save_for_backward(*ids_and_tables, weight, mean, rstd, state, token_key)
-        ctx.kernels, ctx.numbers = kernels, (site, threshold, padding_id)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        gradients = ctx.kernels.embedding_layer_norm_bwd(
-            as_rows(dy), *ctx.saved_tensors, *ctx.numbers
-        )
-        return None, None, None, None, *gradients, *[None] * 7
-
-
-def _check_ids(
-    input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The three kinds of ids, each of the shape of the first."""
-    types = token_type_ids
-    return (
-        _expand("input_ids", input_ids, input_ids.shape),
-        _expand("position_ids", position_ids, input_ids.shape),
-        None if types is None else _expand("token_type_ids", types, input_ids.shape),
-    )
 
 
 def _expand(name: str, ids: Tensor, shape: torch.Size) -> Tensor:
@@ -185,7 +112,65 @@ def _check_tables(
         require(vector.shape == (hidden,), WHO, f"{name} of shape ({hidden},)", tuple(vector.shape))
 
 
-def _padding_id(padding_idx: int, word: Tensor) -> int:
-    size = word.shape[0]
-    require(-size <= padding_idx < size, WHO, f"a padding_idx within {size} words", padding_idx)
-    return padding_idx % size
+@embedding_layer_norm.plain
+def _plain(call: Call) -> Tensor:
+    word, weight = call.word, call.weight
+    wide = torch.promote_types(word.dtype, torch.float32)
+    z = F.embedding(call.input_ids, word, call.padding_idx).to(wide)
+    types, type_ids = call.token_type, call.token_type_ids
+    z = z + (types[0] if type_ids is None else F.embedding(type_ids, types)).to(wide)
+    z = z + F.embedding(call.position_ids, call.position).to(wide)
+    y = F.layer_norm(z, weight.shape, weight.to(wide), call.bias.to(wide), call.eps)
+    y = y if call.rng is None else dropout(y, call.dropout_p, call.rng)
+    return y.to(call.dtype)
+
+
+@embedding_layer_norm.refuses
+def _refusal(call: Call) -> str | None:
+    tables = word, _, _ = call[3:6]
+    if reason := refusal(tables, (call.weight, call.bias)):
+        return reason
+    if len({table.dtype for table in tables}) > 1:
+        return "tables of several dtypes"
+    if not all(table.is_contiguous() for table in tables):
+        return "tables that are not contiguous"
+    if call.dtype not in DTYPES:
+        return f"a result in {call.dtype}"
+    if any(ids is not None and ids.device != word.device for ids in call[:3]):
+        return "tensors on several devices"
+    return None
+
+
+@embedding_layer_norm.fused
+def _fused(kernels: Any, call: Call) -> Tensor:
+    return run(_EmbeddingLayerNorm, kernels, call)
+
+
+class _EmbeddingLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, kernels, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
+        word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor,
+        eps: float, padding_idx: int | None, dropout_p: float, rng: DropoutState | None,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        ids = (input_ids, position_ids, token_type_ids)
+        flat = [None if x is None else x.reshape(-1).contiguous() for x in ids]
+        inputs = (*flat, word, position, token_type, weight)
+        state, token_key, site, threshold = device_numbers(rng, dropout_p)
+        y, *statistics = kernels.embedding_layer_norm_fwd(
+            *inputs, bias, eps, state, token_key, site, threshold, dtype, ctx is not None
+        )
+        if ctx is not None:
+            ctx.save_for_backward(*inputs, *statistics, state, token_key)
+            padding_id = -1 if padding_idx is None else padding_idx
+            ctx.kernels, ctx.numbers = kernels, (site, threshold, padding_id)
+        return y.view(*input_ids.shape, word.shape[1])
+
+    @staticmethod
+    @once(WHO)
+    def backward(ctx, dy: Tensor):
+        gradients = ctx.kernels.embedding_layer_norm_bwd(
+            as_rows(dy), *ctx.saved_tensors, *ctx.numbers
+        )
+        return None, None, None, None, *gradients, *[None] * 5

@@ -1,7 +1,7 @@
 """Gather of rows by an index whose inverse is known, so that its gradient is a gather too."""
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,16 @@ from fastbert.backend import op
 from fastbert.check import require
 
 
+class Call(NamedTuple):
+    """A call of `gather_rows`."""
+
+    src: Tensor
+    index: Tensor  # type: ignore[assignment]  # in place of tuple.index, which nobody needs here
+    inverse: Tensor
+
+
 @op("ext")
-def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Call:
     """`out[i] = src[index[i]]`, and zeros where index[i] is -1.
 
     src: (R, H) of any dtype; index: (M,) int32 in [-1, R), which names no row twice; inverse: (R,)
@@ -23,37 +31,6 @@ def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     Raises ValueError for a wrong shape, dtype or device, IndexError on a CPU for an entry of index
     outside [-1, R); a GPU stops with a device-side assertion.
     """
-    _check(src, index, inverse)
-    if src.shape[0] == 0:  # there is no row to point at, but there is a gradient to hand back
-        return src.sum(0, keepdim=True).to(src.dtype).expand(index.shape[0], -1)
-    # PyTorch's own gradient of these is the right one: rows left out get zero, the others one row
-    is_spare = index == -1
-    rows = src.index_select(0, index.masked_fill(is_spare, 0))
-    return rows.masked_fill(is_spare[:, None], 0)
-
-
-@gather_rows.fused
-def _gather_rows_fused(kernels: Any, src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    return kernels.gather_rows(src, index, inverse)
-
-
-def _gather_rows_fake(src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    _check(src, index, inverse)
-    return src.new_empty((index.shape[0], src.shape[1]))
-
-
-def _save_indices(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    _, index, inverse = inputs
-    ctx.save_for_backward(index, inverse)
-
-
-def _gather_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    index, inverse = ctx.saved_tensors
-    return torch.ops.fastbert.gather_rows(grad, inverse, index), None, None
-
-
-def _check(src: Tensor, index: Tensor, inverse: Tensor) -> None:
-    """The extension checks the same when it runs."""
     require(src.ndim == 2, "gather_rows", "src of shape (rows, hidden)", tuple(src.shape))
     require(
         index.ndim == 1 and index.dtype == torch.int32,
@@ -73,6 +50,38 @@ def _check(src: Tensor, index: Tensor, inverse: Tensor) -> None:
         f"index and inverse on {src.device}",
         f"{index.device} and {inverse.device}",
     )
+    return Call(src, index, inverse)
+
+
+@gather_rows.plain
+def _plain(call: Call) -> Tensor:
+    src, index, _ = call
+    if src.shape[0] == 0:  # there is no row to point at, but there is a gradient to hand back
+        return src.sum(0, keepdim=True).to(src.dtype).expand(index.shape[0], -1)
+    # PyTorch's own gradient of these is the right one: rows left out get zero, the others one row
+    is_spare = index == -1
+    rows = src.index_select(0, index.masked_fill(is_spare, 0))
+    return rows.masked_fill(is_spare[:, None], 0)
+
+
+@gather_rows.fused
+def _fused(kernels: Any, call: Call) -> Tensor:
+    return kernels.gather_rows(*call)
+
+
+def _gather_rows_fake(src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    gather_rows.check(src, index, inverse)  # as the extension does when it runs
+    return src.new_empty((index.shape[0], src.shape[1]))
+
+
+def _save_indices(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    _, index, inverse = inputs
+    ctx.save_for_backward(index, inverse)
+
+
+def _gather_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    index, inverse = ctx.saved_tensors
+    return torch.ops.fastbert.gather_rows(grad, inverse, index), None, None
 
 
 with contextlib.suppress(backend.BackendUnavailable):

@@ -1,25 +1,41 @@
 """Layer normalization (Ba et al. 2016, https://arxiv.org/abs/1607.06450), also after a residual."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastbert.backend import op
+from fastbert.backend import DTYPES, is_transformed, op
 from fastbert.check import require
-from fastbert.ops.dropout import device_numbers, dropout, dropout_state
+from fastbert.ops.dropout import check_dropout, device_numbers, drawn, dropout
+from fastbert.ops.fused import as_rows, once, run
 from fastbert.rng import DropoutState
 
 Save = Literal["z", "y"]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_COLS = 16384  # of the kernels, which hold a row in registers
 
 
-@op("triton", dtypes=DTYPES)
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Tensor:
+class Call(NamedTuple):
+    """A call of `dropout_add_layer_norm`, or of `layer_norm` where the residual is None.
+
+    rng: None where nothing is dropped.
+    """
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-12
+    x_bias: Tensor | None = None
+    dropout_p: float = 0.0
+    rng: DropoutState | None = None
+    save: Save = "z"
+
+
+@op("triton")
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Call:
     """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension.
 
     x: (..., H); weight, bias: (H,). The variance is the biased one. Computed in float32 or wider,
@@ -28,38 +44,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> T
     Raises ValueError for other shapes.
     """
     _check_vectors("layer_norm", x, weight=weight, bias=bias)
-    return _normed(x, weight, bias, eps)
+    return Call(x, None, weight, bias, eps)
 
 
-@layer_norm.refuses
-def _refusal(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> str | None:
-    return refusal(x, [], [weight, bias])
-
-
-@layer_norm.fused
-def _fused(kernels: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Tensor:
-    _check_vectors("layer_norm", x, weight=weight, bias=bias)
-    return _LayerNorm.apply(kernels, x, weight, bias, eps)
-
-
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, kernels, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        rows = as_rows(x)
-        y, mean, rstd = kernels.layer_norm_fwd(rows, weight, bias, eps)
-        ctx.save_for_backward(rows, weight, mean, rstd)
-        ctx.kernels = kernels
-        return y.view(x.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        rows, weight, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias = ctx.kernels.layer_norm_bwd(as_rows(dy), rows, weight, mean, rstd)
-        return None, dx.view(dy.shape), dweight, dbias, None
-
-
-@op("triton", dtypes=DTYPES)
+@op("triton")
 def dropout_add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -71,7 +59,7 @@ def dropout_add_layer_norm(
     dropout_p: float = 0.0,
     rng: DropoutState | None = None,
     save: Save = "z",
-) -> Tensor:
+) -> Call:
     """`layer_norm(residual + dropout(x + x_bias))`: the end of each half of a BERT layer.
 
     x, residual: (..., H); weight, bias, x_bias: (H,); the result has residual.dtype. x_bias is that
@@ -93,7 +81,32 @@ def dropout_add_layer_norm(
 
     Raises ValueError for other shapes, a dropout_p not in [0, 1), or another `save`.
     """
-    rng = _check_sum(x, residual, weight, bias, x_bias, dropout_p, rng, save)
+    who = "dropout_add_layer_norm"
+    require(save in ("z", "y"), who, 'a save of "z" or "y"', repr(save))
+    if residual.shape != x.shape:
+        require(False, who, f"residual of shape {tuple(x.shape)}", tuple(residual.shape))
+    _check_vectors(who, x, weight=weight, bias=bias)
+    if x_bias is not None:
+        _check_vectors(who, x, x_bias=x_bias)
+    rows = x.shape[:-1].numel()
+    check_dropout(who, rows, x.device, dropout_p, rng)
+    rng = drawn(rows, x.device, dropout_p, rng)
+    return Call(x, residual, weight, bias, eps, x_bias, dropout_p, rng, save)
+
+
+def _check_vectors(who: str, x: Tensor, **vectors: Tensor) -> None:
+    shape = x.shape[-1:]
+    for name, vector in vectors.items():
+        if vector.shape != shape:
+            require(False, who, f"{name} of shape {tuple(shape)}", tuple(vector.shape))
+
+
+@layer_norm.plain
+@dropout_add_layer_norm.plain
+def _plain(call: Call) -> Tensor:
+    x, residual, weight, bias, eps, x_bias, dropout_p, rng, save = call
+    if residual is None:
+        return _normed(x, weight, bias, eps)
     dtype = residual.dtype
     if x.dtype != dtype or dtype not in _WIDE:
         x = x.to(torch.promote_types(dtype, torch.promote_types(x.dtype, torch.float32)))
@@ -101,7 +114,7 @@ def dropout_add_layer_norm(
         x = x + x_bias.to(x.dtype)
     if rng is not None:
         x = dropout(x, dropout_p, rng)
-    norm = _normed if save == "z" else _NormKeepingY.apply
+    norm = _normed if save == "z" or is_transformed() else _NormKeepingY.apply
     return norm((residual + x).to(dtype), weight, bias, eps)
 
 
@@ -130,7 +143,7 @@ class _NormKeepingY(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once('dropout_add_layer_norm(save="y")', 'save="z" can')
     def backward(ctx, dy: Tensor):
         kept, gamma, beta, rstd = ctx.saved_tensors
         dy, y, weight, bias = (t.to(rstd.dtype) for t in (dy, kept, gamma, beta))
@@ -141,132 +154,76 @@ class _NormKeepingY(torch.autograd.Function):
         return dz.to(kept.dtype), dgamma.to(gamma.dtype), dbeta.to(beta.dtype), None
 
 
+@layer_norm.refuses
 @dropout_add_layer_norm.refuses
-def _sum_refusal(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-12,
-    *,
-    x_bias: Tensor | None = None,
-    dropout_p: float = 0.0,
-    rng: DropoutState | None = None,
-    save: Save = "z",
-) -> str | None:
-    vectors = [weight, bias] if x_bias is None else [weight, bias, x_bias]
-    return refusal(x, [residual], vectors)
+def _refusal(call: Call) -> str | None:
+    x, residual, weight, bias, _, x_bias, *_ = call
+    tensors = (x,) if residual is None else (x, residual)
+    return refusal(tensors, (weight, bias) if x_bias is None else (weight, bias, x_bias))
 
 
-@dropout_add_layer_norm.fused
-def _sum_fused(
-    kernels: Any,
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-12,
-    *,
-    x_bias: Tensor | None = None,
-    dropout_p: float = 0.0,
-    rng: DropoutState | None = None,
-    save: Save = "z",
-) -> Tensor:
-    rng = _check_sum(x, residual, weight, bias, x_bias, dropout_p, rng, save)
-    numbers = device_numbers(rng, dropout_p)
-    inputs = (x, residual, x_bias, weight, bias)
-    needs_backward = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in inputs
-    )
-    if needs_backward:
-        return _DropoutAddLayerNorm.apply(kernels, *inputs, eps, *numbers, save)
-    y, *_ = kernels.dropout_add_layer_norm_fwd(
-        as_rows(x), as_rows(residual), x_bias, weight, bias, eps, *numbers, keep_z=False
-    )
-    return y.view(x.shape)
-
-
-class _DropoutAddLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, kernels, x: Tensor, residual: Tensor, x_bias: Tensor | None, weight: Tensor,
-        bias: Tensor, eps: float, state: Tensor | None, token_key: Tensor | None, site: int,
-        threshold: int, save: Save,
-    ) -> Tensor:  # fmt: skip
-        y, z, mean, rstd = kernels.dropout_add_layer_norm_fwd(
-            as_rows(x), as_rows(residual), x_bias, weight, bias, eps,
-            state, token_key, site, threshold, keep_z=save == "z",
-        )  # fmt: skip
-        y = y.view(x.shape)
-        kept = (z, None, mean) if save == "z" else (y, bias, None)
-        ctx.save_for_backward(weight, state, token_key, *kept, rstd)
-        ctx.kernels, ctx.site, ctx.threshold = kernels, site, threshold
-        ctx.x_dtype, ctx.has_x_bias = x.dtype, x_bias is not None
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        weight, state, token_key, kept, bias, mean, rstd = ctx.saved_tensors
-        dresidual, dx, dweight, dbias, dx_bias = ctx.kernels.dropout_add_layer_norm_bwd(
-            as_rows(dy), as_rows(kept), weight, bias, mean, rstd,
-            state, token_key, ctx.site, ctx.threshold, ctx.x_dtype, ctx.has_x_bias,
-        )  # fmt: skip
-        dresidual = dresidual.view(dy.shape)
-        # Where both gradients are the same, the very same tensor goes to both, not a view of it:
-        # autograd adds to a gradient in place, or makes it a leaf's .grad without a copy, only
-        # while it holds the sole reference to that tensor.
-        dx = dresidual if dx.ndim == 1 else dx.view(dy.shape)
-        dx_bias = dx_bias if ctx.has_x_bias else None
-        return None, dx, dresidual, dx_bias, dweight, dbias, *[None] * 6
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """(..., H) -> (M, H) with unit column stride, a view where possible."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def refusal(x: Tensor, others: list[Tensor], vectors: list[Tensor]) -> str | None:
-    """Why the kernels cannot take x and `others` (..., H) with parameters `vectors` (H,)."""
-    if not 1 <= x.shape[-1] <= MAX_COLS:
-        return f"{x.shape[-1]} columns"
-    if any(tensor.device != x.device for tensor in (*others, *vectors)):
-        return "tensors on several devices"
-    if unknown := [t.dtype for t in (*others, *vectors) if t.dtype not in DTYPES]:
-        return str(unknown[0])
-    if len({vector.dtype for vector in vectors}) > 1:
-        return "parameters of several dtypes"
-    if not all(vector.is_contiguous() for vector in vectors):
-        return "parameters that are not contiguous"
+def refusal(tensors: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> str | None:
+    """Why the kernels cannot take `tensors` (..., H) with parameters `vectors` (H,)."""
+    columns, device = tensors[0].shape[-1], tensors[0].device
+    if not 1 <= columns <= MAX_COLS:
+        return f"{columns} columns"
+    for x in tensors + vectors:
+        if x.device != device:
+            return "tensors on several devices"
+        if x.dtype not in DTYPES:
+            return str(x.dtype)
+    for vector in vectors:
+        if vector.dtype != vectors[0].dtype:
+            return "parameters of several dtypes"
+        if not vector.is_contiguous():
+            return "parameters that are not contiguous"
     return None
 
 
-def _check_vectors(who: str, x: Tensor, **vectors: Tensor) -> None:
-    shape = x.shape[-1:]
-    for name, vector in vectors.items():
-        if vector.shape != shape:
-            require(False, who, f"{name} of shape {tuple(shape)}", tuple(vector.shape))
+@layer_norm.fused
+@dropout_add_layer_norm.fused
+def _fused(kernels: Any, call: Call) -> Tensor:
+    return run(_LayerNorm, kernels, call)
 
 
-def _check_sum(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    dropout_p: float,
-    rng: DropoutState | None,
-    save: str,
-) -> DropoutState | None:
-    who = "dropout_add_layer_norm"
-    require(save in ("z", "y"), who, 'a save of "z" or "y"', repr(save))
-    shape = x.shape
-    if residual.shape != shape:
-        require(False, who, f"residual of shape {tuple(shape)}", tuple(residual.shape))
-    _check_vectors(who, x, weight=weight, bias=bias)
-    if x_bias is not None:
-        _check_vectors(who, x, x_bias=x_bias)
-    if dropout_p == 0:
-        return None
-    return dropout_state(who, shape[:-1].numel(), x.device, dropout_p, rng)
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, kernels, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
+        x_bias: Tensor | None, dropout_p: float, rng: DropoutState | None, save: Save,
+    ) -> Tensor:  # fmt: skip
+        rows = as_rows(x)
+        y, *statistics = kernels.layer_norm_fwd(
+            rows, None if residual is None else as_rows(residual), x_bias, weight, bias, eps,
+            *(numbers := device_numbers(rng, dropout_p)), "" if ctx is None else save,
+        )  # fmt: skip
+        y = y.view(x.shape)
+        if ctx is None:
+            return y
+        rstd, *of_z = statistics
+        state, token_key, *ctx.numbers = numbers
+        if save == "y":
+            ctx.save_for_backward(weight, state, token_key, rstd, y, bias, None)
+        else:  # without a residual, z is x itself
+            mean, z = of_z if residual is not None else (*of_z, rows)
+            ctx.save_for_backward(weight, state, token_key, rstd, z, None, mean)
+        ctx.kernels, ctx.x_dtype = kernels, x.dtype
+        ctx.has_residual, ctx.has_x_bias = residual is not None, x_bias is not None
+        return y
+
+    @staticmethod
+    @once("layer_norm")
+    def backward(ctx, dy: Tensor):
+        weight, state, token_key, rstd, kept, bias, mean = ctx.saved_tensors
+        dz, dx, dweight, dbias, dx_bias = ctx.kernels.layer_norm_bwd(
+            as_rows(dy), as_rows(kept), weight, bias, mean, rstd,
+            state, token_key, *ctx.numbers, ctx.x_dtype, ctx.has_x_bias,
+        )  # fmt: skip
+        dz = dz.view(dy.shape)
+        # Where both gradients are the same, the very same tensor goes to both, not a view of it:
+        # autograd adds to a gradient in place, or makes it a leaf's .grad without a copy, only
+        # while it holds the sole reference to that tensor.
+        dx = dz if dx.ndim == 1 else dx.view(dy.shape)
+        dresidual = dz if ctx.has_residual else None
+        dx_bias = dx_bias if ctx.has_x_bias else None
+        return None, dx, dresidual, dweight, dbias, None, dx_bias, None, None, None

@@ -1,23 +1,34 @@
 """A linear layer and the cross-entropy of its outputs, without a float32 copy of the logits."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastbert.backend import op
+from fastbert.backend import DTYPES, op
 from fastbert.check import require
+from fastbert.ops.fused import once, run
 
 MAX_LOGITS_BYTES = 1 << 30  # above it, rows go in parts whose logits the backward computes again
 PADDING = 64  # classes are padded to a multiple of it, for wide loads and the tensor cores
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+class Call(NamedTuple):
+    """A call of `linear_cross_entropy`."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    reduction: str = "mean"
+    return_correct: bool = False
 
 
-@op("triton", dtypes=_DTYPES)
+@op("triton")
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -28,7 +39,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     return_correct: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Call:
     """Cross-entropy of `hidden @ weight.T + bias`, averaged or summed over the rows that count.
 
     hidden: (C, H); weight: (V, H); bias: (V,) or None; targets: (C,) int64, a class or
@@ -42,7 +53,29 @@ def linear_cross_entropy(
     The kernels keep the logits in the product's dtype, and the backward overwrites them: a second
     backward through the same graph raises a RuntimeError.
     """
-    _check(hidden, weight, bias, targets, label_smoothing, reduction)
+    who = "linear_cross_entropy"
+    require(hidden.ndim == 2, who, "hidden of shape (rows, hidden)", tuple(hidden.shape))
+    rows, size = hidden.shape
+    require(
+        weight.ndim == 2 and weight.shape[1] == size and weight.shape[0] > 0,
+        who,
+        f"weight of shape (classes, {size})",
+        tuple(weight.shape),
+    )
+    classes = weight.shape[0]
+    if bias is not None:
+        require(bias.shape == (classes,), who, f"bias of shape ({classes},)", tuple(bias.shape))
+    require(targets.shape == (rows,), who, f"targets of shape ({rows},)", tuple(targets.shape))
+    require(targets.dtype == torch.int64, who, "targets of dtype int64", targets.dtype)
+    require(0 <= label_smoothing <= 1, who, "label_smoothing from 0 to 1", label_smoothing)
+    require(reduction in ("mean", "sum"), who, 'reduction "mean" or "sum"', reduction)
+    options = (ignore_index, float(label_smoothing), reduction, return_correct)
+    return Call(hidden, weight, bias, targets, *options)
+
+
+@linear_cross_entropy.plain
+def _plain(call: Call) -> Tensor | tuple[Tensor, Tensor]:
+    hidden, weight, bias, targets, ignore_index, label_smoothing, reduction, wants_correct = call
     dtype = hidden.dtype
     logits = F.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
     is_counted = targets != ignore_index
@@ -55,80 +88,73 @@ def linear_cross_entropy(
     )
     if reduction == "mean":
         loss = loss / is_counted.sum().clamp(min=1)
-    if not return_correct:
+    if not wants_correct:
         return loss
     return loss, ((logits.detach().argmax(-1) == targets) & is_counted).sum()
 
 
 @linear_cross_entropy.refuses
-def _refusal(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, **options: Any
-) -> str | None:
-    for name, tensor in (("weight", weight), ("bias", bias), ("targets", targets)):
+def _refusal(call: Call) -> str | None:
+    hidden = call.hidden
+    if hidden.dtype not in DTYPES:
+        return str(hidden.dtype)
+    for name, tensor in (("weight", call.weight), ("bias", call.bias), ("targets", call.targets)):
         if tensor is not None and tensor.device != hidden.device:
             return f"hidden on {hidden.device} and {name} on {tensor.device}"
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in _DTYPES:
+    for name, tensor in (("weight", call.weight), ("bias", call.bias)):
+        if tensor is not None and tensor.dtype not in DTYPES:
             return f"a {name} of {tensor.dtype}"
     return None
 
 
 @linear_cross_entropy.fused
-def _fused(
-    kernels: Any,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    *,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    return_correct: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    _check(hidden, weight, bias, targets, label_smoothing, reduction)
-    device = hidden.device.type
+def _fused(kernels: Any, call: Call) -> Tensor | tuple[Tensor, Tensor]:
+    device = call.hidden.device.type
     if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    loss, correct = _LinearCrossEntropy.apply(
-        kernels, hidden, weight, bias, targets, reduction, ignore_index, float(label_smoothing)
-    )
-    return (loss, correct) if return_correct else loss
+        call = call._replace(hidden=call.hidden.to(torch.get_autocast_dtype(device)))
+    loss, correct = run(_LinearCrossEntropy, kernels, call)
+    return (loss, correct) if call.return_correct else loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, kernels, hidden, weight, bias, targets, reduction, ignore_index, label_smoothing
+        ctx, kernels, hidden, weight, bias, targets, ignore_index, label_smoothing, reduction, _
     ):
-        ctx.kernels = kernels
-        ctx.options = weight.shape[0], ignore_index, label_smoothing
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        options = weight.shape[0], ignore_index, label_smoothing
+        dtypes = weight.dtype, None if bias is None else bias.dtype
         weight = _padded(weight, hidden.dtype)
         # in the product, whose epilogue adds it for nothing, not in two kernels that would read it
         bias = None if bias is None else _padded(bias, hidden.dtype)
-        ctx.rows = _rows_of_a_part(hidden, weight)
+        rows = _rows_of_a_part(hidden, weight)
         parts = []
         with torch.autocast(hidden.device.type, enabled=False):
-            for some, wanted in zip(hidden.split(ctx.rows), targets.split(ctx.rows), strict=True):
+            for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
                 logits = None  # frees the last part's before the next are computed
                 logits = _scores(some, weight, bias)
-                parts.append(kernels.cross_entropy_fwd(logits, wanted.contiguous(), *ctx.options))
-        losses, highest, total, correct = map(_joined, zip(*parts, strict=True))
+                parts.append(
+                    kernels.cross_entropy_fwd(
+                        logits, wanted.contiguous(), *options, ctx is not None
+                    )
+                )
+        losses, correct, *statistics = map(_joined, zip(*parts, strict=True))
         loss, count = losses.sum(), None
         if reduction == "mean":
             count = (targets != ignore_index).sum().clamp(min=1)
             loss = loss / count
         correct = correct.sum()
+        if ctx is None:
+            return loss, correct
+        ctx.kernels, ctx.options, ctx.dtypes, ctx.rows = kernels, options, dtypes, rows
         ctx.is_overwritten = False
         ctx.keeps_logits = len(parts) == 1
         logits = logits if ctx.keeps_logits else None
-        ctx.save_for_backward(hidden, weight, bias, targets, highest, total, count, logits)
+        ctx.save_for_backward(hidden, weight, bias, targets, *statistics, count, logits)
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
-    @once_differentiable
+    @once("linear_cross_entropy")
     def backward(ctx, dloss: Tensor, _):
         if ctx.is_overwritten:
             raise RuntimeError(
@@ -166,7 +192,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _joined(dhidden) if wants_hidden else None,
             None if dweight is None else dweight[:classes].to(weight_dtype),
             None if dbias is None else dbias[:classes].to(bias_dtype),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -205,29 +231,3 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    label_smoothing: float,
-    reduction: str,
-) -> None:
-    who = "linear_cross_entropy"
-    require(hidden.ndim == 2, who, "hidden of shape (rows, hidden)", tuple(hidden.shape))
-    rows, size = hidden.shape
-    require(
-        weight.ndim == 2 and weight.shape[1] == size and weight.shape[0] > 0,
-        who,
-        f"weight of shape (classes, {size})",
-        tuple(weight.shape),
-    )
-    classes = weight.shape[0]
-    if bias is not None:
-        require(bias.shape == (classes,), who, f"bias of shape ({classes},)", tuple(bias.shape))
-    require(targets.shape == (rows,), who, f"targets of shape ({rows},)", tuple(targets.shape))
-    require(targets.dtype == torch.int64, who, "targets of dtype int64", targets.dtype)
-    require(0 <= label_smoothing <= 1, who, "label_smoothing from 0 to 1", label_smoothing)
-    require(reduction in ("mean", "sum"), who, 'reduction "mean" or "sum"', reduction)

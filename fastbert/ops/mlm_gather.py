@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastbert.check import require
 from fastbert.ops.compact import compact
-from fastbert.ops.gather_rows import gather_rows
+from fastbert.ops.gather_rows import Call, gather_rows
 from fastbert.packing import IGNORE_INDEX
 
 
@@ -47,5 +47,5 @@ def mlm_gather(
         labels.device,
     )
     targets, positions, slots, offsets = compact(labels[None], ignore_index, capacity)
-    rows = gather_rows(hidden, positions, slots)
+    rows = gather_rows.run(Call(hidden, positions, slots))
     return MaskedRows(rows, targets, positions, count=offsets[-1])

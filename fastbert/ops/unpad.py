@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastbert.check import require
 from fastbert.ops.compact import compact
-from fastbert.ops.gather_rows import gather_rows
+from fastbert.ops.gather_rows import Call, gather_rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,7 +87,8 @@ def _move(tokens: Tensor, index: Tensor | None, inverse: Tensor | None) -> Tenso
     if index is None or inverse is None:
         return tokens
     shape = tokens.shape[1:]
-    rows = gather_rows(tokens.reshape(len(tokens), math.prod(shape)), index, inverse)
+    tokens = tokens.reshape(len(tokens), math.prod(shape))
+    rows = gather_rows.run(Call(tokens, index, inverse))
     return rows.reshape(len(index), *shape)
 
 

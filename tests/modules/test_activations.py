@@ -30,7 +30,7 @@ def test_a_kernel_computes_bias_and_function(name, form, dense):
     x, function = torch.randn(5, 8), activation(name)
     with backend.use("triton"), events.listen() as heard:
         actual = dense_and_activate(x, Leaf(dense), function)
-    ran = [event.options["approximate"] for event in heard if event.operator == "bias_gelu"]
+    ran = [event.call.approximate for event in heard if event.operator == "bias_gelu"]
     assert ran == ([] if form is None else [form])
     torch.testing.assert_close(actual, function(dense(x)), rtol=1e-5, atol=1e-6)
 

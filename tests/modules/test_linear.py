@@ -6,7 +6,7 @@ from torch import nn
 
 from fastbert import backend
 from fastbert.modules.linear import Leaf, fused_linear, split_bias
-from fastbert.ops import bias_gelu
+from fastbert.ops.bias_gelu import bias_gelu
 
 
 @pytest.mark.parametrize("rows", [0, 3, 31, 32, 90])

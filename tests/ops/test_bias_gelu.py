@@ -174,7 +174,7 @@ def test_a_second_derivative_is_refused(device):
     with backend.use("triton"):
         y = bias_gelu(x.requires_grad_(), bias)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r'with fastbert\.backend\.use\("reference"\)'):
         dx.sum().backward()
 
 

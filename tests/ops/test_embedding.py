@@ -278,7 +278,7 @@ def test_a_second_derivative_is_refused(device):
     leaves = [p.requires_grad_() for p in case.parameters]
     y = embedding_layer_norm(*ids, *leaves)
     (dword,) = torch.autograd.grad(y, leaves[0], case.dy.requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r'with fastbert\.backend\.use\("reference"\)'):
         dword.sum().backward()
 
 

@@ -4,13 +4,13 @@ import copy
 import dataclasses
 import functools
 import itertools
-import sys
 
 import pytest
 import torch
 
 import fastbert
 from fastbert.cuda_graph import WARM_UP, CudaGraphs
+from fastbert.ops import attention_plain
 from fastbert.packing import IGNORE_INDEX
 from fastbert.pretrain_config import PretrainConfig
 from fastbert.train.objective import PretrainingObjective
@@ -61,7 +61,7 @@ def test_what_is_recorded_reads_all_that_changes_from_its_places(
 ):
     """Rate, batch, counts and the state of dropout; and the host reads nothing."""
     # as on a GPU, where attention does not read the lengths on the host
-    monkeypatch.setattr(sys.modules["fastbert.ops.attention"], "reads_lengths", lambda call: False)
+    monkeypatch.setattr(attention_plain, "reads_lengths", lambda call: False)
     eager, graphed = make_steps(objective=objective)
     graphed.graphs = Recorded(graphed.eager.objective, graphed.eager.optimizer)
     run_both(eager, graphed, parts)
@@ -234,7 +234,7 @@ def test_a_step_with_gradients_that_are_not_finite_is_left_out_and_counted(
     kind, bad_part, optimizer, monkeypatch
 ):
     """As if it had not been there: weights, moments, number of steps, and the metrics' sums."""
-    monkeypatch.setattr(sys.modules["fastbert.ops.attention"], "reads_lengths", lambda call: False)
+    monkeypatch.setattr(attention_plain, "reads_lengths", lambda call: False)
     eager, graphed = make_steps(optimizer=optimizer)
     model = graphed.eager.objective.model
     graphed.graphs = Recorded(model, graphed.eager.optimizer)

@@ -1,0 +1,64 @@
+"""What fused bodies share: when they need autograd, how often, and what a launcher's rows are."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+REFERENCE = 'run its forward inside `with fastbert.backend.use("reference"):`'
+
+
+def run(function: type[Function], kernels: Any, call: tuple) -> Any:
+    """Applies the Function to the kernels and the call's fields.
+
+    Where no gradient is wanted it runs the Function's forward alone, with None in the place of
+    `ctx`, which tells it to keep nothing for a backward.
+    """
+    if torch.is_grad_enabled():
+        for x in call:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return function.apply(kernels, *call)
+    return function.forward(None, kernels, *call)
+
+
+def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable], Callable]:
+    """Decorates a Function's backward; to differentiate what it gives raises a RuntimeError."""
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def first_derivative(ctx: Any, *gradients: Tensor | None) -> Any:
+            with torch.no_grad():
+                found = backward(ctx, *gradients)
+            if not torch.is_grad_enabled():
+                return found
+            for dy in gradients:
+                if dy is not None and dy.requires_grad:
+                    message = f"{who}: its gradients cannot be differentiated again; {remedy}"
+                    return _Refusal.apply(message, dy, *found)
+            return found
+
+        return first_derivative
+
+    return decorate
+
+
+class _Refusal(Function):
+    """Hands on the gradients that a backward found from dy, and cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, dy: Tensor, *found: Tensor | None) -> Any:
+        ctx.message = message
+        return tuple(None if x is None else x.view_as(x) for x in found)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise RuntimeError(ctx.message)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., H) -> (M, H) with unit column stride, a view where possible."""
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()

@@ -1,0 +1,80 @@
+"""Without gradients the kernels run alone and write nothing for a backward: the same result."""
+
+import pytest
+import torch
+
+from fastbert import rng as random
+from fastbert.ops.attention import attention, attention_qkvpacked
+from fastbert.ops.bias_gelu import bias_gelu
+from fastbert.ops.embedding import embedding_layer_norm
+from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
+from fastbert.ops.linear_cross_entropy import linear_cross_entropy
+
+ROWS, HEADS, WIDTH = 23, 2, 32
+
+
+def calls(device, dtype):
+    """{name: (function, tensors that may have gradients)}"""
+    cu = torch.tensor([0, 5, 6, ROWS - 2], dtype=torch.int32, device=device)
+    state = random.DropoutState(
+        random.new_state(torch.device(device)), random.token_keys(cu, ROWS), 3
+    )
+
+    def normal(*shape):
+        return torch.randn(shape, device=device).to(dtype)
+
+    x, residual, weight, bias = normal(ROWS, WIDTH), normal(ROWS, WIDTH), *normal(2, WIDTH)
+    mask = torch.rand(3, 1, 17, 17, device=device) < 0.7
+    drops = {"dropout_p": 0.3, "rng": state}
+    q, k, v = normal(3, ROWS, HEADS, 16)
+    ids = torch.arange(ROWS, device=device)
+    tables = (normal(ROWS, WIDTH), normal(ROWS, WIDTH), normal(2, WIDTH), weight, bias)
+    targets = ids % 11
+    return {
+        "attention": (lambda *t: attention(*t, cu, cu, 17, 17), (q, k, v)),
+        "attention, mask and dropout": (
+            lambda *t: attention(*t, cu, cu, 17, 17, mask=mask, **drops),
+            (q, k, v),
+        ),
+        "attention_qkvpacked": (
+            lambda qkv: attention_qkvpacked(qkv, cu, 17, **drops),
+            (normal(ROWS, 3, HEADS, 16),),
+        ),
+        "bias_gelu": (bias_gelu, (x, bias)),
+        "layer_norm": (layer_norm, (x, weight, bias)),
+        "dropout_add_layer_norm": (
+            lambda *t: dropout_add_layer_norm(*t, **drops),
+            (x, residual, weight, bias),
+        ),
+        "dropout_add_layer_norm from y": (
+            lambda *t: dropout_add_layer_norm(*t, x_bias=bias, save="y"),
+            (x, residual, weight, bias),
+        ),
+        "embedding_layer_norm": (
+            lambda *t: embedding_layer_norm(ids, ids, ids % 2, *t, **drops),
+            tables,
+        ),
+        "linear_cross_entropy": (
+            lambda *t: torch.stack(
+                linear_cross_entropy(*t, targets, label_smoothing=0.1, return_correct=True)
+            ),
+            (x, normal(11, WIDTH), normal(11)),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", calls("cpu", torch.float32))
+@pytest.mark.usefixtures("triton")
+def test_the_result_is_that_of_training(name, dtype, device):
+    function, tensors = calls(device, dtype)[name]
+    expected = function(*(t.clone().requires_grad_() for t in tensors))
+    assert expected.grad_fn is not None
+    assert expected.isfinite().all()
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    with torch.no_grad():
+        without = function(*leaves)
+    with torch.inference_mode():
+        inference = function(*leaves)
+    for actual in (function(*tensors), without, inference):
+        assert torch.equal(actual, expected)
+        assert not actual.requires_grad

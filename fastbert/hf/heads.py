@@ -21,7 +21,7 @@ from fastbert.models.losses import Scored, pretraining_loss, score_classes, scor
 from fastbert.modules.heads import first_tokens
 from fastbert.modules.layer import Rows
 from fastbert.modules.linear import is_plain
-from fastbert.modules.masks import FORBIDDEN
+from fastbert.modules.masks import real_tokens
 from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
 from fastbert.ops.unpad import Unpadding
 from fastbert.packing import IGNORE_INDEX
@@ -100,7 +100,10 @@ def _run_spans(model: Any, original: Callable, arguments: dict[str, Any]) -> Any
     if any(arguments.get(name) is None for name in names):
         return original(**arguments)
     output = original(**_without(arguments, (*names, "return_dict")), return_dict=True)
-    is_real, scores = _real(arguments), (output.start_logits, output.end_logits)
+    is_real, scores = (
+        real_tokens(arguments.get("attention_mask")),
+        (output.start_logits, output.end_logits),
+    )
     if is_real is not None:
         is_real = is_real.to(scores[0].device).expand_as(scores[0])
     columns = [arguments[name] for name in names]
@@ -202,25 +205,14 @@ def _is_usual(model: Any) -> bool:
 
 def _of_real_tokens(labels: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Labels of tokens, int64 unless they are floating-point, with -100 at padding."""
-    labels, is_real = labels if labels.is_floating_point() else labels.long(), _real(arguments)
+    labels, is_real = (
+        labels if labels.is_floating_point() else labels.long(),
+        real_tokens(arguments.get("attention_mask")),
+    )
     if is_real is None:
         return labels
     by_row = labels.reshape(-1, is_real.shape[1])  # Hugging Face takes them flat too
     return by_row.masked_fill(~is_real.to(labels.device), IGNORE_INDEX).view(labels.shape)
-
-
-def _real(arguments: dict[str, Any]) -> Tensor | None:
-    """(B or 1, S): where no padding is by `read_mask`'s rules, found without a wait of the host."""
-    mask = arguments.get("attention_mask")
-    if mask is None or mask.ndim not in (2, 4) or mask.requires_grad:
-        return None
-    if mask.ndim == 2:
-        return mask != 0
-    first = mask[:, :1, :1]
-    is_bool = mask.dtype == torch.bool
-    keep, is_free = (first, first) if is_bool else (first > FORBIDDEN, first == 0)
-    is_general = (mask != first).any() | (keep & ~is_free).any()
-    return (keep | is_general)[:, 0, 0]
 
 
 def _returned(model: Any, output: Any, arguments: dict[str, Any]) -> Any:

@@ -82,6 +82,22 @@ def _read_general(mask: Tensor, batch_size: int, seqlen: int) -> Mask:
     return Mask(general=mask)
 
 
+def real_tokens(mask: Tensor | None) -> Tensor | None:
+    """(B or 1, S) bool: where `read_mask` finds no padding, for labels; no host waits.
+
+    None where the mask says nothing of padding; a mask that `read_mask` refuses may be one of these.
+    """
+    if mask is None or mask.ndim not in (2, 4) or mask.requires_grad:
+        return None
+    if mask.ndim == 2:
+        return mask != 0
+    first = mask[:, :1, :1]
+    is_bool = mask.dtype == torch.bool
+    keep, is_free = (first, first) if is_bool else (first > FORBIDDEN, first == 0)
+    is_general = (mask != first).any() | (keep & ~is_free).any()
+    return (keep | is_general)[:, 0, 0]
+
+
 def document_boundaries(
     batch_size: int,
     seqlen: int,

@@ -96,8 +96,8 @@ def unpad(attention_mask: Tensor) -> Unpadding:
     """Finds the real tokens of a batch: those where the mask is not 0.
 
     attention_mask: (B, S) bool or of an integer dtype. Padding may be on either side or between
-    tokens, and a row may have no token. Makes the host wait for a GPU once. Raises ValueError for
-    another shape or dtype.
+    tokens, and a row may have no token; a batch without padding is packed as it lies. Makes the host
+    wait for a GPU once. Raises ValueError for another shape or dtype.
     """
     require(
         attention_mask.ndim == 2 and not attention_mask.is_floating_point(),
@@ -105,8 +105,11 @@ def unpad(attention_mask: Tensor) -> Unpadding:
         "attention_mask of shape (batch, seqlen) and dtype bool or an integer",
         f"{tuple(attention_mask.shape)} {attention_mask.dtype}",
     )
-    _, positions, slots, cu_seqlens = compact(attention_mask, 0, attention_mask.numel())
-    lengths = cu_seqlens.diff(prepend=cu_seqlens[:1])  # a 0 in front, so that there is a longest
-    total, longest = torch.stack([cu_seqlens[-1], lengths.max()]).tolist()
     batch, seqlen = attention_mask.shape
+    lengths = (attention_mask != 0).sum(1)
+    lengths = torch.cat([lengths, lengths.new_zeros(1)])  # so that there is a longest
+    total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
+    if not torch.compiler.is_compiling() and 0 < total == batch * seqlen:
+        return Unpadding.dense(batch, seqlen, attention_mask.device)
+    _, positions, slots, cu_seqlens = compact(attention_mask, 0, attention_mask.numel())
     return Unpadding(positions[:total], slots, cu_seqlens, longest, (batch, seqlen))

@@ -85,7 +85,7 @@ def _read_general(mask: Tensor, batch_size: int, seqlen: int) -> Mask:
 def real_tokens(mask: Tensor | None) -> Tensor | None:
     """(B or 1, S) bool: where `read_mask` finds no padding, for labels; no host waits.
 
-    None where the mask says nothing of padding; a mask that `read_mask` refuses may be one of these.
+    None where the mask says nothing of padding, or is one that `read_mask` refuses.
     """
     if mask is None or mask.ndim not in (2, 4) or mask.requires_grad:
         return None

@@ -96,8 +96,8 @@ def unpad(attention_mask: Tensor) -> Unpadding:
     """Finds the real tokens of a batch: those where the mask is not 0.
 
     attention_mask: (B, S) bool or of an integer dtype. Padding may be on either side or between
-    tokens, and a row may have no token; a batch without padding is packed as it lies. Makes the host
-    wait for a GPU once. Raises ValueError for another shape or dtype.
+    tokens, and a row may have no token; a batch without padding is packed as it lies. Makes the
+    host wait for a GPU once. Raises ValueError for another shape or dtype.
     """
     require(
         attention_mask.ndim == 2 and not attention_mask.is_floating_point(),

@@ -147,12 +147,7 @@ def _backward_kernel(
     store_partial(partials_ptr, 1, dbias, is_col, N_COLS)
 
 
-def _fwd_outputs(
-    input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
-    word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor, eps: float,
-    state: Tensor | None, token_key: Tensor | None, site: int, threshold: int, dtype: torch.dtype,
-    keep: bool,
-):  # fmt: skip
+def _fwd_outputs(input_ids: Tensor, word: Tensor, dtype: torch.dtype, keep: bool) -> list[Tensor]:
     n_rows, device = input_ids.shape[0], word.device
     y = torch.empty(n_rows, word.shape[1], dtype=dtype, device=device)
     if not keep:
@@ -161,7 +156,7 @@ def _fwd_outputs(
     return [y, mean, torch.empty_like(mean)]
 
 
-@launcher(_fwd_outputs)
+@launcher(lambda ids, _, __, word, *others: _fwd_outputs(ids, word, *others[-2:]))
 def embedding_layer_norm_fwd(
     input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
     word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor, eps: float,
@@ -173,10 +168,7 @@ def embedding_layer_norm_fwd(
     y (T, N) in `dtype` and, if `keep`, what a backward reads: mean and rstd (T,) in float32. A
     state of None means no dropout.
     """
-    outputs = _fwd_outputs(
-        input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps,
-        state, token_key, site, threshold, dtype, keep,
-    )  # fmt: skip
+    outputs = _fwd_outputs(input_ids, word, dtype, keep)
     y, *statistics = outputs
     n_rows, n_cols = y.shape
     block_m, block_n, num_warps = forward_block(n_cols)
@@ -192,16 +184,12 @@ def embedding_layer_norm_fwd(
     return outputs
 
 
-def _bwd_outputs(
-    dy: Tensor, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
-    word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
-    state: Tensor | None, token_key: Tensor | None, site: int, threshold: int, padding_id: int,
-):  # fmt: skip
+def _bwd_outputs(word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor):
     tables = [torch.zeros_like(table) for table in (word, position, token_type)]
     return *tables, torch.empty_like(weight), torch.empty_like(weight)
 
 
-@launcher(_bwd_outputs)
+@launcher(lambda *arguments: _bwd_outputs(*arguments[4:8]))
 def embedding_layer_norm_bwd(
     dy: Tensor, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
     word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
@@ -211,10 +199,8 @@ def embedding_layer_norm_bwd(
 
     The word `padding_id` gets none; -1 for no such word.
     """
-    dword, dposition, dtoken_type, dweight, dbias = _bwd_outputs(
-        dy, input_ids, position_ids, token_type_ids, word, position, token_type, weight, mean, rstd,
-        state, token_key, site, threshold, padding_id,
-    )  # fmt: skip
+    outputs = _bwd_outputs(word, position, token_type, weight)
+    *tables, dweight, dbias = outputs
     n_rows, n_cols = dy.shape
     sizes = word.shape[0], position.shape[0], token_type.shape[0]
     block_m, block_n, num_warps = block = backward_block(n_cols)
@@ -232,6 +218,6 @@ def embedding_layer_norm_bwd(
                 N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, UNIT=unit,
                 num_warps=num_warps, **LAUNCH,
             )  # fmt: skip
-            add_to_tables(dz, keys, dword, dposition, dtoken_type, padding_id)
+            add_to_tables(dz, keys, *tables, padding_id)
         add_partials(partials, dweight, dbias)
-    return dword, dposition, dtoken_type, dweight, dbias
+    return outputs

@@ -22,12 +22,8 @@ def _fwd_outputs(
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if keep == "y":
         return [y, rstd]
-    of_z = (
-        [torch.empty_like(rstd)]
-        if residual is None
-        else [torch.empty_like(rstd), torch.empty_like(y)]
-    )
-    return [y, rstd, *of_z]
+    mean = torch.empty_like(rstd)
+    return [y, rstd, mean] if residual is None else [y, rstd, mean, torch.empty_like(y)]
 
 
 @launcher(_fwd_outputs)

@@ -1,16 +1,20 @@
 """The command line: `fastbert pretrain`, `distill`, `finetune`, `predict`, `embed`, ..."""
 
+import contextlib
 import dataclasses
 import inspect
+import io
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
-from fastbert.check import InputError
+from fastbert import files
+from fastbert.check import InputError, Stopped
+from fastbert.console import close_standard_streams, console, leave_standard_output
 from fastbert.distill_config import DistillConfig
 from fastbert.finetune_config import FinetuneConfig
 from fastbert.pretrain_config import PretrainConfig
@@ -154,13 +158,16 @@ _BATCH_TOKENS = typer.Option(help="Tokens computed at once.", min=1)
 def finetune(
     *,
     out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/finetune"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin the run in --out anew, if there is one.")
+    ] = False,
     **options: Any,
 ) -> None:
     """Train a BERT for a task on labelled examples; keep the best epoch."""
     config = FinetuneConfig(**options)
     from fastbert.finetune import train  # slow to import: torch
 
-    train.finetune(config, out)
+    train.finetune(config, out, overwrite=overwrite)
 
 
 @app.command(
@@ -169,7 +176,7 @@ def finetune(
 def predict(
     model: Annotated[str, typer.Option(help="Directory of a fine-tuning run.")],
     source: Annotated[Path, _INPUT],
-    out: Annotated[Path, typer.Option(help="JSON Lines to write, an object for each example.")],
+    out: Annotated[Path, typer.Option(help="JSON Lines to write, a row an example; - prints.")],
     batch_tokens: Annotated[int, _BATCH_TOKENS] = 4096,
     precision: Annotated[
         str | None, typer.Option(help=f"{_PRECISION}; by default that of the training.")
@@ -178,16 +185,17 @@ def predict(
     """Run a fine-tuned model on a file in the format that it was trained with."""
     from fastbert.finetune import predict as inference
 
+    _open_output(out, source, model)
     predictions = inference.predict(model, source, batch_tokens=batch_tokens, precision=precision)
     inference.write_json_lines(out, predictions)
-    print(f"{len(predictions)} predictions are in {out}")
+    console.print(f"{len(predictions)} predictions are in {out}")
 
 
 @app.command(epilog="Example: `fastbert embed --model runs/demo --input texts.txt --out texts.npy`")
 def embed(
     model: Annotated[str, _MODEL],
     source: Annotated[Path, _INPUT],
-    out: Annotated[Path, typer.Option(help="The .npy to write, (texts, hidden_size) float32.")],
+    out: Annotated[Path, typer.Option(help="The .npy to write, (texts, width) float32; - prints.")],
     pooling: Annotated[str, typer.Option(help="mean of all tokens, or cls.")] = "mean",
     text_column: Annotated[str, typer.Option(help="Column of a .csv, .tsv or .jsonl.")] = "text",
     max_seq_len: Annotated[
@@ -202,6 +210,8 @@ def embed(
     """Write an embedding for each text of a file: a line of a .txt, or a row of a table."""
     from fastbert.finetune import predict as inference
 
+    inference.require_npy(out)
+    _open_output(out, source, model)
     embeddings = inference.embed(
         model,
         source,
@@ -213,7 +223,14 @@ def embed(
         precision=precision,
     )
     inference.write_npy(out, embeddings)
-    print(f"embeddings {embeddings.shape} are in {out}")
+    console.print(f"embeddings {embeddings.shape} are in {out}")
+
+
+def _open_output(out: Path, source: Path, model: str) -> None:
+    """Refuses an output that cannot be written or is an input, before there is work to lose."""
+    files.require_output(out, source, model)
+    if files.is_stream(out):  # which is for the rows alone
+        leave_standard_output()
 
 
 @app.command(
@@ -258,21 +275,41 @@ def info() -> None:
         console.print(table)
 
 
-def _fail(message: object) -> NoReturn:
-    print(f"fastbert: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
-
-
 def main() -> None:
-    """Runs the command line; what the user gave wrong is one line on stderr and exit code 2."""
+    """Runs the command line and ends the process.
+
+    What the user gave wrong is one line on stderr and exit code 2; Ctrl-C is one line that says
+    what is kept, and 130.
+    """
     warnings.filterwarnings("default", category=UserWarning, module="fastbert")
+    warnings.showwarning = _warn
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what an encoding lacks is shown by its number
+            stream.reconfigure(errors="backslashreplace")
+    status: str | int | None = 0
     try:
         app()
+    except SystemExit as end:  # of the library that reads the command line
+        status = end.code
     except InputError as error:
-        _fail(error)
+        status = _say("error", error, 2)
+    except Stopped as error:
+        status = _say("stopped", error, 130)
     except OSError as error:
         # files that the user named, or a disk that is full: never a fault of the program's logic
-        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+        status = _say("error", f"{error.filename or 'input/output'}: {error.strerror or error}", 2)
+    close_standard_streams()
+    sys.exit(status)
+
+
+def _say(kind: str, message: object, status: int = 0) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"fastbert: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+    return status
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say("warning", message)
 
 
 if __name__ == "__main__":

@@ -179,8 +179,9 @@ LAYERS = (  # from the top down: a file may import its own layer, those below, a
     {"kernels"},
 )
 LEAVES = {
-    *("_version", "check", "checkpoint", "config", "distill_config", "events", "finetune_config"),
-    *("optim", "outputs", "packing", "pretrain_config", "reference", "rng"),
+    *("_version", "check", "checkpoint", "config", "console", "distill_config", "events", "files"),
+    *("finetune_config", "locks", "optim", "outputs", "packing", "pretrain_config", "reference"),
+    "rng",
 }
 
 

@@ -1,7 +1,6 @@
 """BERT's WordPiece tokenizer: trained here or taken over, and saved as Hugging Face reads it."""
 
 import json
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Container, Iterable
@@ -20,6 +19,7 @@ from tokenizers import (
 )
 
 from fastbert.check import InputError
+from fastbert.files import Unwritable, write_text
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PREFIX = "##"  # of every piece that does not begin its word
@@ -233,9 +233,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name, text in contents.items():
-            beside = directory / f".{name}.{os.getpid()}"
-            beside.write_text(text, "utf-8")
-            beside.replace(directory / name)
     except OSError as error:
-        raise InputError(f"{directory}: cannot be written: {error.strerror}") from error
+        raise Unwritable.because(directory, error) from error
+    for name, text in contents.items():
+        write_text(directory / name, text)

@@ -14,6 +14,7 @@ from fastbert.check import InputError
 from fastbert.config import BertConfig
 from fastbert.data import load_tokenizer
 from fastbert.data.tables import read_table, read_text
+from fastbert.files import is_stream, output
 from fastbert.finetune.features import Encoder, Feature, collate, parts
 from fastbert.finetune.infer import TASK_OF, evaluating, run
 from fastbert.finetune.metrics import require_libraries
@@ -21,7 +22,6 @@ from fastbert.finetune.task import Prediction, Settings
 from fastbert.models.bert import BertModel
 from fastbert.train.precision import autocast, resolve_precision
 from fastbert.train.report import tracked
-from fastbert.train.state import write_text
 
 POOLINGS = ("mean", "cls")
 
@@ -50,13 +50,11 @@ def predict(
     return task.predict(examples, features, run(task, trained, features, batch_tokens, device, low))
 
 
-def write_json_lines(path: Path, values: list[Prediction]) -> None:
+def write_json_lines(path: str | Path, values: list[Prediction]) -> None:
     """One object a line, in UTF-8; the file appears whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+    with output(path) as file:
+        for value in values:
+            file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
 
 
 def embed(
@@ -120,10 +118,15 @@ def _texts(source: Path, column: str) -> list[tuple[str, str]]:
     return [(f"{source}, line {i}", line.rstrip("\r")) for i, line in enumerate(lines, start=1)]
 
 
-def write_npy(path: Path, array: NDArray[Any]) -> None:
+def write_npy(path: str | Path, array: NDArray[Any]) -> None:
     """The file appears whole or not at all."""
-    if path.suffix != ".npy":
+    require_npy(path)
+    with output(path) as file:
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(array).data)  # np.save asks where it is, as no pipe knows
+
+
+def require_npy(path: str | Path) -> None:
+    if not is_stream(path) and Path(path).suffix != ".npy":
         raise InputError(f"--out {path}: expected a name that ends in .npy")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoint.new_file(path) as beside, beside.open("wb") as file:
-        np.save(file, array)

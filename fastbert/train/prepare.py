@@ -12,12 +12,13 @@ from tokenizers import Tokenizer
 from fastbert import data
 from fastbert.check import InputError
 from fastbert.checkpoint import LATEST
+from fastbert.console import console
 from fastbert.data.cache import locked, require_same
-from fastbert.data.parts import write_json
 from fastbert.data.tokenized import read_json
+from fastbert.files import write_json
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 from fastbert.pretrain_config import PretrainConfig
-from fastbert.train.report import TokenizingReporter, console
+from fastbert.train.report import TokenizingReporter
 
 TEXT = "text"  # the directory of a run where they are kept, unless --cache names another
 CHANGED = "{}: the corpus or the tokenizer has changed since the run began"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fastbert.console import console
 from fastbert.data import GlobalCounts, PretrainingData
 from fastbert.packing import Bucket, PackedBatch
 from fastbert.pretrain_config import PretrainConfig
@@ -23,7 +24,6 @@ from fastbert.train import distributed
 from fastbert.train.cuda_graph import WARM_UP, CudaGraphs, Recorder, Work
 from fastbert.train.optimizer import linear_schedule
 from fastbert.train.precision import autocast, make_scaler
-from fastbert.train.report import console
 
 Step = Callable[[int, list[PackedBatch], GlobalCounts], Tensor]
 

@@ -42,7 +42,7 @@ def options_of(config: type) -> Callable[[Callable], Callable]:
             hint, default = hints[field.name], field.default
             if isinstance(default, tuple):  # the command line knows repeated options as lists
                 hint, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc]
-            option = typer.Option(**field.metadata)
+            option = typer.Option(**field.metadata["shown"])
             parameters.append(
                 inspect.Parameter(
                     field.name,

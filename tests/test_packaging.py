@@ -180,8 +180,8 @@ LAYERS = (  # from the top down: a file may import its own layer, those below, a
 )
 LEAVES = {
     *("_version", "check", "checkpoint", "config", "console", "distill_config", "events", "files"),
-    *("finetune_config", "locks", "optim", "outputs", "packing", "pretrain_config", "reference"),
-    "rng",
+    *("finetune_config", "locks", "optim", "options", "outputs", "packing", "pretrain_config"),
+    *("reference", "rng"),
 }
 
 

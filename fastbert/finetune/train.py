@@ -123,9 +123,9 @@ def _read(config: FinetuneConfig, tokenizer: Tokenizer, longest: int) -> tuple[T
     task = TASK_OF[config.task](Settings.of(config, max_seq_len))
     if config.metric is not None and config.metric not in task.metrics:
         raise InputError(f"--metric: one of {', '.join(task.metrics)}, got {config.metric!r}")
-    train, dev = task.read(config.train), task.read(config.dev)
+    train, dev = _examples(task, config)
     test = [] if config.test is None else task.read(config.test)
-    task.learn(train)
+    task.learn(train if config.dev is not None else [*train, *dev])
     task.check([*dev, *test])
     task.weigh(config, train)
     encoder = Encoder(tokenizer, max_seq_len, config.stride, config.truncate)
@@ -133,6 +133,24 @@ def _read(config: FinetuneConfig, tokenizer: Tokenizer, longest: int) -> tuple[T
         _Labelled(examples, task.features(examples, encoder)) for examples in (train, dev, test)
     )
     return task, _Data(of_train, of_dev, of_test if test else None)
+
+
+def _examples(task: Task, config: FinetuneConfig) -> tuple[list[Any], list[Any]]:
+    """Those to learn from and those to measure by, which may be a random share of the former."""
+    train = task.read(config.train)
+    if config.dev is not None:
+        return train, task.read(config.dev)
+    assert config.dev_share is not None
+    count = round(len(train) * config.dev_share)
+    if not 0 < count < len(train):
+        raise InputError(
+            f"--dev-share {config.dev_share:g}: of the {len(train)} example(s) of {config.train} "
+            f"that is {count}; give another share, or a file by --dev"
+        )
+    order = stream(config.seed, Purpose.SPLIT).permutation(len(train))
+    chosen = set(order[:count].tolist())
+    rest = [example for number, example in enumerate(train) if number not in chosen]
+    return rest, [train[number] for number in sorted(chosen)]
 
 
 class _Trainer:
@@ -267,9 +285,10 @@ class _Trainer:
         checkpoint.point_latest(directory)  # and now the run is finished
         print_report(measured)
         console.print("  ".join([f"{where}:", *shown(measured)]))
-        said = self.out / f"{self.config.dev.stem}.predicted.jsonl"
+        source = self.config.dev or self.config.train
+        said = self.out / f"{source.stem}.predicted.jsonl"
         again = ["fastbert", "predict", "--model", str(self.out)]
-        again += ["--input", str(self.config.dev), "--out", str(said)]
+        again += ["--input", str(source), "--out", str(said)]
         console.print(
             f"best in {self.metric}: epoch {epoch}, {report.metrics[self.metric]:.4f}; checkpoint "
             f"and summary are in {self.out}\n"

@@ -153,13 +153,14 @@ def _open_run(config: PretrainConfig, out: Path, *, resume: bool) -> bool:
     """Notes the options in `out`; True unless it holds a run already, which is to be continued."""
     path = out / RUN
     if not path.exists():
-        write_json(path, config.to_json())
+        write_json(path, config.placed().to_json())
         return True
     if not resume:
         raise InputError(f"--out {out}: holds a run already; --resume continues it")
     earlier = read_run(out, type(config))
     assert earlier is not None
     earlier.same_run(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
+    write_json(path, config.placed().to_json())  # its paths may have moved
     return False
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastbert.check import InputError
-from fastbert.data.tables import read_text
+from fastbert.data.tables import clean_label, read_text
 
 _SPACES = re.compile(r"[ \t]+")  # no other space: an ideographic one may be a word
-_LABEL = re.compile(r"O|[BIESLU]-.+")
+_COMMENT = re.compile(r"#+ ")  # a word "#" has a label, and as many fields as the others
+_LABEL = re.compile(r"O|[BIESLUMW]-.+")  # BIO, IOBES, BILOU, BMES and BMEWO
 
 
 class Sentence(NamedTuple):
@@ -22,7 +23,8 @@ class Sentence(NamedTuple):
 def read_conll(path: Path, *, labelled: bool = True) -> list[Sentence]:
     """The sentences of a file with a word a line, its label in the last field.
 
-    Sentences end at blank lines; `-DOCSTART-` lines are left out. Raises InputError for a line with
+    Sentences end at blank lines; `-DOCSTART-` lines, and comments as CoNLL-U has them (`# text =
+    ...`, `# id`), are left out. Raises InputError for a line with
     another number of fields than the first, for a label that is neither O nor a prefix, a hyphen
     and a type (B-PER), and for a file without words.
     """
@@ -31,6 +33,9 @@ def read_conll(path: Path, *, labelled: bool = True) -> list[Sentence]:
     start, width = 0, None
     for number, line in enumerate([*read_text(path).split("\n"), ""], start=1):
         fields = _SPACES.split(line.strip(" \t\r"))
+        is_comment = _COMMENT.match(line) and len(fields) != (width or 0)
+        if is_comment:
+            continue
         if fields == [""] or fields[0] == "-DOCSTART-":
             if rows:
                 sentences.append(_sentence(f"{path}, line {start}", rows, labelled))
@@ -40,6 +45,8 @@ def read_conll(path: Path, *, labelled: bool = True) -> list[Sentence]:
         width = width or max(len(fields), 2 if labelled else 1)
         if len(fields) != width:
             raise InputError(f"{where}: expected {width} fields, got {len(fields)}: {line.strip()}")
+        if labelled:
+            fields[-1] = clean_label(fields[-1])
         if labelled and not _LABEL.fullmatch(fields[-1]):
             raise InputError(f"{where}: expected a label O, B-TYPE or I-TYPE, got {fields[-1]!r}")
         if not rows:

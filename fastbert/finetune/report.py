@@ -28,5 +28,5 @@ def shown(report: Report) -> list[str]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.0f}" if value == int(value) and value > 1 else f"{value:.3f}"
+        return f"{value:.0f}" if value == int(value) and abs(value) > 1 else f"{value:.3f}"
     return str(value)

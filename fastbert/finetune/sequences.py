@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbert.check import InputError
-from fastbert.data.tables import Row, read_table
+from fastbert.data.tables import Row, clean_label, read_table
 from fastbert.finetune import metrics as measures
 from fastbert.finetune.features import Encoder, Feature
 from fastbert.finetune.metrics import Report
@@ -118,9 +118,10 @@ class MultiLabel(_SequenceTask):
         value = row.values[s.label_column]
         if isinstance(value, list):
             return tuple(Row(row.where, {s.label_column: x}).label(s.label_column) for x in value)
-        if value == "":
+        if isinstance(value, str) and not clean_label(value):
             return ()
-        names = [name.strip() for name in row.label(s.label_column).split(s.label_separator)]
+        value = row.label(s.label_column)
+        names = map(clean_label, str(value).split(s.label_separator))
         return tuple(name for name in names if name)
 
     def labels_of(self, example: TextExample) -> Iterable[str]:

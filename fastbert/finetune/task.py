@@ -2,6 +2,7 @@
 
 import abc
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbert.check import InputError
+from fastbert.data.tables import clean_label
 from fastbert.finetune.features import Encoder, Feature
 from fastbert.finetune.metrics import Report
 from fastbert.finetune_config import BALANCED, FinetuneConfig
@@ -38,6 +40,7 @@ class Settings(NamedTuple):
     max_answer_tokens: int
     null_threshold: float
     precision: str  # what the model was trained and measured in
+    delimiter: str | None = None
     may_be_impossible: bool = False  # qa: the training data had questions without an answer
 
     @classmethod
@@ -117,6 +120,7 @@ class Task(abc.ABC):
         """Takes the labels from the training examples."""
         found = {label for example in examples for label in self.labels_of(example)}
         self.labels = _in_order(found)
+        _warn_of_alike(self.labels)
         if len(self.labels) < 2:
             raise InputError(
                 f"--train: expected two labels or more, got only {', '.join(found) or 'none'}"
@@ -144,7 +148,7 @@ class Task(abc.ABC):
         if config.class_weight == (BALANCED,):
             self.weights = torch.tensor(self.balanced(examples), dtype=torch.float32)
             return
-        given = config.weight_of_labels()
+        given = {clean_label(k): v for k, v in config.weight_of_labels().items()}
         for label in given:
             if label not in self.labels:
                 raise InputError(f"--class-weight: the label {label!r} does not occur in --train")
@@ -176,6 +180,19 @@ def _in_order(labels: Iterable[str]) -> list[str]:
     """By number where all are whole numbers, else by their characters."""
     labels = sorted(labels)
     return sorted(labels, key=int) if all(label.isdecimal() for label in labels) else labels
+
+
+def _warn_of_alike(labels: Sequence[str]) -> None:
+    """Warns of labels that differ in upper and lower case alone."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        other = seen.setdefault(label.casefold(), label)
+        if other != label:
+            warnings.warn(
+                f"--train: the labels {other!r} and {label!r} differ in case alone, and are two "
+                "labels; spell them alike if they mean the same",
+                stacklevel=2,
+            )
 
 
 def by_example(features: Sequence[Feature], num_examples: int) -> list[list[int]]:

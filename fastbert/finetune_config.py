@@ -27,7 +27,7 @@ WINDOWS = tuple(task for task in TASKS if task != "choice")  # may read long tex
 BALANCED = "balanced"
 
 
-_TABLES = tuple(task for task in TASKS if task not in ("ner", "qa"))
+TABLES = tuple(task for task in TASKS if task not in ("ner", "qa"))
 _INSIDE = Bounds("above 0 and below 1", 0, 1, low_open=True, high_open=True)
 
 
@@ -57,18 +57,18 @@ class FinetuneConfig:
     delimiter: str | None = option(
         None,
         "Between the columns of a table; by default , in .csv and a tab in .tsv.",
-        only=Only("task", _TABLES),
+        only=Only("task", TABLES),
     )
     text_column: str = option(
-        "text", "Column of the text, or of its first half.", only=Only("task", _TABLES)
+        "text", "Column of the text, or of its first half.", only=Only("task", TABLES)
     )
     pair_column: str | None = option(
         None,
         "Column of the second text; for choice, of what stands before each choice.",
-        only=Only("task", _TABLES),
+        only=Only("task", TABLES),
     )
     label_column: str = option(
-        "label", "Column of the label, the number or the right choice.", only=Only("task", _TABLES)
+        "label", "Column of the label, the number or the right choice.", only=Only("task", TABLES)
     )
     label_separator: str = option(
         ",", "Between the labels of a multilabel column.", only=Only("task", ("multilabel",))

@@ -8,7 +8,8 @@ from fastbert.check import InputError
 from fastbert.data.tables import clean_label, read_text
 
 _SPACES = re.compile(r"[ \t]+")  # no other space: an ideographic one may be a word
-_COMMENT = re.compile(r"#+ ")  # a word "#" has a label, and as many fields as the others
+_COMMENT = re.compile(r"#+ ")
+_SURE_COMMENT = re.compile(r"# \S+ = ")
 _LABEL = re.compile(r"O|[BIESLUMW]-.+")  # BIO, IOBES, BILOU, BMES and BMEWO
 
 
@@ -33,8 +34,7 @@ def read_conll(path: Path, *, labelled: bool = True) -> list[Sentence]:
     start, width = 0, None
     for number, line in enumerate([*read_text(path).split("\n"), ""], start=1):
         fields = _SPACES.split(line.strip(" \t\r"))
-        is_comment = _COMMENT.match(line) and len(fields) != (width or 0)
-        if is_comment:
+        if _is_comment(line, fields, width):
             continue
         if fields == [""] or fields[0] == "-DOCSTART-":
             if rows:
@@ -55,6 +55,14 @@ def read_conll(path: Path, *, labelled: bool = True) -> list[Sentence]:
     if not sentences:
         raise InputError(f"{path}: holds no words")
     return sentences
+
+
+def _is_comment(line: str, fields: list[str], width: int | None) -> bool:
+    """Whether a line is none with the word "#", which has a label or as many fields as others."""
+    if not _COMMENT.match(line):
+        return False
+    is_word = len(fields) == width or _LABEL.fullmatch(fields[-1]) is not None
+    return _SURE_COMMENT.match(line) is not None or not is_word
 
 
 def _sentence(where: str, rows: list[list[str]], labelled: bool) -> Sentence:

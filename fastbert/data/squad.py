@@ -102,15 +102,15 @@ def _question(
 ) -> Question:
     name = str(item.get("id", item.get("query_id", number)))
     where = f"{path}, question {name}"
-    question = item.get("question", item.get("query_text"))
+    question: Any = item.get("question", item.get("query_text"))
     _require_texts(where, question, context)
     answers = item.get("answers") or ()
     flat = isinstance(answers, dict)
     if isinstance(answers, dict):  # of columns
-        columns = [answers.get(key) for key in ("text", "answer_start")]
-        if not all(isinstance(c, list) for c in columns) or len(columns[0]) != len(columns[1]):  # type: ignore[arg-type]
+        texts, starts = answers.get("text"), answers.get("answer_start")
+        if not (isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)):
             raise InputError(f"{where}: expected as many 'text' as 'answer_start' in its answers")
-        answers = [{"text": t, "answer_start": s} for t, s in zip(*columns, strict=True)]  # type: ignore[arg-type]
+        answers = [{"text": t, "answer_start": n} for t, n in zip(texts, starts, strict=True)]
     if not isinstance(answers, list | tuple):
         raise InputError(f"{where}: expected a list of answers, got {answers!r}")
     # in flat rows, which have no is_impossible, a question without answers has none

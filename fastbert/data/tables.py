@@ -156,6 +156,5 @@ def _check_columns(
 ) -> None:
     for column in columns:
         if column not in there:
-            raise InputError(
-                f"{where}: no column {column!r}, only {', '.join(map(str, there))}{hint}"
-            )
+            known = ", ".join(map(str, there))
+            raise InputError(f"{where}: no column {column!r}, only {known}{hint}")

@@ -127,7 +127,7 @@ def entities(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]])
             "recall": float(micro["recall"]),
             "f1": float(micro["f1-score"]),
             "accuracy": float(
-                metrics.accuracy_score(list(map(list, truth)), list(map(list, predicted)))
+                metrics.accuracy_score(*([*map(list, some)] for some in (truth, predicted)))
             ),
         },
         (_by_label(by_type, types),),
@@ -142,12 +142,8 @@ def as_iobes(labels: Sequence[str]) -> list[str]:
 
 def _by_label(report: dict[str, Any], labels: Sequence[str]) -> Table:
     rows = [
-        (
-            label,
-            *(float(report[label][name]) for name in _SCORES[:-1]),
-            int(report[label]["support"]),
-        )
-        for label in labels
+        (label, *(float(of[name]) for name in _SCORES[:-1]), int(of["support"]))
+        for label, of in ((label, report[label]) for label in labels)
     ]
     return Table("by label", ("label", *_SCORES), rows)
 

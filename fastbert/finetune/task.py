@@ -3,9 +3,9 @@
 import abc
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbert.check import InputError
-from fastbert.data.tables import clean_label
+from fastbert.data.tables import Row, clean_label, read_table
 from fastbert.finetune.features import Encoder, Feature
 from fastbert.finetune.metrics import Report
 from fastbert.finetune_config import BALANCED, FinetuneConfig
@@ -21,8 +21,17 @@ from fastbert.models.base import BertPreTrainedModel
 from fastbert.packing import PackedBatch
 
 SETTINGS = "finetune.json"
+ALL = "*"  # columns
 
 Prediction = dict[str, Any]
+Example = TypeVar("Example")
+
+
+class Refused(NamedTuple):
+    """Stands for a row to predict that can be no example, and says why."""
+
+    where: str
+    reason: str
 
 
 class Settings(NamedTuple):
@@ -80,10 +89,30 @@ class Task(abc.ABC):
         self.settings = settings
         self.labels = list(labels)
         self.weights: Tensor | None = None  # of the labels in the loss
+        self.copied: tuple[str, ...] = ()  # columns that predictions are to have too
+        self.rows: list[Row] = []  # of the table that was read last
 
     @abc.abstractmethod
     def read(self, path: Path, *, labelled: bool = True) -> list[Any]:
         """The examples of a file; InputError for what cannot be one."""
+
+    def from_table(
+        self, path: Path, columns: Sequence[str], labelled: bool, make: Callable[[Row], Example]
+    ) -> list[Example]:
+        """What `make` gives of the rows of a table, one of the columns the label's if `labelled`.
+
+        If not, a row that it cannot make an example of becomes a `Refused`, not an InputError.
+        """
+        columns = [*columns, self.settings.label_column] if labelled else list(columns)
+        columns += [column for column in self.copied if column != ALL]
+        self.rows = read_table(path, columns, self.settings.delimiter)
+        return [make(row) if labelled else self._attempt(make, row) for row in self.rows]
+
+    def _attempt(self, make: Callable[[Row], Example], row: Row) -> Any:
+        try:
+            return make(row)
+        except InputError as error:
+            return Refused(row.where, str(error))
 
     @abc.abstractmethod
     def features(self, examples: Sequence[Any], encoder: Encoder) -> list[Feature]:

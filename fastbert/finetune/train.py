@@ -22,8 +22,8 @@ from fastbert.console import console
 from fastbert.data import load_tokenizer, save_tokenizer
 from fastbert.data.streams import Purpose, stream
 from fastbert.files import new_directory, require_apart, write_json
-from fastbert.finetune.features import Encoder, Feature, collate, parts
-from fastbert.finetune.infer import TASK_OF, run
+from fastbert.finetune.features import Feature, collate, parts
+from fastbert.finetune.infer import TASK_OF, encoder_of, run, warn_of_words
 from fastbert.finetune.metrics import Report, require_libraries
 from fastbert.finetune.report import print_report, shown
 from fastbert.finetune.task import Settings, Task
@@ -128,10 +128,11 @@ def _read(config: FinetuneConfig, tokenizer: Tokenizer, longest: int) -> tuple[T
     task.learn(train if config.dev is not None else [*train, *dev])
     task.check([*dev, *test])
     task.weigh(config, train)
-    encoder = Encoder(tokenizer, max_seq_len, config.stride, config.truncate)
+    encoder = encoder_of(task.settings, tokenizer)
     of_train, of_dev, of_test = (
         _Labelled(examples, task.features(examples, encoder)) for examples in (train, dev, test)
     )
+    warn_of_words("--train", of_train.features, encoder)
     return task, _Data(of_train, of_dev, of_test if test else None)
 
 

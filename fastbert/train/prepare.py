@@ -91,9 +91,9 @@ def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> Prepa
     training.batch(0, world_size=num_ranks, micro_batches=config.accumulation)
     if (share := training.random_share) is not None and share > _NEARLY_ALL:
         warnings.warn(
-            f"--objective mlm+nsp: {share:.0%} of the pairs have a random second sentence, so there "
-            "is next to nothing to learn of next sentences: documents of one sentence, or sentences "
-            "longer than --max-seq-len, give no others; --objective mlm leaves them out",
+            f"--objective mlm+nsp: {share:.0%} of the pairs have a random second sentence, so that "
+            "there is nothing to learn of next sentences: documents of one sentence, or sentences "
+            "longer than --max-seq-len, give no others; --objective mlm leaves the pairs out",
             stacklevel=2,
         )
     batches = list(

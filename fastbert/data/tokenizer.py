@@ -1,6 +1,7 @@
 """BERT's WordPiece tokenizer: trained here or taken over, and saved as Hugging Face reads it."""
 
 import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Container, Iterable
@@ -22,6 +23,12 @@ from fastbert.check import InputError
 from fastbert.files import Unwritable, write_text
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_LONGEST_WORD = 100  # characters; a WordPiece takes a longer word for [UNK]
+# what BERT cannot divide: neither blanks nor punctuation nor Chinese in it
+_LONG_WORD = re.compile(
+    "[^\\s!-/:-@\\[-`{-~\u2000-\u206f\u3000-\u303f\uff00-\uffef\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    f"\U00020000-\U0002fa1f]{{{_LONGEST_WORD + 1},}}"
+)
 _PREFIX = "##"  # of every piece that does not begin its word
 
 
@@ -73,6 +80,8 @@ def train_tokenizer(
         characters: Counter[str] = Counter()
         for sentence in sentences:
             characters.update(sentence)
+            if len(sentence) > _LONGEST_WORD:  # takes the trainer time by its square
+                sentence = _LONG_WORD.sub(" ", sentence)
             spool.write(sentence + "\n")
         spool.seek(0)
         # half of the vocabulary for letters: a text in Chinese needs thousands, and one with

@@ -151,7 +151,7 @@ def test_no_output_costs_an_input(place, case):
         outs.chmod(0o555)
         around = as_nobody()
     with around:
-        status, said, error = call(*command(place, name), "--out", out)
+        status, _, error = call(*command(place, name), "--out", out)
     good = kind == "link" or (kind == "fifo" and is_file)
     assert status == (0 if good else 2), (case, error)
     assert snapshot(place) == before
@@ -226,7 +226,7 @@ def test_long_and_empty_texts(place, tmp_path):
 
 
 def test_a_share_of_the_training_file_measures(place, tmp_path):
-    base = [x for x in command(place, "finetune")]
+    base = list(command(place, "finetune"))
     base[base.index("--dev") : base.index("--dev") + 2] = ["--dev-share", 0.5]
     status, said, error = call(*base, "--out", tmp_path / "run")
     assert status == 0, error

@@ -86,7 +86,7 @@ def carry_out(
 
 @contextlib.contextmanager
 def _stoppable(recipe: Recipe, out: Path) -> Iterator[None]:
-    """Turns Ctrl-C into a `Stopped` that says what is kept."""
+    """Turns Ctrl-C into a `Stopped` that says what is kept, and names what cannot be written."""
     try:
         yield
     except KeyboardInterrupt:
@@ -94,6 +94,10 @@ def _stoppable(recipe: Recipe, out: Path) -> Iterator[None]:
         what = "no checkpoint is written yet" if kept is None else f"{kept.name} is kept"
         again = shlex.join(["fastbert", recipe.command, "--resume", "--out", str(out)])
         raise Stopped(f"{out}: {what}; go on with: {again}") from None
+    except OSError as error:
+        if error.filename is None:  # of a library that does not say what it writes
+            raise Unwritable.because(out, error) from error
+        raise
 
 
 class _Run(NamedTuple):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastbert.check import InputError
-from fastbert.data.tables import read_text
+from fastbert.data.tables import encodable, read_text
 
 
 class Answer(NamedTuple):
@@ -104,6 +104,7 @@ def _question(
     where = f"{path}, question {name}"
     question: Any = item.get("question", item.get("query_text"))
     _require_texts(where, question, context)
+    question, context = encodable(question), encodable(context)
     answers = item.get("answers") or ()
     flat = isinstance(answers, dict)
     if isinstance(answers, dict):  # of columns
@@ -130,10 +131,10 @@ def _require_texts(where: str, question: Any, context: Any) -> None:
 def _answer(where: str, given: Any, context: str) -> Answer:
     """An answer with its place, or, as in CMRC's list, its text alone, which is then looked up."""
     if isinstance(given, str):
-        given = {"text": given, "answer_start": max(context.find(given), 0)}
+        given = {"text": given, "answer_start": max(context.find(encodable(given)), 0)}
     if not isinstance(given, dict) or not isinstance(given.get("text"), str):
         raise InputError(f"{where}: expected an answer with a 'text', got {given!r}")
-    text, start = given["text"], given.get("answer_start")
+    text, start = encodable(given["text"]), given.get("answer_start")
     if isinstance(start, str) and start.strip().isdecimal():
         start = int(start)
     if not isinstance(start, int) or isinstance(start, bool):

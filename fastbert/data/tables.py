@@ -33,7 +33,7 @@ class Row(NamedTuple):
         value = self.values.get(column)
         if not isinstance(value, str) or not value.strip():
             raise InputError(f"{self.where}: expected a text in column {column!r}, got {value!r}")
-        return value
+        return encodable(value)
 
     def label(self, column: str) -> str:
         """The label in a column as text; JSON's numbers, true and false as JSON writes them."""
@@ -45,10 +45,15 @@ class Row(NamedTuple):
         return label
 
 
+def encodable(text: str) -> str:
+    """The text with a "?" for each half of a surrogate pair, which JSON can spell and UTF-8 not."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def clean_label(value: Any) -> str:
     """A label without blanks around it, composed as NFC says, so that equal ones are one."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return unicodedata.normalize("NFC", text.strip(_BLANKS))
+    return unicodedata.normalize("NFC", encodable(text).strip(_BLANKS))
 
 
 def read_text(path: Path) -> str:

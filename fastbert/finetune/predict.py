@@ -102,7 +102,9 @@ def write_json_lines(path: str | Path, values: list[Prediction]) -> None:
     """One object a line, in UTF-8; the file appears whole or not at all."""
     with output(path) as file:
         for value in values:
-            file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
+            # half a surrogate pair is written as JSON spells it, which is as Python does
+            line = json.dumps(value, ensure_ascii=False) + "\n"
+            file.write(line.encode("utf-8", "backslashreplace"))
 
 
 def embed(

@@ -11,6 +11,7 @@ from fastbert.data.squad import read_squad
 from fastbert.data.tables import Row, read_table
 from fastbert.finetune import metrics
 from fastbert.finetune.infer import TASK_OF
+from fastbert.finetune.predict import write_json_lines
 from fastbert.finetune.sequences import TextExample
 from fastbert.finetune.task import Settings
 from fastbert.finetune.tokens import _entities
@@ -211,3 +212,15 @@ def test_a_support_of_one_prints_as_one():
     report = metrics.classification(["a", "b"], ["a", "b"], ["a", "b"])
     assert [row[4] for row in report.tables[0].rows] == [1, 1]
     assert all(isinstance(row[4], int) for row in report.tables[0].rows)
+
+
+def test_half_a_surrogate_pair_is_no_text(write, tmp_path):
+    """Which JSON can spell; the tokenizer and UTF-8 know none."""
+    file = write("a.jsonl", '{"text": "a \\ud800 b", "label": "\\udfff"}\n')
+    (row,) = read_table(file, ["text", "label"])
+    assert (row.text("text"), row.label("label")) == ("a ? b", "?")
+    flat = json.dumps(FLAT | {"context": "\ud800 北京", "answers": ["北京"]})
+    (question,) = read_squad(write("b.json", f"[{flat}]"))
+    assert (question.context, question.answers[0].start) == ("? 北京", 2)
+    write_json_lines(tmp_path / "out.jsonl", [{"text": "a \ud800 é"}])
+    assert (tmp_path / "out.jsonl").read_bytes() == '{"text": "a \\ud800 é"}\n'.encode()

@@ -9,6 +9,10 @@ class InputError(ValueError):
     """
 
 
+class Stopped(Exception):
+    """The user has stopped a command, by Ctrl-C; the message says what is kept and how to go on."""
+
+
 def require(condition: bool, who: str, expected: str, got: object, remedy: str = "") -> None:
     """Raises `ValueError("who: expected ..., got ...; remedy")` unless `condition` holds."""
     if not condition:

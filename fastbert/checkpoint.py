@@ -1,13 +1,12 @@
-"""Weights on disk: Hugging Face's files and names in and out, and directories written whole."""
+"""Weights on disk: Hugging Face's files and names in and out."""
 
 import contextlib
+import difflib
 import json
 import os
 import pickle
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastbert.check import InputError
+from fastbert.files import new_directory as new_directory  # also known by this name
+from fastbert.files import new_file
 
 WEIGHTS = "model.safetensors"
 LEGACY_WEIGHTS = "pytorch_model.bin"
@@ -32,14 +33,37 @@ _HEADS = re.compile(r"^(cls|classifier|qa_outputs|score|(bert\.)?pooler)\.")
 _BUFFERS = re.compile(r"(^|\.)embeddings\.(position_ids|token_type_ids)$")  # of older transformers
 
 
+def latest(run: Path) -> Path | None:
+    """The checkpoint that run/latest points to at this moment; None if the run has none yet.
+
+    What belongs together is read from there: the link may point to another one a second later.
+    """
+    link = run / LATEST
+    if not link.is_symlink() and not link.exists():
+        return None
+    directory = link.resolve()
+    if not directory.is_dir():
+        raise InputError(
+            f"{link}: holds neither {WEIGHTS} nor {LEGACY_WEIGHTS}, for {directory.name} is gone; "
+            "point the link to another checkpoint"
+        )
+    return directory
+
+
 def resolve(name_or_directory: str | Path) -> Path:
     """A model's directory: the one named, a run's newest checkpoint, or a download from the hub."""
     directory = Path(name_or_directory)
     for candidate in (directory, directory / LATEST):
         if (candidate / "config.json").is_file():
-            return candidate
-    if directory.exists() or str(name_or_directory).startswith((".", "/", "~")):
-        raise InputError(f"{directory}: no config.json there, so it is no model or run directory")
+            # a link may point to another model a second later
+            return candidate.resolve() if candidate.is_symlink() else candidate
+    if directory.exists():
+        raise InputError(
+            f"{directory}: no config.json there, so it is no model or run directory"
+            f"{_unfinished(directory)}"
+        )
+    if _is_path(str(name_or_directory)):
+        raise InputError(f"{name_or_directory}: no such directory{_meant(directory)}")
     try:
         return Path(snapshot_download(str(name_or_directory), allow_patterns=DOWNLOADS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -47,6 +71,33 @@ def resolve(name_or_directory: str | Path) -> Path:
         raise InputError(
             f"{name_or_directory}: neither a directory nor a model that the hub gives ({reason})"
         ) from None
+
+
+def _unfinished(run: Path) -> str:
+    """What to say of a run that has no `latest` yet."""
+    if not (run / "run.json").is_file():
+        return ""
+    kept = sorted(run.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    return "; the run is not finished" + (f", and {kept[-1]} is its best so far" if kept else "")
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is that of a directory rather than a hub's, such as google/bert."""
+    inside = Path(name).parent
+    return (
+        name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or (inside != Path() and inside.is_dir())
+    )
+
+
+def _meant(directory: Path) -> str:
+    """The name beside it that is most like it."""
+    with contextlib.suppress(OSError):
+        names = [path.name for path in directory.parent.iterdir() if path.is_dir()]
+        for name in difflib.get_close_matches(directory.name, names, 1):
+            return f"; did you mean {directory.parent / name}?"
+    return ""
 
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
@@ -203,61 +254,12 @@ def save_weights(
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A file that appears at `path` whole or not at all: the block writes it beside."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield beside
-        beside.chmod(0o644)  # some libraries' files are for their owner alone
-        _sync(beside)
-        beside.replace(path)
-        _sync(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def new_directory(path: str | Path) -> Iterator[Path]:
-    """A directory that appears at `path` whole or not at all, replacing what was there.
-
-    The block writes into a sibling; it is renamed when the block ends, and removed if it raises.
-    A failed write (a full disk, say) leaves as an InputError that names `path`.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield beside
-        for file in beside.rglob("*"):
-            _sync(file)
-            file.chmod(0o755 if file.is_dir() else 0o644)
-        beside.chmod(0o755)  # mkdtemp's, and some libraries' files, are for their owner alone
-        if path.exists():
-            shutil.rmtree(path)
-        beside.rename(path)
-        _sync(path.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
 def point_latest(directory: Path) -> None:
     """Makes the link `latest` beside `directory` point to it, in one step."""
     beside = directory.parent / f".{LATEST}.{os.getpid()}"
     beside.unlink(missing_ok=True)
     beside.symlink_to(directory.name)
     beside.replace(directory.parent / LATEST)
-
-
-def _sync(path: Path) -> None:
-    if path.is_file() or path.is_dir():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _modern(name: str) -> str:

@@ -1,18 +1,21 @@
 """The command line: `fastbert pretrain`, `distill`, `finetune`, `predict`, `embed`, ..."""
 
-import dataclasses
-import inspect
+import contextlib
+import io
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from fastbert.check import InputError
+from fastbert import files
+from fastbert.check import InputError, Stopped
+from fastbert.cli_options import SETTINGS, Command, by_option_names, options_of
+from fastbert.console import close_standard_streams, console, leave_standard_output
 from fastbert.distill_config import DistillConfig
 from fastbert.finetune_config import FinetuneConfig
+from fastbert.options import text_of
 from fastbert.pretrain_config import PretrainConfig
 
 Run = TypeVar("Run", bound=PretrainConfig)
@@ -23,39 +26,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
+    context_settings=SETTINGS,
 )
-
-
-def options_of(config: type) -> Callable[[Callable], Callable]:
-    """Gives a command an option for each field of a dataclass: name, type, default and help."""
-
-    def decorate(command: Callable) -> Callable:
-        hints = get_type_hints(config)
-        parameters = []
-        own = inspect.get_annotations(config)  # go before those of a base class
-        for field in sorted(dataclasses.fields(config), key=lambda field: field.name not in own):
-            hint, default = hints[field.name], field.default
-            if isinstance(default, tuple):  # the command line knows repeated options as lists
-                hint, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc]
-            option = typer.Option(**field.metadata)
-            parameters.append(
-                inspect.Parameter(
-                    field.name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=default,
-                    annotation=Annotated[hint, option],
-                )
-            )
-        before = [
-            parameter
-            for parameter in inspect.signature(command).parameters.values()
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        ]
-        command.__signature__ = inspect.Signature(before + parameters)  # type: ignore[attr-defined]
-        return command
-
-    return decorate
 
 
 _Paths = Annotated[
@@ -74,7 +47,9 @@ _Parallel = Annotated[
 ]
 
 
-@app.command(epilog="Example: `fastbert pretrain --corpus wiki/ --out runs/wiki --preset base`")
+@app.command(
+    cls=Command, epilog="Example: fastbert pretrain --corpus wiki/ --out runs/wiki --preset base"
+)
 @options_of(PretrainConfig)
 def pretrain(
     context: typer.Context,
@@ -97,7 +72,8 @@ def pretrain(
 
 
 @app.command(
-    epilog="Example: `fastbert distill --teacher runs/wiki --corpus wiki/ --out runs/small`"
+    cls=Command,
+    epilog="Example: fastbert distill --teacher runs/wiki --corpus wiki/ --out runs/small",
 )
 @options_of(DistillConfig)
 def distill(
@@ -141,35 +117,55 @@ def _config_of_run(
 
 
 _MODEL = typer.Option(help="Directory of a model or of a run, or a hub name.")
-_INPUT = typer.Option("--input", help="File to read.")
+_INPUT = typer.Option(
+    "--input", help="File to read; - is standard input: JSON Lines, or with --delimiter a table."
+)
+_DELIMITER = typer.Option(help="Between the columns of a table, in place of , or a tab.")
 _PRECISION = "auto, bf16, fp16 or fp32; auto is bf16 autocast where it is fast"
 _BATCH_TOKENS = typer.Option(help="Tokens computed at once.", min=1)
 
 
 @app.command(
-    epilog="Example: `fastbert finetune --task classification --train train.csv --dev dev.csv "
-    "--model runs/demo --out runs/reviews`"
+    cls=Command,
+    epilog="Example: fastbert finetune --task classification --train train.csv --dev dev.csv "
+    "--model runs/demo --out runs/reviews",
 )
 @options_of(FinetuneConfig)
 def finetune(
     *,
     out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/finetune"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin the run in --out anew, if there is one.")
+    ] = False,
     **options: Any,
 ) -> None:
     """Train a BERT for a task on labelled examples; keep the best epoch."""
     config = FinetuneConfig(**options)
     from fastbert.finetune import train  # slow to import: torch
 
-    train.finetune(config, out)
+    train.finetune(config, out, overwrite=overwrite)
 
 
 @app.command(
-    epilog="Example: `fastbert predict --model runs/reviews --input new.csv --out new.jsonl`"
+    cls=Command,
+    epilog="Example: fastbert predict --model runs/reviews --input new.csv --out new.jsonl",
 )
 def predict(
     model: Annotated[str, typer.Option(help="Directory of a fine-tuning run.")],
     source: Annotated[Path, _INPUT],
-    out: Annotated[Path, typer.Option(help="JSON Lines to write, an object for each example.")],
+    out: Annotated[Path, typer.Option(help="JSON Lines to write, a row an example; - prints.")],
+    copy: Annotated[
+        list[str] | None,
+        typer.Option(help="A column of the table to copy into the rows, once for each; '*': all."),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="Reads longer texts in windows that share this many tokens.", min=0),
+    ] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut longer texts off instead of refusing them.")
+    ] = False,
+    delimiter: Annotated[str | None, _DELIMITER] = None,
     batch_tokens: Annotated[int, _BATCH_TOKENS] = 4096,
     precision: Annotated[
         str | None, typer.Option(help=f"{_PRECISION}; by default that of the training.")
@@ -178,16 +174,32 @@ def predict(
     """Run a fine-tuned model on a file in the format that it was trained with."""
     from fastbert.finetune import predict as inference
 
-    predictions = inference.predict(model, source, batch_tokens=batch_tokens, precision=precision)
+    _open_output(out, source, model)
+    predictions = inference.predict(
+        model,
+        source,
+        batch_tokens=batch_tokens,
+        precision=precision,
+        stride=stride,
+        truncate=truncate,
+        delimiter=delimiter,
+        copy=[text_of(name, "--copy") for name in copy or ()],
+    )
     inference.write_json_lines(out, predictions)
-    print(f"{len(predictions)} predictions are in {out}")
+    refused = [row["error"] for row in predictions if "error" in row]
+    if refused:
+        warnings.warn(f"{len(refused)} row(s) have an error, as: {refused[0]}", stacklevel=2)
+    console.print(f"{len(predictions)} predictions are in {out}")
 
 
-@app.command(epilog="Example: `fastbert embed --model runs/demo --input texts.txt --out texts.npy`")
+@app.command(
+    cls=Command,
+    epilog="Example: fastbert embed --model runs/demo --input texts.txt --out texts.npy",
+)
 def embed(
     model: Annotated[str, _MODEL],
     source: Annotated[Path, _INPUT],
-    out: Annotated[Path, typer.Option(help="The .npy to write, (texts, hidden_size) float32.")],
+    out: Annotated[Path, typer.Option(help="The .npy to write, (texts, width) float32; - prints.")],
     pooling: Annotated[str, typer.Option(help="mean of all tokens, or cls.")] = "mean",
     text_column: Annotated[str, typer.Option(help="Column of a .csv, .tsv or .jsonl.")] = "text",
     max_seq_len: Annotated[
@@ -198,29 +210,42 @@ def embed(
     ] = False,
     batch_tokens: Annotated[int, _BATCH_TOKENS] = 4096,
     precision: Annotated[str, typer.Option(help=f"{_PRECISION}.")] = "auto",
+    delimiter: Annotated[str | None, _DELIMITER] = None,
 ) -> None:
     """Write an embedding for each text of a file: a line of a .txt, or a row of a table."""
     from fastbert.finetune import predict as inference
 
+    inference.require_npy(out)
+    _open_output(out, source, model)
     embeddings = inference.embed(
         model,
         source,
-        text_column=text_column,
+        text_column=text_of(text_column, "--text-column"),
         pooling=pooling,
         max_seq_len=max_seq_len,
         truncate=truncate,
         batch_tokens=batch_tokens,
         precision=precision,
+        delimiter=delimiter,
     )
     inference.write_npy(out, embeddings)
-    print(f"embeddings {embeddings.shape} are in {out}")
+    console.print(f"embeddings {embeddings.shape} are in {out}")
+
+
+def _open_output(out: Path, source: Path, model: str) -> None:
+    """Refuses an output that cannot be written or is an input, before there is work to lose."""
+    files.require_output(out, source, model)
+    if files.is_stream(out):  # which is for the rows alone
+        leave_standard_output()
 
 
 @app.command(
-    "fill-mask", epilog='Example: `fastbert fill-mask --model runs/demo "a [MASK] of text"`'
+    "fill-mask",
+    cls=Command,
+    epilog='Example: fastbert fill-mask --model runs/demo "a [MASK] of text"',
 )
 def fill_mask(
-    text: Annotated[str, typer.Argument(help="Text with one or more [MASK].")],
+    text: Annotated[str, typer.Argument(help="Text with one or more [MASK]; - reads it.")],
     model: Annotated[str, _MODEL],
     top: Annotated[int, typer.Option(help="How many words to show.", min=1)] = 5,
 ) -> None:
@@ -228,9 +253,12 @@ def fill_mask(
     from rich.console import Console
     from rich.table import Table
 
+    from fastbert.data.tables import read_text
     from fastbert.predict import fill_mask as predictions
 
     console = Console(highlight=False, markup=False)
+    if text == files.STANDARD:
+        text = read_text(Path(text)).strip()
     for number, words in enumerate(predictions(model, text, top), start=1):
         table = Table("probability", "word", "text", title=f"[MASK] {number}", title_justify="left")
         for word in words:
@@ -238,7 +266,7 @@ def fill_mask(
         console.print(table)
 
 
-@app.command(epilog="Example: `fastbert info`")
+@app.command(cls=Command, epilog="Example: fastbert info")
 def info() -> None:
     """Show versions, devices, and which backend each operator takes and why."""
     from rich.console import Console
@@ -258,21 +286,42 @@ def info() -> None:
         console.print(table)
 
 
-def _fail(message: object) -> NoReturn:
-    print(f"fastbert: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
-
-
 def main() -> None:
-    """Runs the command line; what the user gave wrong is one line on stderr and exit code 2."""
+    """Runs the command line and ends the process.
+
+    What the user gave wrong is one line on stderr and exit code 2; Ctrl-C is one line that says
+    what is kept, and 130.
+    """
     warnings.filterwarnings("default", category=UserWarning, module="fastbert")
+    warnings.showwarning = _warn
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what an encoding lacks is shown by its number
+            stream.reconfigure(errors="backslashreplace")
+    status: str | int | None = 0
     try:
         app()
+    except SystemExit as end:  # of the library that reads the command line
+        status = end.code
     except InputError as error:
-        _fail(error)
+        status = _say("error", by_option_names(str(error)), 2)
+    except Stopped as error:
+        status = _say("stopped", error, 130)
     except OSError as error:
         # files that the user named, or a disk that is full: never a fault of the program's logic
-        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+        where = error.filename or "standard output, or a temporary file"
+        status = _say("error", f"{where}: {error.strerror or error}", 2)
+    close_standard_streams()
+    sys.exit(status)
+
+
+def _say(kind: str, message: object, status: int = 0) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"fastbert: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+    return status
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say("warning", by_option_names(str(message)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """`DistillConfig`, the options of a run that trains a small model to do what a larger one does."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, Self
 
 from fastbert.check import InputError
 from fastbert.config import BertConfig
-from fastbert.pretrain_config import PRESETS, PretrainConfig, option
+from fastbert.options import BELOW_ONE, MODEL, OPTIMISATION, POSITIVE, at_least, option
+from fastbert.pretrain_config import PRESETS, PretrainConfig
 
 INITS = ("teacher", "random")
 WEIGHTS = ("soft_weight", "mlm_weight", "cosine_weight")
@@ -21,43 +23,80 @@ class DistillConfig(PretrainConfig):
     """
 
     teacher: str = option(
-        None, "Directory of a model or of a run, or a hub name; with a masked-LM head."
+        None,
+        "Directory of a model or of a run, or a hub name; with a masked-LM head.",
+        group=MODEL,
     )
     preset: str = option(
         None,
         f"Architecture of the student: {', '.join(PRESETS)}; by default the teacher's with half "
-        "the layers. Learning rate, dropout and length are by default the preset's, else those of "
-        "the preset that is nearest to the student in width.",
+        "the layers.",
+        group=MODEL,
     )
     layers: int = option(
-        None, "Layers of a student of the teacher's width; by default half the teacher's."
+        None,
+        "Layers of a student of the teacher's width; by default half the teacher's.",
+        group=MODEL,
+        bounds=at_least(1),
     )
     init: str = option(
         None,
-        "teacher: embeddings, masked-LM head and evenly spaced layers, the first and the last "
-        "among them, begin as copies of the teacher's; random. By default teacher, where the "
-        "student has its width.",
+        "teacher: begins with copies of its layers; random. By default teacher, where the student "
+        "has its width.",
+        group=MODEL,
     )
-    temperature: float = option(2.0, "That both scores are divided by for the soft targets.")
-    soft_weight: float = option(5.0, "Of the loss against the teacher's probabilities.")
-    mlm_weight: float = option(2.0, "Of the masked-LM loss.")
+    temperature: float = option(
+        2.0,
+        "That both scores are divided by for the soft targets.",
+        group=OPTIMISATION,
+        bounds=POSITIVE,
+    )
+    soft_weight: float = option(
+        5.0,
+        "Of the loss against the teacher's probabilities.",
+        group=OPTIMISATION,
+        bounds=at_least(0),
+    )
+    mlm_weight: float = option(
+        2.0, "Of the masked-LM loss.", group=OPTIMISATION, bounds=at_least(0)
+    )
     cosine_weight: float = option(
         None,
-        "Of the cosine distance between the last hidden states; by default 1, and 0 where the "
-        "student is not as wide as the teacher.",
+        "Of the cosine distance between the hidden states; by default 1, 0 for another width.",
+        group=OPTIMISATION,
+        bounds=at_least(0),
+    )
+    max_seq_len: int = option(
+        None, "Longest example, in tokens; by default as for the learning rate.", bounds=at_least(8)
+    )
+    learning_rate: float = option(
+        None,
+        "Peak learning rate; by default that of the preset nearest in width.",
+        group=OPTIMISATION,
+        bounds=at_least(0),
+    )
+    dropout: float = option(
+        None,
+        "Of hidden states and attention; by default as for the learning rate.",
+        group=MODEL,
+        bounds=BELOW_ONE,
     )
     # options of pre-training that leave no choice here
     tokenizer: Path | None = option(None, "the student reads with the teacher's", hidden=True)
     vocab_size: int = option(None, "the student has the teacher's vocabulary", hidden=True)
     lowercase: bool = option(None, "the student reads with the teacher's tokenizer", hidden=True)
+    strip_accents: bool | None = option(
+        None, "the student reads with the teacher's tokenizer", hidden=True
+    )
     objective: str = option("mlm", "there is no next-sentence loss in distillation", hidden=True)
     nsp_weight: float = option(None, "there is no next-sentence loss in distillation", hidden=True)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.metadata["hidden"] and getattr(self, field.name) != field.default:
+            shown = field.metadata["shown"]
+            if shown["hidden"] and getattr(self, field.name) != field.default:
                 name = field.name.replace("_", "-")
-                raise InputError(f"--{name}: {field.metadata['help']}; leave the option out")
+                raise InputError(f"--{name}: {shown['help']}; leave the option out")
         if self.teacher is None:
             raise InputError("--teacher: missing")
         super().__post_init__()
@@ -65,16 +104,8 @@ class DistillConfig(PretrainConfig):
             raise InputError(
                 "--layers: of a student of the teacher's width; leave it or --preset out"
             )
-        if self._is_below("layers", 1):
-            raise InputError(f"--layers: at least 1, got {self.layers}")
         if self.init not in (None, *INITS):
             raise InputError(f"--init: one of {', '.join(INITS)}, got {self.init!r}")
-        if not self.temperature > 0:
-            raise InputError(f"--temperature: above 0, got {self.temperature}")
-        for name in WEIGHTS:
-            if self._is_below(name, 0):
-                dashed = name.replace("_", "-")
-                raise InputError(f"--{dashed}: at least 0, got {getattr(self, name)}")
         if all(getattr(self, name) == 0 for name in WEIGHTS):
             raise InputError("--soft-weight: all three weights are 0, so there is nothing to learn")
 
@@ -82,6 +113,11 @@ class DistillConfig(PretrainConfig):
         """What is None waits for the teacher."""
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"--preset: one of {', '.join(PRESETS)}, got {self.preset!r}")
+
+    def placed(self) -> Self:
+        if not Path(self.teacher).exists():  # a hub's name
+            return super().placed()
+        return dataclasses.replace(super().placed(), teacher=os.path.abspath(self.teacher))
 
     def fitted_to(self, teacher: BertConfig) -> Self:
         """With what follows from the teacher in place of what is None.

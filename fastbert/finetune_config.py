@@ -1,16 +1,42 @@
 """`FinetuneConfig`, the options of a fine-tuning run."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastbert.check import InputError
-from fastbert.pretrain_config import option
+from fastbert.options import (
+    ANY,
+    MODEL,
+    OPTIMISATION,
+    PART,
+    POSITIVE,
+    SEED,
+    SHARE,
+    Bounds,
+    Only,
+    at_least,
+    check_options,
+    option,
+)
 
 TASKS = ("classification", "multilabel", "regression", "ner", "qa", "choice")
 WINDOWS = tuple(task for task in TASKS if task != "choice")  # may read long texts in parts
 BALANCED = "balanced"
+
+
+TABLES = tuple(task for task in TASKS if task not in ("ner", "qa"))
+_INSIDE = Bounds("above 0 and below 1", 0, 1, low_open=True, high_open=True)
+
+
+def read_delimiter(given: str) -> str:
+    """The one character that is meant; a tab may be written as \\t or as its name."""
+    meant = {"\\t": "\t", "tab": "\t"}.get(given, given)
+    if len(meant) != 1 or meant in '"\r\n':
+        raise InputError(f"--delimiter: one character, such as ';' or \\t, got {given!r}")
+    return meant
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,76 +47,132 @@ class FinetuneConfig:
     train: Path = option(
         None,
         "Examples to learn from: .csv, .tsv or .jsonl with named columns; for ner CoNLL (a word "
-        "and its label a line, a blank line between sentences); for qa SQuAD JSON, v1.1 or v2.0.",
+        "and its label a line); for qa SQuAD or CMRC 2018 JSON.",
     )
-    dev: Path = option(None, "Examples to measure by, in the same format.")
-    test: Path | None = option(
-        None, "Examples to measure the best epoch by, once, at the end; in the same format."
+    dev: Path | None = option(None, "Examples to measure by, in the same format.")
+    dev_share: float | None = option(
+        None, "Share of --train to measure by, in place of --dev.", bounds=_INSIDE
     )
-    model: str = option(None, "Directory of a model or of a run, or a hub name.")
-    text_column: str = option("text", "Column of the text, or of its first half.")
+    test: Path | None = option(None, "Examples to measure the best epoch by, once, at the end.")
+    delimiter: str | None = option(
+        None,
+        "Between the columns of a table; by default , in .csv and a tab in .tsv.",
+        only=Only("task", TABLES),
+    )
+    text_column: str = option(
+        "text", "Column of the text, or of its first half.", only=Only("task", TABLES)
+    )
     pair_column: str | None = option(
-        None, "Column of the second text; for choice, of what stands before each choice."
+        None,
+        "Column of the second text; for choice, of what stands before each choice.",
+        only=Only("task", TABLES),
     )
-    label_column: str = option("label", "Column of the label, the number or the right choice.")
-    label_separator: str = option(",", "Between the labels of a multilabel column.")
+    label_column: str = option(
+        "label", "Column of the label, the number or the right choice.", only=Only("task", TABLES)
+    )
+    label_separator: str = option(
+        ",", "Between the labels of a multilabel column.", only=Only("task", ("multilabel",))
+    )
     choice_column: tuple[str, ...] = option(
         (), "Column of a choice, given once for each; or the one column that lists them."
     )
     max_seq_len: int | None = option(
-        None, "Longest sequence, in tokens; by default what the model can read."
+        None,
+        "Longest sequence, in tokens; by default what the model can read.",
+        bounds=at_least(8),
     )
     stride: int | None = option(
-        None, "Reads longer texts in windows that share this many tokens; without it they are "
-        "refused."
-    )  # fmt: skip
+        None,
+        "Reads longer texts in windows that share this many tokens; else they are refused.",
+        bounds=at_least(0),
+    )
     truncate: bool = option(False, "Cuts longer texts off instead (not for ner and qa).")
-    epochs: int = option(3, "Passes over the training examples.")
-    batch_size: int = option(32, "Examples of an optimizer step.")
-    batch_tokens: int = option(4096, "Tokens computed at once; the results do not depend on it.")
-    learning_rate: float = option(5e-5, "Peak learning rate.")
-    layer_decay: float = option(
-        1.0, "Factor of the learning rate from each layer to the one below."
+    model: str = option(None, "Directory of a model or of a run, or a hub name.", group=MODEL)
+    max_answer_tokens: int = option(
+        30, "Longest answer of qa.", group=MODEL, bounds=at_least(1), only=Only("task", ("qa",))
     )
-    warmup_ratio: float = option(0.1, "Share of the steps in which the learning rate rises.")
-    weight_decay: float = option(0.01, "AdamW's, on all but biases and LayerNorm.")
-    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
-    class_weight: tuple[str, ...] = option(
-        (), f"{BALANCED}, or LABEL=WEIGHT once for each label whose weight in the loss is not 1."
-    )
-    metric: str | None = option(None, "What the best epoch is best in; by default the task's.")
-    patience: int = option(0, "Stops after this many epochs without a better one; 0 never.")
-    max_answer_tokens: int = option(30, "Longest answer of qa.")
     null_threshold: float = option(
-        0.0, "qa answers nothing where that scores better than the best answer by more than this."
+        0.0,
+        "qa answers nothing where that scores better than the best answer by more than this.",
+        group=MODEL,
+        bounds=ANY,
+        only=Only("task", ("qa",)),
     )
-    precision: str = option("auto", "auto, bf16 or fp32; auto is bf16 autocast where it is fast.")
-    seed: int = option(0, "Seed of the head's weights, the order and dropout.")
+    epochs: int = option(
+        3, "Passes over the training examples.", group=OPTIMISATION, bounds=at_least(1)
+    )
+    batch_size: int = option(
+        32, "Examples of an optimizer step.", group=OPTIMISATION, bounds=at_least(1)
+    )
+    batch_tokens: int = option(
+        4096,
+        "Tokens computed at once; the results do not depend on it.",
+        group=OPTIMISATION,
+        bounds=at_least(1),
+    )
+    learning_rate: float = option(
+        5e-5, "Peak learning rate.", group=OPTIMISATION, bounds=at_least(0)
+    )
+    layer_decay: float = option(
+        1.0,
+        "Factor of the learning rate from each layer to the one below.",
+        group=OPTIMISATION,
+        bounds=PART,
+    )
+    warmup_ratio: float = option(
+        0.1,
+        "Share of the steps in which the learning rate rises.",
+        group=OPTIMISATION,
+        bounds=SHARE,
+    )
+    weight_decay: float = option(
+        0.01,
+        "AdamW's, on all but biases and LayerNorm.",
+        group=OPTIMISATION,
+        bounds=at_least(0),
+    )
+    max_grad_norm: float = option(
+        1.0, "Gradients are scaled down to this norm.", group=OPTIMISATION, bounds=POSITIVE
+    )
+    class_weight: tuple[str, ...] = option(
+        (),
+        f"{BALANCED}, or LABEL=WEIGHT once for each label whose weight is not 1.",
+        group=OPTIMISATION,
+    )
+    metric: str | None = option(
+        None, "What the best epoch is best in; by default the task's.", group=OPTIMISATION
+    )
+    patience: int = option(
+        0,
+        "Stops after this many epochs without a better one; 0 never.",
+        group=OPTIMISATION,
+        bounds=at_least(0),
+    )
+    precision: str = option(
+        "auto", "auto, bf16 or fp32; auto is bf16 autocast where it is fast.", group=OPTIMISATION
+    )
+    seed: int = option(
+        0, "Seed of the head's weights, the order and dropout.", group=OPTIMISATION, bounds=SEED
+    )
 
     def __post_init__(self) -> None:
         for name in ("choice_column", "class_weight"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.task not in TASKS:
             raise InputError(f"--task: one of {', '.join(TASKS)}, got {self.task!r}")
-        for name in ("train", "dev", "model"):
+        for name in ("train", "model"):
             if getattr(self, name) is None:
                 raise InputError(f"--{name}: missing")
-        least = {"epochs": 1, "batch_size": 1, "batch_tokens": 1, "patience": 0}
-        least |= {"max_answer_tokens": 1, "max_seq_len": 8, "stride": 0, "seed": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise InputError(f"--{name.replace('_', '-')}: at least {low}, got {value}")
-        if not 0 < self.layer_decay <= 1:
-            raise InputError(f"--layer-decay: above 0 and at most 1, got {self.layer_decay}")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise InputError(f"--warmup-ratio: between 0 and 1, got {self.warmup_ratio}")
+        if (self.dev is None) == (self.dev_share is None):
+            what = "missing; name a file, or give --dev-share 0.1 to split --train"
+            raise InputError(f"--dev: {what if self.dev is None else 'not beside --dev-share'}")
+        check_options(self)
         if self.precision not in ("auto", "bf16", "fp32"):
             raise InputError(f"--precision: one of auto, bf16, fp32, got {self.precision!r}")
-        if self.seed >= 2**63:
-            raise InputError(f"--seed: between 0 and 2^63 - 1, got {self.seed}")
         if not self.label_separator:
             raise InputError("--label-separator: at least one character, got none")
+        if self.delimiter is not None:
+            object.__setattr__(self, "delimiter", read_delimiter(self.delimiter))
         self._check_against_the_task()
 
     def _check_against_the_task(self) -> None:
@@ -118,4 +200,4 @@ class FinetuneConfig:
 
     def to_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
-        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+        return {k: os.path.abspath(v) if isinstance(v, Path) else v for k, v in values.items()}

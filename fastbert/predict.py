@@ -9,6 +9,7 @@ from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.data import load_tokenizer, special_tokens
 from fastbert.models.pretraining import BertForMaskedLM
+from fastbert.options import text_of
 from fastbert.packing import PackedBatch
 
 
@@ -27,6 +28,7 @@ def fill_mask(name_or_directory: str | Path, text: str, top: int = 5) -> list[li
     name_or_directory: a model's directory, a run's, or a hub name. InputError if the text has no
     [MASK] or is too long, or the vocabulary is not the model's.
     """
+    text = text_of(text, "TEXT")
     directory = checkpoint.resolve(name_or_directory)
     model = BertForMaskedLM.from_pretrained(directory)
     config = model.config

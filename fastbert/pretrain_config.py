@@ -1,11 +1,27 @@
 """`PretrainConfig`, the options of a pre-training run, and the presets that they go by."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from fastbert.check import InputError
+from fastbert.options import (
+    BELOW_ONE,
+    MODEL,
+    OPTIMISATION,
+    OUTPUT,
+    PART,
+    POSITIVE,
+    SEED,
+    SHARE,
+    Only,
+    at_least,
+    check_options,
+    dashed,
+    option,
+)
 
 
 class Preset(NamedTuple):
@@ -44,13 +60,14 @@ OPTIMIZERS = ("adamw", "lamb")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
-def option(default: Any, text: str, *, hidden: bool = False) -> Any:
-    """A field of a run's configuration with the help that the command line shows, unless hidden."""
-    return dataclasses.field(default=default, metadata={"help": text, "hidden": hidden})
-
-
 # Options that leave the results of a run alone, so that it may go on with others.
 _FREE = ("workers", "tokenize_workers", "cache", "log_every")
+_PATHS = ("corpus", "tokenizer", "teacher")
+_WAY_OUT = {
+    "steps": "its learning rate falls to 0 by then, so that other steps are another run: leave the "
+    "option out to end this one",
+}
+_NO_TOKENIZER = Only("tokenizer", (None,))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,98 +79,125 @@ class PretrainConfig:
 
     corpus: tuple[Path, ...] = option(
         (),
-        "Text to train on: plain text (a sentence a line, a blank line between documents) or JSON "
-        "Lines with a `text` field, files or directories, .gz too. Default: this Python's own "
-        "documentation.",
+        "Text files or directories: a sentence a line, a blank line between documents; JSON Lines "
+        "with a `text`; WikiExtractor's; packed or not. Default: Python's own documentation.",
     )
     tokenizer: Path | None = option(
-        None, "An existing tokenizer.json or vocab.txt; by default one is trained on the corpus."
+        None, "A tokenizer.json or vocab.txt; by default one is trained on the corpus."
     )
     cache: Path | None = option(
-        None,
-        "Directory of the tokenised corpus, which runs with the same corpus and tokenizer share; "
-        "by default OUT/text.",
+        None, "Directory of the tokenised corpus, which runs may share; by default OUT/text."
     )
-    vocab_size: int = option(8192, "Size of the vocabulary to train.")
-    lowercase: bool = option(True, "Lower-case the text and strip accents.")
-    preset: str = option("mini", f"Architecture: {', '.join(PRESETS)}.")
+    vocab_size: int = option(
+        8192, "Size of the vocabulary to train.", bounds=at_least(100), only=_NO_TOKENIZER
+    )
+    lowercase: bool = option(True, "Lower-case the text.", only=_NO_TOKENIZER)
+    strip_accents: bool | None = option(
+        None, "Strip accents; by default where the text is lower-cased.", only=_NO_TOKENIZER
+    )
     max_seq_len: int = option(
-        None, "Longest example, in tokens; by default the preset's, 32 for tiny and mini, else 128."
+        None,
+        "Longest example, in tokens; by default 32 for tiny and mini, else 128.",
+        bounds=at_least(8),
     )
-    short_seq_prob: float = option(0.1, "Share of examples made shorter on purpose.")
+    short_seq_prob: float = option(0.1, "Share of examples made shorter on purpose.", bounds=SHARE)
     objective: str = option(
-        "mlm+nsp",
-        "mlm+nsp: sentence pairs and both losses; mlm: full sentences of one document, as RoBERTa.",
+        "mlm+nsp", "mlm+nsp: sentence pairs and both losses; mlm: full sentences, as RoBERTa."
     )
-    mlm_probability: float = option(0.15, "Share of tokens to predict.")
+    mlm_probability: float = option(0.15, "Share of tokens to predict.", bounds=SHARE)
     masking: str = option(
         "bert",
-        "What is predicted, and what stands there instead: bert, whole-word, span (80/10/10 of "
-        "tokens, words, spans), blank, unigram, bigram-kn (Xie et al. 2017, of tokens).",
+        "What is predicted: bert, whole-word, span (80/10/10 of tokens, words, spans), blank, "
+        "unigram, bigram-kn (Xie et al. 2017).",
     )
     gamma: float = option(
-        0.8, "Of blank, unigram, bigram-kn: how much of what is predicted is changed."
+        0.8,
+        "Of blank, unigram, bigram-kn: share of the predicted that is changed.",
+        bounds=PART,
+        only=Only("masking", ("blank", "unigram", "bigram-kn")),
     )
     segmenter: str = option(
         "characters",
-        "Chinese words, for whole-word and span: characters, spaces (the text has them), or jieba.",
+        "Chinese words, for whole-word and span: characters, spaces or jieba.",
+        only=Only("masking", ("whole-word", "span")),
     )
-    steps: int = option(3000, "Optimizer steps.")
-    batch_tokens: int = option(1024, "Tokens in the batch of one optimizer step.")
-    accumulation: int = option(1, "Parts that a batch is run in, to save memory.")
-    optimizer: str = option("adamw", "adamw, or lamb for large batches, with a rate of its own.")
-    learning_rate: float = option(None, "Peak learning rate; by default the preset's.")
-    dropout: float = option(
-        None, "Of hidden states and attention probabilities; by default the preset's."
+    heldout_fraction: float = option(
+        0.05, "Share of the documents held out for validation.", bounds=SHARE
     )
-    nsp_weight: float = option(
-        None, "Of the next-sentence loss beside the MLM loss; by default the preset's."
-    )
-    warmup_ratio: float = option(0.1, "Share of the steps in which the learning rate rises.")
-    weight_decay: float = option(0.01, "On all but biases and LayerNorm.")
-    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
-    precision: str = option(
-        "auto", "auto, bf16, fp16 or fp32; auto is bf16 autocast where it is fast, else fp32."
-    )
-    residual_in_fp32: bool = option(
-        False, "Under autocast, keep the residual stream in float32, as Hugging Face: slower."
-    )
-    heldout_fraction: float = option(0.05, "Share of the documents held out for validation.")
-    eval_every: int = option(100, "Steps between validations.")
-    eval_batches: int = option(32, "Held-out batches that a validation reads at most.")
-    save_every: int = option(100, "Steps between checkpoints.")
-    log_every: int = option(20, "Steps between reports.")
-    workers: int = option(0, "Processes that prepare batches; 0 prepares them in this one.")
+    workers: int = option(0, "Processes that prepare batches; 0: this one.", bounds=at_least(0))
     tokenize_workers: int | None = option(
         None,
-        "Processes that tokenise the corpus, 0: this one; by default all cores if it is large.",
+        "Processes that tokenise; 0: this one; by default all cores if the corpus is large.",
+        bounds=at_least(0),
     )
-    seed: int = option(0, "Seed of weights, order, masks and dropout.")
+    preset: str = option("mini", f"Architecture: {', '.join(PRESETS)}.", group=MODEL)
+    dropout: float = option(
+        None,
+        "Of hidden states and attention; by default the preset's.",
+        group=MODEL,
+        bounds=BELOW_ONE,
+    )
+    residual_in_fp32: bool = option(
+        False, "Under autocast, keep the residual stream in float32: slower.", group=MODEL
+    )
+    steps: int = option(3000, "Optimizer steps.", group=OPTIMISATION, bounds=at_least(1))
+    batch_tokens: int = option(
+        1024, "Tokens in the batch of one step.", group=OPTIMISATION, bounds=at_least(1)
+    )
+    accumulation: int = option(
+        1,
+        "Parts that a batch is run in, to save memory.",
+        group=OPTIMISATION,
+        bounds=at_least(1),
+    )
+    optimizer: str = option(
+        "adamw", "adamw, or lamb for large batches, with a rate of its own.", group=OPTIMISATION
+    )
+    learning_rate: float = option(
+        None, "Peak learning rate; by default the preset's.", group=OPTIMISATION, bounds=at_least(0)
+    )
+    nsp_weight: float = option(
+        None,
+        "Of the next-sentence loss; by default the preset's.",
+        group=OPTIMISATION,
+        bounds=at_least(0),
+    )
+    warmup_ratio: float = option(
+        0.1,
+        "Share of the steps in which the learning rate rises.",
+        group=OPTIMISATION,
+        bounds=SHARE,
+    )
+    weight_decay: float = option(
+        0.01, "On all but biases and LayerNorm.", group=OPTIMISATION, bounds=at_least(0)
+    )
+    max_grad_norm: float = option(
+        1.0, "Gradients are scaled down to this norm.", group=OPTIMISATION, bounds=POSITIVE
+    )
+    precision: str = option(
+        "auto",
+        "auto, bf16, fp16 or fp32; auto is bf16 autocast where it is fast.",
+        group=OPTIMISATION,
+    )
+    seed: int = option(
+        0, "Seed of weights, order, masks and dropout.", group=OPTIMISATION, bounds=SEED
+    )
+    eval_every: int = option(100, "Steps between validations.", group=OUTPUT, bounds=at_least(1))
+    eval_batches: int = option(
+        32, "Held-out batches that a validation reads at most.", group=OUTPUT, bounds=at_least(1)
+    )
+    save_every: int = option(100, "Steps between checkpoints.", group=OUTPUT, bounds=at_least(1))
+    log_every: int = option(20, "Steps between reports.", group=OUTPUT, bounds=at_least(1))
 
     def __post_init__(self) -> None:
         self._complete()
-        least = {"steps": 1, "accumulation": 1, "vocab_size": 100, "max_seq_len": 8, "workers": 0}
-        least |= dict.fromkeys(("eval_every", "eval_batches", "save_every", "log_every"), 1)
-        for name, low in least.items():
-            if self._is_below(name, low):
-                raise InputError(f"--{_dashed(name)}: at least {low}, got {getattr(self, name)}")
-        if self.tokenize_workers is not None and self.tokenize_workers < 0:
-            raise InputError(f"--tokenize-workers: at least 0, got {self.tokenize_workers}")
-        for name in ("short_seq_prob", "mlm_probability", "heldout_fraction", "warmup_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"--{_dashed(name)}: between 0 and 1, got {getattr(self, name)}")
+        check_options(self)
         if self.objective not in ("mlm+nsp", "mlm"):
             raise InputError(f"--objective: mlm+nsp or mlm, got {self.objective!r}")
-        if self._is_below("nsp_weight", 0):
-            raise InputError(f"--nsp-weight: at least 0, got {self.nsp_weight}")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise InputError(f"--dropout: at least 0 and below 1, got {self.dropout}")
         for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 got = getattr(self, name)
                 raise InputError(f"--{name}: one of {', '.join(known)}, got {got!r}")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"--seed: between 0 and 2^63 - 1, got {self.seed}")
 
     def _complete(self) -> None:
         """Takes what is None from the preset."""
@@ -163,22 +207,23 @@ class PretrainConfig:
             if getattr(self, name, ...) is None:
                 object.__setattr__(self, name, getattr(PRESETS[self.preset], name))
 
-    def _is_below(self, name: str, low: float) -> bool:
-        """A value that is still None is not."""
-        value = getattr(self, name)
-        return value is not None and value < low
-
     def same_run(self, **changes: Any) -> Self:
         """This run with other options, of which only those that leave its results alone may change.
 
-        Raises InputError for an option that would make it another run.
+        Raises InputError for an option that would make it another run. A path may be spelled in
+        another way, and be another one where the first is gone: what is read there is compared with
+        what was read, see `prepare.CHANGED`.
         """
         for name, value in changes.items():
-            if value != getattr(self, name) and name not in _FREE:
-                raise InputError(
-                    f"--{_dashed(name)} {value}: the run was started with {getattr(self, name)}; "
-                    "leave the option out, or start a new run in another directory"
-                )
+            earlier = getattr(self, name)
+            if value == earlier or name in _FREE or (name in _PATHS and _alike(earlier, value)):
+                continue
+            got, had = (_shown(v) for v in (value, earlier))
+            raise InputError(
+                f"--{dashed(name)} {got}: the run was started with {had}; "
+                f"{_WAY_OUT.get(name, 'leave the option out')}, or start a new run in another "
+                "directory"
+            )
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
@@ -187,6 +232,15 @@ class PretrainConfig:
         for name in ("tokenizer", "cache"):
             values[name] = None if values[name] is None else str(values[name])
         return values
+
+    def placed(self) -> Self:
+        """With paths that mean the same from every working directory."""
+        paths: dict[str, Any] = {
+            name: path and Path(os.path.abspath(path))
+            for name, path in (("tokenizer", self.tokenizer), ("cache", self.cache))
+        }
+        corpus = tuple(Path(os.path.abspath(path)) for path in self.corpus)
+        return dataclasses.replace(self, corpus=corpus, **paths)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -197,5 +251,16 @@ class PretrainConfig:
         return cls(**{**values, **paths})
 
 
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
+def _alike(earlier: Any, given: Any) -> bool:
+    """Whether paths point to the same files; where the earlier ones are gone, any may."""
+    pairs = [v if isinstance(v, tuple) else (v,) for v in (earlier, given)]
+    if None in pairs[0] + pairs[1] or len(pairs[0]) != len(pairs[1]):
+        return False
+    return all(
+        not os.path.exists(old) or os.path.realpath(old) == os.path.realpath(new)
+        for old, new in zip(*pairs, strict=True)
+    )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -9,6 +9,7 @@ from fastbert.data.batches import (
 )
 from fastbert.data.cache import OtherCache, tokenize_corpus
 from fastbert.data.corpus import Meter, fingerprint_files, read_documents
+from fastbert.data.corpus_files import find_files
 from fastbert.data.masking import SCHEMES, Masking, make_masking
 from fastbert.data.ngrams import NgramCounts, ngram_counts
 from fastbert.data.pairs import PairPlan, plan_pairs, plan_sentences
@@ -42,6 +43,7 @@ __all__ = [
     "TokenizedCorpus",
     "Tokens",
     "available_cores",
+    "find_files",
     "fingerprint_files",
     "fingerprint_python",
     "heldout_batches",

@@ -72,6 +72,12 @@ class PretrainingData:
         self._num_batches: list[int] = []  # of the epochs located so far
         self._epoch = self._make_plan(0)
 
+    @property
+    def random_share(self) -> float | None:
+        """The share of the pairs that are random ones; None without pairs."""
+        is_random = self._epoch.plan.is_random
+        return None if is_random is None else float(is_random.mean())
+
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, index of the batch in it) of a global step.
 

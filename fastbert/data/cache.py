@@ -8,7 +8,6 @@ there is no cache, and one of another corpus, tokenizer or segmenter is not touc
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,14 +16,16 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from fastbert import locks
 from fastbert.check import InputError
 from fastbert.data import parts, workers
 from fastbert.data.corpus import Meter
 from fastbert.data.encoding import Encoder
-from fastbert.data.parts import Part, write_json
+from fastbert.data.parts import Part
 from fastbert.data.segment import Segmenter, name_of
 from fastbert.data.tokenized import ARRAYS, FORMAT, TokenizedCorpus, open_cache, read_json
 from fastbert.data.workers import Batch, Interrupted
+from fastbert.files import Unwritable, write_json
 
 Progress = Callable[[int, int, int], None]
 
@@ -79,8 +80,9 @@ def tokenize_corpus(
                 return corpus
             work = _Work(documents, meter or Meter(), progress or (lambda *_: None))
             return _build(work, encoder, processes, directory, made_from)
-    except OSError as error:
-        raise _unwritable(directory, error) from error
+    except (OSError, Unwritable) as error:
+        reason = Unwritable.because(directory, error).reason
+        raise Interrupted(f"cache {directory}: cannot be written: {reason}") from error
     except Interrupted as error:
         raise Interrupted(f"cache {directory}: {error}") from None
 
@@ -190,22 +192,10 @@ def _kept(partial: Path, made_from: dict[str, str], cut: dict[str, int]) -> dict
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Holds the lock of a directory, which is made if there is none.
-
-    Where the system has such locks; a killed process lets go of it.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / "lock").open("wb")
-    except OSError as error:
-        raise _unwritable(directory, error) from error
-    with file:
-        if os.name == "posix":
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
+    """Holds the lock of a cache's directory, which is made if there is none; waits for it."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locks.locked(directory / "lock", wait=True))
+        except OSError as error:
+            raise Unwritable.because(f"cache {directory}", error) from error
         yield
-
-
-def _unwritable(directory: Path, error: OSError) -> Interrupted:
-    return Interrupted(f"cache {directory}: cannot be written: {error.strerror}")

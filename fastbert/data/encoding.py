@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +14,19 @@ from fastbert.data.segment import Segmenter, continuations
 
 _PREFIX = "##"
 _BATCH = 4096  # sentences encoded at once: the library needs 100 times the memory of their tokens
+
+
+_MANY_UNKNOWN = 0.1  # of all tokens
+
+
+def warn_of_unknown(what: str, unknown: int, total: int) -> None:
+    """Warns where many tokens of a text are [UNK]: the vocabulary is not that of the text."""
+    if unknown > _MANY_UNKNOWN * total:
+        warnings.warn(
+            f"{what}: {unknown / total:.0%} of its tokens are [UNK], words that the vocabulary "
+            "does not have; take a tokenizer or a model of the text's language",
+            stacklevel=2,
+        )
 
 
 class EncodedDocuments(NamedTuple):

@@ -1,7 +1,5 @@
 """The complete parts of a cache that is being built, and the arrays that they become."""
 
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -10,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbert.data.encoding import EncodedDocuments
+from fastbert.files import output
 
 PART_CHARACTERS = 4_000_000  # of text in a part: seconds of work, some 100 MB while it is encoded
 
@@ -110,19 +109,7 @@ def _write_array(
     write_file(directory / f"{name}.npy", write)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    text = json.dumps(values, indent=2) + "\n"
-    write_file(path, lambda file: file.write(text.encode()))
-
-
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file that is either complete under its name or not there, whatever happens."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """A file that is either complete under its name or not there, whatever happens."""
+    with output(path) as file:
+        write(file)

@@ -62,21 +62,27 @@ class TokenizedCorpus:
         return len(self.tokens)
 
     def split(
-        self, heldout_fraction: float, seed: int
+        self, heldout_fraction: float, seed: int, *, pairs: bool = True
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(train, held-out) indices of documents, sorted: a random share of all, 2 or more each."""
+        """(train, held-out) indices of documents, sorted: a random share of all, 2 or more each.
+
+        pairs: whether sentences of other documents are needed; without, 1 of 2 or 3 is enough
+        """
         if not 0 < heldout_fraction < 1:
             raise InputError(
                 f"heldout_fraction: expected a number between 0 and 1, got {heldout_fraction}"
             )
         count = self.num_documents
-        if count < 4:
+        if count < (4 if pairs else 2):
+            each = "one each"
+            if pairs:
+                each = "two each, because one document gives no random next sentence"
             raise InputError(
-                f"corpus: {count} document(s), but training and held-out text need two each, "
-                "because one document gives no random next sentence; separate documents by blank "
-                "lines"
+                f"corpus: {count} document(s), but training and held-out text need {each}; "
+                "separate documents by blank lines"
             )
-        heldout = min(max(round(count * heldout_fraction), 2), count - 2)
+        least = 2 if count >= 4 else 1
+        heldout = min(max(round(count * heldout_fraction), least), count - least)
         shuffled = stream(seed, Purpose.SPLIT).permutation(count)
         return np.sort(shuffled[heldout:]), np.sort(shuffled[:heldout])
 

@@ -1,7 +1,7 @@
 """BERT's WordPiece tokenizer: trained here or taken over, and saved as Hugging Face reads it."""
 
 import json
-import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Container, Iterable
@@ -20,8 +20,15 @@ from tokenizers import (
 )
 
 from fastbert.check import InputError
+from fastbert.files import Unwritable, write_text
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_LONGEST_WORD = 100  # characters; a WordPiece takes a longer word for [UNK]
+# what BERT cannot divide: neither blanks nor punctuation nor Chinese in it
+_LONG_WORD = re.compile(
+    "[^\\s!-/:-@\\[-`{-~\u2000-\u206f\u3000-\u303f\uff00-\uffef\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    f"\U00020000-\U0002fa1f]{{{_LONGEST_WORD + 1},}}"
+)
 _PREFIX = "##"  # of every piece that does not begin its word
 
 
@@ -47,7 +54,12 @@ def _require_special_tokens(vocab: Container[str], who: str) -> None:
         raise InputError(f"{who}: the vocabulary lacks {', '.join(missing)}")
 
 
-def train_tokenizer(sentences: Iterable[str], vocab_size: int, lowercase: bool = True) -> Tokenizer:
+def train_tokenizer(
+    sentences: Iterable[str],
+    vocab_size: int,
+    lowercase: bool = True,
+    strip_accents: bool | None = None,
+) -> Tokenizer:
     """WordPiece (Schuster and Nakajima 2012; Wu et al. 2016, https://arxiv.org/abs/1609.08144).
 
     The special tokens have the ids 0 to 4. The same sentences give the same vocabulary, of at most
@@ -63,11 +75,13 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int, lowercase: bool =
         raise InputError(
             f"vocab_size: expected more than the {len(_SPECIAL)} special tokens, got {vocab_size}"
         )
-    tokenizer = _wordpiece({}, lowercase)
+    tokenizer = _wordpiece({}, lowercase, strip_accents)
     with tempfile.TemporaryFile("w+", encoding="utf-8") as spool:
         characters: Counter[str] = Counter()
         for sentence in sentences:
             characters.update(sentence)
+            if len(sentence) > _LONGEST_WORD:  # takes the trainer time by its square
+                sentence = _LONG_WORD.sub(" ", sentence)
             spool.write(sentence + "\n")
         spool.seek(0)
         # half of the vocabulary for letters: a text in Chinese needs thousands, and one with
@@ -85,7 +99,7 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int, lowercase: bool =
             show_progress=False,
         )
         tokenizer.train_from_iterator(spool, trainer)
-    return _wordpiece(tokenizer.get_vocab(with_added_tokens=False), lowercase)
+    return _wordpiece(tokenizer.get_vocab(with_added_tokens=False), lowercase, strip_accents)
 
 
 def _alphabet(
@@ -178,7 +192,7 @@ def load_tokenizer(path: str | Path, *, model_vocab_size: int | None = None) -> 
 def _from_json(file: Path) -> Tokenizer:
     text = file.read_bytes()
     try:
-        tokenizer = Tokenizer.from_str(text.decode("utf-8"))
+        tokenizer = Tokenizer.from_str(text.decode("utf-8-sig"))
     except Exception as error:  # the library raises no narrower class
         reason = str(error).splitlines()[0]
         raise InputError(f"tokenizer {file}: not a tokenizer.json: {reason}") from error
@@ -190,14 +204,14 @@ def _from_json(file: Path) -> Tokenizer:
 
 def _from_vocab(file: Path) -> Tokenizer:
     try:
-        lines = file.read_text("utf-8").rstrip("\n").split("\n")
+        lines = file.read_text("utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"tokenizer {file}: not a vocab.txt: not UTF-8") from error
     vocab = {token.rstrip("\r"): number for number, token in enumerate(lines)}
     _require_special_tokens(vocab, f"tokenizer {file}")
     config = file.with_name("tokenizer_config.json")
     try:
-        options = json.loads(config.read_text("utf-8")) if config.exists() else {}
+        options = json.loads(config.read_text("utf-8-sig")) if config.exists() else {}
         lowercase, strip_accents = options.get("do_lower_case", True), options.get("strip_accents")
     except (ValueError, AttributeError) as error:
         raise InputError(f"tokenizer {config}: not a JSON object") from error
@@ -233,9 +247,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name, text in contents.items():
-            beside = directory / f".{name}.{os.getpid()}"
-            beside.write_text(text, "utf-8")
-            beside.replace(directory / name)
     except OSError as error:
-        raise InputError(f"{directory}: cannot be written: {error.strerror}") from error
+        raise Unwritable.because(directory, error) from error
+    for name, text in contents.items():
+        write_text(directory / name, text)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbert.check import InputError
-from fastbert.data.tables import Row, read_table
+from fastbert.data.tables import Row
 from fastbert.finetune.features import Encoder, Feature
 from fastbert.finetune.metrics import Report
 from fastbert.finetune.task import Prediction, Task, softmax, to_host
@@ -36,9 +36,10 @@ class Choice(Task):
         s = self.settings
         columns = [s.text_column, *s.choice_column]
         columns += [column for column in (s.pair_column,) if column is not None]
-        rows = read_table(path, [*columns, s.label_column] if labelled else columns)
-        examples = [self._example(row, labelled) for row in rows]
-        for example in examples:
+        examples = self.from_table(
+            path, columns, labelled, lambda row: self._example(row, labelled)
+        )
+        for example in examples if labelled else ():
             if len(example.choices) != len(examples[0].choices):
                 raise InputError(
                     f"{example.where}: expected {len(examples[0].choices)} choices, as in the "

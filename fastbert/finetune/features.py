@@ -45,12 +45,18 @@ class Encoder:
     """Makes sequences of at most `max_seq_len` tokens.
 
     stride: how many tokens the windows of a longer text share, None to refuse such texts;
-    truncate: cuts the longer of two texts until they fit.
+    truncate: cuts the longer of two texts until they fit; advice: what helps where they do not.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, max_seq_len: int, stride: int | None, truncate: bool
+        self,
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        stride: int | None,
+        truncate: bool,
+        advice: str = "read it in windows with --stride",
     ) -> None:
+        self.advice = advice
         self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
         self.stride, self.truncate = stride, truncate
         self.specials = special_tokens(tokenizer)
@@ -76,7 +82,7 @@ class Encoder:
         elif excess > 0 and self.stride is None:
             raise InputError(
                 f"{where}: {self.max_seq_len + excess} tokens, more than the {self.max_seq_len} of "
-                "a sequence; read it in windows with --stride"
+                f"a sequence; {self.advice}"
             )
         room = self.max_seq_len - special - len(lead)
         if excess > 0 and not self.truncate and room <= (self.stride or 0):

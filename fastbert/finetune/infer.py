@@ -6,14 +6,17 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from torch import nn
 
+from fastbert.data.encoding import warn_of_unknown
 from fastbert.finetune.choice import Choice
-from fastbert.finetune.features import Feature, collate, parts
+from fastbert.finetune.features import Encoder, Feature, collate, parts
 from fastbert.finetune.questions import Answering
 from fastbert.finetune.sequences import Classification, MultiLabel, Regression
-from fastbert.finetune.task import Task
+from fastbert.finetune.task import Settings, Task
 from fastbert.finetune.tokens import Entities
+from fastbert.finetune_config import WINDOWS
 from fastbert.train.report import tracked
 
 TASK_OF: dict[str, type[Task]] = {
@@ -24,6 +27,25 @@ TASK_OF: dict[str, type[Task]] = {
     "qa": Answering,
     "choice": Choice,
 }
+
+
+def encoder_of(settings: Settings, tokenizer: Tokenizer) -> Encoder:
+    """Makes sequences as the task's settings say."""
+    advice = []
+    if settings.task in WINDOWS:
+        advice.append("read it in windows with --stride")
+    if settings.task not in ("ner", "qa"):
+        advice.append("cut it off with --truncate")
+    return Encoder(
+        tokenizer, settings.max_seq_len, settings.stride, settings.truncate, ", or ".join(advice)
+    )
+
+
+def warn_of_words(what: str, features: Sequence[Feature], encoder: Encoder) -> None:
+    """Warns where the vocabulary has few of the words."""
+    windows = [window for feature in features for window in feature.windows]
+    unknown = sum(window.input_ids.count(encoder.specials.unk) for window in windows)
+    warn_of_unknown(what, unknown, sum(len(window.input_ids) for window in windows))
 
 
 @contextlib.contextmanager

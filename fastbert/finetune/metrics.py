@@ -8,6 +8,7 @@ import numpy as np
 
 from fastbert.check import InputError
 
+_PREFIXES = {"L-": "E-", "U-": "S-", "W-": "S-", "M-": "I-"}
 _SCORES = ("precision", "recall", "f1-score", "support")
 
 # What a task is measured by; the other tasks need none of these.
@@ -114,7 +115,7 @@ def entities(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]])
     """Precision, recall and F1 of whole entities, as conlleval counts, and words' accuracy."""
     from seqeval import metrics
 
-    y, z = [list(labels) for labels in truth], [list(labels) for labels in predicted]
+    y, z = ([as_iobes(labels) for labels in some] for some in (truth, predicted))
     if not any(label != "O" for labels in (*y, *z) for label in labels):
         return Report({"precision": 0.0, "recall": 0.0, "f1": 0.0, "accuracy": 1.0})
     by_type = metrics.classification_report(y, z, output_dict=True, zero_division=0)
@@ -125,14 +126,25 @@ def entities(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]])
             "precision": float(micro["precision"]),
             "recall": float(micro["recall"]),
             "f1": float(micro["f1-score"]),
-            "accuracy": float(metrics.accuracy_score(y, z)),
+            "accuracy": float(
+                metrics.accuracy_score(*([*map(list, some)] for some in (truth, predicted)))
+            ),
         },
         (_by_label(by_type, types),),
     )
 
 
+def as_iobes(labels: Sequence[str]) -> list[str]:
+    """The labels with the prefixes that seqeval knows, of which BILOU, BMES and BMEWO have others:
+    L, the last word, is E; U and W, the only one, are S; M, in the middle, is I."""
+    return [_PREFIXES.get(label[:2], label[:2]) + label[2:] for label in labels]
+
+
 def _by_label(report: dict[str, Any], labels: Sequence[str]) -> Table:
-    rows = [(label, *(float(report[label][name]) for name in _SCORES)) for label in labels]
+    rows = [
+        (label, *(float(of[name]) for name in _SCORES[:-1]), int(of["support"]))
+        for label, of in ((label, report[label]) for label in labels)
+    ]
     return Table("by label", ("label", *_SCORES), rows)
 
 

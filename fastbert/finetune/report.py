@@ -4,8 +4,8 @@ from typing import Any
 
 from rich.table import Table as Printed
 
+from fastbert.console import console
 from fastbert.finetune.metrics import Report
-from fastbert.train.report import console
 
 _WIDEST = 12  # columns that a terminal has room for
 
@@ -28,5 +28,5 @@ def shown(report: Report) -> list[str]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.0f}" if value == int(value) and value > 1 else f"{value:.3f}"
+        return f"{value:.0f}" if value == int(value) and abs(value) > 1 else f"{value:.3f}"
     return str(value)

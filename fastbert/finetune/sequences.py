@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbert.check import InputError
-from fastbert.data.tables import Row, read_table
+from fastbert.data.tables import Row, clean_label
 from fastbert.finetune import metrics as measures
 from fastbert.finetune.features import Encoder, Feature
 from fastbert.finetune.metrics import Report
@@ -38,11 +38,11 @@ class _SequenceTask(Task):
     def read(self, path: Path, *, labelled: bool = True) -> list[TextExample]:
         s = self.settings
         texts = [column for column in (s.text_column, s.pair_column) if column is not None]
-        rows = read_table(path, [*texts, s.label_column] if labelled else texts)
-        return [
-            TextExample(row.where, tuple(map(row.text, texts)), self.target(row, labelled))
-            for row in rows
-        ]
+
+        def make(row: Row) -> TextExample:
+            return TextExample(row.where, tuple(map(row.text, texts)), self.target(row, labelled))
+
+        return self.from_table(path, texts, labelled, make)
 
     def target(self, row: Row, labelled: bool) -> Any:
         return row.label(self.settings.label_column) if labelled else None
@@ -118,9 +118,10 @@ class MultiLabel(_SequenceTask):
         value = row.values[s.label_column]
         if isinstance(value, list):
             return tuple(Row(row.where, {s.label_column: x}).label(s.label_column) for x in value)
-        if value == "":
+        if isinstance(value, str) and not clean_label(value):
             return ()
-        names = [name.strip() for name in row.label(s.label_column).split(s.label_separator)]
+        value = row.label(s.label_column)
+        names = map(clean_label, str(value).split(s.label_separator))
         return tuple(name for name in names if name)
 
     def labels_of(self, example: TextExample) -> Iterable[str]:

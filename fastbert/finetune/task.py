@@ -2,9 +2,10 @@
 
 import abc
 import json
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbert.check import InputError
+from fastbert.data.tables import Row, clean_label, read_table
 from fastbert.finetune.features import Encoder, Feature
 from fastbert.finetune.metrics import Report
 from fastbert.finetune_config import BALANCED, FinetuneConfig
@@ -19,8 +21,17 @@ from fastbert.models.base import BertPreTrainedModel
 from fastbert.packing import PackedBatch
 
 SETTINGS = "finetune.json"
+ALL = "*"  # columns
 
 Prediction = dict[str, Any]
+Example = TypeVar("Example")
+
+
+class Refused(NamedTuple):
+    """Stands for a row to predict that can be no example, and says why."""
+
+    where: str
+    reason: str
 
 
 class Settings(NamedTuple):
@@ -38,6 +49,7 @@ class Settings(NamedTuple):
     max_answer_tokens: int
     null_threshold: float
     precision: str  # what the model was trained and measured in
+    delimiter: str | None = None
     may_be_impossible: bool = False  # qa: the training data had questions without an answer
 
     @classmethod
@@ -77,10 +89,30 @@ class Task(abc.ABC):
         self.settings = settings
         self.labels = list(labels)
         self.weights: Tensor | None = None  # of the labels in the loss
+        self.copied: tuple[str, ...] = ()  # columns that predictions are to have too
+        self.rows: list[Row] = []  # of the table that was read last
 
     @abc.abstractmethod
     def read(self, path: Path, *, labelled: bool = True) -> list[Any]:
         """The examples of a file; InputError for what cannot be one."""
+
+    def from_table(
+        self, path: Path, columns: Sequence[str], labelled: bool, make: Callable[[Row], Example]
+    ) -> list[Example]:
+        """What `make` gives of the rows of a table, one of the columns the label's if `labelled`.
+
+        If not, a row that it cannot make an example of becomes a `Refused`, not an InputError.
+        """
+        columns = [*columns, self.settings.label_column] if labelled else list(columns)
+        columns += [column for column in self.copied if column != ALL]
+        self.rows = read_table(path, columns, self.settings.delimiter)
+        return [make(row) if labelled else self._attempt(make, row) for row in self.rows]
+
+    def _attempt(self, make: Callable[[Row], Example], row: Row) -> Any:
+        try:
+            return make(row)
+        except InputError as error:
+            return Refused(row.where, str(error))
 
     @abc.abstractmethod
     def features(self, examples: Sequence[Any], encoder: Encoder) -> list[Feature]:
@@ -117,6 +149,7 @@ class Task(abc.ABC):
         """Takes the labels from the training examples."""
         found = {label for example in examples for label in self.labels_of(example)}
         self.labels = _in_order(found)
+        _warn_of_alike(self.labels)
         if len(self.labels) < 2:
             raise InputError(
                 f"--train: expected two labels or more, got only {', '.join(found) or 'none'}"
@@ -144,7 +177,7 @@ class Task(abc.ABC):
         if config.class_weight == (BALANCED,):
             self.weights = torch.tensor(self.balanced(examples), dtype=torch.float32)
             return
-        given = config.weight_of_labels()
+        given = {clean_label(k): v for k, v in config.weight_of_labels().items()}
         for label in given:
             if label not in self.labels:
                 raise InputError(f"--class-weight: the label {label!r} does not occur in --train")
@@ -176,6 +209,19 @@ def _in_order(labels: Iterable[str]) -> list[str]:
     """By number where all are whole numbers, else by their characters."""
     labels = sorted(labels)
     return sorted(labels, key=int) if all(label.isdecimal() for label in labels) else labels
+
+
+def _warn_of_alike(labels: Sequence[str]) -> None:
+    """Warns of labels that differ in upper and lower case alone."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        other = seen.setdefault(label.casefold(), label)
+        if other != label:
+            warnings.warn(
+                f"--train: the labels {other!r} and {label!r} differ in case alone, and are two "
+                "labels; spell them alike if they mean the same",
+                stacklevel=2,
+            )
 
 
 def by_example(features: Sequence[Feature], num_examples: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastbert.data.conll import Sentence, read_conll
 from fastbert.finetune.features import Encoder, Feature, best_window
-from fastbert.finetune.metrics import Report, entities
+from fastbert.finetune.metrics import Report, as_iobes, entities
 from fastbert.finetune.task import Prediction, Task, by_example, to_host
 from fastbert.models.classification import BertForTokenClassification
 from fastbert.packing import IGNORE_INDEX, PackedBatch
@@ -126,5 +126,5 @@ def _entities(words: Sequence[str], labels: list[str]) -> list[dict[str, Any]]:
 
     return [
         {"type": kind, "words": list(words[first : last + 1]), "start": first, "end": last + 1}
-        for kind, first, last in get_entities(labels)
+        for kind, first, last in get_entities(as_iobes(labels))
     ]

@@ -1,11 +1,13 @@
 """Fine-tuning: from a pre-trained BERT and labelled examples to the best epoch's checkpoint."""
 
+import contextlib
 import dataclasses
 import math
+import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,21 +15,22 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from fastbert import checkpoint
-from fastbert.check import InputError
+from fastbert import checkpoint, locks
+from fastbert.check import InputError, Stopped
 from fastbert.config import BertConfig
+from fastbert.console import console
 from fastbert.data import load_tokenizer, save_tokenizer
 from fastbert.data.streams import Purpose, stream
-from fastbert.finetune.features import Encoder, Feature, collate, parts
-from fastbert.finetune.infer import TASK_OF, run
+from fastbert.files import new_directory, require_apart, write_json
+from fastbert.finetune.features import Feature, collate, parts
+from fastbert.finetune.infer import TASK_OF, encoder_of, run, warn_of_words
 from fastbert.finetune.metrics import Report, require_libraries
 from fastbert.finetune.report import print_report, shown
 from fastbert.finetune.task import Settings, Task
 from fastbert.finetune_config import FinetuneConfig
 from fastbert.train.optimizer import finetuning_optimizer, linear_schedule
 from fastbert.train.precision import autocast, resolve_precision
-from fastbert.train.report import console, environment, tracked
-from fastbert.train.state import write_json
+from fastbert.train.report import environment, tracked
 
 RUN = "run.json"
 SUMMARY = "summary.json"
@@ -46,20 +49,44 @@ class _Data(NamedTuple):
     test: _Labelled | None
 
 
-def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
+def finetune(config: FinetuneConfig, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Runs the fine-tuning that `config` describes in the directory `out`.
 
     Leaves out/latest, the best epoch's checkpoint, which Hugging Face loads, with the tokenizer and
-    what `predict` must know; and summary.json, which is returned. The same config gives the same
-    run, bit for bit on a CPU at the same number of threads.
+    what `predict` must know; and summary.json, which is returned. Both come at the end: of a run
+    that was stopped there are checkpoints alone. The same config gives the same run, bit for bit on
+    a CPU at the same number of threads.
+
+    overwrite: begins anew where `out` holds a run, which is removed once the data are read
     """
     require_libraries(config.task)
-    if (out / RUN).exists():
-        raise InputError(f"--out {out}: holds a run already; name another directory")
+    directory = checkpoint.resolve(config.model)
+    require_apart("--out", out, (), (Path(config.model), directory))
+    with locks.claimed(out), _stoppable(out):
+        if (out / RUN).exists() and not overwrite:
+            held = "a run already" if (out / SUMMARY).exists() else "a run that was not finished"
+            raise InputError(
+                f"--out {out}: holds {held}; name another directory, or begin it anew with "
+                "--overwrite"
+            )
+        return _run(config, out, directory)
+
+
+@contextlib.contextmanager
+def _stoppable(out: Path) -> Iterator[None]:
+    """Turns Ctrl-C into a `Stopped` that says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = sorted(path.name for path in out.glob("checkpoint-*"))
+        what = f"{kept[0]}, the best epoch so far, is kept" if kept else "no checkpoint is written"
+        raise Stopped(f"{out}: {what}; the same command with --overwrite begins anew") from None
+
+
+def _run(config: FinetuneConfig, out: Path, directory: Path) -> dict[str, Any]:
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = dataclasses.replace(config, precision=resolve_precision(config.precision))
-    directory = checkpoint.resolve(config.model)
     shape = BertConfig.from_pretrained(directory)
     tokenizer = load_tokenizer(directory, model_vocab_size=shape.vocab_size)
     task, data = _read(config, tokenizer, shape.max_position_embeddings)
@@ -70,10 +97,7 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
         model = task.model_class.from_pretrained(
             directory, ignore_mismatched_sizes=True, **task.model_options()
         ).to(device)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}") from None
+    _remove_run(out)
     write_json(out / RUN, config.to_json())
     console.print(
         f"{config.task}: {len(data.train.features)} training sequences, "
@@ -84,6 +108,14 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     return trainer.finish(time.perf_counter() - started)
 
 
+def _remove_run(out: Path) -> None:
+    """What an earlier run has left in `out`, and nothing else."""
+    for path in (out / checkpoint.LATEST, out / SUMMARY, out / RUN):
+        path.unlink(missing_ok=True)
+    for path in (*out.glob("checkpoint-*"), *out.glob(".checkpoint-*")):
+        shutil.rmtree(path)
+
+
 def _read(config: FinetuneConfig, tokenizer: Tokenizer, longest: int) -> tuple[Task, _Data]:
     max_seq_len = longest if config.max_seq_len is None else config.max_seq_len
     if max_seq_len > longest:
@@ -91,16 +123,35 @@ def _read(config: FinetuneConfig, tokenizer: Tokenizer, longest: int) -> tuple[T
     task = TASK_OF[config.task](Settings.of(config, max_seq_len))
     if config.metric is not None and config.metric not in task.metrics:
         raise InputError(f"--metric: one of {', '.join(task.metrics)}, got {config.metric!r}")
-    train, dev = task.read(config.train), task.read(config.dev)
+    train, dev = _examples(task, config)
     test = [] if config.test is None else task.read(config.test)
-    task.learn(train)
+    task.learn(train if config.dev is not None else [*train, *dev])
     task.check([*dev, *test])
     task.weigh(config, train)
-    encoder = Encoder(tokenizer, max_seq_len, config.stride, config.truncate)
+    encoder = encoder_of(task.settings, tokenizer)
     of_train, of_dev, of_test = (
         _Labelled(examples, task.features(examples, encoder)) for examples in (train, dev, test)
     )
+    warn_of_words("--train", of_train.features, encoder)
     return task, _Data(of_train, of_dev, of_test if test else None)
+
+
+def _examples(task: Task, config: FinetuneConfig) -> tuple[list[Any], list[Any]]:
+    """Those to learn from and those to measure by, which may be a random share of the former."""
+    train = task.read(config.train)
+    if config.dev is not None:
+        return train, task.read(config.dev)
+    assert config.dev_share is not None
+    count = round(len(train) * config.dev_share)
+    if not 0 < count < len(train):
+        raise InputError(
+            f"--dev-share {config.dev_share:g}: of the {len(train)} example(s) of {config.train} "
+            f"that is {count}; give another share, or a file by --dev"
+        )
+    order = stream(config.seed, Purpose.SPLIT).permutation(len(train))
+    chosen = set(order[:count].tolist())
+    rest = [example for number, example in enumerate(train) if number not in chosen]
+    return rest, [train[number] for number in sorted(chosen)]
 
 
 class _Trainer:
@@ -138,13 +189,13 @@ class _Trainer:
                 )
             report = self._evaluate(self.model, self.data.dev)
             self.history.append({"epoch": epoch, "step": self.step, "loss": loss, **report.metrics})
-            about = [f"epoch {epoch}/{self.config.epochs}", f"loss {loss:.4f}", *shown(report)]
-            console.print("  ".join(about))
             value = self._value(report)
             if self.best is None or value > self.best[0]:
                 self.best = value, epoch, report
                 self._save(epoch)
-            elif self.config.patience and epoch - self.best[1] >= self.config.patience:
+            about = [f"epoch {epoch}/{self.config.epochs}", f"loss {loss:.4f}", *shown(report)]
+            console.print("  ".join(about))
+            if self.config.patience and epoch - self.best[1] >= self.config.patience:
                 console.print(f"no better epoch in {self.config.patience}: stopping")
                 break
 
@@ -200,26 +251,24 @@ class _Trainer:
     def _save(self, epoch: int) -> None:
         """Writes the checkpoint of the best epoch so far and removes the one before."""
         directory = self.out / f"checkpoint-{epoch}"
-        with checkpoint.new_directory(directory) as writing:
+        with new_directory(directory) as writing:
             self.model.save_pretrained(writing)
             save_tokenizer(self.tokenizer, writing)
             self.task.settings.save(writing)
-        checkpoint.point_latest(directory)
         for old in self.out.glob("checkpoint-*"):
             if old != directory:
                 shutil.rmtree(old)
 
     def finish(self, seconds: float) -> dict[str, Any]:
-        """Prints and writes the best epoch's report, on the test data where there are some."""
+        """Writes and prints the best epoch's report, on the test data where there are some."""
         assert self.best is not None
         _, epoch, report = self.best
+        directory = self.out / f"checkpoint-{epoch}"
         where, measured, test = "dev", report, None
         if self.data.test is not None:
-            best = self.task.model_class.from_pretrained(self.out / checkpoint.LATEST)
+            best = self.task.model_class.from_pretrained(directory)
             where, measured = "test", self._evaluate(best.to(self.device), self.data.test)
             test = {**measured.metrics, "tables": [t._asdict() for t in measured.tables]}
-        print_report(measured)
-        console.print("  ".join([f"{where}:", *shown(measured)]))
         summary = {
             "task": self.config.task,
             "metric": self.metric,
@@ -230,13 +279,20 @@ class _Trainer:
             "history": self.history,
             "steps": self.step,
             "seconds": seconds,
-            "checkpoint": f"checkpoint-{epoch}",
+            "checkpoint": directory.name,
             **environment(self.device),
         }
         write_json(self.out / SUMMARY, summary)
+        checkpoint.point_latest(directory)  # and now the run is finished
+        print_report(measured)
+        console.print("  ".join([f"{where}:", *shown(measured)]))
+        source = self.config.dev or self.config.train
+        said = self.out / f"{source.stem}.predicted.jsonl"
+        again = ["fastbert", "predict", "--model", str(self.out)]
+        again += ["--input", str(source), "--out", str(said)]
         console.print(
             f"best in {self.metric}: epoch {epoch}, {report.metrics[self.metric]:.4f}; checkpoint "
             f"and summary are in {self.out}\n"
-            f"try: fastbert predict --model {self.out} --input FILE --out FILE.jsonl"
+            f"try: {shlex.join(again)}"
         )
         return summary

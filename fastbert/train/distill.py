@@ -56,6 +56,8 @@ class Distillation(Recipe):
     """
 
     title = "Distillation"
+    command = "distill"
+    directory: Path
     metrics = DistillationMetrics
 
     def __init__(self, config: DistillConfig) -> None:

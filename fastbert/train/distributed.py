@@ -26,11 +26,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastbert import checkpoint
+from fastbert import locks
 from fastbert.check import InputError
+from fastbert.console import console
+from fastbert.files import Unwritable, new_directory
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.train.objective import PretrainingObjective
-from fastbert.train.report import console
 
 KINDS = ("ddp", "fsdp")
 # the first process may tokenise a large corpus while the others wait for it
@@ -65,16 +66,20 @@ class Ranks:
         if self.size > 1 and self.is_first:
             dist.barrier(self.patient)
 
+    def claimed(self, out: Path) -> contextlib.AbstractContextManager[None]:
+        """`locks.claimed`, which the first process does for all of them."""
+        return locks.claimed(out) if self.is_first else contextlib.nullcontext()
+
     @contextlib.contextmanager
     def new_directory(self, path: Path) -> Iterator[Path]:
-        """`checkpoint.new_directory`, which all of them write into; nothing is left of a failure.
+        """`files.new_directory`, which all of them write into; nothing is left of a failure.
 
         The block ends with a collective call, or the first process may rename it too early.
         """
         with contextlib.ExitStack() as stack:
             writing = [path]
             if self.is_first:
-                writing = [stack.enter_context(checkpoint.new_directory(path))]
+                writing = [stack.enter_context(new_directory(path))]
             if self.size > 1:
                 dist.broadcast_object_list(writing, src=0)
             yield writing[0]
@@ -171,7 +176,7 @@ def save_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
     try:
         dcp.save(state, checkpoint_id=directory)
     except dcp.api.CheckpointException as error:
-        raise InputError(f"{directory}: cannot be written ({_reason(error)})") from None
+        raise Unwritable(directory, _reason(error)) from None
 
 
 def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -2,25 +2,32 @@
 
 import hashlib
 import itertools
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from fastbert import data
 from fastbert.check import InputError
 from fastbert.checkpoint import LATEST
+from fastbert.console import console
 from fastbert.data.cache import locked, require_same
-from fastbert.data.parts import write_json
+from fastbert.data.corpus_files import Corpus, describe
+from fastbert.data.encoding import warn_of_unknown
 from fastbert.data.tokenized import read_json
+from fastbert.files import write_json
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 from fastbert.pretrain_config import PretrainConfig
-from fastbert.train.report import TokenizingReporter, console
+from fastbert.train.report import TokenizingReporter
 
 TEXT = "text"  # the directory of a run where they are kept, unless --cache names another
 CHANGED = "{}: the corpus or the tokenizer has changed since the run began"
+_NEARLY_ALL = 0.95  # of all pairs
 LARGE = 100 << 20  # bytes of a corpus that several processes tokenise, who take seconds to start
 
 
@@ -49,8 +56,14 @@ def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> Prepa
         if config.cache is None and (out / LATEST).is_symlink():
             raise InputError(CHANGED.format(out)) from None
         raise
-    train, heldout = corpus.split(config.heldout_fraction, config.seed)
+    if config.corpus:
+        for line in describe(source.found, corpus.num_documents):
+            console.print(line)
+    pairs = config.objective == "mlm+nsp"
+    train, heldout = corpus.split(config.heldout_fraction, config.seed, pairs=pairs)
     specials = data.special_tokens(tokenizer)
+    counts = corpus.token_counts(train)
+    _check_words(counts, specials)
 
     def examples(documents, scheme: str) -> data.PretrainingData:
         masking = data.make_masking(
@@ -70,20 +83,38 @@ def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> Prepa
             batch_tokens=config.batch_tokens,
             max_seq_len=config.max_seq_len,
             short_seq_prob=config.short_seq_prob,
-            pairs=config.objective == "mlm+nsp",
+            pairs=pairs,
         )
 
     training = examples(train, config.masking)
     # refuses a budget that is too small
     training.batch(0, world_size=num_ranks, micro_batches=config.accumulation)
+    if (share := training.random_share) is not None and share > _NEARLY_ALL:
+        warnings.warn(
+            f"--objective mlm+nsp: {share:.0%} of the pairs have a random second sentence, so that "
+            "there is nothing to learn of next sentences: documents of one sentence, or sentences "
+            "longer than --max-seq-len, give no others; --objective mlm leaves the pairs out",
+            stacklevel=2,
+        )
     batches = list(
         itertools.islice(data.heldout_batches(examples(heldout, "bert")), config.eval_batches)
     )
     labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
     targets = labels[labels != IGNORE_INDEX].numpy()
-    baseline = data.unigram_baseline(corpus.token_counts(train), targets)
+    baseline = data.unigram_baseline(counts, targets)
     both = hashlib.sha256(f"{source.fingerprint} {tokenizer.to_str()}".encode()).hexdigest()
     return PreparedText(both, tokenizer, training, batches, baseline)
+
+
+def _check_words(counts: NDArray[np.int64], specials: data.SpecialTokens) -> None:
+    """Raises InputError if no word of the text is in the vocabulary; warns if many are not."""
+    total, unknown = int(counts.sum()), int(counts[specials.unk])
+    if total == int(counts[list(specials)].sum()):
+        raise InputError(
+            "--tokenizer: its vocabulary holds no word of the corpus, all is [UNK], so there is "
+            "nothing to learn; name another one, or leave the option out to train one"
+        )
+    warn_of_unknown("--corpus", unknown, total)
 
 
 class _Source:
@@ -91,6 +122,7 @@ class _Source:
 
     def __init__(self, config: PretrainConfig) -> None:
         self.paths = config.corpus
+        self.found = data.find_files(self.paths) if self.paths else Corpus([], [])
         self.meter = data.Meter()
         self.fingerprint = (
             data.fingerprint_files(self.paths) if self.paths else data.fingerprint_python()
@@ -134,14 +166,18 @@ def _tokenizer(config: PretrainConfig, source: _Source, directory: Path) -> Toke
         "corpus": source.fingerprint,
         "vocab_size": config.vocab_size,
         "lowercase": config.lowercase,
+        "strip_accents": config.strip_accents,
     }
     record = directory / "trained_on.json"
     with locked(directory):
         if (directory / "tokenizer.json").is_file():
-            require_same(made_from, read_json(record), directory)
+            # what does not say so is of a time when accents went with upper case
+            require_same(made_from, {"strip_accents": None} | read_json(record), directory)
             return data.load_tokenizer(directory)
         sentences = itertools.chain.from_iterable(source.documents())
-        tokenizer = data.train_tokenizer(sentences, config.vocab_size, config.lowercase)
+        tokenizer = data.train_tokenizer(
+            sentences, config.vocab_size, config.lowercase, config.strip_accents
+        )
         console.print(f"trained a vocabulary of {tokenizer.get_vocab_size():,} entries")
         write_json(record, made_from)
         data.save_tokenizer(tokenizer, directory)

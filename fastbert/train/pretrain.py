@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import shlex
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,8 +14,10 @@ import torch
 from torch import nn
 
 from fastbert import checkpoint
-from fastbert.check import InputError
+from fastbert.check import InputError, Stopped
+from fastbert.console import console
 from fastbert.data import Interrupted, OtherCache, loader
+from fastbert.files import Unwritable, require_apart, write_json
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
 from fastbert.pretrain_config import PretrainConfig
 from fastbert.train import distributed
@@ -25,7 +29,7 @@ from fastbert.train.precision import make_scaler, resolve_precision
 from fastbert.train.prepare import CHANGED, TEXT, PreparedText, prepare_text
 from fastbert.train.profiling import Unprofiled, profiling
 from fastbert.train.recipe import Pretraining, Recipe, training_row
-from fastbert.train.report import Reporter, Silent, console, environment, plot_losses
+from fastbert.train.report import Reporter, Silent, environment, plot_losses
 from fastbert.train.step import make_step
 
 Config = TypeVar("Config", bound=PretrainConfig)
@@ -64,8 +68,12 @@ def carry_out(
     recipe: Recipe, out: Path, *, resume: bool, eager: bool, profile: bool, parallel: str
 ) -> dict[str, Any]:
     """Trains what the recipe says; see `pretrain`, whose promises hold for all of them."""
-    with distributed.joined() as ranks:
-        config = recipe.config
+    config = recipe.config
+    models = () if recipe.directory is None else (recipe.directory,)
+    for option, directory in (("--out", out), ("--cache", config.cache)):
+        if directory is not None:
+            require_apart(option, directory, config.corpus, models)
+    with distributed.joined() as ranks, ranks.claimed(out), _stoppable(recipe, out):
         config = dataclasses.replace(config, precision=resolve_precision(config.precision))
         torch.manual_seed(config.seed)
         with ranks.first_goes_ahead():
@@ -74,6 +82,22 @@ def carry_out(
         _describe(run, config, ranks, parallel)
         _train(run, config, text, out, ranks, eager=eager, profile=profile)
         return _finish(run, config, text, out, ranks)
+
+
+@contextlib.contextmanager
+def _stoppable(recipe: Recipe, out: Path) -> Iterator[None]:
+    """Turns Ctrl-C into a `Stopped` that says what is kept, and names what cannot be written."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = checkpoint.latest(out)
+        what = "no checkpoint is written yet" if kept is None else f"{kept.name} is kept"
+        again = shlex.join(["fastbert", recipe.command, "--resume", "--out", str(out)])
+        raise Stopped(f"{out}: {what}; go on with: {again}") from None
+    except OSError as error:
+        if error.filename is None:  # of a library that does not say what it writes
+            raise Unwritable.because(out, error) from error
+        raise
 
 
 class _Run(NamedTuple):
@@ -98,7 +122,7 @@ def _prepare(
         return prepare_text(recipe.reading(), out, ranks.size)
     except InputError as error:
         if is_new:
-            _abandon(out, keep_text=isinstance(error, OtherCache | Interrupted))
+            _abandon(out, keep_text=isinstance(error, OtherCache | Interrupted | Unwritable))
         raise
 
 
@@ -111,17 +135,16 @@ def _set_up(
     parallel: str,
 ) -> _Run:
     """The run at its beginning, or where its last checkpoint was."""
-    # a dangling link is a lost checkpoint, not a new run
-    is_begun = (out / checkpoint.LATEST).is_symlink()
+    begun = checkpoint.latest(out)
     model = recipe.make_model(text.tokenizer.get_vocab_size()).to(ranks.device)
-    if is_begun:
-        run_state.load_weights(out, model)
+    if begun is not None:
+        run_state.load_weights(begun, model)
     objective = distributed.parallelised(recipe.make_objective(model), parallel, ranks)
     optimizer = make_optimizer(model, config.weight_decay, config.optimizer)
     scaler = make_scaler(config.precision, ranks.device)
     state = run_state.TrainingState(text.fingerprint, recipe.teacher)
-    if is_begun:
-        state = run_state.load(out, model, optimizer, scaler)
+    if begun is not None:
+        state = run_state.load(begun, model, optimizer, scaler)
         if state.text != text.fingerprint:
             raise InputError(CHANGED.format(out))
         if state.teacher != recipe.teacher:
@@ -131,20 +154,17 @@ def _set_up(
 
 
 def _open_run(config: PretrainConfig, out: Path, *, resume: bool) -> bool:
-    """Claims the directory `out`; True unless it holds a run already, which is to be continued."""
+    """Notes the options in `out`; True unless it holds a run already, which is to be continued."""
     path = out / RUN
     if not path.exists():
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {out}: {error.strerror}") from None
-        run_state.write_json(path, config.to_json())
+        write_json(path, config.placed().to_json())
         return True
     if not resume:
         raise InputError(f"--out {out}: holds a run already; --resume continues it")
     earlier = read_run(out, type(config))
     assert earlier is not None
     earlier.same_run(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
+    write_json(path, config.placed().to_json())  # its paths may have moved
     return False
 
 
@@ -153,8 +173,6 @@ def _abandon(out: Path, *, keep_text: bool) -> None:
     (out / RUN).unlink()
     if not keep_text:
         shutil.rmtree(out / TEXT, ignore_errors=True)
-    with contextlib.suppress(OSError):  # the directory was there before, with other things in it
-        out.rmdir()
 
 
 def read_run(out: Path, kind: type[Config]) -> Config | None:
@@ -293,7 +311,7 @@ def _finish(
     }
     if not ranks.is_first:
         return summary
-    run_state.write_json(out / SUMMARY, summary)
+    write_json(out / SUMMARY, summary)
     levels = {"unigram baseline": text.baseline, **verdict.levels}
     plot_losses(state.history, levels, out / "loss.png", run.recipe.title)
     gained = text.baseline - summary["heldout_mlm_loss"]
@@ -302,7 +320,8 @@ def _finish(
         f"{text.baseline:.3f}: {abs(gained):.3f} {'below' if gained >= 0 else 'ABOVE'} it\n"
         f"{verdict.said}"
         f"{state.step} steps in {state.seconds:.0f} s; checkpoint, plot and summary are in {out}\n"
-        f'try: fastbert fill-mask --model {out} "a short text with one [MASK] in it"'
+        f"try: fastbert fill-mask --model {shlex.quote(str(out))} "
+        "'a short text with one [MASK] in it'"
     )
     return summary
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from fastbert.train.report import console
+from fastbert.console import console
+from fastbert.files import new_file
 
 SKIPPED, WARM_UP, RECORDED = 5, 2, 3  # steps; a CUDA graph is captured in the skipped ones
 LINES = 10
@@ -35,13 +36,13 @@ def profiling(out: Path, steps: int, device: torch.device) -> Iterator[profile |
         yield Unprofiled()
         return
     path = out / "profile" / "trace.json.gz"
-    path.parent.mkdir(exist_ok=True)
     on_gpu = device.type == "cuda"
 
     def report(profiler: profile) -> None:
-        beside = path.with_name(f".new.{path.name}")
-        profiler.export_chrome_trace(str(beside))
-        beside.replace(path)
+        with new_file(path) as beside:
+            packed = beside.with_suffix(".gz")  # by which the profiler knows to compress
+            profiler.export_chrome_trace(str(packed))
+            packed.replace(beside)
         key = f"self_{device.type}_time_total"
         events = profiler.key_averages()
         console.print(events.table(sort_by=key, row_limit=LINES, max_name_column_width=60))

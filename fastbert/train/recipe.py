@@ -2,6 +2,7 @@
 
 import abc
 import math
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from fastbert.config import BertConfig
@@ -27,13 +28,16 @@ class Verdict(NamedTuple):
 class Recipe(abc.ABC):
     """A kind of run, which `pretrain.carry_out` does.
 
-    metrics: what the objective's sums are, the skipped steps last; teacher: fingerprint of a model
-    that the run learns from, None where there is none.
+    command: of the command line; metrics: what the objective's sums are, the skipped steps last;
+    teacher: fingerprint of a model that the run learns from, None where there is none; directory:
+    that model's.
     """
 
     title: ClassVar[str]
+    command: ClassVar[str]
     metrics: ClassVar[Any]
     teacher: str | None = None
+    directory: Path | None = None
     config: PretrainConfig
 
     @abc.abstractmethod
@@ -71,6 +75,7 @@ class Pretraining(Recipe):
     """Masked language modelling, and next-sentence prediction unless the objective is "mlm"."""
 
     title = "Pre-training"
+    command = "pretrain"
     metrics = Metrics
 
     def __init__(self, config: PretrainConfig) -> None:

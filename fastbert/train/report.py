@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 from torch.utils.tensorboard import SummaryWriter
 
 from fastbert import __version__
-from fastbert.check import InputError
+from fastbert.console import console
+from fastbert.files import new_file
 
 T = TypeVar("T")
 
 PARTS = ("soft", "cosine")  # of a loss, shown beside it
-
-console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 def tracked(items: Sequence[T], doing: str) -> Iterable[T]:
@@ -182,14 +180,10 @@ def plot_losses(
     axes.set(xlabel="step", ylabel="loss (nats)", title=title, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    beside = path.with_name(f".{path.name}.new")
     try:
-        figure.savefig(beside, format="png", dpi=150)
-        beside.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+        with new_file(path) as beside:
+            figure.savefig(beside, format="png", dpi=150)
     finally:
-        beside.unlink(missing_ok=True)
         plt.close(figure)
 
 

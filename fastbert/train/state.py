@@ -5,7 +5,6 @@ beside it, as torch.distributed.checkpoint does, and any number of them can go o
 """
 
 import dataclasses
-import json
 import re
 import shutil
 from pathlib import Path
@@ -17,6 +16,8 @@ from tokenizers import Tokenizer
 from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.data import save_tokenizer
+from fastbert.files import write_json as write_json  # also known by these names
+from fastbert.files import write_text as write_text
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.train import distributed
 from fastbert.train.distributed import Ranks
@@ -81,24 +82,25 @@ def save(
             shutil.rmtree(old)
 
 
-def load_weights(run: Path, model: BertPreTrainedModel) -> None:
-    """Restores the weights that `save` wrote last, before the model is cut into shards."""
-    directory = run / checkpoint.LATEST
-    checkpoint.load_weights(model, checkpoint.read_weights(directory), directory.resolve())
+def load_weights(directory: Path, model: BertPreTrainedModel) -> None:
+    """Restores the weights of a checkpoint, before the model is cut into shards.
+
+    directory: the checkpoint's own, as `load` is given it, so that both read the same one
+    """
+    checkpoint.load_weights(model, checkpoint.read_weights(directory), directory)
 
 
 def load(
-    run: Path,
+    directory: Path,
     model: BertPreTrainedModel,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> TrainingState:
-    """Restores the rest of what `save` wrote last; the random generators are set as they were.
+    """Restores the rest of a checkpoint; the random generators are set as they were.
 
     All ranks call it; their number may be another than that of those that saved.
     """
-    directory = run / checkpoint.LATEST
-    path = directory.resolve() / STATE
+    path = directory / STATE
     try:
         saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         if "optimizer" in saved:
@@ -113,8 +115,8 @@ def load(
         # a damaged file fails in the archive, in the unpickler or in the optimizer
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"{path}: truncated or corrupt ({reason}); remove {directory.resolve()} and point "
-            f"{run}/{checkpoint.LATEST} to an older checkpoint"
+            f"{path}: truncated or corrupt ({reason}); remove {directory} and point "
+            f"{directory.parent}/{checkpoint.LATEST} to an older checkpoint"
         ) from None
     torch.set_rng_state(saved["rng"]["cpu"])
     if torch.cuda.is_available() and "cuda" in saved["rng"]:
@@ -126,21 +128,6 @@ def discard_partial(run: Path) -> None:
     """Removes what a kill left half-written."""
     for leftover in run.glob(".checkpoint-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes beside and renames, so that `path` is never half a file."""
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _rng_states() -> dict[str, Any]:

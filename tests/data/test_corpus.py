@@ -1,12 +1,17 @@
+import bz2
 import gzip
 import json
+import lzma
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
 from fastbert.check import InputError
 from fastbert.data import (
     Meter,
+    find_files,
     fingerprint_files,
     fingerprint_python,
     python_docs,
@@ -14,6 +19,7 @@ from fastbert.data import (
     read_documents,
     split_sentences,
 )
+from fastbert.data.corpus_files import describe
 
 
 def write(path, content):
@@ -57,9 +63,86 @@ def test_directories_are_read_recursively_in_order(tmp_path):
     for name in ("b/c.text", "a.txt", "b/a.txt.gz", "c.ndjson.gz"):
         write(tmp_path / name, json.dumps({"text": name}) if "json" in name else name)
     write(tmp_path / "ignored.bin", b"\xff")
-    write(tmp_path / "ignored.gz", "no text suffix inside")
+    write(tmp_path / "d.gz", "no ending inside")
     names = [name for [name] in read_documents([tmp_path])]
-    assert names == ["a.txt", "b/a.txt.gz", "b/c.text", "c.ndjson.gz"]
+    assert names == ["a.txt", "b/a.txt.gz", "b/c.text", "c.ndjson.gz", "no ending inside"]
+
+
+WIKI = '<doc id="1" url="u" title="Cats">\nCats\n\nOne. Two is here.\n\nThree.\n</doc>\n'
+
+
+def test_links_to_directories_are_followed_and_loops_are_not(tmp_path):
+    write(tmp_path / "far" / "deep" / "a.txt", "far away")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "deep" / "loop").symlink_to(tmp_path / "far")
+    found = find_files([tmp_path / "corpus"])
+    assert [name for _, name in found.files] == ["link/deep/a.txt"]
+    assert [path.name for path, _ in found.passed_over] == ["loop"]
+    assert list(read_documents([tmp_path / "corpus"])) == [["far away"]]
+
+
+def test_files_without_an_ending_are_read(tmp_path):
+    """WikiExtractor's two forms, the parts of a split, and plain text."""
+    write(tmp_path / "AA" / "wiki_00", WIKI * 2)
+    write(tmp_path / "AA" / "wiki_01", '{"id": "1", "text": "json. Two."}\n')
+    write(tmp_path / "AA" / "wiki_02.gz", WIKI)
+    write(tmp_path / "news.2011", "plain\n")
+    write(tmp_path / "plain", "plain\n\ntoo\n")
+    cats = ["Cats", "One.", "Two is here.", "Three."]
+    assert list(read_documents([tmp_path])) == [
+        *([cats] * 2), ["json.", "Two."], cats, ["plain"], ["plain"], ["too"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def test_packed_files_are_read(suffix, tmp_path):
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix]
+    for name in ("a.txt", "wiki_00"):
+        (tmp_path / (name + suffix)).write_bytes(pack(b"one\n\ntwo\n"))
+    assert list(read_documents([tmp_path])) == [["one"], ["two"]] * 2
+    (tmp_path / ("b.txt" + suffix)).write_bytes(pack(WIKI.encode() * 9)[:60])
+    with pytest.raises(InputError, match=rf"b\.txt\{suffix}: cannot be read"):
+        list(read_documents([tmp_path]))
+
+
+def test_what_is_passed_over_is_named_with_the_reason(tmp_path):
+    write(tmp_path / "a.txt", "text")
+    for name in ("b.bin", "c.pdf", ".DS_Store", ".git/HEAD", "d.tar.gz"):
+        write(tmp_path / name, b"\xff")
+    os.mkfifo(tmp_path / "e.txt")
+    found = find_files([tmp_path])
+    assert {path.name: why for path, why in found.passed_over} == {
+        "b.bin": "the ending .bin", "c.pdf": "the ending .pdf", ".DS_Store": "hidden",
+        ".git": "hidden", "d.tar.gz": "the ending .tar", "e.txt": "no regular file",
+    }  # fmt: skip
+    first, *rest = describe(found, 1)
+    assert first == "corpus: 1 file(s), 1 documents"
+    assert sum("passed over, the ending .bin: " in line and "b.bin" in line for line in rest) == 1
+
+
+def test_what_may_be_text_and_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    write(tmp_path / "one" / "a.txt", "text")
+    (tmp_path / "one" / "b.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"one/b\.txt: a broken link"):
+        read_documents([tmp_path / "one"])
+    with pytest.raises(InputError, match=r"one/b\.txt: a broken link"):
+        read_documents([tmp_path / "one" / "b.txt"])
+    write(tmp_path / "two" / "a.txt.zst", b"\x28\xb5\x2f\xfd")
+    with pytest.raises(InputError, match=r"a\.txt\.zst: \.zst is not read; unpack it"):
+        read_documents([tmp_path / "two"])
+
+    write(tmp_path / "three" / "locked" / "a.txt", "text")
+    listing = Path.iterdir
+
+    def refuse(path):  # the superuser may read all
+        if path.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return listing(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match="three/locked: cannot be read: Permission denied"):
+        read_documents([tmp_path / "three"])
 
 
 def test_streams(tmp_path):

@@ -1,5 +1,6 @@
 # ruff: noqa: RUF001 -- Chinese stops are meant
 import json
+import time
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -7,6 +8,7 @@ from transformers import AutoTokenizer, BertConfig, BertTokenizer
 
 from fastbert.check import InputError
 from fastbert.data import load_tokenizer, save_tokenizer, special_tokens, train_tokenizer
+from fastbert.data.tokenizer import _LONG_WORD
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TEXTS = [
@@ -187,3 +189,28 @@ def test_bad_paths_and_options(tmp_path, trained):
         train_tokenizer(["", " \t"], 100)
     with pytest.raises(InputError, match=r"the vocabulary lacks \[PAD\]"):
         special_tokens(Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")))
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json", "tokenizer_config.json"])
+def test_a_byte_order_mark_is_none_of_it(name, tmp_path):
+    plain = train_tokenizer(["a cat and a hat"] * 9, 60, lowercase=False)
+    save_tokenizer(plain, tmp_path)
+    if name != "tokenizer.json":
+        (tmp_path / "tokenizer.json").unlink()
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    again = load_tokenizer(tmp_path)
+    assert again.get_vocab() == plain.get_vocab()
+    assert again.encode("A cat").tokens == plain.encode("A cat").tokens
+
+
+def test_a_word_without_end_takes_no_time_and_is_unknown():
+    """The trainer's time grows by the square of a word's length."""
+    long = "abcde" * 100_000
+    started = time.perf_counter()
+    tokenizer = train_tokenizer([f"a cat {long} and a hat"] * 2, 60)
+    assert time.perf_counter() - started < 10
+    assert tokenizer.encode(f"{long} cat", add_special_tokens=False).tokens[0] == "[UNK]"
+    assert tokenizer.token_to_id("cat") is not None
+    assert "电影" * 100 in _LONG_WORD.sub(" ", "电影" * 100)  # each of its characters is a word
+    assert _LONG_WORD.sub(" ", "a-b." * 100) == "a-b." * 100

@@ -2,16 +2,22 @@
 
 import dataclasses
 import io
+import subprocess
+import sys
 import threading
+import warnings
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from fastbert.check import InputError
+from fastbert import checkpoint
+from fastbert.check import InputError, Stopped
 from fastbert.data import Interrupted, OtherCache, available_cores, parts, workers
 from fastbert.pretrain_config import PretrainConfig
 from fastbert.train import prepare, report
-from fastbert.train.pretrain import pretrain
+from fastbert.train import state as run_state
+from fastbert.train.pretrain import pretrain, read_run
 from fastbert.train.report import TokenizingReporter
 
 TEXT = "The list holds a number.\nIt is an object of a class.\nA class has a name.\n\n" * 40
@@ -141,6 +147,155 @@ def test_a_small_corpus_starts_no_processes(config, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "LARGE", 1000)
     prepare.prepare_text(config, tmp_path)
     assert asked == [0, 3, available_cores()]
+
+
+def test_a_corpus_says_what_was_read(config, tmp_path, capsys):
+    directory = tmp_path / "texts"
+    directory.mkdir()
+    (directory / "wiki_00").write_text(TEXT)
+    (directory / "b.pdf").write_bytes(b"\xff")
+    pretrain(dataclasses.replace(config, corpus=(directory,)), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "corpus: 1 file(s), 40 documents" in said
+    assert "passed over, the ending .pdf: " in said
+
+
+def vocabulary(path, *words):
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
+    return path
+
+
+def test_a_vocabulary_that_does_not_fit_is_said_to(config, tmp_path):
+    few = vocabulary(tmp_path / "few.txt", "list", "a", ".")
+    with pytest.warns(UserWarning, match=r"--corpus: \d+% of its tokens are \[UNK\]"):
+        prepare.prepare_text(dataclasses.replace(config, tokenizer=few), tmp_path / "run")
+    none = dataclasses.replace(config, tokenizer=vocabulary(tmp_path / "none.txt"),
+                               cache=tmp_path / "other")  # fmt: skip
+    with pytest.raises(InputError, match=r"--tokenizer: .* holds no word of the corpus"):
+        pretrain(none, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["One sentence alone.\n\n" * 40, "many words " * 40 + "\n\n"])
+def test_pairs_that_are_all_random_are_said_to_be(text, config, corpus, tmp_path):
+    corpus.write_text(text if text.startswith("One") else text * 40)
+    with pytest.warns(UserWarning, match="100% of the pairs have a random second sentence"):
+        prepare.prepare_text(config, tmp_path / "run")
+    mlm = dataclasses.replace(config, objective="mlm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare.prepare_text(mlm, tmp_path / "run")
+
+
+def test_one_document_lacks_no_next_sentences_where_none_are_wanted(config, corpus, tmp_path):
+    corpus.write_text("It is an object of a class.\n" * 40)
+    with pytest.raises(InputError, match=r"corpus: 1 document.* need one each; separate"):
+        pretrain(dataclasses.replace(config, objective="mlm"), tmp_path / "run")
+    corpus.write_text(("It is an object of a class.\n" * 40 + "\n") * 2)
+    other = dataclasses.replace(config, cache=tmp_path / "other")
+    pretrain(dataclasses.replace(other, objective="mlm"), tmp_path / "two")
+    with pytest.raises(InputError, match="gives no random next sentence"):
+        pretrain(other, tmp_path / "run")
+
+
+def test_accents_stay_where_that_is_asked_for(config, corpus, tmp_path):
+    corpus.write_text(TEXT.replace("class", "naïve"))
+    words = {}
+    for name, strip in (("default", None), ("kept", False)):
+        own = dataclasses.replace(config, cache=tmp_path / name, strip_accents=strip)
+        words[name] = prepare.prepare_text(own, tmp_path / "run").tokenizer
+    assert words["default"].encode("naïve").tokens == words["default"].encode("naive").tokens
+    assert "ï" in "".join(words["kept"].encode("naïve").tokens)
+    with pytest.raises(OtherCache, match="another strip_accents"):
+        prepare.prepare_text(dataclasses.replace(config, strip_accents=False,
+                                                 cache=tmp_path / "default"), tmp_path)  # fmt: skip
+
+
+def test_a_run_goes_on_from_anywhere(config, corpus, tmp_path, monkeypatch):
+    """Its paths are kept absolute, compared by what they point to, and may move."""
+    monkeypatch.chdir(tmp_path)
+    relative = dataclasses.replace(config, corpus=(Path("corpus.txt"),), cache=None)
+    pretrain(relative, Path("run"))
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "deep")
+    kept = read_run(tmp_path / "run", PretrainConfig)
+    assert kept.corpus == (corpus,)
+    for given in (corpus, Path("../corpus.txt"), Path("../deep/../corpus.txt")):
+        again = kept.same_run(corpus=(given,))
+        assert pretrain(again, tmp_path / "run", resume=True)["steps"] == 1
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT + "One more.\n")
+    with pytest.raises(InputError, match=r"--corpus .*other\.txt: the run was started with /"):
+        kept.same_run(corpus=(other,))
+    corpus.rename(tmp_path / "moved.txt")
+    moved = kept.same_run(corpus=(tmp_path / "moved.txt",))
+    with pytest.raises(InputError, match="the corpus or the tokenizer has changed"):
+        pretrain(moved, tmp_path / "run", resume=True)  # its name is a part of it
+    (tmp_path / "new").mkdir()
+    (tmp_path / "moved.txt").rename(tmp_path / "new" / "corpus.txt")
+    moved = kept.same_run(corpus=(tmp_path / "new" / "corpus.txt",))
+    assert pretrain(moved, tmp_path / "run", resume=True)["steps"] == 1
+    assert read_run(tmp_path / "run", PretrainConfig).corpus == moved.corpus
+
+
+def test_more_steps_say_what_to_do():
+    with pytest.raises(InputError, match=r"--steps 20: .* started with 9; its learning rate falls"):
+        PretrainConfig(steps=9).same_run(steps=20)
+
+
+def test_a_stopped_run_says_how_to_go_on(config, tmp_path, monkeypatch):
+    import fastbert.train.pretrain as module
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "my run"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "make_step", stop)
+        with pytest.raises(Stopped, match=r"no checkpoint is written yet; .*--out '/.*my run'"):
+            pretrain(config, out)
+    pretrain(config, out, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_finish", stop)
+        with pytest.raises(Stopped, match="checkpoint-1 is kept; go on with: fastbert pretrain"):
+            pretrain(config, out, resume=True)
+
+
+def test_a_live_run_is_not_resumed(config, tmp_path):
+    """By another process; a loader's processes do not keep the lock of one that was killed."""
+    program = (
+        "import sys, pathlib, dataclasses\n"
+        "from fastbert import locks\n"
+        "with locks.claimed(pathlib.Path(sys.argv[1])): print('held', flush=True); input()\n"
+    )
+    out = tmp_path / "run"
+    pretrain(config, out)
+    with subprocess.Popen([sys.executable, "-c", program, str(out)], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as holder:  # fmt: skip
+        holder.stdout.readline()
+        with pytest.raises(InputError, match="another process is writing there"):
+            pretrain(config, out, resume=True)
+        holder.kill()
+    assert pretrain(config, out, resume=True)["steps"] == 1
+
+
+def test_weights_and_state_are_of_one_checkpoint(config, tmp_path, monkeypatch):
+    """Though `latest` moves between the two."""
+    out = tmp_path / "run"
+    pretrain(dataclasses.replace(config, steps=2, save_every=1), out)
+    read = []
+    load_weights, load = run_state.load_weights, run_state.load
+
+    def moved(directory, model):
+        read.append(directory)
+        load_weights(directory, model)
+        checkpoint.point_latest(out / "checkpoint-1")
+
+    monkeypatch.setattr(run_state, "load_weights", moved)
+    monkeypatch.setattr(run_state, "load", lambda d, *a: read.append(d) or load(d, *a))
+    pretrain(dataclasses.replace(config, steps=2, save_every=1), out, resume=True)
+    assert read == [out / "checkpoint-2"] * 2
+    assert checkpoint.resolve(out) == out / "checkpoint-1"
 
 
 @pytest.fixture

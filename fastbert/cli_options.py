@@ -1,0 +1,92 @@
+"""How the command line shows options and makes them of dataclasses."""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+from fastbert.check import Stopped
+from fastbert.distill_config import DistillConfig
+from fastbert.finetune_config import FinetuneConfig
+from fastbert.options import GROUPS, OUTPUT, dashed
+from fastbert.pretrain_config import PretrainConfig
+
+_WIDTH = 100  # of the help
+_NAMES = 30  # widest column of names
+
+# What functions call by the names of arguments, and users by those of options.
+_OPTIONS = {
+    field.name
+    for config in (PretrainConfig, DistillConfig, FinetuneConfig)
+    for field in dataclasses.fields(config)
+}
+_FIRST = re.compile(rf"({'|'.join(_OPTIONS)})(?=:)")  # as in "masking: one of ..."
+_INSIDE = re.compile(rf"(?<![\w./'\"-])({'|'.join(n for n in _OPTIONS if '_' in n)})(?![\w./'\"-])")
+
+
+def by_option_names(message: str) -> str:
+    """A message in which options are called as on the command line: --batch-tokens."""
+    for pattern in (_FIRST, _INSIDE):
+        begin = pattern is _FIRST
+        if not begin or pattern.match(message):
+            message = pattern.sub(lambda m: f"--{dashed(m[0])}", message, count=int(begin))
+    return message
+
+
+class Command(TyperCommand):
+    """A command whose help is in two columns, by groups, and which Ctrl-C ends with one line."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                group = getattr(parameter, "rich_help_panel", None) or OUTPUT
+                groups.setdefault(group, []).append((record[0].replace(" / ", "/"), record[1]))
+        for name in sorted(groups, key=lambda name: GROUPS.index(name)):
+            with formatter.section(name):
+                formatter.write_dl(groups[name], col_max=_NAMES)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Stopped("nothing was written") from None
+
+
+SETTINGS = {"max_content_width": _WIDTH}  # of a command's context
+
+
+def options_of(config: type) -> Callable[[Callable], Callable]:
+    """Gives a command an option for each field of a dataclass: name, type, default and help."""
+
+    def decorate(command: Callable) -> Callable:
+        hints = get_type_hints(config)
+        parameters = []
+        own = inspect.get_annotations(config)  # go before those of a base class
+        for field in sorted(dataclasses.fields(config), key=lambda field: field.name not in own):
+            hint, default = hints[field.name], field.default
+            if isinstance(default, tuple):  # the command line knows repeated options as lists
+                hint, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc]
+            option = typer.Option(**field.metadata["shown"])
+            parameters.append(
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=default,
+                    annotation=Annotated[hint, option],
+                )
+            )
+        before = [
+            parameter
+            for parameter in inspect.signature(command).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        command.__signature__ = inspect.Signature(before + parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate

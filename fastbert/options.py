@@ -1,0 +1,117 @@
+"""What an option of a command is: its help, its place there, and the values that it takes.
+
+A run's options are the fields of a frozen dataclass, each made by `option`; the command line is
+built from them, and `check_options` holds all of them to what they say.
+"""
+
+import dataclasses
+import math
+import os
+import warnings
+from typing import Any, NamedTuple
+
+from fastbert.check import InputError
+
+DATA, MODEL, OPTIMISATION, OUTPUT = "Data", "Model", "Optimisation", "Run and output"
+GROUPS = (DATA, MODEL, OPTIMISATION, OUTPUT)  # as the help shows them
+
+_LARGEST = 2**31 - 1  # of whole numbers that have no bound of their own
+
+
+class Bounds(NamedTuple):
+    """The numbers from `low` to `high`, of which an open end is none; `said` tells them."""
+
+    said: str
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def hold(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below and math.isfinite(value)
+
+
+ANY = Bounds("a number")
+SHARE = Bounds("between 0 and 1", 0, 1)
+BELOW_ONE = Bounds("at least 0 and below 1", 0, 1, high_open=True)
+PART = Bounds("above 0 and at most 1", 0, 1, low_open=True)
+POSITIVE = Bounds("above 0", 0, low_open=True)
+SEED = Bounds("between 0 and 2^63 - 1", 0, 2**63 - 1)
+
+
+def at_least(low: float) -> Bounds:
+    return Bounds(f"at least {low}", low)
+
+
+class Only(NamedTuple):
+    """An option has an effect beside these values of another one alone."""
+
+    other: str
+    values: tuple[Any, ...]
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    group: str = DATA,
+    bounds: Bounds | None = None,
+    only: Only | None = None,
+    hidden: bool = False,
+) -> Any:
+    """A field of a run's options.
+
+    text: the help; group: of GROUPS; bounds: of a number; hidden: not shown in the help
+    """
+    shown = {"help": text, "hidden": hidden, "rich_help_panel": group}
+    return dataclasses.field(
+        default=default, metadata={"shown": shown, "bounds": bounds, "only": only}
+    )
+
+
+def check_options(config: Any) -> None:
+    """Raises InputError for a value out of its bounds; warns of one that has no effect.
+
+    Text that came by an encoding that cannot hold it, as under LC_ALL=C, is made whole.
+    """
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"--{dashed(field.name)}"
+        if isinstance(value, str) and field.name not in ("model", "teacher"):  # which are paths
+            object.__setattr__(config, field.name, text_of(value, name))
+        bounds, only = field.metadata["bounds"], field.metadata["only"]
+        if bounds is not None and value is not None:
+            _check_number(name, value, bounds)
+        if only is not None and value != field.default:
+            beside = getattr(config, only.other)
+            if beside not in only.values and not field.metadata["shown"]["hidden"]:
+                known = ", ".join(str(known) for known in only.values if known is not None)
+                other = dashed(only.other)
+                warnings.warn(
+                    f"{name} {value} has no effect beside --{other} {beside}"
+                    f"{known and f'; it is for --{other} {known}'}",
+                    stacklevel=4,
+                )
+
+
+def _check_number(name: str, value: Any, bounds: Bounds) -> None:
+    if not bounds.hold(value):
+        finite = " and finite" if value == math.inf else ""
+        raise InputError(f"{name}: {bounds.said}{finite}, got {value}")
+    if isinstance(value, int) and bounds.high == math.inf and value > _LARGEST:
+        raise InputError(f"{name}: at most {_LARGEST}, got {value}")
+
+
+def text_of(value: str, name: str) -> str:
+    """An argument's text where the system's encoding has left its bytes as they are."""
+    if not any("\udc80" <= character <= "\udcff" for character in value):
+        return value
+    try:
+        return os.fsencode(value).decode("utf-8")
+    except UnicodeError:
+        raise InputError(f"{name}: not UTF-8: {value!r}") from None
+
+
+def dashed(name: str) -> str:
+    return name.replace("_", "-")

@@ -1,0 +1,119 @@
+"""Every number an option takes has bounds, what has no effect is said, and the help is short."""
+
+import dataclasses
+import math
+import re
+import sys
+import warnings
+
+import pytest
+
+from fastbert import cli
+from fastbert.check import InputError
+from fastbert.cli_options import by_option_names
+from fastbert.distill_config import DistillConfig
+from fastbert.finetune_config import FinetuneConfig
+from fastbert.options import check_options, text_of
+from fastbert.pretrain_config import PretrainConfig
+
+CONFIGS = {
+    PretrainConfig: {},
+    DistillConfig: {"teacher": "t"},
+    FinetuneConfig: {"task": "qa", "train": "x", "dev": "x", "model": "m"},
+}
+NUMBERS = [
+    (config, field.name)
+    for config in CONFIGS
+    for field in dataclasses.fields(config)
+    if any(kind in str(field.type) for kind in ("int", "float")) and "tuple" not in str(field.type)
+    if not field.metadata["shown"]["hidden"]
+]
+
+
+@pytest.mark.parametrize(("config", "name"), NUMBERS, ids=lambda v: getattr(v, "__name__", v))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e9, 1e300], ids=str)
+def test_every_number_has_bounds(config, name, value):
+    required = dict(CONFIGS[config])
+    if name == "dev_share":
+        required.pop("dev")
+    free = {"null_threshold": (-1e9, 1e300)}.get(name, ())
+    has_no_top = name in ("learning_rate", "weight_decay", "max_grad_norm", "nsp_weight",
+                          "temperature", "soft_weight", "mlm_weight", "cosine_weight")  # fmt: skip
+    if value in free or (value == 1e300 and has_no_top):
+        return
+    value = int(value) if abs(value) == 1e9 and "bool" not in str(value) else value
+    if value == 1e300 and "int" in str(config.__dataclass_fields__[name].type):
+        value = 10**30
+    with pytest.raises(InputError, match=f"--{name.replace('_', '-')}: .*, got"):
+        config(**required, **{name: value})
+
+
+def test_gamma_is_a_share():
+    with pytest.raises(InputError, match="--gamma: above 0 and at most 1, got 1000000000"):
+        PretrainConfig(masking="blank", gamma=1e9)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (PretrainConfig, {"gamma": 0.5}, "--gamma 0.5 has no effect beside --masking bert"),
+        (PretrainConfig, {"segmenter": "spaces"}, "--segmenter spaces has no effect"),
+        (PretrainConfig, {"tokenizer": "t", "vocab_size": 400}, "--vocab-size 400 has no effect"),
+        (FinetuneConfig, {"label_separator": "|"}, "--label-separator | has no effect"),
+        (FinetuneConfig, {"delimiter": ";"}, "--delimiter ; has no effect beside --task qa"),
+    ],
+)
+def test_what_has_no_effect_is_said(config, options, message):
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        config(**CONFIGS[config], **options)
+
+
+def test_what_has_an_effect_is_not():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PretrainConfig(masking="unigram", gamma=0.5)
+        PretrainConfig(masking="span", segmenter="spaces")
+        FinetuneConfig(task="choice", train="x", dev="x", model="m", delimiter=";",
+                       choice_column=("a",))  # fmt: skip
+
+
+def test_text_in_an_encoding_that_cannot_hold_it():
+    assert text_of("caf\udcc3\udca9", "TEXT") == "café"
+    assert text_of("café", "TEXT") == "café"
+    with pytest.raises(InputError, match="TEXT: not UTF-8"):
+        text_of("caf\udce9", "TEXT")
+    config = FinetuneConfig(**CONFIGS[FinetuneConfig] | {"text_column": "t\udcc3\udca9"})
+    assert config.text_column == "té"
+    check_options(config)
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ("batch_tokens: at least max_seq_len, 64", "--batch-tokens: at least --max-seq-len, 64"),
+        ("masking: one of bert", "--masking: one of bert"),
+        ("--steps: at least 1", "--steps: at least 1"),
+        ("/a/batch_size.csv, line 1: no column 'pair_column'",) * 2,
+        ("the masking: is text", "the masking: is text"),
+    ],
+)
+def test_errors_name_options(message, wanted):
+    assert by_option_names(message) == wanted
+
+
+COMMANDS = ["pretrain", "distill", "finetune", "predict", "embed", "fill-mask", "info"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_has_at_most_two_screens(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "argv", ["fastbert", command, "--help"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0
+    assert len(lines) <= 80
+    assert max(map(len, lines)) <= 100
+    groups = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    if command in ("pretrain", "distill", "finetune"):
+        assert groups == ["Data:", "Model:", "Optimisation:", "Run and output:"]

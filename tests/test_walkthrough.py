@@ -21,7 +21,7 @@ def walk():
 
 
 def test_the_walk_opens_at_most_ten_files():
-    files = [line for line in re.findall(r"^\| \*\*`([^`]+)`\*\* \|", PAGE, flags=re.MULTILINE)]
+    files = list(re.findall(r"^\| \*\*`([^`]+)`\*\* \|", PAGE, flags=re.MULTILINE))
     assert len(files) == len(set(files)) <= 10
 
 

@@ -138,18 +138,21 @@ def _role(family: Family, name: str) -> Callable | None:
 
 def _forward(original: Any, run: Callable) -> Callable:
     own = original.forward
-    if run is run_one_layer:
+    kinds = inspect.signature(own).parameters.items()
+    names = [name for name, one in kinds if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
 
-        @functools.wraps(own)
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(own)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        now = original.forward
+        if (
+            now is not own
+            or len(args) > len(names)
+            or not kwargs.keys().isdisjoint(names[: len(args)])
+        ):
+            return now(self, *args, **kwargs)  # another forward, or Python's own TypeError
+        if run is run_one_layer:
             return run(self, functools.partial(own, self), *args, **kwargs)
-
-    else:
-        names = list(inspect.signature(own).parameters)[1:]
-
-        @functools.wraps(own)
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-            return run(self, functools.partial(own, self), arguments)
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        return run(self, functools.partial(own, self), arguments)
 
     return forward

@@ -6,6 +6,7 @@ reason, which `fastbert.explain` shows.
 """
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from fastbert import events
 from fastbert.check import require
 from fastbert.hf.families import Family, Unsupported, dropout_of
-from fastbert.hf.hooks import is_hooked
+from fastbert.hf.hooks import is_hooked, is_theirs
 from fastbert.hf.stack import (
     boundary_dtype,
     family_of_module,
@@ -28,6 +29,7 @@ from fastbert.hf.stack import (
 from fastbert.modules.embeddings import embed, stream_dtype
 from fastbert.modules.heads import first_tokens
 from fastbert.modules.layer import Rows, Sequences
+from fastbert.modules.linear import is_plain, is_plain_table
 from fastbert.modules.request import DOCUMENTS, read_layout
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState, for_batch
@@ -74,7 +76,7 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
     if given is None or (input_ids is not None and inputs_embeds is not None) or given.ndim < 2:
         raise Unsupported("input that Hugging Face refuses")
     encoder = family.encoder_of(model)
-    if is_hooked(encoder) or _is_foreign(encoder):
+    if is_hooked(encoder) or not is_theirs(encoder):
         raise Unsupported(f"a {type(encoder).__name__} of the user's own, or a hook on it")
     layers = encoder.layer
     parts = require_encoder(model.config, layers, arguments)
@@ -95,7 +97,7 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
     states = states_wanted(model, arguments)
     chosen = rows(padding) if rows is not None and not states else None
     x, hidden_states = run_packed(model, layers, parts, x, sequences, padding, states, chosen)
-    dtype = boundary_dtype(model.embeddings.LayerNorm.weight.dtype, x.device)
+    dtype = boundary_dtype(_own_dtype(model.embeddings), x.device)
     return Encoded(x, hidden_states, padding, chosen, dtype)
 
 
@@ -111,10 +113,10 @@ def _embed(
     """The packed stream (T, H) before the first layer."""
     embeddings = model.embeddings
     # the input's device: an offloaded model's weights are on the meta device
-    own, device = embeddings.LayerNorm.weight.dtype, position_ids.device
+    own, device = _own_dtype(embeddings), position_ids.device
     dtype = stream_dtype(own, device, model.config, training=model.training)
     has_types = family_of_module(model).has_types
-    if is_hooked(embeddings) or _is_foreign(embeddings):
+    if not _are_plain(embeddings, has_types):
         types = {"token_type_ids": token_type_ids} if has_types else {}
         x = embeddings(
             input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, **types
@@ -122,6 +124,9 @@ def _embed(
         x = padding.pack(x).to(dtype)
     else:
         shape = padding.batch_shape
+
+        if has_types and token_type_ids is None:
+            token_type_ids = _types(embeddings, position_ids)
 
         def pack(ids: Tensor | None) -> Tensor | None:
             return None if ids is None else padding.pack(ids.expand(shape))
@@ -141,6 +146,12 @@ def _embed(
         )
     # ELECTRA's small models embed narrower
     return model.embeddings_project(x).to(dtype) if hasattr(model, "embeddings_project") else x
+
+
+def _own_dtype(embeddings: Any) -> torch.dtype:
+    """In which the embeddings come without autocast."""
+    weight = getattr(embeddings.LayerNorm, "weight", None)
+    return next(embeddings.parameters()).dtype if weight is None else weight.dtype
 
 
 def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> Any:
@@ -183,22 +194,65 @@ def _positions(
     device: torch.device,
 ) -> Tensor:
     """(1 or B, S): each token's column, or RoBERTa's count of the tokens that are not padding."""
-    table = model.embeddings.position_embeddings
-    first = 0
+    embeddings, seqlen, first = model.embeddings, shape[1], 0
     if family.counts_positions:
-        first = model.embeddings.padding_idx + 1
+        first = embeddings.padding_idx + 1
         if input_ids is not None:
             is_token = input_ids != first - 1
             return is_token.cumsum(1) * is_token + first - 1
-    rows = getattr(table, "num_embeddings", None)
+    weight = getattr(embeddings.position_embeddings, "weight", None)
+    rows = len(weight) - first if isinstance(weight, Tensor) else None
+    # a buffer, with which a user may say other positions
+    positions = None if family.counts_positions else getattr(embeddings, "position_ids", None)
+    if positions is not None:
+        rows = positions.shape[1] if rows is None else min(rows, positions.shape[1])
     require(
-        rows is None or shape[1] + first <= rows,
+        rows is None or seqlen <= rows,
         type(model).__name__,
-        f"at most {rows - first if rows else 0} tokens a sequence, as many as it has positions for",
-        shape[1],
+        f"at most {rows} tokens a sequence, as many as it has positions for",
+        seqlen,
         "truncate them",
     )
-    return torch.arange(first, shape[1] + first, device=device)[None]
+    if positions is not None and not positions.is_meta:
+        return positions[:, :seqlen].to(device)
+    return torch.arange(first, seqlen + first, device=device)[None]
+
+
+def _are_plain(embeddings: Any, has_types: bool) -> bool:
+    """Whether the modules in it may be read, and called with packed tokens, in its place."""
+    if is_hooked(embeddings) or not is_theirs(embeddings):
+        return False
+    tables = [embeddings.word_embeddings, embeddings.position_embeddings]
+    if has_types:
+        tables.append(embeddings.token_type_embeddings)
+    is_dropout = any(is_plain(embeddings.dropout, kind) for kind in (nn.Dropout, nn.Identity))
+    return (
+        all(map(is_plain_table, tables))
+        and is_plain(embeddings.LayerNorm, nn.LayerNorm)
+        and is_dropout
+    )
+
+
+def _types(embeddings: Any, position_ids: Tensor) -> Tensor | None:
+    """What transformers takes for token_type_ids of None: a buffer's, None where these are zeros.
+
+    A buffer is read once, for which the host waits for a GPU, and again when it has changed.
+    """
+    types = getattr(embeddings, "token_type_ids", None)
+    if types is None or types.is_meta:
+        return None
+    known = _ARE_ZERO.get(embeddings)
+    if known is None or known[0]() is not types or known[1] != types._version:
+        if torch.compiler.is_compiling():
+            return None
+        are_zero = not bool(types.any())
+        known = _ARE_ZERO[embeddings] = weakref.ref(types), types._version, are_zero
+    if known[2]:
+        return None
+    return types.to(position_ids.device)[0][position_ids]
+
+
+_ARE_ZERO: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
 
 
 def _model_output(model: Any, encoded: Encoded, return_dict: bool | None) -> Any:
@@ -206,14 +260,21 @@ def _model_output(model: Any, encoded: Encoded, return_dict: bool | None) -> Any
     padding, x, dtype = encoded.padding, encoded.x, encoded.dtype
     fields: dict[str, Any] = {"last_hidden_state": padding.pad(x.to(dtype))}
     pooler = getattr(model, "pooler", None)
-    if pooler is not None:
-        # a pooler reads the first column: that of these rows is the first real token
+    if pooler is not None and is_plain_pooler(pooler):
+        # it reads the first column: that of these rows is the first real token
         fields["pooler_output"] = pooler(first_tokens(x, padding.cu_seqlens).to(dtype)[:, None])
+    elif pooler is not None:
+        fields["pooler_output"] = pooler(fields["last_hidden_state"])
     fields["hidden_states"] = _padded(encoded.states, padding, dtype)
     output = output_class(family.output)(**fields)
     if return_dict is None:
         return_dict = model.config.return_dict
     return output if return_dict else output.to_tuple()
+
+
+def is_plain_pooler(pooler: nn.Module) -> bool:
+    """Whether it reads the first token of each sequence, and nobody looks on."""
+    return is_theirs(pooler) and not any(map(is_hooked, pooler.modules()))
 
 
 def _padded(
@@ -222,10 +283,6 @@ def _padded(
     if states is None:
         return None
     return tuple(None if x is None else padding.pad(x.to(dtype)) for x in states)
-
-
-def _is_foreign(module: nn.Module) -> bool:
-    return not type(module).__module__.startswith("transformers.models.")
 
 
 def output_class(name: str) -> Callable:

@@ -5,19 +5,18 @@ from, so that nothing here imports transformers. transformers 4.57 and 5.x diffe
 masks, not in what these modules compute.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert.hf.hooks import is_hooked
+from fastbert.hf.hooks import ORIGINAL, is_hooked, is_theirs, works_by_token
 from fastbert.modules.activations import GELU_TANH, dense_and_activate
 from fastbert.modules.layer import LayerParts
 from fastbert.modules.linear import Leaf, is_plain
 from fastbert.ops.layer_norm import layer_norm
-
-ORIGINAL = "_fastbert_original_class"  # a patched class names the one it replaces by it
 
 
 class Unsupported(Exception):
@@ -59,7 +58,7 @@ class Family(NamedTuple):
 def _require_untouched(*modules: nn.Module) -> None:
     """A module whose own modules are called here in its place must be as it came."""
     for module in modules:
-        if not type(module).__module__.startswith("transformers.models."):
+        if not is_theirs(module):
             raise Unsupported(f"a {type(module).__name__} of another library or the user's own")
         if is_hooked(module):
             raise Unsupported(f"a hook on a {type(module).__name__}")
@@ -86,12 +85,27 @@ _ACTIVATIONS: dict[str, Callable] = {
 
 
 def activation_of(function: Callable) -> Callable:
-    """The function that has a fused body, or what was given."""
-    if not isinstance(function, nn.Module):
+    """The function that has a fused body, or what was given, if it works element by element."""
+    if isinstance(function, nn.Module):
+        cls = type(function)
+        is_known = cls.__module__ in ("transformers.activations", "torch.nn.modules.activation")
+        if is_hooked(function) or not is_known:
+            raise Unsupported(f"a {cls.__name__} as activation, or a hook on it")
+        if cls.__module__ == "transformers.activations":
+            return _ACTIVATIONS.get(cls.__name__, function)
         return function
-    if is_hooked(function) or type(function).__module__ != "transformers.activations":
-        return function
-    return _ACTIVATIONS.get(type(function).__name__, function)
+    inner = function.func if isinstance(function, functools.partial) else function
+    if not (getattr(inner, "__module__", None) or "torch").startswith("torch"):
+        raise Unsupported("a function of the user's own as activation")
+    return function
+
+
+def leaf(module: Any, kind: type[nn.Module] = nn.Linear) -> Leaf:
+    """Raises Unsupported for one that might look at more than one token at a time."""
+    found = Leaf(module, kind)
+    if not (found.is_plain or works_by_token(module)):
+        raise Unsupported(f"a {type(module).__name__} in the place of a leaf, or a hook on one")
+    return found
 
 
 def _bert_parts(layer: Any) -> LayerParts:
@@ -101,19 +115,19 @@ def _bert_parts(layer: Any) -> LayerParts:
         raise Unsupported("relative positions")
     _require_plain_layer(layer, layer.chunk_size_feed_forward)
     return LayerParts(
-        query=Leaf(this.query),
-        key=Leaf(this.key),
-        value=Leaf(this.value),
+        query=leaf(this.query),
+        key=leaf(this.key),
+        value=leaf(this.value),
         num_heads=this.num_attention_heads,
         attention_dropout=dropout_of(this.dropout) if this.training else 0.0,
-        attention_output=Leaf(attention.output.dense),
+        attention_output=leaf(attention.output.dense),
         attention_output_dropout=dropout_of(attention.output.dropout),
-        attention_norm=Leaf(attention.output.LayerNorm, nn.LayerNorm),
-        intermediate=Leaf(layer.intermediate.dense),
+        attention_norm=leaf(attention.output.LayerNorm, nn.LayerNorm),
+        intermediate=leaf(layer.intermediate.dense),
         activation=activation_of(layer.intermediate.intermediate_act_fn),
-        output=Leaf(layer.output.dense),
+        output=leaf(layer.output.dense),
         output_dropout=dropout_of(layer.output.dropout),
-        output_norm=Leaf(layer.output.LayerNorm, nn.LayerNorm),
+        output_norm=leaf(layer.output.LayerNorm, nn.LayerNorm),
     )
 
 
@@ -122,19 +136,19 @@ def _distilbert_parts(layer: Any) -> LayerParts:
     _require_untouched(attention, ffn)
     _require_plain_layer(layer, ffn.chunk_size_feed_forward)
     return LayerParts(
-        query=Leaf(attention.q_lin),
-        key=Leaf(attention.k_lin),
-        value=Leaf(attention.v_lin),
+        query=leaf(attention.q_lin),
+        key=leaf(attention.k_lin),
+        value=leaf(attention.v_lin),
         num_heads=attention.n_heads,
         attention_dropout=dropout_of(attention.dropout) if attention.training else 0.0,
-        attention_output=Leaf(attention.out_lin),
+        attention_output=leaf(attention.out_lin),
         attention_output_dropout=0.0,
-        attention_norm=Leaf(layer.sa_layer_norm, nn.LayerNorm),
-        intermediate=Leaf(ffn.lin1),
+        attention_norm=leaf(layer.sa_layer_norm, nn.LayerNorm),
+        intermediate=leaf(ffn.lin1),
         activation=activation_of(ffn.activation),
-        output=Leaf(ffn.lin2),
+        output=leaf(ffn.lin2),
         output_dropout=dropout_of(ffn.dropout),
-        output_norm=Leaf(layer.output_layer_norm, nn.LayerNorm),
+        output_norm=leaf(layer.output_layer_norm, nn.LayerNorm),
     )
 
 
@@ -146,8 +160,11 @@ def _require_plain_layer(layer: Any, chunk_size: int) -> None:
 
 
 def _before_vocabulary(dense: Any, activation: Callable, norm: Any) -> Callable[[Tensor], Tensor]:
+    linear, function = leaf(dense), activation_of(activation)
+    leaf(norm, nn.LayerNorm)
+
     def transform(rows: Tensor) -> Tensor:
-        x = dense_and_activate(rows, Leaf(dense), activation_of(activation))
+        x = dense_and_activate(rows, linear, function)
         if is_plain(norm, nn.LayerNorm):
             return layer_norm(x, norm.weight, norm.bias, norm.eps)
         return norm(x)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastbert import events
-from fastbert.hf.encode import encode
-from fastbert.hf.families import Unsupported, family_of, patched_base, runs_patched
+from fastbert.hf.encode import encode, is_plain_pooler
+from fastbert.hf.families import Unsupported, family_of, leaf, patched_base, runs_patched
 from fastbert.hf.hooks import is_hooked
 from fastbert.models.inputs import wants_logits
 from fastbert.models.losses import Scored, pretraining_loss, score_classes, score_words, span_loss
@@ -139,6 +139,7 @@ def _score_rows(
     family = family_of(patched_base(model))
     assert family is not None
     head = family.head(model)
+    leaf(head.decoder)  # raises
     base = getattr(model, model.base_model_prefix)
     rest = _without(arguments, _HEADS_OWN)
     num_labels = int((labels != IGNORE_INDEX).sum())  # the host waits here, before anything runs
@@ -178,6 +179,8 @@ def _run_rows(
             num_labels=num_labels,
         )
 
+    if with_pairs and not is_plain_pooler(base.pooler):
+        raise Unsupported("a pooler of the user's own, or a hook on it")
     encoded = encode(base, rest, rows_of)
     rows = encoded.rows
     if rows is None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
+ORIGINAL = "_fastbert_original_class"  # a patched class names the one it replaces by it
 _CAPTURE = "transformers.utils.output_capturing"
 
 
@@ -14,13 +15,44 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_observed(layer: nn.Module) -> bool:
-    """Whether something looks at the layer's input and output, which must then be (B, S, H).
-
-    FSDP's hooks only move parameters, so they may see what flows.
-    """
+    """Whether something looks at the module's input and output, which must then be (B, S, H)."""
     if "forward" in vars(layer):
         return True
-    return any(_is_awake(hook) and not _is_fsdp(hook) for hook in _hooks(layer))
+    return any(_is_awake(hook) and not _is_of_weights(hook) for hook in _hooks(layer))
+
+
+def works_by_token(leaf: nn.Module) -> bool:
+    """Whether a module in the place of a linear layer or norm does the same to packed tokens.
+
+    Any other may look along the sequence, as may a hook, so it must see (B, S, H).
+    """
+    cls = type(leaf)
+    return not is_observed(leaf) and (cls.__module__, cls.__name__) in _BY_TOKEN
+
+
+# Weights or products of another kind; each row of the output is of the same row of the input.
+_BY_TOKEN = {
+    ("torch.nn.modules.linear", "Linear"),  # under hooks of its weights
+    ("torch.nn.modules.normalization", "LayerNorm"),
+    ("torch.nn.utils.parametrize", "ParametrizedLinear"),
+    ("torch.nn.utils.parametrize", "ParametrizedLayerNorm"),
+    ("torch.ao.nn.quantized.dynamic.modules.linear", "Linear"),
+    ("bitsandbytes.nn.modules", "Linear8bitLt"),
+    ("bitsandbytes.nn.modules", "Linear4bit"),
+    ("peft.tuners.lora.layer", "Linear"),  # for adapter_names it hangs a hook on itself
+    ("peft.tuners.lora.bnb", "Linear8bitLt"),
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+}
+
+
+def is_theirs(module: nn.Module) -> bool:
+    """Whether a module's class and its forward are transformers' own, and nobody's on top."""
+    cls = type(module)
+    original = next((vars(c)[ORIGINAL] for c in cls.__mro__ if ORIGINAL in vars(c)), cls)
+    functions = cls.forward, original.forward
+    return cls.__module__.startswith("transformers.models.") and all(
+        getattr(function, "__module__", "").startswith("transformers.") for function in functions
+    )
 
 
 def _hooks(module: nn.Module) -> Iterator[Callable]:
@@ -37,8 +69,9 @@ def _is_awake(hook: Callable) -> bool:
     return bool(sys.modules[_CAPTURE]._active_collector.get())
 
 
-def _is_fsdp(hook: Callable) -> bool:
-    return _module(hook).startswith("torch.distributed.")
+def _is_of_weights(hook: Callable) -> bool:
+    """FSDP's hooks move parameters, and those of pruning and weight norms compute them."""
+    return _module(hook).startswith(("torch.distributed.", "torch.nn.utils."))
 
 
 def _module(hook: Callable) -> str:

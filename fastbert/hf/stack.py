@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import events
+from fastbert.hf.attention import attention_forward
 from fastbert.hf.families import Family, Unsupported, family_of, patched_base, runs_patched
 from fastbert.hf.hooks import is_observed
 from fastbert.modules.layer import LayerParts, Rows, Sequences, run_layer
@@ -14,8 +15,6 @@ from fastbert.modules.plan import Planner
 from fastbert.modules.request import unknown_argument
 from fastbert.modules.stack import run_stack
 from fastbert.ops.unpad import Unpadding
-
-_BUILT_IN_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention", "fastbert")
 
 
 def require_encoder(
@@ -31,11 +30,24 @@ def require_encoder(
     if name is not None:
         raise Unsupported(f"the argument {name}")
     attention = getattr(config, "_attn_implementation", None) or "eager"
-    if not attention.startswith(_BUILT_IN_ATTENTION):
+    if not is_built_in(attention):
         raise Unsupported(f"attn_implementation={attention!r}, an attention of the user's own")
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         raise Unsupported("tracing or export, which would fix the lengths of this batch")
     return _PLANNER.parts(layers)
+
+
+def is_built_in(attention: str) -> bool:
+    """Whether it computes softmax attention, in whatever way: transformers' own, or ours.
+
+    Asked of the function that is registered under the name now, not of the name.
+    """
+    from transformers import AttentionInterface
+
+    found = AttentionInterface().get(attention)
+    if found is None:  # "eager" is a function of each modeling file
+        return attention == "eager"
+    return found is attention_forward or found.__module__.startswith("transformers.integrations.")
 
 
 def require_values(given: Tensor) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.modules.linear import is_plain
+from fastbert.modules.linear import is_plain, is_plain_table
 from fastbert.ops.dropout import dropout
 from fastbert.ops.embedding import embedding_layer_norm
 from fastbert.ops.layer_norm import layer_norm
@@ -54,7 +54,7 @@ def embed(
     if (
         inputs_embeds is None
         and types is not None
-        and all(is_plain(table, nn.Embedding) for table in tables)
+        and all(map(is_plain_table, tables))
         and is_affine(norm)
     ):
         return embedding_layer_norm(

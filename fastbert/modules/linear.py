@@ -83,6 +83,16 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     return type(layer) is kind and not has_hooks(layer)
 
 
+def is_plain_table(table: nn.Module) -> bool:
+    """Whether looking up an embedding reads rows and no more, with a dense, unscaled gradient."""
+    return (
+        is_plain(table, nn.Embedding)
+        and table.max_norm is None
+        and not table.sparse
+        and not table.scale_grad_by_freq
+    )
+
+
 def has_hooks(layer: nn.Module) -> bool:
     """Whether calling the layer does more than its class says: hooks, or a forward of its own.
 

@@ -1,0 +1,329 @@
+"""What a user hooks, replaces, registers or passes counts as it does without `patch`.
+
+By the kinds of public reports of silent differences; each runs on three families.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+import fastbert
+
+FAMILIES = ("Bert", "Roberta", "DistilBert")
+MASK = (torch.arange(10) < torch.tensor([[10], [7], [4]])).long()
+REAL = MASK.bool()
+
+
+def pair(family="Bert", kind="Model", **options):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=99, max_position_embeddings=64, pad_token_id=0, **options)
+    if family == "DistilBert":
+        shape |= {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128}
+    else:
+        shape |= {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+        }
+    config = getattr(transformers, f"{family}Config")(**shape)
+    model = getattr(transformers, f"{family}{kind}")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model, fastbert.patch(copy.deepcopy(model))
+
+
+def ids():
+    torch.manual_seed(1)
+    return torch.randint(5, 99, MASK.shape).masked_fill(~REAL, 0)
+
+
+def base(model):
+    return getattr(model, model.base_model_prefix, model)
+
+
+def layer(model, number=0):
+    return next(m for m in base(model).modules() if isinstance(m, nn.ModuleList))[number]
+
+
+def linear_of(model):
+    """The output projection of the first layer's attention, and who holds it under what name."""
+    first = layer(model)
+    if hasattr(first.attention, "out_lin"):
+        return first.attention, "out_lin"
+    return first.attention.output, "dense"
+
+
+def states(model, **options):
+    return model(ids(), attention_mask=MASK, **options).last_hidden_state[REAL]
+
+
+def assert_alike(change, family, **options):
+    """The change counts, and counts the same patched and unpatched; returns the patched model."""
+    theirs, ours = pair(family, **options)
+    with torch.no_grad():
+        before = states(theirs)
+        change(theirs)
+        change(ours)
+        expected = states(theirs)
+        assert not torch.allclose(before, expected, atol=1e-4)
+        torch.testing.assert_close(states(ours), expected, rtol=1e-4, atol=1e-5)
+    return ours
+
+
+class Gate(nn.Module):
+    """Looks at the whole sequence."""
+
+    def __init__(self, inner=None):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        y = x if self.inner is None else self.inner(x)
+        return y * torch.sigmoid(y.mean(1, keepdim=True))
+
+
+def first_token_hook(module, args, output):
+    output = output.clone()
+    output[:, 0] = 0
+    return output
+
+
+def hook_a_linear(model):
+    owner, name = linear_of(model)
+    getattr(owner, name).register_forward_hook(first_token_hook)
+
+
+def replace_a_linear(model):
+    owner, name = linear_of(model)
+    setattr(owner, name, Gate(getattr(owner, name)))
+
+
+def replace_a_norm(model):
+    first = layer(model)
+    owner, name = (first, "sa_layer_norm")
+    if hasattr(first.attention, "output"):
+        owner, name = first.attention.output, "LayerNorm"
+    setattr(owner, name, Gate(getattr(owner, name)))
+
+
+def replace_an_activation(model):
+    first = layer(model)
+    if hasattr(first, "ffn"):
+        first.ffn.activation = Gate()
+    else:
+        first.intermediate.intermediate_act_fn = Gate()
+
+
+def replace_a_dropout(model):
+    first = layer(model)
+    owner = first.ffn if hasattr(first, "ffn") else first.output
+    owner.dropout = Gate()
+
+
+def hook_the_words(model):
+    model.embeddings.word_embeddings.register_forward_hook(first_token_hook)
+
+
+def replace_the_words(model):
+    model.embeddings.word_embeddings = Gate(model.embeddings.word_embeddings)
+
+
+def replace_the_embeddings_norm(model):
+    model.embeddings.LayerNorm = Gate(model.embeddings.LayerNorm)
+
+
+LEAVES = [
+    *(hook_a_linear, replace_a_linear, replace_a_norm, replace_an_activation, replace_a_dropout),
+    *(hook_the_words, replace_the_words, replace_the_embeddings_norm),
+]
+
+
+@pytest.mark.parametrize("change", LEAVES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_leaf_that_is_hooked_or_replaced_sees_padded_sequences(family, change):
+    assert_alike(change, family)
+
+
+def test_explain_names_the_leaf():
+    _, ours = pair()
+    replace_a_linear(ours)
+    told = fastbert.explain(ours, ids(), attention_mask=MASK, show=False)
+    assert any("a Gate in the place of a leaf" in route.reason for route in told.routes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hook_in_the_masked_lm_head_sees_padded_sequences(family):
+    theirs, ours = pair(family, "ForMaskedLM")
+    labels = ids().masked_fill(~REAL | (torch.arange(10) % 3 > 0), -100)
+    losses = []
+    for model in (theirs, ours):
+        names = {"Bert": "cls.predictions.transform.dense", "Roberta": "lm_head.dense"}
+        name = names.get(family, "vocab_transform")
+        shapes = []
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, shapes=shapes: shapes.append(output.shape) or output * 2
+        )
+        losses.append(model.train(False)(ids(), attention_mask=MASK, labels=labels).loss)
+        assert [tuple(shape[:2]) for shape in shapes] == [tuple(MASK.shape)]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+@pytest.mark.parametrize("how", ["replaced", "hooked", "hooked inside"])
+def test_a_pooler_of_the_users_own_sees_all_states(family, how):
+    class MeanPooler(nn.Module):
+        def forward(self, hidden_states):
+            weights = MASK[..., None].float()
+            return (hidden_states * weights).sum(1) / weights.sum(1)
+
+    theirs, ours = pair(family)
+    found = []
+    for model in (theirs, ours):
+        if how == "replaced":
+            model.pooler = MeanPooler()
+        else:
+            inner = model.pooler if how == "hooked" else model.pooler.dense
+            inner.register_forward_hook(
+                lambda module, args, output: output * (args[0].shape[-2] if args[0].ndim > 2 else 2)
+            )
+        found.append(model(ids(), attention_mask=MASK).pooler_output)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def half_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    mask = attention_mask
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return (out / 2).transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["sdpa_mine", "flash_attention_mine", "mine"])
+def test_an_attention_that_the_user_registers_runs_by_whatever_name(family, name):
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(name, half_attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+    def change(model):
+        model.config._attn_implementation = name
+
+    assert_alike(change, family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_attention_registered_in_the_place_of_a_built_in_one_runs(family, monkeypatch):
+    from transformers import AttentionInterface
+
+    def change(model):
+        model.config._attn_implementation = "sdpa"
+        monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", half_attention)
+
+    theirs, ours = pair(family)
+    with torch.no_grad():
+        change(theirs)
+        change(ours)
+        torch.testing.assert_close(states(ours), states(theirs), rtol=1e-4, atol=1e-5)
+    assert fastbert.explain(ours, ids(), attention_mask=MASK, show=False).routes[0].reason
+
+
+CLASSES = {
+    "Bert": ["BertSelfAttention", "BertSelfOutput", "BertIntermediate", "BertEmbeddings"],
+    "Roberta": ["RobertaSelfAttention", "RobertaOutput", "RobertaEncoder", "RobertaModel"],
+    "DistilBert": ["DistilBertSelfAttention", "FFN", "Embeddings", "DistilBertModel"],
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("family", "name"), [(f, n) for f, ns in CLASSES.items() for n in ns])
+def test_a_class_whose_forward_is_replaced_runs_it(family, name, when, monkeypatch):
+    theirs, ours = pair(family)
+    modeling = __import__(theirs.__module__, fromlist=[name])
+    cls = getattr(modeling, name)
+    original, calls = cls.forward, []
+
+    def forward(self, *args, **kwargs):
+        calls.append(self)
+        return original(self, *args, **kwargs)
+
+    with torch.no_grad():
+        states(ours)
+        if when == "before":
+            fastbert.unpatch(ours)
+        monkeypatch.setattr(cls, "forward", forward)
+        expected = states(theirs)
+        count = len(calls)
+        if when == "before":
+            fastbert.patch(ours)
+        torch.testing.assert_close(states(ours), expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2 * count > 0
+
+
+@pytest.mark.parametrize("family", ["Bert", "DistilBert"])
+def test_the_buffer_of_positions_counts(family):
+    assert_alike(lambda model: model.embeddings.position_ids.zero_(), family)
+    assert_alike(lambda model: model.embeddings.position_ids.copy_(63 - torch.arange(64)), family)
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_the_buffer_of_segments_counts_whenever_it_changes(family):
+    options = {"type_vocab_size": 3}
+    ours = assert_alike(lambda m: m.embeddings.token_type_ids.fill_(1), family, **options)
+    theirs = fastbert.unpatch(copy.deepcopy(ours))
+    for change in (
+        lambda types: types.fill_(2),
+        lambda types: types.copy_(torch.arange(64) % 3),
+        lambda types: types.zero_(),
+    ):
+        for model in (theirs, ours):
+            change(model.embeddings.token_type_ids)
+        with torch.no_grad():
+            torch.testing.assert_close(states(ours), states(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_positions_that_were_lengthened_are_taken():
+    theirs, ours = pair()
+    long = torch.randint(5, 99, (2, 80))
+    for model in (theirs, ours):
+        table = model.embeddings.position_embeddings
+        table.weight.data = torch.cat([table.weight.data, table.weight.data + 1])
+        model.embeddings.position_ids = torch.arange(128)[None]
+        model.embeddings.token_type_ids = torch.zeros(1, 128, dtype=torch.long)
+    found = [model(long).last_hidden_state for model in (theirs, ours)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("table", ["word_embeddings", "position_embeddings"])
+@pytest.mark.parametrize(
+    "option", [{"sparse": True}, {"max_norm": 0.5}, {"scale_grad_by_freq": True}]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_options_of_an_embedding_count(family, option, table):
+    found = []
+    for model in pair(family):
+        for name, value in option.items():
+            setattr(getattr(model.embeddings, table), name, value)
+        out = states(model)
+        out.square().sum().backward()
+        weight = getattr(model.embeddings, table).weight
+        assert weight.grad.is_sparse == ("sparse" in option)
+        found.append((out, weight.detach(), weight.grad.to_dense()))
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["Model", "ForSequenceClassification", "ForMaskedLM"])
+def test_arguments_in_excess_are_pythons_own_type_error(family, kind):
+    theirs, ours = pair(family, kind)
+    calls = [((ids(),), {"input_ids": ids()}), ((ids(), MASK, *[None] * 12), {})]
+    for args, kwargs in calls:
+        for model in (theirs, ours):
+            with pytest.raises(TypeError):
+                model(*args, **kwargs)

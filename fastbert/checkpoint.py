@@ -50,8 +50,11 @@ def latest(run: Path) -> Path | None:
     return directory
 
 
-def resolve(name_or_directory: str | Path) -> Path:
-    """A model's directory: the one named, a run's newest checkpoint, or a download from the hub."""
+def resolve(name_or_directory: str | Path, **download: Any) -> Path:
+    """A model's directory: the one named, a run's newest checkpoint, or a download from the hub.
+
+    download: options of `huggingface_hub.snapshot_download`, such as revision and cache_dir.
+    """
     directory = Path(name_or_directory)
     for candidate in (directory, directory / LATEST):
         if (candidate / "config.json").is_file():
@@ -65,7 +68,7 @@ def resolve(name_or_directory: str | Path) -> Path:
     if _is_path(str(name_or_directory)):
         raise InputError(f"{name_or_directory}: no such directory{_meant(directory)}")
     try:
-        return Path(snapshot_download(str(name_or_directory), allow_patterns=DOWNLOADS))
+        return Path(snapshot_download(str(name_or_directory), allow_patterns=DOWNLOADS, **download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(

@@ -30,9 +30,11 @@ class BertConfig:
     Names, defaults and meaning are those of Hugging Face's `BertConfig`. The labels of a classifier
     follow from num_labels (2 unless given) or from id2label, whose length is num_labels.
     residual_in_fp32: whether the residual stream is in float32 under autocast; None for eval mode
-    alone (see `fastbert.modules.embeddings.stream_dtype`). `extra`
-    holds the keys of a config.json that this model has no use for; they are written back as they
-    came.
+    alone (see `fastbert.modules.embeddings.stream_dtype`).
+
+    `extra` holds the keys of a config.json that this model has no use for; they are attributes too,
+    and are written back as they came. transformers sets such ones (Trainer: use_cache); the fields
+    of this class cannot be set, as the model was made by them.
     """
 
     vocab_size: int = 30522
@@ -59,6 +61,14 @@ class BertConfig:
     return_dict: bool = True
     residual_in_fp32: bool | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    _commit_hash = None  # of a download, for transformers' pipelines
+
+    def __getattr__(self, name: str) -> Any:
+        extra = vars(self).get("extra", {})
+        if name in extra:
+            return extra[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __new__(cls, **fields: Any) -> "BertConfig":
         known = cls.field_names()
@@ -191,6 +201,17 @@ class BertConfig:
             )
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (Path(directory) / "config.json").write_text(text, encoding="utf-8")
+
+
+def _set(config: BertConfig, name: str, value: Any) -> None:
+    if name in BertConfig.field_names():
+        raise dataclasses.FrozenInstanceError(
+            f"cannot assign to field {name!r}; use dataclasses.replace before the model is made"
+        )
+    object.__setattr__(config, "extra", {**config.extra, name: value})
+
+
+BertConfig.__setattr__ = _set  # type: ignore[method-assign,assignment]  # a frozen dataclass has one
 
 
 def _default_names(count: int) -> dict[int, str]:

@@ -17,6 +17,7 @@ from fastbert.hf.encode import run_encoder, run_model
 from fastbert.hf.families import FAMILIES, ORIGINAL, Family, family_of, patched_base
 from fastbert.hf.heads import run_head, run_masked_lm, run_pretraining
 from fastbert.hf.stack import run_one_layer
+from fastbert.modules.request import DOCUMENTS
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -136,10 +137,20 @@ def _role(family: Family, name: str) -> Callable | None:
     return None
 
 
+# Taken by patched models, whether or not this transformers knows them.
+_OURS = {"return_logits", "skip_logits", "num_items_in_batch", *DOCUMENTS}
+
+
 def _forward(original: Any, run: Callable) -> Callable:
     own = original.forward
-    kinds = inspect.signature(own).parameters.items()
-    names = [name for name, one in kinds if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
+    parameters = inspect.signature(own).parameters
+    names = [n for n, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
+    takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+
+    def fits(given: list[str], args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether Python would take the arguments, of which these names are given by place."""
+        is_known = takes_all or kwargs.keys() <= parameters.keys() | _OURS
+        return len(args) <= len(names) and kwargs.keys().isdisjoint(given) and is_known
 
     @functools.wraps(own)
     def forward(self, *args: Any, **kwargs: Any) -> Any:

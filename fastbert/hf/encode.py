@@ -51,10 +51,12 @@ def run_model(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
     """The forward of a bare model: `BertModel`, `RobertaModel`, ..."""
     wanted = dict(arguments)
     return_dict = wanted.pop("return_dict", None)
+    encoded = None
     try:
         encoded = encode(model, wanted)
     except Unsupported as reason:
         events.refused(model, reason)
+    if encoded is None:  # out of the clause above, which errors would name as their context
         return original(**arguments)
     return _model_output(model, encoded, return_dict)
 
@@ -161,6 +163,7 @@ def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> 
     mask = wanted.pop("attention_mask", None)
     positions = wanted.pop("position_ids", None)
     packed = {name: wanted.pop(name, None) for name in DOCUMENTS}
+    found = None
     try:
         parts = require_encoder(encoder.config, encoder.layer, wanted)
         require_values(hidden_states)
@@ -173,10 +176,12 @@ def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> 
             rng = for_batch(padding.cu_seqlens, x.shape[0])
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
         chosen = states_wanted(encoder, wanted)
-        x, states = run_packed(encoder, encoder.layer, parts, x, sequences, padding, chosen, None)
+        found = run_packed(encoder, encoder.layer, parts, x, sequences, padding, chosen, None)
     except Unsupported as reason:
         events.refused(encoder, reason)
+    if found is None:
         return original(**arguments)
+    x, states = found
     dtype = boundary_dtype(hidden_states.dtype, hidden_states.device)
     output = output_class("BaseModelOutputWithPastAndCrossAttentions")(
         last_hidden_state=padding.pad(x.to(dtype)), hidden_states=_padded(states, padding, dtype)

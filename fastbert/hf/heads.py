@@ -61,6 +61,8 @@ def _run_words(
             return original(**rest)
         fields = original(**{**rest, "return_dict": True})
     if not with_logits:
+        name = type(model).__name__
+        events.tell(events.Route(name, "no logits", "return_logits=True gives them"))
         fields = _without(fields, ("logits", "prediction_logits"))
     modeling = sys.modules[patched_base(model).__module__]
     name = "BertForPreTrainingOutput" if with_pairs else "MaskedLMOutput"
@@ -215,6 +217,10 @@ def _of_real_tokens(labels: Tensor, arguments: dict[str, Any]) -> Tensor:
     if is_real is None:
         return labels
     by_row = labels.reshape(-1, is_real.shape[1])  # Hugging Face takes them flat too
+    if events.is_listening():
+        count = int(((by_row != IGNORE_INDEX) & ~is_real.to(labels.device)).sum())
+        if count:
+            events.tell(events.Route("labels", "as -100", f"{count} of them are at padding"))
     return by_row.masked_fill(~is_real.to(labels.device), IGNORE_INDEX).view(labels.shape)
 
 

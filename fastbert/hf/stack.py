@@ -123,6 +123,11 @@ def _tell(
     if observed:
         notes.append(f"{observed} layers have hooks and see (batch, seqlen, hidden)")
     places = padding.batch_shape[0] * padding.batch_shape[1]
+    if len(x) < places:
+        notes.append("rows of padding are zeros")
+    documents = len(padding.cu_seqlens) - 1
+    if documents != padding.batch_shape[0]:
+        notes.append(f"{documents} documents in a row")
     events.packed(module, x, places, "; ".join(notes))
 
 

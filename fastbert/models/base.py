@@ -1,5 +1,6 @@
 """What all models share: the call, initialization, tied weights, loading, saving, recomputation."""
 
+import copy
 import functools
 import json
 import warnings
@@ -7,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from fastbert import checkpoint
+from fastbert.check import require
 from fastbert.config import BertConfig, changed, check_config
 from fastbert.models.inputs import ForwardOptions, Inputs, Request
 from fastbert.models.resize import resize
@@ -59,6 +62,16 @@ class BertPreTrainedModel(nn.Module):
             output_attentions=False,
             return_dict=True,
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters, the first one's."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, the first one's."""
+        return next(self.parameters()).dtype
 
     @property
     def base_model(self) -> Any:
@@ -123,16 +136,24 @@ class BertPreTrainedModel(nn.Module):
         return embeddings
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
         """Keeps only each layer's input for the backward pass, which computes the layer again.
 
         gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`, by default
-        use_reentrant=False. Dropout draws the same masks again, as they follow from their places.
+        use_reentrant=False; every_n_layers: of how many layers one does so, the first of them.
+        Dropout draws the same masks again, as they follow from their places. Raises ValueError for
+        every_n_layers below 1, and for offload.
         """
+        who = "gradient_checkpointing_enable"
+        require(every_n_layers >= 1, who, "every_n_layers of at least 1", every_n_layers)
+        require(not offload, who, "offload=False", offload, "use torch.autograd.graph.save_on_cpu")
         options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
-        for layer in self._layers():
-            layer.gradient_checkpointing = True
+        for number, layer in enumerate(self._layers()):
+            layer.gradient_checkpointing = number % every_n_layers == 0
             layer._gradient_checkpointing_func = functools.partial(recompute, **options)
 
     def gradient_checkpointing_disable(self) -> None:
@@ -152,22 +173,35 @@ class BertPreTrainedModel(nn.Module):
         name_or_directory: str | Path,
         *,
         ignore_mismatched_sizes: bool = False,
+        config: Any = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
         **options: Any,
     ) -> Self:
         """A model in eval mode, with the weights of a Hugging Face directory, a run, or a hub name.
 
+        config: in place of the checkpoint's; dtype, or torch_dtype: of the parameters, a dtype, its
+        name, or "auto" for the checkpoint's, by default float32; device_map: a device, or "auto"
+        for the GPU where there is one; revision, cache_dir, token, local_files_only: of a download.
         `options` that are fields of `BertConfig`, such as num_labels, stand in place of the
         checkpoint's; the others go to the constructor. Parameters of a head that the checkpoint
         lacks, or with ignore_mismatched_sizes has in another shape, are drawn anew, with a warning;
         anything else that is missing or does not fit is an InputError.
         """
-        directory = checkpoint.resolve(name_or_directory)
+        download = {name: options.pop(name) for name in options.keys() & _DOWNLOAD}
+        directory = checkpoint.resolve(name_or_directory, **download)
+        dtype = options.pop("torch_dtype", dtype)
         changes = {name: options.pop(name) for name in options.keys() & BertConfig.field_names()}
-        model = cls(BertConfig.from_pretrained(directory, **changes), **options)
+        if config is None:
+            config = BertConfig.from_pretrained(directory, **changes)
+        elif changes:
+            config = changed(copy.copy(config), **changes)
+        model = cls(config, **options)
         weights = checkpoint.read_weights(directory)
         absent = checkpoint.load_weights(
             model, weights, directory, ignore_mismatched_sizes=ignore_mismatched_sizes
         )
+        model.to(device=_device(device_map), dtype=_dtype(dtype, weights))
         if absent:
             warnings.warn(
                 f"{directory}: {', '.join(absent)} not in the checkpoint, so drawn anew: train "
@@ -215,6 +249,28 @@ class LabelledModel(BertPreTrainedModel):
         """
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         return self.run(inputs, options, labels=labels)
+
+
+_DOWNLOAD = {"revision", "cache_dir", "token", "local_files_only"}
+
+
+def _device(device_map: Any) -> torch.device | None:
+    if isinstance(device_map, dict) and device_map.keys() == {""}:
+        device_map = device_map[""]
+    if device_map == "auto":
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    is_one = device_map is None or isinstance(device_map, (str, int, torch.device))
+    require(is_one, "device_map", 'one device or "auto", as the model is on one', repr(device_map))
+    return None if device_map is None else torch.device(device_map)
+
+
+def _dtype(dtype: torch.dtype | str | None, weights: Mapping[str, Tensor]) -> torch.dtype | None:
+    if dtype == "auto":
+        return next((x.dtype for x in weights.values() if x.is_floating_point()), None)
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    is_one = dtype is None or (isinstance(found, torch.dtype) and found.is_floating_point)
+    require(is_one, "dtype", 'a floating-point dtype, its name or "auto"', repr(dtype))
+    return found
 
 
 def _tie_again(model: BertPreTrainedModel, _: Any) -> None:

@@ -11,8 +11,11 @@ from fastbert.ops.unpad import Unpadding, unpad
 # How Hugging Face says where documents that are packed into one row begin.
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
-# Accepted, without effect on a bidirectional encoder.
-_IGNORED = {"num_items_in_batch", "seq_idx", "cache_position", "use_cache", "return_dict"}
+# Accepted, without effect on a bidirectional encoder; the last ones are left over from tokenizers.
+_IGNORED = {
+    *("num_items_in_batch", "seq_idx", "cache_position", "use_cache", "return_dict"),
+    *("special_tokens_mask", "length", "offset_mapping", "overflow_to_sample_mapping"),
+}
 
 
 class Layout(NamedTuple):

@@ -327,3 +327,45 @@ def test_arguments_in_excess_are_pythons_own_type_error(family, kind):
         for model in (theirs, ours):
             with pytest.raises(TypeError):
                 model(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["Model", "ForMaskedLM", "ForTokenClassification"])
+@pytest.mark.parametrize("name", ["special_tokens_mask", "length", "offset_mapping"])
+def test_a_key_left_over_from_the_tokenizer_costs_nothing(kind, name):
+    theirs, ours = pair(kind=kind)
+    batch = {"input_ids": ids(), "attention_mask": MASK, name: torch.ones_like(MASK)}
+    try:
+        expected = theirs(**batch)[0][REAL]
+    except TypeError:  # transformers 4.57's heads
+        with pytest.raises(TypeError):
+            ours(**batch)
+        return
+    torch.testing.assert_close(ours(**batch)[0][REAL], expected, rtol=1e-4, atol=1e-5)
+    routes = fastbert.explain(ours, **batch, show=False).routes
+    assert any(route.layout.startswith("packed") for route in routes)
+
+
+def test_an_error_of_hugging_faces_own_forward_has_no_context_of_ours():
+    _, ours = pair()
+    with pytest.raises(Exception, match=".") as caught:
+        ours(ids()[0], output_attentions=True)
+    error = caught.value
+    while error is not None:
+        assert type(error).__name__ != "Unsupported"
+        error = error.__context__
+
+
+def test_explain_tells_of_what_differs_on_purpose():
+    _, ours = pair(kind="ForMaskedLM")
+    ours.train()
+    labels = ids()  # at padding, too
+    batch = {"input_ids": ids(), "attention_mask": MASK, "labels": labels}
+    told = {r.module: r for r in fastbert.explain(ours, **batch, show=False).routes}
+    assert told["labels"].reason == "9 of them are at padding"
+    assert told["BertForMaskedLM"].layout == "no logits"
+    assert "return_logits=True" in told["BertForMaskedLM"].reason
+    assert "rows of padding are zeros" in told["BertModel"].reason
+    _, bare = pair()
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]])
+    told = fastbert.explain(bare, ids()[:1], position_ids=positions, show=False).routes
+    assert any("3 documents in a row" in route.reason for route in told)

@@ -17,8 +17,6 @@ from fastbert import backend, events
 from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.layer_norm import layer_norm
 
-OPERATOR = torch.ops.fastbert_triton
-
 SHAPE = {
     "vocab_size": 11,
     "hidden_size": 8,

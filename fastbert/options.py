@@ -79,7 +79,8 @@ def check_options(config: Any) -> None:
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"--{dashed(field.name)}"
         if isinstance(value, str) and field.name not in ("model", "teacher"):  # which are paths
-            object.__setattr__(config, field.name, text_of(value, name))
+            value = text_of(value, name)
+            object.__setattr__(config, field.name, value)
         bounds, only = field.metadata["bounds"], field.metadata["only"]
         if bounds is not None and value is not None:
             _check_number(name, value, bounds)

@@ -271,7 +271,6 @@ def run_layers(
     layer numbers for these layers' outputs with None for the others, as in Hugging Face. Raises
     ValueError if both rows and states are wanted, as the last state would lack rows.
     """
-    sequences.check(len(x))
     every = wanted_states is True
     chosen = () if isinstance(wanted_states, bool) else wanted_states
     require(

@@ -35,6 +35,7 @@ def run_stack(
             return run_layer(read[number], x, sequences)
 
     read = cast(Sequence[LayerParts], parts)
+    sequences.check(len(x))
     replayed = graphs.run_layers(layers, read, x, sequences, rows, reason)
     if replayed is not None:
         return replayed, None

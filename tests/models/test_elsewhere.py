@@ -71,7 +71,7 @@ def test_what_transformers_sets_on_a_configuration_is_kept_and_fields_are_not_ch
         assert one.to_dict()["use_cache"] is False
         assert one._commit_hash is None
         assert not hasattr(one, "hidden_sizes")
-    with pytest.raises(dataclasses.FrozenInstanceError, match="hidden_size.*replace"):
+    with pytest.raises(dataclasses.FrozenInstanceError, match=r"hidden_size.*replace"):
         config.hidden_size = 3
 
 
@@ -85,7 +85,7 @@ def test_every_so_many_layers_are_computed_again():
     ]
     with pytest.raises(ValueError, match="every_n_layers of at least 1, got 0"):
         model.gradient_checkpointing_enable(every_n_layers=0)
-    with pytest.raises(ValueError, match="offload=False, got True; use torch.autograd.graph"):
+    with pytest.raises(ValueError, match=r"offload=False, got True; use torch\.autograd\.graph"):
         model.gradient_checkpointing_enable(offload=True)
 
 

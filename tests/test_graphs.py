@@ -239,9 +239,13 @@ def checkpointed(model):
     model.gradient_checkpointing_enable()
 
 
+def parametrized(model):
+    torch.nn.utils.parametrizations.weight_norm(layers_of(model)[1].output.dense)
+
+
 CHANGES = [
     *(frozen, moved, replaced, other_activation, more_dropout, a_hook, a_watched_layer),
-    *(another_leaf, wider, checkpointed),
+    *(another_leaf, wider, checkpointed, parametrized),
 ]
 
 
@@ -417,8 +421,9 @@ def test_explain_names_the_graph_or_the_reason(recorder, monkeypatch):
     logits(recorded, inputs)
     assert routes(recorded, inputs)["CUDA graph"].reason == "recorded"
     assert routes(plain, inputs)["CUDA graph"][1:] == ("none", "graphs=False")
-    a_hook(recorded)
-    assert "Linear in the layers" in routes(recorded, inputs)["CUDA graph"].reason
+    torch.nn.utils.parametrizations.weight_norm(layers_of(recorded)[1].output.dense)
+    reason = routes(recorded, inputs)["CUDA graph"].reason
+    assert reason == "a ParametrizedLinear in the layers"
     monkeypatch.setenv("FASTBERT_GRAPHS", "0")
     assert routes(recorded, inputs)["CUDA graph"].reason == "FASTBERT_GRAPHS"
 

@@ -28,7 +28,7 @@ class Recorder(Protocol):
         """Whether the caller is making a recording, of this recorder or of another."""
 
     def memory(self) -> int:
-        """Bytes that are taken from the device, those that recordings keep among them."""
+        """Bytes that recordings keep of the device's memory, where they share it."""
 
     def begin_anew(self) -> None:
         """Gives up the memory that recordings share; the caller has dropped all of them."""
@@ -71,7 +71,9 @@ class CudaGraphs:
         return torch.cuda.is_current_stream_capturing()
 
     def memory(self) -> int:
-        return torch.cuda.memory_reserved()
+        segments = torch.cuda.memory_snapshot()
+        mine = (one for one in segments if tuple(one["segment_pool_id"]) == self.pool)
+        return sum(one["total_size"] for one in mine)
 
     def follow(self) -> None:
         present = torch.cuda.current_stream()

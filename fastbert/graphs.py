@@ -71,7 +71,6 @@ class Pool:
         self.pending: weakref.ref[Pending] | None = None
         # the least recently used first; an entry goes with its encoder
         self.used: weakref.WeakKeyDictionary[Entry, None] = weakref.WeakKeyDictionary()
-        self.memory = 0
 
     def is_pending(self) -> bool:
         return self.pending is not None and self.pending() is not None
@@ -84,21 +83,18 @@ class Pool:
         """Gives the entry its graphs, or the reason why it has none."""
         while len(self.used) >= MOST_GRAPHS:
             next(iter(self.used)).drop(self)
-        before = self.recorder.memory()
         try:
             kind = ForwardGraph if call.trained is None else TrainingGraphs
             entry.graphs = kind(self.recorder, bucket, x, call)
         except RuntimeError as error:  # out of memory is one
             entry.reason = f"recording failed: {str(error).strip().partition(chr(10))[0]}"
             return
-        self.memory += max(self.recorder.memory() - before, 0)
         self.touch(entry)
-        if self.memory > self.most_memory:
+        if self.recorder.memory() > self.most_memory:
             is_alone = len(self.used) == 1
             for other in list(self.used):
                 other.drop(self)
             self.recorder.begin_anew()
-            self.memory = 0
             if is_alone:
                 entry.reason = "its graph takes too much of the device's memory"
 

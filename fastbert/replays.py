@@ -158,6 +158,7 @@ class TrainingGraphs:
             self.buffers = Buffers(bucket, x, call)
             self.dout = torch.zeros_like(recorder.warm_up(self._forward))
             recorder.warm_up(self._backward)
+            del self.out, self.inputs  # which are of memory that no recording has
             self.replay_forward = recorder.record(self._forward)
             self.replay_backward = recorder.record(self._backward)
 

@@ -66,6 +66,31 @@ def test_a_replay_keeps_alive_what_its_graph_reads():
     assert all(one() is None for one in watched)
 
 
+@pytest.mark.usefixtures("without_gpu")
+def test_memory_is_that_of_the_shared_pool_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    segments = [
+        {"segment_pool_id": (0, 0), "total_size": 1},
+        {"segment_pool_id": (0, 7), "total_size": 20},
+        {"segment_pool_id": (0, 7), "total_size": 300},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert CudaGraphs(shares_memory=True).memory() == 320
+
+
+@pytest.mark.gpu
+def test_recordings_that_share_memory_tell_how_much_it_is():
+    graphs = CudaGraphs(shares_memory=True)
+    x = torch.ones(1 << 24, device="cuda")
+    before = graphs.memory()
+    graphs.warm_up(lambda: (x + 1) * 2)
+    replay = graphs.record(lambda: (x + 1) * 2)
+    assert graphs.memory() - before >= 2 * x.nbytes
+    assert replay()[0] == 4
+    graphs.begin_anew()
+    assert graphs.memory() == 0
+
+
 @pytest.mark.gpu
 def test_a_replay_outlives_every_other_reference():
     def work_of(value):

@@ -150,7 +150,8 @@ def _forward(original: Any, run: Callable) -> Callable:
     def fits(given: list[str], args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether Python would take the arguments, of which these names are given by place."""
         is_known = takes_all or kwargs.keys() <= parameters.keys() | _OURS
-        return len(args) <= len(names) and kwargs.keys().isdisjoint(given) and is_known
+        is_twice = any(name in kwargs for name in given)
+        return len(args) <= len(names) and is_known and not is_twice
 
     @functools.wraps(own)
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastbert import events
 from fastbert.check import require
 from fastbert.hf.families import Family, Unsupported, dropout_of
-from fastbert.hf.hooks import is_hooked, is_theirs
+from fastbert.hf.hooks import is_hooked, is_theirs, works_by_token
 from fastbert.hf.stack import (
     boundary_dtype,
     family_of_module,
@@ -29,7 +29,7 @@ from fastbert.hf.stack import (
 from fastbert.modules.embeddings import embed, stream_dtype
 from fastbert.modules.heads import first_tokens
 from fastbert.modules.layer import Rows, Sequences
-from fastbert.modules.linear import is_plain, is_plain_table
+from fastbert.modules.linear import is_plain, reads_rows
 from fastbert.modules.request import DOCUMENTS, read_layout
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState, for_batch
@@ -232,7 +232,7 @@ def _are_plain(embeddings: Any, has_types: bool) -> bool:
         tables.append(embeddings.token_type_embeddings)
     is_dropout = any(is_plain(embeddings.dropout, kind) for kind in (nn.Dropout, nn.Identity))
     return (
-        all(map(is_plain_table, tables))
+        all(works_by_token(table) and reads_rows(table) for table in tables)
         and is_plain(embeddings.LayerNorm, nn.LayerNorm)
         and is_dropout
     )

@@ -34,6 +34,7 @@ def works_by_token(leaf: nn.Module) -> bool:
 _BY_TOKEN = {
     ("torch.nn.modules.linear", "Linear"),  # under hooks of its weights
     ("torch.nn.modules.normalization", "LayerNorm"),
+    ("torch.nn.modules.sparse", "Embedding"),
     ("torch.nn.utils.parametrize", "ParametrizedLinear"),
     ("torch.nn.utils.parametrize", "ParametrizedLayerNorm"),
     ("torch.ao.nn.quantized.dynamic.modules.linear", "Linear"),
@@ -70,8 +71,10 @@ def _is_awake(hook: Callable) -> bool:
 
 
 def _is_of_weights(hook: Callable) -> bool:
-    """FSDP's hooks move parameters, and those of pruning and weight norms compute them."""
-    return _module(hook).startswith(("torch.distributed.", "torch.nn.utils."))
+    """FSDP's hooks move parameters, those of pruning and weight norms compute them, and that of
+    `enable_input_require_grads`, which checkpointing sets on embeddings, changes no number."""
+    is_flag = getattr(hook, "__name__", "") == "make_inputs_require_grads"
+    return is_flag or _module(hook).startswith(("torch.distributed.", "torch.nn.utils."))
 
 
 def _module(hook: Callable) -> str:

@@ -85,12 +85,12 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
 
 def is_plain_table(table: nn.Module) -> bool:
     """Whether looking up an embedding reads rows and no more, with a dense, unscaled gradient."""
-    return (
-        is_plain(table, nn.Embedding)
-        and table.max_norm is None
-        and not table.sparse
-        and not table.scale_grad_by_freq
-    )
+    return is_plain(table, nn.Embedding) and reads_rows(table)
+
+
+def reads_rows(table: Any) -> bool:
+    """Whether an `nn.Embedding` has none of the options by which it does more than that."""
+    return table.max_norm is None and not table.sparse and not table.scale_grad_by_freq
 
 
 def has_hooks(layer: nn.Module) -> bool:

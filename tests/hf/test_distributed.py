@@ -76,5 +76,5 @@ def test_a_class_derived_by_fsdp_is_still_patched():
     assert fastbert.is_patched(model)
     assert fastbert.patch(model) is model
     routes = fastbert.explain(model, show=False, **batch).routes
-    assert all(route.layout.startswith("packed") for route in routes)
+    assert all(route.layout.startswith(("packed", "no logits")) for route in routes)
     torch.testing.assert_close(model(**batch).loss, expected)

@@ -1,6 +1,7 @@
 """Patched models under Hugging Face's Trainer, against Hugging Face's own on the same batches."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import transformers
 
 import fastbert
 from fastbert.hf import stack
+from fastbert.modules import stack as modules_stack
 from tests.hf.training_case import (
     SHAPE,
     assert_same_gradients,
@@ -212,8 +214,9 @@ def test_a_patched_classifier_learns_in_bf16(tmp_path):
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 def test_checkpointed_layers_are_recomputed_with_the_same_dropout(tmp_path, monkeypatch, reentrant):
     runs = []
-    run_layer = stack.run_layer
-    monkeypatch.setattr(stack, "run_layer", lambda *args: runs.append(1) or run_layer(*args))
+    for module in (stack, modules_stack):  # of layers that are called as modules, and of others
+        run = functools.partial(lambda own, *args: runs.append(1) or own(*args), module.run_layer)
+        monkeypatch.setattr(module, "run_layer", run)
     options = {
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},

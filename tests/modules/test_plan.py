@@ -188,10 +188,12 @@ def test_a_class_whose_forward_is_replaced_is_seen(monkeypatch):
     result(model)
     assert reads == [True]
     cls = transformers.models.bert.modeling_bert.BertSelfOutput
-    monkeypatch.setattr(cls, "forward", lambda *args: None)
+    forward, calls = cls.forward, []
+    monkeypatch.setattr(cls, "forward", lambda *args: calls.append(1) or forward(*args))
     reads.clear()
     result(model)
     assert reads[0] is False
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(

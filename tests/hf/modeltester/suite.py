@@ -124,7 +124,7 @@ class Families:
 
         @pytest.fixture(autouse=True)
         def _count(self, record_property: Any) -> Any:
-            with mock.patch.object(stack, "run_layers", wraps=stack.run_layers) as layers:
+            with mock.patch.object(stack, "run_stack", wraps=stack.run_stack) as layers:
                 yield
             record_property("packed", layers.call_count)
 

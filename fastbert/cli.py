@@ -1,6 +1,7 @@
 """The command line: `fastbert pretrain`, `distill`, `finetune`, `predict`, `embed`, ..."""
 
 import contextlib
+import functools
 import io
 import sys
 import warnings
@@ -320,8 +321,13 @@ def _say(kind: str, message: object, status: int = 0) -> int:
     return status
 
 
+@functools.cache  # so that options which are read twice are warned of once
+def _warn_once(message: str) -> None:
+    _say("warning", message)
+
+
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    _say("warning", by_option_names(str(message)))
+    _warn_once(by_option_names(str(message)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastbert.check import InputError
@@ -89,8 +90,9 @@ def check_options(config: Any) -> None:
             if beside not in only.values and not field.metadata["shown"]["hidden"]:
                 known = ", ".join(str(known) for known in only.values if known is not None)
                 other = dashed(only.other)
+                # by its last part, so that a path which is made absolute is not told of again
                 warnings.warn(
-                    f"{name} {value} has no effect beside --{other} {beside}"
+                    f"{name} {value} has no effect beside --{other} {Path(str(beside)).name}"
                     f"{known and f'; it is for --{other} {known}'}",
                     stacklevel=4,
                 )

@@ -195,7 +195,7 @@ def test_info_names_every_operator():
         (["--batch-tokens", "16"], "--batch-tokens"),
         (["--accumulation", "100"], "--batch-tokens.*100 micro-batch"),
         (["--parallel", "tensor"], "--parallel: one of ddp, fsdp, got 'tensor'"),
-        (["--tokenizer", "no/vocab.txt"], "no/vocab.txt"),
+        (["--tokenizer", "no/vocab.txt", "--vocab-size", "8192"], "no/vocab.txt"),
         (["--out", "/dev/null/run"], "/dev/null/run"),
     ],
     ids=["corpus", "steps", "preset", "budget", "parts", "parallel", "tokenizer", "out"],

@@ -246,14 +246,13 @@ def _types(embeddings: Any, position_ids: Tensor) -> Tensor | None:
     types = getattr(embeddings, "token_type_ids", None)
     if types is None or types.is_meta:
         return None
-    known = _ARE_ZERO.get(embeddings)
-    if known is None or known[0]() is not types or known[1] != types._version:
-        if torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():  # whose traces read no values, so it looks them up
+        known = _ARE_ZERO.get(embeddings)
+        if known is None or known[0]() is not types or known[1] != types._version:
+            are_zero = not bool(types.any())
+            known = _ARE_ZERO[embeddings] = weakref.ref(types), types._version, are_zero
+        if known[2]:
             return None
-        are_zero = not bool(types.any())
-        known = _ARE_ZERO[embeddings] = weakref.ref(types), types._version, are_zero
-    if known[2]:
-        return None
     return types.to(position_ids.device)[0][position_ids]
 
 

@@ -147,23 +147,21 @@ def _forward(original: Any, run: Callable) -> Callable:
     names = [n for n, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
     takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
-    def fits(given: list[str], args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether Python would take the arguments, of which these names are given by place."""
-        is_known = takes_all or kwargs.keys() <= parameters.keys() | _OURS
-        is_twice = any(name in kwargs for name in given)
+    known = {*parameters, *_OURS}
+
+    def fits(args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether Python would take the arguments."""
+        is_known = takes_all or all(name in known for name in kwargs)
+        is_twice = any(name in kwargs for name in names[: len(args)])
         return len(args) <= len(names) and is_known and not is_twice
 
     @functools.wraps(own)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         now = original.forward
-        if (
-            now is not own
-            or len(args) > len(names)
-            or not kwargs.keys().isdisjoint(names[: len(args)])
-        ):
-            return now(self, *args, **kwargs)  # another forward, or Python's own TypeError
-        if run is run_one_layer:
+        if run is run_one_layer and now is own:
             return run(self, functools.partial(own, self), *args, **kwargs)
+        if now is not own or not fits(args, kwargs):
+            return now(self, *args, **kwargs)  # another forward, or Python's own TypeError
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         return run(self, functools.partial(own, self), arguments)
 

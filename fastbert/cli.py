@@ -295,6 +295,7 @@ def main() -> None:
     """
     warnings.filterwarnings("default", category=UserWarning, module="fastbert")
     warnings.showwarning = _warn
+    _warn_once.cache_clear()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what an encoding lacks is shown by its number
             stream.reconfigure(errors="backslashreplace")

@@ -23,7 +23,7 @@ _ONLY = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class BertConfig:
     """The shape of a BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805), by default base.
 
@@ -60,9 +60,20 @@ class BertConfig:
     output_attentions: bool = False
     return_dict: bool = True
     residual_in_fp32: bool | None = None
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     _commit_hash = None  # of a download, for transformers' pipelines
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.field_names():
+            self.extra[name] = value
+        elif name in vars(self):
+            raise dataclasses.FrozenInstanceError(
+                f"cannot assign to field {name!r}; use dataclasses.replace before the model is made"
+            )
+        else:
+            # a copy, so that what is set here is not set in the dictionary that came
+            object.__setattr__(self, name, dict(value) if name == "extra" else value)
 
     def __getattr__(self, name: str) -> Any:
         extra = vars(self).get("extra", {})
@@ -201,17 +212,6 @@ class BertConfig:
             )
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (Path(directory) / "config.json").write_text(text, encoding="utf-8")
-
-
-def _set(config: BertConfig, name: str, value: Any) -> None:
-    if name in BertConfig.field_names():
-        raise dataclasses.FrozenInstanceError(
-            f"cannot assign to field {name!r}; use dataclasses.replace before the model is made"
-        )
-    object.__setattr__(config, "extra", {**config.extra, name: value})
-
-
-BertConfig.__setattr__ = _set  # type: ignore[method-assign,assignment]  # a frozen dataclass has one
 
 
 def _default_names(count: int) -> dict[int, str]:

@@ -1,6 +1,6 @@
 """Whether the layers of an encoder are replayed as CUDA graphs in this call, and which.
 
-A small batch keeps a GPU waiting for Python; a graph launches all its kernels at once. The layers
+A GPU waits for Python where batches are small; a graph launches all its kernels at once. The layers
 of own and patched models are recorded for a bucket of sizes when it is first met, and replayed for
 every later call that fits it. What a graph could not do right runs as it would without: the reason
 is told to `fastbert.explain`.
@@ -203,7 +203,7 @@ def pool_of(device: torch.device) -> Pool | None:
         return Pool(CudaGraphs(shares_memory=True), MEMORY_SHARE * total)
 
 
-def run_layers(
+def replayed(
     layers: nn.ModuleList,
     parts: Sequence[LayerParts],
     x: Tensor,
@@ -275,7 +275,14 @@ def _refusal(layers: nn.ModuleList, x: Tensor, sequences: Sequences, pool: Pool)
 
 def _numerics() -> tuple[Any, ...]:
     """Settings of PyTorch that choose kernels, which a recording fixes."""
-    return torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    return torch.are_deterministic_algorithms_enabled(), _matmul_precision()
+
+
+def _matmul_precision() -> Any:
+    """Of float32 products on a GPU, by the newer of PyTorch's two interfaces where it has that:
+    the older one raises where a user has set the newer."""
+    matmul = torch.backends.cuda.matmul
+    return getattr(matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
 
 
 def _tell(bucket: Bucket, entry: Entry) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastbert
 from fastbert import backend, graphs
-from fastbert.replays import Bucket, rounded
+from fastbert.replays import Bucket, Precision, rounded
 from tests.graphs_case import KINDS, Repeats, batch, layers_of, models, pool
 
 
@@ -124,12 +124,15 @@ def test_hidden_states_and_gradients_are_the_callers_own(kind, recorder):
         recorded(ids + 1)
     assert torch.equal(first, before)
     trained = list(layers_of(recorded).parameters())
-    found = []
-    for shift in (0, 1):
-        states = recorded.train()(ids + shift).last_hidden_state
-        found.append([states, *torch.autograd.grad(states.sin().sum(), trained)])
-        kept = [x.detach().clone() for x in found[0]] if shift == 0 else kept  # noqa: F821
-    assert all(torch.equal(a, b) for a, b in zip(found[0], kept, strict=True))
+
+    def states_and_gradients(ids):
+        states = recorded.train()(ids).last_hidden_state
+        return [states, *torch.autograd.grad(states.sin().sum(), trained)]
+
+    given = states_and_gradients(ids)
+    kept = [x.detach().clone() for x in given]
+    states_and_gradients(ids + 1)
+    assert all(torch.equal(a, b) for a, b in zip(given, kept, strict=True))
     assert recorder.replayed == 6
 
 
@@ -266,14 +269,12 @@ def test_what_changes_after_a_recording_is_seen_by_the_next_call(kind, change, r
 def test_training_and_eval_mode_keep_their_graphs(recorder):
     plain, recorded = models("Bert")
     inputs = batch([7, 3])
+
+    def in_both_modes(model):
+        return [*step(model.train(), inputs), logits(model.eval(), inputs)]
+
     for _ in range(3):
-        for model in (plain, recorded):
-            model.train()
-            expected = step(model, inputs)
-            model.eval()
-            expected = [*expected, logits(model, inputs)]
-            found = expected if model is plain else found  # noqa: F821
-        assert_same(expected, found)
+        assert_same(in_both_modes(recorded), in_both_modes(plain))
     assert recorder.recorded == 3
     assert recorder.replayed == 9
 
@@ -309,6 +310,14 @@ def test_each_precision_has_its_graphs(kind, recorder):
             torch.testing.assert_close(logits(recorded, inputs), logits(plain, inputs))
     assert recorder.recorded == 2
     assert recorder.replayed == 4
+
+
+def test_a_recording_neither_reads_nor_keeps_the_copies_that_autocast_makes():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.is_autocast_cache_enabled()
+        with Precision.of(torch.ones(1)).restored():
+            assert torch.is_autocast_enabled("cpu")
+            assert not torch.is_autocast_cache_enabled()
 
 
 def test_a_gradient_under_autocast(recorder):
@@ -493,6 +502,20 @@ def test_threads_take_turns(recorder):
     assert_same(found, expected)
 
 
+def test_the_newer_interface_of_products_precision_is_a_setting_too(recorder):
+    """PyTorch's older one raises where a user has set the newer one."""
+    _, recorded = (model.eval() for model in models("Bert"))
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32", "ieee"):
+            matmul.fp32_precision = precision
+            logits(recorded, batch([5]))
+    finally:
+        matmul.fp32_precision = before
+    assert recorder.recorded == 2
+
+
 def test_inside_a_recording_of_the_callers_own_nothing_is_recorded(recorder):
     _, recorded = models("Bert")
     recorder.inside = True
@@ -512,9 +535,9 @@ def on_gpu(kind="Bert", head="ForSequenceClassification", **options):
     return [model.cuda() for model in models(kind, head, **options)]
 
 
-def replays_since(before):
-    """How many graphs the device's pool has had since then; each is recorded once."""
-    return len(graphs.pool_of(torch.device("cuda", 0)).used) - before
+def num_recorded():
+    """How many buckets have graphs on the first GPU now."""
+    return len(graphs.pool_of(torch.device("cuda", 0)).used)
 
 
 @pytest.mark.gpu
@@ -522,7 +545,7 @@ def replays_since(before):
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 def test_on_a_gpu_replays_give_what_the_layers_give(kind, precision):
     plain, recorded = on_gpu(kind)
-    before = replays_since(0)
+    before = num_recorded()
     for number, lengths in enumerate([[7, 3, 5, 6], [130, 20], [9, 2, 8], [6, 4, 4, 4], [130, 25]]):
         inputs = {name: x.cuda() for name, x in batch(lengths, number).items()}
         labels = (torch.arange(len(lengths)) % 3).cuda()
@@ -539,7 +562,7 @@ def test_on_a_gpu_replays_give_what_the_layers_give(kind, precision):
             for a, e in zip(*found, strict=True):
                 if e is not None:
                     assert (a - e).abs().max() <= size * (1 + e.abs().max())
-    assert replays_since(before) >= 6
+    assert num_recorded() - before >= 6
 
 
 @pytest.mark.gpu
@@ -569,7 +592,7 @@ def test_on_a_gpu_the_callers_own_recording_holds_no_graph_of_ours():
     _, recorded = (model.eval() for model in on_gpu())
     ids = batch([64])["input_ids"].cuda()
     expected = logits(recorded, {"input_ids": ids})
-    before = replays_since(0)
+    before = num_recorded()
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad():
         recorded(ids)
@@ -577,7 +600,7 @@ def test_on_a_gpu_the_callers_own_recording_holds_no_graph_of_ours():
             out = recorded(ids).logits
     graph.replay()
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
-    assert replays_since(before) == 0
+    assert num_recorded() == before
 
 
 @pytest.mark.gpu

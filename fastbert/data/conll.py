@@ -25,9 +25,9 @@ def read_conll(path: Path, *, labelled: bool = True) -> list[Sentence]:
     """The sentences of a file with a word a line, its label in the last field.
 
     Sentences end at blank lines; `-DOCSTART-` lines, and comments as CoNLL-U has them (`# text =
-    ...`), are left out. Raises InputError for a line with
-    another number of fields than the first, for a label that is neither O nor a prefix, a hyphen
-    and a type (B-PER), and for a file without words.
+    ...`), are left out. Raises InputError for a line with another number of fields than the first,
+    for a label that is neither O nor a prefix, a hyphen and a type (B-PER), and for a file without
+    words.
     """
     sentences: list[Sentence] = []
     rows: list[list[str]] = []

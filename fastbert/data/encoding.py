@@ -14,8 +14,6 @@ from fastbert.data.segment import Segmenter, continuations
 
 _PREFIX = "##"
 _BATCH = 4096  # sentences encoded at once: the library needs 100 times the memory of their tokens
-
-
 _MANY_UNKNOWN = 0.1  # of all tokens
 
 

@@ -246,7 +246,8 @@ def _types(embeddings: Any, position_ids: Tensor) -> Tensor | None:
     types = getattr(embeddings, "token_type_ids", None)
     if types is None or types.is_meta:
         return None
-    if not torch.compiler.is_compiling():  # whose traces read no values, so it looks them up
+    # a trace reads no values, and an inference tensor does not tell that it has changed
+    if not torch.compiler.is_compiling() and not types.is_inference():
         known = _ARE_ZERO.get(embeddings)
         if known is None or known[0]() is not types or known[1] != types._version:
             are_zero = not bool(types.any())

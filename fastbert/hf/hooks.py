@@ -27,7 +27,8 @@ def works_by_token(leaf: nn.Module) -> bool:
     Any other may look along the sequence, as may a hook, so it must see (B, S, H).
     """
     cls = type(leaf)
-    return not is_observed(leaf) and (cls.__module__, cls.__name__) in _BY_TOKEN
+    is_known = (cls.__module__, cls.__name__) in _BY_TOKEN
+    return is_known and not any(map(is_observed, leaf.modules()))  # an adapter has some inside
 
 
 # Weights or products of another kind; each row of the output is of the same row of the input.
@@ -52,7 +53,8 @@ def is_theirs(module: nn.Module) -> bool:
     original = next((vars(c)[ORIGINAL] for c in cls.__mro__ if ORIGINAL in vars(c)), cls)
     functions = cls.forward, original.forward
     return cls.__module__.startswith("transformers.models.") and all(
-        getattr(function, "__module__", "").startswith("transformers.") for function in functions
+        (getattr(function, "__module__", None) or "").startswith("transformers.")
+        for function in functions
     )
 
 

@@ -110,10 +110,23 @@ class Sequences:
             require(False, "attention", "cu_seqlens of dtype int32 and shape (batch + 1,)", got)
         if not cu_seqlens.is_contiguous():
             require(False, "attention", "contiguous cu_seqlens", cu_seqlens.stride())
-        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-            require(False, "attention", "a mask of dtype bool or floating", mask.dtype)
+        if mask is not None:
+            self._check_mask(mask)
         if rng is not None:
             check_dropout("dropout", num_tokens, cu_seqlens.device, 0.5, rng)
+
+    def _check_mask(self, mask: Tensor) -> None:
+        batch, longest = len(self.cu_seqlens) - 1, self.max_seqlen
+        full = (batch, None, longest, longest)  # how many heads there are, the layers know
+        sizes = zip(reversed(mask.shape), reversed(full), strict=False)
+        require(
+            mask.ndim <= 4
+            and all(limit is None or size in (1, limit) for size, limit in sizes)
+            and (mask.dtype == torch.bool or mask.is_floating_point()),
+            "attention",
+            f"a mask of dtype bool or floating, broadcasting to {(batch, 'heads', *full[2:])}",
+            f"{mask.dtype} {tuple(mask.shape)}",
+        )
 
     def at(self, site: int) -> "Sequences":
         """The same, with the dropout of another place in the model."""

@@ -12,7 +12,9 @@ from fastbert.ops.unpad import Unpadding, unpad
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 # Accepted, without effect on a bidirectional encoder; the last ones are left over from tokenizers.
+# What the first two ask for is read, or refused, before.
 _IGNORED = {
+    *("output_hidden_states", "output_attentions"),
     *("num_items_in_batch", "seq_idx", "cache_position", "use_cache", "return_dict"),
     *("special_tokens_mask", "length", "offset_mapping", "overflow_to_sample_mapping"),
 }
@@ -53,7 +55,7 @@ def unknown_argument(arguments: dict[str, Any]) -> str | None:
     """The first of further arguments that asks for something; None if none does."""
     for name, value in arguments.items():
         is_none = value is None or value is False or _all_none(value)
-        if not (is_none or name in _IGNORED or name.startswith("output_")):
+        if not (is_none or name in _IGNORED):
             return name
     return None
 

@@ -36,7 +36,7 @@ def run_stack(
 
     read = cast(Sequence[LayerParts], parts)
     sequences.check(len(x))
-    replayed = graphs.run_layers(layers, read, x, sequences, rows, reason)
-    if replayed is not None:
-        return replayed, None
+    output = graphs.replayed(layers, read, x, sequences, rows, reason)
+    if output is not None:
+        return output, None
     return run_layers(len(layers), x, sequences, wanted_states, rows, call)

@@ -48,9 +48,8 @@ def make_step(
     step = EagerStep(objective, optimizer, config, device, scaler=scaler, num_ranks=num_ranks)
     if device.type != "cuda" or eager or num_ranks > 1:
         return step
-    graphs.allow(
-        objective, False
-    )  # within a whole step's graph, the layers' would only take memory
+    # beside the graph of a whole step, those of the layers would only take memory
+    graphs.allow(objective, False)
     return GraphedStep(step, data.bucket(config.accumulation), CudaGraphs())
 
 

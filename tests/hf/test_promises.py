@@ -150,6 +150,22 @@ def test_a_leaf_that_is_hooked_or_replaced_sees_padded_sequences(family, change)
     assert_alike(change, family)
 
 
+@pytest.mark.parametrize("inside", ["base_layer", "lora_A.default", "lora_dropout.default"])
+def test_a_hook_inside_an_adapter_sees_padded_sequences(inside):
+    from peft import LoraConfig, get_peft_model
+
+    shapes = []
+    for model in pair():
+        lora = LoraConfig(target_modules=["query"], init_lora_weights=False, lora_dropout=0.1)
+        adapted = get_peft_model(model, lora).eval()
+        query = layer(model).attention.self.query
+        query.get_submodule(inside).register_forward_hook(
+            lambda module, args, output: shapes.append(output.shape[:2])
+        )
+        adapted(ids(), attention_mask=MASK)
+    assert [tuple(shape) for shape in shapes] == [tuple(MASK.shape)] * 2
+
+
 def test_explain_names_the_leaf():
     _, ours = pair()
     replace_a_linear(ours)
@@ -273,10 +289,10 @@ def test_the_buffer_of_positions_counts(family):
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta"])
 def test_the_buffer_of_segments_counts_whenever_it_changes(family):
-    options = {"type_vocab_size": 3}
-    ours = assert_alike(lambda m: m.embeddings.token_type_ids.fill_(1), family, **options)
-    theirs = fastbert.unpatch(copy.deepcopy(ours))
+    theirs, ours = pair(family, type_vocab_size=3)
+    states(ours)  # in which it is remembered that the buffer is zero
     for change in (
+        lambda types: types.fill_(1),
         lambda types: types.fill_(2),
         lambda types: types.copy_(torch.arange(64) % 3),
         lambda types: types.zero_(),
@@ -284,6 +300,16 @@ def test_the_buffer_of_segments_counts_whenever_it_changes(family):
         for model in (theirs, ours):
             change(model.embeddings.token_type_ids)
         with torch.no_grad():
+            torch.testing.assert_close(states(ours), states(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_made_in_inference_mode_reads_its_buffers_too():
+    """Its tensors do not count their versions."""
+    with torch.inference_mode():
+        theirs, ours = pair(type_vocab_size=3)
+        for types in (1, 2, 0):
+            for model in (theirs, ours):
+                model.embeddings.token_type_ids.fill_(types)
             torch.testing.assert_close(states(ours), states(theirs), rtol=1e-4, atol=1e-5)
 
 

@@ -127,6 +127,14 @@ def test_what_it_cannot_do_is_refused(encoders, arguments, message):
         encoders[0](*arguments)
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 5, 5), (2, 1, 5, 4), (1, 2, 1, 5, 5)], ids=str)
+def test_a_general_mask_of_packed_tokens_fits_them(encoders, shape):
+    cu_seqlens = torch.tensor([0, 5, 9], dtype=torch.int32)
+    packed = {"cu_seqlens": cu_seqlens, "max_seqlen": 5}
+    with pytest.raises(ValueError, match=r"a mask .* broadcasting to \(2, 'heads', 5, 5\), got"):
+        encoders[0](torch.ones(9, 24), **packed, mask=torch.ones(shape).bool())
+
+
 def test_a_model_refuses_what_it_cannot_do():
     model = fastbert.BertModel(fastbert.BertConfig(**SHAPE))
     ids = torch.ones(2, 5, dtype=torch.long)
@@ -137,6 +145,10 @@ def test_a_model_refuses_what_it_cannot_do():
         ({"input_ids": ids[0]}, r"input_ids \(batch, seqlen\)"),
         ({"input_ids": ids.expand(2, 5).repeat(1, 5)}, "max_position_embeddings = 20 tokens"),
         ({"input_ids": ids, "token_type_ids": ids[:, :3]}, r"token_type_ids of shape \(2, 5\)"),
+        (
+            {"input_ids": ids, "output_scores": True},
+            r"an encoder .* got output_scores",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             model(**arguments)

@@ -8,13 +8,21 @@ and a module keeps its attributes, parameters and buffers: nothing else is held 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
+from fastbert.check import require
 from fastbert.graphs import Graphs, allow
 from fastbert.hf.encode import run_encoder, run_model
-from fastbert.hf.families import FAMILIES, ORIGINAL, Family, family_of, patched_base
+from fastbert.hf.families import (
+    FAMILIES,
+    ORIGINAL,
+    Family,
+    family_of,
+    keep_padding,
+    patched_base,
+)
 from fastbert.hf.heads import run_head, run_masked_lm, run_pretraining
 from fastbert.hf.stack import run_one_layer
 from fastbert.modules.request import DOCUMENTS
@@ -22,7 +30,9 @@ from fastbert.modules.request import DOCUMENTS
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def patch(model: Model, graphs: Graphs = "auto") -> Model:
+def patch(
+    model: Model, graphs: Graphs = "auto", padding: Literal["skip", "compute"] = "skip"
+) -> Model:
     """Makes a Hugging Face model compute packed and fused, in place, and returns it.
 
     model: one of transformers' BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA or DistilBERT models,
@@ -35,14 +45,22 @@ def patch(model: Model, graphs: Graphs = "auto") -> Model:
     graphs: "auto" replays the layers as CUDA graphs where that is right, on a GPU; False never
     does, nor does FASTBERT_GRAPHS=0 for any model; see `fastbert.graphs`.
 
+    padding: "skip" computes no padded tokens, whose outputs are zeros and whose labels count for
+    nothing; "compute" computes them as Hugging Face does, for those who read them (ColBERT's
+    queries, https://arxiv.org/abs/2004.12832, are expanded by [MASK] tokens that none attends to).
+
     Raises TypeError, naming the class, if there is nothing in the model to patch.
     """
+    is_known = padding in ("skip", "compute")
+    require(is_known, "padding", '"skip" or "compute"', repr(padding))
     found = is_patched(model)
     for module in model.modules():
         new_class = _replacement(type(module))
         if new_class is not None:
             module.__class__ = new_class
             found = True
+        if patched_base(module) is not None:
+            keep_padding(module, padding == "compute")
     if not found:
         names = ", ".join(family.model for family in FAMILIES.values())
         raise TypeError(
@@ -59,6 +77,7 @@ def unpatch(model: Model) -> Model:
         original = vars(type(module)).get(ORIGINAL)
         if original is not None:
             module.__class__ = original
+            keep_padding(module, False)
     allow(model, "auto")
     return model
 

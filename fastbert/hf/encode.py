@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastbert import events
 from fastbert.check import require
-from fastbert.hf.families import Family, Unsupported, dropout_of
+from fastbert.hf.families import Family, Unsupported, dropout_of, keeps_padding
 from fastbert.hf.hooks import is_hooked, is_theirs, works_by_token
 from fastbert.hf.stack import (
     boundary_dtype,
@@ -87,14 +87,19 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
 
     shape = given.shape[0], given.shape[1]
     require_values(given)
-    padding, mask = read_layout(given, attention_mask, position_ids, **packed)
-    if position_ids is None:
-        position_ids = _positions(model, family, padding, input_ids, shape, given.device)
+    keeps = keeps_padding(model)
+    padding, mask = read_layout(given, attention_mask, position_ids, keeps_padding=keeps, **packed)
+    positions = position_ids
+    if positions is None:
+        positions = _positions(model, family, input_ids, shape, given.device)
 
     rng = None
     if any(module.training for module in (model, model.embeddings, *layers)):
         rng = for_batch(padding.cu_seqlens, padding.num_tokens)
-    x = _embed(model, padding, rng, input_ids, inputs_embeds, position_ids, token_type_ids)
+    asked = {"position_ids": position_ids}
+    if family.has_types:
+        asked["token_type_ids"] = token_type_ids
+    x = _embed(model, padding, rng, input_ids, inputs_embeds, positions, asked)
     sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, mask, rng)
     states = states_wanted(model, arguments)
     chosen = rows(padding) if rows is not None and not states else None
@@ -110,23 +115,24 @@ def _embed(
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
     position_ids: Tensor,
-    token_type_ids: Tensor | None,
+    asked: dict[str, Tensor | None],
 ) -> Tensor:
-    """The packed stream (T, H) before the first layer."""
+    """The packed stream (T, H) before the first layer.
+
+    asked: the positions and token types as the user passes them, None if not; position_ids is there
+    in any case.
+    """
     embeddings = model.embeddings
     # the input's device: an offloaded model's weights are on the meta device
     own, device = _own_dtype(embeddings), position_ids.device
     dtype = stream_dtype(own, device, model.config, training=model.training)
     has_types = family_of_module(model).has_types
     if not _are_plain(embeddings, has_types):
-        types = {"token_type_ids": token_type_ids} if has_types else {}
-        x = embeddings(
-            input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, **types
-        )
+        x = embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds, **asked)
         x = padding.pack(x).to(dtype)
     else:
         shape = padding.batch_shape
-
+        token_type_ids = asked.get("token_type_ids")
         if has_types and token_type_ids is None:
             token_type_ids = _types(embeddings, position_ids)
 
@@ -167,7 +173,10 @@ def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> 
     try:
         parts = require_encoder(encoder.config, encoder.layer, wanted)
         require_values(hidden_states)
-        padding, general = read_layout(hidden_states, mask, positions, **packed)
+        keeps = keeps_padding(encoder)
+        padding, general = read_layout(
+            hidden_states, mask, positions, keeps_padding=keeps, **packed
+        )
         own, device = hidden_states.dtype, hidden_states.device
         dtype = stream_dtype(own, device, encoder.config, training=encoder.training)
         x = padding.pack(hidden_states).to(dtype)
@@ -193,7 +202,6 @@ def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> 
 def _positions(
     model: Any,
     family: Family,
-    padding: Unpadding,
     input_ids: Tensor | None,
     shape: tuple[int, int],
     device: torch.device,

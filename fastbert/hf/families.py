@@ -249,6 +249,20 @@ def runs_patched(module: nn.Module) -> bool:
     return base is not None and type(module).forward is base.forward
 
 
+def keep_padding(module: nn.Module, keeps: bool) -> None:
+    """Says whether a patched module computes padded tokens too, as Hugging Face does."""
+    vars(module).pop(_KEEPS_PADDING, None)
+    if keeps:
+        vars(module)[_KEEPS_PADDING] = True
+
+
+def keeps_padding(module: nn.Module) -> bool:
+    return _KEEPS_PADDING in vars(module)
+
+
+_KEEPS_PADDING = "_fastbert_keeps_padding"  # in the attributes, so that copies and pickles keep it
+
+
 def family_of(cls: type) -> Family | None:
     """The family whose transformers module a class comes from; None for any other class."""
     package, _, name = cls.__module__.rpartition(".")

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from fastbert import events
 from fastbert.hf.encode import encode, is_plain_pooler
-from fastbert.hf.families import Unsupported, family_of, leaf, patched_base, runs_patched
+from fastbert.hf.families import (
+    Unsupported,
+    family_of,
+    keeps_padding,
+    leaf,
+    patched_base,
+    runs_patched,
+)
 from fastbert.hf.hooks import is_hooked
 from fastbert.models.inputs import wants_logits
 from fastbert.models.losses import Scored, pretraining_loss, score_classes, score_words, span_loss
@@ -82,7 +89,7 @@ def run_head(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
     if labels is None:
         return original(**arguments)
     if name.endswith(("ForTokenClassification", "ForPreTraining")):  # elsewhere, by sequence
-        labels = _of_real_tokens(labels, arguments)
+        labels = _of_real_tokens(model, labels, arguments)
     elif labels.dtype == torch.int32:  # which Hugging Face takes for classes and cannot score
         labels = labels.long()
     output = original(**{**arguments, "labels": labels, "return_dict": True})
@@ -102,10 +109,7 @@ def _run_spans(model: Any, original: Callable, arguments: dict[str, Any]) -> Any
     if any(arguments.get(name) is None for name in names):
         return original(**arguments)
     output = original(**_without(arguments, (*names, "return_dict")), return_dict=True)
-    is_real, scores = (
-        real_tokens(arguments.get("attention_mask")),
-        (output.start_logits, output.end_logits),
-    )
+    is_real, scores = _real_tokens(model, arguments), (output.start_logits, output.end_logits)
     if is_real is not None:
         is_real = is_real.to(scores[0].device).expand_as(scores[0])
     columns = [arguments[name] for name in names]
@@ -118,7 +122,7 @@ def _score(
 ) -> tuple[Scored, dict[str, Any]]:
     """How well the words are predicted, by the masked rows alone where that will do, and the fields
     of the output but for the loss."""
-    labels = _of_real_tokens(arguments["labels"], arguments)
+    labels = _of_real_tokens(model, arguments["labels"], arguments)
     if not with_logits:
         try:
             return _score_rows(model, arguments, labels, with_pairs)
@@ -208,12 +212,15 @@ def _is_usual(model: Any) -> bool:
     return is_plain(loss, torch.nn.CrossEntropyLoss) and loss.weight is None and is_usual
 
 
-def _of_real_tokens(labels: Tensor, arguments: dict[str, Any]) -> Tensor:
+def _real_tokens(model: Any, arguments: dict[str, Any]) -> Tensor | None:
+    """(B or 1, S) bool: the tokens whose labels count; None where all do."""
+    return None if keeps_padding(model) else real_tokens(arguments.get("attention_mask"))
+
+
+def _of_real_tokens(model: Any, labels: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Labels of tokens, int64 unless they are floating-point, with -100 at padding."""
-    labels, is_real = (
-        labels if labels.is_floating_point() else labels.long(),
-        real_tokens(arguments.get("attention_mask")),
-    )
+    labels = labels if labels.is_floating_point() else labels.long()
+    is_real = _real_tokens(model, arguments)
     if is_real is None:
         return labels
     by_row = labels.reshape(-1, is_real.shape[1])  # Hugging Face takes them flat too

@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from fastbert import events
 from fastbert.hf.attention import attention_forward
-from fastbert.hf.families import Family, Unsupported, family_of, patched_base, runs_patched
+from fastbert.hf.families import (
+    Family,
+    Unsupported,
+    family_of,
+    keeps_padding,
+    patched_base,
+    runs_patched,
+)
 from fastbert.hf.hooks import is_observed
 from fastbert.modules.layer import LayerParts, Rows, Sequences, run_layer
 from fastbert.modules.plan import Planner
@@ -115,7 +122,9 @@ def _tell(
     if not events.is_listening():
         return
     notes = []
-    if mask is not None:
+    if keeps_padding(module):
+        notes.append('rows of padding are computed (padding="compute")')
+    elif mask is not None:
         notes.append("a general mask, so padding stays")
     if rows is not None:
         notes.append(f"the last layer computes {len(rows.index)} tokens")

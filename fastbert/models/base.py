@@ -31,6 +31,7 @@ class BertPreTrainedModel(nn.Module):
 
     base_model_prefix: ClassVar[str] = "bert"
     supports_gradient_checkpointing: ClassVar[bool] = True
+    input_modalities: ClassVar[str] = "text"  # which transformers' pipelines print
     config: Any
 
     def __init__(self, config) -> None:
@@ -39,6 +40,7 @@ class BertPreTrainedModel(nn.Module):
         self.config = config
         # loading with assign=True replaces parameters, the tied ones each by one of its own
         self.register_load_state_dict_post_hook(_tie_again)
+        self.register_state_dict_post_hook(_set_apart)
 
     def run(self, inputs: Inputs, options: Any, **targets: Any) -> Any:
         """Reads the arguments, predicts, and gives the result in the form that was asked for."""
@@ -62,6 +64,10 @@ class BertPreTrainedModel(nn.Module):
             output_attentions=False,
             return_dict=True,
         )
+
+    def can_generate(self) -> bool:
+        """Whether it writes text, which transformers' pipelines ask."""
+        return False
 
     @property
     def device(self) -> torch.device:
@@ -271,6 +277,19 @@ def _dtype(dtype: torch.dtype | str | None, weights: Mapping[str, Tensor]) -> to
     is_one = dtype is None or (isinstance(found, torch.dtype) and found.is_floating_point)
     require(is_one, "dtype", 'a floating-point dtype, its name or "auto"', repr(dtype))
     return found
+
+
+def _set_apart(
+    model: BertPreTrainedModel, state: dict[str, Any], prefix: str, metadata: Any
+) -> None:
+    """Gives each name of a tied parameter a tensor of its own: Trainer saves with safetensors,
+    which refuses tensors that share memory."""
+    seen = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tensor = state.get(prefix + name)
+        if parameter in seen and tensor is not None and not isinstance(tensor, nn.Parameter):
+            state[prefix + name] = tensor.clone()
+        seen.add(parameter)
 
 
 def _tie_again(model: BertPreTrainedModel, _: Any) -> None:

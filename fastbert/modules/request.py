@@ -32,11 +32,14 @@ def read_layout(
     given: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
+    *,
+    keeps_padding: bool = False,
     **documents: Any,
 ) -> Layout:
     """Who attends to whom among given (B, S, ...), ids or embeddings.
 
-    attention_mask: see `read_mask`; position_ids, documents: see `document_boundaries`. The host
+    attention_mask: see `read_mask`; position_ids, documents: see `document_boundaries`;
+    keeps_padding: whether padded tokens are computed too, though no token attends to them. The host
     waits for a GPU once where there is a mask. Raises ValueError for what does not fit together.
     """
     batch, seqlen = given.shape[:2]
@@ -48,7 +51,11 @@ def read_layout(
     padding, general = read_mask(attention_mask, batch, seqlen)
     if padding is None:
         return Layout(Unpadding.dense(batch, seqlen, given.device), general)
-    return Layout(unpad(padding.to(given.device)), None)
+    padding = padding.to(given.device)
+    real = unpad(padding)
+    if keeps_padding and real.num_tokens < batch * seqlen:
+        return Layout(Unpadding.dense(batch, seqlen, given.device), padding[:, None, None])
+    return Layout(real, None)
 
 
 def unknown_argument(arguments: dict[str, Any]) -> str | None:

@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
 import transformers
 
 import fastbert
+from tests.hf.changes import CHANGES
 
 # 4.57 has no sdpa for ELECTRA, takes no 4-D mask, and no list of layers as output_hidden_states
 IS_V4 = transformers.__version__.startswith("4.")
@@ -35,7 +37,9 @@ _FIRST_COLUMN = ("Sequence", "Multiple", "PreTraining", "NextSentence")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """lengths: real tokens of each sequence; side: where the padding is, "right" or "left"."""
+    """lengths: real tokens of each sequence; side: where the padding is, "right" or "left"; change:
+    what the user does to both models, by its name in CHANGES; positional: how many arguments at
+    most are given by place; leftover: whether a key of the tokenizer's is left in the batch."""
 
     family: str = "Bert"
     kind: str = "Model"
@@ -56,6 +60,10 @@ class Case:
     states: bool = False
     return_dict: bool = True
     problem: str | None = None
+    change: str | None = None
+    padding: str = "skip"
+    positional: int = 0
+    leftover: bool = False
     seed: int = 0
 
 
@@ -99,7 +107,10 @@ def build(case: Case) -> tuple[Any, Any]:
     for parameter in model.parameters():  # biases and norms too, which start at 0 and 1
         torch.nn.init.normal_(parameter, std=0.3)
     model = model.to(case.dtype).train(case.training)
-    patched = fastbert.patch(copy.deepcopy(model))
+    patched = fastbert.patch(copy.deepcopy(model), padding=case.padding)
+    if case.change is not None:
+        for one in (model, patched):
+            CHANGES[case.change](one)
     if case.checkpointing:
         for one in (model, patched):
             one.gradient_checkpointing_enable(
@@ -120,7 +131,8 @@ def inputs(case: Case, model: Any) -> tuple[dict[str, Any], torch.Tensor]:
     ids = torch.randint(5, 37, (batch, seqlen)).masked_fill(~real, pad)
     arguments: dict[str, Any] = {"input_ids": ids}
     if case.from_embeddings:
-        table = model.get_input_embeddings().weight.detach()
+        words = model.get_input_embeddings()
+        table = getattr(words, "inner", words).weight.detach()
         arguments = {"inputs_embeds": table[ids].clone().requires_grad_()}
     if case.token_types and case.family in ("Bert", "Electra"):
         arguments["token_type_ids"] = torch.randint(0, 2, (batch, seqlen))
@@ -139,6 +151,8 @@ def inputs(case: Case, model: Any) -> tuple[dict[str, Any], torch.Tensor]:
         arguments["output_hidden_states"] = True
     if not case.return_dict:
         arguments["return_dict"] = False
+    if case.leftover:
+        arguments["special_tokens_mask"] = (~real).long()
     return arguments, real
 
 
@@ -189,14 +203,16 @@ def _labels(case: Case, real: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def is_comparable(case: Case) -> bool:
     """Whether all that the call gives is meant to be Hugging Face's."""
-    padded = case.mask != "none" and len(set(case.lengths)) > 1
-    if case.side == "left" and padded and any(name in case.kind for name in _FIRST_COLUMN):
+    skips = case.mask != "none" and len(set(case.lengths)) > 1 and case.padding == "skip"
+    if case.side == "left" and skips and any(name in case.kind for name in _FIRST_COLUMN):
         return False
-    if case.side == "left" and padded and case.kind == "Model" and not case.return_dict:
+    if case.side == "left" and skips and case.kind == "Model" and not case.return_dict:
         return False  # its pooler's output has no name to be left out by
-    if "QuestionAnswering" in case.kind and padded:
+    if "QuestionAnswering" in case.kind and skips:
         return False  # its softmax runs over the padded places too
-    if IS_V4 and (case.mask in MASKS[4:] or (case.positions and case.family == "DistilBert")):
+    if IS_V4 and (
+        case.leftover or case.mask in MASKS[4:] or (case.positions and case.family == "DistilBert")
+    ):
         return False
     if case.mask == "4-D bool" and case.attention == "eager":
         return False  # Hugging Face adds the zeros and ones to the scores
@@ -223,9 +239,12 @@ def compare(case: Case) -> None:
     missing = set(expected) - set(output)
     assert missing <= ({"logits", "prediction_logits"} if case.training else set()), missing
     assert list(output) == [name for name in expected if name in output]
+    if case.padding == "compute":
+        real = torch.ones_like(real)
+    has_same_pooler = case.side == "right" or case.mask == "none" or case.padding == "compute"
     for name, value in output.items():
         whole = {"loss", "pooler_output", "seq_relationship_logits"}
-        if name == "pooler_output" and case.side == "left" and case.mask != "none":
+        if name == "pooler_output" and not has_same_pooler:
             continue
         if isinstance(value, tuple):
             for number, (a, b) in enumerate(zip(value, expected[name], strict=True)):
@@ -244,7 +263,13 @@ def compare(case: Case) -> None:
 
 
 def _run(model: Any, arguments: dict[str, Any], case: Case) -> dict[str, Any]:
-    output = model(**arguments)
+    names = list(inspect.signature(model.forward).parameters)[: case.positional]
+    rest, by_place = dict(arguments), []
+    for name in names:
+        if name not in rest:
+            break
+        by_place.append(rest.pop(name))
+    output = model(*by_place, **rest)
     if case.return_dict:
         return dict(output)
     assert isinstance(output, tuple)
@@ -268,6 +293,6 @@ def _gradients(model, output, arguments, real, case: Case) -> dict[str, torch.Te
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     zeros = (torch.zeros_like(leaf) for leaf in leaves.values())
     return {
-        name: zero if gradient is None else gradient
+        name: zero if gradient is None else gradient.to_dense()
         for name, gradient, zero in zip(leaves, found, zeros, strict=True)
     }

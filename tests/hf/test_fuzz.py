@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.hf.cases import BERT_KINDS, FAMILIES, KINDS, MASKS, Case, compare, is_comparable
+from tests.hf.changes import CHANGES, OF_LAYERS
 
 CASES = st.builds(
     Case,
@@ -29,6 +30,10 @@ CASES = st.builds(
     states=st.booleans(),
     return_dict=st.sampled_from([True, True, True, False]),
     problem=st.sampled_from([None, None, "regression", "multi_label_classification"]),
+    change=st.sampled_from([None, *CHANGES]),
+    padding=st.sampled_from(["skip", "skip", "compute"]),
+    positional=st.integers(0, 3),
+    leftover=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 
@@ -44,5 +49,6 @@ def test_a_patched_model_gives_what_the_unpatched_gives(case):
     assume(case.problem is None or case.kind == "ForSequenceClassification")
     # the norm of a few numbers in float32 is mostly rounding
     assume(case.dtype == torch.float64 or case.heads * case.head_dim >= 8)
+    assume(case.layers > 0 or case.change not in {change.__name__ for change in OF_LAYERS})
     assume(is_comparable(case))
     compare(case)

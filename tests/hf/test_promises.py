@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 import fastbert
+from tests.hf.changes import LEAVES, OPTIONS, layer, replace_a_linear
 
 FAMILIES = ("Bert", "Roberta", "DistilBert")
 MASK = (torch.arange(10) < torch.tensor([[10], [7], [4]])).long()
@@ -43,22 +44,6 @@ def ids():
     return torch.randint(5, 99, MASK.shape).masked_fill(~REAL, 0)
 
 
-def base(model):
-    return getattr(model, model.base_model_prefix, model)
-
-
-def layer(model, number=0):
-    return next(m for m in base(model).modules() if isinstance(m, nn.ModuleList))[number]
-
-
-def linear_of(model):
-    """The output projection of the first layer's attention, and who holds it under what name."""
-    first = layer(model)
-    if hasattr(first.attention, "out_lin"):
-        return first.attention, "out_lin"
-    return first.attention.output, "dense"
-
-
 def states(model, **options):
     return model(ids(), attention_mask=MASK, **options).last_hidden_state[REAL]
 
@@ -74,74 +59,6 @@ def assert_alike(change, family, **options):
         assert not torch.allclose(before, expected, atol=1e-4)
         torch.testing.assert_close(states(ours), expected, rtol=1e-4, atol=1e-5)
     return ours
-
-
-class Gate(nn.Module):
-    """Looks at the whole sequence."""
-
-    def __init__(self, inner=None):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        y = x if self.inner is None else self.inner(x)
-        return y * torch.sigmoid(y.mean(1, keepdim=True))
-
-
-def first_token_hook(module, args, output):
-    output = output.clone()
-    output[:, 0] = 0
-    return output
-
-
-def hook_a_linear(model):
-    owner, name = linear_of(model)
-    getattr(owner, name).register_forward_hook(first_token_hook)
-
-
-def replace_a_linear(model):
-    owner, name = linear_of(model)
-    setattr(owner, name, Gate(getattr(owner, name)))
-
-
-def replace_a_norm(model):
-    first = layer(model)
-    owner, name = (first, "sa_layer_norm")
-    if hasattr(first.attention, "output"):
-        owner, name = first.attention.output, "LayerNorm"
-    setattr(owner, name, Gate(getattr(owner, name)))
-
-
-def replace_an_activation(model):
-    first = layer(model)
-    if hasattr(first, "ffn"):
-        first.ffn.activation = Gate()
-    else:
-        first.intermediate.intermediate_act_fn = Gate()
-
-
-def replace_a_dropout(model):
-    first = layer(model)
-    owner = first.ffn if hasattr(first, "ffn") else first.output
-    owner.dropout = Gate()
-
-
-def hook_the_words(model):
-    model.embeddings.word_embeddings.register_forward_hook(first_token_hook)
-
-
-def replace_the_words(model):
-    model.embeddings.word_embeddings = Gate(model.embeddings.word_embeddings)
-
-
-def replace_the_embeddings_norm(model):
-    model.embeddings.LayerNorm = Gate(model.embeddings.LayerNorm)
-
-
-LEAVES = [
-    *(hook_a_linear, replace_a_linear, replace_a_norm, replace_an_activation, replace_a_dropout),
-    *(hook_the_words, replace_the_words, replace_the_embeddings_norm),
-]
 
 
 @pytest.mark.parametrize("change", LEAVES, ids=lambda change: change.__name__)
@@ -326,9 +243,7 @@ def test_positions_that_were_lengthened_are_taken():
 
 
 @pytest.mark.parametrize("table", ["word_embeddings", "position_embeddings"])
-@pytest.mark.parametrize(
-    "option", [{"sparse": True}, {"max_norm": 0.5}, {"scale_grad_by_freq": True}]
-)
+@pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_options_of_an_embedding_count(family, option, table):
     found = []

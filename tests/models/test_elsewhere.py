@@ -155,3 +155,116 @@ def test_options_of_a_download_are_the_hubs(monkeypatch, directory):
 def test_from_pretrained_refuses(options, message, directory):
     with pytest.raises(ValueError, match=message):
         fastbert.BertModel.from_pretrained(directory, **options)
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "mat", ".", "##s"]
+LABELS = {
+    "id2label": {0: "entailment", 1: "neutral", 2: "contradiction"},
+    "label2id": {"entailment": 0, "neutral": 1, "contradiction": 2},
+}
+
+
+def numbers(found):
+    """All numbers in what a pipeline gives, in order."""
+    if isinstance(found, dict):
+        found = list(found.values())
+    if isinstance(found, (list, tuple)):
+        return [number for one in found for number in numbers(one)]
+    return [] if isinstance(found, str) or found is None else [float(found)]
+
+
+@pytest.mark.parametrize(
+    ("task", "head", "asked"),
+    [
+        ("fill-mask", "ForMaskedLM", (["the cat [MASK] on", "the [MASK]"],)),
+        ("text-classification", "ForSequenceClassification", (["the cat", "mats on the mat ."],)),
+        ("token-classification", "ForTokenClassification", (["the cat sat", "mats"],)),
+        ("zero-shot-classification", "ForSequenceClassification", ("the cat sat", ["mat", "on"])),
+        ("feature-extraction", "Model", (["the cat sat", "mats on"],)),  # of one length
+    ],
+)
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_pipelines_of_transformers_run_them(task, head, asked, batch_size, tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    tokenizer = transformers.BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SHAPE | LABELS | {"vocab_size": len(WORDS)})
+    theirs = getattr(transformers, f"Bert{head}")(config).eval()
+    theirs.save_pretrained(tmp_path)
+    # what feature extraction reads by number it has made a plain dict of before
+    options = {"return_dict": False} if task == "feature-extraction" else {}
+    ours = getattr(fastbert, f"Bert{head}").from_pretrained(tmp_path, **options)
+    expected, found = [], []
+    for model, given in ((theirs, expected), (ours, found)):
+        pipeline = transformers.pipeline(
+            task, model=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu"
+        )
+        given += numbers(pipeline(*asked))
+        assert "text" in repr(pipeline)
+    assert len(found) > 1
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def masked_lm():
+    torch.manual_seed(0)
+    return fastbert.BertForMaskedLM(fastbert.BertConfig(**SHAPE))
+
+
+def test_trainer_saves_a_model_whose_decoder_is_tied(tmp_path):
+    batches = [{**row, "labels": row["input_ids"]} for row in rows()]
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=2, save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    model = masked_lm()
+    transformers.Trainer(model, arguments, train_dataset=batches).train()
+    directory = tmp_path / "checkpoint-2"
+    model.config.save_pretrained(directory)
+    again = fastbert.BertForMaskedLM.from_pretrained(directory)
+    theirs = transformers.BertForMaskedLM.from_pretrained(directory)
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+        assert torch.equal(theirs.state_dict()[name], value)
+
+
+def test_a_state_has_hugging_faces_names_and_each_tensor_its_own_memory():
+    model = masked_lm()
+    state = model.state_dict()
+    theirs = transformers.BertForMaskedLM(transformers.BertConfig(**SHAPE)).state_dict()
+    assert set(state) >= {name for name in theirs if "position_ids" not in name}
+    memory = [tensor.data_ptr() for tensor in state.values()]
+    assert len(set(memory)) == len(memory)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert tensor is dict(model.named_parameters(remove_duplicate=False))[name]
+
+
+def test_accelerate_trains_saves_and_goes_on(tmp_path):
+    from accelerate import Accelerator
+
+    batches = [{**row, "labels": row["input_ids"]} for row in rows()]
+
+    def prepared(model):
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        loader = torch.utils.data.DataLoader(batches, batch_size=4)
+        return accelerator, *accelerator.prepare(model, optimizer, loader)
+
+    def train(accelerator, model, optimizer, loader):
+        for batch in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    torch.manual_seed(0)
+    one = prepared(masked_lm().train())
+    train(*one)
+    one[0].save_state(tmp_path / "state")
+    one[0].save_model(one[1], tmp_path / "model")
+    train(*one)
+    two = prepared(masked_lm().train())
+    two[0].load_state(tmp_path / "state")
+    train(*two)
+    for a, b in zip(one[1].parameters(), two[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert (tmp_path / "model" / "model.safetensors").exists()

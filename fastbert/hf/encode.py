@@ -282,7 +282,12 @@ def _model_output(model: Any, encoded: Encoded, return_dict: bool | None) -> Any
     output = output_class(family.output)(**fields)
     if return_dict is None:
         return_dict = model.config.return_dict
-    return output if return_dict else output.to_tuple()
+    if return_dict:
+        return output
+    states, *rest = output.to_tuple()
+    # the heads of transformers 4.57 read hidden states from the third place on
+    leaves_a_place = returns_tuples() and pooler is None and hasattr(output, "pooler_output")
+    return (states, None, *rest) if leaves_a_place else (states, *rest)
 
 
 def is_plain_pooler(pooler: nn.Module) -> bool:

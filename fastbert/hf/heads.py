@@ -34,7 +34,10 @@ from fastbert.ops.unpad import Unpadding
 from fastbert.packing import IGNORE_INDEX
 
 _LOGIT_OPTIONS = ("return_logits", "skip_logits")
-_HEADS_OWN = ("labels", "next_sentence_label", "return_dict", *_LOGIT_OPTIONS)
+_HEADS_OWN = (
+    *("labels", "next_sentence_label", "num_items_in_batch", "return_dict"),
+    *_LOGIT_OPTIONS,
+)
 
 
 def run_masked_lm(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
@@ -63,7 +66,7 @@ def _run_words(
         else:
             fields["loss"] = words.loss(num_items)
     else:  # the loss, if there is one, is Hugging Face's or the user's
-        rest = _without(arguments, _LOGIT_OPTIONS)
+        rest = _without(arguments, (*_LOGIT_OPTIONS, "num_items_in_batch"))
         if with_logits:
             return original(**rest)
         fields = original(**{**rest, "return_dict": True})
@@ -86,6 +89,7 @@ def run_head(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
     if name.endswith("ForQuestionAnswering"):
         return _run_spans(model, original, arguments)
     labels, num_items = (arguments.get(name) for name in ("labels", "num_items_in_batch"))
+    arguments = _without(arguments, ("num_items_in_batch",))  # which 4.57's heads do not know
     if labels is None:
         return original(**arguments)
     if name.endswith(("ForTokenClassification", "ForPreTraining")):  # elsewhere, by sequence
@@ -106,6 +110,8 @@ def _run_spans(model: Any, original: Callable, arguments: dict[str, Any]) -> Any
     """The forward of `BertForQuestionAnswering`, ...: Hugging Face's scores, and a loss in which
     each end counts by itself, as one may be at padding and the other not."""
     names = ("start_positions", "end_positions")
+    num_items = arguments.get("num_items_in_batch")
+    arguments = _without(arguments, ("num_items_in_batch",))
     if any(arguments.get(name) is None for name in names):
         return original(**arguments)
     output = original(**_without(arguments, (*names, "return_dict")), return_dict=True)
@@ -113,7 +119,7 @@ def _run_spans(model: Any, original: Callable, arguments: dict[str, Any]) -> Any
     if is_real is not None:
         is_real = is_real.to(scores[0].device).expand_as(scores[0])
     columns = [arguments[name] for name in names]
-    loss = span_loss(scores, columns, is_real, arguments.get("num_items_in_batch"))
+    loss = span_loss(scores, columns, is_real, num_items)
     return _returned(model, type(output)(loss=loss, **output), arguments)
 
 

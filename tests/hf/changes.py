@@ -18,11 +18,11 @@ class Gate(nn.Module):
         return y * torch.sigmoid(y.mean(1, keepdim=True))
 
 
-class FirstAndLast(nn.Module):
-    """A pooler that reads the first and the last column."""
+class ByLength(nn.Module):
+    """A pooler that counts the columns."""
 
     def forward(self, hidden_states):
-        return hidden_states[:, 0] - hidden_states[:, -1]
+        return hidden_states[:, 0] * hidden_states.shape[1]
 
 
 def base(model):
@@ -95,7 +95,7 @@ def replace_the_embeddings_norm(model):
 
 def replace_the_pooler(model):
     if getattr(base(model), "pooler", None) is not None:
-        base(model).pooler = FirstAndLast()
+        base(model).pooler = ByLength()
 
 
 def change_a_buffer(model, name, value):

@@ -35,11 +35,11 @@ LABELS = {
 }
 
 
-def pair(family="Bert", kind="Model", padding="compute"):
+def pair(family="Bert", kind="Model", padding="compute", **options):
     torch.manual_seed(0)
     shape = SHAPE | (DISTIL if family == "DistilBert" else BERT)
     theirs = getattr(transformers, family + kind)(
-        getattr(transformers, f"{family}Config")(**shape)
+        getattr(transformers, f"{family}Config")(**shape, **options)
     ).eval()
     return theirs, fastbert.patch(copy.deepcopy(theirs), padding=padding)
 
@@ -78,12 +78,8 @@ def test_every_row_is_as_unpatched(family, kind, side):
 
 @pytest.mark.parametrize("kind", ["ForMaskedLM", "ForPreTraining", "ForTokenClassification"])
 def test_labels_at_padding_count_in_training(kind):
-    theirs, ours = pair(kind=kind)
-    for model in (theirs, ours):
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        model.train()
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    theirs, ours = (model.train() for model in pair(kind=kind, **none))
     options = batch() | LABELS[kind]
     expected, found = theirs(**options).loss, ours(**options).loss
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -18,8 +18,8 @@ TORCH_LIBRARY(fastbert, m) {
       " -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "attention_drop_words(Tensor token_key, Tensor state, int site, SymInt num_heads,"
-      " SymInt num_words, int threshold) -> Tensor",
+      "attention_keep_mask(Tensor token_key, Tensor state, int site, SymInt num_heads,"
+      " SymInt num_keys, int threshold) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -27,7 +27,7 @@ TORCH_LIBRARY_IMPL(fastbert, CPU, m) {
   m.impl("compact", &fastbert::compact_cpu);
   m.impl("gather_rows", &fastbert::gather_rows_cpu);
   m.impl("hidden_keep_mask", &fastbert::hidden_keep_mask_cpu);
-  m.impl("attention_drop_words", &fastbert::attention_drop_words_cpu);
+  m.impl("attention_keep_mask", &fastbert::attention_keep_mask_cpu);
 }
 
 PyMODINIT_FUNC PyInit__C() {

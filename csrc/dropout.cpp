@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kRounds = 7;
 constexpr int64_t kGroup = 8;  // columns that share a call, 16 bits each, of which 12 are compared
+constexpr int64_t kBits = 32;  // keys that share a word
 constexpr int kCallsPerWord = 3;
 constexpr int64_t kLanes = 64;  // counters at a time: enough for the compiler's vectors
 
@@ -109,26 +110,26 @@ at::Tensor hidden_keep_mask_cpu(
   return keep;
 }
 
-at::Tensor attention_drop_words_cpu(
+at::Tensor attention_keep_mask_cpu(
     const at::Tensor& token_key, const at::Tensor& state, int64_t site, int64_t num_heads,
-    int64_t num_words, int64_t threshold) {
-  check("attention_drop_words", token_key, state);
+    int64_t num_keys, int64_t threshold) {
+  check("attention_keep_mask", token_key, state);
   const at::Tensor keys = token_key.contiguous(), start = state.contiguous();
   const int64_t tokens = keys.size(0);
-  at::Tensor words = at::empty({num_heads, tokens, num_words}, keys.options().dtype(at::kInt));
-  auto* const out = words.mutable_data_ptr<int32_t>();
+  at::Tensor keep = at::empty({num_heads, tokens, num_keys}, keys.options().dtype(at::kBool));
+  bool* const out = keep.mutable_data_ptr<bool>();
   const auto* key = keys.const_data_ptr<int64_t>();
   const auto* seed_and_step = start.const_data_ptr<int64_t>();
 
   at::parallel_for(0, num_heads * tokens, 16, [&](int64_t begin, int64_t end) {
     Words digits;
-    std::array<uint32_t, kLanes> below;
+    std::array<uint32_t, kLanes> below;  // bit j of a word is set where its key j is dropped
     for (int64_t r = begin; r < end; ++r) {
       const Row row = row_of(key[r % tokens], seed_and_step, site, r / tokens);
-      for (int64_t word = 0; word < num_words; word += kLanes) {
+      for (int64_t first = 0; first < num_keys; first += kLanes * kBits) {
         below.fill(0);
         for (int call = 0; call < kCallsPerWord; ++call) {
-          philox(row, static_cast<uint32_t>(word * 4 + call), 4, digits);
+          philox(row, static_cast<uint32_t>(first / kBits * 4 + call), 4, digits);
           for (int w = 0; w < 4; ++w) {
             const bool is_set = threshold >> (4 * call + w) & 1;
             for (int64_t i = 0; i < kLanes; ++i) {
@@ -136,12 +137,18 @@ at::Tensor attention_drop_words_cpu(
             }
           }
         }
-        const int64_t count = std::min<int64_t>(kLanes, num_words - word);
-        std::copy_n(below.data(), count, out + r * num_words + word);
+        const int64_t count = std::min<int64_t>(kLanes * kBits, num_keys - first);
+        for (int64_t word = 0; word * kBits < count; ++word) {
+          bool* const keys_of_word = out + r * num_keys + first + word * kBits;
+          const int64_t size = std::min(kBits, count - word * kBits);
+          for (int64_t j = 0; j < size; ++j) {
+            keys_of_word[j] = !(below[word] >> j & 1);
+          }
+        }
       }
     }
   });
-  return words;
+  return keep;
 }
 
 }  // namespace fastbert

@@ -27,9 +27,9 @@ at::Tensor gather_rows_cuda(
 at::Tensor hidden_keep_mask_cpu(
     const at::Tensor& token_key, const at::Tensor& state, int64_t site, int64_t num_cols,
     int64_t threshold);
-at::Tensor attention_drop_words_cpu(
+at::Tensor attention_keep_mask_cpu(
     const at::Tensor& token_key, const at::Tensor& state, int64_t site, int64_t num_heads,
-    int64_t num_words, int64_t threshold);
+    int64_t num_keys, int64_t threshold);
 
 // What both devices refuse, as a Python ValueError.
 void check_compact(

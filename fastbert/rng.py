@@ -167,8 +167,11 @@ def attention_drop_words(
     return torch.where(below >= 2**31, below - 2**32, below).int()
 
 
-def attention_keep_mask(words: Tensor, num_keys: int) -> Tensor:
-    """(N, T, W) drop words -> (N, T, num_keys) bool, True where a probability is kept."""
+def attention_keep_mask(
+    rng: DropoutState, num_heads: int, num_keys: int, dropout_p: float
+) -> Tensor:
+    """(N, T, num_keys) bool, True where the probability of a key is kept for a query."""
+    words = attention_drop_words(rng, num_heads, -(-num_keys // 32), dropout_p)
     bits = words[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
     return bits.flatten(2)[..., :num_keys] == 0
 

@@ -135,7 +135,7 @@ def test_own_models_in_packed_form_wait_for_nothing():
             model(batch, **labels).loss.backward()
 
 
-@pytest.mark.parametrize("draw", ["hidden_keep_mask", "attention_drop_words"])
+@pytest.mark.parametrize("draw", ["hidden_keep_mask", "attention_keep_mask"])
 def test_plain_masks_are_drawn_without_the_host(draw):
     """The operators around them hide what they do inside."""
     state = torch.tensor([3, 4])

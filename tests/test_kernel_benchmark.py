@@ -11,7 +11,7 @@ from benchmarks.results import FASTBERT, Options, Results
 from fastbert import backend
 
 # What dropout draws, inside the operators that have dropout, is timed as a part of these.
-PARTS_OF_OTHERS = {"hidden_keep_mask", "attention_drop_words"}
+PARTS_OF_OTHERS = {"hidden_keep_mask", "attention_keep_mask"}
 
 
 def small():

@@ -11,7 +11,7 @@ import triton.language as tl
 from fastbert import backend, rng
 from fastbert.data.philox import philox as numpy_philox
 from fastbert.kernels import philox as device_philox
-from fastbert.ops.dropout import attention_drop_words, dropout, hidden_keep_mask
+from fastbert.ops.dropout import attention_keep_mask, dropout, hidden_keep_mask
 
 SEED = 7 << 40 | 5  # uses both halves of the key
 
@@ -67,16 +67,15 @@ def test_hidden_masks_are_the_definition(num_cols):
 
 
 @pytest.mark.usefixtures("implementation")
-@pytest.mark.parametrize("num_words", [1, 5, 130])
-def test_attention_words_are_the_definition(num_words):
+@pytest.mark.parametrize("num_keys", [0, 1, 32, 150, 4100])
+def test_attention_masks_are_the_definition(num_keys):
     drawn = state_of([2, 5], site=7)
-    expected = rng.attention_drop_words(drawn, 3, num_words, 0.3)
-    assert torch.equal(attention_drop_words(drawn, 3, num_words, 0.3), expected)
+    expected = rng.attention_keep_mask(drawn, 3, num_keys, 0.3)
+    assert torch.equal(attention_keep_mask(drawn, 3, num_keys, 0.3), expected)
 
 
 def test_an_attention_word_is_twelve_digits_compared_with_the_threshold():
     drawn = state_of([1])
-    words = rng.attention_drop_words(drawn, 1, 1, 0.3)
     place = torch.zeros((), dtype=torch.int64)
     digits = [
         int(word)
@@ -85,7 +84,7 @@ def test_an_attention_word_is_twelve_digits_compared_with_the_threshold():
     ]
     numbers = [sum((digit >> j & 1) << i for i, digit in enumerate(digits)) for j in range(32)]
     expected = [4095 - number >= rng.threshold(0.3) for number in numbers]
-    assert rng.attention_keep_mask(words, 32)[0, 0].tolist() == expected
+    assert rng.attention_keep_mask(drawn, 1, 32, 0.3)[0, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("dropout_p", [1 / 4096, 0.1, 0.5, 0.999])
@@ -93,7 +92,7 @@ def test_masks_drop_the_exact_share(dropout_p):
     drawn = state_of([256])
     share = rng.threshold(dropout_p) / 4096
     hidden = rng.hidden_keep_mask(drawn, 512, dropout_p)
-    attention = rng.attention_keep_mask(rng.attention_drop_words(drawn, 4, 4, dropout_p), 128)
+    attention = rng.attention_keep_mask(drawn, 4, 128, dropout_p)
     for keep in (hidden, attention):
         sigma = math.sqrt(share * (1 - share) / keep.numel())
         assert abs((~keep).double().mean() - share) < 4 * sigma
@@ -107,7 +106,7 @@ def test_masks_of_other_places_are_independent():
     masks += [base.roll(1, 0), base.roll(1, 1), base.roll(8, 1)]
     for mask in masks:
         assert abs((mask * base).mean()) < 4 / math.sqrt(base.numel())
-    heads = rng.attention_keep_mask(rng.attention_drop_words(state_of([64]), 2, 8, 0.5), 256)
+    heads = rng.attention_keep_mask(state_of([64]), 2, 256, 0.5)
     assert abs((heads[0] == heads[1]).double().mean() - 0.5) < 4 * 0.5 / math.sqrt(64 * 256)
 
 

@@ -4,6 +4,7 @@ B sequences, T packed tokens, N heads, D head size, S the longest sequence.
 """
 
 import itertools
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -13,9 +14,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastbert.backend import forced, is_transformed
-from fastbert.ops.dropout import attention_drop_words
+from fastbert.ops.dropout import attention_keep_mask, kept
 from fastbert.ops.unpad import Unpadding
-from fastbert.rng import DropoutState, attention_keep_mask, keep_scale
+from fastbert.rng import DropoutState
 
 MASKED = -1e30  # addends of a mask that are lower count as -inf
 
@@ -48,16 +49,19 @@ def attend(call: Call) -> Tensor:
         lengths_k = lengths_of(cu_seqlens_k, k)
         rows = zip((q, k, v), (lengths_of(cu_seqlens_q, q), lengths_k, lengths_k), strict=True)
         split = (x.transpose(0, 1).split(lengths, dim=1) for x, lengths in rows)
-        return attend_by_sequence(list(zip(*split, strict=True)), call)
+        return attend_by_sequence(_last_without_keys(zip(*split, strict=True)), call)
     if not reads_lengths(call):
         return attend_padded(q.unbind(1), call)
     lengths = lengths_of(cu_seqlens_q, q)
     is_plain = call.mask is None and call.rng is None
     if is_plain and lengths[-1] == 0 < lengths[0] and len({*lengths[:-1]}) == 1:
         return attend_alike(q, len(lengths) - 1, call)
+    packed = q.permute(1, 2, 0, 3)
+    if len(lengths) == 2 and not lengths[1]:
+        return attend_by_sequence([packed.unbind()], call)
     # one split, whose backward is one concatenation: slices would each zero a whole gradient
-    sequences = q.permute(1, 2, 0, 3).split(lengths, dim=2)
-    return attend_by_sequence([one.unbind() for one in sequences], call)
+    sequences = (one.unbind() for one in packed.split(lengths, dim=2))
+    return attend_by_sequence(_last_without_keys(sequences), call)
 
 
 def reads_lengths(call: Call) -> bool:
@@ -72,6 +76,14 @@ def lengths_of(cu_seqlens: Tensor, x: Tensor) -> list[int]:
     return [end - begin for begin, end in itertools.pairwise(bounds)]
 
 
+def _last_without_keys(found: Iterable[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """The sequences; what is behind the last of them attends to nothing."""
+    *sequences, (q, k, v) = found
+    if q.shape[1] or not sequences:
+        sequences.append((q, k[:, :0], v[:, :0]))
+    return sequences
+
+
 def attend_alike(qkv: Tensor, count: int, call: Call) -> Tensor:
     """`count` sequences of one length, qkv (T, 3, N, D): a batch without padding, not moved."""
     q, k, v = qkv.unflatten(0, (count, -1)).permute(2, 0, 3, 1, 4).unbind()
@@ -79,25 +91,27 @@ def attend_alike(qkv: Tensor, count: int, call: Call) -> Tensor:
 
 
 def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tensor:
-    """sequences: q (N, n_q, D), k and v (N, n_k, D) of each; the last is what is behind them."""
-    q, k, v = sequences[-1]
-    behind = [(q, k[:, :0], v[:, :0])] if q.shape[1] or len(sequences) == 1 else []
-    sequences = [*sequences[:-1], *behind]
-    words = _drop_words(call).split([q.shape[1] for q, _, _ in sequences], 1) if call.rng else None
+    """sequences: q (N, n_q, D), k and v (N, n_k, D) of each."""
+    drawn: list[DropoutState] = []
+    if call.rng is not None:
+        keys = call.rng.token_key.split([q.shape[1] for q, _, _ in sequences])
+        drawn = [DropoutState(call.rng.state, key, call.rng.site) for key in keys]
     outputs = []
     for number, (q, k, v) in enumerate(sequences):
         num_queries, num_keys = q.shape[1], k.shape[1]
-        if num_keys and call.mask is None and words is None:
+        if num_keys and call.mask is None and not drawn:
             # four dimensions, because with three PyTorch's own fused kernel is not taken
             out = _sdpa(q[None], k[None], v[None], call)[0]
         else:
-            keep = None if words is None else attention_keep_mask(words[number], num_keys)
+            keep = None
+            if drawn:
+                keep = attention_keep_mask(drawn[number], len(q), num_keys, call.dropout_p)
             mask = None
             if call.mask is not None and num_keys:
                 mask = call.mask[number, :, :num_queries, :num_keys]
             out = _attend(q, k, v, call, mask, keep)
         outputs.append(out.transpose(0, 1))
-    return torch.cat(outputs)
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def attend_padded(tensors: tuple[Tensor, ...], call: Call) -> Tensor:
@@ -113,7 +127,8 @@ def attend_padded(tensors: tuple[Tensor, ...], call: Call) -> Tensor:
     else:
         keep = None
         if call.rng is not None:
-            keep = attention_keep_mask(_drop_words(call), call.max_seqlen_k)
+            sizes = q.shape[1], call.max_seqlen_k
+            keep = attention_keep_mask(call.rng, *sizes, call.dropout_p)
             keep = of_queries.pad(keep.transpose(0, 1)).transpose(1, 2)
         mask = is_key
         if call.mask is not None:
@@ -121,13 +136,6 @@ def attend_padded(tensors: tuple[Tensor, ...], call: Call) -> Tensor:
             mask = call.mask.masked_fill(~is_key, without)
         out = _attend(q, k, v, call, mask, keep)
     return of_queries.pack(out.transpose(1, 2))
-
-
-def _drop_words(call: Call) -> Tensor:
-    """(N, T_q, W), for the longest sequence's keys."""
-    assert call.rng is not None
-    num_words = -(-call.max_seqlen_k // 32)
-    return attention_drop_words(call.rng, call.q.shape[-2], num_words, call.dropout_p)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Tensor | None = None) -> Tensor:
@@ -166,7 +174,9 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Tensor | None, keep: Tensor | None
 ) -> Tensor:
     """Softmax attention written out; leading dimensions of all are alike."""
-    scores = (q * call.softmax_scale) @ k.mT
+    # three dimensions are multiplied as they are, and not made three of more
+    product = torch.bmm if q.ndim == 3 else torch.matmul
+    scores = product(q * call.softmax_scale, k.mT)
     if mask is not None:
         if mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, float("-inf"))
@@ -178,5 +188,5 @@ def _attend(
     else:
         p = scores.softmax(-1)
     if keep is not None:
-        p = p * keep * keep_scale(call.dropout_p)
-    return p.to(v.dtype) @ v
+        p = kept(p, keep, call.dropout_p)
+    return product(p if p.dtype == v.dtype else p.to(v.dtype), v)

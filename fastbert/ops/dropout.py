@@ -17,7 +17,7 @@ from fastbert.rng import DropoutState
 
 
 class Call(NamedTuple):
-    """A call of `hidden_keep_mask` or `attention_drop_words`, with the sizes of the result."""
+    """A call of `hidden_keep_mask` or `attention_keep_mask`, with the sizes of the result."""
 
     rng: DropoutState
     sizes: tuple[int, ...]
@@ -35,11 +35,9 @@ def hidden_keep_mask(rng: DropoutState, num_cols: int, dropout_p: float) -> Call
 
 
 @op("ext")
-def attention_drop_words(
-    rng: DropoutState, num_heads: int, num_words: int, dropout_p: float
-) -> Call:
-    """(N, T, num_words) int32: bit j of word w is set where a query drops key 32 * w + j."""
-    return Call(rng, (num_heads, num_words), dropout_p)
+def attention_keep_mask(rng: DropoutState, num_heads: int, num_keys: int, dropout_p: float) -> Call:
+    """(N, T, num_keys) bool, True where the probability of a key is kept for a query."""
+    return Call(rng, (num_heads, num_keys), dropout_p)
 
 
 @hidden_keep_mask.plain
@@ -47,9 +45,9 @@ def _keep_mask(call: Call) -> Tensor:
     return _plain_keep_mask(*call.numbers, *call.sizes, call.dropout_p)
 
 
-@attention_drop_words.plain
-def _drop_words(call: Call) -> Tensor:
-    return _plain_drop_words(*call.numbers, *call.sizes, call.dropout_p)
+@attention_keep_mask.plain
+def _attention_mask(call: Call) -> Tensor:
+    return _plain_attention_mask(*call.numbers, *call.sizes, call.dropout_p)
 
 
 @hidden_keep_mask.fused
@@ -58,10 +56,10 @@ def _keep_mask_fused(kernels: Any, call: Call) -> Tensor:
     return kernels.hidden_keep_mask(*call.numbers, *call.sizes, limit)
 
 
-@attention_drop_words.fused
-def _drop_words_fused(kernels: Any, call: Call) -> Tensor:
+@attention_keep_mask.fused
+def _attention_mask_fused(kernels: Any, call: Call) -> Tensor:
     limit = random.threshold(call.dropout_p)
-    return kernels.attention_drop_words(*call.numbers, *call.sizes, limit)
+    return kernels.attention_keep_mask(*call.numbers, *call.sizes, limit)
 
 
 def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Tensor:
@@ -74,9 +72,17 @@ def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Ten
     rng = drawn(rows, x.device, dropout_p, rng)
     if rng is None:
         return x
-    keep = hidden_keep_mask(rng, x.shape[-1], dropout_p).view(x.shape)
-    # of which the backward keeps the mask alone, a byte an element
-    return torch.where(keep, x * random.keep_scale(dropout_p), 0.0)
+    keep = hidden_keep_mask(rng, x.shape[-1], dropout_p)
+    return kept(x, keep if x.ndim == 2 else keep.view(x.shape), dropout_p)
+
+
+def kept(x: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
+    """x where it is kept, scaled, and zeros elsewhere: keep is a bool tensor of its shape.
+
+    One operator of PyTorch's, with a gradient of its own, which keeps the mask alone: a byte an
+    element. Its name is from the other side, where it multiplies a gradient by the mask.
+    """
+    return torch.ops.aten.native_dropout_backward(x, keep, random.keep_scale(dropout_p))
 
 
 def check_dropout(
@@ -126,25 +132,25 @@ def _plain_keep_mask(
     return random.hidden_keep_mask(DropoutState(state, token_key, site), num_cols, dropout_p)
 
 
-@torch.library.custom_op("fastbert_plain::attention_drop_words", mutates_args=())
-def _plain_drop_words(
-    token_key: Tensor, state: Tensor, site: int, num_heads: int, num_words: int, dropout_p: float
+@torch.library.custom_op("fastbert_plain::attention_keep_mask", mutates_args=())
+def _plain_attention_mask(
+    token_key: Tensor, state: Tensor, site: int, num_heads: int, num_keys: int, dropout_p: float
 ) -> Tensor:
     drawn = DropoutState(state, token_key, site)
-    return random.attention_drop_words(drawn, num_heads, num_words, dropout_p)
+    return random.attention_keep_mask(drawn, num_heads, num_keys, dropout_p)
 
 
 def _keep_mask_fake(token_key, state, site, num_cols, _):
     return token_key.new_empty((token_key.shape[0], num_cols), dtype=torch.bool)
 
 
-def _drop_words_fake(token_key, state, site, num_heads, num_words, _):
-    return token_key.new_empty((num_heads, token_key.shape[0], num_words), dtype=torch.int32)
+def _attention_mask_fake(token_key, state, site, num_heads, num_keys, _):
+    return token_key.new_empty((num_heads, token_key.shape[0], num_keys), dtype=torch.bool)
 
 
 _plain_keep_mask.register_fake(_keep_mask_fake)
-_plain_drop_words.register_fake(_drop_words_fake)
+_plain_attention_mask.register_fake(_attention_mask_fake)
 with contextlib.suppress(backend.BackendUnavailable):
     backend.load("ext", "hidden_keep_mask", "cpu")
     torch.library.register_fake("fastbert::hidden_keep_mask", _keep_mask_fake)
-    torch.library.register_fake("fastbert::attention_drop_words", _drop_words_fake)
+    torch.library.register_fake("fastbert::attention_keep_mask", _attention_mask_fake)

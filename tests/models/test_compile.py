@@ -42,7 +42,7 @@ for a, e in zip(actual, expected, strict=True):
 MASKS = """
 import sys, torch
 from fastbert import backend, rng
-from fastbert.ops.dropout import attention_drop_words, hidden_keep_mask
+from fastbert.ops.dropout import attention_keep_mask, hidden_keep_mask
 
 def draw(cu_seqlens, ids, state, rows):
     drawn = rng.for_batch(cu_seqlens, 97, sequence_ids=ids * 2 + 1, state=state)
@@ -52,7 +52,7 @@ def draw(cu_seqlens, ids, state, rows):
         for some in (drawn.at(site), drawn.at(site).rows(rows)):
             found.append(hidden_keep_mask(some, 768, 0.1))
             found.append(hidden_keep_mask(some, 40, 0.5).long() * 3)
-            found.append(attention_drop_words(some, 12, 4, 0.1))
+            found.append(attention_keep_mask(some, 12, 128, 0.1))
     return found
 
 torch.set_default_device(sys.argv[1])

@@ -21,8 +21,7 @@ def dropout_state(cu_seqlens, num_tokens):
 
 
 def options_of_truth(state, heads, longest_k, p=P):
-    words = rng.attention_drop_words(state, heads, -(-longest_k // 32), p)
-    keep = rng.attention_keep_mask(words, longest_k)
+    keep = rng.attention_keep_mask(state, heads, longest_k, p)
     return {"keep": keep, "keep_scale": rng.keep_scale(p)}
 
 

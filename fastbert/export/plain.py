@@ -1,0 +1,228 @@
+"""Every model of fastbert as a plain padded one, which an exporter can trace.
+
+The trunk and the heads' parts are `fastbert/reference.py`'s, under Hugging Face's names, so that a
+model's state_dict loads as it is. What comes out is what the packed model gives: zeros at padding,
+the lowest number for a span's ends there, and a pooler that reads the first real token. B sequences
+padded to S tokens, H hidden, V vocabulary, L labels, C choices.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import reference
+from fastbert.check import InputError
+from fastbert.config import BertConfig
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+POOLINGS = ("mean", "cls")
+
+Encoded = tuple[Tensor, Tensor]  # hidden states (B, S, H), zeros at padding, and what is real
+
+
+class Trunk(nn.Module):
+    """Embeddings, layers, and a pooler where the model has one."""
+
+    def __init__(self, config: BertConfig, with_pooler: bool) -> None:
+        super().__init__()
+        self.embeddings = reference.Embeddings(config)
+        self.encoder = reference.Encoder(config)
+        self.pooler = reference.Pooler(config) if with_pooler else None
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Encoded:
+        is_real = attention_mask != 0
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.embeddings(input_ids, token_type_ids, positions.expand_as(input_ids))
+        x = self.encoder(x, is_real)
+        return x * is_real[..., None], is_real
+
+    def pool(self, encoded: Encoded) -> Tensor:
+        """(B, H)"""
+        hidden, is_real = encoded
+        first = is_real.int().argmax(1)[:, None, None].expand(-1, 1, hidden.shape[2])
+        assert self.pooler is not None
+        return torch.tanh(self.pooler.dense(hidden.gather(1, first)[:, 0]))
+
+
+class Plain(nn.Module):
+    """A model whose forward takes `INPUTS`, int64, and gives the tensors that `outputs` names.
+
+    outputs: name -> its axes; the tensors are float32 whatever the parameters are
+    """
+
+    outputs: ClassVar[dict[str, tuple[str, ...]]]
+    has_pooler: ClassVar[bool] = False
+    has_choices: ClassVar[bool] = False  # inputs are (B, C, S), else (B, S)
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.bert = Trunk(config, self.has_pooler)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
+    ) -> tuple[Tensor, ...]:
+        encoded = self.bert.encode(input_ids, attention_mask, token_type_ids)
+        return tuple(scores.float() for scores in self.read(encoded))
+
+    def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
+        """What the head makes of the hidden states."""
+        raise NotImplementedError
+
+
+class BareModel(Plain):
+    outputs: ClassVar = {"last_hidden_state": ("batch", "length", "hidden")}
+
+    def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
+        return (encoded[0],)
+
+
+class PooledModel(BareModel):
+    outputs: ClassVar = BareModel.outputs | {"pooler_output": ("batch", "hidden")}
+    has_pooler = True
+
+    def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
+        return encoded[0], self.bert.pool(encoded)
+
+
+class MeanEmbedding(BareModel):
+    """Sentence-BERT's mean over all real tokens (Reimers & Gurevych 2019)."""
+
+    outputs: ClassVar = BareModel.outputs | {"sentence_embedding": ("batch", "hidden")}
+
+    def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
+        hidden, is_real = encoded
+        total = hidden.float().sum(1)  # 16 bits would overflow over a long text
+        return hidden, total / is_real.sum(1, keepdim=True).clamp(min=1)
+
+
+class FirstEmbedding(BareModel):
+    """The hidden state of the first real token."""
+
+    outputs: ClassVar = MeanEmbedding.outputs
+
+    def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
+        hidden, is_real = encoded
+        first = is_real.int().argmax(1)[:, None, None].expand(-1, 1, hidden.shape[2])
+        return hidden, hidden.gather(1, first)[:, 0]
+
+
+class _Words(Plain):
+    """A decoder to the vocabulary, tied to the word embeddings as the model's is."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.cls = nn.Module()
+        self.cls.predictions = reference.Predictions(config)
+        if config.tie_word_embeddings:
+            words = self.bert.embeddings.word_embeddings
+            self.cls.predictions.decoder.weight = words.weight
+
+    def words(self, encoded: Encoded) -> Tensor:
+        hidden, is_real = encoded
+        return self.cls.predictions(hidden) * is_real[..., None]
+
+
+class MaskedLM(_Words):
+    outputs: ClassVar = {"logits": ("batch", "length", "vocabulary")}
+
+    def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
+        return (self.words(encoded),)
+
+
+class PreTraining(_Words):
+    outputs: ClassVar = {
+        "prediction_logits": ("batch", "length", "vocabulary"),
+        "seq_relationship_logits": ("batch", "two"),
+    }
+    has_pooler = True
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.cls.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+    def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
+        return self.words(encoded), self.cls.seq_relationship(self.bert.pool(encoded))
+
+
+class NextSentence(Plain):
+    outputs: ClassVar = {"logits": ("batch", "two")}
+    has_pooler = True
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.cls = nn.Module()
+        self.cls.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+    def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
+        return (self.cls.seq_relationship(self.bert.pool(encoded)),)
+
+
+class SequenceClassification(Plain):
+    """Of one label, of several, and regression: the scores are the same linear ones."""
+
+    outputs: ClassVar = {"logits": ("batch", "labels")}
+    has_pooler = True
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
+        return (self.classifier(self.bert.pool(encoded)),)
+
+
+class TokenClassification(Plain):
+    outputs: ClassVar = {"logits": ("batch", "length", "labels")}
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
+        hidden, is_real = encoded
+        return (self.classifier(hidden) * is_real[..., None],)
+
+
+class QuestionAnswering(Plain):
+    outputs: ClassVar = {"start_logits": ("batch", "length"), "end_logits": ("batch", "length")}
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+    def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
+        hidden, is_real = encoded
+        scores = self.qa_outputs(hidden).float()
+        scores = scores.masked_fill(~is_real[..., None], torch.finfo(torch.float32).min)
+        return scores[..., 0], scores[..., 1]
+
+
+class MultipleChoice(Plain):
+    outputs: ClassVar = {"logits": ("batch", "choices")}
+    has_pooler = True
+    has_choices = True
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
+    ) -> tuple[Tensor, ...]:
+        by_sequence = (x.flatten(0, 1) for x in (input_ids, attention_mask, token_type_ids))
+        pooled = self.bert.pool(self.bert.encode(*by_sequence))
+        return (self.classifier(pooled).view(input_ids.shape[:2]).float(),)
+
+
+HEADS: dict[str, type[Plain]] = {
+    "BertModel": PooledModel,
+    "BertForPreTraining": PreTraining,
+    "BertForMaskedLM": MaskedLM,
+    "BertForNextSentencePrediction": NextSentence,
+    "BertForSequenceClassification": SequenceClassification,
+    "BertForTokenClassification": TokenClassification,
+    "BertForQuestionAnswering": QuestionAnswering,
+    "BertForMultipleChoice": MultipleChoice,
+}
+EMBEDDINGS: dict[str, type[Plain]] = {"mean": MeanEmbedding, "cls": FirstEmbedding}

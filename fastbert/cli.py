@@ -267,6 +267,35 @@ def fill_mask(
         console.print(table)
 
 
+@app.command(
+    cls=Command,
+    epilog="Example: fastbert export --model runs/reviews --to onnx --out reviews/model.onnx",
+)
+def export(
+    model: Annotated[str, _MODEL],
+    out: Annotated[Path, typer.Option(help="The .onnx or .pt2 to write, or its directory.")],
+    to: Annotated[str, typer.Option(help="onnx, or torch for a torch.export program.")] = "onnx",
+    precision: Annotated[str, typer.Option(help="Of weights and products: fp32, fp16.")] = "fp32",
+    head: Annotated[
+        str | None,
+        typer.Option(help="Class of the model, as BertForMaskedLM; by default config.json's."),
+    ] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="mean or cls: the bare model, with sentence embeddings.")
+    ] = None,
+) -> None:
+    """Write a model as a file for other runtimes, once its answers are found to be the model's."""
+    from fastbert.export import command
+
+    path, difference = command.export(
+        model, out, to=to, precision=precision, head=head, pooling=pooling
+    )
+    console.print(
+        f"{path} answers as the model does: the largest difference is {difference.found:.1e}, "
+        f"of {difference.allowed:.1e} allowed"
+    )
+
+
 @app.command(cls=Command, epilog="Example: fastbert info")
 def info() -> None:
     """Show versions, devices, and which backend each operator takes and why."""

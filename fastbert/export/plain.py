@@ -6,17 +6,17 @@ the lowest number for a span's ends there, and a pooler that reads the first rea
 padded to S tokens, H hidden, V vocabulary, L labels, C choices.
 """
 
+import dataclasses
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastbert import reference
-from fastbert.check import InputError
 from fastbert.config import BertConfig
+from fastbert.modules.activations import activation
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-POOLINGS = ("mean", "cls")
 
 Encoded = tuple[Tensor, Tensor]  # hidden states (B, S, H), zeros at padding, and what is real
 
@@ -39,31 +39,41 @@ class Trunk(nn.Module):
 
     def pool(self, encoded: Encoded) -> Tensor:
         """(B, H)"""
-        hidden, is_real = encoded
-        first = is_real.int().argmax(1)[:, None, None].expand(-1, 1, hidden.shape[2])
         assert self.pooler is not None
-        return torch.tanh(self.pooler.dense(hidden.gather(1, first)[:, 0]))
+        return torch.tanh(self.pooler.dense(first_real(encoded)))
+
+
+def first_real(encoded: Encoded) -> Tensor:
+    """(B, H), the hidden state of each sequence's first real token, zeros where there is none."""
+    hidden, is_real = encoded
+    column = is_real.int().argmax(1)[:, None, None].expand(-1, 1, hidden.shape[2])
+    return hidden.gather(1, column)[:, 0]
 
 
 class Plain(nn.Module):
     """A model whose forward takes `INPUTS`, int64, and gives the tensors that `outputs` names.
 
-    outputs: name -> its axes; the tensors are float32 whatever the parameters are
+    They are float32 whatever the parameters are.
     """
 
-    outputs: ClassVar[dict[str, tuple[str, ...]]]
+    outputs: ClassVar[tuple[str, ...]]
     has_pooler: ClassVar[bool] = False
     has_choices: ClassVar[bool] = False  # inputs are (B, C, S), else (B, S)
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
+        # by its name the reference knows fewer functions than models do
+        config = dataclasses.replace(config, hidden_act=activation(config.hidden_act))
         self.bert = Trunk(config, self.has_pooler)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> dict[str, Tensor]:
         encoded = self.bert.encode(input_ids, attention_mask, token_type_ids)
-        return tuple(scores.float() for scores in self.read(encoded))
+        return self.named(*self.read(encoded))
+
+    def named(self, *tensors: Tensor) -> dict[str, Tensor]:
+        return {name: x.float() for name, x in zip(self.outputs, tensors, strict=True)}
 
     def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
         """What the head makes of the hidden states."""
@@ -71,14 +81,14 @@ class Plain(nn.Module):
 
 
 class BareModel(Plain):
-    outputs: ClassVar = {"last_hidden_state": ("batch", "length", "hidden")}
+    outputs: ClassVar = ("last_hidden_state",)  # (B, S, H)
 
     def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
         return (encoded[0],)
 
 
 class PooledModel(BareModel):
-    outputs: ClassVar = BareModel.outputs | {"pooler_output": ("batch", "hidden")}
+    outputs: ClassVar = ("last_hidden_state", "pooler_output")  # the latter (B, H)
     has_pooler = True
 
     def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
@@ -88,7 +98,7 @@ class PooledModel(BareModel):
 class MeanEmbedding(BareModel):
     """Sentence-BERT's mean over all real tokens (Reimers & Gurevych 2019)."""
 
-    outputs: ClassVar = BareModel.outputs | {"sentence_embedding": ("batch", "hidden")}
+    outputs: ClassVar = ("last_hidden_state", "sentence_embedding")  # the latter (B, H)
 
     def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
         hidden, is_real = encoded
@@ -102,9 +112,7 @@ class FirstEmbedding(BareModel):
     outputs: ClassVar = MeanEmbedding.outputs
 
     def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
-        hidden, is_real = encoded
-        first = is_real.int().argmax(1)[:, None, None].expand(-1, 1, hidden.shape[2])
-        return hidden, hidden.gather(1, first)[:, 0]
+        return encoded[0], first_real(encoded)
 
 
 class _Words(Plain):
@@ -112,6 +120,7 @@ class _Words(Plain):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
+        config = dataclasses.replace(config, hidden_act=activation(config.hidden_act))
         self.cls = nn.Module()
         self.cls.predictions = reference.Predictions(config)
         if config.tie_word_embeddings:
@@ -124,17 +133,14 @@ class _Words(Plain):
 
 
 class MaskedLM(_Words):
-    outputs: ClassVar = {"logits": ("batch", "length", "vocabulary")}
+    outputs: ClassVar = ("logits",)  # (B, S, V)
 
     def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
         return (self.words(encoded),)
 
 
 class PreTraining(_Words):
-    outputs: ClassVar = {
-        "prediction_logits": ("batch", "length", "vocabulary"),
-        "seq_relationship_logits": ("batch", "two"),
-    }
+    outputs: ClassVar = ("prediction_logits", "seq_relationship_logits")  # (B, S, V) and (B, 2)
     has_pooler = True
 
     def __init__(self, config: BertConfig) -> None:
@@ -146,7 +152,7 @@ class PreTraining(_Words):
 
 
 class NextSentence(Plain):
-    outputs: ClassVar = {"logits": ("batch", "two")}
+    outputs: ClassVar = ("logits",)  # (B, 2)
     has_pooler = True
 
     def __init__(self, config: BertConfig) -> None:
@@ -161,7 +167,7 @@ class NextSentence(Plain):
 class SequenceClassification(Plain):
     """Of one label, of several, and regression: the scores are the same linear ones."""
 
-    outputs: ClassVar = {"logits": ("batch", "labels")}
+    outputs: ClassVar = ("logits",)  # (B, L)
     has_pooler = True
 
     def __init__(self, config: BertConfig) -> None:
@@ -173,7 +179,7 @@ class SequenceClassification(Plain):
 
 
 class TokenClassification(Plain):
-    outputs: ClassVar = {"logits": ("batch", "length", "labels")}
+    outputs: ClassVar = ("logits",)  # (B, S, L)
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
@@ -185,7 +191,7 @@ class TokenClassification(Plain):
 
 
 class QuestionAnswering(Plain):
-    outputs: ClassVar = {"start_logits": ("batch", "length"), "end_logits": ("batch", "length")}
+    outputs: ClassVar = ("start_logits", "end_logits")  # (B, S) each
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
@@ -199,7 +205,7 @@ class QuestionAnswering(Plain):
 
 
 class MultipleChoice(Plain):
-    outputs: ClassVar = {"logits": ("batch", "choices")}
+    outputs: ClassVar = ("logits",)  # (B, C)
     has_pooler = True
     has_choices = True
 
@@ -209,10 +215,10 @@ class MultipleChoice(Plain):
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> dict[str, Tensor]:
         by_sequence = (x.flatten(0, 1) for x in (input_ids, attention_mask, token_type_ids))
         pooled = self.bert.pool(self.bert.encode(*by_sequence))
-        return (self.classifier(pooled).view(input_ids.shape[:2]).float(),)
+        return self.named(self.classifier(pooled).view(input_ids.shape[:2]))
 
 
 HEADS: dict[str, type[Plain]] = {

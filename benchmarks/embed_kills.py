@@ -1,0 +1,132 @@
+"""`fastbert embed` of a corpus of 1 GB, and again under kills: `python -m benchmarks.embed_kills`.
+
+A tiny random model, so that it takes minutes. The command is killed (SIGKILL) at random moments and
+started again until it ends; its files must be those of the run that nobody disturbed, bit for bit.
+Prints seconds, peak memory and the result as JSON; ends with 1 if they differ.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastbert
+from fastbert.data import save_tokenizer, train_tokenizer
+
+WORDS = 3000
+WIDTH = 32
+
+
+def make_model(directory: Path, words: list[str]) -> None:
+    tokenizer = train_tokenizer(words * 2, 2000)
+    torch.manual_seed(0)
+    config = fastbert.BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=2 * WIDTH,
+        max_position_embeddings=64,
+    )
+    fastbert.BertModel(config).save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
+
+
+def make_words(generator: random.Random) -> list[str]:
+    letters = "etaoinshrdlucmfwyp"
+    return ["".join(generator.choices(letters, k=generator.randint(2, 9))) for _ in range(WORDS)]
+
+
+def make_corpus(path: Path, words: list[str], size: int, generator: random.Random) -> int:
+    """Lines of one to several hundred words; gives how many."""
+    rows = written = 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < size:
+            count = min(int(generator.expovariate(1 / 150)) + 1, 1000)
+            written += file.write(" ".join(generator.choices(words, k=count)) + "\n")
+            rows += 1
+    return rows
+
+
+def command(model: Path, corpus: Path, out: Path) -> list[str]:
+    options = {"model": model, "input": corpus, "out": out, "max-seq-len": 48}
+    options |= {"shard-size": 16384, "batch-tokens": 16384, "precision": "fp32"}
+    given = [f"--{name}={value}" for name, value in options.items()]
+    return [sys.executable, "-m", "fastbert.cli", "embed", "--truncate", *given]
+
+
+def run(arguments: list[str], until: float | None = None) -> tuple[int | None, float, float]:
+    """Status (None: killed after `until` seconds), seconds, and peak MB of the process."""
+    start = time.perf_counter()
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        process.wait(until)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    _, status, usage = os.wait4(process.pid, 0) if process.returncode is None else (0, 0, None)
+    code = os.waitstatus_to_exitcode(status) if process.returncode is None else process.returncode
+    process.returncode = code
+    usage = usage or resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (None if code < 0 else code), time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
+def digests(out: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir())
+    }
+
+
+def measure(place: Path, size: int, kills: int, seed: int) -> dict[str, Any]:
+    generator = random.Random(seed)
+    words = make_words(generator)
+    make_model(place / "model", words)
+    rows = make_corpus(place / "corpus.txt", words, size, generator)
+    whole, broken = (command(place / "model", place / "corpus.txt", place / n) for n in "ab")
+    status, seconds, peak = run(whole)
+    assert status == 0, "the undisturbed run failed"
+    found = {"bytes": size, "rows": rows, "seconds": round(seconds), "peak_mb": round(peak)}
+    print(json.dumps(found), flush=True)
+    done, moments, spent = 0, [], time.perf_counter()
+    while done < kills:
+        # later ones would find nothing to do: the rest of the work is that of the kills to come
+        moments.append(round(generator.uniform(0.5, 2 * seconds / (kills + 1)), 2))
+        status, _, _ = run(broken, moments[-1])
+        assert status is None, f"ended with {status} before the kill number {done + 1}"
+        done += 1
+    status, _, peak = run(broken)
+    assert status == 0, "the run after the kills failed"
+    same = digests(place / "a") == digests(place / "b")
+    return found | {
+        "kills_after_seconds": moments,
+        "seconds_with_kills": round(time.perf_counter() - spent),
+        "peak_mb_after_kills": round(peak),
+        "files": len(digests(place / "a")),
+        "same": same,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--place", type=Path, required=True, help="an empty directory, 3 GB")
+    parser.add_argument("--megabytes", type=int, default=1000)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    given.place.mkdir(parents=True, exist_ok=True)
+    found = measure(given.place, given.megabytes * 10**6, given.kills, given.seed)
+    print(json.dumps(found))
+    sys.exit(0 if found["same"] else 1)
+
+
+if __name__ == "__main__":
+    main()

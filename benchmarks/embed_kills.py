@@ -20,14 +20,17 @@ from typing import Any
 import torch
 
 import fastbert
-from fastbert.data import save_tokenizer, train_tokenizer
+from fastbert.data import load_tokenizer, save_tokenizer
 
-WORDS = 3000
+WORDS = 2000
 WIDTH = 32
 
 
 def make_model(directory: Path, words: list[str]) -> None:
-    tokenizer = train_tokenizer(words * 2, 2000)
+    directory.mkdir(parents=True)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(words)]
+    (directory / "vocab.txt").write_text("".join(f"{word}\n" for word in vocabulary))
+    tokenizer = load_tokenizer(directory)
     torch.manual_seed(0)
     config = fastbert.BertConfig(
         vocab_size=tokenizer.get_vocab_size(),
@@ -43,7 +46,7 @@ def make_model(directory: Path, words: list[str]) -> None:
 
 def make_words(generator: random.Random) -> list[str]:
     letters = "etaoinshrdlucmfwyp"
-    return ["".join(generator.choices(letters, k=generator.randint(2, 9))) for _ in range(WORDS)]
+    return ["".join(generator.choices(letters, k=generator.randint(6, 16))) for _ in range(WORDS)]
 
 
 def make_corpus(path: Path, words: list[str], size: int, generator: random.Random) -> int:
@@ -51,7 +54,7 @@ def make_corpus(path: Path, words: list[str], size: int, generator: random.Rando
     rows = written = 0
     with path.open("w", encoding="utf-8") as file:
         while written < size:
-            count = min(int(generator.expovariate(1 / 150)) + 1, 1000)
+            count = min(int(generator.expovariate(1 / 250)) + 1, 3000)
             written += file.write(" ".join(generator.choices(words, k=count)) + "\n")
             rows += 1
     return rows
@@ -59,7 +62,7 @@ def make_corpus(path: Path, words: list[str], size: int, generator: random.Rando
 
 def command(model: Path, corpus: Path, out: Path) -> list[str]:
     options = {"model": model, "input": corpus, "out": out, "max-seq-len": 48}
-    options |= {"shard-size": 16384, "batch-tokens": 16384, "precision": "fp32"}
+    options |= {"shard-size": 2048, "batch-tokens": 16384, "precision": "fp32"}
     given = [f"--{name}={value}" for name, value in options.items()]
     return [sys.executable, "-m", "fastbert.cli", "embed", "--truncate", *given]
 

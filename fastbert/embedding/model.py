@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from fastbert import checkpoint
 from fastbert.check import InputError
@@ -22,6 +24,7 @@ from fastbert.finetune.predict import POOLINGS, pool
 from fastbert.models.bert import BertModel
 from fastbert.train.precision import autocast, resolve_precision
 
+_CHARACTERS = 16  # of a long text that are looked at, for each token that is kept
 _TOKENISED = 2**19  # characters at once: the library takes a hundred times the memory of tokens
 
 
@@ -54,6 +57,12 @@ class Embedder:
         self.tokenizer = load_tokenizer(directory, model_vocab_size=config.vocab_size)
         self.encoder = Encoder(
             self.tokenizer, max_seq_len or longest, None, truncate, "cut it off with --truncate"
+        )
+        self.kept = self.encoder.max_seq_len - 2 if truncate else None
+        self.divides_at_blanks = (
+            truncate
+            and isinstance(self.tokenizer.normalizer, BertNormalizer)
+            and isinstance(self.tokenizer.pre_tokenizer, BertPreTokenizer)
         )
         self.bert = BertModel.from_pretrained(directory, add_pooling_layer=False)
         self.width = config.hidden_size
@@ -101,16 +110,39 @@ class Embedder:
         features: list[Feature] = []
         for part in parts([len(text.text) for text in texts], _TOKENISED):
             some = texts[part.start : part.stop]
-            encoded = self.tokenizer.encode_batch_fast(
-                [text.text for text in some], add_special_tokens=False
-            )
-            for text, tokens in zip(some, encoded, strict=True):
-                windows = self.encoder.windows(text.where, tokens.ids)
+            for text, ids in zip(some, self._ids([text.text for text in some]), strict=True):
+                windows = self.encoder.windows(text.where, ids)
                 features.append(Feature(len(features), tuple(windows), None))
         ids = itertools.chain.from_iterable(f.windows[0].input_ids for f in features)
         self.unknown += sum(token == self.encoder.specials.unk for token in ids)
         self.tokens += sum(feature.num_tokens for feature in features)
         return features
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of each text, without those that would be cut off.
+
+        Of a long text the beginning is enough, where that gives as many tokens as are kept.
+        """
+        beginnings = [text[: self._end(text)] for text in texts]
+        found = self._encode(beginnings)
+        kept = self.kept or 0
+        cut = zip(texts, beginnings, found, strict=True)
+        again = [i for i, (t, b, ids) in enumerate(cut) if len(ids) < kept and len(b) < len(t)]
+        for number, ids in zip(again, self._encode([texts[i] for i in again]), strict=True):
+            found[number] = ids
+        return [ids[: self.kept] for ids in found]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def _end(self, text: str) -> int | None:
+        """Where to cut a text before it is tokenised: before a blank, at which BERT divides it."""
+        enough = _CHARACTERS * (self.kept or 0)
+        if not self.divides_at_blanks or len(text) <= enough:
+            return None
+        end = text.rfind(" ", 0, enough)
+        return None if end == -1 else end
 
     def warn_of_words(self, source: Path) -> None:
         """Warns where the vocabulary has few of the words so far."""

@@ -246,8 +246,10 @@ def embed(
     from fastbert.finetune import predict as inference
 
     if shard_size is not None or format is not None:
-        raise InputError(f"--out {out}: a file has no shards; name a directory, or leave out "
-                         "--shard-size and --format")
+        raise InputError(
+            f"--out {out}: a file has no shards; name a directory, or leave out "
+            "--shard-size and --format"
+        )
     inference.require_npy(out)
     _open_output(out, source, model)
     embeddings = inference.embed(model, source, **options)

@@ -154,7 +154,9 @@ class _Parquet(Texts):
                     range(file.num_row_groups - len(groups), file.num_row_groups),
                     [self.column],
                 )
-                for value in itertools.chain.from_iterable(b.column(0).to_pylist() for b in batches):
+                for value in itertools.chain.from_iterable(
+                    b.column(0).to_pylist() for b in batches
+                ):
                     number += 1
                     if number > start.offset:
                         row = Row(f"{self.path}, row {number}", {self.column: value})

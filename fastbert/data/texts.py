@@ -9,7 +9,7 @@ import csv
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from fastbert.check import InputError
 from fastbert.data.tables import Row, delimited_rows, dialect, json_rows
@@ -28,6 +28,9 @@ class Mark(NamedTuple):
     lines: int = 0
 
 
+BEGINNING = Mark()
+
+
 class Text(NamedTuple):
     """where: for messages; after: the place behind its row."""
 
@@ -43,7 +46,7 @@ class Texts(abc.ABC):
         self.path, self.column, self.delimiter = path, column, delimiter
 
     @abc.abstractmethod
-    def rows(self, start: Mark = Mark()) -> Iterator[Text]:
+    def rows(self, start: Mark = BEGINNING) -> Iterator[Text]:
         """From a mark on. Raises InputError for what cannot be read, and names the line.
 
         An empty text is one, so that there are as many as lines or rows.
@@ -59,7 +62,7 @@ class Texts(abc.ABC):
 class _Lines:
     """The lines of a file, with their ends, as text; `mark` is behind the last one."""
 
-    def __init__(self, path: Path, file: BinaryIO, mark: Mark = Mark()) -> None:
+    def __init__(self, path: Path, file: BinaryIO, mark: Mark = BEGINNING) -> None:
         self.path, self.file, self.mark = path, file, mark
         file.seek(mark.offset)
 
@@ -86,7 +89,7 @@ class _Lines:
 
 
 class _PlainLines(Texts):
-    def rows(self, start: Mark = Mark()) -> Iterator[Text]:
+    def rows(self, start: Mark = BEGINNING) -> Iterator[Text]:
         with self.path.open("rb") as file:
             lines = _Lines(self.path, file, start)
             for line in lines:
@@ -95,7 +98,7 @@ class _PlainLines(Texts):
 
 
 class _JsonLines(Texts):
-    def rows(self, start: Mark = Mark()) -> Iterator[Text]:
+    def rows(self, start: Mark = BEGINNING) -> Iterator[Text]:
         with self.path.open("rb") as file:
             lines = _Lines(self.path, file, start)
             for row in json_rows(lines, self.path, [self.column], start.lines):
@@ -103,7 +106,7 @@ class _JsonLines(Texts):
 
 
 class _Delimited(Texts):
-    def rows(self, start: Mark = Mark()) -> Iterator[Text]:
+    def rows(self, start: Mark = BEGINNING) -> Iterator[Text]:
         kind = ".tsv" if self.path.suffix.lower() == ".tsv" else ".csv"
         delimiter = None if self.delimiter is None else read_delimiter(self.delimiter)
         with self.path.open("rb") as file:
@@ -137,7 +140,7 @@ def _is_whole(lines: list[str], form: dict[str, Any]) -> bool:
 class _Parquet(Texts):
     """Needs pyarrow, the extra [embed]."""
 
-    def rows(self, start: Mark = Mark()) -> Iterator[Text]:
+    def rows(self, start: Mark = BEGINNING) -> Iterator[Text]:
         parquet = pyarrow_of("--input").parquet
         import pyarrow
 

@@ -1,7 +1,6 @@
 """Embeds some texts: sorted by length, packed by a budget of tokens."""
 
 import hashlib
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,8 +112,8 @@ class Embedder:
             for text, ids in zip(some, self._ids([text.text for text in some]), strict=True):
                 windows = self.encoder.windows(text.where, ids)
                 features.append(Feature(len(features), tuple(windows), None))
-        ids = itertools.chain.from_iterable(f.windows[0].input_ids for f in features)
-        self.unknown += sum(token == self.encoder.specials.unk for token in ids)
+        unk = self.encoder.specials.unk
+        self.unknown += sum(feature.windows[0].input_ids.count(unk) for feature in features)
         self.tokens += sum(feature.num_tokens for feature in features)
         return features
 

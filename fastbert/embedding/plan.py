@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from fastbert import __version__
 from fastbert.check import InputError
-from fastbert.data.texts import Mark, Texts
+from fastbert.data.texts import BEGINNING, Mark, Texts
 from fastbert.files import write_json
 
 PLAN, MANIFEST = "plan.json", "manifest.json"
@@ -42,7 +42,7 @@ class Plan:
     @classmethod
     def of(cls, texts: Texts, made_from: dict[str, Any]) -> Self:
         """Reads the whole input once, so that what cannot be read is found before hours of work."""
-        marks, rows, mark = [], 0, Mark()
+        marks, rows, mark = [], 0, BEGINNING
         for text in texts.rows():
             if rows % made_from["shard_size"] == 0:
                 marks.append(mark)

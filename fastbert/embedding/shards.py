@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch.distributed as dist
 
 from fastbert.check import InputError, Stopped
@@ -128,12 +127,14 @@ def _write(
     plan: Plan, number: int, texts: Texts, embedder: Embedder, out: Path, reporter: RowsReporter
 ) -> None:
     rows = plan.rows_of(number)
-    with new_file(out / plan.file_of(number)) as beside:
-        with writer_of(beside, plan.made_from["format"], rows, embedder.width) as write:
-            some = itertools.islice(texts.rows(plan.marks[number]), len(rows))
-            for window in windows(some):
-                write(embedder(window))
-                reporter.advance(len(window))
+    some = itertools.islice(texts.rows(plan.marks[number]), len(rows))
+    with (
+        new_file(out / plan.file_of(number)) as beside,
+        writer_of(beside, plan.made_from["format"], rows, embedder.width) as write,
+    ):
+        for window in windows(some):
+            write(embedder(window))
+            reporter.advance(len(window))
 
 
 def windows(texts: Iterator[Text]) -> Iterator[list[Text]]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fastbert.data.texts import pyarrow_of
 
-Write = Callable[[NDArray[np.float32]], None]  # the next rows, (n, width)
+Write = Callable[[NDArray[np.float32]], object]  # the next rows, (n, width)
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def _npy(path: Path, rows: range, width: int) -> Iterator[Write]:
         np.lib.format.write_array_header_1_0(
             file, {"descr": "<f4", "fortran_order": False, "shape": (len(rows), width)}
         )
-        yield lambda block: file.write(np.ascontiguousarray(block, "<f4").data) and None
+        yield lambda block: file.write(np.ascontiguousarray(block, "<f4").data)
 
 
 @contextmanager

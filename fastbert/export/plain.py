@@ -7,8 +7,6 @@ padded to S tokens, H hidden, V vocabulary, L labels, C choices.
 """
 
 import dataclasses
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -56,9 +54,9 @@ class Plain(nn.Module):
     They are float32 whatever the parameters are.
     """
 
-    outputs: ClassVar[tuple[str, ...]]
-    has_pooler: ClassVar[bool] = False
-    has_choices: ClassVar[bool] = False  # inputs are (B, C, S), else (B, S)
+    outputs: tuple[str, ...]
+    has_pooler = False
+    has_choices = False  # inputs are (B, C, S), else (B, S)
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -81,14 +79,14 @@ class Plain(nn.Module):
 
 
 class BareModel(Plain):
-    outputs: ClassVar = ("last_hidden_state",)  # (B, S, H)
+    outputs = ("last_hidden_state",)  # (B, S, H)
 
     def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
         return (encoded[0],)
 
 
 class PooledModel(BareModel):
-    outputs: ClassVar = ("last_hidden_state", "pooler_output")  # the latter (B, H)
+    outputs = ("last_hidden_state", "pooler_output")  # the latter (B, H)
     has_pooler = True
 
     def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
@@ -98,7 +96,7 @@ class PooledModel(BareModel):
 class MeanEmbedding(BareModel):
     """Sentence-BERT's mean over all real tokens (Reimers & Gurevych 2019)."""
 
-    outputs: ClassVar = ("last_hidden_state", "sentence_embedding")  # the latter (B, H)
+    outputs = ("last_hidden_state", "sentence_embedding")  # the latter (B, H)
 
     def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
         hidden, is_real = encoded
@@ -109,10 +107,17 @@ class MeanEmbedding(BareModel):
 class FirstEmbedding(BareModel):
     """The hidden state of the first real token."""
 
-    outputs: ClassVar = MeanEmbedding.outputs
+    outputs = MeanEmbedding.outputs
 
     def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
         return encoded[0], first_real(encoded)
+
+
+class _Heads(nn.Module):
+    """What a pre-trained model keeps under the name `cls`."""
+
+    predictions: reference.Predictions
+    seq_relationship: nn.Linear
 
 
 class _Words(Plain):
@@ -121,7 +126,7 @@ class _Words(Plain):
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
         config = dataclasses.replace(config, hidden_act=activation(config.hidden_act))
-        self.cls = nn.Module()
+        self.cls = _Heads()
         self.cls.predictions = reference.Predictions(config)
         if config.tie_word_embeddings:
             words = self.bert.embeddings.word_embeddings
@@ -133,14 +138,14 @@ class _Words(Plain):
 
 
 class MaskedLM(_Words):
-    outputs: ClassVar = ("logits",)  # (B, S, V)
+    outputs = ("logits",)  # (B, S, V)
 
     def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
         return (self.words(encoded),)
 
 
 class PreTraining(_Words):
-    outputs: ClassVar = ("prediction_logits", "seq_relationship_logits")  # (B, S, V) and (B, 2)
+    outputs = ("prediction_logits", "seq_relationship_logits")  # (B, S, V) and (B, 2)
     has_pooler = True
 
     def __init__(self, config: BertConfig) -> None:
@@ -152,12 +157,12 @@ class PreTraining(_Words):
 
 
 class NextSentence(Plain):
-    outputs: ClassVar = ("logits",)  # (B, 2)
+    outputs = ("logits",)  # (B, 2)
     has_pooler = True
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
-        self.cls = nn.Module()
+        self.cls = _Heads()
         self.cls.seq_relationship = nn.Linear(config.hidden_size, 2)
 
     def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
@@ -167,7 +172,7 @@ class NextSentence(Plain):
 class SequenceClassification(Plain):
     """Of one label, of several, and regression: the scores are the same linear ones."""
 
-    outputs: ClassVar = ("logits",)  # (B, L)
+    outputs = ("logits",)  # (B, L)
     has_pooler = True
 
     def __init__(self, config: BertConfig) -> None:
@@ -179,7 +184,7 @@ class SequenceClassification(Plain):
 
 
 class TokenClassification(Plain):
-    outputs: ClassVar = ("logits",)  # (B, S, L)
+    outputs = ("logits",)  # (B, S, L)
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
@@ -191,7 +196,7 @@ class TokenClassification(Plain):
 
 
 class QuestionAnswering(Plain):
-    outputs: ClassVar = ("start_logits", "end_logits")  # (B, S) each
+    outputs = ("start_logits", "end_logits")  # (B, S) each
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
@@ -205,7 +210,7 @@ class QuestionAnswering(Plain):
 
 
 class MultipleChoice(Plain):
-    outputs: ClassVar = ("logits",)  # (B, C)
+    outputs = ("logits",)  # (B, C)
     has_pooler = True
     has_choices = True
 

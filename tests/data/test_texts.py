@@ -1,4 +1,4 @@
-"""Texts of files that are read row by row: as the readers of whole files give them, from any mark."""
+"""Texts of files read row by row: as the readers of whole files give them, from any mark."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ import pytest
 from fastbert.check import InputError
 from fastbert.data import texts as module
 from fastbert.data.tables import read_table
-from fastbert.data.texts import Mark, texts_of
+from fastbert.data.texts import BEGINNING, Mark, texts_of
 from fastbert.finetune.predict import _texts
 
 LINES = ["one", "", "two  ", "drei é 北京", "\tfour", "fünf"]
@@ -42,7 +42,7 @@ def test_they_are_those_of_the_whole_file_and_go_on_from_every_mark(tmp_path):
         assert [(row.where, row.text) for row in found] == _texts(path, column, None), path
         for number, row in enumerate(found):
             assert list(texts_of(path, column).rows(row.after)) == found[number + 1 :], path
-        assert found == list(texts_of(path, column).rows(Mark()))
+        assert found == list(texts_of(path, column).rows(BEGINNING))
 
 
 @hypothesis.given(

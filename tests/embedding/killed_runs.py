@@ -49,7 +49,7 @@ def dies_at(count: int) -> None:
 
         setattr(owner, name, call)
 
-    for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink")):
+    for owner, name in ((os, "fsync"), (Path, "replace")):
         mortal(owner, name)
 
 

@@ -7,6 +7,7 @@ padded to S tokens, H hidden, V vocabulary, L labels, C choices.
 """
 
 import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -85,7 +86,7 @@ class BareModel(Plain):
         return (encoded[0],)
 
 
-class PooledModel(BareModel):
+class PooledModel(Plain):
     outputs = ("last_hidden_state", "pooler_output")  # the latter (B, H)
     has_pooler = True
 
@@ -93,7 +94,7 @@ class PooledModel(BareModel):
         return encoded[0], self.bert.pool(encoded)
 
 
-class MeanEmbedding(BareModel):
+class MeanEmbedding(Plain):
     """Sentence-BERT's mean over all real tokens (Reimers & Gurevych 2019)."""
 
     outputs = ("last_hidden_state", "sentence_embedding")  # the latter (B, H)
@@ -104,7 +105,7 @@ class MeanEmbedding(BareModel):
         return hidden, total / is_real.sum(1, keepdim=True).clamp(min=1)
 
 
-class FirstEmbedding(BareModel):
+class FirstEmbedding(Plain):
     """The hidden state of the first real token."""
 
     outputs = MeanEmbedding.outputs

@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import random
-import resource
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -67,20 +68,16 @@ def command(model: Path, corpus: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "fastbert.cli", "embed", "--truncate", *given]
 
 
-def run(arguments: list[str], until: float | None = None) -> tuple[int | None, float, float]:
-    """Status (None: killed after `until` seconds), seconds, and peak MB of the process."""
+def run(arguments: list[str], until: float | None = None) -> tuple[int, float, float]:
+    """Status (-9: killed after `until` seconds), seconds, and the process's peak in MB."""
     start = time.perf_counter()
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL)
-    try:
-        process.wait(until)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    _, status, usage = os.wait4(process.pid, 0) if process.returncode is None else (0, 0, None)
-    code = os.waitstatus_to_exitcode(status) if process.returncode is None else process.returncode
-    process.returncode = code
-    usage = usage or resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (None if code < 0 else code), time.perf_counter() - start, usage.ru_maxrss / 1024
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    timer = threading.Timer(until or 1e6, process.kill)
+    timer.start()
+    _, status, usage = os.wait4(process.pid, 0)
+    timer.cancel()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, time.perf_counter() - start, usage.ru_maxrss / 1024
 
 
 def digests(out: Path) -> dict[str, str]:
@@ -99,20 +96,22 @@ def measure(place: Path, size: int, kills: int, seed: int) -> dict[str, Any]:
     assert status == 0, "the undisturbed run failed"
     found = {"bytes": size, "rows": rows, "seconds": round(seconds), "peak_mb": round(peak)}
     print(json.dumps(found), flush=True)
-    done, moments, spent = 0, [], time.perf_counter()
-    while done < kills:
-        # later ones would find nothing to do: the rest of the work is that of the kills to come
+    peaks, moments, spent = [], [], time.perf_counter()
+    for number in range(kills):
+        # together they take as long as one run, so that each finds work to do
         moments.append(round(generator.uniform(0.5, 2 * seconds / (kills + 1)), 2))
-        status, _, _ = run(broken, moments[-1])
-        assert status is None, f"ended with {status} before the kill number {done + 1}"
-        done += 1
+        status, _, peak = run(broken, moments[-1])
+        assert status == -signal.SIGKILL, f"ended with {status} before kill number {number + 1}"
+        peaks.append(peak)
+    kept = len(list((place / "b").glob("shard-*")))
     status, _, peak = run(broken)
     assert status == 0, "the run after the kills failed"
     same = digests(place / "a") == digests(place / "b")
     return found | {
         "kills_after_seconds": moments,
         "seconds_with_kills": round(time.perf_counter() - spent),
-        "peak_mb_after_kills": round(peak),
+        "peak_mb_with_kills": round(max(*peaks, peak)),
+        "shards_kept_by_kills": kept,
         "files": len(digests(place / "a")),
         "same": same,
     }

@@ -200,9 +200,17 @@ def predict(
 def embed(
     model: Annotated[str, _MODEL],
     source: Annotated[Path, _INPUT],
-    out: Annotated[Path, typer.Option(help="The .npy to write, (texts, width) float32; - prints.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The .npy to write, (texts, width) float32; - prints. A directory is for shards: "
+            "inputs of any size, resumed after a kill, on all of torchrun's processes."
+        ),
+    ],
     pooling: Annotated[str, typer.Option(help="mean of all tokens, or cls.")] = "mean",
-    text_column: Annotated[str, typer.Option(help="Column of a .csv, .tsv or .jsonl.")] = "text",
+    text_column: Annotated[
+        str, typer.Option(help="Column of a .csv, .tsv, .jsonl or .parquet.")
+    ] = "text",
     max_seq_len: Annotated[
         int | None, typer.Option(help="Longest sequence, in tokens; by default the model's.")
     ] = None,
@@ -212,23 +220,39 @@ def embed(
     batch_tokens: Annotated[int, _BATCH_TOKENS] = 4096,
     precision: Annotated[str, typer.Option(help=f"{_PRECISION}.")] = "auto",
     delimiter: Annotated[str | None, _DELIMITER] = None,
+    shard_size: Annotated[
+        int | None, typer.Option(help="Rows of a shard, by default 65536.", min=1)
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="Of shards: npy (default), parquet.")] = None,
 ) -> None:
     """Write an embedding for each text of a file: a line of a .txt, or a row of a table."""
+    options: dict[str, Any] = {
+        "text_column": text_of(text_column, "--text-column"),
+        "pooling": pooling,
+        "max_seq_len": max_seq_len,
+        "truncate": truncate,
+        "batch_tokens": batch_tokens,
+        "precision": precision,
+        "delimiter": delimiter,
+    }
+    if not files.is_stream(out) and (out.is_dir() or not out.suffix):
+        from fastbert.embedding import shards
+
+        given = {"shard_size": shard_size, "format": format}
+        options |= {name: value for name, value in given.items() if value is not None}
+        manifest = shards.embed_corpus(model, source, out, **options)
+        console.print(f"{manifest['rows']:,} embeddings are in {out}")
+        return
     from fastbert.finetune import predict as inference
 
+    if shard_size is not None or format is not None:
+        raise InputError(
+            f"--out {out}: a file has no shards; name a directory, or leave out "
+            "--shard-size and --format"
+        )
     inference.require_npy(out)
     _open_output(out, source, model)
-    embeddings = inference.embed(
-        model,
-        source,
-        text_column=text_of(text_column, "--text-column"),
-        pooling=pooling,
-        max_seq_len=max_seq_len,
-        truncate=truncate,
-        batch_tokens=batch_tokens,
-        precision=precision,
-        delimiter=delimiter,
-    )
+    embeddings = inference.embed(model, source, **options)
     inference.write_npy(out, embeddings)
     console.print(f"embeddings {embeddings.shape} are in {out}")
 
@@ -265,6 +289,35 @@ def fill_mask(
         for word in words:
             table.add_row(f"{word.probability:.3f}", word.word, word.text)
         console.print(table)
+
+
+@app.command(
+    cls=Command,
+    epilog="Example: fastbert export --model runs/reviews --to onnx --out reviews/model.onnx",
+)
+def export(
+    model: Annotated[str, _MODEL],
+    out: Annotated[Path, typer.Option(help="The .onnx or .pt2 to write, or its directory.")],
+    to: Annotated[str, typer.Option(help="onnx, or torch for a torch.export program.")] = "onnx",
+    precision: Annotated[str, typer.Option(help="Of weights and products: fp32, fp16.")] = "fp32",
+    head: Annotated[
+        str | None,
+        typer.Option(help="Class of the model, as BertForMaskedLM; by default config.json's."),
+    ] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="mean or cls: the bare model, with sentence embeddings.")
+    ] = None,
+) -> None:
+    """Write a model as a file for other runtimes, once its answers are found to be the model's."""
+    from fastbert.export import command
+
+    path, difference = command.export(
+        model, out, to=to, precision=precision, head=head, pooling=pooling
+    )
+    console.print(
+        f"{path} answers as the model does: the largest difference is {difference.found:.1e}, "
+        f"of {difference.allowed:.1e} allowed"
+    )
 
 
 @app.command(cls=Command, epilog="Example: fastbert info")

@@ -101,7 +101,7 @@ def test_errors_name_options(message, wanted):
     assert by_option_names(message) == wanted
 
 
-COMMANDS = ["pretrain", "distill", "finetune", "predict", "embed", "fill-mask", "info"]
+COMMANDS = ["pretrain", "distill", "finetune", "predict", "embed", "export", "fill-mask", "info"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

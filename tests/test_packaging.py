@@ -169,7 +169,7 @@ def test_import_loads_neither_triton_nor_cuda():
 
 LAYERS = (  # from the top down: a file may import its own layer, those below, and the leaves
     {"cli", "cli_options"},
-    {"about", "explain", "finetune", "hf", "predict"},
+    {"about", "embedding", "explain", "export", "finetune", "hf", "predict"},
     {"train"},
     {"data"},
     {"models"},

@@ -7,7 +7,7 @@ import math
 import string
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,20 +92,38 @@ def read_table(path: Path, columns: Sequence[str], delimiter: str | None = None)
         raise InputError(f"{path}: expected a .csv, .tsv or .jsonl file, got {path.suffix!r}")
     text = read_text(path)
     if kind == _JSON_LINES:
-        rows = list(_json_lines(text, path, columns))
+        rows = list(json_rows(text.split("\n"), path, columns))
     else:
-        form = _FORMATS[kind] | ({} if delimiter is None else {"delimiter": delimiter})
-        rows = list(_delimited(text, path, columns, form))
+        # the text is in memory already, however long a field is
+        lines = io.StringIO(text, newline="")
+        rows = list(delimited_rows(lines, path, columns, kind, delimiter, longest=sys.maxsize))
     if not rows:
         raise InputError(f"{path}: has a header and no rows")
     return rows
 
 
-def _delimited(
-    text: str, path: Path, columns: Sequence[str], form: dict[str, Any]
+def dialect(kind: str, delimiter: str | None) -> dict[str, Any]:
+    """How the csv library is to read a .csv or a .tsv."""
+    return _FORMATS[kind] | ({} if delimiter is None else {"delimiter": delimiter})
+
+
+def delimited_rows(
+    lines: Iterable[str],
+    path: Path,
+    columns: Sequence[str],
+    kind: str,
+    delimiter: str | None = None,
+    *,
+    longest: int,
+    lines_before: int = 0,
 ) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)  # the text is in memory already, however long a field is
-    reader = csv.reader(io.StringIO(text, newline=""), **form)
+    """The rows below the header, which is the first of `lines`; none is read ahead of its row.
+
+    kind: .csv or .tsv; longest: characters of a field; lines_before: how many were passed over
+    after the header, for the numbers in messages. Raises InputError as `read_table` does.
+    """
+    csv.field_size_limit(longest)
+    reader = csv.reader(lines, **dialect(kind, delimiter))
     start = 1  # of the row that is being read
     try:
         header = [name.strip(_BLANKS) for name in next(reader)]
@@ -113,7 +131,7 @@ def _delimited(
         if len(set(header)) < len(header):
             raise InputError(f"{path}: two columns have the same name, of {', '.join(header)}")
         while True:
-            start = reader.line_num + 1
+            start = reader.line_num + 1 + lines_before
             fields = next(reader, None)
             if fields is None:
                 return
@@ -126,10 +144,11 @@ def _delimited(
                 )
             yield Row(where, dict(zip(header, fields, strict=True)))
     except csv.Error as error:
-        lines = "" if reader.line_num <= start else f", which goes on to line {reader.line_num}"
+        last = reader.line_num + lines_before
+        goes_on = "" if last <= start else f", which goes on to line {last}"
         raise InputError(
             f"{path}, line {start}: {error}: a quotation mark opens a field of the row that begins "
-            f"here{lines}, and is not closed; double a mark that is meant as text"
+            f"here{goes_on}, and is not closed; double a mark that is meant as text"
         ) from None
 
 
@@ -141,8 +160,11 @@ def _hint(header: list[str]) -> str:
     return ""
 
 
-def _json_lines(text: str, path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def json_rows(
+    lines: Iterable[str], path: Path, columns: Sequence[str], lines_before: int = 0
+) -> Iterator[Row]:
+    """The row of each line that is not blank; see `delimited_rows`."""
+    for number, line in enumerate(lines, start=1 + lines_before):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

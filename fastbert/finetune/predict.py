@@ -15,6 +15,7 @@ from fastbert.check import InputError
 from fastbert.config import BertConfig
 from fastbert.data import load_tokenizer
 from fastbert.data.tables import read_table, read_text
+from fastbert.data.texts import texts_of
 from fastbert.files import is_stream, output
 from fastbert.finetune.features import Encoder, Feature, collate, parts
 from fastbert.finetune.infer import TASK_OF, encoder_of, evaluating, run, warn_of_words
@@ -149,12 +150,12 @@ def embed(
         for numbers in tracked(batches, "reading"):
             batch = collate([features[number] for number in numbers]).to(device)
             hidden = bert(batch).last_hidden_state.float()
-            pooled = _pool(hidden, batch.cu_seqlens, pooling)
+            pooled = pool(hidden, batch.cu_seqlens, pooling)
             embeddings[numbers.start : numbers.stop] = pooled.cpu().numpy()
     return embeddings
 
 
-def _pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
+def pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
     """(T, H) -> (B, H)."""
     if pooling == "cls":
         return hidden[cu_seqlens[:-1].long()]
@@ -167,6 +168,8 @@ def _texts(source: Path, column: str, delimiter: str | None) -> list[tuple[str, 
 
     An empty text is one, so that the embeddings are as many as the lines or the rows.
     """
+    if source.suffix.lower() == ".parquet" and not is_stream(source):
+        return [(row.where, row.text) for row in texts_of(source, column).rows()]
     is_table = source.suffix.lower() in (".csv", ".tsv", ".jsonl") or delimiter is not None
     if source.suffix.lower() == ".txt" or (is_stream(source) and not is_table):
         lines = read_text(source).split("\n")

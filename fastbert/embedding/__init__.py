@@ -1,0 +1,1 @@
+"""Embeddings of corpora larger than memory, in shards."""

@@ -1,0 +1,148 @@
+"""Embeds some texts: sorted by length, packed by a budget of tokens."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+
+from fastbert import checkpoint
+from fastbert.check import InputError
+from fastbert.config import BertConfig
+from fastbert.data import load_tokenizer
+from fastbert.data.encoding import warn_of_unknown
+from fastbert.data.texts import Text
+from fastbert.finetune.features import Encoder, Feature, collate, parts
+from fastbert.finetune.infer import evaluating
+from fastbert.finetune.predict import POOLINGS, pool
+from fastbert.models.bert import BertModel
+from fastbert.train.precision import autocast, resolve_precision
+
+_CHARACTERS = 16  # of a long text that are looked at, for each token that is kept
+_TOKENISED = 2**19  # characters at once: the library takes a hundred times the memory of tokens
+
+
+class Embedder:
+    """A bare BERT in eval mode, its tokenizer, and how both are used.
+
+    precision, pooling, max_seq_len, truncate: as for `fastbert.finetune.predict.embed`
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        device: torch.device,
+        *,
+        pooling: str,
+        max_seq_len: int | None,
+        truncate: bool,
+        batch_tokens: int,
+        precision: str,
+    ) -> None:
+        if pooling not in POOLINGS:
+            raise InputError(f"--pooling: one of {', '.join(POOLINGS)}, got {pooling!r}")
+        directory = checkpoint.resolve(model)
+        config = BertConfig.from_pretrained(directory)
+        longest = config.max_position_embeddings
+        if max_seq_len is not None and not 3 <= max_seq_len <= longest:
+            raise InputError(
+                f"--max-seq-len: between 3 and the model's {longest}, got {max_seq_len}"
+            )
+        self.tokenizer = load_tokenizer(directory, model_vocab_size=config.vocab_size)
+        self.encoder = Encoder(
+            self.tokenizer, max_seq_len or longest, None, truncate, "cut it off with --truncate"
+        )
+        self.kept = self.encoder.max_seq_len - 2 if truncate else None
+        self.divides_at_blanks = (
+            truncate
+            and isinstance(self.tokenizer.normalizer, BertNormalizer)
+            and isinstance(self.tokenizer.pre_tokenizer, BertPreTokenizer)
+        )
+        self.bert = BertModel.from_pretrained(directory, add_pooling_layer=False)
+        self.width = config.hidden_size
+        self.pooling, self.batch_tokens = pooling, batch_tokens
+        self.precision = resolve_precision(precision)
+        self.made_from = self._made_from(config)  # before it moves to a GPU
+        self.device = device
+        self.bert.to(device)
+        self.unknown = self.tokens = 0  # of all texts so far
+
+    def _made_from(self, config: BertConfig) -> dict[str, Any]:
+        """What decides the embedding of a text: two that agree in it give the same."""
+        digest = hashlib.sha256(self.tokenizer.to_str().encode())
+        digest.update(repr(sorted(config.to_dict().items(), key=lambda item: item[0])).encode())
+        for name, tensor in self.bert.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().data)
+        return {
+            "model_sha256": digest.hexdigest(),
+            "pooling": self.pooling,
+            "max_seq_len": self.encoder.max_seq_len,
+            "truncate": self.encoder.truncate,
+            "batch_tokens": self.batch_tokens,
+            "precision": self.precision,
+        }
+
+    def __call__(self, texts: Sequence[Text]) -> NDArray[np.float32]:
+        """(N, width) float32, in the texts' order.
+
+        Which batch a text is in, and so its last bits, follows from these texts alone. InputError
+        for one that is too long, unless it is to be cut.
+        """
+        features = self._features(texts)
+        order = sorted(range(len(features)), key=lambda number: features[number].num_tokens)
+        embeddings = np.empty((len(features), self.width), np.float32)
+        with evaluating(self.bert), autocast(self.precision, self.device):
+            for part in parts([features[n].num_tokens for n in order], self.batch_tokens):
+                numbers = order[part.start : part.stop]
+                batch = collate([features[n] for n in numbers]).to(self.device)
+                hidden = self.bert(batch).last_hidden_state.float()
+                embeddings[numbers] = pool(hidden, batch.cu_seqlens, self.pooling).cpu().numpy()
+        return embeddings
+
+    def _features(self, texts: Sequence[Text]) -> list[Feature]:
+        features: list[Feature] = []
+        for part in parts([len(text.text) for text in texts], _TOKENISED):
+            some = texts[part.start : part.stop]
+            for text, ids in zip(some, self._ids([text.text for text in some]), strict=True):
+                windows = self.encoder.windows(text.where, ids)
+                features.append(Feature(len(features), tuple(windows), None))
+        unk = self.encoder.specials.unk
+        self.unknown += sum(feature.windows[0].input_ids.count(unk) for feature in features)
+        self.tokens += sum(feature.num_tokens for feature in features)
+        return features
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of each text, without those that would be cut off.
+
+        Of a long text the beginning is enough, where that gives as many tokens as are kept.
+        """
+        beginnings = [text[: self._end(text)] for text in texts]
+        found = self._encode(beginnings)
+        kept = self.kept or 0
+        cut = zip(texts, beginnings, found, strict=True)
+        again = [i for i, (t, b, ids) in enumerate(cut) if len(ids) < kept and len(b) < len(t)]
+        for number, ids in zip(again, self._encode([texts[i] for i in again]), strict=True):
+            found[number] = ids
+        return [ids[: self.kept] for ids in found]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def _end(self, text: str) -> int | None:
+        """Where to cut a text before it is tokenised: before a blank, at which BERT divides it."""
+        enough = _CHARACTERS * (self.kept or 0)
+        if not self.divides_at_blanks or len(text) <= enough:
+            return None
+        end = text.rfind(" ", 0, enough)
+        return None if end == -1 else end
+
+    def warn_of_words(self, source: Path) -> None:
+        """Warns where the vocabulary has few of the words so far."""
+        warn_of_unknown(str(source), self.unknown, self.tokens)

@@ -1,0 +1,124 @@
+"""Which rows of a corpus go into which shard, and the manifest of a directory of shards."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from fastbert import __version__
+from fastbert.check import InputError
+from fastbert.data.texts import BEGINNING, Mark, Texts
+from fastbert.files import write_json
+
+PLAN, MANIFEST = "plan.json", "manifest.json"
+FORMATS = ("npy", "parquet")
+_VERSION = 1  # of both files, and of how rows are grouped into batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the shards of a directory are made from, and where each begins.
+
+    made_from: what decides every number in them; marks: of the first row of each shard
+    """
+
+    made_from: dict[str, Any]
+    rows: int
+    marks: tuple[Mark, ...]
+
+    @property
+    def shard_size(self) -> int:
+        return self.made_from["shard_size"]
+
+    def rows_of(self, number: int) -> range:
+        begin = number * self.shard_size
+        return range(begin, min(begin + self.shard_size, self.rows))
+
+    def file_of(self, number: int) -> str:
+        return f"shard-{number:05d}.{self.made_from['format']}"
+
+    @classmethod
+    def of(cls, texts: Texts, made_from: dict[str, Any]) -> Self:
+        """Reads the whole input once, so that what cannot be read is found before hours of work."""
+        marks, rows, mark = [], 0, BEGINNING
+        for text in texts.rows():
+            if rows % made_from["shard_size"] == 0:
+                marks.append(mark)
+            rows, mark = rows + 1, text.after
+        if not rows:
+            raise InputError(f"{texts.path}: has no rows")
+        return cls(made_from, rows, tuple(marks))
+
+    def write(self, directory: Path) -> None:
+        write_json(directory / PLAN, {"version": _VERSION, **dataclasses.asdict(self)})
+
+    @classmethod
+    def read(cls, directory: Path) -> Self | None:
+        """None where there is none."""
+        values = _read(directory / PLAN)
+        if values is None:
+            return None
+        marks = tuple(Mark(*mark) for mark in values["marks"])
+        return cls(values["made_from"], values["rows"], marks)
+
+    def finish(
+        self, directory: Path, model: str, source: Path, shards: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Writes the manifest, the last file of a run, and gives what it says.
+
+        shards: each one's file, first row, rows, bytes and sha256, in order
+        """
+        manifest = {
+            "version": _VERSION,
+            "fastbert": __version__,
+            "model": model,
+            "input": str(source),
+            "rows": self.rows,
+            "made_from": self.made_from,
+            "shards": shards,
+        }
+        write_json(directory / MANIFEST, manifest)
+        return manifest
+
+
+def require_same(directory: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises InputError unless shards that are `there` may stand beside those that are wanted.
+
+    Only --truncate may be added: what is there needed none.
+    """
+    if not there["truncate"]:
+        there = there | {"truncate": wanted["truncate"]}
+    others = [name for name in wanted if there.get(name) != wanted[name]]
+    if others:
+        names = ", ".join(_SAID.get(name, f"--{name.replace('_', '-')}") for name in others)
+        raise InputError(
+            f"--out {directory}: holds embeddings of another run, with other {names}; name another "
+            "directory, or run it as before"
+        )
+
+
+_SAID = {"model_sha256": "model", "input_bytes": "input", "input_sha256": "input"}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(values, dict) or values.get("version") != _VERSION:
+        raise InputError(f"{path}: not of this version of fastbert embed; name another directory")
+    return values
+
+
+def identity(path: Path) -> dict[str, Any]:
+    """What an input is told by: its size and the digest of its bytes."""
+    return {"input_bytes": os.path.getsize(path), "input_sha256": sha256(path)}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,46 @@
+"""How far a run of `fastbert embed` is: a live bar, or now and then a plain line."""
+
+import time
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastbert.console import console
+from fastbert.train.distributed import Ranks
+
+_SECONDS = 10  # between two plain lines
+
+
+class RowsReporter:
+    """Shows the rows that the first rank has embedded; the others have about as many."""
+
+    def __init__(self, rows: int, ranks: Ranks) -> None:
+        self.live = console.is_terminal and ranks.is_first
+        self.others = f" on each of {ranks.size} ranks" if ranks.size > 1 else ""
+        self.rows, self.done = rows, 0
+        self.progress = Progress(
+            TextColumn("embedding"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not self.live,
+        )
+        self.task = self.progress.add_task("", total=rows, speed="")
+
+    def __enter__(self) -> "RowsReporter":
+        self.started = self.shown = time.perf_counter()
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def advance(self, rows: int) -> None:
+        self.done += rows
+        now = time.perf_counter()
+        speed = f"{self.done / max(now - self.started, 1e-9):,.0f} rows/s{self.others}"
+        self.progress.update(self.task, completed=self.done, speed=speed)
+        if not self.live and now - self.shown > _SECONDS:
+            self.shown = now
+            console.print(f"{self.done:,} of {self.rows:,} rows, {speed}")

@@ -1,0 +1,1 @@
+"""Models as files that other runtimes run: ONNX, and programs of torch.export."""

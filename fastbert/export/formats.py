@@ -1,0 +1,129 @@
+"""The two kinds of file: how each is written, and how another runtime runs it."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from fastbert.check import InputError
+from fastbert.export.plain import INPUTS, Plain
+
+Inputs = dict[str, Tensor]  # by the names of INPUTS, int64
+Runner = Callable[[Inputs], dict[str, Tensor]]  # what a file answers, by the names of outputs
+
+_LARGEST = 2**31 - 2**20  # bytes of weights in an ONNX file, which is one protobuf message
+
+
+def trace(model: Plain, longest: int) -> ExportedProgram:
+    """A program for any number of sequences, of choices, and of columns up to `longest`."""
+    lead = (2, 3) if model.has_choices else (2,)
+    # a tensor each: the exporter takes one that comes twice for one input
+    inputs = {name: torch.ones(*lead, min(8, longest), dtype=torch.int64) for name in INPUTS}
+    length = Dim("length", max=longest) if longest > 1 else Dim.STATIC
+    axes = {0: Dim("batch"), len(lead): length} | ({1: Dim("choices")} if model.has_choices else {})
+    with torch.no_grad(), _quietly():
+        return torch.export.export(
+            model, (), inputs, dynamic_shapes=dict.fromkeys(INPUTS, axes), strict=False
+        )
+
+
+def write_onnx(program: ExportedProgram, model: Plain, path: Path) -> None:
+    """One ONNX file, whose inputs and outputs have their names; InputError beyond 2 GB."""
+    size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
+    if size > _LARGEST:
+        raise InputError(
+            f"--to onnx: an ONNX file holds 2 GB and the weights are {size / 1e9:.1f} GB; take "
+            "--precision fp16, or --to torch"
+        )
+    with _quietly():
+        onnx = torch.onnx.export(
+            program,
+            input_names=list(INPUTS),
+            output_names=list(model.outputs),
+            dynamo=True,
+            verbose=False,
+        )
+        assert onnx is not None
+        onnx.save(str(path), external_data=False)
+
+
+def run_onnx(path: Path) -> Runner:
+    """In onnxruntime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(inputs: Inputs) -> dict[str, Tensor]:
+        found = session.run(names, {name: x.numpy() for name, x in inputs.items()})
+        return dict(zip(names, map(torch.from_numpy, found), strict=True))
+
+    return run
+
+
+def write_torch(program: ExportedProgram, model: Plain, path: Path) -> None:
+    with _quietly(), path.open("wb") as file:
+        torch.export.save(program, file)
+
+
+def run_torch(path: Path) -> Runner:
+    """As `torch.export.load` gives it back."""
+    with _quietly(), path.open("rb") as file:
+        module = torch.export.load(file).module()
+
+    def run(inputs: Inputs) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return module(**inputs)
+
+    return run
+
+
+class Format(NamedTuple):
+    """suffix: of a file's name; write, run: the functions above; needs: packages of the extra."""
+
+    suffix: str
+    write: Callable[[ExportedProgram, Plain, Path], None]
+    run: Callable[[Path], Runner]
+    needs: tuple[str, ...] = ()
+
+
+FORMATS = {
+    "onnx": Format(".onnx", write_onnx, run_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "torch": Format(".pt2", write_torch, run_torch),
+}
+
+
+def format_of(name: str) -> Format:
+    """InputError for another format, and where its packages are not installed."""
+    if name not in FORMATS:
+        raise InputError(f"--to: one of {', '.join(FORMATS)}, got {name!r}")
+    missing = [package for package in FORMATS[name].needs if find_spec(package) is None]
+    if missing:
+        raise InputError(f"--to {name} needs {', '.join(missing)}: pip install 'fastbert[export]'")
+    return FORMATS[name]
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what exporters say of their own insides."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -38,8 +38,8 @@ def test_other_commands_load_neither():
     """Patching, fine-tuning and predicting, in a process where both are missing."""
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({LIBRARIES}))\n"
-        "import fastbert.cli, fastbert.finetune.train, fastbert.finetune.predict, fastbert.predict\n"
-        "import fastbert.train.pretrain, fastbert.train.distill\n"
+        "import fastbert.cli, fastbert.finetune.train, fastbert.finetune.predict\n"
+        "import fastbert.predict, fastbert.train.pretrain, fastbert.train.distill\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

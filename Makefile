@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: setup pretrain test bench gpu-check lint clean
+.PHONY: setup pretrain test bench gpu-check lint docs clean
 setup: $(VENV)/.installed $(VENV)/.extension
 
 pretrain: setup
@@ -28,8 +28,12 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# The site, in site/: a link that leads nowhere is an error.
+docs: $(VENV)/.docs
+	$(VENV)/bin/zensical build --clean --strict -f mkdocs.yml
+
 clean:
-	rm -rf $(VENV) build *.egg-info fastbert/*.so
+	rm -rf $(VENV) build site *.egg-info fastbert/*.so
 
 # Some distributions ship Python without ensurepip, which `venv` needs; virtualenv brings its own pip.
 $(PY):
@@ -45,6 +49,10 @@ $(PY):
 $(VENV)/.installed: constraints.txt pyproject.toml | $(PY)
 	$(PIP) install -q -c constraints.txt setuptools setuptools_scm torch numpy
 	FASTBERT_BUILD_EXT=0 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	FASTBERT_BUILD_EXT=0 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[docs]'
 	@touch $@
 
 $(VENV)/.extension: setup.py $(wildcard csrc/* csrc/cuda/*) $(VENV)/.installed

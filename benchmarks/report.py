@@ -1,9 +1,10 @@
-"""`python -m benchmarks report`: tables, plots and the README's figures, from committed results.
+"""`python -m benchmarks report`: tables, plots and the documents' figures, from committed results.
 
-A results file NAME.jsonl gets NAME.md and NAME-PART.png beside it. The README, and docs/tuning.md,
-say where a table goes and which part of which file it shows, by a pair of comments; what is between
-them is written here, and a test checks that it still is what the file says. The part "targets"
-reads a folder too, where the last file by name that has measured a target is what counts:
+A results file NAME.jsonl gets NAME.md and NAME-PART.png beside it. The README and three pages of
+docs/ say where a table goes and which part of which file it shows, by a pair of comments; what is
+between them is written here, and a test checks that it still is what the file says. The part
+"targets" reads a folder too, where the last file by name that has measured a target is what counts;
+the part "headlines" is the README's table, of the folder of all results, `.`:
 
     <!-- benchmarks: cpu/steps.jsonl steps -->
     <!-- end -->
@@ -16,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import plots, targets
+from benchmarks import headlines, plots, targets
 from benchmarks.results import Row, read
 from benchmarks.tables import PARTS
 from fastbert.check import InputError
@@ -25,9 +26,10 @@ from fastbert.train.state import write_text
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
-DOCUMENTS = (README, HERE.parent / "docs" / "tuning.md")
+DOCS = HERE.parent / "docs"
+DOCUMENTS = (README, *(DOCS / name for name in ("finetuning.md", "results.md", "tuning.md")))
 
-TARGETS = "targets"
+TARGETS, HEADLINES = "targets", "headlines"
 BLOCK = re.compile(r"(<!-- benchmarks: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -36,7 +38,7 @@ def main(
         list[Path] | None, typer.Argument(help="Results; by default all that are committed.")
     ] = None,
     document: Annotated[
-        list[Path] | None, typer.Option(help="Where to fill in tables; the README, docs/tuning.md.")
+        list[Path] | None, typer.Option(help="Where to fill in tables; the README and docs/.")
     ] = None,
 ) -> None:
     """Write tables (Markdown) and plots (PNG) beside results, and the tables of documents."""
@@ -80,10 +82,12 @@ def filled(text: str, results: Path = RESULTS) -> str:
 def block(results: Path, name: str, part: str) -> str:
     """A part's table, and under it where and how it was measured."""
     path, file = results / name, f"`benchmarks/results/{name}`"
-    if part not in (*PARTS, TARGETS):
+    if part not in (*PARTS, TARGETS, HEADLINES):
         raise InputError(f"a block for {part!r}, expected one of {', '.join(PARTS)}")
     if not path.exists():
         return "\nNot measured yet.\n\n"
+    if part == HEADLINES:
+        return f"\n{headlines.table(path).markdown()}\n\n"
     if part == TARGETS:
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         table = targets.table(*(read(each) for each in files))

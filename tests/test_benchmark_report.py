@@ -1,4 +1,4 @@
-"""Tables, plots and the README say what the results say; `compare` finds what got slower."""
+"""Tables, plots and the documents say what the results say; `compare` finds what got slower."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 import benchmarks.__main__ as suite
-from benchmarks import report
+from benchmarks import headlines, report
 from benchmarks.results import FASTBERT, read
 from fastbert.check import InputError
 from tests.results_case import ENVIRONMENT, step, timing, written
@@ -98,12 +98,37 @@ def test_a_document_says_what_the_committed_results_say(document):
     assert all((report.RESULTS / path).exists() for path in named)
 
 
-def test_the_readme_has_no_other_measured_figures():
+@pytest.mark.parametrize(
+    "document", [report.README, report.DOCS / "results.md"], ids=lambda path: path.name
+)
+def test_a_page_of_results_has_no_other_measured_figures(document):
     """Ratios and times stand in generated blocks alone."""
-    text = report.BLOCK.sub("", report.README.read_text(encoding="utf-8"))
-    section = text[text.index("## What is measured") : text.index("## Where things are")]
-    figures = re.findall(r"\d[\d,.]*\s?(?:x|s|ms|us|nats|%|tokens/s)(?!\w)", section)
-    assert not figures
+    text = report.BLOCK.sub("", document.read_text(encoding="utf-8"))
+    assert not re.findall(r"\d[\d,.]*\s?(?:x|s|ms|us|nats|%|tokens/s)(?!\w)", text)
+
+
+def test_each_headline_is_a_line_of_the_committed_results():
+    found = headlines.table(report.RESULTS)
+    assert len(found.lines) == len(headlines.HEADLINES) == 4
+    results = (report.DOCS / "results.md").read_text(encoding="utf-8")
+    for *_, ratio in found.lines:  # the same figure as in the whole table
+        assert ratio in results
+
+
+def test_a_headline_whose_row_is_gone_is_an_error(tmp_path):
+    for headline in headlines.HEADLINES:
+        written(tmp_path / headline.file, [ENVIRONMENT, step(lengths="uniform")])
+    with pytest.raises(LookupError, match=r"cpu/steps\.jsonl has no row of steps"):
+        headlines.table(tmp_path)
+
+
+def test_the_plots_of_the_documents_are_those_of_the_results():
+    """The site is built from docs/ alone, so docs/images has copies of the plots that it shows."""
+    images = list((report.DOCS / "images").glob("*/*.png"))
+    assert images
+    for image in images:
+        source = report.RESULTS / image.relative_to(report.DOCS / "images")
+        assert image.read_bytes() == source.read_bytes(), f"cp {source} {image}"
 
 
 def test_committed_tables_say_what_the_committed_results_say():

@@ -16,6 +16,7 @@ IN_A_PACKAGE = (
     "pyproject.toml",
     "MANIFEST.in",
     "README.md",
+    "LICENSE",
     "fastbert",
     "kernels",
     "csrc",
@@ -73,6 +74,7 @@ def test_the_wheel_holds_one_package_and_its_kernels(checkout, tmp_path):
         for file in (ROOT / folder).rglob("*.py"):
             assert f"{inside}/{file.relative_to(ROOT / folder).as_posix()}" in names
     assert "fastbert/py.typed" in names
+    assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
 
 
 @pytest.mark.slow

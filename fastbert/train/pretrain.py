@@ -29,7 +29,7 @@ from fastbert.train.precision import make_scaler, resolve_precision
 from fastbert.train.prepare import CHANGED, TEXT, PreparedText, prepare_text
 from fastbert.train.profiling import Unprofiled, profiling
 from fastbert.train.recipe import Pretraining, Recipe, training_row
-from fastbert.train.report import Reporter, Silent, environment, plot_losses
+from fastbert.train.report import Reporter, Silent, environment, plot_losses, require_libraries
 from fastbert.train.step import make_step
 
 Config = TypeVar("Config", bound=PretrainConfig)
@@ -68,6 +68,7 @@ def carry_out(
     recipe: Recipe, out: Path, *, resume: bool, eager: bool, profile: bool, parallel: str
 ) -> dict[str, Any]:
     """Trains what the recipe says; see `pretrain`, whose promises hold for all of them."""
+    require_libraries(recipe.command)
     config = recipe.config
     models = () if recipe.directory is None else (recipe.directory,)
     for option, directory in (("--out", out), ("--cache", config.cache)):

@@ -1,6 +1,7 @@
 """What a run shows: one live line, TensorBoard scalars, and at the end a plot and a summary."""
 
 import contextlib
+import importlib
 import itertools
 import os
 import platform
@@ -12,15 +13,26 @@ from typing import Any, TypeVar
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
-from torch.utils.tensorboard import SummaryWriter
 
 from fastbert import __version__
+from fastbert.check import InputError
 from fastbert.console import console
 from fastbert.files import new_file
 
 T = TypeVar("T")
 
 PARTS = ("soft", "cosine")  # of a loss, shown beside it
+LIBRARIES = ("tensorboard", "matplotlib")  # of the extra `train`: what logs and plots a run
+
+
+def require_libraries(command: str) -> None:
+    """Raises InputError unless the libraries are installed that log and plot a run of `command`."""
+    for name in LIBRARIES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            missing = (error.name or name).partition(".")[0]
+            raise InputError(f"{command} needs {missing}: pip install 'fastbert[train]'") from None
 
 
 def tracked(items: Sequence[T], doing: str) -> Iterable[T]:
@@ -35,6 +47,8 @@ class Reporter:
     """
 
     def __init__(self, run: Path, *, start: int, steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # of the extra `train`
+
         self.steps = steps
         self.live = console.is_terminal
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=start)

@@ -1,4 +1,4 @@
-"""README's "What differs from Hugging Face, on purpose": each point of the list as a test.
+"""docs/drop-in.md's "What differs from Hugging Face, on purpose": each point of the list as a test.
 
 Each test shows both sides: what the patched model gives, and that the unpatched one gives another.
 """
@@ -14,7 +14,7 @@ import fastbert
 from fastbert.hf.stack import run_packed
 from tests.hf.cases import IS_V4, Case, build
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "drop-in.md"
 SHOWN: dict[str, object] = {}
 ANSWERS = torch.zeros(3, dtype=torch.long)
 
@@ -225,8 +225,8 @@ def test_fx():
 
 
 def test_every_point_of_the_list_is_shown_here():
-    text = README.read_text(encoding="utf-8")
-    section = text.split("### What differs from Hugging Face, on purpose")[1]
+    text = PAGE.read_text(encoding="utf-8")
+    section = text.split("## What differs from Hugging Face, on purpose")[1]
     section = re.split(r"\n\n(?![-\s])", section.strip())[0]
     points = [" ".join(one.split()) for one in re.split(r"^- ", section, flags=re.M)[1:]]
     shown = list(SHOWN)

@@ -14,7 +14,7 @@ from fastbert.serve.batcher import Batcher
 from fastbert.serve.gate import Gate
 from fastbert.serve.loading import Served
 from fastbert.serve.metrics import Metrics
-from fastbert.serve.refusal import Refusal, json_response
+from fastbert.serve.refusal import Refusal, json_response, too_large
 from fastbert.serve.service import Service
 from fastbert.serve_config import ServeConfig
 
@@ -22,7 +22,7 @@ _SHOWN = 3  # of what is wrong with a request
 
 
 def make_app(
-    served: Served, batcher: Batcher, config: ServeConfig, metrics: Metrics, key: str | None
+    served: Served, batcher: Batcher, config: ServeConfig, metrics: Metrics
 ) -> tuple[ASGIApp, Gate]:
     """What answers requests, and the gate before it, by which it drains."""
     app = FastAPI(
@@ -58,7 +58,7 @@ def make_app(
         reasons = {
             404: f"no such route: {request.url.path}",
             405: f"not by {request.method}",
-            413: f"a request of more than {config.max_body:,} bytes; send fewer texts in each",
+            413: too_large(config.max_body).reason,
         }
         reason = reasons.get(error.status_code, str(error.detail))
         return Refusal(error.status_code, reason).response(request.url.path)
@@ -68,7 +68,7 @@ def make_app(
         reason = f"the server failed: {type(error).__name__}; its log says more"
         return Refusal(500, reason).response(request.url.path)
 
-    gate = Gate(key, config.max_requests, config.timeout, app.openapi()["paths"], metrics)
+    gate = Gate(config, app.openapi()["paths"], metrics)
     return gate.around(app), gate
 
 

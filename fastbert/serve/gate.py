@@ -12,7 +12,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastbert.serve.metrics import Metrics
-from fastbert.serve.refusal import Refusal
+from fastbert.serve.refusal import Refusal, too_large
+from fastbert.serve_config import ServeConfig
 
 OPEN = ("/health",)  # without a key, and while the server is full or draining
 ALWAYS = (*OPEN, "/metrics")  # while it is full or draining
@@ -25,17 +26,10 @@ class Gate:
     cancels its request.
     """
 
-    def __init__(
-        self,
-        key: str | None,
-        max_requests: int,
-        timeout: float,
-        paths: Collection[str],
-        metrics: Metrics,
-    ) -> None:
+    def __init__(self, config: ServeConfig, paths: Collection[str], metrics: Metrics) -> None:
+        key = config.api_key()
         self.key = None if key is None else f"Bearer {key}".encode()
-        self.max_requests, self.timeout = max_requests, timeout
-        self.paths, self.metrics = paths, metrics
+        self.config, self.paths, self.metrics = config, paths, metrics
         self.is_draining = False
         self.num_open = 0  # requests that are let in and not answered
         self.num_answered = 0
@@ -58,6 +52,8 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if self.is_draining:  # so that the next request finds another server
+                    message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
             await send(message)
 
         is_counted = path not in ALWAYS
@@ -81,18 +77,23 @@ class Gate:
                 self.metrics.left.inc()
 
     def _admit(self, scope: Scope, path: str) -> None:
+        headers = Headers(scope=scope)
         if self.key is not None and path not in OPEN:
-            given = Headers(scope=scope).get("authorization", "").encode("latin-1")
+            given = headers.get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(given, self.key):
                 raise Refusal(401, "expected the header Authorization: Bearer and the server's key")
         if path in ALWAYS:
             return
         if self.is_draining:
             raise Refusal(503, "the server is shutting down", 1)
-        if self.num_open > self.max_requests:
+        if self.num_open > self.config.max_requests:
             raise Refusal(
-                429, f"{self.max_requests} requests are being answered; try again later", 1
+                429, f"{self.config.max_requests} requests are being answered; try again later", 1
             )
+        size = headers.get("content-length", "")
+        # before any of it is read; Python makes no number of thousands of digits
+        if size.isdecimal() and (len(size) > 18 or int(size) > self.config.max_body):
+            raise too_large(self.config.max_body)
 
     async def _answer(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the app until it has answered, the client has left or the time is over."""
@@ -115,7 +116,7 @@ class Gate:
             return message
 
         try:
-            async with asyncio.timeout(self.timeout):
+            async with asyncio.timeout(self.config.timeout):
                 await app(scope, received, send)
         except asyncio.CancelledError:
             if not has_left:  # the server's own end
@@ -123,7 +124,9 @@ class Gate:
             task.uncancel()
         except TimeoutError:
             raise Refusal(
-                504, f"no answer within {self.timeout:g} seconds; try fewer texts, or later", 1
+                504,
+                f"no answer within {self.config.timeout:g} seconds; try fewer texts, or later",
+                1,
             ) from None
         finally:
             if watcher is not None:

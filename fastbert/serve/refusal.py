@@ -45,3 +45,7 @@ class Refusal(Exception):
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(to_json(value), status, headers, "application/json")
+
+
+def too_large(max_body: int) -> Refusal:
+    return Refusal(413, f"a request of more than {max_body:,} bytes; send fewer texts in each")

@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
             config.max_queue,
             metrics,
         )
-        app, self.gate = make_app(self.served, self.batcher, config, metrics, config.api_key())
+        app, self.gate = make_app(self.served, self.batcher, config, metrics)
         super().__init__(uvicorn.Config(app, **_OPTIONS))
 
     def run_at(self, listener: socket.socket, when_ready: Callable[[], None]) -> None:

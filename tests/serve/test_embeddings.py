@@ -61,9 +61,7 @@ def test_one_text_is_a_list_of_one_vector(minilm_server):
 @pytest.mark.parametrize("encoding", ["float", "base64"])
 def test_openais_client(client, sentences, encoding):
     texts = TEXTS[:-1]
-    answer = client.embeddings.create(
-        model="any", input=texts, encoding_format=encoding, user="me"
-    )
+    answer = client.embeddings.create(model="any", input=texts, encoding_format=encoding, user="me")
     vectors = [one.embedding for one in answer.data]
     if encoding == "base64" and isinstance(vectors[0], str):  # the client leaves what was asked for
         import base64

@@ -83,7 +83,7 @@ def process(model, *options: str) -> Iterator[tuple[subprocess.Popen, str]]:
 
 
 class Held:
-    """Keeps the model from its next batches until it is let go; `num_computed` sequences went on."""
+    """Keeps the model from its next batches until it is free; `num_computed` sequences went on."""
 
     def __init__(self, monkeypatch, ability) -> None:
         self.free, self.num_computed = threading.Event(), 0

@@ -1,6 +1,5 @@
 """What a server says of texts is what `fastbert predict` and `fill-mask` say, and Hugging Face."""
 
-import json
 import shutil
 
 import numpy as np
@@ -9,7 +8,6 @@ import torch
 import transformers
 
 import fastbert
-from fastbert.data import save_tokenizer
 from fastbert.finetune.predict import predict
 from fastbert.finetune.train import finetune
 from fastbert.finetune_config import FinetuneConfig
@@ -22,6 +20,10 @@ LABELS = {
     "multilabel": ["film,good", "book", "film", "film,book,good"],
     "regression": ["0.5", "-1", "-2", "1.5"],
 }
+CONLL = (
+    "john B-PER ; lives O ; in O ; paris B-LOC ; . O ; mary B-PER ; was O ; in O ; "
+    "new-berlin B-LOC ; , O ; yes O\n\n"
+)
 CONTEXT = "john lives in paris , mary lives in berlin"
 
 
@@ -149,10 +151,9 @@ def test_classes_of_a_checkpoint_from_elsewhere(elsewhere):
 
 
 def test_entities_with_their_places_in_the_text(learn):
-    words = "john lives in paris . mary was in new-berlin , yes".split()
-    labels = "B-PER O O B-LOC O B-PER O O B-LOC O O".split()
-    conll = "".join(f"{word} {label}\n" for word, label in zip(words, labels, strict=True))
-    run, file = learn("ner", "words.conll", conll + "\n", max_seq_len=12, stride=4)
+    conll = CONLL.replace(" ; ", "\n")
+    words = [line.split()[0] for line in conll.splitlines()]
+    run, file = learn("ner", "words.conll", conll, max_seq_len=12, stride=4)
     (said,) = predict(run, file)
     text = "  john lives\nin paris. mary was in new-berlin, yes "
     with running(run) as server:

@@ -152,7 +152,7 @@ def test_classes_of_a_checkpoint_from_elsewhere(elsewhere):
 
 def test_entities_with_their_places_in_the_text(learn):
     conll = CONLL.replace(" ; ", "\n")
-    words = [line.split()[0] for line in conll.splitlines()]
+    words = [line.split()[0] for line in conll.splitlines() if line]
     run, file = learn("ner", "words.conll", conll, max_seq_len=12, stride=4)
     (said,) = predict(run, file)
     text = "  john lives\nin paris. mary was in new-berlin, yes "

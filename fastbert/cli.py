@@ -18,6 +18,7 @@ from fastbert.distill_config import DistillConfig
 from fastbert.finetune_config import FinetuneConfig
 from fastbert.options import text_of
 from fastbert.pretrain_config import PretrainConfig
+from fastbert.serve_config import ServeConfig
 
 Run = TypeVar("Run", bound=PretrainConfig)
 
@@ -318,6 +319,16 @@ def export(
         f"{path} answers as the model does: the largest difference is {difference.found:.1e}, "
         f"of {difference.allowed:.1e} allowed"
     )
+
+
+@app.command(cls=Command, epilog="Example: fastbert serve --model runs/demo --port 8080")
+@options_of(ServeConfig)
+def serve(**options: Any) -> None:
+    """Serve a model over HTTP: embeddings, ranking, predictions, words for [MASK]."""
+    config = ServeConfig(**options)
+    from fastbert import serve as serving  # slow to import: torch, FastAPI
+
+    serving.run(config)
 
 
 @app.command(cls=Command, epilog="Example: fastbert info")

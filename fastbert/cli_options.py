@@ -14,6 +14,7 @@ from fastbert.distill_config import DistillConfig
 from fastbert.finetune_config import FinetuneConfig
 from fastbert.options import GROUPS, OUTPUT, dashed
 from fastbert.pretrain_config import PretrainConfig
+from fastbert.serve_config import ServeConfig
 
 _WIDTH = 100  # of the help
 _NAMES = 30  # widest column of names
@@ -21,7 +22,7 @@ _NAMES = 30  # widest column of names
 # What functions call by the names of arguments, and users by those of options.
 _OPTIONS = {
     field.name
-    for config in (PretrainConfig, DistillConfig, FinetuneConfig)
+    for config in (PretrainConfig, DistillConfig, FinetuneConfig, ServeConfig)
     for field in dataclasses.fields(config)
 }
 _FIRST = re.compile(rf"({'|'.join(_OPTIONS)})(?=:)")  # as in "masking: one of ..."

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from fastbert.check import InputError
 
 DATA, MODEL, OPTIMISATION, OUTPUT = "Data", "Model", "Optimisation", "Run and output"
-GROUPS = (DATA, MODEL, OPTIMISATION, OUTPUT)  # as the help shows them
+SERVER, LIMITS = "Server", "Limits of a request"
+GROUPS = (DATA, MODEL, SERVER, LIMITS, OPTIMISATION, OUTPUT)  # as the help shows them
 
 _LARGEST = 2**31 - 1  # of whole numbers that have no bound of their own
 

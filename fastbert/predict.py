@@ -48,7 +48,7 @@ def fill_mask(name_or_directory: str | Path, text: str, top: int = 5) -> list[li
     best = logits[gaps, :words_known].float().softmax(-1).topk(min(top, words_known))
     return [
         [
-            Word(word, p, _filled(text, number, word))
+            Word(word, p, filled(text, number, word))
             for p, word in zip(probabilities, map(pieces.__getitem__, words), strict=True)
         ]
         for number, (probabilities, words) in enumerate(
@@ -57,7 +57,7 @@ def fill_mask(name_or_directory: str | Path, text: str, top: int = 5) -> list[li
     ]
 
 
-def _filled(text: str, number: int, word: str) -> str:
+def filled(text: str, number: int, word: str) -> str:
     """`text` with its `number`-th [MASK] replaced."""
     before, *rest = text.split("[MASK]")
     pieces = [before]

@@ -171,6 +171,7 @@ def test_import_loads_neither_triton_nor_cuda():
 
 LAYERS = (  # from the top down: a file may import its own layer, those below, and the leaves
     {"cli", "cli_options"},
+    {"serve"},
     {"about", "embedding", "explain", "export", "finetune", "hf", "predict"},
     {"train"},
     {"data"},
@@ -183,7 +184,7 @@ LAYERS = (  # from the top down: a file may import its own layer, those below, a
 LEAVES = {
     *("_version", "check", "checkpoint", "config", "console", "cuda_graph", "distill_config"),
     *("events", "files", "finetune_config", "locks", "optim", "options", "outputs", "packing"),
-    *("pretrain_config", "reference", "rng"),
+    *("pretrain_config", "reference", "rng", "serve_config"),
 }
 
 

@@ -12,6 +12,10 @@ from fastbert.data import special_tokens
 from fastbert.packing import PackedBatch
 
 
+class TooLong(InputError):
+    """A text has more tokens than a sequence."""
+
+
 class Window(NamedTuple):
     """One sequence, [CLS] A [SEP] or [CLS] A [SEP] B [SEP].
 
@@ -70,7 +74,7 @@ class Encoder:
     ) -> list[Window]:
         """The sequences of one text or of two, of which the last is the one read in windows.
 
-        InputError, beginning with `where`, if they are too long.
+        `TooLong`, beginning with `where`, if they are.
         """
         lead = [] if second is None else list(first)
         last = list(first if second is None else second)
@@ -80,13 +84,13 @@ class Encoder:
             for _ in range(excess):
                 (lead if len(lead) > len(last) else last).pop()
         elif excess > 0 and self.stride is None:
-            raise InputError(
+            raise TooLong(
                 f"{where}: {self.max_seq_len + excess} tokens, more than the {self.max_seq_len} of "
                 f"a sequence; {self.advice}"
             )
         room = self.max_seq_len - special - len(lead)
         if excess > 0 and not self.truncate and room <= (self.stride or 0):
-            raise InputError(
+            raise TooLong(
                 f"{where}: windows of {max(room, 0)} tokens of the text cannot share "
                 f"{self.stride}; lower --stride or shorten what stands before the text"
             )

@@ -1,0 +1,23 @@
+"""`fastbert serve`: a model over HTTP, its requests packed into batches without padding."""
+
+import importlib
+
+from fastbert.check import InputError
+from fastbert.serve_config import ServeConfig
+
+_LIBRARIES = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def run(config: ServeConfig) -> None:
+    """Serves until it is stopped; InputError where a library of the extra `serve` is missing."""
+    for name in _LIBRARIES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            missing = (error.name or name).partition(".")[0].replace("_", "-")
+            raise InputError(
+                f"fastbert serve needs {missing}: pip install 'fastbert[serve]'"
+            ) from None
+    from fastbert.serve.server import serve
+
+    serve(config)

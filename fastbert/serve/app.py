@@ -1,0 +1,81 @@
+"""The application: routes, and one form for whatever they refuse."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from fastbert._version import __version__
+from fastbert.data.tables import encodable
+from fastbert.serve import openai, routes
+from fastbert.serve.batcher import Batcher
+from fastbert.serve.gate import Gate
+from fastbert.serve.loading import Served
+from fastbert.serve.metrics import Metrics
+from fastbert.serve.refusal import Refusal, json_response, too_large
+from fastbert.serve.service import Service
+from fastbert.serve_config import ServeConfig
+
+_SHOWN = 3  # of what is wrong with a request
+
+
+def make_app(
+    served: Served, batcher: Batcher, config: ServeConfig, metrics: Metrics
+) -> tuple[ASGIApp, Gate]:
+    """What answers requests, and the gate before it, by which it drains."""
+    app = FastAPI(
+        title="fastbert",
+        version=__version__,
+        docs_url=None,  # the pages load scripts from elsewhere
+        redoc_url=None,
+        max_body_size=config.max_body,
+    )
+    service = Service(served, batcher, config)
+    app.include_router(routes.routes(service, metrics))
+    app.include_router(openai.routes(service))
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while requests are taken."""
+        if gate.is_draining:
+            raise Refusal(503, "the server is shutting down")
+        if not batcher.is_alive:
+            raise Refusal(503, "the model's thread has ended; restart the server")
+        return json_response({})
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, error: Refusal) -> Response:
+        return error.response(request.url.path)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return Refusal(422, _reasons(error.errors())).response(request.url.path)
+
+    @app.exception_handler(HTTPException)
+    async def of_the_library(request: Request, error: HTTPException) -> Response:
+        reasons = {
+            404: f"no such route: {request.url.path}",
+            405: f"not by {request.method}",
+            413: too_large(config.max_body).reason,
+        }
+        reason = reasons.get(error.status_code, str(error.detail))
+        return Refusal(error.status_code, reason).response(request.url.path)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        reason = f"the server failed: {type(error).__name__}; its log says more"
+        return Refusal(500, reason).response(request.url.path)
+
+    gate = Gate(config, app.openapi()["paths"], metrics)
+    return gate.around(app), gate
+
+
+def _reasons(errors: Any) -> str:
+    """What is wrong where, without what was sent."""
+    found = []
+    for error in errors[:_SHOWN]:
+        where = ".".join(map(str, error["loc"][1:])) or "the body"
+        found.append(f"{where}: {error['msg']}")
+    return encodable("; ".join(found)) + ("; ..." if len(errors) > _SHOWN else "")

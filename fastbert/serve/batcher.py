@@ -1,0 +1,226 @@
+"""The queue before the model, and the thread that takes batches from it.
+
+A batch holds whole sequences end to end, up to a number of tokens, so there is no padding to wait
+for or to compute. Requests take turns in it, a sequence each, so that one of many texts does not
+hold up the others. What nobody waits for any more is dropped before the model runs.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastbert.finetune.features import Feature
+from fastbert.serve.abilities import Ability
+from fastbert.serve.metrics import Metrics
+from fastbert.serve.refusal import Refusal
+
+_LONGEST_WAIT = 60  # seconds that a client is told to wait, at most
+
+log = logging.getLogger(__name__)
+
+
+class Job:
+    """The sequences of one request, answered together."""
+
+    def __init__(self, ability: Ability, features: Sequence[Feature]) -> None:
+        self.ability, self.features = ability, features
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[list[Any]] = self.loop.create_future()
+        self.scores: list[Any] = [None] * len(features)
+        self.taken = 0  # of the sequences, by the model's thread
+        self.missing = len(features)
+        self.began = time.perf_counter()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.features) - self.taken
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """In the event loop."""
+        if self.future.done():
+            return
+        if error is None:
+            self.future.set_result(self.scores)
+        else:
+            self.future.set_exception(error)
+
+
+class Batcher:
+    """Runs a model in one thread, on batches of what waits.
+
+    batch_tokens: of a batch, at most, but for a sequence that alone has more; max_queue: sequences
+    that may wait; autocast: in which the model computes
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        autocast: contextlib.AbstractContextManager,
+        batch_tokens: int,
+        max_queue: int,
+        metrics: Metrics,
+    ) -> None:
+        self.model, self.autocast = model, autocast
+        self.batch_tokens, self.max_queue, self.metrics = batch_tokens, max_queue, metrics
+        self.jobs: deque[Job] = deque()
+        self.num_sequences = self.num_tokens = 0  # that wait
+        self.rate = 0.0  # tokens a second, of late
+        self.is_closing = False
+        self.changed = threading.Condition()
+        self.thread = threading.Thread(target=self._work, name="fastbert-model", daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def close(self) -> None:
+        """Ends the thread, once all that waits is computed."""
+        with self.changed:
+            self.is_closing = True
+            self.changed.notify()
+        self.thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        return self.thread.is_alive()
+
+    async def scores(self, ability: Ability, features: Sequence[Feature]) -> list[Any]:
+        """The model's scores of the sequences, in order.
+
+        Raises `Refusal` where too many wait. Whoever is cancelled here leaves nothing behind.
+        """
+        job = Job(ability, features)
+        self._put(job)
+        try:
+            return await job.future
+        finally:
+            if job.num_waiting:
+                self._drop(job)
+
+    def _put(self, job: Job) -> None:
+        count = len(job.features)
+        if count > self.max_queue:
+            raise Refusal(
+                413,
+                f"{count} sequences, more than the {self.max_queue} that may wait for the model",
+            )
+        with self.changed:
+            if self.num_sequences + count > self.max_queue:
+                raise Refusal(
+                    429,
+                    f"{self.num_sequences} sequences wait for the model, and {count} more would be "
+                    f"over its {self.max_queue}; try again later",
+                    self.wait_s(),
+                )
+            self.jobs.append(job)
+            self._waiting(count, sum(feature.num_tokens for feature in job.features))
+            self.changed.notify()
+
+    def _drop(self, job: Job) -> None:
+        """Takes out of the queue what is left of a request that nobody waits for."""
+        with self.changed:
+            if job in self.jobs:
+                self.jobs.remove(job)
+                left = job.features[job.taken :]
+                self._waiting(-len(left), -sum(feature.num_tokens for feature in left))
+                self.metrics.dropped.inc(len(left))
+
+    def wait_s(self) -> int:
+        """Whole seconds, about, in which the model has computed what waits now."""
+        wait = self.num_tokens / self.rate if self.rate else 1
+        return min(max(math.ceil(wait), 1), _LONGEST_WAIT)
+
+    def _waiting(self, sequences: int, tokens: int) -> None:
+        self.num_sequences += sequences
+        self.num_tokens += tokens
+        self.metrics.queue_sequences.set(self.num_sequences)
+        self.metrics.queue_tokens.set(self.num_tokens)
+
+    def _work(self) -> None:
+        with torch.inference_mode(), self.autocast:
+            while True:
+                with self.changed:
+                    while not self.jobs and not self.is_closing:
+                        self.changed.wait()
+                    batch = self._take()
+                    if not batch and self.is_closing:
+                        return
+                if batch:
+                    self._compute(batch)
+
+    def _take(self) -> list[tuple[Job, int]]:
+        """The next batch: requests, and the number of a sequence of theirs.
+
+        All are of one ability, the one of the request that has waited longest.
+        """
+        batch: list[tuple[Job, int]] = []
+        passed_over, used = [], 0
+        now = time.perf_counter()
+        while self.jobs:
+            job = self.jobs.popleft()
+            if batch and job.ability is not batch[0][0].ability:
+                passed_over.append(job)
+                continue
+            size = job.features[job.taken].num_tokens
+            if batch and used + size > self.batch_tokens:
+                self.jobs.appendleft(job)
+                break
+            if not job.taken:
+                self.metrics.queue_seconds.observe(now - job.began)
+            batch.append((job, job.taken))
+            job.taken += 1
+            used += size
+            if job.num_waiting:
+                self.jobs.append(job)
+        self.jobs.extendleft(reversed(passed_over))
+        self._waiting(-len(batch), -used)
+        return batch
+
+    def _compute(self, batch: list[tuple[Job, int]]) -> None:
+        features = [job.features[number] for job, number in batch]
+        began = time.perf_counter()
+        try:
+            scores = batch[0][0].ability.scores(self.model, features)
+        except Exception as error:  # such as out of memory: the next batch may fare better
+            log.exception("a batch of %d sequences failed", len(batch))
+            self.metrics.failed_batches.inc()
+            reason = f"the model failed on the batch: {type(error).__name__}"
+            self._deliver({job for job, _ in batch}, Refusal(500, reason))
+            return
+        self._count(features, time.perf_counter() - began)
+        done = []
+        for (job, number), own in zip(batch, scores, strict=True):
+            job.scores[number] = own
+            job.missing -= 1
+            if not job.missing:
+                done.append(job)
+        self._deliver(done)
+
+    def _count(self, features: list[Feature], seconds: float) -> None:
+        tokens = sum(feature.num_tokens for feature in features)
+        self.metrics.batch_sequences.observe(len(features))
+        self.metrics.batch_tokens.observe(tokens)
+        self.metrics.batch_seconds.observe(seconds)
+        self.rate = tokens / seconds if not self.rate else 0.9 * self.rate + 0.1 * tokens / seconds
+
+    def _deliver(self, jobs: Any, error: BaseException | None = None) -> None:
+        """Wakes each event loop once."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[Job]] = {}
+        for job in jobs:
+            by_loop.setdefault(job.loop, []).append(job)
+        for loop, some in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(_finish, some, error)
+
+
+def _finish(jobs: list[Job], error: BaseException | None) -> None:
+    for job in jobs:
+        job.finish(error)

@@ -1,0 +1,135 @@
+"""What every request passes before and after its route: key, limits, time, and whether anyone
+still waits for the answer."""
+
+import asyncio
+import contextlib
+import hmac
+import time
+from collections.abc import Collection
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastbert.serve.metrics import Metrics
+from fastbert.serve.refusal import Refusal, too_large
+from fastbert.serve_config import ServeConfig
+
+OPEN = ("/health",)  # without a key, and while the server is full or draining
+ALWAYS = (*OPEN, "/metrics")  # while it is full or draining
+
+
+class Gate:
+    """ASGI middleware.
+
+    Once it drains, requests that it let in are answered and others refused. A client that leaves
+    cancels its request.
+    """
+
+    def __init__(self, config: ServeConfig, paths: Collection[str], metrics: Metrics) -> None:
+        key = config.api_key()
+        self.key = None if key is None else f"Bearer {key}".encode()
+        self.config, self.paths, self.metrics = config, paths, metrics
+        self.is_draining = False
+        self.num_open = 0  # requests that are let in and not answered
+        self.num_answered = 0
+
+    def around(self, app: ASGIApp) -> ASGIApp:
+        """The app behind this gate, as Starlette wants a middleware."""
+
+        async def gated(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http":
+                await self._pass(app, scope, receive, send)
+            elif scope["type"] == "lifespan":
+                await app(scope, receive, send)
+
+        return gated
+
+    async def _pass(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        path, began, status = scope["path"], time.perf_counter(), 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if self.is_draining:  # so that the next request finds another server
+                    message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        is_counted = path not in ALWAYS
+        self.num_open += is_counted
+        self.metrics.open_requests.set(self.num_open)
+        try:
+            self._admit(scope, path)
+            await self._answer(app, scope, receive, watched)
+        except Refusal as refusal:
+            if not status:
+                await refusal.response(path)(scope, receive, watched)
+        finally:
+            self.num_open -= is_counted
+            self.metrics.open_requests.set(self.num_open)
+            route = path if path in self.paths else "other"
+            if status:
+                self.num_answered += is_counted and status == 200
+                self.metrics.requests.labels(route, status).inc()
+                self.metrics.request_seconds.labels(route).observe(time.perf_counter() - began)
+            else:
+                self.metrics.left.inc()
+
+    def _admit(self, scope: Scope, path: str) -> None:
+        headers = Headers(scope=scope)
+        if self.key is not None and path not in OPEN:
+            given = headers.get("authorization", "").encode("latin-1")
+            if not hmac.compare_digest(given, self.key):
+                raise Refusal(401, "expected the header Authorization: Bearer and the server's key")
+        if path in ALWAYS:
+            return
+        if self.is_draining:
+            raise Refusal(503, "the server is shutting down", 1)
+        if self.num_open > self.config.max_requests:
+            raise Refusal(
+                429, f"{self.config.max_requests} requests are being answered; try again later", 1
+            )
+        size = headers.get("content-length", "")
+        # before any of it is read; Python makes no number of thousands of digits
+        if size.isdecimal() and (len(size) > 18 or int(size) > self.config.max_body):
+            raise too_large(self.config.max_body)
+
+    async def _answer(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Runs the app until it has answered, the client has left or the time is over."""
+        task: Any = asyncio.current_task()
+        watcher: asyncio.Task | None = None
+        has_left = False
+
+        async def watch() -> None:
+            nonlocal has_left
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            has_left = True
+            task.cancel()
+
+        async def received() -> Message:
+            nonlocal watcher
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body"):
+                watcher = asyncio.create_task(watch())
+            return message
+
+        try:
+            async with asyncio.timeout(self.config.timeout):
+                await app(scope, received, send)
+        except asyncio.CancelledError:
+            if not has_left:  # the server's own end
+                raise
+            task.uncancel()
+        except TimeoutError:
+            raise Refusal(
+                504,
+                f"no answer within {self.config.timeout:g} seconds; try fewer texts, or later",
+                1,
+            ) from None
+        finally:
+            if watcher is not None:
+                watcher.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await watcher

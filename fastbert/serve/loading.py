@@ -1,0 +1,186 @@
+"""Reads a checkpoint, and what it can be asked for."""
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+
+from fastbert import checkpoint
+from fastbert.check import InputError
+from fastbert.config import BertConfig
+from fastbert.data import load_tokenizer
+from fastbert.finetune.metrics import require_libraries
+from fastbert.finetune.task import SETTINGS, Settings
+from fastbert.models.base import BertPreTrainedModel
+from fastbert.models.bert import BertModel
+from fastbert.models.classification import (
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
+from fastbert.models.pretraining import BertForMaskedLM
+from fastbert.models.question_answering import BertForQuestionAnswering
+from fastbert.serve.abilities import Embedding, MaskFilling
+from fastbert.serve.predictions import SEQUENCES, SERVED, Prediction
+from fastbert.serve.sentence_files import SentenceFiles
+from fastbert.serve_config import ServeConfig
+from fastbert.train.precision import autocast, resolve_precision
+
+_MODELS: dict[str, type[BertPreTrainedModel]] = {
+    "BertForPreTraining": BertForMaskedLM,
+    "BertForMaskedLM": BertForMaskedLM,
+    "BertForSequenceClassification": BertForSequenceClassification,
+    "BertForTokenClassification": BertForTokenClassification,
+    "BertForQuestionAnswering": BertForQuestionAnswering,
+}
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+
+class Served(NamedTuple):
+    """A model, and what it can be asked for, None where it cannot.
+
+    reranks: whether it scores pairs of texts by one number; prompts: see `SentenceFiles`
+    """
+
+    name: str
+    config: BertConfig
+    model: BertPreTrainedModel
+    tokenizer: Tokenizer
+    precision: str
+    batch_tokens: int
+    max_seq_len: int
+    embedding: Embedding
+    prediction: Prediction | None
+    mask_filling: MaskFilling | None
+    reranks: bool
+    prompts: Mapping[str, str]
+    default_prompt: str | None
+
+    @property
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return autocast(self.precision, self.model.device)
+
+
+def load(config: ServeConfig) -> Served:
+    """InputError for a checkpoint that cannot be served as it says it is."""
+    directory = checkpoint.resolve(config.model)
+    bert = BertConfig.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory, model_vocab_size=bert.vocab_size)
+    files = SentenceFiles.read(directory)
+    architecture = (bert.extra.get("architectures") or ["BertModel"])[0]
+    settings = _settings(directory, architecture, bert)
+    longest = bert.max_position_embeddings
+    max_seq_len = config.max_seq_len or min(files.max_seq_len or longest, longest)
+    if settings is not None:
+        max_seq_len = config.max_seq_len or settings.max_seq_len
+        settings = settings._replace(max_seq_len=max_seq_len)
+    if not 3 <= max_seq_len <= longest:
+        raise InputError(f"--max-seq-len: between 3 and the model's {longest}, got {max_seq_len}")
+    precision = config.precision or (settings.precision if settings else "auto")
+    precision = resolve_precision(precision)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _model(directory, architecture, bert).to(device)
+    prediction = None
+    if settings is not None and settings.task in SERVED:
+        require_libraries(settings.task, to_measure=False)
+        labels = [bert.id2label[number] for number in range(bert.num_labels)]
+        num_texts = _num_texts(settings, is_ours=(directory / SETTINGS).is_file())
+        prediction = Prediction(settings, labels, tokenizer, num_texts)
+    pooling = config.pooling or files.pooling or "mean"
+    fills = isinstance(model, BertForMaskedLM)
+    return Served(
+        name=str(config.model),
+        config=bert,
+        model=model,
+        tokenizer=tokenizer,
+        precision=precision,
+        batch_tokens=config.batch_tokens or _BATCH_TOKENS[device.type],
+        max_seq_len=max_seq_len,
+        embedding=Embedding(tokenizer, max_seq_len, pooling),
+        prediction=prediction,
+        mask_filling=MaskFilling(tokenizer, max_seq_len) if fills else None,
+        reranks=prediction is not None and _reranks(prediction),
+        prompts=files.prompts,
+        default_prompt=files.default_prompt,
+    )
+
+
+def _model(directory: Path, architecture: str, bert: BertConfig) -> BertPreTrainedModel:
+    kind = _MODELS.get(architecture)
+    if kind is None:
+        return BertModel.from_pretrained(directory, config=bert, add_pooling_layer=False)
+    return kind.from_pretrained(directory, config=bert)
+
+
+def _settings(directory: Path, architecture: str, bert: BertConfig) -> Settings | None:
+    """Of the fine-tuning; for a checkpoint from elsewhere what its config.json says; None for one
+    that is not fine-tuned."""
+    if (directory / SETTINGS).is_file():
+        return Settings.load(directory)
+    by_problem = {"regression": "regression", "multi_label_classification": "multilabel"}
+    task = {
+        "BertForSequenceClassification": by_problem.get(bert.problem_type or "", "classification"),
+        "BertForTokenClassification": "ner",
+        "BertForQuestionAnswering": "qa",
+    }.get(architecture)
+    if task is None:
+        return None
+    longest = bert.max_position_embeddings
+    return Settings(
+        task=task,
+        text_column="text",
+        pair_column=None,
+        label_column="label",
+        label_separator=",",
+        choice_column=(),
+        max_seq_len=longest,
+        stride=None if task in SEQUENCES else longest // 4,
+        truncate=False,
+        max_answer_tokens=30,
+        null_threshold=0.0,
+        precision="auto",
+    )
+
+
+def _num_texts(settings: Settings, is_ours: bool) -> tuple[int, ...]:
+    """How many texts an input may have; a checkpoint from elsewhere does not say."""
+    if settings.task in ("ner", "qa"):
+        return (1,) if settings.task == "ner" else (2,)
+    if not is_ours:
+        return (1, 2)
+    return (1,) if settings.pair_column is None else (2,)
+
+
+def _reranks(prediction: Prediction) -> bool:
+    is_one = prediction.settings.task in SEQUENCES and len(prediction.labels) == 1
+    return is_one and 2 in prediction.num_texts
+
+
+def about(served: Served, config: ServeConfig) -> dict[str, Any]:
+    """What /info says, by text-embeddings-inference's names."""
+    from fastbert._version import __version__
+
+    labels = {str(number): label for number, label in served.config.id2label.items()}
+    classes = {"id2label": labels, "label2id": dict(served.config.label2id)}
+    kind: dict[str, Any] = {"embedding": {"pooling": served.embedding.pooling}}
+    if served.reranks:
+        kind = {"reranker": classes}
+    elif served.prediction is not None:
+        kind = {"classifier": classes}
+    return {
+        "model_id": served.name,
+        "model_type": kind,
+        "model_dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(served.precision, "float32"),
+        "task": None if served.prediction is None else served.prediction.settings.task,
+        "device": str(served.model.device),
+        "max_input_length": served.max_seq_len,
+        "max_batch_tokens": served.batch_tokens,
+        "max_client_batch_size": config.max_texts,
+        "max_concurrent_requests": config.max_requests,
+        "auto_truncate": config.truncate,
+        "tokenization_workers": config.tokenize_threads,
+        "prompts": dict(served.prompts),
+        "version": __version__,
+    }

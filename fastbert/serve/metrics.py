@@ -1,0 +1,62 @@
+"""What a server counts, for Prometheus."""
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+class Metrics:
+    """Of one server, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = self._make(
+            Counter, "requests", "Answers, by route and status.", ("route", "status")
+        )
+        self.request_seconds = self._make(
+            Histogram, "request_seconds", "From a request's headers to its answer.", ("route",),
+            buckets=_SECONDS,
+        )  # fmt: skip
+        self.open_requests = self._make(Gauge, "open_requests", "Requests being answered.")
+        self.left = self._make(Counter, "left", "Requests whose client left before the answer.")
+        self.queue_sequences = self._make(
+            Gauge, "queue_sequences", "Sequences that wait for the model."
+        )
+        self.queue_tokens = self._make(Gauge, "queue_tokens", "Their tokens.")
+        self.queue_seconds = self._make(
+            Histogram, "queue_seconds", "From the queue to the model, of a first sequence.",
+            buckets=_SECONDS,
+        )  # fmt: skip
+        self.dropped = self._make(
+            Counter, "dropped_sequences", "Sequences dropped because nobody waited any more."
+        )
+        self.batch_sequences = self._make(
+            Histogram, "batch_sequences", "Sequences of a batch.", buckets=_SIZES
+        )
+        self.batch_tokens = self._make(
+            Histogram, "batch_tokens", "Tokens of a batch; the sum is all that were computed.",
+            buckets=_TOKENS,
+        )  # fmt: skip
+        self.batch_seconds = self._make(
+            Histogram, "batch_seconds", "The model's time for a batch.", buckets=_SECONDS
+        )
+        self.failed_batches = self._make(
+            Counter, "failed_batches", "Batches that the model failed on."
+        )
+
+    def _make(self, kind, name, text, labels=(), **options):
+        return kind(f"fastbert_{name}", text, labels, registry=self.registry, **options)
+
+    def text(self) -> bytes:
+        """As Prometheus reads it."""
+        return generate_latest(self.registry)

@@ -1,0 +1,158 @@
+"""What a fine-tuned model says of texts: classes, numbers, entities, answers."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from fastbert.data.conll import Sentence
+from fastbert.data.squad import Question
+from fastbert.finetune.features import Encoder, Feature, collate
+from fastbert.finetune.infer import TASK_OF
+from fastbert.finetune.sequences import TextExample
+from fastbert.finetune.task import Settings, softmax
+from fastbert.packing import IGNORE_INDEX
+from fastbert.serve.abilities import CUT, Ability, Tokens, windows_or_refusal
+from fastbert.serve.refusal import Refusal
+
+SEQUENCES = ("classification", "multilabel", "regression")
+SERVED = (*SEQUENCES, "ner", "qa")
+
+# A Chinese character; letters and digits, which a mark may join (U.S and e-mail); another mark.
+_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
+_WORD = re.compile(rf"[{_HAN}]|[^\W{_HAN}]+(?:[-.&@/][^\W{_HAN}]+)*|\S")
+
+
+class Prediction(Ability):
+    """Inputs: texts (str,) or pairs (str, str); for qa (question, context); for ner (text,).
+
+    labels: what the model scores, in order; settings: how it was trained to read; num_texts: how
+    many an input may have
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        labels: Sequence[str],
+        tokenizer: Tokenizer,
+        num_texts: tuple[int, ...],
+    ) -> None:
+        self.num_texts = num_texts
+        self.task = TASK_OF[settings.task](settings, labels)
+        self.settings, self.labels = settings, list(labels)
+        longest, stride, advice = settings.max_seq_len, settings.stride, CUT
+        if settings.task in ("ner", "qa"):
+            advice = "shorten it"
+        tokens: Any = Tokens(tokenizer)
+        self.encoders = {
+            cut: Encoder(tokens, longest, None if cut else stride, cut, advice)
+            for cut in (False, True)
+        }
+
+    def examples(self, inputs: Sequence[tuple[str, ...]]) -> list[Any]:
+        """The inputs as the task's examples."""
+        task = self.settings.task
+        if task == "qa":
+            return [
+                Question(f"input {i}", str(i), question, context, (), False)
+                for i, (question, context) in enumerate(inputs)
+            ]
+        if task == "ner":
+            words = [tuple(match[0] for match in _WORD.finditer(text)) for (text,) in inputs]
+            return [Sentence(f"input {i}", some, None) for i, some in enumerate(words)]
+        return [TextExample(f"input {i}", texts, None) for i, texts in enumerate(inputs)]
+
+    def features(self, inputs: Sequence[tuple[str, ...]], truncate: bool) -> list[Feature]:
+        if truncate and self.settings.task in ("ner", "qa"):
+            raise Refusal(422, f"truncate: not for {self.settings.task}, which reads whole texts")
+        encoder = self.encoders[truncate]
+        return windows_or_refusal(self.task.features, self.examples(inputs), encoder)
+
+    def scores(self, model: Any, features: Sequence[Feature]) -> Sequence[NDArray[np.float32]]:
+        batch = collate(features).to(model.device)
+        return self.task.scores(self.task.forward(model, batch, features), features)
+
+    def answers(
+        self,
+        inputs: Sequence[tuple[str, ...]],
+        features: Sequence[Feature],
+        scores: Sequence[NDArray[np.float32]],
+        raw_scores: bool,
+    ) -> list[Any]:
+        """What is said of each input, in order."""
+        if self.settings.task in SEQUENCES:
+            return [self._labels(own, raw_scores) for own in self.means(inputs, features, scores)]
+        examples = self.examples(inputs)
+        said = self.task.predict(examples, features, scores)
+        if self.settings.task == "qa":
+            return [_answer(one) for one in said]
+        sure = _word_probabilities(examples, features, scores)
+        return [
+            _entities(text, one, own) for (text,), one, own in zip(inputs, said, sure, strict=True)
+        ]
+
+    def means(
+        self, inputs: Sequence[Any], features: Sequence[Feature], scores: Sequence[NDArray]
+    ) -> list[NDArray[np.float32]]:
+        """The scores (L,) of each input, a long text's being the mean of its windows'."""
+        return self.task.means(inputs, features, scores)  # type: ignore[attr-defined]
+
+    def shares(self, scores: NDArray[np.float32], raw: bool) -> list[float]:
+        """The scores (L,) as probabilities; of a regression they are the numbers themselves."""
+        if raw or self.settings.task == "regression":
+            return scores.tolist()
+        if self.settings.task == "multilabel" or len(self.labels) == 1:
+            return torch.from_numpy(scores).sigmoid().tolist()
+        return softmax(scores)
+
+    def _labels(self, scores: NDArray[np.float32], raw: bool) -> list[dict[str, Any]]:
+        """The likeliest first."""
+        pairs = zip(self.labels, self.shares(scores, raw), strict=True)
+        by_label = [{"label": label, "score": share} for label, share in pairs]
+        return sorted(by_label, key=lambda one: -one["score"])
+
+
+def _answer(said: dict[str, Any]) -> dict[str, Any]:
+    """In the words of Hugging Face's pipeline; start and end in characters of the context."""
+    names = {"answer": "answer", "score": "probability", "start": "start", "end": "end"}
+    return {name: said[own] for name, own in names.items()}
+
+
+def _word_probabilities(
+    examples: Sequence[Sentence], features: Sequence[Feature], scores: Sequence[NDArray]
+) -> list[list[float]]:
+    """How likely each word's label is."""
+    sure = [[0.0] * len(example.words) for example in examples]
+    for feature, own in zip(features, scores, strict=True):
+        for word, row in zip(feature.target.words, own, strict=True):
+            if word != IGNORE_INDEX:
+                sure[feature.example][word] = max(softmax(row))
+    return sure
+
+
+def _entities(text: str, said: dict[str, Any], sure: Sequence[float]) -> dict[str, Any]:
+    """Words and entities, with where they are in the characters of the text."""
+    places = [match.span() for match in _WORD.finditer(text)]
+    words = [
+        {"word": text[start:end], "start": start, "end": end, "label": label, "score": score}
+        for (start, end), label, score in zip(places, said["labels"], sure, strict=True)
+    ]
+    entities = []
+    for entity in said["entities"]:
+        first, last = entity["start"], entity["end"] - 1
+        start, end = places[first][0], places[last][1]
+        score = float(np.mean(sure[first : last + 1]))
+        entities.append(
+            {
+                "entity_group": entity["type"],
+                "score": score,
+                "word": text[start:end],
+                "start": start,
+                "end": end,
+            }
+        )
+    return {"entities": entities, "words": words}

@@ -1,0 +1,79 @@
+"""The bodies of requests. Another field than these, or another type, is refused."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
+Text = str | Texts
+Sequence = Annotated[list[str], Field(min_length=1, max_length=2, fail_fast=True)]
+Direction = Literal["Right", "right"]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class EmbedBody(Body):
+    """normalize: to length 1; prompt_name: of what the model's files say may stand before a text;
+    truncate: None is the server's choice."""
+
+    inputs: Text
+    normalize: bool = True
+    truncate: bool | None = None
+    truncation_direction: Direction = "Right"
+    prompt_name: str | None = None
+    dimensions: int | None = None
+
+
+class RerankBody(Body):
+    query: str
+    texts: Texts
+    raw_scores: bool = False
+    return_text: bool = False
+    truncate: bool | None = None
+    truncation_direction: Direction = "Right"
+
+
+class QuestionBody(Body):
+    question: str
+    context: str
+
+
+class PredictBody(Body):
+    """inputs: of sequences a text, a pair of texts, or a list of lists of one text or two; of
+    entities a text or a list of lists of one; for reading comprehension a question with its context
+    or a list of those."""
+
+    inputs: (
+        str
+        | QuestionBody
+        | Sequence
+        | Annotated[list[Sequence], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[QuestionBody], Field(min_length=1, fail_fast=True)]
+    )
+    raw_scores: bool = False
+    truncate: bool | None = None
+    truncation_direction: Direction = "Right"
+
+
+class FillMaskBody(Body):
+    inputs: Text
+    top_k: Annotated[int, Field(ge=1, le=100)] = 5
+    truncate: bool | None = None
+
+
+class TokenizeBody(Body):
+    inputs: Text
+    add_special_tokens: bool = True
+    prompt_name: str | None = None
+
+
+class OpenAIBody(Body):
+    """model and user are taken and say nothing here: a server has one model."""
+
+    input: Any
+    model: str | None = None
+    user: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None

@@ -1,0 +1,157 @@
+"""The routes of text-embeddings-inference, and /fill-mask beside them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from fastbert.serve.abilities import Embedding
+from fastbert.serve.loading import about
+from fastbert.serve.metrics import Metrics
+from fastbert.serve.predictions import Prediction
+from fastbert.serve.refusal import Refusal, json_response
+from fastbert.serve.requests import (
+    EmbedBody,
+    FillMaskBody,
+    PredictBody,
+    QuestionBody,
+    RerankBody,
+    TokenizeBody,
+)
+from fastbert.serve.service import Service
+
+CANNOT = 424  # what text-embeddings-inference answers where a model is of another kind
+
+
+def routes(service: Service, metrics: Metrics) -> APIRouter:
+    router = APIRouter()
+    served = service.served
+
+    @router.post("/embed")
+    async def embed(body: EmbedBody) -> Response:
+        """A vector for each text."""
+        if body.dimensions is not None:
+            raise Refusal(422, "dimensions: the model's vectors have one width; leave it out")
+        texts = service.prompted(service.texts(body.inputs), body.prompt_name)
+        _, scores = await service.read(served.embedding, texts, body.truncate)
+        return await service.in_thread(_vectors, scores, body.normalize)
+
+    @router.post("/rerank")
+    async def rerank(body: RerankBody) -> Response:
+        """How well each text answers the query, the best first."""
+        if served.prediction is None or not served.reranks:
+            raise Refusal(
+                CANNOT,
+                f"{served.name} cannot rerank: it does not score pairs of texts by one number",
+            )
+        (query,), texts = service.texts(body.query), service.texts(body.texts)
+        pairs = [(query, text) for text in texts]
+        features, scores = await service.read(served.prediction, pairs, body.truncate)
+        means = served.prediction.means(pairs, features, scores)
+        shares = [served.prediction.shares(own, body.raw_scores)[0] for own in means]
+        ranked = [
+            {"index": number, "score": share}
+            | ({"text": texts[number]} if body.return_text else {})
+            for number, share in enumerate(shares)
+        ]
+        return json_response(sorted(ranked, key=lambda one: -one["score"]))
+
+    @router.post("/predict")
+    async def predict(body: PredictBody) -> Response:
+        """What a fine-tuned model says of an input, or of each of a list."""
+        ability = served.prediction
+        if ability is None:
+            raise Refusal(
+                CANNOT,
+                f"{served.name} cannot predict: it is not fine-tuned for "
+                "classification, multi-label classification, regression, entities or reading "
+                "comprehension",
+            )
+        is_batch, inputs = _inputs(body, ability, service)
+        features, scores = await service.read(ability, inputs, body.truncate)
+        said = await service.in_thread(ability.answers, inputs, features, scores, body.raw_scores)
+        return json_response(said if is_batch else said[0])
+
+    @router.post("/fill-mask")
+    async def fill_mask(body: FillMaskBody) -> Response:
+        """For each [MASK] of a text the likeliest words; a list of these for a list of texts."""
+        ability = served.mask_filling
+        if ability is None:
+            raise Refusal(CANNOT, f"{served.name} cannot fill masks: it has no masked-LM head")
+        texts = service.texts(body.inputs)
+        _, scores = await service.read(ability, texts, bool(body.truncate))
+        pairs = zip(texts, scores, strict=True)
+        answers = [ability.answer(text, own, body.top_k) for text, own in pairs]
+        return json_response(answers[0] if isinstance(body.inputs, str) else answers)
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> Response:
+        """The tokens of each text, with their places in its characters."""
+        texts = service.texts(body.inputs)
+        if body.prompt_name is not None:
+            texts = service.prompted(texts, body.prompt_name)
+        return await service.in_thread(_tokens, served.tokenizer, texts, body.add_special_tokens)
+
+    @router.get("/info")
+    async def info() -> Response:
+        """The model and the limits."""
+        return json_response(about(served, service.config))
+
+    @router.get("/metrics")
+    async def prometheus() -> Response:
+        """For Prometheus."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router
+
+
+def _vectors(scores: Sequence[Any], normalize: bool) -> Response:
+    return json_response(Embedding.vectors(scores, normalize).tolist())
+
+
+def _inputs(
+    body: PredictBody, ability: Prediction, service: Service
+) -> tuple[bool, list[tuple[str, ...]]]:
+    """Whether the inputs came as a list, and the texts of each."""
+    given, task = body.inputs, ability.settings.task
+    is_batch = isinstance(given, list) and not isinstance(given[0], str)
+    inputs: list[Any] = given if is_batch else [given]  # type: ignore[assignment]
+    service.check_count(len(inputs))
+    if isinstance(inputs[0], QuestionBody) != (task == "qa"):
+        form = '{"question": ..., "context": ...}' if task == "qa" else "texts"
+        raise Refusal(422, f"inputs: expected {form}, for the model's task is {task}")
+    found = []
+    for number, one in enumerate(inputs):
+        texts = [one] if isinstance(one, str) else one
+        if isinstance(one, QuestionBody):
+            texts = [one.question, one.context]
+        if len(texts) not in ability.num_texts:
+            wanted = " or ".join("a pair" if n == 2 else "one text" for n in ability.num_texts)
+            raise Refusal(
+                422,
+                f"input {number}: expected {wanted}, got {len(texts)} texts; a list of inputs is "
+                'written as [["a"], ["b"]]',
+            )
+        found.append(tuple(service.texts(texts)))
+    return is_batch, found
+
+
+def _tokens(tokenizer: Any, texts: list[str], add_special_tokens: bool) -> Response:
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+    return json_response(
+        [
+            [
+                {
+                    "id": number,
+                    "text": token if special else text[start:stop],
+                    "special": bool(special),
+                    "start": None if special else start,
+                    "stop": None if special else stop,
+                }
+                for number, token, special, (start, stop) in zip(
+                    one.ids, one.tokens, one.special_tokens_mask, one.offsets, strict=True
+                )
+            ]
+            for text, one in zip(texts, encodings, strict=True)
+        ]
+    )

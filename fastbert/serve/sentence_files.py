@@ -1,0 +1,90 @@
+"""What sentence-transformers' files beside a model say of how its texts become vectors."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastbert.check import InputError
+from fastbert.serve_config import POOLINGS
+
+_KNOWN = ("Transformer", "Pooling", "Normalize")  # modules that are computed here
+_LEGACY = "pooling_mode_"  # before a mode, in files of older releases
+_LEGACY_NAMES = {"cls_token": "cls", "mean_tokens": "mean"}
+
+
+class SentenceFiles(NamedTuple):
+    """pooling: of POOLINGS, None where no file says it; max_seq_len: in tokens, or None; prompts:
+    what may stand before a text, by its name; default_prompt: the name of the one that does."""
+
+    pooling: str | None = None
+    max_seq_len: int | None = None
+    prompts: Mapping[str, str] = {}
+    default_prompt: str | None = None
+
+    @classmethod
+    def read(cls, directory: Path) -> "SentenceFiles":
+        """InputError for a pipeline that has more than is computed here."""
+        file = directory / "modules.json"
+        if not file.is_file():
+            return cls()
+        modules = _json(file, list)
+        pooling, pools = None, False
+        for module in modules:
+            if not isinstance(module, dict):
+                raise InputError(f"{file}: expected a list of modules")
+            kind = str(module.get("type")).rpartition(".")[2]
+            if kind not in _KNOWN:
+                raise InputError(
+                    f"{file}: the model has a {kind} module, which fastbert does not compute"
+                )
+            if kind == "Pooling":
+                pools = True
+                pooling = _pooling(directory / str(module.get("path")) / "config.json")
+        if not pools:
+            return cls()  # a cross-encoder's
+        about = _json(directory / "sentence_bert_config.json", dict)
+        prompts = _json(directory / "config_sentence_transformers.json", dict)
+        if about.get("do_lower_case"):
+            raise InputError(
+                f"{directory}: do_lower_case in sentence_bert_config.json is not computed here; "
+                "let the tokenizer lower-case"
+            )
+        return cls(
+            pooling,
+            about.get("max_seq_length"),
+            prompts.get("prompts") or {},
+            prompts.get("default_prompt_name"),
+        )
+
+
+def _json(file: Path, kind: type) -> Any:
+    """The file's contents; an empty `kind` where there is none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return kind()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(value, kind):
+        raise InputError(f"{file}: expected a JSON {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _pooling(file: Path) -> str:
+    config = _json(file, dict)
+    found = config.get("pooling_mode")
+    modes = found if isinstance(found, list) else [found]
+    if found is None:
+        names = [
+            k.removeprefix(_LEGACY) for k, on in config.items() if k.startswith(_LEGACY) and on
+        ]
+        modes = [_LEGACY_NAMES.get(name, name) for name in names] or ["mean"]
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise InputError(
+            f"{file}: the model pools by {' and '.join(map(str, modes))}; fastbert computes "
+            f"{' or '.join(POOLINGS)}"
+        )
+    if config.get("include_prompt", True) is False:
+        raise InputError(f"{file}: include_prompt = false is not computed here")
+    return modes[0]

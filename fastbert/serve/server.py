@@ -1,0 +1,115 @@
+"""Runs the application under uvicorn, from a free port to the last answer."""
+
+import signal
+import socket
+import warnings
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+import uvicorn
+
+from fastbert.check import InputError
+from fastbert.console import console
+from fastbert.serve.app import make_app
+from fastbert.serve.batcher import Batcher
+from fastbert.serve.loading import Served, load
+from fastbert.serve.metrics import Metrics
+from fastbert.serve_config import ServeConfig
+
+_LOOPBACK = ("127.", "::1", "localhost")
+_OPTIONS: dict[str, Any] = {
+    "ws": "none",
+    "log_config": None,
+    "log_level": "warning",
+    "access_log": False,
+    "server_header": False,
+    "timeout_keep_alive": 75,  # seconds, longer than the proxies before it keep a connection
+    "timeout_graceful_shutdown": 5,  # for answers on their way when all are computed
+}
+
+
+def serve(config: ServeConfig) -> None:
+    """Serves until SIGTERM or Ctrl-C, and answers what was accepted until then."""
+    listener = bind(config.host, config.port)
+    if config.api_key() is None and not config.host.startswith(_LOOPBACK):
+        warnings.warn(
+            f"--host {config.host}: whoever reaches this machine can use the server; give it a key "
+            "by --api-key-file",
+            stacklevel=2,
+        )
+    server = Server(config)
+    host, port = listener.getsockname()[:2]
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    server.run_at(listener, lambda: console.print(f"{config.model} is served at {where}"))
+    console.print(f"{server.gate.num_answered} requests were answered")
+
+
+class Server(uvicorn.Server):
+    """A model behind uvicorn.
+
+    It drains at the first signal, and ends at once at the second. uvicorn's own end would close
+    connections on which a request may just be coming in; here they stay until all is answered, and
+    further requests are told that the server is shutting down.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.served = load(config)
+        metrics = Metrics()
+        self.batcher = Batcher(
+            self.served.model,
+            self.served.autocast,
+            self.served.batch_tokens,
+            config.max_queue,
+            metrics,
+        )
+        app, self.gate = make_app(self.served, self.batcher, config, metrics)
+        super().__init__(uvicorn.Config(app, **_OPTIONS))
+
+    def run_at(self, listener: socket.socket, when_ready: Callable[[], None]) -> None:
+        """Answers until it is stopped."""
+        self.when_ready = when_ready
+        _warm_up(self.served)
+        self.batcher.start()
+        try:
+            self.run(sockets=[listener])
+        finally:
+            self.batcher.close()
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        self.when_ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.should_exit = self.force_exit = self.gate.is_draining
+        self.gate.is_draining = True
+        if not self.force_exit:
+            console.print(f"{signal.Signals(sig).name}: answering what was accepted")
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.gate.is_draining and not self.gate.num_open:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that nobody can connect to yet; InputError before there is a model to load."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise InputError(f"--host {host} --port {port}: {error.strerror or error}") from None
+    return listener
+
+
+@torch.inference_mode()
+def _warm_up(served: Served) -> None:
+    """Computes the largest batch and a small one, so that what a device compiles is there, and
+    memory that does not suffice is told before there are clients."""
+    with served.autocast:
+        for num_tokens in (served.batch_tokens, 16):
+            served.embedding.scores(served.model, served.embedding.full(num_tokens))

@@ -1,0 +1,56 @@
+"""The way of a request: its texts to tokens in threads, through the queue, and to an answer."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from fastbert.data.tables import encodable
+from fastbert.finetune.features import Feature
+from fastbert.serve.abilities import Ability
+from fastbert.serve.batcher import Batcher
+from fastbert.serve.loading import Served
+from fastbert.serve.refusal import Refusal
+from fastbert.serve_config import ServeConfig
+
+Result = TypeVar("Result")
+
+
+class Service:
+    """What the routes share. Texts that come back from `texts` can be tokenised and written."""
+
+    def __init__(self, served: Served, batcher: Batcher, config: ServeConfig) -> None:
+        self.served, self.batcher, self.config = served, batcher, config
+        self.threads = ThreadPoolExecutor(config.tokenize_threads, "fastbert-tokenize")
+
+    def texts(self, given: str | Sequence[str]) -> list[str]:
+        texts = [given] if isinstance(given, str) else list(given)
+        self.check_count(len(texts))
+        return [encodable(text) for text in texts]
+
+    def check_count(self, count: int) -> None:
+        if count > self.config.max_texts:
+            raise Refusal(413, f"{count} texts, more than the {self.config.max_texts} of a request")
+
+    def prompted(self, texts: list[str], name: str | None) -> list[str]:
+        """The texts with the prompt of that name, or the model's default one, before each."""
+        prompts = self.served.prompts
+        name = self.served.default_prompt if name is None else name
+        if name is None:
+            return texts
+        if name not in prompts:
+            known = ", ".join(prompts) or "the model has none"
+            raise Refusal(422, f"prompt_name: no prompt {encodable(name)!r}; known are: {known}")
+        return [prompts[name] + text for text in texts]
+
+    async def read(
+        self, ability: Ability, inputs: Sequence[Any], truncate: bool | None
+    ) -> tuple[list[Feature], list[Any]]:
+        """The sequences of the inputs, and the model's scores of them."""
+        cut = self.config.truncate if truncate is None else truncate
+        features = await self.in_thread(ability.features, inputs, cut)
+        return features, await self.batcher.scores(ability, features)
+
+    async def in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.threads, function, *arguments)

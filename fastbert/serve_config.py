@@ -1,0 +1,100 @@
+"""`ServeConfig`, the options of a server."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from fastbert.check import InputError
+from fastbert.options import LIMITS, MODEL, SERVER, Bounds, at_least, check_options, option
+
+POOLINGS = ("mean", "cls")
+KEY_VARIABLE = "FASTBERT_API_KEY"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """All that determines a server; the command line's options are these fields."""
+
+    model: str = option(None, "Directory of a model or of a run, or a hub name.", group=MODEL)
+    pooling: str | None = option(
+        None,
+        "Of embeddings: mean of all tokens, or cls; by default what sentence-transformers' files "
+        "in the model's directory say, else mean.",
+        group=MODEL,
+    )
+    max_seq_len: int | None = option(
+        None,
+        "Longest sequence, in tokens; by default what the model was trained for.",
+        group=MODEL,
+        bounds=at_least(3),
+    )
+    truncate: bool = option(
+        False, "Cut longer texts off where a request does not say whether to.", group=MODEL
+    )
+    precision: str | None = option(
+        None,
+        "auto, bf16, fp16 or fp32; by default that of the fine-tuning, else auto: bf16 autocast "
+        "where it is fast.",
+        group=MODEL,
+    )
+    batch_tokens: int | None = option(
+        None,
+        "Tokens computed at once; by default 1,024 on a CPU and 16,384 on a GPU.",
+        group=MODEL,
+        bounds=at_least(1),
+    )
+    host: str = option("127.0.0.1", "Address to listen at; 0.0.0.0 is all of IPv4.", group=SERVER)
+    port: int = option(
+        8080,
+        "Port to listen at; 0 takes a free one.",
+        group=SERVER,
+        bounds=Bounds("between 0 and 65535", 0, 65535),
+    )
+    api_key_file: Path | None = option(
+        None,
+        f"File with the key that requests must bear; else it is in {KEY_VARIABLE}, if that is set.",
+        group=SERVER,
+    )
+    tokenize_threads: int = option(
+        2, "Threads that turn texts into tokens.", group=SERVER, bounds=Bounds("1 to 256", 1, 256)
+    )
+    max_body: int = option(
+        2_000_000, "Largest request, in bytes.", group=LIMITS, bounds=at_least(1)
+    )
+    max_texts: int = option(2048, "Most texts of a request.", group=LIMITS, bounds=at_least(1))
+    max_requests: int = option(
+        512, "Most requests at a time; further ones are refused.", group=LIMITS, bounds=at_least(1)
+    )
+    max_queue: int = option(
+        8192, "Most sequences that wait for the model.", group=LIMITS, bounds=at_least(1)
+    )
+    timeout: float = option(
+        60.0,
+        "Seconds after which a request is given up.",
+        group=LIMITS,
+        bounds=Bounds("above 0 and at most 86400", 0, 86400, low_open=True),
+    )
+
+    def __post_init__(self) -> None:
+        if self.model is None:
+            raise InputError("--model: name the directory of a model")
+        if self.pooling not in (None, *POOLINGS):
+            raise InputError(f"--pooling: one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        check_options(self)
+
+    def api_key(self) -> str | None:
+        """What requests must bear, None where they need nothing."""
+        if self.api_key_file is None:
+            source, key = KEY_VARIABLE, os.environ.get(KEY_VARIABLE)
+            if key is None:
+                return None
+        else:
+            source = f"--api-key-file {self.api_key_file}"
+            try:
+                key = self.api_key_file.read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeError) as error:
+                reason = getattr(error, "strerror", None) or "not UTF-8"
+                raise InputError(f"{source}: cannot be read: {reason}") from None
+        if not key or not key.isascii() or not key.isprintable() or " " in key:
+            raise InputError(f"{source}: expected a key of ASCII characters without blanks")
+        return key

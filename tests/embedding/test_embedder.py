@@ -1,0 +1,74 @@
+"""How texts are tokenised, grouped and batched."""
+
+import random
+
+import torch
+
+from fastbert.data.texts import Mark, Text
+from fastbert.embedding import model as embedder_module
+from fastbert.embedding import shards
+from fastbert.embedding.model import Embedder
+from tests.embedding.shards_case import OPTIONS, WORDS
+
+
+def embedder_of(model, **options) -> Embedder:
+    return Embedder(model, torch.device("cpu"), **OPTIONS | options)
+
+
+def test_of_a_long_text_only_the_beginning_is_tokenised(model, monkeypatch):
+    """With the tokens that the whole text gives."""
+    monkeypatch.setattr(embedder_module, "_CHARACTERS", 1)
+    cut = embedder_of(model, truncate=True, max_seq_len=12)
+    whole = embedder_of(model, truncate=True, max_seq_len=12)
+    whole.divides_at_blanks = False
+    draw = random.Random(1)
+    pieces = [
+        *WORDS[:20],
+        "é",
+        "e\u0301",
+        "北",
+        "!",
+        "\t",
+        "[MASK]",
+        "xyz",
+        "\u0301",
+        "\u00a0",
+        "İ",
+    ]
+    lengths = set()
+    for _ in range(300):
+        texts = [
+            draw.choice([" ", "", "  "]).join(draw.choices(pieces, k=draw.randint(0, 40)))
+            for _ in range(3)
+        ]
+        found = cut._ids(texts)
+        assert found == whole._ids(texts)
+        lengths.update(map(len, found))
+    assert {0, 10} < lengths
+    assert cut._end("bal " * 10) is not None
+
+
+def test_a_window_is_bounded_by_rows_and_by_characters(monkeypatch):
+    monkeypatch.setattr(shards, "_WINDOW_ROWS", 4)
+    monkeypatch.setattr(shards, "_WINDOW_CHARACTERS", 10)
+    texts = [Text("", "x" * n, Mark()) for n in (1, 1, 1, 1, 1, 9, 20, 3)]
+    found = [[len(text.text) for text in window] for window in shards.windows(iter(texts))]
+    assert found == [[1, 1, 1, 1], [1, 9], [20], [3]]
+
+
+def test_batches_hold_at_most_the_budget_and_texts_of_a_length(model, monkeypatch):
+    embedder = embedder_of(model)
+    sizes = []
+    collate = embedder_module.collate
+
+    def spied(features):
+        sizes.append([feature.num_tokens for feature in features])
+        return collate(features)
+
+    monkeypatch.setattr(embedder_module, "collate", spied)
+    texts = [Text("", "bal " * n, Mark()) for n in (30, 1, 20, 2, 19, 3, 38, 0) * 3]
+    embedder(texts)
+    assert all(sum(size) <= 100 for size in sizes)
+    flat = [n for size in sizes for n in size]
+    assert flat == sorted(flat)
+    assert len(flat) == len(texts)

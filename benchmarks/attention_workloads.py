@@ -9,8 +9,8 @@ from torch import Tensor
 from benchmarks.bodies import EAGER, Body, Workload
 from benchmarks.workloads import sequence_lengths
 from fastbert import rng
+from fastbert.config.pretrain import PRESETS
 from fastbert.ops.attention import attention, attention_qkvpacked
-from fastbert.pretrain_config import PRESETS
 
 SDPA_BACKENDS = {
     "SDPA flash": "FLASH_ATTENTION",

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import fastbert
 from benchmarks.results import FASTBERT, Options, Results
+from fastbert.config.pretrain import PRESETS, PretrainConfig
 from fastbert.packing import IGNORE_INDEX, PackedBatch
-from fastbert.pretrain_config import PRESETS, PretrainConfig
 from fastbert.reference import ReferenceBert
 from fastbert.train.optimizer import linear_schedule, make_optimizer
 from fastbert.train.prepare import prepare_text

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from benchmarks.results import Options, Results
-from fastbert.config import BertConfig
-from fastbert.distill_config import DistillConfig
+from fastbert.config.bert import BertConfig
+from fastbert.config.distill import DistillConfig
+from fastbert.config.pretrain import PretrainConfig
 from fastbert.models.pretraining import BertForMaskedLM
-from fastbert.pretrain_config import PretrainConfig
 from fastbert.train import state
 from fastbert.train.distill import Distillation
 from fastbert.train.pretrain import carry_out

@@ -30,7 +30,7 @@ from benchmarks.results import FASTBERT, Options
 from benchmarks.steps import make_model, training_step
 from benchmarks.workloads import Batch, pretraining_batch, sequence_lengths
 from fastbert import backend
-from fastbert.pretrain_config import PRESETS
+from fastbert.config.pretrain import PRESETS
 
 # Measured on an H200: a product of 8192 x 8192 bf16 matrices, and a copy, read and written.
 PRODUCT, COPY = 790e12, 4.3e12

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.workloads import VOCAB_SIZE, Batch
-from fastbert.pretrain_config import PRESETS
+from fastbert.config.pretrain import PRESETS
 
 
 def model_flops(preset: str, batch: Batch, *, training: bool) -> float:

@@ -31,7 +31,7 @@ from benchmarks.host_calls import (
 )
 from benchmarks.results import FASTBERT, PATCHED, PATCHED_GRAPHS, REDUCED, SDPA, Options, Results
 from benchmarks.timing import first_line, interleaved, summarize
-from fastbert.pretrain_config import PRESETS
+from fastbert.config.pretrain import PRESETS
 
 WARM_UP = 4  # torch.compile compiles, warms up and records; a patched model may record too
 

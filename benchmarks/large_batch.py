@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.results import Options, Results
 from fastbert.check import InputError
-from fastbert.pretrain_config import PretrainConfig
+from fastbert.config.pretrain import PretrainConfig
 from fastbert.train.pretrain import pretrain
 
 TIMES = 16  # the batch of PretrainConfig's default

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.results import Options, Results
-from fastbert.pretrain_config import PretrainConfig
+from fastbert.config.pretrain import PretrainConfig
 from fastbert.train import state
 from fastbert.train.pretrain import pretrain
 

@@ -9,13 +9,13 @@ from torch import Tensor
 from benchmarks.attention_workloads import attention_workloads
 from benchmarks.bodies import EAGER, Body, Workload
 from fastbert import rng
+from fastbert.config.pretrain import PRESETS
 from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.compact import compact
 from fastbert.ops.embedding import embedding_layer_norm
 from fastbert.ops.gather_rows import gather_rows
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fastbert.ops.linear_cross_entropy import linear_cross_entropy
-from fastbert.pretrain_config import PRESETS
 
 MASKED_SHARE = 0.15
 

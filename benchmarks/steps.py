@@ -18,9 +18,9 @@ from benchmarks import ceilings, footprint
 from benchmarks.results import COMPILED, EAGER, FASTBERT, SDPA, Options, Results, Row
 from benchmarks.timing import first_line, interleaved, recorded, summarize
 from benchmarks.workloads import MAX_SEQLEN, Batch, pretraining_batch, sequence_lengths
+from fastbert.config.pretrain import PRESETS
 from fastbert.cuda_graph import Work
 from fastbert.packing import Bucket, PackedBatch
-from fastbert.pretrain_config import PRESETS
 
 GRAPH, WITHOUT_GRAPH = "CUDA graph", "fastbert (without CUDA graph)"
 OURS = (FASTBERT, WITHOUT_GRAPH)

@@ -1,7 +1,7 @@
 """fastbert: BERT at the speed of packed batches and fused kernels, under Hugging Face's names."""
 
 from fastbert._version import __version__
-from fastbert.config import BertConfig
+from fastbert.config.bert import BertConfig
 from fastbert.explain import explain
 from fastbert.hf import is_patched, patch, patched_class, register_attention, unpatch
 from fastbert.models import (

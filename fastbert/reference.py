@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert.config import BertConfig
+from fastbert.config.bert import BertConfig
 
 GELU_TANH = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 

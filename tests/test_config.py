@@ -7,8 +7,8 @@ import transformers
 
 import fastbert
 from fastbert.check import InputError
-from fastbert.config import BertConfig
-from fastbert.pretrain_config import PretrainConfig
+from fastbert.config.bert import BertConfig
+from fastbert.config.pretrain import PretrainConfig
 
 
 def test_defaults_are_hugging_faces():

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from fastbert.check import InputError
-from fastbert.config import BertConfig
-from fastbert.distill_config import DistillConfig
+from fastbert.config.bert import BertConfig
+from fastbert.config.distill import DistillConfig
 
 BASE = BertConfig()
 

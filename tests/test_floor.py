@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from benchmarks import floor, footprint
 from benchmarks.floor import Work
 from benchmarks.workloads import pretraining_batch, sequence_lengths
-from fastbert.pretrain_config import PRESETS
+from fastbert.config.pretrain import PRESETS
 
 LENGTHS = sequence_lengths("wikipedia", 8)
 TOKENS = sum(LENGTHS)

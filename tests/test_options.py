@@ -10,11 +10,11 @@ import pytest
 
 from fastbert import cli
 from fastbert.check import InputError
-from fastbert.cli_options import by_option_names
-from fastbert.distill_config import DistillConfig
-from fastbert.finetune_config import FinetuneConfig
-from fastbert.options import check_options, text_of
-from fastbert.pretrain_config import PretrainConfig
+from fastbert.cli.options import by_option_names
+from fastbert.config.distill import DistillConfig
+from fastbert.config.finetune import FinetuneConfig
+from fastbert.config.options import check_options, text_of
+from fastbert.config.pretrain import PretrainConfig
 
 CONFIGS = {
     PretrainConfig: {},

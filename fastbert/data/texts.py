@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from fastbert.check import InputError
+from fastbert.config.finetune import read_delimiter
 from fastbert.data.tables import Row, delimited_rows, dialect, json_rows
 from fastbert.files import is_stream
-from fastbert.finetune_config import read_delimiter
 
 LONGEST = 2**22  # bytes of a text, or of a line: to tokenise one takes a hundred times as much
 _ROWS = 1024  # of a .parquet, decoded at once

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from fastbert import checkpoint
 from fastbert.check import InputError
-from fastbert.config import BertConfig
+from fastbert.config.bert import BertConfig
 from fastbert.data import load_tokenizer
 from fastbert.data.encoding import warn_of_unknown
 from fastbert.data.texts import Text

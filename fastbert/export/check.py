@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.check import InputError
-from fastbert.config import BertConfig
+from fastbert.config.bert import BertConfig
 from fastbert.export.formats import Inputs, Runner
 
 TOLERANCE = 1e-4  # in float32, of a number of at most 1 and relative to a larger one

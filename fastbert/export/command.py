@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastbert import checkpoint, models
 from fastbert.check import InputError
-from fastbert.config import BertConfig
+from fastbert.config.bert import BertConfig
 from fastbert.export import check, plain
 from fastbert.export.formats import Inputs, format_of, trace
 from fastbert.files import is_stream, new_file, output, require_output

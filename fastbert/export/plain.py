@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import reference
-from fastbert.config import BertConfig
+from fastbert.config.bert import BertConfig
 from fastbert.modules.activations import activation
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import nn
 
+from fastbert.config.finetune import WINDOWS
 from fastbert.data.encoding import warn_of_unknown
 from fastbert.finetune.choice import Choice
 from fastbert.finetune.features import Encoder, Feature, collate, parts
@@ -16,7 +17,6 @@ from fastbert.finetune.questions import Answering
 from fastbert.finetune.sequences import Classification, MultiLabel, Regression
 from fastbert.finetune.task import Settings, Task
 from fastbert.finetune.tokens import Entities
-from fastbert.finetune_config import WINDOWS
 from fastbert.train.report import tracked
 
 TASK_OF: dict[str, type[Task]] = {

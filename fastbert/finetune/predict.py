@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastbert import checkpoint
 from fastbert.check import InputError
-from fastbert.config import BertConfig
+from fastbert.config.bert import BertConfig
+from fastbert.config.finetune import TABLES, WINDOWS, read_delimiter
 from fastbert.data import load_tokenizer
 from fastbert.data.tables import read_table, read_text
 from fastbert.data.texts import texts_of
@@ -21,7 +22,6 @@ from fastbert.finetune.features import Encoder, Feature, collate, parts
 from fastbert.finetune.infer import TASK_OF, encoder_of, evaluating, run, warn_of_words
 from fastbert.finetune.metrics import require_libraries
 from fastbert.finetune.task import ALL, Prediction, Refused, Settings, Task
-from fastbert.finetune_config import TABLES, WINDOWS, read_delimiter
 from fastbert.models.bert import BertModel
 from fastbert.train.precision import autocast, resolve_precision
 from fastbert.train.report import tracked

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbert.check import InputError
+from fastbert.config.finetune import BALANCED, FinetuneConfig
 from fastbert.data.tables import Row, clean_label, read_table
 from fastbert.finetune.features import Encoder, Feature
 from fastbert.finetune.metrics import Report
-from fastbert.finetune_config import BALANCED, FinetuneConfig
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.packing import PackedBatch
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from fastbert import checkpoint
 from fastbert.check import require
-from fastbert.config import BertConfig, changed, check_config
+from fastbert.config.bert import BertConfig, changed, check_config
 from fastbert.models.inputs import ForwardOptions, Inputs, Request
 from fastbert.models.resize import resize
 from fastbert.modules.bert_layer import BertLayer

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastbert import events
 from fastbert.check import require
-from fastbert.config import check_config
+from fastbert.config.bert import check_config
 from fastbert.modules.bert_layer import BertLayer, parts_of
 from fastbert.modules.embeddings import stream_dtype
 from fastbert.modules.layer import Rows, Sequences

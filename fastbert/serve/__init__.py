@@ -3,7 +3,7 @@
 import importlib
 
 from fastbert.check import InputError
-from fastbert.serve_config import ServeConfig
+from fastbert.config.serve import ServeConfig
 
 _LIBRARIES = ("fastapi", "uvicorn", "prometheus_client")
 

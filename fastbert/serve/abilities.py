@@ -16,11 +16,11 @@ from torch import Tensor
 
 from fastbert.check import InputError
 from fastbert.data import special_tokens
+from fastbert.fill_mask import filled
 from fastbert.finetune.features import Encoder, Feature, TooLong, collate
 from fastbert.finetune.task import to_host
 from fastbert.models.inputs import wanted_rows
 from fastbert.packing import IGNORE_INDEX
-from fastbert.predict import filled
 from fastbert.serve.refusal import Refusal
 
 CUT = 'cut it off with "truncate": true'

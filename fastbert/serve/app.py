@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from fastbert._version import __version__
+from fastbert.config.serve import ServeConfig
 from fastbert.data.tables import encodable
 from fastbert.serve import openai, routes
 from fastbert.serve.batcher import Batcher
@@ -16,7 +17,6 @@ from fastbert.serve.loading import Served
 from fastbert.serve.metrics import Metrics
 from fastbert.serve.refusal import Refusal, json_response, too_large
 from fastbert.serve.service import Service
-from fastbert.serve_config import ServeConfig
 
 _SHOWN = 3  # of what is wrong with a request
 

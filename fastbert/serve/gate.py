@@ -11,9 +11,9 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fastbert.config.serve import ServeConfig
 from fastbert.serve.metrics import Metrics
 from fastbert.serve.refusal import Refusal, too_large
-from fastbert.serve_config import ServeConfig
 
 OPEN = ("/health",)  # without a key, and while the server is full or draining
 ALWAYS = (*OPEN, "/metrics")  # while it is full or draining

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 
 from fastbert import checkpoint
 from fastbert.check import InputError
-from fastbert.config import BertConfig
+from fastbert.config.bert import BertConfig
+from fastbert.config.serve import ServeConfig
 from fastbert.data import load_tokenizer
 from fastbert.finetune.metrics import require_libraries
 from fastbert.finetune.task import SETTINGS, Settings
@@ -25,7 +26,6 @@ from fastbert.models.question_answering import BertForQuestionAnswering
 from fastbert.serve.abilities import Embedding, MaskFilling
 from fastbert.serve.predictions import SEQUENCES, SERVED, Prediction
 from fastbert.serve.sentence_files import SentenceFiles
-from fastbert.serve_config import ServeConfig
 from fastbert.train.precision import autocast, resolve_precision
 
 _MODELS: dict[str, type[BertPreTrainedModel]] = {

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from fastbert.config.serve import ServeConfig
 from fastbert.data.tables import encodable
 from fastbert.finetune.features import Feature
 from fastbert.serve.abilities import Ability
 from fastbert.serve.batcher import Batcher
 from fastbert.serve.loading import Served
 from fastbert.serve.refusal import Refusal
-from fastbert.serve_config import ServeConfig
 
 Result = TypeVar("Result")
 

@@ -9,12 +9,12 @@ import torch
 
 from fastbert import checkpoint
 from fastbert.check import InputError
-from fastbert.config import BertConfig
+from fastbert.config.bert import BertConfig
+from fastbert.config.distill import DistillConfig
+from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import load_tokenizer
-from fastbert.distill_config import DistillConfig
 from fastbert.models.pretraining import BertForMaskedLM
 from fastbert.packing import PackedBatch
-from fastbert.pretrain_config import PretrainConfig
 from fastbert.train.distillation import (
     DistillationMetrics,
     DistillationObjective,

@@ -15,11 +15,11 @@ from torch import nn
 
 from fastbert import checkpoint
 from fastbert.check import InputError, Stopped
+from fastbert.config.pretrain import PretrainConfig
 from fastbert.console import console
 from fastbert.data import Interrupted, OtherCache, loader
 from fastbert.files import Unwritable, require_apart, write_json
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
-from fastbert.pretrain_config import PretrainConfig
 from fastbert.train import distributed
 from fastbert.train import state as run_state
 from fastbert.train.distributed import Ranks

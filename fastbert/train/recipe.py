@@ -5,10 +5,10 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from fastbert.config import BertConfig
+from fastbert.config.bert import BertConfig
+from fastbert.config.pretrain import PRESETS, PretrainConfig
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
 from fastbert.packing import PackedBatch
-from fastbert.pretrain_config import PRESETS, PretrainConfig
 from fastbert.train.distributed import Ranks
 from fastbert.train.objective import Metrics, PretrainingObjective
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastbert import graphs
+from fastbert.config.pretrain import PretrainConfig
 from fastbert.console import console
 from fastbert.cuda_graph import WARM_UP, CudaGraphs, Recorder, Work
 from fastbert.data import GlobalCounts, PretrainingData
 from fastbert.packing import Bucket, PackedBatch
-from fastbert.pretrain_config import PretrainConfig
 from fastbert.train import distributed
 from fastbert.train.optimizer import linear_schedule
 from fastbert.train.precision import autocast, make_scaler

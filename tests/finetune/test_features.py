@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from fastbert.config.finetune import FinetuneConfig
 from fastbert.data import load_tokenizer
 from fastbert.data.conll import Sentence
 from fastbert.data.squad import Answer, Question
@@ -14,7 +15,6 @@ from fastbert.finetune.features import Encoder, best_window, collate, cut, parts
 from fastbert.finetune.infer import TASK_OF
 from fastbert.finetune.sequences import TextExample
 from fastbert.finetune.task import Settings
-from fastbert.finetune_config import FinetuneConfig
 from fastbert.packing import IGNORE_INDEX
 
 TEXTS = [

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from fastbert.check import InputError
+from fastbert.config.finetune import FinetuneConfig, read_delimiter
 from fastbert.data.conll import read_conll
 from fastbert.data.squad import read_squad
 from fastbert.data.tables import Row, read_table
@@ -15,7 +16,6 @@ from fastbert.finetune.predict import write_json_lines
 from fastbert.finetune.sequences import TextExample
 from fastbert.finetune.task import Settings
 from fastbert.finetune.tokens import _entities
-from fastbert.finetune_config import FinetuneConfig, read_delimiter
 
 CONTEXT = "张三住在北京。"
 FLAT = {"id": "a", "title": "t", "context": CONTEXT, "question": "谁？"}  # noqa: RUF001

@@ -5,9 +5,9 @@ import sys
 import pytest
 
 from fastbert.check import InputError
+from fastbert.config.finetune import FinetuneConfig
 from fastbert.finetune.predict import predict
 from fastbert.finetune.train import finetune
-from fastbert.finetune_config import FinetuneConfig
 
 TABLE = "text,label\nthe film was good,1\nawful,2\n"
 CONLL = "john B-PER\nin O\nberlin B-LOC\n"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastbert
+from fastbert.config.finetune import FinetuneConfig
 from fastbert.data import load_tokenizer
 from fastbert.data.conll import read_conll
 from fastbert.data.squad import read_squad
@@ -13,7 +14,6 @@ from fastbert.finetune.features import Encoder, collate
 from fastbert.finetune.infer import TASK_OF
 from fastbert.finetune.sequences import TextExample
 from fastbert.finetune.task import Settings
-from fastbert.finetune_config import FinetuneConfig
 from fastbert.train.optimizer import finetuning_optimizer
 
 

@@ -9,9 +9,9 @@ import transformers
 from safetensors.torch import load_file
 
 from fastbert.check import InputError
+from fastbert.config.finetune import FinetuneConfig
 from fastbert.finetune.predict import predict
 from fastbert.finetune.train import finetune
-from fastbert.finetune_config import FinetuneConfig
 
 LEARN = {"epochs": 20, "batch_size": 8, "learning_rate": 2e-3, "precision": "fp32"}
 

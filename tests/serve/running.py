@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import httpx
 
+from fastbert.config.serve import ServeConfig
 from fastbert.serve.server import Server, bind
-from fastbert.serve_config import ServeConfig
 
 
 class Running:

@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from fastbert.check import InputError
+from fastbert.config.serve import KEY_VARIABLE, ServeConfig
 from fastbert.serve.server import bind
-from fastbert.serve_config import KEY_VARIABLE, ServeConfig
 from tests.serve.running import Held, running
 
 

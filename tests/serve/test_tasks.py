@@ -8,10 +8,10 @@ import torch
 import transformers
 
 import fastbert
+from fastbert.config.finetune import FinetuneConfig
+from fastbert.fill_mask import fill_mask
 from fastbert.finetune.predict import predict
 from fastbert.finetune.train import finetune
-from fastbert.finetune_config import FinetuneConfig
-from fastbert.predict import fill_mask
 from tests.serve.running import running
 
 TEXTS = ["the film was good", "a very bad book", "awful film", "a fine book and a good film"]

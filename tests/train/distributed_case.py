@@ -15,11 +15,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fastbert.config import BertConfig
+from fastbert.config.bert import BertConfig
+from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import GlobalCounts
 from fastbert.models.pretraining import BertForMaskedLM
 from fastbert.optim import Lamb
-from fastbert.pretrain_config import PretrainConfig
 from fastbert.train import distributed
 from fastbert.train.distillation import DistillationObjective, Teacher, Weights
 from fastbert.train.distributed import Ranks

@@ -7,9 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import GlobalCounts
 from fastbert.packing import Bucket, PackedBatch
-from fastbert.pretrain_config import PretrainConfig
 from fastbert.train.distillation import DistillationObjective, Teacher, Weights
 from fastbert.train.objective import PretrainingObjective
 from fastbert.train.optimizer import make_optimizer

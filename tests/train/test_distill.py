@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 import fastbert
 from fastbert import cli
 from fastbert.check import InputError
-from fastbert.config import BertConfig
-from fastbert.distill_config import DistillConfig
+from fastbert.config.bert import BertConfig
+from fastbert.config.distill import DistillConfig
+from fastbert.config.finetune import FinetuneConfig
+from fastbert.config.pretrain import PretrainConfig
 from fastbert.finetune.train import finetune
-from fastbert.finetune_config import FinetuneConfig
-from fastbert.pretrain_config import PretrainConfig
 from fastbert.train.distill import distill
 from fastbert.train.pretrain import pretrain
 

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from fastbert import checkpoint
 from fastbert.check import InputError, Stopped
+from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import Interrupted, OtherCache, available_cores, parts, workers
-from fastbert.pretrain_config import PretrainConfig
 from fastbert.train import prepare, report
 from fastbert.train import state as run_state
 from fastbert.train.pretrain import pretrain, read_run

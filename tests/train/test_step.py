@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import fastbert
+from fastbert.config.pretrain import PretrainConfig
 from fastbert.cuda_graph import WARM_UP, CudaGraphs
 from fastbert.ops import attention_plain
 from fastbert.packing import IGNORE_INDEX
-from fastbert.pretrain_config import PretrainConfig
 from fastbert.train.objective import PretrainingObjective
 from fastbert.train.optimizer import make_optimizer
 from fastbert.train.step import EagerStep, GraphedStep

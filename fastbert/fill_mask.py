@@ -7,9 +7,9 @@ import torch
 
 from fastbert import checkpoint
 from fastbert.check import InputError
+from fastbert.config.options import text_of
 from fastbert.data import load_tokenizer, special_tokens
 from fastbert.models.pretraining import BertForMaskedLM
-from fastbert.options import text_of
 from fastbert.packing import PackedBatch
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from fastbert.check import InputError
-from fastbert.options import (
+from fastbert.config.options import (
     BELOW_ONE,
     MODEL,
     OPTIMISATION,

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from fastbert.check import InputError
-from fastbert.config import BertConfig
-from fastbert.options import BELOW_ONE, MODEL, OPTIMISATION, POSITIVE, at_least, option
-from fastbert.pretrain_config import PRESETS, PretrainConfig
+from fastbert.config.bert import BertConfig
+from fastbert.config.options import BELOW_ONE, MODEL, OPTIMISATION, POSITIVE, at_least, option
+from fastbert.config.pretrain import PRESETS, PretrainConfig
 
 INITS = ("teacher", "random")
 WEIGHTS = ("soft_weight", "mlm_weight", "cosine_weight")

@@ -1,122 +1,18 @@
-"""The command line: `fastbert pretrain`, `distill`, `finetune`, `predict`, `embed`, ..."""
+"""Commands that use a model: `predict`, `embed`, `fill-mask`, `export`, `serve`; and `info`."""
 
-import contextlib
-import functools
-import io
-import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from fastbert import files
-from fastbert.check import InputError, Stopped
-from fastbert.cli_options import SETTINGS, Command, by_option_names, options_of
-from fastbert.console import close_standard_streams, console, leave_standard_output
-from fastbert.distill_config import DistillConfig
-from fastbert.finetune_config import FinetuneConfig
-from fastbert.options import text_of
-from fastbert.pretrain_config import PretrainConfig
-from fastbert.serve_config import ServeConfig
-
-Run = TypeVar("Run", bound=PretrainConfig)
-
-app = typer.Typer(
-    name="fastbert",
-    help="Pre-train, fine-tune and run BERT, fast.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings=SETTINGS,
-)
-
-
-_Paths = Annotated[
-    list[Path] | None, typer.Argument(help="More of --corpus, as in --corpus a.txt b.txt.")
-]
-_Out = Annotated[Path, typer.Option(help="Directory of the run.")]
-_Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")
-]
-_Profile = Annotated[
-    bool, typer.Option("--profile", help="Write a profiler's trace of a few steps.")
-]
-_Eager = Annotated[bool, typer.Option("--eager", help="On a GPU, run steps without a CUDA graph.")]
-_Parallel = Annotated[
-    str, typer.Option(help="Under torchrun: ddp (whole weights on each GPU) or fsdp (shards).")
-]
-
-
-@app.command(
-    cls=Command, epilog="Example: fastbert pretrain --corpus wiki/ --out runs/wiki --preset base"
-)
-@options_of(PretrainConfig)
-def pretrain(
-    context: typer.Context,
-    paths: _Paths = None,
-    *,
-    out: _Out = Path("runs/pretrain"),
-    resume: _Resume = False,
-    profile: _Profile = False,
-    eager: _Eager = False,
-    parallel: _Parallel = "ddp",
-    **options: Any,
-) -> None:
-    """Pre-train a BERT (masked LM and next-sentence prediction) on text."""
-    from fastbert.train import pretrain as pretraining  # slow to import: torch
-
-    config = _config_of_run(PretrainConfig, context, paths, out, resume, options)
-    pretraining.pretrain(
-        config, out, resume=resume, eager=eager, profile=profile, parallel=parallel
-    )
-
-
-@app.command(
-    cls=Command,
-    epilog="Example: fastbert distill --teacher runs/wiki --corpus wiki/ --out runs/small",
-)
-@options_of(DistillConfig)
-def distill(
-    context: typer.Context,
-    paths: _Paths = None,
-    *,
-    out: _Out = Path("runs/distill"),
-    resume: _Resume = False,
-    profile: _Profile = False,
-    eager: _Eager = False,
-    parallel: _Parallel = "ddp",
-    **options: Any,
-) -> None:
-    """Train a smaller BERT on text to predict what a teacher predicts (DistilBERT's losses)."""
-    from fastbert.train import distill as distilling  # slow to import: torch
-
-    config = _config_of_run(DistillConfig, context, paths, out, resume, options)
-    distilling.distill(config, out, resume=resume, eager=eager, profile=profile, parallel=parallel)
-
-
-def _config_of_run(
-    kind: type[Run],
-    context: typer.Context,
-    paths: list[Path] | None,
-    out: Path,
-    resume: bool,
-    options: dict[str, Any],
-) -> Run:
-    """Of a new run, or of the one that is resumed, which only some options may change."""
-    from fastbert.train.pretrain import read_run
-
-    options["corpus"] = (*options["corpus"], *(paths or ()))
-    if paths and len(options["corpus"]) == len(paths):
-        raise InputError(f"{paths[0]}: a stray argument; text to train on is named by --corpus")
-    earlier = read_run(out, kind) if resume else None
-    if earlier is None:
-        return kind(**options)
-    sources = {name: context.get_parameter_source(name) for name in options}
-    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-    return earlier.same_run(**{name: options[name] for name in given})
-
+from fastbert.check import InputError
+from fastbert.cli.app import app
+from fastbert.cli.options import Command, options_of
+from fastbert.config.options import text_of
+from fastbert.config.serve import ServeConfig
+from fastbert.console import console, leave_standard_output
 
 _MODEL = typer.Option(help="Directory of a model or of a run, or a hub name.")
 _INPUT = typer.Option(
@@ -125,27 +21,6 @@ _INPUT = typer.Option(
 _DELIMITER = typer.Option(help="Between the columns of a table, in place of , or a tab.")
 _PRECISION = "auto, bf16, fp16 or fp32; auto is bf16 autocast where it is fast"
 _BATCH_TOKENS = typer.Option(help="Tokens computed at once.", min=1)
-
-
-@app.command(
-    cls=Command,
-    epilog="Example: fastbert finetune --task classification --train train.csv --dev dev.csv "
-    "--model runs/demo --out runs/reviews",
-)
-@options_of(FinetuneConfig)
-def finetune(
-    *,
-    out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/finetune"),
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Begin the run in --out anew, if there is one.")
-    ] = False,
-    **options: Any,
-) -> None:
-    """Train a BERT for a task on labelled examples; keep the best epoch."""
-    config = FinetuneConfig(**options)
-    from fastbert.finetune import train  # slow to import: torch
-
-    train.finetune(config, out, overwrite=overwrite)
 
 
 @app.command(
@@ -280,7 +155,7 @@ def fill_mask(
     from rich.table import Table
 
     from fastbert.data.tables import read_text
-    from fastbert.predict import fill_mask as predictions
+    from fastbert.fill_mask import fill_mask as predictions
 
     console = Console(highlight=False, markup=False)
     if text == files.STANDARD:
@@ -349,51 +224,3 @@ def info() -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-
-
-def main() -> None:
-    """Runs the command line and ends the process.
-
-    What the user gave wrong is one line on stderr and exit code 2; Ctrl-C is one line that says
-    what is kept, and 130.
-    """
-    warnings.filterwarnings("default", category=UserWarning, module="fastbert")
-    warnings.showwarning = _warn
-    _warn_once.cache_clear()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what an encoding lacks is shown by its number
-            stream.reconfigure(errors="backslashreplace")
-    status: str | int | None = 0
-    try:
-        app()
-    except SystemExit as end:  # of the library that reads the command line
-        status = end.code
-    except InputError as error:
-        status = _say("error", by_option_names(str(error)), 2)
-    except Stopped as error:
-        status = _say("stopped", error, 130)
-    except OSError as error:
-        # files that the user named, or a disk that is full: never a fault of the program's logic
-        where = error.filename or "standard output, or a temporary file"
-        status = _say("error", f"{where}: {error.strerror or error}", 2)
-    close_standard_streams()
-    sys.exit(status)
-
-
-def _say(kind: str, message: object, status: int = 0) -> int:
-    with contextlib.suppress(OSError, ValueError):
-        print(f"fastbert: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
-    return status
-
-
-@functools.cache  # so that options which are read twice are warned of once
-def _warn_once(message: str) -> None:
-    _say("warning", message)
-
-
-def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    _warn_once(by_option_names(str(message)))
-
-
-if __name__ == "__main__":
-    main()

@@ -10,11 +10,11 @@ import typer
 from typer.core import TyperCommand
 
 from fastbert.check import Stopped
-from fastbert.distill_config import DistillConfig
-from fastbert.finetune_config import FinetuneConfig
-from fastbert.options import GROUPS, OUTPUT, dashed
-from fastbert.pretrain_config import PretrainConfig
-from fastbert.serve_config import ServeConfig
+from fastbert.config.distill import DistillConfig
+from fastbert.config.finetune import FinetuneConfig
+from fastbert.config.options import GROUPS, OUTPUT, dashed
+from fastbert.config.pretrain import PretrainConfig
+from fastbert.config.serve import ServeConfig
 
 _WIDTH = 100  # of the help
 _NAMES = 30  # widest column of names

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbert.check import InputError
-from fastbert.options import (
+from fastbert.config.options import (
     ANY,
     MODEL,
     OPTIMISATION,

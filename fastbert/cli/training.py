@@ -1,0 +1,120 @@
+"""Commands that train a model: `pretrain`, `distill`, `finetune`."""
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from fastbert.check import InputError
+from fastbert.cli.app import app
+from fastbert.cli.options import Command, options_of
+from fastbert.config.distill import DistillConfig
+from fastbert.config.finetune import FinetuneConfig
+from fastbert.config.pretrain import PretrainConfig
+
+Run = TypeVar("Run", bound=PretrainConfig)
+
+_Paths = Annotated[
+    list[Path] | None, typer.Argument(help="More of --corpus, as in --corpus a.txt b.txt.")
+]
+_Out = Annotated[Path, typer.Option(help="Directory of the run.")]
+_Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")
+]
+_Profile = Annotated[
+    bool, typer.Option("--profile", help="Write a profiler's trace of a few steps.")
+]
+_Eager = Annotated[bool, typer.Option("--eager", help="On a GPU, run steps without a CUDA graph.")]
+_Parallel = Annotated[
+    str, typer.Option(help="Under torchrun: ddp (whole weights on each GPU) or fsdp (shards).")
+]
+
+
+@app.command(
+    cls=Command, epilog="Example: fastbert pretrain --corpus wiki/ --out runs/wiki --preset base"
+)
+@options_of(PretrainConfig)
+def pretrain(
+    context: typer.Context,
+    paths: _Paths = None,
+    *,
+    out: _Out = Path("runs/pretrain"),
+    resume: _Resume = False,
+    profile: _Profile = False,
+    eager: _Eager = False,
+    parallel: _Parallel = "ddp",
+    **options: Any,
+) -> None:
+    """Pre-train a BERT (masked LM and next-sentence prediction) on text."""
+    from fastbert.train import pretrain as pretraining  # slow to import: torch
+
+    config = _config_of_run(PretrainConfig, context, paths, out, resume, options)
+    pretraining.pretrain(
+        config, out, resume=resume, eager=eager, profile=profile, parallel=parallel
+    )
+
+
+@app.command(
+    cls=Command,
+    epilog="Example: fastbert distill --teacher runs/wiki --corpus wiki/ --out runs/small",
+)
+@options_of(DistillConfig)
+def distill(
+    context: typer.Context,
+    paths: _Paths = None,
+    *,
+    out: _Out = Path("runs/distill"),
+    resume: _Resume = False,
+    profile: _Profile = False,
+    eager: _Eager = False,
+    parallel: _Parallel = "ddp",
+    **options: Any,
+) -> None:
+    """Train a smaller BERT on text to predict what a teacher predicts (DistilBERT's losses)."""
+    from fastbert.train import distill as distilling  # slow to import: torch
+
+    config = _config_of_run(DistillConfig, context, paths, out, resume, options)
+    distilling.distill(config, out, resume=resume, eager=eager, profile=profile, parallel=parallel)
+
+
+def _config_of_run(
+    kind: type[Run],
+    context: typer.Context,
+    paths: list[Path] | None,
+    out: Path,
+    resume: bool,
+    options: dict[str, Any],
+) -> Run:
+    """Of a new run, or of the one that is resumed, which only some options may change."""
+    from fastbert.train.pretrain import read_run
+
+    options["corpus"] = (*options["corpus"], *(paths or ()))
+    if paths and len(options["corpus"]) == len(paths):
+        raise InputError(f"{paths[0]}: a stray argument; text to train on is named by --corpus")
+    earlier = read_run(out, kind) if resume else None
+    if earlier is None:
+        return kind(**options)
+    sources = {name: context.get_parameter_source(name) for name in options}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    return earlier.same_run(**{name: options[name] for name in given})
+
+
+@app.command(
+    cls=Command,
+    epilog="Example: fastbert finetune --task classification --train train.csv --dev dev.csv "
+    "--model runs/demo --out runs/reviews",
+)
+@options_of(FinetuneConfig)
+def finetune(
+    *,
+    out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/finetune"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin the run in --out anew, if there is one.")
+    ] = False,
+    **options: Any,
+) -> None:
+    """Train a BERT for a task on labelled examples; keep the best epoch."""
+    config = FinetuneConfig(**options)
+    from fastbert.finetune import train  # slow to import: torch
+
+    train.finetune(config, out, overwrite=overwrite)

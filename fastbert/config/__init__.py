@@ -1,0 +1,1 @@
+"""What is configured: the shape of a model, and the options of each kind of run."""

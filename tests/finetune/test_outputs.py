@@ -20,32 +20,11 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import cli, console
 from fastbert.data import load_tokenizer, save_tokenizer
+from tests.command_line import call
 
 ROWS = "text,label,id\nthe film was good,pos,7\nawful,neg,8\n"
 SENTENCES = "the film was good\nit is a book\nthe cat lives here\n\n" * 12
-
-
-def call(*arguments) -> tuple[int, str, str]:
-    """(exit status, standard output, standard error)."""
-    from _pytest.capture import FDCapture
-
-    captures = [FDCapture(1), FDCapture(2)]
-    argv = sys.argv
-    sys.argv = ["fastbert", *map(str, arguments)]
-    console._output.on_error = False
-    for capture in captures:
-        capture.start()
-    try:
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    finally:
-        sys.argv = argv
-        said = [capture.snap() for capture in captures]
-        for capture in captures:
-            capture.done()
-    return end.value.code, *said
 
 
 @pytest.fixture(scope="module")

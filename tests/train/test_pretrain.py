@@ -1,5 +1,10 @@
-"""The main job, run as a user runs it: by the command line, in processes that may be killed."""
+"""The main job, run as a user runs it: by the command line.
 
+A whole run, one that is killed and one that ends in an error are processes; what else is said of a
+run needs none of its own, and is called in this one.
+"""
+
+import contextlib
 import gzip
 import json
 import re
@@ -15,6 +20,7 @@ import transformers
 from safetensors.torch import load_file
 
 import fastbert
+from tests.command_line import call
 
 COMMAND = [sys.executable, "-m", "fastbert.cli"]
 SMALL = ["--preset", "tiny", "--vocab-size", "400", "--batch-tokens", "512"]
@@ -22,10 +28,14 @@ SMALL += ["--max-seq-len", "64", "--eval-batches", "2", "--dropout", "0.1"]
 RUN = [*SMALL, "--steps", "9", "--save-every", "3", "--eval-every", "3", "--log-every", "1"]
 
 
-def fastbert_cli(*arguments, timeout=300) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=timeout
-    )
+def fastbert_cli(*arguments) -> subprocess.CompletedProcess:
+    """In this process."""
+    return subprocess.CompletedProcess(arguments, *call(*arguments))
+
+
+def fastbert_process(*arguments) -> subprocess.CompletedProcess:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def assert_one_clear_line(done: subprocess.CompletedProcess, pattern: str) -> None:
@@ -39,7 +49,7 @@ def assert_one_clear_line(done: subprocess.CompletedProcess, pattern: str) -> No
 def finished(corpus, tmp_path_factory):
     """An uninterrupted run."""
     out = tmp_path_factory.mktemp("run") / "whole"
-    done = fastbert_cli("pretrain", "--corpus", corpus, "--out", out, *RUN)
+    done = fastbert_process("pretrain", "--corpus", corpus, "--out", out, *RUN)
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -222,36 +232,36 @@ def test_a_bad_corpus_is_one_clear_line(content, pattern, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(corpus, tmp_path):
-    """A limit on the size of files fails a write as a full disk does, without needing one."""
-    out = tmp_path / "run"
-    options = ["--corpus", corpus, "--out", out, "--resume", *RUN]
-    with subprocess.Popen(
-        [*COMMAND, "pretrain", *map(str, options)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        next(line for line in process.stdout if line.startswith("step 4/9"))
-        process.kill()
-    size = (out / "latest" / "model.safetensors").stat().st_size
-    for limit in (size // 2, size * 3 // 2):  # fails while writing the model, then the optimizer
-        done = subprocess.run(
-            [*COMMAND, "pretrain", "--out", str(out), "--resume"],
-            preexec_fn=lambda limit=limit: resource.setrlimit(
-                resource.RLIMIT_FSIZE, (limit, limit)
-            ),
-            capture_output=True,
-            text=True,
-        )
-        assert_one_clear_line(done, "checkpoint-6: cannot be written")
-        assert (out / "latest").resolve().name == "checkpoint-3"
-        assert not [path for path in out.iterdir() if "checkpoint-6" in path.name]
-    fastbert.BertForPreTraining.from_pretrained(out)
-    assert fastbert_cli("pretrain", "--out", out, "--resume").returncode == 0
-
-
 @pytest.fixture
 def copied(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run", symlinks=True)
     return tmp_path / "run"
+
+
+@contextlib.contextmanager
+def small_files(limit: int):
+    """A limit on the size of files fails a write as a full disk does, without needing one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(copied):
+    shutil.rmtree(copied / "checkpoint-9")
+    (copied / "latest").unlink()
+    (copied / "latest").symlink_to("checkpoint-6")
+    size = (copied / "latest" / "model.safetensors").stat().st_size
+    for limit in (size // 2, size * 3 // 2):  # fails while writing the model, then the optimizer
+        with small_files(limit):
+            done = fastbert_cli("pretrain", "--out", copied, "--resume")
+        assert_one_clear_line(done, "checkpoint-9: cannot be written")
+        assert (copied / "latest").resolve().name == "checkpoint-6"
+        assert not [path for path in copied.iterdir() if "checkpoint-9" in path.name]
+    fastbert.BertForPreTraining.from_pretrained(copied)
+    assert fastbert_cli("pretrain", "--out", copied, "--resume").returncode == 0
 
 
 def test_a_run_is_not_overwritten_nor_resumed_with_other_options(copied):
@@ -279,7 +289,8 @@ def test_a_vocabulary_of_another_checkpoint_is_one_clear_line(copied):
 
 
 def test_fill_mask_without_a_mask_is_one_clear_line(finished):
-    assert_one_clear_line(fastbert_cli("fill-mask", "--model", finished[0], "a text"), "no .MASK.")
+    done = fastbert_process("fill-mask", "--model", finished[0], "a text")
+    assert_one_clear_line(done, "no .MASK.")
 
 
 def test_a_lost_checkpoint_is_no_new_run(copied):

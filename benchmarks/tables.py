@@ -17,6 +17,7 @@ from benchmarks.run_tables import (
     noising,
     pretraining,
 )
+from benchmarks.serve_tables import serve, serve_latency
 
 # What a GPU tells of a step beside its time, and how it is written.
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -170,6 +171,8 @@ PARTS: dict[str, Callable[[list[Row]], Table]] = {
     "large_batch": large_batch,
     "chain": chain,
     "distillation": distillation,
+    "serve": serve,
+    "serve_latency": serve_latency,
     "profile": profile,
     "step_parts": step_parts,
     "host": host,

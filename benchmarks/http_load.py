@@ -1,0 +1,106 @@
+"""Requests for a server, from many clients: as fast as it answers, or at a rate of their own.
+
+It runs in a process of its own, so that it takes the same from every server's machine.
+"""
+
+import http.client
+import json
+import multiprocessing
+import queue
+import random
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+IDLE_S = 1  # before a server closes a connection that nothing comes on
+ANSWER_S = 120  # a request that takes longer ends the measurement
+
+
+class Request(NamedTuple):
+    path: str
+    body: bytes
+
+    @classmethod
+    def of(cls, path: str, **fields: Any) -> "Request":
+        return cls(path, json.dumps(fields).encode())
+
+
+class Load(NamedTuple):
+    """seconds: of all; latencies: of each request in order, from when it was due; answers: their
+    bodies, where they are wanted."""
+
+    seconds: float
+    latencies: list[float]
+    answers: list[bytes]
+
+
+def closed(port: int, requests: Sequence[Request], clients: int, keep: bool = False) -> Load:
+    """Each client sends its next request once it has an answer."""
+    return _elsewhere(port, requests, [0.0] * len(requests), clients, keep)
+
+
+def opened(port: int, requests: Sequence[Request], rate: float, clients: int) -> Load:
+    """Requests a second that come whether earlier ones are answered or not (a Poisson process)."""
+    draw, due, moments = random.Random(0), 0.0, []
+    for _ in requests:
+        due += draw.expovariate(rate)
+        moments.append(due)
+    return _elsewhere(port, requests, moments, clients, False)
+
+
+def _elsewhere(port: int, *arguments: Any) -> Load:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_send, (port, *arguments))
+
+
+def _send(
+    port: int, requests: Sequence[Request], moments: Sequence[float], clients: int, keep: bool
+) -> Load:
+    """In the process of the clients. moments: when each request is due; 0 for as soon as can be."""
+    waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    latencies, answers = [0.0] * len(requests), [b""] * len(requests)
+    failures: list[Exception] = []
+
+    def client() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_S)
+        try:
+            connection.connect()
+            used = time.perf_counter()
+            while (number := waiting.get()) is not None and not failures:
+                sent = time.perf_counter()
+                if sent - used > IDLE_S:  # it is opened anew
+                    connection.close()
+                path, body = requests[number]
+                connection.request("POST", path, body, {"content-type": "application/json"})
+                response = connection.getresponse()
+                answer = response.read()
+                if response.status != 200:
+                    raise RuntimeError(f"{path}: {response.status} {answer[:200]!r}")
+                due = begin + moments[number] if moments[number] else sent
+                used = time.perf_counter()
+                latencies[number] = used - due
+                if keep:
+                    answers[number] = answer
+        except Exception as error:
+            failures.append(error)
+        finally:
+            connection.close()
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)  # until all are connected
+    begin = time.perf_counter()
+    for number, moment in enumerate(moments):
+        if moment:
+            time.sleep(max(begin + moment - time.perf_counter(), 0))
+        waiting.put(number)
+    for _ in threads:
+        waiting.put(None)
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return Load(time.perf_counter() - begin, latencies, answers)

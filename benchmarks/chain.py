@@ -1,4 +1,4 @@
-"""From raw text to a classifier that is measured: the README's three commands, timed.
+"""From raw text to a classifier that is measured: docs/finetuning.md's three commands, timed.
 
 Beside it the same fine-tuning of a model that has not been pre-trained, whose weights are the draw
 that pre-training began with.

@@ -1,4 +1,4 @@
-"""The README's three commands, shortened: from raw text to a classifier that is measured."""
+"""The three commands of docs/finetuning.md, shortened: from raw text to a measured classifier."""
 
 import csv
 import json

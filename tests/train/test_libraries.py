@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_missing_library_is_named_before_anything_is_done(missing, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(InputError) as error:
-        pretrain(PretrainConfig(), tmp_path / "run")
+        pretrain(PretrainConfig(corpus=(tmp_path / "none",)), tmp_path / "run")
     assert str(error.value) == f"pretrain needs {missing}: pip install 'fastbert[train]'"
     with pytest.raises(InputError, match=f"^distill needs {missing}: pip install"):
         require_libraries(Distillation.command)

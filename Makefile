@@ -12,9 +12,10 @@ setup: $(VENV)/.installed $(VENV)/.extension
 pretrain: setup
 	$(VENV)/bin/fastbert pretrain --out $(OUT) --resume
 
-# Most tests are too small to share among threads: processes of a thread each do more.
+# Most tests are too small to share among threads: processes of a thread each do more. Files come
+# in the order of tests/conftest.py, the longest first, and not by their number of tests.
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 bench: setup
 	$(PY) -m benchmarks

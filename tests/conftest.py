@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -17,6 +18,24 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("fastbert")
+
+
+# Started first, so that the processes of `make test` end together.
+LONGEST = (
+    "hf/test_modeltester.py",
+    "train/test_distributed.py",
+    "ops/test_cuda_compiles.py",
+    "train/test_pretrain.py",
+    "test_tune.py",
+    "test_packaging.py",
+    "models/test_compile.py",
+    "models/test_triton.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    first = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path, len(first)))
 
 
 def pytest_runtest_setup(item):

@@ -2,17 +2,16 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
+import runpy
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests.command_line import call
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "docstring_modules.py"
-CLI = ("-m", "fastbert.cli")
 
 
 def column(path: Path, name: str) -> list[str]:
@@ -25,28 +24,21 @@ def letters(text: str) -> str:
 
 
 @pytest.mark.slow
-def test_which_module_a_docstring_is_from(tmp_path):
+def test_which_module_a_docstring_is_from(tmp_path, monkeypatch):
     """Better than always naming the most frequent module, on docstrings that no step has read."""
 
     def run(*command) -> str:
-        path = os.pathsep.join(sys.path)
-        done = subprocess.run(
-            [sys.executable, *map(str, command)],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        status, said, error = call(*command)
+        assert status == 0, error
+        return said
 
-    run(SCRIPT, "turtle", "tarfile", "argparse", "unittest")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(SCRIPT))["main"](("turtle", "tarfile", "argparse", "unittest"))
     sizes = ("--preset", "tiny", "--vocab-size", 2000, "--steps", 100, "--eval-batches", 2)
-    run(*CLI, "pretrain", "--corpus", "corpus.txt", "--out", "python", *sizes)
+    run("pretrain", "--corpus", "corpus.txt", "--out", "python", *sizes)
     data = ("--train", "train.csv", "--dev", "dev.csv", "--test", "test.csv", "--truncate")
     options = ("--epochs", 8, "--batch-size", 16, "--learning-rate", "1e-3", "--max-seq-len", 64)
-    said = run(*CLI, "finetune", "--task", "classification", *data, "--model", "python",
+    said = run("finetune", "--task", "classification", *data, "--model", "python",
                "--out", "modules", *options)  # fmt: skip
     assert "confusion" in said
 
@@ -56,7 +48,7 @@ def test_which_module_a_docstring_is_from(tmp_path):
     print(f"accuracy {test['accuracy']:.3f}, majority {baseline:.3f}, of {len(truth)}")
     assert test["accuracy"] > baseline + 0.1
 
-    run(*CLI, "predict", "--model", "modules", "--input", "test.csv", "--out", "said.jsonl")
+    run("predict", "--model", "modules", "--input", "test.csv", "--out", "said.jsonl")
     lines = (tmp_path / "said.jsonl").read_text("utf-8").splitlines()
     right = [json.loads(line)["label"] == label for line, label in zip(lines, truth, strict=True)]
     assert sum(right) / len(right) == pytest.approx(test["accuracy"])

@@ -1,8 +1,5 @@
 """The convergence benchmark trains three models on the same batches, and would see a difference."""
 
-import dataclasses
-from pydoc_data.topics import topics
-
 import pytest
 import torch
 
@@ -30,15 +27,8 @@ def test_pads_a_batch():
 
 
 @pytest.mark.slow
-def test_the_curves_agree(monkeypatch, tmp_path):
-    """On a part of the corpus, with a smaller vocabulary: reading all of it takes longest."""
+def test_the_curves_agree():
     options = Options(torch.device("cpu"), quick=True)
-    corpus = tmp_path / "topics.txt"
-    documents = [topics[name].replace("\n\n", "\n") for name in sorted(topics)[:24]]
-    corpus.write_text("\n\n".join(documents))
-    (case,) = convergence.cases(options)
-    case = dataclasses.replace(case, corpus=(corpus,), vocab_size=2000)
-    monkeypatch.setattr(convergence, "cases", lambda _: [case])
     results = Results(options)
     convergence.run(options, results)
     (row,) = results.of("convergence")

@@ -143,3 +143,21 @@ def test_dropout_scales_by_the_exact_inverse_and_draws_afresh_without_a_state():
     torch.manual_seed(1)
     assert torch.equal(dropout(x, 0.1), first)
     assert dropout(x, 1e-5) is x  # below the resolution
+
+
+def test_dropout_has_derivatives_of_either_mode_and_of_second_order():
+    torch.manual_seed(0)
+    x, v, drawn = torch.randn(5, 8).double(), torch.randn(5, 8).double(), state_of([5])
+    scaled = dropout(torch.ones_like(x), 0.3, drawn)
+
+    def function(x):
+        return dropout(x, 0.3, drawn)
+
+    assert torch.equal(torch.func.jvp(function, (x,), (v,))[1], scaled * v)
+    with torch.autograd.forward_ad.dual_level():
+        dual = function(torch.autograd.forward_ad.make_dual(x, v))
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, scaled * v)
+    y = x.requires_grad_()
+    (first,) = torch.autograd.grad((function(y) ** 3).sum(), y, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), y)
+    torch.testing.assert_close(second, 6 * scaled**3 * x)

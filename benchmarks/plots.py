@@ -167,8 +167,11 @@ def serve_latency(axes: plt.Axes, rows: list[Row]) -> None:
         title=f"Latency at {shares} of each server's own throughput",
         xlim=(0, None),
     )
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:,.0f}")
+    axes.tick_params(axis="y", which="minor", labelsize=8)
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    axes.figure.legend(loc="outside lower center", ncols=3, fontsize=8)
 
 
 PLOTS: dict[str, Callable[[plt.Axes, list[Row]], None]] = {

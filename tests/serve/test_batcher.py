@@ -15,7 +15,7 @@ from fastbert.serve.refusal import Refusal
 
 
 class Echo(Ability):
-    """Scores a sequence by its first token; fails on -1, and can be held."""
+    """Scores a sequence by its first token; fails on -1."""
 
     def __init__(self):
         self.batches = []
@@ -87,10 +87,10 @@ def test_a_batch_is_of_one_ability():
 
 def test_scores_go_back_to_their_requests_in_order():
     async def main(made, ability):
-        asked = [[[number, 1, 1]] * (number % 4 + 1) for number in range(40)]
+        asked = [[[10 * number + i, 1, 1] for i in range(number % 4 + 1)] for number in range(40)]
         each = [made.scores(ability, ability.features(some, False)) for some in asked]
         answers = await asyncio.gather(*each)
-        assert answers == [[some[0][0]] * len(some) for some in asked]
+        assert answers == [[ids[0] for ids in some] for some in asked]
 
     ability = Echo()
     with batcher() as made:

@@ -1,5 +1,6 @@
 """Texts as the token sequences that a model reads, long ones in windows."""
 
+import bisect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -49,7 +50,8 @@ class Encoder:
     """Makes sequences of at most `max_seq_len` tokens.
 
     stride: how many tokens the windows of a longer text share, None to refuse such texts;
-    truncate: cuts the longer of two texts until they fit; advice: what helps where they do not.
+    truncate: cuts the longer of two texts until they fit; advice: what helps where they do not;
+    max_windows: of a text, None for any number.
     """
 
     def __init__(
@@ -59,8 +61,9 @@ class Encoder:
         stride: int | None,
         truncate: bool,
         advice: str = "read it in windows with --stride",
+        max_windows: int | None = None,
     ) -> None:
-        self.advice = advice
+        self.advice, self.max_windows = advice, max_windows
         self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
         self.stride, self.truncate = stride, truncate
         self.specials = special_tokens(tokenizer)
@@ -94,9 +97,12 @@ class Encoder:
                 f"{where}: windows of {max(room, 0)} tokens of the text cannot share "
                 f"{self.stride}; lower --stride or shorten what stands before the text"
             )
+        places = cut(len(last), room, self.stride or 0)
+        if self.max_windows is not None and len(places) > self.max_windows:
+            raise TooLong(f"{where}: {len(places)} windows, more than {self.max_windows}")
         return [
             self._window(lead if second is not None else None, last, begin, end)
-            for begin, end in cut(len(last), room, self.stride or 0)
+            for begin, end in places
         ]
 
     def _window(self, lead: list[int] | None, last: list[int], begin: int, end: int) -> Window:
@@ -114,9 +120,16 @@ def cut(length: int, room: int, shared: int) -> list[tuple[int, int]]:
 
 
 def best_window(place: int, windows: Sequence[Window]) -> int:
-    """The number of the window in which a place of the text has most text on its poorer side."""
-    context = [min(place - window.begin, window.end - 1 - place) for window in windows]
-    return int(np.argmax(context))
+    """The number of the window in which a place of the text has most text on its poorer side.
+
+    windows: in the order of the text; those that do not have the place are not looked at.
+    """
+    last = bisect.bisect_right(windows, place, key=lambda window: window.begin)
+    first = last - 1
+    while first and windows[first - 1].end > place:
+        first -= 1
+    some = windows[first:last]
+    return first + int(np.argmax([min(place - w.begin, w.end - 1 - place) for w in some]))
 
 
 def collate(features: Sequence[Feature], numbers: Sequence[int] | None = None) -> PackedBatch:

@@ -87,7 +87,7 @@ def load(config: ServeConfig) -> Served:
         require_libraries(settings.task, to_measure=False)
         labels = [bert.id2label[number] for number in range(bert.num_labels)]
         num_texts = _num_texts(settings, is_ours=(directory / SETTINGS).is_file())
-        prediction = Prediction(settings, labels, tokenizer, num_texts)
+        prediction = Prediction(settings, labels, tokenizer, num_texts, config.max_queue)
     pooling = config.pooling or files.pooling or "mean"
     fills = isinstance(model, BertForMaskedLM)
     return Served(

@@ -31,7 +31,7 @@ class Prediction(Ability):
     """Inputs: texts (str,) or pairs (str, str); for qa (question, context); for ner (text,).
 
     labels: what the model scores, in order; settings: how it was trained to read; num_texts: how
-    many an input may have
+    many an input may have; max_sequences: of a request, whose long texts are read in windows
     """
 
     def __init__(
@@ -40,8 +40,9 @@ class Prediction(Ability):
         labels: Sequence[str],
         tokenizer: Tokenizer,
         num_texts: tuple[int, ...],
+        max_sequences: int,
     ) -> None:
-        self.num_texts = num_texts
+        self.num_texts, self.max_sequences = num_texts, max_sequences
         self.task = TASK_OF[settings.task](settings, labels)
         self.settings, self.labels = settings, list(labels)
         longest, stride, advice = settings.max_seq_len, settings.stride, CUT
@@ -49,7 +50,7 @@ class Prediction(Ability):
             advice = "shorten it"
         tokens: Any = Tokens(tokenizer)
         self.encoders = {
-            cut: Encoder(tokens, longest, None if cut else stride, cut, advice)
+            cut: Encoder(tokens, longest, None if cut else stride, cut, advice, max_sequences)
             for cut in (False, True)
         }
 
@@ -69,8 +70,15 @@ class Prediction(Ability):
     def features(self, inputs: Sequence[tuple[str, ...]], truncate: bool) -> list[Feature]:
         if truncate and self.settings.task in ("ner", "qa"):
             raise Refusal(422, f"truncate: not for {self.settings.task}, which reads whole texts")
-        encoder = self.encoders[truncate]
-        return windows_or_refusal(self.task.features, self.examples(inputs), encoder)
+        features: list[Feature] = []
+        for number, example in enumerate(self.examples(inputs)):
+            own = windows_or_refusal(self.task.features, [example], self.encoders[truncate])
+            features += [feature._replace(example=number) for feature in own]
+            if len(features) > self.max_sequences:
+                raise Refusal(
+                    413, f"the texts make more than {self.max_sequences} windows; send fewer"
+                )
+        return features
 
     def scores(self, model: Any, features: Sequence[Feature]) -> Sequence[NDArray[np.float32]]:
         batch = collate(features).to(model.device)

@@ -22,6 +22,8 @@ from fastbert.serve.service import Service
 
 CANNOT = 424  # what text-embeddings-inference answers where a model is of another kind
 
+_MOST_FILLED = 20_000_000  # characters of texts with a [MASK] filled in, each once for each word
+
 
 def routes(service: Service, metrics: Metrics) -> APIRouter:
     router = APIRouter()
@@ -79,6 +81,13 @@ def routes(service: Service, metrics: Metrics) -> APIRouter:
         if ability is None:
             raise Refusal(CANNOT, f"{served.name} cannot fill masks: it has no masked-LM head")
         texts = service.texts(body.inputs)
+        size = body.top_k * sum(len(text) * text.count("[MASK]") for text in texts)
+        if size > _MOST_FILLED:
+            raise Refusal(
+                413,
+                f"an answer of {size:,} characters, more than {_MOST_FILLED:,}; lower top_k or "
+                "send fewer texts",
+            )
         _, scores = await service.read(ability, texts, bool(body.truncate))
         pairs = zip(texts, scores, strict=True)
         answers = [ability.answer(text, own, body.top_k) for text, own in pairs]

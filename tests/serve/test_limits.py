@@ -2,6 +2,7 @@
 
 import re
 import socket
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from fastbert.check import InputError
 from fastbert.config.serve import KEY_VARIABLE, ServeConfig
+from fastbert.serve import run
 from fastbert.serve.server import bind
 from tests.serve.running import Held, running
 
@@ -231,3 +233,10 @@ def test_the_page_names_metrics_that_there_are(server):
         assert re.search(rf"^# TYPE {re.sub('_(bucket|sum|count)$', '', name)} ", text, re.M), name
     routes = re.findall(r"`POST (/[\w/-]+)`", page)
     assert set(routes) <= server.client.get("/openapi.json").json()["paths"].keys()
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    said = r"fastbert serve needs prometheus-client: pip install 'fastbert\[serve\]'"
+    with pytest.raises(InputError, match=said):
+        run(ServeConfig(model="m"))

@@ -1,6 +1,7 @@
 """What a server says of texts is what `fastbert predict` and `fill-mask` say, and Hugging Face."""
 
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -201,6 +202,32 @@ def test_answers_to_questions(learn):
         assert answer["score"] == pytest.approx(own["probability"], abs=1e-6)
 
 
+def test_texts_of_too_many_windows_are_refused_at_once(elsewhere):
+    """One with windows that move by a token each would take gigabytes."""
+    directory, _, _ = elsewhere("BertForQuestionAnswering")
+    question = "a " * (48 - 3 - 48 // 4 - 1)  # which leaves one token more than windows share
+    for inputs, said in (
+        ([{"question": question, "context": "the " * 100_000}], "99988 windows, more than 100"),
+        ([{"question": question, "context": "the " * 90}] * 20, "more than 100 windows"),
+    ):
+        with running(directory, max_queue=100) as server:
+            began = time.perf_counter()
+            assert said in server.refusal("/predict", 413, inputs=inputs)
+            assert time.perf_counter() - began < 5
+
+
+def test_entities_of_a_long_text_are_found_in_time(elsewhere):
+    labels = {0: "O", 1: "B-PER"}
+    directory, _, _ = elsewhere("BertForTokenClassification", id2label=labels)
+    with running(directory, max_queue=100_000) as server:
+        ability = server.server.served.prediction
+        began = time.perf_counter()
+        features = ability.features([("john lives " * 20_000,)], False)
+        assert time.perf_counter() - began < 10
+    words = [word for feature in features for word in feature.target.words if word >= 0]
+    assert sorted(words) == list(range(40_000))
+
+
 def test_words_for_masks(model, tmp_path):
     directory = shutil.copytree(model, tmp_path / "masked")
     torch.manual_seed(1)
@@ -217,6 +244,9 @@ def test_words_for_masks(model, tmp_path):
         long = "[MASK] " * 47
         assert "49 tokens, more than the 48" in server.refusal("/fill-mask", 413, inputs=long)
         assert "truncate" in server.refusal("/fill-mask", 422, inputs=text, truncate=True)
+        many = ["[MASK] " * 40] * 200
+        said = server.refusal("/fill-mask", 413, inputs=many, top_k=100)
+        assert said.startswith("an answer of 224,000,000 characters, more than 20,000,000; lower")
         assert "cannot predict" in server.refusal("/predict", 424, inputs=text)
         assert len(server.answer("/embed", inputs="a")[0]) == 64
     for ours, theirs in zip(answer, expected, strict=True):

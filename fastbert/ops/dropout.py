@@ -79,13 +79,9 @@ def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Ten
 def kept(x: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
     """x where it is kept, scaled, and zeros elsewhere: keep is a bool tensor of its shape.
 
-    One operator of PyTorch's, with a gradient of its own, which keeps the mask alone: a byte an
-    element. Its name is from the other side, where it multiplies a gradient by the mask. It has no
-    forward-mode derivative.
+    The backward keeps the mask alone, a byte an element.
     """
-    if backend.is_transformed():
-        return torch.where(keep, x * random.keep_scale(dropout_p), 0.0)
-    return torch.ops.aten.native_dropout_backward(x, keep, random.keep_scale(dropout_p))
+    return x * keep * random.keep_scale(dropout_p)
 
 
 def check_dropout(

@@ -108,3 +108,30 @@ def batch(lengths: list[int], seed: int = 0) -> dict[str, Tensor]:
 
 def layers_of(model) -> torch.nn.ModuleList:
     return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+
+
+def logits(model, inputs, **options):
+    torch.manual_seed(5)  # of dropout
+    with torch.no_grad():
+        return model(**inputs, **options).logits
+
+
+def step(model, inputs, labels=None):
+    """The loss and every gradient."""
+    torch.manual_seed(5)
+    model.zero_grad()
+    labels = torch.arange(len(inputs["input_ids"])) % 3 if labels is None else labels
+    loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    return [loss.detach(), *gradients(model)]
+
+
+def gradients(model):
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def assert_same(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        if a is not None:
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)

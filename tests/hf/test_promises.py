@@ -259,6 +259,19 @@ def test_options_of_an_embedding_count(family, option, table):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_positions_count_as_often_as_hugging_face_looks_them_up(family):
+    """From embeddings RoBERTa looks positions up once a sequence, BERT once for all."""
+    gradients = []
+    for model in pair(family):
+        model.embeddings.position_embeddings.scale_grad_by_freq = True
+        given = model.embeddings.word_embeddings(ids()).detach()
+        out = model(inputs_embeds=given, attention_mask=MASK).last_hidden_state[REAL]
+        out.square().sum().backward()
+        gradients.append(model.embeddings.position_embeddings.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["Model", "ForSequenceClassification", "ForMaskedLM"])
 def test_arguments_in_excess_are_pythons_own_type_error(family, kind):

@@ -119,17 +119,17 @@ def embed(
         manifest = shards.embed_corpus(model, source, out, **options)
         console.print(f"{manifest['rows']:,} embeddings are in {out}")
         return
-    from fastbert.finetune import predict as inference
+    from fastbert.embedding import array
 
     if shard_size is not None or format is not None:
         raise InputError(
             f"--out {out}: a file has no shards; name a directory, or leave out "
             "--shard-size and --format"
         )
-    inference.require_npy(out)
+    array.require_npy(out)
     _open_output(out, source, model)
-    embeddings = inference.embed(model, source, **options)
-    inference.write_npy(out, embeddings)
+    embeddings = array.embed(model, source, **options)
+    array.write_npy(out, embeddings)
     console.print(f"embeddings {embeddings.shape} are in {out}")
 
 

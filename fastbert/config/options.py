@@ -16,6 +16,7 @@ from fastbert.check import InputError
 DATA, MODEL, OPTIMISATION, OUTPUT = "Data", "Model", "Optimisation", "Run and output"
 SERVER, LIMITS = "Server", "Limits of a request"
 GROUPS = (DATA, MODEL, SERVER, LIMITS, OPTIMISATION, OUTPUT)  # as the help shows them
+POOLINGS = ("mean", "cls")  # what makes one vector of a text's hidden states
 
 _LARGEST = 2**31 - 1  # of whole numbers that have no bound of their own
 

@@ -5,9 +5,17 @@ import os
 from pathlib import Path
 
 from fastbert.check import InputError
-from fastbert.config.options import LIMITS, MODEL, SERVER, Bounds, at_least, check_options, option
+from fastbert.config.options import (
+    LIMITS,
+    MODEL,
+    POOLINGS,
+    SERVER,
+    Bounds,
+    at_least,
+    check_options,
+    option,
+)
 
-POOLINGS = ("mean", "cls")
 KEY_VARIABLE = "FASTBERT_API_KEY"
 
 

@@ -1,7 +1,7 @@
 """Embeds some texts: sorted by length, packed by a budget of tokens."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,17 @@ import torch
 from numpy.typing import NDArray
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
+from torch import Tensor
 
 from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.config.bert import BertConfig
+from fastbert.config.options import POOLINGS
 from fastbert.data import load_tokenizer
 from fastbert.data.encoding import warn_of_unknown
 from fastbert.data.texts import Text
 from fastbert.finetune.features import Encoder, Feature, collate, parts
 from fastbert.finetune.infer import evaluating
-from fastbert.finetune.predict import POOLINGS, pool
 from fastbert.models.bert import BertModel
 from fastbert.train.precision import autocast, resolve_precision
 
@@ -27,10 +28,21 @@ _CHARACTERS = 16  # of a long text that are looked at, for each token that is ke
 _TOKENISED = 2**19  # characters at once: the library takes a hundred times the memory of tokens
 
 
+def pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
+    """(T, H) -> (B, H), by one of POOLINGS."""
+    if pooling == "cls":
+        return hidden[cu_seqlens[:-1].long()]
+    lengths = cu_seqlens.diff().long()
+    return torch.segment_reduce(hidden, "mean", lengths=lengths)
+
+
 class Embedder:
     """A bare BERT in eval mode, its tokenizer, and how both are used.
 
-    precision, pooling, max_seq_len, truncate: as for `fastbert.finetune.predict.embed`
+    pooling: the mean of the last hidden states of all tokens with [CLS] and [SEP], as in
+    Sentence-BERT (Reimers & Gurevych 2019), or that of [CLS] alone; max_seq_len: in tokens, by
+    default the model's; truncate: cuts longer texts, which are refused otherwise; batch_tokens:
+    computed at once; precision: auto, bf16, fp16 or fp32. InputError for other options.
     """
 
     def __init__(
@@ -38,11 +50,11 @@ class Embedder:
         model: str | Path,
         device: torch.device,
         *,
-        pooling: str,
-        max_seq_len: int | None,
-        truncate: bool,
-        batch_tokens: int,
-        precision: str,
+        pooling: str = "mean",
+        max_seq_len: int | None = None,
+        truncate: bool = False,
+        batch_tokens: int = 4096,
+        precision: str = "auto",
     ) -> None:
         if pooling not in POOLINGS:
             raise InputError(f"--pooling: one of {', '.join(POOLINGS)}, got {pooling!r}")
@@ -67,18 +79,19 @@ class Embedder:
         self.width = config.hidden_size
         self.pooling, self.batch_tokens = pooling, batch_tokens
         self.precision = resolve_precision(precision)
-        self.made_from = self._made_from(config)  # before it moves to a GPU
-        self.device = device
+        self.config, self.device = config, device
         self.bert.to(device)
         self.unknown = self.tokens = 0  # of all texts so far
 
-    def _made_from(self, config: BertConfig) -> dict[str, Any]:
+    def made_from(self) -> dict[str, Any]:
         """What decides the embedding of a text: two that agree in it give the same."""
         digest = hashlib.sha256(self.tokenizer.to_str().encode())
-        digest.update(repr(sorted(config.to_dict().items(), key=lambda item: item[0])).encode())
+        digest.update(
+            repr(sorted(self.config.to_dict().items(), key=lambda item: item[0])).encode()
+        )
         for name, tensor in self.bert.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().numpy().data)
+            digest.update(tensor.cpu().contiguous().numpy().data)
         return {
             "model_sha256": digest.hexdigest(),
             "pooling": self.pooling,
@@ -88,8 +101,14 @@ class Embedder:
             "precision": self.precision,
         }
 
-    def __call__(self, texts: Sequence[Text]) -> NDArray[np.float32]:
+    def __call__(
+        self,
+        texts: Sequence[Text],
+        watched: Callable[[Sequence[range]], Iterable[range]] = iter,
+    ) -> NDArray[np.float32]:
         """(N, width) float32, in the texts' order.
+
+        watched: shows how far the batches are while they are taken from it.
 
         Which batch a text is in, and so its last bits, follows from these texts alone. InputError
         for one that is too long, unless it is to be cut.
@@ -98,7 +117,8 @@ class Embedder:
         order = sorted(range(len(features)), key=lambda number: features[number].num_tokens)
         embeddings = np.empty((len(features), self.width), np.float32)
         with evaluating(self.bert), autocast(self.precision, self.device):
-            for part in parts([features[n].num_tokens for n in order], self.batch_tokens):
+            batches = parts([features[n].num_tokens for n in order], self.batch_tokens)
+            for part in watched(batches):
                 numbers = order[part.start : part.stop]
                 batch = collate([features[n] for n in numbers]).to(self.device)
                 hidden = self.bert(batch).last_hidden_state.float()

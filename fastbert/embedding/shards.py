@@ -63,7 +63,7 @@ def embed_corpus(
     require_apart("--out", out, [source], [Path(model)])
     with joined() as ranks:
         embedder = Embedder(model, ranks.device, **options)
-        made_from = embedder.made_from | {
+        made_from = embedder.made_from() | {
             "text_column": text_column,
             "delimiter": delimiter,
             "shard_size": shard_size,

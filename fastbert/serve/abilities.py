@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastbert.check import InputError
 from fastbert.data import special_tokens
+from fastbert.embedding.model import pool
 from fastbert.fill_mask import filled
 from fastbert.finetune.features import Encoder, Feature, TooLong, collate
 from fastbert.finetune.task import to_host
@@ -91,8 +92,7 @@ class Embedding(Ability):
             rows = wanted_rows(batch, first=True, labelled=False)
             return list(to_host(model.base_model(batch, rows=rows).last_hidden_state))
         hidden = model.base_model(batch).last_hidden_state.float()
-        lengths = batch.cu_seqlens.diff().long()
-        return list(to_host(torch.segment_reduce(hidden, "mean", lengths=lengths)))
+        return list(to_host(pool(hidden, batch.cu_seqlens, self.pooling)))
 
     @staticmethod
     def vectors(scores: Sequence[NDArray[np.float32]], normalize: bool) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastbert.check import InputError
-from fastbert.config.serve import POOLINGS
+from fastbert.config.options import POOLINGS
 
 _KNOWN = ("Transformer", "Pooling", "Normalize")  # modules that are computed here
 _LEGACY = "pooling_mode_"  # before a mode, in files of older releases

@@ -11,8 +11,8 @@ import pytest
 
 from fastbert import cli
 from fastbert.embedding import shards
+from fastbert.embedding.array import embed
 from fastbert.embedding.shards import embed_corpus
-from fastbert.finetune.predict import embed
 from tests.embedding.shards_case import OPTIONS, contents, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]

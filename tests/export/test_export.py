@@ -13,8 +13,8 @@ import fastbert
 from fastbert import cli, models
 from fastbert.check import InputError
 from fastbert.data import load_tokenizer, save_tokenizer
+from fastbert.embedding.array import embed
 from fastbert.export import check, command, formats, plain
-from fastbert.finetune.predict import embed
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra [export] is needed")
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from fastbert import cli
-from fastbert.finetune.predict import embed
+from fastbert.embedding.array import embed
 
 TEXTS = ["the film was good", "北京是中国的首都", "a", "john lives in paris , the cat does not"]
 

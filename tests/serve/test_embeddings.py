@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from fastbert.check import InputError
-from fastbert.finetune.predict import embed
+from fastbert.embedding.array import embed
 from tests.serve.running import running
 
 TEXTS = [

@@ -1,0 +1,69 @@
+"""`fastbert embed` into one .npy: all fits in memory, and either end may be a pipe."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastbert.check import InputError
+from fastbert.config.finetune import read_delimiter
+from fastbert.data.tables import read_table, read_text
+from fastbert.data.texts import BEGINNING, Text, texts_of
+from fastbert.embedding.model import Embedder
+from fastbert.files import is_stream, output
+from fastbert.train.report import tracked
+
+
+def embed(
+    model: str | Path,
+    source: Path,
+    *,
+    text_column: str = "text",
+    delimiter: str | None = None,
+    **options: Any,
+) -> NDArray[np.float32]:
+    """Embeddings (N, hidden_size) float32 of the texts of a file, in order.
+
+    source: a .txt with a text a line, a table, or a stream of either; options: of `Embedder`. All
+    texts are read and tokenised before the model runs.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    embedder = Embedder(model, device, **options)
+    texts = [Text(where, text, BEGINNING) for where, text in _texts(source, text_column, delimiter)]
+    embeddings = embedder(texts, lambda batches: tracked(batches, "embedding"))
+    embedder.warn_of_words(source)
+    return embeddings
+
+
+def _texts(source: Path, column: str, delimiter: str | None) -> list[tuple[str, str]]:
+    """(where, text) of the lines of a .txt or of a stream, or of the rows of a table.
+
+    An empty text is one, so that the embeddings are as many as the lines or the rows.
+    """
+    if source.suffix.lower() == ".parquet" and not is_stream(source):
+        return [(row.where, row.text) for row in texts_of(source, column).rows()]
+    is_table = source.suffix.lower() in (".csv", ".tsv", ".jsonl") or delimiter is not None
+    if source.suffix.lower() == ".txt" or (is_stream(source) and not is_table):
+        lines = read_text(source).split("\n")
+        if not lines[-1]:
+            lines.pop()
+        return [(f"{source}, line {i}", line.rstrip("\r")) for i, line in enumerate(lines, start=1)]
+    delimiter = None if delimiter is None else read_delimiter(delimiter)
+    rows = read_table(source, [column], delimiter)
+    return [(r.where, "" if r.values[column] == "" else r.text(column)) for r in rows]
+
+
+def write_npy(path: str | Path, array: NDArray[Any]) -> None:
+    """The file appears whole or not at all."""
+    require_npy(path)
+    with output(path) as file:
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(array).data)  # np.save asks where it is, as no pipe knows
+
+
+def require_npy(path: str | Path) -> None:
+    if not is_stream(path) and Path(path).suffix != ".npy":
+        raise InputError(f"--out {path}: expected a name that ends in .npy")

@@ -12,7 +12,7 @@ from fastbert.check import InputError
 from fastbert.data import texts as module
 from fastbert.data.tables import read_table
 from fastbert.data.texts import BEGINNING, Mark, texts_of
-from fastbert.finetune.predict import _texts
+from fastbert.embedding.array import _texts
 
 LINES = ["one", "", "two  ", "drei é 北京", "\tfour", "fünf"]
 CSV = 'id,"te\nxt",more\r\n1,"a\nb",x\r\n\r\n2,,y\r\n3,"c ""d""\n\ne",z\r\n4,last,w'

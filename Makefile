@@ -22,7 +22,7 @@ bench: setup
 
 # With the machine's own Python, as it is: nothing is installed. ONLY="a b" runs these parts.
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check $(OUT) $(ONLY:%=--only %)
+	$(PYTHON) -m benchmarks gpu-check $(OUT) $(ONLY:%=--only %)
 
 lint: setup
 	$(PY) -m ruff check .

@@ -58,7 +58,9 @@ def tests(seconds: int) -> Part:
 def sanitizer(tool: str, seconds: int) -> Part:
     # PyTorch's allocator hands out parts of large blocks, past whose ends is memory all the same
     under = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", tool)
-    return Part(tool, ("-m", "benchmarks.once"), seconds, under=(*under, "--error-exitcode", "9"))
+    return Part(
+        tool, ("-m", "benchmarks", "once"), seconds, under=(*under, "--error-exitcode", "9")
+    )
 
 
 PARTS = (
@@ -70,7 +72,7 @@ PARTS = (
     benchmark("step_profile", 50, "--quick"),
 )
 SECOND = (
-    Part("once", ("-m", "benchmarks.once"), 60),  # compiles what the sanitizers then run
+    Part("once", ("-m", "benchmarks", "once"), 60),  # compiles what the sanitizers then run
     sanitizer("memcheck", 120),
     sanitizer("racecheck", 120),
     benchmark("convergence", 300),
@@ -148,7 +150,3 @@ def _rows(path: Path) -> Iterator[dict]:
 def _last_line(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return "" if lines[-1].startswith("== ") else lines[-1][:80]
-
-
-if __name__ == "__main__":
-    typer.run(main)

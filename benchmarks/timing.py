@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.cuda_graph import WARM_UP, CudaGraphs, Work
+from fastbert.modules.graphs.recorder import WARM_UP, CudaGraphs, Work
 
 FLUSH_BYTES = 256 << 20  # written before each measurement: more than any cache holds
 SLEEP_CYCLES = 1_000_000  # of the GPU, about half a millisecond, while the host queues the work

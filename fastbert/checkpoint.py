@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastbert.check import InputError
-from fastbert.files import new_directory as new_directory  # also known by this name
-from fastbert.files import new_file
+from fastbert.system.files import new_file
 
 WEIGHTS = "model.safetensors"
 LEGACY_WEIGHTS = "pytorch_model.bin"

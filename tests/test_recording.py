@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import kernels, timing
-from benchmarks.attention_workloads import Sequences
-from benchmarks.bodies import EAGER, Body
-from benchmarks.operators import workloads
+from benchmarks import timing
+from benchmarks.operators import kernels
+from benchmarks.operators.attention import Sequences
+from benchmarks.operators.bodies import EAGER, Body
+from benchmarks.operators.workloads import workloads
 from benchmarks.results import FASTBERT
 
 

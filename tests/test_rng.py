@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastbert import backend, rng
-from fastbert.data.philox import philox as numpy_philox
+from fastbert.data.masking.philox import philox as numpy_philox
 from fastbert.kernels import philox as device_philox
 from fastbert.ops.dropout import attention_keep_mask, dropout, hidden_keep_mask
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import fastbert
 from fastbert.data import Tokens, make_masking
-from fastbert.data.tokenizer import SpecialTokens
+from fastbert.data.text.tokenizer import SpecialTokens
 from fastbert.ops.attention import attention_qkvpacked
 from fastbert.ops.gather_rows import gather_rows
 

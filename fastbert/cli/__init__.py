@@ -11,7 +11,7 @@ from fastbert.check import InputError, Stopped
 from fastbert.cli import training, use
 from fastbert.cli.app import app
 from fastbert.cli.options import by_option_names
-from fastbert.console import close_standard_streams
+from fastbert.system.console import close_standard_streams
 
 COMMANDS = training, use  # which add themselves to the app
 

@@ -71,10 +71,10 @@ def distill(
     **options: Any,
 ) -> None:
     """Train a smaller BERT on text to predict what a teacher predicts (DistilBERT's losses)."""
-    from fastbert.train import distill as distilling  # slow to import: torch
+    from fastbert.train.distill.run import distill as carry_out  # slow to import: torch
 
     config = _config_of_run(DistillConfig, context, paths, out, resume, options)
-    distilling.distill(config, out, resume=resume, eager=eager, profile=profile, parallel=parallel)
+    carry_out(config, out, resume=resume, eager=eager, profile=profile, parallel=parallel)
 
 
 def _config_of_run(
@@ -86,7 +86,7 @@ def _config_of_run(
     options: dict[str, Any],
 ) -> Run:
     """Of a new run, or of the one that is resumed, which only some options may change."""
-    from fastbert.train.pretrain import read_run
+    from fastbert.train.run_directory import read_run
 
     options["corpus"] = (*options["corpus"], *(paths or ()))
     if paths and len(options["corpus"]) == len(paths):

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from fastbert import files
 from fastbert.check import InputError
 from fastbert.cli.app import app
 from fastbert.cli.options import Command, options_of
 from fastbert.config.options import text_of
 from fastbert.config.serve import ServeConfig
-from fastbert.console import console, leave_standard_output
+from fastbert.system import files
+from fastbert.system.console import console, leave_standard_output
 
 _MODEL = typer.Option(help="Directory of a model or of a run, or a hub name.")
 _INPUT = typer.Option(
@@ -154,7 +154,7 @@ def fill_mask(
     from rich.console import Console
     from rich.table import Table
 
-    from fastbert.data.tables import read_text
+    from fastbert.data.formats.tables import read_text
     from fastbert.fill_mask import fill_mask as predictions
 
     console = Console(highlight=False, markup=False)
@@ -212,7 +212,7 @@ def info() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastbert.about import backends, devices, versions
+    from fastbert.cli.about import backends, devices, versions
 
     console = Console(highlight=False, markup=False)
     for title, header, rows in (

@@ -1,31 +1,31 @@
 """Raw text to packed, masked batches: corpus, tokenizer, cache, sentence pairs, masks, batches."""
 
-from fastbert.data.batches import (
+from fastbert.data.batches.loading import loader
+from fastbert.data.batches.pairs import PairPlan, plan_pairs, plan_sentences
+from fastbert.data.batches.pretraining import (
     GlobalCounts,
     PretrainingData,
     heldout_batches,
-    loader,
     unigram_baseline,
 )
-from fastbert.data.cache import OtherCache, tokenize_corpus
-from fastbert.data.corpus import Meter, fingerprint_files, read_documents
-from fastbert.data.corpus_files import find_files
-from fastbert.data.masking import SCHEMES, Masking, make_masking
-from fastbert.data.ngrams import NgramCounts, ngram_counts
-from fastbert.data.pairs import PairPlan, plan_pairs, plan_sentences
-from fastbert.data.python_docs import fingerprint_python, python_documents
-from fastbert.data.segment import SEGMENTERS, Segmenter, make_segmenter
-from fastbert.data.selection import Tokens
-from fastbert.data.sentences import split_sentences
-from fastbert.data.tokenized import TokenizedCorpus
-from fastbert.data.tokenizer import (
+from fastbert.data.masking.mlm import SCHEMES, Masking, make_masking
+from fastbert.data.masking.selection import Tokens
+from fastbert.data.text.corpus import Meter, fingerprint_files, read_documents
+from fastbert.data.text.files import find_files
+from fastbert.data.text.python_docs import fingerprint_python, python_documents
+from fastbert.data.text.segment import SEGMENTERS, Segmenter, make_segmenter
+from fastbert.data.text.sentences import split_sentences
+from fastbert.data.text.tokenizer import (
     SpecialTokens,
     load_tokenizer,
     save_tokenizer,
     special_tokens,
     train_tokenizer,
 )
-from fastbert.data.workers import Interrupted, available_cores
+from fastbert.data.tokenized.cache import OtherCache, tokenize_corpus
+from fastbert.data.tokenized.corpus import TokenizedCorpus
+from fastbert.data.tokenized.ngrams import NgramCounts, ngram_counts
+from fastbert.data.tokenized.workers import Interrupted, available_cores
 
 __all__ = [
     "SCHEMES",

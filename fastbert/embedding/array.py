@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from fastbert.check import InputError
 from fastbert.config.finetune import read_delimiter
-from fastbert.data.tables import read_table, read_text
-from fastbert.data.texts import BEGINNING, Text, texts_of
+from fastbert.data.formats.tables import read_table, read_text
+from fastbert.data.formats.texts import BEGINNING, Text, texts_of
 from fastbert.embedding.model import Embedder
-from fastbert.files import is_stream, output
+from fastbert.system.files import is_stream, output
 from fastbert.train.report import tracked
 
 

@@ -17,9 +17,9 @@ from fastbert.check import InputError
 from fastbert.config.bert import BertConfig
 from fastbert.config.options import POOLINGS
 from fastbert.data import load_tokenizer
-from fastbert.data.encoding import warn_of_unknown
-from fastbert.data.texts import Text
-from fastbert.finetune.features import Encoder, Feature, collate, parts
+from fastbert.data.formats.texts import Text
+from fastbert.data.text.encoding import warn_of_unknown
+from fastbert.finetune.features import Feature, WindowEncoder, collate, parts
 from fastbert.finetune.infer import evaluating
 from fastbert.models.bert import BertModel
 from fastbert.train.precision import autocast, resolve_precision
@@ -66,7 +66,7 @@ class Embedder:
                 f"--max-seq-len: between 3 and the model's {longest}, got {max_seq_len}"
             )
         self.tokenizer = load_tokenizer(directory, model_vocab_size=config.vocab_size)
-        self.encoder = Encoder(
+        self.encoder = WindowEncoder(
             self.tokenizer, max_seq_len or longest, None, truncate, "cut it off with --truncate"
         )
         self.kept = self.encoder.max_seq_len - 2 if truncate else None

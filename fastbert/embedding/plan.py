@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
-from fastbert import __version__
+from fastbert._version import __version__
 from fastbert.check import InputError
-from fastbert.data.texts import BEGINNING, Mark, Texts
-from fastbert.files import write_json
+from fastbert.data.formats.texts import BEGINNING, Mark, Texts
+from fastbert.system.files import write_json
 
 PLAN, MANIFEST = "plan.json", "manifest.json"
 FORMATS = ("npy", "parquet")

@@ -4,7 +4,7 @@ import time
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastbert.console import console
+from fastbert.system.console import console
 from fastbert.train.distributed import Ranks
 
 _SECONDS = 10  # between two plain lines

@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from fastbert.check import InputError, Stopped
-from fastbert.console import console
-from fastbert.data.texts import Text, Texts, pyarrow_of, texts_of
+from fastbert.data.formats.texts import Text, Texts, pyarrow_of, texts_of
 from fastbert.embedding.model import Embedder
 from fastbert.embedding.plan import (
     FORMATS,
@@ -28,7 +27,8 @@ from fastbert.embedding.plan import (
 )
 from fastbert.embedding.progress import RowsReporter
 from fastbert.embedding.writers import holds, writer_of
-from fastbert.files import new_file, require_apart
+from fastbert.system.console import console
+from fastbert.system.files import new_file, require_apart
 from fastbert.train.distributed import Ranks, joined
 
 SHARD_SIZE = 65_536

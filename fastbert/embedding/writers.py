@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbert.data.texts import pyarrow_of
+from fastbert.data.formats.texts import pyarrow_of
 
 Write = Callable[[NDArray[np.float32]], object]  # the next rows, (n, width)
 

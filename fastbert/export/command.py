@@ -12,7 +12,7 @@ from fastbert.check import InputError
 from fastbert.config.bert import BertConfig
 from fastbert.export import check, plain
 from fastbert.export.formats import Inputs, format_of, trace
-from fastbert.files import is_stream, new_file, output, require_output
+from fastbert.system.files import is_stream, new_file, output, require_output
 
 PRECISIONS = ("fp32", "fp16")
 # What a user of the file reads beside it, where the model's directory has it.

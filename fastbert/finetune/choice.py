@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbert.check import InputError
-from fastbert.data.tables import Row
-from fastbert.finetune.features import Encoder, Feature
+from fastbert.data.formats.tables import Row
+from fastbert.finetune.features import Feature, WindowEncoder
 from fastbert.finetune.metrics import Report
 from fastbert.finetune.task import Prediction, Task, softmax, to_host
 from fastbert.models.classification import BertForMultipleChoice
@@ -80,7 +80,7 @@ class Choice(Task):
     def model_options(self) -> dict[str, Any]:
         return {"num_labels": 2, "problem_type": None}  # Hugging Face's default; the head has 1
 
-    def features(self, examples: Sequence[ChoiceExample], encoder: Encoder) -> list[Feature]:
+    def features(self, examples: Sequence[ChoiceExample], encoder: WindowEncoder) -> list[Feature]:
         features = []
         for number, (where, text, choices, target) in enumerate(examples):
             first = encoder.ids(text)

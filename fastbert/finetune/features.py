@@ -46,7 +46,7 @@ class Feature(NamedTuple):
         return sum(len(window.input_ids) for window in self.windows)
 
 
-class Encoder:
+class WindowEncoder:
     """Makes sequences of at most `max_seq_len` tokens.
 
     stride: how many tokens the windows of a longer text share, None to refuse such texts;

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from fastbert.config.finetune import WINDOWS
-from fastbert.data.encoding import warn_of_unknown
+from fastbert.data.text.encoding import warn_of_unknown
 from fastbert.finetune.choice import Choice
-from fastbert.finetune.features import Encoder, Feature, collate, parts
+from fastbert.finetune.features import Feature, WindowEncoder, collate, parts
 from fastbert.finetune.questions import Answering
 from fastbert.finetune.sequences import Classification, MultiLabel, Regression
 from fastbert.finetune.task import Settings, Task
@@ -29,19 +29,19 @@ TASK_OF: dict[str, type[Task]] = {
 }
 
 
-def encoder_of(settings: Settings, tokenizer: Tokenizer) -> Encoder:
+def encoder_of(settings: Settings, tokenizer: Tokenizer) -> WindowEncoder:
     """Makes sequences as the task's settings say."""
     advice = []
     if settings.task in WINDOWS:
         advice.append("read it in windows with --stride")
     if settings.task not in ("ner", "qa"):
         advice.append("cut it off with --truncate")
-    return Encoder(
+    return WindowEncoder(
         tokenizer, settings.max_seq_len, settings.stride, settings.truncate, ", or ".join(advice)
     )
 
 
-def warn_of_words(what: str, features: Sequence[Feature], encoder: Encoder) -> None:
+def warn_of_words(what: str, features: Sequence[Feature], encoder: WindowEncoder) -> None:
     """Warns where the vocabulary has few of the words."""
     windows = [window for feature in features for window in feature.windows]
     unknown = sum(window.input_ids.count(encoder.specials.unk) for window in windows)

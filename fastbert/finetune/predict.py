@@ -11,10 +11,10 @@ from fastbert.check import InputError
 from fastbert.config.bert import BertConfig
 from fastbert.config.finetune import TABLES, WINDOWS, read_delimiter
 from fastbert.data import load_tokenizer
-from fastbert.files import output
 from fastbert.finetune.infer import TASK_OF, encoder_of, run, warn_of_words
 from fastbert.finetune.metrics import require_libraries
 from fastbert.finetune.task import ALL, Prediction, Refused, Settings, Task
+from fastbert.system.files import output
 from fastbert.train.precision import autocast, resolve_precision
 
 

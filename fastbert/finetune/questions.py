@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbert.check import InputError
-from fastbert.data.squad import Question, read_squad
-from fastbert.finetune.features import Encoder, Feature, Window
+from fastbert.data.formats.squad import Question, read_squad
+from fastbert.finetune.features import Feature, Window, WindowEncoder
 from fastbert.finetune.metrics import Report
 from fastbert.finetune.squad_metrics import score_answers
 from fastbert.finetune.task import Prediction, Task, by_example, softmax, to_host
@@ -46,7 +46,7 @@ class Answering(Task):
     def model_options(self) -> dict[str, Any]:
         return {"num_labels": 2, "problem_type": None}
 
-    def features(self, examples: Sequence[Question], encoder: Encoder) -> list[Feature]:
+    def features(self, examples: Sequence[Question], encoder: WindowEncoder) -> list[Feature]:
         features = []
         for number, example in enumerate(examples):
             context = encoder.tokenizer.encode(example.context, add_special_tokens=False)

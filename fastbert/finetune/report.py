@@ -4,8 +4,8 @@ from typing import Any
 
 from rich.table import Table as Printed
 
-from fastbert.console import console
 from fastbert.finetune.metrics import Report
+from fastbert.system.console import console
 
 _WIDEST = 12  # columns that a terminal has room for
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbert.check import InputError
-from fastbert.data.tables import Row, clean_label
+from fastbert.data.formats.tables import Row, clean_label
 from fastbert.finetune import metrics as measures
-from fastbert.finetune.features import Encoder, Feature
+from fastbert.finetune.features import Feature, WindowEncoder
 from fastbert.finetune.metrics import Report
 from fastbert.finetune.task import Prediction, Task, by_example, softmax, to_host
 from fastbert.models.classification import BertForSequenceClassification
@@ -51,7 +51,7 @@ class _SequenceTask(Task):
         """The target as the loss takes it."""
         return self.labels.index(target)
 
-    def features(self, examples: Sequence[TextExample], encoder: Encoder) -> list[Feature]:
+    def features(self, examples: Sequence[TextExample], encoder: WindowEncoder) -> list[Feature]:
         return [
             Feature(i, (window,), None if e.target is None else self.number(e.target))
             for i, e in enumerate(examples)

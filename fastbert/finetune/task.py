@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastbert.check import InputError
 from fastbert.config.finetune import BALANCED, FinetuneConfig
-from fastbert.data.tables import Row, clean_label, read_table
-from fastbert.finetune.features import Encoder, Feature
+from fastbert.data.formats.tables import Row, clean_label, read_table
+from fastbert.finetune.features import Feature, WindowEncoder
 from fastbert.finetune.metrics import Report
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.packing import PackedBatch
@@ -115,7 +115,7 @@ class Task(abc.ABC):
             return Refused(row.where, str(error))
 
     @abc.abstractmethod
-    def features(self, examples: Sequence[Any], encoder: Encoder) -> list[Feature]:
+    def features(self, examples: Sequence[Any], encoder: WindowEncoder) -> list[Feature]:
         """The sequences of the examples in order, with targets where the examples have them."""
 
     def forward(self, model: Any, batch: PackedBatch, features: Sequence[Feature]) -> Any:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastbert.data.conll import Sentence, read_conll
-from fastbert.finetune.features import Encoder, Feature, best_window
+from fastbert.data.formats.conll import Sentence, read_conll
+from fastbert.finetune.features import Feature, WindowEncoder, best_window
 from fastbert.finetune.metrics import Report, as_iobes, entities
 from fastbert.finetune.task import Prediction, Task, by_example, to_host
 from fastbert.models.classification import BertForTokenClassification
@@ -39,14 +39,14 @@ class Entities(Task):
     def labels_of(self, example: Sentence) -> Iterable[str]:
         return example.labels or ()
 
-    def features(self, examples: Sequence[Sentence], encoder: Encoder) -> list[Feature]:
+    def features(self, examples: Sequence[Sentence], encoder: WindowEncoder) -> list[Feature]:
         return [
             feature
             for number, example in enumerate(examples)
             for feature in self._features_of(number, example, encoder)
         ]
 
-    def _features_of(self, number: int, example: Sentence, encoder: Encoder) -> list[Feature]:
+    def _features_of(self, number: int, example: Sentence, encoder: WindowEncoder) -> list[Feature]:
         encoded = encoder.tokenizer.encode(
             list(example.words), is_pretokenized=True, add_special_tokens=False
         )

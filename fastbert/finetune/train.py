@@ -15,19 +15,20 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from fastbert import checkpoint, locks
+from fastbert import checkpoint
 from fastbert.check import InputError, Stopped
 from fastbert.config.bert import BertConfig
 from fastbert.config.finetune import FinetuneConfig
-from fastbert.console import console
 from fastbert.data import load_tokenizer, save_tokenizer
 from fastbert.data.streams import Purpose, stream
-from fastbert.files import new_directory, require_apart, write_json
 from fastbert.finetune.features import Feature, collate, parts
 from fastbert.finetune.infer import TASK_OF, encoder_of, run, warn_of_words
 from fastbert.finetune.metrics import Report, require_libraries
 from fastbert.finetune.report import print_report, shown
 from fastbert.finetune.task import Settings, Task
+from fastbert.system import locks
+from fastbert.system.console import console
+from fastbert.system.files import new_directory, require_apart, write_json
 from fastbert.train.optimizer import finetuning_optimizer, linear_schedule
 from fastbert.train.precision import autocast, resolve_precision
 from fastbert.train.report import environment, tracked

@@ -13,7 +13,6 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from fastbert.check import require
-from fastbert.graphs import Graphs, allow
 from fastbert.hf.encode import run_encoder, run_model
 from fastbert.hf.families import (
     FAMILIES,
@@ -25,6 +24,7 @@ from fastbert.hf.families import (
 )
 from fastbert.hf.heads import run_head, run_masked_lm, run_pretraining
 from fastbert.hf.stack import run_one_layer
+from fastbert.modules.graphs.buckets import Graphs, allow
 from fastbert.modules.request import DOCUMENTS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -43,7 +43,7 @@ def patch(
     `fastbert.explain` tells which. Patching twice changes nothing; `unpatch` takes it back.
 
     graphs: "auto" replays the layers as CUDA graphs where that is right, on a GPU; False never
-    does, nor does FASTBERT_GRAPHS=0 for any model; see `fastbert.graphs`.
+    does, nor does FASTBERT_GRAPHS=0 for any model; see `fastbert.modules.graphs.buckets`.
 
     padding: "skip" computes no padded tokens, whose outputs are zeros and whose labels count for
     nothing; "compute" computes them as Hugging Face does, for those who read them (ColBERT's

@@ -6,7 +6,6 @@ reason, which `fastbert.explain` shows.
 """
 
 import dataclasses
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import events
-from fastbert.check import require
-from fastbert.hf.families import Family, Unsupported, dropout_of, keeps_padding
-from fastbert.hf.hooks import is_hooked, is_theirs, works_by_token
+from fastbert.hf.embeddings import embedded, own_dtype, positions_of
+from fastbert.hf.families import Unsupported, keeps_padding
+from fastbert.hf.hooks import is_hooked, is_theirs
 from fastbert.hf.stack import (
     boundary_dtype,
     family_of_module,
@@ -26,13 +25,12 @@ from fastbert.hf.stack import (
     run_packed,
     states_wanted,
 )
-from fastbert.modules.embeddings import embed, stream_dtype
+from fastbert.modules.embeddings import stream_dtype
 from fastbert.modules.heads import first_tokens
-from fastbert.modules.layer import Rows, Sequences
-from fastbert.modules.linear import is_plain, reads_rows
 from fastbert.modules.request import DOCUMENTS, read_layout
+from fastbert.modules.sequences import Rows, Sequences
 from fastbert.ops.unpad import Unpadding
-from fastbert.rng import DropoutState, for_batch
+from fastbert.rng import for_batch
 
 
 @dataclasses.dataclass
@@ -91,7 +89,7 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
     padding, mask = read_layout(given, attention_mask, position_ids, keeps_padding=keeps, **packed)
     positions = position_ids
     if positions is None:
-        positions = _positions(model, family, input_ids, shape, given.device)
+        positions = positions_of(model, family, input_ids, shape, given.device)
 
     rng = None
     if any(module.training for module in (model, model.embeddings, *layers)):
@@ -99,67 +97,13 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
     asked = {"position_ids": position_ids}
     if family.has_types:
         asked["token_type_ids"] = token_type_ids
-    x = _embed(model, padding, rng, input_ids, inputs_embeds, positions, asked)
+    x = embedded(model, padding, rng, input_ids, inputs_embeds, positions, asked)
     sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, mask, rng)
     states = states_wanted(model, arguments)
     chosen = rows(padding) if rows is not None and not states else None
     x, hidden_states = run_packed(model, layers, parts, x, sequences, padding, states, chosen)
-    dtype = boundary_dtype(_own_dtype(model.embeddings), x.device)
+    dtype = boundary_dtype(own_dtype(model.embeddings), x.device)
     return Encoded(x, hidden_states, padding, chosen, dtype)
-
-
-def _embed(
-    model: Any,
-    padding: Unpadding,
-    rng: DropoutState | None,
-    input_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
-    position_ids: Tensor,
-    asked: dict[str, Tensor | None],
-) -> Tensor:
-    """The packed stream (T, H) before the first layer.
-
-    asked: the positions and token types as the user passes them, None if not; position_ids is there
-    in any case.
-    """
-    embeddings = model.embeddings
-    # the input's device: an offloaded model's weights are on the meta device
-    own, device = _own_dtype(embeddings), position_ids.device
-    dtype = stream_dtype(own, device, model.config, training=model.training)
-    has_types = family_of_module(model).has_types
-    if not _are_plain(embeddings, has_types):
-        x = embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds, **asked)
-        x = padding.pack(x).to(dtype)
-    else:
-        shape = padding.batch_shape
-        token_type_ids = asked.get("token_type_ids")
-        if has_types and token_type_ids is None:
-            token_type_ids = _types(embeddings, position_ids)
-
-        def pack(ids: Tensor | None) -> Tensor | None:
-            return None if ids is None else padding.pack(ids.expand(shape))
-
-        x = embed(
-            embeddings.word_embeddings,
-            embeddings.position_embeddings,
-            embeddings.token_type_embeddings if has_types else None,
-            embeddings.LayerNorm,
-            dropout_of(embeddings.dropout),
-            pack(input_ids),
-            padding.pack(position_ids.expand(shape)),
-            pack(token_type_ids),
-            None if inputs_embeds is None else padding.pack(inputs_embeds),
-            rng,
-            dtype=dtype,
-        )
-    # ELECTRA's small models embed narrower
-    return model.embeddings_project(x).to(dtype) if hasattr(model, "embeddings_project") else x
-
-
-def _own_dtype(embeddings: Any) -> torch.dtype:
-    """In which the embeddings come without autocast."""
-    weight = getattr(embeddings.LayerNorm, "weight", None)
-    return next(embeddings.parameters()).dtype if weight is None else weight.dtype
 
 
 def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> Any:
@@ -197,75 +141,6 @@ def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> 
     )
     # the first models to drop return_dict from their encoders swallow it
     return output.to_tuple() if returns_tuples() and wanted.get("return_dict") is False else output
-
-
-def _positions(
-    model: Any,
-    family: Family,
-    input_ids: Tensor | None,
-    shape: tuple[int, int],
-    device: torch.device,
-) -> Tensor:
-    """(1 or B, S): each token's column, or RoBERTa's count of the tokens that are not padding."""
-    embeddings, seqlen, first = model.embeddings, shape[1], 0
-    if family.counts_positions:
-        first = embeddings.padding_idx + 1
-        if input_ids is not None:
-            is_token = input_ids != first - 1
-            return is_token.cumsum(1) * is_token + first - 1
-    weight = getattr(embeddings.position_embeddings, "weight", None)
-    rows = len(weight) - first if isinstance(weight, Tensor) else None
-    # a buffer, with which a user may say other positions
-    positions = None if family.counts_positions else getattr(embeddings, "position_ids", None)
-    if positions is not None:
-        rows = positions.shape[1] if rows is None else min(rows, positions.shape[1])
-    require(
-        rows is None or seqlen <= rows,
-        type(model).__name__,
-        f"at most {rows} tokens a sequence, as many as it has positions for",
-        seqlen,
-        "truncate them",
-    )
-    if positions is not None and not positions.is_meta:
-        return positions[:, :seqlen].to(device)
-    return torch.arange(first, seqlen + first, device=device)[None]
-
-
-def _are_plain(embeddings: Any, has_types: bool) -> bool:
-    """Whether the modules in it may be read, and called with packed tokens, in its place."""
-    if is_hooked(embeddings) or not is_theirs(embeddings):
-        return False
-    tables = [embeddings.word_embeddings, embeddings.position_embeddings]
-    if has_types:
-        tables.append(embeddings.token_type_embeddings)
-    is_dropout = any(is_plain(embeddings.dropout, kind) for kind in (nn.Dropout, nn.Identity))
-    return (
-        all(works_by_token(table) and reads_rows(table) for table in tables)
-        and is_plain(embeddings.LayerNorm, nn.LayerNorm)
-        and is_dropout
-    )
-
-
-def _types(embeddings: Any, position_ids: Tensor) -> Tensor | None:
-    """What transformers takes for token_type_ids of None: a buffer's, None where these are zeros.
-
-    A buffer is read once, for which the host waits for a GPU, and again when it has changed.
-    """
-    types = getattr(embeddings, "token_type_ids", None)
-    if types is None or types.is_meta:
-        return None
-    # a trace reads no values, and an inference tensor does not tell that it has changed
-    if not torch.compiler.is_compiling() and not types.is_inference():
-        known = _ARE_ZERO.get(embeddings)
-        if known is None or known[0]() is not types or known[1] != types._version:
-            are_zero = not bool(types.any())
-            known = _ARE_ZERO[embeddings] = weakref.ref(types), types._version, are_zero
-        if known[2]:
-            return None
-    return types.to(position_ids.device)[0][position_ids]
-
-
-_ARE_ZERO: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
 
 
 def _model_output(model: Any, encoded: Encoded, return_dict: bool | None) -> Any:

@@ -26,9 +26,9 @@ from fastbert.hf.hooks import is_hooked
 from fastbert.models.inputs import wants_logits
 from fastbert.models.losses import Scored, pretraining_loss, score_classes, score_words, span_loss
 from fastbert.modules.heads import first_tokens
-from fastbert.modules.layer import Rows
 from fastbert.modules.linear import is_plain
 from fastbert.modules.masks import real_tokens
+from fastbert.modules.sequences import Rows
 from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
 from fastbert.ops.unpad import Unpadding
 from fastbert.packing import IGNORE_INDEX

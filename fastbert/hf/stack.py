@@ -17,9 +17,10 @@ from fastbert.hf.families import (
     runs_patched,
 )
 from fastbert.hf.hooks import is_observed
-from fastbert.modules.layer import LayerParts, Rows, Sequences, run_layer
+from fastbert.modules.layer import LayerParts, run_layer
 from fastbert.modules.plan import Planner
 from fastbert.modules.request import unknown_argument
+from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.stack import run_stack
 from fastbert.ops.unpad import Unpadding
 

@@ -10,7 +10,7 @@ from fastbert.models.inputs import ForwardOptions, Inputs, Request
 from fastbert.modules.embeddings import BertEmbeddings
 from fastbert.modules.encoder import BertEncoder
 from fastbert.modules.heads import BertPooler, first_tokens
-from fastbert.modules.layer import Rows
+from fastbert.modules.sequences import Rows
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.packing import PackedBatch
 from fastbert.rng import for_batch

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.check import require
-from fastbert.modules.layer import Rows
 from fastbert.modules.request import DOCUMENTS, read_layout, refuse_attentions, refuse_unknown
+from fastbert.modules.sequences import Rows
 from fastbert.ops.unpad import Unpadding
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.check import require
-from fastbert.modules.layer import Rows
 from fastbert.modules.linear import is_plain
+from fastbert.modules.sequences import Rows
 from fastbert.ops.linear_cross_entropy import linear_cross_entropy
 from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
 from fastbert.packing import IGNORE_INDEX, PackedBatch

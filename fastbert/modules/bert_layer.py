@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbert.modules.activations import activation, dense_and_activate
-from fastbert.modules.layer import LayerParts, Sequences, project_and_norm, self_attention
+from fastbert.modules.layer import LayerParts, project_and_norm, self_attention
 from fastbert.modules.linear import Leaf, is_plain
+from fastbert.modules.sequences import Sequences
 from fastbert.ops.layer_norm import Save
 from fastbert.rng import DropoutState
 

@@ -17,9 +17,9 @@ from fastbert.check import require
 from fastbert.config.bert import check_config
 from fastbert.modules.bert_layer import BertLayer, parts_of
 from fastbert.modules.embeddings import stream_dtype
-from fastbert.modules.layer import Rows, Sequences
 from fastbert.modules.plan import Planner
 from fastbert.modules.request import DOCUMENTS, read_layout, refuse_attentions, refuse_unknown
+from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.stack import run_stack
 from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import BaseModelOutputWithPastAndCrossAttentions

@@ -5,9 +5,10 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from fastbert import graphs
-from fastbert.modules.layer import LayerParts, Rows, Sequences, run_layer, run_layers
+from fastbert.modules.graphs import buckets
+from fastbert.modules.layer import LayerParts, run_layer, run_layers
 from fastbert.modules.plan import calls_layers
+from fastbert.modules.sequences import Rows, Sequences
 
 
 def run_stack(
@@ -36,7 +37,7 @@ def run_stack(
 
     read = cast(Sequence[LayerParts], parts)
     sequences.check(len(x))
-    output = graphs.replayed(layers, read, x, sequences, rows, reason)
+    output = buckets.replayed(layers, read, x, sequences, rows, reason)
     if output is not None:
         return output, None
     return run_layers(len(layers), x, sequences, wanted_states, rows, call)

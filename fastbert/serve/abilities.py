@@ -18,7 +18,7 @@ from fastbert.check import InputError
 from fastbert.data import special_tokens
 from fastbert.embedding.model import pool
 from fastbert.fill_mask import filled
-from fastbert.finetune.features import Encoder, Feature, TooLong, collate
+from fastbert.finetune.features import Feature, TooLong, WindowEncoder, collate
 from fastbert.finetune.task import to_host
 from fastbert.models.inputs import wanted_rows
 from fastbert.packing import IGNORE_INDEX
@@ -68,7 +68,7 @@ class Embedding(Ability):
     def __init__(self, tokenizer: Tokenizer, max_seq_len: int, pooling: str) -> None:
         self.tokenizer, self.pooling = tokenizer, pooling
         self.encoders = {
-            cut: Encoder(tokenizer, max_seq_len, None, cut, CUT) for cut in (False, True)
+            cut: WindowEncoder(tokenizer, max_seq_len, None, cut, CUT) for cut in (False, True)
         }
 
     def features(self, inputs: Sequence[str], truncate: bool) -> list[Feature]:
@@ -119,7 +119,7 @@ class MaskFilling(Ability):
     def features(self, inputs: Sequence[str], truncate: bool) -> list[Feature]:
         if truncate:
             raise Refusal(422, "truncate: not for /fill-mask, where it could cut off a [MASK]")
-        encoder = Encoder(self.tokenizer, self.max_seq_len, None, False, "shorten it")
+        encoder = WindowEncoder(self.tokenizer, self.max_seq_len, None, False, "shorten it")
         features = []
         encodings = self.tokenizer.encode_batch_fast(list(inputs), add_special_tokens=False)
         for number, encoding in enumerate(encodings):

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp
 
 from fastbert._version import __version__
 from fastbert.config.serve import ServeConfig
-from fastbert.data.tables import encodable
+from fastbert.data.formats.tables import encodable
 from fastbert.serve import openai, routes
 from fastbert.serve.batcher import Batcher
 from fastbert.serve.gate import Gate

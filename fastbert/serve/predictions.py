@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from fastbert.data.conll import Sentence
-from fastbert.data.squad import Question
-from fastbert.finetune.features import Encoder, Feature, collate
+from fastbert.data.formats.conll import Sentence
+from fastbert.data.formats.squad import Question
+from fastbert.finetune.features import Feature, WindowEncoder, collate
 from fastbert.finetune.infer import TASK_OF
 from fastbert.finetune.sequences import TextExample
 from fastbert.finetune.task import Settings, softmax
@@ -50,7 +50,7 @@ class Prediction(Ability):
             advice = "shorten it"
         tokens: Any = Tokens(tokenizer)
         self.encoders = {
-            cut: Encoder(tokens, longest, None if cut else stride, cut, advice, max_sequences)
+            cut: WindowEncoder(tokens, longest, None if cut else stride, cut, advice, max_sequences)
             for cut in (False, True)
         }
 

@@ -12,11 +12,11 @@ import uvicorn
 
 from fastbert.check import InputError
 from fastbert.config.serve import ServeConfig
-from fastbert.console import console
 from fastbert.serve.app import make_app
 from fastbert.serve.batcher import Batcher
 from fastbert.serve.loading import Served, load
 from fastbert.serve.metrics import Metrics
+from fastbert.system.console import console
 
 _LOOPBACK = ("127.", "::1", "localhost")
 _OPTIONS: dict[str, Any] = {

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastbert.config.serve import ServeConfig
-from fastbert.data.tables import encodable
+from fastbert.data.formats.tables import encodable
 from fastbert.finetune.features import Feature
 from fastbert.serve.abilities import Ability
 from fastbert.serve.batcher import Batcher

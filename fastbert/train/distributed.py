@@ -26,11 +26,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastbert import locks
 from fastbert.check import InputError
-from fastbert.console import console
-from fastbert.files import Unwritable, new_directory
 from fastbert.models.base import BertPreTrainedModel
+from fastbert.system import locks
+from fastbert.system.console import console
+from fastbert.system.files import Unwritable, new_directory
 from fastbert.train.objective import PretrainingObjective
 
 KINDS = ("ddp", "fsdp")

@@ -16,13 +16,13 @@ from fastbert import data
 from fastbert.check import InputError
 from fastbert.checkpoint import LATEST
 from fastbert.config.pretrain import PretrainConfig
-from fastbert.console import console
-from fastbert.data.cache import locked, require_same
-from fastbert.data.corpus_files import Corpus, describe
-from fastbert.data.encoding import warn_of_unknown
-from fastbert.data.tokenized import read_json
-from fastbert.files import write_json
+from fastbert.data.text.encoding import warn_of_unknown
+from fastbert.data.text.files import Corpus, describe
+from fastbert.data.tokenized.cache import locked, require_same
+from fastbert.data.tokenized.corpus import read_json
 from fastbert.packing import IGNORE_INDEX, PackedBatch
+from fastbert.system.console import console
+from fastbert.system.files import write_json
 from fastbert.train.report import TokenizingReporter
 
 TEXT = "text"  # the directory of a run where they are kept, unless --cache names another

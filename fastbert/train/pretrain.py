@@ -2,40 +2,34 @@
 
 import contextlib
 import dataclasses
-import json
 import shlex
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fastbert import checkpoint
-from fastbert.check import InputError, Stopped
+from fastbert.check import InputError
 from fastbert.config.pretrain import PretrainConfig
-from fastbert.console import console
 from fastbert.data import Interrupted, OtherCache, loader
-from fastbert.files import Unwritable, require_apart, write_json
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
+from fastbert.system.console import console
+from fastbert.system.files import Unwritable, require_apart, write_json
 from fastbert.train import distributed
 from fastbert.train import state as run_state
 from fastbert.train.distributed import Ranks
 from fastbert.train.evaluate import evaluate
 from fastbert.train.optimizer import make_optimizer
 from fastbert.train.precision import make_scaler, resolve_precision
-from fastbert.train.prepare import CHANGED, TEXT, PreparedText, prepare_text
+from fastbert.train.prepare import CHANGED, PreparedText, prepare_text
 from fastbert.train.profiling import Unprofiled, profiling
 from fastbert.train.recipe import Pretraining, Recipe, training_row
 from fastbert.train.report import Reporter, Silent, environment, plot_losses, require_libraries
+from fastbert.train.run_directory import SUMMARY, abandon, open_run, stoppable
 from fastbert.train.step import make_step
 
-Config = TypeVar("Config", bound=PretrainConfig)
-
-RUN = "run.json"
-SUMMARY = "summary.json"
 MOST_SKIPPED = 20  # steps in a row: fp16's scale has come down from 2^16 to 1 long before
 
 
@@ -74,7 +68,7 @@ def carry_out(
     for option, directory in (("--out", out), ("--cache", config.cache)):
         if directory is not None:
             require_apart(option, directory, config.corpus, models)
-    with distributed.joined() as ranks, ranks.claimed(out), _stoppable(recipe, out):
+    with distributed.joined() as ranks, ranks.claimed(out), stoppable(recipe, out):
         config = dataclasses.replace(config, precision=resolve_precision(config.precision))
         torch.manual_seed(config.seed)
         with ranks.first_goes_ahead():
@@ -83,22 +77,6 @@ def carry_out(
         _describe(run, config, ranks, parallel)
         _train(run, config, text, out, ranks, eager=eager, profile=profile)
         return _finish(run, config, text, out, ranks)
-
-
-@contextlib.contextmanager
-def _stoppable(recipe: Recipe, out: Path) -> Iterator[None]:
-    """Turns Ctrl-C into a `Stopped` that says what is kept, and names what cannot be written."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        kept = checkpoint.latest(out)
-        what = "no checkpoint is written yet" if kept is None else f"{kept.name} is kept"
-        again = shlex.join(["fastbert", recipe.command, "--resume", "--out", str(out)])
-        raise Stopped(f"{out}: {what}; go on with: {again}") from None
-    except OSError as error:
-        if error.filename is None:  # of a library that does not say what it writes
-            raise Unwritable.because(out, error) from error
-        raise
 
 
 class _Run(NamedTuple):
@@ -117,13 +95,13 @@ def _prepare(
 ) -> PreparedText:
     is_new = False
     if ranks.is_first:
-        is_new = _open_run(config, out, resume=resume)
+        is_new = open_run(config, out, resume=resume)
         run_state.discard_partial(out)
     try:
         return prepare_text(recipe.reading(), out, ranks.size)
     except InputError as error:
         if is_new:
-            _abandon(out, keep_text=isinstance(error, OtherCache | Interrupted | Unwritable))
+            abandon(out, keep_text=isinstance(error, OtherCache | Interrupted | Unwritable))
         raise
 
 
@@ -152,39 +130,6 @@ def _set_up(
             raise InputError(f"{out}: the teacher has changed since the run began")
         console.print(f"resuming {out} at step {state.step} of {config.steps}")
     return _Run(recipe, model, objective, optimizer, scaler, state)
-
-
-def _open_run(config: PretrainConfig, out: Path, *, resume: bool) -> bool:
-    """Notes the options in `out`; True unless it holds a run already, which is to be continued."""
-    path = out / RUN
-    if not path.exists():
-        write_json(path, config.placed().to_json())
-        return True
-    if not resume:
-        raise InputError(f"--out {out}: holds a run already; --resume continues it")
-    earlier = read_run(out, type(config))
-    assert earlier is not None
-    earlier.same_run(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
-    write_json(path, config.placed().to_json())  # its paths may have moved
-    return False
-
-
-def _abandon(out: Path, *, keep_text: bool) -> None:
-    """Takes back a claim on a directory in which nothing was trained."""
-    (out / RUN).unlink()
-    if not keep_text:
-        shutil.rmtree(out / TEXT, ignore_errors=True)
-
-
-def read_run(out: Path, kind: type[Config]) -> Config | None:
-    """The options of the run of that kind in `out`, None if there is none."""
-    path = out / RUN
-    if not path.exists():
-        return None
-    try:
-        return kind.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: not a run's options ({error})") from None
 
 
 def _train(

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from fastbert.console import console
-from fastbert.files import new_file
+from fastbert.system.console import console
+from fastbert.system.files import new_file
 
 SKIPPED, WARM_UP, RECORDED = 5, 2, 3  # steps; a CUDA graph is captured in the skipped ones
 LINES = 10

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 
-from fastbert import __version__
+from fastbert._version import __version__
 from fastbert.check import InputError
-from fastbert.console import console
-from fastbert.files import new_file
+from fastbert.system.console import console
+from fastbert.system.files import new_file
 
 T = TypeVar("T")
 

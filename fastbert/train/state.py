@@ -16,8 +16,6 @@ from tokenizers import Tokenizer
 from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.data import save_tokenizer
-from fastbert.files import write_json as write_json  # also known by these names
-from fastbert.files import write_text as write_text
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.train import distributed
 from fastbert.train.distributed import Ranks

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastbert import graphs
 from fastbert.config.pretrain import PretrainConfig
-from fastbert.console import console
-from fastbert.cuda_graph import WARM_UP, CudaGraphs, Recorder, Work
 from fastbert.data import GlobalCounts, PretrainingData
+from fastbert.modules.graphs import buckets
+from fastbert.modules.graphs.recorder import WARM_UP, CudaGraphs, Recorder, Work
 from fastbert.packing import Bucket, PackedBatch
+from fastbert.system.console import console
 from fastbert.train import distributed
 from fastbert.train.optimizer import linear_schedule
 from fastbert.train.precision import autocast, make_scaler
@@ -49,7 +49,7 @@ def make_step(
     if device.type != "cuda" or eager or num_ranks > 1:
         return step
     # beside the graph of a whole step, those of the layers would only take memory
-    graphs.allow(objective, False)
+    buckets.allow(objective, False)
     return GraphedStep(step, data.bucket(config.accumulation), CudaGraphs())
 
 

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fastbert.console import console
 from fastbert.embedding.shards import embed_corpus
+from fastbert.system.console import console
 
 
 def forked(work: Callable[[], object], seconds: float | None = None) -> int:

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from fastbert.data.texts import Mark, Text
+from fastbert.data.formats.texts import Mark, Text
 from fastbert.embedding import model as embedder_module
 from fastbert.embedding import shards
 from fastbert.embedding.model import Embedder

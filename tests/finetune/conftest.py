@@ -1,57 +1,8 @@
-"""A small untrained BERT whose vocabulary knows some English words and all Chinese used here."""
-
-import json
-from pathlib import Path
-
 import pytest
-import torch
 
-import fastbert
-from fastbert.data import load_tokenizer, save_tokenizer
-
-WORDS = (
-    "good bad fine awful film book the a was is not and very in of to lives who where what when "
-    "does john mary paris london berlin cat dog red blue green one two three yes no big small near "
-    "far ##s ##ing ##ed . , ? ! - ' ( ) : 2 0 1 8"
-)
-CHINESE = "我很喜欢这部电影不好看差极了北京是中国的首都上海在东边谁里有什么城市大小明住张三李四"
+from tests.small_model import write_model
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory) -> Path:
-    """A directory with the model and its tokenizer."""
-    directory = tmp_path_factory.mktemp("model")
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocab = dict.fromkeys([*special, *WORDS.split(), *CHINESE, *"，。？"])  # noqa: RUF001
-    (directory / "vocab.txt").write_text("".join(f"{word}\n" for word in vocab), "utf-8")
-    save_tokenizer(load_tokenizer(directory), directory)
-    torch.manual_seed(0)
-    config = fastbert.BertConfig(
-        vocab_size=len(vocab),
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        max_position_embeddings=48,
-        initializer_range=0.1,  # an untrained model of small weights learns slowly
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    fastbert.BertModel(config).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Writes a file of the test: text as it is, lists as JSON Lines, other objects as JSON."""
-
-    def write(name: str, contents) -> Path:
-        path = tmp_path / name
-        if isinstance(contents, list):
-            contents = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in contents)
-        elif not isinstance(contents, str):
-            contents = json.dumps(contents, ensure_ascii=False)
-        path.write_text(contents, "utf-8")
-        return path
-
-    return write
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))

@@ -9,9 +9,9 @@ import transformers
 
 from fastbert.config.finetune import FinetuneConfig
 from fastbert.data import load_tokenizer
-from fastbert.data.conll import Sentence
-from fastbert.data.squad import Answer, Question
-from fastbert.finetune.features import Encoder, best_window, collate, cut, parts
+from fastbert.data.formats.conll import Sentence
+from fastbert.data.formats.squad import Answer, Question
+from fastbert.finetune.features import WindowEncoder, best_window, collate, cut, parts
 from fastbert.finetune.infer import TASK_OF
 from fastbert.finetune.sequences import TextExample
 from fastbert.finetune.task import Settings
@@ -26,7 +26,7 @@ TEXTS = [
 
 @pytest.fixture
 def encoder(model):
-    return Encoder(load_tokenizer(model), 48, None, False)
+    return WindowEncoder(load_tokenizer(model), 48, None, False)
 
 
 def task_of(name: str, labels=(), **changes):
@@ -46,7 +46,7 @@ def test_sequences_are_those_of_hugging_face(model, encoder, text, pair):
 
 @pytest.mark.parametrize("lengths", [(30, None), (20, 3), (3, 20), (12, 12)])
 def test_truncation_is_that_of_hugging_face(model, lengths):
-    short = Encoder(load_tokenizer(model), 13, None, True)
+    short = WindowEncoder(load_tokenizer(model), 13, None, True)
     texts = [None if n is None else " ".join(["cat", "dog"] * (n // 2)) for n in lengths]
     theirs = transformers.BertTokenizer.from_pretrained(model)(
         *texts, truncation="longest_first" if texts[1] else True, max_length=13
@@ -69,7 +69,7 @@ def test_windows_cover_all_and_share_what_they_should(length, room, shared):
 
 
 def test_windows_of_a_pair_repeat_the_first_text(model):
-    encoder = Encoder(load_tokenizer(model), 10, 2, False)
+    encoder = WindowEncoder(load_tokenizer(model), 10, 2, False)
     question, text = encoder.ids("where is john"), encoder.ids("one two three red blue green cat")
     windows = encoder.windows("here", question, text)
     assert [(w.begin, w.end) for w in windows] == [(0, 4), (2, 6), (4, 7)]
@@ -82,7 +82,7 @@ def test_windows_of_a_pair_repeat_the_first_text(model):
 
 
 def test_a_word_is_labelled_once_at_its_first_token(model):
-    encoder = Encoder(load_tokenizer(model), 8, 2, False)
+    encoder = WindowEncoder(load_tokenizer(model), 8, 2, False)
     task = task_of("ner", ["B-X", "O"])
     words = ("dogs", "in", "\u200b", "北", "京", "cats", "red", "book")
     labels = ("B-X", "O", "O", "B-X", "O", "B-X", "O", "O")
@@ -116,12 +116,12 @@ def test_an_answer_is_where_its_characters_are(model, encoder):
 
 
 def test_an_answer_outside_a_window_is_cls(model):
-    encoder = Encoder(load_tokenizer(model), 9, 0, False)
+    encoder = WindowEncoder(load_tokenizer(model), 9, 0, False)
     context = "one two three red blue green cat dog"
     question = Question("x", "1", "who ?", context, (Answer("red blue", 14),), False)
     features = task_of("qa").features([question], encoder)
     assert [f.target[:2] for f in features] == [(0, 0), (0, 0)]  # cut in two between windows
-    encoder = Encoder(load_tokenizer(model), 9, 3, False)
+    encoder = WindowEncoder(load_tokenizer(model), 9, 3, False)
     features = task_of("qa").features([question], encoder)
     assert [f.target[:2] for f in features] == [(0, 0), (6, 7), (5, 6), (4, 5), (0, 0)]
 
@@ -151,7 +151,7 @@ def test_a_text_of_several_windows_has_the_mean_of_their_scores(model):
     texts = ["cat", " ".join(["cat", "dog"] * 8)]
     examples = [TextExample("here", (text,), None) for text in texts]
     task = task_of("classification", labels=("neg", "pos"))
-    features = task.features(examples, Encoder(load_tokenizer(model), 10, 2, False))
+    features = task.features(examples, WindowEncoder(load_tokenizer(model), 10, 2, False))
     assert [feature.example for feature in features] == [0, 1, 1, 1]
     scores = np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 6.0], [0.0, 0.0]], dtype=np.float32)
     first, second = task.means(examples, features, scores)

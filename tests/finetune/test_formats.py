@@ -7,9 +7,9 @@ import pytest
 
 from fastbert.check import InputError
 from fastbert.config.finetune import FinetuneConfig, read_delimiter
-from fastbert.data.conll import read_conll
-from fastbert.data.squad import read_squad
-from fastbert.data.tables import Row, read_table
+from fastbert.data.formats.conll import read_conll
+from fastbert.data.formats.squad import read_squad
+from fastbert.data.formats.tables import Row, read_table
 from fastbert.finetune import metrics
 from fastbert.finetune.infer import TASK_OF
 from fastbert.finetune.predict import write_json_lines

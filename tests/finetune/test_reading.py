@@ -6,11 +6,11 @@ import torch
 import fastbert
 from fastbert.config.finetune import FinetuneConfig
 from fastbert.data import load_tokenizer
-from fastbert.data.conll import read_conll
-from fastbert.data.squad import read_squad
-from fastbert.data.tables import read_table
+from fastbert.data.formats.conll import read_conll
+from fastbert.data.formats.squad import read_squad
+from fastbert.data.formats.tables import read_table
 from fastbert.finetune.choice import Choice
-from fastbert.finetune.features import Encoder, collate
+from fastbert.finetune.features import WindowEncoder, collate
 from fastbert.finetune.infer import TASK_OF
 from fastbert.finetune.sequences import TextExample
 from fastbert.finetune.task import Settings
@@ -98,7 +98,7 @@ def test_the_loss_is_the_weighted_mean_over_all_parts(model, weights):
     task.learn(examples)
     task.weigh(config, examples)
 
-    features = task.features(examples, Encoder(load_tokenizer(model), 48, None, False))
+    features = task.features(examples, WindowEncoder(load_tokenizer(model), 48, None, False))
     head = fastbert.BertForSequenceClassification.from_pretrained(model, **task.model_options())
     total = sum(map(task.count, features))
     loss = sum(task.loss(head, collate(part), part, total) for part in (features[:1], features[1:]))

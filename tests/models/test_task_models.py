@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import transformers
 
 import fastbert
-from fastbert.modules.layer import Rows
+from fastbert.modules.sequences import Rows
 from tests.models.parity import SHAPE, TOLERANCE, assert_same, assert_same_gradients
 
 LENGTHS = (13, 1, 29, 7)

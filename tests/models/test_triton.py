@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastbert import backend
-from fastbert.modules.layer import Sequences
+from fastbert.modules.sequences import Sequences
 from tests.models.pretraining_case import (
     errors_by_limit,
     loss_and_gradients,

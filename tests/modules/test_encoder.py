@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 import fastbert
-from fastbert.modules.layer import Rows
+from fastbert.modules.sequences import Rows
 from fastbert.rng import for_batch
 
 SHAPE = {

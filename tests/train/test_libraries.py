@@ -9,7 +9,7 @@ import pytest
 
 from fastbert.check import InputError
 from fastbert.config.pretrain import PretrainConfig
-from fastbert.train.distill import Distillation
+from fastbert.train.distill.run import Distillation
 from fastbert.train.pretrain import pretrain
 from fastbert.train.report import LIBRARIES, require_libraries
 
@@ -39,7 +39,7 @@ def test_other_commands_load_neither():
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({LIBRARIES}))\n"
         "import fastbert.cli, fastbert.finetune.train, fastbert.finetune.predict\n"
-        "import fastbert.fill_mask, fastbert.train.pretrain, fastbert.train.distill\n"
+        "import fastbert.fill_mask, fastbert.train.pretrain, fastbert.train.distill.run\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -14,11 +14,13 @@ from rich.console import Console
 from fastbert import checkpoint
 from fastbert.check import InputError, Stopped
 from fastbert.config.pretrain import PretrainConfig
-from fastbert.data import Interrupted, OtherCache, available_cores, parts, workers
+from fastbert.data import Interrupted, OtherCache, available_cores
+from fastbert.data.tokenized import parts, workers
 from fastbert.train import prepare, report
 from fastbert.train import state as run_state
-from fastbert.train.pretrain import pretrain, read_run
+from fastbert.train.pretrain import pretrain
 from fastbert.train.report import TokenizingReporter
+from fastbert.train.run_directory import read_run
 
 TEXT = "The list holds a number.\nIt is an object of a class.\nA class has a name.\n\n" * 40
 
@@ -265,7 +267,7 @@ def test_a_live_run_is_not_resumed(config, tmp_path):
     """By another process; a loader's processes do not keep the lock of one that was killed."""
     program = (
         "import sys, pathlib, dataclasses\n"
-        "from fastbert import locks\n"
+        "from fastbert.system import locks\n"
         "with locks.claimed(pathlib.Path(sys.argv[1])): print('held', flush=True); input()\n"
     )
     out = tmp_path / "run"

@@ -10,7 +10,7 @@ import torch
 
 import fastbert
 from fastbert.config.pretrain import PretrainConfig
-from fastbert.cuda_graph import WARM_UP, CudaGraphs
+from fastbert.modules.graphs.recorder import WARM_UP, CudaGraphs
 from fastbert.ops import attention_plain
 from fastbert.packing import IGNORE_INDEX
 from fastbert.train.objective import PretrainingObjective

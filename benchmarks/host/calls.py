@@ -1,0 +1,108 @@
+"""The calls whose host time is measured: models, batches, and what is done with them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import fastbert
+from benchmarks.results import FASTBERT, PATCHED, PATCHED_GRAPHS, REDUCED, Options
+from fastbert.modules.graphs import buckets
+
+ENCODER, CLASSIFIER = "BertModel", "BertForSequenceClassification"
+INFERENCE, STEP = "inference", "training step"
+SMALL = {
+    "num_hidden_layers": 12,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 128,
+    "max_position_embeddings": 32,
+}
+TOKENS = 16
+
+Work = Callable[[], Any]
+
+
+class Case(NamedTuple):
+    """sequences of up to `length` tokens: all of them so long, or half as long on average."""
+
+    of: str
+    model: str = CLASSIFIER
+    sequences: int = 1
+    length: int = TOKENS
+    is_full: bool = True
+    has_mask: bool = True
+
+
+def batch_of(case: Case, device: torch.device, shape: dict) -> dict[str, Tensor]:
+    shares = (torch.arange(case.sequences) + 0.5) / case.sequences
+    lengths = (shares * case.length).round().clamp(min=1)
+    lengths[-1] = case.length  # the batch is as wide as its longest
+    if case.is_full:
+        lengths[:] = case.length
+    is_real = torch.arange(case.length) < lengths[:, None]
+    words = shape.get("vocab_size", transformers.BertConfig().vocab_size)
+    batch = {"input_ids": torch.randint(5, words, is_real.shape) * is_real}
+    if case.has_mask:
+        batch["attention_mask"] = is_real.long()
+    if case.of == STEP:
+        batch["labels"] = torch.arange(case.sequences) % 2
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def models(case: Case, shape: dict, names: list[str], device: torch.device) -> dict[str, nn.Module]:
+    """A model for each name, all of the same weights."""
+    made: dict[str, nn.Module] = {}
+    for name in names:
+        with device:
+            if name == FASTBERT:
+                model = getattr(fastbert, case.model)(fastbert.BertConfig(**shape))
+                buckets.allow(model, False)
+            else:
+                config = transformers.BertConfig(**shape, attn_implementation="sdpa")
+                model = getattr(transformers, case.model)(config)
+        if made:
+            model.load_state_dict(next(iter(made.values())).state_dict())
+        if name in (PATCHED, PATCHED_GRAPHS):
+            fastbert.patch(model, graphs="auto" if name == PATCHED_GRAPHS else False)
+        made[name] = model
+    return made
+
+
+def callable_of(name: str, model: nn.Module) -> Callable:
+    if name != REDUCED:
+        return model
+    torch.compiler.reset()  # what was compiled for an earlier case counts against a limit
+    compiled = torch.compile(model, mode="reduce-overhead")
+
+    def call(**batch: Tensor) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # nobody reads the last call's outputs any more
+        return compiled(**batch)
+
+    return call
+
+
+def forward_pass(name: str, model: nn.Module, batch: dict[str, Tensor], options: Options) -> Work:
+    run = callable_of(name, model.to(options.dtype).eval())
+    return torch.inference_mode()(lambda: run(**batch))
+
+
+def training_step(name: str, model: nn.Module, batch: dict[str, Tensor], options: Options) -> Work:
+    """A forward and a backward; on a GPU under autocast, and with a fused AdamW behind them."""
+    parameters = list(model.train().parameters())
+    run, device = callable_of(name, model), options.device.type
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if device == "cuda" else None
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=options.precision == "bf16"):
+            loss = run(**batch).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+
+    return step

@@ -1,0 +1,99 @@
+"""What Python costs around the kernels: calls so small that their arithmetic is next to nothing.
+
+The part "host" is whole calls of fastbert's own, patched and Hugging Face's models, of the same
+weights and batch, in turns. On any machine, on the CPU with one thread: 12 layers of 32 and one
+sequence of 16 tokens, in float32. On a GPU, BERT-base as well, inference with the weights in the
+precision that is measured and a fine-tuning step under autocast; there patched models also run with
+CUDA graphs, and Hugging Face's through torch.compile.
+
+Then follows `empty_launches`: the same of single layers and operators, as they are on a GPU.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.host import empty_launches
+from benchmarks.host.calls import (
+    CLASSIFIER,
+    ENCODER,
+    INFERENCE,
+    SMALL,
+    STEP,
+    Case,
+    Work,
+    batch_of,
+    forward_pass,
+    models,
+    training_step,
+)
+from benchmarks.results import FASTBERT, PATCHED, PATCHED_GRAPHS, REDUCED, SDPA, Options, Results
+from benchmarks.timing import first_line, interleaved, summarize
+from fastbert.config.pretrain import PRESETS
+
+WARM_UP = 4  # torch.compile compiles, warms up and records; a patched model may record too
+
+CPU_CASES = (
+    *(Case(INFERENCE, model, has_mask=m) for model in (ENCODER, CLASSIFIER) for m in (True, False)),
+    *(Case(STEP, has_mask=has_mask) for has_mask in (True, False)),
+)
+BATCHES = ((1, 16, True), (1, 128, True), (32, 128, True), (32, 128, False), (32, 512, False))
+COMPILED_CASES = tuple(Case(of, CLASSIFIER, *b) for of in (INFERENCE, STEP) for b in BATCHES)
+# torch.compile takes a minute a model, so these batches go without it.
+OTHER_CASES = (
+    Case(INFERENCE, CLASSIFIER, 8, 128, False),
+    Case(INFERENCE, CLASSIFIER, 128, 256, False),
+    Case(STEP, CLASSIFIER, 16, 512, False),
+)
+
+
+def run(options: Options, results: Results) -> None:
+    """The parts "host", "host_layers" and "host_operators"; the latter two are of the CPU."""
+    on_cpu = dataclasses.replace(options, device=torch.device("cpu"), precision="fp32")
+    with one_thread():
+        for case in CPU_CASES:
+            compare(case, "12 x 32", SMALL, on_cpu, results, 5 if options.quick else 200)
+        empty_launches.run(on_cpu, results)
+    if options.device.type == "cuda":
+        shape, rounds = PRESETS["base"].shape, 20 if options.quick else 60
+        for case in COMPILED_CASES + OTHER_CASES:
+            compare(case, "base", shape, options, results, rounds)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def compare(
+    case: Case, preset: str, shape: dict, options: Options, results: Results, rounds: int
+) -> None:
+    """Times who there is on one batch, and adds the row."""
+    torch.manual_seed(0)
+    batch = batch_of(case, options.device, shape)
+    names = [FASTBERT, PATCHED, SDPA]
+    if options.device.type == "cuda":
+        names += [PATCHED_GRAPHS]
+        names += [REDUCED] if case in COMPILED_CASES and not options.quick else []
+    works: dict[str, Work] = {}
+    refused: dict[str, str] = {}
+    for name, model in models(case, shape, names, options.device).items():
+        make = training_step if case.of == STEP else forward_pass
+        work = make(name, model, batch, options)
+        try:
+            for _ in range(WARM_UP):
+                work()
+            works[name] = work
+        except Exception as error:  # out of memory, no compiler: the others are still worth timing
+            refused[name] = first_line(error)
+    timings = {name: summarize(times) for name, times in interleaved(works, rounds).items()}
+    about = {"device": options.device.type, "preset": preset, **case._asdict()}
+    fill = float(batch["attention_mask"].float().mean()) if case.has_mask else 1.0
+    results.add("host", about, timings, fill=fill, refused=refused)

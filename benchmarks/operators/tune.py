@@ -1,0 +1,311 @@
+"""`python -m benchmarks tune --op X`: times block shapes of its kernels, for their tables.
+
+A table of block shapes is an attribute of the module that launches the kernel, a constant or a
+function; a sweep puts each candidate in its place. Every candidate is compared with the reference
+before it is timed, and the fastest are printed as the entry to commit, beside the present one.
+
+Most of a sweep would be Triton's compiling, so processes of their own run each candidate once
+before any is timed; what they compile lies in Triton's cache from then on.
+
+Needs an NVIDIA GPU. With TRITON_INTERPRET=1 it runs anywhere, which shows that it works, and times
+nothing worth knowing.
+"""
+
+import contextlib
+import functools
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks.operators.bodies import Body, Workload
+from benchmarks.operators.kernels import measure
+from benchmarks.operators.workloads import workloads
+from benchmarks.results import FASTBERT
+from benchmarks.timing import flush_for, summarize
+from benchmarks.workloads import sequence_lengths
+from fastbert import backend
+from fastbert.train.report import environment
+
+AHEAD_TOKENS = 4096  # of what is run to be compiled, by many processes on one GPU
+TOLERANCE = 0.05  # of the largest element: no rounding of bfloat16 comes near, no wrong block stays
+
+PROCESSES = min(os.cpu_count() or 1, 8)
+
+console = Console(highlight=False, width=110, soft_wrap=True)
+
+
+class Table(NamedTuple):
+    """A table of block shapes, and what to try in its place.
+
+    unit, name: the attribute of a module of fastbert.kernels; backward: which pass it is for;
+    candidates: of the rows' width, the entries to try; where: in the label of workloads that use
+    the table, as short and long sequences have kernels of their own.
+    """
+
+    unit: str
+    name: str
+    backward: bool
+    candidates: Callable[[int], Iterable[Any]]
+    where: str = ""
+
+
+def whole_rows(columns: int) -> Iterator[tuple[int, int, int]]:
+    """Rows, columns as a power of 2, and warps, each with 128 to 2048 elements."""
+    block_n = 1 << (columns - 1).bit_length()
+    for block_m, warps in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16)):
+        if 128 <= block_m * block_n // warps <= 2048:
+            yield block_m, block_n, warps
+
+
+def sum_rows(columns: int) -> Iterator[tuple[int, int]]:
+    yield from ((block_n, warps) for block_m, block_n, warps in whole_rows(columns) if block_m == 1)
+
+
+def grid(*choices: Iterable[int]) -> Callable[[int], Iterator[tuple[int, ...]]]:
+    """Candidates that are all combinations, whatever the rows' width."""
+    return lambda columns: itertools.product(*choices)
+
+
+def tiles(columns: int) -> Iterator[Any]:
+    """Stages too: attention has the only loops that Triton pipelines, those with a product."""
+    from fastbert.kernels.attention_common import Tile
+
+    for rows, cols in itertools.product((64, 128), (32, 64, 128)):
+        for warps, stages in itertools.product((4, 8), (1, 2, 3, 4, 5)):
+            doubles_work = warps == 8 and rows == 64  # of each score
+            fills_memory = stages > 3 and cols == 128  # the shared one, 32 KiB a stage
+            if not (doubles_work or fills_memory):
+                yield Tile(rows, cols, warps, stages)
+
+
+def single_tiles(columns: int) -> Iterator[Any]:
+    from fastbert.kernels.attention_common import Tile
+
+    yield from (Tile(size, size, warps, 1) for size in (64, 128) for warps in (4, 8))
+
+
+ADD_PARTIALS = Table(
+    "partial_sums", "ADD_BLOCK", True, grid((128, 256, 512, 1024), (16, 32), (4, 8, 16))
+)
+ATTENTION = (
+    Table(
+        "attention_dropout",
+        "words_block",
+        False,
+        grid((16, 32, 64), (8, 16), (4, 8)),
+        "dropout 0.1",
+    ),
+    Table("attention", "fwd_tile", False, tiles),
+    Table("attention", "dq_tile", True, tiles, "x 512 "),
+    Table("attention", "dkdv_tile", True, tiles, "x 512 "),
+    Table("attention", "single_tile", True, single_tiles, "x 128 "),
+)
+LAYER_NORM = (
+    Table("layer_norm", "forward_block", False, whole_rows),
+    Table("layer_norm", "backward_block", True, whole_rows),
+    ADD_PARTIALS,
+)
+TABLES: dict[str, tuple[Table, ...]] = {
+    "attention": ATTENTION,
+    "attention_qkvpacked": ATTENTION,
+    "bias_gelu": (
+        Table("bias_gelu", "FWD_BLOCK", False, grid((4, 8, 16), (128, 256, 512), (4, 8))),
+        Table("bias_gelu", "backward_block", True, grid((2, 4, 8), (128, 256, 512), (2, 4, 8))),
+    ),
+    "dropout_add_layer_norm": LAYER_NORM,
+    "embedding_layer_norm": (
+        Table("embedding", "forward_block", False, whole_rows),
+        Table("embedding", "backward_block", True, whole_rows),
+        Table("table_gradients", "chunk_size", True, lambda columns: (8, 16, 32, 64, 128)),
+        Table("table_gradients", "sum_block", True, sum_rows),
+        Table("table_gradients", "JOIN_BLOCK", True, grid((8, 16, 32), (128, 256), (4, 8))),
+    ),
+    "layer_norm": LAYER_NORM,
+    "linear_cross_entropy": (
+        Table(
+            "linear_cross_entropy", "FWD_BLOCK", False, grid((2, 4, 8), (512, 1024, 2048), (4, 8))
+        ),
+        Table("linear_cross_entropy", "BWD_BLOCK", True, grid((4, 8, 16), (128, 256), (2, 4, 8))),
+    ),
+}
+
+
+@contextlib.contextmanager
+def forced(table: Table, entry: Any) -> Iterator[None]:
+    """`entry` in the place of whatever the table says; None leaves the table as it is."""
+    module = importlib.import_module(f"fastbert.kernels.{table.unit}")
+    original = getattr(module, table.name)
+    if entry is not None:
+        setattr(module, table.name, (lambda *_, **__: entry) if callable(original) else entry)
+    try:
+        yield
+    finally:
+        setattr(module, table.name, original)
+
+
+class Check:
+    """Compares the kernels' result and gradients with the reference's on one set of inputs."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self.tensors = [t.requires_grad_(t.is_floating_point()) for t in workload.make()]
+        with backend.use("reference"):
+            y = workload.fused(*self.tensors)
+            self.dy = torch.randn_like(y)
+            self.expected = self.gradients(y)
+
+    def gradients(self, y: Tensor) -> list[Tensor]:
+        leaves = [t for t in self.tensors if t.requires_grad]
+        return [y.detach(), *torch.autograd.grad(y, leaves, self.dy)]
+
+    def passes(self) -> bool:
+        actual = self.gradients(self.workload.fused(*self.tensors))
+        return all(
+            bool((a - e).abs().max() <= TOLERANCE * e.abs().max())  # False if a is NaN
+            for a, e in zip(actual, self.expected, strict=True)
+        )
+
+
+def sweep(
+    workload: Workload, table: Table, entries: Iterable[Any], rounds: int, flush: Tensor
+) -> Iterator[dict]:
+    """A row for each entry: its time, or why it was refused."""
+    check = Check(workload)
+    direction = "backward" if table.backward else "forward"
+    for entry in entries:
+        row: dict = {
+            "operator": workload.operator.name,
+            "size": workload.label,
+            "table": f"{table.unit}.{table.name}",
+            "entry": entry,
+        }
+        try:
+            with backend.use("triton"), forced(table, entry):
+                if check.passes():
+                    fused = {FASTBERT: Body(workload.fused)}
+                    times, refused = measure(workload, fused, rounds, flush)
+                    if refused:
+                        raise RuntimeError(refused[FASTBERT])
+                    row |= summarize(times[FASTBERT][direction])
+                else:
+                    row["refused"] = "wrong result"
+        except Exception as error:  # a block that does not fit is a result too
+            row["refused"] = str(error).strip().partition("\n")[0] or repr(error)
+        yield row
+
+
+class Sizes(NamedTuple):
+    """What `workloads` is asked for."""
+
+    preset: str
+    tokens: int
+    device: str
+    dtype: torch.dtype
+
+
+def compile_ahead(pool: Executor, sizes: Sizes, number: int, place: int, count: int) -> None:
+    """Has the candidates of a table compiled: those of its operator's `place`-th.
+
+    number: of the workload among those of these sizes; count: how many candidates there are.
+    """
+    few = sizes._replace(tokens=min(sizes.tokens, AHEAD_TOKENS))
+    list(pool.map(_run_once, *zip(*((few, number, place, n) for n in range(count)), strict=True)))
+
+
+def _run_once(sizes: Sizes, number: int, place: int, candidate: int) -> None:
+    check, table = _check(sizes, number), TABLES[_name(sizes, number)][place]
+    entry = list(table.candidates(columns_of(check.workload)))[candidate]
+    # what fails here fails again where it is measured, and is told there
+    with contextlib.suppress(Exception), backend.use("triton"), forced(table, entry):
+        check.passes()
+
+
+@functools.lru_cache(maxsize=1)
+def _check(sizes: Sizes, number: int) -> Check:
+    return Check(next(itertools.islice(workloads(*sizes), number, None)))
+
+
+def _name(sizes: Sizes, number: int) -> str:
+    return _check(sizes, number).workload.operator.name
+
+
+def describe(rows: list[dict], best: int = 3) -> Iterator[str]:
+    """The fastest entries, as they would be committed, and the present one's time."""
+    present, timed = rows[0], [row for row in rows if "median_s" in row]
+    for row in sorted(timed, key=lambda row: row["median_s"])[:best]:
+        entry = "as it is" if row["entry"] is None else repr(row["entry"])
+        micro, spread = row["median_s"] * 1e6, row["spread"]
+        line = f"{row['table']} = {entry}  # {row['size']}: {micro:,.1f} us ±{spread:.0%}"
+        if "median_s" in present:
+            line += f", {present['median_s'] / row['median_s']:.2f}x the present speed"
+        yield line
+    yield f"{present['table']}: {len(timed)} of {len(rows)} entries ran and were right"
+
+
+def main(
+    op: Annotated[str, typer.Option(help=f"One of {', '.join(TABLES)}; all by default.")] = "",
+    table: Annotated[str, typer.Option(help="One table, as it is printed: unit.name.")] = "",
+    preset: Annotated[str, typer.Option(help="tiny, mini, base, large; base and large.")] = "",
+    sequences: Annotated[int, typer.Option(help="In the packed batch.", min=1)] = 128,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each entry.", min=2)] = 20,
+    processes: Annotated[int, typer.Option(help="That compile ahead.", min=1)] = PROCESSES,
+    out: Annotated[Path | None, typer.Option(help="JSON Lines file, appended to.")] = None,
+) -> None:
+    """Sweeps the tables of block shapes, at the sizes of BERT-base and BERT-large."""
+    if op and op not in TABLES:
+        raise typer.BadParameter(f"expected one of {', '.join(TABLES)}, got {op!r}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not backend.INTERPRETED:
+        console.print("tune: needs an NVIDIA GPU, and PyTorch finds none")
+        raise typer.Exit(2)
+    torch.manual_seed(0)
+    write = functools.partial(_append, out)
+    write({"environment": environment(torch.device(device))})
+    flush = flush_for(torch.device(device))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # which the interpreter has not
+    tokens = sum(sequence_lengths("wikipedia", sequences))
+    spawn = multiprocessing.get_context("spawn")  # a process that has used the GPU cannot fork
+    with ProcessPoolExecutor(processes, spawn) as pool:
+        for size in [preset] if preset else ["base", "large"]:
+            sizes = Sizes(size, tokens, device, dtype)
+            for number, workload, place, swept in chosen(sizes, op, table):
+                entries = [None, *swept.candidates(columns_of(workload))]
+                if device == "cuda":
+                    compile_ahead(pool, sizes, number, place, len(entries) - 1)
+                rows = []
+                for row in sweep(workload, swept, entries, rounds, flush):
+                    rows.append(row)
+                    write(row)
+                for line in describe(rows):
+                    console.print(line)
+
+
+def chosen(sizes: Sizes, op: str, name: str) -> Iterator[tuple[int, Workload, int, Table]]:
+    """Workloads with the tables that they are for; each with its number. op, name: "" for all."""
+    for number, workload in enumerate(workloads(*sizes)):
+        operator = workload.operator.name
+        for place, table in enumerate(TABLES.get(operator, ()) if op in ("", operator) else ()):
+            if name in ("", f"{table.unit}.{table.name}") and table.where in workload.label:
+                yield number, workload, place, table
+
+
+def columns_of(workload: Workload) -> int:
+    """The width of a row that a table is asked for: the first input's."""
+    return workload.make()[0].shape[-1]
+
+
+def _append(out: Path | None, row: dict) -> None:
+    if out is not None:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,95 @@
+"""`python -m benchmarks compare A B`: what is slower in B than in A, beyond the noise of both."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.reporting.cells import seconds
+from benchmarks.results import Row, read
+
+console = Console(highlight=False, markup=False, width=120)
+
+ENVIRONMENT = ("device", "threads", "torch", "triton", "transformers", "driver", "precision")
+
+
+class Change(NamedTuple):
+    """ratio: B's median over A's; noise: the spreads of both added, as shares of their medians."""
+
+    part: str
+    case: str
+    candidate: str
+    before: float
+    after: float
+    noise: float
+
+    @property
+    def ratio(self) -> float:
+        return self.after / self.before
+
+    @property
+    def verdict(self) -> str:
+        if abs(self.ratio - 1) <= self.noise:
+            return "same within noise"
+        return "slower" if self.ratio > 1 else "faster"
+
+
+def main(
+    a: Annotated[Path, typer.Argument(help="Results to compare with.")],
+    b: Annotated[Path, typer.Argument(help="Results to judge.")],
+) -> None:
+    """Tell what got slower from A to B, as ratios; exit code 1 if anything did beyond the noise."""
+    before, after = read(a), read(b)
+    for name in ENVIRONMENT:
+        old, new = before[0].get(name), after[0].get(name)
+        if old != new:
+            console.print(f"{name} differs: {old} in {a.name}, {new} in {b.name}")
+    found = sorted(changes(before, after), key=lambda change: -change.ratio)
+    table = Table("part", "case", "candidate", a.name, b.name, "ratio", "noise", "")
+    for change in found:
+        table.add_row(
+            change.part,
+            change.case,
+            change.candidate,
+            seconds(change.before),
+            seconds(change.after),
+            f"{change.ratio:.2f}x",
+            f"±{change.noise:.0%}",
+            change.verdict,
+        )
+    if found:
+        console.print(table)
+    old, new = timings(before), timings(after)
+    for path, keys in ((a, old.keys() - new.keys()), (b, new.keys() - old.keys())):
+        for key in sorted(keys):
+            console.print(f"only in {path.name}: {', '.join(key)}")
+    slower = sum(change.verdict == "slower" for change in found)
+    console.print(f"{len(found)} timings compared, {slower} slower beyond the noise")
+    raise typer.Exit(1 if slower else 0)
+
+
+def changes(before: list[Row], after: list[Row]) -> Iterator[Change]:
+    old, new = timings(before), timings(after)
+    for key in old.keys() & new.keys():
+        medians = (run[key]["median_s"] for run in (old, new))
+        yield Change(*key, *medians, sum(run[key].get("spread", 0.0) for run in (old, new)))
+
+
+def timings(rows: list[Row]) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """By part, case and candidate."""
+    return {
+        (row["part"], _named(row["case"]), name): timing
+        for row in rows[1:]
+        for name, timing in row["timings"].items()
+    }
+
+
+def _named(case: Row) -> str:
+    return ", ".join(
+        f"{name} {value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in case.items()
+    )

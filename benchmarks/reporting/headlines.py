@@ -1,0 +1,76 @@
+"""The README's four figures: one line each, picked from the committed results.
+
+`python -m benchmarks report` writes them between the README's pair of comments, whose place of a
+file is `.`, the folder of all results.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.reporting.cells import Table, seconds
+from benchmarks.results import FASTBERT, SDPA, Row, read
+
+
+class Headline(NamedTuple):
+    """Where a figure stands: a results file, and of its part the row whose case has these items."""
+
+    what: str
+    machine: str
+    file: str
+    part: str
+    case: Row
+    other: str = SDPA  # whom fastbert is timed beside
+    fill: float | None = None  # share of the batch that is real tokens, where cases differ in it
+
+
+HEADLINES = (
+    Headline(
+        "pre-training step of BERT-base, without a GPU",
+        "2 CPU cores",
+        "cpu/steps.jsonl",
+        "steps",
+        {"preset": "base", "lengths": "wikipedia"},
+    ),
+    Headline(
+        "sentence embeddings, all-MiniLM-L6-v2 patched",
+        "2 CPU cores",
+        "cpu/sentence_encode.jsonl",
+        "sentence_encode",
+        {"route": "sentence-transformers' `encode`"},
+        "unpatched",
+    ),
+    Headline(
+        "pre-training step of BERT-large, one CUDA graph",
+        "H200",
+        "h200/2-attention-tables.jsonl",
+        "steps",
+        {"preset": "large", "lengths": "wikipedia"},
+    ),
+    Headline(
+        "fine-tuning step of BERT-base patched, without a graph, 32 x 128",
+        "H200",
+        "h200/drop_in.jsonl",
+        "drop_in",
+        {"of": "fine-tuning step, autocast", "sequences": 32, "length": 128},
+        fill=0.5,
+    ),
+)
+
+
+def table(results: Path) -> Table:
+    """A line for each figure; raises LookupError where a results file no longer has its row."""
+    lines = []
+    for headline in HEADLINES:
+        timings = _row(results, headline)["timings"]
+        ours, theirs = (timings[name]["median_s"] for name in (FASTBERT, headline.other))
+        measured = (seconds(ours), seconds(theirs), f"{theirs / ours:.2f}x")
+        lines.append((headline.what, headline.machine, *measured))
+    return Table(("what", "on", "fastbert", "Hugging Face", "ratio"), lines)
+
+
+def _row(results: Path, headline: Headline) -> Row:
+    for row in read(results / headline.file):
+        is_case = row["part"] == headline.part and headline.case.items() <= row["case"].items()
+        if is_case and headline.fill in (None, row["fill"]):
+            return row
+    raise LookupError(f"{headline.file} has no row of {headline.part} for {headline.what}")

@@ -1,0 +1,114 @@
+"""`python -m benchmarks report`: tables, plots and the documents' figures, from committed results.
+
+A results file NAME.jsonl gets NAME.md and NAME-PART.png beside it. The README and three pages of
+docs/ say where a table goes and which part of which file it shows, by a pair of comments; what is
+between them is written here, and a test checks that it still is what the file says. The part
+"targets" reads a folder too, where the last file by name that has measured a target is what counts;
+the part "headlines" is the README's table, of the folder of all results, `.`:
+
+    <!-- benchmarks: cpu/steps.jsonl steps -->
+    <!-- end -->
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.reporting import headlines, plots, targets
+from benchmarks.reporting.tables import PARTS
+from benchmarks.results import Row, read
+from fastbert.check import InputError
+from fastbert.system.files import write_text
+
+HERE = Path(__file__).parents[1]
+RESULTS = HERE / "results"
+README = HERE.parent / "README.md"
+DOCS = HERE.parent / "docs"
+DOCUMENTS = (README, *(DOCS / name for name in ("finetuning.md", "results.md", "tuning.md")))
+
+TARGETS, HEADLINES = "targets", "headlines"
+BLOCK = re.compile(r"(<!-- benchmarks: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Results; by default all that are committed.")
+    ] = None,
+    document: Annotated[
+        list[Path] | None, typer.Option(help="Where to fill in tables; the README and docs/.")
+    ] = None,
+) -> None:
+    """Write tables (Markdown) and plots (PNG) beside results, and the tables of documents."""
+    for path in files or sorted(RESULTS.glob("*/*.jsonl")):
+        rows = read(path)
+        write_text(path.with_suffix(".md"), markdown(rows))
+        for plot in plots.write(rows, path):
+            print(plot)
+    for path in document or DOCUMENTS:
+        write_text(path, filled(path.read_text(encoding="utf-8")))
+
+
+def markdown(rows: list[Row]) -> str:
+    """Everything that a file holds."""
+    environment = {key: value for key, value in rows[0].items() if key != "part"}
+    lines = [f"- {name}: {value}" for name, value in environment.items() if value is not None]
+    sections = ["# Results", "\n".join(lines)]
+    if any(target.value(rows) is not None for target in targets.targets_of(rows)):
+        sections += ["## Targets", targets.table(rows).markdown()]
+    for part, table in PARTS.items():
+        if found := [row for row in rows if row["part"] == part]:
+            sections += [f"## {part}", table(found).markdown()]
+            refused = {
+                f"- {name}: {reason}"
+                for row in found
+                for name, reason in row.get("refused", {}).items()
+            }
+            if refused:
+                sections.append("\n".join(["Could not run:", "", *sorted(refused)]))
+    for row in rows:
+        if row["part"] == "failure":
+            sections.append(f"{row['case']['of']} failed: {row['error']}")
+    return "\n\n".join(sections) + "\n"
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """The text with every block as the results say."""
+    return BLOCK.sub(lambda found: found[1] + block(results, found[2], found[3]) + found[4], text)
+
+
+def block(results: Path, name: str, part: str) -> str:
+    """A part's table, and under it where and how it was measured."""
+    path, file = results / name, f"`benchmarks/results/{name}`"
+    if part not in (*PARTS, TARGETS, HEADLINES):
+        raise InputError(f"a block for {part!r}, expected one of {', '.join(PARTS)}")
+    if not path.exists():
+        return "\nNot measured yet.\n\n"
+    if part == HEADLINES:
+        return f"\n{headlines.table(path).markdown()}\n\n"
+    if part == TARGETS:
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        table = targets.table(*(read(each) for each in files))
+        return f"\n{table.markdown()}\n\nFrom {file}\n\n"
+    if path.suffix == ".json":  # the summary of a run of fastbert's own
+        row = json.loads(path.read_text(encoding="utf-8"))
+        return f"\n{PARTS[part]([row]).markdown()}\n\n{_source(row)}: {file}\n\n"
+    rows = read(path)
+    found = [row for row in rows if row["part"] == part]
+    if not found:
+        return "\nNot measured yet.\n\n"
+    return f"\n{PARTS[part](found).markdown()}\n\n{_source(rows[0])}: {file}\n\n"
+
+
+def _source(about: Row) -> str:
+    commit = f"commit {about['commit']}"
+    if "changes" in about:
+        commit = f"commit {about['commit'].removesuffix('-dirty')} with {about['changes']}"
+    where = [about["device"], f"torch {about['torch']}", commit]
+    if about["device"].startswith("cpu"):
+        where.insert(1, f"{about['threads']} threads")
+    if "command" in about:
+        where.append(f"`{about['command']}`")
+    return f"On {', '.join(where)}"

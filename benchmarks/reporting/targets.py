@@ -1,0 +1,212 @@
+"""What is wanted of fastbert, as numbers, and what the results say of each.
+
+The targets are those of the project's `anchors.md`: of NVIDIA's MLPerf submission for BERT-large on
+an H200 (packed, Wikipedia-like lengths), of FasterTransformer's successors for inference, of the
+memory's bandwidth for what moves bytes alone, and of Hugging Face's BERT on the same batches.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from benchmarks.reporting.cells import Table, seconds
+from benchmarks.results import COMPILED, FASTBERT, PATCHED, SDPA, Row
+
+LARGE, BASE = "large", "base"
+BYTES = ("dropout_add_layer_norm", "bias_gelu", "embedding_layer_norm", "gather_rows")
+
+
+class Target(NamedTuple):
+    """goal: at least this, or at most if `is_limit`; measured: of the rows, what there is of it."""
+
+    what: str
+    goal: float
+    unit: str
+    measured: Callable[[list[Row]], Iterable[float]]
+    is_limit: bool = False
+
+    def value(self, rows: list[Row]) -> float | None:
+        """The worst of what was measured; None where nothing was."""
+        found = list(self.measured(rows))
+        if not found:
+            return None
+        return max(found) if self.is_limit else min(found)
+
+    def is_met(self, value: float) -> bool:
+        return value <= self.goal if self.is_limit else value >= self.goal
+
+
+def ratio(part: str, lengths: str, other: str, presets: tuple[str, ...]) -> Callable:
+    """How many times fastbert's time another takes, on the same batches."""
+
+    def measured(rows: list[Row]) -> Iterable[float]:
+        for row in _of(rows, part, lengths, presets):
+            if {FASTBERT, other} <= row["timings"].keys():
+                yield _median(row, other) / _median(row, FASTBERT)
+
+    return measured
+
+
+def memory(rows: list[Row]) -> Iterable[float]:
+    for row in _of(rows, "steps", "wikipedia", (BASE, LARGE)):
+        peaks = [row["timings"].get(by, {}).get("memory_held_bytes") for by in (FASTBERT, SDPA)]
+        if all(peaks):
+            yield peaks[0] / peaks[1]
+
+
+def timing(part: str, lengths: str, preset: str, key: str) -> Callable:
+    """A figure of fastbert's timing; the best of its ways, as a user would choose it."""
+
+    def measured(rows: list[Row]) -> Iterable[float]:
+        for row in _of(rows, part, lengths, (preset,)):
+            own = [t[key] for name, t in row["timings"].items() if name.startswith(FASTBERT)]
+            if own:
+                yield min(own) if key == "median_s" else max(own)
+
+    return measured
+
+
+def share(direction: str) -> Callable:
+    """Of the bandwidth of a copy in the same run, for the operators that only move bytes."""
+
+    def measured(rows: list[Row]) -> Iterable[float]:
+        for row in rows:
+            if row["part"] == "kernels" and FASTBERT in row["timings"]:
+                case = row["case"]
+                if case["operator"] in BYTES and case["direction"] == direction:
+                    yield row["timings"][FASTBERT]["share"]
+
+    return measured
+
+
+def attention(direction: str) -> Callable:
+    """Over the fastest that PyTorch has for the same sequences, packed or padded."""
+
+    def measured(rows: list[Row]) -> Iterable[float]:
+        for row in rows:
+            if row["part"] == "kernels" and row["case"]["operator"] == "attention":
+                others = [t["median_s"] for n, t in row["timings"].items() if n != FASTBERT]
+                if row["case"]["direction"] == direction and FASTBERT in row["timings"] and others:
+                    yield min(others) / _median(row, FASTBERT)
+
+    return measured
+
+
+def encoding(route: str) -> Callable:
+    def measured(rows: list[Row]) -> Iterable[float]:
+        for row in rows:
+            if row["part"] == "sentence_encode" and row["case"]["route"].startswith(route):
+                yield _median(row, "unpatched") / _median(row, FASTBERT)
+
+    return measured
+
+
+def sequences_a_second(rows: list[Row]) -> Iterable[float]:
+    for row in _of(rows, "inference", "384", (LARGE,)):
+        fastest = min(t["median_s"] for n, t in row["timings"].items() if n.startswith(FASTBERT))
+        yield row["case"]["sequences"] / fastest
+
+
+def small_calls(of: str, by: str) -> Callable:
+    """Of Hugging Face's time for a call on the CPU in which there is next to no arithmetic."""
+
+    def measured(rows: list[Row]) -> Iterable[float]:
+        for row in rows:
+            is_it = row["part"] == "host" and (row["case"]["device"], row["case"]["of"]) == (
+                "cpu",
+                of,
+            )
+            if is_it and {by, SDPA} <= row["timings"].keys():
+                yield _median(row, by) / _median(row, SDPA)
+
+    return measured
+
+
+def layer_on_host(rows: list[Row]) -> Iterable[float]:
+    """Seconds of a layer in inference without kernels and products, own and patched."""
+    for row in rows:
+        if row["part"] == "host_layers" and row["case"]["of"] == "inference":
+            for timing in row["timings"].values():
+                yield timing["median_s"] - row["products"]["median_s"]
+
+
+BOTH = (BASE, LARGE)
+GPU = (
+    Target("BERT-large, bf16, real tokens a second", 280e3, "tokens/s",
+           timing("steps", "wikipedia", LARGE, "real_tokens_per_second")),
+    Target("BERT-large, FP8, real tokens a second", 350e3, "tokens/s", lambda rows: ()),
+    Target("step over Hugging Face's (SDPA)", 5, "x", ratio("steps", "wikipedia", SDPA, BOTH)),
+    Target("step over torch.compile's", 3, "x", ratio("steps", "wikipedia", COMPILED, BOTH)),
+    Target("step without padding over Hugging Face's (SDPA)", 1.6, "x",
+           ratio("steps", "full", SDPA, BOTH)),
+    Target("step without padding over torch.compile's", 1.25, "x",
+           ratio("steps", "full", COMPILED, BOTH)),
+    Target("memory held for a step, of Hugging Face's (SDPA)", 0.4, "x", memory, is_limit=True),
+    Target("attention forward over PyTorch's fastest", 1, "x", attention("forward")),
+    Target("attention backward over PyTorch's fastest", 1, "x", attention("backward")),
+    Target("forward of what moves bytes, of a copy's rate", 0.85, "", share("forward")),
+    Target("backward of what moves bytes, of a copy's rate", 0.80, "", share("backward")),
+    Target("BERT-base forward, 16 sequences of 512, 60 % filled", 3.7e-3, "s",
+           timing("inference", "serving", BASE, "median_s"), is_limit=True),
+    Target("BERT-base forward, 1 sequence of 128", 0.6e-3, "s",
+           timing("inference", "128", BASE, "median_s"), is_limit=True),
+    Target("BERT-large forward, sequences of 384 a second", 2050, "sequences/s",
+           sequences_a_second),
+)  # fmt: skip
+CPU = (
+    Target("step over Hugging Face's (SDPA)", 3, "x", ratio("steps", "wikipedia", SDPA, BOTH)),
+    Target("step without padding over Hugging Face's (SDPA)", 1.25, "x",
+           ratio("steps", "full", SDPA, BOTH)),
+    Target("sentence embeddings over a loop of mixed lengths", 3, "x", encoding("loop")),
+    Target("sentence embeddings over sentence-transformers", 1.8, "x", encoding("sentence")),
+    *(
+        Target(f"{of} of a tiny model, {by}, of Hugging Face's time", goal, "x",
+               small_calls(of, by), is_limit=True)
+        for of, by, goal in (("inference", PATCHED, 1.0), ("training step", PATCHED, 1.1),
+                             ("inference", FASTBERT, 0.8), ("training step", FASTBERT, 1.0))
+    ),
+    Target("a layer in inference without kernels and products", 80e-6, "s", layer_on_host,
+           is_limit=True),
+)  # fmt: skip
+
+
+def targets_of(rows: list[Row]) -> tuple[Target, ...]:
+    """Those of the kind of machine that the results are of."""
+    return CPU if rows[0]["device"].startswith("cpu") else GPU
+
+
+def table(*runs: list[Row]) -> Table:
+    """What is wanted beside what was measured: by the last run, of those in order, that has it.
+
+    A run is all rows of a file, its environment first.
+    """
+    lines = []
+    for target in targets_of(runs[0]):
+        values = [value for run in runs if (value := target.value(run)) is not None]
+        value = values[-1] if values else None
+        bound = "at most" if target.is_limit else "at least"
+        wanted = f"{bound} {_figure(target.goal, target.unit)}"
+        measured, verdict = "-", "not measured"
+        if value is not None:
+            measured = _figure(value, target.unit)
+            verdict = "met" if target.is_met(value) else "not met"
+        lines.append((target.what, wanted, measured, verdict))
+    return Table(("target", "wanted", "measured", ""), lines)
+
+
+def _figure(value: float, unit: str) -> str:
+    if unit == "s":
+        return seconds(value)
+    if not unit:
+        return f"{value:.0%}"
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.2f}{unit}"
+
+
+def _of(rows: list[Row], part: str, lengths: str, presets: tuple[str, ...]) -> Iterable[Row]:
+    for row in rows:
+        case = row["case"] if row["part"] == part else {}
+        if case.get("lengths") == lengths and case["preset"] in presets:
+            yield row
+
+
+def _median(row: Row, name: str) -> float:
+    return row["timings"][name]["median_s"]

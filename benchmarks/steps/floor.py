@@ -1,0 +1,202 @@
+"""`python -m benchmarks floor`: the least time of a pre-training step, operator by operator.
+
+A step runs over fake tensors, which have shapes and no numbers, and each operator is counted: the
+bytes of its inputs and outputs, and the arithmetic of its products. At the rates of a large copy
+and of a large product the longer of the two times is its floor. It needs neither a GPU nor memory,
+and shows what a step reads and writes more often than it must. Kernels are those of a GPU.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import Annotated, Any, NamedTuple
+from unittest import mock
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks.reporting.cells import seconds
+from benchmarks.results import FASTBERT, Options
+from benchmarks.steps import footprint
+from benchmarks.steps.steps import make_model, training_step
+from benchmarks.workloads import Batch, pretraining_batch, sequence_lengths
+from fastbert import backend
+from fastbert.config.pretrain import PRESETS
+
+# Measured on an H200: a product of 8192 x 8192 bf16 matrices, and a copy, read and written.
+PRODUCT, COPY = 790e12, 4.3e12
+ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
+
+
+class Kind(NamedTuple):
+    operator: str
+    sizes: str
+
+
+@dataclasses.dataclass
+class Work:
+    calls: int = 0
+    bytes: float = 0.0
+    flops: float = 0.0
+
+    def floor(self, product: float = PRODUCT, copy: float = COPY) -> float:
+        """Seconds, at these rates; calls of one kind have one size, so one bound holds for all."""
+        return max(self.flops / product, self.bytes / copy)
+
+
+class Counter(TorchDispatchMode):
+    """Collects the Work of each Kind; `attention_flops` of a forward over all the rows."""
+
+    def __init__(self, batch: Batch, hidden: int) -> None:
+        super().__init__()
+        self.work: dict[Kind, Work] = collections.defaultdict(Work)
+        self.tokens = sum(batch.lengths)
+        self.attention_flops = 4.0 * hidden * sum(n**2 for n in batch.lengths)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func._schema.name.partition("::")[2]
+        if func.namespace != "prim" and not _is_view(func) and name not in ALLOCATIONS:
+            self._add(func, name, args, kwargs, result)
+        return result
+
+    def _add(self, func, name, args, kwargs, result) -> None:
+        inputs = _tensors((args, kwargs))
+        written = _tensors(result) or _tensors(_written(func, args))
+        work = self.work[Kind(name, _sizes(inputs))]
+        work.calls += 1
+        work.bytes += sum(map(_bytes, inputs + written))
+        if func._overloadpacket in flop_registry:
+            work.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        elif name.startswith(("attention_fwd", "attention_bwd", "attention_qkvpacked")):
+            rows = inputs[0].shape[0] / self.tokens  # of the last layer only some are wanted
+            passes = 2.5 if "bwd" in name else 1.0  # five products for two
+            work.flops += passes * rows * self.attention_flops
+
+
+class Kept(saved_tensors_hooks):
+    """Counts the bytes that the forward keeps for the backward, beside what there is anyway."""
+
+    def __init__(self, anyway: Iterable[Tensor]) -> None:
+        super().__init__(self._keep, lambda tensor: tensor)
+        self.anyway = {tensor.untyped_storage()._cdata for tensor in anyway}
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.anyway:
+            self.storages[storage._cdata] = storage
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+class Count(NamedTuple):
+    """work: of a step; kept_bytes: what its forward keeps for its backward."""
+
+    work: dict[Kind, Work]
+    kept_bytes: int
+
+
+def count(preset: str, lengths: list[int], residual_in_fp32: bool | None = None) -> Count:
+    """What a step of BERT in bf16 does: forward, backward, clipping and AdamW, with dropout."""
+    batch = pretraining_batch(lengths)
+    kernels = ("triton", "ext", "reference")
+    with (
+        mock.patch.dict(backend.PREFERENCE, cpu=kernels),
+        mock.patch.object(backend, "INTERPRETED", True),  # of fake tensors no kernel is launched
+        backend.use(None),  # so that choices of before are forgotten
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+    ):
+        fields = vars(batch.packed).items()
+        tensors = {k: fake.from_tensor(v) for k, v in fields if isinstance(v, Tensor)}
+        batch = batch._replace(packed=dataclasses.replace(batch.packed, **tensors))
+        model = make_model(FASTBERT, preset, residual_in_fp32=residual_in_fp32)
+        step = training_step(FASTBERT, model, batch, Options(torch.device("cpu"), "bf16"))
+        step()  # the optimizer allocates its moments
+        kept = Kept([*model.parameters(), *tensors.values()])
+        with kept, Counter(batch, PRESETS[preset].shape["hidden_size"]) as counter:
+            step()
+        return Count(counter.work, kept.bytes)
+
+
+def _is_view(func) -> bool:
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
+def _written(func, args) -> list[Any]:
+    declared = (argument.alias_info for argument in func._schema.arguments)
+    pairs = zip(declared, args, strict=False)
+    return [given for alias, given in pairs if alias is not None and alias.is_write]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of an expanded tensor, what there is in memory."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def _sizes(tensors: list[Tensor]) -> str:
+    if len(tensors) > 40:
+        return f"{len(tensors)} tensors"
+    shapes = (
+        f"{'x'.join(map(str, t.shape))} {_short(t.dtype)}" for t in tensors if t.numel() > 1e5
+    )
+    return ", ".join(itertools.islice(shapes, 2))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
+
+
+def main(
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "large",
+    lengths: Annotated[str, typer.Option(help="wikipedia, full, uniform, a number.")] = "wikipedia",
+    sequences: Annotated[int, typer.Option(help="In the batch.", min=1)] = 96,
+    product: Annotated[float, typer.Option(help="TFLOP/s of a large product.")] = PRODUCT / 1e12,
+    copy: Annotated[float, typer.Option(help="TB/s of a large copy.")] = COPY / 1e12,
+    rows: Annotated[int, typer.Option(help="Operators to show.", min=1)] = 40,
+    residual_in_fp32: Annotated[bool, typer.Option(help="With a float32 residual stream.")] = False,
+) -> None:
+    """The floor of a pre-training step, costliest operators first."""
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"preset: one of {', '.join(PRESETS)}, got {preset!r}")
+    try:
+        found = sequence_lengths(lengths, sequences)
+    except KeyError:
+        raise typer.BadParameter(f"lengths: wikipedia, full, ..., got {lengths!r}") from None
+    work, kept_bytes = count(preset, found, residual_in_fp32)
+    rates = (product * 1e12, copy * 1e12)
+    costliest = sorted(work.items(), key=lambda item: item[1].floor(*rates), reverse=True)
+    table = Table("operator", "sizes", "calls", "GB", "TFLOP", "floor")
+    for kind, one in costliest[:rows]:
+        figures = (f"{one.bytes / 1e9:.2f}", f"{one.flops / 1e12:.2f}", seconds(one.floor(*rates)))
+        table.add_row(kind.operator, kind.sizes, str(one.calls), *figures)
+    rest = [one for _, one in costliest[rows:]]
+    total = sum(one.floor(*rates) for one in work.values())
+    table.add_row("all others", "", str(sum(one.calls for one in rest)), "", "",
+                  seconds(sum(one.floor(*rates) for one in rest)))  # fmt: skip
+    console = Console(highlight=False, width=130)
+    console.print(table)
+    batch = pretraining_batch(found)
+    needed = footprint.model_flops(preset, batch, training=True) / rates[0]
+    console.print(
+        f"{preset}, {sum(found):,} real tokens: floor {seconds(total)}, "
+        f"{sum(found) / total:,.0f} tokens/s; the products alone {seconds(needed)}; "
+        f"kept for the backward {kept_bytes / 1e9:.2f} GB"
+    )

@@ -1,0 +1,102 @@
+"""The commands of `python -m benchmarks`; without one, it measures part by part, into a file."""
+
+import importlib
+import os
+import time
+import traceback
+from pathlib import Path
+from typing import Annotated
+from unittest import mock
+
+import torch
+import typer
+
+from benchmarks import gpu_check
+from benchmarks.compiling import report as compiling
+from benchmarks.operators import kernels, once, tune
+from benchmarks.reporting import compare, report
+from benchmarks.reporting.console import console, show
+from benchmarks.results import Options, Results
+from benchmarks.serving import embed_kills
+from benchmarks.steps import floor
+from fastbert.check import InputError
+
+# A part is a module with run(options, results); those of LONG take hours, or other servers to be
+# installed, and run if named.
+PARTS = {
+    "kernels": "operators.kernels",
+    "steps": "steps.steps",
+    "ablation": "steps.ablation",
+    "convergence": "training.convergence",
+    "host": "host.host",
+    "sentence_encode": "serving.sentence_encode",
+    "masking": "training.masking",
+    "tokenizing": "training.tokenizing",
+    "step_profile": "steps.profile",
+}
+LONG = {
+    "noising": "training.noising",
+    "large_batch": "training.large_batch",
+    "distillation": "training.distillation",
+    "chain": "training.chain",
+    "serve": "serving.serve",
+}
+NAMES = ", ".join((*PARTS, *LONG))
+COMMANDS = {
+    "report": report.main,
+    "compare": compare.main,
+    "kernels": kernels.main,
+    "tune": tune.main,
+    "once": once.main,
+    "compile": compiling.main,
+    "floor": floor.main,
+    "gpu-check": gpu_check.main,
+    "embed-kills": embed_kills.main,
+}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    quick: Annotated[bool, typer.Option("--quick", help="Minutes, at small sizes.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help=f"Of {NAMES}.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (autocast).")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON Lines file, written as it goes.")] = None,
+) -> None:
+    """Time fastbert against what else there is, all in turns; without a command, everything."""
+    if context.invoked_subcommand is not None:
+        return
+    for name in only or ():
+        if name not in PARTS | LONG:
+            raise InputError(f"--only: one of {NAMES}, got {name!r}")
+    if precision not in ("auto", "fp32", "bf16"):
+        raise InputError(f"--precision: auto, fp32 or bf16, got {precision!r}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    options = Options(device, precision, quick)
+    failed = run_parts(tuple(only or PARTS), options, Results(options, out))
+    raise typer.Exit(1 if failed else 0)
+
+
+def run_parts(names: tuple[str, ...], options: Options, results: Results) -> list[str]:
+    """Runs each part, whatever becomes of the others; the names of those that failed."""
+    failed = []
+    for name in names:
+        started, before = time.perf_counter(), len(results.rows)
+        # other parts measure kernels as they are launched, or record whole steps themselves
+        graphs = {"FASTBERT_GRAPHS": "auto" if name == "host" else "0"}
+        try:
+            with mock.patch.dict(os.environ, graphs):
+                importlib.import_module(f"benchmarks.{(PARTS | LONG)[name]}").run(options, results)
+        except Exception as error:
+            failed.append(name)
+            traceback.print_exc()
+            results.add("failure", {"of": name}, error=repr(error))
+        show(results.rows[before:])
+        console.print(f"{name}: {time.perf_counter() - started:.0f} s")
+    return failed

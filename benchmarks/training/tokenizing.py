@@ -1,0 +1,151 @@
+"""How fast and in how much memory a corpus file becomes a cache, beside the tokenizer alone."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from benchmarks.results import FASTBERT, Options, Results
+from benchmarks.timing import interleaved, summarize
+from fastbert import data
+
+BATCH = 10_000  # sentences of a call of encode_batch
+CEILING = "tokenizers, encode_batch"
+
+
+def run(options: Options, results: Results) -> None:
+    """The part "tokenizing": sentences of Python's documentation, drawn at random."""
+    size, rounds = (2_000_000, 2) if options.quick else (50_000_000, 3)
+    drawn = list(data.python_documents())
+    sentences = list(itertools.chain.from_iterable(drawn))
+    tokenizer = data.train_tokenizer(sentences, 8192)
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        tokenizer.save(str(place / "tokenizer.json"))
+        corpus = write_corpus(place / "corpus.txt", sentences, size)
+        seconds = throughput(tokenizer, corpus, place, rounds)
+        tokens = data.TokenizedCorpus.open(place / "cache").num_tokens
+        timings: dict[str, Any] = {name: summarize(some) for name, some in seconds.items()}
+        for timing in timings.values():
+            timing["bytes_per_second"] = corpus.stat().st_size / timing["median_s"]
+            timing["tokens_per_second"] = tokens / timing["median_s"]
+            timing["share"] = timings[CEILING]["median_s"] / timing["median_s"]
+        results.add("tokenizing", {"bytes": size, "cores": data.available_cores()}, timings)
+        for some in (size // 2, size * 2):
+            corpus = write_corpus(place / f"{some}.txt", sentences, some)
+            for processes in sorted({1, data.available_cores()}):
+                command = [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.training.tokenizing",
+                    corpus,
+                    place,
+                    processes,
+                ]
+                done = subprocess.run(
+                    list(map(str, command)), capture_output=True, text=True, check=True
+                )
+                case = {"bytes": some, "processes": processes}
+                results.add("tokenizing_memory", case, **json.loads(done.stdout))
+
+
+def write_corpus(path: Path, sentences: list[str], size: int) -> Path:
+    """A text file of about `size` bytes, in documents of 20 sentences."""
+    draw = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        while file.tell() < size:
+            file.write("\n".join(draw.choices(sentences, k=20)) + "\n\n")
+    return path
+
+
+def throughput(
+    tokenizer: Tokenizer, corpus: Path, place: Path, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each. What is compared with the ceiling reads, encodes, writes and merges.
+
+    The hash of the files, which a run takes whether there is a cache or not, stands by itself.
+    """
+    sentences = list(itertools.chain.from_iterable(data.read_documents([corpus])))
+    cores = data.available_cores()
+
+    def alone(encode: Any) -> None:
+        for begin in range(0, len(sentences), BATCH):
+            for encoding in encode(sentences[begin : begin + BATCH], add_special_tokens=False):
+                encoding.ids  # noqa: B018 -- a list that is made when asked for
+
+    return interleaved(
+        {
+            CEILING: lambda: alone(tokenizer.encode_batch),
+            "tokenizers, encode_batch_fast": lambda: alone(tokenizer.encode_batch_fast),
+            FASTBERT: lambda: end_to_end(tokenizer, corpus, place / "cache", cores),
+            "fastbert, one process": lambda: end_to_end(tokenizer, corpus, place / "cache", 1),
+            "hash of the files": lambda: data.fingerprint_files([corpus]),
+        },
+        rounds,
+    )
+
+
+def end_to_end(tokenizer: Tokenizer, corpus: Path, directory: Path, processes: int) -> None:
+    (directory / "manifest.json").unlink(missing_ok=True)
+    documents = data.read_documents([corpus])
+    data.tokenize_corpus(
+        documents, tokenizer, directory, fingerprint=corpus.name, processes=processes
+    )
+
+
+def peak_memory(corpus: Path, place: Path, processes: int) -> None:
+    """Prints what a new process takes, with those that it starts; shared pages count once."""
+    peak, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.1):
+            peak = max(peak, sum(map(proportional_set, family())))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    started = time.perf_counter()
+    tokenizer = Tokenizer.from_file(str(place / "tokenizer.json"))
+    with tempfile.TemporaryDirectory(dir=place) as directory:
+        end_to_end(tokenizer, corpus, Path(directory), processes)
+    seconds = time.perf_counter() - started
+    done.set()
+    watching.join()
+    print(json.dumps({"peak_memory_bytes": peak, "seconds": seconds}))
+
+
+def family() -> Iterator[int]:
+    """This process and those below it. They are no children of ours for `resource.getrusage`: a
+    server has forked them."""
+    found = {int(Path("/proc/self").readlink().name)}
+    yield from found
+    for stat in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parent.name)):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended
+            continue
+        if parent in found:
+            found.add(int(stat.parent.name))
+            yield int(stat.parent.name)
+
+
+def proportional_set(process: int) -> int:
+    """Bytes of memory, a page that n processes share as an n-th of it."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
+if __name__ == "__main__":
+    peak_memory(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,1 @@
+"""Examples of an epoch, and their packed, masked batches."""

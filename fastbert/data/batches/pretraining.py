@@ -1,0 +1,260 @@
+"""Packed, masked batches; the position in the data is one integer, the global step.
+
+Which examples global batch g holds, and how they are masked, follows from (seed, g) alone. Ranks
+and micro-batches only cut it up.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastbert.check import InputError
+from fastbert.data.batches.pairs import PairPlan, plan_pairs, plan_sentences
+from fastbert.data.masking.mlm import Masking
+from fastbert.data.masking.selection import Tokens
+from fastbert.data.streams import Purpose, stream
+from fastbert.data.text.tokenizer import SpecialTokens
+from fastbert.data.tokenized.corpus import TokenizedCorpus
+from fastbert.packing import Bucket, PackedBatch
+
+TOKENS_OF_A_BUCKET = 128  # buckets are multiples of it, which matrix products like
+
+
+class GlobalCounts(NamedTuple):
+    """What the losses of a global batch are means over, whatever part of it a rank has."""
+
+    masked_tokens: int
+    pairs: int
+    tokens: int
+
+
+class PretrainingData:
+    """The documents `docs` of a corpus as an endless row of global batches, epoch after epoch.
+
+    Each epoch plans its sentence pairs anew (or without `pairs` takes full sentences), shuffles
+    them, and fills batches of `batch_tokens`
+    tokens, special tokens included, as far as whole examples go; the last batch of an epoch, which
+    is smaller, is dropped unless it is the only one. Raises InputError for options out of range.
+    """
+
+    def __init__(
+        self,
+        corpus: TokenizedCorpus,
+        docs: NDArray[np.int64],
+        specials: SpecialTokens,
+        masking: Masking,
+        *,
+        seed: int,
+        batch_tokens: int,
+        max_seq_len: int,
+        short_seq_prob: float = 0.1,
+        pairs: bool = True,
+    ) -> None:
+        if batch_tokens < max_seq_len:
+            raise InputError(
+                f"batch_tokens: expected at least max_seq_len, {max_seq_len}, got {batch_tokens}"
+            )
+        self.corpus = corpus
+        self.docs = docs
+        self.specials = specials
+        self.masking = masking
+        self.pairs = pairs
+        self.seed = seed
+        self.batch_tokens = batch_tokens
+        self.max_seq_len = max_seq_len
+        self.short_seq_prob = short_seq_prob
+        self._num_batches: list[int] = []  # of the epochs located so far
+        self._epoch = self._make_plan(0)
+
+    @property
+    def random_share(self) -> float | None:
+        """The share of the pairs that are random ones; None without pairs."""
+        is_random = self._epoch.plan.is_random
+        return None if is_random is None else float(is_random.mean())
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, index of the batch in it) of a global step.
+
+        Epochs differ in length, so that the way to a far step plans each epoch before it, once.
+        """
+        epoch = 0
+        while True:
+            if epoch == len(self._num_batches):
+                self._num_batches.append(max(self._plan(epoch).num_batches - 1, 1))
+            if step < self._num_batches[epoch]:
+                return epoch, step
+            step -= self._num_batches[epoch]
+            epoch += 1
+
+    def targets(self, step: int) -> GlobalCounts:
+        """The counts of the whole global batch, the same on every rank without communication."""
+        epoch, index = self.locate(step)
+        plan = self._plan(epoch)
+        rows = self._rows(plan, plan.batch(index))
+        masked = self.masking.num_targets(rows.tokens, seed=self.seed, epoch=epoch)
+        return GlobalCounts(masked, len(rows.begins) - 1 if self.pairs else 0, len(rows.in_b))
+
+    def bucket(self, micro_batches: int = 1) -> Bucket:
+        """Sizes that nearly every micro-batch fits, judged by the batches of the present epoch."""
+        examples = -(-max(np.diff(self._epoch.bounds)) // micro_batches)
+        tokens = -(-self.batch_tokens // micro_batches)
+        if micro_batches > 1:  # shares are equal but for an example or so
+            tokens += self.max_seq_len
+        tokens += -tokens % TOKENS_OF_A_BUCKET
+        # other epochs cut other batches, and what is left of a bucket makes sequences too
+        sequences = int(1.1 * examples) + 8
+        labels = int(np.ceil(self.masking.probability * tokens)) + sequences  # at least one in each
+        return Bucket(tokens, sequences, labels, self.max_seq_len)
+
+    def batch(
+        self, step: int, rank: int = 0, world_size: int = 1, micro_batches: int = 1
+    ) -> list[PackedBatch]:
+        """A rank's share of a global batch, in micro-batches of nearly equal numbers of tokens.
+
+        Raises InputError if the batch has too few examples for every micro-batch to get one.
+        """
+        epoch, index = self.locate(step)
+        plan = self._plan(epoch)
+        examples = plan.batch(index)
+        parts = world_size * micro_batches
+        if len(examples) < parts:
+            raise InputError(
+                f"batch_tokens: a batch of {self.batch_tokens} tokens holds {len(examples)} "
+                f"example(s), too few for {world_size} rank(s) x {micro_batches} micro-batch(es); "
+                "raise it, or name a larger corpus"
+            )
+        shares = _shares(plan.lengths[examples], parts)
+        mine = shares[rank * micro_batches : (rank + 1) * micro_batches]
+        return [self._pack(plan, examples[share]) for share in mine]
+
+    def _plan(self, number: int) -> "_Epoch":
+        """The plan of an epoch; the last one made is kept."""
+        if self._epoch.number != number:
+            self._epoch = self._make_plan(number)
+        return self._epoch
+
+    def _make_plan(self, number: int) -> "_Epoch":
+        if self.pairs:
+            plan = plan_pairs(
+                self.corpus,
+                self.docs,
+                seed=self.seed,
+                epoch=number,
+                max_seq_len=self.max_seq_len,
+                short_seq_prob=self.short_seq_prob,
+            )
+        else:
+            plan = plan_sentences(self.corpus, self.docs, max_seq_len=self.max_seq_len)
+        lengths = plan.lengths
+        order = stream(self.seed, Purpose.SHUFFLE, number).permutation(len(lengths))
+        return _Epoch(number, plan, lengths, order, _cut(lengths[order], self.batch_tokens))
+
+    def _rows(self, epoch: "_Epoch", examples: NDArray[np.int64]) -> "_Rows":
+        """[CLS] A [SEP] B [SEP], or [CLS] A [SEP], of each of the examples, end to end."""
+        a_start, a_end, b_start, _ = epoch.plan.spans[examples].T
+        lengths = epoch.lengths[examples]
+        begins = np.append(0, np.cumsum(lengths))
+        number = np.repeat(np.arange(len(examples)), lengths)
+        position = np.arange(begins[-1]) - begins[number]
+        a_sep = (a_end - a_start + 1)[number]
+        in_b = position > a_sep
+        source = np.where(
+            in_b, b_start[number] + position - a_sep - 1, a_start[number] + position - 1
+        )
+        cls = begins[:-1]
+        sep = np.concatenate([begins[:-1] + (a_end - a_start + 1), begins[1:] - 1])
+        source[cls] = source[sep] = 0  # any token, overwritten below
+        ids = self.corpus.tokens[source].astype(np.int64)
+        ids[cls] = self.specials.cls
+        ids[sep] = self.specials.sep
+        maskable = ~np.isin(ids, self.specials)  # [UNK] stands for no word to predict
+        starts = self.corpus.word_starts[source]
+        tokens = Tokens(ids, examples[number], position, maskable, starts)
+        return _Rows(tokens, begins, in_b)
+
+    def _pack(self, epoch: "_Epoch", examples: NDArray[np.int64]) -> PackedBatch:
+        rows = self._rows(epoch, examples)
+        masked, labels = self.masking(rows.tokens, seed=self.seed, epoch=epoch.number)
+        is_random = epoch.plan.is_random
+        return PackedBatch(
+            input_ids=torch.from_numpy(masked),
+            cu_seqlens=torch.from_numpy(rows.begins.astype(np.int32)),
+            max_seqlen=int(epoch.lengths[examples].max()),
+            position_ids=torch.from_numpy(rows.tokens.position),
+            token_type_ids=torch.from_numpy(rows.in_b.astype(np.int64)),
+            labels=torch.from_numpy(labels),
+            num_labels=int((labels >= 0).sum()),
+            next_sentence_label=None
+            if is_random is None
+            else torch.from_numpy(is_random[examples].astype(np.int64)),
+            sequence_ids=torch.from_numpy(examples.astype(np.int64)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Epoch:
+    """An epoch's E examples; batch i holds `order[bounds[i] : bounds[i + 1]]`."""
+
+    number: int
+    plan: PairPlan
+    lengths: NDArray[np.int64]
+    order: NDArray[np.int64]
+    bounds: list[int]
+
+    @property
+    def num_batches(self) -> int:
+        """With the last, smaller one."""
+        return len(self.bounds) - 1
+
+    def batch(self, index: int) -> NDArray[np.int64]:
+        return self.order[self.bounds[index] : self.bounds[index + 1]]
+
+
+class _Rows(NamedTuple):
+    """T tokens of B examples; begins: (B + 1,); in_b: (T,), True in the second segment."""
+
+    tokens: Tokens
+    begins: NDArray[np.int64]
+    in_b: NDArray[np.bool_]
+
+
+def _cut(lengths: NDArray[np.int64], batch_tokens: int) -> list[int]:
+    """Where batches begin, and the end: each takes what fits; no length exceeds batch_tokens."""
+    ends = np.cumsum(lengths)
+    bounds = [0]
+    while bounds[-1] < len(lengths):
+        used = ends[bounds[-1] - 1] if bounds[-1] else 0
+        bounds.append(int(np.searchsorted(ends, used + batch_tokens, side="right")))
+    return bounds
+
+
+def _shares(lengths: NDArray[np.int64], parts: int) -> list[NDArray[np.int64]]:
+    """Deals examples out like cards, longest first, to and fro: nearly equal numbers of tokens."""
+    order = np.argsort(-lengths, kind="stable")
+    turn = np.arange(len(order)) % (2 * parts)
+    part = np.minimum(turn, 2 * parts - 1 - turn)
+    return [order[part == number] for number in range(parts)]
+
+
+def heldout_batches(
+    data: PretrainingData, *, rank: int = 0, world_size: int = 1
+) -> Iterator[PackedBatch]:
+    """Every batch of epoch 0 once, with the last, smaller one; dealt out to the ranks in turn."""
+    epoch = data._plan(0)
+    for index in range(rank, epoch.num_batches, world_size):
+        yield data._pack(epoch, epoch.batch(index))
+
+
+def unigram_baseline(counts: NDArray[np.int64], targets: Tensor | NDArray[np.int64]) -> float:
+    """Mean negative log-likelihood of `targets` if each token only had its frequency `counts`.
+
+    The loss, in nats, that a model must beat to have learnt anything from context. counts: (V,) in
+    the training text, 1/2 added to each; targets: (N,) masked tokens of the held-out text.
+    """
+    probability = (counts + 0.5) / (counts.sum() + 0.5 * len(counts))
+    return float(-np.log(probability[np.asarray(targets)]).mean())

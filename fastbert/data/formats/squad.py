@@ -1,0 +1,149 @@
+"""Questions about texts: the JSON of SQuAD v1.1 and v2.0, which CMRC 2018 has too."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastbert.check import InputError
+from fastbert.data.formats.tables import encodable, read_text
+
+
+class Answer(NamedTuple):
+    """`text` is `context[start : start + len(text)]`."""
+
+    text: str
+    start: int
+
+
+class Question(NamedTuple):
+    """A question about a context; no answers where the context has none, or none were given."""
+
+    where: str
+    id: str
+    question: str
+    context: str
+    answers: tuple[Answer, ...]
+    is_impossible: bool
+
+
+def read_squad(path: Path, *, labelled: bool = True) -> list[Question]:
+    """All questions of a file, in one of the forms that are found:
+
+    SQuAD's {"data": [{"paragraphs": [{"context": ..., "qas": [...]}]}]} (Rajpurkar et al. 2016,
+    https://arxiv.org/abs/1606.05250, and 2018, https://arxiv.org/abs/1806.03822); CMRC 2018's list
+    of [{"context_text": ..., "qas": [{"query_id": ..., "query_text": ..., "answers": ["..."]}]}]
+    (Cui et al. 2019, https://arxiv.org/abs/1810.07366); flat rows, as Hugging Face's `datasets`
+    gives them, in a list, under "data" or one a line: {"id", "context", "question", "answers":
+    {"text": [...], "answer_start": [...]}}. A question without an id gets its number as one.
+
+    Raises InputError for JSON of another form, an answer that is not where it says, and, if
+    `labelled`, a question that has no answer and is not said to be impossible.
+    """
+    contents = _json(path)
+    if isinstance(contents, dict):
+        contents = contents.get("data", contents)
+    if not isinstance(contents, list):
+        raise InputError(f"{path}: not in SQuAD's form: expected a list of texts under 'data'")
+    questions: list[Question] = []
+    for item, context in _items(path, contents):
+        questions.append(_question(path, len(questions) + 1, item, context, labelled))
+    if not questions:
+        raise InputError(f"{path}: holds no questions")
+    seen: set[str] = set()
+    for question in questions:
+        if question.id in seen:
+            raise InputError(f"{question.where}: the id stands there twice")
+        seen.add(question.id)
+    return questions
+
+
+def _json(path: Path) -> Any:
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        lines = [line for line in text.split("\n") if line.strip()]
+        with contextlib.suppress(ValueError):
+            if len(lines) > 1:
+                return [json.loads(line) for line in lines]
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
+def _items(path: Path, contents: list[Any]) -> Iterator[tuple[dict[str, Any], Any]]:
+    """(question, context), whichever form they stand in."""
+    for number, article in enumerate(contents, start=1):
+        where = f"{path}, entry {number}"
+        if not isinstance(article, dict):
+            raise InputError(f"{where}: not in SQuAD's form: expected an object")
+        if "question" in article and "context" in article:
+            yield article, article["context"]
+            continue
+        paragraphs = article.get("paragraphs", [article])
+        for paragraph in paragraphs if isinstance(paragraphs, list) else [None]:
+            context = qas = None
+            if isinstance(paragraph, dict):
+                context = paragraph.get("context", paragraph.get("context_text"))
+                qas = paragraph.get("qas")
+            if context is None or not isinstance(qas, list):
+                raise InputError(
+                    f"{where}: not in SQuAD's form: expected 'context' and 'qas', or 'context' and "
+                    "'question'"
+                )
+            for item in qas:
+                if not isinstance(item, dict):
+                    raise InputError(f"{where}: not in SQuAD's form: a question is no object")
+                yield item, context
+
+
+def _question(
+    path: Path, number: int, item: dict[str, Any], context: Any, labelled: bool
+) -> Question:
+    name = str(item.get("id", item.get("query_id", number)))
+    where = f"{path}, question {name}"
+    question: Any = item.get("question", item.get("query_text"))
+    _require_texts(where, question, context)
+    question, context = encodable(question), encodable(context)
+    answers = item.get("answers") or ()
+    flat = isinstance(answers, dict)
+    if isinstance(answers, dict):  # of columns
+        texts, starts = answers.get("text"), answers.get("answer_start")
+        if not (isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)):
+            raise InputError(f"{where}: expected as many 'text' as 'answer_start' in its answers")
+        answers = [{"text": t, "answer_start": n} for t, n in zip(texts, starts, strict=True)]
+    if not isinstance(answers, list | tuple):
+        raise InputError(f"{where}: expected a list of answers, got {answers!r}")
+    # in flat rows, which have no is_impossible, a question without answers has none
+    is_impossible = bool(item.get("is_impossible", flat and not answers))
+    found = () if is_impossible else tuple(_answer(where, one, context) for one in answers)
+    if labelled and not found and not is_impossible:
+        raise InputError(f"{where}: has no answer; mark it is_impossible if there is none")
+    return Question(where, name, question, context, found, is_impossible)
+
+
+def _require_texts(where: str, question: Any, context: Any) -> None:
+    for name, text in (("question", question), ("context", context)):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{where}: expected a text as {name}, got {text!r}")
+
+
+def _answer(where: str, given: Any, context: str) -> Answer:
+    """An answer with its place, or, as in CMRC's list, its text alone, which is then looked up."""
+    if isinstance(given, str):
+        given = {"text": given, "answer_start": max(context.find(encodable(given)), 0)}
+    if not isinstance(given, dict) or not isinstance(given.get("text"), str):
+        raise InputError(f"{where}: expected an answer with a 'text', got {given!r}")
+    text, start = encodable(given["text"]), given.get("answer_start")
+    if isinstance(start, str) and start.strip().isdecimal():
+        start = int(start)
+    if not isinstance(start, int) or isinstance(start, bool):
+        raise InputError(f"{where}: expected a whole number as answer_start, got {start!r}")
+    if not text.strip() or start < 0 or context[start : start + len(text)] != text:
+        found = context.find(text)
+        hint = f"; it is at {found}" if text.strip() and found >= 0 else ""
+        raise InputError(
+            f"{where}: the answer {text!r} is not at {start} of its context, which has "
+            f"{len(context)} characters{hint}"
+        )
+    return Answer(text, start)

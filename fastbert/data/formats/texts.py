@@ -1,0 +1,209 @@
+"""The texts of a file larger than memory, in order, from any place that was marked before.
+
+A .txt has a text a line, a .csv, .tsv, .jsonl or .parquet one in a column of each row. One row at a
+time is in memory, of a .parquet a few thousand.
+"""
+
+import abc
+import csv
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from fastbert.check import InputError
+from fastbert.config.finetune import read_delimiter
+from fastbert.data.formats.tables import Row, delimited_rows, dialect, json_rows
+from fastbert.system.files import is_stream
+
+LONGEST = 2**22  # bytes of a text, or of a line: to tokenise one takes a hundred times as much
+_ROWS = 1024  # of a .parquet, decoded at once
+_HEADER = 100  # lines of a header, at most
+
+
+class Mark(NamedTuple):
+    """A place between two rows. offset: in bytes, in a .parquet in rows; lines: before it."""
+
+    offset: int = 0
+    lines: int = 0
+
+
+BEGINNING = Mark()
+
+
+class Text(NamedTuple):
+    """where: for messages; after: the place behind its row."""
+
+    where: str
+    text: str
+    after: Mark
+
+
+class Texts(abc.ABC):
+    """The texts of one file; `texts_of` makes the kind that reads it."""
+
+    def __init__(self, path: Path, column: str, delimiter: str | None) -> None:
+        self.path, self.column, self.delimiter = path, column, delimiter
+
+    @abc.abstractmethod
+    def rows(self, start: Mark = BEGINNING) -> Iterator[Text]:
+        """From a mark on. Raises InputError for what cannot be read, and names the line.
+
+        An empty text is one, so that there are as many as lines or rows.
+        """
+
+    def text(self, row: Row) -> str:
+        text = "" if row.values[self.column] == "" else row.text(self.column)
+        if len(text) > LONGEST:
+            raise InputError(f"{row.where}: a text of more than {LONGEST:,} characters; divide it")
+        return text
+
+
+class _Lines:
+    """The lines of a file, with their ends, as text; `mark` is behind the last one."""
+
+    def __init__(self, path: Path, file: BinaryIO, mark: Mark = BEGINNING) -> None:
+        self.path, self.file, self.mark = path, file, mark
+        file.seek(mark.offset)
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        data = self.file.readline(LONGEST + 1)
+        if not data:
+            raise StopIteration
+        offset, number = self.mark.offset + len(data), self.mark.lines + 1
+        if len(data) > LONGEST:
+            raise InputError(
+                f"{self.path}, line {number}: is longer than {LONGEST:,} bytes; divide it"
+            )
+        try:
+            text = data.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            raise InputError(
+                f"{self.path}, line {number}: not UTF-8; convert the file, for example with iconv"
+            ) from None
+        self.mark = Mark(offset, number)
+        return text
+
+
+class _PlainLines(Texts):
+    def rows(self, start: Mark = BEGINNING) -> Iterator[Text]:
+        with self.path.open("rb") as file:
+            lines = _Lines(self.path, file, start)
+            for line in lines:
+                text = line.removesuffix("\n").rstrip("\r")
+                yield Text(f"{self.path}, line {lines.mark.lines}", text, lines.mark)
+
+
+class _JsonLines(Texts):
+    def rows(self, start: Mark = BEGINNING) -> Iterator[Text]:
+        with self.path.open("rb") as file:
+            lines = _Lines(self.path, file, start)
+            for row in json_rows(lines, self.path, [self.column], start.lines):
+                yield Text(row.where, self.text(row), lines.mark)
+
+
+class _Delimited(Texts):
+    def rows(self, start: Mark = BEGINNING) -> Iterator[Text]:
+        kind = ".tsv" if self.path.suffix.lower() == ".tsv" else ".csv"
+        delimiter = None if self.delimiter is None else read_delimiter(self.delimiter)
+        with self.path.open("rb") as file:
+            lines, header = _Lines(self.path, file), []
+            for line in lines:  # the library takes one, or more where a quoted name has ends
+                header.append(line)
+                if _is_whole(header, dialect(kind, delimiter)):
+                    break
+            lines = _Lines(self.path, file, max(start, lines.mark))
+            rows = delimited_rows(
+                itertools.chain(header, lines),
+                self.path,
+                [self.column],
+                kind,
+                delimiter,
+                longest=LONGEST,
+                lines_before=lines.mark.lines - len(header),
+            )
+            for row in rows:
+                yield Text(row.where, self.text(row), lines.mark)
+
+
+def _is_whole(lines: list[str], form: dict[str, Any]) -> bool:
+    """Whether these are all lines of a row."""
+    try:
+        return bool(list(csv.reader(lines, **form)))
+    except csv.Error:  # it wants another one, or never ends
+        return len(lines) == _HEADER
+
+
+class _Parquet(Texts):
+    """Needs pyarrow, the extra [embed]."""
+
+    def rows(self, start: Mark = BEGINNING) -> Iterator[Text]:
+        parquet = pyarrow_of("--input").parquet
+        import pyarrow
+
+        try:
+            # the whole of a row group may not fit in memory: a stream of its pages does
+            with parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
+                self._check(file.schema_arrow)
+                groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+                number = 0
+                while groups and number + groups[0] <= start.offset:
+                    number += groups.pop(0)
+                batches = file.iter_batches(
+                    _ROWS,
+                    range(file.num_row_groups - len(groups), file.num_row_groups),
+                    [self.column],
+                )
+                for value in itertools.chain.from_iterable(
+                    b.column(0).to_pylist() for b in batches
+                ):
+                    number += 1
+                    if number > start.offset:
+                        row = Row(f"{self.path}, row {number}", {self.column: value})
+                        yield Text(row.where, self.text(row), Mark(number))
+        except pyarrow.ArrowException as error:
+            raise InputError(f"{self.path}: not readable as Parquet ({error})") from None
+
+    def _check(self, schema: Any) -> None:
+        if self.column not in schema.names:
+            names = ", ".join(schema.names)
+            raise InputError(f"{self.path}: no column {self.column!r}, only {names}")
+
+
+_KINDS: dict[str, type[Texts]] = {
+    ".txt": _PlainLines,
+    ".jsonl": _JsonLines,
+    ".csv": _Delimited,
+    ".tsv": _Delimited,
+    ".parquet": _Parquet,
+}
+
+
+def texts_of(path: Path, column: str, delimiter: str | None = None) -> Texts:
+    """By the file's ending; with a delimiter, another than .jsonl and .parquet is a table.
+
+    InputError for another ending, and for what can be read only once.
+    """
+    if is_stream(path):
+        raise InputError(f"--input {path}: a stream cannot be read again from a place; name a file")
+    kind = path.suffix.lower()
+    if delimiter is not None and kind in (".txt", ""):
+        kind = ".csv"
+    if kind not in _KINDS:
+        raise InputError(f"{path}: expected one of {', '.join(_KINDS)}, got {path.suffix!r}")
+    return _KINDS[kind](path, column, delimiter)
+
+
+def pyarrow_of(option: str) -> Any:
+    """The package; InputError, beginning with an option, where it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(
+            f"{option}: .parquet needs pyarrow: pip install 'fastbert[embed]'"
+        ) from None
+    return pyarrow

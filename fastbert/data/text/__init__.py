@@ -1,0 +1,1 @@
+"""Text: which files a corpus is, its documents, sentences and words, and the tokenizer."""

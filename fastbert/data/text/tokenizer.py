@@ -1,0 +1,253 @@
+"""BERT's WordPiece tokenizer: trained here or taken over, and saved as Hugging Face reads it."""
+
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Container, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from fastbert.check import InputError
+from fastbert.system.files import Unwritable, write_text
+
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_LONGEST_WORD = 100  # characters; a WordPiece takes a longer word for [UNK]
+# what BERT cannot divide: neither blanks nor punctuation nor Chinese in it
+_LONG_WORD = re.compile(
+    "[^\\s!-/:-@\\[-`{-~\u2000-\u206f\u3000-\u303f\uff00-\uffef\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    f"\U00020000-\U0002fa1f]{{{_LONGEST_WORD + 1},}}"
+)
+_PREFIX = "##"  # of every piece that does not begin its word
+
+
+class SpecialTokens(NamedTuple):
+    """The ids of the tokens that are no text."""
+
+    pad: int
+    unk: int
+    cls: int
+    sep: int
+    mask: int
+
+
+def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
+    """The ids of [PAD], [UNK], [CLS], [SEP] and [MASK]; InputError if one is missing."""
+    vocab = tokenizer.get_vocab()
+    _require_special_tokens(vocab, "tokenizer")
+    return SpecialTokens(*(vocab[token] for token in _SPECIAL))
+
+
+def _require_special_tokens(vocab: Container[str], who: str) -> None:
+    if missing := [token for token in _SPECIAL if token not in vocab]:
+        raise InputError(f"{who}: the vocabulary lacks {', '.join(missing)}")
+
+
+def train_tokenizer(
+    sentences: Iterable[str],
+    vocab_size: int,
+    lowercase: bool = True,
+    strip_accents: bool | None = None,
+) -> Tokenizer:
+    """WordPiece (Schuster and Nakajima 2012; Wu et al. 2016, https://arxiv.org/abs/1609.08144).
+
+    The special tokens have the ids 0 to 4. The same sentences give the same vocabulary, of at most
+    `vocab_size` entries: fewer if the text is too small to fill it.
+
+    The library's trainer numbers the pieces `##x` in the order of a randomly seeded hash map, and
+    ties between merges go by number, so that two runs give two vocabularies. Naming these pieces
+    beforehand settles the order; it also gives every known letter a piece wherever it stands, so
+    that no word of known letters becomes [UNK]. That needs the alphabet first, hence two passes
+    over the sentences, which wait in a temporary file.
+    """
+    if vocab_size <= len(_SPECIAL):
+        raise InputError(
+            f"vocab_size: expected more than the {len(_SPECIAL)} special tokens, got {vocab_size}"
+        )
+    tokenizer = _wordpiece({}, lowercase, strip_accents)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as spool:
+        characters: Counter[str] = Counter()
+        for sentence in sentences:
+            characters.update(sentence)
+            if len(sentence) > _LONGEST_WORD:  # takes the trainer time by its square
+                sentence = _LONG_WORD.sub(" ", sentence)
+            spool.write(sentence + "\n")
+        spool.seek(0)
+        # half of the vocabulary for letters: a text in Chinese needs thousands, and one with
+        # stray emoji must still get words
+        alphabet, inner = _alphabet(tokenizer, characters, (vocab_size - len(_SPECIAL) + 1) // 2)
+        if not alphabet:
+            raise InputError("tokenizer: there is no text to train on")
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
+            special_tokens=[*_SPECIAL, *inner],  # numbered first and in this order, that is all
+            continuing_subword_prefix=_PREFIX,
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(spool, trainer)
+    return _wordpiece(tokenizer.get_vocab(with_added_tokens=False), lowercase, strip_accents)
+
+
+def _alphabet(
+    tokenizer: Tokenizer, characters: Counter[str], room: int
+) -> tuple[list[str], list[str]]:
+    """The most frequent normalised characters, and the `##x` of those found inside words.
+
+    `room`: how many entries both may take together.
+    """
+    counts: Counter[str] = Counter()
+    for character, count in characters.items():
+        for normal in "".join(tokenizer.normalizer.normalize_str(character).split()):
+            counts[normal] += count
+    alphabet: list[str] = []
+    inner: list[str] = []
+    for character in sorted(counts, key=lambda c: (-counts[c], c)):
+        # punctuation and Chinese characters stand alone, so that they never continue a word
+        alone = len(tokenizer.pre_tokenizer.pre_tokenize_str("a" + character)) > 1
+        alone = alone or " " in tokenizer.normalizer.normalize_str(character)
+        if len(alphabet) + len(inner) + (1 if alone else 2) > room:
+            break
+        alphabet.append(character)
+        if not alone:
+            inner.append(_PREFIX + character)
+    return alphabet, sorted(inner)
+
+
+def _wordpiece(
+    vocab: dict[str, int], lowercase: bool, strip_accents: bool | None = None
+) -> Tokenizer:
+    """BERT's pipeline round a vocabulary: as Hugging Face's BertTokenizer builds it.
+
+    strip_accents: None strips them if `lowercase`.
+    """
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=lowercase, strip_accents=strip_accents
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix=_PREFIX)
+    return _with_special_tokens(tokenizer) if vocab else tokenizer
+
+
+def _with_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """Makes the five known as special, and has a pair become [CLS] A [SEP] B [SEP]."""
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _SPECIAL])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return tokenizer
+
+
+def load_tokenizer(path: str | Path, *, model_vocab_size: int | None = None) -> Tokenizer:
+    """A `tokenizer.json`, a `vocab.txt`, or a directory that holds one (the former goes first).
+
+    Beside a vocab.txt, `tokenizer_config.json` says whether to lower-case (yes unless it says no).
+    Raises InputError unless it is a WordPiece with the five special tokens and ids 0 to V - 1, and
+    belongs to a model of `model_vocab_size`, if given.
+    """
+    path = file = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
+        if not found:
+            raise InputError(f"tokenizer {path}: holds neither tokenizer.json nor vocab.txt")
+        file = found[0]
+    try:
+        tokenizer = _from_json(file) if file.suffix == ".json" else _from_vocab(file)
+    except OSError as error:
+        raise InputError(f"tokenizer {file}: cannot be read: {error.strerror}") from error
+    vocab = tokenizer.get_vocab()
+    _require_special_tokens(vocab, f"tokenizer {file}")
+    if len(vocab) != 1 + max(vocab.values()):
+        raise InputError(
+            f"tokenizer {file}: {len(vocab)} different tokens but ids up to {max(vocab.values())}; "
+            "remove doubled lines or gaps"
+        )
+    # a few spare rows are common: vocabularies are padded to a multiple of 8 to 64 for speed
+    if model_vocab_size is not None and not len(vocab) <= model_vocab_size < len(vocab) + 64:
+        raise InputError(
+            f"{path}: the vocabulary has {len(vocab)} entries, the checkpoint "
+            f"{model_vocab_size}: they do not belong together"
+        )
+    tokenizer.no_truncation()  # a saved tokenizer may carry either, and would cut the corpus
+    tokenizer.no_padding()
+    return _with_special_tokens(tokenizer)
+
+
+def _from_json(file: Path) -> Tokenizer:
+    text = file.read_bytes()
+    try:
+        tokenizer = Tokenizer.from_str(text.decode("utf-8-sig"))
+    except Exception as error:  # the library raises no narrower class
+        reason = str(error).splitlines()[0]
+        raise InputError(f"tokenizer {file}: not a tokenizer.json: {reason}") from error
+    if not isinstance(tokenizer.model, models.WordPiece):
+        kind = type(tokenizer.model).__name__
+        raise InputError(f"tokenizer {file}: expected a WordPiece tokenizer, got {kind}")
+    return tokenizer
+
+
+def _from_vocab(file: Path) -> Tokenizer:
+    try:
+        lines = file.read_text("utf-8-sig").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"tokenizer {file}: not a vocab.txt: not UTF-8") from error
+    vocab = {token.rstrip("\r"): number for number, token in enumerate(lines)}
+    _require_special_tokens(vocab, f"tokenizer {file}")
+    config = file.with_name("tokenizer_config.json")
+    try:
+        options = json.loads(config.read_text("utf-8-sig")) if config.exists() else {}
+        lowercase, strip_accents = options.get("do_lower_case", True), options.get("strip_accents")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"tokenizer {config}: not a JSON object") from error
+    return _wordpiece(vocab, lowercase, strip_accents)
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
+    """Writes what `transformers.AutoTokenizer` and `load_tokenizer` read, each file atomically.
+
+    tokenizer.json, tokenizer_config.json, special_tokens_map.json and vocab.txt.
+    """
+    state = json.loads(tokenizer.to_str())
+    normalizer = state["normalizer"] or {}
+    special_map = {f"{token[1:-1].lower()}_token": token for token in _SPECIAL}
+    config: dict[str, object] = {**special_map, "model_max_length": 512}
+    if normalizer.get("type") == "BertNormalizer":
+        config |= {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": normalizer["lowercase"],
+            "strip_accents": normalizer["strip_accents"],
+            "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
+        }
+    else:  # another pipeline, which BertTokenizer would replace by its own
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    vocab = tokenizer.get_vocab()
+    contents = {
+        "vocab.txt": "".join(f"{token}\n" for token in sorted(vocab, key=vocab.__getitem__)),
+        "special_tokens_map.json": json.dumps(special_map, indent=2) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+    }
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unwritable.because(directory, error) from error
+    for name, text in contents.items():
+        write_text(directory / name, text)

@@ -1,0 +1,64 @@
+"""Unigrams and different bigrams of a tokenised corpus, counted once and kept beside it."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbert.check import InputError
+from fastbert.data.tokenized.corpus import TokenizedCorpus
+from fastbert.data.tokenized.parts import write_file
+
+FILE = "ngrams.npz"
+LARGEST = 2**16  # vocabulary, whose pairs make 512 MB of bits
+_CHUNK = 1 << 22  # tokens at a time
+
+
+class NgramCounts(NamedTuple):
+    """Each (V,) int64: how often a token occurs, and how many different ones follow, and precede
+    it, in the same document."""
+
+    tokens: NDArray[np.int64]
+    followers: NDArray[np.int64]
+    predecessors: NDArray[np.int64]
+
+
+def ngram_counts(corpus: TokenizedCorpus) -> NgramCounts:
+    """Those of all of the corpus; InputError for a vocabulary of more than 65,536 tokens."""
+    if corpus.vocab_size > LARGEST:
+        raise InputError(
+            f"masking: counts pairs of tokens in vocabularies of up to {LARGEST:,}, "
+            f"and this one has {corpus.vocab_size:,}"
+        )
+    path = corpus.directory / FILE
+    try:
+        with np.load(path) as arrays:
+            if str(arrays["identity"]) == corpus.identity:
+                return NgramCounts(*(arrays[name] for name in NgramCounts._fields))
+    except Exception:  # none, or a damaged one: counted again
+        pass
+    counts = _count(corpus)
+    write_file(path, lambda file: np.savez(file, identity=corpus.identity, **counts._asdict()))
+    return counts
+
+
+def _count(corpus: TokenizedCorpus) -> NgramCounts:
+    size, total = corpus.vocab_size, corpus.num_tokens
+    tokens = np.zeros(size, np.int64)
+    follows = np.zeros((size, -(-size // 8)), np.uint8)  # bit (a, b): b follows a
+    ends = corpus.sentence_offsets[corpus.document_offsets[1:]] - 1  # a document's last tokens
+    for begin in range(0, total, _CHUNK):
+        chunk = corpus.tokens[begin : begin + _CHUNK + 1].astype(np.int64)
+        tokens += np.bincount(chunk[:_CHUNK], minlength=size)
+        here = ends[np.searchsorted(ends, begin) : np.searchsorted(ends, begin + _CHUNK)] - begin
+        inside = np.ones(len(chunk) - 1, bool)
+        inside[here[here < len(inside)]] = False
+        pairs = np.unique((chunk[:-1] * size + chunk[1:])[inside])
+        first, second = np.divmod(pairs, size)
+        np.bitwise_or.at(follows, (first, second >> 3), (1 << (second & 7)).astype(np.uint8))
+    followers, predecessors = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    for token, row in enumerate(follows):
+        bits = np.unpackbits(row, count=size, bitorder="little")
+        followers[token] = bits.sum()
+        predecessors += bits
+    return NgramCounts(tokens, followers, predecessors)

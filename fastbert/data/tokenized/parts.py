@@ -1,0 +1,115 @@
+"""The complete parts of a cache that is being built, and the arrays that they become."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbert.data.text.encoding import EncodedDocuments
+from fastbert.system.files import output
+
+PART_CHARACTERS = 4_000_000  # of text in a part: seconds of work, some 100 MB while it is encoded
+
+
+class Part(NamedTuple):
+    """A file of `EncodedDocuments` under its number; documents_read: with those left out."""
+
+    path: Path
+    documents_read: int
+    tokens: int
+    sentences: int
+    documents: int
+
+
+def batches(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
+    """Consecutive documents, enough for one part each."""
+    batch: list[list[str]] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += sum(map(len, document))
+        if size >= PART_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def part_file(directory: Path, number: int) -> Path:
+    return directory / f"{number:06d}.npz"
+
+
+def write_part(path: Path, documents_read: int, encoded: EncodedDocuments) -> Part:
+    arrays = encoded._asdict()
+    counts = (documents_read, *map(len, list(arrays.values())[1:]))
+    write_file(path, lambda file: np.savez(file, counts=np.array(counts), **arrays))
+    return Part(path, *counts)
+
+
+def complete_parts(directory: Path) -> dict[int, Part]:
+    """The parts by number, without those that are damaged, as after a power cut."""
+    parts = {}
+    for path in directory.glob("[0-9]*.npz"):
+        try:
+            with np.load(path) as arrays:
+                parts[int(path.stem)] = Part(path, *arrays["counts"].tolist())
+        except Exception:  # a damaged zip raises almost anything; the part is simply made again
+            continue
+    return parts
+
+
+def merge(parts: Sequence[Part], directory: Path, dtype: type) -> None:
+    """Lays the parts end to end in the four arrays of a `TokenizedCorpus`.
+
+    dtype: of the tokens
+    """
+    tokens, sentences, documents = (
+        sum(getattr(part, name) for part in parts) for name in ("tokens", "sentences", "documents")
+    )
+    _write_array(directory, "tokens", dtype, tokens, _arrays(parts, "tokens"))
+    _write_array(directory, "word_starts", np.bool_, tokens, _arrays(parts, "word_starts"))
+    for name, size in (("sentence", sentences), ("document", documents)):
+        ends = _running_sum(_arrays(parts, f"{name}_lengths"))
+        _write_array(directory, f"{name}_offsets", np.int64, size + 1, ends)
+
+
+def _arrays(parts: Iterable[Part], name: str) -> Iterator[NDArray[Any]]:
+    for part in parts:
+        with np.load(part.path) as arrays:
+            yield arrays[name]
+
+
+def _running_sum(lengths: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
+    """Lengths become offsets: a 0, and where each one ends."""
+    ends = np.zeros(1, np.int64)
+    yield ends
+    for some in lengths:
+        if len(some):
+            ends = ends[-1] + np.cumsum(some)
+            yield ends
+
+
+def _write_array(
+    directory: Path, name: str, dtype: type, size: int, arrays: Iterable[NDArray[Any]]
+) -> None:
+    """A .npy file piece by piece; a map of the whole file would fill the memory with its pages."""
+    header = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+        "fortran_order": False,
+        "shape": (size,),
+    }
+
+    def write(file: BinaryIO) -> None:
+        np.lib.format.write_array_header_1_0(file, header)
+        for array in arrays:
+            file.write(array.astype(dtype, copy=False).data)
+
+    write_file(directory / f"{name}.npy", write)
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """A file that is either complete under its name or not there, whatever happens."""
+    with output(path) as file:
+        write(file)

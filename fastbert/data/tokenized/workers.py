@@ -1,0 +1,153 @@
+"""Encodes batches of documents into part files, in this process or in several others."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import types
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+from fastbert.check import InputError
+from fastbert.data.text.encoding import DocumentEncoder
+from fastbert.data.tokenized.parts import Part, write_part
+
+_UNDER_WAY = 2  # batches a process, so that it need not wait while another one is read
+
+
+class Interrupted(InputError):
+    """Tokenising has stopped; what is complete is kept, and running again goes on from there."""
+
+
+class Batch(NamedTuple):
+    """Documents, and the number and the file of the part that they become."""
+
+    number: int
+    documents: list[list[str]]
+    path: Path
+
+
+def available_cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux; tells what taskset and batch systems leave us
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def write_parts(
+    batches: Iterable[Batch], encoder: DocumentEncoder, processes: int
+) -> Generator[tuple[int, Part], None, None]:
+    """(number, part) of each batch as it is done, in any order if `processes` are 2 or more.
+
+    At most _UNDER_WAY batches a process are read ahead. Raises InputError for a segmenter that
+    other processes cannot have, Interrupted if one of them is killed.
+    """
+    if processes < 2:
+        for batch in batches:
+            yield batch.number, _write_part(encoder, batch)
+        return
+    _require_portable(encoder)
+    under_way: dict[Future[Part], int] = {}
+    with _pool(encoder, processes) as pool:
+        try:
+            for batch in batches:
+                with _without_main():
+                    under_way[pool.submit(_work, batch)] = batch.number
+                if len(under_way) == _UNDER_WAY * processes:
+                    yield from _done(under_way)
+            while under_way:
+                yield from _done(under_way)
+        except BrokenProcessPool:
+            raise Interrupted(
+                "a process that tokenised was killed, perhaps for want of memory; run again to go "
+                "on where it was, with fewer processes if need be"
+            ) from None
+
+
+def _done(under_way: dict[Future[Part], int]) -> Iterator[tuple[int, Part]]:
+    """Waits for at least one."""
+    for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+        yield under_way.pop(future), future.result()
+
+
+def _write_part(encoder: DocumentEncoder, batch: Batch) -> Part:
+    return write_part(batch.path, len(batch.documents), encoder.encode(batch.documents))
+
+
+def _require_portable(encoder: DocumentEncoder) -> None:
+    segmenter = encoder.segmenter
+    try:
+        pickle.dumps(segmenter)
+        portable = getattr(segmenter, "__module__", None) != "__main__"
+    except Exception:  # pickle raises three classes, and objects what they like
+        portable = False
+    if not portable:
+        raise InputError(
+            f"segmenter {segmenter!r}: several processes need a function of a module that they can "
+            "import; move it to one, or tokenise with processes=1"
+        )
+
+
+@contextlib.contextmanager
+def _pool(encoder: DocumentEncoder, processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with the block, and at once if it fails or this process is killed."""
+    # A server imports fastbert once and forks, which saves each process seconds and the memory of
+    # torch; forking this process would copy its threads' locks
+    has_server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if has_server else "spawn")
+    context.set_forkserver_preload([__name__])
+    threads = max(available_cores() // processes, 1)
+    alive, end = context.Pipe(duplex=False)
+    with (
+        alive,
+        ProcessPoolExecutor(processes, context, _begin, (encoder, threads, alive)) as pool,
+        end,  # closed before the pool waits for its processes
+    ):
+        yield pool
+        pool.shutdown()
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes that start meanwhile do not import the running script.
+
+    They have no use for it, and it would run again if it has no `if __name__ == "__main__"`.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+_encoder: DocumentEncoder  # of a process of the pool
+
+
+def _begin(encoder: DocumentEncoder, threads: int, alive: Connection) -> None:
+    """In each process of the pool, first."""
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to act upon
+    # the library's own threads, and it reads these when it first encodes
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
+    _encoder = encoder
+
+
+def _end_with(alive: Connection) -> None:
+    """Ends this process when the main one closes its end of the pipe or is gone."""
+    with contextlib.suppress(EOFError, OSError):
+        alive.recv()
+    os._exit(1)
+
+
+def _work(batch: Batch) -> Part:
+    return _write_part(_encoder, batch)

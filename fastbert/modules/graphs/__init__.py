@@ -1,0 +1,1 @@
+"""The layers of an encoder replayed as CUDA graphs, by buckets of sizes."""

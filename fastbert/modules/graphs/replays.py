@@ -1,0 +1,229 @@
+"""The layers of an encoder as recorded CUDA graphs of one size, for batches of that size or less.
+
+T packed tokens of B sequences, M wanted rows, H hidden; a bucket's are T', B' and M'.
+
+A recorded graph reads and writes fixed addresses. So a call copies its tensors into buffers of the
+bucket's size, behind which spare tokens belong to no sequence, replays, and hands out copies.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbert.modules.graphs.recorder import Recorder
+from fastbert.modules.layer import LayerParts, run_layer, run_layers
+from fastbert.modules.sequences import Rows, Sequences
+from fastbert.rng import DropoutState
+
+
+class Bucket(NamedTuple):
+    """Sizes that a call is padded to; rows and longest_rows are 0 where all tokens are wanted."""
+
+    tokens: int
+    sequences: int
+    longest: int
+    rows: int = 0
+    longest_rows: int = 0
+
+    @classmethod
+    def of(cls, x: Tensor, sequences: Sequences, rows: Rows | None) -> "Bucket":
+        """The smallest one that the call fits: at most an eighth of its tokens is spare, or 15."""
+        numbers = len(x), len(sequences.cu_seqlens) - 1, sequences.max_seqlen
+        tokens, count, longest = numbers
+        wanted = (0, 0)
+        if rows is not None:
+            wanted = rounded(len(rows.index), 16), rounded(rows.max_seqlen, 64)
+        return cls(
+            rounded(tokens, 16), 1 << (count - 1).bit_length(), rounded(longest, 64), *wanted
+        )
+
+
+def rounded(size: int, least: int) -> int:
+    """The next multiple of `least`, or of a power of two that is at most an eighth of the size."""
+    step = max(least, 1 << max(size.bit_length() - 4, 0))
+    return -(-size // step) * step
+
+
+class Precision(NamedTuple):
+    """Autocast as it was when a call was made; the gradient of the call is computed without."""
+
+    device: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Precision":
+        device = x.device.type
+        enabled = torch.is_autocast_enabled(device)
+        return cls(device, enabled, torch.get_autocast_dtype(device))
+
+    def restored(self) -> Any:
+        # a recording must not read copies of weights that autocast made before it, or keep its own
+        return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
+
+
+class Call(NamedTuple):
+    """What the layers are called with, beside x (T, H).
+
+    trained: the parameters that have a gradient, each once, or None where not even x has one
+    """
+
+    parts: Sequence[LayerParts]
+    sequences: Sequences
+    rows: Rows | None
+    precision: Precision
+    trained: list[Tensor] | None
+
+    def num_outputs(self, x: Tensor) -> int:
+        return len(x) if self.rows is None else len(self.rows.index)
+
+    def run(self, x: Tensor) -> Tensor:
+        """(T, H) -> (T, H), or (M, H), in the dtypes that autocast had."""
+
+        def run_one(number: int, x: Tensor, sequences: Sequences) -> Tensor:
+            return run_layer(self.parts[number], x, sequences)
+
+        with self.precision.restored():
+            return run_layers(len(self.parts), x, self.sequences, False, self.rows, run_one)[0]
+
+
+class Buffers:
+    """Where a recorded graph reads its batch, of the bucket's sizes."""
+
+    def __init__(self, bucket: Bucket, x: Tensor, call: Call) -> None:
+        def integers(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=x.device)
+
+        self.x = x.new_zeros(bucket.tokens, x.shape[1])
+        rng, rows = call.sequences.rng, None
+        if rng is not None:
+            rng = DropoutState(integers(2, torch.int64), integers(bucket.tokens, torch.int64))
+        if call.rows is not None:
+            index, inverse, begins = map(
+                integers, (bucket.rows, bucket.tokens, bucket.sequences + 1)
+            )
+            rows = Rows(index, inverse, begins, bucket.longest_rows)
+        sequences = Sequences(integers(bucket.sequences + 1), bucket.longest, None, rng)
+        self.call = call._replace(sequences=sequences, rows=rows)
+        self.fill(x, call)
+
+    @torch.no_grad()
+    def fill(self, x: Tensor, call: Call) -> None:
+        """Spare tokens are zeros, and behind the last sequence; spare sequences are empty."""
+        put(self.x, x, 0)
+        put(self.call.sequences.cu_seqlens, call.sequences.cu_seqlens, len(x))
+        rng, drawn = self.call.sequences.rng, call.sequences.rng
+        if rng is not None and drawn is not None:
+            rng.state.copy_(drawn.state)
+            put(rng.token_key, drawn.token_key, 0)
+        rows, wanted = self.call.rows, call.rows
+        if rows is not None and wanted is not None:
+            put(rows.index, wanted.index, -1)
+            put(rows.inverse, wanted.inverse, -1)
+            put(rows.cu_seqlens, wanted.cu_seqlens, len(wanted.index))
+
+
+def put(buffer: Tensor, values: Tensor, spare: float) -> None:
+    count = len(values)
+    buffer[:count].copy_(values)
+    if count < len(buffer):
+        buffer[count:].fill_(spare)
+
+
+class ForwardGraph:
+    """The layers without gradients."""
+
+    def __init__(self, recorder: Recorder, bucket: Bucket, x: Tensor, call: Call) -> None:
+        # buffers are no inference tensors, which no later call outside of that mode could fill
+        with torch.inference_mode(False), torch.no_grad():
+            self.buffers = Buffers(bucket, x, call)
+            work = functools.partial(self.buffers.call.run, self.buffers.x)
+            recorder.warm_up(work)
+            self.replay = recorder.record(work)
+
+    def __call__(self, x: Tensor, call: Call) -> Tensor:
+        """The caller's own tensor."""
+        self.buffers.fill(x, call)
+        return self.replay()[: call.num_outputs(x)].clone()
+
+
+class TrainingGraphs:
+    """The layers' forward, and a second graph of their backward, which reads what that kept."""
+
+    def __init__(self, recorder: Recorder, bucket: Bucket, x: Tensor, call: Call) -> None:
+        self.wants_dx = x.requires_grad
+        with torch.inference_mode(False), torch.enable_grad():
+            self.buffers = Buffers(bucket, x, call)
+            self.dout = torch.zeros_like(recorder.warm_up(self._forward))
+            recorder.warm_up(self._backward)
+            del self.out, self.inputs  # which are of memory that no recording has
+            self.replay_forward = recorder.record(self._forward)
+            self.replay_backward = recorder.record(self._backward)
+
+    def _forward(self) -> Tensor:
+        x = self.buffers.x.detach().requires_grad_(self.wants_dx)
+        self.inputs = _with_gradient(x, self.buffers.call)
+        self.out = self.buffers.call.run(x)
+        return self.out.detach()
+
+    def _backward(self) -> tuple[Tensor | None, ...]:
+        return _gradients(self.out, self.inputs, self.dout)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        self.buffers.fill(x, call)
+        return self.replay_forward()[: call.num_outputs(x)].clone()
+
+    def backward(self, dout: Tensor, num_tokens: int) -> tuple[Tensor | None, ...]:
+        """The gradients of x, if it has one, and of the parameters; once after each forward."""
+        put(self.dout, dout, 0)
+        found = list(self.replay_backward())
+        if self.wants_dx and found[0] is not None:
+            found[0] = found[0][:num_tokens]
+        given = [gradient for gradient in found if gradient is not None]
+        own = iter(torch._foreach_mul(given, 1) if given else ())
+        return tuple(None if gradient is None else next(own) for gradient in found)
+
+
+class Replayed(torch.autograd.Function):
+    """The layers in training: a replay each of their forward and of their backward.
+
+    Where the backward cannot be replayed, because it is not the first through this call or is to be
+    differentiated itself, the layers run again as they are, as activation checkpointing has it.
+    """
+
+    @staticmethod
+    def forward(ctx, pending: Any, call: Call, x: Tensor, *parameters: Tensor) -> Tensor:
+        """pending: with a `forward` (x, call), and a `backward` (dout, number of tokens) that gives
+        None where the graphs no longer hold what the forward kept."""
+        ctx.pending, ctx.call = pending, call
+        # so that autograd refuses a gradient by weights that changed in between, as ever
+        ctx.save_for_backward(x, *parameters)
+        return pending.forward(x, call)
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        (x, *_), call, found = ctx.saved_tensors, ctx.call, None
+        is_differentiated = torch.is_grad_enabled()
+        if not is_differentiated:
+            found = ctx.pending.backward(dout, len(x))
+            x = x.detach().requires_grad_(x.requires_grad)
+        if found is None:
+            with torch.enable_grad():
+                out = call.run(x)
+            found = _gradients(out, _with_gradient(x, call), dout, create_graph=is_differentiated)
+        return None, None, *(found if x.requires_grad else (None, *found))
+
+
+def _with_gradient(x: Tensor, call: Call) -> list[Tensor]:
+    trained = call.trained or []
+    return [x, *trained] if x.requires_grad else trained
+
+
+def _gradients(
+    out: Tensor, inputs: list[Tensor], dout: Tensor, *, create_graph: bool = False
+) -> tuple[Tensor | None, ...]:
+    with torch.autocast(out.device.type, enabled=False):
+        return torch.autograd.grad(out, inputs, dout, create_graph=create_graph, allow_unused=True)

@@ -1,0 +1,139 @@
+"""How packed tokens belong to sequences, and which of them a later step reads."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fastbert.check import require
+from fastbert.ops.compact import compact
+from fastbert.ops.dropout import check_dropout
+from fastbert.ops.gather_rows import Call as Gather
+from fastbert.ops.gather_rows import gather_rows
+from fastbert.rng import DropoutState
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """Which M of the T packed tokens are wanted, in order.
+
+    index: (M,) int32, each row's token, -1 for a spare row; inverse: (T,) int32, each token's row
+    or -1; cu_seqlens: (B + 1,) int32, where each sequence's rows begin; max_seqlen: an upper bound
+    of how many a sequence has.
+    """
+
+    index: Tensor
+    inverse: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @classmethod
+    def where(cls, wanted: Tensor, cu_seqlens: Tensor, max_seqlen: int, capacity: int) -> "Rows":
+        """The tokens that `wanted` (T,) bool marks, at most `capacity` of them; no host waits."""
+        kept = compact(wanted[None], 0, capacity)
+        before = torch.cat([wanted.new_zeros(1), wanted]).cumsum(0, dtype=torch.int32)
+        begins = before[cu_seqlens.long()].clamp(max=capacity)
+        return cls(kept.positions, kept.slots, begins, max_seqlen)
+
+    @classmethod
+    def read_by_losses(
+        cls,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        num_tokens: int,
+        *,
+        first: bool,
+        has_label: Tensor | None = None,
+        num_labels: int = 0,
+    ) -> "Rows":
+        """Each sequence's first token if `first`, and the tokens that (T,) bool `has_label` marks.
+
+        num_labels: how many these are, or an upper bound of it. The host waits for nothing.
+        """
+        wanted = torch.zeros(num_tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
+        capacity = num_labels
+        if first:  # an empty sequence has its successor's place, or the one behind all
+            # an assignment through an index would copy its value from the host, and wait for that
+            wanted.index_fill_(0, cu_seqlens[:-1].long(), True)
+            capacity += cu_seqlens.shape[0] - 1
+        wanted = wanted[:-1]
+        if has_label is not None:
+            wanted = wanted | has_label
+        longest = min(max_seqlen, 1) if has_label is None else max_seqlen
+        return cls.where(wanted, cu_seqlens, longest, min(capacity, num_tokens))
+
+    def of(self, x: Tensor) -> Tensor:
+        """(T, H) -> (M, H), zeros in spare rows."""
+        return gather_rows.run(Gather(x, self.index, self.inverse))
+
+    def take(self, values: Tensor, spare: int) -> Tensor:
+        """(T,) -> (M,), `spare` in spare rows."""
+        return torch.where(self.index >= 0, values[self.index.clamp(min=0)], spare)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sequences:
+    """How the T packed tokens of one forward pass belong together.
+
+    cu_seqlens: (B + 1,) int32, where each sequence begins, and T at the end; max_seqlen: an upper
+    bound of their lengths; mask: which of its sequence's tokens each may attend to, as `attention`
+    takes it, None for all; rng: what dropout draws from, None where none is; rows: the only tokens
+    whose output is wanted, None for all.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    mask: Tensor | None = None
+    rng: DropoutState | None = None
+    rows: Rows | None = None
+
+    def check(self, num_tokens: int) -> None:
+        """Raises ValueError where these are not sequences of so many tokens.
+
+        Asked once in a forward pass, as layers do not check what they give to operators.
+        """
+        cu_seqlens, mask, rng = self.cu_seqlens, self.mask, self.rng
+        if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or not len(cu_seqlens):
+            got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            require(False, "attention", "cu_seqlens of dtype int32 and shape (batch + 1,)", got)
+        if not cu_seqlens.is_contiguous():
+            require(False, "attention", "contiguous cu_seqlens", cu_seqlens.stride())
+        if mask is not None:
+            self._check_mask(mask)
+        if rng is not None:
+            check_dropout("dropout", num_tokens, cu_seqlens.device, 0.5, rng)
+
+    def _check_mask(self, mask: Tensor) -> None:
+        batch, longest = len(self.cu_seqlens) - 1, self.max_seqlen
+        full = (batch, None, longest, longest)  # how many heads there are, the layers know
+        sizes = zip(reversed(mask.shape), reversed(full), strict=False)
+        require(
+            mask.ndim <= 4
+            and all(limit is None or size in (1, limit) for size, limit in sizes)
+            and (mask.dtype == torch.bool or mask.is_floating_point()),
+            "attention",
+            f"a mask of dtype bool or floating, broadcasting to {(batch, 'heads', *full[2:])}",
+            f"{mask.dtype} {tuple(mask.shape)}",
+        )
+
+    def at(self, site: int) -> "Sequences":
+        """The same, with the dropout of another place in the model."""
+        if self.rng is None:
+            return self
+        return Sequences(self.cu_seqlens, self.max_seqlen, self.mask, self.rng.at(site), self.rows)
+
+    def only(self, rows: Rows | None) -> "Sequences":
+        if rows is self.rows:
+            return self
+        return Sequences(self.cu_seqlens, self.max_seqlen, self.mask, self.rng, rows)
+
+    def wanted(self, x: Tensor) -> Tensor:
+        """(T, H) -> the rows of it that are wanted"""
+        return x if self.rows is None else self.rows.of(x)
+
+    def wanted_rng(self, offset: int = 0) -> DropoutState | None:
+        """Dropout of the wanted rows, at the site `offset` behind the present one."""
+        if self.rng is None:
+            return None
+        rng = self.rng if self.rows is None else self.rng.rows(self.rows.index)
+        return rng.at(rng.site + offset)

@@ -1,0 +1,132 @@
+"""The loss of distillation: a student's against a teacher's scores and hidden states, and MLM's."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbert.models.inputs import wanted_rows
+from fastbert.models.losses import cosine_loss, masked_rows, score_classes, soft_target_loss
+from fastbert.models.pretraining import BertForMaskedLM
+from fastbert.modules.sequences import Rows
+from fastbert.packing import IGNORE_INDEX, PackedBatch
+from fastbert.train.objective import PretrainingObjective, Result
+
+
+class DistillationMetrics(NamedTuple):
+    """Sums over masked tokens, of the cosine over all tokens; as `Metrics`, with as many fields."""
+
+    mlm_loss_sum: float = 0.0
+    mlm_correct: float = 0.0
+    num_targets: float = 0.0
+    soft_loss_sum: float = 0.0
+    cosine_loss_sum: float = 0.0
+    num_tokens: float = 0.0
+    skipped_steps: float = 0.0
+
+    @property
+    def mlm_loss(self) -> float:
+        return self.mlm_loss_sum / max(self.num_targets, 1)
+
+    @property
+    def mlm_accuracy(self) -> float:
+        return self.mlm_correct / max(self.num_targets, 1)
+
+    @property
+    def soft_loss(self) -> float:
+        return self.soft_loss_sum / max(self.num_targets, 1)
+
+    @property
+    def cosine_loss(self) -> float:
+        return self.cosine_loss_sum / max(self.num_tokens, 1)
+
+
+class Weights(NamedTuple):
+    """Of the three losses."""
+
+    soft: float
+    mlm: float
+    cosine: float
+
+
+class Answer(NamedTuple):
+    """hidden_states: (T, H), or of the wanted rows; logits, targets: (C, V), (C,), where masked."""
+
+    hidden_states: Tensor
+    logits: Tensor
+    targets: Tensor
+
+
+class Teacher:
+    """A model that is asked and not trained.
+
+    It is no module, so that it has no part in the mode, the parameters, the shards and the
+    checkpoints of an objective that holds it.
+    """
+
+    def __init__(self, model: BertForMaskedLM) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def answer(self, batch: PackedBatch, rows: Rows | None) -> Answer:
+        return answer(self.model, batch, rows)
+
+
+def answer(model: BertForMaskedLM, batch: PackedBatch, rows: Rows | None) -> Answer:
+    """Hidden states of all tokens or of `rows`, and the head's scores at the masked positions."""
+    hidden_states = model.bert(batch, rows=rows).last_hidden_state
+    masked = masked_rows(hidden_states, batch, rows)
+    return Answer(hidden_states, model.cls.predictions(masked.rows), masked.targets)
+
+
+class DistillationObjective(PretrainingObjective):
+    """The three losses of DistilBERT (Sanh et al. 2019, https://arxiv.org/abs/1910.01108).
+
+    At the masked positions the KL divergence from the teacher's probabilities, both softened by
+    `temperature`, and the MLM loss; at all tokens the cosine distance of the last hidden states.
+    They are normalised by the counts of the whole batch, as in `PretrainingObjective`, which this
+    is in eval mode: held out, the student is measured by the MLM loss alone.
+
+    Both models' scores at the masked positions are there at once, in float32 too.
+    """
+
+    model: BertForMaskedLM
+
+    def __init__(
+        self,
+        model: BertForMaskedLM,
+        teacher: Teacher,
+        weights: Weights,
+        temperature: float,
+    ) -> None:
+        super().__init__(model)
+        self.teacher = teacher
+        self.weights = weights
+        self.temperature = temperature
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        num_targets: int | Tensor,
+        num_pairs: int | Tensor,
+        num_tokens: int | Tensor = 1,
+    ) -> Result:
+        if not self.training:
+            return super().forward(batch, num_targets, num_pairs, num_tokens)
+        weights = self.weights
+        # the cosine is over all tokens, so that only without it the last layer may skip some
+        rows = None if weights.cosine else wanted_rows(batch, first=False, labelled=True)
+        own, taught = answer(self.model, batch, rows), self.teacher.answer(batch, rows)
+        words = score_classes(own.logits, own.targets, count_correct=True)
+        soft = soft_target_loss(
+            own.logits, taught.logits, own.targets != IGNORE_INDEX, self.temperature
+        )
+        both = weights.soft * soft + weights.mlm * words.loss_sum
+        loss = words._replace(loss_sum=both).loss(num_targets)
+        cosine = tokens = torch.zeros_like(loss)
+        if weights.cosine:
+            is_real = batch.is_real()
+            cosine = cosine_loss(own.hidden_states, taught.hidden_states, is_real)
+            tokens = is_real.sum()
+            loss = loss + weights.cosine * words._replace(loss_sum=cosine).loss(num_tokens)
+        return Result.of(loss, [*words.sums(), soft, cosine, tokens])

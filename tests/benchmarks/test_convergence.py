@@ -1,0 +1,39 @@
+"""The convergence benchmark trains three models on the same batches, and would see a difference."""
+
+import pytest
+import torch
+
+from benchmarks.results import FASTBERT, Options, Results
+from benchmarks.training import convergence
+from fastbert.packing import PackedBatch
+
+
+def test_pads_a_batch():
+    batch = PackedBatch(
+        input_ids=torch.tensor([5, 6, 7, 8, 9]),
+        cu_seqlens=torch.tensor([0, 2, 5], dtype=torch.int32),
+        max_seqlen=3,
+        position_ids=torch.tensor([0, 1, 0, 1, 2]),
+        token_type_ids=torch.tensor([0, 1, 0, 0, 1]),
+        labels=torch.tensor([-100, 6, -100, -100, 4]),
+        next_sentence_label=torch.tensor([0, 1]),
+    )
+    arguments = convergence.padded(batch)
+    assert arguments["input_ids"].tolist() == [[5, 6, 0], [7, 8, 9]]
+    assert arguments["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert arguments["token_type_ids"].tolist() == [[0, 1, 0], [0, 0, 1]]
+    assert arguments["labels"].tolist() == [[-100, 6, -100], [-100, -100, 4]]
+    assert arguments["next_sentence_label"].tolist() == [0, 1]
+
+
+@pytest.mark.slow
+def test_the_curves_agree():
+    options = Options(torch.device("cpu"), quick=True)
+    results = Results(options)
+    convergence.run(options, results)
+    (row,) = results.of("convergence")
+    assert set(row["curves"]) == {FASTBERT, convergence.REFERENCE, convergence.HUGGING_FACE}
+    assert max(row["largest_gap"].values()) < 1e-4
+    for losses in row["curves"].values():
+        assert len(losses) == row["case"]["steps"]
+        assert losses[-1] < losses[0] - 0.5  # they learn

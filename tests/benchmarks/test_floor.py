@@ -1,0 +1,88 @@
+"""The floor of a step counts what its operators read, write and multiply."""
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks.steps import floor, footprint
+from benchmarks.steps.floor import Work
+from benchmarks.workloads import pretraining_batch, sequence_lengths
+from fastbert.config.pretrain import PRESETS
+
+LENGTHS = sequence_lengths("wikipedia", 8)
+TOKENS = sum(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def work():
+    return floor.count("base", LENGTHS).work
+
+
+def test_a_residual_stream_in_fp32_is_read_written_and_kept_at_twice_the_width(work):
+    """A layer keeps two sums before its LayerNorms; the products keep what they had."""
+    layers = PRESETS["base"].shape["num_hidden_layers"] - 1  # of the last few rows are computed
+    narrow, wide = (floor.count("base", LENGTHS, choice).kept_bytes for choice in (None, True))
+    assert wide - narrow == pytest.approx(layers * 2 * 2 * TOKENS * 768, rel=0.15)
+    with_sums = floor.count("base", LENGTHS, True).work
+    forward = max(of(with_sums, "layer_norm_fwd"), key=lambda one: one.bytes)
+    assert forward.bytes == pytest.approx(forward.calls * (2 + 3 * 4) * TOKENS * 768, rel=0.01)
+    before = max(of(work, "layer_norm_fwd"), key=lambda one: one.bytes)
+    assert before.bytes == pytest.approx(before.calls * 4 * 2 * TOKENS * 768, rel=0.01)
+
+
+def of(work, operator):
+    return [one for kind, one in work.items() if kind.operator == operator]
+
+
+def test_the_arithmetic_is_what_the_result_needs(work):
+    """Less what the last layer leaves out, more the rows of padding in the vocabulary."""
+    needed = footprint.model_flops("base", pretraining_batch(LENGTHS), training=True)
+    assert 0.9 * needed < sum(one.flops for one in work.values()) < 1.01 * needed
+
+
+def test_bytes_are_those_of_inputs_and_results(work):
+    """bfloat16 tokens, float32 biases; a layer each, but for the last one's wanted rows."""
+    layers, inner = PRESETS["base"].shape["num_hidden_layers"] - 1, 4 * 768
+    whole = max(of(work, "bias_gelu_fwd"), key=lambda one: one.bytes)
+    assert whole.calls == layers
+    assert whole.bytes == layers * (2 * 2 * TOKENS * inner + 4 * inner)
+    whole = max(of(work, "bias_gelu_bwd"), key=lambda one: one.bytes)
+    assert whole.bytes == layers * (3 * 2 * TOKENS * inner + 2 * 4 * inner)
+
+
+def test_attention_is_counted_by_the_sequences(work):
+    forward = of(work, "attention_fwd")
+    backward = of(work, "attention_qkvpacked_bwd") + of(work, "attention_bwd")
+    per_layer = 4 * 768 * sum(n**2 for n in LENGTHS)
+    whole = max(forward, key=lambda one: one.flops)
+    assert whole.flops == 11 * per_layer
+    (last,) = (one for one in forward if one is not whole)
+    assert 0.1 * per_layer < last.flops < 0.25 * per_layer  # the queries of wanted rows alone
+    total = sum(one.flops for one in backward)
+    assert total == pytest.approx(2.5 * sum(one.flops for one in forward))
+
+
+def test_what_moves_nothing_is_not_counted(work):
+    names = {kind.operator for kind in work}
+    assert not names & {"view", "t", "transpose", "unbind", "slice", "detach", "empty", "device"}
+    assert names >= {"mm", "addmm", "attention_fwd", "cat"}
+
+
+def test_the_optimizer_reads_four_tensors_and_writes_them(work):
+    (adamw,) = of(work, "_fused_adamw_")
+    assert adamw.bytes == pytest.approx(2 * 4 * 4 * 110e6, rel=0.02)
+
+
+def test_the_longer_of_two_times_is_the_floor():
+    assert Work(1, bytes=10, flops=30).floor(product=10, copy=5) == 3
+    assert Work(1, bytes=20, flops=30).floor(product=10, copy=5) == 4
+
+
+@pytest.mark.parametrize(("option", "known"), [("preset", "mini"), ("lengths", "wikipedia")])
+def test_an_unknown_name_is_an_error_that_lists_the_known(option, known):
+    app = typer.Typer()
+    app.command()(floor.main)
+    outcome = CliRunner().invoke(app, [f"--{option}", "nothing"])
+    assert outcome.exit_code == 2
+    assert known in outcome.output
+    assert "'nothing'" in outcome.output

@@ -1,0 +1,119 @@
+"""Texts of files read row by row: as the readers of whole files give them, from any mark."""
+
+import csv
+import io
+import json
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from fastbert.check import InputError
+from fastbert.data.formats import texts as module
+from fastbert.data.formats.tables import read_table
+from fastbert.data.formats.texts import BEGINNING, Mark, texts_of
+from fastbert.embedding.array import _texts
+
+LINES = ["one", "", "two  ", "drei é 北京", "\tfour", "fünf"]
+CSV = 'id,"te\nxt",more\r\n1,"a\nb",x\r\n\r\n2,,y\r\n3,"c ""d""\n\ne",z\r\n4,last,w'
+
+
+def write(path, text):
+    path.write_bytes(text.encode())
+    return path
+
+
+def files(tmp_path):
+    rows = [{"text": line, "n": n} for n, line in enumerate(LINES) if line.strip()]
+    jsonl = "\n\n".join(json.dumps(row) for row in rows)
+    return [
+        (write(tmp_path / "a.txt", "\r\n".join(LINES) + "\n"), "text"),
+        (write(tmp_path / "b.txt", "\ufeff" + "\n".join(LINES)), "text"),
+        (write(tmp_path / "c.jsonl", jsonl), "text"),
+        (write(tmp_path / "d.csv", CSV), "te\nxt"),
+        (write(tmp_path / "e.tsv", '\ufefftext\tb\n"a\t1\n\nb c\t2\n'), "text"),
+        (write(tmp_path / "f.csv", "text\n\n\nx\n"), "text"),
+    ]
+
+
+def test_they_are_those_of_the_whole_file_and_go_on_from_every_mark(tmp_path):
+    for path, column in files(tmp_path):
+        found = list(texts_of(path, column).rows())
+        assert [(row.where, row.text) for row in found] == _texts(path, column, None), path
+        for number, row in enumerate(found):
+            assert list(texts_of(path, column).rows(row.after)) == found[number + 1 :], path
+        assert found == list(texts_of(path, column).rows(BEGINNING))
+
+
+@hypothesis.given(
+    st.lists(st.lists(st.text('ab\n", ;é', max_size=5), min_size=2, max_size=2), min_size=1)
+)
+@hypothesis.settings(max_examples=100, deadline=None)
+def test_any_table_goes_on_from_every_mark(tmp_path_factory, rows):
+    text = io.StringIO()
+    csv.writer(text).writerows([["text", "b"], *rows])
+    path = write(tmp_path_factory.mktemp("t") / "t.csv", text.getvalue())
+    try:
+        whole = [(r.where, r.values["text"]) for r in read_table(path, ["text"])]
+        found = [(r.where, r.text, r.after) for r in texts_of(path, "text").rows()]
+    except InputError as error:
+        assert "expected a text" in str(error)  # noqa: PT017  # of blanks alone
+        return
+    assert [row[:2] for row in found] == whole
+    for number, (_, _, after) in enumerate(found):
+        rest = [(r.where, r.text) for r in texts_of(path, "text").rows(after)]
+        assert rest == whole[number + 1 :]
+
+
+def test_a_delimiter_of_ones_own(tmp_path):
+    path = write(tmp_path / "a.txt", "x;text\n1;a,b\n2;c\n")
+    assert [row.text for row in texts_of(path, "text", ";").rows()] == ["a,b", "c"]
+
+
+def test_parquet_in_row_groups(tmp_path):
+    arrow = pytest.importorskip("pyarrow", reason="the extra [embed] is needed")
+    pytest.importorskip("pyarrow.parquet")
+    lines = [f"line {n}" if n % 7 else "" for n in range(3000)]
+    table = arrow.table({"n": list(range(3000)), "text": lines})
+    path = tmp_path / "a.parquet"
+    arrow.parquet.write_table(table, path, row_group_size=1100)
+    found = list(texts_of(path, "text").rows())
+    assert [row.text for row in found] == lines
+    for start in (1, 1023, 1024, 1099, 1100, 1101, 2200, 2999, 3000):
+        assert list(texts_of(path, "text").rows(Mark(start))) == found[start:]
+    assert found[1100].where.endswith("row 1101")
+    assert _texts(path, "text", None) == [(row.where, row.text) for row in found]
+    with pytest.raises(InputError, match="no column 'body', only n, text"):
+        list(texts_of(path, "body").rows())
+    with pytest.raises(InputError, match="row 1: expected a text in column 'n', got 0"):
+        list(texts_of(path, "n").rows())
+    write(path, "PAR1 and no more")
+    with pytest.raises(InputError, match="not readable as Parquet"):
+        list(texts_of(path, "text").rows())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", b"a\nb\xff\n", "line 2: not UTF-8"),
+        ("a.txt", b"a\n" + b"x" * 101, "line 2: is longer than 100 bytes"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 1}\n', "line 2: expected a text in column 'text'"),
+        ("a.jsonl", b'{"text": "a"}\n{"body": 1}\n', "line 2: no column 'text', only body"),
+        ("a.jsonl", b'{"text": "a"}\n\n{', "line 3: not JSON"),
+        ("a.csv", b"text,b\na,b\nc\n", "line 3: expected 2 fields"),
+        ("a.csv", b"text\n" + b'"' + b"x y\n" * 40, "line 2: .* a quotation mark opens a field"),
+        ("a.csv", b"body\na\n", "no column 'text', only body"),
+        ("a.bin", b"a", r"expected one of \.txt, .*, got '\.bin'"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, name, text, message):
+    monkeypatch.setattr(module, "LONGEST", 100)
+    path = tmp_path / name
+    path.write_bytes(text)
+    with pytest.raises(InputError, match=message):
+        list(texts_of(path, "text").rows())
+
+
+def test_a_stream_is_refused():
+    with pytest.raises(InputError, match="a stream cannot be read again"):
+        texts_of(module.Path("-"), "text")

@@ -1,0 +1,137 @@
+"""A stand-in for CUDA graphs, with which a CPU sees what their logic does, and models to record."""
+
+import copy
+
+import torch
+import transformers
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import fastbert
+from fastbert.modules.graphs import buckets
+
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 61,
+    "max_position_embeddings": 160,
+}
+KINDS = ("own", "Bert", "Roberta", "DistilBert")
+
+
+class Repeats:
+    """Does the work again where a CUDA graph would replay it, and writes to the same places.
+
+    Before each replay it spoils what the replays before it have returned, as CUDA graphs that share
+    memory may; who kept a static buffer instead of a copy sees it. error: what recordings end in;
+    taken: the bytes that each recording takes; again: False for replays that compute nothing, and
+    so have no autograd of their own to notice anything.
+    """
+
+    def __init__(self, error: str = "", taken: int = 0, again: bool = True) -> None:
+        self.error, self.taken, self.held, self.again = error, taken, 0, again
+        self.recorded = self.replayed = self.begun = 0
+        self.results: list[Tensor] = []
+        self.inside = False
+
+    def begin_anew(self) -> None:
+        self.begun += 1
+        self.held = 0
+
+    def is_inside(self) -> bool:
+        return self.inside
+
+    def memory(self) -> int:
+        return self.held
+
+    def follow(self) -> None:
+        for result in self.results:
+            result.fill_(float("nan"))
+
+    def warm_up(self, work):
+        return work()
+
+    def record(self, work):
+        if self.error:
+            raise RuntimeError(f"{self.error}\nand more")
+        self.recorded += 1
+        mode = torch.is_grad_enabled()
+        self.held += self.taken
+        recorded = [x for x in pytree.tree_leaves(work()) if isinstance(x, Tensor)]
+        self.results += recorded
+
+        def replay():
+            self.replayed += 1
+            if not self.again:
+                return recorded[0] if len(recorded) == 1 else recorded
+            with torch.set_grad_enabled(mode):
+                result = work()
+            found = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+            with torch.no_grad():
+                for place, x in zip(recorded, found, strict=True):
+                    place.copy_(x)
+            places = iter(recorded)
+            return pytree.tree_map(lambda x: next(places) if isinstance(x, Tensor) else x, result)
+
+        return replay
+
+
+def pool(recorder: Repeats, most_memory: float = float("inf")) -> buckets.Pool:
+    return buckets.Pool(recorder, most_memory)
+
+
+def models(kind: str, head: str = "ForSequenceClassification", **options):
+    """The same model twice, the first of which runs without graphs; dropout is on in training."""
+    torch.manual_seed(0)
+    options = {**SHAPE, "num_labels": 3, **options}
+    if kind == "own":
+        plain = getattr(fastbert, f"Bert{head}")(fastbert.BertConfig(**options))
+    else:
+        if kind == "DistilBert":
+            names = ("dim", "n_layers", "n_heads", "hidden_dim", *list(SHAPE)[4:], "num_labels")
+            options = dict(zip(names, options.values(), strict=True))
+        config = getattr(transformers, f"{kind}Config")(**options)
+        plain = fastbert.patch(getattr(transformers, f"{kind}{head}")(config))
+    recorded = copy.deepcopy(plain)
+    buckets.allow(plain, False)
+    return plain, recorded
+
+
+def batch(lengths: list[int], seed: int = 0) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(3, 61, real.shape) * real
+    return {"input_ids": ids, "attention_mask": real.long()}
+
+
+def layers_of(model) -> torch.nn.ModuleList:
+    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+
+
+def logits(model, inputs, **options):
+    torch.manual_seed(5)  # of dropout
+    with torch.no_grad():
+        return model(**inputs, **options).logits
+
+
+def step(model, inputs, labels=None):
+    """The loss and every gradient."""
+    torch.manual_seed(5)
+    model.zero_grad()
+    labels = torch.arange(len(inputs["input_ids"])) % 3 if labels is None else labels
+    loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    return [loss.detach(), *gradients(model)]
+
+
+def gradients(model):
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def assert_same(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        if a is not None:
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)

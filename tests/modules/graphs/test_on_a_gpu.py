@@ -1,0 +1,109 @@
+"""Layers replayed as CUDA graphs on a GPU: test_buckets.py has what needs none."""
+
+import threading
+
+import pytest
+import torch
+
+from fastbert.modules.graphs import buckets
+from tests.modules.graphs.case import (
+    KINDS,
+    assert_same,
+    batch,
+    logits,
+    models,
+    step,
+)
+
+
+def on_gpu(kind="Bert", head="ForSequenceClassification", **options):
+    return [model.cuda() for model in models(kind, head, **options)]
+
+
+def num_recorded():
+    """How many buckets have graphs on the first GPU now."""
+    return len(buckets.pool_of(torch.device("cuda", 0)).used)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu_replays_give_what_the_layers_give(kind, precision):
+    plain, recorded = on_gpu(kind)
+    before = num_recorded()
+    for number, lengths in enumerate([[7, 3, 5, 6], [130, 20], [9, 2, 8], [6, 4, 4, 4], [130, 25]]):
+        inputs = {name: x.cuda() for name, x in batch(lengths, number).items()}
+        labels = (torch.arange(len(lengths)) % 3).cuda()
+        autocast = torch.autocast("cuda", precision, enabled=precision != torch.float32)
+        for training in (False, True):
+            found = []
+            for model in (plain, recorded):
+                model.train(training)
+                with autocast:
+                    outputs = [logits(model, inputs).float()]
+                    outputs += [x if x is None else x.float() for x in step(model, inputs, labels)]
+                found.append(outputs)
+            size = 1e-4 if precision == torch.float32 else 2e-2
+            for a, e in zip(*found, strict=True):
+                if e is not None:
+                    assert (a - e).abs().max() <= size * (1 + e.abs().max())
+    assert num_recorded() - before >= 6
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_other_streams_and_threads_see_their_own_results():
+    plain, recorded = (model.eval() for model in on_gpu())
+    inputs = [{n: x.cuda() for n, x in batch([100, 60], number).items()} for number in range(6)]
+    expected = [logits(plain, one) for one in inputs]
+    torch.cuda.synchronize()
+    found = [None] * len(inputs)
+
+    def run(number):
+        with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
+            for _ in range(10):
+                found[number] = recorded(**inputs[number]).logits
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_same(found, expected)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_callers_own_recording_holds_no_graph_of_ours():
+    _, recorded = (model.eval() for model in on_gpu())
+    ids = batch([64])["input_ids"].cuda()
+    expected = logits(recorded, {"input_ids": ids})
+    before = num_recorded()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        recorded(ids)
+        with torch.cuda.graph(graph):
+            out = recorded(ids).logits
+    graph.replay()
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
+    assert num_recorded() == before
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_training_goes_the_same_way_with_graphs():
+    found = []
+    for model in on_gpu():
+        torch.manual_seed(1)
+        optimizer = torch.optim.AdamW(model.train().parameters(), 1e-3)
+        scaler = torch.amp.GradScaler("cuda")
+        losses = []
+        for number in range(12):
+            inputs = {n: x.cuda() for n, x in batch([40, 30, 20, 10], number).items()}
+            with torch.autocast("cuda", torch.float16):
+                loss = model(**inputs, labels=inputs["input_ids"][:, 1] % 3).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        found.append(torch.tensor(losses))
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.02)

@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: setup pretrain test bench gpu-check lint docs clean
+.PHONY: setup pretrain test test-matrix bench gpu-check lint docs clean
 setup: $(VENV)/.installed $(VENV)/.extension
 
 pretrain: setup
@@ -16,6 +16,10 @@ pretrain: setup
 # in the order of tests/conftest.py, the longest first, and not by their number of tests.
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# The quick part on each Python that there is, pyenv's too, and on two versions of transformers.
+test-matrix: setup
+	PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | grep -E '^3\.1[123]\.' | paste -sd:) $(PY) -m nox
 
 bench: setup
 	$(PY) -m benchmarks

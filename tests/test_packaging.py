@@ -4,10 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_A_PACKAGE = (
@@ -59,13 +64,24 @@ def build_without_a_compiler(checkout, wanted):
     return run("setup.py", "-q", "build_ext", "--inplace", cwd=checkout, **environment)
 
 
-@pytest.mark.slow
-def test_the_wheel_holds_one_package_and_its_kernels(checkout, tmp_path):
-    options = ("--no-build-isolation", "--no-deps", "-q", "-w", str(tmp_path), ".")
-    built = run("-m", "pip", "wheel", *options, cwd=checkout, FASTBERT_BUILD_EXT="0")
+@pytest.fixture
+def wheel(checkout, tmp_path):
+    """The wheel of the sdist, as it is built without a compiler."""
+    packed = run("setup.py", "-q", "sdist", "-d", str(tmp_path), cwd=checkout)
+    assert packed.returncode == 0, packed.stderr
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        assert [name for name in archive.getnames() if name.endswith("csrc/bindings.cpp")]
+    options = ("--no-build-isolation", "--no-deps", "-q", "-w", str(tmp_path), str(sdist))
+    built = run("-m", "pip", "wheel", *options, cwd=tmp_path, FASTBERT_BUILD_EXT="0")
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
+    return wheel
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_one_package_and_its_kernels(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fastbert"}
@@ -74,6 +90,68 @@ def test_the_wheel_holds_one_package_and_its_kernels(checkout, tmp_path):
             assert f"{inside}/{file.relative_to(ROOT / folder).as_posix()}" in names
     assert "fastbert/py.typed" in names
     assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
+
+
+def required_by(distribution, found):
+    """Adds to `found` what a distribution requires, by name, and what those require."""
+    for text in distribution.requires or ():
+        needed = Requirement(text)
+        name = canonicalize_name(needed.name)
+        if name in found or (needed.marker and not needed.marker.evaluate({"extra": ""})):
+            continue
+        found[name] = metadata.distribution(name)
+        required_by(found[name], found)
+
+
+@pytest.fixture
+def bare(wheel, tmp_path):
+    """The Python of an environment that has the wheel and what it declares, and transformers.
+
+    Links to what is installed here stand for pip's downloads: of each distribution that is
+    required, and of no other.
+    """
+    venv.create(tmp_path / "environment", symlinks=True)
+    (packages,) = (tmp_path / "environment").glob("lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(packages)
+    (ours,) = metadata.distributions(name="fastbert", path=[str(packages)])
+    found = {"transformers": metadata.distribution("transformers")}
+    required_by(found["transformers"], found)
+    required_by(ours, found)
+    for distribution in found.values():
+        for file in distribution.files or ():
+            top = file.parts[0]
+            if top not in ("..", "__pycache__") and not (packages / top).is_symlink():
+                (packages / top).symlink_to(distribution.locate_file(top))
+    return tmp_path / "environment" / "bin" / "python"
+
+
+BARE = """
+import importlib.util, sys, torch, transformers
+import fastbert
+from fastbert.cli import main
+
+for missing in ("tensorboard", "matplotlib", "fastapi", "onnx", "pyarrow", "sklearn", "pytest"):
+    assert importlib.util.find_spec(missing) is None, missing
+size = dict(hidden_size=16, num_attention_heads=2, intermediate_size=16, vocab_size=50)
+model = transformers.BertModel(transformers.BertConfig(num_hidden_layers=1, **size)).eval()
+ids = torch.arange(1, 13).reshape(2, 6)
+expected = model(ids).last_hidden_state
+torch.testing.assert_close(fastbert.patch(model)(ids).last_hidden_state, expected)
+print(fastbert.__file__)
+sys.argv = ["fastbert", "pretrain"]
+main()
+"""
+
+
+@pytest.mark.slow
+def test_the_wheel_patches_a_model_where_only_its_requirements_are(bare, tmp_path):
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [bare, "-c", BARE], cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    assert str(tmp_path) in done.stdout  # not this checkout
+    assert "pip install 'fastbert[train]'" in done.stderr
 
 
 @pytest.mark.slow

@@ -10,8 +10,14 @@ import transformers
 
 from fastbert import cli
 from fastbert.embedding.array import embed
+from tests.small_model import write_model
 
 TEXTS = ["the film was good", "北京是中国的首都", "a", "john lives in paris , the cat does not"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 def cli_run(monkeypatch, *arguments) -> None:

@@ -1,0 +1,28 @@
+"""The quick part of the tests on every supported Python, each with two versions of transformers.
+
+`make test-matrix` runs it. A Python that is not installed is skipped.
+"""
+
+import nox
+
+PYTHONS = ("3.11", "3.12", "3.13")
+TRANSFORMERS = ("4.57.6", "5.17.0")  # the oldest that the extra allows, and the one tested most
+NEEDED = ("pytest", "pytest-timeout", "hypothesis", "setuptools", "accelerate", "peft")
+TESTS = (
+    *("tests/config", "tests/data", "tests/models", "tests/modules", "tests/test_checkpoint.py"),
+    *("tests/test_explain.py", "tests/test_imports.py", "tests/test_outputs.py"),
+    *(f"tests/hf/test_{name}.py" for name in ("contract", "differences", "padding", "patch")),
+)
+
+nox.options.default_venv_backend = "venv"
+
+
+@nox.session(python=PYTHONS, reuse_venv=True)
+def tests(session: nox.Session) -> None:
+    """Kernels do not run, as this part takes minutes: `make test` runs them in the interpreter."""
+    environment = {"FASTBERT_BUILD_EXT": "0", "OMP_NUM_THREADS": "1"}
+    session.install("torch==2.13.0", "numpy", *NEEDED)
+    for version in TRANSFORMERS:
+        session.install("-e", ".[finetune,train]", f"transformers=={version}", env=environment)
+        session.run("pip", "check")
+        session.run("pytest", "-m", "not slow", *TESTS, *session.posargs, env=environment)

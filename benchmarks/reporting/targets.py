@@ -100,6 +100,17 @@ def encoding(route: str) -> Callable:
     return measured
 
 
+def served(other: str) -> Callable:
+    """How many times the requests a second of another server, on the same requests."""
+
+    def measured(rows: list[Row]) -> Iterable[float]:
+        for row in rows:
+            if row["part"] == "serve" and {FASTBERT, other} <= row["timings"].keys():
+                yield _median(row, other) / _median(row, FASTBERT)
+
+    return measured
+
+
 def sequences_a_second(rows: list[Row]) -> Iterable[float]:
     for row in _of(rows, "inference", "384", (LARGE,)):
         fastest = min(t["median_s"] for n, t in row["timings"].items() if n.startswith(FASTBERT))
@@ -158,6 +169,9 @@ CPU = (
            ratio("steps", "full", SDPA, BOTH)),
     Target("sentence embeddings over a loop of mixed lengths", 3, "x", encoding("loop")),
     Target("sentence embeddings over sentence-transformers", 1.8, "x", encoding("sentence")),
+    Target("requests a second over infinity-emb", 1.5, "x", served("infinity-emb")),
+    Target("requests a second over a route around `encode`", 3, "x",
+           served("a route around `encode`")),
     *(
         Target(f"{of} of a tiny model, {by}, of Hugging Face's time", goal, "x",
                small_calls(of, by), is_limit=True)

@@ -25,7 +25,7 @@ class InUse(InputError):
 
 
 def _let_go() -> None:
-    """Closes the locks in a forked process, such as a loader's, so that they end with its parent."""
+    """Closes the locks in a forked process, so that they end with its parent."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()

@@ -83,9 +83,8 @@ def train_tokenizer(
         characters: Counter[str] = Counter()
         for sentence in sentences:
             characters.update(sentence)
-            if (
-                len(sentence) > _LONGEST_WORD
-            ):  # the trainer's time grows with a word's length squared
+            # the trainer's time grows with the square of a word's length
+            if len(sentence) > _LONGEST_WORD:
                 sentence = _LONG_WORD.sub(" ", sentence)
             spool.write(sentence + "\n")
         spool.seek(0)

@@ -40,8 +40,8 @@ def finetuning_optimizer(
 
     The head and the pooler have the full learning rate. Each of the `num_layers` layers, from the
     last to the first, has `layer_decay` times the rate of the one above it, and so have the
-    embeddings below the first layer. Each parameter group has its factor under "share", by which the
-    caller multiplies the learning rate of each step. Biases and LayerNorm have no weight decay.
+    embeddings below the first layer. Each parameter group has its factor under "share", by which
+    the caller multiplies each step's learning rate. Biases and LayerNorm have no weight decay.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -59,7 +59,7 @@ def finetuning_optimizer(
 
 
 def _depth(name: str, num_layers: int) -> int:
-    """The number of layers between a parameter and the head, plus one for the encoder's own."""
+    """A parameter's depth: 0 in the head, 1 in the last layer, num_layers + 1 in the embeddings."""
     if layer := _LAYER.search(name):
         return num_layers - int(layer[1])
     return num_layers + 1 if "embeddings." in name else 0

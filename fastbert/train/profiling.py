@@ -26,10 +26,11 @@ class Unprofiled(contextlib.nullcontext):
 
 @contextlib.contextmanager
 def profiling(out: Path, steps: int, device: torch.device) -> Iterator[profile | Unprofiled]:
-    """A profiler that writes out/profile/trace.json.gz; the caller calls its `step` after each step.
+    """A profiler of training that writes out/profile/trace.json.gz.
 
-    The trace opens in Perfetto or chrome://tracing. The most expensive operators are also printed.
-    If `steps`, the number of steps that are left, is below 10, no trace is written.
+    The caller calls the profiler's `step` after each training step. The trace opens in Perfetto or
+    chrome://tracing. The most expensive operators are also printed. If `steps`, the number of steps
+    that are left, is below 10, no trace is written.
     """
     needed = SKIPPED + WARM_UP + RECORDED
     if steps < needed:

@@ -119,7 +119,7 @@ class Pretraining(Recipe):
 def training_row(
     recipe: Recipe, step: int, metrics: Any, tokens_per_second: float
 ) -> dict[str, float]:
-    """The report on training steps up to `step`; the means are NaN if all steps were skipped."""
+    """The report on training steps up to `step`; means that no step contributed to are NaN."""
     means = recipe.losses(metrics)
     if not metrics.num_targets:
         means = dict.fromkeys(means, math.nan)

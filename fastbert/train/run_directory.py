@@ -61,7 +61,10 @@ def read_run(out: Path, kind: type[Config]) -> Config | None:
 
 @contextlib.contextmanager
 def stoppable(recipe: Recipe, out: Path) -> Iterator[None]:
-    """Turns Ctrl-C into `Stopped`, which says what is kept, and a nameless OSError to Unwritable."""
+    """Turns Ctrl-C into `Stopped`, which says what is kept, and a nameless OSError into Unwritable.
+
+    The OSErrors that name a file are raised as they are.
+    """
     try:
         yield
     except KeyboardInterrupt:

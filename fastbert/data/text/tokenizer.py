@@ -60,8 +60,9 @@ def train_tokenizer(
     lowercase: bool = True,
     strip_accents: bool | None = None,
 ) -> Tokenizer:
-    """Trains WordPiece (Schuster & Nakajima 2012; Wu et al. 2016, https://arxiv.org/abs/1609.08144).
+    """Trains a WordPiece tokenizer on sentences.
 
+    WordPiece is by Schuster & Nakajima 2012 and Wu et al. 2016, https://arxiv.org/abs/1609.08144.
     The special tokens have the ids 0 to 4. The same sentences give the same vocabulary, of at most
     `vocab_size` entries: fewer if the text is too small to fill it.
 

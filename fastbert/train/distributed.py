@@ -150,7 +150,7 @@ def parallelised(objective: PretrainingObjective, kind: str, ranks: Ranks) -> nn
 
 @contextlib.contextmanager
 def exchange(module: nn.Module, wanted: bool) -> Iterator[None]:
-    """Backward passes in the block exchange gradients between ranks only if `wanted`."""
+    """A forward and backward in the block exchange gradients between ranks only if `wanted`."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(wanted)
     waits = isinstance(module, DistributedDataParallel) and not wanted

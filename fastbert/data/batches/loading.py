@@ -37,7 +37,7 @@ def loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[list[PackedBatch]]:
-    """Yields `data.batch(step, ...)` for each global step from `start` to `stop - 1`, in order.
+    """A DataLoader of `data.batch(step, ...)` for each global step from `start` to `stop - 1`.
 
     rank, world_size, micro_batches: as in `PretrainingData.batch`, whose InputError the iterator
         raises where a batch has too few examples
@@ -47,7 +47,7 @@ def loader(
         asynchronous
     """
     if start < stop:
-        data.locate(start)  # plans the first epoch here, so that forked workers inherit the plan
+        data.locate(start)  # plans the epoch of `start` here, so that forked workers inherit it
     steps = _Steps(data, range(start, stop), rank, world_size, micro_batches)
     return DataLoader(
         steps,

@@ -1,4 +1,4 @@
-// What Python sees: `torch.ops.fastbert.*`, defined by importing the otherwise empty `fastbert._C`.
+// Registers `torch.ops.fastbert.*` when Python imports `fastbert._C`, which is otherwise empty.
 
 #include <Python.h>
 #include <torch/library.h>

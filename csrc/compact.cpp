@@ -50,7 +50,7 @@ Compacted compact_entries(
   at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       int64_t rank = kept_before[c];
-      int64_t row = ceil_div(c * chunk, columns);  // the first that begins in this chunk
+      int64_t row = ceil_div(c * chunk, columns);  // the first row that begins in this chunk
       for (int64_t i = c * chunk; i < chunk_end(c); ++i) {
         if (i == row * columns) {
           offset[row++] = static_cast<int32_t>(rank);
@@ -66,7 +66,7 @@ Compacted compact_entries(
       }
     }
   });
-  // the end of the last row, and all rows if they have no columns
+  // the end of the last row; without columns, the loop above has set no offset, so set all
   std::fill(offset + (size > 0 ? rows : 0), offset + rows + 1, static_cast<int32_t>(total));
   const int64_t used = std::min(total, room);
   std::fill(kept_data + used, kept_data + room, ignored);

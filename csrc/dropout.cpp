@@ -1,4 +1,4 @@
-// The masks of dropout on the CPU; fastbert/rng.py defines their bits and says why they are so.
+// Dropout masks on the CPU; fastbert/rng.py defines their random bits and gives the reasons.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -13,17 +13,18 @@ namespace fastbert {
 namespace {
 
 constexpr int kRounds = 7;
-constexpr int64_t kGroup = 8;  // columns that share a call, 16 bits each, of which 12 are compared
-constexpr int64_t kBits = 32;  // keys that share a word
-constexpr int kCallsPerWord = 3;
-constexpr int64_t kLanes = 64;  // counters at a time: enough for the compiler's vectors
+constexpr int64_t kGroup = 8;  // columns per Philox call, 16 bits each, of which 12 are compared
+constexpr int64_t kBits = 32;  // attention keys per word: one bit for each
+constexpr int kCallsPerWord = 3;  // Philox calls per word: 12 words, one for each binary digit
+constexpr int64_t kLanes = 64;  // counters computed at once: enough to fill vector registers
 
 using Words = std::array<std::array<uint32_t, kLanes>, 4>;
 
-// Where a row's random numbers come from: all of the counter but the place in the row.
+// Key and counter of a row's random numbers, without the place in the row.
 struct Row {
   uint64_t seed;
-  uint32_t sequence, position, head, step;  // position and head already in their upper halves
+  // position is in the upper half of its word; head also has the dropout's site in the upper half
+  uint32_t sequence, position, head, step;
 };
 
 Row row_of(int64_t token_key, const int64_t* state, int64_t site, int64_t head) {
@@ -35,14 +36,14 @@ Row row_of(int64_t token_key, const int64_t* state, int64_t site, int64_t head) 
       static_cast<uint32_t>(state[1])};
 }
 
-// One binary serves every CPU: the loader picks the widest vectors that this one has.
+// One binary serves every CPU: the loader picks the version for the widest vectors it supports.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FASTBERT_VECTOR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define FASTBERT_VECTOR_CLONES
 #endif
 
-// Philox4x32-7 at the places first, first + stride, ...; x[w][i] is word w of lane i.
+// Philox4x32-7 at the places first, first + stride, ... of a row; x[w][i] is word w of lane i.
 FASTBERT_VECTOR_CLONES
 void philox(const Row& row, uint32_t first, uint32_t stride, Words& x) {
   for (uint32_t i = 0; i < kLanes; ++i) {
@@ -123,7 +124,9 @@ at::Tensor attention_keep_mask_cpu(
 
   at::parallel_for(0, num_heads * tokens, 16, [&](int64_t begin, int64_t end) {
     Words digits;
-    std::array<uint32_t, kLanes> below;  // bit j of a word is set where its key j is dropped
+    // Bit j is set if the word's key j is dropped: if its random 12-bit number, whose inverted
+    // binary digits are in 12 words, is below the threshold.
+    std::array<uint32_t, kLanes> below;
     for (int64_t r = begin; r < end; ++r) {
       const Row row = row_of(key[r % tokens], seed_and_step, site, r / tokens);
       for (int64_t first = 0; first < num_keys; first += kLanes * kBits) {

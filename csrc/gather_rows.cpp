@@ -1,4 +1,4 @@
-// Gather of rows on the CPU: one memcpy or memset a row, whatever the dtype.
+// Gathers rows on the CPU, by one memcpy or memset for each row, for all dtypes.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -38,7 +38,7 @@ at::Tensor gather_rows_cpu(
           r >= -1 && r < source_rows,
           "gather_rows: expected entries of index in [-1, ", source_rows, "), got ", r);
       if (row_bytes == 0) {
-        continue;  // null pointers are not memcpy's, even for no bytes
+        continue;  // memcpy and memset do not allow null pointers, even for 0 bytes
       }
       if (r < 0) {
         std::memset(to + i * row_bytes, 0, row_bytes);

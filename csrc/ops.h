@@ -1,6 +1,6 @@
-// The extension's operators on each device. fastbert/ops/ documents what they compute and has their
-// twins in plain PyTorch, their shapes for torch.compile and their gradients. All of it is C++17,
-// which is what torch 2.11 compiles extensions as.
+// The extension's operators on each device. fastbert/ops/ documents what they compute, and has
+// their plain PyTorch versions, their shapes for torch.compile and their gradients. The code is
+// C++17, because torch 2.11 compiles extensions as C++17.
 
 #pragma once
 
@@ -31,14 +31,14 @@ at::Tensor attention_keep_mask_cpu(
     const at::Tensor& token_key, const at::Tensor& state, int64_t site, int64_t num_heads,
     int64_t num_keys, int64_t threshold);
 
-// What both devices refuse, as a Python ValueError.
+// Checks of the arguments on both devices; they raise ValueError in Python.
 void check_compact(
     const at::Tensor& values, int64_t ignore_index, std::optional<int64_t> capacity);
 void check_gather_rows(
     const at::Tensor& src, const at::Tensor& index, const at::Tensor& inverse);
 
-// Compaction only copies entries and compares them for equality, so one body serves every dtype of
-// a size. Calls `body` with an unsigned zero of that size.
+// Calls `body` with an unsigned zero of the size of an entry. Compaction only copies entries and
+// compares them for equality, so one body serves all dtypes of a size.
 template <typename Body>
 auto for_entry_size(const at::Tensor& values, const Body& body) {
   switch (values.element_size()) {
@@ -53,7 +53,7 @@ auto for_entry_size(const at::Tensor& values, const Body& body) {
   }
 }
 
-// Rows may lie apart, as in a slice, but each must be one run of memory.
+// A copy of `src` unless each row is contiguous; rows may have gaps between them, as in a slice.
 inline at::Tensor with_unit_column_stride(const at::Tensor& src) {
   return src.size(1) <= 1 || src.stride(1) == 1 ? src : src.contiguous();
 }

@@ -1,4 +1,4 @@
-"""Inference from the command line: the words that a masked-LM puts in a text's gaps."""
+"""Predicts the words at the [MASK] tokens of a text, for `fastbert fill-mask`."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from fastbert.packing import PackedBatch
 
 
 class Word(NamedTuple):
-    """word: the piece of the vocabulary; text: the input with the word in its place."""
+    """A prediction. word: an entry of the vocabulary; text: the input with its [MASK] replaced."""
 
     word: str
     probability: float
@@ -23,10 +23,11 @@ class Word(NamedTuple):
 
 @torch.inference_mode()
 def fill_mask(name_or_directory: str | Path, text: str, top: int = 5) -> list[list[Word]]:
-    """The `top` likeliest words for each [MASK] of `text`, likeliest first.
+    """The `top` likeliest words for each [MASK] of `text`, in order, likeliest first.
 
-    name_or_directory: a model's directory, a run's, or a hub name. InputError if the text has no
-    [MASK] or is too long, or the vocabulary is not the model's.
+    name_or_directory: directory of a model or of a run, or a hub name. Raises InputError if the
+    model cannot be read, the text has no [MASK] or is longer than the model reads, or the tokenizer
+    does not belong to the model.
     """
     text = text_of(text, "TEXT")
     directory = checkpoint.resolve(name_or_directory)
@@ -58,7 +59,7 @@ def fill_mask(name_or_directory: str | Path, text: str, top: int = 5) -> list[li
 
 
 def filled(text: str, number: int, word: str) -> str:
-    """`text` with its `number`-th [MASK] replaced."""
+    """`text` with its `number`-th [MASK], counted from 0, replaced; `##x` joins the word before."""
     before, *rest = text.split("[MASK]")
     pieces = [before]
     for index, piece in enumerate(rest):

@@ -1,5 +1,5 @@
-// Apart from ../bindings.cpp because only a build with nvcc has these; and no .cu, because nvcc
-// would parse torch/library.h once for every GPU architecture.
+// Registers the CUDA kernels. Separate from ../bindings.cpp because only a build with nvcc has
+// them, and not a .cu file because nvcc would parse torch/library.h once for every architecture.
 
 #include <torch/library.h>
 

@@ -1,8 +1,9 @@
-// Stream compaction on the GPU in two launches, without atomics, so the order is the input's.
+// Stream compaction on the GPU in two launches, without atomics, so entries keep their order.
 //
-// The entries are cut into tiles of one entry a thread, and the tiles into at most kMaxBlocks runs,
-// one a block. The first launch counts what each block keeps. In the second, each block adds up the
-// counts before it, which are few, and walks its tiles again with the running rank.
+// The entries are divided into tiles of kThreads entries, one for each thread, and the tiles into
+// at most kMaxBlocks runs, one for each block. The first launch counts the entries that each block
+// keeps. In the second, each block adds up the counts of the blocks before it, which are few, and
+// goes through its tiles again with a running rank.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -21,13 +22,13 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int64_t kMaxBlocks = 1024;
 
-// The sum of `x` over the block, in every thread.
+// Returns the sum of `x` over the block to every thread.
 __device__ int block_sum(int x) {
   __shared__ int warp_sums[kWarps];
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     x += __shfl_xor_sync(0xffffffff, x, distance);
   }
-  __syncthreads();  // until the readers of an earlier call are done
+  __syncthreads();  // an earlier call may still read warp_sums
   if (threadIdx.x % kWarp == 0) {
     warp_sums[threadIdx.x / kWarp] = x;
   }
@@ -40,15 +41,15 @@ __device__ int block_sum(int x) {
 }
 
 struct Rank {
-  int before;  // how many threads before this one hold true
-  int total;   // how many in the block
+  int before;  // number of threads before this one whose flag is set
+  int total;   // number of threads in the block whose flag is set
 };
 
 __device__ Rank block_rank(bool flag) {
   __shared__ int warp_counts[kWarps];
   const unsigned ballot = __ballot_sync(0xffffffff, flag);
   const unsigned earlier_lanes = (1u << threadIdx.x % kWarp) - 1;
-  __syncthreads();  // until the readers of an earlier call are done
+  __syncthreads();  // an earlier call may still read warp_counts
   if (threadIdx.x % kWarp == 0) {
     warp_counts[threadIdx.x / kWarp] = __popc(ballot);
   }
@@ -151,7 +152,7 @@ Compacted compact_entries(
       entries, counts.mutable_data_ptr<int>(), size, tiles_per_block, ignored);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 
-  // the only wait: without a capacity, the host must know how much to allocate
+  // without a capacity, the host must wait here to know how much to allocate; nothing else waits
   const int64_t room = capacity ? *capacity : counts.sum().item<int64_t>();
   at::Tensor kept = at::empty({room}, values.options());
   at::Tensor positions = at::empty({room}, int32);

@@ -1,4 +1,5 @@
-// Gather of rows on the GPU: a copy of bytes, whatever the dtype, in the widest vectors that fit.
+// Gathers rows on the GPU by copying bytes, so one kernel serves all dtypes, in the widest vectors
+// that fit.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -17,7 +18,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMaxLanes = 32;
-constexpr int kUnroll = 4;  // vectors a lane has in flight: 2 KiB a warp
+constexpr int kUnroll = 4;  // vectors in flight for each lane: up to 2 KiB for a warp
 
 // threadIdx.x is the lane within a row, threadIdx.y the row within the block.
 template <typename Vector>
@@ -70,7 +71,7 @@ void launch(const at::Tensor& src, const at::Tensor& index, at::Tensor& out) {
   const int64_t width = out.size(1) * out.element_size() / size;
   TORCH_CHECK_VALUE(
       width <= 1 << 30, "gather_rows: expected rows of at most 2^30 vectors, got ", width);
-  // a warp for a wide row; a row of one token id takes one lane
+  // a wide row gets a whole warp; a row of one token id gets one lane
   int64_t lanes = 1;
   while (lanes < std::min<int64_t>(width, kMaxLanes)) {
     lanes *= 2;
@@ -89,7 +90,7 @@ void launch(const at::Tensor& src, const at::Tensor& index, at::Tensor& out) {
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// The largest power of two, in bytes, that divides every row's address and length, up to 16.
+// The largest power of two, at most 16, that divides the address and length in bytes of every row.
 int64_t vector_bytes(const at::Tensor& src, const at::Tensor& out) {
   const uint64_t multiples = reinterpret_cast<uintptr_t>(src.const_data_ptr()) |
       reinterpret_cast<uintptr_t>(out.const_data_ptr()) |

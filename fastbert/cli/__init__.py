@@ -13,32 +13,32 @@ from fastbert.cli.app import app
 from fastbert.cli.options import by_option_names
 from fastbert.system.console import close_standard_streams
 
-COMMANDS = training, use  # which add themselves to the app
+COMMANDS = training, use  # modules whose import adds their commands to the app
 
 
 def main() -> None:
-    """Runs the command line and ends the process.
+    """Runs the command line and ends the process with its exit status.
 
-    What the user gave wrong is one line on stderr and exit code 2; Ctrl-C is one line that says
-    what is kept, and 130.
+    A mistake of the user's (InputError, OSError) prints one line to stderr, with status 2. Ctrl-C
+    prints one line that says what is kept, with status 130.
     """
     warnings.filterwarnings("default", category=UserWarning, module="fastbert")
     warnings.showwarning = _warn
     _warn_once.cache_clear()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what an encoding lacks is shown by its number
+        if isinstance(stream, io.TextIOWrapper):  # escapes characters that the encoding lacks
             stream.reconfigure(errors="backslashreplace")
     status: str | int | None = 0
     try:
         app()
-    except SystemExit as end:  # of the library that reads the command line
+    except SystemExit as end:  # click ends every command with it
         status = end.code
     except InputError as error:
         status = _say("error", by_option_names(str(error)), 2)
     except Stopped as error:
         status = _say("stopped", error, 130)
     except OSError as error:
-        # files that the user named, or a disk that is full: never a fault of the program's logic
+        # a file that the user named, or a full disk: not a bug, so no traceback
         where = error.filename or "standard output, or a temporary file"
         status = _say("error", f"{where}: {error.strerror or error}", 2)
     close_standard_streams()
@@ -51,7 +51,7 @@ def _say(kind: str, message: object, status: int = 0) -> int:
     return status
 
 
-@functools.cache  # so that options which are read twice are warned of once
+@functools.cache  # options may be checked twice, but each warning is printed once
 def _warn_once(message: str) -> None:
     _say("warning", message)
 

@@ -1,4 +1,4 @@
-"""`python -m fastbert.cli`, as `fastbert` where no command is installed."""
+"""`python -m fastbert.cli`: the command `fastbert` where it is not installed."""
 
 from fastbert.cli import main
 

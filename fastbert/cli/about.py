@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "triton", "tokenizers", "safetensors", "transformers", "nu
 
 
 def versions() -> list[tuple[str, ...]]:
-    """(package, version) of what matters to speed and numbers."""
+    """(name, version) of fastbert and of the software that its speed and numerics depend on."""
     rows: list[tuple[str, ...]] = [
         ("fastbert", fastbert.__version__),
         ("python", platform.python_version()),
@@ -29,7 +29,7 @@ def versions() -> list[tuple[str, ...]]:
 
 
 def devices() -> list[tuple[str, ...]]:
-    """(device, description) of what torch can run on."""
+    """(device, description) of the CPU and of each GPU that torch can use."""
     capability = torch.backends.cpu.get_cpu_capability()
     rows: list[tuple[str, ...]] = [("cpu", f"{torch.get_num_threads()} threads, {capability}")]
     for index in range(torch.cuda.device_count()):
@@ -40,9 +40,9 @@ def devices() -> list[tuple[str, ...]]:
 
 
 def backends() -> list[tuple[str, ...]]:
-    """(operator, device, backend, why) for each operator and each kind of device here."""
+    """(operator, device, backend, reason) for each operator and each kind of device here."""
     for module in pkgutil.iter_modules(fastbert.ops.__path__, "fastbert.ops."):
-        importlib.import_module(module.name)  # which registers its operators
+        importlib.import_module(module.name)  # registers the operators of the module
     kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     rows: list[tuple[str, ...]] = []
     for name, operator in sorted(backend.OPS.items()):

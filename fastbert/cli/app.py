@@ -1,4 +1,4 @@
-"""The command line's own object, to which the commands add themselves."""
+"""The typer application to which the modules of commands add their commands."""
 
 import typer
 

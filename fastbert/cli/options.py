@@ -1,4 +1,4 @@
-"""How the command line shows options and makes them of dataclasses."""
+"""Makes options of the command line from dataclasses, and formats their help."""
 
 import dataclasses
 import inspect
@@ -16,10 +16,10 @@ from fastbert.config.options import GROUPS, OUTPUT, dashed
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.config.serve import ServeConfig
 
-_WIDTH = 100  # of the help
-_NAMES = 30  # widest column of names
+_WIDTH = 100  # characters of a line of the help
+_NAMES = 30  # characters of the column of option names, at most
 
-# What functions call by the names of arguments, and users by those of options.
+# Arguments of functions, which messages name with underscores and users know as options.
 _OPTIONS = {
     field.name
     for config in (PretrainConfig, DistillConfig, FinetuneConfig, ServeConfig)
@@ -30,7 +30,7 @@ _INSIDE = re.compile(rf"(?<![\w./'\"-])({'|'.join(n for n in _OPTIONS if '_' in 
 
 
 def by_option_names(message: str) -> str:
-    """A message in which options are called as on the command line: --batch-tokens."""
+    """A message with the names of arguments replaced by options, such as --batch-tokens."""
     for pattern in (_FIRST, _INSIDE):
         begin = pattern is _FIRST
         if not begin or pattern.match(message):
@@ -39,7 +39,7 @@ def by_option_names(message: str) -> str:
 
 
 class Command(TyperCommand):
-    """A command whose help is in two columns, by groups, and which Ctrl-C ends with one line."""
+    """A command whose help shows options in groups; Ctrl-C raises `Stopped`."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -59,19 +59,23 @@ class Command(TyperCommand):
             raise Stopped("nothing was written") from None
 
 
-SETTINGS = {"max_content_width": _WIDTH}  # of a command's context
+SETTINGS = {"max_content_width": _WIDTH}  # settings of click's context
 
 
 def options_of(config: type) -> Callable[[Callable], Callable]:
-    """Gives a command an option for each field of a dataclass: name, type, default and help."""
+    """A decorator that gives a command an option for each field of the dataclass `config`.
+
+    Name, type, default and help come from the field, which `config.options.option` makes. They
+    replace the command's `**options`.
+    """
 
     def decorate(command: Callable) -> Callable:
         hints = get_type_hints(config)
         parameters = []
-        own = inspect.get_annotations(config)  # go before those of a base class
+        own = inspect.get_annotations(config)  # the help shows them before a base class's fields
         for field in sorted(dataclasses.fields(config), key=lambda field: field.name not in own):
             hint, default = hints[field.name], field.default
-            if isinstance(default, tuple):  # the command line knows repeated options as lists
+            if isinstance(default, tuple):  # typer represents repeated options as lists
                 hint, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc]
             option = typer.Option(**field.metadata["shown"])
             parameters.append(

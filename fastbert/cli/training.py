@@ -85,7 +85,10 @@ def _config_of_run(
     resume: bool,
     options: dict[str, Any],
 ) -> Run:
-    """Of a new run, or of the one that is resumed, which only some options may change."""
+    """The options of a new run, or of the resumed run in `out` with the given changes.
+
+    Raises InputError for an option that a resumed run must not change, and for a stray argument.
+    """
     from fastbert.train.run_directory import read_run
 
     options["corpus"] = (*options["corpus"], *(paths or ()))

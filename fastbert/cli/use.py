@@ -134,9 +134,9 @@ def embed(
 
 
 def _open_output(out: Path, source: Path, model: str) -> None:
-    """Refuses an output that cannot be written or is an input, before there is work to lose."""
+    """Raises InputError, before the work, if the output cannot be written or is an input."""
     files.require_output(out, source, model)
-    if files.is_stream(out):  # which is for the rows alone
+    if files.is_stream(out):  # the stream is for the rows only
         leave_standard_output()
 
 

@@ -1,1 +1,1 @@
-"""What is configured: the shape of a model, and the options of each kind of run."""
+"""Configuration: the shape of a model, and the options of each kind of run."""

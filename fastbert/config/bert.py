@@ -1,4 +1,4 @@
-"""`BertConfig`, which is Hugging Face's config.json."""
+"""`BertConfig`: the contents of Hugging Face's config.json."""
 
 import dataclasses
 import difflib
@@ -11,7 +11,7 @@ from fastbert.check import InputError, require
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-# Values of config.json that would change the mathematics, with the only one this model computes.
+# Keys of config.json that change the mathematics, with the only value that this model supports.
 _ONLY = {
     "model_type": "bert",
     "position_embedding_type": "absolute",
@@ -27,14 +27,16 @@ _ONLY = {
 class BertConfig:
     """The shape of a BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805), by default base.
 
-    Names, defaults and meaning are those of Hugging Face's `BertConfig`. The labels of a classifier
+    Names, defaults and meanings are those of Hugging Face's `BertConfig`. A classifier's labels
     follow from num_labels (2 unless given) or from id2label, whose length is num_labels.
-    residual_in_fp32: whether the residual stream is in float32 under autocast; None for eval mode
-    alone (see `fastbert.modules.embeddings.stream_dtype`).
 
-    `extra` holds the keys of a config.json that this model has no use for; they are attributes too,
-    and are written back as they came. transformers sets such ones (Trainer: use_cache); the fields
-    of this class cannot be set, as the model was made by them.
+    residual_in_fp32: whether the residual stream is in float32 under autocast; None means only in
+        eval mode (see `fastbert.modules.embeddings.stream_dtype`)
+    extra: the keys of a config.json that this model does not use. They are attributes too, may be
+        set, as transformers does (Trainer: use_cache), and are written back unchanged.
+
+    Raises TypeError for an unknown option, ValueError for a value that the model does not support,
+    and FrozenInstanceError if a field is set later, when it would no longer match the model.
     """
 
     vocab_size: int = 30522
@@ -53,7 +55,7 @@ class BertConfig:
     tie_word_embeddings: bool = True
     classifier_dropout: float | None = None
     problem_type: str | None = None
-    num_labels: int = None  # type: ignore[assignment]  # a number once the object is made
+    num_labels: int = None  # type: ignore[assignment]  # never None once the object is made
     id2label: Mapping[int, str] = None  # type: ignore[assignment]
     label2id: Mapping[str, int] = None  # type: ignore[assignment]
     output_hidden_states: bool = False
@@ -62,7 +64,7 @@ class BertConfig:
     residual_in_fp32: bool | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
-    _commit_hash = None  # of a download, for transformers' pipelines
+    _commit_hash = None  # transformers' pipelines read the commit of a download here
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self.field_names():
@@ -72,7 +74,7 @@ class BertConfig:
                 f"cannot assign to field {name!r}; use dataclasses.replace before the model is made"
             )
         else:
-            # a copy, so that what is set here is not set in the dictionary that came
+            # a copy, so that later settings do not change the caller's dictionary
             object.__setattr__(self, name, dict(value) if name == "extra" else value)
 
     def __getattr__(self, name: str) -> Any:
@@ -120,7 +122,8 @@ class BertConfig:
         else:
             names = {int(number): name for number, name in given.items()}
             if count is not None and names == _default_names(len(names)):
-                names = _default_names(count)  # so that replace(config, num_labels=...) works
+                # default names follow num_labels, so that replace(config, num_labels=...) works
+                names = _default_names(count)
         require(
             count in (None, len(names)),
             "BertConfig",
@@ -162,7 +165,10 @@ class BertConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "BertConfig":
-        """From the contents of a config.json; unknown keys are kept in `extra`."""
+        """A configuration from the contents of a config.json; unknown keys are kept in `extra`.
+
+        Raises InputError for a value that would change the mathematics of the model.
+        """
         for key, only in _ONLY.items():
             value = values.get(key, only)
             if value != only and (value or only):
@@ -177,14 +183,18 @@ class BertConfig:
 
     def to_dict(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in self.field_names()}
-        del own["extra"], own["num_labels"]  # id2label says it, as in Hugging Face's config.json
-        if self.residual_in_fp32 is None:  # Hugging Face's has no such key
+        # as in Hugging Face's config.json, num_labels is the length of id2label
+        del own["extra"], own["num_labels"]
+        if self.residual_in_fp32 is None:  # a key that Hugging Face's config.json does not have
             del own["residual_in_fp32"]
         return {"model_type": "bert", **self.extra, **own}
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **changes: Any) -> "BertConfig":
-        """Reads `directory`/config.json, as if `changes` stood there."""
+        """Reads `directory`/config.json; `changes` replace its values.
+
+        Raises InputError if the file is missing, is not JSON or has an unsupported value.
+        """
         path = Path(directory) / "config.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -194,7 +204,8 @@ class BertConfig:
             raise InputError(f"{path}: not readable as JSON ({error})") from None
         if not isinstance(values, dict):
             raise InputError(f"{path}: expected a JSON object, got {type(values).__name__}")
-        if changes.keys() & {"num_labels", "id2label"}:  # not those of the checkpoint's classifier
+        # new labels replace those of the checkpoint's classifier
+        if changes.keys() & {"num_labels", "id2label"}:
             values = {k: v for k, v in values.items() if k not in ("id2label", "label2id")}
         try:
             return cls.from_dict(values | changes)
@@ -204,7 +215,7 @@ class BertConfig:
             raise InputError(f"{path}: {error}") from None
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes `directory`/config.json."""
+        """Writes `directory`/config.json; ValueError if hidden_act is a function."""
         values = self.to_dict()
         if callable(self.hidden_act):
             raise ValueError(
@@ -219,7 +230,7 @@ def _default_names(count: int) -> dict[int, str]:
 
 
 def changed(config: Any, **changes: Any) -> Any:
-    """The configuration with other values: a copy of ours, a Hugging Face object itself."""
+    """The configuration with other values: a copy of a `BertConfig`, or else the same object."""
     if isinstance(config, BertConfig):
         return dataclasses.replace(config, **changes)
     for name, value in changes.items():
@@ -228,7 +239,10 @@ def changed(config: Any, **changes: Any) -> Any:
 
 
 def check_config(config: Any) -> None:
-    """Refuses what the packed model does not compute; `config` is ours or a Hugging Face object."""
+    """Raises ValueError for values that the packed model does not support.
+
+    config: a `BertConfig`, or a configuration of Hugging Face
+    """
     require(
         config.hidden_size % config.num_attention_heads == 0,
         "BertConfig",

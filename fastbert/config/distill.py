@@ -1,4 +1,4 @@
-"""`DistillConfig`, the options of a run that trains a small model to do what a larger one does."""
+"""`DistillConfig`: the options of a run that trains a student model on a teacher's predictions."""
 
 import dataclasses
 import os
@@ -18,8 +18,9 @@ WEIGHTS = ("soft_weight", "mlm_weight", "cosine_weight")
 class DistillConfig(PretrainConfig):
     """All that determines a distillation; the command line's options are these fields.
 
-    Defaults are those of DistilBERT (Sanh et al. 2019, https://arxiv.org/abs/1910.01108), and of
-    pre-training. An option that is None follows from the teacher: see `fitted_to`.
+    Defaults are those of DistilBERT (Sanh et al. 2019, https://arxiv.org/abs/1910.01108) and of
+    pre-training. An option that is None gets its value from the teacher, see `fitted_to`. Raises
+    InputError, which names the option, for a missing teacher or a value out of range.
     """
 
     teacher: str = option(
@@ -81,7 +82,7 @@ class DistillConfig(PretrainConfig):
         group=MODEL,
         bounds=BELOW_ONE,
     )
-    # options of pre-training that leave no choice here
+    # options of pre-training that the teacher decides: setting one is an InputError
     tokenizer: Path | None = option(None, "the student reads with the teacher's", hidden=True)
     vocab_size: int = option(None, "the student has the teacher's vocabulary", hidden=True)
     lowercase: bool = option(None, "the student reads with the teacher's tokenizer", hidden=True)
@@ -110,19 +111,19 @@ class DistillConfig(PretrainConfig):
             raise InputError("--soft-weight: all three weights are 0, so there is nothing to learn")
 
     def _complete(self) -> None:
-        """What is None waits for the teacher."""
+        """Leaves options that are None to `fitted_to`, instead of taking the preset's values."""
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"--preset: one of {', '.join(PRESETS)}, got {self.preset!r}")
 
     def placed(self) -> Self:
-        if not Path(self.teacher).exists():  # a hub's name
+        if not Path(self.teacher).exists():  # a name on the hub
             return super().placed()
         return dataclasses.replace(super().placed(), teacher=os.path.abspath(self.teacher))
 
     def fitted_to(self, teacher: BertConfig) -> Self:
-        """With what follows from the teacher in place of what is None.
+        """A copy in which the options that are None have the values that suit the teacher.
 
-        Raises InputError where an option asks for what this teacher cannot give.
+        Raises InputError for an option that this teacher does not allow.
         """
         depth, width = teacher.num_hidden_layers, teacher.hidden_size
         layers = self.layers
@@ -166,7 +167,7 @@ class DistillConfig(PretrainConfig):
         return fitted
 
     def student(self, teacher: BertConfig) -> BertConfig:
-        """The student's architecture, of options that are fitted to the teacher."""
+        """The student's architecture; `fitted_to` must have fitted the options to the teacher."""
         return dataclasses.replace(
             teacher,
             **self._shape(teacher, self.layers),
@@ -176,7 +177,10 @@ class DistillConfig(PretrainConfig):
         )
 
     def reading(self, tokenizer: Path) -> PretrainConfig:
-        """By which options of pre-training the corpus is read, with the teacher's tokenizer."""
+        """The options of pre-training by which the corpus is read.
+
+        tokenizer: the teacher's, a file or a directory
+        """
         names = (field.name for field in dataclasses.fields(PretrainConfig))
         given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
         return PretrainConfig(**given | {"tokenizer": tokenizer})

@@ -1,4 +1,4 @@
-"""`FinetuneConfig`, the options of a fine-tuning run."""
+"""`FinetuneConfig`: the options of a fine-tuning run."""
 
 import dataclasses
 import os
@@ -23,7 +23,7 @@ from fastbert.config.options import (
 )
 
 TASKS = ("classification", "multilabel", "regression", "ner", "qa", "choice")
-WINDOWS = tuple(task for task in TASKS if task != "choice")  # may read long texts in parts
+WINDOWS = tuple(task for task in TASKS if task != "choice")  # can read long texts in windows
 BALANCED = "balanced"
 
 
@@ -32,7 +32,7 @@ _INSIDE = Bounds("above 0 and below 1", 0, 1, low_open=True, high_open=True)
 
 
 def read_delimiter(given: str) -> str:
-    """The one character that is meant; a tab may be written as \\t or as its name."""
+    """The character that an option means, a tab also as \\t or "tab"; InputError for others."""
     meant = {"\\t": "\t", "tab": "\t"}.get(given, given)
     if len(meant) != 1 or meant in '"\r\n':
         raise InputError(f"--delimiter: one character, such as ';' or \\t, got {given!r}")
@@ -41,7 +41,11 @@ def read_delimiter(given: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """All that determines a fine-tuning run; the command line's options are these fields."""
+    """All that determines a fine-tuning run; the command line's options are these fields.
+
+    Raises InputError, which names the option, for a missing or unknown value, a value out of range,
+    and options that exclude each other or do not suit the task.
+    """
 
     task: str = option(None, f"One of {', '.join(TASKS)}.")
     train: Path = option(
@@ -186,7 +190,7 @@ class FinetuneConfig:
             raise InputError("--class-weight: only for classification, multilabel and ner")
 
     def weight_of_labels(self) -> Mapping[str, float]:
-        """The weights that were given by label; `balanced` gives none."""
+        """The given weight of each label; empty for `balanced`. Raises InputError for no weight."""
         weights: dict[str, float] = {}
         for given in self.class_weight if self.class_weight != (BALANCED,) else ():
             label, equals, number = given.rpartition("=")

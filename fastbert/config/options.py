@@ -1,7 +1,7 @@
-"""What an option of a command is: its help, its place there, and the values that it takes.
+"""The options of commands: their help texts, groups, bounds and checks.
 
-A run's options are the fields of a frozen dataclass, each made by `option`; the command line is
-built from them, and `check_options` holds all of them to what they say.
+A run's options are the fields of a frozen dataclass, each made by `option`. The command line is
+built from these fields, and `check_options` checks their values.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from fastbert.check import InputError
 DATA, MODEL, OPTIMISATION, OUTPUT = "Data", "Model", "Optimisation", "Run and output"
 SERVER, LIMITS = "Server", "Limits of a request"
 GROUPS = (DATA, MODEL, SERVER, LIMITS, OPTIMISATION, OUTPUT)  # as the help shows them
-POOLINGS = ("mean", "cls")  # what makes one vector of a text's hidden states
+POOLINGS = ("mean", "cls")  # how a text's hidden states become one vector
 
-_LARGEST = 2**31 - 1  # of whole numbers that have no bound of their own
+_LARGEST = 2**31 - 1  # the largest integer for an option without an upper bound
 
 
 class Bounds(NamedTuple):
-    """The numbers from `low` to `high`, of which an open end is none; `said` tells them."""
+    """An interval of finite numbers; `said` describes it in messages, an open end is excluded."""
 
     said: str
     low: float = -math.inf
@@ -49,7 +49,7 @@ def at_least(low: float) -> Bounds:
 
 
 class Only(NamedTuple):
-    """An option has an effect beside these values of another one alone."""
+    """A condition: an option has an effect only if `other` has one of these values."""
 
     other: str
     values: tuple[Any, ...]
@@ -64,9 +64,10 @@ def option(
     only: Only | None = None,
     hidden: bool = False,
 ) -> Any:
-    """A field of a run's options.
+    """A dataclass field of a run's options.
 
-    text: the help; group: of GROUPS; bounds: of a number; hidden: not shown in the help
+    text: help of the command line; group: heading in the help, one of GROUPS; bounds: allowed
+    numbers; only: when the option has an effect; hidden: whether the help leaves the option out
     """
     shown = {"help": text, "hidden": hidden, "rich_help_panel": group}
     return dataclasses.field(
@@ -75,13 +76,14 @@ def option(
 
 
 def check_options(config: Any) -> None:
-    """Raises InputError for a value out of its bounds; warns of one that has no effect.
+    """Raises InputError for a value out of its bounds, and warns of an option without effect.
 
-    Text that came by an encoding that cannot hold it, as under LC_ALL=C, is made whole.
+    Replaces texts that the system's encoding could not decode, as under LC_ALL=C, by `text_of`.
     """
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"--{dashed(field.name)}"
-        if isinstance(value, str) and field.name not in ("model", "teacher"):  # which are paths
+        # model and teacher may be paths, which the system reads with the undecoded bytes
+        if isinstance(value, str) and field.name not in ("model", "teacher"):
             value = text_of(value, name)
             object.__setattr__(config, field.name, value)
         bounds, only = field.metadata["bounds"], field.metadata["only"]
@@ -92,7 +94,7 @@ def check_options(config: Any) -> None:
             if beside not in only.values and not field.metadata["shown"]["hidden"]:
                 known = ", ".join(str(known) for known in only.values if known is not None)
                 other = dashed(only.other)
-                # by its last part, so that a path which is made absolute is not told of again
+                # only a path's last part: the same message for its absolute path is not repeated
                 warnings.warn(
                     f"{name} {value} has no effect beside --{other} {Path(str(beside)).name}"
                     f"{known and f'; it is for --{other} {known}'}",
@@ -109,7 +111,10 @@ def _check_number(name: str, value: Any, bounds: Bounds) -> None:
 
 
 def text_of(value: str, name: str) -> str:
-    """An argument's text where the system's encoding has left its bytes as they are."""
+    """An argument as UTF-8 text, even if the system's encoding could not decode its bytes.
+
+    name: the argument, for the message. Raises InputError for bytes that are not UTF-8.
+    """
     if not any("\udc80" <= character <= "\udcff" for character in value):
         return value
     try:

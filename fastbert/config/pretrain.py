@@ -1,4 +1,4 @@
-"""`PretrainConfig`, the options of a pre-training run, and the presets that they go by."""
+"""`PretrainConfig`: the options of a pre-training run, and the presets of their defaults."""
 
 import dataclasses
 import os
@@ -25,10 +25,11 @@ from fastbert.config.options import (
 
 
 class Preset(NamedTuple):
-    """A named architecture, and what it trains well with.
+    """A named architecture, with training options that suit it.
 
-    The small ones are for runs of minutes, which see a few million tokens: too few to need dropout,
-    to learn from long contexts, or to afford the noise of next-sentence prediction at full weight.
+    The small presets are for runs of minutes on a few million tokens. These are too few to need
+    dropout or to learn from long contexts, and a next-sentence loss at full weight adds too much
+    noise to them.
     """
 
     shape: dict[str, Any]
@@ -39,7 +40,7 @@ class Preset(NamedTuple):
 
 
 def _shape(layers: int, hidden: int) -> dict[str, Any]:
-    # every published BERT has heads of 64 and a feed-forward layer four times as wide
+    # every published BERT has heads of size 64 and a feed-forward layer four times as wide
     return {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -60,7 +61,7 @@ OPTIMIZERS = ("adamw", "lamb")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
-# Options that leave the results of a run alone, so that it may go on with others.
+# Options that do not change the results of a run, so they may change when it is resumed.
 _FREE = ("workers", "tokenize_workers", "cache", "log_every")
 _PATHS = ("corpus", "tokenizer", "teacher")
 _WAY_OUT = {
@@ -74,7 +75,8 @@ _NO_TOKENIZER = Only("tokenizer", (None,))
 class PretrainConfig:
     """All that determines a pre-training run; the command line's options are these fields.
 
-    An option that is None takes the preset's value.
+    An option that is None takes the preset's value, if the preset has one. Raises InputError, which
+    names the option, for an unknown value or a value out of range.
     """
 
     corpus: tuple[Path, ...] = option(
@@ -200,7 +202,7 @@ class PretrainConfig:
                 raise InputError(f"--{name}: one of {', '.join(known)}, got {got!r}")
 
     def _complete(self) -> None:
-        """Takes what is None from the preset."""
+        """Gives options that are None the preset's values."""
         if self.preset not in PRESETS:
             raise InputError(f"--preset: one of {', '.join(PRESETS)}, got {self.preset!r}")
         for name in PRESETS[self.preset]._fields:
@@ -208,11 +210,11 @@ class PretrainConfig:
                 object.__setattr__(self, name, getattr(PRESETS[self.preset], name))
 
     def same_run(self, **changes: Any) -> Self:
-        """This run with other options, of which only those that leave its results alone may change.
+        """This run with changed options, which must not change its results.
 
-        Raises InputError for an option that would make it another run. A path may be spelled in
-        another way, and be another one where the first is gone: what is read there is compared with
-        what was read, see `prepare.CHANGED`.
+        Raises InputError for an option that would make it another run. A path may have another name
+        for the same file, or be another path if the old one is gone: the contents are compared when
+        they are read, see `prepare.CHANGED`.
         """
         for name, value in changes.items():
             earlier = getattr(self, name)
@@ -234,7 +236,7 @@ class PretrainConfig:
         return values
 
     def placed(self) -> Self:
-        """With paths that mean the same from every working directory."""
+        """A copy with absolute paths, which do not depend on the working directory."""
         paths: dict[str, Any] = {
             name: path and Path(os.path.abspath(path))
             for name, path in (("tokenizer", self.tokenizer), ("cache", self.cache))
@@ -252,7 +254,7 @@ class PretrainConfig:
 
 
 def _alike(earlier: Any, given: Any) -> bool:
-    """Whether paths point to the same files; where the earlier ones are gone, any may."""
+    """Whether paths point to the same files; an earlier path that is gone equals any other."""
     pairs = [v if isinstance(v, tuple) else (v,) for v in (earlier, given)]
     if None in pairs[0] + pairs[1] or len(pairs[0]) != len(pairs[1]):
         return False

@@ -1,4 +1,4 @@
-"""`ServeConfig`, the options of a server."""
+"""`ServeConfig`: the options of a server."""
 
 import dataclasses
 import os
@@ -21,7 +21,10 @@ KEY_VARIABLE = "FASTBERT_API_KEY"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """All that determines a server; the command line's options are these fields."""
+    """All that determines a server; the command line's options are these fields.
+
+    Raises InputError, which names the option, for a missing model or a value out of range.
+    """
 
     model: str = option(None, "Directory of a model or of a run, or a hub name.", group=MODEL)
     pooling: str | None = option(
@@ -91,7 +94,11 @@ class ServeConfig:
         check_options(self)
 
     def api_key(self) -> str | None:
-        """What requests must bear, None where they need nothing."""
+        """The key that requests must have, from api_key_file or the environment; None without one.
+
+        Raises InputError if the file cannot be read, or the key is empty or has characters other
+        than printable ASCII without blanks.
+        """
         if self.api_key_file is None:
             source, key = KEY_VARIABLE, os.environ.get(KEY_VARIABLE)
             if key is None:

@@ -1,4 +1,4 @@
-"""Raw text to packed, masked batches: corpus, tokenizer, cache, sentence pairs, masks, batches."""
+"""From raw text to packed, masked batches: corpus, tokenizer, cache, sentence pairs, masking."""
 
 from fastbert.data.batches.loading import loader
 from fastbert.data.batches.pairs import PairPlan, plan_pairs, plan_sentences

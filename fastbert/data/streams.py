@@ -1,4 +1,4 @@
-"""Independent random streams, each a pure function of what it is for: nothing depends on order."""
+"""Independent random streams, each a pure function of its purpose, not of earlier draws."""
 
 import enum
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Purpose(enum.IntEnum):
-    """What a stream decides; the numbers are part of every run, so none is ever changed."""
+    """What a stream is used for; the numbers must not change, or runs would draw other data."""
 
     SPLIT = 0
     PAIRS = 1
@@ -15,10 +15,10 @@ class Purpose(enum.IntEnum):
 
 
 def stream(seed: int, purpose: Purpose, epoch: int = 0, index: int = 0) -> np.random.Generator:
-    """The generator of one purpose, epoch and index (of a document), for any 64-bit `seed`.
+    """The random generator for one purpose, epoch and document index, and any 64-bit `seed`.
 
-    Philox (Salmon et al. 2011) reaches any place of its sequence at once: the streams are places
-    2**128 blocks apart.
+    Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") can start anywhere in
+    its sequence: the streams of one seed and epoch start at least 2**128 blocks apart.
     """
     key = np.array([seed % 2**64, epoch], np.uint64)
     counter = np.array([0, 0, index, purpose], np.uint64)

@@ -1,1 +1,1 @@
-"""What touches the operating system: files, locks and the console."""
+"""Everything that depends on the operating system: files, locks and the console."""

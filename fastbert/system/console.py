@@ -1,4 +1,4 @@
-"""What a run prints, and a standard output that never ends a run."""
+"""The console of all commands, whose failures to print never end a run."""
 
 import contextlib
 import os
@@ -9,22 +9,22 @@ from rich.console import Console
 
 
 class _Forgiving:
-    """Standard output, or standard error, whatever that is at the moment.
+    """The present standard output or error, as a file that never fails.
 
-    A character that it cannot show is written as its number, and what it no longer takes (a reader
-    that is gone, a full disk) is dropped: a run's results are in files.
+    A character that its encoding lacks is written as a backslash escape. Output that it no longer
+    takes (a closed pipe, a full disk) is dropped, because a run's results are in files.
     """
 
-    on_error = False  # whether standard error is meant
+    on_error = False  # whether to write to standard error
 
     @property
     def stream(self) -> TextIO:
         stream = sys.stderr if self.on_error else sys.stdout
-        return getattr(stream, "rich_proxied_file", stream)  # while a bar is shown
+        return getattr(stream, "rich_proxied_file", stream)  # rich wraps it while it shows a bar
 
     def write(self, text: str) -> int:
         stream = self.stream
-        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a closed stream
             stream.write(_sayable(text, stream))
         return len(text)
 
@@ -47,14 +47,14 @@ console = Console(file=_output, soft_wrap=True, highlight=False, markup=False)  
 
 
 def leave_standard_output() -> None:
-    """What is said from now on goes to standard error: standard output carries a command's rows."""
+    """Sends later messages to standard error, if a command writes its rows to standard output."""
     _output.on_error = True
 
 
 def close_standard_streams() -> None:
-    """Writes out what waits for standard output and error; what they do not take is dropped.
+    """Flushes standard output and error, and drops what they do not take.
 
-    Else Python would end with a message and a status of its own.
+    Otherwise Python would fail to flush them at exit, and print a message and change the status.
     """
     for stream in (sys.stdout, sys.stderr):
         try:

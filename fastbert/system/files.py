@@ -1,8 +1,8 @@
-"""The one place that writes what a user keeps: whole files and directories.
+"""The one place that writes what a user keeps: files and directories, atomically.
 
 A file or a directory is written beside its place and renamed, so that a kill or a full disk leaves
-what was there before. What cannot be renamed (a FIFO, a device, standard output) is written to as
-it is.
+what was there before. Streams (a FIFO, a device, standard output), which cannot be renamed, are
+written to directly.
 """
 
 import contextlib
@@ -22,15 +22,18 @@ from safetensors import SafetensorError
 
 from fastbert.check import InputError
 
-STANDARD = "-"  # a file's name that stands for standard input or output
+STANDARD = "-"  # the file name that means standard input or output
 _DESCRIPTORS = re.compile(r"/proc/\d+(/task/\d+)?/fd")
 
 
 class Unwritable(InputError):
-    """A file or a directory cannot be written, for a reason that the system gives."""
+    """A file or a directory cannot be written; `reason` is the system's message.
+
+    `because` makes one from another exception.
+    """
 
     def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(path, reason)  # what a process sends to another one
+        super().__init__(path, reason)  # `args`, from which pickle makes it again in a process
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
@@ -58,7 +61,7 @@ def is_stream(path: str | Path) -> bool:
 
 def _is_descriptor(path: Path) -> bool:
     """Whether the links of `path`, such as /dev/stdout, lead to an open file of a process."""
-    for _ in range(40):  # as many links as Linux follows
+    for _ in range(40):  # Linux follows at most 40 links
         if _DESCRIPTORS.fullmatch(os.path.realpath(path.parent)):
             return True
         if not path.is_symlink():
@@ -68,10 +71,10 @@ def _is_descriptor(path: Path) -> bool:
 
 
 def require_output(path: str | Path, *inputs: str | Path) -> None:
-    """Raises InputError where a file `path` could not be written, or would take an input's place.
+    """Raises InputError if the file `path` cannot be written, or would overwrite an input.
 
-    Called before the work that is to be written. inputs: files, or directories of whose files the
-    same holds; told by what they are on the disk, whatever they are called.
+    Commands call this before they compute. inputs: files, or directories whose files count as
+    inputs; compared by device and inode, so that another name of the same file is recognised.
     """
     if str(path) != STANDARD and Path(path).is_dir():
         raise InputError(f"--out {path}: is a directory; name a file")
@@ -94,9 +97,10 @@ def require_output(path: str | Path, *inputs: str | Path) -> None:
 def require_apart(
     option: str, directory: Path, texts: Iterable[Path], models: Iterable[Path] = ()
 ) -> None:
-    """Raises InputError where what is written into `directory` would lie among what is read.
+    """Raises InputError if the output `directory` is an input, or lies below a directory of texts.
 
-    texts: files, and directories of which everything below is read; models: directories
+    option: the option that names `directory`, for the message; texts: files, and directories that
+    are read with everything below them; models: directories, which are read without subdirectories
     """
     place = Path(os.path.realpath(directory))
     read = [(given, True) for given in texts] + [(given, False) for given in models]
@@ -109,13 +113,13 @@ def require_apart(
 
 
 def _identity(path: str | Path, standard: Any) -> tuple[int, int] | None:
-    """(device, inode) of a file whose contents could be lost; None for others, a terminal's too.
+    """(device, inode) of a regular file or a FIFO; None for others, such as a terminal.
 
-    standard: the stream that the name "-" stands for
+    standard: the stream that the name "-" means
     """
     try:
         found = os.fstat(standard.fileno()) if str(path) == STANDARD else os.stat(path)
-    except (OSError, ValueError):  # none there, or a stream without a file
+    except (OSError, ValueError):  # a missing file, or a stream without a descriptor
         return None
     kept = stat.S_ISREG(found.st_mode) or stat.S_ISFIFO(found.st_mode)
     return (found.st_dev, found.st_ino) if kept else None
@@ -123,10 +127,10 @@ def _identity(path: str | Path, standard: Any) -> tuple[int, int] | None:
 
 @contextlib.contextmanager
 def output(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write to, which appears at `path` whole or not at all, with its directories.
+    """A binary file to write to, which appears at `path` complete or not at all.
 
-    A stream (see `is_stream`) is written to as it is; a reader of it that is gone is a
-    BrokenPipeError, everything else that fails is an Unwritable.
+    Missing parent directories are made. A stream (see `is_stream`) is written to directly. Raises
+    BrokenPipeError if the reader of a stream is gone, Unwritable for every other failure.
     """
     if not is_stream(path):
         with new_file(path) as beside, beside.open("wb") as file:
@@ -138,7 +142,7 @@ def output(path: str | Path) -> Iterator[BinaryIO]:
             yield sys.stdout.buffer
             sys.stdout.buffer.flush()
         else:
-            with open(path, "ab") as stream:  # never cuts off what a shell's >> goes on with
+            with open(path, "ab") as stream:  # appends, so that a shell's >> keeps its file
                 yield stream
     except BrokenPipeError:
         raise
@@ -148,16 +152,17 @@ def output(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """A file that appears at `path` whole or not at all: the block writes it beside.
+    """The path of a temporary file for the block to write, which then replaces `path` atomically.
 
-    Where `path` is a link, the file that it points to is replaced, and the link stays.
+    If `path` is a link, the file that it points to is replaced, and the link stays. Raises
+    Unwritable if the block or the replacement fails to write.
     """
     target = Path(os.path.realpath(path))
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield beside
-        # some libraries' files are for their owner alone
+        # some libraries make files that only their owner can read
         beside.chmod(stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o644)
         _sync(beside)
         beside.replace(target)
@@ -165,12 +170,12 @@ def new_file(path: str | Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise Unwritable.because(path, error) from error
     finally:
-        with contextlib.suppress(OSError):  # its directory could not be made
+        with contextlib.suppress(OSError):  # it was renamed, or never made
             beside.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """In UTF-8; `path` is never half a file."""
+    """Writes a text in UTF-8, atomically. Raises Unwritable."""
     with output(path) as file:
         file.write(text.encode())
 
@@ -181,10 +186,10 @@ def write_json(path: str | Path, values: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
-    """A directory that appears at `path` whole or not at all, replacing what was there.
+    """A temporary directory for the block to fill, which then replaces `path` atomically.
 
-    The block writes into a sibling; it is renamed when the block ends, and removed if it raises.
-    A failed write (a full disk, say) leaves as an Unwritable that names `path`.
+    It lies beside `path`, is renamed when the block ends, and is removed if the block raises.
+    A failed write, for example on a full disk, raises an Unwritable that names `path`.
     """
     target, beside = Path(os.path.realpath(path)), None
     try:
@@ -194,7 +199,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         for file in beside.rglob("*"):
             _sync(file)
             file.chmod(0o755 if file.is_dir() else 0o644)
-        beside.chmod(0o755)  # mkdtemp's, and some libraries' files, are for their owner alone
+        beside.chmod(0o755)  # only the owner can read what mkdtemp and some libraries make
         _take_the_place(beside, target)
     except (OSError, SafetensorError, RuntimeError, Unwritable) as error:
         raise Unwritable.because(path, error) from error
@@ -204,7 +209,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
 
 
 def _take_the_place(beside: Path, target: Path) -> None:
-    """Renames a directory to `target`; what is there is removed only when that is done."""
+    """Renames a directory to `target`; an old directory there is removed only after that."""
     if not target.exists():
         beside.rename(target)
     else:

@@ -1,7 +1,7 @@
-"""Which process may write into a directory: one, by a lock of the operating system.
+"""Locks by which only one process at a time writes into a directory.
 
-The lock is on an open file, so that it ends with the process that holds it, also with a kill; the
-file alone means nothing.
+A lock is the operating system's (flock), on an open file: it ends with the process that holds it,
+even by a kill. A lock file that nobody has locked means nothing.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from fastbert.check import InputError
 from fastbert.system.files import Unwritable
 
 LOCK = ".lock"
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of some network file systems
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # errors of file systems without locks
 
 _held: set[int] = set()  # descriptors of this process's locks
 
@@ -25,7 +25,7 @@ class InUse(InputError):
 
 
 def _let_go() -> None:
-    """In a forked process, such as a loader's: the lock is to end with its parent."""
+    """Closes the locks in a forked process, so that they end with its parent."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
@@ -37,9 +37,9 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Holds the directory `out` of a run for this process alone, until the block ends.
+    """Locks the directory `out` of a run for this process, until the block ends.
 
-    It is made where it is not there, and taken away again if the block leaves nothing in it. Raises
+    The directory is made if missing, and removed again if the block leaves it empty. Raises
     InputError if another process holds it, or it cannot be written.
     """
     out = Path(os.path.realpath(out))
@@ -57,26 +57,27 @@ def claimed(out: Path) -> Iterator[None]:
                 raise Unwritable.because(f"--out {out}", error) from None
             try:
                 yield
-            finally:  # while it is held
+            finally:  # while the lock is held, or another process's lock file could be removed
                 (out / LOCK).unlink(missing_ok=True)
     finally:
         for place in made:
-            with contextlib.suppress(OSError):  # something is in it
+            with contextlib.suppress(OSError):  # it is not empty
                 place.rmdir()
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[None]:
-    """Holds a lock on the file `path`, which is made, with its directory, and stays.
+    """Holds a lock on the file `path`, which is made with its directory if missing, and kept.
 
-    wait: until another process that holds it is done; without it that is an InUse.
+    wait: whether to wait for another process that holds the lock; if not, raises InUse. Raises
+    OSError if the file cannot be made or locked.
     """
     descriptor = _lock(path, wait)
     _held.add(descriptor)
     try:
         yield
     finally:
-        if descriptor in _held:  # else this is a forked process
+        if descriptor in _held:  # not in a forked process, which has closed it already
             _held.discard(descriptor)
             os.close(descriptor)
 
@@ -86,11 +87,11 @@ def _lock(path: Path, wait: bool) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the one who made the directory has just taken it away
+        except FileNotFoundError:  # another process has just removed the directory
             continue
         try:
             _flock(descriptor, path, wait)
-            # the file that was opened may be one that its last holder has just removed
+            # the last holder may have removed the file between its opening and its locking
             if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except FileNotFoundError:

@@ -1,1 +1,1 @@
-"""Training: the pre-training objective, the loop around it, and what a run leaves on disk."""
+"""Training: the pre-training objective, the training loop, and the files of a run."""

@@ -1,8 +1,8 @@
-"""Several processes that train one model: those that torchrun starts, by DDP or FSDP2.
+"""Training of one model by the processes that torchrun starts, with DDP or FSDP2.
 
-Batches are cut up by `PretrainingData.batch(rank=, world_size=)`, and losses are over the
-counts of the whole batch; so gradients are to be summed over the ranks. Both wrappers take the mean
-instead, hence `EagerStep` multiplies each loss by the number of ranks.
+`PretrainingData.batch(rank=, world_size=)` divides the batches, and losses are divided by the
+counts of the whole batch, so gradients must be summed over the ranks. Both wrappers average them
+instead, so `EagerStep` multiplies each loss by the number of ranks.
 """
 
 import contextlib
@@ -34,32 +34,35 @@ from fastbert.system.files import Unwritable, new_directory
 from fastbert.train.objective import PretrainingObjective
 
 KINDS = ("ddp", "fsdp")
-# the first process may tokenise a large corpus while the others wait for it
+# how long other processes wait while the first one tokenises a large corpus
 PATIENCE = datetime.timedelta(days=7)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """This process among the `size` of a run, and the device that it trains on."""
+    """This process, one of the `size` processes of a run, and the device on which it trains.
+
+    patient: a gloo group of all processes with the timeout PATIENCE; None for a single process
+    """
 
     device: torch.device
     rank: int = 0
     size: int = 1
-    patient: dist.ProcessGroup | None = None  # of all, with PATIENCE
+    patient: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The tensor, which now holds its sum over the ranks."""
+        """Sums the tensor over the ranks, in place, and returns it. A collective call."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     @contextlib.contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
-        """The first process does the block, and then the others, who find what it has made."""
+        """The first process runs the block, then the others, which can read what it has written."""
         if self.size > 1 and not self.is_first:
             dist.barrier(self.patient)
         yield
@@ -67,14 +70,15 @@ class Ranks:
             dist.barrier(self.patient)
 
     def claimed(self, out: Path) -> contextlib.AbstractContextManager[None]:
-        """`locks.claimed`, which the first process does for all of them."""
+        """`locks.claimed` by the first process for all of them; no lock in the others."""
         return locks.claimed(out) if self.is_first else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def new_directory(self, path: Path) -> Iterator[Path]:
-        """`files.new_directory`, which all of them write into; nothing is left of a failure.
+        """`files.new_directory` for all processes to write into; nothing remains after a failure.
 
-        The block ends with a collective call, or the first process may rename it too early.
+        The block must end with a collective call. Otherwise the first process may rename the
+        directory while others still write.
         """
         with contextlib.ExitStack() as stack:
             writing = [path]
@@ -87,9 +91,9 @@ class Ranks:
 
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
-    """The processes that torchrun has started, by its environment; without it this one alone.
+    """Joins the process group of torchrun's environment variables; without them, a single process.
 
-    They talk by NCCL on GPUs, each on its own, and by gloo on CPUs. Only the first one prints.
+    Each process has its own GPU and uses NCCL, or gloo on CPUs. Only the first one prints.
     """
     on_gpu = torch.cuda.is_available()
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -109,15 +113,16 @@ def joined() -> Iterator[Ranks]:
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     console.quiet = dist.get_rank() != 0
     yield Ranks(device, dist.get_rank(), size, patient)
-    dist.destroy_process_group()  # not after an error, which the others know nothing of
+    dist.destroy_process_group()  # not after an error: the other processes do not know of it
 
 
 def _store() -> dist.Store:
-    """torchrun's, in which the keys of processes that it has restarted are out of the way.
+    """torchrun's store, with keys that are separate for each restart of the processes.
 
-    It keeps them (https://github.com/pytorch/pytorch/issues/135712), and new processes would look
-    for the old ones at their addresses. Several nodes count their restarts apart, so that there
-    only TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, set for torchrun, is of help.
+    The store keeps the keys of earlier processes
+    (https://github.com/pytorch/pytorch/issues/135712), so that restarted ones would connect to
+    addresses of dead processes. Nodes count their restarts independently, so a run on several nodes
+    needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment instead.
     """
     store, _, size = next(dist.rendezvous("env://"))
     if size != int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
@@ -126,10 +131,10 @@ def _store() -> dist.Store:
 
 
 def parallelised(objective: PretrainingObjective, kind: str, ranks: Ranks) -> nn.Module:
-    """The objective as this rank runs it: as it is, or by "ddp" or "fsdp".
+    """The objective as this rank runs it: wrapped by "ddp" or "fsdp" if there are several ranks.
 
-    FSDP2 shards each layer and the rest (embeddings and tied heads) in place. Raises InputError for
-    another kind.
+    FSDP2 shards each encoder layer, and the rest (embeddings and tied heads) as one more unit, in
+    place. Raises InputError for another kind.
     """
     if kind not in KINDS:
         raise InputError(f"--parallel: one of {', '.join(KINDS)}, got {kind!r}")
@@ -145,7 +150,7 @@ def parallelised(objective: PretrainingObjective, kind: str, ranks: Ranks) -> nn
 
 @contextlib.contextmanager
 def exchange(module: nn.Module, wanted: bool) -> Iterator[None]:
-    """Forward and backward in it send gradients to the other ranks only where that is wanted."""
+    """A forward and backward in the block exchange gradients between ranks only if `wanted`."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(wanted)
     waits = isinstance(module, DistributedDataParallel) and not wanted
@@ -154,15 +159,15 @@ def exchange(module: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def reshard(module: nn.Module) -> None:
-    """Lets go of the parameters that FSDP2 has gathered for a forward without a backward."""
+    """Frees the whole parameters that FSDP2 has gathered for a forward without a backward."""
     if isinstance(module, FSDPModule):
         module.reshard()
 
 
 def whole_weights(model: BertPreTrainedModel) -> dict[str, Tensor]:
-    """The parameters by name, a tied one once, on the CPU of the first rank; elsewhere none.
+    """The whole parameters by name, on the first rank's CPU; empty on the other ranks.
 
-    A collective call.
+    A tied parameter is included once. A collective call.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: dict[str, Any] = get_model_state_dict(model, options=options)
@@ -171,7 +176,7 @@ def whole_weights(model: BertPreTrainedModel) -> dict[str, Tensor]:
 
 
 def save_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Each rank writes its share of the optimizer's tensors. A collective call."""
+    """Writes each rank's shard of the optimizer's tensors; raises Unwritable. A collective call."""
     state = get_optimizer_state_dict(model, optimizer)["state"]
     try:
         dcp.save(state, checkpoint_id=directory)
@@ -180,7 +185,10 @@ def save_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Reads what any number of ranks have saved into the tensors of these. A collective call."""
+    """Reads into the optimizer what any number of ranks have saved. A collective call.
+
+    Raises RuntimeError if the files cannot be read.
+    """
     state = get_optimizer_state_dict(model, optimizer)["state"]  # the optimizer's own, not copies
     try:
         dcp.load(state, checkpoint_id=directory)
@@ -189,7 +197,7 @@ def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def shard_state(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
-    """An optimizer's state_dict of whole tensors, cut as the parameters of this one are."""
+    """A state_dict of whole tensors, sharded like the parameters of `optimizer`, in place."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, state in saved["state"].items():
         parameter = parameters[number]

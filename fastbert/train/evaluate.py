@@ -1,4 +1,4 @@
-"""What a run reports of text that it has not seen."""
+"""Evaluation of the model on held-out text."""
 
 import torch
 from torch import nn
@@ -13,13 +13,18 @@ from fastbert.train.precision import autocast
 def evaluate(
     objective: nn.Module, batches: list[PackedBatch], precision: str, step: int, ranks: Ranks
 ) -> dict[str, float]:
-    """The metrics of the held-out batches, every one of them once, by one rank or another."""
+    """The metrics of the held-out batches, which the ranks share. A collective call.
+
+    step: the training step, copied into the result. Returns "step", "heldout_mlm_loss" in nats,
+    "mlm_accuracy", and the metrics of pairs if there are any.
+    """
     was_training = objective.training
     objective.eval()
     found = []
     for first in range(0, len(batches), ranks.size):
         mine = first + ranks.rank
-        batch = batches[mine % len(batches)]  # as many for each rank, as they exchange weights
+        # each rank runs as many batches, because FSDP ranks exchange weights; surplus is dropped
+        batch = batches[mine % len(batches)]
         with autocast(precision, ranks.device):
             sums = objective(batch.to(ranks.device), 1, 1).sums
         found.append(sums if mine < len(batches) else torch.zeros_like(sums))

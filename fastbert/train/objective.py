@@ -1,4 +1,4 @@
-"""The pre-training loss of one part of a batch, with the sums that its metrics are made of."""
+"""The pre-training loss of one micro-batch, and the sums from which metrics are computed."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from fastbert.packing import PackedBatch
 
 
 class Result(NamedTuple):
-    """loss: (), to run backward from; sums: (6,) float32, the first of `Metrics`, on the device."""
+    """loss: (), for backward; sums: (6,) float32, the first six of `Metrics`, on the device."""
 
     loss: Tensor
     sums: Tensor
@@ -24,9 +24,9 @@ class Result(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Sums over masked tokens and sentence pairs; the means are what people read.
+    """Sums over masked tokens and sentence pairs; the properties are their means, losses in nats.
 
-    skipped_steps: those whose gradients were not finite; the sums leave them out.
+    skipped_steps: steps whose gradients were not finite, which the sums do not include
     """
 
     mlm_loss_sum: float = 0.0
@@ -54,19 +54,19 @@ class Metrics(NamedTuple):
         return self.nsp_correct / max(self.num_pairs, 1)
 
     def of_pairs(self) -> dict[str, float]:
-        """What is reported of them; nothing where there are none."""
+        """The reported metrics of sentence pairs; empty without pairs."""
         if not self.num_pairs:
             return {}
         return {"nsp_loss": self.nsp_loss, "nsp_accuracy": self.nsp_accuracy}
 
 
 class PretrainingObjective(nn.Module):
-    """MLM loss, and NSP loss where there are pairs, of a share of a batch.
+    """MLM loss, and NSP loss if there are pairs, of a micro-batch (Devlin et al. 2018).
 
-    They are normalised by the counts of the whole batch.
+    Each loss is divided by the count of the whole batch, so the losses of the micro-batches add up
+    to the loss of the batch, however it is divided and the masked tokens are distributed.
 
-    The shares' losses then add up to the batch's, whatever the number of shares and however the
-    masked tokens fall among them. `nsp_weight` scales the next-sentence loss, 1 in Devlin et al.
+    nsp_weight: weight of the next-sentence loss, 1 in Devlin et al.
     """
 
     def __init__(
@@ -83,9 +83,10 @@ class PretrainingObjective(nn.Module):
         num_pairs: int | Tensor,
         num_tokens: int | Tensor = 1,
     ) -> Result:
-        """num_targets, num_pairs, num_tokens: those of the whole batch, numbers or ().
+        """The losses of `batch`, a micro-batch with labels.
 
-        The last is for objectives that have a loss over all tokens.
+        num_targets, num_pairs, num_tokens: counts of the whole batch, as numbers or tensors of
+        shape (); num_tokens is used by objectives that have a loss over all tokens
         """
         pair_labels = batch.next_sentence_label
         rows = wanted_rows(batch, first=pair_labels is not None, labelled=True)

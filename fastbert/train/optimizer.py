@@ -1,4 +1,4 @@
-"""AdamW or LAMB as BERT uses them: no decay on biases and LayerNorm, linear warm-up and decay."""
+"""AdamW and LAMB for BERT, and its learning-rate schedule: linear warm-up, then linear decay."""
 
 import re
 
@@ -13,16 +13,17 @@ _LAYER = re.compile(r"(?:^|\.)encoder\.layer\.(\d+)\.")
 def make_optimizer(
     model: nn.Module, weight_decay: float, name: str = "adamw"
 ) -> torch.optim.Optimizer:
-    """The optimizer of that name over two groups; the learning rate is set at each step.
+    """The optimizer `name`, with weight decay on everything but biases and LayerNorm.
 
-    "adamw" is torch's (Loshchilov & Hutter 2017). Its second beta is RoBERTa's 0.98 (Liu et al.
-    2019): with BERT's 0.999, small models at a high rate were seen to stay at the loss of the
-    unigrams for hundreds of steps. "lamb" is `fastbert.optim.Lamb`, without a ratio for biases and
-    LayerNorm, as NVIDIA has it; the step clips for both. Both skip a step where their `found_inf`
-    is 1, without the host's help.
+    The learning rate is 0 until a step sets it. "adamw" is torch's (Loshchilov & Hutter 2017,
+    https://arxiv.org/abs/1711.05101), with RoBERTa's second beta of 0.98 (Liu et al. 2019): with
+    BERT's 0.999, small models at a high learning rate stayed at the unigram loss for hundreds of
+    steps. "lamb" is `fastbert.optim.Lamb` in NVIDIA's variant, without a trust ratio for biases and
+    LayerNorm. Neither clips gradients, which the step does. Both skip an update on the device where
+    their `found_inf` is 1.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    # biases and the gains and offsets of LayerNorm are the parameters of one dimension
+    # the one-dimensional parameters are biases and the weights of LayerNorm
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -35,11 +36,12 @@ def make_optimizer(
 def finetuning_optimizer(
     model: nn.Module, num_layers: int, weight_decay: float, layer_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW with a share of the learning rate by layer (Howard & Ruder 2018, section 3.2).
+    """AdamW with layer-wise learning rates (Howard & Ruder 2018, section 3.2).
 
-    The head and the pooler take the whole rate, the last of `num_layers` layers `layer_decay` of
-    it, each layer below that share of the one above, and the embeddings that of the first. A group
-    has its share under "share"; the learning rate is set at each step.
+    The head and the pooler have the full learning rate. Each of the `num_layers` layers, from the
+    last to the first, has `layer_decay` times the rate of the one above it, and so have the
+    embeddings below the first layer. Each parameter group has its factor under "share", by which
+    the caller multiplies each step's learning rate. Biases and LayerNorm have no weight decay.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -57,14 +59,14 @@ def finetuning_optimizer(
 
 
 def _depth(name: str, num_layers: int) -> int:
-    """How many layers a parameter lies below the head."""
+    """A parameter's depth: 0 in the head, 1 in the last layer, num_layers + 1 in the embeddings."""
     if layer := _LAYER.search(name):
         return num_layers - int(layer[1])
     return num_layers + 1 if "embeddings." in name else 0
 
 
 def linear_schedule(step: int, *, peak: float, warmup: int, total: int) -> float:
-    """The learning rate of a step in [0, total): up to `peak` in `warmup` steps, then down to 0."""
+    """The learning rate of a step in [0, total): linear to `peak` in `warmup` steps, then to 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (total - step) / max(total - warmup, 1)

@@ -1,4 +1,4 @@
-"""In which precision a run computes."""
+"""The precision of a run: autocast and loss scaling."""
 
 import torch
 
@@ -13,12 +13,15 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Of the loss, against underflow in fp16; with another precision it does nothing."""
+    """Scales the loss against underflow of fp16 gradients; does nothing in another precision."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def resolve_precision(wanted: str) -> str:
-    """What `auto` stands for: bf16 where this machine multiplies in it, else fp32."""
+    """The precision that is meant: "auto" is bf16 if the hardware multiplies in it, else fp32.
+
+    Raises InputError for an unknown precision.
+    """
     if wanted not in ("auto", "fp32", *LOW_PRECISION):
         raise InputError(f"--precision: one of auto, bf16, fp16, fp32, got {wanted!r}")
     if wanted != "auto":

@@ -1,4 +1,4 @@
-"""From the user's corpus to batches: the tokenizer, the tokenised cache, the split."""
+"""From the user's corpus to batches: tokenizer, tokenised cache, training and held-out split."""
 
 import hashlib
 import itertools
@@ -25,15 +25,17 @@ from fastbert.system.console import console
 from fastbert.system.files import write_json
 from fastbert.train.report import TokenizingReporter
 
-TEXT = "text"  # the directory of a run where they are kept, unless --cache names another
+TEXT = "text"  # directory in a run for tokenizer and cache, unless --cache names another
 CHANGED = "{}: the corpus or the tokenizer has changed since the run began"
-_NEARLY_ALL = 0.95  # of all pairs
-LARGE = 100 << 20  # bytes of a corpus that several processes tokenise, who take seconds to start
+_NEARLY_ALL = 0.95  # share of random pairs above which a warning is given
+LARGE = 100 << 20  # bytes of a corpus that is worth several processes, which start in seconds
 
 
 class PreparedText(NamedTuple):
-    """baseline: cross-entropy, in nats, of the held-out targets under the training unigrams;
-    fingerprint: a hash of the text and the tokenizer.
+    """A corpus that is ready for training.
+
+    fingerprint: a hash of the text and the tokenizer; heldout: held-out batches, masked as in BERT;
+    baseline: cross-entropy, in nats, of their targets under the training text's unigrams
     """
 
     fingerprint: str
@@ -46,8 +48,7 @@ class PreparedText(NamedTuple):
 def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> PreparedText:
     """Tokenises the corpus into the cache, or finds it there, and splits its documents.
 
-    Raises data.OtherCache or data.Interrupted, after which the cache is worth keeping; else
-    InputError.
+    Raises InputError: data.OtherCache and data.Interrupted leave a cache that is worth keeping.
     """
     source = _Source(config)
     try:
@@ -87,7 +88,7 @@ def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> Prepa
         )
 
     training = examples(train, config.masking)
-    # refuses a budget that is too small
+    # raises InputError for a batch too small for all ranks and micro-batches
     training.batch(0, world_size=num_ranks, micro_batches=config.accumulation)
     if (share := training.random_share) is not None and share > _NEARLY_ALL:
         warnings.warn(
@@ -118,7 +119,7 @@ def _check_words(counts: NDArray[np.int64], specials: data.SpecialTokens) -> Non
 
 
 class _Source:
-    """The text that a run is to read, the user's or Python's own."""
+    """The text that a run reads: the user's corpus, or Python's own documentation."""
 
     def __init__(self, config: PretrainConfig) -> None:
         self.paths = config.corpus
@@ -129,7 +130,7 @@ class _Source:
         )
 
     def documents(self) -> Iterator[list[str]]:
-        """From the beginning; a corpus is read once for the vocabulary and once for its tokens."""
+        """Yields all documents; a run reads them twice, for the vocabulary and for the tokens."""
         self.meter.bytes_read = 0
         if not self.paths:
             return data.python_documents()
@@ -171,7 +172,7 @@ def _tokenizer(config: PretrainConfig, source: _Source, directory: Path) -> Toke
     record = directory / "trained_on.json"
     with locked(directory):
         if (directory / "tokenizer.json").is_file():
-            # what does not say so is of a time when accents went with upper case
+            # records of earlier versions, without strip_accents, were made with None
             require_same(made_from, {"strip_accents": None} | read_json(record), directory)
             return data.load_tokenizer(directory)
         sentences = itertools.chain.from_iterable(source.documents())

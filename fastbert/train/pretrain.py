@@ -1,4 +1,4 @@
-"""Pre-training from raw text, and the run that other kinds of training share with it."""
+"""Pre-training from raw text, and the training loop that other kinds of runs share with it."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ from fastbert.train.report import Reporter, Silent, environment, plot_losses, re
 from fastbert.train.run_directory import SUMMARY, abandon, open_run, stoppable
 from fastbert.train.step import make_step
 
-MOST_SKIPPED = 20  # steps in a row: fp16's scale has come down from 2^16 to 1 long before
+MOST_SKIPPED = 20  # skipped steps in a row; halving fp16's scale from 2^16 to 1 takes only 16
 
 
 def pretrain(
@@ -44,14 +44,17 @@ def pretrain(
 ) -> dict[str, Any]:
     """Runs, or with `resume` continues, the pre-training that `config` describes, in `out`.
 
-    Leaves out/latest, a checkpoint that Hugging Face loads, loss.png, summary.json (which is
-    returned) and TensorBoard's files. The same config gives the same run, bit for bit on a CPU at
-    the same number of threads, also through any number of kills and resumptions. On a GPU steps
-    are replayed as a CUDA graph, unless `eager`; `profile` leaves out/profile, see `profiling`.
+    Writes out/latest, a checkpoint that Hugging Face loads, loss.png, summary.json (whose contents
+    are returned) and TensorBoard's files. The same config gives the same run, even after kills and
+    resumptions: bit for bit on a CPU with the same number of threads. On a GPU, steps are replayed
+    as a CUDA graph unless `eager`; `profile` writes out/profile, see `profiling`.
 
     Under torchrun each process trains on its share of each batch, by `parallel` "ddp" or "fsdp";
-    `out` is then a directory that all of them see. Their number may change from one resumption to
-    the next, and changes the losses by rounding alone.
+    `out` must be a directory that all of them see. The number of processes may change when a run is
+    resumed; it changes the losses by rounding only.
+
+    Raises InputError for options or a corpus that cannot be used, for an `out` that has a run
+    already, and after 20 steps in a row whose gradients are not finite; Stopped after Ctrl-C.
     """
     return carry_out(
         Pretraining(config), out, resume=resume, eager=eager, profile=profile, parallel=parallel
@@ -61,7 +64,7 @@ def pretrain(
 def carry_out(
     recipe: Recipe, out: Path, *, resume: bool, eager: bool, profile: bool, parallel: str
 ) -> dict[str, Any]:
-    """Trains what the recipe says; see `pretrain`, whose promises hold for all of them."""
+    """Trains the model of a recipe; arguments, results and errors are those of `pretrain`."""
     require_libraries(recipe.command)
     config = recipe.config
     models = () if recipe.directory is None else (recipe.directory,)
@@ -80,7 +83,7 @@ def carry_out(
 
 
 class _Run(NamedTuple):
-    """What is trained, and what a checkpoint restores. objective: of the model, as ranks run it."""
+    """The model and the state that a checkpoint restores; DDP or FSDP may wrap `objective`."""
 
     recipe: Recipe
     model: BertForPreTraining | BertForMaskedLM
@@ -113,7 +116,7 @@ def _set_up(
     ranks: Ranks,
     parallel: str,
 ) -> _Run:
-    """The run at its beginning, or where its last checkpoint was."""
+    """Sets up a new run, or restores it from its last checkpoint."""
     begun = checkpoint.latest(out)
     model = recipe.make_model(text.tokenizer.get_vocab_size()).to(ranks.device)
     if begun is not None:
@@ -181,11 +184,12 @@ def _train(
             reporter.advance()
             done = state.step == config.steps
             saving = done or state.step % config.save_every == 0
-            # what is reported before a checkpoint need not be in it, so a resumed run reports alike
+            # report before each checkpoint, so that the sums need not be saved and the logs of a
+            # resumed run match
             if saving or state.step % config.log_every == 0:
-                ranks.sum(sums[:-1])  # of all but the skipped steps, which are everyone's
+                ranks.sum(sums[:-1])  # not the last, skipped steps: all ranks skip the same ones
                 tokens = int(ranks.sum(torch.tensor(tokens, device=device)))
-                metrics = recipe.metrics(*sums.tolist())  # the only place where the host waits
+                metrics = recipe.metrics(*sums.tolist())  # only here the host waits for the GPU
                 now = time.perf_counter()
                 row = training_row(recipe, state.step, metrics, tokens / (now - reported))
                 skipped, passed = int(metrics.skipped_steps), state.step - last
@@ -237,7 +241,7 @@ def _profiler(
 def _finish(
     run: _Run, config: PretrainConfig, text: PreparedText, out: Path, ranks: Ranks
 ) -> dict[str, Any]:
-    """Writes the plot and the summary of a finished run and prints its result."""
+    """Writes the plot and the summary of a finished run, prints its result, returns the summary."""
     state = run.state
     heldout = next(row for row in reversed(state.history) if "heldout_mlm_loss" in row)
     verdict = run.recipe.verdict(run.model, heldout, text.heldout, ranks)

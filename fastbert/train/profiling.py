@@ -1,4 +1,4 @@
-"""A look at where the time of a few training steps goes."""
+"""Profiles a few training steps."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from fastbert.system.console import console
 from fastbert.system.files import new_file
 
-SKIPPED, WARM_UP, RECORDED = 5, 2, 3  # steps; a CUDA graph is captured in the skipped ones
+SKIPPED, WARM_UP, RECORDED = 5, 2, 3  # steps; the skipped ones include a CUDA graph's capture
 LINES = 10
 
 
 class Unprofiled(contextlib.nullcontext):
-    """Stands where a profiler would."""
+    """A profiler that does nothing."""
 
     def __enter__(self) -> "Unprofiled":
         return self
@@ -26,9 +26,11 @@ class Unprofiled(contextlib.nullcontext):
 
 @contextlib.contextmanager
 def profiling(out: Path, steps: int, device: torch.device) -> Iterator[profile | Unprofiled]:
-    """A profiler whose `step` follows each of `steps` steps; leaves out/profile/trace.json.gz.
+    """A profiler of training that writes out/profile/trace.json.gz.
 
-    The trace opens in Perfetto or chrome://tracing. The costliest operators are also printed.
+    The caller calls the profiler's `step` after each training step. The trace opens in Perfetto or
+    chrome://tracing. The most expensive operators are also printed. If `steps`, the number of steps
+    that are left, is below 10, no trace is written.
     """
     needed = SKIPPED + WARM_UP + RECORDED
     if steps < needed:
@@ -40,7 +42,7 @@ def profiling(out: Path, steps: int, device: torch.device) -> Iterator[profile |
 
     def report(profiler: profile) -> None:
         with new_file(path) as beside:
-            packed = beside.with_suffix(".gz")  # by which the profiler knows to compress
+            packed = beside.with_suffix(".gz")  # the profiler compresses because of this suffix
             profiler.export_chrome_trace(str(packed))
             packed.replace(beside)
         key = f"self_{device.type}_time_total"

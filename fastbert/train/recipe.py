@@ -1,4 +1,4 @@
-"""What a run trains: the model, its objective, and what there is to say of both."""
+"""What differs between kinds of runs: the model, its objective, and what is reported."""
 
 import abc
 import math
@@ -14,10 +14,10 @@ from fastbert.train.objective import Metrics, PretrainingObjective
 
 
 class Verdict(NamedTuple):
-    """What is known at the end of a run beside its own losses.
+    """What a finished run reports in addition to its own losses.
 
-    figures: for summary.json; levels: held-out losses to compare with, by name; said: a line with
-    its end
+    figures: entries for summary.json; levels: other held-out losses, by name, as lines of the plot;
+    said: a line to print, including its newline, or empty
     """
 
     figures: dict[str, Any]
@@ -26,11 +26,11 @@ class Verdict(NamedTuple):
 
 
 class Recipe(abc.ABC):
-    """A kind of run, which `pretrain.carry_out` does.
+    """A kind of run, which `pretrain.carry_out` executes.
 
-    command: of the command line; metrics: what the objective's sums are, the skipped steps last;
-    teacher: fingerprint of a model that the run learns from, None where there is none; directory:
-    that model's.
+    title: title of the plot; command: name of the command; metrics: named tuple of the objective's
+    sums, with the skipped steps last; teacher: fingerprint of the teacher model, None without one;
+    directory: the teacher's directory
     """
 
     title: ClassVar[str]
@@ -42,23 +42,26 @@ class Recipe(abc.ABC):
 
     @abc.abstractmethod
     def name(self) -> str:
-        """Of the model, in a word or two."""
+        """A short name of the model, for messages."""
 
     def reading(self) -> PretrainConfig:
-        """By which options the corpus becomes batches."""
+        """The options by which the corpus becomes batches."""
         return self.config
 
     @abc.abstractmethod
     def make_model(self, vocab_size: int) -> BertForPreTraining | BertForMaskedLM:
-        """As it is before the first step; torch's generator draws its weights."""
+        """The untrained model; random weights come from torch's global generator.
+
+        vocab_size: entries of the tokenizer's vocabulary
+        """
 
     @abc.abstractmethod
     def make_objective(self, model: BertForPreTraining | BertForMaskedLM) -> PretrainingObjective:
-        """What is minimised in training mode; in eval mode it has the sums of `Metrics`."""
+        """The objective of training; in eval mode its sums must be those of `Metrics`."""
 
     @abc.abstractmethod
     def losses(self, metrics: Any) -> dict[str, float]:
-        """The means that are reported of training steps, "loss" first."""
+        """The means that are reported for training steps, "loss" first."""
 
     def verdict(
         self,
@@ -67,7 +70,10 @@ class Recipe(abc.ABC):
         batches: list[PackedBatch],
         ranks: Ranks,
     ) -> Verdict:
-        """Beside the model's `heldout` row, of those batches. A collective call."""
+        """What to report in addition to the model's final losses. A collective call.
+
+        heldout: the result of `evaluate` for the held-out `batches`
+        """
         return Verdict({}, {}, "")
 
 
@@ -113,7 +119,7 @@ class Pretraining(Recipe):
 def training_row(
     recipe: Recipe, step: int, metrics: Any, tokens_per_second: float
 ) -> dict[str, float]:
-    """What is reported of training steps; a mean that no step has contributed to is NaN."""
+    """The report on training steps up to `step`; means that no step contributed to are NaN."""
     means = recipe.losses(metrics)
     if not metrics.num_targets:
         means = dict.fromkeys(means, math.nan)

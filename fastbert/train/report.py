@@ -1,4 +1,4 @@
-"""What a run shows: one live line, TensorBoard scalars, and at the end a plot and a summary."""
+"""The reports of a run: one live line, TensorBoard scalars, and a plot of the losses."""
 
 import contextlib
 import importlib
@@ -21,12 +21,12 @@ from fastbert.system.files import new_file
 
 T = TypeVar("T")
 
-PARTS = ("soft", "cosine")  # of a loss, shown beside it
-LIBRARIES = ("tensorboard", "matplotlib")  # of the extra `train`: what logs and plots a run
+PARTS = ("soft", "cosine")  # terms of the distillation loss, shown beside it
+LIBRARIES = ("tensorboard", "matplotlib")  # the extra `train`, to log and plot a run
 
 
 def require_libraries(command: str) -> None:
-    """Raises InputError unless the libraries are installed that log and plot a run of `command`."""
+    """Raises InputError, which names the `command`, if a library that logs or plots is missing."""
     for name in LIBRARIES:
         try:
             importlib.import_module(name)
@@ -36,18 +36,19 @@ def require_libraries(command: str) -> None:
 
 
 def tracked(items: Sequence[T], doing: str) -> Iterable[T]:
-    """The items, with a bar on the terminal, if there is one, until the last of them is done."""
+    """The items, with a progress bar until the last one is done, if the output is a terminal."""
     return track(items, doing, console=console, transient=True, disable=not console.is_terminal)
 
 
 class Reporter:
-    """Shows a run's progress on one live line, or on plain lines where the output is no terminal.
+    """Shows a run's progress on one live line, or on plain lines if the output is not a terminal.
 
-    Scalars also go to TensorBoard; on a resumed run those after `start` are superseded.
+    Scalars are also written for TensorBoard; those of an earlier process from step `start` on are
+    discarded. `training` takes a `recipe.training_row`, `validation` the result of `evaluate`.
     """
 
     def __init__(self, run: Path, *, start: int, steps: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # of the extra `train`
+        from torch.utils.tensorboard import SummaryWriter  # needs the extra `train`
 
         self.steps = steps
         self.live = console.is_terminal
@@ -100,9 +101,9 @@ class Reporter:
 
 
 class TokenizingReporter:
-    """Shows how far `tokenize_corpus` is: a live bar, or now and then a plain line.
+    """Shows the progress of `tokenize_corpus`: a live bar, or a plain line every ten seconds.
 
-    bytes_total: of the corpus, 0 where that is not known. Silent where there is nothing to do.
+    bytes_total: size of the corpus, 0 if unknown. Shows nothing if the cache is complete.
     """
 
     SECONDS = 10  # between two plain lines
@@ -130,7 +131,7 @@ class TokenizingReporter:
 
     def __call__(self, documents: int, tokens: int, bytes_read: int) -> None:
         now = time.perf_counter()
-        if not self.progress.tasks:  # what an earlier run has left, if anything
+        if not self.progress.tasks:  # the first call, with the progress of an earlier run
             self.started = self.shown = now
             self.tokens_before = tokens
             self.progress.start()
@@ -150,7 +151,7 @@ class TokenizingReporter:
 
 
 class Silent(contextlib.nullcontext):
-    """Stands where a reporter would, in the processes that show nothing."""
+    """A reporter that does nothing, for all processes but the first."""
 
     def __enter__(self) -> "Silent":
         return self
@@ -173,7 +174,10 @@ def _accuracies(row: dict[str, float]) -> str:
 def plot_losses(
     history: list[dict[str, float]], levels: dict[str, float], path: Path, title: str
 ) -> None:
-    """Writes the loss curves as a PNG, with lines at the held-out losses that `levels` names."""
+    """Writes the loss curves as a PNG, with horizontal lines at the held-out losses `levels`.
+
+    history: rows of `recipe.training_row` and of `evaluate`. Raises Unwritable.
+    """
     import matplotlib.pyplot as plt  # slow to import, and only needed at the end of a run
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
@@ -202,7 +206,7 @@ def plot_losses(
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device and commit, to write beside a measurement."""
+    """Versions, device, threads and commit, to record with a measurement."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "fastbert": __version__,

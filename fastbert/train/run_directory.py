@@ -1,4 +1,4 @@
-"""The directory of a run: the options it was begun with, and what becomes of a run cut short."""
+"""The directory of a run: the options that it was started with, and how it is interrupted."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,11 @@ SUMMARY = "summary.json"
 
 
 def open_run(config: PretrainConfig, out: Path, *, resume: bool) -> bool:
-    """Notes the options in `out`; True unless it holds a run already, which is to be continued."""
+    """Writes the options into `out`; returns whether the run is new, not a resumed one.
+
+    Raises InputError if `out` has a run and `resume` is False, or if the options would change the
+    results of that run.
+    """
     path = out / RUN
     if not path.exists():
         write_json(path, config.placed().to_json())
@@ -38,14 +42,14 @@ def open_run(config: PretrainConfig, out: Path, *, resume: bool) -> bool:
 
 
 def abandon(out: Path, *, keep_text: bool) -> None:
-    """Takes back a claim on a directory in which nothing was trained."""
+    """Removes the options, and unless `keep_text` the text, of a run that has not trained."""
     (out / RUN).unlink()
     if not keep_text:
         shutil.rmtree(out / TEXT, ignore_errors=True)
 
 
 def read_run(out: Path, kind: type[Config]) -> Config | None:
-    """The options of the run of that kind in `out`, None if there is none."""
+    """The options of the run in `out`, None if there is none; InputError if they are not `kind`."""
     path = out / RUN
     if not path.exists():
         return None
@@ -57,7 +61,10 @@ def read_run(out: Path, kind: type[Config]) -> Config | None:
 
 @contextlib.contextmanager
 def stoppable(recipe: Recipe, out: Path) -> Iterator[None]:
-    """Turns Ctrl-C into a `Stopped` that says what is kept, and names what cannot be written."""
+    """Turns Ctrl-C into `Stopped`, which says what is kept, and a nameless OSError into Unwritable.
+
+    The OSErrors that name a file are raised as they are.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -66,6 +73,6 @@ def stoppable(recipe: Recipe, out: Path) -> Iterator[None]:
         again = shlex.join(["fastbert", recipe.command, "--resume", "--out", str(out)])
         raise Stopped(f"{out}: {what}; go on with: {again}") from None
     except OSError as error:
-        if error.filename is None:  # of a library that does not say what it writes
+        if error.filename is None:  # from a library that does not name the file
             raise Unwritable.because(out, error) from error
         raise

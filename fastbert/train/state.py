@@ -1,7 +1,8 @@
-"""What a run keeps to go on after a kill: a model's directory with the optimizer's state in it.
+"""Checkpoints from which a run is resumed: a model's directory that also has the training state.
 
-One process keeps that in the one file STATE. Several write it together into the directory OPTIMIZER
-beside it, as torch.distributed.checkpoint does, and any number of them can go on from either.
+The file STATE has the state of the run. It includes the optimizer's state if there is one process.
+Several processes write the optimizer's state together, by torch.distributed.checkpoint, into the
+directory OPTIMIZER. Any number of processes can resume from either.
 """
 
 import dataclasses
@@ -27,12 +28,12 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 @dataclasses.dataclass
 class TrainingState:
-    """What a checkpoint says of its run, beside the tensors.
+    """The state of a run that a checkpoint keeps in addition to tensors.
 
-    text: fingerprint of the corpus and the tokenizer; teacher: of the model that a run learns from,
-    None where there is none; step: optimizer steps done, which is the position in the data;
-    seconds, real_tokens, skipped_steps: spent, read and left out so far; history: what was
-    reported.
+    text: fingerprint of the corpus and the tokenizer; teacher: fingerprint of the teacher model,
+    None without one; step: optimizer steps done, which is also the position in the data; seconds:
+    training time so far; real_tokens: tokens read so far, without padding; skipped_steps: steps
+    skipped so far because their gradients were not finite; history: rows that were reported
     """
 
     text: str
@@ -55,9 +56,9 @@ def save(
     *,
     keep: int = 2,
 ) -> None:
-    """Writes run/checkpoint-STEP whole, points run/latest to it, and keeps the newest `keep`.
+    """Writes run/checkpoint-STEP atomically, points run/latest to it, and keeps the newest `keep`.
 
-    All ranks call it, and write into the same file system.
+    A collective call; all ranks write into the same file system. Raises Unwritable.
     """
     directory = run / f"checkpoint-{state.step}"
     weights = distributed.whole_weights(model) if ranks.size > 1 else None
@@ -81,9 +82,10 @@ def save(
 
 
 def load_weights(directory: Path, model: BertPreTrainedModel) -> None:
-    """Restores the weights of a checkpoint, before the model is cut into shards.
+    """Restores the weights of a checkpoint; called before FSDP shards the model.
 
-    directory: the checkpoint's own, as `load` is given it, so that both read the same one
+    directory: the checkpoint's directory, not the link `latest`, which may change before `load`.
+    Raises InputError for weights that are missing or do not match the model.
     """
     checkpoint.load_weights(model, checkpoint.read_weights(directory), directory)
 
@@ -94,9 +96,10 @@ def load(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> TrainingState:
-    """Restores the rest of a checkpoint; the random generators are set as they were.
+    """Restores the optimizer, the scaler, the random generators and the state from a checkpoint.
 
-    All ranks call it; their number may be another than that of those that saved.
+    A collective call; the number of ranks may differ from the number that saved the checkpoint.
+    Raises InputError for a file that is missing or damaged.
     """
     path = directory / STATE
     try:
@@ -110,7 +113,7 @@ def load(
     except FileNotFoundError:
         raise InputError(f"{path}: missing, so this checkpoint cannot be resumed") from None
     except Exception as error:
-        # a damaged file fails in the archive, in the unpickler or in the optimizer
+        # a damaged file may raise in the zip archive, in the unpickler or in the optimizer
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"{path}: truncated or corrupt ({reason}); remove {directory} and point "
@@ -123,7 +126,7 @@ def load(
 
 
 def discard_partial(run: Path) -> None:
-    """Removes what a kill left half-written."""
+    """Removes incomplete checkpoints of a run that was killed."""
     for leftover in run.glob(".checkpoint-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -1,11 +1,11 @@
-"""One optimizer step of pre-training, run as it is or replayed as one CUDA graph.
+"""One optimizer step of pre-training, run eagerly or replayed as one CUDA graph.
 
 A step whose gradients are not finite changes neither weights nor the optimizer's state, and is
-counted; that too is decided on the device.
+counted. This is decided on the device, so that the host does not wait.
 
-A graph's kernels run on the same addresses and sizes each time. So batches are padded to fixed
-sizes, with sequences that predict nothing, and copied into buffers; and what changes from step to
-step (learning rate, dropout's state, the counts that losses are means over) lies on the device.
+A graph's kernels always run on the same addresses and sizes. So batches are padded to fixed sizes
+with filler sequences, which have no labels, and are copied into buffers. What changes from step to
+step (learning rate, dropout state, the counts that losses are divided by) is in device memory.
 """
 
 import dataclasses
@@ -40,21 +40,24 @@ def make_step(
     num_ranks: int = 1,
     eager: bool = False,
 ) -> Step:
-    """What the loop calls for each step: (number, parts of the batch, its counts) -> metric sums.
+    """A function of (step number, micro-batches, counts of the whole batch) that does a step.
 
-    On one GPU it is a graph, unless `eager` asks for none. objective: a `PretrainingObjective`, as
-    `distributed.parallelised` returns it for that many ranks.
+    It returns the sums of `EagerStep.compute`. On a single GPU it replays a CUDA graph, unless
+    `eager`.
+
+    objective: a `PretrainingObjective`, as `distributed.parallelised` returns it for `num_ranks`;
+    scaler: by default a new one for the precision of `config`
     """
     step = EagerStep(objective, optimizer, config, device, scaler=scaler, num_ranks=num_ranks)
     if device.type != "cuda" or eager or num_ranks > 1:
         return step
-    # beside the graph of a whole step, those of the layers would only take memory
+    # the graph includes the layers, whose own graphs would only take memory
     buckets.allow(objective, False)
     return GraphedStep(step, data.bucket(config.accumulation), CudaGraphs())
 
 
 class EagerStep:
-    """Forward and backward of each part, clipping, optimizer."""
+    """A step run eagerly: forward and backward of each micro-batch, clipping, optimizer."""
 
     def __init__(
         self,
@@ -70,7 +73,7 @@ class EagerStep:
         self.device, self.num_ranks = device, num_ranks
         self.scaler = make_scaler(config.precision, device) if scaler is None else scaler
         self.rate: Tensor | None = None
-        for group in optimizer.param_groups:  # of a checkpoint that graphs may have trained
+        for group in optimizer.param_groups:  # a checkpoint of a graphed run has it set
             group["capturable"] = False
         self.warmup = round(config.steps * config.warmup_ratio)
         self.autocast = autocast(config.precision, device)
@@ -81,7 +84,10 @@ class EagerStep:
         return self.compute(parts, *counts)
 
     def numbered(self, number: int, parts: list[PackedBatch]) -> list[PackedBatch]:
-        """Masks are those of the examples, in whatever parts the batch is run."""
+        """The micro-batches with the dropout state of the step.
+
+        Dropout depends on the example, not on how the batch is split.
+        """
         state = torch.tensor([self.config.seed, number])
         return [dataclasses.replace(part, dropout_state=state) for part in parts]
 
@@ -96,15 +102,17 @@ class EagerStep:
             group["lr"] = rate
 
     def use_rate_on_device(self) -> None:
-        """From now on the optimizer reads the learning rate where a graph can."""
+        """Keeps the learning rate in device memory from now on, for a CUDA graph to read."""
         self.rate = torch.zeros((), device=self.device)
         for group in self.optimizer.param_groups:
             group["lr"], group["capturable"] = self.rate, True
 
     def compute(self, parts: list[PackedBatch], *counts: int | Tensor) -> Tensor:
-        """The objective's metrics (7,) of the parts, float32, all on the device; no host waits.
+        """Does a step; returns (7,) float32 on the device: the objective's six sums and `skipped`.
 
-        counts: `GlobalCounts`, numbers or ()
+        `skipped` is 1 and the sums are 0 if the gradients are not finite. The host does not wait.
+
+        counts: the values of `GlobalCounts`, as numbers or tensors of shape ()
         """
         sums = []
         for number, part in enumerate(parts, start=1):
@@ -123,7 +131,10 @@ class EagerStep:
         return torch.cat([torch.stack(sums).sum(0).masked_fill(skipped.bool(), 0), skipped[None]])
 
     def _update(self, skipped: Tensor) -> None:
-        """An optimizer's step, by the flag that GradScaler would hand over, if only in fp16."""
+        """Updates the weights; `skipped` = 1 skips the update on the device through found_inf.
+
+        GradScaler.step would set found_inf too, but only in fp16.
+        """
         optimizer: Any = self.optimizer
         optimizer.found_inf = skipped
         optimizer.step()
@@ -133,10 +144,10 @@ class EagerStep:
 
 
 class GraphedStep:
-    """The same, recorded after a few steps and replayed from then on.
+    """A step recorded as a CUDA graph after a few warm-up steps, and replayed from then on.
 
-    A batch larger than the bucket runs as it is, and so do all of them if recording fails; both
-    are said once.
+    A batch larger than the bucket runs eagerly, and so do all batches if recording fails. Each
+    fallback is reported once.
     """
 
     def __init__(self, eager: EagerStep, bucket: Bucket, graphs: Recorder) -> None:
@@ -173,7 +184,7 @@ class GraphedStep:
     def _fill(self, parts: list[PackedBatch], counts: GlobalCounts) -> None:
         parts = [part.padded_to(self.bucket) for part in parts]
         numbers = torch.tensor(counts)
-        if self.eager.device.type == "cuda":  # so that no copy waits for the steps before
+        if self.eager.device.type == "cuda":  # copies from pinned memory do not block the host
             parts, numbers = [part.pin_memory() for part in parts], numbers.pin_memory()
         if not self.buffers:
             self.buffers = [part.to(self.eager.device) for part in parts]

@@ -1,1 +1,1 @@
-"""Examples of an epoch, and their packed, masked batches."""
+"""The examples of an epoch, and the packed, masked batches that they are put into."""

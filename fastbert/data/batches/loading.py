@@ -1,4 +1,4 @@
-"""Batches of a range of global steps, in order, made ahead of time by worker processes."""
+"""A DataLoader over global steps, whose worker processes make batches ahead of time."""
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -37,17 +37,23 @@ def loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[list[PackedBatch]]:
-    """`data.batch(step, ...)` for each global step from `start` to before `stop`, in order.
+    """A DataLoader of `data.batch(step, ...)` for each global step from `start` to `stop - 1`.
 
-    workers: processes that make batches ahead of time; their number changes no batch
+    rank, world_size, micro_batches: as in `PretrainingData.batch`, whose InputError the iterator
+        raises where a batch has too few examples
+    workers: processes that make batches ahead of time; 0 makes them in this process. The batches do
+        not depend on their number.
+    pin_memory: whether tensors are in page-locked host memory, from which copies to a GPU are
+        asynchronous
     """
     if start < stop:
-        data.locate(start)  # planned once here, not once in each forked worker
+        data.locate(start)  # plans the epoch of `start` here, so that forked workers inherit it
     steps = _Steps(data, range(start, stop), rank, world_size, micro_batches)
     return DataLoader(
         steps,
         batch_size=None,
         num_workers=workers,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # else it draws a seed from the generator of the dropout
+        # without its own generator, the loader would draw a seed from torch's global one
+        generator=torch.Generator(),
     )

@@ -1,8 +1,9 @@
-"""The examples of an epoch, planned without touching a token: sentence pairs, or full sentences.
+"""Plans the examples of an epoch as spans of tokens: sentence pairs, or full sentences.
 
-The sentences of a document lie end to end in the corpus, so that an example is only two spans of
-it. The procedure is that of BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805) and of
-create_pretraining_data.py in https://github.com/google-research/bert, with fresh pairs each epoch.
+The sentences of a document lie end to end in the corpus, so an example is two spans of the corpus,
+and planning does not read tokens. The procedure is BERT's (Devlin et al. 2018,
+https://arxiv.org/abs/1810.04805, and create_pretraining_data.py in
+https://github.com/google-research/bert), except that every epoch has new pairs.
 """
 
 import dataclasses
@@ -24,8 +25,8 @@ NUM_SPECIAL = 3  # [CLS] A [SEP] B [SEP]
 class PairPlan:
     """The E examples of one epoch, in the order of their documents.
 
-    spans: (E, 4) int64: a_start, a_end, b_start, b_end in the corpus' tokens; A is never empty, and
-        B only where there are no pairs: [CLS] A [SEP]
+    spans: (E, 4) int64: a_start, a_end, b_start, b_end, indices into `TokenizedCorpus.tokens`. A is
+        never empty. B is empty only in a plan without pairs, whose examples are [CLS] A [SEP].
     is_random: (E,) bool, True where B is from another document than A; None without pairs
     """
 
@@ -34,7 +35,7 @@ class PairPlan:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """(E,) int64: tokens of each example, with [CLS] and every [SEP]."""
+        """(E,) int64: number of tokens of each example, including [CLS] and every [SEP]."""
         a_start, a_end, b_start, b_end = self.spans.T
         special = NUM_SPECIAL - (self.is_random is None)
         return (a_end - a_start) + (b_end - b_start) + special
@@ -49,14 +50,17 @@ def plan_pairs(
     max_seq_len: int,
     short_seq_prob: float = 0.1,
 ) -> PairPlan:
-    """The examples of the documents `docs` in an epoch: a pure function of (seed, epoch).
+    """Plans the sentence pairs of the documents `docs`: a pure function of (seed, epoch).
+
+    docs: (D,) indices of documents
 
     Sentences are taken until they reach a target length: max_seq_len - 3 or, with probability
-    `short_seq_prob`, a uniformly drawn smaller one. (Drawn for each example. The original draws
-    for each document, which turns some documents into very many very short examples.) A random
-    number of them is A. With probability 1/2, and always if there is only one, B is a random span
-    of another of the `docs` and the rest goes back; else the rest is B. What is then longer than
-    max_seq_len loses tokens of the longer span, one by one, at the front or the back by chance.
+    `short_seq_prob`, a uniformly drawn smaller one. (The target is drawn for each example. The
+    original draws it for each document, which turns some documents into very many very short
+    examples.) A random number of these sentences becomes A. With probability 1/2, and always if
+    there is only one sentence, B is a random span of another document of `docs`, and the sentences
+    after A are used for the next example; otherwise they are B. An example that is longer than
+    max_seq_len loses single tokens of its longer span, each at the front or the back at random.
 
     Raises InputError for fewer than two documents or an option out of range.
     """
@@ -71,7 +75,7 @@ def plan_pairs(
         raise InputError(f"short_seq_prob: expected a number from 0 to 1, got {short_seq_prob}")
     room = max_seq_len - NUM_SPECIAL
 
-    rows = array("q")  # not a list of tuples, which would take ten times the memory
+    rows = array("q")  # a list of tuples would take ten times the memory
     partners = array("d")
     for number, doc in enumerate(docs.tolist()):
         first, last = corpus.document_offsets[doc : doc + 2]
@@ -99,12 +103,14 @@ def plan_pairs(
 def plan_sentences(
     corpus: TokenizedCorpus, docs: NDArray[np.int64], *, max_seq_len: int
 ) -> PairPlan:
-    """Consecutive sentences of one document, as many as fit: Liu et al. 2019, "DOC-SENTENCES".
+    """Plans examples of as many consecutive sentences of one document as fit, without pairs.
 
-    https://arxiv.org/abs/1907.11692 found them the best by a little, and took sentences across
-    documents only because batches of rows of one length need them; packed ones do not. A sentence
-    longer than an example is cut. The same in every epoch; masks are drawn anew. Raises InputError
-    for a max_seq_len without room.
+    This is DOC-SENTENCES of Liu et al. 2019 (https://arxiv.org/abs/1907.11692), who found it
+    slightly better than examples that cross documents, but used the latter to keep the batch size
+    constant; packed batches do not need that. A sentence longer than an example is cut into several
+    examples. The plan is the same in every epoch; only the masks change.
+
+    docs: (D,) indices of documents. Raises InputError for a max_seq_len below 3.
     """
     room = max_seq_len - 2
     if room < 1:
@@ -126,9 +132,10 @@ def plan_sentences(
 def _chunks(
     offsets: list[int], draws: list[list[float]], room: int, short_seq_prob: float
 ) -> Iterator[tuple[int, int, int, int, int, bool]]:
-    """(first sentence, target, start of A, end of A, end of the rest, B is random) of a document.
+    """Yields (first sentence, target, start of A, end of A, end of the chunk, whether B is random).
 
-    offsets: of its sentences, and its end; draws: six uniform numbers a sentence
+    offsets: where each sentence of one document begins, and where the document ends, in tokens;
+    draws: six uniform numbers for each sentence
     """
     first, last = 0, len(offsets) - 1
     while first < last:
@@ -148,9 +155,10 @@ def _random_spans(
     draws: NDArray[np.float64],
     wanted: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(starts, ends) of whole sentences, `wanted` tokens or more if the document has them.
+    """(starts, ends) of random spans of whole sentences, as segments B of N examples.
 
-    Each from another of the `docs` than the one at index `numbers`, all equally likely.
+    A span has `wanted` tokens or more, or ends with its document. Its document is drawn uniformly
+    from `docs` without `docs[numbers]`, the document of segment A. draws: (N, 2) uniform numbers
     """
     other = (draws[:, 0] * (len(docs) - 1)).astype(np.int64)
     other += other >= numbers
@@ -163,10 +171,11 @@ def _random_spans(
 
 
 def _truncate(spans: NDArray[np.int64], room: int, generator: np.random.Generator) -> None:
-    """Shortens A and B, in place, until both together have at most `room` tokens."""
+    """Shortens A and B, in place, until together they have at most `room` tokens."""
     lengths = spans[:, 1::2] - spans[:, ::2]  # (E, 2)
     total = np.minimum(lengths.sum(axis=1), room)
-    # Taking single tokens from the longer one leaves both half of the room, or a shorter one whole.
+    # Taking tokens one by one from the longer segment ends with both at half of the room, unless
+    # one of them is shorter than that and stays whole.
     keep_a = np.minimum(lengths[:, 0], np.maximum(total - lengths[:, 1], total - total // 2))
     keep = np.stack([keep_a, total - keep_a], axis=1)
     spans[:, ::2] += generator.binomial(lengths - keep, 0.5)

@@ -1,7 +1,7 @@
 """Packed, masked batches; the position in the data is one integer, the global step.
 
-Which examples global batch g holds, and how they are masked, follows from (seed, g) alone. Ranks
-and micro-batches only cut it up.
+The examples of a global batch and their masks depend on (seed, step) alone. Ranks and micro-batches
+only divide the batch among themselves.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from fastbert.data.text.tokenizer import SpecialTokens
 from fastbert.data.tokenized.corpus import TokenizedCorpus
 from fastbert.packing import Bucket, PackedBatch
 
-TOKENS_OF_A_BUCKET = 128  # buckets are multiples of it, which matrix products like
+TOKENS_OF_A_BUCKET = 128  # a bucket's tokens are a multiple of it, for fast matrix products
 
 
 class GlobalCounts(NamedTuple):
-    """What the losses of a global batch are means over, whatever part of it a rank has."""
+    """The counts that the losses of a global batch are divided by, the same on every rank."""
 
     masked_tokens: int
     pairs: int
@@ -34,12 +34,13 @@ class GlobalCounts(NamedTuple):
 
 
 class PretrainingData:
-    """The documents `docs` of a corpus as an endless row of global batches, epoch after epoch.
+    """The documents `docs` of a corpus as an endless sequence of global batches, epoch by epoch.
 
-    Each epoch plans its sentence pairs anew (or without `pairs` takes full sentences), shuffles
-    them, and fills batches of `batch_tokens`
-    tokens, special tokens included, as far as whole examples go; the last batch of an epoch, which
-    is smaller, is dropped unless it is the only one. Raises InputError for options out of range.
+    Each epoch plans new sentence pairs (or, without `pairs`, full sentences), shuffles the examples
+    and fills batches with whole examples, up to `batch_tokens` tokens including special tokens. The
+    last batch of an epoch, which is smaller, is dropped unless it is the only one.
+
+    docs: (D,) indices of documents. Raises InputError for options out of range.
     """
 
     def __init__(
@@ -68,19 +69,19 @@ class PretrainingData:
         self.batch_tokens = batch_tokens
         self.max_seq_len = max_seq_len
         self.short_seq_prob = short_seq_prob
-        self._num_batches: list[int] = []  # of the epochs located so far
+        self._num_batches: list[int] = []  # batches of each epoch that `locate` has reached
         self._epoch = self._make_plan(0)
 
     @property
     def random_share(self) -> float | None:
-        """The share of the pairs that are random ones; None without pairs."""
+        """The share of pairs, in the current epoch, whose B is random; None without pairs."""
         is_random = self._epoch.plan.is_random
         return None if is_random is None else float(is_random.mean())
 
     def locate(self, step: int) -> tuple[int, int]:
-        """(epoch, index of the batch in it) of a global step.
+        """(epoch, index of the batch in the epoch) of a global step.
 
-        Epochs differ in length, so that the way to a far step plans each epoch before it, once.
+        Epochs have different numbers of batches, so each epoch up to the step is planned, once.
         """
         epoch = 0
         while True:
@@ -92,7 +93,7 @@ class PretrainingData:
             epoch += 1
 
     def targets(self, step: int) -> GlobalCounts:
-        """The counts of the whole global batch, the same on every rank without communication."""
+        """The counts of a whole global batch, which every rank computes without communication."""
         epoch, index = self.locate(step)
         plan = self._plan(epoch)
         rows = self._rows(plan, plan.batch(index))
@@ -100,23 +101,24 @@ class PretrainingData:
         return GlobalCounts(masked, len(rows.begins) - 1 if self.pairs else 0, len(rows.in_b))
 
     def bucket(self, micro_batches: int = 1) -> Bucket:
-        """Sizes that nearly every micro-batch fits, judged by the batches of the present epoch."""
+        """Sizes that nearly every micro-batch fits, estimated from the current epoch's batches."""
         examples = -(-max(np.diff(self._epoch.bounds)) // micro_batches)
         tokens = -(-self.batch_tokens // micro_batches)
-        if micro_batches > 1:  # shares are equal but for an example or so
+        if micro_batches > 1:  # micro-batches differ by about one example
             tokens += self.max_seq_len
         tokens += -tokens % TOKENS_OF_A_BUCKET
-        # other epochs cut other batches, and what is left of a bucket makes sequences too
+        # batches of other epochs may have more examples, and the padding is filler sequences
         sequences = int(1.1 * examples) + 8
-        labels = int(np.ceil(self.masking.probability * tokens)) + sequences  # at least one in each
+        # `+ sequences`: each example predicts at least one token
+        labels = int(np.ceil(self.masking.probability * tokens)) + sequences
         return Bucket(tokens, sequences, labels, self.max_seq_len)
 
     def batch(
         self, step: int, rank: int = 0, world_size: int = 1, micro_batches: int = 1
     ) -> list[PackedBatch]:
-        """A rank's share of a global batch, in micro-batches of nearly equal numbers of tokens.
+        """A rank's share of a global batch: micro-batches of nearly equal numbers of tokens.
 
-        Raises InputError if the batch has too few examples for every micro-batch to get one.
+        Raises InputError if the batch has fewer examples than world_size * micro_batches.
         """
         epoch, index = self.locate(step)
         plan = self._plan(epoch)
@@ -133,7 +135,7 @@ class PretrainingData:
         return [self._pack(plan, examples[share]) for share in mine]
 
     def _plan(self, number: int) -> "_Epoch":
-        """The plan of an epoch; the last one made is kept."""
+        """The plan of an epoch; the most recent plan is cached."""
         if self._epoch.number != number:
             self._epoch = self._make_plan(number)
         return self._epoch
@@ -155,7 +157,7 @@ class PretrainingData:
         return _Epoch(number, plan, lengths, order, _cut(lengths[order], self.batch_tokens))
 
     def _rows(self, epoch: "_Epoch", examples: NDArray[np.int64]) -> "_Rows":
-        """[CLS] A [SEP] B [SEP], or [CLS] A [SEP], of each of the examples, end to end."""
+        """The tokens of the examples, end to end, each [CLS] A [SEP] B [SEP] or [CLS] A [SEP]."""
         a_start, a_end, b_start, _ = epoch.plan.spans[examples].T
         lengths = epoch.lengths[examples]
         begins = np.append(0, np.cumsum(lengths))
@@ -168,11 +170,11 @@ class PretrainingData:
         )
         cls = begins[:-1]
         sep = np.concatenate([begins[:-1] + (a_end - a_start + 1), begins[1:] - 1])
-        source[cls] = source[sep] = 0  # any token, overwritten below
+        source[cls] = source[sep] = 0  # a valid index; these tokens are overwritten below
         ids = self.corpus.tokens[source].astype(np.int64)
         ids[cls] = self.specials.cls
         ids[sep] = self.specials.sep
-        maskable = ~np.isin(ids, self.specials)  # [UNK] stands for no word to predict
+        maskable = ~np.isin(ids, self.specials)  # [UNK] too: it is no word to predict
         starts = self.corpus.word_starts[source]
         tokens = Tokens(ids, examples[number], position, maskable, starts)
         return _Rows(tokens, begins, in_b)
@@ -198,7 +200,7 @@ class PretrainingData:
 
 @dataclasses.dataclass(frozen=True)
 class _Epoch:
-    """An epoch's E examples; batch i holds `order[bounds[i] : bounds[i + 1]]`."""
+    """The E examples of an epoch; batch i holds `order[bounds[i] : bounds[i + 1]]`."""
 
     number: int
     plan: PairPlan
@@ -208,7 +210,7 @@ class _Epoch:
 
     @property
     def num_batches(self) -> int:
-        """With the last, smaller one."""
+        """The number of batches, including the last, smaller one."""
         return len(self.bounds) - 1
 
     def batch(self, index: int) -> NDArray[np.int64]:
@@ -216,7 +218,10 @@ class _Epoch:
 
 
 class _Rows(NamedTuple):
-    """T tokens of B examples; begins: (B + 1,); in_b: (T,), True in the second segment."""
+    """T tokens of B examples.
+
+    begins: (B + 1,) int64, where each example begins, and T; in_b: (T,) bool, True in segment B
+    """
 
     tokens: Tokens
     begins: NDArray[np.int64]
@@ -224,7 +229,10 @@ class _Rows(NamedTuple):
 
 
 def _cut(lengths: NDArray[np.int64], batch_tokens: int) -> list[int]:
-    """Where batches begin, and the end: each takes what fits; no length exceeds batch_tokens."""
+    """Where each batch begins, and E: each takes as many examples as fit into batch_tokens.
+
+    No example may be longer than batch_tokens.
+    """
     ends = np.cumsum(lengths)
     bounds = [0]
     while bounds[-1] < len(lengths):
@@ -234,7 +242,10 @@ def _cut(lengths: NDArray[np.int64], batch_tokens: int) -> list[int]:
 
 
 def _shares(lengths: NDArray[np.int64], parts: int) -> list[NDArray[np.int64]]:
-    """Deals examples out like cards, longest first, to and fro: nearly equal numbers of tokens."""
+    """Splits examples into `parts` index arrays of nearly equal numbers of tokens.
+
+    Examples are dealt out, the longest first, to the parts in order and then in reverse order.
+    """
     order = np.argsort(-lengths, kind="stable")
     turn = np.arange(len(order)) % (2 * parts)
     part = np.minimum(turn, 2 * parts - 1 - turn)
@@ -244,17 +255,21 @@ def _shares(lengths: NDArray[np.int64], parts: int) -> list[NDArray[np.int64]]:
 def heldout_batches(
     data: PretrainingData, *, rank: int = 0, world_size: int = 1
 ) -> Iterator[PackedBatch]:
-    """Every batch of epoch 0 once, with the last, smaller one; dealt out to the ranks in turn."""
+    """Each batch of epoch 0 once, including the last, smaller one; rank r has every n-th from r.
+
+    n is `world_size`.
+    """
     epoch = data._plan(0)
     for index in range(rank, epoch.num_batches, world_size):
         yield data._pack(epoch, epoch.batch(index))
 
 
 def unigram_baseline(counts: NDArray[np.int64], targets: Tensor | NDArray[np.int64]) -> float:
-    """Mean negative log-likelihood of `targets` if each token only had its frequency `counts`.
+    """Mean negative log-likelihood of `targets`, in nats, under the unigram distribution `counts`.
 
-    The loss, in nats, that a model must beat to have learnt anything from context. counts: (V,) in
-    the training text, 1/2 added to each; targets: (N,) masked tokens of the held-out text.
+    A model that has learnt anything from context has a lower loss. counts: (V,), how often each
+    token occurs in the training text, smoothed here by adding 1/2; targets: (N,) integers, the
+    masked tokens of the held-out text.
     """
     probability = (counts + 0.5) / (counts.sum() + 0.5 * len(counts))
     return float(-np.log(probability[np.asarray(targets)]).mean())

@@ -1,4 +1,4 @@
-"""Words with labels, as the shared tasks of CoNLL write them (Tjong Kim Sang & De Meulder 2003)."""
+"""Labelled words in the format of the CoNLL shared tasks (Tjong Kim Sang & De Meulder 2003)."""
 
 import re
 from pathlib import Path
@@ -7,14 +7,17 @@ from typing import NamedTuple
 from fastbert.check import InputError
 from fastbert.data.formats.tables import clean_label, read_text
 
-_SPACES = re.compile(r"[ \t]+")  # no other space: an ideographic one may be a word
+_SPACES = re.compile(r"[ \t]+")  # only these, because an ideographic space may be a word
 _COMMENT = re.compile(r"#+ ")
 _SURE_COMMENT = re.compile(r"# \S+ = ")
 _LABEL = re.compile(r"O|[BIESLUMW]-.+")  # BIO, IOBES, BILOU, BMES and BMEWO
 
 
 class Sentence(NamedTuple):
-    """A sentence's words and, unless they were not asked for, their labels."""
+    """The words of a sentence and their labels, None if the file was read without labels.
+
+    where: file and line, for messages
+    """
 
     where: str
     words: tuple[str, ...]
@@ -22,12 +25,12 @@ class Sentence(NamedTuple):
 
 
 def read_conll(path: Path, *, labelled: bool = True) -> list[Sentence]:
-    """The sentences of a file with a word a line, its label in the last field.
+    """The sentences of a file that has one word a line, with its label in the last field.
 
-    Sentences end at blank lines; `-DOCSTART-` lines, and comments as CoNLL-U has them (`# text =
-    ...`), are left out. Raises InputError for a line with another number of fields than the first,
-    for a label that is neither O nor a prefix, a hyphen and a type (B-PER), and for a file without
-    words.
+    Blank lines end sentences. `-DOCSTART-` lines and CoNLL-U comments (`# text = ...`) are skipped.
+    Raises InputError for a file that cannot be read, for a line that has another number of fields
+    than the first, for a label that is neither O nor a prefix, a hyphen and a type (B-PER), and for
+    a file without words.
     """
     sentences: list[Sentence] = []
     rows: list[list[str]] = []
@@ -58,7 +61,7 @@ def read_conll(path: Path, *, labelled: bool = True) -> list[Sentence]:
 
 
 def _is_comment(line: str, fields: list[str], width: int | None) -> bool:
-    """Whether a line is none with the word "#", which has a label or as many fields as others."""
+    """Whether a line is a comment, not the word "#", which has a label or the usual `width`."""
     if not _COMMENT.match(line):
         return False
     is_word = len(fields) == width or _LABEL.fullmatch(fields[-1]) is not None

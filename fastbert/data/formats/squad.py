@@ -1,4 +1,4 @@
-"""Questions about texts: the JSON of SQuAD v1.1 and v2.0, which CMRC 2018 has too."""
+"""Questions about texts, in the JSON formats of SQuAD v1.1 and v2.0 and of CMRC 2018."""
 
 import contextlib
 import json
@@ -11,14 +11,18 @@ from fastbert.data.formats.tables import encodable, read_text
 
 
 class Answer(NamedTuple):
-    """`text` is `context[start : start + len(text)]`."""
+    """An answer inside a context: `text` is `context[start : start + len(text)]`."""
 
     text: str
     start: int
 
 
 class Question(NamedTuple):
-    """A question about a context; no answers where the context has none, or none were given."""
+    """A question about a context.
+
+    where: file and question, for messages; answers: empty for an impossible question, and where
+    the file has no labels
+    """
 
     where: str
     id: str
@@ -29,17 +33,18 @@ class Question(NamedTuple):
 
 
 def read_squad(path: Path, *, labelled: bool = True) -> list[Question]:
-    """All questions of a file, in one of the forms that are found:
+    """All questions of a file that has one of the three known forms.
 
     SQuAD's {"data": [{"paragraphs": [{"context": ..., "qas": [...]}]}]} (Rajpurkar et al. 2016,
     https://arxiv.org/abs/1606.05250, and 2018, https://arxiv.org/abs/1806.03822); CMRC 2018's list
-    of [{"context_text": ..., "qas": [{"query_id": ..., "query_text": ..., "answers": ["..."]}]}]
-    (Cui et al. 2019, https://arxiv.org/abs/1810.07366); flat rows, as Hugging Face's `datasets`
-    gives them, in a list, under "data" or one a line: {"id", "context", "question", "answers":
-    {"text": [...], "answer_start": [...]}}. A question without an id gets its number as one.
+    [{"context_text": ..., "qas": [{"query_id": ..., "query_text": ..., "answers": ["..."]}]}]
+    (Cui et al. 2019, https://arxiv.org/abs/1810.07366); flat rows of Hugging Face's `datasets`, in
+    a list, under "data" or one a line: {"id", "context", "question", "answers": {"text": [...],
+    "answer_start": [...]}}. A question without an id gets its number as its id.
 
-    Raises InputError for JSON of another form, an answer that is not where it says, and, if
-    `labelled`, a question that has no answer and is not said to be impossible.
+    Raises InputError for a file that cannot be read, for JSON of another form, for an id that
+    occurs twice, for an answer that is not at its answer_start, and, if `labelled`, for a question
+    that has no answer and is not marked is_impossible.
     """
     contents = _json(path)
     if isinstance(contents, dict):
@@ -72,7 +77,7 @@ def _json(path: Path) -> Any:
 
 
 def _items(path: Path, contents: list[Any]) -> Iterator[tuple[dict[str, Any], Any]]:
-    """(question, context), whichever form they stand in."""
+    """Yields (question object, context) from any of the three forms."""
     for number, article in enumerate(contents, start=1):
         where = f"{path}, entry {number}"
         if not isinstance(article, dict):
@@ -107,14 +112,14 @@ def _question(
     question, context = encodable(question), encodable(context)
     answers = item.get("answers") or ()
     flat = isinstance(answers, dict)
-    if isinstance(answers, dict):  # of columns
+    if isinstance(answers, dict):  # a flat row: one list for each key
         texts, starts = answers.get("text"), answers.get("answer_start")
         if not (isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)):
             raise InputError(f"{where}: expected as many 'text' as 'answer_start' in its answers")
         answers = [{"text": t, "answer_start": n} for t, n in zip(texts, starts, strict=True)]
     if not isinstance(answers, list | tuple):
         raise InputError(f"{where}: expected a list of answers, got {answers!r}")
-    # in flat rows, which have no is_impossible, a question without answers has none
+    # flat rows have no is_impossible; there, an empty list means that the question is impossible
     is_impossible = bool(item.get("is_impossible", flat and not answers))
     found = () if is_impossible else tuple(_answer(where, one, context) for one in answers)
     if labelled and not found and not is_impossible:
@@ -129,7 +134,7 @@ def _require_texts(where: str, question: Any, context: Any) -> None:
 
 
 def _answer(where: str, given: Any, context: str) -> Answer:
-    """An answer with its place, or, as in CMRC's list, its text alone, which is then looked up."""
+    """The answer of one entry; CMRC 2018 gives only its text, which is searched in the context."""
     if isinstance(given, str):
         given = {"text": given, "answer_start": max(context.find(encodable(given)), 0)}
     if not isinstance(given, dict) or not isinstance(given.get("text"), str):

@@ -1,4 +1,4 @@
-"""Labelled examples in tables: CSV, TSV and JSON Lines, with named columns."""
+"""Reads tables with named columns: CSV, TSV and JSON Lines."""
 
 import csv
 import io
@@ -19,24 +19,27 @@ _FORMATS: dict[str, dict[str, Any]] = {
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
 _JSON_LINES = ".jsonl"
-_BLANKS = string.whitespace + "\u00a0\u2007\u202f\u3000\u200b\ufeff"  # no-break ones too
+_BLANKS = string.whitespace + "\u00a0\u2007\u202f\u3000\u200b\ufeff"  # also no-break spaces
 
 
 class Row(NamedTuple):
-    """One row: where it stands, for messages, and its values by column."""
+    """One row of a table: `where` is its file and line, for messages; `values` are by column."""
 
     where: str
     values: dict[str, Any]
 
     def text(self, column: str) -> str:
-        """The text of a column; InputError if the row has none there."""
+        """The text in a column; InputError if it is missing, blank or not a string."""
         value = self.values.get(column)
         if not isinstance(value, str) or not value.strip():
             raise InputError(f"{self.where}: expected a text in column {column!r}, got {value!r}")
         return encodable(value)
 
     def label(self, column: str) -> str:
-        """The label in a column as text; JSON's numbers, true and false as JSON writes them."""
+        """The label in a column, cleaned; JSON numbers and booleans are written as in JSON.
+
+        Raises InputError if the label is missing, blank, not finite, a list or an object.
+        """
         value = self.values.get(column)
         is_none = value is None or (isinstance(value, float) and not math.isfinite(value))
         label = "" if is_none or isinstance(value, list | dict) else clean_label(value)
@@ -46,20 +49,21 @@ class Row(NamedTuple):
 
 
 def encodable(text: str) -> str:
-    """The text with a "?" for each half of a surrogate pair, which JSON can spell and UTF-8 not."""
+    """The text with "?" for each lone surrogate, which JSON can spell and UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def clean_label(value: Any) -> str:
-    """A label without blanks around it, composed as NFC says, so that equal ones are one."""
+    """A label as text, without blanks around it, in Unicode's NFC so that equal labels match."""
     text = value if isinstance(value, str) else json.dumps(value)
     return unicodedata.normalize("NFC", encodable(text).strip(_BLANKS))
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file's text with its own line ends; InputError if it cannot be read or is empty.
+    """The text of a UTF-8 file, with its line ends as they are, without a byte-order mark.
 
-    The path "-" is standard input.
+    The path "-" is standard input. Raises InputError for a file that cannot be read, is not UTF-8
+    or is blank.
     """
     try:
         data = sys.stdin.buffer.read() if str(path) == STANDARD else path.read_bytes()
@@ -80,10 +84,14 @@ def read_text(path: Path) -> str:
 def read_table(path: Path, columns: Sequence[str], delimiter: str | None = None) -> list[Row]:
     """The rows of a .csv, .tsv or .jsonl file, each of which has the named columns.
 
-    A .csv is quoted as RFC 4180 says. A .tsv has no quotes, like those of GLUE: a quotation mark in
-    it is one. delimiter: in place of the comma or the tab. A stream, such as standard input, is a
-    .csv if there is a delimiter, else JSON Lines. Raises InputError for another kind of file, for
-    one without rows, for a row with more or fewer fields than the header, and for a missing column.
+    A .csv is quoted as in RFC 4180. A .tsv is not quoted, like the files of GLUE: a quotation mark
+    is an ordinary character. A stream, such as standard input, is read as .csv if a delimiter is
+    given, otherwise as JSON Lines.
+
+    delimiter: one character to use instead of the comma or the tab
+
+    Raises InputError for another kind of file, for a file that cannot be read or has no rows, for a
+    row with more or fewer fields than the header, and for a missing column.
     """
     kind = path.suffix.lower()
     if is_stream(path) and kind not in (*_FORMATS, _JSON_LINES):
@@ -94,7 +102,7 @@ def read_table(path: Path, columns: Sequence[str], delimiter: str | None = None)
     if kind == _JSON_LINES:
         rows = list(json_rows(text.split("\n"), path, columns))
     else:
-        # the text is in memory already, however long a field is
+        # no limit of a field's length: the whole text is in memory already
         lines = io.StringIO(text, newline="")
         rows = list(delimited_rows(lines, path, columns, kind, delimiter, longest=sys.maxsize))
     if not rows:
@@ -103,7 +111,7 @@ def read_table(path: Path, columns: Sequence[str], delimiter: str | None = None)
 
 
 def dialect(kind: str, delimiter: str | None) -> dict[str, Any]:
-    """How the csv library is to read a .csv or a .tsv."""
+    """The options with which Python's csv module reads a .csv or a .tsv."""
     return _FORMATS[kind] | ({} if delimiter is None else {"delimiter": delimiter})
 
 
@@ -117,14 +125,15 @@ def delimited_rows(
     longest: int,
     lines_before: int = 0,
 ) -> Iterator[Row]:
-    """The rows below the header, which is the first of `lines`; none is read ahead of its row.
+    """The rows of a .csv or .tsv whose header is first in `lines`; never reads beyond a row's end.
 
-    kind: .csv or .tsv; longest: characters of a field; lines_before: how many were passed over
-    after the header, for the numbers in messages. Raises InputError as `read_table` does.
+    kind: .csv or .tsv; longest: most characters of a field; lines_before: lines that the caller has
+    skipped after the header, which the line numbers of messages include. Raises InputError as
+    `read_table` does, and for two columns of the same name.
     """
     csv.field_size_limit(longest)
     reader = csv.reader(lines, **dialect(kind, delimiter))
-    start = 1  # of the row that is being read
+    start = 1  # first line of the row that is being read, for messages
     try:
         header = [name.strip(_BLANKS) for name in next(reader)]
         _check_columns(header, columns, f"{path}", _hint(header))
@@ -153,7 +162,7 @@ def delimited_rows(
 
 
 def _hint(header: list[str]) -> str:
-    """What to say of a header that was not divided, where another character may divide it."""
+    """Advice to name the delimiter if the header is one column and contains a likely delimiter."""
     for character, name in ((";", "';'"), ("\t", "'\\t'"), ("|", "'|'"), (",", "','")):
         if len(header) == 1 and character in header[0]:
             return f"; if the columns are divided by {name}, give --delimiter {name}"
@@ -163,7 +172,10 @@ def _hint(header: list[str]) -> str:
 def json_rows(
     lines: Iterable[str], path: Path, columns: Sequence[str], lines_before: int = 0
 ) -> Iterator[Row]:
-    """The row of each line that is not blank; see `delimited_rows`."""
+    """The row of each line that is not blank; lines_before as in `delimited_rows`.
+
+    Raises InputError for a line that is not a JSON object or lacks a column.
+    """
     for number, line in enumerate(lines, start=1 + lines_before):
         if not line.strip():
             continue

@@ -1,7 +1,7 @@
-"""The texts of a file larger than memory, in order, from any place that was marked before.
+"""Streams the texts of a file that may be larger than memory, from any earlier place on.
 
-A .txt has a text a line, a .csv, .tsv, .jsonl or .parquet one in a column of each row. One row at a
-time is in memory, of a .parquet a few thousand.
+A .txt file has a text in each line; a .csv, .tsv, .jsonl or .parquet has one in a column of each
+row. Memory holds one row at a time, or about a thousand rows of a .parquet.
 """
 
 import abc
@@ -16,13 +16,16 @@ from fastbert.config.finetune import read_delimiter
 from fastbert.data.formats.tables import Row, delimited_rows, dialect, json_rows
 from fastbert.system.files import is_stream
 
-LONGEST = 2**22  # bytes of a text, or of a line: to tokenise one takes a hundred times as much
-_ROWS = 1024  # of a .parquet, decoded at once
-_HEADER = 100  # lines of a header, at most
+LONGEST = 2**22  # bytes of a line, characters of a text; tokenising takes 100 times the memory
+_ROWS = 1024  # rows of a .parquet that are decoded at once
+_HEADER = 100  # a header, whose quoted names may contain line ends, has at most so many lines
 
 
 class Mark(NamedTuple):
-    """A place between two rows. offset: in bytes, in a .parquet in rows; lines: before it."""
+    """A place between two rows of a file.
+
+    offset: in bytes, or in rows for a .parquet; lines: lines before the place
+    """
 
     offset: int = 0
     lines: int = 0
@@ -32,7 +35,7 @@ BEGINNING = Mark()
 
 
 class Text(NamedTuple):
-    """where: for messages; after: the place behind its row."""
+    """One text of a file. where: file and line, for messages; after: the place behind its row."""
 
     where: str
     text: str
@@ -40,16 +43,16 @@ class Text(NamedTuple):
 
 
 class Texts(abc.ABC):
-    """The texts of one file; `texts_of` makes the kind that reads it."""
+    """The texts of one file; `texts_of` makes the subclass that reads it."""
 
     def __init__(self, path: Path, column: str, delimiter: str | None) -> None:
         self.path, self.column, self.delimiter = path, column, delimiter
 
     @abc.abstractmethod
     def rows(self, start: Mark = BEGINNING) -> Iterator[Text]:
-        """From a mark on. Raises InputError for what cannot be read, and names the line.
+        """Yields the texts after a mark; empty texts too, so there is one for each line or row.
 
-        An empty text is one, so that there are as many as lines or rows.
+        Raises InputError, which names the line, for what cannot be read.
         """
 
     def text(self, row: Row) -> str:
@@ -60,7 +63,7 @@ class Texts(abc.ABC):
 
 
 class _Lines:
-    """The lines of a file, with their ends, as text; `mark` is behind the last one."""
+    """Iterates over lines as text, with their line ends; `mark` is behind the latest line."""
 
     def __init__(self, path: Path, file: BinaryIO, mark: Mark = BEGINNING) -> None:
         self.path, self.file, self.mark = path, file, mark
@@ -111,7 +114,7 @@ class _Delimited(Texts):
         delimiter = None if self.delimiter is None else read_delimiter(self.delimiter)
         with self.path.open("rb") as file:
             lines, header = _Lines(self.path, file), []
-            for line in lines:  # the library takes one, or more where a quoted name has ends
+            for line in lines:  # a header is several lines if a quoted name contains line ends
                 header.append(line)
                 if _is_whole(header, dialect(kind, delimiter)):
                     break
@@ -130,22 +133,22 @@ class _Delimited(Texts):
 
 
 def _is_whole(lines: list[str], form: dict[str, Any]) -> bool:
-    """Whether these are all lines of a row."""
+    """Whether the lines are a complete row."""
     try:
         return bool(list(csv.reader(lines, **form)))
-    except csv.Error:  # it wants another one, or never ends
+    except csv.Error:  # an open quotation mark: more lines are needed, up to a limit
         return len(lines) == _HEADER
 
 
 class _Parquet(Texts):
-    """Needs pyarrow, the extra [embed]."""
+    """Texts of a .parquet; needs pyarrow, from the extra [embed]."""
 
     def rows(self, start: Mark = BEGINNING) -> Iterator[Text]:
         parquet = pyarrow_of("--input").parquet
         import pyarrow
 
         try:
-            # the whole of a row group may not fit in memory: a stream of its pages does
+            # without pre_buffer, pages are streamed: a whole row group may not fit into memory
             with parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
                 self._check(file.schema_arrow)
                 groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
@@ -183,9 +186,10 @@ _KINDS: dict[str, type[Texts]] = {
 
 
 def texts_of(path: Path, column: str, delimiter: str | None = None) -> Texts:
-    """By the file's ending; with a delimiter, another than .jsonl and .parquet is a table.
+    """The reader for a file, chosen by its ending.
 
-    InputError for another ending, and for what can be read only once.
+    With a delimiter, a .txt and a file without an ending are read as .csv. Raises InputError for an
+    unknown ending, and for a stream, which cannot be read again.
     """
     if is_stream(path):
         raise InputError(f"--input {path}: a stream cannot be read again from a place; name a file")
@@ -198,7 +202,10 @@ def texts_of(path: Path, column: str, delimiter: str | None = None) -> Texts:
 
 
 def pyarrow_of(option: str) -> Any:
-    """The package; InputError, beginning with an option, where it is not installed."""
+    """The pyarrow package with its parquet module; InputError if it is not installed.
+
+    option: the option of the command line that the message begins with
+    """
     try:
         import pyarrow
         import pyarrow.parquet

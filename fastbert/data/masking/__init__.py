@@ -1,1 +1,1 @@
-"""Masked language modelling: which tokens are to be predicted, and what stands in their place."""
+"""Masked language modelling: which tokens are predicted, and what replaces them in the input."""

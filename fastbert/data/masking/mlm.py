@@ -1,7 +1,7 @@
-"""Masked language modelling: which tokens to predict and what becomes of them, anew each epoch.
+"""Masked language modelling: chooses and replaces tokens, differently in each epoch.
 
-Every random number is Philox of the token's own place (position, example, epoch), so that an
-example gets the same masks in whatever batch, rank or worker process it turns up.
+Every random number is Philox of the token's place (position, example, epoch), so an example gets
+the same masks in every batch, rank and worker process.
 """
 
 import dataclasses
@@ -19,12 +19,16 @@ from fastbert.data.text.tokenizer import SpecialTokens
 from fastbert.data.tokenized.ngrams import NgramCounts
 from fastbert.packing import IGNORE_INDEX
 
-_STREAM = 0  # the counter's last word: free for other uses of the same places
+_STREAM = 0  # last word of the Philox counter; other values are free for other uses of a token
 
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """choose: the tokens to predict, about `probability` of all; corrupt: what becomes of them."""
+    """A masking scheme.
+
+    choose: chooses the tokens to predict, about the share `probability` of all; corrupt: replaces
+    them in the input. Raises InputError for a probability that is not between 0 and 1.
+    """
 
     choose: Choose
     corrupt: Corrupt
@@ -39,7 +43,7 @@ class Masking:
     def __call__(
         self, tokens: Tokens, *, seed: int, epoch: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(masked ids, labels) of a batch: (T,) int64 each, labels -100 where nothing is predicted.
+        """(masked ids, labels) of a batch, (T,) int64 each; labels are -100 where not predicted.
 
         seed: 64 bits
         """
@@ -55,7 +59,8 @@ class Masking:
 
     def num_targets(self, tokens: Tokens, *, seed: int, epoch: int) -> int:
         """How many tokens of the batch are predicted."""
-        if self.choose is selection.choose_tokens:  # whichever they are
+        # the number of single tokens is known without drawing them
+        if self.choose is selection.choose_tokens:
             return int(selection.examples_of(tokens, self.probability).wanted.sum())
         return len(self._choose(tokens, seed, epoch)[0].targets)
 
@@ -76,11 +81,16 @@ def make_masking(
     gamma: float = 0.8,
     counts: Callable[[], NgramCounts] | None = None,
 ) -> Masking:
-    """One of the SCHEMES.
+    """The masking of a name in SCHEMES.
 
-    "bert": single tokens, 80/10/10; "whole-word", "span": the same of words and of spans of words;
-    "blank", "unigram", "bigram-kn": single tokens, changed as in Xie et al. 2017, see `noising`.
-    gamma: theirs; counts: gives what the last two draw from.
+    "bert": single tokens, 80/10/10 (see `noising.BertNoise`); "whole-word" and "span": the same for
+    whole words and for spans of words (see `selection`); "blank", "unigram" and "bigram-kn": single
+    tokens, replaced as in Xie et al. 2017 (https://arxiv.org/abs/1703.02573), see `noising`.
+
+    gamma: noise parameter of Xie et al.; counts: returns the counts of the corpus, called only for
+    "unigram" and "bigram-kn", which need it
+
+    Raises InputError for another scheme, or for a probability or gamma out of range.
     """
     if scheme not in SCHEMES:
         raise InputError(f"masking: one of {', '.join(SCHEMES)}, got {scheme!r}")

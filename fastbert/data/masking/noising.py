@@ -1,4 +1,4 @@
-"""What becomes of the tokens that are to be predicted."""
+"""What replaces the tokens to predict in the model's input."""
 
 from typing import NamedTuple, Protocol
 
@@ -16,15 +16,19 @@ class Corrupt(Protocol):
     def __call__(
         self, ids: NDArray[np.int64], choice: NDArray[np.uint64], draws: Draws
     ) -> NDArray[np.int64]:
-        """What stands instead of the chosen tokens `ids`, (N,), given a `choice` for each."""
+        """(N,) int64: what replaces the chosen tokens `ids`, (N,).
+
+        choice: (N,) 32-bit words that decide how; tokens of one span share one. draws: independent
+        32-bit words for each of the N tokens
+        """
         ...
 
 
-_ONE = 2.0**32  # a word of 32 bits is below
+_ONE = 2.0**32  # scales a probability to 32-bit words
 
 
 class BertNoise(NamedTuple):
-    """80 % become [MASK], 10 % a random token that is not special, and 10 % stay as they are.
+    """80 % become [MASK], 10 % a random token that is not special, and 10 % do not change.
 
     Devlin et al. 2018 (https://arxiv.org/abs/1810.04805), section 3.1.
     """
@@ -41,9 +45,9 @@ class BertNoise(NamedTuple):
 
 
 class Blank(NamedTuple):
-    """A token becomes [MASK] with probability gamma, else it stays.
+    """Blank noising: a token becomes [MASK] with probability gamma.
 
-    Blank noising of Xie et al. 2017 (https://arxiv.org/abs/1703.02573), as are the two below.
+    Xie et al. 2017 (https://arxiv.org/abs/1703.02573), as are `unigram` and `bigram_kneser_ney`.
     """
 
     gamma: float
@@ -56,9 +60,9 @@ class Blank(NamedTuple):
 
 
 class Replace(NamedTuple):
-    """A token w becomes, with probability[w], another one drawn in proportion to `weights`.
+    """Replaces a token w, with probability[w], by one drawn from a fixed distribution.
 
-    probability, cumulative: (V,) float64, the latter the weights' cumulative shares
+    probability: (V,) float64; cumulative: (V,) float64, cumulative distribution of the replacements
     """
 
     probability: NDArray[np.float64]
@@ -72,17 +76,23 @@ class Replace(NamedTuple):
 
 
 def unigram(gamma: float, counts: NgramCounts, specials: SpecialTokens) -> Replace:
-    """Each token with probability gamma, by one drawn from the unigram distribution."""
+    """Unigram noising: with probability gamma, a token drawn from the unigram distribution.
+
+    Raises InputError if the corpus has no ordinary token.
+    """
     probability = np.full(len(counts.tokens), gamma)
     return Replace(probability, _cumulative_shares(counts.tokens, specials))
 
 
 def bigram_kneser_ney(gamma: float, counts: NgramCounts, specials: SpecialTokens) -> Replace:
-    """w with probability min(1, gamma N1+(w, .) / c(w)), by a token in proportion to N1+(., w).
+    """Bigram Kneser-Ney noising: replaces token w with probability gamma N1+(w, .) / c(w).
 
-    So tokens that many different ones follow are replaced more often, and by tokens that follow
-    many: the idea of Kneser-Ney smoothing. N1+(w, .) is how many different tokens follow w in the
-    corpus, N1+(., w) how many precede it, c(w) how often it occurs.
+    The probability is at most 1, and the replacement is drawn in proportion to N1+(., w). N1+(w, .)
+    is the number of different tokens that follow w in the corpus, N1+(., w) the number of different
+    tokens that precede it, and c(w) how often it occurs. So tokens with many different successors
+    are replaced more often, by tokens with many different predecessors, as in Kneser-Ney smoothing.
+
+    Raises InputError if the corpus is too small to have replacements.
     """
     probability = np.minimum(1.0, gamma * counts.followers / np.maximum(counts.tokens, 1))
     return Replace(probability, _cumulative_shares(counts.predecessors, specials))
@@ -94,14 +104,15 @@ def _cumulative_shares(weights: NDArray[np.int64], specials: SpecialTokens) -> N
     if not weights.any():
         raise InputError("masking: the corpus is too small to draw replacements from")
     shares = np.cumsum(weights / weights.sum())
-    shares[np.flatnonzero(weights)[-1] :] = 1.0  # whatever was rounded: no token beyond is drawn
+    # exactly 1 in spite of rounding, so that no token after the last one with a weight is drawn
+    shares[np.flatnonzero(weights)[-1] :] = 1.0
     return shares
 
 
 def _ordinary_tokens(
     words: NDArray[np.uint64], vocab_size: int, specials: SpecialTokens
 ) -> NDArray[np.int64]:
-    """A token that is not special for each random 32-bit word, all equally likely."""
+    """A uniformly drawn token that is not special, for each random 32-bit word."""
     ordinary = np.uint64(vocab_size - len(specials))
     tokens = (words * ordinary >> np.uint64(32)).astype(np.int64)
     for special in sorted(specials):

@@ -1,4 +1,4 @@
-"""Random numbers by counting: each is a function of its own place, whatever was drawn before.
+"""Counter-based random numbers: each is a function of its counter and the key, not of the order.
 
 Philox4x32-10 of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
@@ -9,18 +9,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, which step the keys
+_WEYL = (0x9E3779B9, 0xBB67AE85)  # added to the keys each round: golden ratio, sqrt(3) - 1
 _WORD = np.uint64(0xFFFFFFFF)
-_BLOCK = 1 << 14  # counters at a time, whose words stay in a core's own cache
+_BLOCK = 1 << 14  # counters computed at once; their words fit in a core's cache
 
 
 def philox(
     counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: int
 ) -> tuple[NDArray[np.uint64], ...]:
-    """Four 32-bit words, in uint64, for each counter.
+    """Four random 32-bit words for each counter: four uint64 arrays of the counter's shape.
 
     counter: four integers or arrays below 2**32, lowest word first, broadcast together
-    key: 64 bits, the lower half first
+    key: 64 bits; the lower half is the first key word
     """
     words = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter))
     if words[0].ndim != 1 or words[0].size <= _BLOCK:
@@ -42,5 +42,5 @@ def _rounds(words: Sequence[NDArray[np.uint64]], key: int) -> tuple[NDArray[np.u
 
 
 def uniform(high: NDArray[np.uint64], low: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Numbers in [0, 1), multiples of 2**-53, of two 32-bit words each."""
+    """Numbers in [0, 1), multiples of 2**-53, each from two random 32-bit words; float64."""
     return (high << np.uint64(21) | low >> np.uint64(11)) * 2.0**-53

@@ -1,4 +1,4 @@
-"""Which tokens of a batch are to be predicted: single tokens, whole words, or spans of words."""
+"""Chooses the tokens of a batch to predict: single tokens, whole words, or spans of words."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from fastbert.data.masking.philox import uniform
 
-# Lengths of spans in words: geometric with 0.2, no longer than 10 (Joshi et al. 2020).
+# Span lengths in words: geometric with p = 0.2, at most 10 (Joshi et al. 2020).
 SPAN_P, SPAN_MAX = 0.2, 10
 _SHARES = SPAN_P * (1 - SPAN_P) ** np.arange(SPAN_MAX)
 _LENGTHS_REACHED = np.cumsum(_SHARES / _SHARES.sum())[:-1]
@@ -17,8 +17,9 @@ _LENGTHS_REACHED = np.cumsum(_SHARES / _SHARES.sum())[:-1]
 class Tokens(NamedTuple):
     """T tokens of whole examples laid end to end; each array is (T,).
 
-    ids: int64; example: int64, the index in its epoch, the same for its neighbours only; position:
-    int64, in the example; maskable: bool, True where a token may be predicted; word_starts: bool
+    ids: int64; example: int64, index of the token's example in its epoch, different in adjacent
+    examples; position: int64, of the token in its example; maskable: bool, whether the token may be
+    predicted; word_starts: bool, whether the token begins a word
     """
 
     ids: NDArray[np.int64]
@@ -29,7 +30,7 @@ class Tokens(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Four independent random words of 32 bits for each token, in uint64."""
+    """Four independent random 32-bit words for each token; each array is (T,) uint64."""
 
     key: NDArray[np.uint64]
     choice: NDArray[np.uint64]
@@ -41,8 +42,11 @@ class Draws(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """targets: (N,) int64, the tokens to predict, each once; leader: (N,) int64, for each the token
-    by whose `choice` it is changed, one for those that are changed alike."""
+    """The tokens to predict, as indices into the batch.
+
+    targets: (N,) int64, each token once; leader: (N,) int64, the token whose `Draws.choice` decides
+    how the target is replaced: its own, or the same one for all tokens of a span
+    """
 
     targets: NDArray[np.int64]
     leader: NDArray[np.int64]
@@ -52,14 +56,20 @@ Choose = Callable[[Tokens, Draws, float], Chosen]
 
 
 def num_targets(maskable: NDArray[np.int64], share: float) -> NDArray[np.int64]:
-    """How many tokens an example predicts, given how many it could: the share, one at least."""
+    """How many tokens each example predicts: a share of its maskable tokens, at least one.
+
+    maskable: (B,) number of maskable tokens of each example; an example without any predicts none
+    """
     wanted = np.maximum(np.rint(share * maskable).astype(np.int64), 1)
     return np.minimum(wanted, maskable)
 
 
 class Examples(NamedTuple):
-    """begins: (B,) where each example begins; number: (T,) of the example of each token;
-    wanted: (B,) how many tokens of each are to be predicted."""
+    """The B examples of a batch of T tokens.
+
+    begins: (B,) int64, index of each example's first token; number: (T,) int64, index in the batch
+    of each token's example; wanted: (B,) int64, how many tokens of each example to predict
+    """
 
     begins: NDArray[np.int64]
     number: NDArray[np.int64]
@@ -74,9 +84,10 @@ def examples_of(tokens: Tokens, share: float) -> Examples:
 
 
 def _at_random(number: NDArray[np.int64], key: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Example by example, the order of the keys, which are at most 2**32; of equal ones as it is.
+    """(N,) int64: the order that sorts by `number`, then by `key`, and keeps the order of ties.
 
-    Numbers are sorted several times faster than an order is found, so each carries its index.
+    number: (N,) sorted example numbers; key: (N,) random keys of at most 2**32. Sorting integers is
+    several times faster than argsort, so each integer carries its index in its low bits.
     """
     high = number.astype(np.uint64) << np.uint64(33) | key
     bits = len(key).bit_length()
@@ -87,9 +98,9 @@ def _at_random(number: NDArray[np.int64], key: NDArray[np.uint64]) -> NDArray[np
 
 
 def choose_tokens(tokens: Tokens, draws: Draws, share: float) -> Chosen:
-    """Of each example's n maskable tokens max(1, round(share * n)), all sets equally likely."""
+    """Chooses max(1, round(share * n)) of each example's n maskable tokens, uniformly."""
     examples = examples_of(tokens, share)
-    key = np.where(tokens.maskable, draws.key, np.uint64(2**32))  # the others come last
+    key = np.where(tokens.maskable, draws.key, np.uint64(2**32))  # special tokens come last
     order = _at_random(examples.number, key)
     rank = np.arange(len(order)) - examples.begins[examples.number]
     index = order[rank < examples.wanted[examples.number]]
@@ -97,9 +108,9 @@ def choose_tokens(tokens: Tokens, draws: Draws, share: float) -> Chosen:
 
 
 class _Words(NamedTuple):
-    """W words of maskable tokens; each array is (W,).
+    """W words of maskable tokens; each array is (W,) int64.
 
-    first, size: of its tokens; number: of its example
+    first: index of the word's first token; size: its number of tokens; number: its example
     """
 
     first: NDArray[np.int64]
@@ -108,7 +119,7 @@ class _Words(NamedTuple):
 
 
 def _words(tokens: Tokens, examples: Examples) -> _Words:
-    """What is left of a word that was cut off, or stands beside a special token, is a word too."""
+    """The words of a batch; after a special token or a cut, the rest of a word is a word too."""
     after_another = np.append(False, tokens.maskable[:-1])
     after_another[examples.begins] = False
     begins = tokens.maskable & (tokens.word_starts | ~after_another)
@@ -121,23 +132,24 @@ def _words(tokens: Tokens, examples: Examples) -> _Words:
 def _ranges(
     first: NDArray[np.int64], size: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The numbers from each `first` on, `size` of them, end to end; and which range each is in."""
+    """The ranges first[i], ..., first[i] + size[i] - 1 end to end, and i for each element."""
     which = np.repeat(np.arange(len(size)), size)
     begins = np.cumsum(size) - size
     return np.arange(len(which)) + (first - begins)[which], which
 
 
 def choose_words(tokens: Tokens, draws: Draws, share: float) -> Chosen:
-    """Whole words in random order, each if it still fits in the share; the first one in any case.
+    """Chooses whole words in random order, skipping words that no longer fit into the share.
 
-    The order and the rule of the whole-word masking in https://github.com/google-research/bert.
+    The first word of each example is chosen even if it is longer than the share. Order and rule are
+    those of whole-word masking in https://github.com/google-research/bert.
     """
     examples = examples_of(tokens, share)
     words = _words(tokens, examples)
     order = _at_random(words.number, draws.key[words.first])
     number, size = words.number[order], words.size[order]
     is_first = np.diff(number, prepend=-1) != 0
-    # what may be too long for the share alone stands in for it
+    # a first word that is longer than the share raises it to the word's own length
     wanted = examples.wanted.copy()
     wanted[number[is_first]] = np.maximum(wanted[number[is_first]], size[is_first])
     chosen = order[_that_fit(number, size, wanted)]
@@ -148,10 +160,12 @@ def choose_words(tokens: Tokens, draws: Draws, share: float) -> Chosen:
 def _that_fit(
     number: NDArray[np.int64], size: NDArray[np.int64], room: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Which are taken if each, in its turn, is taken where the room of its number still holds it.
+    """Indices of the words taken, if each word in turn is taken when it fits into its example.
 
-    Every round takes all up to the first that does not fit, and drops what is larger than what is
-    then left: as many rounds as there are sizes at most, and few words after the first.
+    number: (W,) sorted, the word's example; size: (W,) tokens of the word; room: (B,) tokens that
+    each example may take. In each round every example takes its words up to the first that does not
+    fit, then drops the words that are larger than its remaining room. So there are at most as many
+    rounds as different sizes, and few words are left after the first.
     """
     room, taken = room.copy(), []
     waiting = np.arange(len(number))
@@ -168,19 +182,21 @@ def _that_fit(
 
 
 def choose_spans(tokens: Tokens, draws: Draws, share: float) -> Chosen:
-    """Spans of whole words, one after the other, until the share is reached; the last is cut there.
+    """Chooses spans of whole words until the share is reached, where the last span is cut.
 
-    SpanBERT's (Joshi et al. 2020, https://arxiv.org/abs/1907.10529): a span begins with a word at
-    random that is not in an earlier one, and its length in words is geometric with p = 0.2, cut at
-    10 and renormalised. It ends early where its segment does. What it becomes is decided for all
-    of it at once. All examples go on at the same time, a span each in every round.
+    SpanBERT's masking (Joshi et al. 2020, https://arxiv.org/abs/1907.10529): a span begins with a
+    random word that is in no earlier span, and its length in words is geometric with p = 0.2,
+    truncated at 10 and renormalised. A span ends early at the end of its segment. All tokens of a
+    span are replaced in the same way. Each round of the loop adds one span to every example that
+    still needs tokens.
     """
     examples = examples_of(tokens, share)
     words = _words(tokens, examples)
     order = _at_random(words.number, draws.key[words.first])
     segment_end = _segment_ends(words)
     free = np.ones(len(order), bool)
-    # of the examples that have words: where their words are in `order`, and what is still wanted
+    # for each example with words: its next word and the end of its words in `order`, and how many
+    # tokens it still needs
     place = np.flatnonzero(np.diff(words.number, prepend=-1))
     end = np.append(place[1:], len(order))
     left = examples.wanted[words.number[place]]
@@ -208,7 +224,10 @@ def choose_spans(tokens: Tokens, draws: Draws, share: float) -> Chosen:
 
 
 def _segment_ends(words: _Words) -> NDArray[np.int64]:
-    """(W,) the end of the words that follow each without a gap, in its example."""
+    """(W,) for each word, the end of its run of words that follow each other without a gap.
+
+    Special tokens and the ends of examples are gaps, so that a span does not cross segments.
+    """
     gap = words.first[1:] != words.first[:-1] + words.size[:-1]
     gap |= np.diff(words.number) != 0
     ends = np.append(np.flatnonzero(gap) + 1, len(words.first))

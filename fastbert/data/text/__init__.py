@@ -1,1 +1,1 @@
-"""Text: which files a corpus is, its documents, sentences and words, and the tokenizer."""
+"""Text: the files of a corpus, its documents, sentences and words, and the tokenizer."""

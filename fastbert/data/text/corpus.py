@@ -1,6 +1,6 @@
-"""The user's own text as a stream of documents, and fingerprints that tell one corpus from another.
+"""The user's text as a stream of documents, and fingerprints that identify a corpus.
 
-A document is a list of sentences. Nothing here holds more than one document in memory.
+A document is a list of sentences. Memory never holds more than one document.
 """
 
 import dataclasses
@@ -15,32 +15,32 @@ from fastbert.check import InputError
 from fastbert.data.text.files import find_files, format_of, opened
 from fastbert.data.text.sentences import split_sentences
 
-_FIRST = 1024  # bytes by which the form of a file without an ending is known
-_READER_VERSION = 1  # raise when the same files begin to give other documents
+_FIRST = 1024  # bytes that are read to recognise the format of a file without an ending
+_READER_VERSION = 1  # increase it when the same files begin to give other documents
 
 
 @dataclasses.dataclass
 class Meter:
-    """How far a corpus is read: bytes of its files, of compressed ones as they lie on the disk."""
+    """How much of a corpus has been read, in bytes on disk; compressed files count as they are."""
 
     bytes_read: int = 0
     bytes_total: int = 0
 
 
 def read_documents(paths: Sequence[str | Path], meter: Meter | None = None) -> Iterator[list[str]]:
-    """The documents of files and directories, in the order given, directories sorted by name.
+    """Yields the documents of files and directories, in the order given, directories by name.
 
-    Text files hold one sentence a line and a blank line between documents, as in
-    https://github.com/google-research/bert. `.jsonl`, `.ndjson` and `.json` files hold one JSON
-    object a line; its string `text` is one document, cut into sentences by `split_sentences`. A
-    file without an ending may also be either, or WikiExtractor's: a document between `<doc ...>`
-    and `</doc>`, a paragraph a line. Each may be packed (`.gz`, `.bz2`, `.xz`). Which files of a
-    directory count, `find_files` says; a file named by itself may have any other ending and is then
-    text.
+    A text file has one sentence a line and a blank line between documents, as in
+    https://github.com/google-research/bert. A `.jsonl`, `.ndjson` or `.json` file has one JSON
+    object a line, whose string `text` is a document, which `split_sentences` divides. A file
+    without an ending may have either format, or WikiExtractor's: a document between `<doc ...>` and
+    `</doc>`, a paragraph a line. Each may be compressed (`.gz`, `.bz2`, `.xz`). `find_files` says
+    which files of a directory are read; a file that is named itself and has another ending is read
+    as text.
 
-    `meter` goes along, to within some hundred lines.
+    meter: updated while reading, every few hundred lines
 
-    Raises InputError at once if a path is missing or a directory holds no such file, and while
+    Raises InputError at once if a path is missing or a directory has no such file, and while
     reading if a file cannot be read or the whole corpus is empty.
     """
     meter = meter or Meter()
@@ -50,7 +50,7 @@ def read_documents(paths: Sequence[str | Path], meter: Meter | None = None) -> I
 
 
 def fingerprint_files(paths: Sequence[str | Path]) -> str:
-    """A hash of the names, sizes and contents of the files that `read_documents(paths)` reads."""
+    """SHA-256 of the names, sizes and contents of the files that `read_documents(paths)` reads."""
     digest = hashlib.sha256(f"files {_READER_VERSION}".encode())
     for file, name in find_files(paths).files:
         try:
@@ -105,7 +105,7 @@ def _json_documents(file: Path, meter: Meter) -> Iterator[list[str]]:
             raise InputError(
                 f'--corpus {file}, line {number}: expected one JSON object with a string "text"'
             )
-        # JSON can spell half a surrogate pair, which is no character and cannot be encoded
+        # JSON can spell a lone surrogate, which is not a character and cannot be encoded
         yield split_sentences(text.encode("utf-8", "ignore").decode("utf-8"))
 
 
@@ -124,14 +124,14 @@ _READERS = {"text": _text_documents, "json": _json_documents, "wiki": _wiki_docu
 
 
 def _lines(file: Path, meter: Meter) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without surrounding white space)."""
+    """Yields (line number from 1, line without surrounding white space)."""
     before = meter.bytes_read
     try:
         with file.open("rb") as stored, opened(file, stored) as stream:
             for number, raw in enumerate(stream, start=1):
                 # utf-8-sig: editors on Windows begin a file with a byte-order mark
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if number % 256 == 0:  # asking for the place is slower than reading a line
+                if number % 256 == 0:  # `tell` is slower than reading a line
                     meter.bytes_read = before + stored.tell()
             meter.bytes_read = before + stored.tell()
     except UnicodeDecodeError as error:

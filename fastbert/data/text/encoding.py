@@ -1,4 +1,4 @@
-"""Sentences to tokens, and which of them begin a word."""
+"""Encodes sentences as tokens, and marks the tokens that begin a word."""
 
 import itertools
 import json
@@ -13,12 +13,15 @@ from tokenizers import Encoding, Tokenizer
 from fastbert.data.text.segment import Segmenter, continuations
 
 _PREFIX = "##"
-_BATCH = 4096  # sentences encoded at once: the library needs 100 times the memory of their tokens
-_MANY_UNKNOWN = 0.1  # of all tokens
+_BATCH = 4096  # sentences encoded at once: encodings take 100 times the memory of their tokens
+_MANY_UNKNOWN = 0.1  # share of all tokens
 
 
 def warn_of_unknown(what: str, unknown: int, total: int) -> None:
-    """Warns where many tokens of a text are [UNK]: the vocabulary is not that of the text."""
+    """Warns if many tokens of a text are [UNK], because its vocabulary is probably a wrong one.
+
+    what: the text, as the message calls it; unknown, total: numbers of tokens
+    """
     if unknown > _MANY_UNKNOWN * total:
         warnings.warn(
             f"{what}: {unknown / total:.0%} of its tokens are [UNK], words that the vocabulary "
@@ -28,7 +31,7 @@ def warn_of_unknown(what: str, unknown: int, total: int) -> None:
 
 
 class EncodedDocuments(NamedTuple):
-    """T tokens in S sentences in D documents, of which none is empty.
+    """T tokens in S sentences in D documents; no sentence and no document is empty.
 
     tokens: (T,) uint32; word_starts: (T,) bool; sentence_lengths: (S,) int64, in tokens;
     document_lengths: (D,) int64, in sentences
@@ -41,9 +44,10 @@ class EncodedDocuments(NamedTuple):
 
 
 class DocumentEncoder:
-    """A tokenizer, given as JSON, that neither cuts nor pads nor adds special tokens.
+    """Encodes documents with a tokenizer, without truncation, padding and special tokens.
 
-    segmenter: tells the words of Chinese, see `segment`; by default every character is one
+    tokenizer: as the JSON of `tokenizers.Tokenizer.to_str`; segmenter: divides Chinese into words,
+    see `segment`; by default every Chinese character is a word
     """
 
     def __init__(self, tokenizer: str, segmenter: Segmenter | None = None) -> None:
@@ -51,7 +55,7 @@ class DocumentEncoder:
         self.tokenizer = Tokenizer.from_str(tokenizer)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True  # text that says "[MASK]" holds no mask
+        self.tokenizer.encode_special_tokens = True  # "[MASK]" in a text is not the special token
         self.segmenter = segmenter
         self.continuing = continuing_tokens(self.tokenizer)
 
@@ -59,9 +63,9 @@ class DocumentEncoder:
         return DocumentEncoder, self.made_from
 
     def encode(self, documents: list[list[str]]) -> EncodedDocuments:
-        """Leaves out sentences without tokens, and documents without sentences.
+        """Encodes documents, without sentences that have no tokens and documents left empty.
 
-        Raises InputError where the segmenter gives a word that is not in the sentence.
+        Raises InputError if the segmenter returns a word that is not in the sentence.
         """
         sentences = list(itertools.chain.from_iterable(documents))
         batches = [
@@ -74,9 +78,9 @@ class DocumentEncoder:
         return EncodedDocuments(tokens, starts, lengths[lengths > 0], kept[kept > 0])
 
     def _batch(self, sentences: list[str]) -> tuple[NDArray, NDArray, NDArray]:
-        """tokens, word starts, and tokens a sentence, with zeros."""
+        """(tokens, word starts, number of tokens of each sentence, which may be 0)."""
         by_pieces = self.continuing is not None and self.segmenter is None
-        # the fast one gives the same tokens, but not where they were found
+        # encode_batch_fast gives the same tokens without their offsets in the text
         encode = self.tokenizer.encode_batch_fast if by_pieces else self.tokenizer.encode_batch
         encodings = encode(sentences, add_special_tokens=False)
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
@@ -90,7 +94,8 @@ class DocumentEncoder:
             return tokens, ~self.continuing[tokens], lengths  # type: ignore[index]
         words = flat((encoding.word_ids for encoding in encodings), np.int64)
         starts = np.diff(words, prepend=-1) != 0
-        starts[(np.cumsum(lengths) - lengths)[lengths > 0]] = True  # each sentence counts from 0
+        # word ids restart at 0 in each sentence, so adjacent sentences may seem one word
+        starts[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
         if self.segmenter is not None:
             goes_on = _continue_words(sentences, encodings, self.segmenter)
             starts &= ~np.fromiter(goes_on, np.bool_, total)
@@ -98,12 +103,11 @@ class DocumentEncoder:
 
 
 def continuing_tokens(tokenizer: Tokenizer) -> NDArray[np.bool_] | None:
-    """(V,) whether a token goes on with the word before it, wherever it stands; None if that
-    depends on where.
+    """(V,) bool: whether a token continues a word; None if the token alone does not tell.
 
-    A WordPiece looks up what begins a word as it is, and the rest with the prefix in front. Nothing
-    that begins a word has the prefix in its text, where words are cut at the punctuation "#" as
-    BERT's are; an added token is a word of its own, and [UNK] stands for a whole one.
+    WordPiece looks up the first piece of a word as it is, and the others with the prefix "##". The
+    first piece cannot begin with "##" itself if the pre-tokenizer splits at the punctuation "#", as
+    BERT's does. An added token is a word of its own, and [UNK] stands for a whole word.
     """
     state = json.loads(tokenizer.to_str())
     model, vocab = state["model"], tokenizer.get_vocab()
@@ -116,7 +120,7 @@ def continuing_tokens(tokenizer: Tokenizer) -> NDArray[np.bool_] | None:
         or model["continuing_subword_prefix"] != _PREFIX
         or (state["pre_tokenizer"] or {}).get("type") != "BertPreTokenizer"
         or any(token.startswith(_PREFIX) for token in alone)
-        or len(set(vocab.values())) < len(vocab)  # two tokens of one id
+        or len(set(vocab.values())) < len(vocab)  # two tokens have the same id
     ):
         return None
     table = np.zeros(1 + max(vocab.values()), np.bool_)
@@ -127,7 +131,7 @@ def continuing_tokens(tokenizer: Tokenizer) -> NDArray[np.bool_] | None:
 def _continue_words(
     sentences: list[str], encodings: list[Encoding], segmenter: Segmenter
 ) -> Iterator[bool]:
-    """For each token, whether the segmenter takes it to the word of the one before."""
+    """Yields for each token whether the segmenter puts it into the word of the token before."""
     for sentence, encoding in zip(sentences, encodings, strict=True):
         inside = continuations(sentence, segmenter)
         for begin, _ in encoding.offsets:

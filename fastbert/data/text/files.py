@@ -1,4 +1,4 @@
-"""Which files a corpus is, and which it is not: nothing is passed over without a word."""
+"""Finds the files of a corpus, and reports every file that it passes over."""
 
 import bz2
 import gzip
@@ -18,30 +18,32 @@ _OPENERS: dict[str, Callable[..., Any]] = {
     ".bz2": bz2.open,
     ".xz": lzma.open,
 }
-_REFUSED = (".zst", ".zstd", ".lz4", ".lzma", ".z")  # one packed file, which may be text
+# compressed formats that cannot be read: an error, because such a file may be text
+_REFUSED = (".zst", ".zstd", ".lz4", ".lzma", ".z")
 
 
 class CorpusFile(NamedTuple):
-    """A file, and its name relative to the path that it was found under."""
+    """A file, and its name relative to the given path under which it was found."""
 
     path: Path
     name: str
 
 
 class Corpus(NamedTuple):
-    """The files to read, in order, and what was passed over: (file, why)."""
+    """The files to read, in order, and those passed over, as (path, reason)."""
 
     files: list[CorpusFile]
     passed_over: list[tuple[Path, str]]
 
 
 def find_files(paths: Sequence[str | Path]) -> Corpus:
-    """The files of a corpus, in the order given, those of a directory sorted by name.
+    """The files of a corpus, in the order given, those of a directory sorted by path.
 
-    In a directory, and in those below it, links followed, every file counts that ends as text does
-    or has no ending, as WikiExtractor's `AA/wiki_00`. Raises InputError for a path that is missing,
-    for a directory that cannot be read or holds no text, for a broken link, and for a file that may
-    hold text in a form that is not read.
+    Directories are searched with all directories below them, and links are followed. Files are read
+    if they have the ending of a text format or none, like WikiExtractor's `AA/wiki_00`.
+
+    Raises InputError for a path that is missing, a directory that cannot be read or has no text, a
+    broken link, and a compressed file whose format is not supported.
     """
     if not paths:
         raise InputError("--corpus: no file or directory named")
@@ -68,7 +70,10 @@ def find_files(paths: Sequence[str | Path]) -> Corpus:
 
 
 def _walk(top: Path, directory: Path, above: list[tuple[int, int]], corpus: Corpus) -> None:
-    """Adds what is in a directory; above: those that it lies in, by which a loop shows."""
+    """Adds the files of a directory to `corpus`.
+
+    above: (device, inode) of the directories that contain it, to recognise a loop of links
+    """
     try:
         found = directory.stat()
         entries = sorted(directory.iterdir())
@@ -80,7 +85,7 @@ def _walk(top: Path, directory: Path, above: list[tuple[int, int]], corpus: Corp
         return
     for entry in entries:
         if entry.is_dir():
-            if entry.name.startswith("."):  # .git, say
+            if entry.name.startswith("."):  # for example .git
                 corpus.passed_over.append((entry, "hidden"))
             else:
                 _walk(top, entry, [*above, own], corpus)
@@ -94,7 +99,7 @@ def _walk(top: Path, directory: Path, above: list[tuple[int, int]], corpus: Corp
 
 
 def _why_not(file: Path) -> str:
-    """Why a file of a directory is no text; nothing if it is."""
+    """Why a file of a directory is passed over; empty if it is read, or refused later."""
     if not file.is_file():
         return "no regular file"
     suffix = text_suffix(file)
@@ -113,24 +118,24 @@ def _refuse_packed(file: Path) -> None:
 
 
 def _is_none(suffix: str) -> bool:
-    """Whether a suffix tells no format: none at all, or a number, as of the parts of a split."""
+    """Whether a suffix tells no format: it is empty, or a number, as in the parts of a split."""
     return suffix in ("", ".") or suffix[1:].isdigit()
 
 
 def text_suffix(file: Path) -> str:
-    """The suffix that tells the format, in lower case: `.txt` for `A.TXT` and `a.txt.gz`."""
+    """The suffix that tells the text format, in lower case: `.txt` for `A.TXT` and `a.txt.gz`."""
     name = Path(file.name.lower())
     return (Path(name.stem) if name.suffix in _OPENERS else name).suffix
 
 
 def opened(file: Path, stored: BinaryIO) -> BinaryIO:
-    """The text of a file that is open, unpacked where its name says that it is packed."""
+    """The decompressed bytes of the open file `stored`; the ending of `file` tells how."""
     unpack = _OPENERS.get(file.suffix.lower())
     return stored if unpack is None else unpack(stored)
 
 
 def format_of(file: Path, first: bytes) -> str:
-    """How a file is laid out: text, json or wiki; by its ending, else by its first bytes."""
+    """The format of a file, "text", "json" or "wiki", by its ending or else its first bytes."""
     suffix = text_suffix(file)
     if suffix in JSON_SUFFIXES:
         return "json"
@@ -144,7 +149,7 @@ def format_of(file: Path, first: bytes) -> str:
 
 
 def describe(corpus: Corpus, documents: int) -> Iterator[str]:
-    """What was read, and what was not, as a user is told."""
+    """The lines that tell the user which files were read and which were passed over."""
     yield f"corpus: {len(corpus.files):,} file(s), {documents:,} documents"
     if corpus.passed_over:
         by_reason: dict[str, list[Path]] = {}

@@ -1,6 +1,6 @@
-"""The default corpus, which every CPython ships: its language reference and its docstrings.
+"""The default corpus: Python's own language reference and the standard library's docstrings.
 
-About 2 MB of English prose about programming. Small, but there on any machine without a download.
+About 2 MB of English prose about programming: small, but on every machine without a download.
 """
 
 import ast
@@ -15,9 +15,9 @@ from pathlib import Path
 from fastbert.check import InputError
 from fastbert.data.text.sentences import split_sentences
 
-_READER_VERSION = 1  # raise when the same files begin to give other documents
+_READER_VERSION = 1  # increase it when the same files begin to give other documents
 
-# Tests, vendored and generated code, and what is no part of the library.
+# Tests, vendored and generated code, and packages that are not part of the standard library.
 _SKIPPED = {
     "__pycache__",
     "_vendor",
@@ -33,11 +33,11 @@ _SKIPPED = {
 
 
 def python_documents() -> Iterator[list[str]]:
-    """The documents (lists of sentences) of the running Python, always in the same order.
+    """Yields the documents (lists of sentences) of the running Python, always in the same order.
 
     First each topic of `pydoc_data.topics`, then the docstrings of each module of the standard
-    library, read from the source without importing it. Raises InputError where an installation
-    was stripped of both.
+    library, read from the source without importing it. Raises InputError if the installation has
+    neither.
     """
     empty = True
     for text in (*_topics(), *map(_docstrings, _modules())):
@@ -49,7 +49,7 @@ def python_documents() -> Iterator[list[str]]:
 
 
 def fingerprint_python() -> str:
-    """A hash of the sources that `python_documents` reads."""
+    """SHA-256 of the sources that `python_documents` reads."""
     digest = hashlib.sha256(f"python {_READER_VERSION}".encode())
     for text in _topics():
         digest.update(text.encode())
@@ -74,9 +74,10 @@ def _modules() -> list[Path]:
 
 def _docstrings(file: Path) -> str:
     try:
-        with warnings.catch_warnings(action="ignore"):  # about escapes in other people's strings
+        # the standard library's strings may have invalid escapes, of which the parser warns
+        with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):  # a template or a test file that is no module
+    except (SyntaxError, ValueError):  # a template or a test file that is not valid Python
         return ""
     return "\n\n".join(_docstrings_below(tree))
 
@@ -85,13 +86,15 @@ def _docstrings_below(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         yield ast.get_docstring(node) or ""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.stmt | ast.excepthandler):  # definitions hide in no expression
+        # expressions contain no definitions
+        if isinstance(child, ast.stmt | ast.excepthandler):
             yield from _docstrings_below(child)
 
 
-# What makes a line or a paragraph no prose, and the marks around words that are.
+# Lines and paragraphs that are not prose, and the markup around words of prose.
 _RULE = re.compile(r"^[\s=\-~^*#+|.`\"']*$", re.MULTILINE)  # underlines, table borders
-_SESSION = re.compile(r"^\s*(?:>>>|\$ |\.\. ).*", re.MULTILINE | re.DOTALL)  # and directives
+# interactive sessions, shell commands and directives, with the rest of their paragraph
+_SESSION = re.compile(r"^\s*(?:>>>|\$ |\.\. ).*", re.MULTILINE | re.DOTALL)
 _BULLET = re.compile(r"^\s*(?:[*+-]|\d+\.)\s+", re.MULTILINE)
 _HYPHENATED = re.compile(r"(?<=\w-)\n\s*(?=\w)")
 _MARKS = [
@@ -102,7 +105,7 @@ _MARKS = [
 
 
 def _prose(text: str) -> list[str]:
-    """Light stripping of reStructuredText: paragraphs are joined, then cut into sentences."""
+    """Strips the markup of reStructuredText, joins each paragraph's lines, and splits sentences."""
     sentences = []
     for paragraph in re.split(r"\n(?:\s*\n)+", _RULE.sub("", text)):
         for item in _BULLET.split(_SESSION.sub("", paragraph)):

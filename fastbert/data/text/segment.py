@@ -1,4 +1,4 @@
-"""The words of Chinese, which is written without spaces: for masking whole ones."""
+"""Divides Chinese, which is written without spaces, into words, for whole-word masking."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -10,10 +10,10 @@ Segmenter = Callable[[str], Iterable[str]]
 """Gives the words of a sentence, in order; what lies between them is left out or a word too."""
 
 SEGMENTERS = ("characters", "spaces", "jieba")
-LONGEST = 10  # characters of a word; a longer one is text that the segmenter could not divide
+LONGEST = 10  # characters of a word; a longer "word" is text that the segmenter could not divide
 
-# The characters that BERT's tokenizers make words of their own (google-research/bert,
-# tokenization.py, is_chinese_char), first and last of each block.
+# First and last code point of each block of characters that BERT's tokenizers take as single words
+# (_is_chinese_char in tokenization.py of https://github.com/google-research/bert).
 _BLOCKS = (
     (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
     (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
@@ -21,8 +21,11 @@ _BLOCKS = (
 
 
 def make_segmenter(name: str) -> Segmenter | None:
-    """One of the SEGMENTERS: None, where every character is a word; words that the text already
-    divides by spaces; or those of jieba, https://github.com/fxsjy/jieba."""
+    """The segmenter of a name in SEGMENTERS; None for "characters", where every one is a word.
+
+    "spaces" takes the words that the text divides by spaces, "jieba" those of
+    https://github.com/fxsjy/jieba. Raises InputError for another name, or if jieba is missing.
+    """
     if name == "characters":
         return None
     if name == "spaces":
@@ -34,7 +37,7 @@ def make_segmenter(name: str) -> Segmenter | None:
 
 
 def _by_jieba(sentence: str) -> list[str]:
-    """In a function of ours, as jieba's own cannot be sent to another process."""
+    """A function of this module, because jieba's own cannot be pickled for another process."""
     return _jieba().lcut(sentence)
 
 
@@ -55,18 +58,18 @@ def _between_spaces(sentence: str) -> list[str]:
 
 
 def name_of(segmenter: Segmenter | None) -> str:
-    """What tells a cache made with it from others."""
+    """The segmenter's name in a cache's manifest, which tells it from other segmenters."""
     if segmenter is None:
         return ""
     return f"{segmenter.__module__}.{segmenter.__qualname__}"
 
 
 def continuations(sentence: str, segmenter: Segmenter) -> set[int]:
-    """Where in the sentence a Chinese character continues the word of the one before it.
+    """Indices of the Chinese characters that continue the word of the character before them.
 
     Words in other scripts are left to the tokenizer. A "word" of more than LONGEST characters is
-    none: a sentence that was not divided is not one word. Raises InputError for a word that is not
-    in the sentence.
+    ignored, because it is text that the segmenter did not divide. Raises InputError for a word that
+    is not in the sentence.
     """
     inside: set[int] = set()
     end = 0
@@ -84,5 +87,5 @@ def continuations(sentence: str, segmenter: Segmenter) -> set[int]:
 
 
 def is_chinese(character: str) -> bool:
-    """Whether BERT's tokenizers make a word of it."""
+    """Whether BERT's tokenizers take the character as a word of its own."""
     return any(first <= ord(character) <= last for first, last in _BLOCKS)

@@ -1,32 +1,32 @@
-"""Splits running text into sentences: enough for English and Chinese, with no model and no data."""
+"""Splits English and Chinese text into sentences by rules, without a model."""
 # ruff: noqa: RUF001, SIM905 -- Chinese stops and quotes are meant; a list of words reads as words
 
 import re
 
-# Words whose full stop does not end the sentence, without it. Some of them can end one ("Inc.");
-# two sentences taken for one do no harm in pretraining, a sentence cut in two does.
+# Abbreviations, without their full stop, which does not end a sentence. Some of them can end one
+# ("Inc."), but in pre-training two joined sentences do no harm, and a sentence cut in two does.
 _ABBREVIATIONS = frozenset(
     "al approx apr asst aug ca capt cf ch co col corp dec dept dr eds eq eqs est feb fig figs "
     "gen gov hon inc jan jr jul jun lt ltd mar messrs mr mrs ms mt no nos nov oct op p pp prof "
     "ref refs rep resp rev sec sen sep sept sgt sr st univ viz vol vols vs".split()
 )
 
-# A Chinese stop ends a sentence where it stands; a Latin one needs white space after it, which is
-# what keeps 3.14, os.path and example.com whole.
+# A Chinese stop always ends a sentence; a Latin one only before white space, so that 3.14, os.path
+# and example.com stay whole.
 _STOP = re.compile(
     r"""(?: [。！？；…]+ [”’」』）】》〉"']* \s* )
       | (?: (?<![.!?]) (?P<latin>[.!?]++) ["'”’»)\]}*]*+ \s+ )""",
-    re.VERBOSE,  # never backtracks: a page of dots takes linear time
+    re.VERBOSE,  # nothing backtracks, so that a page of dots takes linear time
 )
 
-_LOOK_BACK = 24  # characters before a full stop that are searched for an abbreviation
+_LOOK_BACK = 24  # characters before a full stop in which an abbreviation is looked for
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of `text`, stripped, none empty, in order. A newline always ends one.
+    """The sentences of `text` in order, stripped, without empty ones.
 
-    A stop followed by a lower-case letter ends nothing, nor does the full stop of an abbreviation
-    (Mr., e.g.), of an initial (J. Smith) or after the number of a list item.
+    A newline always ends a sentence. A stop before a lower-case letter does not, and neither does
+    the full stop of an abbreviation (Mr., e.g.), of an initial (J. Smith) or of a list number.
     """
     return [sentence for line in text.splitlines() for sentence in _split_line(line)]
 
@@ -48,7 +48,7 @@ def _split_line(line: str) -> list[str]:
 
 
 def _takes_full_stop(before: str) -> bool:
-    """Whether a full stop after `before`, the sentence so far, belongs to its last word."""
+    """Whether a full stop after the text `before` belongs to its last word, as in "e.g."."""
     if before.strip().isdigit():  # "2. Second item"
         return True
     word = before.rpartition(" ")[2].strip("\"'“”‘’»()[]{}*")

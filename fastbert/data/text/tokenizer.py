@@ -1,4 +1,4 @@
-"""BERT's WordPiece tokenizer: trained here or taken over, and saved as Hugging Face reads it."""
+"""BERT's WordPiece tokenizer: trained or loaded, and saved in the files of Hugging Face."""
 
 import json
 import re
@@ -23,17 +23,17 @@ from fastbert.check import InputError
 from fastbert.system.files import Unwritable, write_text
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_LONGEST_WORD = 100  # characters; a WordPiece takes a longer word for [UNK]
-# what BERT cannot divide: neither blanks nor punctuation nor Chinese in it
+_LONGEST_WORD = 100  # characters; WordPiece turns a longer word into [UNK]
+# longer runs that BERT's pre-tokenizer does not split: no blanks, punctuation or Chinese in them
 _LONG_WORD = re.compile(
     "[^\\s!-/:-@\\[-`{-~\u2000-\u206f\u3000-\u303f\uff00-\uffef\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     f"\U00020000-\U0002fa1f]{{{_LONGEST_WORD + 1},}}"
 )
-_PREFIX = "##"  # of every piece that does not begin its word
+_PREFIX = "##"  # begins every piece that does not begin its word
 
 
 class SpecialTokens(NamedTuple):
-    """The ids of the tokens that are no text."""
+    """The ids of [PAD], [UNK], [CLS], [SEP] and [MASK]."""
 
     pad: int
     unk: int
@@ -60,16 +60,20 @@ def train_tokenizer(
     lowercase: bool = True,
     strip_accents: bool | None = None,
 ) -> Tokenizer:
-    """WordPiece (Schuster and Nakajima 2012; Wu et al. 2016, https://arxiv.org/abs/1609.08144).
+    """Trains a WordPiece tokenizer on sentences.
 
+    WordPiece is by Schuster & Nakajima 2012 and Wu et al. 2016, https://arxiv.org/abs/1609.08144.
     The special tokens have the ids 0 to 4. The same sentences give the same vocabulary, of at most
     `vocab_size` entries: fewer if the text is too small to fill it.
 
+    strip_accents: None strips accents if `lowercase`. Raises InputError for a vocab_size of 5 or
+    less, and if there is no text.
+
     The library's trainer numbers the pieces `##x` in the order of a randomly seeded hash map, and
-    ties between merges go by number, so that two runs give two vocabularies. Naming these pieces
-    beforehand settles the order; it also gives every known letter a piece wherever it stands, so
-    that no word of known letters becomes [UNK]. That needs the alphabet first, hence two passes
-    over the sentences, which wait in a temporary file.
+    breaks ties between merges by number, so two runs would give two vocabularies. Naming these
+    pieces first fixes their order. It also gives every known letter a piece inside words, so that
+    no word of known letters becomes [UNK]. This needs the alphabet before the training, hence two
+    passes over the sentences, which are kept in a temporary file.
     """
     if vocab_size <= len(_SPECIAL):
         raise InputError(
@@ -80,12 +84,13 @@ def train_tokenizer(
         characters: Counter[str] = Counter()
         for sentence in sentences:
             characters.update(sentence)
-            if len(sentence) > _LONGEST_WORD:  # takes the trainer time by its square
+            # the trainer's time grows with the square of a word's length
+            if len(sentence) > _LONGEST_WORD:
                 sentence = _LONG_WORD.sub(" ", sentence)
             spool.write(sentence + "\n")
         spool.seek(0)
-        # half of the vocabulary for letters: a text in Chinese needs thousands, and one with
-        # stray emoji must still get words
+        # at most half of the vocabulary is letters: Chinese needs thousands, but stray emoji must
+        # not leave a text without words
         alphabet, inner = _alphabet(tokenizer, characters, (vocab_size - len(_SPECIAL) + 1) // 2)
         if not alphabet:
             raise InputError("tokenizer: there is no text to train on")
@@ -94,7 +99,7 @@ def train_tokenizer(
             min_frequency=2,
             initial_alphabet=alphabet,
             limit_alphabet=len(alphabet),
-            special_tokens=[*_SPECIAL, *inner],  # numbered first and in this order, that is all
+            special_tokens=[*_SPECIAL, *inner],  # only so that they get the first ids, in order
             continuing_subword_prefix=_PREFIX,
             show_progress=False,
         )
@@ -105,9 +110,9 @@ def train_tokenizer(
 def _alphabet(
     tokenizer: Tokenizer, characters: Counter[str], room: int
 ) -> tuple[list[str], list[str]]:
-    """The most frequent normalised characters, and the `##x` of those found inside words.
+    """The most frequent normalised characters, and the pieces `##x` of those that words contain.
 
-    `room`: how many entries both may take together.
+    room: how many entries both lists together may have
     """
     counts: Counter[str] = Counter()
     for character, count in characters.items():
@@ -116,7 +121,7 @@ def _alphabet(
     alphabet: list[str] = []
     inner: list[str] = []
     for character in sorted(counts, key=lambda c: (-counts[c], c)):
-        # punctuation and Chinese characters stand alone, so that they never continue a word
+        # punctuation and Chinese characters are words of their own, so they need no piece `##x`
         alone = len(tokenizer.pre_tokenizer.pre_tokenize_str("a" + character)) > 1
         alone = alone or " " in tokenizer.normalizer.normalize_str(character)
         if len(alphabet) + len(inner) + (1 if alone else 2) > room:
@@ -130,9 +135,9 @@ def _alphabet(
 def _wordpiece(
     vocab: dict[str, int], lowercase: bool, strip_accents: bool | None = None
 ) -> Tokenizer:
-    """BERT's pipeline round a vocabulary: as Hugging Face's BertTokenizer builds it.
+    """BERT's tokenizer around a vocabulary, built like Hugging Face's BertTokenizer.
 
-    strip_accents: None strips them if `lowercase`.
+    strip_accents: None strips accents if `lowercase`
     """
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(
@@ -144,7 +149,7 @@ def _wordpiece(
 
 
 def _with_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """Makes the five known as special, and has a pair become [CLS] A [SEP] B [SEP]."""
+    """Registers the special tokens, and makes a pair [CLS] A [SEP] B [SEP]; in place."""
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _SPECIAL])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
@@ -155,11 +160,16 @@ def _with_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path, *, model_vocab_size: int | None = None) -> Tokenizer:
-    """A `tokenizer.json`, a `vocab.txt`, or a directory that holds one (the former goes first).
+    """Loads a tokenizer from a `tokenizer.json`, a `vocab.txt`, or a directory with either.
 
-    Beside a vocab.txt, `tokenizer_config.json` says whether to lower-case (yes unless it says no).
-    Raises InputError unless it is a WordPiece with the five special tokens and ids 0 to V - 1, and
-    belongs to a model of `model_vocab_size`, if given.
+    A directory's tokenizer.json takes precedence. For a vocab.txt, the `tokenizer_config.json` in
+    its directory says whether to lower-case and to strip accents; the default is to lower-case.
+
+    model_vocab_size: entries of the embedding table of the model that the tokenizer is for; it may
+        have up to 63 spare rows, because vocabularies are padded for speed
+
+    Raises InputError if a file cannot be read, is not a WordPiece, lacks a special token or has ids
+    other than 0 to V - 1, or if V does not match model_vocab_size.
     """
     path = file = Path(path)
     if path.is_dir():
@@ -178,13 +188,12 @@ def load_tokenizer(path: str | Path, *, model_vocab_size: int | None = None) -> 
             f"tokenizer {file}: {len(vocab)} different tokens but ids up to {max(vocab.values())}; "
             "remove doubled lines or gaps"
         )
-    # a few spare rows are common: vocabularies are padded to a multiple of 8 to 64 for speed
     if model_vocab_size is not None and not len(vocab) <= model_vocab_size < len(vocab) + 64:
         raise InputError(
             f"{path}: the vocabulary has {len(vocab)} entries, the checkpoint "
             f"{model_vocab_size}: they do not belong together"
         )
-    tokenizer.no_truncation()  # a saved tokenizer may carry either, and would cut the corpus
+    tokenizer.no_truncation()  # a saved tokenizer may have truncation, which would cut the corpus
     tokenizer.no_padding()
     return _with_special_tokens(tokenizer)
 
@@ -219,9 +228,10 @@ def _from_vocab(file: Path) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
-    """Writes what `transformers.AutoTokenizer` and `load_tokenizer` read, each file atomically.
+    """Writes the files that `transformers.AutoTokenizer` and `load_tokenizer` read.
 
-    tokenizer.json, tokenizer_config.json, special_tokens_map.json and vocab.txt.
+    These are tokenizer.json, tokenizer_config.json, special_tokens_map.json and vocab.txt. Each is
+    written atomically. Raises Unwritable if one cannot be written.
     """
     state = json.loads(tokenizer.to_str())
     normalizer = state["normalizer"] or {}
@@ -234,7 +244,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
             "strip_accents": normalizer["strip_accents"],
             "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
         }
-    else:  # another pipeline, which BertTokenizer would replace by its own
+    else:  # BertTokenizer would replace another normalizer by its own
         config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
         config |= {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
     vocab = tokenizer.get_vocab()

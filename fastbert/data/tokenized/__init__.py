@@ -1,1 +1,1 @@
-"""A tokenised corpus: how it is built, how it lies on disk, and what is counted of it."""
+"""A tokenised corpus: how it is built, its files, and the counts of its tokens and bigrams."""

@@ -1,8 +1,8 @@
 """Tokenises a corpus once, into memory-mapped arrays that every later run and worker shares.
 
-While a cache is built, complete parts of it wait in `partial/`, so that a killed run continues
-where it was. `manifest.json` is written last and tells what the cache was made from: without it
-there is no cache, and one of another corpus, tokenizer or segmenter is not touched.
+While a cache is built, its complete parts are kept in `partial/`, so that a killed run continues
+where it was. `manifest.json` is written last and records the corpus, tokenizer and segmenter: a
+directory without it is not a cache, and a cache with other ones is never overwritten.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ Progress = Callable[[int, int, int], None]
 
 
 class OtherCache(InputError):
-    """A directory holds what was made from something else than what is asked for now."""
+    """A cache's directory was made from another corpus, tokenizer or segmenter."""
 
 
 def tokenize_corpus(
@@ -45,24 +45,25 @@ def tokenize_corpus(
     meter: Meter | None = None,
     progress: Progress | None = None,
 ) -> TokenizedCorpus:
-    """The cache in `directory`, which is built unless it is there already.
+    """The tokenised corpus in `directory`, which is built unless it is complete already.
 
     documents: lists of sentences, the same in the same order whenever `fingerprint` is the same;
-        not touched if the cache is complete. They stream: memory is bounded by a few parts of
-        4 million characters a process, and the longest document.
-    segmenter: tells the words of Chinese, see `segment`; by default every character is one
-    processes: that encode, beside this one, which reads; with 0 or 1 this one does both, on the
-        library's threads. The result is the same, byte for byte.
-    meter: of `read_documents`, if it is what gives the documents
-    progress: called with (documents, tokens, bytes read, by `meter`) done so far, at the beginning,
-        when an earlier run may have left some, and after each part
+        not read if the cache is complete. They are streamed: memory holds a few parts of 4 million
+        characters for each process, and the longest document.
+    fingerprint: identifies the documents, see `fingerprint_files`
+    segmenter: divides Chinese into words, see `segment`; by default every character is a word
+    processes: how many processes encode while this one reads; with 0 or 1, this one does both, on
+        the library's threads. The result is the same, byte for byte.
+    meter: the meter of `read_documents`, if `documents` come from there
+    progress: called with the totals (documents, tokens, bytes read according to `meter`), first
+        with what an earlier run has completed, then after each part
 
-    Sentences without tokens are dropped, and documents without sentences. Only one process at a
-    time builds; another one that asks for the same directory waits for it.
+    Sentences without tokens and documents without sentences are dropped. Only one process at a time
+    builds a cache; another one that asks for the same directory waits for it.
 
-    Raises InputError if nothing is left or the directory cannot be written; OtherCache if it holds
-    a cache, or the beginning of one, of another corpus, tokenizer or segmenter; Interrupted if one
-    of the processes is killed: running again goes on where it was.
+    Raises InputError if no tokens are left; OtherCache if the directory holds a cache, or parts of
+    one, of another corpus, tokenizer or segmenter; Interrupted if a process is killed or the
+    directory cannot be written. After Interrupted, the next call continues where this one stopped.
     """
     if processes < 0:
         raise InputError(f"processes: at least 0, got {processes}")
@@ -88,7 +89,10 @@ def tokenize_corpus(
 
 
 def require_same(wanted: dict[str, Any], found: dict[str, Any], directory: Path) -> None:
-    """Raises OtherCache where `found`, what a directory was made from, says another thing."""
+    """Raises OtherCache if `found`, the record of a directory, has other values than `wanted`.
+
+    A name that the record lacks counts as equal.
+    """
     if others := [name for name, value in wanted.items() if found.get(name, value) != value]:
         raise OtherCache(
             f"cache {directory}: was made with another {' and another '.join(others)}; "
@@ -97,23 +101,23 @@ def require_same(wanted: dict[str, Any], found: dict[str, Any], directory: Path)
 
 
 class _Work:
-    """What is to be encoded, and how much of it is."""
+    """The documents to encode, the complete parts, and the progress."""
 
     def __init__(self, documents: Iterable[list[str]], meter: Meter, progress: Progress) -> None:
         self.documents = documents
         self.meter = meter
         self.progress = progress
         self.parts: dict[int, Part] = {}
-        self.sizes: dict[int, int] = {}  # of parts under way, bytes of the corpus
+        self.sizes: dict[int, int] = {}  # bytes of the corpus in each part that is being encoded
         self.done = [0, 0, 0]  # documents, tokens, bytes
 
     def keep(self, kept: dict[int, Part]) -> None:
-        """Begins with the parts of an earlier run."""
+        """Takes over the complete parts of an earlier run."""
         self.parts = kept
         self._count(sum(p.documents_read for p in kept.values()), self.tokens, 0)
 
     def missing(self, directory: Path) -> Iterator[Batch]:
-        """Batches of which there is no part yet."""
+        """Yields the batches that have no complete part yet."""
         before = 0
         for number, documents in enumerate(parts.batches(self.documents)):
             size, before = self.meter.bytes_read - before, self.meter.bytes_read
@@ -148,7 +152,7 @@ def _build(
     cut = {"format": FORMAT, "part_characters": parts.PART_CHARACTERS}
     work.keep(_kept(partial, made_from, cut))
     made = workers.write_parts(work.missing(partial), encoder, processes)
-    with contextlib.closing(made):  # ends the processes, whatever fails here
+    with contextlib.closing(made):  # ends the processes even if something fails here
         for number, part in made:
             work.add(number, part)
     if not work.tokens:
@@ -156,7 +160,7 @@ def _build(
 
     vocab_size = encoder.tokenizer.get_vocab_size()
     ordered = [part for _, part in sorted(work.parts.items())]
-    for half in directory.glob(".*.npy.*"):  # of a run that was killed here
+    for half in directory.glob(".*.npy.*"):  # half-written files of a run that was killed
         half.unlink()
     parts.merge(ordered, directory, np.uint16 if vocab_size <= 2**16 else np.uint32)
     identity = json.dumps([FORMAT, made_from])
@@ -168,7 +172,7 @@ def _build(
         "documents": sum(part.documents for part in ordered),
         "sentences": sum(part.sentences for part in ordered),
         "tokens": work.tokens,
-        # sizes show a file that was cut short; hashes would take minutes at each start of a run
+        # sizes reveal a truncated file; hashes would take minutes at each start of a run
         "bytes": {name: (directory / f"{name}.npy").stat().st_size for name in ARRAYS},
     }
     write_json(directory / "manifest.json", manifest)
@@ -177,9 +181,10 @@ def _build(
 
 
 def _kept(partial: Path, made_from: dict[str, str], cut: dict[str, int]) -> dict[int, Part]:
-    """The complete parts of an earlier run, in a directory that is made if there is none.
+    """The complete parts of an earlier run in the directory `partial`, which is made if missing.
 
-    cut: what tells how documents lie in the parts, where corpus and tokenizer are the same
+    cut: the settings that divide a corpus into parts; parts made with other settings are removed.
+    Raises OtherCache for parts of another corpus, tokenizer or segmenter.
     """
     owner = partial / "made_from.json"
     found = read_json(owner)
@@ -196,7 +201,10 @@ def _kept(partial: Path, made_from: dict[str, str], cut: dict[str, int]) -> dict
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Holds the lock of a cache's directory, which is made if there is none; waits for it."""
+    """Waits for the lock of a cache's directory, and holds it; makes the directory if missing.
+
+    Raises Unwritable if the directory cannot be written.
+    """
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locks.locked(directory / "lock", wait=True))

@@ -1,4 +1,4 @@
-"""What a tokenised corpus is: four memory-mapped arrays and a manifest in a directory."""
+"""A tokenised corpus: four memory-mapped arrays and a manifest in a directory."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from fastbert.check import InputError
 from fastbert.data.streams import Purpose, stream
 
 ARRAYS = ("tokens", "word_starts", "sentence_offsets", "document_offsets")
-FORMAT = 2  # of the arrays and of the manifest
+FORMAT = 2  # version of the arrays and the manifest
 _COUNTED = 4096  # documents whose tokens are counted at once
 
 
@@ -20,14 +20,14 @@ _COUNTED = 4096  # documents whose tokens are counted at once
 class TokenizedCorpus:
     """T tokens in S sentences in D documents, without special tokens.
 
-    tokens: (T,) uint16, or uint32 where the vocabulary is larger than 65536
+    tokens: (T,) uint16, or uint32 for a vocabulary of more than 65,536 entries
     word_starts: (T,) bool, True where the token begins a word
     sentence_offsets: (S + 1,) int64, where each sentence begins in `tokens`, and T
     document_offsets: (D + 1,) int64, where each document begins in `sentence_offsets`, and S
-    identity: tells it from what another corpus or tokenizer gives
+    identity: a hash of the corpus, tokenizer and segmenter that it was made from
 
-    No sentence and no document is empty. The arrays are read-only and mapped from `directory`, so
-    that pickling a corpus, as for the workers of a loader, passes on its path alone.
+    No sentence and no document is empty. The arrays are read-only and memory-mapped from
+    `directory`, so pickling a corpus, for example for a loader's workers, sends only the path.
     """
 
     directory: Path
@@ -40,7 +40,7 @@ class TokenizedCorpus:
 
     @classmethod
     def open(cls, directory: str | Path) -> "TokenizedCorpus":
-        """The finished cache in `directory`; InputError if there is none or it is damaged."""
+        """The complete cache in `directory`; InputError if there is none or it is damaged."""
         corpus = open_cache(Path(directory))
         if corpus is None:
             raise InputError(f"cache {directory}: not complete; tokenize the corpus again")
@@ -64,9 +64,12 @@ class TokenizedCorpus:
     def split(
         self, heldout_fraction: float, seed: int, *, pairs: bool = True
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(train, held-out) indices of documents, sorted: a random share of all, 2 or more each.
+        """(training, held-out) document indices: a random split, sorted, (N,) int64 each.
 
-        pairs: whether sentences of other documents are needed; without, 1 of 2 or 3 is enough
+        Each side has at least two documents, or one if there are only two or three.
+
+        pairs: whether examples are sentence pairs, which need two documents on each side. Raises
+            InputError for a fraction not between 0 and 1, and for too few documents.
         """
         if not 0 < heldout_fraction < 1:
             raise InputError(
@@ -87,7 +90,7 @@ class TokenizedCorpus:
         return np.sort(shuffled[heldout:]), np.sort(shuffled[:heldout])
 
     def token_counts(self, docs: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(V,) int64: how often each token occurs in the documents `docs`, each named once."""
+        """(V,) int64: how often each token occurs in the documents `docs`, distinct indices."""
         counts = np.zeros(self.vocab_size, np.int64)
         is_wanted = np.zeros(self.num_documents, np.bool_)
         is_wanted[docs] = True
@@ -101,7 +104,7 @@ class TokenizedCorpus:
 
 
 def open_cache(directory: Path) -> TokenizedCorpus | None:
-    """The cache if it is complete and, by the sizes of its files, whole."""
+    """The cache in a directory; None if it is incomplete or its files have other sizes."""
     manifest = read_json(directory / "manifest.json")
     files = {name: directory / f"{name}.npy" for name in ARRAYS}
     try:
@@ -122,7 +125,7 @@ def open_cache(directory: Path) -> TokenizedCorpus | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one if it is damaged or there is none."""
+    """The JSON object in a file; an empty dict if the file is missing or damaged."""
     try:
         values = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):

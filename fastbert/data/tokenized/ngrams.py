@@ -1,4 +1,4 @@
-"""Unigrams and different bigrams of a tokenised corpus, counted once and kept beside it."""
+"""Counts of unigrams and distinct bigrams of a tokenised corpus, stored beside it."""
 
 from typing import NamedTuple
 
@@ -10,13 +10,16 @@ from fastbert.data.tokenized.corpus import TokenizedCorpus
 from fastbert.data.tokenized.parts import write_file
 
 FILE = "ngrams.npz"
-LARGEST = 2**16  # vocabulary, whose pairs make 512 MB of bits
+LARGEST = 2**16  # entries of a vocabulary: one bit for each pair then takes 512 MB
 _CHUNK = 1 << 22  # tokens at a time
 
 
 class NgramCounts(NamedTuple):
-    """Each (V,) int64: how often a token occurs, and how many different ones follow, and precede
-    it, in the same document."""
+    """Counts for each token of the vocabulary; each array is (V,) int64.
+
+    tokens: how often the token occurs; followers, predecessors: how many different tokens follow
+    and precede it in the same document
+    """
 
     tokens: NDArray[np.int64]
     followers: NDArray[np.int64]
@@ -24,7 +27,11 @@ class NgramCounts(NamedTuple):
 
 
 def ngram_counts(corpus: TokenizedCorpus) -> NgramCounts:
-    """Those of all of the corpus; InputError for a vocabulary of more than 65,536 tokens."""
+    """The counts of a whole corpus, read from its directory or counted and stored there.
+
+    Raises InputError for a vocabulary of more than 65,536 tokens, Unwritable if the counts cannot
+    be stored.
+    """
     if corpus.vocab_size > LARGEST:
         raise InputError(
             f"masking: counts pairs of tokens in vocabularies of up to {LARGEST:,}, "
@@ -35,7 +42,7 @@ def ngram_counts(corpus: TokenizedCorpus) -> NgramCounts:
         with np.load(path) as arrays:
             if str(arrays["identity"]) == corpus.identity:
                 return NgramCounts(*(arrays[name] for name in NgramCounts._fields))
-    except Exception:  # none, or a damaged one: counted again
+    except Exception:  # a missing or damaged file: the corpus is counted again
         pass
     counts = _count(corpus)
     write_file(path, lambda file: np.savez(file, identity=corpus.identity, **counts._asdict()))

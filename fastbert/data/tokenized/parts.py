@@ -1,4 +1,4 @@
-"""The complete parts of a cache that is being built, and the arrays that they become."""
+"""The parts of a cache that is being built, and how they are merged into its arrays."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,11 +10,14 @@ from numpy.typing import NDArray
 from fastbert.data.text.encoding import EncodedDocuments
 from fastbert.system.files import output
 
-PART_CHARACTERS = 4_000_000  # of text in a part: seconds of work, some 100 MB while it is encoded
+PART_CHARACTERS = 4_000_000  # characters of a part: takes seconds and about 100 MB to encode
 
 
 class Part(NamedTuple):
-    """A file of `EncodedDocuments` under its number; documents_read: with those left out."""
+    """A file of `EncodedDocuments`, and its counts.
+
+    documents_read: documents of the corpus, including those without tokens, which are left out
+    """
 
     path: Path
     documents_read: int
@@ -24,7 +27,7 @@ class Part(NamedTuple):
 
 
 def batches(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
-    """Consecutive documents, enough for one part each."""
+    """Groups consecutive documents into batches of at least PART_CHARACTERS, one for each part."""
     batch: list[list[str]] = []
     size = 0
     for document in documents:
@@ -49,21 +52,21 @@ def write_part(path: Path, documents_read: int, encoded: EncodedDocuments) -> Pa
 
 
 def complete_parts(directory: Path) -> dict[int, Part]:
-    """The parts by number, without those that are damaged, as after a power cut."""
+    """The readable parts by number; damaged ones, for example after a power cut, are ignored."""
     parts = {}
     for path in directory.glob("[0-9]*.npz"):
         try:
             with np.load(path) as arrays:
                 parts[int(path.stem)] = Part(path, *arrays["counts"].tolist())
-        except Exception:  # a damaged zip raises almost anything; the part is simply made again
+        except Exception:  # a damaged zip raises almost anything; the part is encoded again
             continue
     return parts
 
 
 def merge(parts: Sequence[Part], directory: Path, dtype: type) -> None:
-    """Lays the parts end to end in the four arrays of a `TokenizedCorpus`.
+    """Concatenates the parts into the four array files of a `TokenizedCorpus`.
 
-    dtype: of the tokens
+    dtype: dtype of the tokens. Raises Unwritable if a file cannot be written.
     """
     tokens, sentences, documents = (
         sum(getattr(part, name) for part in parts) for name in ("tokens", "sentences", "documents")
@@ -82,7 +85,7 @@ def _arrays(parts: Iterable[Part], name: str) -> Iterator[NDArray[Any]]:
 
 
 def _running_sum(lengths: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
-    """Lengths become offsets: a 0, and where each one ends."""
+    """Turns lengths into offsets: 0, and then the end of each."""
     ends = np.zeros(1, np.int64)
     yield ends
     for some in lengths:
@@ -94,7 +97,7 @@ def _running_sum(lengths: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.in
 def _write_array(
     directory: Path, name: str, dtype: type, size: int, arrays: Iterable[NDArray[Any]]
 ) -> None:
-    """A .npy file piece by piece; a map of the whole file would fill the memory with its pages."""
+    """Writes a .npy file array by array; a memory map would fill the memory with dirty pages."""
     header = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
         "fortran_order": False,
@@ -110,6 +113,6 @@ def _write_array(
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """A file that is either complete under its name or not there, whatever happens."""
+    """Writes a file atomically: `path` is either complete or unchanged. Raises Unwritable."""
     with output(path) as file:
         write(file)

@@ -1,4 +1,4 @@
-"""Encodes batches of documents into part files, in this process or in several others."""
+"""Encodes batches of documents into part files, in this process or in worker processes."""
 
 import contextlib
 import multiprocessing
@@ -19,15 +19,15 @@ from fastbert.check import InputError
 from fastbert.data.text.encoding import DocumentEncoder
 from fastbert.data.tokenized.parts import Part, write_part
 
-_UNDER_WAY = 2  # batches a process, so that it need not wait while another one is read
+_UNDER_WAY = 2  # batches for each process, so that none waits while the next batch is read
 
 
 class Interrupted(InputError):
-    """Tokenising has stopped; what is complete is kept, and running again goes on from there."""
+    """Tokenising has stopped; complete parts are kept, and the next run continues from there."""
 
 
 class Batch(NamedTuple):
-    """Documents, and the number and the file of the part that they become."""
+    """Documents to encode, and the number and the file of their part."""
 
     number: int
     documents: list[list[str]]
@@ -35,8 +35,8 @@ class Batch(NamedTuple):
 
 
 def available_cores() -> int:
-    """Those that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux; tells what taskset and batch systems leave us
+    """The number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux; respects taskset and batch systems
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
@@ -44,10 +44,10 @@ def available_cores() -> int:
 def write_parts(
     batches: Iterable[Batch], encoder: DocumentEncoder, processes: int
 ) -> Generator[tuple[int, Part], None, None]:
-    """(number, part) of each batch as it is done, in any order if `processes` are 2 or more.
+    """Yields (number, part) as each batch is done, in any order with 2 or more `processes`.
 
-    At most _UNDER_WAY batches a process are read ahead. Raises InputError for a segmenter that
-    other processes cannot have, Interrupted if one of them is killed.
+    At most _UNDER_WAY batches for each process are read ahead. Raises InputError for a segmenter
+    that cannot be pickled for other processes, Interrupted if one of them is killed.
     """
     if processes < 2:
         for batch in batches:
@@ -72,7 +72,7 @@ def write_parts(
 
 
 def _done(under_way: dict[Future[Part], int]) -> Iterator[tuple[int, Part]]:
-    """Waits for at least one."""
+    """Waits until at least one batch is done, and yields those that are."""
     for future in wait(under_way, return_when=FIRST_COMPLETED).done:
         yield under_way.pop(future), future.result()
 
@@ -86,7 +86,7 @@ def _require_portable(encoder: DocumentEncoder) -> None:
     try:
         pickle.dumps(segmenter)
         portable = getattr(segmenter, "__module__", None) != "__main__"
-    except Exception:  # pickle raises three classes, and objects what they like
+    except Exception:  # pickle raises three classes, and an object's __reduce__ any
         portable = False
     if not portable:
         raise InputError(
@@ -97,9 +97,9 @@ def _require_portable(encoder: DocumentEncoder) -> None:
 
 @contextlib.contextmanager
 def _pool(encoder: DocumentEncoder, processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end with the block, and at once if it fails or this process is killed."""
-    # A server imports fastbert once and forks, which saves each process seconds and the memory of
-    # torch; forking this process would copy its threads' locks
+    """A pool whose processes end with the block, and at once if it fails or this one is killed."""
+    # A fork server imports fastbert once, which saves each process seconds and the memory of torch.
+    # Forking this process instead would copy locks that its threads hold.
     has_server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if has_server else "spawn")
     context.set_forkserver_preload([__name__])
@@ -108,7 +108,7 @@ def _pool(encoder: DocumentEncoder, processes: int) -> Iterator[ProcessPoolExecu
     with (
         alive,
         ProcessPoolExecutor(processes, context, _begin, (encoder, threads, alive)) as pool,
-        end,  # closed before the pool waits for its processes
+        end,  # closed before the pool waits for its processes, which end when it is closed
     ):
         yield pool
         pool.shutdown()
@@ -116,9 +116,9 @@ def _pool(encoder: DocumentEncoder, processes: int) -> Iterator[ProcessPoolExecu
 
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
-    """Processes that start meanwhile do not import the running script.
+    """Keeps processes that are started in the block from importing the running script.
 
-    They have no use for it, and it would run again if it has no `if __name__ == "__main__"`.
+    They do not need it, and it would run again if it has no `if __name__ == "__main__"`.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -128,14 +128,14 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-_encoder: DocumentEncoder  # of a process of the pool
+_encoder: DocumentEncoder  # set in each process of the pool
 
 
 def _begin(encoder: DocumentEncoder, threads: int, alive: Connection) -> None:
-    """In each process of the pool, first."""
+    """Initialises a process of the pool."""
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to act upon
-    # the library's own threads, and it reads these when it first encodes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
+    # the tokenizers library reads these when it first encodes
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
@@ -143,7 +143,7 @@ def _begin(encoder: DocumentEncoder, threads: int, alive: Connection) -> None:
 
 
 def _end_with(alive: Connection) -> None:
-    """Ends this process when the main one closes its end of the pipe or is gone."""
+    """Ends this process when the main process closes its end of the pipe or is gone."""
     with contextlib.suppress(EOFError, OSError):
         alive.recv()
     os._exit(1)

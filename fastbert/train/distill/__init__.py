@@ -1,1 +1,1 @@
-"""Distillation: a student with fewer layers learns from a teacher as well as from the labels."""
+"""Distillation: a smaller student learns from a teacher's predictions and from the labels."""

@@ -1,4 +1,4 @@
-"""The loss of distillation: a student's against a teacher's scores and hidden states, and MLM's."""
+"""The loss of distillation: distances to a teacher's logits and hidden states, and the MLM loss."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,11 @@ from fastbert.train.objective import PretrainingObjective, Result
 
 
 class DistillationMetrics(NamedTuple):
-    """Sums over masked tokens, of the cosine over all tokens; as `Metrics`, with as many fields."""
+    """Sums over masked tokens, except cosine_loss_sum, which is over all tokens.
+
+    The counterpart of `Metrics`, with as many fields; the properties are means, losses in nats
+    except the cosine distance.
+    """
 
     mlm_loss_sum: float = 0.0
     mlm_correct: float = 0.0
@@ -42,7 +46,7 @@ class DistillationMetrics(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Of the three losses."""
+    """The weights of the three losses."""
 
     soft: float
     mlm: float
@@ -50,7 +54,11 @@ class Weights(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """hidden_states: (T, H), or of the wanted rows; logits, targets: (C, V), (C,), where masked."""
+    """A model's results for a batch of T tokens.
+
+    hidden_states: (T, H), or (M, H) for M selected rows; logits: (C, V) at the masked positions;
+    targets: (C,) int64, the tokens to predict there, -100 at unused positions
+    """
 
     hidden_states: Tensor
     logits: Tensor
@@ -58,10 +66,10 @@ class Answer(NamedTuple):
 
 
 class Teacher:
-    """A model that is asked and not trained.
+    """The teacher model, in eval mode and without gradients.
 
-    It is no module, so that it has no part in the mode, the parameters, the shards and the
-    checkpoints of an objective that holds it.
+    It is not an nn.Module, so that an objective that holds it leaves it out of its parameters,
+    shards and checkpoints, and does not change its mode.
     """
 
     def __init__(self, model: BertForMaskedLM) -> None:
@@ -73,7 +81,7 @@ class Teacher:
 
 
 def answer(model: BertForMaskedLM, batch: PackedBatch, rows: Rows | None) -> Answer:
-    """Hidden states of all tokens or of `rows`, and the head's scores at the masked positions."""
+    """Hidden states of all tokens or of `rows` only, and the MLM logits at the masked positions."""
     hidden_states = model.bert(batch, rows=rows).last_hidden_state
     masked = masked_rows(hidden_states, batch, rows)
     return Answer(hidden_states, model.cls.predictions(masked.rows), masked.targets)
@@ -82,12 +90,12 @@ def answer(model: BertForMaskedLM, batch: PackedBatch, rows: Rows | None) -> Ans
 class DistillationObjective(PretrainingObjective):
     """The three losses of DistilBERT (Sanh et al. 2019, https://arxiv.org/abs/1910.01108).
 
-    At the masked positions the KL divergence from the teacher's probabilities, both softened by
-    `temperature`, and the MLM loss; at all tokens the cosine distance of the last hidden states.
-    They are normalised by the counts of the whole batch, as in `PretrainingObjective`, which this
-    is in eval mode: held out, the student is measured by the MLM loss alone.
+    At the masked positions, the KL divergence from the teacher's probabilities, both softened by
+    `temperature`, and the MLM loss; at all tokens, the cosine distance of the last hidden states.
+    Losses are divided by the counts of the whole batch, as in `PretrainingObjective`. In eval mode
+    it is a `PretrainingObjective`, so that held-out metrics are those of the MLM loss.
 
-    Both models' scores at the masked positions are there at once, in float32 too.
+    Memory holds both models' logits at the masked positions at the same time, also in float32.
     """
 
     model: BertForMaskedLM
@@ -114,7 +122,7 @@ class DistillationObjective(PretrainingObjective):
         if not self.training:
             return super().forward(batch, num_targets, num_pairs, num_tokens)
         weights = self.weights
-        # the cosine is over all tokens, so that only without it the last layer may skip some
+        # the cosine loss needs all tokens; without it, the last layer computes only labelled ones
         rows = None if weights.cosine else wanted_rows(batch, first=False, labelled=True)
         own, taught = answer(self.model, batch, rows), self.teacher.answer(batch, rows)
         words = score_classes(own.logits, own.targets, count_correct=True)

@@ -1,4 +1,4 @@
-"""Distillation from raw text: a student is trained on what a teacher makes of it."""
+"""Distillation from raw text: a student is trained on a teacher's predictions."""
 
 import hashlib
 import json
@@ -40,8 +40,8 @@ def distill(
 ) -> dict[str, Any]:
     """Runs, or with `resume` continues, the distillation that `config` describes, in `out`.
 
-    Everything else is as in `pretrain`; the model is a BertForMaskedLM, and summary.json also has
-    the teacher's loss and accuracy on the same held-out batches.
+    Arguments, files and errors are those of `pretrain`. The model is a BertForMaskedLM, and
+    summary.json also has the teacher's loss and accuracy on the same held-out batches.
     """
     return carry_out(
         Distillation(config), out, resume=resume, eager=eager, profile=profile, parallel=parallel
@@ -49,10 +49,10 @@ def distill(
 
 
 class Distillation(Recipe):
-    """The three losses of `DistillationObjective`, for a student that `DistillConfig` describes.
+    """The recipe of a student that `DistillConfig` describes, with `DistillationObjective`.
 
-    Raises InputError for a teacher that cannot be read, that has no masked-LM head, or that the
-    options do not suit. Each process has the whole teacher in memory, in float32.
+    Raises InputError for a teacher that cannot be read, has no masked-LM head or does not suit the
+    options. Each process holds the whole teacher in memory, in float32.
     """
 
     title = "Distillation"
@@ -64,7 +64,8 @@ class Distillation(Recipe):
         directory = checkpoint.resolve(config.teacher)
         shape = BertConfig.from_pretrained(directory)
         self.config: DistillConfig = config.fitted_to(shape)
-        load_tokenizer(directory, model_vocab_size=shape.vocab_size)  # refuses another model's
+        # raises InputError for the tokenizer of another model
+        load_tokenizer(directory, model_vocab_size=shape.vocab_size)
         self.directory = directory
         self.model = _read(directory, shape)
         self.teacher = _fingerprint(self.model)
@@ -77,7 +78,7 @@ class Distillation(Recipe):
         return self.config.reading(self.directory)
 
     def make_model(self, vocab_size: int) -> BertForMaskedLM:
-        """vocab_size: of the tokenizer; the teacher may have spare rows, and so has the student."""
+        """The untrained student; it has the teacher's vocab_size, which may include spare rows."""
         student = BertForMaskedLM(self.config.student(self.model.config))
         if self.config.init == "teacher":
             copy_layers(self.model, student)
@@ -127,17 +128,20 @@ class Distillation(Recipe):
 
 
 def layers_to_copy(depth: int, layers: int) -> list[int]:
-    """Which of a teacher's `depth` layers a student of at most as many begins with.
+    """Indices of the teacher's `depth` layers from which a student of `layers` layers starts.
 
-    Evenly spaced, from the first to the last: 0, 2, 4, 7, 9, 11 for 6 of 12, as DistilBERT's. One
-    alone is the first.
+    They are evenly spaced from the first to the last: 0, 2, 4, 7, 9, 11 for 6 of 12, as in
+    DistilBERT. A single layer is the first one.
     """
     gaps = max(layers - 1, 1)
     return [(2 * i * (depth - 1) + gaps) // (2 * gaps) for i in range(layers)]
 
 
 def copy_layers(teacher: BertForMaskedLM, student: BertForMaskedLM) -> None:
-    """Embeddings, masked-LM head and `layers_to_copy`, all of the teacher's sizes."""
+    """Copies the embeddings, the masked-LM head and the layers `layers_to_copy` into the student.
+
+    The student must have the teacher's width.
+    """
     theirs, own = teacher.bert.encoder.layer, student.bert.encoder.layer
     pairs = [(teacher.bert.embeddings, student.bert.embeddings), (teacher.cls, student.cls)]
     pairs += [(theirs[n], own[i]) for i, n in enumerate(layers_to_copy(len(theirs), len(own)))]
@@ -157,7 +161,7 @@ def _read(directory: Path, shape: BertConfig) -> BertForMaskedLM:
 
 
 def _fingerprint(model: BertForMaskedLM) -> str:
-    """Of the weights and of what is computed with them."""
+    """SHA-256 of a model's configuration and weights."""
     shape = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
     digest = hashlib.sha256(shape.encode())
     for name, tensor in model.state_dict().items():

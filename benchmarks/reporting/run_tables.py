@@ -100,7 +100,7 @@ def large_batch(rows: list[Row]) -> Table:
 def distillation(rows: list[Row]) -> Table:
     """A line for each scheme; the teacher's loss is measured on the students' held-out batches.
 
-    Those have one segment, unlike the batches of its own training.
+    These have one segment; the teacher was trained on sentence pairs.
     """
     lines = []
     for scheme, runs in by_scheme(rows).items():

@@ -1,4 +1,7 @@
-"""Tasks of whole texts or pairs of texts: classification, multi-label and regression."""
+"""Tasks of whole texts or pairs of texts: classification, multi-label and regression.
+
+Their losses are softmax cross-entropy, binary cross-entropy of each label, and squared error.
+"""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -73,7 +73,7 @@ def of(work: Callable[[], object], device: torch.device) -> dict[str, float]:
     with torch.profiler.profile(activities=activities) as profile:
         work()
         torch.cuda.synchronize()
-    # switching the mode on also warns, that it does not detect all synchronizing operations
+    # switching the mode on itself warns that it does not detect all synchronizing operations
     waits = sum("called a synchronizing" in str(warning.message) for warning in told)
     return {"host_waits": waits, **launches(profile.key_averages())}
 

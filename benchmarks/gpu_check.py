@@ -1,14 +1,14 @@
-"""`make gpu-check OUT=DIR`: all that is to be learnt of a GPU machine in one go of ten minutes.
+"""`make gpu-check OUT=DIR`: tests and measures a GPU machine within ten minutes.
 
-The extension is built, the tests that need a GPU run, then the benchmarks, then a step's profile,
-with the Python that runs this and what it has installed: no network is asked. Every part is a
-process of its own with a time limit, so that none takes another with it. DIR gets results.jsonl,
-which grows as parts finish, log.txt, and one trace. Without a GPU the same runs at small sizes.
+It builds the extension, runs the tests that need a GPU, then the benchmarks, then profiles a step,
+with the Python that runs it and the packages installed there; it needs no network. Each part is a
+process of its own with a time limit, so that a failure ends no other part. DIR gets results.jsonl,
+which grows as parts finish, log.txt, and one trace. Without a GPU, the same runs at small sizes.
 
-A second ten minutes are for the parts that run only where `--only` names them (`make gpu-check
-OUT=DIR ONLY="memcheck racecheck convergence"`): NVIDIA's compute-sanitizer over every operator, and
-BERT-base trained by fastbert and by Hugging Face. A third ten are for `ONLY=host`, calls of patched
-models beside Hugging Face's.
+Other parts run only if `--only` names them. A second run of ten minutes has room for `make
+gpu-check OUT=DIR ONLY="memcheck racecheck convergence"`: NVIDIA's compute-sanitizer over every
+operator, and BERT-base trained by fastbert and by Hugging Face; a third for `ONLY=host`: calls of
+patched models beside Hugging Face's.
 """
 
 import contextlib
@@ -32,9 +32,10 @@ LOG, RESULTS, TRACE = "log.txt", "results.jsonl", "results.trace.json.gz"
 
 
 class Part(NamedTuple):
-    """arguments: of Python; seconds: when it is stopped; its benchmarks' rows join the results.
+    """One process of the check.
 
-    under: a command that runs this one.
+    arguments: of Python; seconds: its time limit; measures: whether it is a benchmark, whose rows
+    join the results; under: a command that runs the Python process, such as a sanitizer
     """
 
     name: str
@@ -50,13 +51,14 @@ def benchmark(name: str, seconds: int, *options: str) -> Part:
 
 
 def tests(seconds: int) -> Part:
-    """Side by side where pytest-xdist is: most of their time is Triton's compiling."""
+    """Runs tests in parallel if pytest-xdist is installed: most of their time is compilation."""
     many = ("-n", "12", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
     return Part("tests", ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *many), seconds)
 
 
 def sanitizer(tool: str, seconds: int) -> Part:
-    # PyTorch's allocator hands out parts of large blocks, past whose ends is memory all the same
+    # PyTorch's caching allocator hands out parts of large blocks, so that an access past the end of
+    # a tensor would still be inside valid memory
     under = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", tool)
     return Part(
         tool, ("-m", "benchmarks", "once"), seconds, under=(*under, "--error-exitcode", "9")
@@ -72,12 +74,12 @@ PARTS = (
     benchmark("step_profile", 50, "--quick"),
 )
 SECOND = (
-    Part("once", ("-m", "benchmarks", "once"), 60),  # compiles what the sanitizers then run
+    Part("once", ("-m", "benchmarks", "once"), 60),  # compiles for the sanitizers
     sanitizer("memcheck", 120),
     sanitizer("racecheck", 120),
     benchmark("convergence", 300),
 )
-THIRD = (benchmark("host", 550),)  # each of its batches goes through torch.compile
+THIRD = (benchmark("host", 550),)  # torch.compile compiles each of its batches
 NAMED = SECOND + THIRD
 
 
@@ -103,7 +105,7 @@ def main(
 
 
 def run(part: Part, out: Path, results: Results) -> tuple[str, bool]:
-    """A line on how a part went, and whether it succeeded; its output joins the log."""
+    """Runs a part and logs its output; returns a line on its outcome, and whether it succeeded."""
     started = time.monotonic()
     rows = out / f".{part.name}.jsonl"
     arguments = [*part.arguments, *(("--out", str(rows.resolve())) if part.measures else ())]
@@ -141,9 +143,9 @@ def _run_process(command: list[str], log, seconds: int) -> str:
 
 
 def _rows(path: Path) -> Iterator[dict]:
-    """What a part measured, without its environment, which is ours too."""
+    """The rows that a part measured, without its environment, which is that of this process."""
     for line in path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else ():
-        with contextlib.suppress(ValueError):  # half a line, of a part that was stopped
+        with contextlib.suppress(ValueError):  # half a line of a part that was stopped
             yield json.loads(line)
 
 

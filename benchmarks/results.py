@@ -1,8 +1,9 @@
-"""Results as JSON Lines: what was measured where, row by row, on disk as soon as it is known.
+"""Results as JSON Lines, written row by row as soon as they are measured.
 
-The first row is the environment, with `changes` where the commit had some. Every other one names
-its `part`, and as `case` what was measured; its `timings` hold a median_s and a spread for each
-candidate, fastbert's under FASTBERT; whatever else a part measures stands beside them.
+The first row is the environment; it has `changes` if the code differed from the commit. Every other
+row has its `part`, as `case` what was measured, and `timings`: for each candidate its `median_s`
+and its `spread` (`timing.summarize`); fastbert's are under FASTBERT. A part's other figures are
+further fields of the row.
 """
 
 import contextlib
@@ -19,10 +20,10 @@ import torch
 from fastbert.check import InputError
 from fastbert.train.report import environment
 
-# Whom a step is timed beside; operators have others.
+# Candidates that a step is timed beside; operators are timed beside others.
 FASTBERT = "fastbert"
 EAGER, SDPA, COMPILED = (f"Hugging Face ({how})" for how in ("eager", "SDPA", "torch.compile"))
-# Calls of small batches are timed beside a compiled model that replays graphs, too.
+# Calls of small batches are also timed beside a compiled model that replays CUDA graphs.
 REDUCED = "Hugging Face (torch.compile, reduce-overhead)"
 PATCHED, PATCHED_GRAPHS = "patched", "patched (CUDA graphs)"
 
@@ -33,7 +34,7 @@ Row = dict[str, Any]
 class Options:
     """How to run the parts of the suite.
 
-    quick: a short look at everything, minutes on 2 CPU cores; precision: fp32, or bf16 by autocast.
+    precision: fp32, or bf16 by autocast; quick: small sizes, minutes on 2 CPU cores
     """
 
     device: torch.device
@@ -42,12 +43,12 @@ class Options:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what matrix products multiply."""
+        """The dtype of matrix products' inputs."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
 class Results:
-    """Collects rows, and appends them to a file if there is one."""
+    """Collects rows, and appends each to the file `path`, if given, which is emptied first."""
 
     def __init__(self, options: Options, path: Path | None = None) -> None:
         self.path = path
@@ -73,7 +74,7 @@ class Results:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file; raises InputError where it is not one of ours."""
+    """The rows of a results file; raises InputError if it cannot be read or is no results file."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if rows[0]["part"] != "environment" or not all("part" in row for row in rows):
@@ -86,7 +87,7 @@ def read(path: Path) -> list[Row]:
 
 
 def describe(options: Options) -> Row:
-    """Machine, versions, commit and command, to judge the figures by."""
+    """The environment row: machine, versions, commit, command and options."""
     return {
         **environment(options.device),
         "driver": _driver() if options.device.type == "cuda" else None,
@@ -98,7 +99,7 @@ def describe(options: Options) -> Row:
 
 
 def _program() -> str:
-    """The module that was run: the suite, or a part of it by itself."""
+    """The module that `python -m` runs: the suite, or one part alone."""
     spec = sys.modules["__main__"].__spec__
     return "benchmarks" if spec is None else spec.name.removesuffix(".__main__")
 

@@ -1,4 +1,4 @@
-"""The commands of `python -m benchmarks`; without one, it measures part by part, into a file."""
+"""The commands of `python -m benchmarks`; without a command it measures PARTS, into a file."""
 
 import importlib
 import os
@@ -21,8 +21,8 @@ from benchmarks.serving import embed_kills
 from benchmarks.steps import floor
 from fastbert.check import InputError
 
-# A part is a module with run(options, results); those of LONG take hours, or other servers to be
-# installed, and run if named.
+# A part is a module with run(options, results). Those of LONG take hours or need another server
+# installed, and run only if --only names them.
 PARTS = {
     "kernels": "operators.kernels",
     "steps": "steps.steps",
@@ -84,11 +84,11 @@ def main(
 
 
 def run_parts(names: tuple[str, ...], options: Options, results: Results) -> list[str]:
-    """Runs each part, whatever becomes of the others; the names of those that failed."""
+    """Runs each part even if others fail; returns the names of those that failed."""
     failed = []
     for name in names:
         started, before = time.perf_counter(), len(results.rows)
-        # other parts measure kernels as they are launched, or record whole steps themselves
+        # only `host` lets models record graphs: others measure launches or record steps themselves
         graphs = {"FASTBERT_GRAPHS": "auto" if name == "host" else "0"}
         try:
             with mock.patch.dict(os.environ, graphs):

@@ -1,4 +1,4 @@
-"""Timing side by side: candidates take turns, so that what the machine does hits all of them."""
+"""Timing side by side: candidates take turns, so that other load of the machine hits them all."""
 
 import contextlib
 import statistics
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from fastbert.modules.graphs.recorder import WARM_UP, CudaGraphs, Work
 
-FLUSH_BYTES = 256 << 20  # written before each measurement: more than any cache holds
-SLEEP_CYCLES = 1_000_000  # of the GPU, about half a millisecond, while the host queues the work
+FLUSH_BYTES = 256 << 20  # overwritten before each measurement: larger than any cache
+SLEEP_CYCLES = 1_000_000  # GPU cycles, about half a millisecond, in which the host queues the work
 
 
 def interleaved(
     candidates: dict[str, Callable[[], object]], rounds: int, every: dict[str, int] | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of each call, `rounds` of each candidate after one unmeasured call to warm up.
+    """Seconds of each of `rounds` calls per candidate, after one unmeasured call to warm up.
 
-    every: candidates that take part in every n-th round only.
+    every: n for candidates that take part in every n-th round only
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds + 1):
@@ -37,7 +37,11 @@ def interleaved(
 
 
 def timed(flush: Tensor, work: Callable, *arguments: Any) -> tuple[Any, Callable[[], float]]:
-    """Runs `work` behind a full queue; the second result reads its seconds once the GPU is done."""
+    """Runs `work`; returns its result, and a function that reads its seconds on the device.
+
+    On a GPU the work is queued behind a sleep and a flush of the cache, so that no launch gap is
+    timed; the caller synchronises before it reads the seconds.
+    """
     if not flush.is_cuda:
         before = time.perf_counter()
         result = work(*arguments)
@@ -53,13 +57,13 @@ def timed(flush: Tensor, work: Callable, *arguments: Any) -> tuple[Any, Callable
 
 
 def flush_for(device: torch.device) -> Tensor:
-    """What `timed` writes over a GPU's cache; nothing on a CPU."""
+    """The tensor that `timed` overwrites to flush a GPU's cache; empty on a CPU."""
     size = FLUSH_BYTES if device.type == "cuda" else 0
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def recorded(work: Work) -> tuple[Work, str | None]:
-    """The work as a CUDA graph that replays it; or as it is, and why it could not be recorded."""
+    """The work as a CUDA graph and None; or unchanged, and the reason why recording failed."""
     graphs = CudaGraphs()
     for _ in range(WARM_UP):
         graphs.warm_up(work)
@@ -72,9 +76,9 @@ def recorded(work: Work) -> tuple[Work, str | None]:
 
 @contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
-    """Gives PyTorch's generators on GPUs a state as before where a recording in here fails.
+    """Restores the state of PyTorch's GPU generators if a recording in the block fails.
 
-    The one they have then still counts as being recorded, and refuses whoever draws next.
+    After a failed recording they still count as being recorded and refuse to draw.
     """
     states = [generator.clone_state() for generator in torch.cuda.default_generators]
     try:
@@ -86,7 +90,7 @@ def generators_kept() -> Iterator[None]:
 
 
 def why_not_recorded(error: BaseException) -> str:
-    """Of the error behind this one, if any: a recording that has failed then fails to end too."""
+    """The reason: the error's context, because a failed recording raises again when it is ended."""
     return first_line(error.__context__ or error)
 
 
@@ -95,7 +99,7 @@ def first_line(error: BaseException) -> str:
 
 
 def summarize(seconds: list[float]) -> dict[str, float]:
-    """median_s, rounds, and spread: the distance of the quartiles as a share of the median."""
+    """median_s in seconds, rounds, and spread: the interquartile range over the median."""
     median = statistics.median(seconds)
     low, high = median, median
     if len(seconds) > 1:

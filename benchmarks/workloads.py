@@ -1,4 +1,4 @@
-"""Batches to measure on: sequence lengths as pre-training sees them, padded and packed alike."""
+"""Batches to measure: sequence lengths as in pre-training, the same tokens padded and packed."""
 
 from typing import NamedTuple
 
@@ -10,14 +10,14 @@ from fastbert.packing import IGNORE_INDEX, PackedBatch
 MAX_SEQLEN = 512
 VOCAB_SIZE = 30522
 
-# Share of sequences in each eighth of 512 tokens. Half of a padded batch is padding, as in phase 2
-# of the MLPerf BERT data (254 real tokens a sequence); the shape is ours: many short ones, and a
-# spike at the end.
+# Share of sequences with a length in each eighth of 512 tokens. Half of a padded batch is padding,
+# as in phase 2 of MLPerf's BERT data (254 real tokens per sequence). The shape is our assumption:
+# many short sequences, and a peak at the longest.
 WIKIPEDIA = (0.12, 0.17, 0.14, 0.12, 0.10, 0.08, 0.07, 0.20)
 
 
 class Batch(NamedTuple):
-    """The same masked sentence pairs twice: Hugging Face's padded arguments, and packed."""
+    """The same masked sentence pairs in two forms: Hugging Face's padded arguments, and packed."""
 
     lengths: list[int]
     padded: dict[str, Tensor]
@@ -33,10 +33,11 @@ class Batch(NamedTuple):
 
 
 def sequence_lengths(distribution: str, count: int) -> list[int]:
-    """`count` lengths at equally spaced quantiles of a distribution.
+    """`count` lengths, in tokens, at equally spaced quantiles of a distribution.
 
-    "wikipedia"; "uniform" up to 512; "serving", uniform from a fifth of 512 on, which fills 60 % of
-    a padded batch; "full", all 512; or a number, which all are.
+    distribution: "wikipedia"; "uniform", up to 512; "serving", uniform from a fifth of 512 on, so
+    that 60 % of a padded batch is filled; "full", all 512; or a number, the length of all. Raises
+    KeyError for another name.
     """
     if distribution.isdigit():
         return [int(distribution)] * count
@@ -55,7 +56,10 @@ def sequence_lengths(distribution: str, count: int) -> list[int]:
 
 
 def pretraining_batch(lengths: list[int], width: int = MAX_SEQLEN) -> Batch:
-    """The padded batch is as wide as MAX_SEQLEN, as in MLPerf; 15 % of real tokens are masked."""
+    """Random sentence pairs of these lengths, with labels for 15 % of the real tokens.
+
+    width: columns of the padded batch, by default MAX_SEQLEN, as in MLPerf
+    """
     size = (len(lengths), width)
     places = torch.arange(width)
     ends = torch.tensor(lengths)[:, None]

@@ -1,4 +1,4 @@
-"""The calls whose host time is measured: models, batches, and what is done with them."""
+"""The calls whose host time is measured: models, batches, forward passes and training steps."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,7 +27,11 @@ Work = Callable[[], Any]
 
 
 class Case(NamedTuple):
-    """sequences of up to `length` tokens: all of them so long, or half as long on average."""
+    """A kind of call (INFERENCE or STEP), a model and a batch.
+
+    sequences: how many, of up to `length` tokens; is_full: all have that length, else half of it on
+    average; has_mask: whether an attention_mask is passed
+    """
 
     of: str
     model: str = CLASSIFIER
@@ -54,7 +58,7 @@ def batch_of(case: Case, device: torch.device, shape: dict) -> dict[str, Tensor]
 
 
 def models(case: Case, shape: dict, names: list[str], device: torch.device) -> dict[str, nn.Module]:
-    """A model for each name, all of the same weights."""
+    """A model for each name, all with the same weights."""
     made: dict[str, nn.Module] = {}
     for name in names:
         with device:
@@ -75,11 +79,11 @@ def models(case: Case, shape: dict, names: list[str], device: torch.device) -> d
 def callable_of(name: str, model: nn.Module) -> Callable:
     if name != REDUCED:
         return model
-    torch.compiler.reset()  # what was compiled for an earlier case counts against a limit
+    torch.compiler.reset()  # compilations of earlier cases count against a limit
     compiled = torch.compile(model, mode="reduce-overhead")
 
     def call(**batch: Tensor) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()  # nobody reads the last call's outputs any more
+        torch.compiler.cudagraph_mark_step_begin()  # the last call's outputs are no longer read
         return compiled(**batch)
 
     return call
@@ -91,7 +95,7 @@ def forward_pass(name: str, model: nn.Module, batch: dict[str, Tensor], options:
 
 
 def training_step(name: str, model: nn.Module, batch: dict[str, Tensor], options: Options) -> Work:
-    """A forward and a backward; on a GPU under autocast, and with a fused AdamW behind them."""
+    """Forward and backward, under autocast if bf16; on a GPU a fused AdamW step follows."""
     parameters = list(model.train().parameters())
     run, device = callable_of(name, model), options.device.type
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if device == "cuda" else None

@@ -1,12 +1,12 @@
-"""Layers and operators whose launches do nothing: what a GPU waits for, measured without one.
+"""Host time of layers and operators, measured without a GPU: kernel launches do nothing.
 
-Tensors are on the CPU, and operators take their Triton launchers, as they do on a GPU, up to
-`kernel[grid](...)`, which returns at once. What comes after that is not counted: Triton's binder
-and the driver. Nor are CUDA's dispatch, allocator and launches for PyTorch's own operators; theirs
-on the CPU take their place. The arithmetic of a layer's four products, which are not left out, is
-measured beside it. Results are memory as it was.
+Tensors are on the CPU, and operators run their Triton launchers, as on a GPU, up to
+`kernel[grid](...)`, which returns at once. Triton's binder and the driver, which would follow, are
+not counted. PyTorch's own operators run on the CPU, so that CUDA's dispatch, allocator and launches
+are not counted either. A layer's four matrix products do run; their time is measured beside it.
+Outputs of kernels are uninitialised memory.
 
-The parts "host_layers", of the small models of `benchmarks.host.host`, and "host_operators".
+The parts are "host_layers", with the small models of `benchmarks.host.host`, and "host_operators".
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.embedding import embedding_layer_norm
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 
-DEPTHS = 2, 12  # a layer is what the deeper model takes longer, over the layers it has more
-CALLS = 50  # of an operator, timed together
+DEPTHS = 2, 12  # a layer's time is the difference of both models over that of their depths
+CALLS = 50  # calls of an operator that are timed together
 MODES = "without gradients", "with gradients", "forward and backward"
 
 
@@ -43,14 +43,14 @@ def run(options: Options, results: Results) -> None:
 
 @contextlib.contextmanager
 def in_place() -> Iterator[None]:
-    """Operators on CPU tensors take the backends that a GPU has, and no Triton kernel runs."""
+    """Operators on CPU tensors choose the backends that a GPU has, and no Triton kernel runs."""
     with (
         mock.patch.dict(backend.PREFERENCE, cpu=backend.PREFERENCE["cuda"]),
-        mock.patch.object(backend, "INTERPRETED", True),  # which lets Triton have CPU tensors
+        mock.patch.object(backend, "INTERPRETED", True),  # allows Triton on CPU tensors
         mock.patch.object(KernelInterface, "__getitem__", _launcher),
-        backend.use(None),  # so that choices of before are forgotten, and then those of here
+        backend.use(None),  # forgets the bodies chosen before, and afterwards those of here
     ):
-        # much of the memory that was there reads as denormal numbers, which a CPU is slow with
+        # much uninitialised memory reads as denormal numbers, with which a CPU is slow
         torch.set_flush_denormal(True)
         try:
             yield
@@ -63,11 +63,11 @@ def _launcher(kernel: KernelInterface, grid: tuple[int, ...]) -> Callable[..., N
 
 
 def launch(*arguments: Any, **options: Any) -> None:
-    """In place of a kernel's."""
+    """Stands for the launch of a kernel, and does nothing."""
 
 
 def time_layers(options: Options, rounds: int, results: Results) -> None:
-    """A layer's forward in inference, and its forward and backward in training."""
+    """Times a layer's forward in inference, and its forward and backward in training."""
     names = [FASTBERT, PATCHED]
     for of, make in ((INFERENCE, calls.forward_pass), (STEP, calls.training_step)):
         works: dict[str, Work] = {"products": products(is_step=of == STEP)}
@@ -87,7 +87,7 @@ def time_layers(options: Options, rounds: int, results: Results) -> None:
 
 
 def products(is_step: bool) -> Work:
-    """The four products of a layer as PyTorch has them, `CALLS` times."""
+    """The four matrix products of a layer by PyTorch, `CALLS` times; a step has their gradients."""
     hidden, wide = SMALL["hidden_size"], SMALL["intermediate_size"]
     calls = []
     for n, m in ((hidden, 3 * hidden), (hidden, hidden), (hidden, wide), (wide, hidden)):
@@ -108,7 +108,7 @@ class Operator(NamedTuple):
 
 
 def operators() -> list[Operator]:
-    """Those of a layer and of the embeddings, with tensors as in the small models."""
+    """The operators of a layer and of the embeddings, with tensors as in the small models."""
     heads, hidden, wide = (
         SMALL[name] for name in ("num_attention_heads", "hidden_size", "intermediate_size")
     )
@@ -144,7 +144,7 @@ def time_operators(rounds: int, results: Results) -> None:
 
 
 def in_modes(call: Callable[..., Tensor], tensors: tuple[Tensor | None, ...]) -> dict[str, Work]:
-    """The call in each of MODES; without dropout, so that they differ in nothing else."""
+    """The call in each of MODES, without dropout, so that only the mode differs."""
     leaves = [x if x is None else x.clone().requires_grad_(x.is_floating_point()) for x in tensors]
     wanted = [x for x in leaves if x is not None and x.requires_grad]
     forward = functools.partial(call, *leaves)

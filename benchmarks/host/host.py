@@ -1,12 +1,12 @@
-"""What Python costs around the kernels: calls so small that their arithmetic is next to nothing.
+"""The cost of Python around the kernels: calls so small that their arithmetic hardly counts.
 
-The part "host" is whole calls of fastbert's own, patched and Hugging Face's models, of the same
-weights and batch, in turns. On any machine, on the CPU with one thread: 12 layers of 32 and one
-sequence of 16 tokens, in float32. On a GPU, BERT-base as well, inference with the weights in the
-precision that is measured and a fine-tuning step under autocast; there patched models also run with
-CUDA graphs, and Hugging Face's through torch.compile.
+The part "host" times whole calls of fastbert's own, patched and Hugging Face's models in turns,
+with the same weights and batch. On every machine it runs on the CPU with one thread: 12 layers of
+width 32 and one sequence of 16 tokens, in float32. On a GPU it also runs BERT-base: inference with
+weights in the precision that is measured, and a fine-tuning step under autocast. There, patched
+models also run with CUDA graphs, and Hugging Face's with torch.compile.
 
-Then follows `empty_launches`: the same of single layers and operators, as they are on a GPU.
+Then `empty_launches` measures single layers and operators as they run on a GPU.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from benchmarks.results import FASTBERT, PATCHED, PATCHED_GRAPHS, REDUCED, SDPA,
 from benchmarks.timing import first_line, interleaved, summarize
 from fastbert.config.pretrain import PRESETS
 
-WARM_UP = 4  # torch.compile compiles, warms up and records; a patched model may record too
+WARM_UP = 4  # runs in which torch.compile compiles and records; patched models may record
 
 CPU_CASES = (
     *(Case(INFERENCE, model, has_mask=m) for model in (ENCODER, CLASSIFIER) for m in (True, False)),
@@ -41,7 +41,7 @@ CPU_CASES = (
 )
 BATCHES = ((1, 16, True), (1, 128, True), (32, 128, True), (32, 128, False), (32, 512, False))
 COMPILED_CASES = tuple(Case(of, CLASSIFIER, *b) for of in (INFERENCE, STEP) for b in BATCHES)
-# torch.compile takes a minute a model, so these batches go without it.
+# torch.compile takes a minute per model, so it is left out for these batches.
 OTHER_CASES = (
     Case(INFERENCE, CLASSIFIER, 8, 128, False),
     Case(INFERENCE, CLASSIFIER, 128, 256, False),
@@ -50,7 +50,7 @@ OTHER_CASES = (
 
 
 def run(options: Options, results: Results) -> None:
-    """The parts "host", "host_layers" and "host_operators"; the latter two are of the CPU."""
+    """Measures the parts "host", "host_layers" and "host_operators"; the last two on the CPU."""
     on_cpu = dataclasses.replace(options, device=torch.device("cpu"), precision="fp32")
     with one_thread():
         for case in CPU_CASES:
@@ -75,7 +75,7 @@ def one_thread() -> Iterator[None]:
 def compare(
     case: Case, preset: str, shape: dict, options: Options, results: Results, rounds: int
 ) -> None:
-    """Times who there is on one batch, and adds the row."""
+    """Times all candidates on one batch, and adds a row."""
     torch.manual_seed(0)
     batch = batch_of(case, options.device, shape)
     names = [FASTBERT, PATCHED, SDPA]

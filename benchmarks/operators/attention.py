@@ -1,4 +1,4 @@
-"""Attention over packed sequences, beside what else a user could call for the same sequences."""
+"""Attention over packed sequences, and the alternatives that a user has for the same sequences."""
 
 from collections.abc import Callable, Iterator
 
@@ -24,7 +24,7 @@ HEAD_DIM = 64
 def attention_workloads(
     preset: str, tokens: int, device: str, dtype: torch.dtype
 ) -> Iterator[Workload]:
-    """Both operators, over about `tokens` tokens: full at 128 and 512, and Wikipedia-like."""
+    """Both operators over about `tokens` tokens: sequences of 128, of 512, and Wikipedia-like."""
     cases = []
     for seqlen in (128, 512):
         count = max(tokens // seqlen, 1)
@@ -38,7 +38,10 @@ def attention_workloads(
 
 
 class Sequences:
-    """S the longest of B sequences with T tokens, N heads of D; (T, N, D) packed, (B, N, S, D)."""
+    """Inputs and bodies for B sequences of T tokens in all, with N heads of size D.
+
+    Packed tensors are (T, N, D), padded ones (B, N, S, D); S is the longest sequence.
+    """
 
     def __init__(
         self, preset: str, lengths: list[int], dropout_p: float, device: str, dtype: torch.dtype
@@ -76,7 +79,7 @@ class Sequences:
         )
 
     def alternatives(self) -> dict[str, Body]:
-        """Those that want padded tensors get them padded: it is how their users have them."""
+        """Other functions; those for padded tensors get them padded, as their users have them."""
         bodies = {EAGER: Body(self.plain, waits=self.is_padded)}
         for name, backend in SDPA_BACKENDS.items():
             bodies[name] = Body(self._sdpa(backend), self._padded_inputs)
@@ -85,7 +88,10 @@ class Sequences:
         return bodies
 
     def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Padding, PyTorch's own choice of attention, unpadding by a mask, whose sum is awaited."""
+        """Pads, calls PyTorch's scaled_dot_product_attention and unpads by a mask.
+
+        Indexing by the mask makes the host wait for its sum.
+        """
         if not self.is_padded:
             shape = (len(self.lengths), self.longest, self.heads, HEAD_DIM)
             q, k, v = (x.view(shape).transpose(1, 2) for x in (q, k, v))
@@ -127,7 +133,7 @@ class Sequences:
         return tuple(self.normal(3, 1, self.heads, self.total, HEAD_DIM).unbind())
 
     def _flex(self) -> Callable[..., Tensor]:
-        """Documents in one row; block mask and compiled function are made once."""
+        """Sequences as documents of one row; the block mask and compiled function are made once."""
         made: list = []
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One operator at one size, and what else computes the same."""
+"""An operator at one size, and the alternatives that compute the same result."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,10 +11,10 @@ EAGER = "PyTorch eager"
 
 
 class Body(NamedTuple):
-    """What else computes a workload; it may raise where it cannot run here.
+    """One way to compute a workload; `run` may raise if it cannot run on this machine.
 
-    make: draws its inputs, None for the workload's own; waits: makes the host wait for a GPU, so
-    that no CUDA graph of it can be recorded.
+    make: draws its inputs, None for the workload's own; waits: whether the host waits for the GPU,
+    so that no CUDA graph can be recorded
     """
 
     run: Callable[..., Tensor]
@@ -23,9 +23,11 @@ class Body(NamedTuple):
 
 
 class Workload(NamedTuple):
-    """make: draws the inputs; those of a floating-point dtype get gradients; fused: ours;
-    alternatives: EAGER with the same inputs, and others; forward, backward: the bytes that must be
-    moved, or with `is_product` the floating-point operations; a backward of 0 is none.
+    """An operator with inputs of one size.
+
+    make: draws the inputs, of which floating-point ones get gradients; fused: calls fastbert's
+    operator; alternatives: EAGER, which takes the same inputs, and others; forward, backward: bytes
+    that must be moved, or floating-point operations if `is_product`; backward 0: no gradient
     """
 
     operator: backend.Op

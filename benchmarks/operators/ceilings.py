@@ -1,4 +1,4 @@
-"""What this machine reaches at best: a large matrix product and a large copy, in the same run."""
+"""Ceilings of this machine, measured in the same run: a large matrix product and a large copy."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from benchmarks.timing import flush_for, summarize, timed
 
 
 def of(options: Options, results: Results) -> dict[str, float]:
-    """Operations a second of the "product", bytes a second of the "copy"; measured once a run."""
+    """FLOP/s of the "product" in the options' dtype, B/s of the "copy"; measured once per run."""
     if not results.of("ceilings"):
         for name, rate in _measure(options):
             results.add("ceilings", {"of": name, "dtype": str(options.dtype)}, rate=rate)

@@ -1,8 +1,9 @@
-"""Each operator of fastbert beside the alternatives that a user has, forward and backward.
+"""Times each operator of fastbert beside the alternatives that a user has, forward and backward.
 
-On a GPU by CUDA events around the replay of a graph behind a full queue, so that no launch gap is
-timed; on inputs that change and with the cache flushed. Rates are shares of what the same run
-measures for a copy (operators bound by memory) or a matrix product (those bound by arithmetic).
+On a GPU, CUDA events time the replay of a graph behind a full queue, so that no launch gap counts;
+inputs alternate and the cache is flushed. A rate is given as a share of the ceiling that the same
+run measures: of a copy for operators bound by memory, of a matrix product for those bound by
+arithmetic.
 """
 
 from collections.abc import Callable
@@ -29,22 +30,22 @@ from benchmarks.timing import (
 from fastbert import backend
 from fastbert.modules.graphs.recorder import WARM_UP, CudaGraphs
 
-SETS = 3  # of inputs, taken in turn
+SETS = 3  # sets of inputs, used in turn
 
 Times = dict[str, dict[str, list[float]]]
 
 
 class Passes(NamedTuple):
-    """Both directions of a body on one set of inputs; backward takes what forward gave."""
+    """Both directions of a body on one set of inputs; backward takes the output of forward."""
 
     forward: Callable[[], Tensor]
     backward: Callable[[Tensor], Tensor]
 
 
 def run(options: Options, results: Results, only: str = "") -> None:
-    """The parts "ceilings" and "kernels"."""
+    """Measures the parts "ceilings" and "kernels"; only: the name of one operator."""
     device, on_gpu = options.device, options.device.type == "cuda"
-    # a quick look has the tokens of a whole step's batch
+    # quick: about as many tokens as the batch of a step in benchmarks/steps
     tokens = (24576 if options.quick else 32768) if on_gpu else 512 if options.quick else 2048
     rounds = (12 if options.quick else 30) if on_gpu else 4 if options.quick else 10
     torch.manual_seed(0)
@@ -53,7 +54,7 @@ def run(options: Options, results: Results, only: str = "") -> None:
         for workload in workloads(preset, tokens, device.type, options.dtype):
             if only in ("", workload.operator.name):
                 bodies = {FASTBERT: Body(workload.fused), **workload.alternatives}
-                if options.quick:  # without what takes long to compile
+                if options.quick:  # leaves out what takes long to compile
                     bodies.pop("flex attention", None)
                 else:
                     plain = workload.alternatives[EAGER]
@@ -65,9 +66,9 @@ def run(options: Options, results: Results, only: str = "") -> None:
 def measure(
     workload: Workload, bodies: dict[str, Body], rounds: int, flush: Tensor
 ) -> tuple[Times, dict[str, str]]:
-    """Seconds of forward and backward of the bodies in turn, after two rounds to warm up.
+    """Seconds of forward and backward of the bodies, in turns, after two rounds to warm up.
 
-    A body that fails is left out from then on; the second result says why.
+    A body that fails is dropped; the second result has the reasons by name.
     """
     own = [_with_gradients(workload.make()) for _ in range(SETS)]
     passes: dict[str, list[Passes]] = {}
@@ -102,7 +103,7 @@ def measure(
 
 
 def direct(workload: Workload, body: Body, tensors: tuple[Tensor, ...]) -> Passes:
-    """Runs forward once, which compiles what there is to compile."""
+    """Both directions without a graph. Runs forward once, which compiles kernels."""
     leaves = [tensor for tensor in tensors if tensor.requires_grad]
     y = body.run(*tensors)
     dy = torch.randn_like(y) if workload.backward else y
@@ -114,7 +115,7 @@ def direct(workload: Workload, body: Body, tensors: tuple[Tensor, ...]) -> Passe
 
 
 def recorded(workload: Workload, passes: Passes) -> Passes:
-    """Each direction as a CUDA graph. Raises RuntimeError where one cannot be recorded."""
+    """Both directions as CUDA graphs; raises RuntimeError if one cannot be recorded."""
     graphs = CudaGraphs()
 
     def both() -> Tensor:
@@ -127,7 +128,7 @@ def recorded(workload: Workload, passes: Passes) -> Passes:
         forward = graphs.record(passes.forward)
         if not workload.backward:
             return Passes(forward, passes.backward)
-        y = forward()  # with what backward needs of it, in the memory of the first graph
+        y = forward()  # keeps what backward reads, in the first graph's memory
         backward = graphs.record(lambda: passes.backward(y))
     return Passes(forward, lambda _: backward())
 
@@ -153,7 +154,7 @@ def add_rows(
     times: Times,
     refused: dict[str, str],
 ) -> None:
-    """A row for each direction."""
+    """Adds a row for each direction."""
     ceiling = ceilings.of(options, results)["product" if workload.is_product else "copy"]
     case = {
         "operator": workload.operator.name,

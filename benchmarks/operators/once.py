@@ -1,7 +1,7 @@
-"""`python -m benchmarks once`: every operator once, forward and backward, small and of odd sizes.
+"""`python -m benchmarks once`: every operator once, forward and backward, at small, odd sizes.
 
-It is what `make gpu-check ONLY="once memcheck racecheck"` has compute-sanitizer look at. Needs an
-NVIDIA GPU; with TRITON_INTERPRET=1 it runs anywhere, at the first size of each operator.
+`make gpu-check ONLY="once memcheck racecheck"` runs it under compute-sanitizer. It needs an NVIDIA
+GPU; with TRITON_INTERPRET=1 it runs anywhere, at the first size of each operator.
 """
 
 import torch
@@ -21,7 +21,7 @@ def main() -> None:
         torch.manual_seed(0)
         for workload in workloads("tiny", TOKENS[device], device, dtype):
             if device == "cpu" and workload.operator.name in names:
-                continue  # one of each: the interpreter takes milliseconds a row
+                continue  # one size each: the interpreter takes milliseconds per row
             tensors = [t.requires_grad_(t.is_floating_point()) for t in workload.make()]
             with backend.use("triton"):
                 y = workload.fused(*tensors)

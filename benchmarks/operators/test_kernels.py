@@ -1,4 +1,4 @@
-"""The operators under pytest-benchmark, on this CPU: name this file to pytest."""
+"""The operators under pytest-benchmark, on the CPU; pytest runs this file only if it is named."""
 
 import pytest
 import torch

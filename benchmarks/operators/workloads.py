@@ -1,4 +1,4 @@
-"""Operators to measure, at a preset's sizes, each beside the plain PyTorch that it replaces."""
+"""Operators to measure at a preset's sizes, each with the plain PyTorch that it replaces."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,10 @@ MASKED_SHARE = 0.15
 def workloads(
     preset: str, tokens: int, device: str, dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[Workload]:
-    """Operators with a faster body, at the sizes that a model of this preset has."""
+    """Operators with a faster body, at the sizes of a preset's model, over `tokens` tokens.
+
+    The comments beside forward and backward name the tensors that are read, then those written.
+    """
     hidden = PRESETS[preset].shape["hidden_size"]
     inner, vocab = PRESETS[preset].shape["intermediate_size"], 30522
     size = torch.finfo(dtype).bits // 8
@@ -93,8 +96,8 @@ def workloads(
                 )
             )
         },
-        forward=3 * size * tokens * hidden,  # a row of each table but the last; y
-        backward=size * (3 * tokens + 30522) * hidden,  # dy and both rows; the word table
+        forward=3 * size * tokens * hidden,  # word and position rows; y
+        backward=size * (3 * tokens + 30522) * hidden,  # dy and both kinds of rows; the word table
     )
     yield from attention_workloads(preset, tokens, device, dtype)
     rows = round(tokens * MASKED_SHARE)
@@ -136,8 +139,8 @@ def workloads(
         lambda: (normal(tokens, hidden),),
         lambda x: gather_rows(x, kept.positions, kept.slots),
         {EAGER: Body(lambda x: x[kept.positions.long()])},
-        forward=2.0 * size * rows * hidden,  # the rows, read and written
-        backward=float(size * (rows + tokens) * hidden),  # their gradients; everybody's
+        forward=2.0 * size * rows * hidden,  # the wanted rows; y
+        backward=float(size * (rows + tokens) * hidden),  # dy of the rows; dx of all tokens
     )
 
 

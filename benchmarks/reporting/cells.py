@@ -1,4 +1,4 @@
-"""A table of text and how figures are written in it, alike in the console, files and README."""
+"""A table of text, and how figures are written in the console, in files and in the README."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +16,7 @@ class Table(NamedTuple):
 
 
 def seconds(value: float) -> str:
-    """Three digits, in the unit that suits."""
+    """Three digits, in s, ms or us."""
     for scale, unit in ((1, "s"), (1e-3, "ms")):
         if value >= scale:
             return f"{value / scale:.3g} {unit}" if value < 1000 * scale else f"{value:,.0f} s"
@@ -24,11 +24,11 @@ def seconds(value: float) -> str:
 
 
 def time_of(timing: dict[str, Any]) -> str:
-    """The median, and the distance of the quartiles as a share of it."""
+    """The median, and the interquartile range as a percentage of it."""
     return f"{seconds(timing['median_s'])} ±{timing['spread']:.0%}"
 
 
 def once(about: tuple[str, ...], candidates: Iterable[T]) -> Iterator[tuple[tuple[str, ...], T]]:
-    """What a group of lines is about, in its first line alone."""
+    """Pairs each candidate with `about`, which is blank after a group's first line."""
     for number, candidate in enumerate(candidates):
         yield (tuple("" for _ in about) if number else about), candidate

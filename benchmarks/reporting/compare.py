@@ -1,4 +1,4 @@
-"""`python -m benchmarks compare A B`: what is slower in B than in A, beyond the noise of both."""
+"""`python -m benchmarks compare A B`: which timings are slower in B than in A, beyond noise."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,11 @@ ENVIRONMENT = ("device", "threads", "torch", "triton", "transformers", "driver",
 
 
 class Change(NamedTuple):
-    """ratio: B's median over A's; noise: the spreads of both added, as shares of their medians."""
+    """One timing in A and B.
+
+    before, after: medians in seconds; ratio: after over before; noise: the sum of both spreads,
+    each a share of its median
+    """
 
     part: str
     case: str
@@ -80,7 +84,7 @@ def changes(before: list[Row], after: list[Row]) -> Iterator[Change]:
 
 
 def timings(rows: list[Row]) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """By part, case and candidate."""
+    """Timings by part, case and candidate."""
     return {
         (row["part"], _named(row["case"]), name): timing
         for row in rows[1:]

@@ -1,4 +1,4 @@
-"""Rows of results as tables in the console."""
+"""Shows rows of results as tables in the console."""
 
 from rich.console import Console
 from rich.table import Table
@@ -10,7 +10,7 @@ console = Console(highlight=False, markup=False, width=120)
 
 
 def show(rows: list[Row]) -> None:
-    """Prints a table of each part that the rows are of."""
+    """Prints a table for each part that has rows."""
     for part, make in PARTS.items():
         if found := [row for row in rows if row["part"] == part]:
             header, lines = make(found)

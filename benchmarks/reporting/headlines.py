@@ -1,7 +1,7 @@
-"""The README's four figures: one line each, picked from the committed results.
+"""The README's four figures, one line each, picked from the committed results.
 
-`python -m benchmarks report` writes them between the README's pair of comments, whose place of a
-file is `.`, the folder of all results.
+`python -m benchmarks report` writes them into the README's block "headlines", whose file is `.`,
+the folder of all results.
 """
 
 from pathlib import Path
@@ -12,15 +12,15 @@ from benchmarks.results import FASTBERT, SDPA, Row, read
 
 
 class Headline(NamedTuple):
-    """Where a figure stands: a results file, and of its part the row whose case has these items."""
+    """A figure, and its place: the row of `part` in `file` whose case has the items of `case`."""
 
     what: str
     machine: str
     file: str
     part: str
     case: Row
-    other: str = SDPA  # whom fastbert is timed beside
-    fill: float | None = None  # share of the batch that is real tokens, where cases differ in it
+    other: str = SDPA  # the candidate that fastbert is compared with
+    fill: float | None = None  # share of real tokens, if cases differ only in it
 
 
 HEADLINES = (
@@ -58,7 +58,7 @@ HEADLINES = (
 
 
 def table(results: Path) -> Table:
-    """A line for each figure; raises LookupError where a results file no longer has its row."""
+    """A line for each figure; raises LookupError if a results file no longer has its row."""
     lines = []
     for headline in HEADLINES:
         timings = _row(results, headline)["timings"]

@@ -1,4 +1,4 @@
-"""Tables of host time: whole calls, layers and operators, and an earlier one of patched models."""
+"""Tables of host time: whole calls, layers and operators, and earlier results of patched models."""
 
 import itertools
 
@@ -44,7 +44,7 @@ def host_operators(rows: list[Row]) -> Table:
 
 
 def drop_in(rows: list[Row]) -> Table:
-    """Of results from before there was the part "host", where fastbert stands for patched."""
+    """The table of results older than the part "host", in which FASTBERT means a patched model."""
     header = ("BERT-base", "batch", "filled", "Hugging Face (SDPA)", "patched", "ratio")
     lines = []
     for what, group in itertools.groupby(rows, lambda row: row["case"]["of"]):

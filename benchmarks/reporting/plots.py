@@ -1,4 +1,4 @@
-"""Plots of results, a PNG a part."""
+"""Plots of results, one PNG for each part."""
 
 import statistics
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from benchmarks.results import FASTBERT, Row
 
 
 def write(rows: list[Row], path: Path) -> list[Path]:
-    """NAME-PART.png beside NAME.jsonl, for the parts that have a plot; the paths written."""
+    """Writes NAME-PART.png beside NAME.jsonl for parts that have a plot; returns the paths."""
     written = []
     for part, draw in PLOTS.items():
         if found := [row for row in rows if row["part"] == part]:
@@ -105,7 +105,7 @@ def distillation(axes: plt.Axes, rows: list[Row]) -> None:
 
 
 def _heldout(axes: plt.Axes, rows: list[Row]) -> None:
-    """The held-out losses of runs, a curve a scheme."""
+    """Draws the held-out losses of runs: a curve for each scheme."""
     for scheme, runs in by_scheme(rows).items():
         steps = [step for step, _ in runs[0]["heldout"]]
         curves = [[loss for _, loss in run["heldout"]] for run in runs]

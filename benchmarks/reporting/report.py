@@ -1,10 +1,10 @@
 """`python -m benchmarks report`: tables, plots and the documents' figures, from committed results.
 
-A results file NAME.jsonl gets NAME.md and NAME-PART.png beside it. The README and three pages of
-docs/ say where a table goes and which part of which file it shows, by a pair of comments; what is
-between them is written here, and a test checks that it still is what the file says. The part
-"targets" reads a folder too, where the last file by name that has measured a target is what counts;
-the part "headlines" is the README's table, of the folder of all results, `.`:
+A results file NAME.jsonl gets NAME.md and NAME-PART.png beside it. In the README and three pages
+of docs/, a pair of comments names the file and the part whose table goes between them; this command
+writes the table, and a test checks that it still agrees with the file. The part "targets" also
+takes a folder: of the files that measured a target, the last by name counts. The part "headlines"
+is the README's table, with `.`, the folder of all results, as its file:
 
     <!-- benchmarks: cpu/steps.jsonl steps -->
     <!-- end -->
@@ -52,7 +52,7 @@ def main(
 
 
 def markdown(rows: list[Row]) -> str:
-    """Everything that a file holds."""
+    """All rows of a file as a Markdown page: environment, targets, a section for each part."""
     environment = {key: value for key, value in rows[0].items() if key != "part"}
     lines = [f"- {name}: {value}" for name, value in environment.items() if value is not None]
     sections = ["# Results", "\n".join(lines)]
@@ -75,12 +75,12 @@ def markdown(rows: list[Row]) -> str:
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
-    """The text with every block as the results say."""
+    """The text with the table of every block written from the results."""
     return BLOCK.sub(lambda found: found[1] + block(results, found[2], found[3]) + found[4], text)
 
 
 def block(results: Path, name: str, part: str) -> str:
-    """A part's table, and under it where and how it was measured."""
+    """A part's table, with a line on where and how it was measured; InputError for another part."""
     path, file = results / name, f"`benchmarks/results/{name}`"
     if part not in (*PARTS, TARGETS, HEADLINES):
         raise InputError(f"a block for {part!r}, expected one of {', '.join(PARTS)}")
@@ -92,7 +92,7 @@ def block(results: Path, name: str, part: str) -> str:
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         table = targets.table(*(read(each) for each in files))
         return f"\n{table.markdown()}\n\nFrom {file}\n\n"
-    if path.suffix == ".json":  # the summary of a run of fastbert's own
+    if path.suffix == ".json":  # the summary.json of a run of `fastbert pretrain`
         row = json.loads(path.read_text(encoding="utf-8"))
         return f"\n{PARTS[part]([row]).markdown()}\n\n{_source(row)}: {file}\n\n"
     rows = read(path)

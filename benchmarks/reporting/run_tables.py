@@ -1,4 +1,4 @@
-"""Tables of training runs: what they end with, for each scheme and over seeds."""
+"""Tables of training runs: final losses and metrics, by scheme and over seeds."""
 
 import statistics
 
@@ -7,10 +7,10 @@ from benchmarks.results import FASTBERT, Row
 
 
 def convergence(rows: list[Row]) -> Table:
-    """A line for each run and other candidate; and one for all seeds, if there are several.
+    """A line for each run and candidate compared with, and one for all seeds if there are several.
 
-    A curve ends at the mean of its last tenth. Differences that are no larger than what they vary
-    by from seed to seed are noise.
+    A curve's final loss is the mean of its last tenth. A difference that is no larger than its
+    standard deviation over seeds is noise.
     """
     lines = []
     for name in dict.fromkeys(name for row in rows for name in row["largest_gap"]):
@@ -75,7 +75,7 @@ def chain(rows: list[Row]) -> Table:
 
 
 def large_batch(rows: list[Row]) -> Table:
-    """A column for each place in the two lists of rates, the best of each optimizer in bold."""
+    """Two lines for each optimizer: its learning rates and the losses, the best loss in bold."""
     lines = []
     for optimizer in dict.fromkeys(row["case"]["optimizer"] for row in rows):
         mine = [row for row in rows if row["case"]["optimizer"] == optimizer]
@@ -98,7 +98,10 @@ def large_batch(rows: list[Row]) -> Table:
 
 
 def distillation(rows: list[Row]) -> Table:
-    """The teacher's loss is that on the students' batches, which have one segment."""
+    """A line for each scheme; the teacher's loss is measured on the students' held-out batches.
+
+    These have one segment; the teacher was trained on sentence pairs.
+    """
     lines = []
     for scheme, runs in by_scheme(rows).items():
         finals, accuracies = ([run[name] for run in runs] for name in ("final", "accuracy"))
@@ -131,7 +134,7 @@ def by_scheme(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def pretraining(rows: list[Row]) -> Table:
-    """Of a run's own summary.json."""
+    """The table of a pre-training run's summary.json."""
     lines = [
         (
             f"{row['steps']:,}",

@@ -1,4 +1,4 @@
-"""Tables of servers: what they answer in a second, and how long an answer takes under load."""
+"""Tables of servers: requests per second, and latency under load."""
 
 from benchmarks.reporting.cells import Table, once, seconds
 from benchmarks.results import FASTBERT, Row

@@ -1,7 +1,7 @@
-"""Rows of results as tables of text: the console, the Markdown files and the README show the same.
+"""Rows of results as tables of text, for the console, the Markdown files and the README alike.
 
-Ratios are another candidate's median over fastbert's: how many times as long it takes; those of
-host time are over Hugging Face's.
+Ratios are a candidate's median over fastbert's: how many times as long it takes; ratios of host
+time are over Hugging Face's.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from benchmarks.reporting.run_tables import (
 from benchmarks.reporting.serve_tables import serve, serve_latency
 from benchmarks.results import FASTBERT, Row
 
-# What a GPU tells of a step beside its time, and how it is written.
+# What is measured of a step on a GPU besides time: the column's title, and how it is written.
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "memory_held_bytes": ("memory held", lambda size: f"{size / 2**30:.2f} GiB"),
     "host_waits": ("host waits", str),
@@ -56,7 +56,7 @@ def steps(rows: list[Row]) -> Table:
 
 
 def ablation(rows: list[Row]) -> Table:
-    """With a last line for Hugging Face, whose step has none of the tricks."""
+    """A line for each trick; the last is Hugging Face's step, which has none of them."""
     full = _median(rows, "nothing")
     lines = []
     for row in rows:
@@ -92,7 +92,7 @@ def tokenizing(rows: list[Row]) -> Table:
         for what, (name, timing) in once(about, row["timings"].items()):
             rates = [timing[f"{unit}_per_second"] / 1e6 for unit in ("bytes", "tokens")]
             figures = (f"{rates[1]:.2f} M", f"{timing['share']:.0%}")
-            if name.startswith("hash"):  # which makes no tokens
+            if name.startswith("hash"):  # a hash makes no tokens
                 figures = ("-", "-")
             lines.append((*what, name, time_of(timing), f"{rates[0]:,.2f} MB/s", *figures))
     header = ("corpus", "cores", "by", "time", "text", "tokens/s", "of encode_batch")

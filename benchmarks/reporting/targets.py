@@ -1,8 +1,8 @@
-"""What is wanted of fastbert, as numbers, and what the results say of each.
+"""The project's performance targets, and what the results say of each.
 
-The targets are those of the project's `anchors.md`: of NVIDIA's MLPerf submission for BERT-large on
-an H200 (packed, Wikipedia-like lengths), of FasterTransformer's successors for inference, of the
-memory's bandwidth for what moves bytes alone, and of Hugging Face's BERT on the same batches.
+They derive from NVIDIA's MLPerf submission for BERT-large on an H200 (packed, Wikipedia-like
+lengths), from FasterTransformer's successors for inference, from memory bandwidth for operators
+that only move bytes, and from Hugging Face's BERT on the same batches.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,7 +16,11 @@ BYTES = ("dropout_add_layer_norm", "bias_gelu", "embedding_layer_norm", "gather_
 
 
 class Target(NamedTuple):
-    """goal: at least this, or at most if `is_limit`; measured: of the rows, what there is of it."""
+    """One target.
+
+    goal: the least value, or the largest if `is_limit`, in `unit`; measured: finds the values in a
+    file's rows, none if it did not measure them
+    """
 
     what: str
     goal: float
@@ -25,7 +29,7 @@ class Target(NamedTuple):
     is_limit: bool = False
 
     def value(self, rows: list[Row]) -> float | None:
-        """The worst of what was measured; None where nothing was."""
+        """The worst value measured, None if there is none."""
         found = list(self.measured(rows))
         if not found:
             return None
@@ -36,7 +40,7 @@ class Target(NamedTuple):
 
 
 def ratio(part: str, lengths: str, other: str, presets: tuple[str, ...]) -> Callable:
-    """How many times fastbert's time another takes, on the same batches."""
+    """The time of another candidate over fastbert's, on the same batches."""
 
     def measured(rows: list[Row]) -> Iterable[float]:
         for row in _of(rows, part, lengths, presets):
@@ -54,7 +58,7 @@ def memory(rows: list[Row]) -> Iterable[float]:
 
 
 def timing(part: str, lengths: str, preset: str, key: str) -> Callable:
-    """A figure of fastbert's timing; the best of its ways, as a user would choose it."""
+    """A figure of fastbert's timing, the best of with and without a CUDA graph."""
 
     def measured(rows: list[Row]) -> Iterable[float]:
         for row in _of(rows, part, lengths, (preset,)):
@@ -66,7 +70,7 @@ def timing(part: str, lengths: str, preset: str, key: str) -> Callable:
 
 
 def share(direction: str) -> Callable:
-    """Of the bandwidth of a copy in the same run, for the operators that only move bytes."""
+    """The share of a copy's bandwidth in the same run, for operators that only move bytes."""
 
     def measured(rows: list[Row]) -> Iterable[float]:
         for row in rows:
@@ -79,7 +83,7 @@ def share(direction: str) -> Callable:
 
 
 def attention(direction: str) -> Callable:
-    """Over the fastest that PyTorch has for the same sequences, packed or padded."""
+    """The time of the fastest alternative, packed or padded, over fastbert's attention."""
 
     def measured(rows: list[Row]) -> Iterable[float]:
         for row in rows:
@@ -118,7 +122,7 @@ def sequences_a_second(rows: list[Row]) -> Iterable[float]:
 
 
 def small_calls(of: str, by: str) -> Callable:
-    """Of Hugging Face's time for a call on the CPU in which there is next to no arithmetic."""
+    """The share of Hugging Face's time that a call takes on the CPU with hardly any arithmetic."""
 
     def measured(rows: list[Row]) -> Iterable[float]:
         for row in rows:
@@ -133,7 +137,7 @@ def small_calls(of: str, by: str) -> Callable:
 
 
 def layer_on_host(rows: list[Row]) -> Iterable[float]:
-    """Seconds of a layer in inference without kernels and products, own and patched."""
+    """Seconds of a layer in inference without kernels and products, of own and patched models."""
     for row in rows:
         if row["part"] == "host_layers" and row["case"]["of"] == "inference":
             for timing in row["timings"].values():
@@ -184,12 +188,12 @@ CPU = (
 
 
 def targets_of(rows: list[Row]) -> tuple[Target, ...]:
-    """Those of the kind of machine that the results are of."""
+    """The targets for the kind of machine that the results come from."""
     return CPU if rows[0]["device"].startswith("cpu") else GPU
 
 
 def table(*runs: list[Row]) -> Table:
-    """What is wanted beside what was measured: by the last run, of those in order, that has it.
+    """The targets beside what was measured by the last of the runs that has it.
 
     A run is all rows of a file, its environment first.
     """

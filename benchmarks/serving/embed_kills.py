@@ -1,8 +1,8 @@
-"""`python -m benchmarks embed-kills`: `fastbert embed` of a corpus of 1 GB, and again under kills.
+"""`python -m benchmarks embed-kills`: embeds a corpus of 1 GB, and embeds it again under kills.
 
-A tiny random model, so that it takes minutes. The command is killed (SIGKILL) at random moments and
-started again until it ends; its files must be those of the run that nobody disturbed, bit for bit.
-Prints seconds, peak memory and the result as JSON; ends with 1 if they differ.
+The model is tiny and random, so that it takes minutes. `fastbert embed` is killed (SIGKILL) at
+random moments and started again; the last run may end. Its files must be those of the undisturbed
+run, bit for bit. Prints seconds, peak memory and the result as JSON; exits with 1 if files differ.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ def make_words(generator: random.Random) -> list[str]:
 
 
 def make_corpus(path: Path, words: list[str], size: int, generator: random.Random) -> int:
-    """Lines of one to several hundred words; gives how many."""
+    """Writes about `size` bytes in lines of 1 to 3000 words; returns the number of lines."""
     rows = written = 0
     with path.open("w", encoding="utf-8") as file:
         while written < size:
@@ -69,7 +69,7 @@ def command(model: Path, corpus: Path, out: Path) -> list[str]:
 
 
 def run(arguments: list[str], until: float | None = None) -> tuple[int, float, float]:
-    """Status (-9: killed after `until` seconds), seconds, and the process's peak in MB."""
+    """Exit status (-9 if killed after `until` seconds), seconds, and peak memory in MiB."""
     start = time.perf_counter()
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
     timer = threading.Timer(until or 1e6, process.kill)
@@ -98,7 +98,7 @@ def measure(place: Path, size: int, kills: int, seed: int) -> dict[str, Any]:
     print(json.dumps(found), flush=True)
     peaks, moments, spent = [], [], time.perf_counter()
     for number in range(kills):
-        # together they take as long as one run, so that each finds work to do
+        # in sum about as long as the undisturbed run, so that each still finds work to do
         moments.append(round(generator.uniform(0.5, 2 * seconds / (kills + 1)), 2))
         status, _, peak = run(broken, moments[-1])
         assert status == -signal.SIGKILL, f"ended with {status} before kill number {number + 1}"

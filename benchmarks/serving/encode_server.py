@@ -1,6 +1,6 @@
-"""What one writes in a minute: `python -m benchmarks.serving.encode_server DIR PORT`.
+"""A minimal embedding server: `python -m benchmarks.serving.encode_server DIR PORT`.
 
-A FastAPI route around sentence-transformers' `encode` that handles a request at a time.
+It is a FastAPI route around sentence-transformers' `encode` that handles one request at a time.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Requests for a server, from many clients: as fast as it answers, or at a rate of their own.
+"""Load for a server from many clients: as fast as it answers, or at a rate of the clients' own.
 
-It runs in a process of its own, so that it takes the same from every server's machine.
+The clients run in a process of their own, so that they take equal CPU time from every server.
 """
 
 import http.client
@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-IDLE_S = 1  # before a server closes a connection that nothing comes on
-ANSWER_S = 120  # a request that takes longer ends the measurement
+IDLE_S = 1  # a client reconnects after this, before the server closes the connection
+ANSWER_S = 120  # a request that takes longer fails the measurement
 
 
 class Request(NamedTuple):
@@ -27,8 +27,8 @@ class Request(NamedTuple):
 
 
 class Load(NamedTuple):
-    """seconds: of all; latencies: of each request in order, from when it was due; answers: their
-    bodies, where they are wanted."""
+    """seconds: from the first request to the last answer; latencies: seconds of each request, from
+    when it was due; answers: the responses' bodies, if they were to be kept."""
 
     seconds: float
     latencies: list[float]
@@ -36,12 +36,15 @@ class Load(NamedTuple):
 
 
 def closed(port: int, requests: Sequence[Request], clients: int, keep: bool = False) -> Load:
-    """Each client sends its next request once it has an answer."""
+    """A closed loop: each client sends its next request once it has an answer."""
     return _elsewhere(port, requests, [0.0] * len(requests), clients, keep)
 
 
 def opened(port: int, requests: Sequence[Request], rate: float, clients: int) -> Load:
-    """Requests a second that come whether earlier ones are answered or not (a Poisson process)."""
+    """An open loop: requests arrive as a Poisson process, whether earlier ones are answered or not.
+
+    rate: requests per second; clients: the most requests in flight
+    """
     draw, due, moments = random.Random(0), 0.0, []
     for _ in requests:
         due += draw.expovariate(rate)
@@ -58,7 +61,7 @@ def _elsewhere(port: int, *arguments: Any) -> Load:
 def _send(
     port: int, requests: Sequence[Request], moments: Sequence[float], clients: int, keep: bool
 ) -> Load:
-    """In the process of the clients. moments: when each request is due; 0 for as soon as can be."""
+    """Runs the clients. moments: seconds after which each request is due; 0 for at once."""
     waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     latencies, answers = [0.0] * len(requests), [b""] * len(requests)
     failures: list[Exception] = []
@@ -70,7 +73,7 @@ def _send(
             used = time.perf_counter()
             while (number := waiting.get()) is not None and not failures:
                 sent = time.perf_counter()
-                if sent - used > IDLE_S:  # it is opened anew
+                if sent - used > IDLE_S:  # request() then opens it again
                     connection.close()
                 path, body = requests[number]
                 connection.request("POST", path, body, {"content-type": "application/json"})

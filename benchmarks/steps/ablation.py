@@ -1,8 +1,8 @@
-"""Each trick of a pre-training step switched off alone, then all of them, beside Hugging Face.
+"""Switches off each trick of a pre-training step alone, then all, and compares Hugging Face's step.
 
-A trick is a property of the data that flows or of one function, so each is switched off from
-outside: the batch is padded, or the function replaced by what plain PyTorch would do. What is left
-with all of them off is Hugging Face's model but for its own overheads.
+A trick is a property of the batch or of one function, so it is switched off from outside: the batch
+is padded, or the function is replaced by plain PyTorch. With all of them off, the step computes
+what Hugging Face's does, without that model's overheads.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ NARROW = "narrow residual stream"
 
 
 def run(options: Options, results: Results) -> None:
-    """The part "ablation": a row for each trick, all timed in turns; and Hugging Face's SDPA."""
+    """Measures the part "ablation": a row for each trick, and one for Hugging Face's SDPA."""
     preset, sequences, rounds = ("mini", 4, 4) if options.quick else ("base", 4, 8)
     if options.device.type == "cuda":
         preset, sequences, rounds = "base", 96, 12 if options.quick else 24
@@ -71,7 +71,7 @@ def run(options: Options, results: Results) -> None:
 def ablated(
     model: fastbert.BertForPreTraining, batch: Batch, without: tuple[str, ...], options: Options
 ) -> Work:
-    """A pre-training step without some of the TRICKS, which a GRAPH can replay."""
+    """A pre-training step without the tricks named in `without`; a CUDA graph can record it."""
     packed = at_fixed_places(padded(batch) if "unpadding" in without else batch.packed)
     loss_of = _loss
     if "masked-only head" in without:
@@ -92,7 +92,7 @@ def ablated(
 
 
 def padded(batch: Batch) -> PackedBatch:
-    """Padding as tokens of their sequences, masked out, as models without unpadding have it."""
+    """The batch with padding as tokens of its sequences, masked out in attention."""
     inputs = batch.padded
     count = len(batch.lengths)
     places = torch.arange(MAX_SEQLEN, device=batch.packed.device)
@@ -119,7 +119,7 @@ def _loss_after_every_row(model: fastbert.BertForPreTraining, batch: PackedBatch
 
 
 def _loss_of_every_position(model: fastbert.BertForPreTraining, batch: PackedBatch) -> Tensor:
-    """Which needs every row of the last layer too."""
+    """Scores every position, which needs every row of the last layer too."""
     encoded = model.bert(batch)
     logits = model.cls.predictions(encoded.last_hidden_state)
     words = F.cross_entropy(logits.float(), batch.labels)
@@ -132,7 +132,7 @@ def _pair_loss(model: fastbert.BertForPreTraining, pooled: Tensor, batch: Packed
 
 @contextlib.contextmanager
 def _by_data() -> Iterator[None]:
-    """For tricks that the batch, the loss or who runs the step leaves out."""
+    """For tricks that no function stands for: the batch, the loss or the caller leaves them out."""
     yield
 
 

@@ -1,9 +1,9 @@
 """`python -m benchmarks floor`: the least time of a pre-training step, operator by operator.
 
-A step runs over fake tensors, which have shapes and no numbers, and each operator is counted: the
-bytes of its inputs and outputs, and the arithmetic of its products. At the rates of a large copy
-and of a large product the longer of the two times is its floor. It needs neither a GPU nor memory,
-and shows what a step reads and writes more often than it must. Kernels are those of a GPU.
+A step runs over fake tensors, which have shapes but no data, and counts each operator: the bytes of
+its inputs and outputs, and the FLOPs of its products. At the rates of a large copy and of a large
+product, the longer of the two times is the operator's floor. This needs neither a GPU nor memory,
+and shows what a step reads and writes more often than it must. The kernels are those for a GPU.
 """
 
 import collections
@@ -32,7 +32,8 @@ from benchmarks.workloads import Batch, pretraining_batch, sequence_lengths
 from fastbert import backend
 from fastbert.config.pretrain import PRESETS
 
-# Measured on an H200: a product of 8192 x 8192 bf16 matrices, and a copy, read and written.
+# FLOP/s and B/s measured on an H200: a product of 8192 x 8192 bf16 matrices, and a copy, whose
+# reads and writes both count.
 PRODUCT, COPY = 790e12, 4.3e12
 ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 
@@ -49,12 +50,12 @@ class Work:
     flops: float = 0.0
 
     def floor(self, product: float = PRODUCT, copy: float = COPY) -> float:
-        """Seconds, at these rates; calls of one kind have one size, so one bound holds for all."""
+        """Seconds at these rates (FLOP/s, B/s); calls of a kind have one size, hence one bound."""
         return max(self.flops / product, self.bytes / copy)
 
 
 class Counter(TorchDispatchMode):
-    """Collects the Work of each Kind; `attention_flops` of a forward over all the rows."""
+    """Counts the Work of each Kind; attention_flops: of one layer's forward over all rows."""
 
     def __init__(self, batch: Batch, hidden: int) -> None:
         super().__init__()
@@ -79,13 +80,13 @@ class Counter(TorchDispatchMode):
         if func._overloadpacket in flop_registry:
             work.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
         elif name.startswith(("attention_fwd", "attention_bwd", "attention_qkvpacked")):
-            rows = inputs[0].shape[0] / self.tokens  # of the last layer only some are wanted
-            passes = 2.5 if "bwd" in name else 1.0  # five products for two
+            rows = inputs[0].shape[0] / self.tokens  # the last layer computes fewer rows
+            passes = 2.5 if "bwd" in name else 1.0  # 5 products, the forward has 2
             work.flops += passes * rows * self.attention_flops
 
 
 class Kept(saved_tensors_hooks):
-    """Counts the bytes that the forward keeps for the backward, beside what there is anyway."""
+    """Counts the bytes that the forward keeps for the backward, without the tensors in `anyway`."""
 
     def __init__(self, anyway: Iterable[Tensor]) -> None:
         super().__init__(self._keep, lambda tensor: tensor)
@@ -104,20 +105,23 @@ class Kept(saved_tensors_hooks):
 
 
 class Count(NamedTuple):
-    """work: of a step; kept_bytes: what its forward keeps for its backward."""
+    """work: by operator, of a step; kept_bytes: what its forward keeps for its backward."""
 
     work: dict[Kind, Work]
     kept_bytes: int
 
 
 def count(preset: str, lengths: list[int], residual_in_fp32: bool | None = None) -> Count:
-    """What a step of BERT in bf16 does: forward, backward, clipping and AdamW, with dropout."""
+    """Counts a step of BERT in bf16 with dropout: forward, backward, clipping and AdamW.
+
+    lengths: of the batch's sequences, in tokens
+    """
     batch = pretraining_batch(lengths)
     kernels = ("triton", "ext", "reference")
     with (
         mock.patch.dict(backend.PREFERENCE, cpu=kernels),
-        mock.patch.object(backend, "INTERPRETED", True),  # of fake tensors no kernel is launched
-        backend.use(None),  # so that choices of before are forgotten
+        mock.patch.object(backend, "INTERPRETED", True),  # fake tensors launch no kernel
+        backend.use(None),  # forgets the bodies chosen before
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
     ):
         fields = vars(batch.packed).items()
@@ -125,7 +129,7 @@ def count(preset: str, lengths: list[int], residual_in_fp32: bool | None = None)
         batch = batch._replace(packed=dataclasses.replace(batch.packed, **tensors))
         model = make_model(FASTBERT, preset, residual_in_fp32=residual_in_fp32)
         step = training_step(FASTBERT, model, batch, Options(torch.device("cpu"), "bf16"))
-        step()  # the optimizer allocates its moments
+        step()  # allocates the optimizer's moments
         kept = Kept([*model.parameters(), *tensors.values()])
         with kept, Counter(batch, PRESETS[preset].shape["hidden_size"]) as counter:
             step()
@@ -147,7 +151,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of an expanded tensor, what there is in memory."""
+    """Bytes of the tensor; of an expanded one, only those in memory."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 

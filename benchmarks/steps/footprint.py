@@ -1,4 +1,4 @@
-"""What a step costs beside time: arithmetic, memory, launches and nodes, waits of the host."""
+"""What a step costs besides time: FLOPs, memory, launches, graph nodes, and waits of the host."""
 
 import gc
 import warnings
@@ -12,9 +12,10 @@ from fastbert.config.pretrain import PRESETS
 
 
 def model_flops(preset: str, batch: Batch, *, training: bool) -> float:
-    """Operations that the result needs: real tokens only, scores of masked tokens only.
+    """FLOPs that the result needs: only real tokens, and vocabulary scores of masked tokens only.
 
-    The backward is counted twice the forward; products of matrices alone are counted, as usual.
+    training: counts forward and backward, the backward as twice the forward, else the encoder's
+    forward. As usual, only matrix products count.
     """
     shape = PRESETS[preset].shape
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
@@ -29,10 +30,10 @@ def model_flops(preset: str, batch: Batch, *, training: bool) -> float:
 
 
 class Memory:
-    """What the card holds for a candidate: its model, optimizer and graph, and what a run needs.
+    """Measures GPU memory held for a candidate: model, optimizer, graph, and what a run needs.
 
-    That is what PyTorch has reserved of the card, with the pool of a CUDA graph, which allocated
-    memory leaves out. Made before the candidate is, so that what others hold does not count.
+    It measures the memory that PyTorch has reserved, because allocated memory does not include the
+    pool of a CUDA graph. Create it before the candidate, so that other memory does not count.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,17 +41,17 @@ class Memory:
         self.before = self._reserved() if self.is_measured else 0
 
     def of(self, work: Callable[[], object]) -> dict[str, float]:
-        """memory_held_bytes at the peak of a run; nothing on a CPU."""
+        """memory_held_bytes at the peak of a run of `work`; empty on a CPU."""
         if not self.is_measured:
             return {}
-        self._reserved()  # without what only making and recording it took
+        self._reserved()  # frees what only making and recording the candidate needed
         torch.cuda.reset_peak_memory_stats()
         work()
         torch.cuda.synchronize()
         return {"memory_held_bytes": torch.cuda.max_memory_reserved() - self.before}
 
     def _reserved(self) -> int:
-        """After what nobody uses is given back to the card."""
+        """Bytes reserved, after unused memory is given back to the GPU."""
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -58,7 +59,7 @@ class Memory:
 
 
 def of(work: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """host_waits, kernel_launches and, of a graph, graph_nodes of a run; nothing on a CPU."""
+    """host_waits, kernel_launches and, for a graph, graph_nodes of a run; empty on a CPU."""
     if device.type != "cuda":
         return {}
     with warnings.catch_warnings(record=True) as told:
@@ -72,22 +73,22 @@ def of(work: Callable[[], object], device: torch.device) -> dict[str, float]:
     with torch.profiler.profile(activities=activities) as profile:
         work()
         torch.cuda.synchronize()
-    # switching the mode on warns too, that it does not detect all synchronizing operations
+    # switching the mode on itself warns that it does not detect all synchronizing operations
     waits = sum("called a synchronizing" in str(warning.message) for warning in told)
     return {"host_waits": waits, **launches(profile.key_averages())}
 
 
 def ran_on_gpu(event: Any) -> bool:
-    """Whether this event of the profiler is work of a GPU, and not the span of a region of it."""
+    """Whether a profiler event is work of the GPU, not the span of an annotated region."""
     on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
     return on_gpu and not event.is_user_annotation
 
 
 def launches(events: Iterable[Any]) -> dict[str, int]:
-    """kernel_launches by the host, of which a graph is one; and the graph_nodes, where it is all.
+    """kernel_launches by the host, and graph_nodes if graphs are all that it launched.
 
-    events: of the profiler, summed by name. The nodes are what ran on the GPU: kernels, copies and
-    fills.
+    events: of the profiler, summed by name. A graph is one launch; its nodes are the kernels,
+    copies and fills that ran on the GPU.
     """
     graphs = kernels = nodes = 0
     for event in events:

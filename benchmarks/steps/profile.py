@@ -1,4 +1,4 @@
-"""Where a pre-training step's time goes: its costliest operators or kernels, and a trace."""
+"""Profiles a pre-training step: its costliest operators or kernels, and a trace."""
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -12,7 +12,7 @@ STEPS = 3
 WARM_UP = 3
 COSTLIEST = 12
 
-# Of a step of fastbert on a GPU, by what the names of its kernels hold.
+# Parts of fastbert's step on a GPU, each with substrings of its kernels' names.
 PARTS = {
     "products": ("nvjet", "gemm", "cutlass", "splitKreduce"),
     "attention, forward": ("attention_fwd", "attention_drop_words"),
@@ -31,9 +31,10 @@ OTHERS = "all else"
 
 
 def run(options: Options, results: Results) -> None:
-    """The parts "profile" and, on a GPU, "step_parts": seconds of a step; a trace beside the file.
+    """Measures the parts "profile" and, on a GPU, "step_parts", in seconds per step.
 
-    On a GPU kernels are counted, on a CPU PyTorch's operators, each without those that it calls.
+    On a GPU the time of kernels counts, on a CPU that of PyTorch's operators, each without those
+    that it calls. A trace is written beside the results file.
     """
     on_gpu = options.device.type == "cuda"
     preset, sequences = ("large", 96) if on_gpu else ("mini" if options.quick else "base", 4)
@@ -71,7 +72,7 @@ def run(options: Options, results: Results) -> None:
 
 
 def parts(seconds: dict[str, float]) -> dict[str, float]:
-    """The time of kernels by the part of the step that they belong to, in the order of PARTS."""
+    """Sums kernels' seconds by part of the step, in the order of PARTS, with OTHERS last."""
     found = dict.fromkeys((*PARTS, OTHERS), 0.0)
     for kernel, time in seconds.items():
         names = (part for part, marks in PARTS.items() if any(mark in kernel for mark in marks))

@@ -1,8 +1,9 @@
-"""A whole pre-training step and a forward pass, fastbert's and Hugging Face's, on the same batches.
+"""Pre-training steps and forward passes of fastbert and Hugging Face, on the same batches.
 
-A step is MLM + NSP, dropout 0.1, clipping and AdamW; Hugging Face's BERT has eager and SDPA
-attention, and goes through torch.compile. On a GPU fastbert's step is a CUDA graph, as it is in
-`fastbert pretrain`; so is its forward pass, with and without. All take turns in one process.
+A step is MLM + NSP with dropout 0.1, clipping and AdamW. Hugging Face's BERT runs with eager
+attention, with SDPA, and with torch.compile. On a GPU fastbert's step is a CUDA graph, as in
+`fastbert pretrain`, and so is its forward pass; both are also timed without a graph. All take turns
+in one process.
 """
 
 import dataclasses
@@ -28,7 +29,11 @@ OURS = (FASTBERT, WITHOUT_GRAPH)
 
 
 class Case(NamedTuple):
-    """few: candidates beside fastbert and Hugging Face's SDPA, timed in every fourth round."""
+    """A model and a batch.
+
+    lengths: of `sequence_lengths`; few: candidates besides fastbert and Hugging Face's SDPA, which
+    are timed only in every fourth round
+    """
 
     preset: str
     lengths: str
@@ -71,7 +76,7 @@ def inference_cases(options: Options) -> list[Case]:
 
 
 def run(options: Options, results: Results) -> None:
-    """The parts "steps" and "inference"."""
+    """Measures the parts "inference" and "steps"."""
     for case in inference_cases(options):
         compare("inference", case, options, results)
     for case in step_cases(options):
@@ -79,12 +84,12 @@ def run(options: Options, results: Results) -> None:
 
 
 def compare(part: str, case: Case, options: Options, results: Results) -> Row:
-    """Times fastbert and the others on one batch, and adds the row."""
+    """Times fastbert and the others on one batch, and adds a row with what each costs."""
     torch.manual_seed(0)
     lengths = sequence_lengths(case.lengths, case.sequences)
     width = MAX_SEQLEN if part == "steps" else max(lengths)
     batch = pretraining_batch(lengths, width).to(options.device)
-    with options.device:  # which draws a large model's weights in no time
+    with options.device:  # a GPU draws a large model's weights fast
         weights = make_model(FASTBERT, case.preset).state_dict()
     candidates: dict[str, Work] = {}
     refused: dict[str, str] = {}
@@ -102,7 +107,7 @@ def compare(part: str, case: Case, options: Options, results: Results) -> Row:
                 refused[GRAPH] = reason
         except Exception as error:  # out of memory, no compiler: the others are still worth timing
             refused[name] = first_line(error)
-        work = None  # one that failed holds nothing while the next is made
+        work = None  # so that a failed candidate holds no memory while the next is made
     seconds = interleaved(candidates, case.rounds, dict.fromkeys(case.few, 4))
     timings = {name: summarize(values) for name, values in seconds.items()}
     flops = footprint.model_flops(case.preset, batch, training=part == "steps")
@@ -120,7 +125,7 @@ def compare(part: str, case: Case, options: Options, results: Results) -> Row:
 def candidate(
     part: str, name: str, preset: str, weights: dict[str, Tensor], batch: Batch, options: Options
 ) -> tuple[Work, str | None]:
-    """What has run once and can run again; and why it is no graph, where it was to be one."""
+    """A candidate's work, after one run; and why it is no graph, if recording it failed."""
     with options.device:
         model = make_model(name, preset)
     model.load_state_dict(weights)
@@ -138,7 +143,7 @@ def candidate(
 
 
 def make_model(name: str, preset: str, **ours: Any) -> nn.Module:
-    """ours: options that only fastbert's configuration has."""
+    """A BertForPreTraining with random weights; ours: options that only fastbert's config has."""
     shape = PRESETS[preset].shape
     if name in OURS:
         return fastbert.BertForPreTraining(fastbert.BertConfig(**shape, **ours))
@@ -156,7 +161,7 @@ def training_step(name: str, model: nn.Module, batch: Batch, options: Options) -
 
 
 def graphed_step(model: nn.Module, batch: Batch, options: Options) -> tuple[Work, str | None]:
-    """fastbert's step on a batch padded to fixed sizes; and why it is no graph, if it is none."""
+    """fastbert's step as a graph, on a batch padded to fixed sizes; and why, if it is no graph."""
     packed = at_fixed_places(batch.packed.padded_to(bucket_of(batch.packed)))
     return recorded(
         optimizer_step(model.train(), lambda: model(packed).loss, options, capturable=True)
@@ -164,7 +169,7 @@ def graphed_step(model: nn.Module, batch: Batch, options: Options) -> tuple[Work
 
 
 def bucket_of(batch: PackedBatch) -> Bucket:
-    """With the room that `PretrainingData.bucket` leaves."""
+    """A bucket with as much room as `PretrainingData.bucket` leaves."""
     assert batch.num_labels is not None
     sequences = int(1.1 * batch.num_sequences) + 8
     tokens = batch.num_tokens + -batch.num_tokens % 128
@@ -172,7 +177,7 @@ def bucket_of(batch: PackedBatch) -> Bucket:
 
 
 def at_fixed_places(batch: PackedBatch) -> PackedBatch:
-    """With all that a graph reads in its tensors."""
+    """The batch with its dropout state in a tensor, whose address a graph can read."""
     state = torch.zeros(2, dtype=torch.int64, device=batch.device)
     return dataclasses.replace(batch, dropout_state=state)
 
@@ -180,7 +185,7 @@ def at_fixed_places(batch: PackedBatch) -> PackedBatch:
 def optimizer_step(
     model: nn.Module, loss_of: Callable[[], Tensor], options: Options, *, capturable: bool = False
 ) -> Work:
-    """What takes a step and returns its loss."""
+    """A function that takes one training step and returns its loss."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-5, weight_decay=0.01, fused=True, capturable=capturable
     )
@@ -198,7 +203,7 @@ def optimizer_step(
 
 
 def forward_pass(name: str, model: nn.Module, batch: Batch, options: Options) -> Work:
-    """The encoder and its pooler, in eval mode, without the heads of pre-training."""
+    """A forward pass of encoder and pooler in eval mode, without the heads of pre-training."""
     encoder = model.eval().bert
     encoder = torch.compile(encoder) if name == COMPILED else encoder
     inputs = ("input_ids", "attention_mask", "token_type_ids")

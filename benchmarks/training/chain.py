@@ -1,6 +1,6 @@
-"""From raw text to a classifier that is measured: docs/finetuning.md's three commands, timed.
+"""From raw text to a measured classifier: times the three commands of docs/finetuning.md.
 
-Beside it the same fine-tuning of a model that has not been pre-trained, whose weights are the draw
+For comparison it also fine-tunes a model that has not been pre-trained, with the random weights
 that pre-training began with.
 """
 
@@ -23,7 +23,7 @@ FINETUNING = ("--epochs", "3", "--learning-rate", "5e-4", "--max-seq-len", "128"
 
 
 def run(options: Options, results: Results) -> None:
-    """The part "chain": accuracies on the test data, and the seconds of each command."""
+    """Measures the part "chain": accuracies on the test data, and the seconds of each command."""
     precision = ("--precision", options.precision)
     pretraining, finetuning = precision, (*FINETUNING, *precision)
     if options.quick:
@@ -61,7 +61,7 @@ def run(options: Options, results: Results) -> None:
 
 
 def timed(directory: Path, *command: str) -> float:
-    """Seconds of a command in a directory; what it says is shown."""
+    """Runs a command in a directory, and returns its seconds; its output is shown."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     started = time.perf_counter()
     subprocess.run(command, cwd=directory, env=os.environ | {"PYTHONPATH": path}, check=True)

@@ -1,8 +1,8 @@
-"""The same pre-training run by fastbert, by Hugging Face, and on a CPU by the plain reference.
+"""The same pre-training by fastbert, by Hugging Face, and on a CPU by the plain reference.
 
-Real text, the same initial weights, batches and optimizer. Without dropout, what is left between
-the loss curves is rounding. On a GPU they train BERT-base as it is trained, with dropout, whose
-masks differ: there the runs of several seeds tell how far two runs may end apart.
+All read the same real text in the same batches, with the same initial weights and optimizer. On a
+CPU there is no dropout, so loss curves differ only by rounding. On a GPU they train BERT-base with
+dropout, whose masks differ; runs of several seeds show how far apart two runs may end.
 """
 
 import tempfile
@@ -28,7 +28,7 @@ LossOf = Callable[[PackedBatch], Tensor]
 
 
 def cases(options: Options) -> list[PretrainConfig]:
-    """A run each; those of several seeds differ in weights, batches and dropout."""
+    """The runs to compare; seeds differ in initial weights, batches and dropout."""
     if options.device.type == "cuda":
         shape = {"preset": "base", "steps": 100 if options.quick else 500, "batch_tokens": 8192}
         return [PretrainConfig(**shape, max_seq_len=128, dropout=0.1, seed=n) for n in SEEDS]
@@ -38,7 +38,7 @@ def cases(options: Options) -> list[PretrainConfig]:
 
 
 def run(options: Options, results: Results) -> None:
-    """The part "convergence": curves of the training loss, and fastbert's largest gap to each."""
+    """Measures the part "convergence": training losses, and their largest gap to fastbert's."""
     with tempfile.TemporaryDirectory() as directory:
         for config in cases(options):
             text = prepare_text(config, Path(directory))
@@ -59,7 +59,7 @@ def run(options: Options, results: Results) -> None:
 def compare(
     config: PretrainConfig, vocab_size: int, batches: list[PackedBatch], options: Options
 ) -> dict[str, list[float]]:
-    """The curve of each candidate; the reference's where only rounding parts them."""
+    """The loss curve of each candidate; the reference takes part only without dropout."""
     shape = {
         **PRESETS[config.preset].shape,
         "vocab_size": vocab_size,
@@ -88,7 +88,7 @@ def train(
     config: PretrainConfig,
     options: Options,
 ) -> list[float]:
-    """The loss of each step, before it; read from the device at the end alone."""
+    """Trains on the batches; returns the loss of each, read from the device only at the end."""
     model.to(options.device).train()
     optimizer = make_optimizer(model, config.weight_decay)
     losses = []
@@ -110,7 +110,7 @@ def train(
 
 
 def padded(batch: PackedBatch) -> dict[str, Tensor]:
-    """The arguments that Hugging Face's model and the reference take."""
+    """The batch as padded arguments, for Hugging Face's model and the reference."""
     starts, lengths = batch.cu_seqlens[:-1, None].long(), batch.cu_seqlens.diff()[:, None]
     places = torch.arange(batch.max_seqlen, device=batch.device)
     is_real = places < lengths

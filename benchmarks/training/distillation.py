@@ -1,6 +1,6 @@
-"""A student of half the layers, distilled and trained alone: the same steps over the same batches.
+"""A student of half the layers, distilled and trained without a teacher, on the same batches.
 
-Each seed has a teacher of its own, so that the held-out documents are new to it too.
+Each seed has a teacher of its own, because the seed decides which documents are held out.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ PLAIN = "student, masked LM alone, begun at random"
 
 
 class Plain(Pretraining):
-    """Pre-training of a model of any shape."""
+    """Pre-trains a model of the given shape by masked LM, as the student without a teacher."""
 
     def __init__(self, config: PretrainConfig, shape: BertConfig) -> None:
         super().__init__(config)
@@ -38,7 +38,7 @@ class Plain(Pretraining):
 
 
 def run(options: Options, results: Results) -> None:
-    """The part "distillation": held-out losses of the students and their teacher."""
+    """Measures the part "distillation": held-out losses of the students and their teacher."""
     base = PretrainConfig(preset="mini", eval_every=50, log_every=50, precision=options.precision)
     teacher_steps, steps, seeds = 700, 300, 2
     if options.quick:
@@ -57,7 +57,7 @@ def run(options: Options, results: Results) -> None:
 
 
 def _compare(teacher: PretrainConfig, steps: int, directory: Path, results: Results) -> None:
-    """One seed: the teacher, then the students in turns."""
+    """One seed: trains the teacher, then each student."""
     _measure(Pretraining(teacher), TEACHER, directory / "teacher", results)
     same = {
         name: getattr(teacher, name)
@@ -83,7 +83,7 @@ def _compare(teacher: PretrainConfig, steps: int, directory: Path, results: Resu
 
 
 def _measure(recipe: Recipe, scheme: str, out: Path, results: Results) -> dict[str, Any]:
-    """A row of the run's held-out losses; a student's also has those of its teacher."""
+    """Trains a model and adds its row; a distilled student's row also has its teacher's figures."""
     config = recipe.config
     summary = carry_out(recipe, out, resume=False, eager=False, profile=False, parallel="ddp")
     history = torch.load(out / "latest" / state.STATE)["state"]["history"]

@@ -1,4 +1,4 @@
-"""LAMB and AdamW at sixteen times the batch: a small BERT, each at its best of five rates."""
+"""LAMB and AdamW at sixteen times the default batch: a tiny BERT, five learning rates each."""
 
 import dataclasses
 import tempfile
@@ -9,7 +9,7 @@ from fastbert.check import InputError
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.train.pretrain import pretrain
 
-TIMES = 16  # the batch of PretrainConfig's default
+TIMES = 16  # PretrainConfig's default batch_tokens
 RATES = {
     "adamw": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "lamb": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2),
@@ -17,7 +17,7 @@ RATES = {
 
 
 def run(options: Options, results: Results) -> None:
-    """The part "large_batch": the held-out loss that each optimizer ends at, by learning rate."""
+    """Measures the part "large_batch": the final held-out loss by optimizer and learning rate."""
     base = PretrainConfig(
         preset="tiny",
         steps=200,
@@ -39,7 +39,7 @@ def run(options: Options, results: Results) -> None:
             with tempfile.TemporaryDirectory() as directory:
                 try:
                     summary = pretrain(config, Path(directory))
-                except InputError as error:  # gradients that are not finite, step after step
+                except InputError as error:  # diverged: gradients are not finite, step after step
                     results.add("large_batch", case, final=None, reason=str(error))
                     continue
             results.add(

@@ -1,4 +1,4 @@
-"""How many tokens a second one core masks, by each scheme."""
+"""How many tokens per second one core masks, by scheme."""
 
 import time
 
@@ -13,8 +13,10 @@ SPECIALS = SpecialTokens(pad=0, unk=100, cls=101, sep=102, mask=103)
 
 
 def run(options: Options, results: Results) -> None:
-    """The part "masking": batches of sequences of 128 and of 512 tokens, three of four of which
-    begin a word. NumPy takes one core, whatever the machine has."""
+    """Measures the part "masking": batches of sequences of 128 and of 512 tokens.
+
+    Three of four tokens begin a word. NumPy uses one core, even if the machine has more.
+    """
     counts = NgramCounts(*np.random.default_rng(0).integers(1, 1000, (3, VOCAB_SIZE)))
     for length in (128, 512):
         tokens = batch(16 if options.quick else 128, length)

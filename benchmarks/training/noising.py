@@ -1,7 +1,7 @@
-"""Maskings compared: the same small pre-training run with each, on the default corpus.
+"""Masking schemes compared: the same small pre-training run with each, on the default corpus.
 
-What differs is what the model is trained on; all are judged by the same held-out text under BERT's
-own masking.
+Only the masking of the training data differs; all are measured on the same held-out text under
+BERT's own masking.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from fastbert.train.pretrain import pretrain
 
 SCHEMES = ("bert", "blank", "unigram", "bigram-kn")
 
-# The share of targets that is changed; for bigram-kn a factor, by which 72 % of them are changed on
-# the default corpus of Python 3.11.
+# The share of targets that is changed; for bigram-kn a factor, with which 72 % of them are changed
+# on the default corpus of Python 3.11.
 GAMMA = {"blank": 0.8, "unigram": 0.8, "bigram-kn": 4.0}
 
 
 def run(options: Options, results: Results) -> None:
-    """The part "noising": held-out losses of the schemes, with several seeds each."""
+    """Measures the part "noising": held-out losses of the schemes, for several seeds each."""
     base = PretrainConfig(preset="mini", steps=1500, eval_every=150, log_every=150, save_every=1500)
     seeds = 3
     if options.quick:

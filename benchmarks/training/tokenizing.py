@@ -1,4 +1,4 @@
-"""How fast and in how much memory a corpus file becomes a cache, beside the tokenizer alone."""
+"""Time and memory that a corpus file takes to become a cache, beside the tokenizer alone."""
 
 import itertools
 import json
@@ -18,12 +18,15 @@ from benchmarks.results import FASTBERT, Options, Results
 from benchmarks.timing import interleaved, summarize
 from fastbert import data
 
-BATCH = 10_000  # sentences of a call of encode_batch
+BATCH = 10_000  # sentences per call of encode_batch
 CEILING = "tokenizers, encode_batch"
 
 
 def run(options: Options, results: Results) -> None:
-    """The part "tokenizing": sentences of Python's documentation, drawn at random."""
+    """Measures the parts "tokenizing" and "tokenizing_memory".
+
+    The corpus is sentences of Python's documentation, drawn at random.
+    """
     size, rounds = (2_000_000, 2) if options.quick else (50_000_000, 3)
     drawn = list(data.python_documents())
     sentences = list(itertools.chain.from_iterable(drawn))
@@ -70,9 +73,9 @@ def write_corpus(path: Path, sentences: list[str], size: int) -> Path:
 def throughput(
     tokenizer: Tokenizer, corpus: Path, place: Path, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each. What is compared with the ceiling reads, encodes, writes and merges.
+    """Seconds of each candidate. fastbert's reads, encodes, writes and merges.
 
-    The hash of the files, which a run takes whether there is a cache or not, stands by itself.
+    The hash of the files is timed by itself, because a run needs it even if there is a cache.
     """
     sentences = list(itertools.chain.from_iterable(data.read_documents([corpus])))
     cores = data.available_cores()
@@ -80,7 +83,7 @@ def throughput(
     def alone(encode: Any) -> None:
         for begin in range(0, len(sentences), BATCH):
             for encoding in encode(sentences[begin : begin + BATCH], add_special_tokens=False):
-                encoding.ids  # noqa: B018 -- a list that is made when asked for
+                encoding.ids  # noqa: B018 -- the attribute makes the list
 
     return interleaved(
         {
@@ -103,7 +106,7 @@ def end_to_end(tokenizer: Tokenizer, corpus: Path, directory: Path, processes: i
 
 
 def peak_memory(corpus: Path, place: Path, processes: int) -> None:
-    """Prints what a new process takes, with those that it starts; shared pages count once."""
+    """Prints the peak memory of this process and its children as JSON; shared pages count once."""
     peak, done = 0, threading.Event()
 
     def watch() -> None:
@@ -124,8 +127,10 @@ def peak_memory(corpus: Path, place: Path, processes: int) -> None:
 
 
 def family() -> Iterator[int]:
-    """This process and those below it. They are no children of ours for `resource.getrusage`: a
-    server has forked them."""
+    """Ids of this process and its descendants.
+
+    `resource.getrusage` does not count them as children, because a fork server started them.
+    """
     found = {int(Path("/proc/self").readlink().name)}
     yield from found
     for stat in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parent.name)):
@@ -139,7 +144,7 @@ def family() -> Iterator[int]:
 
 
 def proportional_set(process: int) -> int:
-    """Bytes of memory, a page that n processes share as an n-th of it."""
+    """Bytes of a process's memory, as Linux's Pss: n processes count 1/n of a shared page each."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""`fastbert embed` into one .npy: all fits in memory, and either end may be a pipe."""
+"""`fastbert embed` into one .npy: memory holds everything, and input and output may be pipes."""
 
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ def embed(
 ) -> NDArray[np.float32]:
     """Embeddings (N, hidden_size) float32 of the texts of a file, in order.
 
-    source: a .txt with a text a line, a table, or a stream of either; options: of `Embedder`. All
-    texts are read and tokenised before the model runs.
+    source: a .txt with one text per line, a table, or a stream of either; text_column: of a table;
+    options: those of `Embedder`. All texts are read and tokenised before the model runs. Raises
+    InputError for a file that cannot be read and for a text that is too long.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     embedder = Embedder(model, device, **options)
@@ -40,7 +41,7 @@ def embed(
 def _texts(source: Path, column: str, delimiter: str | None) -> list[tuple[str, str]]:
     """(where, text) of the lines of a .txt or of a stream, or of the rows of a table.
 
-    An empty text is one, so that the embeddings are as many as the lines or the rows.
+    Empty texts are kept, so that each line or row has its embedding.
     """
     if source.suffix.lower() == ".parquet" and not is_stream(source):
         return [(row.where, row.text) for row in texts_of(source, column).rows()]
@@ -56,12 +57,12 @@ def _texts(source: Path, column: str, delimiter: str | None) -> list[tuple[str, 
 
 
 def write_npy(path: str | Path, array: NDArray[Any]) -> None:
-    """The file appears whole or not at all."""
+    """Writes the array; the file, whose name must end in .npy, appears whole or not at all."""
     require_npy(path)
     with output(path) as file:
         header = np.lib.format.header_data_from_array_1_0(array)
         np.lib.format.write_array_header_1_0(file, header)
-        file.write(np.ascontiguousarray(array).data)  # np.save asks where it is, as no pipe knows
+        file.write(np.ascontiguousarray(array).data)  # np.save calls tell, which fails on a pipe
 
 
 def require_npy(path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Embeds some texts: sorted by length, packed by a budget of tokens."""
+"""Embeds texts: sorts them by length and packs them into batches of limited token counts."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -24,12 +24,15 @@ from fastbert.finetune.infer import evaluating
 from fastbert.models.bert import BertModel
 from fastbert.train.precision import autocast, resolve_precision
 
-_CHARACTERS = 16  # of a long text that are looked at, for each token that is kept
-_TOKENISED = 2**19  # characters at once: the library takes a hundred times the memory of tokens
+_CHARACTERS = 16  # of a long text to tokenise, for each token that is kept
+_TOKENISED = 2**19  # characters at once: tokenizers takes a hundred times the tokens' memory
 
 
 def pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
-    """(T, H) -> (B, H), by one of POOLINGS."""
+    """Pools hidden states (T, H) to one vector per sequence, (B, H).
+
+    cu_seqlens: (B + 1,) int32; pooling: "mean" over a sequence's tokens, or "cls", its first token
+    """
     if pooling == "cls":
         return hidden[cu_seqlens[:-1].long()]
     lengths = cu_seqlens.diff().long()
@@ -37,12 +40,13 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
 
 
 class Embedder:
-    """A bare BERT in eval mode, its tokenizer, and how both are used.
+    """Embeds texts by a BERT without a head and its tokenizer.
 
-    pooling: the mean of the last hidden states of all tokens with [CLS] and [SEP], as in
-    Sentence-BERT (Reimers & Gurevych 2019), or that of [CLS] alone; max_seq_len: in tokens, by
-    default the model's; truncate: cuts longer texts, which are refused otherwise; batch_tokens:
-    computed at once; precision: auto, bf16, fp16 or fp32. InputError for other options.
+    pooling: "mean" of the last hidden states of all tokens, [CLS] and [SEP] included, as in
+    Sentence-BERT (Reimers & Gurevych 2019), or "cls", the last hidden state of [CLS]; max_seq_len:
+    in tokens, special tokens included, by default the model's; truncate: cuts longer texts off
+    instead of refusing them; batch_tokens: the most tokens computed at once; precision: auto, bf16,
+    fp16 or fp32. Raises InputError for other values and for a model that cannot be read.
     """
 
     def __init__(
@@ -81,10 +85,13 @@ class Embedder:
         self.precision = resolve_precision(precision)
         self.config, self.device = config, device
         self.bert.to(device)
-        self.unknown = self.tokens = 0  # of all texts so far
+        self.unknown = self.tokens = 0  # counts over all texts so far
 
     def made_from(self) -> dict[str, Any]:
-        """What decides the embedding of a text: two that agree in it give the same."""
+        """All that decides the embedding of a text, as JSON values: equal ones mean equal vectors.
+
+        The weights, the configuration and the tokenizer are in one SHA-256.
+        """
         digest = hashlib.sha256(self.tokenizer.to_str().encode())
         digest.update(
             repr(sorted(self.config.to_dict().items(), key=lambda item: item[0])).encode()
@@ -106,12 +113,13 @@ class Embedder:
         texts: Sequence[Text],
         watched: Callable[[Sequence[range]], Iterable[range]] = iter,
     ) -> NDArray[np.float32]:
-        """(N, width) float32, in the texts' order.
+        """Embeddings (N, width) float32 of N texts, in their order.
 
-        watched: shows how far the batches are while they are taken from it.
+        watched: wraps the iteration over batches, to show progress.
 
-        Which batch a text is in, and so its last bits, follows from these texts alone. InputError
-        for one that is too long, unless it is to be cut.
+        A text's batch, and with it the last bits of its vector, depends only on the texts of this
+        call. Raises `TooLong`, an InputError, for a text that is too long, unless `truncate` is
+        set.
         """
         features = self._features(texts)
         order = sorted(range(len(features)), key=lambda number: features[number].num_tokens)
@@ -138,9 +146,10 @@ class Embedder:
         return features
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of each text, without those that would be cut off.
+        """Token ids of each text, without those that truncation would remove.
 
-        Of a long text the beginning is enough, where that gives as many tokens as are kept.
+        Only the beginning of a long text is tokenised, and all of it only if the beginning has too
+        few tokens.
         """
         beginnings = [text[: self._end(text)] for text in texts]
         found = self._encode(beginnings)
@@ -156,7 +165,7 @@ class Embedder:
         return [encoding.ids for encoding in encoded]
 
     def _end(self, text: str) -> int | None:
-        """Where to cut a text before it is tokenised: before a blank, at which BERT divides it."""
+        """Where the beginning of a long text ends: before a blank, where BERT splits it anyway."""
         enough = _CHARACTERS * (self.kept or 0)
         if not self.divides_at_blanks or len(text) <= enough:
             return None
@@ -164,5 +173,5 @@ class Embedder:
         return None if end == -1 else end
 
     def warn_of_words(self, source: Path) -> None:
-        """Warns where the vocabulary has few of the words so far."""
+        """Warns if many tokens of the texts so far are [UNK]."""
         warn_of_unknown(str(source), self.unknown, self.tokens)

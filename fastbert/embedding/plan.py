@@ -1,4 +1,4 @@
-"""Which rows of a corpus go into which shard, and the manifest of a directory of shards."""
+"""Which rows of a corpus go into which shard, and the plan and manifest of a directory."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,8 @@ _VERSION = 1  # of both files, and of how rows are grouped into batches
 class Plan:
     """What the shards of a directory are made from, and where each begins.
 
-    made_from: what decides every number in them; marks: of the first row of each shard
+    made_from: the input's identity, the model and the options, which decide every number in the
+    shards; rows: how many the input has; marks: place in the input of each shard's first row
     """
 
     made_from: dict[str, Any]
@@ -41,7 +42,7 @@ class Plan:
 
     @classmethod
     def of(cls, texts: Texts, made_from: dict[str, Any]) -> Self:
-        """Reads the whole input once, so that what cannot be read is found before hours of work."""
+        """Reads all of the input first: InputError for a bad row comes before hours of work."""
         marks, rows, mark = [], 0, BEGINNING
         for text in texts.rows():
             if rows % made_from["shard_size"] == 0:
@@ -56,7 +57,7 @@ class Plan:
 
     @classmethod
     def read(cls, directory: Path) -> Self | None:
-        """None where there is none."""
+        """The plan of a directory, None if it has none; InputError if it is another version's."""
         values = _read(directory / PLAN)
         if values is None:
             return None
@@ -66,9 +67,9 @@ class Plan:
     def finish(
         self, directory: Path, model: str, source: Path, shards: list[dict[str, Any]]
     ) -> dict[str, Any]:
-        """Writes the manifest, the last file of a run, and gives what it says.
+        """Writes the manifest, the last file of a run, and returns its contents.
 
-        shards: each one's file, first row, rows, bytes and sha256, in order
+        shards: file, first_row, rows, bytes and sha256 of each shard, in order
         """
         manifest = {
             "version": _VERSION,
@@ -84,9 +85,10 @@ class Plan:
 
 
 def require_same(directory: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises InputError unless shards that are `there` may stand beside those that are wanted.
+    """Raises InputError unless this run may add shards to those of an earlier run.
 
-    Only --truncate may be added: what is there needed none.
+    there, wanted: `made_from` of the earlier run and of this one. Only --truncate may be added,
+    because no text of the shards that exist was too long.
     """
     if not there["truncate"]:
         there = there | {"truncate": wanted["truncate"]}
@@ -115,7 +117,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def identity(path: Path) -> dict[str, Any]:
-    """What an input is told by: its size and the digest of its bytes."""
+    """Identifies an input by its size in bytes and its SHA-256."""
     return {"input_bytes": os.path.getsize(path), "input_sha256": sha256(path)}
 
 

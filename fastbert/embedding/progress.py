@@ -1,4 +1,4 @@
-"""How far a run of `fastbert embed` is: a live bar, or now and then a plain line."""
+"""Progress of `fastbert embed`: a live bar on a terminal, elsewhere a line now and then."""
 
 import time
 
@@ -11,7 +11,7 @@ _SECONDS = 10  # between two plain lines
 
 
 class RowsReporter:
-    """Shows the rows that the first rank has embedded; the others have about as many."""
+    """Shows how many rows the first rank has embedded; each other rank has about as many."""
 
     def __init__(self, rows: int, ranks: Ranks) -> None:
         self.live = console.is_terminal and ranks.is_first

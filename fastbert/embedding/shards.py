@@ -1,7 +1,7 @@
 """`fastbert embed` into a directory: shard by shard, by one process or by all of torchrun's.
 
-A shard is a whole file or not there, and is a function of its rows, the model and the options. So
-a run that was killed goes on with the shards that are missing, by whatever number of processes.
+A shard appears whole or not at all, and depends only on its rows, the model and the options. So a
+run that was killed continues with the shards that are missing, with any number of processes.
 """
 
 import itertools
@@ -32,7 +32,7 @@ from fastbert.system.files import new_file, require_apart
 from fastbert.train.distributed import Ranks, joined
 
 SHARD_SIZE = 65_536
-_WINDOW_ROWS, _WINDOW_CHARACTERS = 8192, 2**22  # sorted together, and in memory
+_WINDOW_ROWS, _WINDOW_CHARACTERS = 8192, 2**22  # of texts that are in memory and sorted together
 
 T = TypeVar("T")
 
@@ -48,12 +48,14 @@ def embed_corpus(
     format: str = "npy",
     **options: Any,
 ) -> dict[str, Any]:
-    """Embeds the texts of a file into shards of `shard_size` rows in `out`; gives the manifest.
+    """Embeds the texts of a file into shards of `shard_size` rows in `out`; returns the manifest.
 
-    source: .txt, .csv, .tsv, .jsonl or .parquet, of any size; out: a directory, new or of the same
-    run; format: npy, (rows, width) float32, or parquet, with `row` int64 and `embedding`; options:
-    of `Embedder`. Started again after a kill it makes the shards that are missing, and the manifest
-    comes last. Under torchrun, rank r of W makes those numbered r, r + W, ...
+    source: .txt, .csv, .tsv, .jsonl or .parquet, of any size; out: a directory that is new or holds
+    the same run; format: npy, (rows, width) float32, or parquet, with columns `row`, int64, and
+    `embedding`, float32; options: those of `Embedder`. Called again after a kill, it makes only the
+    missing shards; the manifest is written last. Under torchrun, rank r of W makes every W-th
+    missing shard, from the r-th on. Raises InputError for input that cannot be read or changes
+    meanwhile and for an `out` with other contents, Stopped at Ctrl-C.
     """
     if format not in FORMATS:
         raise InputError(f"--format: one of {', '.join(FORMATS)}, got {format!r}")
@@ -86,7 +88,7 @@ def embed_corpus(
 def _prepare(
     texts: Texts, out: Path, made_from: dict[str, Any], embedder: Embedder
 ) -> tuple[Plan, list[int]]:
-    """The plan, made or read, and the shards that are missing."""
+    """The plan, made or read, and the numbers of the missing shards."""
     made_from = made_from | identity(texts.path)
     plan = Plan.read(out)
     if plan is None:
@@ -96,11 +98,11 @@ def _prepare(
         plan.write(out)
     else:
         require_same(out, plan.made_from, made_from)
-        if plan.made_from != made_from:  # what was not cut before is from now on
+        if plan.made_from != made_from:  # --truncate was added; the plan must say so
             plan = Plan(made_from, plan.rows, plan.marks)
             plan.write(out)
     for name in ("shard-*", PLAN, MANIFEST):
-        for rest in out.glob(f".{name}.*"):  # of a run that was killed
+        for rest in out.glob(f".{name}.*"):  # half-written, by a run that was killed
             rest.unlink()
     missing = [
         number
@@ -108,7 +110,7 @@ def _prepare(
         if not holds(out / plan.file_of(number), len(plan.rows_of(number)), embedder.width)
     ]
     if missing:
-        (out / MANIFEST).unlink(missing_ok=True)  # says that all are there
+        (out / MANIFEST).unlink(missing_ok=True)  # because a manifest says that all shards exist
     console.print(
         f"{plan.rows:,} rows in {len(plan.marks)} shard(s), of which {len(missing)} are to be made"
     )
@@ -138,7 +140,7 @@ def _write(
 
 
 def windows(texts: Iterator[Text]) -> Iterator[list[Text]]:
-    """In groups of some thousand rows, or of a few million characters where they are long."""
+    """Groups of texts, in order: 8192 rows, or fewer once they have 4 million characters."""
     window: list[Text] = []
     characters = 0
     for text in texts:
@@ -152,7 +154,10 @@ def windows(texts: Iterator[Text]) -> Iterator[list[Text]]:
 
 
 def _describe(plan: Plan, out: Path, width: int, ranks: Ranks) -> list[dict[str, Any]]:
-    """All shards, on every rank, once all of them are there; each rank reads its share of them."""
+    """The manifest's entries for all shards, on every rank.
+
+    Waits until every rank has written its shards; then each rank hashes every W-th shard.
+    """
     _gather(ranks, None)
     own = []
     for number in range(len(plan.marks))[ranks.rank :: ranks.size]:
@@ -173,7 +178,7 @@ def _describe(plan: Plan, out: Path, width: int, ranks: Ranks) -> list[dict[str,
 
 
 def _gather(ranks: Ranks, own: T) -> list[T]:
-    """What each rank has, when all of them have come here."""
+    """The values that all ranks pass, in order; it waits for every rank."""
     if ranks.size == 1:
         return [own]
     everyones: list[Any] = [None] * ranks.size
@@ -182,7 +187,7 @@ def _gather(ranks: Ranks, own: T) -> list[T]:
 
 
 def _from_first(ranks: Ranks, make: Any) -> Any:
-    """What the first rank makes, on every rank, which waits for it."""
+    """What `make` returns on the first rank, handed to every rank; the others wait for it."""
     made = [make() if ranks.is_first else None]
     if ranks.size > 1:
         dist.broadcast_object_list(made, src=0, group=ranks.patient)

@@ -9,12 +9,15 @@ from numpy.typing import NDArray
 
 from fastbert.data.formats.texts import pyarrow_of
 
-Write = Callable[[NDArray[np.float32]], object]  # the next rows, (n, width)
+Write = Callable[[NDArray[np.float32]], object]  # takes the next rows, (n, width)
 
 
 @contextmanager
 def writer_of(path: Path, format: str, rows: range, width: int) -> Iterator[Write]:
-    """rows: their numbers in the input; the block writes each of them once, in order."""
+    """Opens a shard; the block passes its rows, in order, to the function that it gets.
+
+    format: npy or parquet; rows: the rows' numbers in the input; width: of a vector
+    """
     with (_parquet if format == "parquet" else _npy)(path, rows, width) as write:
         yield write
 
@@ -48,7 +51,7 @@ def _parquet(path: Path, rows: range, width: int) -> Iterator[Write]:
 
 
 def holds(path: Path, rows: int, width: int) -> bool:
-    """Whether a shard is there and has so many rows."""
+    """Whether the shard exists and has this many rows and, as .npy, this width."""
     try:
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="r").shape == (rows, width)

@@ -1,4 +1,4 @@
-"""Whether an exported file answers as the model does."""
+"""Compares what an exported file answers with what the model answers."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,14 +11,14 @@ from fastbert.check import InputError
 from fastbert.config.bert import BertConfig
 from fastbert.export.formats import Inputs, Runner
 
-TOLERANCE = 1e-4  # in float32, of a number of at most 1 and relative to a larger one
+TOLERANCE = 1e-4  # in float32: absolute up to 1, relative above
 _UNIT = 2.0**-11  # relative error of one rounding to fp16
-_PER_LAYER, _AROUND = 12, 4  # roundings to fp16 of what flows through a layer, and outside
-_SIGMAS = 6  # the largest of a million independent errors is within
+_PER_LAYER, _AROUND = 12, 4  # fp16 roundings that reach the residual stream: in a layer, outside
+_SIGMAS = 6  # a bound for the largest of a million independent errors
 
 
 class Difference(NamedTuple):
-    """The largest |got - wanted|, and that which is allowed there."""
+    """found: the largest error; allowed: the tolerance for it, in the same unit."""
 
     found: float
     allowed: float
@@ -27,15 +27,19 @@ class Difference(NamedTuple):
 def fp16_tolerance(num_layers: int) -> float:
     """How far fp16 may be from float32, in units of the root mean square of an output.
 
-    Roundings err independently by at most 2^-11, and about twelve in a layer reach the residual
-    stream, which LayerNorm keeps at one scale: their sum grows by the square root. 0.036 at twelve
-    layers, of which a model takes a tenth to a third.
+    Each rounding errs by at most 2^-11, relative and independently of the others. About twelve in a
+    layer reach the residual stream, whose scale LayerNorm keeps, so their sum grows with the square
+    root of their number. That is 0.036 at twelve layers; measured errors are a tenth to a third of
+    the tolerance (docs/export.md).
     """
     return _SIGMAS * math.sqrt(_PER_LAYER * num_layers + _AROUND) * _UNIT
 
 
 def batches(config: BertConfig, has_choices: bool, seed: int = 0) -> Iterator[Inputs]:
-    """Batches of several sizes, none of them the traced one, padded left, right, both and not."""
+    """Random batches of four sizes other than the traced one, padded left, right, both and not.
+
+    has_choices: inputs are (B, 4, S), else (B, S); all are int64
+    """
     generator = torch.Generator().manual_seed(seed)
     longest = config.max_position_embeddings
     for batch, length in ((1, 1), (1, 16), (5, 33), (3, longest)):
@@ -63,10 +67,11 @@ def compare(
     *inputs: Inputs,
     fp16_layers: int | None = None,
 ) -> Difference:
-    """The worst difference of what `run` answers from what is wanted, of all outputs and batches.
+    """The difference closest to its tolerance, over all outputs and batches.
 
-    fp16_layers: of a model in fp16, None for float32. Raises InputError, beginning with `who`,
-    where a name, a shape or a number is not as it should be.
+    run: computes the outputs to check; wanted: computes the right ones; fp16_layers: number of
+    layers of a model in fp16, None in float32. Raises InputError, which begins with `who`, if an
+    output's name or shape is wrong, or a number differs by more than its tolerance or is NaN.
     """
     worst = Difference(0.0, TOLERANCE)
     for one in inputs:
@@ -90,7 +95,7 @@ def compare(
 
 
 def _difference(got: Tensor, wanted: Tensor, fp16_layers: int | None) -> Difference:
-    lowest = torch.finfo(torch.float32).min  # of a span at padding: the same, or an error
+    lowest = torch.finfo(torch.float32).min  # question answering's logits at padding; must be equal
     is_number = wanted != lowest
     if not torch.equal(is_number, got != lowest):
         return Difference(math.inf, TOLERANCE)

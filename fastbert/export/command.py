@@ -1,4 +1,4 @@
-"""`fastbert export`: from a model's directory to a checked file, its tokenizer beside it."""
+"""`fastbert export`: from a model's directory to a checked file with the tokenizer beside it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from fastbert.export.formats import Inputs, format_of, trace
 from fastbert.system.files import is_stream, new_file, output, require_output
 
 PRECISIONS = ("fp32", "fp16")
-# What a user of the file reads beside it, where the model's directory has it.
+# Copied to the file's directory, as far as the model has them: its user reads them too.
 BESIDE = (
     "config.json",
     "tokenizer.json",
@@ -35,12 +35,14 @@ def export(
     head: str | None = None,
     pooling: str | None = None,
 ) -> tuple[Path, check.Difference]:
-    """Writes the file, and gives its path and how far its answers are from the model's.
+    """Exports a model; returns the file's path and how far its answers are from the model's.
 
-    out: a file that ends as the format's do (.onnx, .pt2), or a directory for `model` with that
-    ending; head: a class of `fastbert.models`, by default the one that config.json names; pooling:
-    mean or cls, for sentence embeddings of the bare model. The file appears when its answers were
-    compared with the model's own (`check.batches`), or not at all: that is an InputError.
+    to: onnx or torch (torch.export); precision: fp32 or fp16; out: a file with the format's ending
+    (.onnx, .pt2), or a directory, which gets a file `model` with that ending; head: a class of
+    `fastbert.models`, by default the one that config.json names; pooling: mean or cls, for sentence
+    embeddings of the bare model. The file appears only after its answers agreed with the model's
+    (`check.compare`). Raises InputError if they do not, for other options, a missing library and an
+    `out` that belongs to another model.
     """
     form = format_of(to)
     if precision not in PRECISIONS:
@@ -75,7 +77,8 @@ def load(
 ) -> tuple[Any, plain.Plain]:
     """The packed model of a checkpoint and the plain one, in eval mode, with the same weights.
 
-    InputError where the checkpoint lacks parameters of the head: they would be random.
+    Raises InputError for an unknown head or pooling, and if the checkpoint lacks parameters of the
+    head, because they would be random.
     """
     if pooling is not None and pooling not in plain.EMBEDDINGS:
         raise InputError(f"--pooling: one of {', '.join(plain.EMBEDDINGS)}, got {pooling!r}")
@@ -118,7 +121,7 @@ def _named_head(directory: Path, config: BertConfig) -> str:
 def _answers(
     own: Any, names: tuple[str, ...], pooling: str | None
 ) -> Callable[[Inputs], dict[str, Tensor]]:
-    """What the packed model says, by the names of the file's outputs."""
+    """A function that computes the file's outputs, by name, with the packed model."""
 
     def answer(inputs: Inputs) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -143,9 +146,9 @@ def _file(out: Path, suffix: str) -> Path:
 
 
 def _beside(directory: Path, place: Path) -> dict[str, bytes]:
-    """The files that are to lie beside the exported one and do not yet, by name.
+    """Contents, by name, of the files that still have to be copied beside the exported file.
 
-    InputError where one lies there that belongs to another model.
+    Raises InputError if one of another model is there already.
     """
     copies = {}
     for name in BESIDE:

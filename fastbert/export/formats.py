@@ -1,4 +1,4 @@
-"""The two kinds of file: how each is written, and how another runtime runs it."""
+"""The two formats: how a file is written, and how its own runtime runs it."""
 
 import contextlib
 import logging
@@ -16,15 +16,15 @@ from fastbert.check import InputError
 from fastbert.export.plain import INPUTS, Plain
 
 Inputs = dict[str, Tensor]  # by the names of INPUTS, int64
-Runner = Callable[[Inputs], dict[str, Tensor]]  # what a file answers, by the names of outputs
+Runner = Callable[[Inputs], dict[str, Tensor]]  # computes a file's outputs, by name
 
 _LARGEST = 2**31 - 2**20  # bytes of weights in an ONNX file, which is one protobuf message
 
 
 def trace(model: Plain, longest: int) -> ExportedProgram:
-    """A program for any number of sequences, of choices, and of columns up to `longest`."""
+    """Traces the model by torch.export; batch, choices and length (up to `longest`) are dynamic."""
     lead = (2, 3) if model.has_choices else (2,)
-    # a tensor each: the exporter takes one that comes twice for one input
+    # separate tensors: the exporter would merge inputs that are the same tensor
     inputs = {name: torch.ones(*lead, min(8, longest), dtype=torch.int64) for name in INPUTS}
     length = Dim("length", max=longest) if longest > 1 else Dim.STATIC
     axes = {0: Dim("batch"), len(lead): length} | ({1: Dim("choices")} if model.has_choices else {})
@@ -35,7 +35,7 @@ def trace(model: Plain, longest: int) -> ExportedProgram:
 
 
 def write_onnx(program: ExportedProgram, model: Plain, path: Path) -> None:
-    """One ONNX file, whose inputs and outputs have their names; InputError beyond 2 GB."""
+    """Writes one ONNX file with named inputs and outputs; InputError if its weights exceed 2 GB."""
     size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
     if size > _LARGEST:
         raise InputError(
@@ -55,7 +55,7 @@ def write_onnx(program: ExportedProgram, model: Plain, path: Path) -> None:
 
 
 def run_onnx(path: Path) -> Runner:
-    """In onnxruntime on the CPU."""
+    """Loads an ONNX file into onnxruntime, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -77,7 +77,7 @@ def write_torch(program: ExportedProgram, model: Plain, path: Path) -> None:
 
 
 def run_torch(path: Path) -> Runner:
-    """As `torch.export.load` gives it back."""
+    """Loads a .pt2 file by `torch.export.load`."""
     with _quietly(), path.open("rb") as file:
         module = torch.export.load(file).module()
 
@@ -89,7 +89,7 @@ def run_torch(path: Path) -> Runner:
 
 
 class Format(NamedTuple):
-    """suffix: of a file's name; write, run: the functions above; needs: packages of the extra."""
+    """suffix: of a file's name; write, run: functions above; needs: packages that they import."""
 
     suffix: str
     write: Callable[[ExportedProgram, Plain, Path], None]
@@ -104,7 +104,7 @@ FORMATS = {
 
 
 def format_of(name: str) -> Format:
-    """InputError for another format, and where its packages are not installed."""
+    """The format named; InputError if there is none, or if its packages are not installed."""
     if name not in FORMATS:
         raise InputError(f"--to: one of {', '.join(FORMATS)}, got {name!r}")
     missing = [package for package in FORMATS[name].needs if find_spec(package) is None]
@@ -115,7 +115,7 @@ def format_of(name: str) -> Format:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what exporters say of their own insides."""
+    """Silences the warnings and logs of exporters, which speak of their own internals."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
     levels = [logger.level for logger in loggers]
     try:

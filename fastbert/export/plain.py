@@ -1,8 +1,8 @@
 """Every model of fastbert as a plain padded one, which an exporter can trace.
 
-The trunk and the heads' parts are `fastbert/reference.py`'s, under Hugging Face's names, so that a
-model's state_dict loads as it is. What comes out is what the packed model gives: zeros at padding,
-the lowest number for a span's ends there, and a pooler that reads the first real token. B sequences
+Encoder and heads are built of `fastbert/reference.py`'s modules, with Hugging Face's names, so that
+a model's state_dict loads unchanged. Outputs equal the packed model's: zeros at padding, the lowest
+float32 for start and end logits there, and a pooler that reads the first real token. B sequences
 padded to S tokens, H hidden, V vocabulary, L labels, C choices.
 """
 
@@ -17,11 +17,11 @@ from fastbert.modules.activations import activation
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
-Encoded = tuple[Tensor, Tensor]  # hidden states (B, S, H), zeros at padding, and what is real
+Encoded = tuple[Tensor, Tensor]  # hidden states (B, S, H), zeros at padding; is_real (B, S) bool
 
 
 class Trunk(nn.Module):
-    """Embeddings, layers, and a pooler where the model has one."""
+    """BERT without a head: embeddings, encoder layers and, for some heads, the pooler."""
 
     def __init__(self, config: BertConfig, with_pooler: bool) -> None:
         super().__init__()
@@ -37,22 +37,22 @@ class Trunk(nn.Module):
         return x * is_real[..., None], is_real
 
     def pool(self, encoded: Encoded) -> Tensor:
-        """(B, H)"""
+        """The pooler's output (B, H)."""
         assert self.pooler is not None
         return torch.tanh(self.pooler.dense(first_real(encoded)))
 
 
 def first_real(encoded: Encoded) -> Tensor:
-    """(B, H), the hidden state of each sequence's first real token, zeros where there is none."""
+    """Hidden states (B, H) of each sequence's first real token; zeros if it has none."""
     hidden, is_real = encoded
     column = is_real.int().argmax(1)[:, None, None].expand(-1, 1, hidden.shape[2])
     return hidden.gather(1, column)[:, 0]
 
 
 class Plain(nn.Module):
-    """A model whose forward takes `INPUTS`, int64, and gives the tensors that `outputs` names.
+    """A model whose forward takes `INPUTS`, int64, and returns the tensors that `outputs` names.
 
-    They are float32 whatever the parameters are.
+    Outputs are float32 even if the parameters are fp16.
     """
 
     outputs: tuple[str, ...]
@@ -61,7 +61,7 @@ class Plain(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        # by its name the reference knows fewer functions than models do
+        # by name the reference knows fewer activations than models, so it gets the function
         config = dataclasses.replace(config, hidden_act=activation(config.hidden_act))
         self.bert = Trunk(config, self.has_pooler)
 
@@ -75,7 +75,7 @@ class Plain(nn.Module):
         return {name: x.float() for name, x in zip(self.outputs, tensors, strict=True)}
 
     def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
-        """What the head makes of the hidden states."""
+        """Applies the head: one tensor for each name in `outputs`."""
         raise NotImplementedError
 
 
@@ -95,13 +95,13 @@ class PooledModel(Plain):
 
 
 class MeanEmbedding(Plain):
-    """Sentence-BERT's mean over all real tokens (Reimers & Gurevych 2019)."""
+    """The mean of the hidden states of all real tokens (Sentence-BERT: Reimers & Gurevych 2019)."""
 
     outputs = ("last_hidden_state", "sentence_embedding")  # the latter (B, H)
 
     def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
         hidden, is_real = encoded
-        total = hidden.float().sum(1)  # 16 bits would overflow over a long text
+        total = hidden.float().sum(1)  # fp16 would overflow over a long text
         return hidden, total / is_real.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -115,14 +115,14 @@ class FirstEmbedding(Plain):
 
 
 class _Heads(nn.Module):
-    """What a pre-trained model keeps under the name `cls`."""
+    """Holds the heads that Hugging Face's pre-training models keep under the name `cls`."""
 
     predictions: reference.Predictions
     seq_relationship: nn.Linear
 
 
 class _Words(Plain):
-    """A decoder to the vocabulary, tied to the word embeddings as the model's is."""
+    """A model with a masked-LM head, whose decoder is tied to the word embeddings if configured."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
@@ -171,7 +171,7 @@ class NextSentence(Plain):
 
 
 class SequenceClassification(Plain):
-    """Of one label, of several, and regression: the scores are the same linear ones."""
+    """Classification with one label or several, and regression: the logits are the same for all."""
 
     outputs = ("logits",)  # (B, L)
     has_pooler = True

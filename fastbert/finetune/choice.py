@@ -1,4 +1,8 @@
-"""Multiple choice: which of several texts goes with a first one (SWAG, RACE, C3)."""
+"""Multiple choice: which of several texts continues or answers a first one (SWAG, RACE, C3).
+
+Each choice is a sequence of its own, [CLS] text [SEP] choice [SEP]; the model gives each one score,
+and a softmax over a question's choices makes probabilities (Devlin et al. 2018, section 4.4).
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +24,11 @@ from fastbert.packing import PackedBatch
 
 
 class ChoiceExample(NamedTuple):
-    """A text, the choices with what stands before each, and the number of the right one."""
+    """A first text, its choices, and the index of the right choice.
+
+    where: file and line, for error messages; choices: each already has the text of --pair-column
+    in front; target: None for unlabelled input
+    """
 
     where: str
     text: str
@@ -63,7 +71,7 @@ class Choice(Task):
         )
 
     def _target(self, row: Row, count: int) -> int:
-        """The right choice: its number from 0, or the name of its column."""
+        """Index of the right choice; the label is this index, from 0, or the name of its column."""
         label = row.label(self.settings.label_column)
         if label in self.settings.choice_column:
             return self.settings.choice_column.index(label)
@@ -78,7 +86,7 @@ class Choice(Task):
         self.labels = []
 
     def model_options(self) -> dict[str, Any]:
-        return {"num_labels": 2, "problem_type": None}  # Hugging Face's default; the head has 1
+        return {"num_labels": 2, "problem_type": None}  # as Hugging Face's; the head has 1 output
 
     def features(self, examples: Sequence[ChoiceExample], encoder: WindowEncoder) -> list[Feature]:
         features = []

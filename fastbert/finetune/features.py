@@ -1,4 +1,4 @@
-"""Texts as the token sequences that a model reads, long ones in windows."""
+"""Turns texts into the token sequences that a model reads; long texts become several windows."""
 
 import bisect
 from collections.abc import Sequence
@@ -14,13 +14,14 @@ from fastbert.packing import PackedBatch
 
 
 class TooLong(InputError):
-    """A text has more tokens than a sequence."""
+    """A text has more tokens than a sequence may have."""
 
 
 class Window(NamedTuple):
     """One sequence, [CLS] A [SEP] or [CLS] A [SEP] B [SEP].
 
-    Its tokens `prefix`, `prefix + 1`, ... are the last text's tokens from `begin` to before `end`.
+    Its tokens from position `prefix` on are tokens `begin` to `end`, exclusive, of the last text:
+    of B if there are two texts, else of A.
     """
 
     input_ids: list[int]
@@ -31,10 +32,10 @@ class Window(NamedTuple):
 
 
 class Feature(NamedTuple):
-    """What is scored together: one sequence, or the choices of a question.
+    """What the model scores together: one sequence, or all choices of a question.
 
-    example: its number in the list of examples; target: what the task learns from it, None unless
-    labelled.
+    example: index of its example in the task's list; windows: its sequences, of which only multiple
+    choice has more than one; target: labels or positions in the text, in a form of the task's own
     """
 
     example: int
@@ -47,11 +48,11 @@ class Feature(NamedTuple):
 
 
 class WindowEncoder:
-    """Makes sequences of at most `max_seq_len` tokens.
+    """Encodes texts as sequences of at most `max_seq_len` tokens, special tokens included.
 
-    stride: how many tokens the windows of a longer text share, None to refuse such texts;
-    truncate: cuts the longer of two texts until they fit; advice: what helps where they do not;
-    max_windows: of a text, None for any number.
+    stride: how many tokens neighbouring windows of a long text share, None to refuse long texts;
+    truncate: cuts tokens off the end of the longer of two texts until both fit; advice: the remedy
+    that the error message ends with; max_windows: the most windows of a text, None for no limit.
     """
 
     def __init__(
@@ -69,15 +70,17 @@ class WindowEncoder:
         self.specials = special_tokens(tokenizer)
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a text, as Hugging Face's BertTokenizer gives them."""
+        """Token ids of a text, without special tokens, as Hugging Face's BertTokenizer has them."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def windows(
         self, where: str, first: Sequence[int], second: Sequence[int] | None = None
     ) -> list[Window]:
-        """The sequences of one text or of two, of which the last is the one read in windows.
+        """The sequences of one text, or of two texts of which the second is read in windows.
 
-        `TooLong`, beginning with `where`, if they are.
+        first, second: token ids; where: begins the error message. Raises `TooLong` if the texts do
+        not fit and neither stride nor truncate is set, if the windows would have no room for more
+        than `stride` tokens, and if there would be more than `max_windows` windows.
         """
         lead = [] if second is None else list(first)
         last = list(first if second is None else second)
@@ -113,16 +116,18 @@ class WindowEncoder:
 
 
 def cut(length: int, room: int, shared: int) -> list[tuple[int, int]]:
-    """Windows of `room` places over `length`, neighbours sharing `shared`; one if all fits."""
+    """(begin, end) of windows of `room` tokens over `length` tokens; neighbours share `shared`."""
     if length <= room:
         return [(0, length)]
     return [(b, min(b + room, length)) for b in range(0, length - shared, room - shared)]
 
 
 def best_window(place: int, windows: Sequence[Window]) -> int:
-    """The number of the window in which a place of the text has most text on its poorer side.
+    """Index of the window that shows most context around the token at `place` of the text.
 
-    windows: in the order of the text; those that do not have the place are not looked at.
+    Context is counted on the side that has less of it: the "max context" rule of BERT's
+    run_squad.py, without its term for the window's length. windows: all windows of one text, in
+    order.
     """
     last = bisect.bisect_right(windows, place, key=lambda window: window.begin)
     first = last - 1
@@ -133,10 +138,11 @@ def best_window(place: int, windows: Sequence[Window]) -> int:
 
 
 def collate(features: Sequence[Feature], numbers: Sequence[int] | None = None) -> PackedBatch:
-    """The features' sequences end to end.
+    """Packs the features' sequences end to end into one batch, on the CPU.
 
-    numbers: of the features among all, from which dropout draws its masks, so that these do not
-    depend on the batch.
+    numbers: index of each feature among all training features. Dropout draws its masks from these,
+    so that they depend on the example, not on how a step is split; None numbers the sequences of
+    this batch instead.
     """
     windows = [window for feature in features for window in feature.windows]
     packed = PackedBatch.from_sequences([window.input_ids for window in windows])
@@ -157,7 +163,7 @@ def collate(features: Sequence[Feature], numbers: Sequence[int] | None = None) -
 
 
 def parts(sizes: Sequence[int], limit: int) -> list[range]:
-    """Consecutive numbers in groups whose sizes sum to at most `limit`, or that have one member."""
+    """Ranges of consecutive indices whose sizes sum to at most `limit`, or that have one member."""
     groups, begin, used = [], 0, 0
     for number, size in enumerate(sizes):
         if number > begin and used + size > limit:

@@ -1,4 +1,4 @@
-"""Runs a model over features, and names the tasks."""
+"""Runs a model over features; `TASK_OF` has the class of each --task."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ TASK_OF: dict[str, type[Task]] = {
 
 
 def encoder_of(settings: Settings, tokenizer: Tokenizer) -> WindowEncoder:
-    """Makes sequences as the task's settings say."""
+    """An encoder with the settings of a task; its advice names only options that the task has."""
     advice = []
     if settings.task in WINDOWS:
         advice.append("read it in windows with --stride")
@@ -42,7 +42,10 @@ def encoder_of(settings: Settings, tokenizer: Tokenizer) -> WindowEncoder:
 
 
 def warn_of_words(what: str, features: Sequence[Feature], encoder: WindowEncoder) -> None:
-    """Warns where the vocabulary has few of the words."""
+    """Warns if many tokens are [UNK], because the vocabulary does not fit the texts.
+
+    what: the option or file that the warning names
+    """
     windows = [window for feature in features for window in feature.windows]
     unknown = sum(window.input_ids.count(encoder.specials.unk) for window in windows)
     warn_of_unknown(what, unknown, sum(len(window.input_ids) for window in windows))
@@ -50,7 +53,7 @@ def warn_of_words(what: str, features: Sequence[Feature], encoder: WindowEncoder
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients; afterwards as it was."""
+    """Switches dropout and gradients off, and afterwards restores the mode that the model had."""
     was_training = model.training
     model.eval()
     try:
@@ -68,7 +71,10 @@ def run(
     device: torch.device,
     autocast: contextlib.AbstractContextManager,
 ) -> list[NDArray[np.float32]]:
-    """The task's scores of each feature, in order."""
+    """The task's scores of each feature, in order; shapes are those of `Task.scores`.
+
+    batch_tokens: the most tokens computed at once; a longer feature is a batch of its own
+    """
     scores: list[NDArray[np.float32]] = []
     with evaluating(model):
         batches = parts([feature.num_tokens for feature in features], batch_tokens)

@@ -11,7 +11,7 @@ from fastbert.check import InputError
 _PREFIXES = {"L-": "E-", "U-": "S-", "W-": "S-", "M-": "I-"}
 _SCORES = ("precision", "recall", "f1-score", "support")
 
-# What a task is measured by; the other tasks need none of these.
+# Libraries that compute a task's metrics; qa and choice need none.
 _LIBRARIES = {
     "classification": ("sklearn.metrics",),
     "multilabel": ("sklearn.metrics",),
@@ -21,7 +21,7 @@ _LIBRARIES = {
 
 
 class Table(NamedTuple):
-    """A table to print and to keep; rows begin with their names."""
+    """A table that is printed and kept in summary.json; each row begins with its name."""
 
     title: str
     header: tuple[str, ...]
@@ -29,16 +29,17 @@ class Table(NamedTuple):
 
 
 class Report(NamedTuple):
-    """metrics: what is known of the whole, by name; tables: and of its labels."""
+    """metrics: figures over all examples, by name; tables: figures of each label."""
 
     metrics: dict[str, float]
     tables: tuple[Table, ...] = ()
 
 
 def require_libraries(task: str, *, to_measure: bool = True) -> None:
-    """Raises InputError unless what the task uses of the extra `finetune` is there.
+    """Raises InputError unless the task's libraries, of the extra `finetune`, are installed.
 
-    to_measure: not only to predict, for which NER alone needs a library, to find its entities.
+    to_measure: False if the task only predicts, for which only NER needs its library: seqeval finds
+    the entities.
     """
     for name in _LIBRARIES.get(task, ()) if to_measure or task == "ner" else ():
         try:
@@ -51,7 +52,10 @@ def require_libraries(task: str, *, to_measure: bool = True) -> None:
 
 
 def classification(truth: Sequence[str], predicted: Sequence[str], labels: list[str]) -> Report:
-    """Accuracy, macro F1 and Matthews' correlation; a table by label and the confusion matrix."""
+    """Accuracy, macro F1 and Matthews' correlation; a table by label and the confusion matrix.
+
+    truth, predicted: the label of each example; labels: all labels, in the order of the tables
+    """
     from sklearn import metrics
 
     confusion = metrics.confusion_matrix(truth, predicted, labels=labels)
@@ -78,7 +82,7 @@ def classification(truth: Sequence[str], predicted: Sequence[str], labels: list[
 def multilabel(
     truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], labels: list[str]
 ) -> Report:
-    """Micro and macro F1 over the labels, and the share of examples that are right in all."""
+    """Micro and macro F1 over labels, and the share of examples whose labels are all right."""
     from sklearn import metrics
 
     y, z = _indicators(truth, labels), _indicators(predicted, labels)
@@ -96,7 +100,10 @@ def multilabel(
 
 
 def regression(truth: Sequence[float], predicted: Sequence[float]) -> Report:
-    """Errors and correlations; a correlation with a constant is 0."""
+    """Pearson's and Spearman's correlations, mean squared error and mean absolute error.
+
+    A correlation with a constant is undefined and is reported as 0.
+    """
     from scipy import stats
     from sklearn import metrics
 
@@ -112,7 +119,11 @@ def regression(truth: Sequence[float], predicted: Sequence[float]) -> Report:
 
 
 def entities(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> Report:
-    """Precision, recall and F1 of whole entities, as conlleval counts, and words' accuracy."""
+    """Precision, recall and F1 of whole entities, as conlleval counts, and words' accuracy.
+
+    truth, predicted: the labels of each sentence's words. Without any entity on either side, the
+    first three are 0.
+    """
     from seqeval import metrics
 
     y, z = ([as_iobes(labels) for labels in some] for some in (truth, predicted))
@@ -135,8 +146,11 @@ def entities(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]])
 
 
 def as_iobes(labels: Sequence[str]) -> list[str]:
-    """The labels with the prefixes that seqeval knows, of which BILOU, BMES and BMEWO have others:
-    L, the last word, is E; U and W, the only one, are S; M, in the middle, is I."""
+    """Translates the prefixes of BILOU, BMES and BMEWO to those of IOBES, which seqeval reads.
+
+    An entity's last word, L, becomes E; its only word, U or W, becomes S; a middle word, M, becomes
+    I.
+    """
     return [_PREFIXES.get(label[:2], label[:2]) + label[2:] for label in labels]
 
 

@@ -1,4 +1,4 @@
-"""Runs fine-tuned models on new input, and writes what they say."""
+"""Runs fine-tuned models on new input, and writes their predictions."""
 
 import json
 from collections.abc import Sequence
@@ -29,14 +29,17 @@ def predict(
     delimiter: str | None = None,
     copy: Sequence[str] = (),
 ) -> list[Prediction]:
-    """What the model in a fine-tuning run, or in its checkpoint, says of each example of a file.
+    """Predictions of a fine-tuned model for the examples of a file, in order.
 
-    The file has the format and the columns that the model was trained with; labels are not read.
-    A row of a table that has no text is answered by {"error": why}.
+    model: a fine-tuning run, its checkpoint, or a hub name; source: has the format and the columns
+    that the model was trained with; labels are not read. A table's row that cannot become an
+    example, for example because it has no text, gets {"error": why}.
 
-    precision: auto, bf16 or fp32; None is what the model was trained and measured in; stride,
-    truncate, delimiter: in place of those of the training; copy: columns of the table that the
-    predictions have too, "*" for all, one that they have already as input_NAME
+    batch_tokens: the most tokens computed at once; precision: auto, bf16, fp16 or fp32, None for
+    the training's; stride, truncate, delimiter: replace those of the training; copy: columns of the
+    table to copy into the predictions, "*" for all; a column with the name of one of a prediction's
+    fields becomes input_NAME. Raises InputError for an option that the task does not have, a model
+    that is not fine-tuned, and a file that cannot be read.
     """
     directory = checkpoint.resolve(model)
     settings = _settings(Settings.load(directory), stride, truncate, delimiter)
@@ -65,7 +68,7 @@ def predict(
 def _settings(
     settings: Settings, stride: int | None, truncate: bool, delimiter: str | None
 ) -> Settings:
-    """Those of the training, with what is asked for in place of them."""
+    """The training's settings, with the options that are given in their place."""
     if stride is not None and settings.task not in WINDOWS:
         raise InputError(f"--stride: not for {settings.task}, only for {', '.join(WINDOWS)}")
     if truncate and (settings.task in ("ner", "qa") or stride is not None):
@@ -78,7 +81,7 @@ def _settings(
 
 
 def _with_copies(predictions: list[Prediction], task: Task) -> list[Prediction]:
-    """The columns that are asked for, and then what is said."""
+    """Each prediction, preceded by the columns of its row that --copy names."""
     said = {name for prediction in predictions for name in prediction}
     rows = []
     for row, prediction in zip(task.rows, predictions, strict=True):
@@ -89,9 +92,9 @@ def _with_copies(predictions: list[Prediction], task: Task) -> list[Prediction]:
 
 
 def write_json_lines(path: str | Path, values: list[Prediction]) -> None:
-    """One object a line, in UTF-8; the file appears whole or not at all."""
+    """Writes one JSON object a line, in UTF-8; the file appears whole or not at all."""
     with output(path) as file:
         for value in values:
-            # half a surrogate pair is written as JSON spells it, which is as Python does
+            # half a surrogate pair is not UTF-8; Python's escape for it is JSON's too
             line = json.dumps(value, ensure_ascii=False) + "\n"
             file.write(line.encode("utf-8", "backslashreplace"))

@@ -1,4 +1,4 @@
-"""Reading comprehension: the part of a text that answers a question."""
+"""Reading comprehension: the span of a context that answers a question."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +18,16 @@ from fastbert.finetune.task import Prediction, Task, by_example, softmax, to_hos
 from fastbert.models.question_answering import BertForQuestionAnswering
 from fastbert.packing import PackedBatch
 
-_BEST = 20  # starts, ends and answers that compete
+_BEST = 20  # starts and ends of a window, and answers of a question, that are ranked
 
 
 class Span(NamedTuple):
-    """What a window is asked: start and end tokens of the answer, 0 and 0 if it has none; and the
-    places (start, end) of the window's context tokens in the characters of the context."""
+    """The target of a window.
+
+    start, end: positions of the answer's first and last token in the sequence, both 0, which is
+    [CLS], if the window does not hold it; offsets: (start, end) of each of the window's context
+    tokens, in characters of the context
+    """
 
     start: int
     end: int
@@ -31,7 +35,10 @@ class Span(NamedTuple):
 
 
 class Answering(Task):
-    """Devlin et al. 2018, sections 4.2 and 4.3: the likeliest start and end; [CLS] is no answer."""
+    """Predicts the likeliest start and end of the answer; [CLS] stands for no answer.
+
+    Devlin et al. 2018, sections 4.2 (SQuAD v1.1) and 4.3 (SQuAD v2.0).
+    """
 
     model_class = BertForQuestionAnswering
     metrics = ("f1", "exact")
@@ -72,7 +79,7 @@ class Answering(Task):
         ).loss
 
     def scores(self, output: Any, features: Sequence[Feature]) -> list[NDArray[np.float32]]:
-        """(T, 2) of each, the starts' and the ends'."""
+        """(T, 2) for each feature of T tokens: logits of the start and of the end."""
         ends = np.cumsum([feature.num_tokens for feature in features])
         scores = torch.stack([output.start_logits, output.end_logits], 1)
         return np.split(to_host(scores), ends[:-1])
@@ -87,7 +94,11 @@ class Answering(Task):
     def _answer(
         self, example: Question, features: list[Feature], scores: list[NDArray[np.float32]]
     ) -> Prediction:
-        """The best answer of all windows; none where [CLS] wins in the window where it is least."""
+        """The best answer of all windows, or no answer.
+
+        No answer scores as much as [CLS] in the window where [CLS] scores least; it is predicted if
+        it beats the best answer by more than `null_threshold`.
+        """
         candidates = [
             candidate
             for feature, own in zip(features, scores, strict=True)
@@ -123,7 +134,7 @@ class Answering(Task):
 
 
 def _tokens_of(example: Question, offsets: list[tuple[int, int]]) -> tuple[int, int] | None:
-    """The first answer's first and last token in the context."""
+    """First and last context token of the first answer; None if the question has no answer."""
     if not example.answers:
         return None
     text, start = example.answers[0]
@@ -135,7 +146,7 @@ def _tokens_of(example: Question, offsets: list[tuple[int, int]]) -> tuple[int, 
 
 
 def _in_window(window: Window, answer: tuple[int, int] | None) -> tuple[int, int]:
-    """The answer's tokens in the window's sequence; 0 and 0 unless it is there as a whole."""
+    """Positions of the answer's first and last token in the window's sequence, or 0 and 0."""
     if answer is None or answer[0] < window.begin or answer[1] >= window.end:
         return 0, 0
     shift = window.prefix - window.begin
@@ -145,7 +156,7 @@ def _in_window(window: Window, answer: tuple[int, int] | None) -> tuple[int, int
 def _candidates(
     feature: Feature, scores: NDArray[np.float32], longest: int
 ) -> list[tuple[float, int, int]]:
-    """(score, start, end) of the window's best answers, in characters of the context."""
+    """(score, start, end) of the window's best answers; places in characters of the context."""
     (window,) = feature.windows
     inside = scores[window.prefix : window.prefix + window.end - window.begin]
     starts, ends = (np.argsort(-inside[:, i], kind="stable")[:_BEST].tolist() for i in (0, 1))
@@ -158,5 +169,5 @@ def _candidates(
     ]
     if found:
         return found
-    best = int(inside.sum(1).argmax())  # no pair in order: the best answer of one token
+    best = int(inside.sum(1).argmax())  # no end follows its start: the best answer of one token
     return [(float(inside[best].sum()), *offsets[best])]

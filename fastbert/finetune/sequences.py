@@ -1,4 +1,7 @@
-"""Tasks of whole texts or pairs of texts: classification, multi-label and regression."""
+"""Tasks of whole texts or pairs of texts: classification, multi-label and regression.
+
+Their losses are softmax cross-entropy, binary cross-entropy of each label, and squared error.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -22,7 +25,11 @@ from fastbert.packing import PackedBatch
 
 
 class TextExample(NamedTuple):
-    """One text or two, and a label, a tuple of labels, or a number."""
+    """One text or two, with their target.
+
+    where: file and line, for error messages; target: a label, a tuple of labels or a number, None
+    for unlabelled input
+    """
 
     where: str
     texts: tuple[str, ...]
@@ -30,7 +37,11 @@ class TextExample(NamedTuple):
 
 
 class _SequenceTask(Task):
-    """A long text's windows are examples of their own in training; their scores are averaged."""
+    """A task that scores whole texts.
+
+    In training, each window of a long text counts as an example; in prediction, the scores of its
+    windows are averaged.
+    """
 
     model_class = BertForSequenceClassification
     problem_type: ClassVar[str]
@@ -48,7 +59,7 @@ class _SequenceTask(Task):
         return row.label(self.settings.label_column) if labelled else None
 
     def number(self, target: Any) -> Any:
-        """The target as the loss takes it."""
+        """The target as the loss takes it: an index, a list of 0.0 and 1.0, or a number."""
         return self.labels.index(target)
 
     def features(self, examples: Sequence[TextExample], encoder: WindowEncoder) -> list[Feature]:
@@ -64,7 +75,7 @@ class _SequenceTask(Task):
     def means(
         self, examples: Sequence[Any], features: Sequence[Feature], scores: Sequence[NDArray]
     ) -> list[NDArray[np.float32]]:
-        """The scores (L,) of each example."""
+        """(L,) scores of each example: the mean over its windows."""
         groups = by_example(features, len(examples))
         return [np.mean([scores[number] for number in group], axis=0) for group in groups]
 
@@ -105,13 +116,13 @@ class Classification(_SequenceTask):
 
 
 class MultiLabel(_SequenceTask):
-    """Any number of labels a text, each on its own; 0.5 is the threshold."""
+    """Any number of labels per text; a label is predicted if its probability is above 0.5."""
 
     metrics = ("micro_f1", "macro_f1", "exact")
     problem_type = "multi_label_classification"
 
     def target(self, row: Row, labelled: bool) -> tuple[str, ...] | None:
-        """A list in JSON, else text with separators; an empty one is no label."""
+        """The labels in a JSON list, or in a text that --label-separator divides; none if empty."""
         if not labelled:
             return None
         s = self.settings
@@ -131,7 +142,7 @@ class MultiLabel(_SequenceTask):
         return [float(label in target) for label in self.labels]
 
     def balanced(self, examples: Sequence[TextExample]) -> list[float]:
-        """For each label, how many examples lack it for one that has it."""
+        """For each label, the number of examples without it over the number of examples with it."""
         have = np.array([self.number(example.target) for example in examples]).sum(0)
         return ((len(examples) - have) / have).tolist()
 

@@ -10,7 +10,7 @@ from fastbert.finetune.metrics import Report
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-# those that the evaluation of CMRC 2018 leaves out, and no others
+# exactly the marks that the evaluation script of CMRC 2018 removes
 _CMRC_MARKS = "-:_*^/\\~`+=，。：？！“”；’《》…·、「」（）－～『』"  # noqa: RUF001
 _CMRC_PUNCTUATION = str.maketrans("", "", _CMRC_MARKS)
 _CMRC_UNITS = re.compile(r"[\u4e00-\u9fa5]|(?:(?![\u4e00-\u9fa5])\w)+|[^\w\s]")
@@ -20,10 +20,12 @@ _CHINESE = re.compile(r"[\u4e00-\u9fa5]")
 def score_answers(
     truth: Sequence[Sequence[str]], predicted: Sequence[str], questions: Sequence[str]
 ) -> Report:
-    """Percentages over the questions, each with its best right answer; none is right by none.
+    """Exact match and F1 in percent; a question counts with whichever right answer fits best.
 
-    Chinese rules apply where most questions have a Chinese character. Where some questions have
-    no answer, the metrics are also given for these and for the others alone.
+    truth: the right answers of each question, empty if it has none; predicted: one answer each, ""
+    for none, which is right if there is none. CMRC 2018's rules (Cui et al. 2019) apply if more
+    than half of the questions have a Chinese character, else SQuAD's (Rajpurkar et al. 2016). If
+    some questions have no answer, the metrics are also given for these and for the others alone.
     """
     chinese = 2 * sum(bool(_CHINESE.search(question)) for question in questions) > len(questions)
     exact, f1 = (_cmrc_exact, _cmrc_f1) if chinese else (_squad_exact, _squad_f1)
@@ -61,7 +63,7 @@ def _squad_exact(answer: str, guess: str) -> float:
 
 
 def _squad_f1(answer: str, guess: str) -> float:
-    """Of the words that both have, however they are ordered."""
+    """F1 of the words that both answers have, in any order."""
     right, said = _squad_words(answer), _squad_words(guess)
     return _f1((Counter(right) & Counter(said)).total(), len(right), len(said))
 
@@ -72,7 +74,7 @@ def _cmrc_exact(answer: str, guess: str) -> float:
 
 
 def _cmrc_f1(answer: str, guess: str) -> float:
-    """Of the longest run that both have, of Chinese characters and other words."""
+    """F1 of the longest run that both have; its units are Chinese characters and other words."""
     right, said = (
         _CMRC_UNITS.findall(text.lower().translate(_CMRC_PUNCTUATION)) for text in (answer, guess)
     )

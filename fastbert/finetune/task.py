@@ -1,4 +1,4 @@
-"""What a task is: how its files become sequences, what it learns, and how it is measured."""
+"""The interface of a task: reading files, encoding examples, the loss, predictions and metrics."""
 
 import abc
 import json
@@ -21,21 +21,24 @@ from fastbert.models.base import BertPreTrainedModel
 from fastbert.packing import PackedBatch
 
 SETTINGS = "finetune.json"
-ALL = "*"  # columns
+ALL = "*"  # all columns, for --copy
 
 Prediction = dict[str, Any]
 Example = TypeVar("Example")
 
 
 class Refused(NamedTuple):
-    """Stands for a row to predict that can be no example, and says why."""
+    """Stands for a row that cannot become an example, in prediction; reason says why it cannot."""
 
     where: str
     reason: str
 
 
 class Settings(NamedTuple):
-    """What a fine-tuned model must know of its run to read new input; fields of the config."""
+    """What a fine-tuned model must know of its training to read new input.
+
+    Kept as finetune.json beside the weights; all fields but the last are those of FinetuneConfig.
+    """
 
     task: str
     text_column: str
@@ -48,7 +51,7 @@ class Settings(NamedTuple):
     truncate: bool
     max_answer_tokens: int
     null_threshold: float
-    precision: str  # what the model was trained and measured in
+    precision: str  # in which the model was trained and measured
     delimiter: str | None = None
     may_be_impossible: bool = False  # qa: the training data had questions without an answer
 
@@ -59,7 +62,7 @@ class Settings(NamedTuple):
 
     @classmethod
     def load(cls, directory: Path) -> Self:
-        """Of a fine-tuned model's directory; InputError for another."""
+        """Reads a model's directory; raises InputError if it has no settings or unreadable ones."""
         path = directory / SETTINGS
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -77,31 +80,36 @@ class Settings(NamedTuple):
 
 
 class Task(abc.ABC):
-    """One of `--task`, over examples E of its own type, each with a `where` for messages.
+    """The base of the tasks that `--task` names.
 
-    labels: the names of what the model scores, in order; empty where there are none to learn.
+    Each task has its own type of example; all have a field `where`, file and line, for error
+    messages. labels: the names of the model's outputs, in order; empty if the task has none.
     """
 
     model_class: ClassVar[type[BertPreTrainedModel]]
-    metrics: ClassVar[tuple[str, ...]]  # by which epochs are compared, by default the first
+    metrics: ClassVar[tuple[str, ...]]  # for --metric; the first is the default
 
     def __init__(self, settings: Settings, labels: Sequence[str] = ()) -> None:
         self.settings = settings
         self.labels = list(labels)
-        self.weights: Tensor | None = None  # of the labels in the loss
-        self.copied: tuple[str, ...] = ()  # columns that predictions are to have too
+        self.weights: Tensor | None = None  # (labels,) float32, weights of the labels in the loss
+        self.copied: tuple[str, ...] = ()  # columns to copy into the predictions
         self.rows: list[Row] = []  # of the table that was read last
 
     @abc.abstractmethod
     def read(self, path: Path, *, labelled: bool = True) -> list[Any]:
-        """The examples of a file; InputError for what cannot be one."""
+        """The examples of a file; raises InputError for a row that cannot become one.
+
+        labelled: False to predict: labels are not read, and a table's row that cannot become an
+        example becomes a `Refused`
+        """
 
     def from_table(
         self, path: Path, columns: Sequence[str], labelled: bool, make: Callable[[Row], Example]
     ) -> list[Example]:
-        """What `make` gives of the rows of a table, one of the columns the label's if `labelled`.
+        """The examples that `make` makes of a table's rows; the table must have the columns.
 
-        If not, a row that it cannot make an example of becomes a `Refused`, not an InputError.
+        labelled: as in `read`; it requires the column of the label too
         """
         columns = [*columns, self.settings.label_column] if labelled else list(columns)
         columns += [column for column in self.copied if column != ALL]
@@ -116,21 +124,24 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def features(self, examples: Sequence[Any], encoder: WindowEncoder) -> list[Feature]:
-        """The sequences of the examples in order, with targets where the examples have them."""
+        """The features of the examples, in order, with targets if the examples are labelled."""
 
     def forward(self, model: Any, batch: PackedBatch, features: Sequence[Feature]) -> Any:
-        """The model's output for the batch of these features."""
+        """The model's output for `batch`, which holds these features."""
         return model(batch)
 
     @abc.abstractmethod
     def loss(
         self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float
     ) -> Tensor:
-        """The share of this part of a step in the step's mean loss: its sum by `total`."""
+        """The summed loss of these features over `total`: their share of the step's mean loss.
+
+        total: the sum of `count` over all features of the step, of which these may be a part
+        """
 
     @abc.abstractmethod
     def scores(self, output: Any, features: Sequence[Feature]) -> list[NDArray[np.float32]]:
-        """The model's scores of each feature, on the host."""
+        """The model's scores of each feature, float32 arrays in a shape of the task's own."""
 
     @abc.abstractmethod
     def predict(
@@ -139,14 +150,14 @@ class Task(abc.ABC):
         features: Sequence[Feature],
         scores: Sequence[NDArray[np.float32]],
     ) -> list[Prediction]:
-        """What is said of each example, in order, as it is written to JSON Lines."""
+        """The prediction for each example, in order, as it is written to JSON Lines."""
 
     @abc.abstractmethod
     def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
-        """The metrics by the field's definitions, and tables of what goes wrong."""
+        """Metrics and tables of predictions for labelled examples."""
 
     def learn(self, examples: Sequence[Any]) -> None:
-        """Takes the labels from the training examples."""
+        """Takes the labels from the training examples; raises InputError for fewer than two."""
         found = {label for example in examples for label in self.labels_of(example)}
         self.labels = _in_order(found)
         _warn_of_alike(self.labels)
@@ -171,7 +182,7 @@ class Task(abc.ABC):
                     )
 
     def weigh(self, config: FinetuneConfig, examples: Sequence[Any]) -> None:
-        """Sets the weights of the labels as --class-weight says."""
+        """Sets the labels' weights by --class-weight; raises InputError for an unknown label."""
         if not config.class_weight:
             return
         if config.class_weight == (BALANCED,):
@@ -184,7 +195,10 @@ class Task(abc.ABC):
         self.weights = torch.tensor([given.get(label, 1.0) for label in self.labels])
 
     def balanced(self, examples: Sequence[Any]) -> list[float]:
-        """Weights that give each label the same weight in all: n / (labels * count)."""
+        """Weights with which all labels count alike in sum (scikit-learn's "balanced").
+
+        A label that occurs c times among n gets n / (number of labels * c).
+        """
         from sklearn.utils.class_weight import compute_class_weight
 
         y = np.array([label for example in examples for label in self.labels_of(example)])
@@ -192,7 +206,7 @@ class Task(abc.ABC):
         return weights.tolist()
 
     def model_options(self) -> dict[str, Any]:
-        """What the model's config says other than the checkpoint's."""
+        """Fields of the model's configuration that replace those of the checkpoint."""
         return {
             "num_labels": None,
             "id2label": dict(enumerate(self.labels)),
@@ -201,18 +215,18 @@ class Task(abc.ABC):
         }
 
     def count(self, feature: Feature) -> float:
-        """What the feature counts in the mean loss of a step."""
+        """The feature's weight in the mean loss of a step."""
         return 1.0
 
 
 def _in_order(labels: Iterable[str]) -> list[str]:
-    """By number where all are whole numbers, else by their characters."""
+    """Sorted as numbers if all labels are whole numbers, else as text."""
     labels = sorted(labels)
     return sorted(labels, key=int) if all(label.isdecimal() for label in labels) else labels
 
 
 def _warn_of_alike(labels: Sequence[str]) -> None:
-    """Warns of labels that differ in upper and lower case alone."""
+    """Warns of labels that differ only in upper and lower case."""
     seen: dict[str, str] = {}
     for label in labels:
         other = seen.setdefault(label.casefold(), label)
@@ -225,7 +239,7 @@ def _warn_of_alike(labels: Sequence[str]) -> None:
 
 
 def by_example(features: Sequence[Feature], num_examples: int) -> list[list[int]]:
-    """The numbers of each example's features."""
+    """The indices of each example's features."""
     numbers: list[list[int]] = [[] for _ in range(num_examples)]
     for number, feature in enumerate(features):
         numbers[feature.example].append(number)
@@ -237,6 +251,6 @@ def to_host(scores: Tensor) -> NDArray[np.float32]:
 
 
 def softmax(scores: NDArray[np.float32]) -> list[float]:
-    """The probabilities that (L,) scores stand for."""
+    """Probabilities of (L,) scores."""
     shares = np.exp(scores - scores.max())
     return (shares / shares.sum()).tolist()

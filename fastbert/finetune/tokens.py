@@ -19,15 +19,20 @@ from fastbert.packing import IGNORE_INDEX, PackedBatch
 
 
 class WordPlaces(NamedTuple):
-    """By token, the number of the word that is labelled there and of its label, -100 for none."""
+    """The target of a window: what is labelled at each of its tokens.
+
+    words: index of the word in its sentence, or -100; labels: index of the word's label, or -100
+    """
 
     words: list[int]
     labels: list[int]
 
 
 class Entities(Task):
-    """A word is labelled at its first token, and in one window only: the one that shows most of
-    what is on both sides of it. A feature's target is a `WordPlaces`.
+    """Labels each word at its first token (Devlin et al. 2018, section 5.3).
+
+    Where windows overlap, a word is labelled only in the one that shows most context on both sides
+    of it (`best_window`). A feature's target is a `WordPlaces`.
     """
 
     model_class = BertForTokenClassification
@@ -54,7 +59,7 @@ class Entities(Task):
         for token, word in zip(encoded.ids, encoded.word_ids, strict=True):
             assert word is not None  # there are no special tokens
             by_word[word].append(token)
-        # a word of which the normaliser leaves nothing (a control character) still has a label
+        # a word that the normaliser deletes (a control character) still needs a token for its label
         by_word = [tokens or [encoder.specials.unk] for tokens in by_word]
         starts = np.cumsum([0, *map(len, by_word)])[:-1].tolist()
         windows = encoder.windows(example.where, [token for word in by_word for token in word])
@@ -68,7 +73,7 @@ class Entities(Task):
         ]
 
     def _numbers(self, words: list[int], example: Sentence) -> list[int]:
-        """The labels' numbers by token; -100 where no word begins, or no labels are known."""
+        """Index of the label at each token; -100 where `words` has no word, or without labels."""
         if example.labels is None:
             return [IGNORE_INDEX] * len(words)
         return [
@@ -95,7 +100,7 @@ class Entities(Task):
         return losses / total
 
     def scores(self, output: Any, features: Sequence[Feature]) -> list[NDArray[np.float32]]:
-        """(T, L) of each."""
+        """(T, L) logits for each feature of T tokens."""
         ends = np.cumsum([feature.num_tokens for feature in features])
         return np.split(to_host(output.logits), ends[:-1])
 

@@ -38,7 +38,7 @@ SUMMARY = "summary.json"
 
 
 class _Labelled(NamedTuple):
-    """Examples, and the sequences that they became."""
+    """Examples, and the features that were made of them."""
 
     examples: list[Any]
     features: list[Feature]
@@ -53,12 +53,11 @@ class _Data(NamedTuple):
 def finetune(config: FinetuneConfig, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Runs the fine-tuning that `config` describes in the directory `out`.
 
-    Leaves out/latest, the best epoch's checkpoint, which Hugging Face loads, with the tokenizer and
-    what `predict` must know; and summary.json, which is returned. Both come at the end: of a run
-    that was stopped there are checkpoints alone. The same config gives the same run, bit for bit on
-    a CPU at the same number of threads.
-
-    overwrite: begins anew where `out` holds a run, which is removed once the data are read
+    Leaves `out`/latest, the best epoch's checkpoint with its tokenizer and finetune.json, which
+    Hugging Face loads too, and summary.json, which is returned. Both come last: a run that was
+    stopped has only checkpoints. The same config gives the same run, bit for bit on a CPU at the
+    same number of threads. Raises InputError for unusable data and options, Stopped at Ctrl-C.
+    overwrite: replaces a run that `out` holds, which is removed once the data are read
     """
     require_libraries(config.task)
     directory = checkpoint.resolve(config.model)
@@ -93,7 +92,7 @@ def _run(config: FinetuneConfig, out: Path, directory: Path) -> dict[str, Any]:
     task, data = _read(config, tokenizer, shape.max_position_embeddings)
 
     torch.manual_seed(config.seed)
-    with warnings.catch_warnings():  # a head that is not in the checkpoint is what training is for
+    with warnings.catch_warnings():  # that the checkpoint lacks the head is expected
         warnings.filterwarnings("ignore", message=".*drawn anew", category=UserWarning)
         model = task.model_class.from_pretrained(
             directory, ignore_mismatched_sizes=True, **task.model_options()
@@ -110,7 +109,7 @@ def _run(config: FinetuneConfig, out: Path, directory: Path) -> dict[str, Any]:
 
 
 def _remove_run(out: Path) -> None:
-    """What an earlier run has left in `out`, and nothing else."""
+    """Removes the files of an earlier run from `out`, and no others."""
     for path in (out / checkpoint.LATEST, out / SUMMARY, out / RUN):
         path.unlink(missing_ok=True)
     for path in (*out.glob("checkpoint-*"), *out.glob(".checkpoint-*")):
@@ -138,7 +137,7 @@ def _read(config: FinetuneConfig, tokenizer: Tokenizer, longest: int) -> tuple[T
 
 
 def _examples(task: Task, config: FinetuneConfig) -> tuple[list[Any], list[Any]]:
-    """Those to learn from and those to measure by, which may be a random share of the former."""
+    """Examples to train on and to measure by; --dev-share draws the latter from --train."""
     train = task.read(config.train)
     if config.dev is not None:
         return train, task.read(config.dev)
@@ -156,7 +155,7 @@ def _examples(task: Task, config: FinetuneConfig) -> tuple[list[Any], list[Any]]
 
 
 class _Trainer:
-    """The loop, with what it has found so far."""
+    """The training loop, with the history and the best epoch so far."""
 
     def __init__(
         self,
@@ -201,11 +200,11 @@ class _Trainer:
                 break
 
     def _value(self, report: Report) -> float:
-        """What is to grow: the metric, or an error with its sign changed."""
+        """The metric to maximise: errors, which should fall, change their sign."""
         return report.metrics[self.metric] * (-1 if self.metric in ("mse", "mae") else 1)
 
     def _epoch(self, epoch: int) -> float:
-        """The mean loss of the steps."""
+        """Trains on all features once, in random order; returns the mean loss of the steps."""
         self.model.train()
         features = self.data.train.features
         order = stream(self.config.seed, Purpose.SHUFFLE, epoch).permutation(len(features)).tolist()
@@ -214,10 +213,10 @@ class _Trainer:
         for begin in tracked(begins, f"epoch {epoch}/{self.config.epochs}"):
             losses.append(self._step(order[begin : begin + self.config.batch_size]))
             self.step += 1
-        return float(torch.stack(losses).mean())  # the only place where the host waits
+        return float(torch.stack(losses).mean())  # the host waits for the device only here
 
     def _step(self, numbers: Sequence[int]) -> torch.Tensor:
-        """An optimizer step over these features, in as many parts as the token limit asks for."""
+        """One optimizer step over these features, computed in parts of at most `batch_tokens`."""
         features = [self.data.train.features[number] for number in numbers]
         total = max(sum(map(self.task.count, features)), 1e-9)
         state = torch.tensor([self.config.seed, self.step])
@@ -261,7 +260,7 @@ class _Trainer:
                 shutil.rmtree(old)
 
     def finish(self, seconds: float) -> dict[str, Any]:
-        """Writes and prints the best epoch's report, on the test data where there are some."""
+        """Writes summary.json and `latest`; prints the best epoch's report, on --test if given."""
         assert self.best is not None
         _, epoch, report = self.best
         directory = self.out / f"checkpoint-{epoch}"
@@ -284,7 +283,7 @@ class _Trainer:
             **environment(self.device),
         }
         write_json(self.out / SUMMARY, summary)
-        checkpoint.point_latest(directory)  # and now the run is finished
+        checkpoint.point_latest(directory)  # last, because it marks the run as finished
         print_report(measured)
         console.print("  ".join([f"{where}:", *shown(measured)]))
         source = self.config.dev or self.config.train

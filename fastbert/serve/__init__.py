@@ -1,4 +1,4 @@
-"""`fastbert serve`: a model over HTTP, its requests packed into batches without padding."""
+"""`fastbert serve`: a model over HTTP; requests are packed into batches without padding."""
 
 import importlib
 
@@ -9,7 +9,7 @@ _LIBRARIES = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def run(config: ServeConfig) -> None:
-    """Serves until it is stopped; InputError where a library of the extra `serve` is missing."""
+    """Serves until a signal stops it; InputError if a library of the extra `serve` is missing."""
     for name in _LIBRARIES:
         try:
             importlib.import_module(name)

@@ -1,6 +1,6 @@
-"""What a model can be asked for: texts to sequences, sequences to scores, scores to answers.
+"""The abilities of a served model: texts to sequences, sequences to scores, scores to answers.
 
-The first and the last run in the threads of the tokenizer, the second in the one of the model.
+The first step and the last run in the tokenizer's threads, the second in the model's one thread.
 """
 
 import abc
@@ -26,11 +26,11 @@ from fastbert.serve.refusal import Refusal
 
 CUT = 'cut it off with "truncate": true'
 
-_GAPS = 256  # whose scores of all words are computed at once
+_GAPS = 256  # [MASK] positions whose vocabulary scores are computed at once
 
 
 class Tokens:
-    """A tokenizer whose `encode` lets other threads run, as the library's batches alone do."""
+    """A tokenizer whose `encode` lets other threads run, which only batch encoding does."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -43,19 +43,19 @@ class Tokens:
 
 
 class Ability(abc.ABC):
-    """One of what a model can be asked for."""
+    """One kind of request that a model can answer."""
 
     @abc.abstractmethod
     def features(self, inputs: Sequence[Any], truncate: bool) -> list[Feature]:
-        """The sequences of the inputs, each with the number of its input; `Refusal` if too long."""
+        """The features of the inputs; raises `Refusal` for one that is too long or unusable."""
 
     @abc.abstractmethod
     def scores(self, model: Any, features: Sequence[Feature]) -> Sequence[Any]:
-        """What the model says of each sequence, on the host."""
+        """The model's scores of each feature, on the host; called in the model's thread."""
 
 
 def windows_or_refusal(make: Any, *arguments: Any) -> Any:
-    """What `make` gives; an input that cannot be one is refused with the reason."""
+    """What `make` returns; its InputError becomes a `Refusal`, 413 for a text that is too long."""
     try:
         return make(*arguments)
     except InputError as error:
@@ -63,7 +63,7 @@ def windows_or_refusal(make: Any, *arguments: Any) -> Any:
 
 
 class Embedding(Ability):
-    """Inputs: texts; scores: vectors (hidden_size,) float32."""
+    """Embeds texts; scores: vectors (hidden_size,) float32, not normalised."""
 
     def __init__(self, tokenizer: Tokenizer, max_seq_len: int, pooling: str) -> None:
         self.tokenizer, self.pooling = tokenizer, pooling
@@ -80,7 +80,7 @@ class Embedding(Ability):
         ]
 
     def full(self, num_tokens: int) -> list[Feature]:
-        """Sequences of about that many tokens, as long as they may be, to warm a model up with."""
+        """Features of about `num_tokens` tokens, in the longest sequences, to warm a model up."""
         encoder = self.encoders[True]
         size = min(encoder.max_seq_len, max(num_tokens, 3))
         (window,) = encoder.windows("", [encoder.specials.unk] * (size - 2))
@@ -96,7 +96,7 @@ class Embedding(Ability):
 
     @staticmethod
     def vectors(scores: Sequence[NDArray[np.float32]], normalize: bool) -> NDArray[np.float32]:
-        """(N, hidden_size); of length 1 if `normalize`, by the definition of torch's."""
+        """(N, hidden_size) float32; scaled to length 1 if `normalize`, as by F.normalize."""
         vectors = np.stack(scores)
         if normalize:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -104,12 +104,12 @@ class Embedding(Ability):
 
 
 class MaskFilling(Ability):
-    """Inputs: texts with [MASK] in them; scores: the likeliest words of each, with probabilities.
+    """Fills [MASK] tokens in texts; scores: the likeliest words of each, with probabilities.
 
-    A feature's target is the places of its [MASK].
+    A feature's target is the list of its [MASK] positions.
     """
 
-    MOST = 100  # words of a [MASK]
+    MOST = 100  # words for a [MASK]
 
     def __init__(self, tokenizer: Tokenizer, max_seq_len: int) -> None:
         self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
@@ -131,11 +131,11 @@ class MaskFilling(Ability):
         return features
 
     def scores(self, model: Any, features: Sequence[Feature]) -> list[tuple[NDArray, NDArray]]:
-        """Probabilities and words (gaps, MOST) of each feature, the likeliest first."""
+        """Probabilities and word ids (its [MASK]s, MOST) of each feature, the likeliest first."""
         batch = collate(features).to(model.device)
         gaps = [len(feature.target) for feature in features]
         ids = batch.input_ids
-        assert ids is not None  # it was made of them
+        assert ids is not None  # the batch was made of token ids
         labels = torch.full_like(ids, IGNORE_INDEX).masked_fill(ids == self.mask, 0)
         labelled = dataclasses.replace(batch, labels=labels, num_labels=sum(gaps))
         rows = wanted_rows(labelled, first=False, labelled=True)
@@ -146,13 +146,13 @@ class MaskFilling(Ability):
         return [(a.numpy(), b.numpy()) for a, b in pairs]
 
     def _best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(C, V) -> probabilities and words (C, MOST)."""
+        """Logits (C, V) of C [MASK]s -> probabilities and word ids (C, MOST)."""
         shares = logits[:, : len(self.pieces)].float().softmax(-1)
         best = shares.topk(min(self.MOST, len(self.pieces)))
         return best.values, best.indices
 
     def answer(self, text: str, scores: tuple[NDArray, NDArray], top: int) -> list[list[dict]]:
-        """For each [MASK] the `top` likeliest words, as Hugging Face's pipeline says them."""
+        """The `top` likeliest words for each [MASK], with the fields of Hugging Face's pipeline."""
         answers = []
         for number, (shares, words) in enumerate(zip(*scores, strict=True)):
             pairs = list(zip(shares[:top].tolist(), words[:top].tolist(), strict=True))

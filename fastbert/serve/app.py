@@ -1,4 +1,4 @@
-"""The application: routes, and one form for whatever they refuse."""
+"""The FastAPI application: the routes, and one form for all errors."""
 
 from typing import Any
 
@@ -18,17 +18,17 @@ from fastbert.serve.metrics import Metrics
 from fastbert.serve.refusal import Refusal, json_response, too_large
 from fastbert.serve.service import Service
 
-_SHOWN = 3  # of what is wrong with a request
+_SHOWN = 3  # reasons for refusing a request, at most
 
 
 def make_app(
     served: Served, batcher: Batcher, config: ServeConfig, metrics: Metrics
 ) -> tuple[ASGIApp, Gate]:
-    """What answers requests, and the gate before it, by which it drains."""
+    """The ASGI application behind its gate, and the gate, through which the server drains."""
     app = FastAPI(
         title="fastbert",
         version=__version__,
-        docs_url=None,  # the pages load scripts from elsewhere
+        docs_url=None,  # the pages would load scripts from another host
         redoc_url=None,
         max_body_size=config.max_body,
     )
@@ -38,7 +38,7 @@ def make_app(
 
     @app.get("/health")
     async def health() -> Response:
-        """200 while requests are taken."""
+        """Answers 200 while the server takes requests, else 503."""
         if gate.is_draining:
             raise Refusal(503, "the server is shutting down")
         if not batcher.is_alive:
@@ -73,7 +73,7 @@ def make_app(
 
 
 def _reasons(errors: Any) -> str:
-    """What is wrong where, without what was sent."""
+    """Which fields are wrong and why, without quoting the request."""
     found = []
     for error in errors[:_SHOWN]:
         where = ".".join(map(str, error["loc"][1:])) or "the body"

@@ -1,8 +1,8 @@
-"""The queue before the model, and the thread that takes batches from it.
+"""The queue in front of the model, and the thread that takes batches from it.
 
-A batch holds whole sequences end to end, up to a number of tokens, so there is no padding to wait
-for or to compute. Requests take turns in it, a sequence each, so that one of many texts does not
-hold up the others. What nobody waits for any more is dropped before the model runs.
+A batch holds whole sequences end to end, up to a number of tokens, without padding; it does not
+wait to become full. Requests take turns, one sequence each, so that a request of many texts does
+not hold up the others. Sequences whose client has left are dropped before the model runs.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from fastbert.serve.abilities import Ability
 from fastbert.serve.metrics import Metrics
 from fastbert.serve.refusal import Refusal
 
-_LONGEST_WAIT = 60  # seconds that a client is told to wait, at most
+_LONGEST_WAIT = 60  # seconds, the largest Retry-After
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Job:
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[list[Any]] = self.loop.create_future()
         self.scores: list[Any] = [None] * len(features)
-        self.taken = 0  # of the sequences, by the model's thread
+        self.taken = 0  # sequences that the model's thread has taken
         self.missing = len(features)
         self.began = time.perf_counter()
 
@@ -45,7 +45,7 @@ class Job:
         return len(self.features) - self.taken
 
     def finish(self, error: BaseException | None = None) -> None:
-        """In the event loop."""
+        """Answers the request; called in its event loop."""
         if self.future.done():
             return
         if error is None:
@@ -55,10 +55,10 @@ class Job:
 
 
 class Batcher:
-    """Runs a model in one thread, on batches of what waits.
+    """Runs a model in one thread, on batches of the sequences that wait.
 
-    batch_tokens: of a batch, at most, but for a sequence that alone has more; max_queue: sequences
-    that may wait; autocast: in which the model computes
+    batch_tokens: most tokens of a batch; a longer sequence is a batch of its own; max_queue: most
+    sequences that wait; autocast: the context that the model computes in
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class Batcher:
         self.model, self.autocast = model, autocast
         self.batch_tokens, self.max_queue, self.metrics = batch_tokens, max_queue, metrics
         self.jobs: deque[Job] = deque()
-        self.num_sequences = self.num_tokens = 0  # that wait
-        self.rate = 0.0  # tokens a second, of late
+        self.num_sequences = self.num_tokens = 0  # in the queue
+        self.rate = 0.0  # tokens per second, a moving average
         self.is_closing = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._work, name="fastbert-model", daemon=True)
@@ -82,7 +82,7 @@ class Batcher:
         self.thread.start()
 
     def close(self) -> None:
-        """Ends the thread, once all that waits is computed."""
+        """Ends the thread once the queue is empty."""
         with self.changed:
             self.is_closing = True
             self.changed.notify()
@@ -95,7 +95,8 @@ class Batcher:
     async def scores(self, ability: Ability, features: Sequence[Feature]) -> list[Any]:
         """The model's scores of the sequences, in order.
 
-        Raises `Refusal` where too many wait. Whoever is cancelled here leaves nothing behind.
+        Raises `Refusal` if the queue has no room (413, 429) or the model fails (500). If the caller
+        is cancelled, its sequences leave the queue.
         """
         job = Job(ability, features)
         self._put(job)
@@ -125,7 +126,7 @@ class Batcher:
             self.changed.notify()
 
     def _drop(self, job: Job) -> None:
-        """Takes out of the queue what is left of a request that nobody waits for."""
+        """Takes the remaining sequences of a request that nobody waits for out of the queue."""
         with self.changed:
             if job in self.jobs:
                 self.jobs.remove(job)
@@ -134,7 +135,7 @@ class Batcher:
                 self.metrics.dropped.inc(len(left))
 
     def wait_s(self) -> int:
-        """Whole seconds, about, in which the model has computed what waits now."""
+        """Estimated seconds until the model has computed the queue, from 1 to _LONGEST_WAIT."""
         wait = self.num_tokens / self.rate if self.rate else 1
         return min(max(math.ceil(wait), 1), _LONGEST_WAIT)
 
@@ -157,9 +158,9 @@ class Batcher:
                     self._compute(batch)
 
     def _take(self) -> list[tuple[Job, int]]:
-        """The next batch: requests, and the number of a sequence of theirs.
+        """The next batch: pairs of a request and the index of one of its sequences.
 
-        All are of one ability, the one of the request that has waited longest.
+        All have the ability of the first request in the queue.
         """
         batch: list[tuple[Job, int]] = []
         passed_over, used = [], 0
@@ -189,7 +190,7 @@ class Batcher:
         began = time.perf_counter()
         try:
             scores = batch[0][0].ability.scores(self.model, features)
-        except Exception as error:  # such as out of memory: the next batch may fare better
+        except Exception as error:  # such as out of memory: the next batch may succeed
             log.exception("a batch of %d sequences failed", len(batch))
             self.metrics.failed_batches.inc()
             reason = f"the model failed on the batch: {type(error).__name__}"
@@ -212,12 +213,12 @@ class Batcher:
         self.rate = tokens / seconds if not self.rate else 0.9 * self.rate + 0.1 * tokens / seconds
 
     def _deliver(self, jobs: Any, error: BaseException | None = None) -> None:
-        """Wakes each event loop once."""
+        """Finishes requests, with a single call into each event loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[Job]] = {}
         for job in jobs:
             by_loop.setdefault(job.loop, []).append(job)
         for loop, some in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
                 loop.call_soon_threadsafe(_finish, some, error)
 
 

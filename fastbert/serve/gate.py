@@ -1,5 +1,4 @@
-"""What every request passes before and after its route: key, limits, time, and whether anyone
-still waits for the answer."""
+"""Checks around every route: the key, the limits, the time, and whether the client still waits."""
 
 import asyncio
 import contextlib
@@ -15,15 +14,16 @@ from fastbert.config.serve import ServeConfig
 from fastbert.serve.metrics import Metrics
 from fastbert.serve.refusal import Refusal, too_large
 
-OPEN = ("/health",)  # without a key, and while the server is full or draining
-ALWAYS = (*OPEN, "/metrics")  # while it is full or draining
+OPEN = ("/health",)  # needs no key; also while the server is full or draining
+ALWAYS = (*OPEN, "/metrics")  # also while the server is full or draining
 
 
 class Gate:
-    """ASGI middleware.
+    """ASGI middleware that admits requests, limits their time and counts them.
 
-    Once it drains, requests that it let in are answered and others refused. A client that leaves
-    cancels its request.
+    While it drains, requests that were admitted are answered and further ones refused (503). A
+    client that disconnects cancels its request. paths: the routes that metrics name; others are
+    counted together
     """
 
     def __init__(self, config: ServeConfig, paths: Collection[str], metrics: Metrics) -> None:
@@ -31,11 +31,11 @@ class Gate:
         self.key = None if key is None else f"Bearer {key}".encode()
         self.config, self.paths, self.metrics = config, paths, metrics
         self.is_draining = False
-        self.num_open = 0  # requests that are let in and not answered
+        self.num_open = 0  # requests being answered
         self.num_answered = 0
 
     def around(self, app: ASGIApp) -> ASGIApp:
-        """The app behind this gate, as Starlette wants a middleware."""
+        """Wraps an ASGI application in this gate."""
 
         async def gated(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http":
@@ -52,7 +52,7 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if self.is_draining:  # so that the next request finds another server
+                if self.is_draining:  # so that the client's next request goes to another server
                     message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
             await send(message)
 
@@ -91,12 +91,12 @@ class Gate:
                 429, f"{self.config.max_requests} requests are being answered; try again later", 1
             )
         size = headers.get("content-length", "")
-        # before any of it is read; Python makes no number of thousands of digits
+        # before the body is read; int() refuses thousands of digits
         if size.isdecimal() and (len(size) > 18 or int(size) > self.config.max_body):
             raise too_large(self.config.max_body)
 
     async def _answer(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs the app until it has answered, the client has left or the time is over."""
+        """Runs the app until it has answered, the client has left or the time is over (504)."""
         task: Any = asyncio.current_task()
         watcher: asyncio.Task | None = None
         has_left = False
@@ -119,7 +119,7 @@ class Gate:
             async with asyncio.timeout(self.config.timeout):
                 await app(scope, received, send)
         except asyncio.CancelledError:
-            if not has_left:  # the server's own end
+            if not has_left:  # the server itself is being stopped
                 raise
             task.uncancel()
         except TimeoutError:

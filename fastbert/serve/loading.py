@@ -1,4 +1,4 @@
-"""Reads a checkpoint, and what it can be asked for."""
+"""Loads a checkpoint, and finds out which kinds of request it can answer."""
 
 import contextlib
 from collections.abc import Mapping
@@ -39,9 +39,11 @@ _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 class Served(NamedTuple):
-    """A model, and what it can be asked for, None where it cannot.
+    """A loaded model and its abilities; prediction, mask_filling: None if it lacks the head.
 
-    reranks: whether it scores pairs of texts by one number; prompts: see `SentenceFiles`
+    name: as given to --model; precision: fp32, bf16 or fp16 (autocast); batch_tokens, max_seq_len:
+    in tokens; reranks: whether the model scores a pair of texts by one number; prompts,
+    default_prompt: see `SentenceFiles`
     """
 
     name: str
@@ -64,7 +66,7 @@ class Served(NamedTuple):
 
 
 def load(config: ServeConfig) -> Served:
-    """InputError for a checkpoint that cannot be served as it says it is."""
+    """Loads --model onto the first GPU, or the CPU; InputError if it cannot be served."""
     directory = checkpoint.resolve(config.model)
     bert = BertConfig.from_pretrained(directory)
     tokenizer = load_tokenizer(directory, model_vocab_size=bert.vocab_size)
@@ -115,8 +117,10 @@ def _model(directory: Path, architecture: str, bert: BertConfig) -> BertPreTrain
 
 
 def _settings(directory: Path, architecture: str, bert: BertConfig) -> Settings | None:
-    """Of the fine-tuning; for a checkpoint from elsewhere what its config.json says; None for one
-    that is not fine-tuned."""
+    """Settings of the fine-tuning; for checkpoints of other origin, those that config.json implies.
+
+    None if the checkpoint is not fine-tuned.
+    """
     if (directory / SETTINGS).is_file():
         return Settings.load(directory)
     by_problem = {"regression": "regression", "multi_label_classification": "multilabel"}
@@ -145,7 +149,7 @@ def _settings(directory: Path, architecture: str, bert: BertConfig) -> Settings 
 
 
 def _num_texts(settings: Settings, is_ours: bool) -> tuple[int, ...]:
-    """How many texts an input may have; a checkpoint from elsewhere does not say."""
+    """How many texts an input may have; for sequences, only our own checkpoints say how many."""
     if settings.task in ("ner", "qa"):
         return (1,) if settings.task == "ner" else (2,)
     if not is_ours:
@@ -159,7 +163,7 @@ def _reranks(prediction: Prediction) -> bool:
 
 
 def about(served: Served, config: ServeConfig) -> dict[str, Any]:
-    """What /info says, by text-embeddings-inference's names."""
+    """The answer of /info, with text-embeddings-inference's field names."""
     from fastbert._version import __version__
 
     labels = {str(number): label for number, label in served.config.id2label.items()}

@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""Prometheus metrics of a server."""
 
 from prometheus_client import (
     CollectorRegistry,
@@ -15,7 +15,7 @@ _TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 class Metrics:
-    """Of one server, in a registry of its own."""
+    """The metrics of one server, in a registry of its own; times are in seconds."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -58,5 +58,5 @@ class Metrics:
         return kind(f"fastbert_{name}", text, labels, registry=self.registry, **options)
 
     def text(self) -> bytes:
-        """As Prometheus reads it."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -18,7 +18,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/embeddings")
     async def embeddings(body: OpenAIBody) -> Response:
-        """Vectors of length 1, as OpenAI's are."""
+        """An embedding of each text, of length 1, as OpenAI's are."""
         if body.dimensions is not None:
             raise Refusal(
                 422, "dimensions: the model's vectors have one width and are not cut; leave it out"

@@ -1,4 +1,4 @@
-"""What a fine-tuned model says of texts: classes, numbers, entities, answers."""
+"""Predictions of fine-tuned models: classes, numbers, entities and answers."""
 
 import re
 from collections.abc import Sequence
@@ -22,16 +22,17 @@ from fastbert.serve.refusal import Refusal
 SEQUENCES = ("classification", "multilabel", "regression")
 SERVED = (*SEQUENCES, "ner", "qa")
 
-# A Chinese character; letters and digits, which a mark may join (U.S and e-mail); another mark.
+# A word: one Chinese character; letters and digits, joined by marks (U.S, e-mail); or one mark.
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
 _WORD = re.compile(rf"[{_HAN}]|[^\W{_HAN}]+(?:[-.&@/][^\W{_HAN}]+)*|\S")
 
 
 class Prediction(Ability):
-    """Inputs: texts (str,) or pairs (str, str); for qa (question, context); for ner (text,).
+    """Runs the task that the model was fine-tuned for.
 
-    labels: what the model scores, in order; settings: how it was trained to read; num_texts: how
-    many an input may have; max_sequences: of a request, whose long texts are read in windows
+    An input is a tuple of texts: one or two, for qa (question, context), for ner (text,). settings:
+    of the fine-tuning; labels: names of the model's outputs, in order; num_texts: how many texts an
+    input may have; max_sequences: most windows of a request
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Prediction(Ability):
         scores: Sequence[NDArray[np.float32]],
         raw_scores: bool,
     ) -> list[Any]:
-        """What is said of each input, in order."""
+        """The JSON answer for each input, in order."""
         if self.settings.task in SEQUENCES:
             return [self._labels(own, raw_scores) for own in self.means(inputs, features, scores)]
         examples = self.examples(inputs)
@@ -106,11 +107,11 @@ class Prediction(Ability):
     def means(
         self, inputs: Sequence[Any], features: Sequence[Feature], scores: Sequence[NDArray]
     ) -> list[NDArray[np.float32]]:
-        """The scores (L,) of each input, a long text's being the mean of its windows'."""
+        """(L,) scores of each input: the mean over its windows. For tasks in SEQUENCES only."""
         return self.task.means(inputs, features, scores)  # type: ignore[attr-defined]
 
     def shares(self, scores: NDArray[np.float32], raw: bool) -> list[float]:
-        """The scores (L,) as probabilities; of a regression they are the numbers themselves."""
+        """(L,) scores as probabilities; unchanged for `raw` and for regression."""
         if raw or self.settings.task == "regression":
             return scores.tolist()
         if self.settings.task == "multilabel" or len(self.labels) == 1:
@@ -118,14 +119,14 @@ class Prediction(Ability):
         return softmax(scores)
 
     def _labels(self, scores: NDArray[np.float32], raw: bool) -> list[dict[str, Any]]:
-        """The likeliest first."""
+        """Labels with scores, the highest score first."""
         pairs = zip(self.labels, self.shares(scores, raw), strict=True)
         by_label = [{"label": label, "score": share} for label, share in pairs]
         return sorted(by_label, key=lambda one: -one["score"])
 
 
 def _answer(said: dict[str, Any]) -> dict[str, Any]:
-    """In the words of Hugging Face's pipeline; start and end in characters of the context."""
+    """With the fields of Hugging Face's pipeline; start and end in characters of the context."""
     names = {"answer": "answer", "score": "probability", "start": "start", "end": "end"}
     return {name: said[own] for name, own in names.items()}
 
@@ -133,7 +134,7 @@ def _answer(said: dict[str, Any]) -> dict[str, Any]:
 def _word_probabilities(
     examples: Sequence[Sentence], features: Sequence[Feature], scores: Sequence[NDArray]
 ) -> list[list[float]]:
-    """How likely each word's label is."""
+    """The probability of the label predicted for each word."""
     sure = [[0.0] * len(example.words) for example in examples]
     for feature, own in zip(features, scores, strict=True):
         for word, row in zip(feature.target.words, own, strict=True):
@@ -143,7 +144,7 @@ def _word_probabilities(
 
 
 def _entities(text: str, said: dict[str, Any], sure: Sequence[float]) -> dict[str, Any]:
-    """Words and entities, with where they are in the characters of the text."""
+    """Words and entities, with start and end in characters of the text."""
     places = [match.span() for match in _WORD.finditer(text)]
     words = [
         {"word": text[start:end], "start": start, "end": end, "label": label, "score": score}

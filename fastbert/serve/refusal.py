@@ -1,11 +1,11 @@
-"""What a client is told that gets no answer: a status, and why in one sentence."""
+"""Errors for clients: an HTTP status, and the reason in one sentence."""
 
 from typing import Any
 
 from pydantic_core import to_json
 from starlette.responses import Response
 
-OPENAI = "/v1/"  # routes below have OpenAI's form of errors
+OPENAI = "/v1/"  # routes below it report errors in OpenAI's form
 
 # text-embeddings-inference's names for the kinds of errors, by status.
 _KINDS = {
@@ -22,7 +22,7 @@ _OPENAI_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class Refusal(Exception):
-    """Ends a request. status: of HTTP; retry_after: seconds after which it may be tried again."""
+    """Ends a request with an HTTP status; retry_after: seconds, for the header Retry-After."""
 
     def __init__(self, status: int, reason: str, retry_after: int | None = None) -> None:
         super().__init__(reason)
@@ -30,7 +30,7 @@ class Refusal(Exception):
         self.reason = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}..."
 
     def response(self, path: str) -> Response:
-        """In the form that users of the route know."""
+        """The HTTP response, in OpenAI's form for its routes, else text-embeddings-inference's."""
         headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"

@@ -1,4 +1,4 @@
-"""The bodies of requests. Another field than these, or another type, is refused."""
+"""The bodies of requests; unknown fields and values of another type are refused."""
 
 from typing import Annotated, Any, Literal
 
@@ -15,8 +15,8 @@ class Body(BaseModel):
 
 
 class EmbedBody(Body):
-    """normalize: to length 1; prompt_name: of what the model's files say may stand before a text;
-    truncate: None is the server's choice."""
+    """normalize: to length 1; prompt_name: which prompt of the model's files precedes each text;
+    truncate: None for the server's --truncate."""
 
     inputs: Text
     normalize: bool = True
@@ -41,9 +41,9 @@ class QuestionBody(Body):
 
 
 class PredictBody(Body):
-    """inputs: of sequences a text, a pair of texts, or a list of lists of one text or two; of
-    entities a text or a list of lists of one; for reading comprehension a question with its context
-    or a list of those."""
+    """inputs: for sequences a text, a pair of texts, or a list of lists of one or two texts; for
+    entities a text or a list of lists of one text; for reading comprehension a question with its
+    context, or a list of them."""
 
     inputs: (
         str
@@ -70,7 +70,7 @@ class TokenizeBody(Body):
 
 
 class OpenAIBody(Body):
-    """model and user are taken and say nothing here: a server has one model."""
+    """OpenAI's fields; model and user are accepted, without effect: a server has one model."""
 
     input: Any
     model: str | None = None

@@ -20,9 +20,9 @@ from fastbert.serve.requests import (
 )
 from fastbert.serve.service import Service
 
-CANNOT = 424  # what text-embeddings-inference answers where a model is of another kind
+CANNOT = 424  # text-embeddings-inference's status for a model of another kind
 
-_MOST_FILLED = 20_000_000  # characters of texts with a [MASK] filled in, each once for each word
+_MOST_FILLED = 20_000_000  # characters of an answer, which repeats a text for each filled-in word
 
 
 def routes(service: Service, metrics: Metrics) -> APIRouter:
@@ -40,7 +40,7 @@ def routes(service: Service, metrics: Metrics) -> APIRouter:
 
     @router.post("/rerank")
     async def rerank(body: RerankBody) -> Response:
-        """How well each text answers the query, the best first."""
+        """Scores how well each text answers the query; the best comes first."""
         if served.prediction is None or not served.reranks:
             raise Refusal(
                 CANNOT,
@@ -60,7 +60,7 @@ def routes(service: Service, metrics: Metrics) -> APIRouter:
 
     @router.post("/predict")
     async def predict(body: PredictBody) -> Response:
-        """What a fine-tuned model says of an input, or of each of a list."""
+        """The fine-tuned model's prediction for an input, or for each input of a list."""
         ability = served.prediction
         if ability is None:
             raise Refusal(
@@ -76,7 +76,7 @@ def routes(service: Service, metrics: Metrics) -> APIRouter:
 
     @router.post("/fill-mask")
     async def fill_mask(body: FillMaskBody) -> Response:
-        """For each [MASK] of a text the likeliest words; a list of these for a list of texts."""
+        """The likeliest words for each [MASK] of a text, or of each text of a list."""
         ability = served.mask_filling
         if ability is None:
             raise Refusal(CANNOT, f"{served.name} cannot fill masks: it has no masked-LM head")
@@ -95,7 +95,7 @@ def routes(service: Service, metrics: Metrics) -> APIRouter:
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> Response:
-        """The tokens of each text, with their places in its characters."""
+        """The tokens of each text, with start and stop in characters of the text."""
         texts = service.texts(body.inputs)
         if body.prompt_name is not None:
             texts = service.prompted(texts, body.prompt_name)
@@ -108,7 +108,7 @@ def routes(service: Service, metrics: Metrics) -> APIRouter:
 
     @router.get("/metrics")
     async def prometheus() -> Response:
-        """For Prometheus."""
+        """Metrics for Prometheus."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
@@ -121,7 +121,7 @@ def _vectors(scores: Sequence[Any], normalize: bool) -> Response:
 def _inputs(
     body: PredictBody, ability: Prediction, service: Service
 ) -> tuple[bool, list[tuple[str, ...]]]:
-    """Whether the inputs came as a list, and the texts of each."""
+    """Whether the request has a list of inputs, and the texts of each input."""
     given, task = body.inputs, ability.settings.task
     is_batch = isinstance(given, list) and not isinstance(given[0], str)
     inputs: list[Any] = given if is_batch else [given]  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""What sentence-transformers' files beside a model say of how its texts become vectors."""
+"""Reads the files of sentence-transformers that say how a model's texts become vectors."""
 
 import json
 from collections.abc import Mapping
@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 from fastbert.check import InputError
 from fastbert.config.options import POOLINGS
 
-_KNOWN = ("Transformer", "Pooling", "Normalize")  # modules that are computed here
-_LEGACY = "pooling_mode_"  # before a mode, in files of older releases
+_KNOWN = ("Transformer", "Pooling", "Normalize")  # modules that fastbert computes
+_LEGACY = "pooling_mode_"  # prefix of a mode in files of older releases
 _LEGACY_NAMES = {"cls_token": "cls", "mean_tokens": "mean"}
 
 
 class SentenceFiles(NamedTuple):
-    """pooling: of POOLINGS, None where no file says it; max_seq_len: in tokens, or None; prompts:
-    what may stand before a text, by its name; default_prompt: the name of the one that does."""
+    """pooling: one of POOLINGS, None if no file says it; max_seq_len: in tokens, or None; prompts:
+    texts to put before a text, by name; default_prompt: name of the one used by default, or None.
+    """
 
     pooling: str | None = None
     max_seq_len: int | None = None
@@ -24,7 +25,7 @@ class SentenceFiles(NamedTuple):
 
     @classmethod
     def read(cls, directory: Path) -> "SentenceFiles":
-        """InputError for a pipeline that has more than is computed here."""
+        """Reads a model's directory; InputError for a pipeline that fastbert does not compute."""
         file = directory / "modules.json"
         if not file.is_file():
             return cls()
@@ -42,7 +43,7 @@ class SentenceFiles(NamedTuple):
                 pools = True
                 pooling = _pooling(directory / str(module.get("path")) / "config.json")
         if not pools:
-            return cls()  # a cross-encoder's
+            return cls()  # a cross-encoder has no pooling
         about = _json(directory / "sentence_bert_config.json", dict)
         prompts = _json(directory / "config_sentence_transformers.json", dict)
         if about.get("do_lower_case"):
@@ -59,7 +60,7 @@ class SentenceFiles(NamedTuple):
 
 
 def _json(file: Path, kind: type) -> Any:
-    """The file's contents; an empty `kind` where there is none."""
+    """The file's contents; an empty `kind` if there is no file."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Runs the application under uvicorn, from a free port to the last answer."""
+"""Runs the application under uvicorn, from binding the port to the last answer."""
 
 import signal
 import socket
@@ -25,13 +25,16 @@ _OPTIONS: dict[str, Any] = {
     "log_level": "warning",
     "access_log": False,
     "server_header": False,
-    "timeout_keep_alive": 75,  # seconds, longer than the proxies before it keep a connection
-    "timeout_graceful_shutdown": 5,  # for answers on their way when all are computed
+    "timeout_keep_alive": 75,  # seconds, longer than proxies keep connections open
+    "timeout_graceful_shutdown": 5,  # seconds to send answers that are computed
 }
 
 
 def serve(config: ServeConfig) -> None:
-    """Serves until SIGTERM or Ctrl-C, and answers what was accepted until then."""
+    """Serves until SIGTERM or Ctrl-C, then answers the requests that it has accepted.
+
+    Raises InputError for an address that cannot be bound and a model that cannot be served.
+    """
     listener = bind(config.host, config.port)
     if config.api_key() is None and not config.host.startswith(_LOOPBACK):
         warnings.warn(
@@ -49,9 +52,9 @@ def serve(config: ServeConfig) -> None:
 class Server(uvicorn.Server):
     """A model behind uvicorn.
 
-    It drains at the first signal, and ends at once at the second. uvicorn's own end would close
-    connections on which a request may just be coming in; here they stay until all is answered, and
-    further requests are told that the server is shutting down.
+    The first signal drains it, a second one ends it at once. uvicorn's own shutdown would close
+    connections on which a request may just be arriving; here they stay open until all requests are
+    answered, and further requests get 503.
     """
 
     def __init__(self, config: ServeConfig) -> None:
@@ -68,7 +71,7 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn.Config(app, **_OPTIONS))
 
     def run_at(self, listener: socket.socket, when_ready: Callable[[], None]) -> None:
-        """Answers until it is stopped."""
+        """Serves on the listener until a signal stops it; calls `when_ready` once it accepts."""
         self.when_ready = when_ready
         _warm_up(self.served)
         self.batcher.start()
@@ -94,7 +97,7 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that nobody can connect to yet; InputError before there is a model to load."""
+    """A socket that does not listen yet; bound early, so that InputError precedes the loading."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -108,8 +111,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 @torch.inference_mode()
 def _warm_up(served: Served) -> None:
-    """Computes the largest batch and a small one, so that what a device compiles is there, and
-    memory that does not suffice is told before there are clients."""
+    """Computes the largest batch and a small one before there are clients.
+
+    Kernels are compiled then, and a lack of memory shows.
+    """
     with served.autocast:
         for num_tokens in (served.batch_tokens, 16):
             served.embedding.scores(served.model, served.embedding.full(num_tokens))

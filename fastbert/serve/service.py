@@ -1,4 +1,4 @@
-"""The way of a request: its texts to tokens in threads, through the queue, and to an answer."""
+"""The way of a request: tokenising in threads, the queue of the model, and the answer."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -17,7 +17,10 @@ Result = TypeVar("Result")
 
 
 class Service:
-    """What the routes share. Texts that come back from `texts` can be tokenised and written."""
+    """What all routes share: limits, prompts, threads and the queue.
+
+    `texts` replaces halves of surrogate pairs, so that its texts can be tokenised and written.
+    """
 
     def __init__(self, served: Served, batcher: Batcher, config: ServeConfig) -> None:
         self.served, self.batcher, self.config = served, batcher, config
@@ -33,7 +36,7 @@ class Service:
             raise Refusal(413, f"{count} texts, more than the {self.config.max_texts} of a request")
 
     def prompted(self, texts: list[str], name: str | None) -> list[str]:
-        """The texts with the prompt of that name, or the model's default one, before each."""
+        """Puts the named prompt, or the model's default one, before each text; 422 if unknown."""
         prompts = self.served.prompts
         name = self.served.default_prompt if name is None else name
         if name is None:
@@ -46,7 +49,7 @@ class Service:
     async def read(
         self, ability: Ability, inputs: Sequence[Any], truncate: bool | None
     ) -> tuple[list[Feature], list[Any]]:
-        """The sequences of the inputs, and the model's scores of them."""
+        """The features of the inputs, and the model's scores; truncate: None for --truncate."""
         cut = self.config.truncate if truncate is None else truncate
         features = await self.in_thread(ability.features, inputs, cut)
         return features, await self.batcher.scores(ability, features)

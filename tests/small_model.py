@@ -1,6 +1,10 @@
 """A small untrained BERT whose vocabulary knows some English words and all Chinese used here."""
 
+import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,4 +38,26 @@ def write_model(directory: Path) -> Path:
         attention_probs_dropout_prob=0.0,
     )
     fastbert.BertModel(config).save_pretrained(directory)
+    return directory
+
+
+def write_pipeline(
+    model: Path,
+    directory: Path,
+    modules: Sequence[str] = ("Transformer", "Pooling"),
+    pooling: dict | None = None,
+    prompts: dict | None = None,
+    **about: Any,
+) -> Path:
+    """Copies the model and writes the files of sentence-transformers beside it."""
+    shutil.copytree(model, directory)
+    (directory / "pool").mkdir()
+    kinds = [{"path": "pool", "type": f"sentence_transformers.models.{m}"} for m in modules]
+    for name, contents in (
+        ("modules.json", kinds),
+        ("pool/config.json", pooling or {"pooling_mode_cls_token": True}),
+        ("sentence_bert_config.json", about),
+        ("config_sentence_transformers.json", prompts or {}),
+    ):
+        (directory / name).write_text(json.dumps(contents))
     return directory

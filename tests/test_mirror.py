@@ -45,7 +45,7 @@ ELSEWHERE = {
     "ops/attention/test_attention.py": "ops/attention.py ops/attention_plain.py",
     "ops/test_inference.py": "ops/fused.py",
     "serve/test_batcher.py": "serve/metrics.py serve/refusal.py",
-    "serve/test_embeddings.py": "serve/loading.py serve/openai.py serve/sentence_files.py",
+    "serve/test_embeddings.py": "serve/loading.py serve/openai.py",
     "serve/test_limits.py": "config/serve.py serve/app.py serve/gate.py serve/requests.py"
     " serve/server.py",
     "serve/test_tasks.py": "fill_mask.py serve/abilities.py serve/predictions.py serve/routes.py"

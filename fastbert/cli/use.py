@@ -83,7 +83,14 @@ def embed(
             "inputs of any size, resumed after a kill, on all of torchrun's processes."
         ),
     ],
-    pooling: Annotated[str, typer.Option(help="mean of all tokens, or cls.")] = "mean",
+    pooling: Annotated[
+        str | None,
+        typer.Option(help="mean of all tokens, or cls; by default as the model's files say."),
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option("--normalize/--no-normalize", help="Scale vectors to length 1."),
+    ] = None,
     text_column: Annotated[
         str, typer.Option(help="Column of a .csv, .tsv, .jsonl or .parquet.")
     ] = "text",
@@ -105,6 +112,7 @@ def embed(
     options: dict[str, Any] = {
         "text_column": text_of(text_column, "--text-column"),
         "pooling": pooling,
+        "normalize": normalize,
         "max_seq_len": max_seq_len,
         "truncate": truncate,
         "batch_tokens": batch_tokens,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
@@ -19,6 +20,7 @@ from fastbert.config.options import POOLINGS
 from fastbert.data import load_tokenizer
 from fastbert.data.formats.texts import Text
 from fastbert.data.text.encoding import warn_of_unknown
+from fastbert.embedding.sentence_files import SentenceFiles
 from fastbert.finetune.features import Feature, WindowEncoder, collate, parts
 from fastbert.finetune.infer import evaluating
 from fastbert.models.bert import BertModel
@@ -43,10 +45,15 @@ class Embedder:
     """Embeds texts by a BERT without a head and its tokenizer.
 
     pooling: "mean" of the last hidden states of all tokens, [CLS] and [SEP] included, as in
-    Sentence-BERT (Reimers & Gurevych 2019), or "cls", the last hidden state of [CLS]; max_seq_len:
-    in tokens, special tokens included, by default the model's; truncate: cuts longer texts off
-    instead of refusing them; batch_tokens: the most tokens computed at once; precision: auto, bf16,
-    fp16 or fp32. Raises InputError for other values and for a model that cannot be read.
+    Sentence-BERT (Reimers & Gurevych 2019), or "cls", the last hidden state of [CLS]; normalize:
+    scales vectors to length 1; max_seq_len: in tokens, special tokens included; truncate: cuts
+    longer texts off instead of refusing them; batch_tokens: the most tokens computed at once;
+    precision: auto, bf16, fp16 or fp32.
+
+    None for pooling, normalize or max_seq_len takes what the model's files of sentence-transformers
+    say; without such files, these are "mean", no scaling and the model's length. Their default
+    prompt is put before each text. Raises InputError for other values, for a model that cannot be
+    read, and for a pipeline of sentence-transformers that has other modules.
     """
 
     def __init__(
@@ -54,15 +61,17 @@ class Embedder:
         model: str | Path,
         device: torch.device,
         *,
-        pooling: str = "mean",
+        pooling: str | None = None,
+        normalize: bool | None = None,
         max_seq_len: int | None = None,
         truncate: bool = False,
         batch_tokens: int = 4096,
         precision: str = "auto",
     ) -> None:
-        if pooling not in POOLINGS:
+        if pooling not in (None, *POOLINGS):
             raise InputError(f"--pooling: one of {', '.join(POOLINGS)}, got {pooling!r}")
         directory = checkpoint.resolve(model)
+        files = SentenceFiles.read(directory)
         config = BertConfig.from_pretrained(directory)
         longest = config.max_position_embeddings
         if max_seq_len is not None and not 3 <= max_seq_len <= longest:
@@ -71,8 +80,13 @@ class Embedder:
             )
         self.tokenizer = load_tokenizer(directory, model_vocab_size=config.vocab_size)
         self.encoder = WindowEncoder(
-            self.tokenizer, max_seq_len or longest, None, truncate, "cut it off with --truncate"
+            self.tokenizer,
+            max_seq_len or min(files.max_seq_len or longest, longest),
+            None,
+            truncate,
+            "cut it off with --truncate",
         )
+        self.prompt = files.prompts[files.default_prompt] if files.default_prompt else ""
         self.kept = self.encoder.max_seq_len - 2 if truncate else None
         self.divides_at_blanks = (
             truncate
@@ -81,7 +95,8 @@ class Embedder:
         )
         self.bert = BertModel.from_pretrained(directory, add_pooling_layer=False)
         self.width = config.hidden_size
-        self.pooling, self.batch_tokens = pooling, batch_tokens
+        self.pooling, self.batch_tokens = pooling or files.pooling or "mean", batch_tokens
+        self.normalize = files.normalizes if normalize is None else normalize
         self.precision = resolve_precision(precision)
         self.config, self.device = config, device
         self.bert.to(device)
@@ -102,6 +117,8 @@ class Embedder:
         return {
             "model_sha256": digest.hexdigest(),
             "pooling": self.pooling,
+            "normalize": self.normalize,
+            "prompt": self.prompt,
             "max_seq_len": self.encoder.max_seq_len,
             "truncate": self.encoder.truncate,
             "batch_tokens": self.batch_tokens,
@@ -130,14 +147,18 @@ class Embedder:
                 numbers = order[part.start : part.stop]
                 batch = collate([features[n] for n in numbers]).to(self.device)
                 hidden = self.bert(batch).last_hidden_state.float()
-                embeddings[numbers] = pool(hidden, batch.cu_seqlens, self.pooling).cpu().numpy()
+                vectors = pool(hidden, batch.cu_seqlens, self.pooling)
+                if self.normalize:
+                    vectors = F.normalize(vectors, dim=-1)
+                embeddings[numbers] = vectors.cpu().numpy()
         return embeddings
 
     def _features(self, texts: Sequence[Text]) -> list[Feature]:
         features: list[Feature] = []
         for part in parts([len(text.text) for text in texts], _TOKENISED):
             some = texts[part.start : part.stop]
-            for text, ids in zip(some, self._ids([text.text for text in some]), strict=True):
+            prompted = [self.prompt + text.text for text in some]
+            for text, ids in zip(some, self._ids(prompted), strict=True):
                 windows = self.encoder.windows(text.where, ids)
                 features.append(Feature(len(features), tuple(windows), None))
         unk = self.encoder.specials.unk

@@ -13,6 +13,7 @@ from fastbert.check import InputError
 from fastbert.config.bert import BertConfig
 from fastbert.config.serve import ServeConfig
 from fastbert.data import load_tokenizer
+from fastbert.embedding.sentence_files import SentenceFiles
 from fastbert.finetune.metrics import require_libraries
 from fastbert.finetune.task import SETTINGS, Settings
 from fastbert.models.base import BertPreTrainedModel
@@ -25,7 +26,6 @@ from fastbert.models.pretraining import BertForMaskedLM
 from fastbert.models.question_answering import BertForQuestionAnswering
 from fastbert.serve.abilities import Embedding, MaskFilling
 from fastbert.serve.predictions import SEQUENCES, SERVED, Prediction
-from fastbert.serve.sentence_files import SentenceFiles
 from fastbert.train.precision import autocast, resolve_precision
 
 _MODELS: dict[str, type[BertPreTrainedModel]] = {

@@ -14,11 +14,13 @@ _LEGACY_NAMES = {"cls_token": "cls", "mean_tokens": "mean"}
 
 
 class SentenceFiles(NamedTuple):
-    """pooling: one of POOLINGS, None if no file says it; max_seq_len: in tokens, or None; prompts:
-    texts to put before a text, by name; default_prompt: name of the one used by default, or None.
+    """pooling: one of POOLINGS, None if no file says it; normalizes: whether vectors are scaled to
+    length 1; max_seq_len: in tokens, or None; prompts: texts to put before a text, by name;
+    default_prompt: name of the one used by default, or None.
     """
 
     pooling: str | None = None
+    normalizes: bool = False
     max_seq_len: int | None = None
     prompts: Mapping[str, str] = {}
     default_prompt: str | None = None
@@ -30,7 +32,7 @@ class SentenceFiles(NamedTuple):
         if not file.is_file():
             return cls()
         modules = _json(file, list)
-        pooling, pools = None, False
+        pooling, pools, normalizes = None, False, False
         for module in modules:
             if not isinstance(module, dict):
                 raise InputError(f"{file}: expected a list of modules")
@@ -39,6 +41,7 @@ class SentenceFiles(NamedTuple):
                 raise InputError(
                     f"{file}: the model has a {kind} module, which fastbert does not compute"
                 )
+            normalizes |= kind == "Normalize"
             if kind == "Pooling":
                 pools = True
                 pooling = _pooling(directory / str(module.get("path")) / "config.json")
@@ -51,12 +54,14 @@ class SentenceFiles(NamedTuple):
                 f"{directory}: do_lower_case in sentence_bert_config.json is not computed here; "
                 "let the tokenizer lower-case"
             )
-        return cls(
-            pooling,
-            about.get("max_seq_length"),
-            prompts.get("prompts") or {},
-            prompts.get("default_prompt_name"),
-        )
+        default = prompts.get("default_prompt_name")
+        named = prompts.get("prompts") or {}
+        if default is not None and default not in named:
+            raise InputError(
+                f"{directory}: config_sentence_transformers.json has no prompt {default!r}, which "
+                "it names as the default"
+            )
+        return cls(pooling, normalizes, about.get("max_seq_length"), named, default)
 
 
 def _json(file: Path, kind: type) -> Any:

@@ -51,7 +51,7 @@ class DropoutState:
 
 
 def new_state(device: torch.device) -> Tensor:
-    """A fresh (seed, step) from torch's generator of the device."""
+    """A fresh seed and step, (2,) int64, from torch's generator of the device."""
     return torch.randint(2**62, (2,), device=device)
 
 
@@ -136,7 +136,7 @@ def philox(counter: tuple[Tensor, ...], seed: Tensor) -> tuple[Tensor, ...]:
 
 
 def hidden_keep_mask(rng: DropoutState, num_cols: int, dropout_p: float) -> Tensor:
-    """(T, num_cols) bool, True where an element of the packed stream is kept."""
+    """(T, num_cols) bool, True where an element of the residual stream is kept."""
     seed, step = rng.state
     groups = torch.arange(-(-num_cols // GROUP), device=rng.token_key.device)
     sequence, position = _row_counter(rng.token_key)
@@ -173,7 +173,7 @@ def attention_drop_words(
 def attention_keep_mask(
     rng: DropoutState, num_heads: int, num_keys: int, dropout_p: float
 ) -> Tensor:
-    """(N, T, num_keys) bool, True where the probability of a key is kept for a query."""
+    """(N, T, num_keys) bool, True where a query's attention probability for a key is kept."""
     words = attention_drop_words(rng, num_heads, -(-num_keys // 32), dropout_p)
     bits = words[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
     return bits.flatten(2)[..., :num_keys] == 0

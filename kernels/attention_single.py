@@ -32,8 +32,8 @@ def single_tile(
         return None  # Triton 3.9 spills registers here
     if max_seqlen <= 64:
         return Tile(64, 64, 4, 1)
-    # H200, bf16, 188 x 128, Triton 3.6: 172 us with 4 warps, despite 114 spills, and 203 with 8;
-    # with dropout 276 and 207. With 4 warps Triton 3.9 spills 482 times, which was not timed.
+    # H200, bf16, 188 sequences of 128, Triton 3.6: 172 us with 4 warps, despite 114 spills, and 203
+    # with 8; with dropout 276 and 207. Triton 3.9 with 4 warps spills 482 times, and was not timed.
     is_measured = capability == 90 and block_d == 64 and TRITON_VERSION < (3, 9)
     return Tile(128, 128, 4 if is_measured and not dropout else 8, 1)
 

@@ -43,8 +43,8 @@ def _cross_entropy_fwd_kernel(
 
     cols = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     top = tl.full((LANES,), _LOWEST, dtype=tl.float32)
-    total = tl.full((LANES,), 0.0, dtype=tl.float32)  # of exp(x - top)
-    linear = tl.full((LANES,), 0.0, dtype=tl.float32)  # of x
+    total = tl.full((LANES,), 0.0, dtype=tl.float32)  # the sum of exp(x - top)
+    linear = tl.full((LANES,), 0.0, dtype=tl.float32)  # the sum of x, for label smoothing
     for start in range(0, N_COLS, DEPTH * LANES):
         # masking by N_COLS, a multiple of 16, not by N_CLASSES keeps the loads 16 bytes wide
         x = tl.load(row_ptr + start + cols, mask=start + cols < N_COLS, other=0.0).to(tl.float32)

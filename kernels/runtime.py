@@ -1,4 +1,4 @@
-"""What every launcher needs: registration as a torch operator, the device, and its properties."""
+"""Shared by all launchers: registration as a torch operator, the device, and its properties."""
 
 import functools
 import math

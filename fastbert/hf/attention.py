@@ -23,8 +23,8 @@ def register_attention() -> None:
     """Makes `attn_implementation="fastbert"` known to transformers (4.57 and 5).
 
     `from_pretrained(..., attn_implementation="fastbert")` and
-    `model.set_attn_implementation("fastbert")` then take it, for every model whose attention
-    transformers lets choose. Registering again changes nothing.
+    `model.set_attn_implementation("fastbert")` then accept it, for every model whose attention
+    transformers lets users choose. Registering again changes nothing.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface

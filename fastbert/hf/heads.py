@@ -152,7 +152,7 @@ def _score_rows(
     family = family_of(patched_base(model))
     assert family is not None
     head = family.head(model)
-    leaf(head.decoder)  # raises
+    leaf(head.decoder)  # raises Unsupported if the decoder must see every token
     base = getattr(model, model.base_model_prefix)
     rest = _without(arguments, _HEADS_OWN)
     num_labels = int((labels != IGNORE_INDEX).sum())  # the host waits here, before anything runs

@@ -236,7 +236,7 @@ class BertPreTrainedModel(nn.Module):
 
 
 class LabelledModel(BertPreTrainedModel):
-    """A model whose one target is called `labels`."""
+    """A model whose only target is the argument `labels`."""
 
     def forward(
         self,

@@ -53,7 +53,11 @@ class BertForSequenceClassification(_Classifier):
 
 
 class BertForTokenClassification(_Classifier):
-    """BERT with a classifier of tokens, as in Hugging Face; labels: (B, S) classes or -100."""
+    """BERT with a classifier of tokens, as in Hugging Face.
+
+    labels: (B, S) classes or -100, by default a PackedBatch's labels (T,). Logits are
+    (B, S, num_labels), or (T, num_labels) for a PackedBatch.
+    """
 
     def __init__(self, config) -> None:
         super().__init__(config, config.num_labels, add_pooling_layer=False)
@@ -71,7 +75,7 @@ class BertForTokenClassification(_Classifier):
 
 
 class BertForMultipleChoice(_Classifier):
-    """BERT with a score for each of a question's choices, as in Hugging Face."""
+    """BERT with a logit for each of a question's choices, as in Hugging Face."""
 
     def __init__(self, config) -> None:
         super().__init__(config, 1)

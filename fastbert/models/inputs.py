@@ -15,7 +15,7 @@ from fastbert.packing import IGNORE_INDEX, PackedBatch
 
 
 class Inputs(NamedTuple):
-    """The arguments that all models begin with, in Hugging Face's order."""
+    """The first arguments of every model's forward, in Hugging Face's order; see `BertModel`."""
 
     input_ids: Tensor | PackedBatch | None
     attention_mask: Tensor | None

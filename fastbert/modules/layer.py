@@ -69,7 +69,11 @@ def project_and_norm(
     rng: DropoutState | None,
     save: Save = "z",
 ) -> Tensor:
-    """`norm(residual + dropout(dense(x)))`: the end of each half of a layer."""
+    """`norm(residual + dropout(dense(x)))`, the end of each half of a layer: (T, I) -> (T, H).
+
+    residual: (T, H); rng: None draws a fresh state; save: as in `dropout_add_layer_norm`. Raises
+    ValueError if the sizes of dense, norm and residual do not fit.
+    """
     affine = norm.is_plain and norm.weight is not None and norm.bias is not None
     x, x_bias = split_bias(x, dense, dropout_add_layer_norm if affine else None)
     if affine:

@@ -282,7 +282,7 @@ def _refusal(layers: nn.ModuleList, x: Tensor, sequences: Sequences, pool: Pool)
 
 
 def _numerics() -> tuple[Any, ...]:
-    """Settings of PyTorch that choose kernels, which a recording fixes."""
+    """PyTorch's settings that choose kernels, and so are fixed in a recording."""
     return torch.are_deterministic_algorithms_enabled(), _matmul_precision()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-WARM_UP = 3  # runs before the recording, in which kernels are compiled and libraries set up
+WARM_UP = 3  # runs before a recording, which compile kernels and set up libraries
 
 Result = TypeVar("Result")
 Work = Callable[[], Result]
@@ -95,8 +95,8 @@ class CudaGraphs:
     def record(self, work: Work[Result]) -> Work[Result]:
         graph = torch.cuda.CUDAGraph()
         with (
-            torch.cuda.stream(torch.cuda.current_stream()),  # a failed capture does not restore it
-            # the thread that pins the next batches' memory may go on meanwhile
+            torch.cuda.stream(torch.cuda.current_stream()),  # restored even if the capture fails
+            # thread_local, so that the thread that pins memory for the next batches may continue
             torch.cuda.graph(
                 graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
             ),

@@ -1,4 +1,4 @@
-"""Several linear layers of the same input as one matrix product."""
+"""Linear layers as parts of fused operators: joined in one product, or with the bias split off."""
 
 from collections.abc import Sequence
 from typing import Any

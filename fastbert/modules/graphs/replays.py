@@ -72,7 +72,7 @@ class Precision(NamedTuple):
 class Call(NamedTuple):
     """The arguments of the layers, except x (T, H).
 
-    trained: the distinct parameters that require a gradient; None where x requires none either
+    trained: the distinct parameters that require a gradient; None if there are none and x requires none
     """
 
     parts: Sequence[LayerParts]
@@ -194,8 +194,8 @@ class TrainingGraphs:
 class Replayed(torch.autograd.Function):
     """The layers in training: replays a forward graph, and a backward graph for the gradient.
 
-    The backward graph cannot be replayed twice for one forward, nor be differentiated. Then the
-    layers run again without graphs, as under activation checkpointing.
+    The backward graph can be replayed once after each forward, and cannot be differentiated. For
+    other gradients the layers run again without graphs, as under activation checkpointing.
     """
 
     @staticmethod

@@ -72,7 +72,7 @@ class Precision(NamedTuple):
 class Call(NamedTuple):
     """The arguments of the layers, except x (T, H).
 
-    trained: the distinct parameters that require a gradient; None if there are none and x requires none
+    trained: the distinct parameters that require a gradient; None if none does and neither does x
     """
 
     parts: Sequence[LayerParts]

@@ -1,10 +1,10 @@
 """Picks which implementation of an operator runs; no other file asks what is installed.
 
-An operator is a function that checks its arguments, with a body in plain PyTorch, its reference. A
-backend is a namespace that holds faster bodies under fixed names: `torch.ops.fastbert` (the
-C++/CUDA extension) or a module of Triton launchers. The first usable backend of `PREFERENCE` runs;
-`FASTBERT_BACKEND`, or a `with backend.use(...)` block, forces one for the operators that have a
-body there, and those raise if it cannot run. The other operators keep the default.
+An operator is a function that checks its arguments, and its reference body in plain PyTorch. A
+backend is a namespace of faster bodies under fixed names: `torch.ops.fastbert` (the C++/CUDA
+extension) or a module of Triton launchers. The first usable backend of `PREFERENCE` runs.
+`FASTBERT_BACKEND`, or a `with backend.use(...)` block, forces one backend for the operators that
+have a body in it; these raise if it cannot run. The other operators keep the default.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ from fastbert import events
 BACKENDS = ("ext", "triton", "reference")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# The interpreter takes milliseconds a row: on a CPU, Triton runs only where a test forces it.
+# Triton's interpreter takes milliseconds a row, so on a CPU it runs only where a test forces it.
 PREFERENCE = {"cuda": ("ext", "triton", "reference"), "cpu": ("ext", "reference")}
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that Triton's kernels take
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # the dtypes that Triton's kernels take
 
 OPS: dict[str, "Op"] = {}
 
@@ -47,15 +47,16 @@ class Choice(NamedTuple):
 class Op:
     """A callable operator: the check of its arguments, its bodies, and the choice among them.
 
-    `@op("triton")` decorates the function of the public name. It raises ValueError for arguments
-    that are wrong and returns the others, completed, as a named tuple: the call, whose first field
-    has a device. Who makes a call that is right by construction, as the models do, gives it to
-    `run`. The rest are decorators of functions of a call:
+    `@op("triton")` decorates the public function. That function raises ValueError for wrong
+    arguments and returns valid ones, with defaults filled in, as a named tuple, the call. The
+    call's first field is a tensor, or has a `device`. Models, whose calls are valid by
+    construction, pass them to `run` without the check. Calling an operator, or `run`, raises
+    BackendUnavailable where a forced backend cannot run the call. The other decorators:
 
-    `@name.plain`: the operator in plain PyTorch. `@name.fused`, of `(kernels, call)`: a backend's
-    kernels, with gradients. `@name.refuses`: why the kernels cannot take the call, None if they
-    can; the plain body takes the others. `@name.describes`, of `(kernels, call)`: the names of
-    the kernels that run, for `fastbert.explain`.
+    `@name.plain` of `(call)`: the operator in plain PyTorch. `@name.fused` of `(kernels, call)`: a
+    backend's kernels, with gradients. `@name.refuses` of `(call)`: why the kernels cannot take the
+    call, None if they can; the plain body runs refused calls. `@name.describes` of
+    `(kernels, call)`: the names of the kernels that run, for `fastbert.explain`.
     """
 
     plain_body: Callable
@@ -73,7 +74,7 @@ class Op:
 
     def plain(self, function: Callable) -> Callable:
         self.plain_body = function
-        result = inspect.signature(function).return_annotation  # what a user gets, for `help`
+        result = inspect.signature(function).return_annotation  # `help` shows it instead of Call
         self.__signature__ = inspect.signature(self.check).replace(return_annotation=result)
         return function
 
@@ -98,23 +99,24 @@ class Op:
         return self.choices[device]
 
     def chosen(self, device: str) -> Choice:
-        """The choice that was made, or is made now.
+        """The cached choice for a device type; made here if there is none.
 
-        torch.compile's trace keeps a dictionary as it first saw it, so there it is made first.
+        While torch.compile traces, `_choose` always runs first: the trace would not see an entry
+        added to the dictionary after it first read that.
         """
         if torch.compiler.is_compiling() or device not in self.choices:
             _choose(self.name, device)
         return self.choices[device]
 
     def has_kernels(self, device: str) -> bool:
-        """Whether a faster body runs on such a device, for the arguments that it takes."""
+        """Whether a faster body than plain PyTorch runs on this type of device."""
         return self.chosen(device).kernels is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(self.check(*args, **kwargs))
 
     def run(self, call: Any) -> Any:
-        """The result of a call that was checked, or is right by construction."""
+        """Runs a call that was checked, or that is valid by construction."""
         backend, kernels, reason, forced = self.chosen(call[0].device.type)
         if kernels is not None:
             is_plain = is_transformed()
@@ -131,12 +133,12 @@ class Op:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode AD is at work, which only plain PyTorch has rules for."""
+    """Whether torch.func or forward-mode AD is active; only plain PyTorch supports these."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def forced() -> str | None:
-    """The backend that the user said is to run, None if any may."""
+    """The backend that the user forces, by `use` or FASTBERT_BACKEND; None without one."""
     return _forced
 
 
@@ -144,20 +146,20 @@ def _choose(name: str, device: str) -> str:
     return OPS[name].choice(device).backend
 
 
-# While torch.compile traces a call, this runs as it is. `torch.compiler.assume_constant_result`
-# sets this mark and no more, but imports all of Dynamo, and Triton with it.
+# torch.compile then runs `_choose` at trace time instead of tracing into it. The decorator
+# `torch.compiler.assume_constant_result` only sets this attribute, but imports Dynamo and Triton.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def op(*backends: str) -> Callable[[Callable], Op]:
-    """Decorates an operator's check; `backends` names where faster bodies of it exist."""
+    """Decorates an operator's check; `backends` names the backends that have a faster body."""
     return lambda check: Op(check, backends)
 
 
 def load(backend: str, op: str, device: str) -> Any:
-    """The namespace with `op`'s bodies for `device` (None for the reference).
+    """The namespace with `op`'s bodies for the device type; None for the reference.
 
-    Raises BackendUnavailable, saying why, where there is none.
+    Raises BackendUnavailable if the backend cannot run there, ValueError for an unknown backend.
     """
     if backend == "reference":
         return None
@@ -216,7 +218,10 @@ def _checked(backend: str | None) -> str | None:
 
 @contextlib.contextmanager
 def use(backend: str | None) -> Iterator[None]:
-    """Forces one backend inside a `with` block, for the operators that have a body there."""
+    """Forces one backend inside a `with` block, for the operators that have a body in it.
+
+    backend: "ext", "triton" or "reference"; None lifts a forced one. Raises ValueError for others.
+    """
     global _forced
     previous, _forced = _forced, _checked(backend)
     _forget()

@@ -1,4 +1,4 @@
-"""Errors about what the caller gave, in one form: who refuses it, what was expected, what came."""
+"""Errors about a caller's input, in one form: who refuses it, what was expected, what came."""
 
 
 class InputError(ValueError):
@@ -10,7 +10,7 @@ class InputError(ValueError):
 
 
 class Stopped(Exception):
-    """The user has stopped a command, by Ctrl-C; the message says what is kept and how to go on."""
+    """The user stopped a command with Ctrl-C; the message says what is saved and how to resume."""
 
 
 def require(condition: bool, who: str, expected: str, got: object, remedy: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Weights on disk: Hugging Face's files and names in and out."""
+"""Reads and writes weights in Hugging Face's files and under its parameter names."""
 
 import contextlib
 import difflib
@@ -22,20 +22,21 @@ from fastbert.system.files import new_file
 
 WEIGHTS = "model.safetensors"
 LEGACY_WEIGHTS = "pytorch_model.bin"
-INDEX = ".index.json"  # behind either name, where the weights are in several files
+INDEX = ".index.json"  # suffix of either name, where the weights are in several files
 LATEST = "latest"
 DOWNLOADS = ["*.json", "*.txt", "model*.safetensors", "pytorch_model*.bin"]
 
-# What a checkpoint or a model may have without the other: task heads and the pooler.
+# Task heads and the pooler: a checkpoint may have them where the model does not, and vice versa.
 _TASK_HEADS = re.compile(r"^(cls|classifier|qa_outputs|score)\.")
 _HEADS = re.compile(r"^(cls|classifier|qa_outputs|score|(bert\.)?pooler)\.")
 _BUFFERS = re.compile(r"(^|\.)embeddings\.(position_ids|token_type_ids)$")  # of older transformers
 
 
 def latest(run: Path) -> Path | None:
-    """The checkpoint that run/latest points to at this moment; None if the run has none yet.
+    """The checkpoint that run/latest points to now; None if the run has none yet.
 
-    What belongs together is read from there: the link may point to another one a second later.
+    Files that belong together are read from the directory returned, because the link may point to
+    another one a second later. Raises InputError if the link's target is gone.
     """
     link = run / LATEST
     if not link.is_symlink() and not link.exists():
@@ -53,6 +54,7 @@ def resolve(name_or_directory: str | Path, **download: Any) -> Path:
     """A model's directory: the one named, a run's newest checkpoint, or a download from the hub.
 
     download: options of `huggingface_hub.snapshot_download`, such as revision and cache_dir.
+    Raises InputError if there is no such directory, no config.json in it, or no such model.
     """
     directory = Path(name_or_directory)
     for candidate in (directory, directory / LATEST):
@@ -76,7 +78,7 @@ def resolve(name_or_directory: str | Path, **download: Any) -> Path:
 
 
 def _unfinished(run: Path) -> str:
-    """What to say of a run that has no `latest` yet."""
+    """The end of the error message for a run that has no `latest` yet."""
     if not (run / "run.json").is_file():
         return ""
     kept = sorted(run.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
@@ -84,7 +86,7 @@ def _unfinished(run: Path) -> str:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name is that of a directory rather than a hub's, such as google/bert."""
+    """Whether a name means a directory, not a model on the hub such as google/bert."""
     inside = Path(name).parent
     return (
         name.startswith((".", "/", "~"))
@@ -94,7 +96,7 @@ def _is_path(name: str) -> bool:
 
 
 def _meant(directory: Path) -> str:
-    """The name beside it that is most like it."""
+    """The end of the error message: the most similar directory name beside a missing one."""
     with contextlib.suppress(OSError):
         names = [path.name for path in directory.parent.iterdir() if path.is_dir()]
         for name in difflib.get_close_matches(directory.name, names, 1):
@@ -105,7 +107,8 @@ def _meant(directory: Path) -> str:
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
     """The tensors of model.safetensors, or of a legacy pytorch_model.bin, by name, on the CPU.
 
-    Either may be in several files, which its index (model.safetensors.index.json) lists.
+    Either may be in several files, which its index (model.safetensors.index.json) lists. Raises
+    InputError if a file is missing or corrupt, or a legacy file holds more than tensors.
     """
     directory = Path(directory)
     for name in (WEIGHTS, LEGACY_WEIGHTS):
@@ -146,7 +149,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: truncated or corrupt ({reason})") from None
 
 
-# The rest of google-research/bert's names is Hugging Face's with other separators.
+# Applied in order; other names of google-research/bert differ from Hugging Face's by separators.
 _FROM_TENSORFLOW = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -169,11 +172,11 @@ _TENSORFLOW_LINEARS = re.compile(r"/kernel(:0)?$")  # stored (in, out)
 
 
 def from_tensorflow(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Weights by Hugging Face's names, from those of google-research/bert and its fine-tunings.
+    """Renames the weights of google-research/bert and of models fine-tuned with it.
 
     tensors: arrays, or tensors, by their names in the TensorFlow checkpoint, such as
-    bert/encoder/layer_0/attention/self/query/kernel; an optimizer's slots and step are left out.
-    For `load_weights`, which refuses names that are no BERT's.
+    bert/encoder/layer_0/attention/self/query/kernel. Returns copies under Hugging Face's names, for
+    `load_weights`, which refuses unknown names; the optimizer's slots and step are left out.
     """
     weights = {}
     for name, array in tensors.items():
@@ -195,18 +198,18 @@ def load_weights(
     *,
     ignore_mismatched_sizes: bool = False,
 ) -> list[str]:
-    """Copies `weights` into `model` by Hugging Face's names; returns the names of absent heads.
+    """Copies `weights` into `model`; returns the model's parameters that `weights` lacks.
 
-    Accepts checkpoints of the bare encoder (without the `bert.` prefix) and of models with other
-    heads, and the LayerNorm.gamma/beta of the first releases. With ignore_mismatched_sizes, a head
-    of another shape counts as absent. Everything else that is missing, unknown or of another shape
-    is an InputError.
+    Only parameters of heads and the pooler may be absent. Names are Hugging Face's, with or without
+    the `bert.` prefix; the heads of other models are ignored, and the LayerNorm.gamma/beta of the
+    first releases are known. With ignore_mismatched_sizes, a task head of another shape counts as
+    absent. Raises InputError for other weights that are missing, unknown or of another shape.
     """
     own = model.state_dict()
     weights = _with_prefix_of(own, {_modern(name): tensor for name, tensor in weights.items()})
     tied = _tied_names(model)
     for alias, name in tied.items():
-        if alias in weights:  # a tied name only counts where the main one is absent
+        if alias in weights:  # the alias of a tied weight is read only if the main name is absent
             weights.setdefault(name, weights[alias])
             del weights[alias]
 
@@ -248,7 +251,7 @@ def save_weights(
 ) -> None:
     """Writes model.safetensors; a tied parameter is written once, under its first name.
 
-    weights: to be written in place of the model's own, which may be shards
+    weights: written instead of the model's parameters, for models that hold only shards
     """
     own = model.named_parameters() if weights is None else weights.items()
     tensors = {name: p.detach().cpu().contiguous() for name, p in own}
@@ -257,7 +260,7 @@ def save_weights(
 
 
 def point_latest(directory: Path) -> None:
-    """Makes the link `latest` beside `directory` point to it, in one step."""
+    """Makes the link `latest` beside `directory` point to it, atomically."""
     beside = directory.parent / f".{LATEST}.{os.getpid()}"
     beside.unlink(missing_ok=True)
     beside.symlink_to(directory.name)
@@ -273,7 +276,7 @@ def _renamed(match: re.Match) -> str:
 
 
 def _with_prefix_of(own: Mapping[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Adds or removes `bert.`, whichever makes the checkpoint's names those of the model."""
+    """Adds or removes the prefix `bert.`, so that the checkpoint's names match the model's."""
     ours = any(name.startswith("bert.") for name in own)
     theirs = any(name.startswith("bert.") for name in weights)
     if ours == theirs:
@@ -284,7 +287,7 @@ def _with_prefix_of(own: Mapping[str, Tensor], weights: dict[str, Tensor]) -> di
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
-    """Other names of a parameter -> its first name."""
+    """Maps each further name of a tied parameter to its first name."""
     first: dict[nn.Parameter, str] = {}
     named = model.named_parameters(remove_duplicate=False)
     return {name: first[p] for name, p in named if first.setdefault(p, name) != name}

@@ -1,4 +1,4 @@
-"""What a forward pass chose to run, told while somebody listens; `fastbert.explain` does."""
+"""Events that say how a forward pass ran, recorded only inside `listen`, for `fastbert.explain`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 
 class OperatorRun(NamedTuple):
-    """One call of an operator: by which backend and kernels, and why not by a better one."""
+    """One call of an operator: the backend and kernels that ran, and why no faster ones did.
+
+    variant: names of the kernels, for operators with several; call: the operator's checked
+    arguments, a named tuple.
+    """
 
     operator: str
     backend: str
@@ -23,7 +27,7 @@ class OperatorRun(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A module ran packed tokens, as `layout` says, or its own forward for a reason."""
+    """How a module ran: `layout` says packed or Hugging Face's own forward, `reason` says why."""
 
     module: str
     layout: str
@@ -37,7 +41,7 @@ _heard: list[Event] | None = None
 
 @contextlib.contextmanager
 def listen() -> Iterator[list[Event]]:
-    """A list that fills with the events of the block."""
+    """Yields a list that collects the events of the `with` block."""
     global _heard
     before, _heard = _heard, []
     try:
@@ -56,7 +60,7 @@ def tell(event: Event) -> None:
 
 
 def packed(module: nn.Module, x: Tensor, places: int | None = None, note: str = "") -> None:
-    """The module computes the packed tokens x (T, H) of a batch with so many places."""
+    """Records that `module` runs the packed tokens x (T, H) of a batch of `places` = B * S."""
     if not is_listening():
         return
     layout = f"packed, {len(x)} tokens"
@@ -68,5 +72,5 @@ def packed(module: nn.Module, x: Tensor, places: int | None = None, note: str = 
 
 
 def refused(module: nn.Module, reason: object) -> None:
-    """The module runs Hugging Face's own forward."""
+    """Records that `module` runs Hugging Face's own forward, and why."""
     tell(Route(type(module).__name__, "Hugging Face's own", str(reason)))

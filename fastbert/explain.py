@@ -1,4 +1,4 @@
-"""`fastbert.explain`: which operator runs how, for a model and a batch, and why not faster."""
+"""`fastbert.explain`: how each operator of a model runs on a batch, and why not faster."""
 
 import collections
 from typing import Any, NamedTuple
@@ -13,10 +13,11 @@ from fastbert.rng import threshold
 
 
 class Row(NamedTuple):
-    """One operator as it ran, `calls` times alike.
+    """One line of the table of operators: `calls` calls of one operator that ran the same way.
 
-    kernel: which ones, for operators with several; shape, dtype: of the first tensor; dropout: its
-    probability and where the masks are made, "" if none; note: why a faster body was not taken.
+    kernel: names of the kernels, for operators with several; shape, dtype: those of the call's
+    first tensor; dropout: its probability and where the masks are made, "" without dropout; note:
+    why no faster body ran.
     """
 
     operator: str
@@ -30,7 +31,7 @@ class Row(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """routes: of modules; rows: the operators; printed as two tables."""
+    """What `explain` returns; `str` gives two tables: how modules ran, and how operators ran."""
 
     routes: list[events.Route]
     rows: list[Row]
@@ -53,12 +54,11 @@ class Explanation(NamedTuple):
 
 
 def explain(model: nn.Module, /, *args: Any, show: bool = True, **batch: Any) -> Explanation:
-    """What each operator of `model` runs on this batch; also prints it, unless show=False.
+    """Reports how each operator of `model` runs on this batch; prints it, unless show=False.
 
-    Runs one forward pass, as the model is now (training or not, under the caller's autocast), with
-    the arguments that follow, keeps no graph, and leaves torch's random numbers as they were.
-    The backward of an operator is by the backend of its forward. Raises ValueError for a
-    model none of whose parts is fastbert's.
+    Calls model(*args, **batch) once without gradients, in the model's present mode (training or
+    eval) and under the caller's autocast, and restores torch's generators. An operator's backward
+    runs on the backend of its forward. Raises ValueError if the model runs no operator of fastbert.
     """
     devices = {p.device for p in model.parameters() if p.is_cuda}
     with (

@@ -1,4 +1,4 @@
-"""LAMB, the optimizer for large batches, as a torch optimizer over many tensors at a time."""
+"""LAMB, the optimizer for large batches, as a torch optimizer with multi-tensor operations."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,7 +14,7 @@ VARIANTS = ("paper", "nvidia")
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB: AdamW whose step is scaled, tensor by tensor, to the norm of the weights.
+    """LAMB: AdamW whose step is scaled, for each tensor, to the norm of its weights.
 
     Algorithm 2 of You et al. 2019 (https://arxiv.org/abs/1904.00962), with phi(z) = z. For each
     tensor x with gradient g, in step t:
@@ -23,34 +23,34 @@ class Lamb(torch.optim.Optimizer):
         u = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay x
         x = x - lr (|x| / |u|) u
 
-    Where |x| or |u| is 0, of which the paper says nothing, their ratio counts as 1.
+    Where |x| or |u| is 0, a case that the paper does not treat, the ratio is 1.
 
-    variant="nvidia" is what NVIDIA trains BERT with (apex.optimizers.FusedLAMB by its defaults:
+    variant="nvidia" is what NVIDIA trains BERT with (apex.optimizers.FusedLAMB with its defaults:
     apex/optimizers/fused_lamb.py and csrc/multi_tensor_lamb.cu). It differs in two points:
 
-    - Before all else the gradients are divided, in place, by max(1, |g| / max_grad_norm), |g| being
-      the norm over all parameters of all groups. The paper's algorithm leaves them alone.
-      max_grad_norm=None leaves this to the caller, who may clip for other reasons already.
-    - Groups with weight_decay = 0, by custom biases and LayerNorm, have no ratio: they take a step
-      of Adam. By the paper every tensor has one, also the keys' biases in attention, whose gradient
-      is 0 but for rounding: the ratio makes full steps of that noise. (FusedLAMB with
-      use_nvlamb=True gives all groups a ratio: variant="paper" behind a clipping to norm 1.)
+    - First the gradients are divided, in place, by max(1, |g| / max_grad_norm), where |g| is the
+      norm over all parameters of all groups. The paper's algorithm does not clip. With
+      max_grad_norm=None nothing is clipped here, for callers who clip the gradients themselves.
+    - Groups with weight_decay = 0, usually biases and LayerNorm, have no ratio: they take an Adam
+      step. In the paper every tensor has a ratio, even the keys' biases in attention, whose
+      gradient is 0 but for rounding: the ratio turns that noise into full steps. (FusedLAMB with
+      use_nvlamb=True gives all groups a ratio: variant="paper" after clipping to norm 1.)
 
-    Alike are bias correction (absent from the paper's first version), weight decay inside the
+    Both share bias correction (absent from the paper's first version), weight decay inside the
     ratio, gradient averaging (1 - beta1, not 1), eps outside the root, and ratio 1 for norm 0.
 
-    params: parameters or groups, on one device a group, of any floating dtype; norms and
-        corrections are in float32, in float64 for float64. Shards of FSDP2 (DTensor) have the
-        norms of the whole tensors, for one small all-reduce a group.
-    lr: a number, or a tensor on the device, which a CUDA graph reads anew.
+    params: parameters or groups of any floating dtype, each group on one device; norms and bias
+        corrections are in float32, in float64 for float64. Shards of FSDP2 (DTensor) use the norms
+        of the whole tensors, which costs one small all-reduce per group.
+    lr: a number, or a tensor on the device, whose current value each replay of a CUDA graph reads.
 
-    No host waits in `step`, and step counts lie on the device, so that a graph can record it. As
-    in torch's fused optimizers, a float32 tensor () in `found_inf` skips a step where it is 1, and
-    gradients are divided by `grad_scale`: GradScaler sets both. Raises ValueError for sparse
-    gradients and options out of range.
+    The host never waits in `step`, and step counts are on the device, so that a CUDA graph can
+    record it. As in torch's fused optimizers, `found_inf`, a float32 tensor (), skips the update on
+    the device where it is 1, and gradients are divided by `grad_scale`; GradScaler sets both.
+    Raises ValueError for sparse gradients and options out of range.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler then leaves skipping to `step`
+    _step_supports_amp_scaling = True  # tells GradScaler that `step` itself skips updates
 
     def __init__(
         self,
@@ -74,12 +74,12 @@ class Lamb(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        for parameter, state in self.state.items():  # torch leaves a "step" where it was saved
+        for parameter, state in self.state.items():  # torch leaves "step" on its saved device
             state["step"] = state["step"].to(parameter.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes a step by the parameters' `grad`; those without one stay as they are."""
+        """Updates the parameters that have a `grad`; returns the closure's loss, None without."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -112,7 +112,7 @@ class Lamb(torch.optim.Optimizer):
     def _step_group(
         self, group: dict[str, Any], parameters: list[Tensor], found_inf: Tensor | None
     ) -> None:
-        """Everything on local tensors: only the norms need to know of the other shards."""
+        """Updates the local shards of one group; only the norms need the other shards."""
         states = [self._state(parameter) for parameter in parameters]
         x = [_local(parameter) for parameter in parameters]
         g = [_local(_gradient(parameter)) for parameter in parameters]
@@ -121,7 +121,7 @@ class Lamb(torch.optim.Optimizer):
         steps = [state["step"] for state in states]
         beta1, beta2 = group["betas"]
 
-        # a step that is skipped has gradients of 0, decays no moment and counts for nothing
+        # a skipped step has zero gradients, decays no moment and is not counted
         taken: Any = 1.0 if found_inf is None else 1 - found_inf.float()
         torch._foreach_add_(steps, [taken] * len(steps))
         torch._foreach_mul_(m, 1 - (1 - beta1) * taken)
@@ -169,13 +169,13 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _squares(tensors: list[Tensor]) -> Tensor:
-    """The squared norm of each (N,), in float32, or float64 where there is such a tensor."""
+    """The squared norm of each tensor, (N,) float32, or float64 if a tensor is in float64."""
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     return torch.stack(torch._foreach_norm(tensors, 2, dtype)).square()
 
 
 def _sum_over_shards(squares: Tensor, parameters: list[Tensor]) -> Tensor:
-    """Rows of sums over a shard each -> over the whole of the parameters; (N, ...) -> (N, ...)."""
+    """Adds sums over local shards, one row a parameter, over all ranks: (N, ...) -> (N, ...)."""
     rows: dict[dist.ProcessGroup, list[int]] = {}
     for row, parameter in enumerate(parameters):
         if isinstance(parameter, DTensor):
@@ -186,7 +186,7 @@ def _sum_over_shards(squares: Tensor, parameters: list[Tensor]) -> Tensor:
         if len(mine) == len(squares):
             dist.all_reduce(squares, group=group)
         else:
-            views = [squares[row] for row in mine]  # a list of rows would be copied from the host
+            views = [squares[row] for row in mine]  # an index list would be copied from the host
             part = torch.stack(views)
             dist.all_reduce(part, group=group)
             torch._foreach_copy_(views, list(part))

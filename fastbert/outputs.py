@@ -1,8 +1,8 @@
-"""What models return: objects with Hugging Face's field names and the behaviour of its ModelOutput.
+"""The outputs of models: Hugging Face's field names, and the behaviour of its ModelOutput.
 
 An output is a dataclass and an ordered mapping of its fields that are not None, so that scripts may
 read `output.loss`, `output["loss"]`, `output[0]` or `output[1:]`. Each class is a pytree node,
-which DistributedDataParallel, FSDP and torch.compile need to find the tensors inside.
+because DistributedDataParallel, FSDP and torch.compile find the tensors inside that way.
 """
 
 import dataclasses
@@ -14,7 +14,10 @@ from torch.utils import _pytree as pytree
 
 
 class ModelOutput(OrderedDict):
-    """Base of the outputs; subclasses are dataclasses whose fields default to None."""
+    """Base of the outputs; subclasses are dataclasses whose fields default to None.
+
+    Raises TypeError where a field is deleted or popped, or the mapping is updated.
+    """
 
     def __init_subclass__(cls) -> None:
         pytree.register_pytree_node(
@@ -27,7 +30,7 @@ class ModelOutput(OrderedDict):
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
         first, *rest = (getattr(self, name) for name in names)
-        # libraries that rebuild a mapping (Accelerate's, DDP's) call type(output)({name: value})
+        # Accelerate and DDP rebuild a mapping by calling type(output)({name: value})
         if isinstance(first, dict) and all(value is None for value in rest):
             object.__setattr__(self, names[0], None)
             self.clear()
@@ -62,8 +65,11 @@ class ModelOutput(OrderedDict):
 
 @dataclasses.dataclass
 class BaseModelOutput(ModelOutput):
-    """last_hidden_state: (B, S, H), or (T, H) packed; hidden_states: the same, before each layer
-    and after the last."""
+    """last_hidden_state: (B, S, H), or (T, H) packed.
+
+    hidden_states: tensors of that shape, the embeddings and each layer's output; for a list of
+    layer numbers these layers' outputs, and None for the other layers.
+    """
 
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor | None, ...] | None = None
@@ -72,7 +78,7 @@ class BaseModelOutput(ModelOutput):
 
 @dataclasses.dataclass
 class BaseModelOutputWithPastAndCrossAttentions(ModelOutput):
-    """`BaseModelOutput`, with the fields of a decoder, which are None."""
+    """`BaseModelOutput` with the fields of a decoder, which stay None."""
 
     last_hidden_state: Tensor | None = None
     past_key_values: None = None

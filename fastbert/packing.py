@@ -1,4 +1,4 @@
-"""A batch with no padding: the tokens of all sequences in one row, and where each begins."""
+"""Packed batches: the tokens of all sequences end to end, without padding."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from fastbert.check import require
 
-IGNORE_INDEX = -100  # the label of a position where there is nothing to predict, as in PyTorch
+IGNORE_INDEX = -100  # the label of a position without a prediction target, as in PyTorch
 
 
-# The number that spare sequences have for dropout, which no example has.
+# Dropout id reserved for filler sequences; no example has it.
 SPARE_SEQUENCE = 2**31 - 1
 
 
 class Bucket(NamedTuple):
-    """Sizes that batches are padded to, so that all of them are alike."""
+    """Fixed sizes that `PackedBatch.padded_to` pads batches to, so that all shapes are equal."""
 
     num_tokens: int
     num_sequences: int
@@ -27,24 +27,28 @@ class Bucket(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """B sequences of T tokens in all, laid end to end.
+    """B sequences with T tokens in all, end to end.
 
     input_ids: (T,) int64, or None where inputs_embeds is given
     inputs_embeds: (T, H), word embeddings to use instead of looking up input_ids, or None
     cu_seqlens: (B + 1,) int32, where each sequence begins, and T at the end
     max_seqlen: length of the longest sequence, or an upper bound of it
     token_type_ids: (T,) int64, or None for all zeros
-    position_ids: (T,) int64, position in the token's own sequence unless the caller says otherwise
-    labels: (T,) int64, the token to predict or -100, or None
+    position_ids: (T,) int64, usually each token's position in its own sequence
+    labels: (T,) int64, the token to predict or -100; None without labels
     num_labels: how many labels are not -100, counted on the host so that no step waits for the
         device; None counts them on the device, which makes the host wait once
     next_sentence_label: (B,) int64, 0 where the second segment follows the first, 1 where it is
         a random one, or None
-    attention_mask: which of its sequence's tokens each may attend to, bool or additive, broadcasts
-        to (B, heads, max_seqlen, max_seqlen); None for all, as padding needs none here
-    sequence_ids: (B,) int64, numbers from which dropout draws each sequence's masks, whatever batch
-        it is in; None numbers the sequences of this batch
+    attention_mask: limits attention within each sequence, bool or additive, broadcasts to
+        (B, heads, max_seqlen, max_seqlen), see `attention`; None where every token may attend to
+        its whole sequence
+    sequence_ids: (B,) int64, dropout ids: dropout depends on the example, not on the batch it is
+        in; None numbers the sequences of this batch
     dropout_state: (2,) int64, seed and step of dropout; None draws them from torch's generator
+
+    Raises ValueError unless exactly one of input_ids and inputs_embeds is given, for a cu_seqlens
+    of another dtype or rank, and for ids or labels of another shape.
     """
 
     input_ids: Tensor | None = None
@@ -114,7 +118,7 @@ class PackedBatch:
         return self.cu_seqlens.shape[0] - 1
 
     def misfit(self, bucket: Bucket) -> str | None:
-        """Why the batch cannot be padded to the bucket, None if it can."""
+        """Why the batch does not fit the bucket; None if it does."""
         spare = _num_spare(self, bucket)
         sizes = {
             "num_tokens": self.num_tokens,
@@ -128,11 +132,12 @@ class PackedBatch:
         return None
 
     def padded_to(self, bucket: Bucket) -> "PackedBatch":
-        """The batch of a pre-training step with all sizes as the bucket says.
+        """This pre-training batch with filler sequences, so that its sizes are the bucket's.
 
-        Spare tokens make sequences of their own that predict nothing, the other spare sequences
-        are empty. Losses, gradients and dropout masks of the batch's own tokens stay as they are.
-        Raises ValueError if it does not fit, or has no labels, inputs_embeds or an attention_mask.
+        Filler tokens form sequences of their own, without labels; further filler sequences are
+        empty. Losses, gradients and dropout masks of the batch's own tokens do not change. Raises
+        ValueError if the batch does not fit, lacks input_ids, labels or num_labels, or has an
+        attention_mask.
         """
         misfit = self.misfit(bucket)
         require(misfit is None, "padded_to", "a batch that fits the bucket", misfit)
@@ -167,15 +172,15 @@ class PackedBatch:
         )
 
     def is_real(self) -> Tensor:
-        """(T,) bool, False for the tokens that `padded_to` has added, which are the last ones."""
+        """(T,) bool, False for the filler tokens, which `padded_to` appends."""
         places = torch.arange(self.num_tokens, device=self.device)
         if self.sequence_ids is None:
             return torch.ones_like(places, dtype=torch.bool)
         own = (self.sequence_ids != SPARE_SEQUENCE).sum(0, keepdim=True)
-        return places < self.cu_seqlens.index_select(0, own)  # reads nothing on the host
+        return places < self.cu_seqlens.index_select(0, own)  # indexing would make the host wait
 
     def copy_(self, other: "PackedBatch") -> None:
-        """Overwrites the tensors with those of a batch of the same sizes; no host waits."""
+        """Copies the tensors of a batch of the same sizes into this one; the host does not wait."""
         for field in dataclasses.fields(self):
             if isinstance(buffer := getattr(self, field.name), Tensor):
                 buffer.copy_(getattr(other, field.name), non_blocking=True)
@@ -196,10 +201,10 @@ class PackedBatch:
 
 
 def _num_spare(batch: PackedBatch, bucket: Bucket) -> int:
-    """How many sequences the spare tokens make."""
+    """How many filler sequences hold the filler tokens."""
     return max(-(-(bucket.num_tokens - batch.num_tokens) // bucket.max_seqlen), 0)
 
 
 def _extended(values: Tensor | None, count: int, value: int) -> Tensor:
-    assert values is not None  # `padded_to` has looked
+    assert values is not None  # `padded_to` checked it
     return torch.cat([values, values.new_full((count,), value)])

@@ -1,8 +1,8 @@
 """BERT as the paper writes it (Devlin et al. 2018): padded, unfused, any dtype. The tests' oracle.
 
 B sequences padded to S tokens, H hidden, N heads, D head size, V vocabulary. Parameter names are
-Hugging Face's, so the weights of every model here load into it and back. Read it top to bottom; it
-shares no code with the packed model, so that they cannot be wrong together.
+Hugging Face's, so weights move between this model and the packed ones. Read it top to bottom; it
+shares no code with the packed model, so that no bug can hide in both.
 """
 
 import math
@@ -78,7 +78,7 @@ class Attention(nn.Module):
 
 
 class Activated(nn.Module):
-    """A linear layer and the activation that the config names; `gelu` is the exact one, by erf."""
+    """A linear layer and the activation that the config names; `gelu` is the exact erf formula."""
 
     def __init__(self, out_features: int, config: BertConfig) -> None:
         super().__init__()

@@ -1,10 +1,11 @@
-"""Dropout by counter: whether an element is dropped is a function of its place alone.
+"""Dropout by counter: whether an element is dropped is a function of its coordinates alone.
 
-A place is (seed, step, site, sequence, row, column, head). The random bits of a place are
-Philox4x32-7 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so a mask is never
-stored to be replayed, and a sequence gets the same masks padded, packed, reordered, recomputed
-under activation checkpointing, in plain PyTorch and in a kernel. Probabilities are multiples of
-1/4096, and kept elements are scaled by the exact inverse of the probability to be kept.
+The coordinates are (seed, step, site, sequence, row, column, head); the site numbers the dropouts
+of a model. Their random bits are Philox4x32-7 (Salmon et al. 2011, "Parallel random numbers: as
+easy as 1, 2, 3"). So no mask is stored for a second use, and a sequence gets the same masks padded,
+packed, reordered, recomputed under activation checkpointing, in plain PyTorch and in a kernel.
+Probabilities are multiples of 1/4096, and kept elements are scaled by the exact inverse of the
+probability of being kept.
 
 This file is the definition; `kernels/philox.py` gives the same bits on a GPU.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 RESOLUTION = 4096
 ROUNDS = 7
 GROUP = 8  # neighbouring columns that share one call of Philox, 16 bits each
-CALLS_PER_WORD = 3  # of Philox for 32 dropout bits of attention, which take 12 words of 32 bits
+CALLS_PER_WORD = 3  # Philox calls for 32 dropout bits of attention: 12 words, 4 from each call
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -26,11 +27,11 @@ _WORD = 0xFFFFFFFF
 
 @dataclasses.dataclass(frozen=True)
 class DropoutState:
-    """Where the random numbers of one forward pass come from.
+    """The coordinates of one forward pass's dropout: seed and step, tokens, and site.
 
-    state: (2,) int64 on the device, seed and step, so that a captured CUDA graph may change them;
-    token_key: (T,) int64, sequence << 32 | position of each token, position below 65536;
-    site: which dropout of the model, 16 bits.
+    state: (2,) int64, seed and step, on the device so that they can change between replays of a
+    CUDA graph; token_key: (T,) int64, sequence << 32 | position of each token, position below
+    65536; site: the number of the dropout within the model, 16 bits.
     """
 
     state: Tensor
@@ -45,12 +46,12 @@ class DropoutState:
         return DropoutState(self.state, self.token_key, site)
 
     def rows(self, index: Tensor) -> "DropoutState":
-        """For the tokens at `index` (M,) alone: their masks are the same as among all."""
+        """The state of the tokens at `index` (M,); each keeps the masks it has in the batch."""
         return DropoutState(self.state, self.token_key[index.long()], self.site)
 
 
 def new_state(device: torch.device) -> Tensor:
-    """A fresh (seed, step) from torch's generator of the device."""
+    """A fresh seed and step, (2,) int64, from torch's generator of the device."""
     return torch.randint(2**62, (2,), device=device)
 
 
@@ -61,7 +62,7 @@ def for_batch(
     sequence_ids: Tensor | None = None,
     state: Tensor | None = None,
 ) -> DropoutState:
-    """What one forward pass over packed sequences draws from; see `token_keys`.
+    """The dropout state of one forward pass over packed sequences; see `token_keys`.
 
     state: (2,) int64, seed and step; a fresh one from torch's generator if None.
     """
@@ -69,17 +70,18 @@ def for_batch(
     return DropoutState(new_state(cu_seqlens.device) if state is None else state, keys)
 
 
-# Keys are operators that torch.compile does not look into, as the masks of `fastbert.ops.dropout`
-# are: inductor may narrow 64-bit integers, and a key that lost its upper half is another mask.
+# The keys are custom operators, which torch.compile does not trace into, like the masks of
+# `fastbert.ops.dropout`: inductor may narrow 64-bit integers, and a narrowed key changes the mask.
 @torch.library.custom_op("fastbert_plain::token_keys", mutates_args=())
 def token_keys(cu_seqlens: Tensor, num_tokens: int, sequence_ids: Tensor | None = None) -> Tensor:
-    """The key (T,) of each packed token; sequences are numbered as in the batch by default.
+    """The dropout keys (T,) int64 of packed tokens: sequence << 32 | position.
 
-    cu_seqlens: (B + 1,) int32; sequence_ids: (B,) int64, of which 31 bits count.
+    cu_seqlens: (B + 1,) int32; sequence_ids: (B,) int64, from 0 to 2^31 - 1; None numbers the
+    sequences of this batch.
     """
     places = torch.arange(num_tokens, device=cu_seqlens.device)
     sequences = torch.searchsorted(cu_seqlens[1:], places, right=True, out_int32=True)
-    # rows behind the last sequence, which a fixed-size batch has, count as another one
+    # filler tokens behind the last sequence of a fixed-size batch count as one more sequence
     positions = places - cu_seqlens.long()[sequences.clamp(max=cu_seqlens.shape[0] - 1)]
     numbers = sequences.long()
     if sequence_ids is not None:
@@ -90,7 +92,7 @@ def token_keys(cu_seqlens: Tensor, num_tokens: int, sequence_ids: Tensor | None 
 
 @torch.library.custom_op("fastbert_plain::row_keys", mutates_args=())
 def row_keys(state: Tensor, num_rows: int) -> Tensor:
-    """Keys (T,) of rows that belong to no sequence: their places, on the device of `state`."""
+    """Dropout keys (T,) int64 of rows without sequences: the row numbers, on state's device."""
     rows = torch.arange(num_rows, device=state.device)
     return rows >> 16 << 32 | rows & 0xFFFF
 
@@ -106,18 +108,18 @@ def _(state: Tensor, num_rows: int) -> Tensor:
 
 
 def fresh(num_rows: int, device: torch.device) -> DropoutState:
-    """A state for one use of one operator, for callers that pass none."""
+    """A fresh state for one call of an operator whose caller passed none."""
     state = new_state(device)
     return DropoutState(state, row_keys(state, num_rows))
 
 
 def threshold(dropout_p: float) -> int:
-    """Elements whose 12 random bits are below this are dropped; 0 means that none is."""
+    """An element is dropped if its 12 random bits are below this number; 0 drops none."""
     return round(dropout_p * RESOLUTION)
 
 
 def keep_scale(dropout_p: float) -> float:
-    """What kept elements are multiplied with: the inverse of the exact share that is kept."""
+    """The factor of kept elements: the exact inverse of the probability of being kept."""
     return RESOLUTION / (RESOLUTION - threshold(dropout_p))
 
 
@@ -134,7 +136,7 @@ def philox(counter: tuple[Tensor, ...], seed: Tensor) -> tuple[Tensor, ...]:
 
 
 def hidden_keep_mask(rng: DropoutState, num_cols: int, dropout_p: float) -> Tensor:
-    """(T, num_cols) bool, True where an element of the packed stream is kept."""
+    """(T, num_cols) bool, True where an element of the residual stream is kept."""
     seed, step = rng.state
     groups = torch.arange(-(-num_cols // GROUP), device=rng.token_key.device)
     sequence, position = _row_counter(rng.token_key)
@@ -150,8 +152,9 @@ def attention_drop_words(
 ) -> Tensor:
     """(N, T, num_words) int32: bit j of word w is set where a query drops key 32 * w + j.
 
-    The 32 bits of a word are drawn at once: 12 random words hold the inverted digits, lowest first,
-    of 32 numbers, and comparing these with the threshold takes one operation a digit.
+    The 32 bits of a word are drawn together: 12 random words hold the inverted binary digits,
+    lowest first, of 32 numbers. One bitwise operation per digit compares all 32 numbers with the
+    threshold.
     """
     seed, step = rng.state
     device = rng.token_key.device
@@ -170,12 +173,12 @@ def attention_drop_words(
 def attention_keep_mask(
     rng: DropoutState, num_heads: int, num_keys: int, dropout_p: float
 ) -> Tensor:
-    """(N, T, num_keys) bool, True where the probability of a key is kept for a query."""
+    """(N, T, num_keys) bool, True where a query's attention probability for a key is kept."""
     words = attention_drop_words(rng, num_heads, -(-num_keys // 32), dropout_p)
     bits = words[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
     return bits.flatten(2)[..., :num_keys] == 0
 
 
 def _row_counter(token_key: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, 1) each: the sequence, and the position where the counter wants it."""
+    """(T, 1) each: the sequence, and the position in the upper half of its counter word."""
     return token_key[:, None] >> 32 & _WORD, (token_key[:, None] & 0xFFFF) << 16

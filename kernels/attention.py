@@ -1,7 +1,7 @@
-"""Launchers of variable-length attention, with the kernels of `attention_fwd` and the like.
+"""Launchers of variable-length attention; the kernels are in `attention_fwd` and its siblings.
 
-Nothing here waits for the device: grids follow from upper bounds of the lengths, programs without
-work end at once, and one more slice of the grid writes zeros behind the last sequence.
+The host never waits for the device: grids follow from upper bounds of the lengths, programs without
+work return at once, and one more slice of the grid writes zeros behind the last sequence.
 """
 
 import torch
@@ -51,10 +51,11 @@ def attention_fwd(
 ) -> list[Tensor]:
     """q (T_q, N, D), k and v (T_k, N, D) -> out (T_q, N, D); if `keep`, lse (N, T_q) too.
 
-    lse, which a backward reads: float32, to base 2; cu_seqlens_q, cu_seqlens_k: (B + 1,) int32;
-    mask: (B, N, max_seqlen_q, max_seqlen_k), boolean or floating, expanded with strides of 0 where
-    it is the same; drop_words: (N, T_q, W) int32, as `attention_drop_words` gives them; keep_scale:
-    1 without them.
+    lse: float32, the log-sum-exp to base 2, for the backward; cu_seqlens_q, cu_seqlens_k: (B + 1,)
+    int32; mask: (B, N, max_seqlen_q, max_seqlen_k), boolean or floating, with strides of 0 in
+    expanded dimensions; drop_words: (N, T_q, W) int32, from `attention_drop_words`; keep_scale: 1
+    without drop_words. Raises ValueError where the offset of a row within its sequence would reach
+    2**31 elements.
     """
     outputs = _fwd_outputs(q, keep)
     if q.numel():
@@ -98,7 +99,7 @@ def attention_bwd(
     drop_words: Tensor | None,
     keep_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dout (T_q, N, D) -> dq (T_q, N, D), dk and dv (T_k, N, D); the rest is as in the forward."""
+    """dout (T_q, N, D) -> dq (T_q, N, D), dk and dv (T_k, N, D); the rest as in `attention_fwd`."""
     dq, dk, dv = _bwd_outputs(dout, q, k, v)
     _launch_bwd(
         dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k,
@@ -124,9 +125,9 @@ def attention_qkvpacked_bwd(
     drop_words: Tensor | None,
     keep_scale: float,
 ) -> Tensor:
-    """dout (T, N, D), qkv (T, 3, N, D) -> dqkv (T, 3, N, D), which no copy has to put together.
+    """dout (T, N, D), qkv (T, 3, N, D) -> dqkv (T, 3, N, D), without a copy to join three tensors.
 
-    The rest is as in `attention_fwd`.
+    The other arguments are as in `attention_fwd`.
     """
     dqkv = _packed_bwd_outputs(dout, qkv)
     _launch_bwd(
@@ -140,7 +141,7 @@ def _launch_bwd(
     dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k,
     max_seqlen_q, max_seqlen_k, softmax_scale, mask, drop_words, keep_scale,
 ) -> None:  # fmt: skip
-    """Writes dq, dk and dv, which have the same row stride, and heads end to end."""
+    """Writes dq, dk and dv, which have one row stride in common, and contiguous heads."""
     num_rows, num_heads, head_dim = q.shape
     if not q.numel() + k.numel():
         return
@@ -185,7 +186,7 @@ def _launch_bwd(
 
 
 def variant(q: Tensor, longest: int, *, mask: bool, dropout: bool) -> str:
-    """The kernels that run for q (T, N, D) and sequences of at most `longest`, in words."""
+    """Names the kernels that run for q (T, N, D) and sequences of at most `longest` tokens."""
     gpu, columns = capability(q), block_d(q.shape[-1])
     tile = fwd_tile(gpu, q.itemsize, columns, dropout=dropout, mask=mask)
     forward = f"forward {tile.block_m}x{tile.block_n}"
@@ -206,7 +207,7 @@ def _words_stride(drop_words: Tensor | None) -> int:
 
 
 def _strides(q, k, v, max_seqlen_q: int, max_seqlen_k: int) -> tuple[int, ...]:
-    """Of rows and heads; raises ValueError where a place in a sequence would exceed 31 bits."""
+    """Strides of rows and heads; raises ValueError if an offset in a sequence exceeds 31 bits."""
     (q_row, q_head, _), (k_row, k_head, _), (v_row, v_head, _) = q.stride(), k.stride(), v.stride()
     if max(q_row * max_seqlen_q, k_row * max_seqlen_k, v_row * max_seqlen_k) >= 2**31:
         raise ValueError(

@@ -1,14 +1,14 @@
-"""Attention, backward: gradients without atomics, so that they have the same bits each time.
+"""Attention, backward: gradients without atomics, so that repeated runs give the same bits.
 
-P = exp2(S - lse) is computed again from the scores S, and with K the dropout mask (1 keeps) and c
-its scale: dV = c (K P)^T dO; dS = c (K P) (dO V^T) - P delta, delta being the rows' sums of
-O dO; dQ = scale dS K; dK = scale dS^T Q. The kernels leave the factor c to the end, with delta / c
-in delta's place. One kernel gives dQ and delta, a second dK and dV.
+P = exp2(S - lse) is computed again from the scores S. With M the dropout mask (1 keeps) and c its
+scale: dV = c (M P)^T dO; dS = c (M P) (dO V^T) - P delta, where delta is the row sum of O dO;
+dQ = scale dS K; dK = scale dS^T Q. The kernels apply the factor c at the end, and use delta / c
+instead of delta. One kernel computes dQ and delta, a second one dK and dV.
 
-In float32 the scores are not the forward's to the last bit where a product's tiles are others, and
-neither their rows of P sum to 1 nor those of dS to 0 as exactly as PyTorch's do. There the dQ
-kernel takes these sums t = rowsum(P) and e = rowsum(dS), on the way, and both kernels go on with
-P / t and delta + e / t: dQ = scale (dS K - e / t P K) / t. In 16 bits P and dS are rounded anyway.
+In float32 the scores may differ from the forward's in the last bit, because the tiles differ. Then
+rows of P do not sum to 1, nor rows of dS to 0, as exactly as PyTorch's do. So the dQ kernel also
+computes these sums, t = rowsum(P) and e = rowsum(dS), and both kernels use P / t and delta + e / t:
+dQ = scale (dS K - e / t P K) / t. In 16 bits P and dS are rounded anyway.
 """
 
 import triton
@@ -29,34 +29,34 @@ from fastbert.kernels.attention_common import (
 
 
 def dq_tile(capability: int, itemsize: int, block_d: int, *, dropout: bool, mask: bool) -> Tile:
-    """Dropout and a mask take registers."""
+    """The tile of the dQ kernel; dropout and a mask take registers, so their tiles are smaller."""
     gpu = generation(capability)
     if itemsize == 4:
         return Tile(64 if gpu == 100 else 32, 32, 8, 1)
     if block_d == 128:
         return Tile(128, 32 if gpu == 80 else 64, 8, 2)
     if gpu == 90 and block_d == 64 and not mask:
-        # H200, bf16, 47 x 512: the whole backward takes 484 us, from 530 with (64, 64, 4, 2); with
-        # dropout 653, from 735
+        # H200, bf16, 47 sequences of 512, whole backward: 484 us, and 530 with (64, 64, 4, 2); with
+        # dropout 653 us, and 735
         return Tile(64, 32 if dropout else 64, 4, 3)
     if gpu == 80 and (dropout or mask):
         return Tile(64, 32, 4, 2)
-    # a pipeline of so small a tile makes ptxas spill on sm_100
+    # with a head size this small, a second pipeline stage makes ptxas spill on sm_100
     return Tile(64, 64, 4, 1 if gpu == 100 and block_d <= 32 else 2)
 
 
 def dkdv_tile(capability: int, itemsize: int, block_d: int, *, mask: bool) -> Tile:
-    """Without a pipeline: its registers are worth more as programs that run beside each other.
+    """The tile of the dK/dV kernel, with one stage: occupancy beats pipelining.
 
-    Where sm_90 was measured, it is not so.
+    On sm_90, where tiles were measured, three stages are faster.
     """
     if itemsize == 4:
         return Tile(32, 32, 8, 1)
     if block_d == 128:
         return Tile(64 if generation(capability) == 80 else 128, 64, 8, 1)
     if capability == 90 and block_d == 64 and not mask:
-        # H200, bf16, 47 x 512: the whole backward takes 503 us, from 528 with (64, 64, 4, 1); with
-        # dropout 592, from 736
+        # H200, bf16, 47 sequences of 512, whole backward: 503 us, and 528 with (64, 64, 4, 1); with
+        # dropout 592 us, and 736
         return Tile(64, 64, 4, 3)
     return Tile(64, 64, 4, 1)
 
@@ -80,7 +80,7 @@ def attention_dq_kernel(
     sequence = tl.program_id(2).to(tl.int64)
     dq_ptr += head * HEAD_DIM
     q_first = tl.load(cu_q_ptr + sequence).to(tl.int64)
-    if sequence == tl.num_programs(2) - 1:  # not a sequence: what is behind the last one
+    if sequence == tl.num_programs(2) - 1:  # not a sequence: the rows behind the last one
         zero_rows(dq_ptr, dq_row_stride, q_first, n_rows, HEAD_DIM, BLOCK_D, BLOCK_M)
         return
     n_queries = (tl.load(cu_q_ptr + sequence + 1) - q_first).to(tl.int32)
@@ -136,7 +136,7 @@ def attention_dq_kernel(
             HEAD_DIM, BLOCK_N, PRECISION, True, total_ptr is not None,
         )  # fmt: skip
     if total_ptr is not None:
-        total = tl.where(total > 0.0, total, 1.0)  # of a row without a key
+        total = tl.where(total > 0.0, total, 1.0)  # a query without a key has a total of 0
         excess /= total
         dq = (dq - excess[:, None] * pk) / total[:, None]
         tl.store(delta_ptr + statistics, delta + excess, mask=rows_in)
@@ -148,7 +148,7 @@ def attention_dq_kernel(
 
 @triton.jit
 def _dq_step(
-    dq, pk, total, excess,  # [BLOCK_M, BLOCK_D] twice, [BLOCK_M] twice
+    dq, pk, total, excess,  # [BLOCK_M, BLOCK_D] each, then [BLOCK_M] each
     q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptrs, word_ptrs, rows_in,
     k_row_stride, v_row_stride, mask_col_stride, start, n_keys, scale, mask_scale,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -160,12 +160,12 @@ def _dq_step(
     v = load_tile(v_ptrs + start * v_row_stride, cols_in, HEAD_DIM, IS_LAST)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     s = add_mask(s, mask_ptrs, mask_col_stride, cols, rows_in, cols_in, mask_scale, IS_LAST)
-    if IS_LAST:  # behind the last key exp2(-lse) may be inf, and inf times a zero of k is NaN
+    if IS_LAST:  # keys beyond the end have s = 0: exp2(-lse) may be inf, and inf * 0 is NaN
         s = tl.where(cols_in[None, :], s, float("-inf"))
     p = tl.exp2(s * scale - lse[:, None])
     if WITH_SUMS:
         total += tl.sum(p, axis=1)
-        # enough digits, because pk is multiplied with what is left of delta's rounding
+        # tf32 is precise enough, because pk is multiplied by `excess`, which is rounding error
         pk = tl.dot(p, k, pk, input_precision="tf32")
     kept = p
     if word_ptrs is not None:
@@ -181,7 +181,7 @@ def _dq_step(
 @triton.jit(do_not_specialize=["n_rows", "n_key_rows"])
 def attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr,  # (T_q, N, D), (T_k, N, D), (T_k, N, D)
-    dout_ptr, lse_ptr, delta_ptr, total_ptr,  # (T_q, N, D), (N, T_q) twice, (N, T_q) or None
+    dout_ptr, lse_ptr, delta_ptr, total_ptr,  # (T_q, N, D), (N, T_q), (N, T_q), (N, T_q) or None
     cu_q_ptr, cu_k_ptr,  # (B + 1,) each
     mask_ptr, words_ptr,  # (B, N, S_q, S_k) or None, (N, T_q, W) or None
     dk_ptr, dv_ptr,  # (T_k, N, D) each
@@ -198,7 +198,7 @@ def attention_dkdv_kernel(
     dk_ptr += head * HEAD_DIM
     dv_ptr += head * HEAD_DIM
     k_first = tl.load(cu_k_ptr + sequence).to(tl.int64)
-    if sequence == tl.num_programs(2) - 1:  # not a sequence: what is behind the last one
+    if sequence == tl.num_programs(2) - 1:  # not a sequence: the rows behind the last one
         zero_rows(dk_ptr, dk_row_stride, k_first, n_key_rows, HEAD_DIM, BLOCK_D, BLOCK_N)
         zero_rows(dv_ptr, dk_row_stride, k_first, n_key_rows, HEAD_DIM, BLOCK_D, BLOCK_N)
         return
@@ -265,10 +265,10 @@ def _dkdv_step(
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, IS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Rows are queries here too: a tile with keys as rows would need lse along its columns.
+    """Adds one tile of queries to dk and dv; rows are queries, so that lse goes along the rows.
 
-    No mask for keys behind the end: they only reach rows of dk and dv that nobody stores. A query
-    behind the end has lse = inf, so that its probabilities are zero.
+    Keys beyond the end are not masked: they only reach rows of dk and dv that are never stored. A
+    query beyond the end has lse = inf, so its probabilities are zero.
     """
     rows = start + tl.arange(0, BLOCK_M)
     rows_in = rows < n_queries
@@ -286,7 +286,7 @@ def _dkdv_step(
         cols = first_col + tl.arange(0, BLOCK_N)
         s = add_mask(s, mask_ptrs, mask_col_stride, cols, rows_in, cols_in, mask_scale, True)
     p = tl.exp2(s * scale - lse[:, None])
-    if total_ptrs is not None:  # with `/`, which Triton does not round exactly, t / t may not be 1
+    if total_ptrs is not None:  # div_rn, because Triton does not round `/` exactly: t / t must be 1
         total = tl.load(total_ptrs + start, mask=rows_in, other=1.0)
         p = tl.div_rn(p, total[:, None])
     kept = p
@@ -307,5 +307,5 @@ def row_delta(out, dout, keep_scale):
 
 @triton.jit
 def score_gradient(p, kept, dp, delta, DROPOUT: tl.constexpr):
-    """Of the scores, without the scales of softmax and dropout."""
+    """The gradient of the scores, without the scales of softmax and dropout."""
     return kept * dp - p * delta[:, None] if DROPOUT else p * (dp - delta[:, None])

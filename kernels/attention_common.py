@@ -1,7 +1,7 @@
-"""What the attention kernels share: tiles, loads with padding, the mask and the drop words.
+"""Shared by the attention kernels: tiles, loads with padding, the mask and the drop words.
 
 B sequences, T packed tokens, N heads, D head size, S the longest sequence. Queries and keys may be
-packed differently: those of sequence b are the rows cu[b] to cu[b + 1] of their tensors.
+packed differently: sequence b has the rows cu[b] to cu[b + 1] of each tensor, by its own cu.
 """
 
 import functools
@@ -13,17 +13,17 @@ import triton.language as tl
 
 from fastbert.kernels.runtime import IS_INTERPRETED
 
-# How products of float32 are computed: three tf32 products that together are as accurate as one in
-# float32 and run on the tensor cores. Tests may set "ieee". Other dtypes have one way only.
+# Matrix products of float32: three tf32 products, which run on the tensor cores and together are
+# as accurate as one in float32. Tests may set "ieee". Other dtypes have only one precision.
 FLOAT32_PRECISION = "tf32x3"
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-1.0e30)  # a running maximum begins here: finite, so that -inf - it is -inf
+LOWEST = tl.constexpr(-1.0e30)  # start of a running maximum; finite, as -inf - -inf would be NaN
 _HAS_ASM = tl.constexpr(not IS_INTERPRETED)
 
 
 class Tile(NamedTuple):
-    """How many queries and keys a step of a program takes, and how it is compiled."""
+    """Queries (block_m) and keys (block_n) of a program's step, its warps and pipeline stages."""
 
     block_m: int
     block_n: int
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
 
 def generation(capability: int) -> int:
-    """80, 90 or 100: whose tensor cores a GPU has. The small Blackwells have Ampere's."""
+    """Generation of the tensor cores: 80, 90 or 100; small Blackwells, sm_120, have Ampere's."""
     if 100 <= capability < 120:
         return 100
     return 90 if capability == 90 else 80
@@ -40,7 +40,7 @@ def generation(capability: int) -> int:
 
 @functools.cache
 def block_d(head_dim: int) -> int:
-    """Columns of a tile; a matrix product takes at least 16."""
+    """Columns of a tile: a power of two, at least 16 because a matrix product needs as many."""
     return max(triton.next_power_of_2(head_dim), 16)
 
 
@@ -58,7 +58,7 @@ def tile_ptrs(
 
 @triton.jit
 def load_tile(ptrs, rows_in, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """[R, BLOCK_D], zero behind HEAD_DIM and, if MASK_ROWS, where `rows_in` [R] is false."""
+    """[R, BLOCK_D], zero beyond HEAD_DIM and, if MASK_ROWS, where `rows_in` [R] is False."""
     BLOCK_D: tl.constexpr = ptrs.shape[1]
     if HEAD_DIM == BLOCK_D:
         tile = tl.load(ptrs, mask=rows_in[:, None], other=0.0) if MASK_ROWS else tl.load(ptrs)
@@ -85,7 +85,7 @@ def zero_rows(
     ptr, row_stride, first, end,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Zeros in rows `first` to `end`, divided among the programs of grid axis 0."""
+    """Writes zeros to rows `first` to `end`, divided among the programs of grid axis 0."""
     zero = tl.zeros((BLOCK, BLOCK_D), dtype=ptr.dtype.element_ty)
     step = tl.num_programs(0) * BLOCK
     for start in range(first + tl.program_id(0) * BLOCK, end, step):
@@ -98,10 +98,10 @@ def add_mask(
     scores, mask_ptrs, mask_col_stride, cols, rows_in, cols_in, mask_scale,
     MASK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """The raw scores [M, N] with a mask: booleans, True where a query attends, or addends.
+    """Applies a mask to raw scores [M, N]: booleans, True = attend, or numbers to add.
 
-    mask_ptrs: [M, 1], the first column of each row; addends are for scores that are multiplied with
-    the softmax's scale, and `mask_scale` is its inverse.
+    mask_ptrs: [M, 1], the first column of each row. An additive mask is meant for scores times
+    softmax_scale, so it is multiplied by `mask_scale` = 1 / softmax_scale for the raw scores.
     """
     if mask_ptrs is not None:
         ptrs = mask_ptrs + cols.to(tl.int64)[None, :] * mask_col_stride
@@ -118,7 +118,7 @@ def add_mask(
 
 @triton.jit
 def load_words(word_ptrs, rows_in, start, BLOCK_N: tl.constexpr):
-    """[M, BLOCK_N]: the drop word that has the bit of each score, from column `start` on.
+    """[M, BLOCK_N]: for each score from column `start` on, the drop word that holds its bit.
 
     word_ptrs: [M], the first word of each row.
     """
@@ -135,7 +135,7 @@ def load_words(word_ptrs, rows_in, start, BLOCK_N: tl.constexpr):
 def drop(p, words):
     """`p` with zeros where a bit of its words [M, N] is set: one LOP3 and one FSEL a score."""
     bits = (1 << (tl.arange(0, p.shape[1]) & 31))[None, :]
-    if _HAS_ASM:  # written as tl.where it becomes up to five instructions
+    if _HAS_ASM:  # tl.where would compile to up to five instructions
         kept = tl.inline_asm_elementwise(
             "{ .reg .pred %dropped; .reg .b32 %bit; and.b32 %bit, $2, $3;"
             " setp.ne.s32 %dropped, %bit, 0; selp.f32 $0, 0f00000000, $1, %dropped; }",

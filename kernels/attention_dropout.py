@@ -1,9 +1,9 @@
-"""The drop mask of attention, one bit a score: those of `fastbert.rng.attention_drop_words`.
+"""The drop mask of attention, one bit a score, the same as `fastbert.rng.attention_drop_words`.
 
-Made once, read by the forward and by both kernels of the backward: drawing them there would cost
-several times the matrix products. 32 bits are drawn at once. Twelve random words are the binary
-digits, lowest first, of 32 numbers, and comparing those with the threshold takes one operation a
-digit.
+It is drawn once and read by the forward and both kernels of the backward, because drawing the bits
+in those would cost several times the matrix products. 32 bits are drawn together: twelve random
+words are the inverted binary digits, lowest first, of 32 numbers, and one majority of bits per
+digit compares all 32 numbers with the threshold.
 """
 
 import triton
@@ -15,8 +15,8 @@ from fastbert.kernels.runtime import LAUNCH, capability, cdiv, launcher, on
 
 
 def words_block(capability: int) -> tuple[int, int, int]:
-    """Rows, words of a row, and warps."""
-    # H200, 188 x 128: the forward takes 111 us, from 131 with (32, 16, 4); 47 x 512: 248, from 254
+    """Rows of a tile, words of each row, and warps."""
+    # H200, forward of 188 x 128 tokens: 111 us, and 131 with (32, 16, 4); of 47 x 512: 248 and 254
     return (64, 8, 4) if capability == 90 else (32, 16, 4)
 
 
@@ -46,7 +46,7 @@ def attention_drop_words_kernel(
     number = zero + (key >> 32).to(tl.uint32)[:, None]
     position = (key.to(tl.uint32) << 16)[:, None]
     site_and_head = zero + (site << 16 | head).to(tl.uint32)
-    row_stride = words_row_stride // 4 * 4  # the compiler sees a multiple of 4: 16-byte stores
+    row_stride = words_row_stride // 4 * 4  # shows the compiler a multiple of 4: 16-byte stores
     row_ptrs = words_ptr + (head.to(tl.int64) * n_rows + q_first + rows) * row_stride
 
     for first in range(0, tl.cdiv(n_keys, 32), BLOCK_WORDS):
@@ -70,14 +70,15 @@ def attention_drop_words_kernel(
 def _compare(below, digit, threshold, place: tl.constexpr):
     """One digit of 32 comparisons: the majority of `below`, the digit and the threshold's digit.
 
-    Numbers so far below the threshold stay so unless their next digit is 1 and its is 0.
+    A set bit of `digit` is a binary digit 0. A number below the threshold in its lower digits stays
+    below it unless its next digit is 1 and the threshold's is 0.
     """
     is_set = (0 - (threshold >> place & 1)).to(tl.uint32, bitcast=True)
     return (digit & below) | (is_set & (digit | below))
 
 
 def row_words(max_seqlen_k: int) -> int:
-    """W: words of a row, a multiple of 4."""
+    """W, the drop words of a row: a multiple of 4, for 16-byte stores."""
     return cdiv(max_seqlen_k, 128) * 4
 
 
@@ -102,8 +103,8 @@ def attention_drop_words(
 ) -> Tensor:
     """token_key (T_q,), state (2,) int64 -> (N, T_q, W) int32: a bit that is set drops a score.
 
-    Bit j of word w is of key 32 * w + j of the row's sequence. Words beyond a sequence's last key,
-    and of rows that belong to no sequence, are not written.
+    Bit j of word w belongs to key 32 * w + j of the query's sequence. Words beyond a sequence's
+    last key, and words of rows that belong to no sequence, are not written.
     """
     words = _words_outputs(
         token_key, state, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads

@@ -1,7 +1,7 @@
 """Attention, backward, where each sequence is a single tile: all gradients in one program.
 
-Five matrix products instead of the seven of `attention_bwd`, which has the formulas, and each
-tensor is read once.
+It needs five matrix products instead of the seven of `attention_bwd`, which has the formulas, and
+reads each tensor once.
 """
 
 import triton
@@ -25,15 +25,15 @@ from fastbert.kernels.runtime import TRITON_VERSION
 def single_tile(
     capability: int, itemsize: int, block_d: int, max_seqlen: int, *, dropout: bool
 ) -> Tile | None:
-    """A tile that holds the longest sequence, or None where it would not fit in registers."""
+    """A tile that holds the longest sequence; None where registers would not hold it."""
     if generation(capability) == 80 or itemsize == 4 or block_d > 64 or max_seqlen > 128:
         return None
     if dropout and max_seqlen > 64 and TRITON_VERSION >= (3, 9):
-        return None  # Triton 3.9 spills here
+        return None  # Triton 3.9 spills registers here
     if max_seqlen <= 64:
         return Tile(64, 64, 4, 1)
-    # H200, bf16, 188 x 128, Triton 3.6: 172 us with 4 warps, for all their 114 spills, 203 with 8;
-    # with dropout 276 and 207. With 4 warps Triton 3.9 spills 482 times, which nobody has timed.
+    # H200, bf16, 188 sequences of 128, Triton 3.6: 172 us with 4 warps, despite 114 spills, and 203
+    # with 8; with dropout 276 and 207. Triton 3.9 with 4 warps spills 482 times, and was not timed.
     is_measured = capability == 90 and block_d == 64 and TRITON_VERSION < (3, 9)
     return Tile(128, 128, 4 if is_measured and not dropout else 8, 1)
 
@@ -57,7 +57,7 @@ def attention_single_kernel(
     dv_ptr += head * HEAD_DIM
     q_first = tl.load(cu_q_ptr + sequence).to(tl.int64)
     k_first = tl.load(cu_k_ptr + sequence).to(tl.int64)
-    if sequence == tl.num_programs(2) - 1:  # not a sequence: what is behind the last one
+    if sequence == tl.num_programs(2) - 1:  # not a sequence: the rows behind the last one
         zero_rows(dq_ptr, grad_row_stride, q_first, n_rows, HEAD_DIM, BLOCK_D, BLOCK)
         zero_rows(dk_ptr, grad_row_stride, k_first, n_key_rows, HEAD_DIM, BLOCK_D, BLOCK)
         zero_rows(dv_ptr, grad_row_stride, k_first, n_key_rows, HEAD_DIM, BLOCK_D, BLOCK)

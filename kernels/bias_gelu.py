@@ -1,12 +1,12 @@
 """Bias and GELU in one pass, and their backward, which computes the activation again.
 
 M rows, N columns. A program works on ROWS x COLS tiles of the matrix; in the backward it walks down
-a strip of COLS columns and keeps the strip's share of the bias gradient in registers, so that the
-gradient costs no pass of its own. All arithmetic is in float32.
+a strip of COLS columns and keeps the strip's share of the bias gradient in registers, so that this
+gradient needs no pass of its own. All arithmetic is in float32.
 
 GELU is x * gate(x), where the gate is the normal distribution function or a sigmoid. In half
-precision the gate takes one reciprocal and one exponential, which keeps the kernels at the speed of
-memory: for the erf, formula 7.1.26 of Abramowitz and Stegun (error below 1.5e-7).
+precision the gate takes one reciprocal and one exponential, so that the kernels stay bound by
+memory; the erf is formula 7.1.26 of Abramowitz and Stegun (error below 1.5e-7).
 """
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 from fastbert.kernels.runtime import IS_INTERPRETED, LAUNCH, capability, cdiv, launcher, num_sms, on
 
 FWD_BLOCK = 8, 256, 4  # rows and columns of a tile, and warps
-# Of the backward: all resident at once up to 64 registers a thread. sm_90's block takes up to 128,
-# which leaves room for half of them.
+# For the backward: up to 64 registers a thread, 32 warps are resident at once. sm_90's block takes
+# up to 128 registers, which leaves room for half of the warps.
 WARPS_PER_SM = 32
 
 _INTERPRETED = tl.constexpr(IS_INTERPRETED)
@@ -28,8 +28,8 @@ _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 
 def backward_block(capability: int, itemsize: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile, and warps: in bf16, 4 rows of 256 take 48 registers a thread."""
-    # H200, bf16, 24152 x 4096: 171 us, from 190 with (4, 256, 4)
+    """Rows and columns of a tile, and warps; 4 x 256 in bf16 takes 48 registers a thread."""
+    # H200, bf16, 24152 x 4096: 171 us, and 190 with (4, 256, 4)
     return (4, 512, 2) if capability == 90 and itemsize == 2 else (4, 256, 4)
 
 
@@ -48,7 +48,7 @@ def _reciprocal(x, EXACT: tl.constexpr):
 def _gate(x, TANH: tl.constexpr, EXACT: tl.constexpr):
     """(gate, slope) with gelu(x) = x * gate and gelu'(x) = gate + x * slope."""
     if TANH:
-        # (1 + tanh(u)) / 2 = sigmoid(2u) with u = sqrt(2 / pi) * (x + 0.044715 x^3), for exp2
+        # (1 + tanh(u)) / 2 = sigmoid(2u) with u = sqrt(2 / pi) * (x + 0.044715 x^3), by exp2
         falling = tl.exp2(x * (-2.302208198 - 0.1029432397 * x * x))
         gate = _reciprocal(1.0 + falling, EXACT)
         rest = tl.where(x < 0, 1.0 - gate, falling * gate)  # 1 - gate, without cancellation
@@ -62,7 +62,7 @@ def _gate(x, TANH: tl.constexpr, EXACT: tl.constexpr):
             t = _reciprocal(1.0 + 0.3275911 * _SQRT_HALF * tl.abs(x), EXACT)
             series = 1.421413741 + t * (-1.453152027 + t * 1.061405429)
             tail = 0.5 * bell * t * (0.254829592 + t * (-0.284496736 + t * series))
-            gate = tl.where(x < 0, tail, 1.0 - tail)  # the tail itself, so that nothing cancels
+            gate = tl.where(x < 0, tail, 1.0 - tail)  # the tail itself, without cancellation
     return gate, slope
 
 
@@ -90,7 +90,7 @@ def _bias_gelu_fwd_kernel(
 @triton.jit(do_not_specialize=["n_rows", "rows_per_program"])
 def _bias_gelu_bwd_kernel(
     dy_ptr, x_ptr, bias_ptr,  # (M, N), (M, N), (N,)
-    dx_ptr, dbias_ptr,  # (M, N), (P, N): a partial sum per program of a strip
+    dx_ptr, dbias_ptr,  # (M, N), (P, N): one partial sum from each program of a strip
     dy_row_stride, x_row_stride, dx_row_stride,
     n_rows, rows_per_program,
     N_COLS: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,
@@ -115,7 +115,7 @@ def _bias_gelu_bwd_kernel(
         gate, slope = _gate(x, TANH, EXACT)
         dx = dy.to(tl.float32) * (gate + x * slope)
         tl.store(dx_ptr + rows * dx_row_stride + cols[None, :], dx, mask=mask)
-        dbias += dx  # 0 in masked rows, whose dy is 0
+        dbias += dx  # masked rows add 0, because their dy is 0
     tl.store(dbias_ptr + part * N_COLS + cols, tl.sum(dbias, axis=0), mask=in_row)
 
 
@@ -125,7 +125,7 @@ def _fwd_outputs(x: Tensor, bias: Tensor, tanh: bool):
 
 @launcher(_fwd_outputs)
 def bias_gelu_fwd(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
-    """x (M, N), with unit column stride, and bias (N,) -> gelu(x + bias) (M, N) in x.dtype."""
+    """gelu(x + bias) (M, N) in x.dtype, for x (M, N) with unit column stride and bias (N,)."""
     y = _fwd_outputs(x, bias, tanh)
     n_rows, n_cols = x.shape
     rows, cols, num_warps = FWD_BLOCK
@@ -145,7 +145,10 @@ def _bwd_outputs(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool):
 
 @launcher(_bwd_outputs)
 def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
-    """dx (M, N) in x.dtype; dbias (N,) in bias.dtype, summed in float32."""
+    """Gradients of `bias_gelu_fwd`: dx (M, N) in x.dtype; dbias (N,) in bias.dtype.
+
+    dy (M, N) and x (M, N) have unit column stride; dbias is summed in float32.
+    """
     n_rows, n_cols = x.shape
     rows, cols, num_warps = backward_block(capability(x), x.itemsize)
     strips = cdiv(n_cols, cols)

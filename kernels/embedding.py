@@ -1,8 +1,8 @@
-"""Word, position and token type embeddings, summed, layer-normalized and dropped, in one pass.
+"""Word, position and token type embeddings, LayerNorm of their sum, and dropout, in one pass.
 
-T tokens, N columns; tables of V words, P positions and S types. The backward gathers the sums
-again, which moves less memory than keeping them would, and leaves a gradient dz (T, N) of the sums,
-which `table_gradients` adds to the rows of the tables.
+T tokens, N columns; tables of V words, P positions and S types. The backward gathers the summed
+embeddings again, which moves less memory than saving them, and computes their gradient dz (T, N),
+which `table_gradients` adds to the gradients of the tables.
 """
 
 import functools
@@ -26,14 +26,14 @@ from fastbert.kernels.table_gradients import add_to_tables
 
 @functools.cache
 def forward_block(n_cols: int) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCK_N, warps: a warp takes 512 elements, of three gathers each."""
+    """BLOCK_M, BLOCK_N, warps: a warp takes 512 elements, each the sum of three gathers."""
     block_m, block_n, _ = backward_block(n_cols)
     return block_m, block_n, min(max(block_m * block_n // 512, 1), 16)
 
 
 @triton.jit
 def _load_ids(ids_ptr, rows, is_row, n_ids):
-    """int64 ids [R], all 0 without a pointer, and which of them the table has."""
+    """int64 ids [R], all 0 without a pointer, and which of them are inside the table."""
     ids = tl.zeros_like(rows)
     if ids_ptr is not None:
         ids = tl.load(ids_ptr + rows, mask=is_row, other=0).to(tl.int64)
@@ -70,7 +70,7 @@ def _forward_kernel(
     z += _gather(token_type_ptr, types, mask, N_COLS, BLOCK_N)
     z += _gather(position_ptr, positions, mask, N_COLS, BLOCK_N)
 
-    # an id that its table does not have shows as a row of NaN, at no cost, and is never read
+    # an id outside its table is never read; its row becomes NaN, which costs nothing extra
     row_eps = tl.where(is_known, eps, float("nan"))
     z_hat, mean, rstd = standardize(z, is_col, row_eps, N_COLS)
     weight = tl.load(weight_ptr + cols, mask=is_col, other=0.0).to(tl.float32)
@@ -97,7 +97,7 @@ def _backward_kernel(
     input_ids_ptr, position_ids_ptr, token_type_ids_ptr,  # (T,), (T,), (T,) or None
     word_ptr, position_ptr, token_type_ptr,  # (V, N), (P, N), (S, N)
     weight_ptr, mean_ptr, rstd_ptr, state_ptr, token_key_ptr,  # (N,), (T,), (T,), (2,), (T,)
-    dz_ptr, keys_ptr, partials_ptr,  # (T, N), (3, T): ids numbered through, (2, programs, N)
+    dz_ptr, keys_ptr, partials_ptr,  # (T, N), (3, T): ids over all tables, (2, programs, N)
     dy_row_stride,
     n_rows, n_words, n_positions, n_types, threshold, site, keep_scale,
     N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
@@ -134,7 +134,7 @@ def _backward_kernel(
         dz = standardize_gradient(dy * weight[None, :], z_hat, rstd, N_COLS)
         tl.store(dz_ptr + (rows * N_COLS)[:, None] + cols[None, :], dz, mask=mask)
 
-        # ids that their table does not have come last, and go nowhere
+        # ids outside their table get the key n_ids, which sorts last and is never stored
         n_ids = n_words + n_positions + n_types
         word_keys = tl.where(has_word, words, n_ids)
         position_keys = tl.where(has_position, n_words + positions, n_ids)
@@ -163,10 +163,11 @@ def embedding_layer_norm_fwd(
     state: Tensor | None, token_key: Tensor | None, site: int, threshold: int, dtype: torch.dtype,
     keep: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """ids (T,), contiguous, and tables (V, N), (P, N), (S, N), contiguous and of one dtype.
+    """dropout(layer_norm(...)) of the summed embeddings: y (T, N) in `dtype`.
 
-    y (T, N) in `dtype` and, if `keep`, what a backward reads: mean and rstd (T,) in float32. A
-    state of None means no dropout.
+    Ids (T,) are contiguous; tables (V, N), (P, N), (S, N) are contiguous and of one dtype. If
+    `keep`, also returns mean and rstd (T,) in float32, for the backward. A state of None means no
+    dropout.
     """
     outputs = _fwd_outputs(input_ids, word, dtype, keep)
     y, *statistics = outputs
@@ -195,9 +196,10 @@ def embedding_layer_norm_bwd(
     word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
     state: Tensor | None, token_key: Tensor | None, site: int, threshold: int, padding_id: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The dense gradients of the tables and of weight and bias, in their dtypes.
+    """Dense gradients of the three tables, weight and bias, in the dtypes of tables and weight.
 
-    The word `padding_id` gets none; -1 for no such word.
+    dy: (T, N) with unit column stride. The row `padding_id` of the word table gets no gradient; -1
+    if there is no such row.
     """
     outputs = _bwd_outputs(word, position, token_type, weight)
     *tables, dweight, dbias = outputs

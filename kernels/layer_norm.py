@@ -1,4 +1,4 @@
-"""Launchers of layer normalization, with the kernels of `layer_norm_fwd` and `layer_norm_bwd`."""
+"""Launchers of the layer normalization kernels in `layer_norm_fwd` and `layer_norm_bwd`."""
 
 import torch
 from torch import Tensor
@@ -32,11 +32,12 @@ def layer_norm_fwd(
     eps: float, state: Tensor | None, token_key: Tensor | None, site: int, threshold: int,
     keep: str,
 ) -> list[Tensor]:  # fmt: skip
-    """y (M, N), in residual.dtype, and what a backward from `keep` reads: "z", "y" or nothing, "".
+    """Normalizes z = residual + dropout(x + x_bias), or x where there is no residual.
 
-    z = residual + dropout(x + x_bias) is what is normalized, x alone where there is no residual.
-    A backward from y reads rstd (M,), float32; one from z also the mean (M,), float32, and z
-    (M, N), which is not returned where it is x. A state of None means no dropout.
+    x, residual: (M, N) with unit column stride; x_bias, weight, bias: (N,). Returns y (M, N) in
+    residual.dtype (x.dtype without a residual), and what the backward reads by `keep`: nothing for
+    ""; rstd (M,) float32 for "y"; for "z" rstd, mean (M,) float32 and z (M, N), which is left out
+    where it is x. A state of None means no dropout.
     """
     outputs = _fwd_outputs(
         x, residual, x_bias, weight, bias, eps, state, token_key, site, threshold, keep
@@ -80,8 +81,8 @@ def layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dz (M, N) in kept.dtype, dx (M, N) in x_dtype; dweight, dbias, dx_bias (N,) in weight.dtype.
 
-    kept: z, with the mean and no bias, or y, with the bias and no mean.
-    dx is empty where it is dz, and dx_bias unless `has_x_bias`. Sums are in float32.
+    kept: z, with the mean and no bias, or y, with the bias and no mean. dx is empty where it equals
+    dz, and dx_bias is empty unless `has_x_bias`. Sums are in float32.
     """
     outputs = _bwd_outputs(
         dy, kept, weight, bias, mean, rstd, state, token_key, site, threshold, x_dtype, has_x_bias

@@ -1,8 +1,8 @@
-"""Layer normalization, backward: one pass over memory, from what the forward kept.
+"""Layer normalization, backward: one pass over memory, from what the forward saved.
 
-M rows, N columns, strides by UNIT as in `layer_norm_fwd`. A program walks down the matrix, BLOCK_M
-whole rows at a time. Its gradients of parameters are partial sums, one row of them a program, which
-are added up in a fixed order.
+M rows, N columns; strides are divided by UNIT as in `layer_norm_fwd`. A program walks down the
+matrix, BLOCK_M whole rows at a time. Each program stores one row of partial sums for the gradients
+of the parameters, which `add_partials` adds up in a fixed order.
 """
 
 import functools
@@ -18,9 +18,9 @@ from fastbert.kernels.runtime import cdiv, num_sms
 
 @functools.cache
 def backward_block(n_cols: int) -> tuple[int, int, int]:
-    """The same for the backward, which keeps three sums a column: a warp takes 256 elements.
+    """BLOCK_M, BLOCK_N and warps, with 256 elements a warp, because each column needs three sums.
 
-    Very long rows give it 512, as more than 16 warps leave too few registers to each.
+    In very long rows a warp takes 512: more than 16 warps would leave each too few registers.
     """
     block_n = max(triton.next_power_of_2(n_cols), 8)
     block_m = min(max(1024 // block_n, 1), 16)
@@ -31,7 +31,7 @@ def backward_block(n_cols: int) -> tuple[int, int, int]:
 def backward_programs(
     x: Tensor, n_rows: int, block: tuple[int, int, int], *, from_y: bool = False
 ) -> int:
-    """As many as stay on the device at once, by the registers that the compile report shows."""
+    """As many programs as are resident at once, by the registers in the compile report."""
     block_m, block_n, num_warps = block
     from_z_or_y = (24, 20) if block_n <= 2048 else (16, 8)
     warps_per_sm = from_z_or_y[from_y]
@@ -42,7 +42,7 @@ def backward_programs(
 def standardize_gradient(dz_hat, z_hat, rstd, N_COLS: tl.constexpr):
     """dz = rstd * (dz_hat - mean(dz_hat) - z_hat * mean(dz_hat * z_hat)), by rows [R, C].
 
-    dz_hat is 0 outside the columns, which makes z_hat there immaterial.
+    dz_hat is 0 in masked columns, so z_hat may be anything there.
     """
     along_one = tl.sum(dz_hat, axis=1) / N_COLS
     along_z = tl.sum(dz_hat * z_hat, axis=1) / N_COLS
@@ -57,13 +57,13 @@ def layer_norm_bwd_kernel(
     mean_ptr, rstd_ptr,  # (M,) or None, (M,)
     state_ptr, token_key_ptr,  # (2,) or None, (M,)
     dz_ptr, dx_ptr,  # (M, N), (M, N) or None
-    partials_ptr,  # (2 or 3, P, N): of weight, bias and x_bias, one row a program
+    partials_ptr,  # (2 or 3, P, N): sums for weight, bias and x_bias, one row a program
     dy_row_stride, kept_row_stride,
     n_rows, threshold, site, keep_scale,
     N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
     HAS_X_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """z_hat, which all gradients need, comes from z and the mean or, with a bias, from y."""
+    """Computes z_hat, which all gradients need, from z and the mean, or from y with a bias."""
     program, n_programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK_N)
     is_col = cols < N_COLS
@@ -84,7 +84,7 @@ def layer_norm_bwd_kernel(
         dy = tl.load(dy_ptr + dy, mask=mask, other=0.0).to(tl.float32)
         kept = (rows * kept_row_stride * UNIT)[:, None] + cols[None, :]
         kept = tl.load(kept_ptr + kept, mask=mask, other=0.0).to(tl.float32)
-        # rows past the end have a dy of 0, and so add nothing to any sum
+        # rows past the end have a dy of 0, so they add nothing to the sums
         rstd = tl.load(rstd_ptr + rows, mask=is_row, other=0.0)
         if bias_ptr is not None:
             z_hat = (kept - bias[None, :]) * inverse[None, :]

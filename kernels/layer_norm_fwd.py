@@ -1,7 +1,7 @@
 """Layer normalization, forward: of x, or of residual + dropout(x + bias), in one pass over memory.
 
-M rows, N columns. A program holds BLOCK_M whole rows in registers. Row strides come divided by
-UNIT, which tells the compiler that each row starts at a multiple of UNIT elements.
+M rows, N columns. A program holds BLOCK_M whole rows in registers. Row strides are passed divided
+by UNIT, which tells the compiler that each row starts at a multiple of UNIT elements.
 """
 
 import functools
@@ -14,7 +14,7 @@ from fastbert.kernels.philox import keep_mask
 
 @functools.cache
 def forward_block(n_cols: int) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCK_N, warps: a warp takes up to 1024 elements, and short rows come together."""
+    """BLOCK_M, BLOCK_N, warps: a warp takes up to 1024 elements; short rows share a program."""
     block_n = max(triton.next_power_of_2(n_cols), 8)
     block_m = min(max(1024 // block_n, 1), 16)
     return block_m, block_n, 1 if block_n <= 1024 else min(block_n // 512, 16)
@@ -22,7 +22,7 @@ def forward_block(n_cols: int) -> tuple[int, int, int]:
 
 @triton.jit
 def standardize(z, is_col, eps, N_COLS: tl.constexpr):
-    """Of rows z [R, C]: (z - mean) * rstd, and mean and rstd [R]; is_col [C] is False outside."""
+    """(z - mean) * rstd of rows z [R, C], then mean and rstd [R]; is_col [C] masks columns."""
     mean = tl.sum(z, axis=1) / N_COLS
     centered = tl.where(is_col[None, :], z - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centered * centered, axis=1) / N_COLS + eps)
@@ -57,7 +57,7 @@ def layer_norm_fwd_kernel(
     if residual_ptr is not None:
         residual = (rows * residual_row_stride * UNIT)[:, None] + cols[None, :]
         z += tl.load(residual_ptr + residual, mask=mask, other=0.0).to(tl.float32)
-        # normalize exactly what a backward from z will read
+        # round z first, so that the backward reads exactly the numbers that are normalized here
         z = z.to(residual_ptr.dtype.element_ty).to(tl.float32)
     if z_ptr is not None:
         tl.store(z_ptr + out, z, mask=mask)

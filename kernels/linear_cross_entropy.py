@@ -1,12 +1,12 @@
-"""Cross-entropy over a matrix of logits: the loss of each row, and the gradient in their place.
+"""Cross-entropy over a matrix of logits: each row's loss, and the gradient written over the logits.
 
 C rows, V classes in rows of L >= V columns: the columns from V on pad the rows to a multiple of 16
-bytes, count for nothing and get the gradient 0. All arithmetic is in float32.
+bytes, are left out of the softmax and get the gradient 0. All arithmetic is in float32.
 
-The forward reads a row once. Each of LANES positions keeps a maximum and a sum of exponentials of
-its own (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867), which meet at the end of
-the row. The backward goes down strips of columns, so that the bias gradient, the sum of each
-column, is taken on the way from values that are not rounded yet.
+The forward reads a row once. Each of LANES positions keeps its own maximum and sum of exponentials
+(Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867), which are combined at the end of
+the row. The backward walks down strips of columns, so that the bias gradient, the sum of each
+column, is a by-product, summed before the gradients are rounded.
 """
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastbert.kernels.runtime import LAUNCH, cdiv, launcher, num_sms, on
 
-FWD_BLOCK = 4, 1024, 4  # DEPTH columns, which share the rescaling of a sum, LANES, and warps
+FWD_BLOCK = 4, 1024, 4  # DEPTH (columns for each rescaling of a lane's sum), LANES and warps
 BWD_BLOCK = 8, 256, 4  # rows, columns and warps
-WARPS_PER_SM = 28  # of the backward, all resident at once
+WARPS_PER_SM = 28  # for the backward: as many as are resident at once
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -43,10 +43,10 @@ def _cross_entropy_fwd_kernel(
 
     cols = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     top = tl.full((LANES,), _LOWEST, dtype=tl.float32)
-    total = tl.full((LANES,), 0.0, dtype=tl.float32)  # of exp(x - top)
-    linear = tl.full((LANES,), 0.0, dtype=tl.float32)  # of x
+    total = tl.full((LANES,), 0.0, dtype=tl.float32)  # the sum of exp(x - top)
+    linear = tl.full((LANES,), 0.0, dtype=tl.float32)  # the sum of x, for label smoothing
     for start in range(0, N_COLS, DEPTH * LANES):
-        # this mask, whose bound is a multiple of 16, keeps the loads 16 bytes wide
+        # masking by N_COLS, a multiple of 16, not by N_CLASSES keeps the loads 16 bytes wide
         x = tl.load(row_ptr + start + cols, mask=start + cols < N_COLS, other=0.0).to(tl.float32)
         in_row = start + cols < N_CLASSES
         if SMOOTH:
@@ -66,10 +66,10 @@ def _cross_entropy_fwd_kernel(
     if highest_ptr is not None:
         tl.store(highest_ptr + row, highest)
     if total_ptr is not None:
-        # through this NaN the gradient shows an impossible target as well
+        # an impossible target makes the gradient NaN too
         tl.store(total_ptr + row, tl.where(is_counted & (is_class == 0), float("nan"), total))
 
-    # as argmax has it, the first of equal scores wins: columns before the target's are read again
+    # the first of equal scores wins, as in argmax, so the columns before the target are read again
     is_correct = is_counted & (score == highest)
     ahead = float("-inf")
     for start in range(0, tl.where(is_correct, target, 0).to(tl.int32), DEPTH * LANES):
@@ -82,7 +82,7 @@ def _cross_entropy_fwd_kernel(
 @triton.jit(do_not_specialize=["n_rows", "rows_per_program", "ignore_index", "label_smoothing"])
 def _cross_entropy_bwd_kernel(
     target_ptr, highest_ptr, total_ptr, scale_ptr,  # (C,) int64, (C,), (C,), ()
-    logits_ptr, dbias_ptr,  # (C, L), read and overwritten; (P, L): a partial sum per program
+    logits_ptr, dbias_ptr,  # (C, L), read and overwritten; (P, L): one partial sum a program
     logits_row_stride,
     n_rows, rows_per_program,
     ignore_index, label_smoothing,
@@ -112,7 +112,7 @@ def _cross_entropy_bwd_kernel(
         dx = tl.exp2((x - highest[:, None]) * _LOG2E) * share[:, None]
         dx -= of_each + tl.where(is_target, of_target, 0.0)
         is_wanted = is_counted[:, None] & (cols < N_CLASSES)[None, :]
-        dx = tl.where(is_wanted, dx * scale, 0.0)  # scaled first: in fp16 it could vanish
+        dx = tl.where(is_wanted, dx * scale, 0.0)  # scaled before fp16 rounding could flush it to 0
         tl.store(place, dx, mask=mask)
         dbias += dx
     tl.store(dbias_ptr + part * N_COLS + cols, tl.sum(dbias, axis=0), mask=cols < N_COLS)
@@ -132,12 +132,12 @@ def cross_entropy_fwd(
     logits: Tensor, targets: Tensor, n_classes: int, ignore_index: int, label_smoothing: float,
     keep: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """logits (C, L), targets (C,) int64 -> loss, correct (C,), the last int32; highest, total (C,).
+    """logits (C, L), targets (C,) int64 -> loss (C,) float32, correct (C,) int32.
 
-    highest and total, which come if `keep`, are the largest logit and the sum of
-    exp(logit - highest) for the backward: one log-sum-exp would have fewer correct digits. Rows
-    have unit column stride. A row whose target is ignore_index has the loss 0; any other target
-    that is not a class, NaN.
+    If `keep`, also highest and total (C,) float32, for the backward: the largest logit and the sum
+    of exp(logit - highest), because a single log-sum-exp would have fewer correct digits. Logits
+    have unit column stride. The loss is 0 where the target is ignore_index, and NaN where the
+    target is no class.
     """
     outputs = _fwd_outputs(logits, targets, n_classes, ignore_index, label_smoothing, keep)
     loss, correct, highest, total = (*outputs, None, None)[:4]
@@ -168,7 +168,7 @@ def cross_entropy_bwd(
 ) -> Tensor:  # fmt: skip
     """Overwrites the logits (C, L) with their gradient; returns its column sums (L,) in float32.
 
-    scale: () float32, the gradient of each row's loss.
+    highest, total: from `cross_entropy_fwd`; scale: () float32, the gradient of each row's loss.
     """
     n_rows, n_cols = logits.shape
     rows, cols, num_warps = BWD_BLOCK

@@ -1,6 +1,6 @@
-"""Column sums of many rows: each program sums its own, and a second kernel adds up what they have.
+"""Column sums of many rows: each program sums its rows, and a second kernel adds the sums up.
 
-Without atomics, and always in the same order, so that the same bits come each time.
+There are no atomics, and the order is fixed, so that repeated runs give the same bits.
 """
 
 import triton
@@ -14,7 +14,7 @@ ADD_BLOCK = 512, 16, 8  # partial sums, columns (two sectors of memory), warps
 
 @triton.jit
 def store_partial(partials_ptr, k, sums, is_col, N_COLS: tl.constexpr):
-    """This program's row of partials[k] is the column sums of `sums` [R, C]."""
+    """Stores the column sums of `sums` [R, C] as this program's row of partials[k]."""
     row = k * tl.num_programs(0).to(tl.int64) + tl.program_id(0)
     cols = tl.arange(0, sums.shape[1])
     tl.store(partials_ptr + row * N_COLS + cols, tl.sum(sums, axis=0), mask=is_col)
@@ -42,7 +42,7 @@ def _add_partials_kernel(
 
 
 def add_partials(partials: Tensor, *outputs: Tensor) -> None:
-    """(K, P, N) float32 -> K = 2 or 3 outputs (N,): the sums over P, always in the same order."""
+    """Sums (K, P, N) float32 over P, in a fixed order, into K = 2 or 3 outputs (N,)."""
     n_outputs, n_partials, n_cols = partials.shape
     block_m, block_n, num_warps = ADD_BLOCK
     _add_partials_kernel[(cdiv(n_cols, block_n), n_outputs)](

@@ -1,4 +1,4 @@
-"""The random bits of dropout on a GPU, the same as `fastbert.rng` gives: see there for the method.
+"""The random bits of dropout on a GPU, the same bits as `fastbert.rng`, which has the method.
 
 Philox4x32-7, keyed by the seed; the counter is (sequence, position << 16 | place, site << 16 |
 head, step).
@@ -17,7 +17,7 @@ def keep_mask(
     first_col,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """[R, BLOCK_N] bool: which elements of these rows are kept, from column `first_col` on.
+    """[R, BLOCK_N] bool: which elements of R rows are kept, from column `first_col` on.
 
     `first_col` and BLOCK_N are multiples of 8.
     """
@@ -47,5 +47,5 @@ def _high(word):
 
 
 def keep_scale(threshold: int) -> float:
-    """What kept elements are multiplied with, of `fastbert.rng.threshold`'s number of 4096."""
+    """The factor of kept elements, for a threshold from `fastbert.rng.threshold`."""
     return 4096 / (4096 - threshold)

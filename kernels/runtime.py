@@ -1,4 +1,4 @@
-"""What every launcher needs: registration as a torch operator, the device, and its properties."""
+"""Shared by all launchers: registration as a torch operator, the device, and its properties."""
 
 import functools
 import math
@@ -19,21 +19,20 @@ TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 IS_INTERPRETED = triton.knobs.runtime.interpret
 
 
-# A call with arguments of other types, such as fake or functional tensors, is being traced.
+# An argument of any other type, such as a fake or functional tensor, means a call being traced.
 _EAGER = frozenset((Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, str))
 
 
 def launcher(outputs: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-    """Makes a function that launches kernels one that torch.compile and fake tensors can trace.
+    """Decorates a function that launches kernels, so that torch.compile can trace its calls.
 
-    It is registered as `torch.ops.fastbert_triton.<its name>`, which is what a traced call runs. An
-    eager call runs the plain function: torch's dispatcher would take longer than a small kernel.
+    The function is registered as `torch.ops.fastbert_triton.<its name>`, which traced calls run. An
+    eager call runs the function itself: torch's dispatcher would take longer than a small kernel.
 
-    `outputs` takes the same arguments and allocates the results: it is called by the launcher, and
-    it is all that runs while a call is traced. The schema is read from the annotations; `mutates`
-    names the arguments that are written to, of which torch.compile then passes copies. Autograd is
-    not this layer's business: its caller wraps it in a Function. Arguments are not checked again:
-    the operators did that.
+    `outputs` takes the same arguments and allocates the results; the launcher calls it, and a trace
+    runs nothing else. The schema is read from the annotations; `mutates` names the arguments that
+    the launcher overwrites, of which torch.compile passes copies. The operator has checked the
+    arguments, and wraps the launcher in an autograd Function.
     """
 
     def register(launch: Callable) -> Callable:
@@ -53,7 +52,7 @@ def launcher(outputs: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Call
 
 
 def is_traced(arguments: tuple[Any, ...]) -> bool:
-    """Whether something watches or stands in for what a call with these arguments does."""
+    """Whether a tracer or a dispatch mode must see a call with these arguments."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -63,12 +62,12 @@ def is_traced(arguments: tuple[Any, ...]) -> bool:
 
 
 def cdiv(a: int, b: int) -> int:
-    """Upwards rounded a / b; Triton's own takes microseconds on the host."""
+    """a / b rounded up; Triton's `cdiv` takes microseconds on the host."""
     return -(-a // b)
 
 
 def on(x: Tensor) -> Any:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """A context with x's device current, because Triton launches on the current device."""
     return torch.cuda.device_of(x)
 
 
@@ -79,7 +78,7 @@ def _capability(device: torch.device) -> int:
 
 
 def capability(x: Tensor) -> int:
-    """80, 90, 100, ...: what tables of block shapes are keyed by. The interpreter plays a 90."""
+    """Compute capability 80, 90, 100, ..., which sets block shapes; the interpreter reports 90."""
     return _capability(x.device) if x.is_cuda else 90
 
 
@@ -89,10 +88,10 @@ def _num_sms(device: torch.device) -> int:
 
 
 def num_sms(x: Tensor) -> int:
-    """Streaming multiprocessors of the device; the interpreter has few, to keep its loops short."""
+    """Streaming multiprocessors of the device; the interpreter reports 4, for short loops."""
     return _num_sms(x.device) if x.is_cuda else 4
 
 
 def stride_unit(*strides: int) -> int:
-    """A power of two, up to 8, that divides all these row strides: see `layer_norm_fwd`."""
+    """The largest power of two, up to 8, that divides all row strides; see `layer_norm_fwd`."""
     return math.gcd(8, *strides)

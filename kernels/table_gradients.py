@@ -1,8 +1,8 @@
 """The gradients of the three embedding tables: sums of the rows of dz (T, N) that share an id.
 
-The ids of all tables, numbered through, are sorted once, and runs of equal ids are summed in that
-order, chunk by chunk. So there are no atomics, the host learns nothing of the ids, and the same
-bits come each time, however many tokens share an id.
+The ids get keys, consecutive over all three tables, which are sorted once. Runs of equal keys are
+summed in that order, chunk by chunk. So there are no atomics, the host reads no ids, and repeated
+runs give the same bits, however many tokens share an id.
 """
 
 import functools
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from fastbert.kernels.runtime import LAUNCH, capability, cdiv
 
-JOIN_BLOCK = 16, 256, 8  # chunks of a long run and columns that a program takes at once; warps
+JOIN_BLOCK = 16, 256, 8  # chunks and columns that a program of the join adds at once; warps
 
 
 def chunk_size(capability: int) -> int:
-    """Sorted ids that one program adds up."""
-    # H200, bf16, 24152 x 1024: the embeddings' backward takes 239 us, from 268 with 32
+    """How many sorted keys one program sums."""
+    # H200, bf16, 24152 x 1024, backward of the embeddings: 239 us, and 268 with 32
     return 64 if capability == 90 else 32
 
 
 @functools.cache
 def sum_block(n_cols: int) -> tuple[int, int]:
-    """BLOCK_N, which covers a row, and warps."""
+    """BLOCK_N, which covers a whole row, and warps."""
     block_n = triton.next_power_of_2(n_cols)
     return block_n, min(max(block_n // 256, 1), 16)
 
@@ -35,7 +35,7 @@ def _store_row(
     dword_ptr, dposition_ptr, dtoken_type_ptr, key, sums, cols, is_col,
     n_words, n_positions, n_types, padding_id, N_COLS: tl.constexpr,
 ):  # fmt: skip
-    """Row `key` of the three gradients, numbered through; that of padding stays zero."""
+    """Stores `sums` in the table row that `key` stands for; the padding row stays zero."""
     word = key.to(tl.int64)
     position = word - n_words
     token_type = position - n_positions
@@ -50,16 +50,16 @@ def _store_row(
 @triton.jit(do_not_specialize=["n_keys", "n_rows", "n_words", "n_positions", "n_types",
                                "padding_id"])  # fmt: skip
 def _sum_chunks_kernel(
-    dz_ptr, keys_ptr, order_ptr,  # (T, N); (3T,) sorted keys, and where each stood
+    dz_ptr, keys_ptr, order_ptr,  # (T, N); (3T,) sorted keys, and their places before sorting
     dword_ptr, dposition_ptr, dtoken_type_ptr,  # (V, N), (P, N), (S, N), zeroed
     heads_ptr, tails_ptr,  # (chunks, N)
     n_keys, n_rows, n_words, n_positions, n_types, padding_id,
     N_COLS: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Sums the runs of equal keys of one chunk.
+    """Sums the runs of equal keys in one chunk of sorted keys.
 
-    A run that began in an earlier chunk goes to the chunk's head, one that begins here and goes on
-    to its tail, and one that lies within the chunk to its place.
+    The sum of a run that began in an earlier chunk is stored as the chunk's head, that of a run
+    that continues in the next chunk as its tail, and that of a run inside the chunk in its table.
     """
     chunk = tl.program_id(0).to(tl.int64)
     first = chunk * CHUNK
@@ -103,7 +103,7 @@ def _join_chunks_kernel(
     n_keys, n_words, n_positions, n_types, padding_id,
     N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Where a run begins in this chunk and goes on, adds the heads that follow to its tail."""
+    """If a run starts in this chunk and continues, adds the heads of later chunks to the tail."""
     chunk = tl.program_id(0).to(tl.int64)
     first = chunk * CHUNK
     end = first + CHUNK
@@ -136,10 +136,10 @@ def _join_chunks_kernel(
 def add_to_tables(
     dz: Tensor, keys: Tensor, dword: Tensor, dposition: Tensor, dtoken_type: Tensor, padding_id: int
 ) -> None:
-    """Fills the tables' gradients, which are zeroed, with sums of dz (T, N).
+    """Fills the tables' gradients, which are zero before, with sums of rows of dz (T, N).
 
-    keys: (3, T) int32, the ids of each token numbered through the tables; keys past the last table
-    and the word `padding_id` add to nothing.
+    keys: (3, T) int32, each token's word id, position id + V, and type id + V + P. Keys past the
+    last table and the word `padding_id` are left out.
     """
     n_rows, n_cols = dz.shape
     sizes = dword.shape[0], dposition.shape[0], dtoken_type.shape[0]

@@ -1,4 +1,4 @@
-"""fastbert inside Hugging Face models; nothing here imports transformers before it is used."""
+"""fastbert inside Hugging Face models; transformers is imported only when it is used."""
 
 from fastbert.hf.attention import register_attention
 from fastbert.hf.classes import is_patched, patch, patched_class, unpatch

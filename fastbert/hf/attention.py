@@ -1,7 +1,7 @@
-"""The attention alone, for any Hugging Face encoder: `attn_implementation="fastbert"`.
+"""Only the attention, for any Hugging Face encoder: `attn_implementation="fastbert"`.
 
-The rest of the model stays as it is, padding included, so `fastbert.patch` is faster where it
-serves. Keys are packed once a forward pass, when transformers makes the mask.
+The rest of the model stays as it is, padding included, so `fastbert.patch` is faster for the models
+that it supports. The padding mask is read once in a forward pass, when transformers makes it.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from fastbert.ops.unpad import Unpadding, unpad
 
 NAME = "fastbert"
 _UNPADDING = "_fastbert_unpadding"
-# Arguments that change what attention computes, and that this one does not.
+# Arguments that change the result of attention, and that this implementation does not support.
 _REFUSED = ("softcap", "s_aux", "sinks", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
@@ -23,8 +23,8 @@ def register_attention() -> None:
     """Makes `attn_implementation="fastbert"` known to transformers (4.57 and 5).
 
     `from_pretrained(..., attn_implementation="fastbert")` and
-    `model.set_attn_implementation("fastbert")` then take it, for every model whose attention
-    transformers lets choose. Registering again changes nothing.
+    `model.set_attn_implementation("fastbert")` then accept it, for every model whose attention
+    transformers lets users choose. Registering again changes nothing.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
@@ -42,9 +42,10 @@ def attention_mask(
     mask_function: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """What transformers' mask factories call: the (B, S) padding mask where that is all there is.
+    """The mask function registered with transformers: (B, S) bool if the mask is only padding.
 
-    Other masks (causal, sliding windows, documents) are those of its sdpa attention, (B, 1, S, S).
+    None without padding. Other masks (causal, sliding windows, documents) are the (B, 1, S, S)
+    masks of transformers' sdpa attention.
     """
     from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
@@ -56,7 +57,7 @@ def attention_mask(
             return keep
         if bool(keep.all()):
             return None
-        setattr(keep, _UNPADDING, unpad(keep))  # for all layers: they are handed this very tensor
+        setattr(keep, _UNPADDING, unpad(keep))  # all layers get this very tensor, and share it
         return keep
     options = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(
@@ -84,10 +85,11 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """query (B, N, S_q, D), key and value (B, N or fewer, S_k, D) -> (B, S_q, N, D), None.
 
-    attention_mask: as the mask function above or the user gives it, see `read_mask`; position_bias:
-    added to the scores. Dropout draws from torch's generator, as PyTorch's own attention does, so
-    activation checkpointing that preserves its state replays it. A query without a key gives zeros.
-    Raises ValueError for softcap, attention sinks, a head_mask and packed documents.
+    attention_mask: None; (B, S_k) bool, from the mask function above; or 4-D, bool or additive;
+    position_bias: added to the scores. Dropout draws its state from torch's generator, as PyTorch's
+    own attention does, so activation checkpointing that preserves the generator's state draws the
+    same masks. A query without a key gives zeros. Raises ValueError for softcap, attention sinks, a
+    head_mask and packed documents.
     """
     for name in _REFUSED:
         require(

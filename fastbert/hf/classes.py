@@ -1,8 +1,8 @@
 """Swaps the classes of a Hugging Face model's modules for ones with a packed forward, and back.
 
-A patched class is a subclass of the one it replaces that differs in `forward` alone. It has the
-same name and the same `__module__`, by which transformers, FSDP and checkpoints tell classes apart,
-and a module keeps its attributes, parameters and buffers: nothing else is held here.
+A patched class is a subclass of the class that it replaces, with another `forward`. It has the same
+name and `__module__`, by which transformers, FSDP and checkpoints tell classes apart. A patched
+module keeps its attributes, parameters and buffers, and this file keeps no other state.
 """
 
 import functools
@@ -33,23 +33,25 @@ Model = TypeVar("Model", bound=nn.Module)
 def patch(
     model: Model, graphs: Graphs = "auto", padding: Literal["skip", "compute"] = "skip"
 ) -> Model:
-    """Makes a Hugging Face model compute packed and fused, in place, and returns it.
+    """Makes a Hugging Face model run packed and fused, in place, and returns it.
 
     model: one of transformers' BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA or DistilBERT models,
-    bare or with any head, or any module that contains some, on any device, the meta device too.
-    Its parameters, buffers, hooks, configuration and class names stay, so that loading, saving,
-    tying, resizing, PEFT, Trainer, DDP and FSDP go on as before (patch before `fully_shard`). What
-    the packed path does not compute (decoders, `output_attentions`, ...) runs as before;
-    `fastbert.explain` tells which. Patching twice changes nothing; `unpatch` takes it back.
+    bare or with any head, or any module that contains such models, on any device, also meta. Its
+    parameters, buffers, hooks, configuration and class names stay, so that loading, saving, tying,
+    resizing, PEFT, Trainer, DDP and FSDP work as before (patch before `fully_shard`). Calls that
+    the packed path does not support (decoders, `output_attentions`, ...) run as before;
+    `fastbert.explain` names them. Patching twice changes nothing; `unpatch` undoes it.
 
-    graphs: "auto" replays the layers as CUDA graphs where that is right, on a GPU; False never
-    does, nor does FASTBERT_GRAPHS=0 for any model; see `fastbert.modules.graphs.buckets`.
+    graphs: "auto" replays the layers as CUDA graphs on a GPU, for calls that a graph computes
+    correctly; False never does. FASTBERT_GRAPHS=0 switches graphs off for all models; see
+    `fastbert.modules.graphs.buckets`.
 
-    padding: "skip" computes no padded tokens, whose outputs are zeros and whose labels count for
-    nothing; "compute" computes them as Hugging Face does, for those who read them (ColBERT's
-    queries, https://arxiv.org/abs/2004.12832, are expanded by [MASK] tokens that none attends to).
+    padding: "skip" computes no padded tokens: their outputs are zeros and their labels are ignored.
+    "compute" computes them as Hugging Face does, for models that read them (ColBERT expands its
+    queries by [MASK] tokens that no token attends to, https://arxiv.org/abs/2004.12832).
 
-    Raises TypeError, naming the class, if there is nothing in the model to patch.
+    Raises TypeError, naming the class, if the model contains nothing to patch, and ValueError for
+    another `graphs` or `padding`.
     """
     is_known = padding in ("skip", "compute")
     require(is_known, "padding", '"skip" or "compute"', repr(padding))
@@ -89,10 +91,10 @@ def is_patched(model: nn.Module) -> bool:
 
 @functools.cache
 def patched_class(original: Any) -> Any:
-    """The class that `patch` puts in the place of transformers' `original`.
+    """The class that `patch` gives to modules of transformers' class `original`.
 
-    Its `from_pretrained` and its constructor give patched models. Raises TypeError for a class
-    that `patch` leaves as it is.
+    Its constructor and its `from_pretrained` make patched models. Raises TypeError for a class
+    that `patch` does not change.
     """
     run = _forward_of(original)
     if run is None:
@@ -103,7 +105,7 @@ def patched_class(original: Any) -> Any:
         original.__init__(self, *args, **kwargs)
         patch(self)
 
-    # copies and pickles name the class that can be imported
+    # copies and pickles refer to the original class, which can be imported
     def __reduce_ex__(self, protocol: Any) -> tuple:
         _, _, *state = original.__reduce_ex__(self, protocol)
         return (_new_instance, (original,), *state)
@@ -132,7 +134,7 @@ def _replacement(cls: type) -> Any:
 
 
 def _forward_of(cls: type) -> Callable | None:
-    """What computes the forward of a class of transformers; None for one that is left alone."""
+    """The packed forward for a class of transformers; None for a class that is not patched."""
     family = family_of(cls)
     if family is None or ORIGINAL in vars(cls):
         return None
@@ -156,7 +158,7 @@ def _role(family: Family, name: str) -> Callable | None:
     return None
 
 
-# Taken by patched models, whether or not this transformers knows them.
+# Arguments that patched models accept even if this version of transformers does not know them.
 _OURS = {"return_logits", "skip_logits", "num_items_in_batch", *DOCUMENTS}
 
 
@@ -169,7 +171,7 @@ def _forward(original: Any, run: Callable) -> Callable:
     known = {*parameters, *_OURS}
 
     def fits(args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether Python would take the arguments."""
+        """Whether the arguments fit the signature, so that the call is no TypeError."""
         is_known = takes_all or all(name in known for name in kwargs)
         is_twice = any(name in kwargs for name in names[: len(args)])
         return len(args) <= len(names) and is_known and not is_twice
@@ -180,7 +182,7 @@ def _forward(original: Any, run: Callable) -> Callable:
         if run is run_one_layer and now is own:
             return run(self, functools.partial(own, self), *args, **kwargs)
         if now is not own or not fits(args, kwargs):
-            return now(self, *args, **kwargs)  # another forward, or Python's own TypeError
+            return now(self, *args, **kwargs)  # a forward replaced since, or Python's TypeError
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         return run(self, functools.partial(own, self), arguments)
 

@@ -1,4 +1,4 @@
-"""The embeddings of a patched model over packed tokens, and the positions that its input has."""
+"""The embeddings of a patched model over packed tokens, and the default position ids."""
 
 import weakref
 from typing import Any
@@ -25,13 +25,13 @@ def embedded(
     position_ids: Tensor,
     asked: dict[str, Tensor | None],
 ) -> Tensor:
-    """The packed stream (T, H) before the first layer.
+    """The packed residual stream (T, H) before the first layer.
 
-    asked: the positions and token types as the user passes them, None if not; position_ids is there
-    in any case.
+    input_ids: (B, S), or None with inputs_embeds (B, S, E); position_ids: broadcasts to (B, S),
+    with defaults filled in; asked: the user's own position_ids and token_type_ids, or None.
     """
     embeddings = model.embeddings
-    # the input's device: an offloaded model's weights are on the meta device
+    # the device of the input, because an offloaded model's weights are on the meta device
     own, device = own_dtype(embeddings), position_ids.device
     dtype = stream_dtype(own, device, model.config, training=model.training)
     has_types = family_of_module(model).has_types
@@ -60,12 +60,12 @@ def embedded(
             rng,
             dtype=dtype,
         )
-    # ELECTRA's small models embed narrower
+    # ELECTRA's small models have embeddings narrower than H
     return model.embeddings_project(x).to(dtype) if hasattr(model, "embeddings_project") else x
 
 
 def own_dtype(embeddings: Any) -> torch.dtype:
-    """In which the embeddings come without autocast."""
+    """The dtype of the embeddings' output without autocast."""
     weight = getattr(embeddings.LayerNorm, "weight", None)
     return next(embeddings.parameters()).dtype if weight is None else weight.dtype
 
@@ -77,7 +77,11 @@ def positions_of(
     shape: tuple[int, int],
     device: torch.device,
 ) -> Tensor:
-    """(1 or B, S): each token's column, or RoBERTa's count of the tokens that are not padding."""
+    """(1 or B, S) int64: each token's column, or in RoBERTa's families its count of real tokens.
+
+    Raises ValueError for more columns than the model has positions; RoBERTa's count of real tokens
+    is not checked.
+    """
     embeddings, seqlen, first = model.embeddings, shape[1], 0
     if family.counts_positions:
         first = embeddings.padding_idx + 1
@@ -86,7 +90,7 @@ def positions_of(
             return is_token.cumsum(1) * is_token + first - 1
     weight = getattr(embeddings.position_embeddings, "weight", None)
     rows = len(weight) - first if isinstance(weight, Tensor) else None
-    # a buffer, with which a user may say other positions
+    # a buffer, which users may fill with other positions
     positions = None if family.counts_positions else getattr(embeddings, "position_ids", None)
     if positions is not None:
         rows = positions.shape[1] if rows is None else min(rows, positions.shape[1])
@@ -103,7 +107,7 @@ def positions_of(
 
 
 def _are_plain(embeddings: Any, has_types: bool) -> bool:
-    """Whether the modules in it may be read, and called with packed tokens, in its place."""
+    """Whether `embeddings` need not be called: its modules may be read, or take packed tokens."""
     if is_hooked(embeddings) or not is_theirs(embeddings):
         return False
     tables = [embeddings.word_embeddings, embeddings.position_embeddings]
@@ -118,14 +122,14 @@ def _are_plain(embeddings: Any, has_types: bool) -> bool:
 
 
 def _types(embeddings: Any, position_ids: Tensor) -> Tensor | None:
-    """What transformers takes for token_type_ids of None: a buffer's, None where these are zeros.
+    """transformers' default token_type_ids, from a buffer; None where these are zeros.
 
-    A buffer is read once, for which the host waits for a GPU, and again when it has changed.
+    The buffer is read once, for which the host waits for a GPU, and again after a change.
     """
     types = getattr(embeddings, "token_type_ids", None)
     if types is None or types.is_meta:
         return None
-    # a trace reads no values, and an inference tensor does not tell that it has changed
+    # a trace cannot read values, and an inference tensor has no version that shows a change
     if not torch.compiler.is_compiling() and not types.is_inference():
         known = _ARE_ZERO.get(embeddings)
         if known is None or known[0]() is not types or known[1] != types._version:

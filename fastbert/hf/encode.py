@@ -1,7 +1,7 @@
-"""The packed path through a patched Hugging Face model: what its forwards do instead of their own.
+"""The packed path through a patched Hugging Face model: the forwards that replace its own.
 
 Each function takes the module, its own forward `original`, and the arguments of the call by name.
-Where the packed path does not compute what is asked, it calls `original`: `Unsupported` carries the
+Calls that the packed path does not support go to `original`; the exception `Unsupported` has the
 reason, which `fastbert.explain` shows.
 """
 
@@ -35,8 +35,8 @@ from fastbert.rng import for_batch
 
 @dataclasses.dataclass
 class Encoded:
-    """x: (T, H), or (M, H) where only some rows were computed; states: (T, H) each, if wanted;
-    dtype: in which Hugging Face gives hidden states."""
+    """x: (T, H), or (M, H) if only `rows` were computed; states: (T, H) each, if wanted; dtype:
+    that of the hidden states which Hugging Face would return."""
 
     x: Tensor
     states: tuple[Tensor | None, ...] | None
@@ -46,7 +46,7 @@ class Encoded:
 
 
 def run_model(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
-    """The forward of a bare model: `BertModel`, `RobertaModel`, ..."""
+    """The patched forward of a bare model: `BertModel`, `RobertaModel`, ..."""
     wanted = dict(arguments)
     return_dict = wanted.pop("return_dict", None)
     encoded = None
@@ -54,15 +54,15 @@ def run_model(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
         encoded = encode(model, wanted)
     except Unsupported as reason:
         events.refused(model, reason)
-    if encoded is None:  # out of the clause above, which errors would name as their context
+    if encoded is None:  # outside `except`, so that errors do not show Unsupported as their context
         return original(**arguments)
     return _model_output(model, encoded, return_dict)
 
 
 def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) -> Encoded:
-    """Packs, embeds and runs the layers; raises Unsupported where that is not what is asked.
+    """Packs, embeds and runs the layers; raises Unsupported for calls that need Hugging Face's.
 
-    rows: (Unpadding) -> Rows, the only tokens that the last layer need compute.
+    rows: (Unpadding) -> Rows, the only tokens that the last layer has to compute.
     """
     family = family_of_module(model)
     arguments = dict(arguments)
@@ -107,7 +107,7 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
 
 
 def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> Any:
-    """The forward of an encoder by itself, as models that users build around one call it."""
+    """The patched forward of an encoder, which users' own models call directly."""
     wanted = dict(arguments)
     hidden_states = wanted.pop("hidden_states")
     mask = wanted.pop("attention_mask", None)
@@ -139,7 +139,7 @@ def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> 
     output = output_class("BaseModelOutputWithPastAndCrossAttentions")(
         last_hidden_state=padding.pad(x.to(dtype)), hidden_states=_padded(states, padding, dtype)
     )
-    # the first models to drop return_dict from their encoders swallow it
+    # the encoders of transformers 5 accept return_dict and ignore it
     return output.to_tuple() if returns_tuples() and wanted.get("return_dict") is False else output
 
 
@@ -149,7 +149,7 @@ def _model_output(model: Any, encoded: Encoded, return_dict: bool | None) -> Any
     fields: dict[str, Any] = {"last_hidden_state": padding.pad(x.to(dtype))}
     pooler = getattr(model, "pooler", None)
     if pooler is not None and is_plain_pooler(pooler):
-        # it reads the first column: that of these rows is the first real token
+        # the pooler reads column 0, so it gets each first real token as a sequence of length 1
         fields["pooler_output"] = pooler(first_tokens(x, padding.cu_seqlens).to(dtype)[:, None])
     elif pooler is not None:
         fields["pooler_output"] = pooler(fields["last_hidden_state"])
@@ -160,13 +160,13 @@ def _model_output(model: Any, encoded: Encoded, return_dict: bool | None) -> Any
     if return_dict:
         return output
     states, *rest = output.to_tuple()
-    # the heads of transformers 4.57 read hidden states from the third place on
+    # the heads of transformers 4.57 read hidden states from the third element of the tuple on
     leaves_a_place = returns_tuples() and pooler is None and hasattr(output, "pooler_output")
     return (states, None, *rest) if leaves_a_place else (states, *rest)
 
 
 def is_plain_pooler(pooler: nn.Module) -> bool:
-    """Whether it reads the first token of each sequence, and nobody looks on."""
+    """Whether `pooler` is transformers' own, which reads the first token, and has no hooks."""
     return is_theirs(pooler) and not any(map(is_hooked, pooler.modules()))
 
 

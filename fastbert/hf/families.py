@@ -1,7 +1,7 @@
 """The Hugging Face models whose layers have BERT's shape, and where each keeps its parts.
 
-A family is one `modeling_*.py` of transformers, told by the name of the module that a class comes
-from, so that nothing here imports transformers. transformers 4.57 and 5.x differ in signatures and
+A family is one `modeling_*.py` of transformers. It is recognized by the module name of a class, so
+that this file need not import transformers. transformers 4.57 and 5.x differ in signatures and
 masks, not in what these modules compute.
 """
 
@@ -20,11 +20,11 @@ from fastbert.ops.layer_norm import layer_norm
 
 
 class Unsupported(Exception):
-    """The fused path does not compute what this module does; the message says why."""
+    """The packed path does not support a module or a call; the message says why."""
 
 
 class MaskedHead(NamedTuple):
-    """A masked-LM head: what comes before the vocabulary, (C, H) -> (C, E), and the last linear."""
+    """A masked-LM head: `transform`, (C, H) -> (C, E), and `decoder`, the linear to logits."""
 
     transform: Callable[[Tensor], Tensor]
     decoder: nn.Module
@@ -33,11 +33,11 @@ class MaskedHead(NamedTuple):
 class Family(NamedTuple):
     """How to read the models of one `transformers.models.*` module.
 
-    prefix: of its class names; encoder, layer: class names; encoder_of: (model) -> what has the
-    layers as `.layer`; parts: (layer) -> LayerParts and head: (masked LM) -> MaskedHead, both
-    raising Unsupported; has_types: whether there are segments; counts_positions: whether positions
-    count the tokens that are not padding, from padding_idx + 1, as RoBERTa's do; output: the class
-    in transformers.modeling_outputs that the bare model returns.
+    prefix: of its class names; encoder, layer: class names; encoder_of: (model) -> the module with
+    the layers as `.layer`; parts: (layer) -> LayerParts and head: (masked LM) -> MaskedHead, both
+    raise Unsupported; has_types: whether there are token types; counts_positions: whether positions
+    number the real tokens from padding_idx + 1, as RoBERTa's do; output: the class in
+    transformers.modeling_outputs that the bare model returns.
     """
 
     prefix: str
@@ -56,7 +56,10 @@ class Family(NamedTuple):
 
 
 def _require_untouched(*modules: nn.Module) -> None:
-    """A module whose own modules are called here in its place must be as it came."""
+    """Raises Unsupported unless the modules are transformers' own and without hooks.
+
+    The packed path calls the modules inside them, and skips their own forward.
+    """
     for module in modules:
         if not is_theirs(module):
             raise Unsupported(f"a {type(module).__name__} of another library or the user's own")
@@ -65,7 +68,7 @@ def _require_untouched(*modules: nn.Module) -> None:
 
 
 def dropout_of(module: nn.Module) -> float:
-    """The probability of a dropout module, 0 in eval mode."""
+    """The probability of a dropout module, 0 in eval mode; Unsupported for other modules."""
     if is_plain(module, nn.Identity):
         return 0.0
     if not is_plain(module, nn.Dropout):
@@ -73,7 +76,7 @@ def dropout_of(module: nn.Module) -> float:
     return float(module.p) if module.training else 0.0  # type: ignore[arg-type]
 
 
-# transformers' classes of one function each; the tanh ones differ in how they round it
+# transformers' GELU modules; the tanh variants differ in rounding only
 _ACTIVATIONS: dict[str, Callable] = {
     "GELUActivation": F.gelu,
     "NewGELUActivation": GELU_TANH,
@@ -85,7 +88,10 @@ _ACTIVATIONS: dict[str, Callable] = {
 
 
 def activation_of(function: Callable) -> Callable:
-    """The function that has a fused body, or what was given, if it works element by element."""
+    """The GELU function for transformers' GELU modules; other elementwise functions unchanged.
+
+    Raises Unsupported for a function that might not be elementwise, or a module with hooks.
+    """
     if isinstance(function, nn.Module):
         cls = type(function)
         is_known = cls.__module__ in ("transformers.activations", "torch.nn.modules.activation")
@@ -101,7 +107,7 @@ def activation_of(function: Callable) -> Callable:
 
 
 def leaf(module: Any, kind: type[nn.Module] = nn.Linear) -> Leaf:
-    """Raises Unsupported for one that might look at more than one token at a time."""
+    """`module` as a Leaf; raises Unsupported if it might read more than one token at a time."""
     found = Leaf(module, kind)
     if not (found.is_plain or works_by_token(module)):
         raise Unsupported(f"a {type(module).__name__} in the place of a leaf, or a hook on one")
@@ -224,7 +230,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "distilbert": Family(
         "DistilBert",
-        encoder=None,  # its arguments have other names in each release; the model runs the layers
+        encoder=None,  # not patched: its argument names vary by release; `run_model` suffices
         layer="TransformerBlock",
         encoder_of=lambda model: model.transformer,
         parts=_distilbert_parts,
@@ -236,21 +242,21 @@ FAMILIES: dict[str, Family] = {
 
 
 def patched_base(module: nn.Module) -> Any:
-    """The patched class that a module is of, or that its class derives from; None if there is none.
+    """The patched class among a module's class and its bases; None if there is none.
 
-    FSDP2 derives a class from each one that it shards, and so do users.
+    FSDP2 derives a class from each class that it shards, and users derive their own.
     """
     return next((cls for cls in type(module).__mro__ if ORIGINAL in vars(cls)), None)
 
 
 def runs_patched(module: nn.Module) -> bool:
-    """Whether a module's forward is the packed one, not another of the user's own."""
+    """Whether a module's forward is the packed one, not one of a user's subclass."""
     base = patched_base(module)
     return base is not None and type(module).forward is base.forward
 
 
 def keep_padding(module: nn.Module, keeps: bool) -> None:
-    """Says whether a patched module computes padded tokens too, as Hugging Face does."""
+    """Sets whether a patched module computes padded tokens too, as Hugging Face does."""
     vars(module).pop(_KEEPS_PADDING, None)
     if keeps:
         vars(module)[_KEEPS_PADDING] = True
@@ -260,7 +266,7 @@ def keeps_padding(module: nn.Module) -> bool:
     return _KEEPS_PADDING in vars(module)
 
 
-_KEEPS_PADDING = "_fastbert_keeps_padding"  # in the attributes, so that copies and pickles keep it
+_KEEPS_PADDING = "_fastbert_keeps_padding"  # an attribute, so that copies and pickles keep it
 
 
 def family_of(cls: type) -> Family | None:

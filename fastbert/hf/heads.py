@@ -1,8 +1,8 @@
 """The losses of patched Hugging Face models: the masked-LM head on the masked positions alone.
 
-Differences from Hugging Face, all meant: no logits in training with labels unless asked for, a
-finite 0 where nothing is to be predicted, `num_items_in_batch` honoured, and labels at padded
-positions ignored.
+Intended differences from Hugging Face: no masked-LM logits in training with labels unless asked
+for, a loss of 0 instead of NaN without labelled items, `num_items_in_batch` in every head, and
+labels at padded positions ignored.
 """
 
 import sys
@@ -41,13 +41,13 @@ _HEADS_OWN = (
 
 
 def run_masked_lm(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
-    """The forward of `BertForMaskedLM`, `RobertaForMaskedLM`, ..."""
+    """The patched forward of `BertForMaskedLM`, `RobertaForMaskedLM`, ..."""
     has_loss = arguments.get("labels") is not None and _is_usual(model)
     return _run_words(model, original, arguments, has_loss, with_pairs=False)
 
 
 def run_pretraining(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
-    """The forward of `BertForPreTraining`; num_items_in_batch is a number of masked tokens."""
+    """The patched forward of `BertForPreTraining`; num_items_in_batch counts masked tokens."""
     has_loss = all(arguments.get(name) is not None for name in ("labels", "next_sentence_label"))
     return _run_words(model, original, arguments, has_loss, with_pairs=True)
 
@@ -65,7 +65,7 @@ def _run_words(
             fields["loss"] = pretraining_loss(words, pairs, num_items)
         else:
             fields["loss"] = words.loss(num_items)
-    else:  # the loss, if there is one, is Hugging Face's or the user's
+    else:  # a loss, if any, is Hugging Face's or the user's own
         rest = _without(arguments, (*_LOGIT_OPTIONS, "num_items_in_batch"))
         if with_logits:
             return original(**rest)
@@ -80,21 +80,22 @@ def _run_words(
 
 
 def run_head(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
-    """The forward of any other head: Hugging Face's, with its mean loss per labelled item.
+    """The patched forward of any other head: Hugging Face's own forward, with a normalised loss.
 
-    Where no item is labelled, the loss is a finite 0; with num_items_in_batch, it is the sum over
-    the items divided by that number, so that the shares of a batch add up to its mean.
+    The loss is the mean over labelled items, a finite 0 without any. With num_items_in_batch it is
+    the sum over the items divided by that number, so that the losses of micro-batches add up to the
+    mean of the whole batch.
     """
     name = patched_base(model).__name__
     if name.endswith("ForQuestionAnswering"):
         return _run_spans(model, original, arguments)
     labels, num_items = (arguments.get(name) for name in ("labels", "num_items_in_batch"))
-    arguments = _without(arguments, ("num_items_in_batch",))  # which 4.57's heads do not know
+    arguments = _without(arguments, ("num_items_in_batch",))  # unknown to the heads of 4.57
     if labels is None:
         return original(**arguments)
-    if name.endswith(("ForTokenClassification", "ForPreTraining")):  # elsewhere, by sequence
+    if name.endswith(("ForTokenClassification", "ForPreTraining")):  # labels are one per token
         labels = _of_real_tokens(model, labels, arguments)
-    elif labels.dtype == torch.int32:  # which Hugging Face takes for classes and cannot score
+    elif labels.dtype == torch.int32:  # Hugging Face infers classes, but its loss needs int64
         labels = labels.long()
     output = original(**{**arguments, "labels": labels, "return_dict": True})
     if output.loss is not None:
@@ -107,8 +108,8 @@ def run_head(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
 
 
 def _run_spans(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
-    """The forward of `BertForQuestionAnswering`, ...: Hugging Face's scores, and a loss in which
-    each end counts by itself, as one may be at padding and the other not."""
+    """The patched forward of `BertForQuestionAnswering`, ...: Hugging Face's logits, and a loss
+    that normalises starts and ends separately, because only one of them may be at padding."""
     names = ("start_positions", "end_positions")
     num_items = arguments.get("num_items_in_batch")
     arguments = _without(arguments, ("num_items_in_batch",))
@@ -126,8 +127,7 @@ def _run_spans(model: Any, original: Callable, arguments: dict[str, Any]) -> Any
 def _score(
     model: Any, original: Callable, arguments: dict[str, Any], with_logits: bool, with_pairs: bool
 ) -> tuple[Scored, dict[str, Any]]:
-    """How well the words are predicted, by the masked rows alone where that will do, and the fields
-    of the output but for the loss."""
+    """The masked-LM score, by the masked rows alone if possible, and the other output fields."""
     labels = _of_real_tokens(model, arguments["labels"], arguments)
     if not with_logits:
         try:
@@ -142,16 +142,17 @@ def _score(
 def _score_rows(
     model: Any, arguments: dict[str, Any], labels: Tensor, with_pairs: bool
 ) -> tuple[Scored, dict[str, Any]]:
-    """Without logits; the last layer too computes the wanted rows alone, if that is all it is for.
+    """`_score` without logits; the last layer too computes only the wanted rows, if possible.
 
-    Raises Unsupported where something looks at what the head is given or gives.
+    Raises Unsupported if the head has hooks or modules of another library, because hooks must see
+    every row.
     """
     if labels.is_meta:
         raise Unsupported("the meta device: nothing tells which tokens have a target")
     family = family_of(patched_base(model))
     assert family is not None
     head = family.head(model)
-    leaf(head.decoder)  # raises
+    leaf(head.decoder)  # raises Unsupported if the decoder must see every token
     base = getattr(model, model.base_model_prefix)
     rest = _without(arguments, _HEADS_OWN)
     num_labels = int((labels != IGNORE_INDEX).sum())  # the host waits here, before anything runs
@@ -176,7 +177,7 @@ def _score_rows(
 def _run_rows(
     base: Any, rest: dict[str, Any], labels: Tensor, num_labels: int, with_pairs: bool
 ) -> tuple[MaskedRows, Tensor | None]:
-    """The masked rows, and with pairs each sequence's first token after the pooler, (B, H)."""
+    """The masked rows, and with pairs the pooler's output (B, H) for each sequence."""
     packed_labels: Tensor | None = None
 
     def rows_of(padding: Unpadding) -> Rows:
@@ -207,7 +208,7 @@ def _run_rows(
 
 
 def _is_usual(model: Any) -> bool:
-    """Whether the loss is the mean cross-entropy; DistilBERT holds it as a module."""
+    """Whether the model's loss is the mean cross-entropy; DistilBERT's loss is a module."""
     if getattr(model.config, "is_decoder", False):
         return False
     loss = getattr(model, "mlm_loss_fct", None)
@@ -219,17 +220,17 @@ def _is_usual(model: Any) -> bool:
 
 
 def _real_tokens(model: Any, arguments: dict[str, Any]) -> Tensor | None:
-    """(B or 1, S) bool: the tokens whose labels count; None where all do."""
+    """(B or 1, S) bool: the tokens whose labels are read; None for all tokens."""
     return None if keeps_padding(model) else real_tokens(arguments.get("attention_mask"))
 
 
 def _of_real_tokens(model: Any, labels: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """Labels of tokens, int64 unless they are floating-point, with -100 at padding."""
+    """One label per token, int64 unless floating-point, with -100 at padding."""
     labels = labels if labels.is_floating_point() else labels.long()
     is_real = _real_tokens(model, arguments)
     if is_real is None:
         return labels
-    by_row = labels.reshape(-1, is_real.shape[1])  # Hugging Face takes them flat too
+    by_row = labels.reshape(-1, is_real.shape[1])  # Hugging Face accepts flat labels too
     if events.is_listening():
         count = int(((by_row != IGNORE_INDEX) & ~is_real.to(labels.device)).sum())
         if count:

@@ -1,39 +1,39 @@
-"""Who watches a module of a patched model, and would notice that its forward is not called."""
+"""Detects hooks and replaced classes, for which a module of a patched model must be called."""
 
 import sys
 from collections.abc import Callable, Iterator
 
 from torch import nn
 
-ORIGINAL = "_fastbert_original_class"  # a patched class names the one it replaces by it
+ORIGINAL = "_fastbert_original_class"  # attribute of a patched class: the class that it replaces
 _CAPTURE = "transformers.utils.output_capturing"
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says."""
+    """Whether the module has active hooks, or a forward set on the instance."""
     return "forward" in vars(module) or any(map(_is_awake, _hooks(module)))
 
 
 def is_observed(layer: nn.Module) -> bool:
-    """Whether something looks at the module's input and output, which must then be (B, S, H)."""
+    """Whether a hook or replaced forward sees input and output, which must then be (B, S, H)."""
     if "forward" in vars(layer):
         return True
     return any(_is_awake(hook) and not _is_of_weights(hook) for hook in _hooks(layer))
 
 
 def works_by_token(leaf: nn.Module) -> bool:
-    """Whether a module in the place of a linear layer or norm does the same to packed tokens.
+    """Whether a module used as linear layer, norm or embedding treats each token separately.
 
-    Any other may look along the sequence, as may a hook, so it must see (B, S, H).
+    Any other module, or a hook, might read along the sequence, so it must see (B, S, H).
     """
     cls = type(leaf)
     is_known = (cls.__module__, cls.__name__) in _BY_TOKEN
-    return is_known and not any(map(is_observed, leaf.modules()))  # an adapter has some inside
+    return is_known and not any(map(is_observed, leaf.modules()))  # also those inside an adapter
 
 
-# Weights or products of another kind; each row of the output is of the same row of the input.
+# Classes with other weights or products, whose output rows depend only on the same input row.
 _BY_TOKEN = {
-    ("torch.nn.modules.linear", "Linear"),  # under hooks of its weights
+    ("torch.nn.modules.linear", "Linear"),  # with hooks that only touch weights
     ("torch.nn.modules.normalization", "LayerNorm"),
     ("torch.nn.modules.sparse", "Embedding"),
     ("torch.nn.utils.parametrize", "ParametrizedLinear"),
@@ -41,14 +41,14 @@ _BY_TOKEN = {
     ("torch.ao.nn.quantized.dynamic.modules.linear", "Linear"),
     ("bitsandbytes.nn.modules", "Linear8bitLt"),
     ("bitsandbytes.nn.modules", "Linear4bit"),
-    ("peft.tuners.lora.layer", "Linear"),  # for adapter_names it hangs a hook on itself
+    ("peft.tuners.lora.layer", "Linear"),  # with adapter_names it has a hook, so is observed
     ("peft.tuners.lora.bnb", "Linear8bitLt"),
     ("peft.tuners.lora.bnb", "Linear4bit"),
 }
 
 
 def is_theirs(module: nn.Module) -> bool:
-    """Whether a module's class and its forward are transformers' own, and nobody's on top."""
+    """Whether a module's class and its forward are transformers' own, patched or not."""
     cls = type(module)
     original = next((vars(c)[ORIGINAL] for c in cls.__mro__ if ORIGINAL in vars(c)), cls)
     functions = cls.forward, original.forward
@@ -66,15 +66,15 @@ def _hooks(module: nn.Module) -> Iterator[Callable]:
 
 
 def _is_awake(hook: Callable) -> bool:
-    """transformers 5 captures hidden states by hooks that stay for good, and sleep until asked."""
+    """Whether a hook is active: transformers 5's capturing hooks stay, but act only when asked."""
     if _module(hook) != _CAPTURE:
         return True
     return bool(sys.modules[_CAPTURE]._active_collector.get())
 
 
 def _is_of_weights(hook: Callable) -> bool:
-    """FSDP's hooks move parameters, those of pruning and weight norms compute them, and that of
-    `enable_input_require_grads`, which checkpointing sets on embeddings, changes no number."""
+    """Whether a hook only touches weights: FSDP's hooks move parameters, those of pruning and
+    weight norms compute them. `enable_input_require_grads` only sets a flag, so it counts too."""
     is_flag = getattr(hook, "__name__", "") == "make_inputs_require_grads"
     return is_flag or _module(hook).startswith(("torch.distributed.", "torch.nn.utils."))
 

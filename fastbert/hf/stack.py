@@ -1,4 +1,4 @@
-"""The packed layers of a patched Hugging Face encoder: whether they may run, and how."""
+"""The packed layers of a patched Hugging Face encoder: whether they can run, and how."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -28,7 +28,7 @@ from fastbert.ops.unpad import Unpadding
 def require_encoder(
     config: Any, layers: nn.ModuleList, arguments: dict[str, Any]
 ) -> tuple[LayerParts, ...]:
-    """The parts of the layers; raises Unsupported unless the packed path computes what is asked."""
+    """The parts of the layers; raises Unsupported if the packed path does not support the call."""
     if getattr(config, "is_decoder", False):
         raise Unsupported("a decoder: it attends to earlier tokens only")
     attentions = arguments.get("output_attentions")
@@ -46,9 +46,9 @@ def require_encoder(
 
 
 def is_built_in(attention: str) -> bool:
-    """Whether it computes softmax attention, in whatever way: transformers' own, or ours.
+    """Whether `attention` names transformers' or fastbert's softmax attention, not a user's own.
 
-    Asked of the function that is registered under the name now, not of the name.
+    Checks the function registered under the name, because users may register their own there.
     """
     from transformers import AttentionInterface
 
@@ -96,7 +96,7 @@ def run_packed(
     states: bool | Collection[int],
     rows: Rows | None,
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
-    """Runs the packed layers of `module`, with whatever hooks see them in (B, S, H)."""
+    """Runs the packed layers of `module`; layers with hooks see (B, S, H)."""
     _tell(module, layers, x, padding, sequences.mask, rows)
 
     def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
@@ -104,7 +104,7 @@ def run_packed(
         if not is_observed(layer):
             return layer(x, sequences=sequences)
         padded = padding.pad(x.to(boundary_dtype(x.dtype, x.device)))
-        # what a hook sees has all rows
+        # hooks must see every row
         output = layer(padded, sequences=sequences.only(None), padding=padding, dtype=x.dtype)
         y = padding.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
         return y if sequences.rows is None else sequences.rows.of(y)
@@ -151,10 +151,10 @@ def run_one_layer(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The forward of a layer: its own, unless the packed path calls it with `sequences`.
+    """The patched forward of a layer: its own, unless the packed path calls it with `sequences`.
 
-    hidden_states: (T, H), or with padding (B, S, H), as whoever hooked the layer expects to see it;
-    the layer then computes in `dtype`, that of the residual stream.
+    hidden_states: (T, H), or with `padding` (B, S, H), which hooks of the layer expect; the layer
+    then computes in `dtype`, that of the residual stream.
     """
     if sequences is None:
         return original(hidden_states, *args, **kwargs)
@@ -168,7 +168,7 @@ def run_one_layer(
 
 
 def boundary_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of hidden states as Hugging Face gives them: autocast runs its LayerNorm in float32."""
+    """The dtype of Hugging Face's hidden states: autocast runs its LayerNorm in float32."""
     is_narrow = own in (torch.float16, torch.bfloat16)
     return torch.float32 if is_narrow and torch.is_autocast_enabled(device.type) else own
 

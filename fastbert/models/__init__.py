@@ -1,4 +1,4 @@
-"""BERT with its heads, over packed batches."""
+"""BERT with its task heads, computed over packed batches."""
 
 from fastbert.models.bert import BertModel
 from fastbert.models.classification import (

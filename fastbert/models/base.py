@@ -1,4 +1,4 @@
-"""What all models share: the call, initialization, tied weights, loading, saving, recomputation."""
+"""Shared by all models: the call, initialization, tied weights, loading, saving, checkpointing."""
 
 import copy
 import functools
@@ -25,25 +25,25 @@ from fastbert.packing import PackedBatch
 class BertPreTrainedModel(nn.Module):
     """Base of the models.
 
-    `config` is a `fastbert.BertConfig` or a Hugging Face object, kept by reference. A model has a
-    `forward` with Hugging Face's arguments, which calls `run`, and a `predict`, which computes.
+    `config` is a `fastbert.BertConfig` or Hugging Face's configuration, kept by reference. A
+    model's `forward` has Hugging Face's arguments and calls `run`; its `predict` computes.
     """
 
     base_model_prefix: ClassVar[str] = "bert"
     supports_gradient_checkpointing: ClassVar[bool] = True
-    input_modalities: ClassVar[str] = "text"  # which transformers' pipelines print
+    input_modalities: ClassVar[str] = "text"  # read by transformers' pipelines
     config: Any
 
     def __init__(self, config) -> None:
         super().__init__()
         check_config(config)
         self.config = config
-        # loading with assign=True replaces parameters, the tied ones each by one of its own
+        # load_state_dict(assign=True) replaces tied parameters by separate ones
         self.register_load_state_dict_post_hook(_tie_again)
         self.register_state_dict_post_hook(_set_apart)
 
     def run(self, inputs: Inputs, options: Any, **targets: Any) -> Any:
-        """Reads the arguments, predicts, and gives the result in the form that was asked for."""
+        """Reads the arguments, predicts, and returns the output padded, or as a tuple, as asked."""
         request = Request.read(type(self).__name__, self.config, inputs, options)
         output = self.predict(request, **targets)
         if request.padding is not None:
@@ -52,11 +52,11 @@ class BertPreTrainedModel(nn.Module):
         return output if request.return_dict else output.to_tuple()
 
     def predict(self, request: Request) -> Any:
-        """The output for a request; packed hidden states, everything else in its final form."""
+        """The output for a request: hidden states packed, all other fields in their final form."""
         raise NotImplementedError
 
     def encode(self, request: Request) -> Any:
-        """What the heads read: all tokens' last hidden states (T, H), or the wanted rows'."""
+        """The bare model's output: last hidden states (T, H), or (M, H) for `request.rows`."""
         return self.base_model(
             request.batch,
             rows=request.rows,
@@ -66,17 +66,17 @@ class BertPreTrainedModel(nn.Module):
         )
 
     def can_generate(self) -> bool:
-        """Whether it writes text, which transformers' pipelines ask."""
+        """False, because BERT generates no text; transformers' pipelines ask."""
         return False
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters, the first one's."""
+        """The device of the first parameter."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters, the first one's."""
+        """The dtype of the first parameter."""
         return next(self.parameters()).dtype
 
     @property
@@ -84,7 +84,7 @@ class BertPreTrainedModel(nn.Module):
         return getattr(self, self.base_model_prefix, self)
 
     def initialize(self) -> None:
-        """Draws the weights as BERT does, and ties the decoder to the word embeddings."""
+        """Draws weights with std `initializer_range`, zeros biases, and ties the decoder."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -95,7 +95,7 @@ class BertPreTrainedModel(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Makes the decoder, where there is one, share the word embeddings' parameter."""
+        """Makes the decoder share the word embeddings' weight, if the config ties them."""
         decoder = self.get_output_embeddings()
         if decoder is not None and self.config.tie_word_embeddings:
             decoder.weight = self.get_input_embeddings().weight
@@ -120,8 +120,8 @@ class BertPreTrainedModel(nn.Module):
     ) -> nn.Embedding:
         """Gives the word embeddings, and the decoder, `new_num_tokens` rows; see `resize`.
 
-        The model then has a configuration with the new vocab_size: a new one in place of ours,
-        which cannot be changed, and the same object where it is Hugging Face's.
+        The configuration gets the new vocab_size: Hugging Face's is changed in place, and a
+        `fastbert.BertConfig`, which is frozen, is replaced by a new one.
         """
         embeddings, decoder = self.get_input_embeddings(), self.get_output_embeddings()
         count = embeddings.num_embeddings if new_num_tokens is None else new_num_tokens
@@ -147,12 +147,12 @@ class BertPreTrainedModel(nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Keeps only each layer's input for the backward pass, which computes the layer again.
+        """Saves only each layer's input for the backward pass, which runs the layer again.
 
         gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`, by default
-        use_reentrant=False; every_n_layers: of how many layers one does so, the first of them.
-        Dropout draws the same masks again, as they follow from their places. Raises ValueError for
-        every_n_layers below 1, and for offload.
+        use_reentrant=False; every_n_layers: checkpoints the first of every n layers. Dropout is by
+        counter, so the second run draws the same masks. Raises ValueError for every_n_layers below
+        1, and for offload.
         """
         who = "gradient_checkpointing_enable"
         require(every_n_layers >= 1, who, "every_n_layers of at least 1", every_n_layers)
@@ -186,13 +186,14 @@ class BertPreTrainedModel(nn.Module):
     ) -> Self:
         """A model in eval mode, with the weights of a Hugging Face directory, a run, or a hub name.
 
-        config: in place of the checkpoint's; dtype, or torch_dtype: of the parameters, a dtype, its
-        name, or "auto" for the checkpoint's, by default float32; device_map: a device, or "auto"
-        for the GPU where there is one; revision, cache_dir, token, local_files_only: of a download.
-        `options` that are fields of `BertConfig`, such as num_labels, stand in place of the
-        checkpoint's; the others go to the constructor. Parameters of a head that the checkpoint
-        lacks, or with ignore_mismatched_sizes has in another shape, are drawn anew, with a warning;
-        anything else that is missing or does not fit is an InputError.
+        config: used instead of the checkpoint's; dtype, or torch_dtype: of the parameters, a dtype,
+        its name, or "auto" for the checkpoint's, by default float32; device_map: a device, or
+        "auto" for the GPU if there is one; revision, cache_dir, token, local_files_only: for a
+        download. `options` that are fields of `BertConfig`, such as num_labels, override the
+        config's; the others go to the constructor. Head parameters that the checkpoint lacks, or
+        with ignore_mismatched_sizes has in another shape, are initialized, with a warning. Raises
+        InputError for anything else that is missing or does not fit, ValueError for another dtype
+        or device_map.
         """
         download = {name: options.pop(name) for name in options.keys() & _DOWNLOAD}
         directory = checkpoint.resolve(name_or_directory, **download)
@@ -221,10 +222,10 @@ class BertPreTrainedModel(nn.Module):
     ) -> None:
         """Writes config.json and model.safetensors, which Hugging Face's from_pretrained loads.
 
-        Each file appears whole or not at all, in place of an older one.
+        Each file replaces an older one atomically.
 
-        state_dict: what to write in place of the parameters, of which this process may have a
-            shard only; each tied one once, under its first name
+        state_dict: written instead of the parameters, of which this process may have only a shard;
+            each tied one once, under its first name
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -235,7 +236,7 @@ class BertPreTrainedModel(nn.Module):
 
 
 class LabelledModel(BertPreTrainedModel):
-    """A model whose one target is called `labels`."""
+    """A model whose only target is the argument `labels`."""
 
     def forward(
         self,
@@ -247,11 +248,11 @@ class LabelledModel(BertPreTrainedModel):
         labels: Tensor | None = None,
         **options: Unpack[ForwardOptions],
     ) -> Any:
-        """The loss where labels are given, and the scores; what the labels are, the class says.
+        """The loss if labels are given, and the logits; for the labels see the class.
 
         input_ids: (B, S) int64, or a PackedBatch; attention_mask: see `read_mask`; token_type_ids,
         position_ids: (B, S), by default zeros and the column; inputs_embeds: (B, S, H) instead of
-        input_ids; options: see `ForwardOptions`.
+        input_ids; options: see `ForwardOptions`. Raises ValueError for arguments that do not fit.
         """
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         return self.run(inputs, options, labels=labels)
@@ -282,8 +283,8 @@ def _dtype(dtype: torch.dtype | str | None, weights: Mapping[str, Tensor]) -> to
 def _set_apart(
     model: BertPreTrainedModel, state: dict[str, Any], prefix: str, metadata: Any
 ) -> None:
-    """Gives each name of a tied parameter a tensor of its own: Trainer saves with safetensors,
-    which refuses tensors that share memory."""
+    """Copies tied parameters under their further names in a state dict: Trainer saves with
+    safetensors, which refuses tensors that share memory."""
     seen = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tensor = state.get(prefix + name)

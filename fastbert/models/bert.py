@@ -43,10 +43,13 @@ class BertModel(BertPreTrainedModel):
         token_type_ids, position_ids: (B, S), by default zeros and the column; inputs_embeds:
         (B, S, H) instead of input_ids; options: see `ForwardOptions`. Returns last_hidden_state
         (B, S, H) with zeros at padded positions, or (T, H) for a PackedBatch, and pooler_output
-        (B, H), which reads the first *real* token of each sequence, and of each document.
+        (B, H), which reads the first *real* token of each sequence or packed document.
 
-        rows: with a PackedBatch, the only tokens that the last layer computes, the first of each
-        sequence among them if there is a pooler; last_hidden_state is then (M, H).
+        rows: with a PackedBatch, the only tokens that the last layer computes; last_hidden_state is
+        then (M, H). With a pooler, they must include each sequence's first token.
+
+        Raises ValueError for arguments that do not fit together, unknown ones, and sequences longer
+        than max_position_embeddings.
         """
         require(
             rows is None or isinstance(input_ids, PackedBatch),
@@ -92,7 +95,7 @@ class BertModel(BertPreTrainedModel):
 
     def _check_positions(self, batch: PackedBatch) -> None:
         longest = self.config.max_position_embeddings
-        # reading the positions makes the host wait: only where a sequence is suspiciously long
+        # positions are read, which makes the host wait, only if a sequence seems too long
         require(
             batch.max_seqlen <= longest or int(batch.position_ids.max()) < longest,
             "BertModel",

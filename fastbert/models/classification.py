@@ -1,4 +1,4 @@
-"""The models that classify: sequences, tokens, and the choices of a question."""
+"""The classification models: of sequences, of tokens, and of a question's choices."""
 
 from typing import Unpack
 
@@ -18,7 +18,7 @@ from fastbert.packing import PackedBatch
 
 
 class _Classifier(LabelledModel):
-    """BERT, dropout and a linear classifier of `num_classes`."""
+    """BERT, dropout and a linear classifier with `num_classes` outputs."""
 
     def __init__(self, config, num_classes: int, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
@@ -31,10 +31,10 @@ class _Classifier(LabelledModel):
 
 
 class BertForSequenceClassification(_Classifier):
-    """BERT with a classifier of whole sequences, as in Hugging Face.
+    """BERT with a classifier of whole sequences, as in Hugging Face; logits (B, num_labels).
 
-    labels: (B,) classes, or (B, num_labels) numbers, or floats 0 and 1, by config.problem_type; see
-    `score_sequences`, also for a problem_type of None.
+    labels: by config.problem_type (B,) classes, (B, num_labels) numbers, or (B, num_labels) floats
+    0 and 1; `score_sequences` has the details, and what a problem_type of None means.
     """
 
     def __init__(self, config) -> None:
@@ -53,7 +53,11 @@ class BertForSequenceClassification(_Classifier):
 
 
 class BertForTokenClassification(_Classifier):
-    """BERT with a classifier of tokens, as in Hugging Face; labels: (B, S) classes or -100."""
+    """BERT with a classifier of tokens, as in Hugging Face.
+
+    labels: (B, S) classes or -100, by default a PackedBatch's labels (T,). Logits are
+    (B, S, num_labels), or (T, num_labels) for a PackedBatch.
+    """
 
     def __init__(self, config) -> None:
         super().__init__(config, config.num_labels, add_pooling_layer=False)
@@ -71,7 +75,7 @@ class BertForTokenClassification(_Classifier):
 
 
 class BertForMultipleChoice(_Classifier):
-    """BERT with a score for each of a question's choices, as in Hugging Face."""
+    """BERT with a logit for each of a question's choices, as in Hugging Face."""
 
     def __init__(self, config) -> None:
         super().__init__(config, 1)
@@ -88,11 +92,12 @@ class BertForMultipleChoice(_Classifier):
         num_choices: int | None = None,
         **options: Unpack[ForwardOptions],
     ) -> MultipleChoiceModelOutput | tuple:
-        """The loss where labels are given, and the scores (B, C).
+        """The loss if labels are given, and the logits (B, C) of C choices.
 
-        input_ids and what goes with it: (B, C, S), or (B, C, S, H), as in `BertModel`, or a
-        PackedBatch of B * C sequences, a question's choices in a row, with num_choices; labels:
-        (B,) int64, the right choice or -100.
+        input_ids and the other inputs: as in `BertModel`, but (B, C, S), inputs_embeds
+        (B, C, S, H); or a PackedBatch of B * C sequences, each question's choices one after the
+        other, with num_choices = C. labels: (B,) int64, the right choice or -100. Raises ValueError
+        for other shapes, and for a PackedBatch without num_choices.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
         if isinstance(given, Tensor):

@@ -1,4 +1,4 @@
-"""What one forward pass was asked for: Hugging Face's arguments, read into a packed batch."""
+"""Reads Hugging Face's arguments of a forward pass into a request with a packed batch."""
 
 import dataclasses
 from collections.abc import Collection
@@ -15,7 +15,7 @@ from fastbert.packing import IGNORE_INDEX, PackedBatch
 
 
 class Inputs(NamedTuple):
-    """The arguments that all models begin with, in Hugging Face's order."""
+    """The first arguments of every model's forward, in Hugging Face's order; see `BertModel`."""
 
     input_ids: Tensor | PackedBatch | None
     attention_mask: Tensor | None
@@ -25,15 +25,16 @@ class Inputs(NamedTuple):
 
 
 class ForwardOptions(TypedDict, total=False):
-    """What every model's forward takes by keyword; what is None is the configuration's.
+    """Keyword arguments of every model's forward; for the first three None means the config's.
 
     output_hidden_states: True for the embeddings and each layer's output, or a list of layer
         numbers for these layers' outputs with None for the others
+    output_attentions: True raises ValueError, because the probabilities are never formed
     return_dict: False for a tuple of the fields that are not None
-    num_items_in_batch: what the summed loss is divided by instead of the number of labels here:
-        those of all batches of an optimizer step, as Hugging Face's Trainer counts them
-    cu_seq_lens_q, max_length_q: (documents + 1,) int32 and a number, where one row of a batch
-        (1, S) holds several documents; the same for _k
+    num_items_in_batch: the divisor of the summed loss instead of the number of labels in this
+        batch: the number in all batches of an optimizer step, as Hugging Face's Trainer counts it
+    cu_seq_lens_q, max_length_q: boundaries (documents + 1,) int32 and longest length of the
+        documents in the one row of a batch (1, S); _k: the same values, or None
     """
 
     output_hidden_states: bool | Collection[int] | None
@@ -48,11 +49,11 @@ class ForwardOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """One call of a model. T packed tokens of B sequences, of which M rows are wanted.
+    """One call of a model. T packed tokens of B sequences, M rows whose output is wanted.
 
-    batch: the tokens; padding: how to restore the padded form, None where packed input came and
-    packed output goes; output_hidden_states, return_dict, num_items: see `ForwardOptions`;
-    rows: the only tokens whose last hidden state is read, None for all.
+    batch: the tokens; padding: how to restore the padded form, None for packed input and output;
+    output_hidden_states, return_dict, num_items: see `ForwardOptions`; rows: the only tokens whose
+    last hidden state is read, None for all.
     """
 
     batch: PackedBatch
@@ -64,7 +65,7 @@ class Request:
 
     @classmethod
     def read(cls, who: str, config: Any, inputs: Inputs, options: dict[str, Any]) -> Self:
-        """Raises ValueError for arguments that do not fit together, and for unknown ones."""
+        """Reads a call; raises ValueError for arguments that do not fit together or are unknown."""
         options = dict(options)
         documents = {name: options.pop(name, None) for name in DOCUMENTS}
         hidden_states = options.pop("output_hidden_states", None)
@@ -83,7 +84,10 @@ class Request:
         )
 
     def labelled(self, labels: Tensor | None) -> Self:
-        """With `labels`, (B, S) like the ids, as the batch's; those at padding are dropped."""
+        """This request with `labels` (B, S) packed into the batch, and with num_labels counted.
+
+        Labels at padding are dropped. Raises ValueError for labels beside a PackedBatch.
+        """
         batch = self.batch
         if labels is not None:
             require(
@@ -95,13 +99,16 @@ class Request:
             assert self.padding is not None
             batch = dataclasses.replace(batch, labels=_packed(self.padding, "labels", labels))
         if batch.labels is not None and batch.num_labels is None:
-            # the one place where the host waits to learn how many there are
+            # the only place where the host waits for the number of labels
             count = int((batch.labels != IGNORE_INDEX).sum())
             batch = dataclasses.replace(batch, num_labels=count)
         return dataclasses.replace(self, batch=batch)
 
     def labelled_pairs(self, next_sentence_label: Tensor | None) -> Self:
-        """With (B,) labels, or (B, 1), as the batch's."""
+        """This request with next-sentence labels, (B,) or (B, 1), in its batch.
+
+        Raises ValueError if the batch has some already.
+        """
         if next_sentence_label is None:
             return self
         require(
@@ -114,7 +121,7 @@ class Request:
         return dataclasses.replace(self, batch=batch)
 
     def only(self, *, first: bool = False, labelled: bool = False) -> Self:
-        """Wanting no tokens but these, unless hidden states are asked for; see `wanted_rows`."""
+        """This request for the tokens of `wanted_rows` only, unless hidden states are wanted."""
         if self.output_hidden_states:
             return self
         return dataclasses.replace(
@@ -122,14 +129,17 @@ class Request:
         )
 
     def padded(self, tokens: Tensor) -> Tensor:
-        """(T, ...) -> (B, S, ...) with zeros at padding, where the input was padded."""
+        """(T, ...) -> (B, S, ...) with zeros at padding; unchanged if the input was packed."""
         return tokens if self.padding is None else self.padding.pad(tokens)
 
 
 def wants_logits(
     model: nn.Module, has_loss: bool, return_logits: bool | None, skip_logits: bool | None
 ) -> bool:
-    """Whether to give the vocabulary's scores; by default not where a model trains by a loss."""
+    """Whether to return logits over the vocabulary: by default not in training with a loss.
+
+    Raises ValueError if return_logits and skip_logits contradict each other.
+    """
     agree = None in (return_logits, skip_logits) or return_logits != skip_logits
     said = f"{return_logits} and {skip_logits}"
     require(agree, type(model).__name__, "return_logits and skip_logits that agree", said)
@@ -139,9 +149,9 @@ def wants_logits(
 
 
 def wanted_rows(batch: PackedBatch, *, first: bool, labelled: bool) -> Rows:
-    """Each sequence's first token, the tokens with a label, or both; the last layer computes these.
+    """The rows for the last layer: each sequence's first token, the labelled tokens, or both.
 
-    The host waits for nothing where the batch has num_labels.
+    The host does not wait if the batch has num_labels.
     """
     has_label, num_labels = None, 0
     if labelled:
@@ -161,8 +171,9 @@ def wanted_rows(batch: PackedBatch, *, first: bool, labelled: bool) -> Rows:
 def pack_inputs(inputs: Inputs, documents: dict[str, Any]) -> tuple[PackedBatch, Unpadding | None]:
     """The batch without its padding, and how to restore the padded form (None for a PackedBatch).
 
-    Without position_ids, a token's position is its column, as Hugging Face counts it, also where
-    the padding is on the left; and its place in its own document, where a row holds several.
+    Without position_ids, a token's position is its column, as in Hugging Face, even if the padding
+    is on the left; where a row holds several documents, it is the place in the token's document.
+    Raises ValueError for inputs that do not fit together.
     """
     input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = inputs
     if isinstance(input_ids, PackedBatch):

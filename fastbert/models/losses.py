@@ -1,4 +1,4 @@
-"""Losses as sums with their counts, so that an optimizer step may normalise them over all batches.
+"""Losses as sums with counts, so that an optimizer step can normalise them over all its batches.
 
 B sequences, T tokens, L labels.
 """
@@ -17,14 +17,14 @@ from fastbert.ops.linear_cross_entropy import linear_cross_entropy
 from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 
-Count = Tensor | int | None  # of the items of a whole step, by which sums are divided
+Count = Tensor | int | None  # the labels of a whole optimizer step, by which sums are divided
 
 
 class Scored(NamedTuple):
-    """How well the rows that have something to predict are predicted; each a ().
+    """The summed loss of the labelled rows and their number; each field is a ().
 
-    loss_sum: the loss summed over these rows, in float32 or wider, 0 if there are none; num_rows:
-    how many rows there are; correct: how many targets have the highest score, if they were counted.
+    loss_sum: in float32 or wider, 0 without labelled rows; num_rows: how many rows have a label;
+    correct: how many targets have the highest logit, None if they were not counted.
     """
 
     loss_sum: Tensor
@@ -32,21 +32,25 @@ class Scored(NamedTuple):
     correct: Tensor | None = None
 
     def loss(self, num_items: Count = None) -> Tensor:
-        """The mean, or the sum by num_items; a finite 0 with zero gradients if there is no row."""
+        """loss_sum / num_rows, or / num_items; a finite 0 with zero gradients without labels."""
         count = self.num_rows if num_items is None else num_items
         if isinstance(count, Tensor):
             return self.loss_sum / count.to(self.loss_sum.device).clamp(min=1)
         return self.loss_sum / max(count, 1)
 
     def sums(self) -> list[Tensor]:
-        """What metrics add up, with the right answers counted."""
+        """The sums from which metrics are computed; only after counting correct targets."""
         assert self.correct is not None
         return [self.loss_sum, self.correct, self.num_rows]
 
 
 def pretraining_loss(words: Scored, pairs: Scored, num_items: Count = None) -> Tensor:
-    """The sum of both means; or the words' sum by num_items, a number of words, and of the mean of
-    the pairs the part that these words are of that number."""
+    """The masked-LM loss plus the next-sentence loss.
+
+    num_items: the number of masked tokens in an optimizer step. The token losses' sum is divided by
+    it, and the mean of the pair losses is weighted by this batch's share of the step's masked
+    tokens. Without it, both losses are means.
+    """
     pair_loss = pairs.loss()
     if num_items is not None:
         pair_loss = pairs._replace(loss_sum=pair_loss * words.num_rows).loss(num_items)
@@ -56,15 +60,15 @@ def pretraining_loss(words: Scored, pairs: Scored, num_items: Count = None) -> T
 def score_masked(
     head: Any, hidden_states: Tensor, batch: PackedBatch, rows: Rows | None = None
 ) -> Scored:
-    """Runs the MLM head on the masked positions of (T, H) hidden states, and on no other.
+    """Runs the masked-LM head on the masked positions of hidden states (T, H), and on no others.
 
-    Where only `rows` of them were computed, hidden_states is (M, H).
+    hidden_states is (M, H) if only `rows` were computed.
     """
     return score_words(head, masked_rows(hidden_states, batch, rows))
 
 
 def score_words(head: Any, masked: MaskedRows, count_correct: bool = False) -> Scored:
-    """Runs an MLM head, a `transform` and a linear `decoder`, on masked positions."""
+    """Runs a masked-LM head, which has `transform` and `decoder`, on the rows of `masked`."""
     rows, decoder = head.transform(masked.rows), head.decoder
     if not is_plain(decoder):
         return score_classes(decoder(rows), masked.targets, count_correct)
@@ -78,7 +82,7 @@ def score_words(head: Any, masked: MaskedRows, count_correct: bool = False) -> S
 
 
 def masked_rows(hidden_states: Tensor, batch: PackedBatch, rows: Rows | None = None) -> MaskedRows:
-    """The masked positions of (T, H) hidden states; of (M, H), where only `rows` were computed."""
+    """The masked positions of hidden states (T, H), or (M, H) if only `rows` were computed."""
     labels = batch.labels
     assert labels is not None
     if rows is not None:
@@ -89,11 +93,11 @@ def masked_rows(hidden_states: Tensor, batch: PackedBatch, rows: Rows | None = N
 def soft_target_loss(
     logits: Tensor, teacher_logits: Tensor, counts: Tensor, temperature: float
 ) -> Tensor:
-    """KL divergence from a teacher's probabilities, summed, times temperature^2.
+    """KL divergence from a teacher's probabilities, summed over rows, times temperature^2.
 
-    Both scores (C, L) are divided by the temperature (Hinton et al. 2015,
-    https://arxiv.org/abs/1503.02531); counts: (C,) bool, the rows that do. Returns () in float32
-    or wider.
+    logits, teacher_logits: (C, L), each divided by the temperature (Hinton et al. 2015,
+    https://arxiv.org/abs/1503.02531); counts: (C,) bool, True for rows to sum. Returns () in
+    float32 or wider.
     """
     own, taught = (
         (_wide(scores) / temperature).log_softmax(-1) for scores in (logits, teacher_logits)
@@ -103,13 +107,13 @@ def soft_target_loss(
 
 
 def cosine_loss(hidden_states: Tensor, teacher_states: Tensor, counts: Tensor) -> Tensor:
-    """1 - cosine of (T, H) with (T, H), summed over the rows that (T,) bool `counts` marks."""
+    """Sum of 1 - cosine similarity over rows of (T, H) states where (T,) bool `counts` is True."""
     cosine = F.cosine_similarity(_wide(hidden_states), _wide(teacher_states), dim=-1)
     return (1 - cosine).masked_fill(~counts, 0).sum()
 
 
 def score_classes(logits: Tensor, targets: Tensor, count_correct: bool = False) -> Scored:
-    """Cross-entropy of (T, L) scores with (T,) targets, of which -100 do not count."""
+    """Cross-entropy of logits (T, L) with targets (T,); rows with the target -100 are left out."""
     targets = targets.to(logits.device, torch.int64)
     loss_sum = F.cross_entropy(_wide(logits), targets, ignore_index=IGNORE_INDEX, reduction="sum")
     correct = (logits.argmax(-1) == targets).sum() if count_correct else None
@@ -119,10 +123,10 @@ def score_classes(logits: Tensor, targets: Tensor, count_correct: bool = False) 
 def span_loss(
     scores: Sequence[Tensor], columns: Sequence[Tensor], is_real: Tensor | None, num_items: Count
 ) -> Tensor:
-    """The mean of the losses of starts and of ends: (B, S) scores and (B,) or (B, 1) columns each.
+    """The mean of the losses of starts and ends: logits (B, S) and columns (B,) or (B, 1) of each.
 
-    Columns below 0 count as 0, as in Hugging Face. Those beyond the end, and those where (B, S)
-    is_real is False, do not count.
+    Columns below 0 count as 0, as in Hugging Face. Columns beyond the end, and those where is_real
+    (B, S) bool is False, are left out.
     """
     losses = []
     for each, places in zip(scores, columns, strict=True):
@@ -135,12 +139,13 @@ def span_loss(
 
 
 def score_sequences(logits: Tensor, labels: Tensor, problem_type: str | None) -> Scored:
-    """Squared error, cross-entropy or binary cross-entropies of (B, L) scores.
+    """Squared error, cross-entropy or binary cross-entropies of logits (B, L).
 
-    labels: (B,) classes for single_label_classification; (B, L) numbers for regression, or for
+    labels: (B,) classes for single_label_classification; (B, L) numbers for regression and for
     multi_label_classification. A problem_type of None is inferred as Hugging Face does: regression
-    for L = 1, otherwise single label for integers and multi-label for floats. As there, means of
-    the last two are over all B * L numbers.
+    for L = 1, otherwise single label for integers and multi-label for floats. As there, the losses
+    of regression and multi-label are means over all B * L numbers. Raises ValueError for labels of
+    another size.
     """
     if problem_type is None:
         kind = "single" if labels.dtype in (torch.int64, torch.int32) else "multi"

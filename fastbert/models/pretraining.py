@@ -16,10 +16,10 @@ from fastbert.packing import PackedBatch
 class _PredictsWords(BertPreTrainedModel):
     """A model with a decoder to the vocabulary, tied to the word embeddings.
 
-    In training mode with labels its head runs on the masked positions alone, and there are no
-    logits. `return_logits=True` asks for them all the same; `return_logits=False`, or
-    `skip_logits=True`, leaves them out always. Where they and hidden states are left out, the last
-    layer computes only the tokens that the losses read.
+    In training mode with labels, its head runs on the masked positions alone, and no logits are
+    returned. `return_logits=True` returns them even then; `return_logits=False`, or
+    `skip_logits=True`, never does. Without logits and hidden states, the last layer computes only
+    the tokens that the losses read.
     """
 
     cls: Any
@@ -38,7 +38,7 @@ class _PredictsWords(BertPreTrainedModel):
     def _read(
         self, request: Request, with_pairs: bool, return_logits: bool | None, skip: bool | None
     ) -> tuple[Any, Scored | None, Tensor | None]:
-        """What the encoder gives, how well words are predicted if there is a loss, and logits."""
+        """The encoder's output; the masked-LM score, None without a loss; the logits if wanted."""
         batch, head = request.batch, self.cls.predictions
         pair_labels = batch.next_sentence_label
         has_loss = batch.labels is not None and (not with_pairs or pair_labels is not None)
@@ -75,15 +75,17 @@ class BertForPreTraining(_PredictsWords):
         skip_logits: bool | None = None,
         **options: Unpack[ForwardOptions],
     ) -> BertForPreTrainingOutput | tuple:
-        """The sum of both losses where both labels are given, and the heads' scores.
+        """The sum of both losses if both labels are given, and the heads' logits.
 
         labels: (B, S) int64, the token to predict or -100; next_sentence_label: (B,) int64, 0
-        where the second segment follows the first; the other arguments as in `BertModel`; when
-        prediction_logits (B, S, V), or (T, V) for a PackedBatch, are there, the class says.
+        where the second segment follows the first; the other arguments as in `BertModel`. Returns
+        prediction_logits (B, S, V), or (T, V) for a PackedBatch, None in training with both labels
+        unless return_logits=True; and seq_relationship_logits (B, 2).
 
-        num_items_in_batch is a number of masked tokens: the sum of both losses' means is weighted
-        by this batch's share of them. An optimizer step's word loss is then the mean over all its
-        masked tokens, and its pair loss a mean of its batches' with the same weights.
+        num_items_in_batch: the number of masked tokens in an optimizer step. The sum of both mean
+        losses is weighted by this batch's share of them. The step's masked-LM loss is then the mean
+        over all its masked tokens, and its next-sentence loss a mean of its batches' losses with
+        the same weights.
         """
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         return self.run(
@@ -142,10 +144,10 @@ class BertForMaskedLM(_PredictsWords):
         skip_logits: bool | None = None,
         **options: Unpack[ForwardOptions],
     ) -> MaskedLMOutput | tuple:
-        """The masked-LM loss where labels are given, and the scores; see `BertForPreTraining`.
+        """The masked-LM loss if labels are given, and the logits; see `BertForPreTraining`.
 
-        encoder_hidden_states, encoder_attention_mask: Hugging Face's places for a decoder's
-        arguments, which are refused.
+        encoder_hidden_states, encoder_attention_mask: a decoder's arguments, only there for Hugging
+        Face's order of arguments; raises ValueError unless they are None.
         """
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         decoding = {
@@ -177,7 +179,7 @@ class BertForNextSentencePrediction(LabelledModel):
     """BERT with the next-sentence head alone, as in Hugging Face.
 
     labels: (B,) int64, 0 where the second segment follows the first, 1 where it is a random one; by
-    default a PackedBatch's next_sentence_label.
+    default a PackedBatch's next_sentence_label. Logits are (B, 2).
     """
 
     def __init__(self, config) -> None:

@@ -1,4 +1,4 @@
-"""`BertForQuestionAnswering`: where in a text an answer begins and ends."""
+"""`BertForQuestionAnswering`: logits for where an answer begins and ends in a text."""
 
 from typing import Unpack
 
@@ -16,11 +16,11 @@ from fastbert.packing import PackedBatch
 
 
 class BertForQuestionAnswering(BertPreTrainedModel):
-    """BERT with scores of where an answer begins and ends, as in Hugging Face.
+    """BERT with logits for where an answer begins and ends, as in Hugging Face.
 
-    The scores compete among the real tokens of a sequence. In Hugging Face's model, padding takes
-    part too, so that there the loss depends on how wide the batch is; here the scores of padding
-    are the dtype's lowest number, which no softmax sees and no argmax takes.
+    The softmax is over the real tokens of a sequence. In Hugging Face's model it includes padding,
+    so that the loss depends on the width of the batch; here the logits of padding are the dtype's
+    lowest number, which adds nothing to a softmax and is never the argmax.
     """
 
     def __init__(self, config) -> None:
@@ -47,11 +47,12 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         end_positions: Tensor | None = None,
         **options: Unpack[ForwardOptions],
     ) -> QuestionAnsweringModelOutput | tuple:
-        """The mean of both ends' losses where both are given, and their scores.
+        """The mean of the losses of start and end if both positions are given, and their logits.
 
-        start_positions, end_positions: (B,) int64, a column, or the place in its sequence or
-        document where the input is packed; negative ones count as 0, as in Hugging Face, and those
-        on padding or beyond the end are left out. The other arguments as in `BertModel`.
+        start_positions, end_positions: (B,) int64, a column of the batch, or for packed input the
+        position in the sequence or document. Negative positions count as 0, as in Hugging Face;
+        positions at padding or beyond the end are left out of the loss. The other arguments as in
+        `BertModel`. Returns start_logits and end_logits, (B, S), or (T,) for a PackedBatch.
         """
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         return self.run(
@@ -82,7 +83,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
 
 
 def _by_column(logits: Tensor, padding: Unpadding) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, 2) -> (B, S) twice, with the lowest number at padding, and which places are real."""
+    """(T, 2) -> start and end logits (B, S), lowest at padding, and is_real (B, S) bool."""
     is_real = padding.pad(torch.ones_like(logits[:, 0], dtype=torch.bool))
     scores = padding.pad(logits).masked_fill(~is_real[..., None], torch.finfo(logits.dtype).min)
     starts, ends = scores.unbind(-1)

@@ -1,4 +1,4 @@
-"""Tables of another vocabulary size."""
+"""Resizes embeddings and decoders to another vocabulary size."""
 
 import torch
 from torch import Tensor, nn
@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def resize(table: nn.Embedding | nn.Linear, count: int, std: float | None) -> None:
-    """Gives an embedding, or a decoder, `count` rows in new parameters; the first ones stay.
+    """Gives an embedding, or a decoder, `count` rows in new parameters; old rows keep their values.
 
-    Rows beyond the old ones are drawn with the given std around 0; for None, next to the mean of
-    the old ones, so that a decoder's probabilities hardly change at first (Hewitt 2021,
+    New rows are drawn around 0 with the given std. With a std of None they are drawn close to the
+    mean of the old rows, so that a decoder's probabilities hardly change at first (Hewitt 2021,
     https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
     table.weight = _resized(table.weight, count, std)

@@ -1,1 +1,1 @@
-"""The parts of BERT, as nn.Modules over `fastbert.ops`, under Hugging Face's names."""
+"""BERT's parts as nn.Modules that run `fastbert.ops`, under Hugging Face's names."""

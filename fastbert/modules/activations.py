@@ -13,7 +13,7 @@ from fastbert.ops.bias_gelu import Call, bias_gelu
 GELU_TANH = partial(F.gelu, approximate="tanh")
 
 ACTIVATIONS: dict[str, Callable] = {
-    "gelu": F.gelu,  # the exact one, by erf: Hugging Face's meaning of the name
+    "gelu": F.gelu,  # the exact erf formula, which this name means in Hugging Face
     "gelu_python": F.gelu,
     "gelu_new": GELU_TANH,
     "gelu_fast": GELU_TANH,
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable] = {
 
 
 def dense_and_activate(x: Tensor, dense: Leaf, function: Callable) -> Tensor:
-    """function(dense(x)), the bias added on the way where there is one operator for both."""
+    """`function(dense(x))`: (..., H) -> (..., I); for GELU one operator adds the bias too."""
     is_gelu = function is F.gelu or function is GELU_TANH
     x, bias = split_bias(x, dense, bias_gelu if is_gelu else None)
     if bias is None:
@@ -35,7 +35,10 @@ def dense_and_activate(x: Tensor, dense: Leaf, function: Callable) -> Tensor:
 
 
 def activation(hidden_act: str | Callable) -> Callable:
-    """The function that a config's `hidden_act` names, or itself if it is one already."""
+    """The function that a config's `hidden_act` names, or `hidden_act` itself if it is a function.
+
+    Raises ValueError for an unknown name.
+    """
     if callable(hidden_act):
         return hidden_act
     if hidden_act not in ACTIVATIONS:

@@ -1,6 +1,6 @@
-"""BERT's layer as modules under Hugging Face's names, and what `run_layer` reads of it.
+"""BERT's layer as modules under Hugging Face's names, and the parts that `run_layer` reads.
 
-T packed tokens, M of which are wanted, H hidden. What flows between the modules is one (T, H)
+T packed tokens, M rows whose output is wanted, H hidden. The modules pass each other one (T, H)
 tensor and its `Sequences`.
 """
 
@@ -43,8 +43,8 @@ class BertSelfAttention(nn.Module):
 class _ProjectAndNorm(nn.Module):
     """`LayerNorm(residual + dropout(dense(x)))`: the end of each half of a layer.
 
-    save: what `dropout_add_layer_norm` keeps for its backward. It may be set on an instance, or on
-    this class for all; "y" saves memory, and is for weights of LayerNorm that are not near 0.
+    save: what `dropout_add_layer_norm` saves for its backward, set on an instance, or on this class
+    for all instances. "y" saves memory, and suits LayerNorm weights that are not near 0.
     """
 
     save: Save = "z"
@@ -95,7 +95,7 @@ class BertIntermediate(nn.Module):
 
 
 class BertLayer(nn.Module):
-    # `gradient_checkpointing_enable`, ours and Hugging Face's, sets both on each layer
+    # `gradient_checkpointing_enable`, fastbert's and Hugging Face's, sets both on each layer
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable = staticmethod(checkpoint)
 
@@ -106,14 +106,17 @@ class BertLayer(nn.Module):
         self.output = BertOutput(config)
 
     def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
-        """(T, H) -> (T, H) or (M, H); its three dropouts are the sites from `sequences`' on."""
+        """(T, H) -> (T, H) or (M, H); the three dropouts use three sites from rng.site on."""
         hidden_states = self.attention(hidden_states, sequences)
         intermediate = self.intermediate(hidden_states)
         return self.output(intermediate, hidden_states, sequences.wanted_rng(2))
 
 
 def parts_of(layer: Any) -> LayerParts | None:
-    """None where modules or their classes' forwards were replaced, or hooked: these are called."""
+    """The parts of a layer; None if a module or forward in it was replaced or has a hook.
+
+    Such a layer is called as a module.
+    """
     is_own = all(kind.forward is forward for kind, forward in _FORWARDS.items())
     if type(layer) is not BertLayer or not is_own:
         return None
@@ -142,7 +145,7 @@ def parts_of(layer: Any) -> LayerParts | None:
     )
 
 
-# Of a layer, and of its modules in the order in which `parts_of` asks for them.
+# The forwards of a layer and of its modules, in the order in which `parts_of` checks these.
 _FORWARDS = {
     kind: kind.forward
     for kind in (

@@ -1,4 +1,4 @@
-"""Word, position and segment embeddings, summed and normalized."""
+"""Word, position and segment embeddings, summed and normalized; the residual stream's dtype."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ def stream_dtype(
 ) -> torch.dtype:
     """The dtype of the residual stream: `own`, but under autocast float32 or the low precision.
 
-    `config.residual_in_fp32`, ours or a Hugging Face object's, says which; where it is None or
-    missing, training takes the low precision, which halves the traffic of the operators between the
-    products, and eval mode float32, as Hugging Face does always, which is 2 to 7 times nearer the
-    truth. `docs/numerics.md` has the measurements. Statistics are in float32 either way.
+    `config.residual_in_fp32`, of either kind of configuration, decides. Where it is None or
+    missing, training uses the low precision, which halves the memory traffic of the operators
+    between the products. Eval mode uses float32, as Hugging Face always does, for 2 to 7 times
+    smaller errors; `docs/numerics.md` has the measurements. Statistics are in float32 either way.
     """
     if not torch.is_autocast_enabled(device.type):
         return own
@@ -44,11 +44,11 @@ def embed(
     *,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`dropout(norm(words + types + positions))`: (...) ids -> (..., H), by whichever modules.
+    """`dropout(norm(words + types + positions))`: (...) ids -> (..., H) in `dtype`.
 
-    A module that is not a plain embedding or norm is called. token_type_ids of None means zeros;
-    inputs_embeds replaces the words; types of None is a model without segments; dtype: the
-    result's.
+    words, positions, types: embedding modules, types None in a model without segments; norm: a
+    norm module. A module that is not a plain nn.Embedding or nn.LayerNorm is called.
+    token_type_ids of None means zeros; inputs_embeds (..., H) replaces the word embeddings.
     """
     tables = (words, positions, types)
     if (
@@ -81,12 +81,12 @@ def embed(
 
 
 def is_affine(norm: Any) -> bool:
-    """Whether it is a plain LayerNorm with the weight and bias that the operators take."""
+    """Whether `norm` is a plain nn.LayerNorm with a weight and a bias, as the operators need."""
     return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
 
 
 def _without_padding_gradient(positions: Any) -> Tensor:
-    """RoBERTa's position table has a padding row, which never learns."""
+    """The position table; RoBERTa's has a padding row, which gets no gradient."""
     table = positions.weight
     if positions.padding_idx is None:
         return table
@@ -95,7 +95,7 @@ def _without_padding_gradient(positions: Any) -> Tensor:
 
 
 class BertEmbeddings(nn.Module):
-    """Token ids to vectors: any leading shape, so packed (T,) as well as padded (B, S)."""
+    """The sum of the three embeddings, normalized; ids may be packed (T,) or padded (B, S)."""
 
     def __init__(self, config) -> None:
         super().__init__()

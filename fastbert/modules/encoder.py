@@ -1,7 +1,8 @@
 """The transformer encoder over packed tokens.
 
-T packed tokens of B sequences, M of which are wanted, H hidden, N heads. Module and parameter names
-are Hugging Face's; what flows between the modules is one (T, H) tensor and its `Sequences`.
+T packed tokens of B sequences, M rows whose output is wanted, H hidden, N heads. Module and
+parameter names are Hugging Face's. The modules pass each other one (T, H) tensor and its
+`Sequences`.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ class BertEncoder(nn.Module):
     """A stack of BERT layers with Hugging Face's constructor, parameter names and return value.
 
     `config` is a `fastbert.BertConfig` or a Hugging Face `BertConfig`, kept by reference. Padded
-    input is packed once, before the first layer, and padded once, after the last.
+    input is packed once before the first layer, and padded once after the last.
     """
 
     def __init__(self, config) -> None:
@@ -60,15 +61,17 @@ class BertEncoder(nn.Module):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Runs the layers.
 
-        hidden_states: (B, S, H), with attention_mask as `read_mask` takes it; or (1, T, H) with
+        hidden_states: (B, S, H), with an attention_mask as in `read_mask`; or (1, T, H) with
         Hugging Face's cu_seq_lens_q and max_length_q; or packed (T, H), with cu_seqlens (B + 1,)
-        int32, max_seqlen and a mask as `Sequences` has it. The output has the input's form; pad
-        positions hold zeros.
+        int32, max_seqlen and a mask as in `Sequences`. The output is padded or packed like the
+        input; padded positions hold zeros.
         output_hidden_states: True adds the input and the output of each layer; a list of layer
         numbers adds these layers' outputs, with None for the others. rng: with packed
-        hidden_states, what dropout draws from; by default a fresh state of torch's generator, which
-        numbers the sequences as they come. rows: with packed hidden_states, the tokens that the
-        last layer computes; last_hidden_state is then (M, H).
+        hidden_states, the dropout state; None draws one from torch's generator and numbers the
+        sequences of the batch. rows: with packed hidden_states, the tokens that the last layer
+        computes; last_hidden_state is then (M, H).
+        Raises ValueError for a decoder's arguments, output_attentions, unknown arguments, and
+        shapes that do not fit together.
         """
         _refuse_decoding(
             encoder_hidden_states=encoder_hidden_states,
@@ -128,7 +131,7 @@ class BertEncoder(nn.Module):
         output_hidden_states: bool | Collection[int] = False,
         rows: Rows | None = None,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """The layers over a packed (T, H) stream."""
+        """Runs the layers over a packed (T, H) residual stream."""
         events.packed(self, x)
         if sequences.rng is None and self.training:
             rng = for_batch(sequences.cu_seqlens, x.shape[0])
@@ -161,9 +164,10 @@ def _refuse_decoding(**arguments: Any) -> None:
 
 
 def _captured_around() -> dict[str, list]:
-    """What a Hugging Face model around this encoder records of its layers in this call.
+    """The lists in which a Hugging Face model around this encoder collects hidden states now.
 
-    transformers 5 records by hooks on layers of its own class, which are not here.
+    transformers 5 fills them by hooks on layers of its own class; this encoder has none of these.
+    Raises ValueError if the model collects attentions.
     """
     capturing = sys.modules.get("transformers.utils.output_capturing")
     collected = capturing._active_collector.get() if capturing is not None else None
@@ -172,9 +176,9 @@ def _captured_around() -> dict[str, list]:
 
 
 def pad_output(output: Output, padding: Unpadding, dtype: torch.dtype) -> Output:
-    """The padded form of an output whose hidden states are packed: (T, H) -> (B, S, H).
+    """Pads the packed hidden states of an output: (T, H) -> (B, S, H).
 
-    They come back in `dtype`, as Hugging Face's do, which autocast keeps in float32.
+    They are returned in `dtype`: under autocast Hugging Face returns float32.
     """
 
     def padded(hidden_states: Tensor) -> Tensor:

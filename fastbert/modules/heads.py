@@ -32,7 +32,7 @@ class BertPredictionHeadTransform(nn.Module):
 
 
 class BertLMPredictionHead(nn.Module):
-    """Rows to vocabulary scores; `decoder.weight` is tied by the model, `decoder.bias` here."""
+    """Rows to logits over the vocabulary; the model ties `decoder.weight`, this head the bias."""
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class BertPreTrainingHeads(nn.Module):
 def first_tokens(hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(T, H) -> (B, H): each sequence's first token, zeros for a sequence of length 0."""
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
-    if not hidden_states.shape[0]:  # a sum over no rows: zeros that hand back a gradient
+    if not hidden_states.shape[0]:  # the sum over no rows is zeros that stay in autograd's graph
         return hidden_states.sum(0, keepdim=True).expand(starts.shape[0], -1)
     rows = hidden_states[starts.clamp(max=hidden_states.shape[0] - 1).long()]
     return torch.where((ends > starts)[:, None], rows, 0.0)

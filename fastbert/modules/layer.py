@@ -1,7 +1,7 @@
-"""What a BERT layer computes over packed tokens, whichever modules hold its weights.
+"""The computation of a BERT layer over packed tokens, independent of the modules with the weights.
 
 fastbert's own `BertLayer` and the layers of patched Hugging Face models all run these functions.
-T packed tokens of B sequences, M of which are wanted, H hidden, N heads, D head size.
+T packed tokens of B sequences, M rows whose output is wanted, H hidden, N heads, D head size.
 """
 
 from collections.abc import Callable, Collection
@@ -30,7 +30,7 @@ def self_attention(
     dropout_p: float,
     sequences: Sequences,
 ) -> Tensor:
-    """(T, H) -> (T, H), or (M, H) where only some rows are wanted; before the output projection."""
+    """Attention without its output projection: (T, H) -> (T, H), or (M, H) for sequences.rows."""
     rows = sequences.rows
     if rows is None:
         qkv = fused_linear(x, (query, key, value)).unflatten(-1, (3, num_heads, -1))
@@ -69,12 +69,16 @@ def project_and_norm(
     rng: DropoutState | None,
     save: Save = "z",
 ) -> Tensor:
-    """`norm(residual + dropout(dense(x)))`: the end of each half of a layer."""
+    """`norm(residual + dropout(dense(x)))`, the end of each half of a layer: (T, I) -> (T, H).
+
+    residual: (T, H); rng: None draws a fresh state; save: as in `dropout_add_layer_norm`. Raises
+    ValueError if the sizes of dense, norm and residual do not fit.
+    """
     affine = norm.is_plain and norm.weight is not None and norm.bias is not None
     x, x_bias = split_bias(x, dense, dropout_add_layer_norm if affine else None)
     if affine:
         weight = norm.weight
-        if x.shape != residual.shape or weight.shape != x.shape[-1:]:  # of modules put together
+        if x.shape != residual.shape or weight.shape != x.shape[-1:]:  # users may swap modules
             expected = f"a product of {tuple(residual.shape)} and a weight of {tuple(weight.shape)}"
             require(False, "LayerNorm", f"{expected} to fit", tuple(x.shape))
         rng = drawn(len(x), x.device, dropout_p, rng) if dropout_p else None
@@ -85,7 +89,10 @@ def project_and_norm(
 
 
 class LayerParts(NamedTuple):
-    """The modules of a layer by what they do, and its dropout probabilities, 0 in eval mode."""
+    """The modules of a layer by their role, and its dropout probabilities, 0 in eval mode.
+
+    attention_save, output_save: what each `dropout_add_layer_norm` saves for its backward.
+    """
 
     query: Leaf
     key: Leaf
@@ -105,7 +112,7 @@ class LayerParts(NamedTuple):
 
 
 def run_layer(parts: LayerParts, x: Tensor, sequences: Sequences) -> Tensor:
-    """(T, H) -> (T, H), or (M, H); the layer's three dropouts are three sites from rng's on."""
+    """(T, H) -> (T, H), or (M, H); the three dropouts use three sites from rng.site on."""
     context = self_attention(
         x,
         parts.query,
@@ -136,7 +143,7 @@ def run_layer(parts: LayerParts, x: Tensor, sequences: Sequences) -> Tensor:
     )
 
 
-# Every dropout of a model has a number of its own: the embeddings' is 0, and each layer has three.
+# Each dropout of a model has its own site number: 0 for the embeddings, then three per layer.
 _SITES_PER_LAYER = 3
 
 
@@ -152,7 +159,7 @@ def run_layers(
 
     call(number, x, sequences) runs one layer. wanted_states: True for x and each layer's output,
     layer numbers for these layers' outputs with None for the others, as in Hugging Face. Raises
-    ValueError if both rows and states are wanted, as the last state would lack rows.
+    ValueError if both rows and states are wanted, because the last state would lack tokens.
     """
     every = wanted_states is True
     chosen = () if isinstance(wanted_states, bool) else wanted_states
@@ -170,5 +177,5 @@ def run_layers(
         x = call(number, x, here)
         states.append(x if every or number in chosen else None)
     if rows is not None and (not num_layers or sequences.mask is not None):
-        x = rows.of(x)  # a mask's rows are places in a sequence, so it takes all of them
+        x = rows.of(x)  # a general mask has a row for every token, so attention computed all
     return x, tuple(states) if wanted_states else None

@@ -1,4 +1,4 @@
-"""Several linear layers of the same input as one matrix product."""
+"""Linear layers as parts of fused operators: joined in one product, or with the bias split off."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +13,10 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 
 class Leaf:
-    """A module without modules of its own, and whether it is plain, which is asked once.
+    """A leaf module, and whether it is plain: of class `kind` and without hooks; checked once.
 
-    A plain one's parameters are read at each use, from its dictionary: `nn.Module`'s own look-up
-    takes longer. Any other is called.
+    A plain module's parameters are read at each use, from its dictionary, because `nn.Module`'s
+    own look-up takes longer. Any other module is called.
     """
 
     __slots__ = ("is_plain", "module")
@@ -42,12 +42,12 @@ class Leaf:
 def fused_linear(x: Tensor, linears: Sequence[Leaf]) -> Tensor:
     """The outputs of `linears` side by side: (..., H) -> (..., sum of their output sizes).
 
-    One product with the concatenated weights where every layer is a plain `nn.Linear`, but for few
-    rows of float32 on a CPU, where copying the weights takes longer than the rest. A layer that is
-    something else (LoRA, 8-bit, parametrized) or carries hooks is called, not read.
+    Where every layer is a plain `nn.Linear`, this is one product with the concatenated weights;
+    except for few rows of float32 on a CPU, where concatenating takes longer than the products. A
+    layer of another class (LoRA, 8-bit, parametrized) or with hooks is called.
     """
     are_few = x.is_cpu and x.numel() < x.shape[-1] ** 2
-    is_worth_it = not are_few or rounds_products(x)  # whose gradients' sum would be rounded thrice
+    is_worth_it = not are_few or rounds_products(x)  # separate products would round dX three times
     if is_worth_it and all(layer.is_plain for layer in linears):
         biases = [layer.bias for layer in linears]
         without = biases.count(None)
@@ -58,12 +58,12 @@ def fused_linear(x: Tensor, linears: Sequence[Leaf]) -> Tensor:
 
 
 def split_bias(x: Tensor, layer: Leaf, into: Op | None) -> tuple[Tensor, Tensor | None]:
-    """A linear layer's product and its bias, for the operator `into`, which adds it on its way.
+    """A linear layer's product (..., O) and its bias (O,), which the operator `into` then adds.
 
-    The gradient of the bias is then a by-product of its kernel, not another pass over the rows, and
-    in low precision its sum with the product is not rounded. The bias is None where it is in the
-    product already: in float32 where `into` has no kernel here, and for a layer that is not a plain
-    `nn.Linear`, which is called.
+    The gradient of the bias is then a by-product of that operator's kernel instead of another pass
+    over the rows, and in low precision the product plus bias is not rounded. The bias is None where
+    the product already includes it: in float32 if `into` is None or has no kernel on this device,
+    and for a layer that is not a plain `nn.Linear`, which is called.
     """
     if not layer.is_plain:
         return layer(x), None
@@ -74,29 +74,29 @@ def split_bias(x: Tensor, layer: Leaf, into: Op | None) -> tuple[Tensor, Tensor 
 
 
 def rounds_products(x: Tensor) -> bool:
-    """Whether a product of x, under autocast too, is in less than float32."""
+    """Whether a product of x has less than float32 precision, by its dtype or by autocast."""
     return x.dtype in _NARROW or torch.is_autocast_enabled(x.device.type)
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Whether calling the layer does no more than a layer of that kind with its parameters."""
+    """Whether the layer is exactly of class `kind` and has no hooks, so its weights may be read."""
     return type(layer) is kind and not has_hooks(layer)
 
 
 def is_plain_table(table: nn.Module) -> bool:
-    """Whether looking up an embedding reads rows and no more, with a dense, unscaled gradient."""
+    """Whether `table` is a plain nn.Embedding that only reads rows and has a dense gradient."""
     return is_plain(table, nn.Embedding) and reads_rows(table)
 
 
 def reads_rows(table: Any) -> bool:
-    """Whether an `nn.Embedding` has none of the options by which it does more than that."""
+    """Whether an `nn.Embedding` sets neither max_norm, sparse nor scale_grad_by_freq."""
     return table.max_norm is None and not table.sparse and not table.scale_grad_by_freq
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Whether calling the layer does more than its class says: hooks, or a forward of its own.
+    """Whether the layer has hooks, or a forward set on the instance, so that it must be called.
 
-    Accelerate's offloading and older transformers' capture set such a forward on the instance.
+    Accelerate's offloading and older transformers' output capture set such a forward.
     """
     hooks = (
         layer._forward_hooks,

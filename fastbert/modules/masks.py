@@ -1,4 +1,4 @@
-"""One place that reads what users and Hugging Face say about who attends to whom."""
+"""Reads every form of attention mask and packed documents that users and Hugging Face pass."""
 
 from typing import NamedTuple
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 from fastbert.check import require
 
-# Additive masks forbid by finfo.min, -inf, or the -10000 of older scripts: each gives p = 0.
+# Additive masks use finfo.min, -inf, or in older scripts -10000: each makes the probability 0.
 FORBIDDEN = -1e4
 
 
 class Mask(NamedTuple):
-    """What a mask means for B sequences of S places; at most one of the two is there.
+    """A mask as padding or as a general mask, for B sequences of S places; at most one is set.
 
     padding: (B, S) bool, True at real tokens; general: bool, True = attend, or additive, broadcasts
     to (B, heads, S, S); both None where every token attends to every other.
@@ -23,13 +23,14 @@ class Mask(NamedTuple):
 
 
 def read_mask(mask: Tensor | None, batch_size: int, seqlen: int) -> Mask:
-    """Reads a mask of any form that Hugging Face's encoder is handed.
+    """Reads a mask in any form that Hugging Face's encoder takes.
 
     mask: None; (B, S) bool or 0/1; (B or 1, heads or 1, S or 1, S) bool, True = attend, or float,
-    added to the scores. A 4-D mask that is the same for every query and head is padding; to find
-    that out it is read, for which the host waits for a GPU, except while torch.compile traces: then
-    only its shape counts. Raises ValueError for other shapes, and for an integer 4-D mask, because
-    it is ambiguous: Hugging Face's eager attention would add its zeros and ones to the scores.
+    added to the scores. A 4-D mask that is the same for every query and head is padding. To find
+    that out its values are read, for which the host waits for a GPU; while torch.compile traces,
+    only the shape is looked at. Raises ValueError for other shapes, for a float 2-D mask with other
+    values than 0 and 1, and for an integer 4-D mask, which is ambiguous: Hugging Face's eager
+    attention would add its zeros and ones to the scores.
     """
     if mask is None:
         return Mask()
@@ -83,9 +84,9 @@ def _read_general(mask: Tensor, batch_size: int, seqlen: int) -> Mask:
 
 
 def real_tokens(mask: Tensor | None) -> Tensor | None:
-    """(B or 1, S) bool: where `read_mask` finds no padding, for labels; no host waits.
+    """(B or 1, S) bool, True at tokens that `read_mask` does not take for padding; no host wait.
 
-    None where the mask says nothing of padding, or is one that `read_mask` refuses.
+    Labels are read only there. None without a mask, and for one of another rank or with a gradient.
     """
     if mask is None or mask.ndim not in (2, 4) or mask.requires_grad:
         return None
@@ -108,11 +109,14 @@ def document_boundaries(
     max_length_k: int | None = None,
     position_ids: Tensor | None = None,
 ) -> tuple[Tensor, int] | None:
-    """(cu_seqlens (n + 1,) int32, max_seqlen) of documents packed into one row, None if it is one.
+    """(cu_seqlens (n + 1,) int32, max_seqlen) of documents packed into one row; None for one.
 
-    Documents are said by Hugging Face's cu_seq_lens_q and max_length_q, or by position_ids (1, S)
-    that restart at 0 at each document, which are read: a GPU's host then waits. Its own sdpa and
-    eager attention would look across documents.
+    The boundaries come from Hugging Face's cu_seq_lens_q and max_length_q, or from position_ids
+    (1, S) that restart at 0 at each document. position_ids are read, for which the host waits for a
+    GPU, as it does for a missing max_length_q. Hugging Face's own sdpa and eager attention would
+    attend across documents. Raises ValueError for boundaries with several rows or an
+    attention_mask, and for a cu_seq_lens_k that differs from cu_seq_lens_q; values that differ on a
+    GPU fail a device assertion instead.
     """
     if cu_seq_lens_q is None and cu_seq_lens_k is None:
         if batch_size != 1 or attention_mask is not None or position_ids is None:
@@ -137,7 +141,7 @@ def document_boundaries(
 def _require_same(queries: Tensor, keys: Tensor) -> None:
     is_same = keys.shape == queries.shape
     if is_same and keys.is_cuda:
-        torch._assert_async((keys == queries).all())  # a copy, usually: not worth a wait
+        torch._assert_async((keys == queries).all())  # checked on the device: no host wait
     elif is_same:
         is_same = torch.equal(keys, queries)
     require(
@@ -151,7 +155,7 @@ def _require_same(queries: Tensor, keys: Tensor) -> None:
 def _restarts(position_ids: Tensor) -> tuple[Tensor, int] | None:
     starts = position_ids == 0
     counts_up = position_ids.diff() == 1
-    # only what counts up by one from each 0 is documents; other positions are the user's own
+    # documents only if the positions count up by one from each 0; others are the user's own
     is_packed = starts[:1].all() & starts[1:].any() & (starts[1:] | counts_up).all()
     if not bool(is_packed & counts_up.any()):
         return None

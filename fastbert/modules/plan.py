@@ -1,8 +1,9 @@
-"""What the layers of an encoder are made of, read once and looked at cheaply in each call.
+"""Caches the parts of an encoder's layers, with a cheap check in each call that they still hold.
 
 Reading a layer means asking each of its modules for its class, hooks and probabilities, which takes
-longer than the kernels of a small batch. So the parts are kept, with a guard: all that they were
-read from, compared in a few calls of C. Parameters are not kept: they are read at each use.
+longer than the kernels of a small batch. So the parts are cached, with a guard: the attributes and
+classes that they were read from, compared in a few C calls. Parameters are not cached; they are
+read at each use.
 """
 
 import weakref
@@ -14,18 +15,18 @@ from torch import nn
 
 from fastbert.modules.layer import LayerParts
 
-# Attributes that say nothing which the parts of a layer are made of.
+# Attributes that the parts of a layer do not depend on.
 _UNREAD = {"in_features", "out_features", "normalized_shape", "elementwise_affine", "inplace"}
-_ABSENT = ("forward", "save")  # of an instance, which usually has none
+_ABSENT = ("forward", "save")  # attributes that instances usually lack, but may be given
 
 
 class Plan(NamedTuple):
-    """parts: of each layer; modules: all in the layers; the rest: what these looked like.
+    """The parts of each layer, and the state of the layers' modules when they were read.
 
-    Nothing here refers to the list of layers, so that a plan goes when its encoder does.
-
-    attributes: (instance dictionaries, names, values), one a row; children: the dictionaries of
-    submodules, live and then; types: of the modules; classes: what these define.
+    attributes: (instance dictionaries, names, values), three lists of equal length; children: the
+    live dictionaries of submodules, and copies from that time; types: the modules' classes;
+    classes: each class's `forward` and `save`. Nothing here refers to the list of layers, so that a
+    plan is freed with its encoder.
     """
 
     parts: tuple[LayerParts | None, ...]
@@ -36,7 +37,7 @@ class Plan(NamedTuple):
     classes: dict[type, tuple]
 
     def holds(self) -> bool:
-        """Whether the layers still look as they did, but for hooks."""
+        """Whether the layers are as they were when read; hooks are not compared."""
         dictionaries, names, values = self.attributes
         return (
             list(map(dict.get, dictionaries, names)) == values
@@ -49,7 +50,8 @@ class Plan(NamedTuple):
 class Planner:
     """Keeps the plans of encoders, by their lists of layers, as long as these live.
 
-    Training has one and eval mode another, so that changing between them reads nothing anew.
+    Training and eval mode have separate plans, so that a change of mode does not read the layers
+    again.
     """
 
     def __init__(self, parts_of: Callable[[Any], LayerParts | None]) -> None:
@@ -59,8 +61,8 @@ class Planner:
         )
 
     def parts(self, layers: nn.ModuleList) -> tuple[Any, ...]:
-        """What `parts_of` gives for each layer; raises what it raises."""
-        if torch.compiler.is_compiling():  # which guards what it reads in its own way
+        """The result of `parts_of` for each layer; passes on what `parts_of` raises."""
+        if torch.compiler.is_compiling():  # torch.compile has its own guards on what it reads
             return tuple(map(self.parts_of, layers))
         plans = self.plans.setdefault(layers, {})
         found = plans.get(layers.training)
@@ -71,7 +73,7 @@ class Planner:
         parts = tuple(map(self.parts_of, layers))
         inner = [module for layer in layers for module in layer.modules() if module is not layer]
         hooks = tuple(hook for module in inner for hook in hooks_of(module))
-        if not any(hooks):  # what is hooked is read anew each time, as some hooks sleep
+        if not any(hooks):  # hooked layers are read each time: some hooks are only active at times
             plans[layers.training] = _plan(layers, parts), hooks
         return parts
 
@@ -87,7 +89,7 @@ def hooks_of(module: nn.Module) -> tuple[dict, ...]:
 
 
 def calls_layers(layers: nn.ModuleList) -> bool:
-    """Whether a layer does more than its forward when it is called: hooks, or checkpointing."""
+    """Whether layers must be called as modules: for hooks, a replaced forward, or checkpointing."""
     if torch.nn.modules.module._has_any_global_hook():
         return True
     for layer in layers:
@@ -119,7 +121,7 @@ def _plan(layers: nn.ModuleList, parts: tuple[LayerParts | None, ...]) -> Plan:
 
 
 def _attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:
-    """Numbers, names and functions that an instance has, and None for what it might have."""
+    """A module's numbers, strings and functions; None for the attributes of _ABSENT it lacks."""
     own = vars(module)
     yield from ((name, own.get(name)) for name in _ABSENT)
     for name, value in own.items():

@@ -1,4 +1,4 @@
-"""What one call asks for, as models, encoders and patched modules of every kind read it."""
+"""Reads the arguments of a call, for models, encoders and patched modules alike."""
 
 from typing import Any, NamedTuple
 
@@ -8,11 +8,11 @@ from fastbert.check import require
 from fastbert.modules.masks import document_boundaries, read_mask
 from fastbert.ops.unpad import Unpadding, unpad
 
-# How Hugging Face says where documents that are packed into one row begin.
+# Hugging Face's arguments for the boundaries of documents packed into one row.
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
-# Accepted, without effect on a bidirectional encoder; the last ones are left over from tokenizers.
-# What the first two ask for is read, or refused, before.
+# Accepted, without effect on a bidirectional encoder; the last line's come from tokenizers. The
+# first two have an effect, but callers read or refuse them separately.
 _IGNORED = {
     *("output_hidden_states", "output_attentions"),
     *("num_items_in_batch", "seq_idx", "cache_position", "use_cache", "return_dict"),
@@ -21,8 +21,7 @@ _IGNORED = {
 
 
 class Layout(NamedTuple):
-    """padding: how the batch packs; mask: what attention needs beside that, as `attention` takes
-    it, None for nothing."""
+    """padding: how the batch is packed; mask: a further mask for `attention`, None without one."""
 
     padding: Unpadding
     mask: Tensor | None
@@ -36,11 +35,11 @@ def read_layout(
     keeps_padding: bool = False,
     **documents: Any,
 ) -> Layout:
-    """Who attends to whom among given (B, S, ...), ids or embeddings.
+    """Reads how `given` (B, S, ...), ids or embeddings, is packed, and which tokens attend.
 
     attention_mask: see `read_mask`; position_ids, documents: see `document_boundaries`;
-    keeps_padding: whether padded tokens are computed too, though no token attends to them. The host
-    waits for a GPU once where there is a mask. Raises ValueError for what does not fit together.
+    keeps_padding: whether padded tokens are computed too, though no token attends to them. With a
+    mask the host waits for a GPU. Raises ValueError for arguments that do not fit together.
     """
     batch, seqlen = given.shape[:2]
     boundaries = document_boundaries(
@@ -59,7 +58,7 @@ def read_layout(
 
 
 def unknown_argument(arguments: dict[str, Any]) -> str | None:
-    """The first of further arguments that asks for something; None if none does."""
+    """The name of the first argument that has a value and is not ignored; None if none has."""
     for name, value in arguments.items():
         is_none = value is None or value is False or _all_none(value)
         if not (is_none or name in _IGNORED):
@@ -68,7 +67,7 @@ def unknown_argument(arguments: dict[str, Any]) -> str | None:
 
 
 def _all_none(value: Any) -> bool:
-    """transformers 4.57 expands a head_mask of None to a list of them."""
+    """Whether `value` is a list of None, which transformers 4.57 makes of a head_mask of None."""
     return isinstance(value, (list, tuple)) and all(one is None for one in value)
 
 

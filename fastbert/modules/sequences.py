@@ -1,4 +1,4 @@
-"""How packed tokens belong to sequences, and which of them a later step reads."""
+"""The sequences of a packed batch, and the tokens whose output is wanted."""
 
 import dataclasses
 
@@ -15,11 +15,11 @@ from fastbert.rng import DropoutState
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """Which M of the T packed tokens are wanted, in order.
+    """The M of T packed tokens whose output is wanted, in order.
 
-    index: (M,) int32, each row's token, -1 for a spare row; inverse: (T,) int32, each token's row
+    index: (M,) int32, each row's token, -1 for a filler row; inverse: (T,) int32, each token's row
     or -1; cu_seqlens: (B + 1,) int32, where each sequence's rows begin; max_seqlen: an upper bound
-    of how many a sequence has.
+    of the rows of a sequence.
     """
 
     index: Tensor
@@ -29,7 +29,7 @@ class Rows:
 
     @classmethod
     def where(cls, wanted: Tensor, cu_seqlens: Tensor, max_seqlen: int, capacity: int) -> "Rows":
-        """The tokens that `wanted` (T,) bool marks, at most `capacity` of them; no host waits."""
+        """The first `capacity` tokens that `wanted` (T,) bool marks; the host does not wait."""
         kept = compact(wanted[None], 0, capacity)
         before = torch.cat([wanted.new_zeros(1), wanted]).cumsum(0, dtype=torch.int32)
         begins = before[cu_seqlens.long()].clamp(max=capacity)
@@ -48,12 +48,12 @@ class Rows:
     ) -> "Rows":
         """Each sequence's first token if `first`, and the tokens that (T,) bool `has_label` marks.
 
-        num_labels: how many these are, or an upper bound of it. The host waits for nothing.
+        num_labels: the number of marked tokens, or an upper bound. The host does not wait.
         """
         wanted = torch.zeros(num_tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
         capacity = num_labels
-        if first:  # an empty sequence has its successor's place, or the one behind all
-            # an assignment through an index would copy its value from the host, and wait for that
+        if first:  # an empty sequence marks its successor's first token, or the place behind all
+            # assignment through an index would copy the value from the host, and wait
             wanted.index_fill_(0, cu_seqlens[:-1].long(), True)
             capacity += cu_seqlens.shape[0] - 1
         wanted = wanted[:-1]
@@ -63,22 +63,22 @@ class Rows:
         return cls.where(wanted, cu_seqlens, longest, min(capacity, num_tokens))
 
     def of(self, x: Tensor) -> Tensor:
-        """(T, H) -> (M, H), zeros in spare rows."""
+        """(T, H) -> (M, H), zeros in filler rows."""
         return gather_rows.run(Gather(x, self.index, self.inverse))
 
     def take(self, values: Tensor, spare: int) -> Tensor:
-        """(T,) -> (M,), `spare` in spare rows."""
+        """(T,) -> (M,), `spare` in filler rows."""
         return torch.where(self.index >= 0, values[self.index.clamp(min=0)], spare)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sequences:
-    """How the T packed tokens of one forward pass belong together.
+    """The sequences of the T packed tokens of one forward pass.
 
     cu_seqlens: (B + 1,) int32, where each sequence begins, and T at the end; max_seqlen: an upper
-    bound of their lengths; mask: which of its sequence's tokens each may attend to, as `attention`
-    takes it, None for all; rng: what dropout draws from, None where none is; rows: the only tokens
-    whose output is wanted, None for all.
+    bound of their lengths; mask: limits attention within each sequence, as in `attention`, None
+    for no limit; rng: the dropout state, None without dropout; rows: the only tokens whose output
+    is wanted, None for all.
     """
 
     cu_seqlens: Tensor
@@ -88,9 +88,9 @@ class Sequences:
     rows: Rows | None = None
 
     def check(self, num_tokens: int) -> None:
-        """Raises ValueError where these are not sequences of so many tokens.
+        """Raises ValueError unless shapes and dtypes fit `num_tokens` packed tokens.
 
-        Asked once in a forward pass, as layers do not check what they give to operators.
+        Called once in a forward pass, because layers call operators without their checks.
         """
         cu_seqlens, mask, rng = self.cu_seqlens, self.mask, self.rng
         if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or not len(cu_seqlens):
@@ -105,7 +105,7 @@ class Sequences:
 
     def _check_mask(self, mask: Tensor) -> None:
         batch, longest = len(self.cu_seqlens) - 1, self.max_seqlen
-        full = (batch, None, longest, longest)  # how many heads there are, the layers know
+        full = (batch, None, longest, longest)  # None: only the layers know the number of heads
         sizes = zip(reversed(mask.shape), reversed(full), strict=False)
         require(
             mask.ndim <= 4
@@ -117,7 +117,7 @@ class Sequences:
         )
 
     def at(self, site: int) -> "Sequences":
-        """The same, with the dropout of another place in the model."""
+        """The same sequences, with dropout at another site of the model."""
         if self.rng is None:
             return self
         return Sequences(self.cu_seqlens, self.max_seqlen, self.mask, self.rng.at(site), self.rows)
@@ -128,11 +128,11 @@ class Sequences:
         return Sequences(self.cu_seqlens, self.max_seqlen, self.mask, self.rng, rows)
 
     def wanted(self, x: Tensor) -> Tensor:
-        """(T, H) -> the rows of it that are wanted"""
+        """(T, H) -> (M, H), the wanted rows; x itself where all are wanted."""
         return x if self.rows is None else self.rows.of(x)
 
     def wanted_rng(self, offset: int = 0) -> DropoutState | None:
-        """Dropout of the wanted rows, at the site `offset` behind the present one."""
+        """The dropout state of the wanted rows, at the site `offset` after the present one."""
         if self.rng is None:
             return None
         rng = self.rng if self.rows is None else self.rng.rows(self.rows.index)

@@ -1,4 +1,4 @@
-"""The layers of an encoder, own or patched, by the shortest way that this call allows."""
+"""Runs the layers of an encoder, own or patched, in the fastest way that the call allows."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import cast
@@ -20,11 +20,11 @@ def run_stack(
     rows: Rows | None,
     call: Callable[[int, Tensor, Sequences], Tensor],
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
-    """`run_layers`, as a CUDA graph or layer by layer.
+    """Does what `run_layers` does, as a CUDA graph or layer by layer.
 
-    parts: what the layers are made of, None for one that cannot be read; call(number, x, sequences)
-    calls a layer as a module, which is done where something looks at the call or a layer could not
-    be read.
+    parts: each layer's parts, None for a layer that could not be read; call(number, x, sequences)
+    calls a layer as a module, which happens for all layers if one has hooks, is checkpointed, or
+    could not be read. Raises ValueError where `sequences` does not fit x.
     """
     reason = "output_hidden_states" if wanted_states else ""
     is_called = calls_layers(layers)

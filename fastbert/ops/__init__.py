@@ -1,1 +1,1 @@
-"""Operators: one a file, each a plain PyTorch body with faster ones behind `fastbert.backend`."""
+"""The operators: each has a plain PyTorch body, and faster ones chosen by `fastbert.backend`."""

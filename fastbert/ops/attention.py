@@ -15,8 +15,8 @@ from fastbert.ops.dropout import device_numbers, drawn
 from fastbert.ops.fused import once, run
 from fastbert.rng import RESOLUTION, DropoutState, keep_scale, threshold
 
-MAX_HEAD_DIM = 128  # of the kernels, as is the number of sequences
-MAX_SEQUENCES = 65534  # the third axis of a grid is 16 bits wide
+MAX_HEAD_DIM = 128  # a limit of the kernels
+MAX_SEQUENCES = 65534  # a limit of the kernels: the third axis of a grid has 16 bits
 
 
 @op("triton")
@@ -34,21 +34,22 @@ def attention(
     rng: DropoutState | None = None,
     mask: Tensor | None = None,
 ) -> Call:
-    """Each query attends to the keys of its own sequence and to no other.
+    """Softmax attention of each query to the keys of its own sequence, and to no other key.
 
     q: (T_q, N, D); k, v: (T_k, N, D), of one dtype; cu_seqlens_q, cu_seqlens_k: (B + 1,) int32,
     where the sequences begin and end among queries and among keys; max_seqlen_q, max_seqlen_k:
     upper bounds of their lengths; softmax_scale: 1 / sqrt(D) if None.
 
-    dropout_p: of the attention probabilities, in steps of 1/4096; rng: where its bits come from,
-    with a token key for each query; a fresh state of torch's generator if None.
+    dropout_p: probability of dropping an attention probability, rounded to a multiple of 1/4096;
+    rng: the dropout state, with a token key for each query; None draws one from torch's generator.
 
     mask: broadcasts to (B, N, max_seqlen_q, max_seqlen_k); boolean, True where a query attends to a
-    key, or what is added to the scaled scores, where less than -1e30 counts as -inf. Rows and
-    columns are places within a sequence.
+    key, or floating, added to the scaled scores, where numbers below -1e30 mean -inf. Rows and
+    columns are positions within a sequence.
 
-    Returns (T_q, N, D) in q.dtype; zeros for a query without a key, and behind the last sequence.
-    Sequences of length 0 are legal. Raises ValueError for other shapes and dtypes.
+    Returns (T_q, N, D) in q.dtype; zeros for queries without a key or behind the last sequence.
+    Sequences of length 0 are legal. Raises ValueError for other shapes and dtypes, and for a
+    dropout_p outside [0, 4095/4096].
     """
     who = "attention"
     shape = "of shape (tokens, heads, head_dim)"
@@ -79,10 +80,11 @@ def attention_qkvpacked(
     rng: DropoutState | None = None,
     mask: Tensor | None = None,
 ) -> Call:
-    """`attention` of tokens that attend to the tokens of their own sequence.
+    """`attention` where queries, keys and values are projections of the same tokens.
 
     qkv: (T, 3, N, D), queries, keys and values; cu_seqlens: (B + 1,) int32; max_seqlen: an upper
-    bound of the lengths. The rest is as in `attention`. Returns (T, N, D) in qkv.dtype.
+    bound of the lengths. The other arguments are those of `attention`. Returns (T, N, D) in
+    qkv.dtype. Raises ValueError as `attention` does.
     """
     who = "attention_qkvpacked"
     if qkv.ndim != 4 or qkv.shape[1] != 3:
@@ -93,7 +95,7 @@ def attention_qkvpacked(
 
 
 def _checked(who: str, call: Call) -> Call:
-    """The call with what kernels want: contiguous boundaries, numbers to drop by, a whole mask."""
+    """Completes the call for the kernels: contiguous boundaries, dropout state, expanded mask."""
     q, boundaries, dropout_p, rng = call.q, call[3:5], call.dropout_p, call.rng
     for name, x in zip(("cu_seqlens_q", "cu_seqlens_k"), boundaries, strict=True):
         if x.dtype != torch.int32 or x.ndim != 1 or x.shape != boundaries[0].shape or not len(x):
@@ -167,12 +169,12 @@ def _variant(kernels: Any, call: Call) -> str:
 @attention.fused
 @attention_qkvpacked.fused
 def _fused(kernels: Any, call: Call) -> Tensor:
-    # the others as one tuple: torch.compile refuses a Function of the same tensor twice
+    # cu_seqlens may occur twice, and torch.compile refuses a Function with a repeated tensor
     return run(_Attention, kernels, (*call[:3], call[3:]))
 
 
 class _Attention(torch.autograd.Function):
-    """Of q, k and v, or of one tensor of all three, whose gradient is then one tensor too."""
+    """Attention of q, k and v, or of a packed qkv (k and v None), whose gradient is packed too."""
 
     @staticmethod
     def forward(
@@ -190,7 +192,7 @@ class _Attention(torch.autograd.Function):
         if ctx is None:
             return out
         if words is not None and words.nbytes > q.nbytes + k.nbytes + v.nbytes:
-            words = None  # long sequences: the backward makes them again, the same
+            words = None  # long sequences: the backward draws the same words again
         ctx.save_for_backward(out, *lse, words, *tensors)
         ctx.kernels, ctx.lengths, ctx.drops = kernels, lengths, drops
         ctx.softmax_scale, ctx.mask, ctx.keep_scale = softmax_scale, mask, scale

@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch: what `fastbert.ops.attention` runs without kernels, and their truth.
+"""Attention in plain PyTorch: the reference of the kernels of `fastbert.ops.attention`.
 
 B sequences, T packed tokens, N heads, D head size, S the longest sequence.
 """
@@ -18,13 +18,13 @@ from fastbert.ops.dropout import attention_keep_mask, kept
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState
 
-MASKED = -1e30  # addends of a mask that are lower count as -inf
+MASKED = -1e30  # numbers of an additive mask below this mean -inf
 
 
 class Call(NamedTuple):
     """A call of `attention`, or of `attention_qkvpacked` where k and v are None.
 
-    Then q is qkv, (T, 3, N, D). rng: None where nothing is dropped; mask: (B, N, S_q, S_k).
+    q is then qkv (T, 3, N, D). rng: None without dropout; mask: (B, N, S_q, S_k).
     """
 
     q: Tensor
@@ -65,19 +65,22 @@ def attend(call: Call) -> Tensor:
 
 
 def reads_lengths(call: Call) -> bool:
-    """A CPU reads the lengths for nothing and does no work on padding; elsewhere the host would
-    wait for them, and one call for all sequences is what keeps a GPU busy."""
+    """Whether to read the lengths and attend sequence by sequence, without work on padding.
+
+    On a CPU reading them is free. On a GPU the host would wait, and only one call for all sequences
+    keeps the GPU busy.
+    """
     return call.cu_seqlens_q.is_cpu and not torch.compiler.is_compiling()
 
 
 def lengths_of(cu_seqlens: Tensor, x: Tensor) -> list[int]:
-    """Of the sequences, and of what is behind the last one."""
+    """The lengths of the sequences, then the number of tokens behind the last one."""
     bounds = [*cu_seqlens.tolist(), len(x)]
     return [end - begin for begin, end in itertools.pairwise(bounds)]
 
 
 def _last_without_keys(found: Iterable[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    """The sequences; what is behind the last of them attends to nothing."""
+    """The sequences; the tokens behind the last one become a sequence without keys."""
     *sequences, (q, k, v) = found
     if q.shape[1] or not sequences:
         sequences.append((q, k[:, :0], v[:, :0]))
@@ -85,13 +88,13 @@ def _last_without_keys(found: Iterable[tuple[Tensor, ...]]) -> list[tuple[Tensor
 
 
 def attend_alike(qkv: Tensor, count: int, call: Call) -> Tensor:
-    """`count` sequences of one length, qkv (T, 3, N, D): a batch without padding, not moved."""
+    """Attention of qkv (T, 3, N, D) for `count` sequences of equal length, without a copy."""
     q, k, v = qkv.unflatten(0, (count, -1)).permute(2, 0, 3, 1, 4).unbind()
     return _sdpa(q, k, v, call).transpose(1, 2).flatten(0, 1)
 
 
 def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tensor:
-    """sequences: q (N, n_q, D), k and v (N, n_k, D) of each."""
+    """Attention of one sequence at a time; sequences: q (N, n_q, D), k and v (N, n_k, D) each."""
     drawn: list[DropoutState] = []
     if call.rng is not None:
         keys = call.rng.token_key.split([q.shape[1] for q, _, _ in sequences])
@@ -100,7 +103,7 @@ def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tenso
     for number, (q, k, v) in enumerate(sequences):
         num_queries, num_keys = q.shape[1], k.shape[1]
         if num_keys and call.mask is None and not drawn:
-            # four dimensions, because with three PyTorch's own fused kernel is not taken
+            # PyTorch takes its fused kernel only for four dimensions
             out = _sdpa(q[None], k[None], v[None], call)[0]
         else:
             keep = None
@@ -123,7 +126,7 @@ def attend_padded(tensors: tuple[Tensor, ...], call: Call) -> Tensor:
     column = torch.arange(call.max_seqlen_k, device=k.device)
     is_key = (column < call.cu_seqlens_k.diff()[:, None])[:, None, None]
     if call.mask is None and call.rng is None and call.cu_seqlens_q is call.cu_seqlens_k:
-        out = _sdpa(q, k, v, call, is_key)  # here only padding is without a key
+        out = _sdpa(q, k, v, call, is_key)  # here only padding has no key, and `pack` drops that
     else:
         keep = None
         if call.rng is not None:
@@ -139,7 +142,7 @@ def attend_padded(tensors: tuple[Tensor, ...], call: Call) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Tensor | None = None) -> Tensor:
-    """PyTorch's own attention, so that it can be differentiated in the ways that are asked for."""
+    """PyTorch's own attention, by the body that allows the derivatives that may be asked for."""
     if is_transformed():
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, mask, scale=call.softmax_scale)
@@ -149,7 +152,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Tensor | None = Non
 
 
 class _Sdpa(torch.autograd.Function):
-    """The same, with a gradient that has a gradient: PyTorch's fast kernels have only one."""
+    """PyTorch's attention, twice differentiable; its fast kernels are only once."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -160,9 +163,9 @@ class _Sdpa(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout: Tensor):
         *inputs, mask = ctx.saved_tensors
-        again = torch.is_grad_enabled()  # where the gradient is to be differentiated
+        again = torch.is_grad_enabled()  # the caller wants to differentiate the gradient
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if again else nullcontext():
-            # views, as two of them may be one tensor
+            # autograd.grad needs distinct inputs, and q, k and v may be one tensor
             q, k, v = views = [
                 x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs
             ]
@@ -173,8 +176,8 @@ class _Sdpa(torch.autograd.Function):
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Tensor | None, keep: Tensor | None
 ) -> Tensor:
-    """Softmax attention written out; leading dimensions of all are alike."""
-    # three dimensions are multiplied as they are, and not made three of more
+    """Softmax attention written out; all tensors have the same leading dimensions."""
+    # matmul would reshape its arguments to three dimensions first; bmm takes them as they are
     product = torch.bmm if q.ndim == 3 else torch.matmul
     scores = product(q * call.softmax_scale, k.mT)
     if mask is not None:
@@ -182,7 +185,7 @@ def _attend(
             scores = scores.masked_fill(~mask, float("-inf"))
         else:
             scores = scores + mask.masked_fill(mask < MASKED, float("-inf"))
-        is_dead = (scores == float("-inf")).all(-1, keepdim=True)  # a row without a key
+        is_dead = (scores == float("-inf")).all(-1, keepdim=True)  # queries without a key
         scores = scores.masked_fill(is_dead, 0.0)
         p = scores.softmax(-1).masked_fill(is_dead, 0.0)
     else:

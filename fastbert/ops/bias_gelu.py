@@ -24,8 +24,9 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none") -> Call:
     """`gelu(x + bias)`, by the error function or, for approximate="tanh", by the tanh formula.
 
     x: (..., H); bias: (H,) of any floating-point dtype. Computed in float32 or wider without
-    rounding the sum, returned in x.dtype. The kernels keep x and the bias for the backward and
-    nothing else.
+    rounding the sum, returned in x.dtype. The kernels save only x and the bias for the backward.
+
+    Raises ValueError for other shapes or another `approximate`.
     """
     who = "bias_gelu"
     require(x.ndim > 0, who, "x of shape (..., hidden)", "()")

@@ -1,4 +1,4 @@
-"""Stream compaction: the entries that count, in order, and where each came from and went."""
+"""Stream compaction: keeps the marked entries in order, with their sources and destinations."""
 
 import contextlib
 import math
@@ -13,11 +13,11 @@ from fastbert.check import require
 
 
 class Compacted(NamedTuple):
-    """What `compact` keeps of (B, S) values. N entries are kept and C have a place.
+    """The result of `compact` for (B, S) values, N of which are kept, in C places.
 
-    kept: (C,) values.dtype; positions: (C,) int32, the entry's flat index b * S + s, -1 if spare;
-    slots: (B * S,) int32, the entry's place in `kept` or -1; offsets: (B + 1,) int32, how many are
-    kept before each row, and N at the end.
+    kept: (C,) values.dtype; positions: (C,) int32, the entry's flat index b * S + s, -1 in filler
+    places; slots: (B * S,) int32, each entry's place in `kept` or -1; offsets: (B + 1,) int32, the
+    number of kept entries before each row, and N at the end.
     """
 
     kept: Tensor
@@ -41,10 +41,10 @@ class Call(NamedTuple):
 def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> Call:
     """Keeps the entries that differ from `ignore_index`, in row-major order.
 
-    values: (B, S) of any integer dtype or bool. capacity: how many places C the result has. Spare
-    places hold ignore_index; if more are kept, the first C have a place, and offsets[B] is still
-    the true count. None means a place for each, and makes the host wait for a GPU once to learn
-    how many; with a capacity it never waits.
+    values: (B, S) of any integer dtype or bool. capacity: the number of places C in the result.
+    Places without an entry, the filler, hold ignore_index. If more than C entries are kept, only
+    the first C get a place, but offsets[B] is still the true count. None makes C that count, for
+    which the host waits for a GPU once; with a capacity it never waits.
 
     Raises ValueError if values is not 2-D, has a floating-point dtype or more than 2^31 - 1
     entries, if its dtype cannot hold ignore_index, or if capacity is negative.
@@ -72,7 +72,7 @@ def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> C
 def _plain(call: Call) -> Compacted:
     values, ignore_index, capacity = call
     dtype = values.dtype
-    if dtype in _SIGNED:  # PyTorch does not index the unsigned ones on a GPU; the bits are the same
+    if dtype in _SIGNED:  # PyTorch does not index unsigned tensors on a GPU; same bits as signed
         values = values.view(_SIGNED[dtype])
         last = torch.iinfo(values.dtype).max
         ignore_index = ignore_index - 2 * (last + 1) if ignore_index > last else ignore_index
@@ -84,7 +84,7 @@ def _plain(call: Call) -> Compacted:
     if capacity is None:
         capacity = int(offsets[-1])
 
-    # the entry of rank r is the first with r entries kept up to it, or one past the end
+    # the entry of rank r is the first one where `ranks` reaches r, or one past the end
     wanted = torch.arange(1, capacity + 1, dtype=torch.int32, device=values.device)
     found = torch.searchsorted(ranks, wanted, out_int32=True)
     kept = torch.cat([entries, entries.new_full((1,), ignore_index)])[found]
@@ -99,7 +99,7 @@ def _fused(kernels: Any, call: Call) -> Compacted:
 
 
 def _compact_fake(values: Tensor, ignore_index: int, capacity: int | None = None) -> Compacted:
-    compact.check(values, ignore_index, capacity)  # as the extension does when it runs
+    compact.check(values, ignore_index, capacity)  # the extension checks the same when it runs
     room = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
 
     def int32(size: int | torch.SymInt) -> Tensor:

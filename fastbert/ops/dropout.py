@@ -1,6 +1,6 @@
-"""Dropout (Srivastava et al. 2014) by counter: `fastbert.rng` says where the bits come from.
+"""Dropout (Srivastava et al. 2014) by counter: `fastbert.rng` defines the random bits.
 
-The masks here are for plain PyTorch; Triton's kernels make the bits where they use them.
+The masks here are for plain PyTorch; Triton's kernels draw the bits where they use them.
 """
 
 import contextlib
@@ -30,13 +30,20 @@ class Call(NamedTuple):
 
 @op("ext")
 def hidden_keep_mask(rng: DropoutState, num_cols: int, dropout_p: float) -> Call:
-    """(T, num_cols) bool, True where an element of the packed stream is kept."""
+    """(T, num_cols) bool, True where an element of the residual stream (T, num_cols) is kept.
+
+    rng: with T token keys; dropout_p: the probability of a drop. The arguments are not checked.
+    """
     return Call(rng, (num_cols,), dropout_p)
 
 
 @op("ext")
 def attention_keep_mask(rng: DropoutState, num_heads: int, num_keys: int, dropout_p: float) -> Call:
-    """(N, T, num_keys) bool, True where the probability of a key is kept for a query."""
+    """(N, T, num_keys) bool, True where a query's attention probability for a key is kept.
+
+    rng: with T token keys, one a query; keys are counted within a sequence; dropout_p: the
+    probability of a drop. The arguments are not checked.
+    """
     return Call(rng, (num_heads, num_keys), dropout_p)
 
 
@@ -65,7 +72,9 @@ def _attention_mask_fused(kernels: Any, call: Call) -> Tensor:
 def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Tensor:
     """Zeros elements of x (..., H) with probability dropout_p and scales the others to make up.
 
-    The rows of x are the tokens of `rng`; without one, fresh random numbers are drawn.
+    rng: with a token key for each row of x; None draws a fresh state from torch's generator.
+    Returns x.dtype; x itself where dropout_p is 0. Raises ValueError for a dropout_p outside
+    [0, 4095/4096], or an rng of another size, device or dtype.
     """
     rows = x.shape[:-1].numel()
     check_dropout("dropout", rows, x.device, dropout_p, rng)
@@ -77,9 +86,9 @@ def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Ten
 
 
 def kept(x: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
-    """x where it is kept, scaled, and zeros elsewhere: keep is a bool tensor of its shape.
+    """x scaled where the bool tensor `keep`, of x's shape, is True; zeros elsewhere.
 
-    The backward keeps the mask alone, a byte an element.
+    Autograd saves only the mask for the backward, one byte per element.
     """
     return x * keep * random.keep_scale(dropout_p)
 
@@ -87,7 +96,7 @@ def kept(x: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
 def check_dropout(
     who: str, num_rows: int, device: torch.device, dropout_p: float, rng: DropoutState | None
 ) -> None:
-    """Raises ValueError unless elements of so many rows can be dropped by these numbers."""
+    """Raises ValueError unless dropout_p is valid and `rng` fits `num_rows` rows on `device`."""
     require(0 <= dropout_p < 1, who, "a dropout_p in [0, 1)", dropout_p)
     threshold = random.threshold(dropout_p)
     require(threshold < random.RESOLUTION, who, "a dropout_p of at most 4095/4096", dropout_p)
@@ -106,7 +115,7 @@ def check_dropout(
 def drawn(
     num_rows: int, device: torch.device, dropout_p: float, rng: DropoutState | None
 ) -> DropoutState | None:
-    """The numbers for dropping elements of so many rows, or None if none is to be dropped."""
+    """The dropout state for `num_rows` rows: `rng`, or a fresh one; None if dropout_p is 0."""
     if not random.threshold(dropout_p):
         return None
     return random.fresh(num_rows, device) if rng is None else rng
@@ -115,14 +124,14 @@ def drawn(
 def device_numbers(
     rng: DropoutState | None, dropout_p: float
 ) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """What launchers take of it: state, token_key, site and threshold."""
+    """The launchers' dropout arguments: state, token_key, site and threshold."""
     if rng is None:
         return None, None, 0, 0
     state, token_key = rng.state.contiguous(), rng.token_key.contiguous()
     return state, token_key, rng.site, random.threshold(dropout_p)
 
 
-# Operators of their own, because inductor of torch 2.13 computes other bits on a CPU where it fuses
+# Custom operators, because the inductor of torch 2.13 computes other bits on a CPU where it fuses
 # several of these masks into one loop.
 @torch.library.custom_op("fastbert_plain::hidden_keep_mask", mutates_args=())
 def _plain_keep_mask(

@@ -1,4 +1,4 @@
-"""The input of BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805): three embeddings."""
+"""BERT's input (Devlin et al. 2018, https://arxiv.org/abs/1810.04805): three summed embeddings."""
 
 from typing import Any, NamedTuple
 
@@ -19,8 +19,8 @@ WHO = "embedding_layer_norm"
 class Call(NamedTuple):
     """A call of `embedding_layer_norm`.
 
-    The ids are all of one shape; padding_idx: not negative; rng: None where nothing is dropped;
-    dtype: of the result.
+    All ids have one shape; padding_idx: counted from 0; rng: None without dropout; dtype: the
+    result's.
     """
 
     input_ids: Tensor
@@ -59,19 +59,19 @@ def embedding_layer_norm(
 
     input_ids: (...) int64, usually (T,) packed tokens; position_ids and token_type_ids broadcast to
     it, and token_type_ids of None means all zeros; word: (V, H); position: (P, H); token_type:
-    (S, H); weight, bias: (H,). The result (..., H) has `dtype`, by default the tables'; sums and
-    statistics are in float32 or wider. The row `padding_idx` of the word table gets no gradient, as
-    in torch.nn.Embedding; negative ones count from the end. Dropout is that of
-    `dropout_add_layer_norm`.
+    (S, H); weight, bias: (H,). The result (..., H) has `dtype`, by default the word table's; sums
+    and statistics are in float32 or wider. The row `padding_idx` of the word table gets no
+    gradient, as in torch.nn.Embedding; negative ones count from the end. dropout_p and rng are as
+    in `dropout_add_layer_norm`.
 
-    Gradients are dense, summed in float32 and always in the same order.
+    Gradients are dense; the kernels sum them in float32 and always in the same order.
 
-    An id that its table does not have is an IndexError in the reference on a CPU and a failed
-    device assertion on a GPU. The kernels read and write nothing for it and return a row of NaN, as
-    raising would make the host wait.
+    For an id outside its table the reference raises an IndexError on a CPU and fails a device
+    assertion on a GPU. The kernels, for which raising would make the host wait, read and write
+    nothing for the id and return a row of NaN.
 
-    Raises ValueError for other shapes, a padding_idx outside the table, or a dropout_p not in
-    [0, 1).
+    Raises ValueError for other shapes, ids that are neither int64 nor int32, a padding_idx outside
+    the table, or a dropout_p not in [0, 1).
     """
     shape = input_ids.shape
     input_ids = _expand("input_ids", input_ids, shape)

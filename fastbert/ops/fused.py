@@ -1,4 +1,4 @@
-"""What fused bodies share: when they need autograd, how often, and what a launcher's rows are."""
+"""Shared by the fused bodies: calls with and without autograd, first derivatives only, rows."""
 
 import functools
 from collections.abc import Callable
@@ -14,8 +14,8 @@ REFERENCE = 'run its forward inside `with fastbert.backend.use("reference"):`'
 def run(function: type[Function], kernels: Any, call: tuple) -> Any:
     """Applies the Function to the kernels and the call's fields.
 
-    Where no gradient is wanted it runs the Function's forward alone, with None in the place of
-    `ctx`, which tells it to keep nothing for a backward.
+    Where no gradient is wanted, runs only the Function's forward, with None as `ctx`, so that it
+    saves nothing for a backward.
     """
     if torch.is_grad_enabled():
         for x in call:
@@ -25,7 +25,7 @@ def run(function: type[Function], kernels: Any, call: tuple) -> Any:
 
 
 def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable], Callable]:
-    """Decorates a Function's backward; to differentiate what it gives raises a RuntimeError."""
+    """Decorates a Function's backward: differentiating its gradients raises a RuntimeError."""
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
@@ -46,7 +46,7 @@ def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable], Callable]:
 
 
 class _Refusal(Function):
-    """Hands on the gradients that a backward found from dy, and cannot be differentiated."""
+    """Passes on the gradients that a backward computed from dy; its own backward raises."""
 
     @staticmethod
     def forward(ctx: Any, message: str, dy: Tensor, *found: Tensor | None) -> Any:

@@ -1,4 +1,4 @@
-"""Gather of rows by an index whose inverse is known, so that its gradient is a gather too."""
+"""Gathers rows by an index with a known inverse, so that the gradient is a gather too."""
 
 import contextlib
 from typing import Any, NamedTuple
@@ -24,9 +24,9 @@ def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Call:
     """`out[i] = src[index[i]]`, and zeros where index[i] is -1.
 
     src: (R, H) of any dtype; index: (M,) int32 in [-1, R), which names no row twice; inverse: (R,)
-    int32, where each row of src goes: inverse[index[i]] == i, and -1 for rows that index leaves
-    out. Returns (M, H). The gradient is gather_rows(grad, inverse, index): each of its rows is
-    written once, without atomics, so it is deterministic; and it is as differentiable.
+    int32, the output row of each row of src: inverse[index[i]] == i, and -1 for rows that index
+    leaves out. Returns (M, H) in src.dtype. The gradient is gather_rows(grad, inverse, index): each
+    row is written once, without atomics, so it is deterministic. It can be differentiated again.
 
     Raises ValueError for a wrong shape, dtype or device, IndexError on a CPU for an entry of index
     outside [-1, R); a GPU stops with a device-side assertion.
@@ -56,9 +56,9 @@ def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Call:
 @gather_rows.plain
 def _plain(call: Call) -> Tensor:
     src, index, _ = call
-    if src.shape[0] == 0:  # there is no row to point at, but there is a gradient to hand back
+    if src.shape[0] == 0:  # index_select has no row to point at; a sum keeps autograd's graph
         return src.sum(0, keepdim=True).to(src.dtype).expand(index.shape[0], -1)
-    # PyTorch's own gradient of these is the right one: rows left out get zero, the others one row
+    # autograd's own gradient is right: zero for rows left out, and one row each for the others
     is_spare = index == -1
     rows = src.index_select(0, index.masked_fill(is_spare, 0))
     return rows.masked_fill(is_spare[:, None], 0)
@@ -70,7 +70,7 @@ def _fused(kernels: Any, call: Call) -> Tensor:
 
 
 def _gather_rows_fake(src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    gather_rows.check(src, index, inverse)  # as the extension does when it runs
+    gather_rows.check(src, index, inverse)  # the extension checks the same when it runs
     return src.new_empty((index.shape[0], src.shape[1]))
 
 

@@ -1,4 +1,4 @@
-"""Layer normalization (Ba et al. 2016, https://arxiv.org/abs/1607.06450), also after a residual."""
+"""Layer normalization (Ba et al. 2016, https://arxiv.org/abs/1607.06450), also with a residual."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -14,13 +14,13 @@ from fastbert.rng import DropoutState
 
 Save = Literal["z", "y"]
 
-MAX_COLS = 16384  # of the kernels, which hold a row in registers
+MAX_COLS = 16384  # a limit of the kernels, which hold a row in registers
 
 
 class Call(NamedTuple):
     """A call of `dropout_add_layer_norm`, or of `layer_norm` where the residual is None.
 
-    rng: None where nothing is dropped.
+    rng: None without dropout.
     """
 
     x: Tensor
@@ -39,7 +39,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> C
     """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension.
 
     x: (..., H); weight, bias: (H,). The variance is the biased one. Computed in float32 or wider,
-    returned in x.dtype, whatever autocast would do: the packed stream keeps its dtype.
+    returned in x.dtype even under autocast, so that the residual stream keeps its dtype.
 
     Raises ValueError for other shapes.
     """
@@ -62,22 +62,22 @@ def dropout_add_layer_norm(
 ) -> Call:
     """`layer_norm(residual + dropout(x + x_bias))`: the end of each half of a BERT layer.
 
-    x, residual: (..., H); weight, bias, x_bias: (H,); the result has residual.dtype. x_bias is that
-    of the linear layer before, whose gradient is then a by-product here. The sum is computed in
-    float32 or wider and rounded to residual.dtype, which is kept for the backward; from there on
-    as `layer_norm`. Dropout (Srivastava et al. 2014) is by counter, as `fastbert.rng` defines it:
-    `rng` names the tokens, (rows,) keys of the flattened leading dimensions, and None takes fresh
-    numbers from torch's generator.
+    x, residual: (..., H); weight, bias, x_bias: (H,); the result has residual.dtype. x_bias is the
+    bias of the linear layer before, added here so that its gradient is a by-product. The sum is
+    computed in float32 or wider, rounded to residual.dtype, and normalized as by `layer_norm`.
+    Dropout (Srivastava et al. 2014) is by counter, as `fastbert.rng` defines it: `rng` has a token
+    key for each row of the flattened leading dimensions, and None draws a fresh state from torch's
+    generator.
 
-    save: what the backward reads; the result is the same, but for the last bit on a GPU, where each
-    is a kernel of its own. "z" keeps the sum for it. "y" keeps the result, as Apex's
-    `memory_efficient=True` does, from which it rebuilds normalized values as `(y - bias) / weight`.
-    The next linear layer keeps that tensor anyway, so it saves x.numel() elements. It is for
-    weights that are at least 0.1 in size, as most trained ones are, but not all
-    (of all-MiniLM-L6-v2's last layer, 3 of 384 are smaller): the division magnifies the rounding of
-    y. Where all weights are 0.1, the RMS error of their gradient is up to 3.6 times plain
-    PyTorch's; where they are normally distributed, up to 11 times. A weight of 0 leaves nothing to
-    rebuild, and makes dx NaN. Nothing checks the weights, as that would make the host wait.
+    save: what the forward saves for the backward; the result is the same, but for the last bit on a
+    GPU, where each choice has its own kernel. "z" saves the rounded sum. "y" saves the result, as
+    Apex's `memory_efficient=True` does, and the backward recovers the normalized values as
+    `(y - bias) / weight`. The next linear layer saves that tensor anyway, so "y" saves the memory
+    of x.numel() elements. It suits weights of absolute value 0.1 or more, because the division
+    magnifies the rounding of y; most trained weights are, but not all (in all-MiniLM-L6-v2's last
+    layer, 3 of 384 are smaller). Where all weights are 0.1, the RMS error of their gradient is up
+    to 3.6 times plain PyTorch's; where they are normally distributed, up to 11 times. A weight of 0
+    makes dx NaN. The weights are not checked, because that would make the host wait.
 
     Raises ValueError for other shapes, a dropout_p not in [0, 1), or another `save`.
     """
@@ -122,7 +122,7 @@ _WIDE = (torch.float32, torch.float64)
 
 
 def _normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`F.layer_norm` in float32 or wider, whatever autocast would do."""
+    """`F.layer_norm` in float32 or wider, even under autocast."""
     if x.dtype in _WIDE and x.dtype == weight.dtype == bias.dtype:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -130,7 +130,7 @@ def _normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 class _NormKeepingY(torch.autograd.Function):
-    """The reference of layer_norm, but for what its backward reads."""
+    """The reference of layer_norm with save="y": its backward reads y instead of z."""
 
     @staticmethod
     def forward(ctx, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -220,9 +220,9 @@ class _LayerNorm(torch.autograd.Function):
             state, token_key, *ctx.numbers, ctx.x_dtype, ctx.has_x_bias,
         )  # fmt: skip
         dz = dz.view(dy.shape)
-        # Where both gradients are the same, the very same tensor goes to both, not a view of it:
-        # autograd adds to a gradient in place, or makes it a leaf's .grad without a copy, only
-        # while it holds the sole reference to that tensor.
+        # Where dx equals dz, both gradients are the same tensor object, not views of it: autograd
+        # adds to a gradient in place, or makes it a leaf's .grad without a copy, only while it
+        # holds the sole reference to that tensor.
         dx = dz if dx.ndim == 1 else dx.view(dy.shape)
         dresidual = dz if ctx.has_residual else None
         dx_bias = dx_bias if ctx.has_x_bias else None

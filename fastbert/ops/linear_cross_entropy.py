@@ -11,7 +11,7 @@ from fastbert.backend import DTYPES, op
 from fastbert.check import require
 from fastbert.ops.fused import once, run
 
-MAX_LOGITS_BYTES = 1 << 30  # above it, rows go in parts whose logits the backward computes again
+MAX_LOGITS_BYTES = 1 << 30  # more are computed in parts, and again in the backward
 PADDING = 64  # classes are padded to a multiple of it, for wide loads and the tensor cores
 
 
@@ -40,18 +40,19 @@ def linear_cross_entropy(
     reduction: str = "mean",
     return_correct: bool = False,
 ) -> Call:
-    """Cross-entropy of `hidden @ weight.T + bias`, averaged or summed over the rows that count.
+    """Cross-entropy of `hidden @ weight.T + bias`, averaged or summed over rows with a target.
 
-    hidden: (C, H); weight: (V, H); bias: (V,) or None; targets: (C,) int64, a class or
-    ignore_index; label_smoothing: as in `F.cross_entropy` (Szegedy et al. 2015); reduction:
-    "mean", which is 0 with zero gradients where no row counts, or "sum".
-    Returns the loss, () in float32 or wider, and for return_correct=True also in how many rows the
-    target has the highest score (the first of equal ones), () int64 without a gradient.
+    hidden: (C, H); weight: (V, H); bias: (V,) or None; targets: (C,) int64, a class, or
+    ignore_index for rows without a target; label_smoothing: as in `F.cross_entropy` (Szegedy et
+    al. 2015); reduction: "mean", which is 0 with zero gradients if no row has a target, or "sum".
+    Returns the loss, () in float32 or wider, and for return_correct=True also the number of rows
+    whose target has the highest logit (the first of equal ones), () int64 without a gradient.
 
-    The product is in hidden.dtype, or in autocast's; the softmax in float32 or wider. A target out
-    of range raises an IndexError on a CPU; the kernels, which cannot, make the loss NaN.
+    The product is in hidden.dtype, or autocast's dtype; the softmax in float32 or wider. A target
+    out of range raises an IndexError on a CPU; the kernels, which cannot raise, make the loss NaN.
     The kernels keep the logits in the product's dtype, and the backward overwrites them: a second
-    backward through the same graph raises a RuntimeError.
+    backward through the same graph raises a RuntimeError. Raises ValueError for other shapes,
+    targets of another dtype, a label_smoothing outside [0, 1], or another reduction.
     """
     who = "linear_cross_entropy"
     require(hidden.ndim == 2, who, "hidden of shape (rows, hidden)", tuple(hidden.shape))
@@ -124,13 +125,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         options = weight.shape[0], ignore_index, label_smoothing
         dtypes = weight.dtype, None if bias is None else bias.dtype
         weight = _padded(weight, hidden.dtype)
-        # in the product, whose epilogue adds it for nothing, not in two kernels that would read it
+        # the product's epilogue adds the bias for free; otherwise two kernels would have to read it
         bias = None if bias is None else _padded(bias, hidden.dtype)
         rows = _rows_of_a_part(hidden, weight)
         parts = []
         with torch.autocast(hidden.device.type, enabled=False):
             for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-                logits = None  # frees the last part's before the next are computed
+                logits = None  # frees the previous part's logits before the next are computed
                 logits = _scores(some, weight, bias)
                 parts.append(
                     kernels.cross_entropy_fwd(
@@ -208,7 +209,7 @@ def _padded(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _rows_of_a_part(hidden: Tensor, weight: Tensor) -> int:
-    """As few parts as keep to MAX_LOGITS_BYTES, and as equal as can be."""
+    """Rows of a part: the fewest parts within MAX_LOGITS_BYTES, of nearly equal size."""
     most = max(MAX_LOGITS_BYTES // (weight.shape[0] * weight.element_size()), 1)
     parts = max(-(-hidden.shape[0] // most), 1)
     return max(-(-hidden.shape[0] // parts), 1)
@@ -219,7 +220,7 @@ def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`; on a GPU half-precision factors are then not rounded on the way to it."""
+    """a @ b in `dtype`; on a GPU a float32 product of half-precision factors is not rounded."""
     if a.is_cuda and dtype == torch.float32 != a.dtype:
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)

@@ -1,4 +1,4 @@
-"""Picks the rows that have something to predict, so that the masked-LM head runs on no other."""
+"""Picks the tokens that have a label, so that the masked-LM head runs on no others."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from fastbert.packing import IGNORE_INDEX
 
 
 class MaskedRows(NamedTuple):
-    """rows: (C, H); targets: (C,); positions: (C,) int32, -1 if spare; count: () int32."""
+    """rows: (C, H); targets: (C,); positions: (C,) int32, -1 for filler rows; count: () int32."""
 
     rows: Tensor
     targets: Tensor
@@ -29,9 +29,11 @@ def mlm_gather(
     """The rows of `hidden` whose label is not `ignore_index`, with their labels.
 
     hidden: (T, H); labels: (T,) of an integer dtype. C is `capacity`, or the exact count if None,
-    which a GPU makes the host wait for. Spare rows are zeros with the target ignore_index, so they
-    add nothing to a loss or a gradient. `count` is the true count, also where it exceeds the
-    capacity and only the first C rows come.
+    for which the host waits for a GPU. Filler rows are zeros with the target ignore_index, so they
+    add nothing to a loss or a gradient. `count` is the true count, even if it exceeds the capacity
+    and only the first C rows are returned. positions: each row's token.
+
+    Raises ValueError for other shapes, labels of another dtype or device, or a negative capacity.
     """
     require(hidden.ndim == 2, "mlm_gather", "hidden of shape (tokens, hidden)", tuple(hidden.shape))
     require(

@@ -1,4 +1,4 @@
-"""Between a padded batch (B, S, ...) and its T real tokens end to end (T, ...)."""
+"""Converts between a padded batch (B, S, ...) and its T real tokens end to end (T, ...)."""
 
 import dataclasses
 import math
@@ -17,9 +17,10 @@ class Unpadding:
     """Where the T real tokens of a padded (B, S) batch are.
 
     positions: (T,) int32, each token's flat index b * S + s; slots: (B * S,) int32, the token at
-    each place of the batch, -1 at padding; both None for a batch without padding, whose two
-    forms are the same memory. cu_seqlens: (B + 1,) int32, where each sequence begins, and T at the
-    end; max_seqlen: length of the longest, or an upper bound of it; batch_shape: (B, S).
+    each place of the batch, -1 at padding; both None for a batch without padding, whose packed and
+    padded forms are the same memory. cu_seqlens: (B + 1,) int32, where each sequence begins, and T
+    at the end; max_seqlen: length of the longest sequence, or an upper bound of it; batch_shape:
+    (B, S).
     """
 
     positions: Tensor | None
@@ -30,7 +31,7 @@ class Unpadding:
 
     @classmethod
     def dense(cls, batch: int, seqlen: int, device: torch.device | str | None = None) -> Self:
-        """A batch without padding: `pack` and `pad` are mere reshapes."""
+        """A batch without padding, for which `pack` and `pad` only reshape."""
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
         return cls(None, None, cu_seqlens, seqlen, (batch, seqlen))
 
@@ -43,9 +44,9 @@ class Unpadding:
     def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Self:
         """The padded form (B, max_seqlen) of sequences that are already packed.
 
-        cu_seqlens: (B + 1,) int32; num_tokens: at least its last entry; the tokens behind that are
-        left out, and `pack` gives zeros there. All sizes are the caller's, so the host waits for
-        nothing.
+        cu_seqlens: (B + 1,) int32; num_tokens: at least its last entry; the tokens behind it are
+        left out of the padded form, and `pack` gives zeros for them. The caller gives all sizes, so
+        the host does not wait.
         """
         ends = cu_seqlens[1:]
         batch = ends.shape[0]
@@ -63,7 +64,7 @@ class Unpadding:
         return math.prod(self.batch_shape) if self.positions is None else len(self.positions)
 
     def pack(self, padded: Tensor) -> Tensor:
-        """(B, S, ...) -> (T, ...), of any dtype."""
+        """(B, S, ...) -> (T, ...), of any dtype; raises ValueError for another shape."""
         require(
             padded.shape[:2] == self.batch_shape,
             "Unpadding.pack",
@@ -73,7 +74,7 @@ class Unpadding:
         return _move(padded.flatten(0, 1), self.positions, self.slots)
 
     def pad(self, packed: Tensor) -> Tensor:
-        """(T, ...) -> (B, S, ...), of any dtype, with zeros at padding."""
+        """(T, ...) -> (B, S, ...), zeros at padding; raises ValueError for another shape."""
         require(
             packed.shape[:1] == (self.num_tokens,),
             "Unpadding.pad",
@@ -96,8 +97,8 @@ def unpad(attention_mask: Tensor) -> Unpadding:
     """Finds the real tokens of a batch: those where the mask is not 0.
 
     attention_mask: (B, S) bool or of an integer dtype. Padding may be on either side or between
-    tokens, and a row may have no token; a batch without padding is packed as it lies. Makes the
-    host wait for a GPU once. Raises ValueError for another shape or dtype.
+    tokens, and a row may be all padding; a batch without padding needs no copy. The host waits for
+    a GPU once. Raises ValueError for another shape or dtype.
     """
     require(
         attention_mask.ndim == 2 and not attention_mask.is_floating_point(),
@@ -107,7 +108,7 @@ def unpad(attention_mask: Tensor) -> Unpadding:
     )
     batch, seqlen = attention_mask.shape
     lengths = (attention_mask != 0).sum(1)
-    lengths = torch.cat([lengths, lengths.new_zeros(1)])  # so that there is a longest
+    lengths = torch.cat([lengths, lengths.new_zeros(1)])  # max() needs an element if B is 0
     total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
     if not torch.compiler.is_compiling() and 0 < total == batch * seqlen:
         return Unpadding.dense(batch, seqlen, attention_mask.device)

@@ -1,1 +1,1 @@
-"""The layers of an encoder replayed as CUDA graphs, by buckets of sizes."""
+"""CUDA graphs of an encoder's layers, recorded and replayed for buckets of batch sizes."""

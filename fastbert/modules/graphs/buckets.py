@@ -1,12 +1,12 @@
-"""Whether the layers of an encoder are replayed as CUDA graphs in this call, and which.
+"""Decides whether a call replays the layers of an encoder as a CUDA graph, and which graph.
 
 A GPU waits for Python where batches are small; a graph launches all its kernels at once. The layers
-of own and patched models are recorded for a bucket of sizes when it is first met, and replayed for
-every later call that fits it. What a graph could not do right runs as it would without: the reason
-is told to `fastbert.explain`.
+of own and patched models are recorded when a bucket of sizes is first used, and replayed for every
+later call that fits it. A call that a graph could not compute correctly runs without one, and
+`fastbert.explain` shows the reason.
 
 `FASTBERT_GRAPHS=0` switches graphs off everywhere; `allow(model, False)`, which
-`fastbert.patch(model, graphs=False)` calls, for one model.
+`fastbert.patch(model, graphs=False)` calls, switches them off for one model.
 """
 
 import functools
@@ -36,16 +36,16 @@ from fastbert.modules.sequences import Rows, Sequences
 
 Graphs = Literal["auto", False]
 
-MOST_GRAPHS = 64  # of a device; the least recently used one goes first
-MEMORY_SHARE = 0.4  # of the device, above which all its graphs go
-MOST_CHANGES = 16  # of an encoder's parameters; if they move in each call, nothing is won
+MOST_GRAPHS = 64  # on a device; beyond it the least recently used graphs are dropped
+MEMORY_SHARE = 0.4  # of the device's memory; beyond it all graphs are dropped
+MOST_CHANGES = 16  # times that an encoder's parameters may move before graphs are given up
 
-_MARK = "_fastbert_graphs"  # of a list of layers that runs without
+_MARK = "_fastbert_graphs"  # attribute of a list of layers that must not replay graphs
 _OFF = {"0": True, "off": True, "false": True, "auto": False, "": False}
 
 
 def allow(model: nn.Module, graphs: Graphs) -> None:
-    """Lets the encoders in `model` replay graphs where that is right ("auto"), or never (False)."""
+    """Lets encoders in `model` replay graphs ("auto"), or never (False); ValueError for others."""
     is_known = graphs == "auto" or graphs is False
     require(is_known, "graphs", '"auto" or False', repr(graphs))
     for module in model.modules():
@@ -69,15 +69,15 @@ def _are_off(value: str) -> bool:
 class Pool:
     """The graphs of one device, which share their memory.
 
-    So a replay spoils what a forward in training has kept for its backward. Until that has run, or
-    its output is gone, other calls run without graphs.
+    A replay therefore overwrites what a training forward saved for its backward. Until that
+    backward has run, or the forward's output is freed, other calls run without graphs.
     """
 
     def __init__(self, recorder: Recorder, most_memory: float) -> None:
         self.recorder, self.most_memory = recorder, most_memory
         self.lock = threading.RLock()
         self.pending: weakref.ref[Pending] | None = None
-        # the least recently used first; an entry goes with its encoder
+        # least recently used first; weak, so that entries are freed with their encoder
         self.used: weakref.WeakKeyDictionary[Entry, None] = weakref.WeakKeyDictionary()
 
     def is_pending(self) -> bool:
@@ -88,13 +88,13 @@ class Pool:
         self.used[entry] = None
 
     def record(self, entry: "Entry", bucket: Bucket, x: Tensor, call: Call) -> None:
-        """Gives the entry its graphs, or the reason why it has none."""
+        """Records the entry's graphs, or sets the reason why it has none."""
         while len(self.used) >= MOST_GRAPHS:
             next(iter(self.used)).drop(self)
         try:
             kind = ForwardGraph if call.trained is None else TrainingGraphs
             entry.graphs = kind(self.recorder, bucket, x, call)
-        except RuntimeError as error:  # out of memory is one
+        except RuntimeError as error:  # includes running out of memory
             entry.reason = f"recording failed: {str(error).strip().partition(chr(10))[0]}"
             return
         self.touch(entry)
@@ -108,7 +108,7 @@ class Pool:
 
 
 class Entry:
-    """A bucket of an encoder: its graphs, or why it has none."""
+    """The graphs of one encoder for one bucket, or the reason why there are none."""
 
     def __init__(self, reason: str = "") -> None:
         self.graphs: ForwardGraph | TrainingGraphs | None = None
@@ -120,7 +120,7 @@ class Entry:
 
 
 class Pending:
-    """A forward in training whose backward is yet to run; it lives as long as its output."""
+    """A training forward whose backward has not run yet; it lives as long as its output."""
 
     def __init__(self, pool: Pool, graphs: TrainingGraphs, recorded: "Recorded") -> None:
         self.pool, self.graphs, self.recorded = pool, graphs, recorded
@@ -142,7 +142,7 @@ class Pending:
 
 
 class Recorded:
-    """What is recorded of one encoder, for one reading of its layers."""
+    """The graphs of one encoder, valid while the parts of its layers stay the same."""
 
     def __init__(self, parts: Sequence[LayerParts]) -> None:
         self.parts = parts
@@ -158,7 +158,7 @@ class Recorded:
         self.owners = tables + tables, ["weight"] * len(tables) + ["bias"] * len(tables)
 
     def find(self, bucket: Bucket, x: Tensor, call: Call, pool: Pool) -> tuple[Entry, Call]:
-        """What is recorded for such a call, or is to be; and the call with what has a gradient."""
+        """The entry for the call, new if there is none; and the call with `trained` filled in."""
         parameters = self.parameters()
         reason = self.reason or self._follow(parameters, pool)
         if reason:
@@ -171,11 +171,11 @@ class Recorded:
         return self.entries.setdefault(key, Entry()), call
 
     def parameters(self) -> list[Tensor]:
-        """Those of the layers, as they are now, each once."""
+        """The distinct parameters that the layers have now."""
         return list(dict.fromkeys(p for p in map(dict.get, *self.owners) if p is not None))
 
     def _follow(self, parameters: list[Tensor], pool: Pool) -> str:
-        """Drops what was recorded of parameters that lay elsewhere, or were otherwise."""
+        """Drops all graphs if parameters moved, or changed in dtype or requires_grad."""
         state = _state_of(parameters)
         if state != self.state:
             if any(type(parameter) is not nn.Parameter for parameter in parameters):
@@ -187,7 +187,7 @@ class Recorded:
 
 
 def _state_of(parameters: list[Tensor]) -> list[Any]:
-    """What a graph knows of them beside their values."""
+    """What a recorded graph fixes of parameters: addresses, dtypes and requires_grad."""
     return [
         *map(Tensor.data_ptr, parameters),
         *[parameter.dtype for parameter in parameters],
@@ -195,7 +195,7 @@ def _state_of(parameters: list[Tensor]) -> list[Any]:
     ]
 
 
-# by the encoders' lists of layers, to which nothing refers that a graph holds
+# keyed by an encoder's list of layers; graphs must not refer to it, or it would never be freed
 _RECORDED: weakref.WeakKeyDictionary[nn.ModuleList, dict[bool, Recorded]] = (
     weakref.WeakKeyDictionary()
 )
@@ -203,7 +203,7 @@ _RECORDED: weakref.WeakKeyDictionary[nn.ModuleList, dict[bool, Recorded]] = (
 
 @functools.cache
 def pool_of(device: torch.device) -> Pool | None:
-    """None where graphs cannot be recorded, as on a CPU."""
+    """The device's pool of graphs; None where graphs cannot be recorded, as on a CPU."""
     if device.type != "cuda":
         return None
     with torch.cuda.device(device):
@@ -219,10 +219,10 @@ def replayed(
     rows: Rows | None,
     reason: str = "",
 ) -> Tensor | None:
-    """(T, H) -> (T, H), or (M, H), by a graph; None where the layers must run as they are.
+    """(T, H) -> (T, H), or (M, H), by replaying a graph; None if the layers must run without one.
 
-    reason: the caller's, not to replay one: that `parts` does not say all that the layers do, or
-    that more is wanted than their last output.
+    reason: why the caller rules out a graph, "" if it does not: `parts` does not describe all that
+    the layers do, or more than their last output is wanted.
     """
     if torch.compiler.is_compiling() or (pool := pool_of(x.device)) is None:
         return None
@@ -235,7 +235,7 @@ def replayed(
             entry, call = recorded.find(bucket, x, call, pool)
         if events.is_listening():
             _tell(bucket, entry)
-            return None  # and so the operators tell how they run
+            return None  # run without a graph, so that operators record how they run
         if entry.graphs is None and not entry.reason:
             pool.record(entry, bucket, x, call)
         if entry.graphs is None:
@@ -249,7 +249,7 @@ def replayed(
 
 
 def _recorded(layers: nn.ModuleList, parts: Sequence[LayerParts]) -> Recorded:
-    """Kept for training and for eval mode apart, whose dropout differs."""
+    """The encoder's graphs, separate for training and eval mode, whose dropout differs."""
     by_mode = _RECORDED.setdefault(layers, {})
     recorded = by_mode.get(layers.training)
     if recorded is None or recorded.parts is not parts:
@@ -282,13 +282,13 @@ def _refusal(layers: nn.ModuleList, x: Tensor, sequences: Sequences, pool: Pool)
 
 
 def _numerics() -> tuple[Any, ...]:
-    """Settings of PyTorch that choose kernels, which a recording fixes."""
+    """PyTorch's settings that choose kernels, and so are fixed in a recording."""
     return torch.are_deterministic_algorithms_enabled(), _matmul_precision()
 
 
 def _matmul_precision() -> Any:
-    """Of float32 products on a GPU, by the newer of PyTorch's two interfaces where it has that:
-    the older one raises where a user has set the newer."""
+    """The precision of float32 products on a GPU, by PyTorch's newer interface if it exists: the
+    older interface raises where a user has set the newer."""
     matmul = torch.backends.cuda.matmul
     return getattr(matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
 

@@ -1,4 +1,4 @@
-"""Work recorded as a CUDA graph: one launch replays all of its kernels, on the same addresses."""
+"""Records work as a CUDA graph: one launch replays all of its kernels, on the same addresses."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-WARM_UP = 3  # runs before the recording, in which kernels are compiled and libraries set up
+WARM_UP = 3  # runs before a recording, which compile kernels and set up libraries
 
 Result = TypeVar("Result")
 Work = Callable[[], Result]
@@ -16,29 +16,29 @@ Work = Callable[[], Result]
 
 class Recorder(Protocol):
     def warm_up(self, work: Work[Result]) -> Result:
-        """Does the work, as it would be recorded."""
+        """Does the work once, on the stream that recordings use, and returns its result."""
 
     def record(self, work: Work[Result]) -> Work[Result]:
-        """What does the work again; this call does none. Raises RuntimeError where it cannot."""
+        """Records the work without doing it; returns a replay. Raises RuntimeError on failure."""
 
     def follow(self) -> None:
-        """Lets what the caller launches next wait for the replays of another stream."""
+        """Makes the caller's stream wait for replays that were launched on another stream."""
 
     def is_inside(self) -> bool:
-        """Whether the caller is making a recording, of this recorder or of another."""
+        """Whether the caller is inside a recording, by this recorder or any other."""
 
     def memory(self) -> int:
-        """Bytes that recordings keep of the device's memory, where they share it."""
+        """Bytes of device memory that the recordings hold, if they share memory."""
 
     def begin_anew(self) -> None:
-        """Gives up the memory that recordings share; the caller has dropped all of them."""
+        """Starts a new shared memory pool; the caller has dropped all recordings."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Replay(Generic[Result]):
-    """A recorded graph. Its kernels read and write the addresses that the work's tensors had.
+    """A recorded graph, whose kernels read and write the addresses of the work's tensors.
 
-    So it keeps the work alive, with the models, batches and optimizers that the work refers to: a
+    It keeps the work alive, with the models, batches and optimizers that the work refers to: a
     graph that outlived them would read freed memory.
     """
 
@@ -52,10 +52,10 @@ class Replay(Generic[Result]):
 
 
 class CudaGraphs:
-    """Recordings on one stream of the present device, as libraries have their workspaces by stream.
+    """Recordings on one stream of the current device; libraries have one workspace per stream.
 
-    shares_memory: whether a recording may use the memory of those before it that theirs no longer
-    use. Then a replay spoils what the others left behind, but for their results.
+    shares_memory: whether a recording may reuse memory that earlier recordings have freed. Then a
+    replay overwrites what other recordings left in memory, except their results.
     """
 
     def __init__(self, *, shares_memory: bool = False) -> None:
@@ -95,8 +95,8 @@ class CudaGraphs:
     def record(self, work: Work[Result]) -> Work[Result]:
         graph = torch.cuda.CUDAGraph()
         with (
-            torch.cuda.stream(torch.cuda.current_stream()),  # a failed capture does not restore it
-            # the thread that pins the next batches' memory may go on meanwhile
+            torch.cuda.stream(torch.cuda.current_stream()),  # restored even if the capture fails
+            # thread_local, so that the thread that pins memory for the next batches may continue
             torch.cuda.graph(
                 graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
             ),

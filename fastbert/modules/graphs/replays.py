@@ -1,9 +1,9 @@
 """The layers of an encoder as recorded CUDA graphs of one size, for batches of that size or less.
 
-T packed tokens of B sequences, M wanted rows, H hidden; a bucket's are T', B' and M'.
+T packed tokens of B sequences, M wanted rows, H hidden; a bucket has T', B' and M' of them.
 
 A recorded graph reads and writes fixed addresses. So a call copies its tensors into buffers of the
-bucket's size, behind which spare tokens belong to no sequence, replays, and hands out copies.
+bucket's sizes, replays, and returns copies. Filler tokens behind the batch belong to no sequence.
 """
 
 import functools
@@ -20,7 +20,11 @@ from fastbert.rng import DropoutState
 
 
 class Bucket(NamedTuple):
-    """Sizes that a call is padded to; rows and longest_rows are 0 where all tokens are wanted."""
+    """Sizes that a call is padded to, in tokens; `sequences` is a count of sequences.
+
+    longest: an upper bound of sequence lengths; rows, longest_rows: the same for the wanted rows, 0
+    where all tokens are wanted.
+    """
 
     tokens: int
     sequences: int
@@ -30,7 +34,7 @@ class Bucket(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, sequences: Sequences, rows: Rows | None) -> "Bucket":
-        """The smallest one that the call fits: at most an eighth of its tokens is spare, or 15."""
+        """The smallest bucket for the call; at most 15 tokens or an eighth of them are filler."""
         numbers = len(x), len(sequences.cu_seqlens) - 1, sequences.max_seqlen
         tokens, count, longest = numbers
         wanted = (0, 0)
@@ -42,13 +46,13 @@ class Bucket(NamedTuple):
 
 
 def rounded(size: int, least: int) -> int:
-    """The next multiple of `least`, or of a power of two that is at most an eighth of the size."""
+    """`size` rounded up to a multiple of `least`, or of a power of two up to size / 8 if larger."""
     step = max(least, 1 << max(size.bit_length() - 4, 0))
     return -(-size // step) * step
 
 
 class Precision(NamedTuple):
-    """Autocast as it was when a call was made; the gradient of the call is computed without."""
+    """The autocast state of a call; the call's gradient is computed without autocast."""
 
     device: str
     enabled: bool
@@ -61,14 +65,14 @@ class Precision(NamedTuple):
         return cls(device, enabled, torch.get_autocast_dtype(device))
 
     def restored(self) -> Any:
-        # a recording must not read copies of weights that autocast made before it, or keep its own
+        # no cache: a recording must neither read autocast's earlier copies of weights nor keep any
         return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
 
 
 class Call(NamedTuple):
-    """What the layers are called with, beside x (T, H).
+    """The arguments of the layers, except x (T, H).
 
-    trained: the parameters that have a gradient, each once, or None where not even x has one
+    trained: the distinct parameters that require a gradient; None if none does and neither does x
     """
 
     parts: Sequence[LayerParts]
@@ -81,7 +85,7 @@ class Call(NamedTuple):
         return len(x) if self.rows is None else len(self.rows.index)
 
     def run(self, x: Tensor) -> Tensor:
-        """(T, H) -> (T, H), or (M, H), in the dtypes that autocast had."""
+        """(T, H) -> (T, H), or (M, H), under the call's autocast state."""
 
         def run_one(number: int, x: Tensor, sequences: Sequences) -> Tensor:
             return run_layer(self.parts[number], x, sequences)
@@ -91,7 +95,7 @@ class Call(NamedTuple):
 
 
 class Buffers:
-    """Where a recorded graph reads its batch, of the bucket's sizes."""
+    """The tensors from which a recorded graph reads its batch, of the bucket's sizes."""
 
     def __init__(self, bucket: Bucket, x: Tensor, call: Call) -> None:
         def integers(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -112,7 +116,7 @@ class Buffers:
 
     @torch.no_grad()
     def fill(self, x: Tensor, call: Call) -> None:
-        """Spare tokens are zeros, and behind the last sequence; spare sequences are empty."""
+        """Copies a call in; filler tokens are zeros at the end, filler sequences are empty."""
         put(self.x, x, 0)
         put(self.call.sequences.cu_seqlens, call.sequences.cu_seqlens, len(x))
         rng, drawn = self.call.sequences.rng, call.sequences.rng
@@ -134,10 +138,10 @@ def put(buffer: Tensor, values: Tensor, spare: float) -> None:
 
 
 class ForwardGraph:
-    """The layers without gradients."""
+    """A recorded forward of the layers, without gradients."""
 
     def __init__(self, recorder: Recorder, bucket: Bucket, x: Tensor, call: Call) -> None:
-        # buffers are no inference tensors, which no later call outside of that mode could fill
+        # inference tensors as buffers could not be filled by a call outside inference mode
         with torch.inference_mode(False), torch.no_grad():
             self.buffers = Buffers(bucket, x, call)
             work = functools.partial(self.buffers.call.run, self.buffers.x)
@@ -145,13 +149,13 @@ class ForwardGraph:
             self.replay = recorder.record(work)
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
-        """The caller's own tensor."""
+        """(T, H) -> (T, H), or (M, H): a copy, which later replays leave alone."""
         self.buffers.fill(x, call)
         return self.replay()[: call.num_outputs(x)].clone()
 
 
 class TrainingGraphs:
-    """The layers' forward, and a second graph of their backward, which reads what that kept."""
+    """Two recorded graphs: the layers' forward, and their backward, which reads saved tensors."""
 
     def __init__(self, recorder: Recorder, bucket: Bucket, x: Tensor, call: Call) -> None:
         self.wants_dx = x.requires_grad
@@ -159,7 +163,7 @@ class TrainingGraphs:
             self.buffers = Buffers(bucket, x, call)
             self.dout = torch.zeros_like(recorder.warm_up(self._forward))
             recorder.warm_up(self._backward)
-            del self.out, self.inputs  # which are of memory that no recording has
+            del self.out, self.inputs  # from the warm-up, not in the recordings' memory
             self.replay_forward = recorder.record(self._forward)
             self.replay_backward = recorder.record(self._backward)
 
@@ -177,7 +181,7 @@ class TrainingGraphs:
         return self.replay_forward()[: call.num_outputs(x)].clone()
 
     def backward(self, dout: Tensor, num_tokens: int) -> tuple[Tensor | None, ...]:
-        """The gradients of x, if it has one, and of the parameters; once after each forward."""
+        """Gradients of x, if it requires one, and of the parameters; once after each forward."""
         put(self.dout, dout, 0)
         found = list(self.replay_backward())
         if self.wants_dx and found[0] is not None:
@@ -188,18 +192,18 @@ class TrainingGraphs:
 
 
 class Replayed(torch.autograd.Function):
-    """The layers in training: a replay each of their forward and of their backward.
+    """The layers in training: replays a forward graph, and a backward graph for the gradient.
 
-    Where the backward cannot be replayed, because it is not the first through this call or is to be
-    differentiated itself, the layers run again as they are, as activation checkpointing has it.
+    The backward graph can be replayed once after each forward, and cannot be differentiated. For
+    other gradients the layers run again without graphs, as under activation checkpointing.
     """
 
     @staticmethod
     def forward(ctx, pending: Any, call: Call, x: Tensor, *parameters: Tensor) -> Tensor:
-        """pending: with a `forward` (x, call), and a `backward` (dout, number of tokens) that gives
-        None where the graphs no longer hold what the forward kept."""
+        """pending: has `forward` (x, call), and `backward` (dout, number of tokens), which returns
+        None where the graphs no longer hold the tensors that the forward saved."""
         ctx.pending, ctx.call = pending, call
-        # so that autograd refuses a gradient by weights that changed in between, as ever
+        # saved so that autograd raises its usual error if weights change before the backward
         ctx.save_for_backward(x, *parameters)
         return pending.forward(x, call)
 

@@ -38,6 +38,8 @@ class BackendUnavailable(RuntimeError):
 
 
 class Choice(NamedTuple):
+    """The backend that an operator uses on a type of device, and why; `kernels` has its bodies."""
+
     backend: str
     kernels: Any  # the namespace with the operator's bodies, None for the reference
     reason: str
@@ -94,6 +96,7 @@ class Op:
         self.choices.clear()
 
     def choice(self, device: str) -> Choice:
+        """The cached choice for a device type; raises BackendUnavailable if a forced one fails."""
         if device not in self.choices:
             self.choices[device] = select(self, device)
         return self.choices[device]
@@ -195,6 +198,7 @@ def _load_triton(op: str, device: str) -> Any:
 
 
 def select(op: Op, device: str) -> Choice:
+    """Chooses a backend for `op`: the forced one, or the first usable one of `PREFERENCE`."""
     if _forced is not None and _forced in op.backends:
         return Choice(_forced, load(_forced, op.name, device), "forced", forced=True)
     refusals: list[str] = []

@@ -51,10 +51,12 @@ def listen() -> Iterator[list[Event]]:
 
 
 def is_listening() -> bool:
+    """Whether the code runs inside `listen`."""
     return _heard is not None
 
 
 def tell(event: Event) -> None:
+    """Records an event, if the code runs inside `listen`."""
     if _heard is not None:
         _heard.append(event)
 

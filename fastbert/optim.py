@@ -73,6 +73,7 @@ class Lamb(torch.optim.Optimizer):
         super().__init__(params, options | {"variant": variant, "max_grad_norm": max_grad_norm})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state, with step counts on the parameters' devices."""
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():  # torch leaves "step" on its saved device
             state["step"] = state["step"].to(parameter.device)

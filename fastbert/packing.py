@@ -107,6 +107,7 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
+        """T, with filler tokens."""
         return self._tokens.shape[0]
 
     @property
@@ -115,6 +116,7 @@ class PackedBatch:
 
     @property
     def num_sequences(self) -> int:
+        """B, with filler sequences."""
         return self.cu_seqlens.shape[0] - 1
 
     def misfit(self, bucket: Bucket) -> str | None:
@@ -186,9 +188,11 @@ class PackedBatch:
                 buffer.copy_(getattr(other, field.name), non_blocking=True)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
+        """A copy of the batch with its tensors on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PackedBatch":
+        """A copy of the batch in page-locked memory, for copies to a GPU without waiting."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, function) -> "PackedBatch":

@@ -43,6 +43,7 @@ class DropoutState:
         return self.token_key.device
 
     def at(self, site: int) -> "DropoutState":
+        """The same state at another site."""
         return DropoutState(self.state, self.token_key, site)
 
     def rows(self, index: Tensor) -> "DropoutState":

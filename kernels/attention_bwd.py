@@ -76,6 +76,7 @@ def attention_dq_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """dQ of one tile of queries of one head of one sequence, and its rows' delta."""
     head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
     dq_ptr += head * HEAD_DIM
@@ -193,6 +194,7 @@ def attention_dkdv_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """dK and dV of one tile of keys of one head of one sequence."""
     head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
     dk_ptr += head * HEAD_DIM
@@ -302,6 +304,7 @@ def _dkdv_step(
 
 @triton.jit
 def row_delta(out, dout, keep_scale):
+    """The row sums of out * dout (M,), divided by keep_scale."""
     return tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1) / keep_scale
 
 

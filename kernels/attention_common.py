@@ -45,6 +45,7 @@ def block_d(head_dim: int) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
+    """The `input_precision` of `tl.dot` for tensors of this dtype."""
     return FLOAT32_PRECISION if dtype == torch.float32 else "ieee"
 
 
@@ -53,6 +54,7 @@ def tile_ptrs(
     ptr, row_stride, rows,  # the first row, head included; rows [R]
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Pointers [R, BLOCK_D] to the given rows; `ptr` includes the head."""
     return ptr + rows[:, None] * row_stride + tl.arange(0, BLOCK_D)[None, :]
 
 
@@ -73,6 +75,7 @@ def load_tile(ptrs, rows_in, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):
 
 @triton.jit
 def store_tile(ptrs, tile, rows_in, HEAD_DIM: tl.constexpr):
+    """Stores a tile [R, BLOCK_D] where `rows_in` [R] is True, up to HEAD_DIM."""
     BLOCK_D: tl.constexpr = ptrs.shape[1]
     if HEAD_DIM == BLOCK_D:
         tl.store(ptrs, tile, mask=rows_in[:, None])

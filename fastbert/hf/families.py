@@ -263,6 +263,7 @@ def keep_padding(module: nn.Module, keeps: bool) -> None:
 
 
 def keeps_padding(module: nn.Module) -> bool:
+    """Whether `keep_padding` made the module compute padded tokens."""
     return _KEEPS_PADDING in vars(module)
 
 

@@ -59,11 +59,13 @@ def is_built_in(attention: str) -> bool:
 
 
 def require_values(given: Tensor) -> None:
+    """Raises Unsupported for a tensor on the meta device."""
     if given.is_meta:
         raise Unsupported("the meta device: a batch is packed by the values of its mask")
 
 
 def parts_of(layer: Any) -> LayerParts:
+    """The parts of a patched layer; raises Unsupported where they cannot be read."""
     if not runs_patched(layer):
         raise Unsupported(f"a {type(layer).__name__} that is not patched, or of the user's own")
     return family_of_module(layer).parts(layer)
@@ -79,6 +81,7 @@ def family_of_module(module: nn.Module) -> Family:
 
 
 def states_wanted(module: Any, arguments: dict[str, Any]) -> bool | Collection[int]:
+    """The call's or the config's output_hidden_states; layer numbers only on transformers 5."""
     wanted = arguments.get("output_hidden_states")
     if wanted is None:
         wanted = module.config.output_hidden_states

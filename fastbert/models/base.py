@@ -81,6 +81,7 @@ class BertPreTrainedModel(nn.Module):
 
     @property
     def base_model(self) -> Any:
+        """The bare model inside, or the model itself."""
         return getattr(self, self.base_model_prefix, self)
 
     def initialize(self) -> None:

@@ -19,6 +19,8 @@ from fastbert.rng import DropoutState
 
 
 class BertSelfAttention(nn.Module):
+    """Self-attention without its output projection."""
+
     def __init__(self, config) -> None:
         super().__init__()
         self.num_attention_heads = config.num_attention_heads
@@ -64,37 +66,49 @@ class _ProjectAndNorm(nn.Module):
 
 
 class BertSelfOutput(_ProjectAndNorm):
+    """The output projection of attention, dropout, residual sum and LayerNorm."""
+
     def __init__(self, config) -> None:
         super().__init__(config.hidden_size, config)
 
 
 class BertOutput(_ProjectAndNorm):
+    """The second linear layer of the feed-forward, dropout, residual sum and LayerNorm."""
+
     def __init__(self, config) -> None:
         super().__init__(config.intermediate_size, config)
 
 
 class BertAttention(nn.Module):
+    """The attention half of a layer."""
+
     def __init__(self, config) -> None:
         super().__init__()
         self.self = BertSelfAttention(config)
         self.output = BertSelfOutput(config)
 
     def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
+        """(T, H) -> (T, H), or (M, H) for sequences.rows."""
         context = self.self(hidden_states, sequences)
         return self.output(context, sequences.wanted(hidden_states), sequences.wanted_rng(1))
 
 
 class BertIntermediate(nn.Module):
+    """The first linear layer of the feed-forward and the activation."""
+
     def __init__(self, config) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.intermediate_act_fn = activation(config.hidden_act)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """(T, H) -> (T, I)."""
         return dense_and_activate(hidden_states, Leaf(self.dense), self.intermediate_act_fn)
 
 
 class BertLayer(nn.Module):
+    """A layer of BERT (Devlin et al. 2018): attention and feed-forward, each followed by a norm."""
+
     # `gradient_checkpointing_enable`, fastbert's and Hugging Face's, sets both on each layer
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable = staticmethod(checkpoint)

@@ -9,6 +9,8 @@ from fastbert.ops.layer_norm import layer_norm
 
 
 class BertPooler(nn.Module):
+    """A linear layer and tanh over each sequence's first token."""
+
     def __init__(self, config) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
@@ -20,6 +22,8 @@ class BertPooler(nn.Module):
 
 
 class BertPredictionHeadTransform(nn.Module):
+    """The part of the masked-LM head before the decoder: linear, activation, LayerNorm."""
+
     def __init__(self, config) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
@@ -27,6 +31,7 @@ class BertPredictionHeadTransform(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """(C, H) -> (C, H)"""
         x = dense_and_activate(hidden_states, Leaf(self.dense), self.transform_act_fn)
         return layer_norm(x, self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps)
 
@@ -46,6 +51,8 @@ class BertLMPredictionHead(nn.Module):
 
 
 class BertOnlyMLMHead(nn.Module):
+    """The masked-LM head, under the name that Hugging Face gives it alone."""
+
     def __init__(self, config) -> None:
         super().__init__()
         self.predictions = BertLMPredictionHead(config)
@@ -55,6 +62,8 @@ class BertOnlyMLMHead(nn.Module):
 
 
 class BertOnlyNSPHead(nn.Module):
+    """The next-sentence head."""
+
     def __init__(self, config) -> None:
         super().__init__()
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
@@ -65,6 +74,8 @@ class BertOnlyNSPHead(nn.Module):
 
 
 class BertPreTrainingHeads(nn.Module):
+    """The masked-LM head and the next-sentence head, which the model calls."""
+
     def __init__(self, config) -> None:
         super().__init__()
         self.predictions = BertLMPredictionHead(config)

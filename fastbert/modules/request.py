@@ -72,6 +72,7 @@ def _all_none(value: Any) -> bool:
 
 
 def refuse_unknown(who: str, arguments: dict[str, Any]) -> None:
+    """Raises ValueError for output_attentions and for arguments without a use."""
     refuse_attentions(arguments.get("output_attentions"))
     name = unknown_argument(arguments)
     require(
@@ -84,6 +85,7 @@ def refuse_unknown(who: str, arguments: dict[str, Any]) -> None:
 
 
 def refuse_attentions(output_attentions: bool | None) -> None:
+    """Raises ValueError if attention probabilities are wanted."""
     require(
         not output_attentions,
         "output_attentions",

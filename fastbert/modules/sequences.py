@@ -123,6 +123,7 @@ class Sequences:
         return Sequences(self.cu_seqlens, self.max_seqlen, self.mask, self.rng.at(site), self.rows)
 
     def only(self, rows: Rows | None) -> "Sequences":
+        """The same sequences, with `rows` as the wanted rows."""
         if rows is self.rows:
             return self
         return Sequences(self.cu_seqlens, self.max_seqlen, self.mask, self.rng, rows)

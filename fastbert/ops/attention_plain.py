@@ -118,6 +118,7 @@ def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tenso
 
 
 def attend_padded(tensors: tuple[Tensor, ...], call: Call) -> Tensor:
+    """Attention of all sequences at once, padded; the host does not wait for their lengths."""
     q, k, v = tensors
     of_queries = Unpadding.from_cu_seqlens(call.cu_seqlens_q, call.max_seqlen_q, len(q))
     of_keys = Unpadding.from_cu_seqlens(call.cu_seqlens_k, call.max_seqlen_k, len(k))

@@ -15,6 +15,8 @@ Work = Callable[[], Result]
 
 
 class Recorder(Protocol):
+    """The interface of recorders; tests have one that needs no GPU."""
+
     def warm_up(self, work: Work[Result]) -> Result:
         """Does the work once, on the stream that recordings use, and returns its result."""
 

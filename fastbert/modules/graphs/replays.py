@@ -65,6 +65,7 @@ class Precision(NamedTuple):
         return cls(device, enabled, torch.get_autocast_dtype(device))
 
     def restored(self) -> Any:
+        """A context with the autocast state of the call."""
         # no cache: a recording must neither read autocast's earlier copies of weights nor keep any
         return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
 
@@ -82,6 +83,7 @@ class Call(NamedTuple):
     trained: list[Tensor] | None
 
     def num_outputs(self, x: Tensor) -> int:
+        """The number of rows of the output: T, or M for wanted rows."""
         return len(x) if self.rows is None else len(self.rows.index)
 
     def run(self, x: Tensor) -> Tensor:
@@ -131,6 +133,7 @@ class Buffers:
 
 
 def put(buffer: Tensor, values: Tensor, spare: float) -> None:
+    """Copies `values` to the front of `buffer`, and fills the rest with `spare`."""
     count = len(values)
     buffer[:count].copy_(values)
     if count < len(buffer):

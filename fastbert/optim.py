@@ -39,15 +39,17 @@ class Lamb(torch.optim.Optimizer):
     Both share bias correction (absent from the paper's first version), weight decay inside the
     ratio, gradient averaging (1 - beta1, not 1), eps outside the root, and ratio 1 for norm 0.
 
-    params: parameters or groups of any floating dtype, each group on one device; norms and bias
-        corrections are in float32, in float64 for float64. Shards of FSDP2 (DTensor) use the norms
-        of the whole tensors, which costs one small all-reduce per group.
+    params: parameters or groups of any floating dtype, each group on one device, and all of them
+        where "nvidia" clips; norms and bias corrections are in float32, in float64 for float64.
+        Shards of FSDP2 (DTensor) use the norms of the whole tensors, which costs one small
+        all-reduce per group.
     lr: a number, or a tensor on the device, whose current value each replay of a CUDA graph reads.
 
     The host never waits in `step`, and step counts are on the device, so that a CUDA graph can
     record it. As in torch's fused optimizers, `found_inf`, a float32 tensor (), skips the update on
     the device where it is 1, and gradients are divided by `grad_scale`; GradScaler sets both.
-    Raises ValueError for sparse gradients and options out of range.
+    Raises ValueError for sparse gradients, options out of range, and groups with another variant or
+    max_grad_norm than the optimizer's.
     """
 
     _step_supports_amp_scaling = True  # tells GradScaler that `step` itself skips updates
@@ -71,6 +73,13 @@ class Lamb(torch.optim.Optimizer):
         require(above_0, "Lamb", "max_grad_norm > 0 or None", max_grad_norm)
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, options | {"variant": variant, "max_grad_norm": max_grad_norm})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, whose lr, betas, eps and weight_decay may differ from the optimizer's."""
+        for name in ("variant", "max_grad_norm"):  # of all gradients together
+            given, own = param_group.get(name, self.defaults[name]), self.defaults[name]
+            require(given == own, "Lamb", f"one {name} for all groups, {own!r}", repr(given))
+        super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state, with step counts on the parameters' devices."""
@@ -103,6 +112,10 @@ class Lamb(torch.optim.Optimizer):
             torch._foreach_div_(gradients, scale)
         limit = self.defaults["max_grad_norm"]
         if self.defaults["variant"] == "nvidia" and limit is not None:
+            devices = {str(gradient.device) for gradient in gradients}
+            remedy = "clip them yourself, with max_grad_norm=None"
+            is_one = len(devices) == 1
+            require(is_one, "Lamb", "gradients on one device to clip", sorted(devices), remedy)
             squares = _sum_over_shards(_squares(gradients), parameters)
             excess = squares.sum().sqrt() / limit
             torch._foreach_div_(gradients, excess.clamp(min=1))

@@ -248,6 +248,21 @@ def test_refuses_impossible_options(options, pattern):
         Lamb([torch.ones(2, requires_grad=True)], **options)
 
 
+@pytest.mark.parametrize("option", [{"variant": "nvidia"}, {"max_grad_norm": 0.5}])
+def test_refuses_a_group_with_options_of_the_whole(option):
+    groups = [{"params": [torch.ones(2, requires_grad=True)]} | option]
+    with pytest.raises(ValueError, match=f"one {next(iter(option))} for all groups"):
+        Lamb(groups)
+
+
+def test_refuses_to_clip_over_two_devices():
+    parameters = [torch.ones(2, requires_grad=True, device=device) for device in ("cpu", "meta")]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match="gradients on one device to clip.*max_grad_norm=None"):
+        Lamb(parameters, variant="nvidia").step()
+
+
 def test_refuses_sparse_gradients():
     table = torch.nn.Embedding(4, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()

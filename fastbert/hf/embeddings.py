@@ -79,28 +79,30 @@ def positions_of(
 ) -> Tensor:
     """(1 or B, S) int64: each token's column, or in RoBERTa's families its count of real tokens.
 
-    Raises ValueError for more columns than the model has positions; RoBERTa's count of real tokens
-    is not checked.
+    Raises ValueError for more columns, or in RoBERTa's families real tokens, than the model has
+    positions.
     """
-    embeddings, seqlen, first = model.embeddings, shape[1], 0
-    if family.counts_positions:
-        first = embeddings.padding_idx + 1
-        if input_ids is not None:
-            is_token = input_ids != first - 1
-            return is_token.cumsum(1) * is_token + first - 1
+    embeddings, seqlen = model.embeddings, shape[1]
+    first = embeddings.padding_idx + 1 if family.counts_positions else 0
     weight = getattr(embeddings.position_embeddings, "weight", None)
     rows = len(weight) - first if isinstance(weight, Tensor) else None
+    counted = None
+    if family.counts_positions and input_ids is not None:
+        is_token = input_ids != first - 1
+        counted = is_token.cumsum(1)
+        if torch.compiler.is_compiling():  # a trace reads no values
+            rows = None
+        elif rows is not None and seqlen > rows:  # the only case in which the host waits
+            seqlen = int(counted[:, -1].max())
     # a buffer, which users may fill with other positions
     positions = None if family.counts_positions else getattr(embeddings, "position_ids", None)
     if positions is not None:
         rows = positions.shape[1] if rows is None else min(rows, positions.shape[1])
-    require(
-        rows is None or seqlen <= rows,
-        type(model).__name__,
-        f"at most {rows} tokens a sequence, as many as it has positions for",
-        seqlen,
-        "truncate them",
-    )
+    if rows is not None and seqlen > rows:
+        expected = f"at most {rows} tokens a sequence, as many as it has positions for"
+        require(False, type(model).__name__, expected, seqlen, "truncate them")
+    if counted is not None:
+        return counted * is_token + first - 1
     if positions is not None and not positions.is_meta:
         return positions[:, :seqlen].to(device)
     return torch.arange(first, seqlen + first, device=device)[None]

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
+from fastbert.modules.linear import hooks_of
+
 ORIGINAL = "_fastbert_original_class"  # attribute of a patched class: the class that it replaces
 _CAPTURE = "transformers.utils.output_capturing"
 
@@ -59,10 +61,8 @@ def is_theirs(module: nn.Module) -> bool:
 
 
 def _hooks(module: nn.Module) -> Iterator[Callable]:
-    yield from module._forward_hooks.values()
-    yield from module._forward_pre_hooks.values()
-    yield from module._backward_hooks.values()
-    yield from module._backward_pre_hooks.values()
+    for hooks in hooks_of(module):
+        yield from hooks.values()
 
 
 def _is_awake(hook: Callable) -> bool:

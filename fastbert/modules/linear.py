@@ -98,10 +98,14 @@ def has_hooks(layer: nn.Module) -> bool:
 
     Accelerate's offloading and older transformers' output capture set such a forward.
     """
-    hooks = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        layer._backward_hooks,
-        layer._backward_pre_hooks,
+    return any(hooks_of(layer)) or "forward" in vars(layer)
+
+
+def hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    """The four dictionaries of a module's hooks."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
-    return any(hooks) or "forward" in vars(layer)

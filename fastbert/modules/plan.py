@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fastbert.modules.layer import LayerParts
+from fastbert.modules.linear import hooks_of
 
 # Attributes that the parts of a layer do not depend on.
 _UNREAD = {"in_features", "out_features", "normalized_shape", "elementwise_affine", "inplace"}
@@ -76,16 +77,6 @@ class Planner:
         if not any(hooks):  # hooked layers are read each time: some hooks are only active at times
             plans[layers.training] = _plan(layers, parts), hooks
         return parts
-
-
-def hooks_of(module: nn.Module) -> tuple[dict, ...]:
-    """The four dictionaries of a module's hooks."""
-    return (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
 
 
 def calls_layers(layers: nn.ModuleList) -> bool:

@@ -39,6 +39,13 @@ def test_links_from_the_root_lead_to_files(document):
         assert (ROOT / link).is_file(), link
 
 
+def test_files_that_contributing_names_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:fastbert|kernels|csrc|tests|docs|benchmarks)/[\w/.-]*)`", text)
+    assert len(named) > 20
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 def test_the_readme_can_be_read_at_one_sitting():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
 

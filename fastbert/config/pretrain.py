@@ -58,7 +58,7 @@ PRESETS = {
 
 
 OPTIMIZERS = ("adamw", "lamb")
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp8")
 
 
 # Options that do not change the results of a run, so they may change when it is resumed.
@@ -178,7 +178,8 @@ class PretrainConfig:
     )
     precision: str = option(
         "auto",
-        "auto, bf16, fp16 or fp32; auto is bf16 autocast where it is fast.",
+        "auto, bf16, fp16, fp32 or fp8; auto is bf16 autocast where it is fast, fp8 is bf16 with "
+        "the encoder's products in FP8.",
         group=OPTIMISATION,
     )
     seed: int = option(

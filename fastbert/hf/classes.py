@@ -24,6 +24,7 @@ from fastbert.hf.families import (
 )
 from fastbert.hf.heads import run_head, run_masked_lm, run_pretraining
 from fastbert.hf.stack import run_one_layer
+from fastbert.modules import fp8
 from fastbert.modules.graphs.buckets import Graphs, allow
 from fastbert.modules.request import DOCUMENTS
 
@@ -31,7 +32,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def patch(
-    model: Model, graphs: Graphs = "auto", padding: Literal["skip", "compute"] = "skip"
+    model: Model,
+    graphs: Graphs = "auto",
+    padding: Literal["skip", "compute"] = "skip",
+    precision: Literal["auto", "fp8"] = "auto",
 ) -> Model:
     """Makes a Hugging Face model run packed and fused, in place, and returns it.
 
@@ -50,9 +54,14 @@ def patch(
     "compute" computes them as Hugging Face does, for models that read them (ColBERT expands its
     queries by [MASK] tokens that no token attends to, https://arxiv.org/abs/2004.12832).
 
+    precision: "fp8" has the encoder's linear layers multiply in FP8 while the model is in training
+    mode, on GPUs of compute capability 8.9 or later, with scales that follow from earlier calls;
+    see `fastbert.modules.fp8`. "auto" computes in the precision that Hugging Face would.
+
     Raises TypeError, naming the class, if the model contains nothing to patch, and ValueError for
-    another `graphs` or `padding`.
+    another `graphs`, `padding` or `precision`.
     """
+    require(precision in ("auto", "fp8"), "precision", '"auto" or "fp8"', repr(precision))
     is_known = padding in ("skip", "compute")
     require(is_known, "padding", '"skip" or "compute"', repr(padding))
     found = is_patched(model)
@@ -70,6 +79,9 @@ def patch(
             f"got {type(model).__module__}.{type(model).__name__}, which has none"
         )
     allow(model, graphs)
+    fp8.disable(model)
+    if precision == "fp8":
+        fp8.enable(model)
     return model
 
 
@@ -81,6 +93,7 @@ def unpatch(model: Model) -> Model:
             module.__class__ = original
             keep_padding(module, False)
     allow(model, "auto")
+    fp8.disable(model)
     return model
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastbert.backend import Op
 
+FP8 = "_fastbert_fp8"  # attribute by which `fastbert.modules.fp8` marks a module
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -27,8 +28,20 @@ class Leaf:
 
     def __call__(self, x: Tensor) -> Tensor:
         if type(self.module) is nn.Linear and self.is_plain:
-            return F.linear(x, self.weight, self.bias)
+            return self.product(x, self.weight, self.bias)
         return self.module(x)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`x @ weight.T + bias`, in FP8 where this module's products are.
+
+        weight: that of a plain `nn.Linear`, or of several side by side, of which this is the first
+        """
+        slot = self.module.__dict__.get(FP8)
+        if slot is not None:
+            y = slot.product(x, weight, bias)
+            if y is not None:
+                return y
+        return F.linear(x, weight, bias)
 
     @property
     def weight(self) -> Any:
@@ -53,7 +66,7 @@ def fused_linear(x: Tensor, linears: Sequence[Leaf]) -> Tensor:
         without = biases.count(None)
         if without in (0, len(biases)):
             weight = torch.cat([layer.weight for layer in linears])
-            return F.linear(x, weight, None if without else torch.cat(biases))
+            return linears[0].product(x, weight, None if without else torch.cat(biases))
     return torch.cat([layer(x) for layer in linears], dim=-1)
 
 
@@ -69,8 +82,8 @@ def split_bias(x: Tensor, layer: Leaf, into: Op | None) -> tuple[Tensor, Tensor 
         return layer(x), None
     weight, bias = layer.weight, layer.bias
     if into is not None and (into.has_kernels(x.device.type) or rounds_products(x)):
-        return F.linear(x, weight), bias
-    return F.linear(x, weight, bias), None
+        return layer.product(x, weight, None), bias
+    return layer.product(x, weight, bias), None
 
 
 def rounds_products(x: Tensor) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastbert.modules.graphs import buckets
 from fastbert.modules.layer import LayerParts, run_layer, run_layers
+from fastbert.modules.linear import FP8
 from fastbert.modules.plan import calls_layers
 from fastbert.modules.sequences import Rows, Sequences
 
@@ -27,6 +28,10 @@ def run_stack(
     could not be read. Raises ValueError where `sequences` does not fit x.
     """
     reason = "output_hidden_states" if wanted_states else ""
+    scales = vars(layers).get(FP8)
+    if scales is not None:
+        scales.begin(x, layers.training)
+        reason = reason or "FP8, whose scales are new in each call"
     is_called = calls_layers(layers)
     if is_called or None in parts:
         reason = "layers that are called as modules: hooks, checkpointing, or other classes"

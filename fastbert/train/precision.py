@@ -2,9 +2,12 @@
 
 import torch
 
+from fastbert import backend
 from fastbert.check import InputError
+from fastbert.ops.fp8_linear import multiplies_fp8
 
-LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Autocast's dtypes; under "fp8", it is that of all but the encoder's products.
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -17,13 +20,21 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
-def resolve_precision(wanted: str) -> str:
+def resolve_precision(wanted: str, *, trains: bool = False) -> str:
     """The precision that is meant: "auto" is bf16 if the hardware multiplies in it, else fp32.
 
-    Raises InputError for an unknown precision.
+    trains: "fp8" is meant too. Raises InputError for an unknown precision, and for FP8 on hardware
+    that does not multiply it, unless the reference backend is forced, which emulates it.
     """
-    if wanted not in ("auto", "fp32", *LOW_PRECISION):
-        raise InputError(f"--precision: one of auto, bf16, fp16, fp32, got {wanted!r}")
+    known = ("auto", "bf16", "fp16", "fp32", *(("fp8",) if trains else ()))
+    if wanted not in known:
+        raise InputError(f"--precision: one of {', '.join(known)}, got {wanted!r}")
+    has_fp8 = torch.cuda.is_available() and multiplies_fp8(torch.device("cuda"))
+    if wanted == "fp8" and not has_fp8 and backend.forced() != "reference":
+        raise InputError(
+            "--precision fp8: needs a GPU that multiplies FP8 (compute capability 8.9 or later); "
+            "bf16 runs here, and FASTBERT_BACKEND=reference emulates FP8, slowly"
+        )
     if wanted != "auto":
         return wanted
     if torch.cuda.is_available():

@@ -15,6 +15,7 @@ from fastbert.check import InputError
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import Interrupted, OtherCache, loader
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
+from fastbert.modules import fp8
 from fastbert.system.console import console
 from fastbert.system.files import Unwritable, require_apart, write_json
 from fastbert.train import distributed
@@ -72,7 +73,9 @@ def carry_out(
         if directory is not None:
             require_apart(option, directory, config.corpus, models)
     with distributed.joined() as ranks, ranks.claimed(out), stoppable(recipe, out):
-        config = dataclasses.replace(config, precision=resolve_precision(config.precision))
+        config = dataclasses.replace(
+            config, precision=resolve_precision(config.precision, trains=True)
+        )
         torch.manual_seed(config.seed)
         with ranks.first_goes_ahead():
             text = _prepare(recipe, config, out, ranks, resume=resume)
@@ -121,6 +124,10 @@ def _set_up(
     model = recipe.make_model(text.tokenizer.get_vocab_size()).to(ranks.device)
     if begun is not None:
         run_state.load_weights(begun, model)
+    if config.precision == "fp8":
+        if parallel == "fsdp" and ranks.size > 1:
+            raise InputError("--precision fp8: not with --parallel fsdp, which shards the weights")
+        fp8.enable(model)
     objective = distributed.parallelised(recipe.make_objective(model), parallel, ranks)
     optimizer = make_optimizer(model, config.weight_decay, config.optimizer)
     scaler = make_scaler(config.precision, ranks.device)

@@ -18,6 +18,7 @@ from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.data import save_tokenizer
 from fastbert.models.base import BertPreTrainedModel
+from fastbert.modules import fp8
 from fastbert.train import distributed
 from fastbert.train.distributed import Ranks
 
@@ -65,6 +66,7 @@ def save(
     saved = {
         "state": dataclasses.asdict(state),
         "scaler": scaler.state_dict(),
+        "fp8": fp8.state(model),
         "rng": _rng_states(),
     }
     with ranks.new_directory(directory) as writing:
@@ -109,6 +111,7 @@ def load(
         else:
             distributed.load_optimizer(path.with_name(OPTIMIZER), model, optimizer)
         scaler.load_state_dict(saved.get("scaler", {}))
+        fp8.load(model, saved.get("fp8", []))
         state = TrainingState(**saved["state"])
     except FileNotFoundError:
         raise InputError(f"{path}: missing, so this checkpoint cannot be resumed") from None

@@ -105,7 +105,7 @@ class Distillation(Recipe):
         self, model: Any, heldout: dict[str, float], batches: list[PackedBatch], ranks: Ranks
     ) -> Verdict:
         objective, step = PretrainingObjective(self.model).eval(), int(heldout["step"])
-        precision = resolve_precision(self.config.precision)
+        precision = resolve_precision(self.config.precision, trains=True)
         found = evaluate(objective, batches, precision, step, ranks)
         loss, accuracy = found["heldout_mlm_loss"], found["mlm_accuracy"]
         sizes = [sum(p.numel() for p in m.parameters()) for m in (model, self.model)]

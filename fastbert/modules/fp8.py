@@ -1,0 +1,164 @@
+"""Linear layers of an encoder in FP8: which ones, and the scales of their casts.
+
+Scaling is delayed (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433, and NVIDIA's
+TransformerEngine): a cast's scale follows from the largest values of the last forward passes, so
+that no tensor is read twice. All of an encoder's scales are made at once when its forward begins,
+by a few operations on the device. Nothing here is a parameter or buffer: a checkpoint keeps Hugging
+Face's keys. Layers in training mode run in FP8, others as without.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import backend
+from fastbert.check import require
+from fastbert.modules.linear import FP8
+from fastbert.ops.fp8_linear import (
+    E4M3,
+    E5M2,
+    LARGEST,
+    MULTIPLE,
+    Call,
+    fp8_linear,
+    multiplies_fp8,
+    result_dtype,
+)
+
+HISTORY = 16  # forward passes whose largest values decide a scale
+INPUT, GRADIENT = 16.0, 1.0  # largest values that are assumed before any was seen
+
+
+class Scales:
+    """The scales of an encoder's P linear layers: of the input, the weight and the gradient.
+
+    history: (P, 3, HISTORY) float32, largest absolute values of earlier passes, the newest first;
+    amax: (P, 3) float32, those of the present pass so far, 0 for none; scale: (P, 3) float32,
+    powers of two for the present pass, None between passes and in eval mode.
+    """
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        first = torch.tensor([INPUT, 0.0, GRADIENT]).repeat(len(weights), 1)
+        largest = [weight.detach().abs().max().float() for weight in weights]
+        first[:, 1] = torch.stack(largest).max()  # of all: a product may be of several weights
+        self.history = first[..., None].repeat(1, 1, HISTORY)
+        self.amax = torch.zeros_like(first)
+        self.scale: Tensor | None = None
+
+    @torch.no_grad()
+    def begin(self, x: Tensor, training: bool) -> None:
+        """Makes the scales of a forward pass of which x is the input; none if not `training`.
+
+        Raises RuntimeError on hardware without FP8, unless a backend is forced that emulates it.
+        """
+        if not training:
+            self.scale = None
+            return
+        if backend.forced() is None and not multiplies_fp8(x.device):
+            raise RuntimeError(
+                f'precision="fp8": {x.device} does not multiply FP8, which needs a GPU of compute '
+                'capability 8.9 or later; `with fastbert.backend.use("reference"):` emulates it'
+            )
+        self.history, self.amax = self.history.to(x.device), self.amax.to(x.device)
+        newest = self.history[..., :1]
+        seen = torch.where(self.amax > 0, self.amax, newest[..., 0])  # a layer may have been unused
+        self.history.copy_(torch.cat([seen[..., None], self.history[..., :-1]], -1))
+        self.amax.zero_()
+        largest = self.history.amax(-1)
+        # a new tensor, as the backward of an earlier pass still reads that pass's
+        self.scale = torch.stack(
+            [
+                power_of_two(LARGEST[format] / largest[:, number])
+                for number, format in enumerate((E4M3, E4M3, E5M2))
+            ],
+            1,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the tensors that the next pass starts from, on the CPU."""
+        return {"history": self.history.cpu().clone(), "amax": self.amax.cpu().clone()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restores `state`; raises ValueError if it is of another number of layers."""
+        for name in ("history", "amax"):
+            own, given = getattr(self, name), state[name]
+            same = own.shape == given.shape
+            require(same, "fp8", f"{name} of shape {tuple(own.shape)}", tuple(given.shape))
+            own.copy_(given)
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The largest power of two that is not above x; 1 where x is 0, infinite or NaN."""
+    exponent = torch.frexp(x).exponent - 1
+    usual = torch.ldexp(torch.ones_like(x), exponent.clamp(-60, 60))
+    return torch.where((x > 0) & x.isfinite(), usual, 1.0)
+
+
+class Slot(NamedTuple):
+    """The place of one linear layer among its encoder's scales."""
+
+    scales: Scales
+    number: int
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """`x @ weight.T + bias` in FP8; None between passes and in eval mode."""
+        scale = self.scales.scale
+        if scale is None:
+            return None
+        if torch.compiler.is_compiling():
+            raise RuntimeError('fp8: not under torch.compile; patch with precision="auto"')
+        amax = self.scales.amax[self.number]
+        return fp8_linear.run(Call(x, weight, bias, scale[self.number], amax, result_dtype(x)))
+
+
+def enable(model: nn.Module) -> None:
+    """Has the linear layers of the model's encoders run in FP8 while they train.
+
+    Those of heads, embeddings and poolers do not, nor those with sizes that are not multiples of
+    16. Raises ValueError if no encoder has any.
+    """
+    found = False
+    for layers in _lists(model):
+        linears = [module for module in layers.modules() if _fits(module)]
+        if linears:
+            scales = Scales([linear.weight for linear in linears])
+            vars(layers)[FP8] = scales
+            for number, linear in enumerate(linears):
+                vars(linear)[FP8] = Slot(scales, number)
+            found = True
+    require(found, "fp8", "a model with layers in an nn.ModuleList", type(model).__name__)
+
+
+def disable(model: nn.Module) -> None:
+    """Takes `enable` back."""
+    for module in model.modules():
+        vars(module).pop(FP8, None)
+
+
+def scales_of(model: nn.Module) -> list[Scales]:
+    """The scales of each encoder of the model, in order; none if FP8 is not enabled."""
+    return [vars(layers)[FP8] for layers in _lists(model) if FP8 in vars(layers)]
+
+
+def state(model: nn.Module) -> list[dict[str, Tensor]]:
+    """What a checkpoint keeps of the scales; see `load`."""
+    return [scales.state() for scales in scales_of(model)]
+
+
+def load(model: nn.Module, saved: list[dict[str, Any]]) -> None:
+    """Restores what `state` gave; raises ValueError if it is of another model."""
+    own = scales_of(model)
+    require(len(own) == len(saved), "fp8", f"scales of {len(own)} encoders", len(saved))
+    for scales, one in zip(own, saved, strict=True):
+        scales.load(one)
+
+
+def _fits(module: nn.Module) -> bool:
+    sizes = module.weight.shape if type(module) is nn.Linear else (1,)
+    return not any(size % MULTIPLE for size in sizes)
+
+
+def _lists(model: nn.Module) -> Iterator[nn.ModuleList]:
+    return (module for module in model.modules() if isinstance(module, nn.ModuleList))

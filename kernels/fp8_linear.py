@@ -1,0 +1,118 @@
+"""The casts of a linear layer in FP8, each with its transposed copy, and the product of two casts.
+
+A product reads both operands along its inner dimension, so the three products of a linear layer
+(forward, and two in the backward) read each operand once as it lies and once transposed. One kernel
+writes both copies and the largest absolute value in one pass over the operand, as NVIDIA's
+TransformerEngine does. The products are cuBLAS's, by `torch._scaled_mm`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels.runtime import IS_INTERPRETED, LAUNCH, cdiv, launcher, on
+
+CAST_BLOCK = 64, 128, 8  # rows and columns of a tile, and warps
+MULTIPLE = 16  # cuBLAS wants inner dimensions that are multiples of it
+
+_INTERPRETED = tl.constexpr(IS_INTERPRETED)
+_INF = tl.constexpr(float("inf"))
+_NAN = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def _rounded(y, E5M2: tl.constexpr):
+    """To the nearest FP8 value, ties to even, in float32.
+
+    Only the interpreter needs it, whose casts to FP8 do not round as the hardware's do.
+    """
+    DROPPED: tl.constexpr = 21 if E5M2 else 20  # mantissa bits that FP8 lacks
+    LEAST: tl.constexpr = 6.103515625e-05 if E5M2 else 0.015625  # the least normal number
+    MAGIC: tl.constexpr = 192.0 if E5M2 else 24576.0  # whose last bit is the least subnormal one
+    bits = y.to(tl.int32, bitcast=True)
+    bits = (bits + ((1 << (DROPPED - 1)) - 1) + ((bits >> DROPPED) & 1)) & (-(1 << DROPPED))
+    normal = bits.to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(y) < LEAST, (y + MAGIC) - MAGIC, normal)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _cast_transpose_kernel(
+    x_ptr, scale_ptr,  # (M, N), ()
+    cast_ptr, transposed_ptr, amax_ptr,  # (P, N), (N, P), ()
+    x_row_stride,
+    n_rows, n_padded,  # M, and P >= M
+    N_COLS: tl.constexpr, E5M2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    LARGEST: tl.constexpr = 57344.0 if E5M2 else 448.0
+    strips: tl.constexpr = (N_COLS + COLS - 1) // COLS
+    rows = (tl.program_id(0) // strips).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(0) % strips * COLS + tl.arange(0, COLS)
+    is_col = cols < N_COLS
+    mask = (rows < n_rows)[:, None] & is_col[None, :]
+    x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    size = tl.abs(x)
+    # the maximum does not depend on the order in which programs arrive
+    tl.atomic_max(amax_ptr, tl.max(tl.where(size < _INF, size, 0.0)), sem="relaxed")
+
+    y = x * tl.load(scale_ptr)
+    y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
+    if _INTERPRETED:
+        y = _rounded(y, E5M2)
+    cast = y.to(tl.float8e5) if E5M2 else y.to(tl.float8e4nv)
+    cast = cast.to(tl.uint8, bitcast=True)
+    # an infinite gradient must not become a finite one; 0x7F is NaN in both formats
+    cast = tl.where(size < _INF, cast, 0x7F).to(tl.uint8)
+    out = (rows < n_padded)[:, None] & is_col[None, :]
+    tl.store(cast_ptr + rows[:, None] * N_COLS + cols[None, :], cast, mask=out)
+    place = cols[:, None].to(tl.int64) * n_padded + rows[None, :]
+    tl.store(transposed_ptr + place, tl.trans(cast), mask=tl.trans(out))
+
+
+def padded(n: int) -> int:
+    """The least multiple of 16 that is not below n."""
+    return cdiv(n, MULTIPLE) * MULTIPLE
+
+
+def _cast_outputs(x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool):
+    dtype = torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
+    rows, cols = padded(x.shape[0]), x.shape[1]
+    return x.new_empty(rows, cols, dtype=dtype), x.new_empty(cols, rows, dtype=dtype)
+
+
+@launcher(_cast_outputs, mutates=("amax",))
+def cast_transpose(x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool) -> tuple[Tensor, Tensor]:
+    """x (M, N) times `scale`, in FP8: (P, N) and (N, P), where P is M in whole 16s, filled with 0.
+
+    x has unit column stride; scale, amax: () float32. E5M2 if `e5m2`, else E4M3, rounded to the
+    nearest value, ties to even; what is too large saturates, and what is not finite becomes NaN.
+    Raises amax to the largest finite absolute value of x.
+    """
+    cast, transposed = _cast_outputs(x, scale, amax, e5m2)
+    n_rows, n_cols = x.shape
+    rows, cols, num_warps = CAST_BLOCK
+    if n_rows:
+        with on(x):
+            _cast_transpose_kernel[(cdiv(n_rows, rows) * cdiv(n_cols, cols),)](
+                x, scale, cast.view(torch.uint8), transposed.view(torch.uint8), amax,
+                x.stride(0), n_rows, cast.shape[0],
+                N_COLS=n_cols, E5M2=e5m2, ROWS=rows, COLS=cols, num_warps=num_warps, **LAUNCH,
+            )  # fmt: skip
+    return cast, transposed
+
+
+def product(
+    a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """a (M, K) b (N, K)^T / (scales) + bias: (M, N) in `dtype`.
+
+    a, b: casts; of_a, of_b: () float32, one over each cast's scale; bias: (N,) in `dtype`, or None
+    """
+    if a.is_cuda:
+        return torch._scaled_mm(
+            a, b.t(), scale_a=of_a, scale_b=of_b, bias=bias, out_dtype=dtype,
+            use_fast_accum=a.dtype == b.dtype,  # in the forward, as TransformerEngine does
+        )  # fmt: skip
+    y = (a.float() @ b.float().t()) * (of_a * of_b)
+    return (y if bias is None else y + bias.float()).to(dtype)

@@ -140,7 +140,8 @@ class _Fp8Linear(torch.autograd.Function):
             y = kernels.product(
                 x8, w8, of[0], of[1], None if bias is None else bias.to(dtype), dtype
             )
-        ctx.save_for_backward(x8_t, w8_t, scale, of, amax)
+        ctx.save_for_backward(x8_t, w8_t, scale, of)
+        ctx.amax = amax  # which the backward writes to and does not read
         ctx.kernels, ctx.bias_dtype = kernels, None if bias is None else bias.dtype
         ctx.dtypes = x.dtype, weight.dtype
         return y[: len(rows)].view(*x.shape[:-1], weight.shape[0])
@@ -148,11 +149,11 @@ class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     @once("fp8_linear")
     def backward(ctx, dy: Tensor):
-        x8_t, w8_t, scale, of, amax = ctx.saved_tensors
+        x8_t, w8_t, scale, of = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
         rows = as_rows(dy)
         dx = dweight = dbias = None
-        dy8, dy8_t = ctx.kernels.cast_transpose(rows, scale[2], amax[2], True)
+        dy8, dy8_t = ctx.kernels.cast_transpose(rows, scale[2], ctx.amax[2], True)
         if needs_x:
             dx = ctx.kernels.product(dy8, w8_t, of[2], of[1], None, ctx.dtypes[0])
             dx = dx[: len(rows)].view(*dy.shape[:-1], w8_t.shape[0])

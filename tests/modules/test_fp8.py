@@ -1,0 +1,205 @@
+"""FP8 in the encoders of own and patched models: which products, which scales, and what is kept."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import transformers
+
+import fastbert
+from fastbert import backend
+from fastbert.modules import fp8
+from fastbert.modules.linear import FP8
+from fastbert.ops.fp8_linear import E4M3, E5M2, LARGEST
+
+SHAPE = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 20,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+PER_LAYER = 6  # query, key, value, attention's output, intermediate, output
+IDS = torch.randint(1, 60, (3, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def emulated():
+    with backend.use("reference"):
+        yield
+
+
+def own():
+    torch.manual_seed(0)
+    model = fastbert.BertForMaskedLM(fastbert.BertConfig(**SHAPE))
+    fp8.enable(model)
+    return model.train()
+
+
+def patched():
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**SHAPE))
+    return fastbert.patch(model, precision="fp8").train()
+
+
+KINDS = pytest.mark.parametrize("make", [own, patched])
+
+
+def step(model):
+    loss = model(IDS, labels=IDS).loss
+    model.zero_grad()
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def without(model):
+    plain = copy.deepcopy(model)
+    fp8.disable(plain)
+    return plain
+
+
+@KINDS
+def test_training_is_near_that_of_float32_and_not_the_same(make):
+    model = make()
+    (loss, gradients), (expected, exact) = step(model), step(without(model))
+    assert 0 < abs(loss - expected) < 0.01
+    for name, gradient in gradients.items():
+        if exact[name].norm() > 1e-6:  # a key's bias has none
+            wrong = (gradient - exact[name]).norm() / exact[name].norm()
+            assert wrong < 0.15, name
+
+
+@KINDS
+def test_eval_mode_is_that_of_the_model_without(make):
+    model = make()
+    step(model)
+    with torch.no_grad():
+        found, expected = (one.eval()(IDS).logits for one in (model, without(model)))
+    assert torch.equal(found, expected)
+
+
+@KINDS
+def test_the_products_of_layers_and_no_others_are_in_fp8(make):
+    model = make()
+    report = str(fastbert.explain(model, input_ids=IDS, labels=IDS))
+    marked = [name for name, module in model.named_modules() if FP8 in vars(module)]
+    assert len(marked) == 1 + 2 * PER_LAYER
+    assert all("encoder.layer" in name for name in marked)
+    assert report.count("fp8_linear") >= 1
+
+
+@KINDS
+def test_scales_follow_the_largest_values_of_the_last_passes(make):
+    model = make()
+    (scales,) = fp8.scales_of(model)
+    initial = scales.history[:, :, 0].clone()
+    seen = []
+    for _ in range(fp8.HISTORY + 3):
+        step(model)
+        seen.append(scales.amax.clone())
+    model(IDS)  # begins another pass
+    # query, key and value are one product; two in the last layer, which has few queries
+    used = seen[0] > 0
+    assert used.sum() == 3 * (PER_LAYER - 2 + PER_LAYER - 1)
+    last = torch.stack(seen[-fp8.HISTORY :]).amax(0)
+    largest = torch.where(used, last, initial)
+    for number, format in enumerate((E4M3, E4M3, E5M2)):
+        for place in range(len(largest)):
+            scale, most = scales.scale[place, number].item(), largest[place, number].item()
+            assert math.frexp(scale)[0] == 0.5
+            assert scale * most <= LARGEST[format] < 2 * scale * most
+
+
+def test_powers_of_two():
+    x = torch.tensor([1.0, 1.999, 2.0, 0.3, 448.0, 0.0, torch.inf, torch.nan, 1e38, 1e-38])
+    found = fp8.power_of_two(x).tolist()
+    assert found == [1, 1, 2, 0.25, 256, 1, 1, 1, 2.0**60, 2.0**-60]
+
+
+@KINDS
+def test_checkpoints_have_the_same_keys(make):
+    model = make()
+    assert model.state_dict().keys() == without(model).state_dict().keys()
+
+
+@KINDS
+def test_copies_and_pickles_have_scales_of_their_own(make):
+    model = make()
+    step(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        (scales,), (theirs,) = fp8.scales_of(model), fp8.scales_of(other)
+        assert torch.equal(scales.history, theirs.history)
+        assert scales is not theirs
+        assert step(copy.deepcopy(model))[0] == step(other)[0]
+        slots = [vars(module).get(FP8) for module in other.modules()]
+        assert all(slot.scales is theirs for slot in slots if isinstance(slot, fp8.Slot))
+
+
+def test_the_state_goes_on_where_it_was():
+    model, other = own(), own()
+    for _ in range(3):
+        step(model)
+    fp8.load(other, fp8.state(model))
+    assert step(model)[0] == step(other)[0]
+    with pytest.raises(ValueError, match="scales of 1 encoders, got 0"):
+        fp8.load(other, [])
+
+
+@KINDS
+def test_a_checkpointed_encoder_has_the_same_gradients(make):
+    model, other = make(), make()
+    other.gradient_checkpointing_enable()
+    (loss, gradients), (expected, exact) = step(other), step(model)
+    assert loss == expected
+    for name in exact:
+        torch.testing.assert_close(gradients[name], exact[name], rtol=1e-5, atol=1e-7)
+
+
+def test_without_the_hardware_it_is_one_clear_error():
+    model = patched()
+    with backend.use(None), pytest.raises(RuntimeError, match="cpu does not multiply FP8"):
+        model(IDS)
+    with backend.use(None), torch.no_grad():
+        model.eval()(IDS)
+
+
+def test_unpatching_or_patching_again_takes_it_back():
+    model = patched()
+    assert fp8.scales_of(model)
+    assert not fp8.scales_of(fastbert.patch(model))
+    model = patched()
+    assert not fp8.scales_of(fastbert.unpatch(model))
+    with pytest.raises(ValueError, match='precision: expected "auto" or "fp8", got \'int8\''):
+        fastbert.patch(model, precision="int8")
+    with pytest.raises(ValueError, match="a model with layers"):
+        fp8.enable(torch.nn.Linear(16, 16))
+
+
+def test_sizes_that_the_products_do_not_take_stay_as_they_are():
+    torch.manual_seed(0)
+    config = fastbert.BertConfig(**SHAPE | {"intermediate_size": 40})
+    model = fastbert.BertModel(config)
+    fp8.enable(model)
+    marked = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(vars(module).get(FP8), fp8.Slot)
+    ]
+    assert len(marked) == 2 * 4
+    assert not any("intermediate" in name for name in marked)
+
+
+def test_torch_compile_leaves_the_products_out_or_says_so():
+    model = patched()
+    loss, _ = step(copy.deepcopy(model))
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="eager")
+    assert step(compiled)[0] == loss
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"not under torch\.compile"):
+        whole(IDS)

@@ -42,8 +42,8 @@ ROOMS = {
     "data": "data.batches data.masking data.text data.tokenized",
     "fill_mask": "check checkpoint config data models packing",
     "export": "check checkpoint config models modules reference system",
-    "train": "_version check checkpoint config data data.text data.tokenized models modules optim"
-    " packing system",
+    "train": "_version backend check checkpoint config data data.text data.tokenized models modules"
+    " ops optim packing system",
     "finetune": "check checkpoint config data data.formats data.streams data.text models packing"
     " system train",
     "embedding": "_version check checkpoint config data data.formats data.text finetune models"
@@ -123,7 +123,7 @@ def test_only_hf_imports_transformers():
 
 
 def test_files_and_folders_are_short():
-    for folder, most_lines, most_files in (("fastbert", 300, 15), ("kernels", 350, 16)):
+    for folder, most_lines, most_files in (("fastbert", 300, 15), ("kernels", 350, 17)):
         files = [file for file in FILES.values() if file.is_relative_to(ROOT / folder)]
         lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
         assert not {file: n for file, n in lengths.items() if n > most_lines}

@@ -9,7 +9,7 @@ from fastbert.check import InputError
 from fastbert.config.finetune import FinetuneConfig, read_delimiter
 from fastbert.data.formats.conll import read_conll
 from fastbert.data.formats.squad import read_squad
-from fastbert.data.formats.tables import Row, read_table
+from fastbert.data.formats.tables import Row, delimited_rows, read_table
 from fastbert.finetune import metrics
 from fastbert.finetune.infer import TASK_OF
 from fastbert.finetune.predict import write_json_lines
@@ -111,6 +111,17 @@ def test_a_header_that_is_not_divided_suggests_the_delimiter(character, write):
 def test_blanks_in_cells_stay_and_around_names_go(write):
     (row,) = read_table(write("a.tsv", " text \tlabel\u00a0\n a  b \tx\n"), ["text", "label"])
     assert row.values == {"text": " a  b ", "label": "x"}
+
+
+def test_a_table_without_a_header_is_refused(write, tmp_path):
+    for text, message in (
+        ("\ntext\na\n", "line 1: is blank"),
+        ("text\n", "has a header and no rows"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_table(write("a.csv", text), ["text"])
+    with pytest.raises(InputError, match="line 1: is blank"):
+        list(delimited_rows([], tmp_path / "a.csv", ["text"], ".csv", longest=9))
 
 
 def test_a_field_may_be_as_long_as_it_is(write):

@@ -54,6 +54,22 @@ def test_places_in_text_and_questions_without_an_id(write):
     assert [(q.id, q.answers[0].start) for q in read_squad(file)] == [("1", 4), ("2", 4)]
 
 
+def test_null_stands_for_a_value_that_is_missing(write):
+    answers = {"text": ["北京"], "answer_start": [4]}
+    none = {"text": [], "answer_start": []}
+    rows = [
+        FLAT | {"id": None, "answers": answers},
+        FLAT | {"id": None, "query_id": "q", "answers": answers, "is_impossible": None},
+        FLAT | {"id": None, "answers": none, "is_impossible": None},
+    ]
+    found = read_squad(write("a.json", json.dumps(rows)))
+    assert [q.id for q in found] == ["1", "q", "3"]
+    assert [q.is_impossible for q in found] == [False, False, True]
+    rows[1] = FLAT | {"id": 3, "answers": answers}
+    with pytest.raises(InputError, match="question 3: the id stands there twice; a question with"):
+        read_squad(write("a.json", json.dumps(rows)))
+
+
 @pytest.mark.parametrize(
     ("answers", "message"),
     [

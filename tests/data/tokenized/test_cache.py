@@ -11,14 +11,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from fastbert.check import InputError
-from fastbert.data import (
-    OtherCache,
-    TokenizedCorpus,
-    parts,
-    tokenize_corpus,
-    train_tokenizer,
-)
+from fastbert.data import OtherCache, TokenizedCorpus, tokenize_corpus, train_tokenizer
 from fastbert.data.text.encoding import DocumentEncoder
+from fastbert.data.tokenized import parts
 
 ARRAYS = ("tokens", "word_starts", "sentence_offsets", "document_offsets")
 

@@ -144,7 +144,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(f"{path}: truncated, corrupt, or holds more than tensors") from None
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        if "allocate memory" in str(error):  # not a matter of the file
+            raise
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{path}: truncated or corrupt ({reason})") from None
 

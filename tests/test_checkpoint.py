@@ -425,3 +425,19 @@ def test_the_fix_for_a_head_that_does_not_follow_num_labels(tmp_path):
     fastbert.BertForTokenClassification(fastbert.BertConfig(**SHAPE)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"asks for \(1,\); load it with ignore_mismatched_sizes"):
         fastbert.BertForMultipleChoice.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (PermissionError(13, "Permission denied"), InputError, r"cannot be read \(Permission de"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError, "^DefaultCPU"),
+    ],
+)
+def test_a_file_that_is_whole_is_not_called_truncated(saved, monkeypatch, error, kind, message):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "load_file", fail)
+    with pytest.raises(kind, match=message):
+        checkpoint.read_weights(saved[1])

@@ -82,8 +82,9 @@ def filled(text: str, results: Path = RESULTS) -> str:
 def block(results: Path, name: str, part: str) -> str:
     """A part's table, with a line on where and how it was measured; InputError for another part."""
     path, file = results / name, f"`benchmarks/results/{name}`"
-    if part not in (*PARTS, TARGETS, HEADLINES):
-        raise InputError(f"a block for {part!r}, expected one of {', '.join(PARTS)}")
+    parts = (*PARTS, TARGETS, HEADLINES)
+    if part not in parts:
+        raise InputError(f"a block for {part!r}, expected one of {', '.join(parts)}")
     if not path.exists():
         return "\nNot measured yet.\n\n"
     if part == HEADLINES:

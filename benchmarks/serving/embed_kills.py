@@ -1,8 +1,9 @@
 """`python -m benchmarks embed-kills`: embeds a corpus of 1 GB, and embeds it again under kills.
 
 The model is tiny and random, so that it takes minutes. `fastbert embed` is killed (SIGKILL) at
-random moments and started again; the last run may end. Its files must be those of the undisturbed
-run, bit for bit. Prints seconds, peak memory and the result as JSON; exits with 1 if files differ.
+random moments, spread over all of its work, and started again; the last run may end. Its files must
+be those of the undisturbed run, bit for bit. Prints seconds, peak memory (in MiB) and the result as
+JSON; exits with 1 if files differ.
 """
 
 import hashlib
@@ -12,10 +13,9 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -25,6 +25,15 @@ from fastbert.data import load_tokenizer, save_tokenizer
 
 WORDS = 2000
 WIDTH = 32
+SHARD_SIZE = 2048
+WATCHED = 0.01  # seconds between two looks at a run
+
+
+class Moment(NamedTuple):
+    """When a run is killed: `seconds` after `shards` files of shards are there."""
+
+    shards: int
+    seconds: float
 
 
 def make_model(directory: Path, words: list[str]) -> None:
@@ -61,23 +70,44 @@ def make_corpus(path: Path, words: list[str], size: int, generator: random.Rando
     return rows
 
 
-def command(model: Path, corpus: Path, out: Path) -> list[str]:
+def command(model: Path, corpus: Path, out: Path, shard_size: int) -> list[str]:
     options = {"model": model, "input": corpus, "out": out, "max-seq-len": 48}
-    options |= {"shard-size": 2048, "batch-tokens": 16384, "precision": "fp32"}
+    options |= {"shard-size": shard_size, "batch-tokens": 16384, "precision": "fp32"}
     given = [f"--{name}={value}" for name, value in options.items()]
     return [sys.executable, "-m", "fastbert.cli", "embed", "--truncate", *given]
 
 
-def run(arguments: list[str], until: float | None = None) -> tuple[int, float, float]:
-    """Exit status (-9 if killed after `until` seconds), seconds, and peak memory in MiB."""
-    start = time.perf_counter()
+def run(arguments: list[str], out: Path, kill: Moment | None = None) -> tuple[int, float, float]:
+    """Exit status (-9 if killed), seconds, and peak memory in MiB of a run that writes to `out`."""
+    start, end = time.perf_counter(), float("inf")
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
-    timer = threading.Timer(until or 1e6, process.kill)
-    timer.start()
-    _, status, usage = os.wait4(process.pid, 0)
-    timer.cancel()
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, time.perf_counter() - start, usage.ru_maxrss / 1024
+    while True:
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        now = time.perf_counter()
+        if ended:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return process.returncode, now - start, usage.ru_maxrss / 1024
+        if kill is not None and len(shards(out)) >= kill.shards:
+            end = min(end, now + kill.seconds)
+        if now >= end:
+            process.kill()
+        time.sleep(WATCHED)
+
+
+def shards(out: Path) -> list[Path]:
+    return sorted(out.glob("shard-*"))
+
+
+def seconds_of_a_shard(out: Path) -> float:
+    """The mean time between two shards of a run that was not disturbed; 0 for a single shard."""
+    ends = [path.stat().st_mtime for path in shards(out)]
+    return (ends[-1] - ends[0]) / max(len(ends) - 1, 1)
+
+
+def moments(generator: random.Random, kills: int, count: int, seconds: float) -> list[Moment]:
+    """One for each kill, in order: uniform over `count` shards that take `seconds` each."""
+    begins = sorted(generator.choices(range(count), k=kills))
+    return [Moment(begin, generator.uniform(0, seconds)) for begin in begins]
 
 
 def digests(out: Path) -> dict[str, str]:
@@ -86,33 +116,39 @@ def digests(out: Path) -> dict[str, str]:
     }
 
 
-def measure(place: Path, size: int, kills: int, seed: int) -> dict[str, Any]:
+def measure(
+    place: Path, size: int, kills: int, seed: int, shard_size: int = SHARD_SIZE
+) -> dict[str, Any]:
     generator = random.Random(seed)
     words = make_words(generator)
     make_model(place / "model", words)
     rows = make_corpus(place / "corpus.txt", words, size, generator)
-    whole, broken = (command(place / "model", place / "corpus.txt", place / n) for n in "ab")
-    status, seconds, peak = run(whole)
+    whole, broken = place / "a", place / "b"
+    again = command(place / "model", place / "corpus.txt", broken, shard_size)
+    status, seconds, peak = run(
+        command(place / "model", place / "corpus.txt", whole, shard_size), whole
+    )
     assert status == 0, "the undisturbed run failed"
-    found = {"bytes": size, "rows": rows, "seconds": round(seconds), "peak_mb": round(peak)}
+    count = len(shards(whole))
+    found = {"bytes": size, "rows": rows, "shards": count, "seconds": round(seconds)}
+    found |= {"peak_mib": round(peak)}
     print(json.dumps(found), flush=True)
-    peaks, moments, spent = [], [], time.perf_counter()
-    for number in range(kills):
-        # in sum about as long as the undisturbed run, so that each still finds work to do
-        moments.append(round(generator.uniform(0.5, 2 * seconds / (kills + 1)), 2))
-        status, _, peak = run(broken, moments[-1])
-        assert status == -signal.SIGKILL, f"ended with {status} before kill number {number + 1}"
+    peaks, killed_at, spent = [], [], time.perf_counter()
+    for kill in moments(generator, kills, count, seconds_of_a_shard(whole)):
+        status, _, peak = run(again, broken, kill)
+        assert status in (-signal.SIGKILL, 0), f"a run ended with {status} before its kill"
+        if status:  # a kill in the last shard may come too late
+            killed_at.append(len(shards(broken)))
         peaks.append(peak)
-    kept = len(list((place / "b").glob("shard-*")))
-    status, _, peak = run(broken)
+    status, _, peak = run(again, broken)
     assert status == 0, "the run after the kills failed"
-    same = digests(place / "a") == digests(place / "b")
+    same = digests(whole) == digests(broken)
     return found | {
-        "kills_after_seconds": moments,
+        "kills": len(killed_at),
+        "shards_at_kills": killed_at,
         "seconds_with_kills": round(time.perf_counter() - spent),
-        "peak_mb_with_kills": round(max(*peaks, peak)),
-        "shards_kept_by_kills": kept,
-        "files": len(digests(place / "a")),
+        "peak_mib_with_kills": round(max(*peaks, peak)),
+        "files": len(digests(whole)),
         "same": same,
     }
 

@@ -101,17 +101,21 @@ class Choice(Task):
         return features
 
     def forward(self, model: Any, batch: PackedBatch, features: Sequence[Feature]) -> Any:
-        return model(batch, num_choices=len(features[0].windows))
+        """The model's output with one score a sequence: questions may differ in their choices."""
+        return model(batch, num_choices=1)
 
     def loss(
         self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float
     ) -> Tensor:
-        logits = self.forward(model, batch, features).logits.float()
+        # all labelled questions have equally many choices, see `read`
+        logits = self.forward(model, batch, features).logits.float().view(len(features), -1)
         targets = torch.tensor([feature.target for feature in features], device=logits.device)
         return F.cross_entropy(logits, targets, reduction="sum") / total
 
     def scores(self, output: Any, features: Sequence[Feature]) -> list[NDArray[np.float32]]:
-        return list(to_host(output.logits))
+        """(C,) for each feature of C choices."""
+        ends = np.cumsum([len(feature.windows) for feature in features])
+        return np.split(to_host(output.logits)[:, 0], ends[:-1])
 
     def predict(self, examples, features, scores) -> list[Prediction]:
         return [

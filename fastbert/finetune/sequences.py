@@ -142,9 +142,13 @@ class MultiLabel(_SequenceTask):
         return [float(label in target) for label in self.labels]
 
     def balanced(self, examples: Sequence[TextExample]) -> list[float]:
-        """For each label, the number of examples without it over the number of examples with it."""
+        """For each label, the number of examples without it over the number of examples with it.
+
+        A label that none or all of them have gets 1: there is nothing to balance.
+        """
         have = np.array([self.number(example.target) for example in examples]).sum(0)
-        return ((len(examples) - have) / have).tolist()
+        lack = len(examples) - have
+        return np.where(have * lack > 0, lack / np.maximum(have, 1), 1.0).tolist()
 
     def loss(
         self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float

@@ -197,13 +197,16 @@ class Task(abc.ABC):
     def balanced(self, examples: Sequence[Any]) -> list[float]:
         """Weights with which all labels count alike in sum (scikit-learn's "balanced").
 
-        A label that occurs c times among n gets n / (number of labels * c).
+        A label that occurs c times among n gets n / (number of labels that occur * c). A label that
+        occurs only in the share to measure by gets 1, which no training example meets.
         """
         from sklearn.utils.class_weight import compute_class_weight
 
         y = np.array([label for example in examples for label in self.labels_of(example)])
-        weights = compute_class_weight("balanced", classes=np.array(self.labels), y=y)
-        return weights.tolist()
+        there = np.unique(y)
+        found = compute_class_weight("balanced", classes=there, y=y)
+        weights = dict(zip(there.tolist(), found.tolist(), strict=True))
+        return [weights.get(label, 1.0) for label in self.labels]
 
     def model_options(self) -> dict[str, Any]:
         """Fields of the model's configuration that replace those of the checkpoint."""

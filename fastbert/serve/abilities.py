@@ -109,7 +109,7 @@ class MaskFilling(Ability):
     A feature's target is the list of its [MASK] positions.
     """
 
-    MOST = 100  # words for a [MASK]
+    MOST = 100  # words for a [MASK], and the largest top_k of a request
 
     def __init__(self, tokenizer: Tokenizer, max_seq_len: int) -> None:
         self.tokenizer, self.max_seq_len = tokenizer, max_seq_len

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fastbert.serve.abilities import MaskFilling
+
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Text = str | Texts
 Sequence = Annotated[list[str], Field(min_length=1, max_length=2, fail_fast=True)]
@@ -59,7 +61,7 @@ class PredictBody(Body):
 
 class FillMaskBody(Body):
     inputs: Text
-    top_k: Annotated[int, Field(ge=1, le=100)] = 5
+    top_k: Annotated[int, Field(ge=1, le=MaskFilling.MOST)] = 5
     truncate: bool | None = None
 
 

@@ -189,10 +189,12 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     """A temporary directory for the block to fill, which then replaces `path` atomically.
 
     It lies beside `path`, is renamed when the block ends, and is removed if the block raises.
-    A failed write, for example on a full disk, raises an Unwritable that names `path`.
+    A failed write, for example on a full disk, raises an Unwritable that names `path`. So does a
+    file at `path`, before the block begins: it stays as it is.
     """
     target, beside = Path(os.path.realpath(path)), None
     try:
+        _require_no_file(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield beside
@@ -210,6 +212,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
 
 def _take_the_place(beside: Path, target: Path) -> None:
     """Renames a directory to `target`; an old directory there is removed only after that."""
+    _require_no_file(target)  # which may have come while the directory was filled
     if not target.exists():
         beside.rename(target)
     else:
@@ -222,6 +225,11 @@ def _take_the_place(beside: Path, target: Path) -> None:
             raise
         shutil.rmtree(old)
     _sync(target.parent)
+
+
+def _require_no_file(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
 
 def _sync(path: Path) -> None:

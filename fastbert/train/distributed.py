@@ -187,13 +187,16 @@ def save_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
 def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Reads into the optimizer what any number of ranks have saved. A collective call.
 
-    Raises RuntimeError if the files cannot be read.
+    Raises ValueError if the files cannot be read, OutOfMemoryError for a lack of memory.
     """
     state = get_optimizer_state_dict(model, optimizer)["state"]  # the optimizer's own, not copies
     try:
         dcp.load(state, checkpoint_id=directory)
     except dcp.api.CheckpointException as error:
-        raise RuntimeError(_reason(error)) from None
+        for failure, _ in error.failures.values():
+            if isinstance(failure, torch.OutOfMemoryError | MemoryError):
+                raise failure from None
+        raise ValueError(_reason(error)) from None
 
 
 def shard_state(optimizer: torch.optim.Optimizer, saved: dict) -> dict:

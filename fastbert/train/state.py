@@ -101,31 +101,58 @@ def load(
     """Restores the optimizer, the scaler, the random generators and the state from a checkpoint.
 
     A collective call; the number of ranks may differ from the number that saved the checkpoint.
-    Raises InputError for a file that is missing or damaged.
+    Raises InputError for a file that is missing or damaged. Other errors, such as a lack of memory
+    on the device, pass as they are.
     """
     path = directory / STATE
+    saved = _read(path)
     try:
-        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state = TrainingState(**saved["state"])
+        cpu, cuda = saved["rng"]["cpu"], saved["rng"].get("cuda", [])
         if "optimizer" in saved:
             optimizer.load_state_dict(distributed.shard_state(optimizer, saved["optimizer"]))
         else:
             distributed.load_optimizer(path.with_name(OPTIMIZER), model, optimizer)
+    except _DAMAGE as error:
+        raise _damaged(path, error) from None
+    try:
         scaler.load_state_dict(saved.get("scaler", {}))
         fp8.load(model, saved.get("fp8", []))
-        state = TrainingState(**saved["state"])
+        torch.set_rng_state(cpu)
+    except (*_DAMAGE, RuntimeError) as error:  # neither of them needs memory of a device
+        raise _damaged(path, error) from None
+    if torch.cuda.is_available() and cuda:
+        torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
+    return state
+
+
+# What values of another form raise. A RuntimeError may as well come from a device.
+_DAMAGE = (KeyError, IndexError, ValueError, TypeError, AttributeError)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The contents of a state file, on the CPU."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: missing, so this checkpoint cannot be resumed") from None
-    except Exception as error:
-        # a damaged file may raise in the zip archive, in the unpickler or in the optimizer
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"{path}: truncated or corrupt ({reason}); remove {directory} and point "
-            f"{directory.parent}/{checkpoint.LATEST} to an older checkpoint"
-        ) from None
-    torch.set_rng_state(saved["rng"]["cpu"])
-    if torch.cuda.is_available() and "cuda" in saved["rng"]:
-        torch.cuda.set_rng_state_all(saved["rng"]["cuda"][: torch.cuda.device_count()])
-    return state
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # the zip archive and the unpickler raise almost anything
+        if "allocate memory" in str(error):  # torch's own MemoryError
+            raise
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    reason = str(error).strip().split("\n")[0]
+    directory = path.parent
+    return InputError(
+        f"{path}: truncated or corrupt ({reason}); remove {directory} and point "
+        f"{directory.parent}/{checkpoint.LATEST} to an older checkpoint"
+    )
 
 
 def discard_partial(run: Path) -> None:

@@ -67,9 +67,16 @@ def test_what_cannot_be_read_is_found_before_there_is_work(model, tmp_path):
     with pytest.raises(InputError, match="line 51: no column 'text'"):
         embed_corpus(model, source, tmp_path / "out", shard_size=2, **OPTIONS)
     assert not (tmp_path / "out").exists()
-    source.write_text("\n")
-    with pytest.raises(InputError, match="has no rows"):
-        embed_corpus(model, source, tmp_path / "out", **OPTIONS)
+    for kind, text, message in (
+        ("jsonl", "\n", "is empty"),
+        ("csv", "", "is empty"),
+        ("csv", "text\n", "has no rows"),
+    ):
+        source = tmp_path / f"c.{kind}"
+        source.write_text(text)
+        with pytest.raises(InputError, match=message):
+            embed_corpus(model, source, tmp_path / "out", **OPTIONS)
+        assert not (tmp_path / "out").exists()
 
 
 def test_other_files_are_left_alone(model, corpus, tmp_path):

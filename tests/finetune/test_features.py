@@ -1,5 +1,6 @@
 """Sequences and windows, against Hugging Face's BertTokenizer and by their definitions."""
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -11,8 +12,9 @@ from fastbert.config.finetune import FinetuneConfig
 from fastbert.data import load_tokenizer
 from fastbert.data.formats.conll import Sentence
 from fastbert.data.formats.squad import Answer, Question
+from fastbert.finetune.choice import ChoiceExample
 from fastbert.finetune.features import WindowEncoder, best_window, collate, cut, parts
-from fastbert.finetune.infer import TASK_OF
+from fastbert.finetune.infer import TASK_OF, run
 from fastbert.finetune.sequences import TextExample
 from fastbert.finetune.task import Settings
 from fastbert.packing import IGNORE_INDEX
@@ -157,6 +159,32 @@ def test_a_text_of_several_windows_has_the_mean_of_their_scores(model):
     first, second = task.means(examples, features, scores)
     assert first.tolist() == [1.0, 2.0]
     assert second.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 25, 1000])
+def test_questions_with_other_numbers_of_choices_are_scored_each_by_itself(
+    model, encoder, batch_tokens
+):
+    words = ["cat", "dog", "red book", "blue"]
+    examples = [
+        ChoiceExample(f"row {n}", "the big", tuple(words[:n]), None) for n in (3, 2, 4, 2, 2, 3)
+    ]
+    task = task_of("choice", choice_column=("choices",))
+    trained = task.model_class.from_pretrained(model, ignore_mismatched_sizes=True)
+    device = torch.device("cpu")
+
+    def said(some, limit):
+        features = task.features(some, encoder)
+        scores = run(task, trained, features, limit, device, contextlib.nullcontext())
+        assert [one.shape for one in scores] == [(len(e.choices),) for e in some]
+        return task.predict(some, features, scores)
+
+    together = said(examples, batch_tokens)
+    for example, one in zip(examples, together, strict=True):
+        (alone,) = said([example], 1000)
+        assert len(one["probabilities"]) == len(example.choices)
+        assert one["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-6)
+        assert one["text"] == example.choices[one["choice"]]
 
 
 def test_parts_and_collate(model, encoder):

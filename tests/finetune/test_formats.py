@@ -9,7 +9,7 @@ from fastbert.check import InputError
 from fastbert.config.finetune import FinetuneConfig, read_delimiter
 from fastbert.data.formats.conll import read_conll
 from fastbert.data.formats.squad import read_squad
-from fastbert.data.formats.tables import Row, read_table
+from fastbert.data.formats.tables import Row, delimited_rows, read_table
 from fastbert.finetune import metrics
 from fastbert.finetune.infer import TASK_OF
 from fastbert.finetune.predict import write_json_lines
@@ -52,6 +52,22 @@ def test_places_in_text_and_questions_without_an_id(write):
     items = [{"question": "?", "answers": [{"text": "北京", "answer_start": "4"}]}] * 2
     file = write("a.json", {"data": [{"paragraphs": [{"context": CONTEXT, "qas": items}]}]})
     assert [(q.id, q.answers[0].start) for q in read_squad(file)] == [("1", 4), ("2", 4)]
+
+
+def test_null_stands_for_a_value_that_is_missing(write):
+    answers = {"text": ["北京"], "answer_start": [4]}
+    none = {"text": [], "answer_start": []}
+    rows = [
+        FLAT | {"id": None, "answers": answers},
+        FLAT | {"id": None, "query_id": "q", "answers": answers, "is_impossible": None},
+        FLAT | {"id": None, "answers": none, "is_impossible": None},
+    ]
+    found = read_squad(write("a.json", json.dumps(rows)))
+    assert [q.id for q in found] == ["1", "q", "3"]
+    assert [q.is_impossible for q in found] == [False, False, True]
+    rows[1] = FLAT | {"id": 3, "answers": answers}
+    with pytest.raises(InputError, match="question 3: the id stands there twice; a question with"):
+        read_squad(write("a.json", json.dumps(rows)))
 
 
 @pytest.mark.parametrize(
@@ -111,6 +127,17 @@ def test_a_header_that_is_not_divided_suggests_the_delimiter(character, write):
 def test_blanks_in_cells_stay_and_around_names_go(write):
     (row,) = read_table(write("a.tsv", " text \tlabel\u00a0\n a  b \tx\n"), ["text", "label"])
     assert row.values == {"text": " a  b ", "label": "x"}
+
+
+def test_a_table_without_a_header_is_refused(write, tmp_path):
+    for text, message in (
+        ("\ntext\na\n", "line 1: is blank"),
+        ("text\n", "has a header and no rows"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_table(write("a.csv", text), ["text"])
+    with pytest.raises(InputError, match="line 1: is blank"):
+        list(delimited_rows([], tmp_path / "a.csv", ["text"], ".csv", longest=9))
 
 
 def test_a_field_may_be_as_long_as_it_is(write):

@@ -6,7 +6,7 @@ import torch
 import fastbert
 from fastbert.config.finetune import FinetuneConfig
 from fastbert.data import load_tokenizer
-from fastbert.data.formats.conll import read_conll
+from fastbert.data.formats.conll import Sentence, read_conll
 from fastbert.data.formats.squad import read_squad
 from fastbert.data.formats.tables import read_table
 from fastbert.finetune.choice import Choice
@@ -87,6 +87,26 @@ def test_weights_of_labels():
     task.learn(examples)
     task.weigh(config, examples)
     torch.testing.assert_close(task.weights, torch.tensor([1 / 3, 3 / 1]))
+
+
+def test_a_label_that_is_only_measured_by_has_the_weight_1():
+    """As --dev-share can leave one: labels are learnt from both parts, weights from one."""
+    examples = [TextExample("x", ("a",), label) for label in ("a", "c", "c", "c", "b")]
+    task, config = make_task("classification", "balanced")
+    task.learn(examples)
+    task.weigh(config, examples[:-1])
+    torch.testing.assert_close(task.weights, torch.tensor([4 / 2, 1, 4 / (2 * 3)]))
+    sentences = [Sentence("x", ("w", "w"), labels) for labels in (("O", "O"), ("O", "B-X"))]
+    task, config = make_task("ner", "balanced")
+    task.learn(sentences)
+    task.weigh(config, sentences[:1])
+    assert task.weights.tolist() == [1, 1]
+    some = (("p", "q"), ("p",), ("p", "q"), ("p", "q"), ("r",))
+    examples = [TextExample("x", ("a",), labels) for labels in some]
+    task, config = make_task("multilabel", "balanced")
+    task.learn(examples)
+    task.weigh(config, examples[:-1])  # all have p, none has r
+    torch.testing.assert_close(task.weights, torch.tensor([1, 1 / 3, 1]))
 
 
 @pytest.mark.parametrize("weights", [(), ("9=3",)])

@@ -1,6 +1,7 @@
 """Each task from files to predictions, on data that can be learnt from a few examples."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -338,3 +339,25 @@ def test_predictions_are_computed_as_the_model_was_measured(model, write, tmp_pa
     assert errors["default"] == errors[precision]
     assert errors["bf16"] != errors["fp32"]
     assert summary["mse"] == pytest.approx(errors[precision], rel=1e-6)
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel"])
+def test_a_rare_label_may_fall_into_the_share_to_measure_by(model, write, tmp_path, task):
+    """Whichever part of the file it falls into, the run ends with a loss that is a number."""
+    rows = [{"text": "a cat", "label": label} for label in ("x", "y", "x", "y", "z")]
+    if task == "multilabel":
+        rows = [row | {"label": [row["label"]]} for row in rows]
+    file = write("rare.jsonl", rows)
+    where = set()
+    for seed in range(6):
+        summary = finetune(
+            FinetuneConfig(
+                model=str(model), task=task, train=file, dev_share=0.2, epochs=1, seed=seed,
+                class_weight=("balanced",), precision="fp32",
+            ),
+            tmp_path / str(seed),
+        )  # fmt: skip
+        support = {name: count for name, *_, count in summary["tables"][0]["rows"]}
+        where.add(support["z"])
+        assert math.isfinite(summary["history"][0]["loss"])
+    assert where == {0, 1}

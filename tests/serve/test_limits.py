@@ -1,6 +1,7 @@
 """What is too much, too late or not allowed is refused clearly; who leaves costs nothing."""
 
 import re
+import runpy
 import socket
 import sys
 import time
@@ -8,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import pydantic
 import pytest
 
 from fastbert.check import InputError
 from fastbert.config.serve import KEY_VARIABLE, ServeConfig
-from fastbert.serve import run
+from fastbert.serve import requests, run
+from fastbert.serve.abilities import MaskFilling
 from fastbert.serve.server import bind
 from tests.serve.running import Held, running
 
@@ -195,6 +198,14 @@ def test_a_key_that_cannot_be_one_is_an_error(model, tmp_path, key):
 def test_options_have_bounds(option, value, said):
     with pytest.raises(InputError, match=said):
         ServeConfig(model="m", **{option: value})
+
+
+def test_as_many_words_may_be_asked_for_as_are_computed(monkeypatch):
+    monkeypatch.setattr(MaskFilling, "MOST", 7)
+    body = runpy.run_path(requests.__file__)["FillMaskBody"]
+    assert body(inputs="[MASK]", top_k=7).top_k == 7
+    with pytest.raises(pydantic.ValidationError, match="less than or equal to 7"):
+        body(inputs="[MASK]", top_k=8)
 
 
 def test_a_port_that_is_taken_is_an_error():

@@ -132,6 +132,33 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         files.write_text(tmp_path / "file" / "b", "x")
 
 
+def test_a_file_is_not_replaced_by_a_directory(tmp_path):
+    path = tmp_path / "model"
+
+    def fill():
+        with files.new_directory(path) as writing:
+            begun.append(writing)
+            (writing / "a").write_text("new")
+            path.write_text("kept")
+
+    path.write_text("kept")
+    (tmp_path / "link").symlink_to(path)
+    begun = []
+    for name in ("model", "link"):
+        with (
+            pytest.raises(files.Unwritable, match=rf"{name}: cannot be written \(Not a directory"),
+            files.new_directory(tmp_path / name),
+        ):
+            begun.append(name)
+    assert not begun
+    path.unlink()
+    with pytest.raises(files.Unwritable, match="Not a directory"):  # it came meanwhile
+        fill()
+    assert begun
+    assert path.read_text() == "kept"
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["link", "model"]
+
+
 def test_an_error_of_writing_travels_between_processes():
     error = pickle.loads(pickle.dumps(files.Unwritable("a", "full")))
     assert (str(error), error.reason) == ("a: cannot be written (full)", "full")

@@ -40,7 +40,7 @@ def read_squad(path: Path, *, labelled: bool = True) -> list[Question]:
     [{"context_text": ..., "qas": [{"query_id": ..., "query_text": ..., "answers": ["..."]}]}]
     (Cui et al. 2019, https://arxiv.org/abs/1810.07366); flat rows of Hugging Face's `datasets`, in
     a list, under "data" or one a line: {"id", "context", "question", "answers": {"text": [...],
-    "answer_start": [...]}}. A question without an id gets its number as its id.
+    "answer_start": [...]}}. A question whose id is missing or null gets its number as its id.
 
     Raises InputError for a file that cannot be read, for JSON of another form, for an id that
     occurs twice, for an answer that is not at its answer_start, and, if `labelled`, for a question
@@ -59,7 +59,10 @@ def read_squad(path: Path, *, labelled: bool = True) -> list[Question]:
     seen: set[str] = set()
     for question in questions:
         if question.id in seen:
-            raise InputError(f"{question.where}: the id stands there twice")
+            raise InputError(
+                f"{question.where}: the id stands there twice; a question without one has its "
+                "number as its id"
+            )
         seen.add(question.id)
     return questions
 
@@ -105,7 +108,8 @@ def _items(path: Path, contents: list[Any]) -> Iterator[tuple[dict[str, Any], An
 def _question(
     path: Path, number: int, item: dict[str, Any], context: Any, labelled: bool
 ) -> Question:
-    name = str(item.get("id", item.get("query_id", number)))
+    given = (item[key] for key in ("id", "query_id") if item.get(key) is not None)
+    name = str(next(given, number))
     where = f"{path}, question {name}"
     question: Any = item.get("question", item.get("query_text"))
     _require_texts(where, question, context)
@@ -119,8 +123,9 @@ def _question(
         answers = [{"text": t, "answer_start": n} for t, n in zip(texts, starts, strict=True)]
     if not isinstance(answers, list | tuple):
         raise InputError(f"{where}: expected a list of answers, got {answers!r}")
+    marked = item.get("is_impossible")
     # flat rows have no is_impossible; there, an empty list means that the question is impossible
-    is_impossible = bool(item.get("is_impossible", flat and not answers))
+    is_impossible = bool(flat and not answers if marked is None else marked)
     found = () if is_impossible else tuple(_answer(where, one, context) for one in answers)
     if labelled and not found and not is_impossible:
         raise InputError(f"{where}: has no answer; mark it is_impossible if there is none")

@@ -129,13 +129,15 @@ def delimited_rows(
 
     kind: .csv or .tsv; longest: most characters of a field; lines_before: lines that the caller has
     skipped after the header, which the line numbers of messages include. Raises InputError as
-    `read_table` does, and for two columns of the same name.
+    `read_table` does, for two columns of the same name, and for a blank header.
     """
     csv.field_size_limit(longest)
     reader = csv.reader(lines, **dialect(kind, delimiter))
     start = 1  # first line of the row that is being read, for messages
     try:
-        header = [name.strip(_BLANKS) for name in next(reader)]
+        header = [name.strip(_BLANKS) for name in next(reader, [])]
+        if not any(header):
+            raise InputError(f"{path}, line 1: is blank; the first line names the columns")
         _check_columns(header, columns, f"{path}", _hint(header))
         if len(set(header)) < len(header):
             raise InputError(f"{path}: two columns have the same name, of {', '.join(header)}")
@@ -153,6 +155,11 @@ def delimited_rows(
                 )
             yield Row(where, dict(zip(header, fields, strict=True)))
     except csv.Error as error:
+        if str(error).startswith("new-line character"):  # `lines` are divided at \n alone
+            raise InputError(
+                f"{path}, line {start}: a carriage return (\\r) stands inside the line; end lines "
+                "with \\n or \\r\\n, and quote a field that contains one"
+            ) from None
         last = reader.line_num + lines_before
         goes_on = "" if last <= start else f", which goes on to line {last}"
         raise InputError(

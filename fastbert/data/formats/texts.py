@@ -52,7 +52,8 @@ class Texts(abc.ABC):
     def rows(self, start: Mark = BEGINNING) -> Iterator[Text]:
         """Yields the texts after a mark; empty texts too, so there is one for each line or row.
 
-        Raises InputError, which names the line, for what cannot be read.
+        Raises InputError, which names the line, for what cannot be read, and for a file that is
+        empty or holds only blanks.
         """
 
     def text(self, row: Row) -> str:
@@ -78,8 +79,9 @@ class _Lines:
             raise StopIteration
         offset, number = self.mark.offset + len(data), self.mark.lines + 1
         if len(data) > LONGEST:
+            hint = " (lines end with \\n or \\r\\n, not with \\r)" if b"\r" in data else ""
             raise InputError(
-                f"{self.path}, line {number}: is longer than {LONGEST:,} bytes; divide it"
+                f"{self.path}, line {number}: is longer than {LONGEST:,} bytes; divide it{hint}"
             )
         try:
             text = data.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -91,10 +93,17 @@ class _Lines:
         return text
 
 
+def _lines(path: Path, file: BinaryIO, start: Mark) -> _Lines:
+    """The lines after a mark; InputError at the beginning of a file in which all are blank."""
+    if start == BEGINNING and not any(map(str.strip, _Lines(path, file))):
+        raise InputError(f"{path}: is empty")
+    return _Lines(path, file, start)
+
+
 class _PlainLines(Texts):
     def rows(self, start: Mark = BEGINNING) -> Iterator[Text]:
         with self.path.open("rb") as file:
-            lines = _Lines(self.path, file, start)
+            lines = _lines(self.path, file, start)
             for line in lines:
                 text = line.removesuffix("\n").rstrip("\r")
                 yield Text(f"{self.path}, line {lines.mark.lines}", text, lines.mark)
@@ -103,7 +112,7 @@ class _PlainLines(Texts):
 class _JsonLines(Texts):
     def rows(self, start: Mark = BEGINNING) -> Iterator[Text]:
         with self.path.open("rb") as file:
-            lines = _Lines(self.path, file, start)
+            lines = _lines(self.path, file, start)
             for row in json_rows(lines, self.path, [self.column], start.lines):
                 yield Text(row.where, self.text(row), lines.mark)
 
@@ -113,7 +122,7 @@ class _Delimited(Texts):
         kind = ".tsv" if self.path.suffix.lower() == ".tsv" else ".csv"
         delimiter = None if self.delimiter is None else read_delimiter(self.delimiter)
         with self.path.open("rb") as file:
-            lines, header = _Lines(self.path, file), []
+            lines, header = _lines(self.path, file, BEGINNING), []
             for line in lines:  # a header is several lines if a quoted name contains line ends
                 header.append(line)
                 if _is_whole(header, dialect(kind, delimiter)):
@@ -150,7 +159,7 @@ class _Parquet(Texts):
         try:
             # without pre_buffer, pages are streamed: a whole row group may not fit into memory
             with parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
-                self._check(file.schema_arrow)
+                self._check(file)
                 groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
                 number = 0
                 while groups and number + groups[0] <= start.offset:
@@ -170,10 +179,12 @@ class _Parquet(Texts):
         except pyarrow.ArrowException as error:
             raise InputError(f"{self.path}: not readable as Parquet ({error})") from None
 
-    def _check(self, schema: Any) -> None:
-        if self.column not in schema.names:
-            names = ", ".join(schema.names)
-            raise InputError(f"{self.path}: no column {self.column!r}, only {names}")
+    def _check(self, file: Any) -> None:
+        names = file.schema_arrow.names
+        if self.column not in names:
+            raise InputError(f"{self.path}: no column {self.column!r}, only {', '.join(names)}")
+        if not file.metadata.num_rows:
+            raise InputError(f"{self.path}: has no rows")
 
 
 _KINDS: dict[str, type[Texts]] = {

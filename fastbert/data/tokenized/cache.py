@@ -23,7 +23,7 @@ from fastbert.data.text.segment import Segmenter, name_of
 from fastbert.data.tokenized import parts, workers
 from fastbert.data.tokenized.corpus import ARRAYS, FORMAT, TokenizedCorpus, open_cache, read_json
 from fastbert.data.tokenized.parts import Part
-from fastbert.data.tokenized.workers import Batch, Interrupted
+from fastbert.data.tokenized.workers import Batch, Foreign, Interrupted, foreign
 from fastbert.system import locks
 from fastbert.system.files import Unwritable, write_json
 
@@ -64,6 +64,7 @@ def tokenize_corpus(
     Raises InputError if no tokens are left; OtherCache if the directory holds a cache, or parts of
     one, of another corpus, tokenizer or segmenter; Interrupted if a process is killed or the
     directory cannot be written. After Interrupted, the next call continues where this one stopped.
+    An error that `documents`, the segmenter or `progress` raises passes unchanged.
     """
     if processes < 0:
         raise InputError(f"processes: at least 0, got {processes}")
@@ -81,6 +82,8 @@ def tokenize_corpus(
                 return corpus
             work = _Work(documents, meter or Meter(), progress or (lambda *_: None))
             return _build(work, encoder, processes, directory, made_from)
+    except Foreign as found:
+        raise found.error from found.error.__cause__
     except (OSError, Unwritable) as error:
         reason = Unwritable.because(directory, error).reason
         raise Interrupted(f"cache {directory}: cannot be written: {reason}") from error
@@ -98,6 +101,11 @@ def require_same(wanted: dict[str, Any], found: dict[str, Any], directory: Path)
             f"cache {directory}: was made with another {' and another '.join(others)}; "
             "remove the directory or name another one"
         )
+
+
+def _read(documents: Iterable[list[str]]) -> Iterator[list[str]]:
+    with foreign():
+        yield from documents
 
 
 class _Work:
@@ -119,7 +127,7 @@ class _Work:
     def missing(self, directory: Path) -> Iterator[Batch]:
         """Yields the batches that have no complete part yet."""
         before = 0
-        for number, documents in enumerate(parts.batches(self.documents)):
+        for number, documents in enumerate(parts.batches(_read(self.documents))):
             size, before = self.meter.bytes_read - before, self.meter.bytes_read
             if number in self.parts:
                 self._count(0, 0, size)
@@ -133,7 +141,8 @@ class _Work:
 
     def _count(self, documents: int, tokens: int, size: int) -> None:
         self.done = [a + b for a, b in zip(self.done, (documents, tokens, size), strict=True)]
-        self.progress(*self.done)
+        with foreign():
+            self.progress(*self.done)
 
     @property
     def tokens(self) -> int:

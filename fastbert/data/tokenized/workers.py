@@ -18,12 +18,30 @@ from typing import NamedTuple
 from fastbert.check import InputError
 from fastbert.data.text.encoding import DocumentEncoder
 from fastbert.data.tokenized.parts import Part, write_part
+from fastbert.system.files import Unwritable
 
 _UNDER_WAY = 2  # batches for each process, so that none waits while the next batch is read
 
 
 class Interrupted(InputError):
     """Tokenising has stopped; complete parts are kept, and the next run continues from there."""
+
+
+class Foreign(Exception):
+    """Carries an error of the caller's own code past handlers that are for errors of the cache."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)  # `args`, from which pickle makes it again in a process
+        self.error = error
+
+
+@contextlib.contextmanager
+def foreign() -> Iterator[None]:
+    """Runs code that the caller gave: its documents, its progress, its segmenter."""
+    try:
+        yield
+    except (OSError, Unwritable) as error:
+        raise Foreign(error) from error
 
 
 class Batch(NamedTuple):
@@ -78,7 +96,9 @@ def _done(under_way: dict[Future[Part], int]) -> Iterator[tuple[int, Part]]:
 
 
 def _write_part(encoder: DocumentEncoder, batch: Batch) -> Part:
-    return write_part(batch.path, len(batch.documents), encoder.encode(batch.documents))
+    with foreign():
+        encoded = encoder.encode(batch.documents)
+    return write_part(batch.path, len(batch.documents), encoded)
 
 
 def _require_portable(encoder: DocumentEncoder) -> None:

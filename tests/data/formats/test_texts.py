@@ -103,6 +103,10 @@ def test_parquet_in_row_groups(tmp_path):
         ("a.csv", b"text,b\na,b\nc\n", "line 3: expected 2 fields"),
         ("a.csv", b"text\n" + b'"' + b"x y\n" * 40, "line 2: .* a quotation mark opens a field"),
         ("a.csv", b"body\na\n", "no column 'text', only body"),
+        ("a.csv", b"\n\ntext\na\n", "line 1: is blank; the first line names the columns"),
+        ("a.csv", b"text,b\ra,1\rb,2\r", r"line 1: a carriage return \(\\r\) stands inside"),
+        ("a.tsv", b"text\tb\na\rb\t1\n", r"line 2: a carriage return \(\\r\) stands inside"),
+        ("a.csv", b"text\r" + b"a\r" * 50, r"longer than 100 bytes; .* not with \\r"),
         ("a.bin", b"a", r"expected one of \.txt, .*, got '\.bin'"),
     ],
 )
@@ -112,6 +116,34 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, name, text, message
     path.write_bytes(text)
     with pytest.raises(InputError, match=message):
         list(texts_of(path, "text").rows())
+
+
+@pytest.mark.parametrize("blank", [b"", b"\xef\xbb\xbf", b"\n\n", b" \r\n\t\n"])
+@pytest.mark.parametrize("ending", ["txt", "csv", "tsv", "jsonl"])
+def test_a_file_without_text_is_empty(tmp_path, ending, blank):
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes(blank)
+    for read in (lambda: list(texts_of(path, "text").rows()), lambda: _texts(path, "text", None)):
+        with pytest.raises(InputError, match=rf"a\.{ending}: is empty"):
+            read()
+
+
+def test_blank_lines_at_the_end_are_texts_from_any_mark(tmp_path):
+    path = write(tmp_path / "a.txt", "one\n\n \n")
+    *_, last = rows = list(texts_of(path, "text").rows())
+    assert [row.text for row in rows] == ["one", "", " "]
+    assert list(texts_of(path, "text").rows(rows[0].after)) == rows[1:]
+    assert list(texts_of(path, "text").rows(last.after)) == []
+
+
+def test_a_parquet_without_rows(tmp_path):
+    arrow = pytest.importorskip("pyarrow", reason="the extra [embed] is needed")
+    pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    arrow.parquet.write_table(arrow.table({"text": arrow.array([], arrow.string())}), path)
+    for read in (lambda: list(texts_of(path, "text").rows()), lambda: _texts(path, "text", None)):
+        with pytest.raises(InputError, match="has no rows"):
+            read()
 
 
 def test_a_stream_is_refused():

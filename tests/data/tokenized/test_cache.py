@@ -11,14 +11,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from fastbert.check import InputError
-from fastbert.data import (
-    OtherCache,
-    TokenizedCorpus,
-    parts,
-    tokenize_corpus,
-    train_tokenizer,
-)
+from fastbert.data import OtherCache, TokenizedCorpus, tokenize_corpus, train_tokenizer
 from fastbert.data.text.encoding import DocumentEncoder
+from fastbert.data.tokenized import parts
 
 ARRAYS = ("tokens", "word_starts", "sentence_offsets", "document_offsets")
 
@@ -285,6 +280,31 @@ def test_bad_corpora_and_directories(tokenizer, tmp_path):
         tokenize_corpus([["ba"]], tokenizer, tmp_path / "file", fingerprint="f")
     with pytest.raises(InputError, match="nowhere: not complete"):
         TokenizedCorpus.open(tmp_path / "nowhere")
+
+
+def unreadable(documents, after):
+    yield from documents[:after]
+    raise PermissionError(13, "Permission denied", "corpus.txt")
+
+
+def forgetful(sentence):
+    raise FileNotFoundError(2, "No such file or directory", "dictionary.txt")
+
+
+def complain(*_):
+    raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_of_the_callers_own_is_told_as_it_is(documents, tokenizer, tmp_path, processes):
+    options = {"fingerprint": "f", "processes": processes}
+    with pytest.raises(PermissionError, match=r"corpus\.txt"):
+        tokenize_corpus(unreadable(documents, 30), tokenizer, tmp_path / "a", **options)
+    with pytest.raises(FileNotFoundError, match=r"dictionary\.txt"):
+        tokenize_corpus([["北"]], tokenizer, tmp_path / "b", segmenter=forgetful, **options)
+    with pytest.raises(BrokenPipeError):
+        tokenize_corpus(documents, tokenizer, tmp_path / "c", progress=complain, **options)
+    assert tokenize_corpus(documents, tokenizer, tmp_path / "a", **options).num_documents == 80
 
 
 def test_the_manifest_tells_the_counts(documents, tokenizer, tmp_path):

@@ -1,0 +1,135 @@
+"""What a checkpoint's state says when it cannot be restored, and of whom."""
+
+import errno
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from fastbert.check import InputError
+from fastbert.train import distributed, state
+from fastbert.train.optimizer import make_optimizer
+from tests.models.pretraining_case import make_model
+
+DAMAGED = r"training_state\.pt: truncated or corrupt .*; remove .*checkpoint-1 and point .*latest"
+
+
+@pytest.fixture
+def parts():
+    """A model, an optimizer with a state, and a scaler."""
+    model = make_model()
+    optimizer = make_optimizer(model, 0.01, "adamw")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return model, optimizer, torch.amp.GradScaler("cpu", enabled=False)
+
+
+@pytest.fixture
+def directory(parts, tmp_path):
+    """A checkpoint of one process, without weights."""
+    directory = tmp_path / "checkpoint-1"
+    directory.mkdir()
+    _, optimizer, scaler = parts
+    saved = {
+        "state": {"text": "t", "step": 1},
+        "scaler": scaler.state_dict(),
+        "rng": {"cpu": torch.get_rng_state()},
+        "optimizer": optimizer.state_dict(),
+    }
+    torch.save(saved, directory / state.STATE)
+    return directory
+
+
+def without(directory, *names):
+    """Saves the state again, without one of its values."""
+    saved = torch.load(directory / state.STATE, weights_only=True)
+    *above, last = names
+    inside = saved
+    for name in above:
+        inside = inside[name]
+    del inside[last]
+    torch.save(saved, directory / state.STATE)
+
+
+def test_a_state_comes_back(parts, directory):
+    torch.manual_seed(1)
+    assert state.load(directory, *parts) == state.TrainingState("t", step=1)
+
+
+@pytest.mark.parametrize("size", [0, 7, 500, -1])
+def test_a_truncated_file_is_damaged(parts, directory, size):
+    path = directory / state.STATE
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(InputError, match=DAMAGED):
+        state.load(directory, *parts)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("state",),
+        ("state", "text"),
+        ("rng", "cpu"),
+        ("optimizer", "param_groups"),
+        ("optimizer", "param_groups", 0),
+        ("optimizer",),  # and there is no directory of shards
+    ],
+)
+def test_a_file_without_some_values_is_damaged(parts, directory, names):
+    without(directory, *names)
+    with pytest.raises(InputError, match=DAMAGED):
+        state.load(directory, *parts)
+
+
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+    ],
+)
+def test_an_error_of_the_device_is_not_one_of_the_file(parts, directory, monkeypatch, error):
+    _, optimizer, _ = parts
+    monkeypatch.setattr(optimizer, "load_state_dict", failing(error))
+    with pytest.raises(type(error), match="CUDA"):
+        state.load(directory, *parts)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")],
+)
+def test_a_lack_of_memory_while_reading_is_not_one_of_the_file(
+    parts, directory, monkeypatch, error
+):
+    monkeypatch.setattr(torch, "load", failing(error))
+    with pytest.raises(type(error)):
+        state.load(directory, *parts)
+
+
+def test_a_file_that_cannot_be_read_or_is_missing_is_told(parts, directory, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", failing(PermissionError(errno.EACCES, "Permission denied")))
+        with pytest.raises(InputError, match=r"state\.pt: cannot be read \(Permission denied\)$"):
+            state.load(directory, *parts)
+    (directory / state.STATE).unlink()
+    with pytest.raises(InputError, match="missing, so this checkpoint cannot be resumed"):
+        state.load(directory, *parts)
+
+
+def test_memory_that_shards_lack_is_told_as_such(parts, monkeypatch, tmp_path):
+    model, optimizer, _ = parts
+    for error, kind in ((torch.OutOfMemoryError("CUDA"), torch.OutOfMemoryError),
+                        (EOFError("Ran out of input"), ValueError)):  # fmt: skip
+        wrapped = dcp.api.CheckpointException("load", {0: (error, None)})
+        monkeypatch.setattr(dcp, "load", failing(wrapped))
+        with pytest.raises(kind, match=r"CUDA|Ran out"):
+            distributed.load_optimizer(tmp_path, model, optimizer)

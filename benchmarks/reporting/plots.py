@@ -74,7 +74,7 @@ def convergence(axes: plt.Axes, rows: list[Row]) -> None:
     for row in rows:
         for number, (name, losses) in enumerate(row["curves"].items()):
             label = name if row is rows[0] else None
-            style = ("-", "--", ":")[number]
+            style = ("-", "--", ":", "-.")[number]
             steps = range(1, len(losses) + 1)
             axes.plot(steps, losses, style, label=label, color=f"C{names.index(name)}", linewidth=1)
     case, gap = rows[0]["case"], max(gap for row in rows for gap in row["largest_gap"].values())

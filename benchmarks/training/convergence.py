@@ -2,9 +2,12 @@
 
 All read the same real text in the same batches, with the same initial weights and optimizer. On a
 CPU there is no dropout, so loss curves differ only by rounding. On a GPU they train BERT-base with
-dropout, whose masks differ; runs of several seeds show how far apart two runs may end.
+dropout, whose masks differ; runs of several seeds show how far apart two runs may end. With
+`--precision bf16` fastbert trains in FP8 too, which a CPU emulates.
 """
 
+import contextlib
+import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +18,16 @@ from torch import Tensor, nn
 
 import fastbert
 from benchmarks.results import FASTBERT, Options, Results
+from fastbert import backend
 from fastbert.config.pretrain import PRESETS, PretrainConfig
+from fastbert.modules import fp8
+from fastbert.ops.fp8_linear import multiplies_fp8
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 from fastbert.reference import ReferenceBert
 from fastbert.train.optimizer import linear_schedule, make_optimizer
 from fastbert.train.prepare import prepare_text
 
-REFERENCE, HUGGING_FACE = "reference", "Hugging Face"
+REFERENCE, HUGGING_FACE, FP8 = "reference", "Hugging Face", "fastbert, FP8"
 SEEDS = (0, 1, 2)
 
 LossOf = Callable[[PackedBatch], Tensor]
@@ -66,6 +72,7 @@ def compare(
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.dropout,
     }
+    is_cpu = options.device.type == "cpu"
     torch.manual_seed(config.seed)
     ours = fastbert.BertForPreTraining(fastbert.BertConfig(**shape))
     theirs = transformers.BertForPreTraining(transformers.BertConfig(**shape))
@@ -78,7 +85,16 @@ def compare(
         plain = ReferenceBert(ours.config)
         plain.load_state_dict(ours.state_dict(), strict=False)
         losses[REFERENCE] = (plain, lambda batch: plain(**padded(batch))[0])
-    return {name: train(*how, batches, config, options) for name, how in losses.items()}
+    if options.precision == "bf16" and (is_cpu or multiplies_fp8(options.device)):
+        eight = copy.deepcopy(ours)
+        fp8.enable(eight)
+        losses[FP8] = eight, lambda batch: eight(batch).loss
+    curves = {}
+    for name, how in losses.items():
+        emulated = backend.use("reference") if is_cpu and name == FP8 else contextlib.nullcontext()
+        with emulated:
+            curves[name] = train(*how, batches, config, options)
+    return curves
 
 
 def train(

@@ -1,5 +1,7 @@
 """The convergence benchmark trains three models on the same batches, and would see a difference."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -37,3 +39,14 @@ def test_the_curves_agree():
     for losses in row["curves"].values():
         assert len(losses) == row["case"]["steps"]
         assert losses[-1] < losses[0] - 0.5  # they learn
+
+
+@pytest.mark.slow
+def test_in_bf16_there_is_a_curve_in_fp8(monkeypatch):
+    options = Options(torch.device("cpu"), "bf16", quick=True)
+    (case,) = convergence.cases(options)
+    monkeypatch.setattr(convergence, "cases", lambda _: [dataclasses.replace(case, steps=4)])
+    results = Results(options)
+    convergence.run(options, results)
+    (row,) = results.of("convergence")
+    assert 0 < row["largest_gap"][convergence.FP8] < 0.1

@@ -259,7 +259,7 @@ def test_refuses_to_clip_over_two_devices():
     parameters = [torch.ones(2, requires_grad=True, device=device) for device in ("cpu", "meta")]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    with pytest.raises(ValueError, match="gradients on one device to clip.*max_grad_norm=None"):
+    with pytest.raises(ValueError, match=r"gradients on one device to clip.*max_grad_norm=None"):
         Lamb(parameters, variant="nvidia").step()
 
 

@@ -1,6 +1,5 @@
 """What the code of each kernel must keep to: wide loads, tensor cores, and no spills but a few."""
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -9,30 +8,29 @@ import torch
 from benchmarks.compiling.cases import SM80, SM100
 from benchmarks.launches import Launch
 
-M_N, ROWS_COLS = ("BLOCK_M", "BLOCK_N"), ("ROWS", "COLS")
-M_D, N_D, BLOCK_D = ("BLOCK_M", "BLOCK_D"), ("BLOCK_N", "BLOCK_D"), ("BLOCK", "BLOCK_D")
 TABLES = "word_ptr", "position_ptr", "token_type_ptr"
-BACKWARD_TILES = {"q_ptr": M_D, "dout_ptr": M_D, "k_ptr": N_D, "v_ptr": N_D}
+ROWS_COLS, M_N, M_D = ("ROWS", "COLS"), ("BLOCK_M", "BLOCK_N"), ("BLOCK_M", "BLOCK_D")
+N_D, BLOCK_D = ("BLOCK_N", "BLOCK_D"), ("BLOCK", "BLOCK_D")
 
-# By kernel: the tensors that it reads by tiles, and the constants that are a tile's sides. A thread
-# reads its share of each by loads of 16 bytes.
-TILES: dict[str, dict[str, tuple[str, ...]]] = {
-    "attention_drop_words_kernel": {},
-    "attention_fwd_kernel": {"q_ptr": M_D, "k_ptr": N_D, "v_ptr": N_D},
-    "attention_dq_kernel": BACKWARD_TILES,
-    "attention_dkdv_kernel": BACKWARD_TILES,
-    "attention_single_kernel": dict.fromkeys(BACKWARD_TILES, BLOCK_D),
-    "_bias_gelu_fwd_kernel": {"x_ptr": ROWS_COLS},
-    "_bias_gelu_bwd_kernel": {"x_ptr": ROWS_COLS, "dy_ptr": ROWS_COLS},
-    "_forward_kernel": dict.fromkeys(TABLES, M_N),
-    "_backward_kernel": dict.fromkeys((*TABLES, "dy_ptr"), M_N),
-    "_sum_chunks_kernel": {"dz_ptr": ("BLOCK_N",)},
-    "_join_chunks_kernel": {"heads_ptr": M_N},
-    "layer_norm_fwd_kernel": {"x_ptr": M_N, "residual_ptr": M_N},
-    "layer_norm_bwd_kernel": {"dy_ptr": M_N, "kept_ptr": M_N},
-    "_add_partials_kernel": {"partials_ptr": M_N},
-    "_cross_entropy_fwd_kernel": {"logits_ptr": ("DEPTH", "LANES")},
-    "_cross_entropy_bwd_kernel": {"logits_ptr": ROWS_COLS},
+# By kernel: the constants that are the sides of its tile, and the tensors that it reads by tiles,
+# each time that it does. A thread reads its share of each by loads of 16 bytes.
+TILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "attention_drop_words_kernel": (("BLOCK_ROWS", "BLOCK_WORDS"), ()),
+    "attention_fwd_kernel": (N_D, ("k_ptr", "v_ptr")),
+    "attention_dq_kernel": (N_D, ("k_ptr", "v_ptr")),
+    "attention_dkdv_kernel": (M_D, ("q_ptr", "dout_ptr")),
+    "attention_single_kernel": (BLOCK_D, ("q_ptr", "k_ptr", "v_ptr", "dout_ptr")),
+    "_bias_gelu_fwd_kernel": (ROWS_COLS, ("x_ptr",)),
+    "_bias_gelu_bwd_kernel": (ROWS_COLS, ("x_ptr", "dy_ptr")),
+    "_forward_kernel": (M_N, TABLES),
+    "_backward_kernel": (M_N, (*TABLES, "dy_ptr")),
+    "_sum_chunks_kernel": (("BLOCK_N",), ("dz_ptr",)),
+    "_join_chunks_kernel": (M_N, ("heads_ptr",)),
+    "layer_norm_fwd_kernel": (M_N, ("x_ptr", "residual_ptr")),
+    "layer_norm_bwd_kernel": (M_N, ("dy_ptr", "kept_ptr")),
+    "_add_partials_kernel": (M_N, ("partials_ptr",)),
+    "_cross_entropy_fwd_kernel": (("DEPTH", "LANES"), ("logits_ptr", "logits_ptr")),
+    "_cross_entropy_bwd_kernel": (ROWS_COLS, ("logits_ptr",)),
 }
 
 
@@ -48,29 +46,26 @@ class Limits(NamedTuple):
 
 
 def limits_of(launch: Launch) -> Limits:
-    values = launch.values
-    tile_bytes = sum(
-        math.prod(values[side] for side in sides) * values[name].itemsize
-        for name, sides in TILES[launch.kernel.__name__].items()
-        if values[name] is not None
-    )
+    values, (sides, tensors) = launch.values, TILES[launch.kernel.__name__]
+    element_bytes = sum(values[name].itemsize for name in tensors if values[name] is not None)
+    tile_bytes = element_bytes * math.prod(values[side] for side in sides)
     wide_loads = tile_bytes // (16 * 32 * values["num_warps"])
     has_dots = "PRECISION" in values  # which only a product has
     return Limits(wide_loads, has_dots, *_spills(launch))
 
 
 def block_of(launch: Launch) -> str:
-    """The sides of its tiles, and warps."""
-    sides = dict.fromkeys(itertools.chain(*TILES[launch.kernel.__name__].values()))
+    """The sides of its tile, and warps."""
+    sides, _ = TILES[launch.kernel.__name__]
     sizes = " x ".join(str(launch.values[side]) for side in sides)
-    return f"{sizes}, {launch.values['num_warps']} warps".removeprefix(", ")
+    return f"{sizes}, {launch.values['num_warps']} warps"
 
 
 def _spills(launch: Launch) -> tuple[int, str]:
     """How many are allowed, and why."""
     capability, kernel, values = launch
     name = kernel.__name__
-    if name.startswith("attention") and "PRECISION" in values:
+    if "PRECISION" in values:
         has_dropout = values["words_ptr"] is not None
         is_pipelined = name == "attention_dkdv_kernel" and values["num_stages"] > 1
         if values["q_ptr"].dtype == torch.float32:

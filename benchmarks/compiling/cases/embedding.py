@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator
 
-from benchmarks.compiling.cases import CAPABILITIES, DTYPES, ROWS, Case, dropout_of, floats, ids
+from benchmarks.compiling.cases import DTYPES, ROWS, SM90, Case, dropout_of, floats, ids
 from fastbert.ops.embedding import embedding_layer_norm
 
 
@@ -18,6 +18,6 @@ def cases() -> Iterator[Case]:
         vectors = (floats(columns, dtype=of_tables) for _ in range(2))
         tensors = (*tables, *vectors)
         call = functools.partial(embedding_layer_norm, ids(), ids(), ids(), dtype=DTYPES[dtype])
-        quick = CAPABILITIES * (label == "768 bf16, tables fp32")
+        quick = (SM90,) * (label == "768 bf16, tables fp32")
         yield Case(label, functools.partial(call, **dropout_of(0.1)), tensors, quick=quick)
         yield Case(f"{label}, inference", call, tensors, trains=False)

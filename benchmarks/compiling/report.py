@@ -38,11 +38,10 @@ class Report(NamedTuple):
     instructions: int
 
 
-class Gpu:
+class Gpu(NamedTuple):
     """Triton's driver of a GPU that is not here: kernels are compiled for it, and none can run."""
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
+    capability: int
 
     def get_current_device(self) -> int:
         return self.capability  # of each device Triton keeps what was compiled for it

@@ -73,23 +73,27 @@ def on(x: Tensor) -> Any:
 
 @functools.cache
 def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
 def capability(x: Tensor) -> int:
     """Compute capability 80, 90, 100, ..., which sets block shapes; the interpreter reports 90."""
-    return _capability(x.device) if x.is_cuda else 90
+    return _capability(x.device)
 
 
 @functools.cache
 def _num_sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def num_sms(x: Tensor) -> int:
     """Streaming multiprocessors of the device; the interpreter reports 4, for short loops."""
-    return _num_sms(x.device) if x.is_cuda else 4
+    return _num_sms(x.device)
 
 
 def stride_unit(*strides: int) -> int:

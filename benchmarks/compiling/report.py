@@ -2,7 +2,7 @@
 
 Compiles every launch of `benchmarks.compiling.cases` ahead of time for sm_80, sm_90 and sm_100 and
 reads registers, memory, tensor-core instructions and load widths from the binaries with the tools
-that Triton ships. Exits with 1 where a kernel exceeds its committed limits.
+that Triton ships. Exits with 1 where a kernel exceeds its limits, `benchmarks.compiling.limits`.
 """
 
 import re
@@ -17,9 +17,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import CompiledKernel
 
-from benchmarks.compiling.cases import UNITS, Case, all_cases
+from benchmarks.compiling.cases import CAPABILITIES, UNITS, all_cases
+from benchmarks.compiling.limits import Limits, block_of, limits_of
+from benchmarks.launches import Launch
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 TENSOR_CORES = r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b"
@@ -36,26 +38,31 @@ class Report(NamedTuple):
     instructions: int
 
 
-def compile_for(case: Case, capability: int) -> Report:
-    """Compiles and disassembles; pointers and strides are multiples of 16, as in the launcher."""
-    signature, attributes = {}, {}
-    for place, name in enumerate(case.kernel.arg_names):
-        if name in case.constants:
-            signature[name] = "constexpr"
-            continue
-        default = "*bf16" if name.endswith("_ptr") else "i32"
-        signature[name] = case.types.get(name, default)
-        if name.endswith(("_ptr", "_stride")) or name in case.divisible:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
-        ASTSource(case.kernel, signature, case.constants, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={
-            "num_warps": case.num_warps,
-            "num_stages": case.num_stages,
-            "enable_fp_fusion": True,
-        },
-    )
+class Gpu(NamedTuple):
+    """Triton's driver of a GPU that is not here: kernels are compiled for it, and none can run."""
+
+    capability: int
+
+    def get_current_device(self) -> int:
+        return self.capability  # of each device Triton keeps what was compiled for it
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def compile_for_its_gpu(launch: Launch) -> CompiledKernel:
+    """What Triton would compile for this launch, for its arguments' types, alignment and ones.
+
+    From then on the process has no GPU of its own.
+    """
+    triton.runtime.driver.set_active(Gpu(launch.capability))
+    return launch.kernel.warmup(grid=(1,), **launch.values)
+
+
+def disassembled(compiled: CompiledKernel) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -73,17 +80,16 @@ def compile_for(case: Case, capability: int) -> Report:
     )
 
 
-def faults(case: Case, capability: int, report: Report) -> list[str]:
-    """What in the code is beyond the case's limits."""
-    allowed = case.spills.get(capability, 0)
+def faults(limits: Limits, report: Report) -> list[str]:
+    """What in the code is beyond the limits."""
     found = []
-    if report.spills > allowed:
-        found.append(f"{report.spills} spills, {allowed} allowed")
-    if (report.stack or report.local) and not allowed:
+    if report.spills > limits.spills:
+        found.append(f"{report.spills} spills, {limits.spills} allowed")
+    if (report.stack or report.local) and not limits.spills:
         found.append(f"{report.stack + report.local} bytes of local memory")
-    if report.wide_loads < case.wide_loads:
-        found.append(f"{report.wide_loads} loads of 16 bytes, {case.wide_loads} wanted")
-    if case.dots and not report.matrix_products:
+    if report.wide_loads < limits.wide_loads:
+        found.append(f"{report.wide_loads} loads of 16 bytes, {limits.wide_loads} wanted")
+    if limits.dots and not report.matrix_products:
         found.append("no tensor-core instruction")
     return found
 
@@ -99,20 +105,25 @@ def main(
     only: Annotated[str, typer.Option(help=f"One unit: {', '.join(UNITS)}.")] = "",
 ) -> None:
     """Compiles every kernel for every GPU and prints what became of it."""
-    table = Table("kernel", "case", "GPU", *Report._fields, "verdict")
-    total = failed = 0
+    table = Table("kernel", "case", "block", "GPU", *Report._fields, "verdict")
+    seen: set[str] = set()
+    failed = 0
     for case in all_cases(only):
-        if quick and not case.quick:
-            continue
-        for capability in case.capabilities:
-            report = compile_for(case, capability)
-            found = faults(case, capability, report)
-            verdict = "; ".join(found) if found else "ok" + (case.reason and f" ({case.reason})")
-            name = case.kernel.__name__.strip("_")
-            table.add_row(name, case.label, f"sm_{capability}", *map(str, report), verdict)
-            total += 1
-            failed += bool(found)
+        for capability in case.quick if quick else CAPABILITIES:
+            for launch in case.launches(capability):
+                compiled = compile_for_its_gpu(launch)
+                if compiled.hash in seen:  # another case launched the very same
+                    continue
+                seen.add(compiled.hash)
+                limits, report = limits_of(launch), disassembled(compiled)
+                found = faults(limits, report)
+                verdict = "; ".join(found) or "ok" + (limits.reason and f" ({limits.reason})")
+                name, block = launch.kernel.__name__.strip("_"), block_of(launch)
+                gpu = f"sm_{capability}"
+                table.add_row(name, case.label, block, gpu, *map(str, report), verdict)
+                failed += bool(found)
     console = Console(width=200)
     console.print(table)
-    console.print(f"Triton {triton.__version__}: {total} compiled, {failed} beyond their limits")
+    summary = f"{len(seen)} compiled, {failed} beyond their limits"
+    console.print(f"Triton {triton.__version__}: {summary}")
     raise typer.Exit(1 if failed else 0)

@@ -1,40 +1,59 @@
-"""How each kernel is launched, for the compile report: one module a kernel unit, with `cases()`."""
+"""What the compile report compiles: calls of operators, a module a kernel unit, with `cases()`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.launches import MULTIPROCESSORS, Launch, recorded
+from fastbert.rng import DropoutState
 
 UNITS = sorted(file.stem for file in Path(__file__).parent.glob("[a-z]*.py"))
 
-CAPABILITIES = SM80, SM90, SM100 = 80, 90, 100
+CAPABILITIES = tuple(MULTIPROCESSORS)
+SM80, SM90, SM100 = CAPABILITIES
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROWS = 16  # no kernel is compiled for their number
 
 
 class Case(NamedTuple):
-    """One way a kernel is launched, and what its code must keep to.
+    """A call of an operator, whose kernels are compiled as they are launched.
 
-    kernel: the `@triton.jit` function; label: what distinguishes this case in the report; types:
-    Triton's types of arguments, by default `*bf16` for names that end in `_ptr` and i32 for others;
-    constants: values of constexpr arguments; wide_loads: 16-byte global loads that the code must
-    have at least; dots: whether it must use the tensor cores; spills: {capability: spilled loads
-    and stores allowed}, none where a capability is not named; reason: why any are allowed;
-    divisible: arguments, other than pointers and strides, that are known multiples of 16;
-    capabilities: the GPUs on which it is launched; quick: in the part that `make test` compiles.
+    label: what distinguishes it in the report; call: the operator; tensors: what it is called with,
+    and gets gradients; trains: with a backward behind it, and what that reads kept; quick: the GPUs
+    for which it is in the part that `make test` compiles.
     """
 
-    kernel: Any
     label: str
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int = 2
-    types: dict[str, str] = {}  # noqa: RUF012
-    wide_loads: int = 0
-    dots: bool = False
-    spills: dict[int, int] = {}  # noqa: RUF012
-    reason: str = ""
-    divisible: tuple[str, ...] = ()
-    capabilities: tuple[int, ...] = CAPABILITIES
-    quick: bool = False
+    call: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+    trains: bool = True
+    quick: tuple[int, ...] = ()
+
+    def launches(self, capability: int) -> list[Launch]:
+        leaves = [x.detach().requires_grad_(self.trains) for x in self.tensors]
+        with recorded(capability) as launches:
+            y = self.call(*leaves)
+            if self.trains:
+                torch.autograd.grad(y, leaves, torch.empty_like(y))
+        return launches
+
+
+def floats(*shape: int, dtype: str = "fp32") -> Tensor:
+    return torch.empty(shape, dtype=DTYPES[dtype])
+
+
+def ids(rows: int = ROWS) -> Tensor:
+    return torch.zeros(rows, dtype=torch.int64)
+
+
+def dropout_of(p: float) -> dict:
+    """Arguments for dropout with this probability."""
+    return {"dropout_p": p, "rng": DropoutState(ids(2), ids(), site=1)}
 
 
 def all_cases(only: str = "") -> Iterator[Case]:

@@ -2,84 +2,38 @@
 
 from collections.abc import Iterator
 
-from benchmarks.compiling.cases import SM100, Case
-from fastbert.kernels import layer_norm_bwd, layer_norm_fwd, partial_sums
+from torch import Tensor
 
-TYPES = {"state_ptr": "*i64", "token_key_ptr": "*i64", "eps": "fp32", "keep_scale": "fp32"}
-TYPES |= dict.fromkeys(("weight_ptr", "bias_ptr", "x_bias_ptr"), "*fp32")  # autocast's training
-TYPES |= dict.fromkeys(("mean_ptr", "rstd_ptr", "partials_ptr"), "*fp32")
-TYPES |= dict.fromkeys(("out0_ptr", "out1_ptr", "out2_ptr"), "*fp32")
-PLAIN = dict.fromkeys(("residual_ptr", "x_bias_ptr", "state_ptr", "token_key_ptr", "z_ptr"))
-FROM_Z, FROM_Y = {"bias_ptr": None}, {"mean_ptr": None}
-INFERENCE = dict.fromkeys(("state_ptr", "token_key_ptr", "z_ptr", "mean_ptr", "rstd_ptr"))
-NO_DROPOUT = FROM_Z | dict.fromkeys(("state_ptr", "token_key_ptr", "dx_ptr"))
+from benchmarks.compiling.cases import CAPABILITIES, ROWS, SM90, Case, dropout_of, floats
+from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 
 
 def cases() -> Iterator[Case]:
     for columns in (128, 312, 384, 768, 1024, 2048, 4096):
-        quick = columns == 768
-        yield _forward(columns, "dropout", {}, quick=quick)
-        for label, kept in (("dropout", FROM_Z), ("dropout, from y", FROM_Y)):
-            yield _backward(columns, label, kept | {"HAS_X_BIAS": True}, quick=quick)
+        is_quick = columns == 768
+        yield _add(columns, "dropout", quick=CAPABILITIES * is_quick)
+        yield _add(columns, "dropout, from y", save="y", quick=(SM90,) * is_quick)
     for columns in (768, 1024):
-        constants = dict.fromkeys(("state_ptr", "token_key_ptr"))
-        yield _forward(columns, "no dropout", constants)
-        yield _forward(columns, "plain", PLAIN)
-        yield _forward(columns, "inference", INFERENCE)
-        yield _forward(columns, "plain inference", PLAIN | INFERENCE)
-        yield _forward(columns, "dropout, for y", {"z_ptr": None, "mean_ptr": None})
-        yield _backward(columns, "no dropout", NO_DROPOUT | {"HAS_X_BIAS": True})
-        yield _backward(columns, "plain", NO_DROPOUT | {"HAS_X_BIAS": False})
+        yield _add(columns, "no dropout", dropout_p=0.0)
+        yield _add(columns, "inference", dropout_p=0.0, trains=False)
+        tensors = floats(ROWS, columns, dtype="bf16"), floats(columns), floats(columns)
+        yield Case(f"{columns} plain", layer_norm, tensors)
+        yield Case(f"{columns} plain inference", layer_norm, tensors, trains=False)
         for dtype in ("fp16", "fp32"):
-            yield _forward(columns, f"dropout {dtype}", {}, dtype)
-            for label, kept in (("dropout", FROM_Z), ("dropout, from y", FROM_Y)):
-                yield _backward(columns, f"{label} {dtype}", kept | {"HAS_X_BIAS": True}, dtype)
-        block_m, block_n, num_warps = partial_sums.ADD_BLOCK
-        constants = {"N_COLS": columns, "BLOCK_M": block_m, "BLOCK_N": block_n}
-        kernel = partial_sums._add_partials_kernel
-        yield Case(kernel, str(columns), constants, num_warps, types=TYPES, wide_loads=1)
+            yield _add(columns, f"dropout {dtype}", dtype)
+            yield _add(columns, f"dropout, from y {dtype}", dtype, save="y")
 
 
-def _forward(columns, label, constants, dtype="bf16", quick=False) -> Case:
-    block = layer_norm_fwd.forward_block(columns)
-    return _case(
-        layer_norm_fwd.layer_norm_fwd_kernel, block, columns, label, constants, dtype, quick
-    )
+def _add(
+    columns: int, label: str, dtype: str = "bf16", *, dropout_p: float = 0.1, save: str = "z",
+    trains: bool = True, quick: tuple[int, ...] = (),
+) -> Case:  # fmt: skip
+    """Of activations in `dtype`; the parameters are float32, as in training under autocast."""
+    options = {"save": save, **dropout_of(dropout_p)}
 
+    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:
+        return dropout_add_layer_norm(x, residual, weight, bias, x_bias=x_bias, **options)
 
-def _backward(columns, label, constants, dtype="bf16", quick=False) -> Case:
-    block = layer_norm_bwd.backward_block(columns)
-    case = _case(
-        layer_norm_bwd.layer_norm_bwd_kernel, block, columns, label, constants, dtype, quick
-    )
-    if case.label == "768 dropout fp32":
-        # 8 warps would not spill, but the table is also that of bf16
-        return case._replace(spills={SM100: 2}, reason="one register with Triton 3.8 and 3.9")
-    return case
-
-
-def _case(kernel, block, columns, label, constants, dtype, quick) -> Case:
-    block_m, block_n, num_warps = block
-    shape = {"N_COLS": columns, "BLOCK_M": block_m, "BLOCK_N": block_n, "UNIT": 8}
-    element_bytes = 4 if dtype == "fp32" else 2
-    loads = block_m * block_n * element_bytes // (16 * 32 * num_warps)  # a thread, of each tensor
-    tensors = 1 if "residual_ptr" in constants else 2
-    activations = (
-        "x_ptr",
-        "residual_ptr",
-        "y_ptr",
-        "z_ptr",
-        "kept_ptr",
-        "dy_ptr",
-        "dz_ptr",
-        "dx_ptr",
-    )
-    return Case(
-        kernel,
-        f"{columns} {label}",
-        constants | shape,
-        num_warps,
-        types=TYPES | dict.fromkeys(activations, f"*{dtype}"),
-        wide_loads=tensors * loads,
-        quick=quick,
-    )
+    activations = (floats(ROWS, columns, dtype=dtype) for _ in range(2))
+    parameters = (floats(columns) for _ in range(3))
+    return Case(f"{columns} {label}", call, (*activations, *parameters), trains, quick)

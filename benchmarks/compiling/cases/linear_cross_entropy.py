@@ -1,40 +1,22 @@
 """Cross-entropy over BERT's vocabulary, padded from 30,522 to 30,528 columns."""
 
+import functools
 from collections.abc import Iterator
 
-from benchmarks.compiling.cases import Case
-from fastbert.kernels import linear_cross_entropy as unit
+from benchmarks.compiling.cases import CAPABILITIES, DTYPES, ROWS, Case, floats, ids
+from fastbert.ops.linear_cross_entropy import linear_cross_entropy
 
-STATISTICS = ("loss_ptr", "highest_ptr", "total_ptr", "scale_ptr", "dbias_ptr")
+CLASSES, HIDDEN = 30522, 16  # the product is not ours: a small one
 
 
 def cases() -> Iterator[Case]:
-    classes = {"N_CLASSES": 30522, "N_COLS": 30528}
-    depth, lanes, fwd_warps = unit.FWD_BLOCK
-    rows, cols, bwd_warps = unit.BWD_BLOCK
-    for dtype in ("bf16", "fp16", "fp32"):
-        types = {
-            "logits_ptr": f"*{dtype}",
-            **dict.fromkeys(STATISTICS, "*fp32"),
-            "target_ptr": "*i64",
-            "correct_ptr": "*i32",
-            "label_smoothing": "fp32",
-        }
-        wide = 2 if dtype == "fp32" else 1  # loads of 16 bytes for 8 elements
-        for smooth in (False, True):
-            label = f"{dtype}{' smoothed' * smooth}"
-            constants = {**classes, "DEPTH": depth, "LANES": lanes, "SMOOTH": smooth}
-            yield Case(
-                unit._cross_entropy_fwd_kernel, label, constants, fwd_warps, types=types,
-                wide_loads=2 * depth * wide, quick=label == "bf16",
-            )  # fmt: skip
-        constants |= {"SMOOTH": False, "highest_ptr": None, "total_ptr": None}
-        yield Case(
-            unit._cross_entropy_fwd_kernel, f"{dtype} inference", constants, fwd_warps, types=types,
-            wide_loads=2 * depth * wide,
-        )  # fmt: skip
-        constants = {**classes, "ROWS": rows, "COLS": cols}
-        yield Case(
-            unit._cross_entropy_bwd_kernel, dtype, constants, bwd_warps, types=types,
-            wide_loads=rows // 4 * wide, quick=dtype == "bf16",
-        )  # fmt: skip
+    for dtype in DTYPES:
+        # the weight and bias are float32 parameters, as under autocast
+        tensors = floats(ROWS, HIDDEN, dtype=dtype), floats(CLASSES, HIDDEN), floats(CLASSES)
+        for label, smoothing, trains in (
+            (dtype, 0.0, True),
+            (f"{dtype} smoothed", 0.1, True),
+            (f"{dtype} inference", 0.0, False),
+        ):
+            call = functools.partial(linear_cross_entropy, targets=ids(), label_smoothing=smoothing)
+            yield Case(label, call, tensors, trains, CAPABILITIES * (label == "bf16"))

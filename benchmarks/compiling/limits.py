@@ -1,0 +1,86 @@
+"""What the code of each kernel must keep to: wide loads, tensor cores, and no spills but a few."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.compiling.cases import SM80, SM100
+from benchmarks.launches import Launch
+
+TABLES = "word_ptr", "position_ptr", "token_type_ptr"
+ROWS_COLS, M_N, M_D = ("ROWS", "COLS"), ("BLOCK_M", "BLOCK_N"), ("BLOCK_M", "BLOCK_D")
+N_D, BLOCK_D = ("BLOCK_N", "BLOCK_D"), ("BLOCK", "BLOCK_D")
+
+# By kernel: the constants that are the sides of its tile, and the tensors that it reads by tiles,
+# each time that it does. A thread reads its share of each by loads of 16 bytes.
+TILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "attention_drop_words_kernel": (("BLOCK_ROWS", "BLOCK_WORDS"), ()),
+    "attention_fwd_kernel": (N_D, ("k_ptr", "v_ptr")),
+    "attention_dq_kernel": (N_D, ("k_ptr", "v_ptr")),
+    "attention_dkdv_kernel": (M_D, ("q_ptr", "dout_ptr")),
+    "attention_single_kernel": (BLOCK_D, ("q_ptr", "k_ptr", "v_ptr", "dout_ptr")),
+    "_bias_gelu_fwd_kernel": (ROWS_COLS, ("x_ptr",)),
+    "_bias_gelu_bwd_kernel": (ROWS_COLS, ("x_ptr", "dy_ptr")),
+    "_forward_kernel": (M_N, TABLES),
+    "_backward_kernel": (M_N, (*TABLES, "dy_ptr")),
+    "_sum_chunks_kernel": (("BLOCK_N",), ("dz_ptr",)),
+    "_join_chunks_kernel": (M_N, ("heads_ptr",)),
+    "layer_norm_fwd_kernel": (M_N, ("x_ptr", "residual_ptr")),
+    "layer_norm_bwd_kernel": (M_N, ("dy_ptr", "kept_ptr")),
+    "_add_partials_kernel": (M_N, ("partials_ptr",)),
+    "_cross_entropy_fwd_kernel": (("DEPTH", "LANES"), ("logits_ptr", "logits_ptr")),
+    "_cross_entropy_bwd_kernel": (ROWS_COLS, ("logits_ptr",)),
+}
+
+
+class Limits(NamedTuple):
+    """wide_loads: 16-byte global loads that the code must have at least; dots: whether it must use
+    the tensor cores; spills: spilled loads and stores allowed; reason: why any are.
+    """
+
+    wide_loads: int
+    dots: bool
+    spills: int
+    reason: str
+
+
+def limits_of(launch: Launch) -> Limits:
+    values, (sides, tensors) = launch.values, TILES[launch.kernel.__name__]
+    element_bytes = sum(values[name].itemsize for name in tensors if values[name] is not None)
+    tile_bytes = element_bytes * math.prod(values[side] for side in sides)
+    wide_loads = tile_bytes // (16 * 32 * values["num_warps"])
+    has_dots = "PRECISION" in values  # which only a product has
+    return Limits(wide_loads, has_dots, *_spills(launch))
+
+
+def block_of(launch: Launch) -> str:
+    """The sides of its tile, and warps."""
+    sides, _ = TILES[launch.kernel.__name__]
+    sizes = " x ".join(str(launch.values[side]) for side in sides)
+    return f"{sizes}, {launch.values['num_warps']} warps"
+
+
+def _spills(launch: Launch) -> tuple[int, str]:
+    """How many are allowed, and why."""
+    capability, kernel, values = launch
+    name = kernel.__name__
+    if "PRECISION" in values:
+        has_dropout = values["words_ptr"] is not None
+        is_pipelined = name == "attention_dkdv_kernel" and values["num_stages"] > 1
+        if values["q_ptr"].dtype == torch.float32:
+            return 200, "three tf32 products for one in float32"
+        if values.get("BLOCK") == 128 and values["num_warps"] == 4:
+            return 115, "faster than 8 warps without"
+        if has_dropout and (is_pipelined or (capability == SM100 and values["HEAD_DIM"] > 64)):
+            return 4, "two registers with Triton 3.9"
+        if has_dropout and capability == SM80:
+            return 2, "one register with Triton 3.6"
+    if capability == SM100 and values.get("N_COLS") == 768:
+        if name == "layer_norm_bwd_kernel" and values["kept_ptr"].dtype == torch.float32:
+            # 8 warps would not spill, but the table is also that of bf16
+            return 2, "one register with Triton 3.8 and 3.9"
+        if name == "_backward_kernel" and values["word_ptr"].dtype == torch.float16:
+            # twice the warps would not spill; autocast, with tables in float32, does not need them
+            return 2, "one register with Triton 3.9"
+    return 0, ""

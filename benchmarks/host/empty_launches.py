@@ -42,20 +42,9 @@ def run(options: Options, results: Results) -> None:
 
 @contextlib.contextmanager
 def in_place() -> Iterator[None]:
-<<<<<<< HEAD
     """Operators on CPU tensors choose the backends that a GPU has, and no Triton kernel runs."""
-    with (
-        mock.patch.dict(backend.PREFERENCE, cpu=backend.PREFERENCE["cuda"]),
-        mock.patch.object(backend, "INTERPRETED", True),  # allows Triton on CPU tensors
-        mock.patch.object(KernelInterface, "__getitem__", _launcher),
-        backend.use(None),  # forgets the bodies chosen before, and afterwards those of here
-    ):
-        # much uninitialised memory reads as denormal numbers, with which a CPU is slow
-=======
-    """Operators on CPU tensors take the backends that a GPU has, and no Triton kernel runs."""
     with launches.replaced(_launcher):
-        # much of the memory that was there reads as denormal numbers, which a CPU is slow with
->>>>>>> compiling
+        # much uninitialised memory reads as denormal numbers, with which a CPU is slow
         torch.set_flush_denormal(True)
         try:
             yield

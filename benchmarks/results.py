@@ -21,7 +21,7 @@ from fastbert.check import InputError
 from fastbert.train.report import environment
 
 # Candidates that a step is timed beside; operators are timed beside others.
-FASTBERT = "fastbert"
+FASTBERT, FP8 = "fastbert", "FP8 (fastbert)"
 EAGER, SDPA, COMPILED = (f"Hugging Face ({how})" for how in ("eager", "SDPA", "torch.compile"))
 # Calls of small batches are also timed beside a compiled model that replays CUDA graphs.
 REDUCED = "Hugging Face (torch.compile, reduce-overhead)"

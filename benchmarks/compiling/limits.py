@@ -22,6 +22,7 @@ TILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "attention_single_kernel": (BLOCK_D, ("q_ptr", "k_ptr", "v_ptr", "dout_ptr")),
     "_bias_gelu_fwd_kernel": (ROWS_COLS, ("x_ptr",)),
     "_bias_gelu_bwd_kernel": (ROWS_COLS, ("x_ptr", "dy_ptr")),
+    "_cast_transpose_kernel": (ROWS_COLS, ("x_ptr",)),
     "_forward_kernel": (M_N, TABLES),
     "_backward_kernel": (M_N, (*TABLES, "dy_ptr")),
     "_sum_chunks_kernel": (("BLOCK_N",), ("dz_ptr",)),

@@ -131,6 +131,9 @@ TABLES: dict[str, tuple[Table, ...]] = {
         Table("table_gradients", "sum_block", True, sum_rows),
         Table("table_gradients", "JOIN_BLOCK", True, grid((8, 16, 32), (128, 256), (4, 8))),
     ),
+    "fp8_linear": (
+        Table("fp8_linear", "CAST_BLOCK", False, grid((32, 64, 128), (64, 128, 256), (4, 8))),
+    ),
     "layer_norm": LAYER_NORM,
     "linear_cross_entropy": (
         Table(

@@ -13,6 +13,7 @@ from fastbert.config.pretrain import PRESETS
 from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.compact import compact
 from fastbert.ops.embedding import embedding_layer_norm
+from fastbert.ops.fp8_linear import fp8_linear, multiplies_fp8
 from fastbert.ops.gather_rows import gather_rows
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fastbert.ops.linear_cross_entropy import linear_cross_entropy
@@ -121,6 +122,21 @@ def workloads(
         backward=4 * rows * hidden * vocab,
         is_product=True,
     )
+    if device == "cpu" or multiplies_fp8(torch.device(device)):
+        scale, amax = (
+            torch.tensor([16.0, 256.0, 2.0**15], device=device),
+            torch.zeros(3, device=device),
+        )
+        yield Workload(
+            fp8_linear,
+            f"{preset} {tokens} x {hidden} x {inner}",
+            lambda: (normal(tokens, hidden), normal(inner, hidden) * hidden**-0.5, normal(inner)),
+            lambda x, weight, bias: fp8_linear(x, weight, bias, scale, amax),
+            {EAGER: Body(F.linear)},
+            forward=2 * tokens * hidden * inner,
+            backward=4 * tokens * hidden * inner,
+            is_product=True,
+        )
     labels = torch.full((1, tokens), -100, device=device)
     labels[:, torch.randperm(tokens, device=device)[:rows]] = 1
     kept = compact(labels, -100, rows)

@@ -2,8 +2,8 @@
 
 A step is MLM + NSP with dropout 0.1, clipping and AdamW. Hugging Face's BERT runs with eager
 attention, with SDPA, and with torch.compile. On a GPU fastbert's step is a CUDA graph, as in
-`fastbert pretrain`, and so is its forward pass; both are also timed without a graph. All take turns
-in one process.
+`fastbert pretrain`, and so is its forward pass; both are also timed without a graph, and the step in
+FP8 where the GPU has it. All take turns in one process.
 """
 
 import dataclasses
@@ -16,16 +16,18 @@ from torch import Tensor, nn
 
 import fastbert
 from benchmarks.operators import ceilings
-from benchmarks.results import COMPILED, EAGER, FASTBERT, SDPA, Options, Results, Row
+from benchmarks.results import COMPILED, EAGER, FASTBERT, FP8, SDPA, Options, Results, Row
 from benchmarks.steps import footprint
 from benchmarks.timing import first_line, interleaved, recorded, summarize
 from benchmarks.workloads import MAX_SEQLEN, Batch, pretraining_batch, sequence_lengths
 from fastbert.config.pretrain import PRESETS
+from fastbert.modules import fp8
 from fastbert.modules.graphs.recorder import Work
+from fastbert.ops.fp8_linear import multiplies_fp8
 from fastbert.packing import Bucket, PackedBatch
 
 GRAPH, WITHOUT_GRAPH = "CUDA graph", "fastbert (without CUDA graph)"
-OURS = (FASTBERT, WITHOUT_GRAPH)
+OURS = (FASTBERT, WITHOUT_GRAPH, FP8)
 
 
 class Case(NamedTuple):
@@ -96,6 +98,8 @@ def compare(part: str, case: Case, options: Options, results: Results) -> Row:
     names: tuple[str, ...] = (FASTBERT, SDPA, *case.few)
     if options.device.type == "cuda":
         names = (FASTBERT, WITHOUT_GRAPH, *names[1:])
+        if part == "steps" and multiplies_fp8(options.device):
+            names = (*names[:2], FP8, *names[2:])
     held: dict[str, dict[str, float]] = {}
     for name in names:
         memory = footprint.Memory(options.device)
@@ -129,8 +133,10 @@ def candidate(
     with options.device:
         model = make_model(name, preset)
     model.load_state_dict(weights)
+    if name == FP8:
+        fp8.enable(model)
     reason = None
-    to_record = name == FASTBERT and options.device.type == "cuda"
+    to_record = name in (FASTBERT, FP8) and options.device.type == "cuda"
     if part == "steps" and to_record:
         work, reason = graphed_step(model, batch, options)
     else:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks.results import FASTBERT, Options, Results
+from benchmarks.results import FASTBERT, FP8, Options, Results
 from benchmarks.training import convergence
 from fastbert.packing import PackedBatch
 
@@ -49,4 +49,4 @@ def test_in_bf16_there_is_a_curve_in_fp8(monkeypatch):
     results = Results(options)
     convergence.run(options, results)
     (row,) = results.of("convergence")
-    assert 0 < row["largest_gap"][convergence.FP8] < 0.1
+    assert 0 < row["largest_gap"][FP8] < 0.1

@@ -25,7 +25,7 @@ class Case(NamedTuple):
 
     label: what distinguishes it in the report; call: the operator; tensors: what it is called with,
     and gets gradients; trains: with a backward behind it, and what that reads kept; quick: the GPUs
-    for which it is in the part that `make test` compiles.
+    for which it is in the part that `make test` compiles; since: the first GPU that can run it.
     """
 
     label: str
@@ -33,8 +33,11 @@ class Case(NamedTuple):
     tensors: tuple[Tensor, ...]
     trains: bool = True
     quick: tuple[int, ...] = ()
+    since: int = CAPABILITIES[0]
 
     def launches(self, capability: int) -> list[Launch]:
+        if capability < self.since:
+            return []
         leaves = [x.detach().requires_grad_(self.trains) for x in self.tensors]
         with recorded(capability) as launches:
             y = self.call(*leaves)

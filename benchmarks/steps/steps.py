@@ -2,8 +2,8 @@
 
 A step is MLM + NSP with dropout 0.1, clipping and AdamW. Hugging Face's BERT runs with eager
 attention, with SDPA, and with torch.compile. On a GPU fastbert's step is a CUDA graph, as in
-`fastbert pretrain`, and so is its forward pass; both are also timed without a graph, the step in FP8
-too where the GPU has it. All take turns in one process.
+`fastbert pretrain`, and so is its forward pass; both are also timed without a graph, and the step
+in FP8 where the GPU has it. All take turns in one process.
 """
 
 import dataclasses

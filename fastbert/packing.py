@@ -1,7 +1,7 @@
 """Packed batches: the tokens of all sequences end to end, without padding."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -195,7 +195,7 @@ class PackedBatch:
         """A copy of the batch in page-locked memory, for copies to a GPU without waiting."""
         return self._map(Tensor.pin_memory)
 
-    def _map(self, function) -> "PackedBatch":
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "PackedBatch":
         changed = {
             field.name: function(value)
             for field in dataclasses.fields(self)

@@ -31,7 +31,8 @@ class Plan:
 
     @property
     def shard_size(self) -> int:
-        return self.made_from["shard_size"]
+        size: int = self.made_from["shard_size"]
+        return size
 
     def rows_of(self, number: int) -> range:
         begin = number * self.shard_size

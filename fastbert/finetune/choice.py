@@ -113,7 +113,12 @@ class Choice(Task):
     def scores(self, output: Any, features: Sequence[Feature]) -> list[NDArray[np.float32]]:
         return list(to_host(output.logits))
 
-    def predict(self, examples, features, scores) -> list[Prediction]:
+    def predict(
+        self,
+        examples: Sequence[Any],
+        features: Sequence[Feature],
+        scores: Sequence[NDArray[np.float32]],
+    ) -> list[Prediction]:
         return [
             {
                 "choice": int(row.argmax()),
@@ -123,6 +128,6 @@ class Choice(Task):
             for example, row in zip(examples, scores, strict=True)
         ]
 
-    def evaluate(self, examples, predictions) -> Report:
+    def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
         right = [p["choice"] == e.target for e, p in zip(examples, predictions, strict=True)]
         return Report({"accuracy": float(np.mean(right))})

@@ -84,7 +84,12 @@ class Answering(Task):
         scores = torch.stack([output.start_logits, output.end_logits], 1)
         return np.split(to_host(scores), ends[:-1])
 
-    def predict(self, examples, features, scores) -> list[Prediction]:
+    def predict(
+        self,
+        examples: Sequence[Any],
+        features: Sequence[Feature],
+        scores: Sequence[NDArray[np.float32]],
+    ) -> list[Prediction]:
         groups = by_example(features, len(examples))
         return [
             self._answer(e, [features[i] for i in own], [scores[i] for i in own])
@@ -125,7 +130,7 @@ class Answering(Task):
                                "probability": 1 - sum(shares)}  # fmt: skip
         return prediction
 
-    def evaluate(self, examples, predictions) -> Report:
+    def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
         return score_answers(
             [[answer.text for answer in example.answers] for example in examples],
             [prediction["answer"] for prediction in predictions],

@@ -73,7 +73,7 @@ class _SequenceTask(Task):
         return list(to_host(output.logits))
 
     def means(
-        self, examples: Sequence[Any], features: Sequence[Feature], scores: Sequence[NDArray]
+        self, examples: Sequence[Any], features: Sequence[Feature], scores: Sequence[NDArray[Any]]
     ) -> list[NDArray[np.float32]]:
         """(L,) scores of each example: the mean over its windows."""
         groups = by_example(features, len(examples))
@@ -101,7 +101,12 @@ class Classification(_SequenceTask):
         weights = None if self.weights is None else self.weights.to(logits.device)
         return F.cross_entropy(logits, targets, weights, reduction="sum") / total
 
-    def predict(self, examples, features, scores) -> list[Prediction]:
+    def predict(
+        self,
+        examples: Sequence[Any],
+        features: Sequence[Feature],
+        scores: Sequence[NDArray[np.float32]],
+    ) -> list[Prediction]:
         predictions = []
         for mean in self.means(examples, features, scores):
             by_label = dict(zip(self.labels, softmax(mean), strict=True))
@@ -110,7 +115,7 @@ class Classification(_SequenceTask):
                                 "probabilities": by_label})  # fmt: skip
         return predictions
 
-    def evaluate(self, examples, predictions) -> Report:
+    def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
         truth = [example.target for example in examples]
         return measures.classification(truth, [p["label"] for p in predictions], self.labels)
 
@@ -157,7 +162,12 @@ class MultiLabel(_SequenceTask):
         )
         return losses / (total * len(self.labels))
 
-    def predict(self, examples, features, scores) -> list[Prediction]:
+    def predict(
+        self,
+        examples: Sequence[Any],
+        features: Sequence[Feature],
+        scores: Sequence[NDArray[np.float32]],
+    ) -> list[Prediction]:
         predictions = []
         for mean in self.means(examples, features, scores):
             shares = torch.from_numpy(mean).sigmoid().tolist()
@@ -166,7 +176,7 @@ class MultiLabel(_SequenceTask):
             predictions.append({"labels": chosen, "probabilities": by_label})
         return predictions
 
-    def evaluate(self, examples, predictions) -> Report:
+    def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
         truth = [example.target for example in examples]
         return measures.multilabel(truth, [p["labels"] for p in predictions], self.labels)
 
@@ -203,9 +213,14 @@ class Regression(_SequenceTask):
         targets = torch.tensor([feature.target for feature in features], device=logits.device)
         return F.mse_loss(logits[:, 0], targets, reduction="sum") / total
 
-    def predict(self, examples, features, scores) -> list[Prediction]:
+    def predict(
+        self,
+        examples: Sequence[Any],
+        features: Sequence[Feature],
+        scores: Sequence[NDArray[np.float32]],
+    ) -> list[Prediction]:
         return [{"score": float(mean[0])} for mean in self.means(examples, features, scores)]
 
-    def evaluate(self, examples, predictions) -> Report:
+    def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
         truth = [example.target for example in examples]
         return measures.regression(truth, [p["score"] for p in predictions])

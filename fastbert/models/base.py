@@ -34,7 +34,7 @@ class BertPreTrainedModel(nn.Module):
     input_modalities: ClassVar[str] = "text"  # read by transformers' pipelines
     config: Any
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         check_config(config)
         self.config = config

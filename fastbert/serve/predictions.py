@@ -105,7 +105,10 @@ class Prediction(Ability):
         ]
 
     def means(
-        self, inputs: Sequence[Any], features: Sequence[Feature], scores: Sequence[NDArray]
+        self,
+        inputs: Sequence[Any],
+        features: Sequence[Feature],
+        scores: Sequence[NDArray[np.float32]],
     ) -> list[NDArray[np.float32]]:
         """(L,) scores of each input: the mean over its windows. For tasks in SEQUENCES only."""
         return self.task.means(inputs, features, scores)  # type: ignore[attr-defined]
@@ -132,7 +135,7 @@ def _answer(said: dict[str, Any]) -> dict[str, Any]:
 
 
 def _word_probabilities(
-    examples: Sequence[Sentence], features: Sequence[Feature], scores: Sequence[NDArray]
+    examples: Sequence[Sentence], features: Sequence[Feature], scores: Sequence[NDArray[np.float32]]
 ) -> list[list[float]]:
     """The probability of the label predicted for each word."""
     sure = [[0.0] * len(example.words) for example in examples]

@@ -196,7 +196,7 @@ def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
         raise RuntimeError(_reason(error)) from None
 
 
-def shard_state(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
+def shard_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
     """A state_dict of whole tensors, sharded like the parameters of `optimizer`, in place."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, state in saved["state"].items():

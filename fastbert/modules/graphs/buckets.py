@@ -146,7 +146,7 @@ class Recorded:
 
     def __init__(self, parts: Sequence[LayerParts]) -> None:
         self.parts = parts
-        self.entries: dict[tuple, Entry] = {}
+        self.entries: dict[tuple[Any, ...], Entry] = {}
         self.state: list[Any] = []
         self.changes = 0
         leaves = [one for part in parts for one in part if isinstance(one, Leaf)]

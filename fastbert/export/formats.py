@@ -83,7 +83,8 @@ def run_torch(path: Path) -> Runner:
 
     def run(inputs: Inputs) -> dict[str, Tensor]:
         with torch.no_grad():
-            return module(**inputs)
+            outputs: dict[str, Tensor] = module(**inputs)
+        return outputs
 
     return run
 

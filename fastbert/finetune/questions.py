@@ -74,9 +74,10 @@ class Answering(Task):
             torch.tensor([getattr(feature.target, end) for feature in features]).to(batch.device)
             for end in ("start", "end")
         )
-        return model(
+        loss: Tensor = model(
             batch, start_positions=starts, end_positions=ends, num_items_in_batch=int(total)
         ).loss
+        return loss
 
     def scores(self, output: Any, features: Sequence[Feature]) -> list[NDArray[np.float32]]:
         """(T, 2) for each feature of T tokens: logits of the start and of the end."""

@@ -149,7 +149,8 @@ class MultiLabel(_SequenceTask):
     def balanced(self, examples: Sequence[TextExample]) -> list[float]:
         """For each label, the number of examples without it over the number of examples with it."""
         have = np.array([self.number(example.target) for example in examples]).sum(0)
-        return ((len(examples) - have) / have).tolist()
+        weights: list[float] = ((len(examples) - have) / have).tolist()
+        return weights
 
     def loss(
         self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float

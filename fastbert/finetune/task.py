@@ -202,8 +202,10 @@ class Task(abc.ABC):
         from sklearn.utils.class_weight import compute_class_weight
 
         y = np.array([label for example in examples for label in self.labels_of(example)])
-        weights = compute_class_weight("balanced", classes=np.array(self.labels), y=y)
-        return weights.tolist()
+        weights: list[float] = compute_class_weight(
+            "balanced", classes=np.array(self.labels), y=y
+        ).tolist()
+        return weights
 
     def model_options(self) -> dict[str, Any]:
         """Fields of the model's configuration that replace those of the checkpoint."""
@@ -253,4 +255,5 @@ def to_host(scores: Tensor) -> NDArray[np.float32]:
 def softmax(scores: NDArray[np.float32]) -> list[float]:
     """Probabilities of (L,) scores."""
     shares = np.exp(scores - scores.max())
-    return (shares / shares.sum()).tolist()
+    probabilities: list[float] = (shares / shares.sum()).tolist()
+    return probabilities

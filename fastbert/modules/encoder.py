@@ -163,7 +163,7 @@ def _refuse_decoding(**arguments: Any) -> None:
         )
 
 
-def _captured_around() -> dict[str, list[Tensor]]:
+def _captured_around() -> dict[str, list[Tensor | None]]:
     """The lists in which a Hugging Face model around this encoder collects hidden states now.
 
     transformers 5 fills them by hooks on layers of its own class; this encoder has none of these.

@@ -148,7 +148,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Tensor | None = Non
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, mask, scale=call.softmax_scale)
     if forced() == "reference" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Sdpa.apply(q, k, v, mask, call.softmax_scale)
+        return _Sdpa.apply(q, k, v, mask, call.softmax_scale)  # type: ignore[no-untyped-call]
     return F.scaled_dot_product_attention(q, k, v, mask, scale=call.softmax_scale)
 
 

@@ -37,7 +37,7 @@ def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable[..., Any]], Ca
             for dy in gradients:
                 if dy is not None and dy.requires_grad:
                     message = f"{who}: its gradients cannot be differentiated again; {remedy}"
-                    return _Refusal.apply(message, dy, *found)
+                    return _Refusal.apply(message, dy, *found)  # type: ignore[no-untyped-call]
             return found
 
         return first_derivative

@@ -124,6 +124,7 @@ def _store() -> dist.Store:
     addresses of dead processes. Nodes count their restarts independently, so a run on several nodes
     needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment instead.
     """
+    store: dist.Store
     store, _, size = next(dist.rendezvous("env://"))
     if size != int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
         return store

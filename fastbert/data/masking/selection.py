@@ -61,7 +61,8 @@ def num_targets(maskable: NDArray[np.int64], share: float) -> NDArray[np.int64]:
     maskable: (B,) number of maskable tokens of each example; an example without any predicts none
     """
     wanted = np.maximum(np.rint(share * maskable).astype(np.int64), 1)
-    return np.minimum(wanted, maskable)
+    counts: NDArray[np.int64] = np.minimum(wanted, maskable)
+    return counts
 
 
 class Examples(NamedTuple):
@@ -230,7 +231,7 @@ def _segment_ends(words: _Words) -> NDArray[np.int64]:
     """
     gap = words.first[1:] != words.first[:-1] + words.size[:-1]
     gap |= np.diff(words.number) != 0
-    ends = np.append(np.flatnonzero(gap) + 1, len(words.first))
+    ends: NDArray[np.int64] = np.append(np.flatnonzero(gap) + 1, len(words.first))
     return ends[np.append(0, np.cumsum(gap))]
 
 

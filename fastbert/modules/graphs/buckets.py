@@ -245,7 +245,7 @@ def replayed(
         if isinstance(entry.graphs, ForwardGraph):
             return entry.graphs(x, call)
         pending = Pending(pool, entry.graphs, recorded)
-        return Replayed.apply(pending, call, x, *(call.trained or ()))
+        return Replayed.apply(pending, call, x, *(call.trained or ()))  # type: ignore[no-untyped-call]
 
 
 def _recorded(layers: nn.ModuleList, parts: Sequence[LayerParts]) -> Recorded:

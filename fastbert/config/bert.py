@@ -182,6 +182,7 @@ class BertConfig:
         return cls(**own, extra=rest)
 
     def to_dict(self) -> dict[str, Any]:
+        """The contents of a config.json: fields and `extra`; id2label stands for num_labels."""
         own = {name: getattr(self, name) for name in self.field_names()}
         # as in Hugging Face's config.json, num_labels is the length of id2label
         del own["extra"], own["num_labels"]

@@ -72,6 +72,7 @@ def run_onnx(path: Path) -> Runner:
 
 
 def write_torch(program: ExportedProgram, model: Plain, path: Path) -> None:
+    """Writes a .pt2 file, which `torch.export.load` reads."""
     with _quietly(), path.open("wb") as file:
         torch.export.save(program, file)
 

@@ -37,6 +37,8 @@ class ChoiceExample(NamedTuple):
 
 
 class Choice(Task):
+    """Predicts which of a question's choices is right."""
+
     model_class = BertForMultipleChoice
     metrics = ("accuracy",)
 
@@ -119,6 +121,7 @@ class Choice(Task):
         features: Sequence[Feature],
         scores: Sequence[NDArray[np.float32]],
     ) -> list[Prediction]:
+        """choice: index of the likeliest choice; text: that choice; probabilities: of every one."""
         return [
             {
                 "choice": int(row.argmax()),

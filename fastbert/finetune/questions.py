@@ -91,6 +91,11 @@ class Answering(Task):
         features: Sequence[Feature],
         scores: Sequence[NDArray[np.float32]],
     ) -> list[Prediction]:
+        """id, answer; start, end: in characters of the context; probability.
+
+        Where training had questions without an answer also null_score_difference: how much more no
+        answer scores than the best one. No answer has the text "", and None as start and end.
+        """
         groups = by_example(features, len(examples))
         return [
             self._answer(e, [features[i] for i in own], [scores[i] for i in own])

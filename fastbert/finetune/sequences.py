@@ -84,6 +84,8 @@ class _SequenceTask(Task):
 
 
 class Classification(_SequenceTask):
+    """One label per text; the prediction is the likeliest."""
+
     metrics = ("accuracy", "macro_f1", "mcc")
     problem_type = "single_label_classification"
 
@@ -107,6 +109,7 @@ class Classification(_SequenceTask):
         features: Sequence[Feature],
         scores: Sequence[NDArray[np.float32]],
     ) -> list[Prediction]:
+        """label: the likeliest; probability: its own; probabilities: of each label by name."""
         predictions = []
         for mean in self.means(examples, features, scores):
             by_label = dict(zip(self.labels, softmax(mean), strict=True))
@@ -169,6 +172,7 @@ class MultiLabel(_SequenceTask):
         features: Sequence[Feature],
         scores: Sequence[NDArray[np.float32]],
     ) -> list[Prediction]:
+        """labels: those above 0.5; probabilities: of each label by name."""
         predictions = []
         for mean in self.means(examples, features, scores):
             shares = torch.from_numpy(mean).sigmoid().tolist()
@@ -183,6 +187,8 @@ class MultiLabel(_SequenceTask):
 
 
 class Regression(_SequenceTask):
+    """A number per text, learnt with the mean squared error."""
+
     metrics = ("pearson", "spearman", "mse", "mae")
     problem_type = "regression"
 
@@ -220,6 +226,7 @@ class Regression(_SequenceTask):
         features: Sequence[Feature],
         scores: Sequence[NDArray[np.float32]],
     ) -> list[Prediction]:
+        """score: the predicted number."""
         return [{"score": float(mean[0])} for mean in self.means(examples, features, scores)]
 
     def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:

@@ -110,6 +110,7 @@ class Entities(Task):
         features: Sequence[Feature],
         scores: Sequence[NDArray[np.float32]],
     ) -> list[Prediction]:
+        """words, and a label for each; entities: type, words, start and end (excluded) in words."""
         predictions = []
         for example, own in zip(examples, by_example(features, len(examples)), strict=True):
             labels = ["O"] * len(example.words)

@@ -15,6 +15,7 @@ from fastbert.serve.service import Service
 
 
 def routes(service: Service) -> APIRouter:
+    """The routes of OpenAI's API: /v1/embeddings."""
     router = APIRouter(prefix=OPENAI.rstrip("/"))
 
     @router.post("/embeddings")

@@ -11,6 +11,8 @@ Direction = Literal["Right", "right"]
 
 
 class Body(BaseModel):
+    """Base of the bodies: unknown fields and values of another type are refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
@@ -27,6 +29,8 @@ class EmbedBody(Body):
 
 
 class RerankBody(Body):
+    """raw_scores: logits instead of probabilities; return_text: repeat each text in the answer."""
+
     query: str
     texts: Texts
     raw_scores: bool = False
@@ -36,6 +40,8 @@ class RerankBody(Body):
 
 
 class QuestionBody(Body):
+    """A question, and the context that its answer is a part of."""
+
     question: str
     context: str
 
@@ -58,12 +64,16 @@ class PredictBody(Body):
 
 
 class FillMaskBody(Body):
+    """inputs: texts with [MASK] tokens; top_k: how many words for each."""
+
     inputs: Text
     top_k: Annotated[int, Field(ge=1, le=100)] = 5
     truncate: bool | None = None
 
 
 class TokenizeBody(Body):
+    """add_special_tokens: with [CLS] and [SEP]; prompt_name: as in `EmbedBody`."""
+
     inputs: Text
     add_special_tokens: bool = True
     prompt_name: str | None = None

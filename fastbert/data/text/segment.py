@@ -6,8 +6,8 @@ from typing import Any
 
 from fastbert.check import InputError
 
+# Gives the words of a sentence, in order; what lies between them is left out, or a word too.
 Segmenter = Callable[[str], Iterable[str]]
-"""Gives the words of a sentence, in order; what lies between them is left out or a word too."""
 
 SEGMENTERS = ("characters", "spaces", "jieba")
 LONGEST = 10  # characters of a word; a longer "word" is text that the segmenter could not divide

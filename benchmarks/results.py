@@ -59,11 +59,13 @@ class Results:
         self._append({"part": "environment", **describe(options)})
 
     def add(self, part: str, case: Row, timings: Row | None = None, **others: Any) -> Row:
+        """Appends a row of this part and case, and returns it."""
         row = {"part": part, "case": case, "timings": timings or {}, **others}
         self._append(row)
         return row
 
     def of(self, part: str) -> list[Row]:
+        """The rows of a part."""
         return [row for row in self.rows if row["part"] == part]
 
     def _append(self, row: Row) -> None:

@@ -95,6 +95,7 @@ def why_not_recorded(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters."""
     return str(error).strip().partition("\n")[0][:200] or repr(error)
 
 

@@ -15,7 +15,7 @@ import inspect
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -31,6 +31,8 @@ PREFERENCE = {"cuda": ("ext", "triton", "reference"), "cpu": ("ext", "reference"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # the dtypes that Triton's kernels take
 
 OPS: dict[str, "Op"] = {}
+
+Body = TypeVar("Body", bound=Callable[..., Any])
 
 
 class BackendUnavailable(RuntimeError):
@@ -61,10 +63,10 @@ class Op:
     `(kernels, call)`: the names of the kernels that run, for `fastbert.explain`.
     """
 
-    plain_body: Callable
-    fused_body: Callable
+    plain_body: Callable[..., Any]
+    fused_body: Callable[..., Any]
 
-    def __init__(self, check: Callable, backends: tuple[str, ...]) -> None:
+    def __init__(self, check: Callable[..., Any], backends: tuple[str, ...]) -> None:
         functools.update_wrapper(self, check)
         self.name = check.__name__
         self.check = check
@@ -74,13 +76,13 @@ class Op:
         self.choices: dict[str, Choice] = {}
         OPS[self.name] = self
 
-    def plain(self, function: Callable) -> Callable:
+    def plain(self, function: Body) -> Body:
         self.plain_body = function
         result = inspect.signature(function).return_annotation  # `help` shows it instead of Call
         self.__signature__ = inspect.signature(self.check).replace(return_annotation=result)
         return function
 
-    def fused(self, function: Callable) -> Callable:
+    def fused(self, function: Body) -> Body:
         self.fused_body = function
         return function
 
@@ -154,7 +156,7 @@ def _choose(name: str, device: str) -> str:
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def op(*backends: str) -> Callable[[Callable], Op]:
+def op(*backends: str) -> Callable[[Callable[..., Any]], Op]:
     """Decorates an operator's check; `backends` names the backends that have a faster body."""
     return lambda check: Op(check, backends)
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastbert.check import InputError
-from fastbert.system.files import new_file
+from fastbert.system.files import new_file as new_file  # models save by it too
 
 WEIGHTS = "model.safetensors"
 LEGACY_WEIGHTS = "pytorch_model.bin"
@@ -141,7 +141,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        return weights
     except pickle.UnpicklingError:
         raise InputError(f"{path}: truncated, corrupt, or holds more than tensors") from None
     except OSError as error:
@@ -275,7 +276,7 @@ def _modern(name: str) -> str:
     return re.sub(r"LayerNorm\.(gamma|beta)$", _renamed, name)
 
 
-def _renamed(match: re.Match) -> str:
+def _renamed(match: re.Match[str]) -> str:
     return "LayerNorm.weight" if match[1] == "gamma" else "LayerNorm.bias"
 
 

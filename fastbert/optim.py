@@ -163,7 +163,7 @@ class Lamb(torch.optim.Optimizer):
         torch._foreach_sub_(x, u)
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:
-        state = self.state[parameter]
+        state: dict[str, Any] = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-class ModelOutput(OrderedDict):
+class ModelOutput(OrderedDict[str, Any]):
     """Base of the outputs; subclasses are dataclasses whose fields default to None.
 
     Raises TypeError where a field is deleted or popped, or the mapping is updated.
@@ -50,10 +50,10 @@ class ModelOutput(OrderedDict):
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(getattr(self, f.name) for f in dataclasses.fields(self))  # type: ignore[arg-type]
 
-    def to_tuple(self) -> tuple:
+    def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are not None, in order."""
         return tuple(self.values())
 

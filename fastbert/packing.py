@@ -1,8 +1,8 @@
 """Packed batches: the tokens of all sequences end to end, without padding."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -195,8 +195,8 @@ class PackedBatch:
         """A copy of the batch in page-locked memory, for copies to a GPU without waiting."""
         return self._map(Tensor.pin_memory)
 
-    def _map(self, function) -> "PackedBatch":
-        changed = {
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        changed: dict[str, Any] = {
             field.name: function(value)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)

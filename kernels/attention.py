@@ -130,8 +130,9 @@ def attention_qkvpacked_bwd(
     The other arguments are as in `attention_fwd`.
     """
     dqkv = _packed_bwd_outputs(dout, qkv)
+    (q, k, v), (dq, dk, dv) = qkv.unbind(1), dqkv.unbind(1)
     _launch_bwd(
-        dout, *qkv.unbind(1), out, lse, *dqkv.unbind(1), cu_seqlens, cu_seqlens,
+        dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens, cu_seqlens,
         max_seqlen, max_seqlen, softmax_scale, mask, drop_words, keep_scale,
     )  # fmt: skip
     return dqkv

@@ -202,7 +202,7 @@ def embedding_layer_norm_bwd(
     if there is no such row.
     """
     outputs = _bwd_outputs(word, position, token_type, weight)
-    *tables, dweight, dbias = outputs
+    dword, dposition, dtoken_type, dweight, dbias = outputs
     n_rows, n_cols = dy.shape
     sizes = word.shape[0], position.shape[0], token_type.shape[0]
     block_m, block_n, num_warps = block = backward_block(n_cols)
@@ -220,6 +220,6 @@ def embedding_layer_norm_bwd(
                 N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, UNIT=unit,
                 num_warps=num_warps, **LAUNCH,
             )  # fmt: skip
-            add_to_tables(dz, keys, *tables, padding_id)
+            add_to_tables(dz, keys, dword, dposition, dtoken_type, padding_id)
         add_partials(partials, dweight, dbias)
     return outputs

@@ -18,11 +18,14 @@ ANSWER_S = 120  # a request that takes longer fails the measurement
 
 
 class Request(NamedTuple):
+    """A POST request: its path, and its body as JSON bytes."""
+
     path: str
     body: bytes
 
     @classmethod
     def of(cls, path: str, **fields: Any) -> "Request":
+        """A request whose body has these fields."""
         return cls(path, json.dumps(fields).encode())
 
 

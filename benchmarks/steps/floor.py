@@ -39,12 +39,16 @@ ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_s
 
 
 class Kind(NamedTuple):
+    """Calls of one operator with inputs of the same sizes."""
+
     operator: str
     sizes: str
 
 
 @dataclasses.dataclass
 class Work:
+    """What calls of one kind add up to: their number, bytes moved and floating-point operations."""
+
     calls: int = 0
     bytes: float = 0.0
     flops: float = 0.0

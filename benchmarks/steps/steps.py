@@ -45,6 +45,7 @@ class Case(NamedTuple):
 
 
 def step_cases(options: Options) -> list[Case]:
+    """The training steps to time on this device; fewer and smaller ones for --quick."""
     if options.device.type == "cuda":
         if options.quick:  # torch.compile, which takes a minute, comes last
             return [
@@ -67,6 +68,7 @@ def step_cases(options: Options) -> list[Case]:
 
 
 def inference_cases(options: Options) -> list[Case]:
+    """The forward passes to time on this device; fewer ones for --quick."""
     if options.device.type == "cuda":
         sizes = (("base", "serving", 16), ("base", "128", 1), ("large", "384", 128))
         if options.quick:
@@ -159,6 +161,7 @@ def make_model(name: str, preset: str, **ours: Any) -> nn.Module:
 
 
 def training_step(name: str, model: nn.Module, batch: Batch, options: Options) -> Work:
+    """A training step of the model on the batch, packed for fastbert and padded for others."""
     model.train()
     run = torch.compile(model) if name == COMPILED else model
     if name in OURS:
@@ -225,5 +228,6 @@ def forward_pass(name: str, model: nn.Module, batch: Batch, options: Options) ->
 
 
 def autocast(options: Options) -> torch.autocast:
+    """Autocast to bfloat16 on the measured device; off unless the precision is bf16."""
     enabled = options.precision == "bf16"
     return torch.autocast(options.device.type, torch.bfloat16, enabled=enabled)

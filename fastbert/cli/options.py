@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -15,6 +15,8 @@ from fastbert.config.finetune import FinetuneConfig
 from fastbert.config.options import GROUPS, OUTPUT, dashed
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.config.serve import ServeConfig
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _WIDTH = 100  # characters of a line of the help
 _NAMES = 30  # characters of the column of option names, at most
@@ -62,14 +64,14 @@ class Command(TyperCommand):
 SETTINGS = {"max_content_width": _WIDTH}  # settings of click's context
 
 
-def options_of(config: type) -> Callable[[Callable], Callable]:
+def options_of(config: type) -> Callable[[Function], Function]:
     """A decorator that gives a command an option for each field of the dataclass `config`.
 
     Name, type, default and help come from the field, which `config.options.option` makes. They
     replace the command's `**options`.
     """
 
-    def decorate(command: Callable) -> Callable:
+    def decorate(command: Function) -> Function:
         hints = get_type_hints(config)
         parameters = []
         own = inspect.get_annotations(config)  # the help shows them before a base class's fields

@@ -44,7 +44,7 @@ class BertConfig:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
-    hidden_act: str | Callable = "gelu"
+    hidden_act: str | Callable[..., Any] = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     max_position_embeddings: int = 512
@@ -182,6 +182,7 @@ class BertConfig:
         return cls(**own, extra=rest)
 
     def to_dict(self) -> dict[str, Any]:
+        """The contents of a config.json: fields and `extra`; id2label stands for num_labels."""
         own = {name: getattr(self, name) for name in self.field_names()}
         # as in Hugging Face's config.json, num_labels is the length of id2label
         del own["extra"], own["num_labels"]

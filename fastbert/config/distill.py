@@ -116,6 +116,7 @@ class DistillConfig(PretrainConfig):
             raise InputError(f"--preset: one of {', '.join(PRESETS)}, got {self.preset!r}")
 
     def placed(self) -> Self:
+        """As `PretrainConfig.placed`; the path of a teacher that is on disk is absolute too."""
         if not Path(self.teacher).exists():  # a name on the hub
             return super().placed()
         return dataclasses.replace(super().placed(), teacher=os.path.abspath(self.teacher))

@@ -203,5 +203,6 @@ class FinetuneConfig:
         return weights
 
     def to_json(self) -> dict[str, Any]:
+        """The options as JSON values, with absolute paths."""
         values = dataclasses.asdict(self)
         return {k: os.path.abspath(v) if isinstance(v, Path) else v for k, v in values.items()}

@@ -31,6 +31,7 @@ class Bounds(NamedTuple):
     high_open: bool = False
 
     def hold(self, value: float) -> bool:
+        """Whether the value is finite and inside the interval."""
         above = value > self.low if self.low_open else value >= self.low
         below = value < self.high if self.high_open else value <= self.high
         return above and below and math.isfinite(value)

@@ -230,6 +230,7 @@ class PretrainConfig:
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
+        """The options as JSON values, paths as strings; `from_json` reads them."""
         values = dataclasses.asdict(self)
         values["corpus"] = [str(path) for path in self.corpus]
         for name in ("tokenizer", "cache"):
@@ -247,6 +248,7 @@ class PretrainConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration whose `to_json` returned `values`."""
         paths: dict[str, Any] = {"corpus": tuple(map(Path, values["corpus"]))}
         for name in ("tokenizer", "cache"):
             if values.get(name) is not None:

@@ -66,5 +66,6 @@ def write_npy(path: str | Path, array: NDArray[Any]) -> None:
 
 
 def require_npy(path: str | Path) -> None:
+    """Raises InputError unless the path ends in .npy or is a stream."""
     if not is_stream(path) and Path(path).suffix != ".npy":
         raise InputError(f"--out {path}: expected a name that ends in .npy")

@@ -31,13 +31,17 @@ class Plan:
 
     @property
     def shard_size(self) -> int:
-        return self.made_from["shard_size"]
+        """Rows of a shard; the last one may have fewer."""
+        size: int = self.made_from["shard_size"]
+        return size
 
     def rows_of(self, number: int) -> range:
+        """The input's rows that the shard holds."""
         begin = number * self.shard_size
         return range(begin, min(begin + self.shard_size, self.rows))
 
     def file_of(self, number: int) -> str:
+        """The shard's file name."""
         return f"shard-{number:05d}.{self.made_from['format']}"
 
     @classmethod
@@ -53,6 +57,7 @@ class Plan:
         return cls(made_from, rows, tuple(marks))
 
     def write(self, directory: Path) -> None:
+        """Writes the plan into the directory; raises Unwritable."""
         write_json(directory / PLAN, {"version": _VERSION, **dataclasses.asdict(self)})
 
     @classmethod
@@ -122,5 +127,6 @@ def identity(path: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

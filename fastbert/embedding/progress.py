@@ -37,6 +37,7 @@ class RowsReporter:
         self.progress.stop()
 
     def advance(self, rows: int) -> None:
+        """Counts `rows` more as embedded; off a terminal, prints a line now and then."""
         self.done += rows
         now = time.perf_counter()
         speed = f"{self.done / max(now - self.started, 1e-9):,.0f} rows/s{self.others}"

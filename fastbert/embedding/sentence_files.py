@@ -80,7 +80,7 @@ def _json(file: Path, kind: type) -> Any:
 def _pooling(file: Path) -> str:
     config = _json(file, dict)
     found = config.get("pooling_mode")
-    modes = found if isinstance(found, list) else [found]
+    modes: list[str] = found if isinstance(found, list) else [found]
     if found is None:
         names = [
             k.removeprefix(_LEGACY) for k, on in config.items() if k.startswith(_LEGACY) and on

@@ -6,7 +6,7 @@ run that was killed continues with the shards that are missing, with any number 
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -186,12 +186,13 @@ def _gather(ranks: Ranks, own: T) -> list[T]:
     return everyones
 
 
-def _from_first(ranks: Ranks, make: Any) -> Any:
+def _from_first(ranks: Ranks, make: Callable[[], T]) -> T:
     """What `make` returns on the first rank, handed to every rank; the others wait for it."""
-    made = [make() if ranks.is_first else None]
+    made: list[Any] = [make() if ranks.is_first else None]
     if ranks.size > 1:
         dist.broadcast_object_list(made, src=0, group=ranks.patient)
-    return made[0]
+    result: T = made[0]
+    return result
 
 
 def _changed(before: os.stat_result, after: os.stat_result) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,8 +55,10 @@ def holds(path: Path, rows: int, width: int) -> bool:
     """Whether the shard exists and has this many rows and, as .npy, this width."""
     try:
         if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r").shape == (rows, width)
+            found: NDArray[Any] = np.load(path, mmap_mode="r")
+            return found.shape == (rows, width)
         metadata = pyarrow_of("--format parquet").parquet.read_metadata(path)
-        return metadata.num_rows == rows
+        count: int = metadata.num_rows
+        return count == rows
     except (OSError, ValueError):  # pyarrow's errors are ValueErrors too
         return False

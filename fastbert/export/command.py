@@ -109,7 +109,7 @@ def load(
 
 
 def _named_head(directory: Path, config: BertConfig) -> str:
-    names = config.extra.get("architectures") or []
+    names: list[str] = config.extra.get("architectures") or []
     if len(names) == 1 and names[0] in plain.HEADS:
         return names[0]
     raise InputError(

@@ -72,6 +72,7 @@ def run_onnx(path: Path) -> Runner:
 
 
 def write_torch(program: ExportedProgram, model: Plain, path: Path) -> None:
+    """Writes a .pt2 file, which `torch.export.load` reads."""
     with _quietly(), path.open("wb") as file:
         torch.export.save(program, file)
 
@@ -83,7 +84,8 @@ def run_torch(path: Path) -> Runner:
 
     def run(inputs: Inputs) -> dict[str, Tensor]:
         with torch.no_grad():
-            return module(**inputs)
+            outputs: dict[str, Tensor] = module(**inputs)
+        return outputs
 
     return run
 

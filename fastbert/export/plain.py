@@ -30,6 +30,7 @@ class Trunk(nn.Module):
         self.pooler = reference.Pooler(config) if with_pooler else None
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Encoded:
+        """(B, S) int64 inputs -> hidden states (B, S, H), zeros at padding, and is_real (B, S)."""
         is_real = attention_mask != 0
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.embeddings(input_ids, token_type_ids, positions.expand_as(input_ids))
@@ -80,6 +81,8 @@ class Plain(nn.Module):
 
 
 class BareModel(Plain):
+    """`BertModel` without its pooler."""
+
     outputs = ("last_hidden_state",)  # (B, S, H)
 
     def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
@@ -87,6 +90,8 @@ class BareModel(Plain):
 
 
 class PooledModel(Plain):
+    """`BertModel` with its pooler."""
+
     outputs = ("last_hidden_state", "pooler_output")  # the latter (B, H)
     has_pooler = True
 
@@ -139,6 +144,8 @@ class _Words(Plain):
 
 
 class MaskedLM(_Words):
+    """`BertForMaskedLM`: logits of each token, zeros at padding."""
+
     outputs = ("logits",)  # (B, S, V)
 
     def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
@@ -146,6 +153,8 @@ class MaskedLM(_Words):
 
 
 class PreTraining(_Words):
+    """`BertForPreTraining`: masked-LM and next-sentence logits."""
+
     outputs = ("prediction_logits", "seq_relationship_logits")  # (B, S, V) and (B, 2)
     has_pooler = True
 
@@ -158,6 +167,8 @@ class PreTraining(_Words):
 
 
 class NextSentence(Plain):
+    """`BertForNextSentencePrediction`."""
+
     outputs = ("logits",)  # (B, 2)
     has_pooler = True
 
@@ -185,6 +196,8 @@ class SequenceClassification(Plain):
 
 
 class TokenClassification(Plain):
+    """`BertForTokenClassification`: logits of each token, zeros at padding."""
+
     outputs = ("logits",)  # (B, S, L)
 
     def __init__(self, config: BertConfig) -> None:
@@ -197,6 +210,8 @@ class TokenClassification(Plain):
 
 
 class QuestionAnswering(Plain):
+    """`BertForQuestionAnswering`; the logits at padding are the lowest float32."""
+
     outputs = ("start_logits", "end_logits")  # (B, S) each
 
     def __init__(self, config: BertConfig) -> None:
@@ -211,6 +226,8 @@ class QuestionAnswering(Plain):
 
 
 class MultipleChoice(Plain):
+    """`BertForMultipleChoice`: a score for each choice, from inputs (B, C, S)."""
+
     outputs = ("logits",)  # (B, C)
     has_pooler = True
     has_choices = True

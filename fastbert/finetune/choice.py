@@ -37,6 +37,8 @@ class ChoiceExample(NamedTuple):
 
 
 class Choice(Task):
+    """Predicts which of a question's choices is right."""
+
     model_class = BertForMultipleChoice
     metrics = ("accuracy",)
 
@@ -117,7 +119,13 @@ class Choice(Task):
         ends = np.cumsum([len(feature.windows) for feature in features])
         return np.split(to_host(output.logits)[:, 0], ends[:-1])
 
-    def predict(self, examples, features, scores) -> list[Prediction]:
+    def predict(
+        self,
+        examples: Sequence[Any],
+        features: Sequence[Feature],
+        scores: Sequence[NDArray[np.float32]],
+    ) -> list[Prediction]:
+        """choice: index of the likeliest choice; text: that choice; probabilities: of every one."""
         return [
             {
                 "choice": int(row.argmax()),
@@ -127,6 +135,6 @@ class Choice(Task):
             for example, row in zip(examples, scores, strict=True)
         ]
 
-    def evaluate(self, examples, predictions) -> Report:
+    def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
         right = [p["choice"] == e.target for e, p in zip(examples, predictions, strict=True)]
         return Report({"accuracy": float(np.mean(right))})

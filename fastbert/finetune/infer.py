@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ def run(
     features: Sequence[Feature],
     batch_tokens: int,
     device: torch.device,
-    autocast: contextlib.AbstractContextManager,
+    autocast: contextlib.AbstractContextManager[Any],
 ) -> list[NDArray[np.float32]]:
     """The task's scores of each feature, in order; shapes are those of `Task.scores`.
 

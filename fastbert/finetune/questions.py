@@ -74,9 +74,10 @@ class Answering(Task):
             torch.tensor([getattr(feature.target, end) for feature in features]).to(batch.device)
             for end in ("start", "end")
         )
-        return model(
+        loss: Tensor = model(
             batch, start_positions=starts, end_positions=ends, num_items_in_batch=int(total)
         ).loss
+        return loss
 
     def scores(self, output: Any, features: Sequence[Feature]) -> list[NDArray[np.float32]]:
         """(T, 2) for each feature of T tokens: logits of the start and of the end."""
@@ -84,7 +85,17 @@ class Answering(Task):
         scores = torch.stack([output.start_logits, output.end_logits], 1)
         return np.split(to_host(scores), ends[:-1])
 
-    def predict(self, examples, features, scores) -> list[Prediction]:
+    def predict(
+        self,
+        examples: Sequence[Any],
+        features: Sequence[Feature],
+        scores: Sequence[NDArray[np.float32]],
+    ) -> list[Prediction]:
+        """id, answer; start, end: in characters of the context; probability.
+
+        Where training had questions without an answer also null_score_difference: how much more no
+        answer scores than the best one. No answer has the text "", and None as start and end.
+        """
         groups = by_example(features, len(examples))
         return [
             self._answer(e, [features[i] for i in own], [scores[i] for i in own])
@@ -125,7 +136,7 @@ class Answering(Task):
                                "probability": 1 - sum(shares)}  # fmt: skip
         return prediction
 
-    def evaluate(self, examples, predictions) -> Report:
+    def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
         return score_answers(
             [[answer.text for answer in example.answers] for example in examples],
             [prediction["answer"] for prediction in predictions],

@@ -23,6 +23,7 @@ def print_report(report: Report) -> None:
 
 
 def shown(report: Report) -> list[str]:
+    """Each metric as "name value", with four decimals."""
     return [f"{name} {value:.4f}" for name, value in report.metrics.items()]
 
 

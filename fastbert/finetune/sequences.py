@@ -73,7 +73,7 @@ class _SequenceTask(Task):
         return list(to_host(output.logits))
 
     def means(
-        self, examples: Sequence[Any], features: Sequence[Feature], scores: Sequence[NDArray]
+        self, examples: Sequence[Any], features: Sequence[Feature], scores: Sequence[NDArray[Any]]
     ) -> list[NDArray[np.float32]]:
         """(L,) scores of each example: the mean over its windows."""
         groups = by_example(features, len(examples))
@@ -84,6 +84,8 @@ class _SequenceTask(Task):
 
 
 class Classification(_SequenceTask):
+    """One label per text; the prediction is the likeliest."""
+
     metrics = ("accuracy", "macro_f1", "mcc")
     problem_type = "single_label_classification"
 
@@ -101,7 +103,13 @@ class Classification(_SequenceTask):
         weights = None if self.weights is None else self.weights.to(logits.device)
         return F.cross_entropy(logits, targets, weights, reduction="sum") / total
 
-    def predict(self, examples, features, scores) -> list[Prediction]:
+    def predict(
+        self,
+        examples: Sequence[Any],
+        features: Sequence[Feature],
+        scores: Sequence[NDArray[np.float32]],
+    ) -> list[Prediction]:
+        """label: the likeliest; probability: its own; probabilities: of each label by name."""
         predictions = []
         for mean in self.means(examples, features, scores):
             by_label = dict(zip(self.labels, softmax(mean), strict=True))
@@ -110,7 +118,7 @@ class Classification(_SequenceTask):
                                 "probabilities": by_label})  # fmt: skip
         return predictions
 
-    def evaluate(self, examples, predictions) -> Report:
+    def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
         truth = [example.target for example in examples]
         return measures.classification(truth, [p["label"] for p in predictions], self.labels)
 
@@ -148,7 +156,8 @@ class MultiLabel(_SequenceTask):
         """
         have = np.array([self.number(example.target) for example in examples]).sum(0)
         lack = len(examples) - have
-        return np.where(have * lack > 0, lack / np.maximum(have, 1), 1.0).tolist()
+        weights: list[float] = np.where(have * lack > 0, lack / np.maximum(have, 1), 1.0).tolist()
+        return weights
 
     def loss(
         self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float
@@ -161,7 +170,13 @@ class MultiLabel(_SequenceTask):
         )
         return losses / (total * len(self.labels))
 
-    def predict(self, examples, features, scores) -> list[Prediction]:
+    def predict(
+        self,
+        examples: Sequence[Any],
+        features: Sequence[Feature],
+        scores: Sequence[NDArray[np.float32]],
+    ) -> list[Prediction]:
+        """labels: those above 0.5; probabilities: of each label by name."""
         predictions = []
         for mean in self.means(examples, features, scores):
             shares = torch.from_numpy(mean).sigmoid().tolist()
@@ -170,12 +185,14 @@ class MultiLabel(_SequenceTask):
             predictions.append({"labels": chosen, "probabilities": by_label})
         return predictions
 
-    def evaluate(self, examples, predictions) -> Report:
+    def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
         truth = [example.target for example in examples]
         return measures.multilabel(truth, [p["labels"] for p in predictions], self.labels)
 
 
 class Regression(_SequenceTask):
+    """A number per text, learnt with the mean squared error."""
+
     metrics = ("pearson", "spearman", "mse", "mae")
     problem_type = "regression"
 
@@ -207,9 +224,15 @@ class Regression(_SequenceTask):
         targets = torch.tensor([feature.target for feature in features], device=logits.device)
         return F.mse_loss(logits[:, 0], targets, reduction="sum") / total
 
-    def predict(self, examples, features, scores) -> list[Prediction]:
+    def predict(
+        self,
+        examples: Sequence[Any],
+        features: Sequence[Feature],
+        scores: Sequence[NDArray[np.float32]],
+    ) -> list[Prediction]:
+        """score: the predicted number."""
         return [{"score": float(mean[0])} for mean in self.means(examples, features, scores)]
 
-    def evaluate(self, examples, predictions) -> Report:
+    def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
         truth = [example.target for example in examples]
         return measures.regression(truth, [p["score"] for p in predictions])

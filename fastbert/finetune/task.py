@@ -57,6 +57,7 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, config: FinetuneConfig, max_seq_len: int) -> Self:
+        """The settings of a training run; max_seq_len: the length that it used."""
         values = {k: getattr(config, k) for k in cls._fields if k != "may_be_impossible"}
         return cls(**values | {"max_seq_len": max_seq_len})
 
@@ -75,6 +76,7 @@ class Settings(NamedTuple):
             raise InputError(f"{path}: not the settings of a fine-tuned model ({error})") from None
 
     def save(self, directory: Path) -> None:
+        """Writes finetune.json into the directory of a model."""
         text = json.dumps(self._asdict(), indent=2, ensure_ascii=False) + "\n"
         (directory / SETTINGS).write_text(text, encoding="utf-8")
 
@@ -250,10 +252,12 @@ def by_example(features: Sequence[Feature], num_examples: int) -> list[list[int]
 
 
 def to_host(scores: Tensor) -> NDArray[np.float32]:
+    """The scores as a float32 array on the host, of the same shape."""
     return scores.detach().float().cpu().numpy()
 
 
 def softmax(scores: NDArray[np.float32]) -> list[float]:
     """Probabilities of (L,) scores."""
     shares = np.exp(scores - scores.max())
-    return (shares / shares.sum()).tolist()
+    probabilities: list[float] = (shares / shares.sum()).tolist()
+    return probabilities

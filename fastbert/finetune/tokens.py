@@ -104,7 +104,13 @@ class Entities(Task):
         ends = np.cumsum([feature.num_tokens for feature in features])
         return np.split(to_host(output.logits), ends[:-1])
 
-    def predict(self, examples, features, scores) -> list[Prediction]:
+    def predict(
+        self,
+        examples: Sequence[Any],
+        features: Sequence[Feature],
+        scores: Sequence[NDArray[np.float32]],
+    ) -> list[Prediction]:
+        """words, and a label for each; entities: type, words, start and end (excluded) in words."""
         predictions = []
         for example, own in zip(examples, by_example(features, len(examples)), strict=True):
             labels = ["O"] * len(example.words)
@@ -122,7 +128,7 @@ class Entities(Task):
             )
         return predictions
 
-    def evaluate(self, examples, predictions) -> Report:
+    def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
         return entities([e.labels for e in examples], [p["labels"] for p in predictions])
 
 

@@ -7,7 +7,6 @@ module keeps its attributes, parameters and buffers, and this file keeps no othe
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -16,13 +15,14 @@ from fastbert.check import require
 from fastbert.hf.encode import run_encoder, run_model
 from fastbert.hf.families import (
     FAMILIES,
-    ORIGINAL,
     Family,
+    Forward,
     family_of,
     keep_padding,
     patched_base,
 )
 from fastbert.hf.heads import run_head, run_masked_lm, run_pretraining
+from fastbert.hf.hooks import ORIGINAL
 from fastbert.hf.stack import run_one_layer
 from fastbert.modules import fp8
 from fastbert.modules.graphs.buckets import Graphs, allow
@@ -114,12 +114,12 @@ def patched_class(original: Any) -> Any:
         raise TypeError(f"patched_class: {original.__module__}.{original.__name__} has none")
 
     @functools.wraps(original.__init__)
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original.__init__(self, *args, **kwargs)
         patch(self)
 
     # copies and pickles refer to the original class, which can be imported
-    def __reduce_ex__(self, protocol: Any) -> tuple:
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
         _, _, *state = original.__reduce_ex__(self, protocol)
         return (_new_instance, (original,), *state)
 
@@ -146,7 +146,7 @@ def _replacement(cls: type) -> Any:
     return patched_class(cls)
 
 
-def _forward_of(cls: type) -> Callable | None:
+def _forward_of(cls: type) -> Forward | None:
     """The packed forward for a class of transformers; None for a class that is not patched."""
     family = family_of(cls)
     if family is None or ORIGINAL in vars(cls):
@@ -154,7 +154,7 @@ def _forward_of(cls: type) -> Callable | None:
     return _role(family, cls.__name__)
 
 
-def _role(family: Family, name: str) -> Callable | None:
+def _role(family: Family, name: str) -> Forward | None:
     prefix = family.prefix
     if name == family.model:
         return run_model
@@ -175,7 +175,7 @@ def _role(family: Family, name: str) -> Callable | None:
 _OURS = {"return_logits", "skip_logits", "num_items_in_batch", *DOCUMENTS}
 
 
-def _forward(original: Any, run: Callable) -> Callable:
+def _forward(original: Any, run: Forward) -> Forward:
     own = original.forward
     parameters = inspect.signature(own).parameters
     names = [n for n, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
@@ -183,14 +183,14 @@ def _forward(original: Any, run: Callable) -> Callable:
 
     known = {*parameters, *_OURS}
 
-    def fits(args: tuple, kwargs: dict[str, Any]) -> bool:
+    def fits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the arguments fit the signature, so that the call is no TypeError."""
         is_known = takes_all or all(name in known for name in kwargs)
         is_twice = any(name in kwargs for name in names[: len(args)])
         return len(args) <= len(names) and is_known and not is_twice
 
     @functools.wraps(own)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         now = original.forward
         if run is run_one_layer and now is own:
             return run(self, functools.partial(own, self), *args, **kwargs)

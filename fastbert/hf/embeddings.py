@@ -142,4 +142,4 @@ def _types(embeddings: Any, position_ids: Tensor) -> Tensor | None:
     return types.to(position_ids.device)[0][position_ids]
 
 
-_ARE_ZERO: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+_ARE_ZERO: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()

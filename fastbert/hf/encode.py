@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastbert import events
 from fastbert.hf.embeddings import embedded, own_dtype, positions_of
-from fastbert.hf.families import Unsupported, keeps_padding
+from fastbert.hf.families import Forward, Unsupported, keeps_padding
 from fastbert.hf.hooks import is_hooked, is_theirs
 from fastbert.hf.stack import (
     boundary_dtype,
@@ -45,7 +45,7 @@ class Encoded:
     dtype: torch.dtype
 
 
-def run_model(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
+def run_model(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """The patched forward of a bare model: `BertModel`, `RobertaModel`, ..."""
     wanted = dict(arguments)
     return_dict = wanted.pop("return_dict", None)
@@ -59,7 +59,9 @@ def run_model(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
     return _model_output(model, encoded, return_dict)
 
 
-def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) -> Encoded:
+def encode(
+    model: Any, arguments: dict[str, Any], rows: Callable[[Unpadding], Rows] | None = None
+) -> Encoded:
     """Packs, embeds and runs the layers; raises Unsupported for calls that need Hugging Face's.
 
     rows: (Unpadding) -> Rows, the only tokens that the last layer has to compute.
@@ -106,7 +108,7 @@ def encode(model: Any, arguments: dict[str, Any], rows: Callable | None = None) 
     return Encoded(x, hidden_states, padding, chosen, dtype)
 
 
-def run_encoder(encoder: Any, original: Callable, arguments: dict[str, Any]) -> Any:
+def run_encoder(encoder: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """The patched forward of an encoder, which users' own models call directly."""
     wanted = dict(arguments)
     hidden_states = wanted.pop("hidden_states")
@@ -178,7 +180,7 @@ def _padded(
     return tuple(None if x is None else padding.pad(x.to(dtype)) for x in states)
 
 
-def output_class(name: str) -> Callable:
+def output_class(name: str) -> Any:
     import transformers.modeling_outputs
 
     return getattr(transformers.modeling_outputs, name)

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.hf.hooks import ORIGINAL, is_hooked, is_theirs, works_by_token
-from fastbert.modules.activations import GELU_TANH, dense_and_activate
+from fastbert.modules.activations import GELU_TANH, Activation, dense_and_activate
 from fastbert.modules.layer import LayerParts
 from fastbert.modules.linear import Leaf, is_plain
 from fastbert.ops.layer_norm import layer_norm
+
+Forward = Callable[..., Any]  # of transformers' modules, or one that replaces it
 
 
 class Unsupported(Exception):
@@ -77,7 +79,7 @@ def dropout_of(module: nn.Module) -> float:
 
 
 # transformers' GELU modules; the tanh variants differ in rounding only
-_ACTIVATIONS: dict[str, Callable] = {
+_ACTIVATIONS: dict[str, Activation] = {
     "GELUActivation": F.gelu,
     "NewGELUActivation": GELU_TANH,
     "FastGELUActivation": GELU_TANH,
@@ -87,7 +89,7 @@ _ACTIVATIONS: dict[str, Callable] = {
 }
 
 
-def activation_of(function: Callable) -> Callable:
+def activation_of(function: Activation) -> Activation:
     """The GELU function for transformers' GELU modules; other elementwise functions unchanged.
 
     Raises Unsupported for a function that might not be elementwise, or a module with hooks.
@@ -165,7 +167,7 @@ def _require_plain_layer(layer: Any, chunk_size: int) -> None:
         raise Unsupported("a decoder's layer")
 
 
-def _before_vocabulary(dense: Any, activation: Callable, norm: Any) -> Callable[[Tensor], Tensor]:
+def _before_vocabulary(dense: Any, activation: Activation, norm: Any) -> Activation:
     linear, function = leaf(dense), activation_of(activation)
     leaf(norm, nn.LayerNorm)
 

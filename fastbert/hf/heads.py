@@ -6,7 +6,6 @@ labels at padded positions ignored.
 """
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from fastbert import events
 from fastbert.hf.encode import encode, is_plain_pooler
 from fastbert.hf.families import (
+    Forward,
     Unsupported,
     family_of,
     keeps_padding,
@@ -40,20 +40,20 @@ _HEADS_OWN = (
 )
 
 
-def run_masked_lm(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
+def run_masked_lm(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """The patched forward of `BertForMaskedLM`, `RobertaForMaskedLM`, ..."""
     has_loss = arguments.get("labels") is not None and _is_usual(model)
     return _run_words(model, original, arguments, has_loss, with_pairs=False)
 
 
-def run_pretraining(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
+def run_pretraining(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """The patched forward of `BertForPreTraining`; num_items_in_batch counts masked tokens."""
     has_loss = all(arguments.get(name) is not None for name in ("labels", "next_sentence_label"))
     return _run_words(model, original, arguments, has_loss, with_pairs=True)
 
 
 def _run_words(
-    model: Any, original: Callable, arguments: dict[str, Any], has_loss: bool, with_pairs: bool
+    model: Any, original: Forward, arguments: dict[str, Any], has_loss: bool, with_pairs: bool
 ) -> Any:
     with_logits = wants_logits(model, has_loss, *map(arguments.get, _LOGIT_OPTIONS))
     if has_loss:
@@ -79,7 +79,7 @@ def _run_words(
     return _returned(model, getattr(modeling, name)(**fields), arguments)
 
 
-def run_head(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
+def run_head(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """The patched forward of any other head: Hugging Face's own forward, with a normalised loss.
 
     The loss is the mean over labelled items, a finite 0 without any. With num_items_in_batch it is
@@ -107,7 +107,7 @@ def run_head(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
     return _returned(model, output, arguments)
 
 
-def _run_spans(model: Any, original: Callable, arguments: dict[str, Any]) -> Any:
+def _run_spans(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """The patched forward of `BertForQuestionAnswering`, ...: Hugging Face's logits, and a loss
     that normalises starts and ends separately, because only one of them may be at padding."""
     names = ("start_positions", "end_positions")
@@ -125,7 +125,7 @@ def _run_spans(model: Any, original: Callable, arguments: dict[str, Any]) -> Any
 
 
 def _score(
-    model: Any, original: Callable, arguments: dict[str, Any], with_logits: bool, with_pairs: bool
+    model: Any, original: Forward, arguments: dict[str, Any], with_logits: bool, with_pairs: bool
 ) -> tuple[Scored, dict[str, Any]]:
     """The masked-LM score, by the masked rows alone if possible, and the other output fields."""
     labels = _of_real_tokens(model, arguments["labels"], arguments)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -60,24 +61,24 @@ def is_theirs(module: nn.Module) -> bool:
     )
 
 
-def _hooks(module: nn.Module) -> Iterator[Callable]:
+def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
     for hooks in hooks_of(module):
         yield from hooks.values()
 
 
-def _is_awake(hook: Callable) -> bool:
+def _is_awake(hook: Callable[..., Any]) -> bool:
     """Whether a hook is active: transformers 5's capturing hooks stay, but act only when asked."""
     if _module(hook) != _CAPTURE:
         return True
     return bool(sys.modules[_CAPTURE]._active_collector.get())
 
 
-def _is_of_weights(hook: Callable) -> bool:
+def _is_of_weights(hook: Callable[..., Any]) -> bool:
     """Whether a hook only touches weights: FSDP's hooks move parameters, those of pruning and
     weight norms compute them. `enable_input_require_grads` only sets a flag, so it counts too."""
     is_flag = getattr(hook, "__name__", "") == "make_inputs_require_grads"
     return is_flag or _module(hook).startswith(("torch.distributed.", "torch.nn.utils."))
 
 
-def _module(hook: Callable) -> str:
+def _module(hook: Callable[..., Any]) -> str:
     return getattr(hook, "__module__", None) or type(hook).__module__

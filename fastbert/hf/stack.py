@@ -1,6 +1,6 @@
 """The packed layers of a patched Hugging Face encoder: whether they can run, and how."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from fastbert import events
 from fastbert.hf.attention import attention_forward
 from fastbert.hf.families import (
     Family,
+    Forward,
     Unsupported,
     family_of,
     keeps_padding,
@@ -146,7 +147,7 @@ def _tell(
 
 def run_one_layer(
     layer: Any,
-    original: Callable,
+    original: Forward,
     hidden_states: Tensor,
     *args: Any,
     sequences: Sequences | None = None,

@@ -34,13 +34,13 @@ class BertPreTrainedModel(nn.Module):
     input_modalities: ClassVar[str] = "text"  # read by transformers' pipelines
     config: Any
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         check_config(config)
         self.config = config
         # load_state_dict(assign=True) replaces tied parameters by separate ones
-        self.register_load_state_dict_post_hook(_tie_again)
-        self.register_state_dict_post_hook(_set_apart)
+        self.register_load_state_dict_post_hook(_tie_again)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(_set_apart)  # type: ignore[no-untyped-call]
 
     def run(self, inputs: Inputs, options: Any, **targets: Any) -> Any:
         """Reads the arguments, predicts, and returns the output padded, or as a tuple, as asked."""

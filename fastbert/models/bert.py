@@ -1,6 +1,6 @@
 """`BertModel`: embeddings, encoder and pooler."""
 
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from fastbert.rng import for_batch
 class BertModel(BertPreTrainedModel):
     """BERT without a task head, as in Hugging Face."""
 
-    def __init__(self, config, add_pooling_layer: bool = True) -> None:
+    def __init__(self, config: Any, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         self.embeddings = BertEmbeddings(config)
         self.encoder = BertEncoder(config)
@@ -36,7 +36,7 @@ class BertModel(BertPreTrainedModel):
         *,
         rows: Rows | None = None,
         **options: Unpack[ForwardOptions],
-    ) -> BaseModelOutputWithPooling | tuple:
+    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
         """Hidden states of every token, and each sequence's pooled first token.
 
         input_ids: (B, S) int64, or a PackedBatch alone; attention_mask: see `read_mask`;

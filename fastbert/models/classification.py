@@ -1,6 +1,6 @@
 """The classification models: of sequences, of tokens, and of a question's choices."""
 
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from fastbert.packing import PackedBatch
 class _Classifier(LabelledModel):
     """BERT, dropout and a linear classifier with `num_classes` outputs."""
 
-    def __init__(self, config, num_classes: int, add_pooling_layer: bool = True) -> None:
+    def __init__(self, config: Any, num_classes: int, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         self.bert = BertModel(config, add_pooling_layer)
@@ -37,7 +37,7 @@ class BertForSequenceClassification(_Classifier):
     0 and 1; `score_sequences` has the details, and what a problem_type of None means.
     """
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config, config.num_labels)
 
     def predict(self, request: Request, labels: Tensor | None = None) -> SequenceClassifierOutput:
@@ -59,7 +59,7 @@ class BertForTokenClassification(_Classifier):
     (B, S, num_labels), or (T, num_labels) for a PackedBatch.
     """
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config, config.num_labels, add_pooling_layer=False)
 
     def predict(self, request: Request, labels: Tensor | None = None) -> TokenClassifierOutput:
@@ -77,7 +77,7 @@ class BertForTokenClassification(_Classifier):
 class BertForMultipleChoice(_Classifier):
     """BERT with a logit for each of a question's choices, as in Hugging Face."""
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config, 1)
 
     def forward(
@@ -91,7 +91,7 @@ class BertForMultipleChoice(_Classifier):
         *,
         num_choices: int | None = None,
         **options: Unpack[ForwardOptions],
-    ) -> MultipleChoiceModelOutput | tuple:
+    ) -> MultipleChoiceModelOutput | tuple[Any, ...]:
         """The loss if labels are given, and the logits (B, C) of C choices.
 
         input_ids and the other inputs: as in `BertModel`, but (B, C, S), inputs_embeds

@@ -55,7 +55,7 @@ class _PredictsWords(BertPreTrainedModel):
 class BertForPreTraining(_PredictsWords):
     """BERT with both heads of its pre-training (Devlin et al. 2018), as in Hugging Face."""
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.bert = BertModel(config)
         self.cls = BertPreTrainingHeads(config)
@@ -74,7 +74,7 @@ class BertForPreTraining(_PredictsWords):
         return_logits: bool | None = None,
         skip_logits: bool | None = None,
         **options: Unpack[ForwardOptions],
-    ) -> BertForPreTrainingOutput | tuple:
+    ) -> BertForPreTrainingOutput | tuple[Any, ...]:
         """The sum of both losses if both labels are given, and the heads' logits.
 
         labels: (B, S) int64, the token to predict or -100; next_sentence_label: (B,) int64, 0
@@ -123,7 +123,7 @@ class BertForPreTraining(_PredictsWords):
 class BertForMaskedLM(_PredictsWords):
     """BERT with the masked-language-modelling head alone, as in Hugging Face."""
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=False)
         self.cls = BertOnlyMLMHead(config)
@@ -143,7 +143,7 @@ class BertForMaskedLM(_PredictsWords):
         return_logits: bool | None = None,
         skip_logits: bool | None = None,
         **options: Unpack[ForwardOptions],
-    ) -> MaskedLMOutput | tuple:
+    ) -> MaskedLMOutput | tuple[Any, ...]:
         """The masked-LM loss if labels are given, and the logits; see `BertForPreTraining`.
 
         encoder_hidden_states, encoder_attention_mask: a decoder's arguments, only there for Hugging
@@ -182,7 +182,7 @@ class BertForNextSentencePrediction(LabelledModel):
     default a PackedBatch's next_sentence_label. Logits are (B, 2).
     """
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.bert = BertModel(config)
         self.cls = BertOnlyNSPHead(config)

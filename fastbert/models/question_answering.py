@@ -1,6 +1,6 @@
 """`BertForQuestionAnswering`: logits for where an answer begins and ends in a text."""
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
     lowest number, which adds nothing to a softmax and is never the argmax.
     """
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         require(
@@ -46,7 +46,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         **options: Unpack[ForwardOptions],
-    ) -> QuestionAnsweringModelOutput | tuple:
+    ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
         """The mean of the losses of start and end if both positions are given, and their logits.
 
         start_positions, end_positions: (B,) int64, a column of the batch, or for packed input the

@@ -10,9 +10,11 @@ from torch import Tensor
 from fastbert.modules.linear import Leaf, split_bias
 from fastbert.ops.bias_gelu import Call, bias_gelu
 
+Activation = Callable[[Tensor], Tensor]  # elementwise
+
 GELU_TANH = partial(F.gelu, approximate="tanh")
 
-ACTIVATIONS: dict[str, Callable] = {
+ACTIVATIONS: dict[str, Activation] = {
     "gelu": F.gelu,  # the exact erf formula, which this name means in Hugging Face
     "gelu_python": F.gelu,
     "gelu_new": GELU_TANH,
@@ -25,7 +27,7 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 
-def dense_and_activate(x: Tensor, dense: Leaf, function: Callable) -> Tensor:
+def dense_and_activate(x: Tensor, dense: Leaf, function: Activation) -> Tensor:
     """`function(dense(x))`: (..., H) -> (..., I); for GELU one operator adds the bias too."""
     is_gelu = function is F.gelu or function is GELU_TANH
     x, bias = split_bias(x, dense, bias_gelu if is_gelu else None)
@@ -34,7 +36,7 @@ def dense_and_activate(x: Tensor, dense: Leaf, function: Callable) -> Tensor:
     return bias_gelu.run(Call(x, bias, "none" if function is F.gelu else "tanh"))
 
 
-def activation(hidden_act: str | Callable) -> Callable:
+def activation(hidden_act: str | Activation) -> Activation:
     """The function that a config's `hidden_act` names, or `hidden_act` itself if it is a function.
 
     Raises ValueError for an unknown name.

@@ -21,7 +21,7 @@ from fastbert.rng import DropoutState
 class BertSelfAttention(nn.Module):
     """Self-attention without its output projection."""
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.num_attention_heads = config.num_attention_heads
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
@@ -51,7 +51,7 @@ class _ProjectAndNorm(nn.Module):
 
     save: Save = "z"
 
-    def __init__(self, in_features: int, config) -> None:
+    def __init__(self, in_features: int, config: Any) -> None:
         super().__init__()
         self.dense = nn.Linear(in_features, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -68,21 +68,21 @@ class _ProjectAndNorm(nn.Module):
 class BertSelfOutput(_ProjectAndNorm):
     """The output projection of attention, dropout, residual sum and LayerNorm."""
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config.hidden_size, config)
 
 
 class BertOutput(_ProjectAndNorm):
     """The second linear layer of the feed-forward, dropout, residual sum and LayerNorm."""
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config.intermediate_size, config)
 
 
 class BertAttention(nn.Module):
     """The attention half of a layer."""
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.self = BertSelfAttention(config)
         self.output = BertSelfOutput(config)
@@ -96,7 +96,7 @@ class BertAttention(nn.Module):
 class BertIntermediate(nn.Module):
     """The first linear layer of the feed-forward and the activation."""
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.intermediate_act_fn = activation(config.hidden_act)
@@ -111,9 +111,9 @@ class BertLayer(nn.Module):
 
     # `gradient_checkpointing_enable`, fastbert's and Hugging Face's, sets both on each layer
     gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable = staticmethod(checkpoint)
+    _gradient_checkpointing_func: Callable[..., Any] = staticmethod(checkpoint)
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.attention = BertAttention(config)
         self.intermediate = BertIntermediate(config)

@@ -97,7 +97,7 @@ def _without_padding_gradient(positions: Any) -> Tensor:
 class BertEmbeddings(nn.Module):
     """The sum of the three embeddings, normalized; ids may be packed (T,) or padded (B, S)."""
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
         hidden = config.hidden_size

@@ -36,7 +36,7 @@ class BertEncoder(nn.Module):
     input is packed once before the first layer, and padded once after the last.
     """
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         check_config(config)
         self.config = config
@@ -163,7 +163,7 @@ def _refuse_decoding(**arguments: Any) -> None:
         )
 
 
-def _captured_around() -> dict[str, list]:
+def _captured_around() -> dict[str, list[Tensor | None]]:
     """The lists in which a Hugging Face model around this encoder collects hidden states now.
 
     transformers 5 fills them by hooks on layers of its own class; this encoder has none of these.

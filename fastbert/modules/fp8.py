@@ -121,7 +121,8 @@ def enable(model: nn.Module) -> None:
     """
     found = False
     for layers in _lists(model):
-        linears = [module for module in layers.modules() if _fits(module)]
+        plain = (module for module in layers.modules() if type(module) is nn.Linear)
+        linears = [linear for linear in plain if _fits(linear)]
         if linears:
             scales = Scales([linear.weight for linear in linears])
             vars(layers)[FP8] = scales
@@ -155,9 +156,8 @@ def load(model: nn.Module, saved: list[dict[str, Any]]) -> None:
         scales.load(one)
 
 
-def _fits(module: nn.Module) -> bool:
-    sizes = module.weight.shape if type(module) is nn.Linear else (1,)
-    return not any(size % MULTIPLE for size in sizes)
+def _fits(linear: nn.Linear) -> bool:
+    return not any(size % MULTIPLE for size in linear.weight.shape)
 
 
 def _lists(model: nn.Module) -> Iterator[nn.ModuleList]:

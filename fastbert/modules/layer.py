@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastbert.check import require
-from fastbert.modules.activations import dense_and_activate
+from fastbert.modules.activations import Activation, dense_and_activate
 from fastbert.modules.linear import Leaf, fused_linear, split_bias
 from fastbert.modules.sequences import Rows, Sequences
-from fastbert.ops.attention import Call as Attention
 from fastbert.ops.attention import attention, attention_qkvpacked
+from fastbert.ops.attention_plain import Call as Attention
 from fastbert.ops.dropout import drawn, dropout
 from fastbert.ops.layer_norm import Call as Norm
 from fastbert.ops.layer_norm import Save, dropout_add_layer_norm
@@ -103,7 +103,7 @@ class LayerParts(NamedTuple):
     attention_output_dropout: float
     attention_norm: Leaf
     intermediate: Leaf
-    activation: Callable
+    activation: Activation
     output: Leaf
     output_dropout: float
     output_norm: Leaf

@@ -1,6 +1,6 @@
 """Linear layers as parts of fused operators: joined in one product, or with the bias split off."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastbert.backend import Op
 
+Hooks = tuple[dict[int, Callable[..., Any]], ...]  # the live dictionaries of modules' hooks
 FP8 = "_fastbert_fp8"  # attribute by which `fastbert.modules.fp8` marks a module
 _NARROW = (torch.float16, torch.bfloat16)
 
@@ -114,7 +115,7 @@ def has_hooks(layer: nn.Module) -> bool:
     return any(hooks_of(layer)) or "forward" in vars(layer)
 
 
-def hooks_of(module: nn.Module) -> tuple[dict, ...]:
+def hooks_of(module: nn.Module) -> Hooks:
     """The four dictionaries of a module's hooks."""
     return (
         module._forward_hooks,

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from fastbert.modules.layer import LayerParts
-from fastbert.modules.linear import hooks_of
+from fastbert.modules.linear import Hooks, hooks_of
 
 # Attributes that the parts of a layer do not depend on.
 _UNREAD = {"in_features", "out_features", "normalized_shape", "elementwise_affine", "inplace"}
+
 _ABSENT = ("forward", "save")  # attributes that instances usually lack, but may be given
 
 
@@ -32,10 +33,10 @@ class Plan(NamedTuple):
 
     parts: tuple[LayerParts | None, ...]
     modules: tuple[nn.Module, ...]
-    attributes: tuple[list[dict], list[str], list[Any]]
-    children: tuple[list[dict], list[dict]]
+    attributes: tuple[list[dict[str, Any]], list[str], list[Any]]
+    children: tuple[list[dict[str, Any]], list[dict[str, Any]]]
     types: list[type]
-    classes: dict[type, tuple]
+    classes: dict[type, tuple[Any, ...]]
 
     def holds(self) -> bool:
         """Whether the layers are as they were when read; hooks are not compared."""
@@ -57,7 +58,7 @@ class Planner:
 
     def __init__(self, parts_of: Callable[[Any], LayerParts | None]) -> None:
         self.parts_of = parts_of
-        self.plans: weakref.WeakKeyDictionary[nn.ModuleList, dict[bool, tuple]] = (
+        self.plans: weakref.WeakKeyDictionary[nn.ModuleList, dict[bool, tuple[Plan, Hooks]]] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -98,7 +99,7 @@ def _plan(layers: nn.ModuleList, parts: tuple[LayerParts | None, ...]) -> Plan:
     modules = tuple(module for layer in layers for module in layer.modules())
     rows = [(vars(m), name, value) for m in modules for name, value in _attributes(m)]
     attributes = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
-    live: list[dict] = [layers._modules, *(m._modules for m in modules if m._modules)]
+    live: list[dict[str, Any]] = [layers._modules, *(m._modules for m in modules if m._modules)]
     types = list(map(type, modules))
     classes = {cls: _of_class(cls) for cls in types}
     return Plan(
@@ -121,5 +122,5 @@ def _attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:
             yield name, value
 
 
-def _of_class(cls: type) -> tuple:
+def _of_class(cls: type) -> tuple[Any, Any]:
     return getattr(cls, "forward", None), getattr(cls, "save", None)

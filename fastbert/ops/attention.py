@@ -178,8 +178,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, kernels, q: Tensor, k: Tensor | None, v: Tensor | None, others: tuple[Any, ...]
-    ) -> Tensor:
+        ctx: Any, kernels: Any, q: Tensor, k: Tensor | None, v: Tensor | None,
+        others: tuple[Any, ...],
+    ) -> Tensor:  # fmt: skip
         *lengths, softmax_scale, dropout_p, rng, mask = others
         tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v) if x is not None]
         q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(1)
@@ -200,7 +201,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once("attention")
-    def backward(ctx, dout: Tensor):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         out, lse, words, *tensors = ctx.saved_tensors
         kernels, lengths = ctx.kernels, ctx.lengths
         if words is None:
@@ -217,8 +218,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _drop_words(
-    kernels: Any, lengths: list, num_heads: int, state: Tensor | None, token_key: Tensor | None,
-    site: int, limit: int,
+    kernels: Any, lengths: list[Any], num_heads: int, state: Tensor | None,
+    token_key: Tensor | None, site: int, limit: int,
 ) -> Tensor | None:  # fmt: skip
     if state is None:
         return None

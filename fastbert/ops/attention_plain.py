@@ -6,7 +6,7 @@ B sequences, T packed tokens, N heads, D head size, S the longest sequence.
 import itertools
 from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +148,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Tensor | None = Non
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, mask, scale=call.softmax_scale)
     if forced() == "reference" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Sdpa.apply(q, k, v, mask, call.softmax_scale)
+        return _Sdpa.apply(q, k, v, mask, call.softmax_scale)  # type: ignore[no-untyped-call]
     return F.scaled_dot_product_attention(q, k, v, mask, scale=call.softmax_scale)
 
 
@@ -156,13 +156,15 @@ class _Sdpa(torch.autograd.Function):
     """PyTorch's attention, twice differentiable; its fast kernels are only once."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v, mask)
         ctx.scale = scale
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
     @staticmethod
-    def backward(ctx, dout: Tensor):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, mask = ctx.saved_tensors
         again = torch.is_grad_enabled()  # the caller wants to differentiate the gradient
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if again else nullcontext():

@@ -60,7 +60,7 @@ def _fused(kernels: Any, call: Call) -> Tensor:
 
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernels, x: Tensor, bias: Tensor, approximate: str) -> Tensor:
+    def forward(ctx: Any, kernels: Any, x: Tensor, bias: Tensor, approximate: str) -> Tensor:
         rows, bias, tanh = as_rows(x), bias.contiguous(), approximate == "tanh"
         if ctx is not None:
             ctx.save_for_backward(rows, bias)
@@ -69,7 +69,7 @@ class _BiasGelu(torch.autograd.Function):
 
     @staticmethod
     @once("bias_gelu")
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, bias = ctx.saved_tensors
         dx, dbias = ctx.kernels.bias_gelu_bwd(as_rows(dy), rows, bias, ctx.tanh)
         return None, dx.view(dy.shape), dbias, None

@@ -148,11 +148,13 @@ def _plain_attention_mask(
     return random.attention_keep_mask(drawn, num_heads, num_keys, dropout_p)
 
 
-def _keep_mask_fake(token_key, state, site, num_cols, _):
+def _keep_mask_fake(token_key: Tensor, state: Tensor, site: int, num_cols: int, _: float) -> Tensor:
     return token_key.new_empty((token_key.shape[0], num_cols), dtype=torch.bool)
 
 
-def _attention_mask_fake(token_key, state, site, num_heads, num_keys, _):
+def _attention_mask_fake(
+    token_key: Tensor, state: Tensor, site: int, num_heads: int, num_keys: int, _: float
+) -> Tensor:
     return token_key.new_empty((num_heads, token_key.shape[0], num_keys), dtype=torch.bool)
 
 

@@ -149,10 +149,10 @@ def _fused(kernels: Any, call: Call) -> Tensor:
 class _EmbeddingLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, kernels, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
-        word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor,
-        eps: float, padding_idx: int | None, dropout_p: float, rng: DropoutState | None,
-        dtype: torch.dtype,
+        ctx: Any, kernels: Any, input_ids: Tensor, position_ids: Tensor,
+        token_type_ids: Tensor | None, word: Tensor, position: Tensor, token_type: Tensor,
+        weight: Tensor, bias: Tensor, eps: float, padding_idx: int | None, dropout_p: float,
+        rng: DropoutState | None, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         ids = (input_ids, position_ids, token_type_ids)
         flat = [None if x is None else x.reshape(-1).contiguous() for x in ids]
@@ -169,7 +169,7 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once(WHO)
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.kernels.embedding_layer_norm_bwd(
             as_rows(dy), *ctx.saved_tensors, *ctx.numbers
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastbert.backend import DTYPES, op
 from fastbert.check import require
-from fastbert.ops.fused import as_rows, once
+from fastbert.ops.fused import as_rows, once, run
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
@@ -68,7 +68,7 @@ def multiplies_fp8(device: torch.device) -> bool:
 
 @fp8_linear.plain
 def _plain(call: Call) -> Tensor:
-    return _Fp8Linear.apply(Emulation, *call)
+    return run(_Fp8Linear, Emulation, call)
 
 
 @fp8_linear.refuses
@@ -89,7 +89,7 @@ def _refusal(call: Call) -> str | None:
 
 @fp8_linear.fused
 def _fused(kernels: Any, call: Call) -> Tensor:
-    return _Fp8Linear.apply(kernels, *call)
+    return run(_Fp8Linear, kernels, call)
 
 
 class Emulation:
@@ -129,7 +129,7 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, kernels, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, amax: Tensor,
+        ctx: Any, kernels: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, amax: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         rows = as_rows(x)
@@ -140,15 +140,18 @@ class _Fp8Linear(torch.autograd.Function):
             y = kernels.product(
                 x8, w8, of[0], of[1], None if bias is None else bias.to(dtype), dtype
             )
+        y = y[: len(rows)].view(*x.shape[:-1], weight.shape[0])
+        if ctx is None:
+            return y
         ctx.save_for_backward(x8_t, w8_t, scale, of)
         ctx.amax = amax  # which the backward writes to and does not read
         ctx.kernels, ctx.bias_dtype = kernels, None if bias is None else bias.dtype
         ctx.dtypes = x.dtype, weight.dtype
-        return y[: len(rows)].view(*x.shape[:-1], weight.shape[0])
+        return y
 
     @staticmethod
     @once("fp8_linear")
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x8_t, w8_t, scale, of = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
         rows = as_rows(dy)

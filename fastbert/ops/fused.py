@@ -11,7 +11,7 @@ from torch.autograd import Function
 REFERENCE = 'run its forward inside `with fastbert.backend.use("reference"):`'
 
 
-def run(function: type[Function], kernels: Any, call: tuple) -> Any:
+def run(function: type[Function], kernels: Any, call: tuple[Any, ...]) -> Any:
     """Applies the Function to the kernels and the call's fields.
 
     Where no gradient is wanted, runs only the Function's forward, with None as `ctx`, so that it
@@ -24,10 +24,10 @@ def run(function: type[Function], kernels: Any, call: tuple) -> Any:
     return function.forward(None, kernels, *call)
 
 
-def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable], Callable]:
+def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates a Function's backward: differentiating its gradients raises a RuntimeError."""
 
-    def decorate(backward: Callable) -> Callable:
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def first_derivative(ctx: Any, *gradients: Tensor | None) -> Any:
             with torch.no_grad():
@@ -37,7 +37,7 @@ def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable], Callable]:
             for dy in gradients:
                 if dy is not None and dy.requires_grad:
                     message = f"{who}: its gradients cannot be differentiated again; {remedy}"
-                    return _Refusal.apply(message, dy, *found)
+                    return _Refusal.apply(message, dy, *found)  # type: ignore[no-untyped-call]
             return found
 
         return first_derivative

@@ -133,7 +133,7 @@ class _NormKeepingY(torch.autograd.Function):
     """The reference of layer_norm with save="y": its backward reads y instead of z."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         wide = torch.promote_types(z.dtype, torch.float32)
         y, _, rstd = torch.native_layer_norm(
             z.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps
@@ -144,7 +144,7 @@ class _NormKeepingY(torch.autograd.Function):
 
     @staticmethod
     @once('dropout_add_layer_norm(save="y")', 'save="z" can')
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         kept, gamma, beta, rstd = ctx.saved_tensors
         dy, y, weight, bias = (t.to(rstd.dtype) for t in (dy, kept, gamma, beta))
         z_hat, dz_hat = (y - bias) / weight, dy * weight
@@ -189,8 +189,8 @@ def _fused(kernels: Any, call: Call) -> Tensor:
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, kernels, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
-        x_bias: Tensor | None, dropout_p: float, rng: DropoutState | None, save: Save,
+        ctx: Any, kernels: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor,
+        eps: float, x_bias: Tensor | None, dropout_p: float, rng: DropoutState | None, save: Save,
     ) -> Tensor:  # fmt: skip
         rows = as_rows(x)
         y, *statistics = kernels.layer_norm_fwd(
@@ -213,7 +213,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once("layer_norm")
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, state, token_key, rstd, kept, bias, mean = ctx.saved_tensors
         dz, dx, dweight, dbias, dx_bias = ctx.kernels.layer_norm_bwd(
             as_rows(dy), as_rows(kept), weight, bias, mean, rstd,

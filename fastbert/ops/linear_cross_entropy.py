@@ -120,8 +120,9 @@ def _fused(kernels: Any, call: Call) -> Tensor | tuple[Tensor, Tensor]:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, kernels, hidden, weight, bias, targets, ignore_index, label_smoothing, reduction, _
-    ):
+        ctx: Any, kernels: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+        targets: Tensor, ignore_index: int, label_smoothing: float, reduction: str, _: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         options = weight.shape[0], ignore_index, label_smoothing
         dtypes = weight.dtype, None if bias is None else bias.dtype
         weight = _padded(weight, hidden.dtype)
@@ -156,7 +157,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once("linear_cross_entropy")
-    def backward(ctx, dloss: Tensor, _):
+    def backward(ctx: Any, dloss: Tensor, _: None) -> tuple[Tensor | None, ...]:
         if ctx.is_overwritten:
             raise RuntimeError(
                 "linear_cross_entropy: the first backward overwrote the logits that a second one "

@@ -26,6 +26,8 @@ from fastbert.serve.refusal import Refusal
 
 CUT = 'cut it off with "truncate": true'
 
+Likeliest = tuple[NDArray[np.float32], NDArray[np.int64]]  # probabilities and word ids
+
 _GAPS = 256  # [MASK] positions whose vocabulary scores are computed at once
 
 
@@ -130,7 +132,7 @@ class MaskFilling(Ability):
             features.append(Feature(number, (window,), gaps))
         return features
 
-    def scores(self, model: Any, features: Sequence[Feature]) -> list[tuple[NDArray, NDArray]]:
+    def scores(self, model: Any, features: Sequence[Feature]) -> list[Likeliest]:
         """Probabilities and word ids (its [MASK]s, MOST) of each feature, the likeliest first."""
         batch = collate(features).to(model.device)
         gaps = [len(feature.target) for feature in features]
@@ -151,7 +153,7 @@ class MaskFilling(Ability):
         best = shares.topk(min(self.MOST, len(self.pieces)))
         return best.values, best.indices
 
-    def answer(self, text: str, scores: tuple[NDArray, NDArray], top: int) -> list[list[dict]]:
+    def answer(self, text: str, scores: Likeliest, top: int) -> list[list[dict[str, Any]]]:
         """The `top` likeliest words for each [MASK], with the fields of Hugging Face's pipeline."""
         answers = []
         for number, (shares, words) in enumerate(zip(*scores, strict=True)):

@@ -64,7 +64,7 @@ class Batcher:
     def __init__(
         self,
         model: nn.Module,
-        autocast: contextlib.AbstractContextManager,
+        autocast: contextlib.AbstractContextManager[Any],
         batch_tokens: int,
         max_queue: int,
         metrics: Metrics,

@@ -98,7 +98,7 @@ class Gate:
     async def _answer(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the app until it has answered, the client has left or the time is over (504)."""
         task: Any = asyncio.current_task()
-        watcher: asyncio.Task | None = None
+        watcher: asyncio.Task[None] | None = None
         has_left = False
 
         async def watch() -> None:

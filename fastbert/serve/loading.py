@@ -61,7 +61,7 @@ class Served(NamedTuple):
     default_prompt: str | None
 
     @property
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self.precision, self.model.device)
 
 

@@ -1,5 +1,8 @@
 """Prometheus metrics of a server."""
 
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -8,6 +11,8 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
+
+Kind = TypeVar("Kind", Counter, Gauge, Histogram)
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -54,7 +59,9 @@ class Metrics:
             Counter, "failed_batches", "Batches that the model failed on."
         )
 
-    def _make(self, kind, name, text, labels=(), **options):
+    def _make(
+        self, kind: type[Kind], name: str, text: str, labels: Sequence[str] = (), **options: Any
+    ) -> Kind:
         return kind(f"fastbert_{name}", text, labels, registry=self.registry, **options)
 
     def text(self) -> bytes:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Response
+from numpy.typing import NDArray
 
 from fastbert.serve.abilities import Embedding
 from fastbert.serve.refusal import OPENAI, Refusal, json_response
@@ -14,6 +15,7 @@ from fastbert.serve.service import Service
 
 
 def routes(service: Service) -> APIRouter:
+    """The routes of OpenAI's API: /v1/embeddings."""
     router = APIRouter(prefix=OPENAI.rstrip("/"))
 
     @router.post("/embeddings")
@@ -53,7 +55,8 @@ def _answer(scores: Sequence[Any], encoding: str, name: str, tokens: int) -> Res
     return json_response({"object": "list", "data": data, "model": name, "usage": usage})
 
 
-def _written(vector: np.ndarray, encoding: str) -> str | list[float]:
+def _written(vector: NDArray[np.float32], encoding: str) -> str | list[float]:
     if encoding == "float":
-        return vector.tolist()
+        numbers: list[float] = vector.tolist()
+        return numbers
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()

@@ -105,15 +105,21 @@ class Prediction(Ability):
         ]
 
     def means(
-        self, inputs: Sequence[Any], features: Sequence[Feature], scores: Sequence[NDArray]
+        self,
+        inputs: Sequence[Any],
+        features: Sequence[Feature],
+        scores: Sequence[NDArray[np.float32]],
     ) -> list[NDArray[np.float32]]:
         """(L,) scores of each input: the mean over its windows. For tasks in SEQUENCES only."""
-        return self.task.means(inputs, features, scores)  # type: ignore[attr-defined]
+        task: Any = self.task
+        means: list[NDArray[np.float32]] = task.means(inputs, features, scores)
+        return means
 
     def shares(self, scores: NDArray[np.float32], raw: bool) -> list[float]:
         """(L,) scores as probabilities; unchanged for `raw` and for regression."""
         if raw or self.settings.task == "regression":
-            return scores.tolist()
+            numbers: list[float] = scores.tolist()
+            return numbers
         if self.settings.task == "multilabel" or len(self.labels) == 1:
             return torch.from_numpy(scores).sigmoid().tolist()
         return softmax(scores)
@@ -132,7 +138,7 @@ def _answer(said: dict[str, Any]) -> dict[str, Any]:
 
 
 def _word_probabilities(
-    examples: Sequence[Sentence], features: Sequence[Feature], scores: Sequence[NDArray]
+    examples: Sequence[Sentence], features: Sequence[Feature], scores: Sequence[NDArray[np.float32]]
 ) -> list[list[float]]:
     """The probability of the label predicted for each word."""
     sure = [[0.0] * len(example.words) for example in examples]

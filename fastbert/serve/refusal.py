@@ -44,8 +44,10 @@ class Refusal(Exception):
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A response with the value as JSON."""
     return Response(to_json(value), status, headers, "application/json")
 
 
 def too_large(max_body: int) -> Refusal:
+    """The 413 for a body of more than `max_body` bytes."""
     return Refusal(413, f"a request of more than {max_body:,} bytes; send fewer texts in each")

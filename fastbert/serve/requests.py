@@ -13,6 +13,8 @@ Direction = Literal["Right", "right"]
 
 
 class Body(BaseModel):
+    """Base of the bodies: unknown fields and values of another type are refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
@@ -29,6 +31,8 @@ class EmbedBody(Body):
 
 
 class RerankBody(Body):
+    """raw_scores: logits instead of probabilities; return_text: repeat each text in the answer."""
+
     query: str
     texts: Texts
     raw_scores: bool = False
@@ -38,6 +42,8 @@ class RerankBody(Body):
 
 
 class QuestionBody(Body):
+    """A question, and the context that its answer is a part of."""
+
     question: str
     context: str
 
@@ -60,12 +66,16 @@ class PredictBody(Body):
 
 
 class FillMaskBody(Body):
+    """inputs: texts with [MASK] tokens; top_k: how many words for each."""
+
     inputs: Text
     top_k: Annotated[int, Field(ge=1, le=MaskFilling.MOST)] = 5
     truncate: bool | None = None
 
 
 class TokenizeBody(Body):
+    """add_special_tokens: with [CLS] and [SEP]; prompt_name: as in `EmbedBody`."""
+
     inputs: Text
     add_special_tokens: bool = True
     prompt_name: str | None = None

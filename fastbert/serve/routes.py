@@ -26,6 +26,7 @@ _MOST_FILLED = 20_000_000  # characters of an answer, which repeats a text for e
 
 
 def routes(service: Service, metrics: Metrics) -> APIRouter:
+    """All routes but OpenAI's."""
     router = APIRouter()
     served = service.served
 

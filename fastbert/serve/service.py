@@ -27,11 +27,13 @@ class Service:
         self.threads = ThreadPoolExecutor(config.tokenize_threads, "fastbert-tokenize")
 
     def texts(self, given: str | Sequence[str]) -> list[str]:
+        """The request's texts as a list; raises Refusal 413 for more than --max-texts."""
         texts = [given] if isinstance(given, str) else list(given)
         self.check_count(len(texts))
         return [encodable(text) for text in texts]
 
     def check_count(self, count: int) -> None:
+        """Raises Refusal 413 for more inputs than --max-texts."""
         if count > self.config.max_texts:
             raise Refusal(413, f"{count} texts, more than the {self.config.max_texts} of a request")
 
@@ -55,5 +57,6 @@ class Service:
         return features, await self.batcher.scores(ability, features)
 
     async def in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """What the function returns, called in one of the tokenizer's threads."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.threads, function, *arguments)

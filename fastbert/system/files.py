@@ -42,6 +42,7 @@ class Unwritable(InputError):
 
     @classmethod
     def because(cls, path: str | Path, error: BaseException) -> Self:
+        """An Unwritable of `path` whose reason is the first line of the error's message."""
         if isinstance(error, Unwritable):
             return cls(path, error.reason)
         if isinstance(error, OSError) and error.strerror:
@@ -181,6 +182,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, values: dict[str, Any]) -> None:
+    """Writes the values as indented JSON, as `write_text` does; raises Unwritable."""
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 

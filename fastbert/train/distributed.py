@@ -124,6 +124,7 @@ def _store() -> dist.Store:
     addresses of dead processes. Nodes count their restarts independently, so a run on several nodes
     needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment instead.
     """
+    store: dist.Store
     store, _, size = next(dist.rendezvous("env://"))
     if size != int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
         return store
@@ -199,7 +200,7 @@ def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
         raise ValueError(_reason(error)) from None
 
 
-def shard_state(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
+def shard_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
     """A state_dict of whole tensors, sharded like the parameters of `optimizer`, in place."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, state in saved["state"].items():

@@ -20,6 +20,7 @@ class Result(NamedTuple):
     @classmethod
     @torch.no_grad()
     def of(cls, loss: Tensor, sums: list[Tensor]) -> "Result":
+        """The result of a loss () and six sums () of any dtype, stacked without gradients."""
         return cls(loss, torch.stack([value.float() for value in sums]))
 
 

@@ -11,6 +11,7 @@ LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfl
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context for a precision; autocast is off unless that is "bf16" or "fp16"."""
     dtype = LOW_PRECISION.get(precision, torch.bfloat16)
     return torch.autocast(device.type, dtype, enabled=precision in LOW_PRECISION)
 

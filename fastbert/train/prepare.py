@@ -66,7 +66,7 @@ def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> Prepa
     counts = corpus.token_counts(train)
     _check_words(counts, specials)
 
-    def examples(documents, scheme: str) -> data.PretrainingData:
+    def examples(documents: NDArray[np.int64], scheme: str) -> data.PretrainingData:
         masking = data.make_masking(
             scheme,
             specials,

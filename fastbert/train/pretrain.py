@@ -239,7 +239,7 @@ def _profiler(
     config: PretrainConfig,
     ranks: Ranks,
     wanted: bool,
-) -> contextlib.AbstractContextManager:
+) -> contextlib.AbstractContextManager[Any]:
     if not (wanted and ranks.is_first):
         return Unprofiled()
     return profiling(out, config.steps - state.step, ranks.device)

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -14,7 +15,7 @@ SKIPPED, WARM_UP, RECORDED = 5, 2, 3  # steps; the skipped ones include a CUDA g
 LINES = 10
 
 
-class Unprofiled(contextlib.nullcontext):
+class Unprofiled(contextlib.nullcontext[Any]):
     """A profiler that does nothing."""
 
     def __enter__(self) -> "Unprofiled":

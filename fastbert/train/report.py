@@ -150,7 +150,7 @@ class TokenizingReporter:
             console.print(self.line)
 
 
-class Silent(contextlib.nullcontext):
+class Silent(contextlib.nullcontext[Any]):
     """A reporter that does nothing, for all processes but the first."""
 
     def __enter__(self) -> "Silent":

@@ -133,7 +133,8 @@ _DAMAGE = (KeyError, IndexError, ValueError, TypeError, AttributeError)
 def _read(path: Path) -> dict[str, Any]:
     """The contents of a state file, on the CPU."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return saved
     except FileNotFoundError:
         raise InputError(f"{path}: missing, so this checkpoint cannot be resumed") from None
     except OSError as error:

@@ -154,7 +154,7 @@ class GraphedStep:
         self.eager, self.bucket, self.graphs = eager, bucket, graphs
         self.buffers: list[PackedBatch] = []
         self.counts = torch.zeros(len(GlobalCounts._fields), dtype=torch.int64, device=eager.device)
-        self.replay: Work | None = None
+        self.replay: Work[Any] | None = None
         self.steps = 0
         self.said: set[str] = set()
         eager.use_rate_on_device()

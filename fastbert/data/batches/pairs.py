@@ -38,7 +38,8 @@ class PairPlan:
         """(E,) int64: number of tokens of each example, including [CLS] and every [SEP]."""
         a_start, a_end, b_start, b_end = self.spans.T
         special = NUM_SPECIAL - (self.is_random is None)
-        return (a_end - a_start) + (b_end - b_start) + special
+        lengths: NDArray[np.int64] = (a_end - a_start) + (b_end - b_start) + special
+        return lengths
 
 
 def plan_pairs(

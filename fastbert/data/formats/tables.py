@@ -7,7 +7,7 @@ import math
 import string
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,7 +198,7 @@ def json_rows(
 
 
 def _check_columns(
-    there: Sequence[str] | dict, columns: Sequence[str], where: str, hint: str = ""
+    there: Collection[str], columns: Sequence[str], where: str, hint: str = ""
 ) -> None:
     for column in columns:
         if column not in there:

@@ -57,6 +57,10 @@ class Texts(abc.ABC):
         """
 
     def text(self, row: Row) -> str:
+        """A row's text, which may be "".
+
+        Raises InputError for a blank one, a value that is no string, or over LONGEST characters.
+        """
         text = "" if row.values[self.column] == "" else row.text(self.column)
         if len(text) > LONGEST:
             raise InputError(f"{row.where}: a text of more than {LONGEST:,} characters; divide it")

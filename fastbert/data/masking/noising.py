@@ -13,6 +13,8 @@ from fastbert.data.tokenized.ngrams import NgramCounts
 
 
 class Corrupt(Protocol):
+    """A function that replaces the chosen tokens in the input, by [MASK] or other tokens."""
+
     def __call__(
         self, ids: NDArray[np.int64], choice: NDArray[np.uint64], draws: Draws
     ) -> NDArray[np.int64]:

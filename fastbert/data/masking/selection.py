@@ -38,6 +38,7 @@ class Draws(NamedTuple):
     low: NDArray[np.uint64]
 
     def at(self, index: NDArray[np.int64]) -> "Draws":
+        """The words of the tokens at these indices, (N,)."""
         return Draws(*(words[index] for words in self))
 
 
@@ -61,7 +62,8 @@ def num_targets(maskable: NDArray[np.int64], share: float) -> NDArray[np.int64]:
     maskable: (B,) number of maskable tokens of each example; an example without any predicts none
     """
     wanted = np.maximum(np.rint(share * maskable).astype(np.int64), 1)
-    return np.minimum(wanted, maskable)
+    counts: NDArray[np.int64] = np.minimum(wanted, maskable)
+    return counts
 
 
 class Examples(NamedTuple):
@@ -77,6 +79,7 @@ class Examples(NamedTuple):
 
 
 def examples_of(tokens: Tokens, share: float) -> Examples:
+    """Where each example of the batch begins, and how many of its tokens to predict."""
     begins = np.flatnonzero(np.diff(tokens.example, prepend=-1))
     sizes = np.diff(begins, append=len(tokens.ids))
     maskable = np.add.reduceat(tokens.maskable, begins, dtype=np.int64)
@@ -231,7 +234,8 @@ def _segment_ends(words: _Words) -> NDArray[np.int64]:
     gap = words.first[1:] != words.first[:-1] + words.size[:-1]
     gap |= np.diff(words.number) != 0
     ends = np.append(np.flatnonzero(gap) + 1, len(words.first))
-    return ends[np.append(0, np.cumsum(gap))]
+    run_ends: NDArray[np.int64] = ends[np.append(0, np.cumsum(gap))]
+    return run_ends
 
 
 def _span_lengths(draws: Draws) -> NDArray[np.int64]:

@@ -77,7 +77,7 @@ class DocumentEncoder:
         kept = np.bincount(owner[lengths > 0], minlength=len(documents))
         return EncodedDocuments(tokens, starts, lengths[lengths > 0], kept[kept > 0])
 
-    def _batch(self, sentences: list[str]) -> tuple[NDArray, NDArray, NDArray]:
+    def _batch(self, sentences: list[str]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """(tokens, word starts, number of tokens of each sentence, which may be 0)."""
         by_pieces = self.continuing is not None and self.segmenter is None
         # encode_batch_fast gives the same tokens without their offsets in the text

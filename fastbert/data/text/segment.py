@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from types import ModuleType
+from typing import Any
 
 from fastbert.check import InputError
 
+# Gives the words of a sentence, in order; what lies between them is left out, or a word too.
 Segmenter = Callable[[str], Iterable[str]]
-"""Gives the words of a sentence, in order; what lies between them is left out or a word too."""
 
 SEGMENTERS = ("characters", "spaces", "jieba")
 LONGEST = 10  # characters of a word; a longer "word" is text that the segmenter could not divide
@@ -38,13 +38,14 @@ def make_segmenter(name: str) -> Segmenter | None:
 
 def _by_jieba(sentence: str) -> list[str]:
     """A function of this module, because jieba's own cannot be pickled for another process."""
-    return _jieba().lcut(sentence)
+    words: list[str] = _jieba().lcut(sentence)
+    return words
 
 
 @functools.cache
-def _jieba() -> ModuleType:
+def _jieba() -> Any:
     try:
-        import jieba  # type: ignore
+        import jieba
     except ImportError:
         raise InputError(
             "--segmenter jieba: not installed; pip install 'fastbert[chinese]'"

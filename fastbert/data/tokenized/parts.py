@@ -41,10 +41,12 @@ def batches(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
 
 
 def part_file(directory: Path, number: int) -> Path:
+    """The path of a part: its number in six digits, .npz."""
     return directory / f"{number:06d}.npz"
 
 
 def write_part(path: Path, documents_read: int, encoded: EncodedDocuments) -> Part:
+    """Writes the documents' arrays as a part; raises Unwritable."""
     arrays = encoded._asdict()
     counts = (documents_read, *map(len, list(arrays.values())[1:]))
     write_file(path, lambda file: np.savez(file, counts=np.array(counts), **arrays))

@@ -146,7 +146,7 @@ class Recorded:
 
     def __init__(self, parts: Sequence[LayerParts]) -> None:
         self.parts = parts
-        self.entries: dict[tuple, Entry] = {}
+        self.entries: dict[tuple[Any, ...], Entry] = {}
         self.state: list[Any] = []
         self.changes = 0
         leaves = [one for part in parts for one in part if isinstance(one, Leaf)]
@@ -245,7 +245,7 @@ def replayed(
         if isinstance(entry.graphs, ForwardGraph):
             return entry.graphs(x, call)
         pending = Pending(pool, entry.graphs, recorded)
-        return Replayed.apply(pending, call, x, *(call.trained or ()))
+        return Replayed.apply(pending, call, x, *(call.trained or ()))  # type: ignore[no-untyped-call]
 
 
 def _recorded(layers: nn.ModuleList, parts: Sequence[LayerParts]) -> Recorded:

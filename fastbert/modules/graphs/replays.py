@@ -202,7 +202,7 @@ class Replayed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, pending: Any, call: Call, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, pending: Any, call: Call, x: Tensor, *parameters: Tensor) -> Tensor:
         """pending: has `forward` (x, call), and `backward` (dout, number of tokens), which returns
         None where the graphs no longer hold the tensors that the forward saved."""
         ctx.pending, ctx.call = pending, call
@@ -211,7 +211,7 @@ class Replayed(torch.autograd.Function):
         return pending.forward(x, call)
 
     @staticmethod
-    def backward(ctx, dout: Tensor):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         (x, *_), call, found = ctx.saved_tensors, ctx.call, None
         is_differentiated = torch.is_grad_enabled()
         if not is_differentiated:

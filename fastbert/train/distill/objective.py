@@ -77,6 +77,7 @@ class Teacher:
 
     @torch.no_grad()
     def answer(self, batch: PackedBatch, rows: Rows | None) -> Answer:
+        """The teacher's `answer` to a batch, without gradients."""
         return answer(self.model, batch, rows)
 
 
@@ -119,6 +120,10 @@ class DistillationObjective(PretrainingObjective):
         num_pairs: int | Tensor,
         num_tokens: int | Tensor = 1,
     ) -> Result:
+        """The weighted sum of the three losses; in eval mode the result of `PretrainingObjective`.
+
+        The last three sums are those of the soft-target and the cosine loss, and the tokens.
+        """
         if not self.training:
             return super().forward(batch, num_targets, num_pairs, num_tokens)
         weights = self.weights

@@ -20,8 +20,11 @@ def as_id(value):
     return "x".join(map(str, value)) if isinstance(value, tuple) else None
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=as_id)
-@pytest.mark.parametrize("eps", [1e-12, 0.5])  # 0.5: an eps that is dropped shows
+@pytest.mark.parametrize(
+    ("shape", "eps"),
+    [*((shape, 0.5) for shape in SHAPES), ((17, 96), 1e-12)],  # 0.5: an eps that is dropped shows
+    ids=as_id,
+)
 @pytest.mark.usefixtures("body")
 def test_is_as_accurate_as_pytorch(eps, dtype, shape, device):
     x, weight, bias, dy = inputs(shape, dtype, device)
@@ -204,7 +207,7 @@ def test_takes_columns_that_lie_apart_and_an_expanded_gradient(device):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.usefixtures("body")
 def test_the_backward_gives_the_same_bits_each_time(dropout_p, device):
-    case = sum_inputs((1030, 24), torch.float32, device)  # more rows than programs take at once
+    case = sum_inputs((780, 24), torch.float32, device)  # more rows than programs take at once
     first, second = (case.results(dropout_p=dropout_p) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     truth = case.plain(torch.double, dropout_p=dropout_p)

@@ -139,7 +139,8 @@ def test_sums_gradients_however_ids_repeat(draw, device):
 
 @pytest.mark.usefixtures("triton")
 def test_sums_runs_of_more_chunks_than_are_joined_at_once(device):
-    case = inputs(1200, 8, torch.float32, device)
+    num_tokens = 1200 if device == "cuda" else 700  # chunks are twice as large on some GPUs
+    case = inputs(num_tokens, 8, torch.float32, device)
     case.input_ids[100:] = 7
     case.token_type_ids = None
     truth = case.plain(torch.double)

@@ -95,6 +95,7 @@ def test_the_named_parts_fit_into_ten_minutes_too():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 def test_what_a_sanitizer_looks_at_is_every_operator():
     outcome = CliRunner().invoke(suite.app, ["once"], catch_exceptions=False)
     assert outcome.exit_code == 0

@@ -29,8 +29,12 @@ IN_A_PACKAGE = (
 
 @pytest.fixture
 def checkout(tmp_path):
+    return copy_sources(tmp_path)
+
+
+def copy_sources(directory):
     """A copy of what the package is built from, without what an earlier build left."""
-    copy = tmp_path / "checkout"
+    copy = directory / "checkout"
     copy.mkdir()
     for name in IN_A_PACKAGE:
         source = ROOT / name
@@ -64,18 +68,20 @@ def build_without_a_compiler(checkout, wanted):
     return run("setup.py", "-q", "build_ext", "--inplace", cwd=checkout, **environment)
 
 
-@pytest.fixture
-def wheel(checkout, tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
     """The wheel of the sdist, as it is built without a compiler."""
-    packed = run("setup.py", "-q", "sdist", "-d", str(tmp_path), cwd=checkout)
+    directory = tmp_path_factory.mktemp("wheel")
+    checkout = copy_sources(directory)
+    packed = run("setup.py", "-q", "sdist", "-d", str(directory), cwd=checkout)
     assert packed.returncode == 0, packed.stderr
-    (sdist,) = tmp_path.glob("*.tar.gz")
+    (sdist,) = directory.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         assert [name for name in archive.getnames() if name.endswith("csrc/bindings.cpp")]
-    options = ("--no-build-isolation", "--no-deps", "-q", "-w", str(tmp_path), str(sdist))
-    built = run("-m", "pip", "wheel", *options, cwd=tmp_path, FASTBERT_BUILD_EXT="0")
+    options = ("--no-build-isolation", "--no-deps", "-q", "-w", str(directory), str(sdist))
+    built = run("-m", "pip", "wheel", *options, cwd=directory, FASTBERT_BUILD_EXT="0")
     assert built.returncode == 0, built.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = directory.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     return wheel
 
@@ -167,6 +173,8 @@ def test_without_a_compiler_the_extension_is_left_out_in_one_line(checkout):
 
 @pytest.mark.slow
 def test_a_compiler_that_fails_leaves_the_extension_out_too(checkout):
+    for source in (checkout / "csrc").glob("*.cpp"):
+        source.unlink()
     (checkout / "csrc" / "bindings.cpp").write_text("this is not C++\n")
     built = run("setup.py", "-q", "build_ext", "--inplace", cwd=checkout, FASTBERT_BUILD_EXT="auto")
     assert built.returncode == 0, built.stderr

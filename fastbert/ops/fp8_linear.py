@@ -129,8 +129,8 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kernels: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, amax: Tensor,
-        dtype: torch.dtype,
+        ctx: Any, kernels: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor,
+        amax: Tensor, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         rows = as_rows(x)
         of = scale.reciprocal()  # exact, as scales are powers of two

@@ -1,6 +1,10 @@
 """The convergence benchmark trains three models on the same batches, and would see a difference."""
 
 import dataclasses
+<<<<<<< HEAD
+=======
+from pydoc_data.topics import topics
+>>>>>>> speed-a
 
 import pytest
 import torch
@@ -29,8 +33,14 @@ def test_pads_a_batch():
 
 
 @pytest.mark.slow
-def test_the_curves_agree():
+def test_the_curves_agree(monkeypatch, write):
+    """On text and a vocabulary that are small."""
     options = Options(torch.device("cpu"), quick=True)
+    (case,) = convergence.cases(options)
+    documents = (topics[name].replace("\n\n", "\n") for name in sorted(topics)[:24])
+    corpus = (write("corpus.txt", "\n\n".join(documents)),)
+    case = dataclasses.replace(case, corpus=corpus, vocab_size=800, batch_tokens=512)
+    monkeypatch.setattr(convergence, "cases", lambda _: [case])
     results = Results(options)
     convergence.run(options, results)
     (row,) = results.of("convergence")

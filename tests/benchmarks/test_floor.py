@@ -14,19 +14,24 @@ TOKENS = sum(LENGTHS)
 
 
 @pytest.fixture(scope="module")
-def work():
-    return floor.count("base", LENGTHS).work
+def narrow():
+    return floor.count("base", LENGTHS)
 
 
-def test_a_residual_stream_in_fp32_is_read_written_and_kept_at_twice_the_width(work):
+@pytest.fixture(scope="module")
+def work(narrow):
+    return narrow.work
+
+
+def test_a_residual_stream_in_fp32_is_read_written_and_kept_at_twice_the_width(narrow):
     """A layer keeps two sums before its LayerNorms; the products keep what they had."""
     layers = PRESETS["base"].shape["num_hidden_layers"] - 1  # of the last few rows are computed
-    narrow, wide = (floor.count("base", LENGTHS, choice).kept_bytes for choice in (None, True))
-    assert wide - narrow == pytest.approx(layers * 2 * 2 * TOKENS * 768, rel=0.15)
-    with_sums = floor.count("base", LENGTHS, True).work
-    forward = max(of(with_sums, "layer_norm_fwd"), key=lambda one: one.bytes)
+    wide = floor.count("base", LENGTHS, True)
+    more = wide.kept_bytes - narrow.kept_bytes
+    assert more == pytest.approx(layers * 2 * 2 * TOKENS * 768, rel=0.15)
+    forward = max(of(wide.work, "layer_norm_fwd"), key=lambda one: one.bytes)
     assert forward.bytes == pytest.approx(forward.calls * (2 + 3 * 4) * TOKENS * 768, rel=0.01)
-    before = max(of(work, "layer_norm_fwd"), key=lambda one: one.bytes)
+    before = max(of(narrow.work, "layer_norm_fwd"), key=lambda one: one.bytes)
     assert before.bytes == pytest.approx(before.calls * 4 * 2 * TOKENS * 768, rel=0.01)
 
 

@@ -90,11 +90,12 @@ def inputs(num_tokens, hidden, dtype, device, *, sizes=(WORDS, POSITIONS, TYPES)
     )
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize(
-    ("num_tokens", "hidden"),
-    [(70, 40), (33, 312), (5, 770), (3, 7), (3, 2060), (0, 16)],
-    ids=["70x40", "33x312", "5x770", "3x7", "3x2060", "empty"],
+    ("num_tokens", "hidden", "dropout_p"),
+    [
+        *((70, 40, 0.3), (33, 312, 0.3), (5, 770, 0.3), (3, 7, 0.3), (3, 2060, 0.3), (0, 16, 0.3)),
+        *((70, 40, 0.0), (5, 770, 0.0), (0, 16, 0.0)),
+    ],
 )
 @pytest.mark.usefixtures("body")
 def test_is_as_accurate_as_pytorch(num_tokens, hidden, dropout_p, dtype, device):
@@ -139,7 +140,8 @@ def test_sums_gradients_however_ids_repeat(draw, device):
 
 @pytest.mark.usefixtures("triton")
 def test_sums_runs_of_more_chunks_than_are_joined_at_once(device):
-    case = inputs(1200, 8, torch.float32, device)
+    num_tokens = 1200 if device == "cuda" else 700  # chunks are twice as large on some GPUs
+    case = inputs(num_tokens, 8, torch.float32, device)
     case.input_ids[100:] = 7
     case.token_type_ids = None
     truth = case.plain(torch.double)

@@ -11,8 +11,9 @@ from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from tests.ops.layer_norm_case import SUM_NAMES, inputs, native, sum_inputs
 from tests.oracle import assert_as_accurate, gradients
 
-SHAPES = [(3, 7), (2, 5, 768), (257, 100), (4, 1024), (17, 96), (6, 2060), (0, 16)]
-SUM_SHAPES = [(3, 7), (2, 5, 768), (67, 312), (35, 128), (3, 770), (6, 2060), (0, 16)]
+SHAPES = [(3, 7), (2, 3, 768), (257, 100), (2, 1024), (17, 96), (2, 2060), (0, 16)]
+SUM_SHAPES = [(3, 7), (2, 3, 768), (51, 312), (35, 128), (3, 770), (2, 2060), (0, 16)]
+UNDROPPED = [(3, 7), (35, 128), (3, 770), (0, 16)]
 NAMES = ("y", "dx", "dweight", "dbias")
 
 
@@ -20,8 +21,11 @@ def as_id(value):
     return "x".join(map(str, value)) if isinstance(value, tuple) else None
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=as_id)
-@pytest.mark.parametrize("eps", [1e-12, 0.5])  # 0.5: an eps that is dropped shows
+@pytest.mark.parametrize(
+    ("shape", "eps"),
+    [*((shape, 0.5) for shape in SHAPES), ((17, 96), 1e-12)],  # 0.5: an eps that is dropped shows
+    ids=as_id,
+)
 @pytest.mark.usefixtures("body")
 def test_is_as_accurate_as_pytorch(eps, dtype, shape, device):
     x, weight, bias, dy = inputs(shape, dtype, device)
@@ -31,8 +35,11 @@ def test_is_as_accurate_as_pytorch(eps, dtype, shape, device):
     assert_as_accurate(actual, expected, truth, names=NAMES)
 
 
-@pytest.mark.parametrize("shape", SUM_SHAPES, ids=as_id)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("shape", "dropout_p"),
+    [*((shape, 0.3) for shape in SUM_SHAPES), *((shape, 0.0) for shape in UNDROPPED)],
+    ids=as_id,
+)
 @pytest.mark.usefixtures("body")
 def test_a_sum_is_normed_as_accurately_as_by_pytorch(dropout_p, dtype, shape, device):
     case = sum_inputs(shape, dtype, device)
@@ -204,7 +211,7 @@ def test_takes_columns_that_lie_apart_and_an_expanded_gradient(device):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.usefixtures("body")
 def test_the_backward_gives_the_same_bits_each_time(dropout_p, device):
-    case = sum_inputs((1030, 24), torch.float32, device)  # more rows than programs take at once
+    case = sum_inputs((200, 100), torch.float32, device)  # more rows than programs take at once
     first, second = (case.results(dropout_p=dropout_p) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     truth = case.plain(torch.double, dropout_p=dropout_p)

@@ -12,7 +12,7 @@ from tests.oracle import assert_as_accurate, gradients
 unit = importlib.import_module("fastbert.ops.linear_cross_entropy")
 
 # rows, hidden size, classes: less than a tile and more (of 4,096), padded and not
-SHAPES = [(1, 1, 1), (3, 7, 5), (37, 24, 1003), (60, 16, 128), (9, 32, 4500), (0, 16, 40)]
+SHAPES = [(1, 1, 1), (3, 7, 5), (37, 24, 1003), (12, 16, 128), (9, 32, 4500), (0, 16, 40)]
 NAMES = ("loss", "dhidden", "dweight", "dbias")
 # NumPy, in the interpreter, remarks on infinities that are meant
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -113,9 +113,12 @@ def test_offsets_do_not_wrap_beyond_2_to_the_31_logits(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("body")
 def test_small_fp16_gradients_survive_with_a_loss_scale(device):
-    """Of 4,096 rows each gradient is below fp16's smallest number before it is scaled."""
-    tensors, targets = inputs(4096, 16, 257, torch.float16, device)
-    compare(tensors, targets, dy=65536.0)
+    """Smoothed so that no target stands out, of so many rows and classes each gradient is 1e-6.
+
+    Without the scale, fp16 knows no more than two digits of it.
+    """
+    tensors, targets = inputs(256, 16, 4003, torch.float16, device)
+    compare(tensors, targets, dy=65536.0, label_smoothing=1.0)
 
 
 @pytest.mark.usefixtures("body")
@@ -147,7 +150,7 @@ def test_under_autocast_the_product_is_in_its_dtype(device):
 @pytest.mark.parametrize("ignore_index", [-100, 3])
 @pytest.mark.usefixtures("body")
 def test_rows_that_do_not_count_add_nothing(ignore_index, device):
-    tensors, targets = inputs(40, 8, 9, torch.float32, device)
+    tensors, targets = inputs(20, 8, 9, torch.float32, device)
     targets[:] = targets.clamp(min=0)
     targets[::3] = ignore_index
     compare(tensors, targets, ignore_index=ignore_index, label_smoothing=0.1)
@@ -274,7 +277,7 @@ def test_computes_no_gradient_that_nobody_asked_for(wanted, device):
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["plain", "smoothed"])
 def test_more_rows_than_fit_go_in_parts(options, dtype, device):
-    tensors, targets = inputs(47, 24, 1003, dtype, device)
+    tensors, targets = inputs(23, 24, 1003, dtype, device)
     shapes = []
     with (
         backend.use("triton"),
@@ -284,7 +287,7 @@ def test_more_rows_than_fit_go_in_parts(options, dtype, device):
     ):
         compare(tensors, targets, **options)
         _, correct = linear_cross_entropy(*tensors, targets, return_correct=True)
-    assert (47, 1024) not in shapes  # kept by plain PyTorch only, which has 1,003 columns
+    assert (23, 1024) not in shapes  # kept by plain PyTorch only, which has 1,003 columns
     logits = F.linear(*tensors)
     assert correct == (logits.argmax(-1) == targets).sum()
 
@@ -346,16 +349,17 @@ def test_a_second_derivative_is_refused(device):
 
 @pytest.mark.usefixtures("body")
 def test_the_backward_gives_the_same_bits_each_time(device):
-    tensors, targets = inputs(70, 8, 100, torch.float32, device)
+    rows = 70 if device == "cuda" else 20
+    tensors, targets = inputs(rows, 8, 100, torch.float32, device)
     dy = torch.ones((), device=device)
     first, second = (gradients(ours(targets), *tensors, dy=dy) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("bound", [1 << 30, 10 * 1024 * 4], ids=["whole", "parts"])
+@pytest.mark.parametrize("bound", [1 << 30, 3 * 1024 * 4], ids=["whole", "parts"])
 def test_is_traced_into_a_graph(bound, device, monkeypatch):
     monkeypatch.setattr(unit, "MAX_LOGITS_BYTES", bound)
-    tensors, targets = inputs(23, 8, 1003, torch.float32, device)
+    tensors, targets = inputs(7, 8, 1003, torch.float32, device)
     function = ours(targets, label_smoothing=0.1)
     with backend.use("triton"):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

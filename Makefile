@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: setup pretrain test test-matrix bench gpu-check lint docs clean
+.PHONY: setup pretrain test test-all test-matrix bench gpu-check lint docs clean
 setup: $(VENV)/.installed $(VENV)/.extension
 
 pretrain: setup
@@ -14,8 +14,13 @@ pretrain: setup
 
 # Most tests are too small to share among threads: processes of a thread each do more. Files come
 # in the order of tests/conftest.py, the longest first, and not by their number of tests.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not exhaustive"
+
+# With the tests that say the same of more cases.
+test-all: setup
+	$(PYTEST)
 
 # The quick part on each Python that there is, pyenv's too, and on two versions of transformers.
 test-matrix: setup

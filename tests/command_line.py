@@ -1,6 +1,9 @@
-"""The command line, run in this process: what imports cost is paid once."""
+"""The command line, run in this process, or in forks of one: what imports cost is paid once."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from _pytest.capture import FDCapture
@@ -26,3 +29,40 @@ def call(*arguments) -> tuple[int, str, str]:
         for capture in captures:
             capture.done()
     return end.value.code, *said
+
+
+# Runs `fastbert` with each argument, whose words have tabs between them, all at once: in forks of
+# a process that has imported everything. What they say and how they end is in files.
+FORKS = """
+import os, sys
+import torch._dynamo
+import sklearn.metrics
+from fastbert import cli
+from fastbert.finetune import train
+children = []
+for number, words in enumerate(sys.argv[1:]):
+    children.append(os.fork())
+    if children[-1] == 0:
+        for descriptor, name in enumerate(("out", "err"), 1):
+            os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+        sys.argv = ["fastbert", *words.split("\\t")]
+        cli.main()
+for number, child in enumerate(children):
+    with open(f"{number}.status", "w") as file:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=file)
+"""
+
+
+def forked(folder: Path, *commands: list, **environment: str) -> list[tuple[int, bytes, bytes]]:
+    """(exit status, standard output, standard error) of each command, of processes of their own."""
+    folder.mkdir()
+    words = [b"\t".join(os.fsencode(w if isinstance(w, bytes) else str(w)) for w in command)
+             for command in commands]  # fmt: skip
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    program = [sys.executable, "-c", FORKS, *words]
+    subprocess.run(program, env=os.environ | path | environment, cwd=folder, check=True)
+    return [
+        (int((folder / f"{number}.status").read_text()),
+         *((folder / f"{number}.{name}").read_bytes() for name in ("out", "err")))
+        for number in range(len(commands))
+    ]  # fmt: skip

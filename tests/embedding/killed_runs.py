@@ -1,9 +1,10 @@
-"""Runs of `embed_corpus` that are killed: `python killed_runs.py moments|points CASE.json`.
+"""Runs of `embed_corpus` that are killed: `python killed_runs.py CASE.json`.
 
 Each run is a fork of this process, which has imported everything and computed nothing. `moments`
 kills one directory's run at random times until it has lived six times shorter than it needs;
 `points` kills a run at each call that changes a file, the first, the second, ..., each in a
-directory of its own, and lets a second run end it. Prints how many were killed.
+directory of its own, and lets a second run end it. Each has its options in the case, and a
+directory of its name. Prints how many of each were killed.
 """
 
 import json
@@ -53,13 +54,11 @@ def dies_at(count: int) -> None:
         mortal(owner, name)
 
 
-def main(mode: str, case: dict) -> int:
-    console.quiet = True
-    out, source = Path(case.pop("out")), Path(case.pop("source"))
-    model = case.pop("model")
+def kill(mode: str, model: str, source: Path, out: Path, options: dict) -> int:
+    out.mkdir()
 
     def run(place: Path) -> None:
-        embed_corpus(model, source, place, **case)
+        embed_corpus(model, source, place, **options)
 
     def mortal_run(place: Path, count: int) -> None:
         dies_at(count)
@@ -86,5 +85,15 @@ def main(mode: str, case: dict) -> int:
     return killed
 
 
+def main(case: dict) -> None:
+    console.quiet = True
+    source, out = Path(case["source"]), Path(case["out"])
+    killed = {
+        mode: kill(mode, case["model"], source, out / mode, options)
+        for mode, options in case["modes"].items()
+    }
+    print(json.dumps(killed))
+
+
 if __name__ == "__main__":
-    print(main(sys.argv[1], json.loads(Path(sys.argv[2]).read_text())))
+    main(json.loads(Path(sys.argv[1]).read_text()))

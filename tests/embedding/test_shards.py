@@ -13,6 +13,7 @@ from fastbert import cli
 from fastbert.embedding import shards
 from fastbert.embedding.array import embed
 from fastbert.embedding.shards import embed_corpus
+from tests.embedding import killed_runs
 from tests.embedding.shards_case import OPTIONS, contents, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,41 +49,41 @@ def test_every_kind_of_input_gives_the_same_rows(model, corpus, tmp_path):
         np.testing.assert_array_equal(rows_of(tmp_path / kind), wanted)
 
 
-@pytest.fixture
-def case(model, corpus, tmp_path):
-    """Runs `killed_runs.py`, and gives how many runs it has killed."""
-
-    def run(mode: str, **options) -> int:
-        values = {"model": model, "source": str(corpus), "out": str(tmp_path), **OPTIONS}
-        (tmp_path / "case.json").write_text(json.dumps(values | options))
-        script = [sys.executable, str(Path(__file__).with_name("killed_runs.py"))]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*script, mode, str(tmp_path / "case.json")],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        return int(done.stdout)
-
-    return run
+@pytest.fixture(scope="module")
+def killed(model, corpus, tmp_path_factory):
+    """What `killed_runs.py` leaves, and how many runs it has killed in each way."""
+    root = tmp_path_factory.mktemp("killed")
+    modes = {"moments": {"shard_size": 4, "batch_tokens": 1}, "points": {"shard_size": 60}}
+    modes = {mode: OPTIONS | options for mode, options in modes.items()}
+    case = {"model": model, "source": str(corpus), "out": str(root), "modes": modes}
+    (root / "case.json").write_text(json.dumps(case))
+    done = subprocess.run(
+        [sys.executable, killed_runs.__file__, str(root / "case.json")],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return root, json.loads(done.stdout)
 
 
-def test_killed_at_random_moments_the_files_are_those_of_an_undisturbed_run(case, tmp_path):
-    assert case("moments", shard_size=4, batch_tokens=1) == 6
-    assert rows_of(tmp_path / "killed").shape == (103, 16)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+def test_killed_at_random_moments_the_files_are_those_of_an_undisturbed_run(killed):
+    root, numbers = killed
+    assert numbers["moments"] == 6
+    assert rows_of(root / "moments" / "killed").shape == (103, 16)
+    assert contents(root / "moments" / "killed") == contents(root / "moments" / "whole")
 
 
-def test_killed_at_each_change_of_a_file(case, tmp_path):
-    killed = case("points", shard_size=60)
-    assert killed == 3 * 4  # of the plan, two shards and the manifest
-    last = contents(tmp_path / str(killed))  # of the run that was not killed
-    assert rows_of(tmp_path / str(killed)).shape == (103, 16)
-    for number in range(killed):
-        assert contents(tmp_path / str(number)) == last, number
+def test_killed_at_each_change_of_a_file(killed):
+    root, numbers = killed
+    number = numbers["points"]
+    assert number == 3 * 4  # of the plan, two shards and the manifest
+    places = [root / "points" / str(place) for place in range(number + 1)]
+    last = contents(places[-1])  # of the run that was not killed
+    assert rows_of(places[-1]).shape == (103, 16)
+    for place in places[:-1]:
+        assert contents(place) == last, place
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess:

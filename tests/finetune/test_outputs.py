@@ -21,7 +21,7 @@ import torch
 
 import fastbert
 from fastbert.data import load_tokenizer, save_tokenizer
-from tests.command_line import call
+from tests.command_line import call, forked
 
 ROWS = "text,label,id\nthe film was good,pos,7\nawful,neg,8\n"
 SENTENCES = "the film was good\nit is a book\nthe cat lives here\n\n" * 12
@@ -216,31 +216,32 @@ def test_a_share_of_the_training_file_measures(place, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_two_runs_into_one_directory_at_once_are_one(place, tmp_path):
-    program = [sys.executable, "-m", "fastbert.cli", *map(str, command(place, "finetune"))]
-    runs = [
-        subprocess.Popen([*program, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE,
-                         stdout=subprocess.DEVNULL, text=True)
-        for _ in range(2)
-    ]  # fmt: skip
-    errors = [run.communicate()[1] for run in runs]
-    assert sorted(run.returncode for run in runs) == [0, 2], errors
-    assert any("another process is writing there" in e or "holds a run" in e for e in errors)
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
-
-
-def test_what_cannot_be_printed_ends_no_run(place, tmp_path):
-    file = tmp_path / "t.csv"
+@pytest.fixture(scope="module")
+def printed(place, tmp_path_factory):
+    """The directory and the ends of two runs into `run`, and of one whose labels ASCII lacks."""
+    root = tmp_path_factory.mktemp("printed")
+    run = [*command(place, "finetune"), "--out", root / "run"]
+    file = root / "t.csv"
     file.write_text("text,label\ngood,İyi\nawful,kötü\n")
-    arguments = command(place, "finetune")
+    other = [*command(place, "finetune"), "--out", root / "other"]
     for option in ("--train", "--dev"):
-        arguments[arguments.index(option) + 1] = file
-    program = [sys.executable, "-m", "fastbert.cli", *map(str, arguments)]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([*program, "--out", str(tmp_path / "run")], env=environment,
-                          capture_output=True, check=True)  # fmt: skip
-    assert b"\\u0130yi" in done.stdout
-    assert (tmp_path / "run" / "summary.json").exists()
+        other[other.index(option) + 1] = file
+    return root, forked(root / "said", run, run, other, PYTHONIOENCODING="ascii")
+
+
+def test_two_runs_into_one_directory_at_once_are_one(printed):
+    root, ends = printed
+    errors = [error.decode() for _, _, error in ends[:2]]
+    assert sorted(status for status, _, _ in ends[:2]) == [0, 2], errors
+    assert any("another process is writing there" in e or "holds a run" in e for e in errors)
+    assert json.loads((root / "run" / "summary.json").read_text())["steps"] == 1
+
+
+def test_what_cannot_be_printed_ends_no_run(printed):
+    root, (_, _, (status, said, error)) = printed
+    assert status == 0, error
+    assert b"\\u0130yi" in said
+    assert (root / "other" / "summary.json").exists()
 
 
 def test_an_interrupted_run_does_not_look_finished(place, tmp_path, monkeypatch):
@@ -288,12 +289,12 @@ def test_texts_of_another_language_are_said_to_be(place, tmp_path):
     assert "60% of its tokens are [UNK]" in error
 
 
-def test_bytes_that_are_no_text_are_one_line(place):
-    program = [sys.executable, "-m", "fastbert.cli", "fill-mask", "--model", place / "teacher"]
-    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run([*program, b"\xff [MASK]"], env=environment, capture_output=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith(b"fastbert: error: TEXT: not UTF-8")
-    assert done.stderr.count(b"\n") == 1
-    done = subprocess.run([*program, "北京 [MASK]".encode()], env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr
+def test_bytes_that_are_no_text_are_one_line(place, tmp_path):
+    words = ["fill-mask", "--model", place / "teacher"]
+    texts = (b"\xff [MASK]", "北京 [MASK]".encode())
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    bad, good = forked(tmp_path / "said", *([*words, text] for text in texts), **environment)
+    assert bad[0] == 2
+    assert bad[2].startswith(b"fastbert: error: TEXT: not UTF-8")
+    assert bad[2].count(b"\n") == 1
+    assert good[0] == 0, good[2]

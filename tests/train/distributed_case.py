@@ -1,12 +1,20 @@
-"""What each process of tests/train/test_distributed.py runs, by torchrun: it writes a report.pt.
+"""What each process of tests/train/test_distributed.py runs: `torchrun distributed_case.py ROOT`.
 
-Training steps of a small model in float64, with dropout and accumulation, by DDP and FSDP2, of
-pre-training and of distillation; one of them has a loss that is not finite on the last rank alone.
-And steps of LAMB on shards.
+ROOT/report.pt, of training steps of a small model in float64, with dropout and accumulation, by DDP
+and FSDP2, of pre-training and of distillation; one of them has a loss that is not finite on the
+last rank alone. And of steps of LAMB on shards.
+
+Then RUNS, in ROOT, one after the other in these processes, which have imported everything once:
+runs of `fastbert pretrain` with the options in ROOT/options.json. Processes that torchrun has
+started again go on with the last run that was begun.
 """
 
 import dataclasses
+import json
+import os
+import shutil
 import sys
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -15,6 +23,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from fastbert import cli
 from fastbert.config.bert import BertConfig
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import GlobalCounts
@@ -137,14 +146,59 @@ def lamb(variant: str, sharded: bool) -> list[torch.Tensor]:
     return [m.full_tensor() if isinstance(m, DTensor) else m.detach() for m in members]
 
 
-def main(path: str) -> None:
+def report(path: Path) -> None:
     with distributed.joined() as ranks:
-        report = {kind: train(ranks, kind) for kind in distributed.KINDS}
-        report |= {f"distil {k}": train(ranks, k, distillation()) for k in distributed.KINDS}
-        report |= {variant: lamb(variant, sharded=True) for variant in ("paper", "nvidia")}
+        found = {kind: train(ranks, kind) for kind in distributed.KINDS}
+        found |= {f"distil {k}": train(ranks, k, distillation()) for k in distributed.KINDS}
+        found |= {variant: lamb(variant, sharded=True) for variant in ("paper", "nvidia")}
         if ranks.is_first:
-            torch.save(report, path)
+            torch.save(found, path)
+
+
+def back_to_step(step: int, out: Path, copy: Path) -> Path:
+    """A copy of a run of 9 steps as it was after an earlier one."""
+    shutil.copytree(out, copy, symlinks=True)
+    (copy / "latest").unlink()
+    (copy / "latest").symlink_to(f"checkpoint-{step}")
+    shutil.rmtree(copy / "checkpoint-9")
+    return copy
+
+
+# Name of the run -> its kind, and the run from whose step 6 it goes on; KILLED are begun again.
+KILLED = {f"killed {kind}": kind for kind in distributed.KINDS}
+RUNS = {kind: (kind, None) for kind in distributed.KINDS}
+RUNS |= {f"{a} to {b}": (b, a) for a, b in (("one", "ddp"), ("one", "fsdp"), ("ddp", "fsdp"))}
+RUNS |= {name: (kind, None) for name, kind in KILLED.items()}
+
+
+def main(root: Path) -> None:
+    # Each joins torchrun's store by a number of its own: the store keeps what earlier ones wrote.
+    restarts = 100 * int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    runs = list(RUNS)
+    if restarts:
+        begun = [name for name in KILLED if (root / name).exists()]
+        runs = runs[runs.index(begun[-1]) :]
+    else:
+        report(root / "report.pt")
+    for number, name in enumerate(runs, 1):
+        kind, before = RUNS[name]
+        if before:
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restarts + 50 + number)
+            with distributed.joined() as ranks, ranks.first_goes_ahead():
+                if ranks.is_first:
+                    back_to_step(6, root / before, root / name)
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restarts + number)
+        if os.environ["RANK"] == "0":
+            print(f"run {name}", flush=True)
+        options = [] if before else json.loads((root / "options.json").read_text())
+        options += ["--resume"] if before or name in KILLED else []
+        sys.argv = ["fastbert", "pretrain", "--out", str(root / name), "--parallel", kind, *options]
+        try:
+            cli.main()
+        except SystemExit as end:
+            if end.code:
+                raise
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]))

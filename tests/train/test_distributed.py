@@ -1,8 +1,10 @@
-"""Two processes under torchrun, with gloo on the CPU, train as one process does."""
+"""Two processes under torchrun, with gloo on the CPU, train as one process does.
+
+One start of torchrun makes all that two processes make here: see `distributed_case`.
+"""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,35 +17,71 @@ from safetensors.torch import load_file
 
 from fastbert.train import distributed
 from fastbert.train.distributed import Ranks
+from tests.command_line import call
 from tests.train import distributed_case
-from tests.train.distributed_case import BAD_STEP, STEPS
+from tests.train.distributed_case import BAD_STEP, KILLED, STEPS, back_to_step
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
 pytest.importorskip("torch.distributed.run", reason="this torch has no torchrun")
 
+pytestmark = pytest.mark.timeout(1800)
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-CLI = ["-m", "fastbert.cli", "pretrain"]
 RUN = ["--preset", "tiny", "--vocab-size", "400", "--batch-tokens", "512", "--max-seq-len", "64"]
 RUN += ["--eval-batches", "3", "--dropout", "0.1", "--accumulation", "2", "--precision", "fp32"]
 RUN += ["--steps", "9", "--save-every", "3", "--eval-every", "3", "--log-every", "1"]
 
 
-def run(*command) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        list(map(str, command)), env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done
+def pretrain(*arguments) -> str:
+    """By this process: what it says."""
+    status, said, error = call("pretrain", *arguments)
+    assert status == 0, error
+    return said
+
+
+def kill_a_rank(torchrun: subprocess.Popen) -> None:
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children")
+    os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """What two processes made of `distributed_case`, in one start of torchrun."""
-    path = tmp_path_factory.mktemp("distributed") / "report.pt"
-    run(*TORCHRUN, distributed_case.__file__, path)
-    return torch.load(path, weights_only=True)
+def runs(corpus, tmp_path_factory):
+    """A directory with a run of one process, `one`, and all that `distributed_case` makes.
+
+    In `said` is what was printed. One of the two processes of each of the runs KILLED is killed
+    once, in its fifth step.
+    """
+    root = tmp_path_factory.mktemp("runs")
+    options = ["--corpus", str(corpus), *RUN]
+    pretrain("--out", root / "one", *options)
+    (root / "options.json").write_text(json.dumps(options))
+    restarts = f"--max-restarts={len(KILLED)}"
+    with subprocess.Popen(
+        [*TORCHRUN, restarts, distributed_case.__file__, str(root)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        said, name, alive = [], "", set(KILLED)
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("run "):
+                name = line.removeprefix("run ").strip()
+            if line.startswith("step 5/9") and name in alive:
+                alive.remove(name)
+                kill_a_rank(process)
+    assert process.returncode == 0, "".join(said)[-4000:]
+    assert not alive
+    (root / "said").write_text("".join(said))
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(runs):
+    return torch.load(runs / "report.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +125,6 @@ def test_lamb_on_shards_has_the_norms_of_whole_tensors(report, variant):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.fixture(scope="module")
-def runs(corpus, tmp_path_factory):
-    """Whole runs: of one process, and of two by each kind."""
-    out = tmp_path_factory.mktemp("runs")
-    arguments = ["--corpus", corpus, *RUN]
-    run(sys.executable, *CLI, "--out", out / "one", *arguments)
-    for kind in distributed.KINDS:
-        run(*TORCHRUN, *CLI, "--out", out / kind, "--parallel", kind, *arguments)
-    return out
-
-
 def history(out: Path) -> list[dict[str, float]]:
     rows = torch.load(out / "latest" / "training_state.pt")["state"]["history"]
     return [{k: v for k, v in row.items() if k != "real_tokens_per_second"} for row in rows]
@@ -108,14 +135,6 @@ def assert_same_curve(out: Path, other: Path) -> None:
     assert len(rows) == len(expected) == 12
     for row, truth in zip(rows, expected, strict=True):
         assert row == pytest.approx(truth, rel=1e-5)
-
-
-def back_to_step(step: int, out: Path, copy: Path) -> Path:
-    shutil.copytree(out, copy, symlinks=True)
-    (copy / "latest").unlink()
-    (copy / "latest").symlink_to(f"checkpoint-{step}")
-    shutil.rmtree(copy / "checkpoint-9")
-    return copy
 
 
 @pytest.mark.slow
@@ -142,39 +161,20 @@ def test_the_checkpoint_of_two_processes_is_hugging_faces(runs, kind):
 @pytest.mark.parametrize("kind", distributed.KINDS)
 def test_one_process_goes_on_from_two(runs, kind, tmp_path):
     out = back_to_step(6, runs / kind, tmp_path / "run")
-    done = run(sys.executable, *CLI, "--out", out, "--resume")
-    assert "at step 6 of 9" in done.stdout
+    assert "at step 6 of 9" in pretrain("--out", out, "--resume")
     assert_same_curve(out, runs / "one")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "kind"), [("one", "fsdp"), ("one", "ddp"), ("ddp", "fsdp")])
-def test_two_processes_go_on_from_another_kind(runs, before, kind, tmp_path):
-    out = back_to_step(6, runs / before, tmp_path / "run")
-    done = run(*TORCHRUN, *CLI, "--out", out, "--parallel", kind, "--resume")
-    assert "at step 6 of 9" in done.stdout
-    assert_same_curve(out, runs / "one")
+@pytest.mark.parametrize("name", ["one to fsdp", "one to ddp", "ddp to fsdp"])
+def test_two_processes_go_on_from_another_kind(runs, name):
+    assert f"resuming {runs / name} at step 6 of 9" in (runs / "said").read_text()
+    assert_same_curve(runs / name, runs / "one")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", distributed.KINDS)
-def test_torchrun_restarts_a_killed_rank_to_the_same_curve(runs, corpus, kind, tmp_path):
-    out = tmp_path / "run"
-    torchrun = [*TORCHRUN, "--max-restarts=1", *CLI]
-    options = ["--corpus", corpus, "--out", out, "--parallel", kind, "--resume", *RUN]
-    with subprocess.Popen(
-        list(map(str, [*torchrun, *options])),
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        said = []
-        for line in process.stdout:
-            said.append(line)
-            if line.startswith("step 5/9") and not any("resuming" in before for before in said):
-                children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-                os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
-    assert process.returncode == 0, "".join(said)[-4000:]
-    assert any(f"resuming {out} at step 3 of 9" in line for line in said)
-    assert history(out) == history(runs / kind)
+@pytest.mark.parametrize(("name", "kind"), KILLED.items())
+def test_torchrun_restarts_a_killed_rank_to_the_same_curve(runs, name, kind):
+    said = (runs / "said").read_text()
+    assert f"resuming {runs / name} at step 3 of 9" in said
+    assert history(runs / name) == history(runs / kind)

@@ -1,16 +1,16 @@
 """The main job, run as a user runs it: by the command line.
 
-A whole run, one that is killed and one that ends in an error are processes; what else is said of a
-run needs none of its own, and is called in this one.
+A whole run and those that are killed are processes, of one start of Python: `pretrain_processes`.
+What else is said of a run needs none of its own, and is called in this one.
 """
 
 import contextlib
 import gzip
 import json
+import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 import fastbert
 from tests.command_line import call
+from tests.train import pretrain_processes
 
-COMMAND = [sys.executable, "-m", "fastbert.cli"]
 SMALL = ["--preset", "tiny", "--vocab-size", "400", "--batch-tokens", "512"]
 SMALL += ["--max-seq-len", "64", "--eval-batches", "2", "--dropout", "0.1"]
 RUN = [*SMALL, "--steps", "9", "--save-every", "3", "--eval-every", "3", "--log-every", "1"]
@@ -33,11 +33,6 @@ def fastbert_cli(*arguments) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(arguments, *call(*arguments))
 
 
-def fastbert_process(*arguments) -> subprocess.CompletedProcess:
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
 def assert_one_clear_line(done: subprocess.CompletedProcess, pattern: str) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("fastbert: error: ")
@@ -46,24 +41,32 @@ def assert_one_clear_line(done: subprocess.CompletedProcess, pattern: str) -> No
 
 
 @pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory):
-    """An uninterrupted run."""
-    out = tmp_path_factory.mktemp("run") / "whole"
-    done = fastbert_process("pretrain", "--corpus", corpus, "--out", out, *RUN)
+def processes(corpus, tmp_path_factory):
+    """A directory with the runs of `pretrain_processes`."""
+    root = tmp_path_factory.mktemp("run")
+    program = [sys.executable, pretrain_processes.__file__, str(corpus), str(root), *RUN]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return out, done
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(processes):
+    """An uninterrupted run, and what it printed."""
+    return processes / "whole", (processes / "said").read_text()
 
 
 def test_a_run_leaves_what_it_promises(finished):
-    out, done = finished
+    out, said = finished
     summary = json.loads((out / "summary.json").read_text())
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((out / "tensorboard").iterdir())
     wanted = "heldout_mlm_loss unigram_baseline mlm_accuracy nsp_accuracy real_tokens_per_second"
     assert {*wanted.split(), "steps", "seconds", "torch", "device", "commit"} <= summary.keys()
     assert summary["steps"] == 9
-    assert "held-out MLM loss" in done.stdout
-    assert re.search(r"step 5/9  loss \d+\.\d+  mlm .*nsp .*tokens/s.*left", done.stdout)
+    assert "held-out MLM loss" in said
+    assert re.search(r"step 5/9  loss \d+\.\d+  mlm .*nsp .*tokens/s.*left", said)
     names = sorted(path.name for path in out.iterdir() if path.name.startswith("checkpoint"))
     assert names == ["checkpoint-6", "checkpoint-9"]  # the newest two
     assert (out / "latest").resolve() == out / "checkpoint-9"
@@ -90,16 +93,8 @@ def test_hugging_face_loads_the_checkpoint_and_gives_the_same_loss(finished):
     torch.testing.assert_close(ours(**batch).loss, theirs.eval()(**batch).loss)
 
 
-def test_a_run_killed_at_any_moment_resumes_to_the_same_losses(finished, corpus, tmp_path):
-    whole, out = finished[0], tmp_path / "killed"
-    for steps in ("step 2/9", "step 5/9"):  # before the first checkpoint, and between two
-        command = [*COMMAND, "pretrain", "--corpus", str(corpus), "--out", str(out), "--resume"]
-        with subprocess.Popen([*command, *RUN], stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout:
-                if line.startswith(steps):
-                    process.send_signal(signal.SIGKILL)
-                    break
-        assert process.returncode == -signal.SIGKILL
+def test_a_run_killed_at_any_moment_resumes_to_the_same_losses(processes):
+    whole, out = processes / "whole", processes / "killed"
     shutil.copytree(out / "checkpoint-3", out / ".checkpoint-6.half-written")
     done = fastbert_cli("pretrain", "--out", out, "--resume")
     assert done.returncode == 0, done.stderr
@@ -289,7 +284,7 @@ def test_a_vocabulary_of_another_checkpoint_is_one_clear_line(copied):
 
 
 def test_fill_mask_without_a_mask_is_one_clear_line(finished):
-    done = fastbert_process("fill-mask", "--model", finished[0], "a text")
+    done = fastbert_cli("fill-mask", "--model", finished[0], "a text")
     assert_one_clear_line(done, "no .MASK.")
 
 

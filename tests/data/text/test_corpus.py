@@ -14,11 +14,11 @@ from fastbert.data import (
     find_files,
     fingerprint_files,
     fingerprint_python,
-    python_docs,
     python_documents,
     read_documents,
     split_sentences,
 )
+from fastbert.data.text import python_docs
 from fastbert.data.text.files import describe
 
 

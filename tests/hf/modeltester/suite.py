@@ -1,9 +1,9 @@
 """transformers' `ModelTesterMixin` over the classes of four families, patched or as they come.
 
-tests/hf/test_modeltester.py runs this file in a process for each: pytest does not collect it by
-itself. FASTBERT_TRANSFORMERS_TESTS names the folder that `sdist.fetch` gives,
-FASTBERT_MODELTESTER_PATCHED=1 puts `fastbert.patched_class` of each class in its place. Each test
-notes in `packed` how often the packed path ran the layers.
+tests/hf/test_modeltester.py runs this file in a process: pytest does not collect it by itself.
+FASTBERT_TRANSFORMERS_TESTS names the folder that `sdist.fetch` gives, FASTBERT_MODELTESTER_PART the
+part of the tests (see `parts`), FASTBERT_MODELTESTER_PATCHED=1 puts `fastbert.patched_class` of
+each class in its place. Each test notes in `packed` how often the packed path ran the layers.
 """
 
 import os
@@ -19,10 +19,12 @@ import transformers
 
 import fastbert
 from fastbert.hf import stack
+from tests.hf.modeltester import parts
 from tests.hf.modeltester.different import DIFFERENT, UNTRACEABLE
 
 PACKAGE = "transformers_tests"
 IS_PATCHED = os.environ["FASTBERT_MODELTESTER_PATCHED"] == "1"
+PART = os.environ["FASTBERT_MODELTESTER_PART"]
 
 
 def _module(name: str, **attributes: Any) -> types.ModuleType:
@@ -139,10 +141,11 @@ class Families:
             return inputs
 
         def test_bc_torch_dtype(self) -> None:
-            """Loads each class 14 times, by one code for all: of the other families, one class."""
-            if self.family != "Bert":
-                self.all_model_classes = self.all_model_classes[:1]
+            """Loads each class 14 times, by one code for all: here the first ones."""
+            self.all_model_classes = self.all_model_classes[: self.classes_of_dtypes]
             super().test_bc_torch_dtype()
+
+        classes_of_dtypes = 1
 
 
 def _without_padding(name: str) -> Any:
@@ -164,6 +167,11 @@ for _name in DIFFERENT:
 class TestBert(Families.Test):
     family = "Bert"
     kinds = (*Families.Test.kinds, "ForPreTraining", "ForNextSentencePrediction")
+    classes_of_dtypes = 2
+
+    def test_bc_torch_dtype_of_the_other_heads(self) -> None:
+        self.all_model_classes = self.all_model_classes[self.classes_of_dtypes :]
+        common.ModelTesterMixin.test_bc_torch_dtype(self)
 
 
 class TestRoberta(Families.Test):
@@ -177,3 +185,9 @@ class TestElectra(Families.Test):
 
 class TestDistilBert(Families.Test):
     family = "DistilBert"
+
+
+for _class in (TestBert, TestRoberta, TestElectra, TestDistilBert):
+    for _name in dir(_class):
+        if _name.startswith("test_") and parts.part_of(_class.family, _name) != PART:
+            setattr(_class, _name, None)  # which pytest does not collect

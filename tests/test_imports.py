@@ -31,7 +31,7 @@ ROOMS = {
     "reference": "config",
     "ops": "backend check packing rng",
     "modules": "backend check config events ops outputs rng",
-    "models": "check checkpoint config modules ops outputs packing rng",
+    "models": "check checkpoint config modules ops outputs packing rng system",
     "hf": "check events models modules ops packing rng",
     "data.streams": "",
     "data.text": "check system",

@@ -20,6 +20,7 @@ from fastbert.models.resize import resize
 from fastbert.modules.bert_layer import BertLayer
 from fastbert.modules.encoder import pad_output
 from fastbert.packing import PackedBatch
+from fastbert.system.files import new_file
 
 
 class BertPreTrainedModel(nn.Module):
@@ -231,7 +232,7 @@ class BertPreTrainedModel(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         checkpoint.save_weights(self, directory, state_dict)
-        with checkpoint.new_file(directory / "config.json") as path:
+        with new_file(directory / "config.json") as path:
             values = self.config.to_dict() | {"architectures": [type(self).__name__]}
             path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -1,10 +1,7 @@
 """The convergence benchmark trains three models on the same batches, and would see a difference."""
 
 import dataclasses
-<<<<<<< HEAD
-=======
 from pydoc_data.topics import topics
->>>>>>> speed-a
 
 import pytest
 import torch
@@ -32,18 +29,29 @@ def test_pads_a_batch():
     assert arguments["next_sentence_label"].tolist() == [0, 1]
 
 
+@pytest.fixture
+def measured(monkeypatch, write):
+    """Runs the benchmark on text and a vocabulary that are small."""
+
+    def measured(precision, **changes):
+        options = Options(torch.device("cpu"), precision, quick=True)
+        (case,) = convergence.cases(options)
+        documents = (topics[name].replace("\n\n", "\n") for name in sorted(topics)[:24])
+        corpus = (write("corpus.txt", "\n\n".join(documents)),)
+        changes |= {"corpus": corpus, "vocab_size": 800, "batch_tokens": 512}
+        case = dataclasses.replace(case, **changes)
+        monkeypatch.setattr(convergence, "cases", lambda _: [case])
+        results = Results(options)
+        convergence.run(options, results)
+        (row,) = results.of("convergence")
+        return row
+
+    return measured
+
+
 @pytest.mark.slow
-def test_the_curves_agree(monkeypatch, write):
-    """On text and a vocabulary that are small."""
-    options = Options(torch.device("cpu"), quick=True)
-    (case,) = convergence.cases(options)
-    documents = (topics[name].replace("\n\n", "\n") for name in sorted(topics)[:24])
-    corpus = (write("corpus.txt", "\n\n".join(documents)),)
-    case = dataclasses.replace(case, corpus=corpus, vocab_size=800, batch_tokens=512)
-    monkeypatch.setattr(convergence, "cases", lambda _: [case])
-    results = Results(options)
-    convergence.run(options, results)
-    (row,) = results.of("convergence")
+def test_the_curves_agree(measured):
+    row = measured("fp32")
     assert set(row["curves"]) == {FASTBERT, convergence.REFERENCE, convergence.HUGGING_FACE}
     assert max(row["largest_gap"].values()) < 1e-4
     for losses in row["curves"].values():
@@ -52,11 +60,6 @@ def test_the_curves_agree(monkeypatch, write):
 
 
 @pytest.mark.slow
-def test_in_bf16_there_is_a_curve_in_fp8(monkeypatch):
-    options = Options(torch.device("cpu"), "bf16", quick=True)
-    (case,) = convergence.cases(options)
-    monkeypatch.setattr(convergence, "cases", lambda _: [dataclasses.replace(case, steps=4)])
-    results = Results(options)
-    convergence.run(options, results)
-    (row,) = results.of("convergence")
+def test_in_bf16_there_is_a_curve_in_fp8(measured):
+    row = measured("bf16", steps=4)
     assert 0 < row["largest_gap"][FP8] < 0.1

@@ -273,11 +273,9 @@ def point_latest(directory: Path) -> None:
 
 
 def _modern(name: str) -> str:
-    return re.sub(r"LayerNorm\.(gamma|beta)$", _renamed, name)
-
-
-def _renamed(match: re.Match[str]) -> str:
-    return "LayerNorm.weight" if match[1] == "gamma" else "LayerNorm.bias"
+    """The name today of a parameter in a checkpoint that may be of 2018."""
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    return name.replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def _with_prefix_of(own: Mapping[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -110,7 +110,7 @@ def test_what_is_not_given_is_the_presets():
             {"tokenize_workers": -1},
             {"nsp_weight": -0.5},
             {"max_seq_len": 7},
-            {"precision": "fp8"},
+            {"precision": "fp4"},
             {"optimizer": "lion"},
         ),
     ],

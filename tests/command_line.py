@@ -31,35 +31,44 @@ def call(*arguments) -> tuple[int, str, str]:
     return end.value.code, *said
 
 
-# Runs `fastbert` with each argument, whose words have tabs between them, all at once: in forks of
-# a process that has imported everything. What they say and how they end is in files.
+# Imports the modules of the first argument, then runs `fastbert` with each other one, whose words
+# have tabs between them, all at once, in forks. What they say and how they end is in files.
 FORKS = """
-import os, sys
-import torch._dynamo
-import sklearn.metrics
+import importlib, os, sys
 from fastbert import cli
-from fastbert.finetune import train
+for module in sys.argv[1].split():
+    importlib.import_module(module)
 children = []
-for number, words in enumerate(sys.argv[1:]):
+for number, words in enumerate(sys.argv[2:]):
     children.append(os.fork())
     if children[-1] == 0:
         for descriptor, name in enumerate(("out", "err"), 1):
             os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
         sys.argv = ["fastbert", *words.split("\\t")]
-        cli.main()
+        try:
+            cli.main()
+        except SystemExit as end:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code or 0)  # taking down the copy of what was imported takes seconds
 for number, child in enumerate(children):
     with open(f"{number}.status", "w") as file:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=file)
 """
 
 
-def forked(folder: Path, *commands: list, **environment: str) -> list[tuple[int, bytes, bytes]]:
-    """(exit status, standard output, standard error) of each command, of processes of their own."""
+def forked(
+    folder: Path, *commands: list, imports: str = "", **environment: str
+) -> list[tuple[int, bytes, bytes]]:
+    """(exit status, standard output, standard error) of each command, of processes of their own.
+
+    imports: modules, with spaces between them, that the commands import and share
+    """
     folder.mkdir()
     words = [b"\t".join(os.fsencode(w if isinstance(w, bytes) else str(w)) for w in command)
              for command in commands]  # fmt: skip
     path = {"PYTHONPATH": os.pathsep.join(sys.path)}
-    program = [sys.executable, "-c", FORKS, *words]
+    program = [sys.executable, "-c", FORKS, imports, *words]
     subprocess.run(program, env=os.environ | path | environment, cwd=folder, check=True)
     return [
         (int((folder / f"{number}.status").read_text()),

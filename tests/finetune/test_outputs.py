@@ -218,15 +218,15 @@ def test_a_share_of_the_training_file_measures(place, tmp_path):
 
 @pytest.fixture(scope="module")
 def printed(place, tmp_path_factory):
-    """The directory and the ends of two runs into `run`, and of one whose labels ASCII lacks."""
+    """The directory and ends of two runs into `run`, and of one whose labels ASCII lacks."""
     root = tmp_path_factory.mktemp("printed")
     run = [*command(place, "finetune"), "--out", root / "run"]
-    file = root / "t.csv"
-    file.write_text("text,label\ngood,İyi\nawful,kötü\n")
+    (file := root / "t.csv").write_text("text,label\ngood,İyi\nawful,kötü\n")
     other = [*command(place, "finetune"), "--out", root / "other"]
     for option in ("--train", "--dev"):
         other[other.index(option) + 1] = file
-    return root, forked(root / "said", run, run, other, PYTHONIOENCODING="ascii")
+    options = {"imports": "torch._dynamo sklearn.metrics fastbert.finetune.train"}
+    return root, forked(root / "said", run, run, other, PYTHONIOENCODING="ascii", **options)
 
 
 def test_two_runs_into_one_directory_at_once_are_one(printed):
@@ -291,9 +291,9 @@ def test_texts_of_another_language_are_said_to_be(place, tmp_path):
 
 def test_bytes_that_are_no_text_are_one_line(place, tmp_path):
     words = ["fill-mask", "--model", place / "teacher"]
-    texts = (b"\xff [MASK]", "北京 [MASK]".encode())
+    commands = [[*words, text] for text in (b"\xff [MASK]", "北京 [MASK]".encode())]
     environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    bad, good = forked(tmp_path / "said", *([*words, text] for text in texts), **environment)
+    bad, good = forked(tmp_path / "said", *commands, imports="fastbert.fill_mask", **environment)
     assert bad[0] == 2
     assert bad[2].startswith(b"fastbert: error: TEXT: not UTF-8")
     assert bad[2].count(b"\n") == 1

@@ -24,7 +24,7 @@ def test_embeddings_have_a_cosine_similarity_of_one_within_a_millionth():
     assert fastbert.is_patched(patched)
     assert not fastbert.is_patched(original)
     results = Results(Options(torch.device("cpu")))
-    measure(results, 32, 2)
+    measure(results, 8, 2)
     encode, loop = results.of("sentence_encode")
     assert loop["fill"] <= encode["fill"] < 1
     for row in (encode, loop):

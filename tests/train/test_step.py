@@ -206,10 +206,11 @@ def test_how_alike_two_steps_of_a_gpu_are_is_judged_rightly(precision, share):
             assert_moved_alike(eager, graphed, before, share)
 
 
-def test_the_bucket_of_real_data_fits_nearly_all(tmp_path):
+def test_the_bucket_of_real_data_fits_nearly_all(corpus, tmp_path):
     from fastbert.train.prepare import prepare_text
 
-    config = PretrainConfig(preset="tiny", vocab_size=400, batch_tokens=512, max_seq_len=64)
+    sizes = {"vocab_size": 400, "batch_tokens": 512, "max_seq_len": 64}
+    config = PretrainConfig(preset="tiny", corpus=(corpus,), **sizes)
     data = prepare_text(config, tmp_path).training
     for micro_batches in (1, 3):
         bucket = data.bucket(micro_batches)

@@ -25,4 +25,6 @@ def tests(session: nox.Session) -> None:
     for version in TRANSFORMERS:
         session.install("-e", ".[finetune,train]", f"transformers=={version}", env=environment)
         session.run("pip", "check")
-        session.run("pytest", "-m", "not slow and not exhaustive", *TESTS, *session.posargs, env=environment)
+        session.run(
+            "pytest", "-m", "not slow and not exhaustive", *TESTS, *session.posargs, env=environment
+        )

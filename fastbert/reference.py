@@ -51,7 +51,7 @@ class SelfAttention(nn.Module):
             for layer in (self.query, self.key, self.value)
         )
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, N, S, S)
-        scores = scores.masked_fill(~is_real[:, None, None], torch.finfo(x.dtype).min)
+        scores = scores.masked_fill(~is_real[:, None, None], torch.finfo(scores.dtype).min)
         probabilities = self.dropout(scores.softmax(-1))
         return (probabilities @ v).transpose(1, 2).flatten(2)
 

@@ -194,6 +194,7 @@ def test_sizes_that_the_products_do_not_take_stay_as_they_are():
     assert not any("intermediate" in name for name in marked)
 
 
+@pytest.mark.exhaustive
 def test_torch_compile_leaves_the_products_out_or_says_so():
     model = patched()
     loss, _ = step(copy.deepcopy(model))

@@ -58,6 +58,7 @@ def test_where_the_fast_path_is_not_taken_it_says_why(patched):
     assert "hook" not in explanation.routes[0][2]  # transformers' capture, installed above, sleeps
     patched.bert.encoder.layer[1].register_forward_hook(lambda *_: None)
     assert "1 layers have hooks" in fastbert.explain(patched, **batch).routes[0][2]
+    batch["attention_mask"] = MASK  # the other one Hugging Face's own forward may refuse
     patched.bert.encoder.layer[1].attention.register_forward_hook(lambda *_: None)
     assert "a hook on a BertAttention" in fastbert.explain(patched, **batch).routes[0][2]
 

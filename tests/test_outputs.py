@@ -9,6 +9,7 @@ import transformers.modeling_outputs as theirs
 from torch.utils import _pytree as pytree
 
 from fastbert import outputs as ours
+from tests.versions import IS_V4
 
 FIELDS = {"loss": torch.tensor(1.5), "hidden_states": (torch.ones(2), torch.zeros(2))}
 
@@ -23,6 +24,8 @@ def test_reads_as_mapping_object_and_tuple(module):
     assert "logits" not in output
     with pytest.raises(KeyError):
         output["logits"]
+    if module is theirs and IS_V4:  # which forgets what is set later
+        return
     output.logits = torch.zeros(3)
     assert output["logits"] is output.logits
     output["loss"] = torch.tensor(2.0)

@@ -10,9 +10,9 @@ import transformers
 
 import fastbert
 from tests.hf.changes import CHANGES
+from tests.versions import IS_V4
 
 # 4.57 has no sdpa for ELECTRA, takes no 4-D mask, and no list of layers as output_hidden_states
-IS_V4 = transformers.__version__.startswith("4.")
 _SHAPES = {
     "vocab_size": 37,
     "hidden_dropout_prob": 0.0,

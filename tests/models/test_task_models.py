@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastbert
 from fastbert.modules.sequences import Rows
 from tests.models.parity import SHAPE, TOLERANCE, assert_same, assert_same_gradients
+from tests.versions import IS_V4
 
 LENGTHS = (13, 1, 29, 7)
 WIDTH = 29
@@ -201,7 +202,8 @@ def test_state_dicts_and_forward_arguments_are_hugging_faces(name):
         parameters = inspect.signature(model.forward).parameters.values()
         return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
-    assert positional(ours) == positional(theirs)
+    if not IS_V4:  # which has head_mask, and flags in their places
+        assert positional(ours) == positional(theirs)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -3,6 +3,7 @@ import torch
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from fastbert.modules.masks import document_boundaries, read_mask
+from tests.versions import needs_v5
 
 REAL = torch.tensor([[True, True, False], [False, True, True]])
 LOWEST = torch.finfo(torch.float32).min
@@ -36,6 +37,7 @@ def test_no_mask_means_every_token_is_real():
     assert read_mask(None, 2, 3) == (None, None)
 
 
+@needs_v5
 @pytest.mark.parametrize("build", [sdpa_mask, eager_mask], ids=["sdpa", "eager"])
 def test_what_hugging_face_hands_to_its_encoder_is_read(build):
     mask = build(

@@ -49,7 +49,7 @@ def test_a_meter_tells_how_far_files_are_read(tmp_path):
     assert seen == sorted(seen)
     assert abs(seen[10_000] - first / 2) < 0.05 * first + 2**17  # files are read in blocks
     assert seen[19_999] <= first <= seen[20_001]
-    assert first < seen[30_000] < first + second
+    assert first < seen[30_000] <= first + second  # gzip of Python 3.13 reads ahead by 128 KiB
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.JSONL", "a.jsonl.gz"])

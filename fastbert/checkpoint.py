@@ -29,6 +29,7 @@ DOWNLOADS = ["*.json", "*.txt", "model*.safetensors", "pytorch_model*.bin"]
 # Task heads and the pooler: a checkpoint may have them where the model does not, and vice versa.
 _TASK_HEADS = re.compile(r"^(cls|classifier|qa_outputs|score)\.")
 _HEADS = re.compile(r"^(cls|classifier|qa_outputs|score|(bert\.)?pooler)\.")
+_RENAMED = {"gamma": "weight", "beta": "bias"}
 _BUFFERS = re.compile(r"(^|\.)embeddings\.(position_ids|token_type_ids)$")  # of older transformers
 
 
@@ -274,8 +275,7 @@ def point_latest(directory: Path) -> None:
 
 def _modern(name: str) -> str:
     """The name today of a parameter in a checkpoint that may be of 2018."""
-    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-    return name.replace("LayerNorm.beta", "LayerNorm.bias")
+    return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{_RENAMED[m[1]]}", name)
 
 
 def _with_prefix_of(own: Mapping[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:

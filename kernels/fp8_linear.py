@@ -14,11 +14,10 @@ from torch import Tensor
 from fastbert.kernels.runtime import IS_INTERPRETED, LAUNCH, cdiv, launcher, on
 
 CAST_BLOCK = 64, 128, 8  # rows and columns of a tile, and warps
-MULTIPLE = 16  # cuBLAS wants inner dimensions that are multiples of it
+MULTIPLE = 16  # cuBLAS wants inner dimensions that are multiples of it; the operator refuses others
 
 _INTERPRETED = tl.constexpr(IS_INTERPRETED)
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -109,10 +108,12 @@ def product(
 
     a, b: casts; of_a, of_b: () float32, one over each cast's scale; bias: (N,) in `dtype`, or None
     """
-    if a.is_cuda:
-        return torch._scaled_mm(
-            a, b.t(), scale_a=of_a, scale_b=of_b, bias=bias, out_dtype=dtype,
-            use_fast_accum=a.dtype == b.dtype,  # in the forward, as TransformerEngine does
-        )  # fmt: skip
-    y = (a.float() @ b.float().t()) * (of_a * of_b)
-    return (y if bias is None else y + bias.float()).to(dtype)
+    if not a.is_cuda or not a.numel():
+        y = (a.float() @ b.float().t()) * (of_a * of_b)
+        return (y if bias is None else y + bias.float()).to(dtype)
+    is_wide = dtype == torch.float32  # to which cuBLAS adds no bias
+    y = torch._scaled_mm(
+        a, b.t(), scale_a=of_a, scale_b=of_b, bias=None if is_wide else bias, out_dtype=dtype,
+        use_fast_accum=a.dtype == b.dtype,  # in the forward, as TransformerEngine does
+    )  # fmt: skip
+    return y + bias if is_wide and bias is not None else y

@@ -8,6 +8,7 @@ import torch
 
 import fastbert
 from fastbert import rng
+from fastbert.modules import fp8
 from fastbert.ops import attention_plain
 from fastbert.ops.mlm_gather import mlm_gather
 from fastbert.packing import IGNORE_INDEX
@@ -35,13 +36,18 @@ def distilled(model):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize(
     "objective", [PretrainingObjective, distilled], ids=["bert", "distillation"]
 )
-def test_a_packed_step_makes_the_host_wait_for_nothing(objective, precision, optimizer):
+def test_a_packed_step_makes_the_host_wait_for_nothing(
+    objective, precision, optimizer, monkeypatch
+):
     """Forward, backward, clipping and optimizer, on a batch as a graph has it."""
     model = objective(make_model())
+    if precision == "fp8":
+        monkeypatch.setattr(fp8, "multiplies_fp8", lambda device: True)  # which is then emulated
+        fp8.enable(model)
     step = EagerStep(
         model,
         make_optimizer(model, 0.01, optimizer),
@@ -52,7 +58,9 @@ def test_a_packed_step_makes_the_host_wait_for_nothing(objective, precision, opt
     step.set_learning_rate(1)
     batch = make_batch([5, 16, 1, 9]).padded_to(BUCKET)
     step.compute([batch], *counts_of([batch]))  # which makes the optimizer's state
-    present = tensors_of(model, TEACHER, step.optimizer, batch, [step.rate])
+    scales = [x for one in fp8.scales_of(model) for x in (one.history, one.amax)]
+    assert bool(scales) == (precision == "fp8")
+    present = tensors_of(model, TEACHER, step.optimizer, batch, [step.rate, *scales])
     before = next(model.parameters()).detach().clone()
     with NoHostWaits(present) as waits:
         metrics = step.compute([batch], *counts_of([batch]))

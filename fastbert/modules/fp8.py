@@ -28,23 +28,20 @@ from fastbert.ops.fp8_linear import (
 )
 
 HISTORY = 16  # forward passes whose largest values decide a scale
-INPUT, GRADIENT = 16.0, 1.0  # largest values that are assumed before any was seen
+ASSUMED = 16.0, 8.0, 1.0  # largest values of input, weight and gradient before any were seen
 
 
 class Scales:
     """The scales of an encoder's P linear layers: of the input, the weight and the gradient.
 
     history: (P, 3, HISTORY) float32, largest absolute values of earlier passes, the newest first;
-    amax: (P, 3) float32, those of the present pass so far, 0 for none; scale: (P, 3) float32,
-    powers of two for the present pass, None between passes and in eval mode.
+    amax: (P, 3) float32, those since the last pass began, 0 for none; scale: (P, 3) float32, powers
+    of two of the pass that began last, None before the first one and where that is in eval mode.
     """
 
-    def __init__(self, weights: list[Tensor]) -> None:
-        first = torch.tensor([INPUT, 0.0, GRADIENT]).repeat(len(weights), 1)
-        largest = [weight.detach().abs().max().float() for weight in weights]
-        first[:, 1] = torch.stack(largest).max()  # of all: a product may be of several weights
-        self.history = first[..., None].repeat(1, 1, HISTORY)
-        self.amax = torch.zeros_like(first)
+    def __init__(self, layers: int) -> None:
+        self.history = torch.tensor(ASSUMED)[:, None].repeat(layers, 1, HISTORY)
+        self.amax = torch.zeros(layers, len(ASSUMED))
         self.scale: Tensor | None = None
 
     @torch.no_grad()
@@ -103,7 +100,7 @@ class Slot(NamedTuple):
     number: int
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """`x @ weight.T + bias` in FP8; None between passes and in eval mode."""
+        """`x @ weight.T + bias` in FP8; None where `Scales.scale` is."""
         scale = self.scales.scale
         if scale is None:
             return None
@@ -124,7 +121,7 @@ def enable(model: nn.Module) -> None:
         plain = (module for module in layers.modules() if type(module) is nn.Linear)
         linears = [linear for linear in plain if _fits(linear)]
         if linears:
-            scales = Scales([linear.weight for linear in linears])
+            scales = Scales(len(linears))
             vars(layers)[FP8] = scales
             for number, linear in enumerate(linears):
                 vars(linear)[FP8] = Slot(scales, number)

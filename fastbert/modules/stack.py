@@ -31,7 +31,8 @@ def run_stack(
     scales = vars(layers).get(FP8)
     if scales is not None:
         scales.begin(x, layers.training)
-        reason = reason or "FP8, whose scales are new in each call"
+        if layers.training:
+            reason = reason or "FP8, whose scales are new in each call"
     is_called = calls_layers(layers)
     if is_called or None in parts:
         reason = "layers that are called as modules: hooks, checkpointing, or other classes"

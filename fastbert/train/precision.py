@@ -30,8 +30,7 @@ def resolve_precision(wanted: str, *, trains: bool = False) -> str:
     known = ("auto", "bf16", "fp16", "fp32", *(("fp8",) if trains else ()))
     if wanted not in known:
         raise InputError(f"--precision: one of {', '.join(known)}, got {wanted!r}")
-    has_fp8 = torch.cuda.is_available() and multiplies_fp8(torch.device("cuda"))
-    if wanted == "fp8" and not has_fp8 and backend.forced() != "reference":
+    if wanted == "fp8" and not _has_fp8() and backend.forced() != "reference":
         raise InputError(
             "--precision fp8: needs a GPU that multiplies FP8 (compute capability 8.9 or later); "
             "bf16 runs here, and FASTBERT_BACKEND=reference emulates FP8, slowly"
@@ -42,3 +41,7 @@ def resolve_precision(wanted: str, *, trains: bool = False) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if fast else "fp32"
+
+
+def _has_fp8() -> bool:
+    return torch.cuda.is_available() and multiplies_fp8(torch.device("cuda"))

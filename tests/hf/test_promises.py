@@ -323,29 +323,3 @@ def test_explain_tells_of_what_differs_on_purpose():
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]])
     told = fastbert.explain(bare, ids()[:1], position_ids=positions, show=False).routes
     assert any("3 documents in a row" in route.reason for route in told)
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, "XLMRoberta", "Camembert", "Electra"])
-def test_more_tokens_than_positions_are_one_clear_error(family):
-    theirs, ours = pair(family)
-    rows = theirs.get_position_embeddings().weight.shape[0] if family == "DistilBert" else 64
-    if family in ("Roberta", "XLMRoberta", "Camembert"):
-        rows -= 1 + theirs.embeddings.padding_idx  # of these a text has one each for real tokens
-    tokens = torch.randint(5, 99, (2, rows + 1))
-    with pytest.raises((IndexError, RuntimeError)):
-        theirs(tokens)
-    with pytest.raises(ValueError, match=f"at most {rows} tokens a sequence.*truncate them"):
-        ours(tokens)
-
-
-def test_padding_takes_no_position_of_roberta():
-    theirs, ours = pair("Roberta")
-    tokens = torch.randint(5, 99, (2, 80))
-    tokens[:, 60:] = theirs.config.pad_token_id
-    mask = (tokens != theirs.config.pad_token_id).long()
-    with torch.no_grad():
-        expected = theirs(tokens, attention_mask=mask, token_type_ids=torch.zeros_like(tokens))
-        actual = ours(tokens, attention_mask=mask, token_type_ids=torch.zeros_like(tokens))
-    torch.testing.assert_close(
-        actual.last_hidden_state[:, :60], expected.last_hidden_state[:, :60], rtol=1e-4, atol=1e-5
-    )

@@ -99,7 +99,11 @@ def test_scales_follow_the_largest_values_of_the_last_passes(make):
     (scales,) = fp8.scales_of(model)
     initial = scales.history[:, :, 0].clone()
     seen = []
-    for _ in range(fp8.HISTORY + 3):
+    norms = [m.weight for n, m in model.named_modules() if n.endswith("output.LayerNorm")]
+    for number in range(fp8.HISTORY + 3):
+        with torch.no_grad():  # so that what flows has another size in each pass
+            for weight in norms:
+                weight.fill_(1 + number * 7 % 5)
         step(model)
         seen.append(scales.amax.clone())
     model(IDS)  # begins another pass
@@ -113,6 +117,28 @@ def test_scales_follow_the_largest_values_of_the_last_passes(make):
             scale, most = scales.scale[place, number].item(), largest[place, number].item()
             assert math.frexp(scale)[0] == 0.5
             assert scale * most <= LARGEST[format] < 2 * scale * most
+
+
+@KINDS
+def test_a_pass_that_began_later_does_not_change_the_gradients_of_an_earlier_one(make):
+    model = make()
+    other = copy.deepcopy(model)
+    _, expected = step(other)
+    loss = model(IDS, labels=IDS).loss
+    model(IDS.flip(1), labels=IDS)
+    (scales,) = fp8.scales_of(model)
+    scales.scale.mul_(2.0**-12)  # which would flush most casts to 0
+    loss.backward()
+    # the second pass's scales are a tensor of their own
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, expected[name]), name
+
+
+def test_on_the_meta_device_it_is_enabled_too():
+    with torch.device("meta"):
+        model = transformers.BertForMaskedLM(transformers.BertConfig(**SHAPE))
+    (scales,) = fp8.scales_of(fastbert.patch(model, precision="fp8"))
+    assert scales.history.device.type == "cpu"
 
 
 def test_powers_of_two():

@@ -1,0 +1,49 @@
+"""Positions of patched models: how many there are, and which tokens take one."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import fastbert
+from tests.hf.cases import FAMILIES
+
+POSITIONS = 64
+
+
+def pair(family):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 99, "max_position_embeddings": POSITIONS, "pad_token_id": 0}
+    if family == "DistilBert":
+        shape |= {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}
+    else:
+        shape |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        shape |= {"intermediate_size": 32}
+    config = getattr(transformers, f"{family}Config")(**shape)
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    return model, fastbert.patch(copy.deepcopy(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_tokens_than_positions_are_one_clear_error(family):
+    theirs, ours = pair(family)
+    rows = POSITIONS
+    if hasattr(theirs.embeddings, "padding_idx"):  # RoBERTa's count from behind it
+        rows -= 1 + theirs.embeddings.padding_idx
+    tokens = torch.randint(5, 99, (2, rows + 1))
+    with pytest.raises((IndexError, RuntimeError)):
+        theirs(tokens)
+    with pytest.raises(ValueError, match=f"at most {rows} tokens a sequence.*truncate them"):
+        ours(tokens)
+
+
+def test_padding_takes_no_position_of_roberta():
+    theirs, ours = pair("Roberta")
+    tokens = torch.randint(5, 99, (2, 80))
+    tokens[:, 60:] = theirs.config.pad_token_id
+    batch = {"attention_mask": (tokens != theirs.config.pad_token_id).long()}
+    batch["token_type_ids"] = torch.zeros_like(tokens)
+    with torch.no_grad():
+        expected, actual = (model(tokens, **batch).last_hidden_state for model in (theirs, ours))
+    torch.testing.assert_close(actual[:, :60], expected[:, :60], rtol=1e-4, atol=1e-5)

@@ -21,15 +21,16 @@ class Leaf:
     own look-up takes longer. Any other module is called.
     """
 
-    __slots__ = ("is_plain", "module")
+    __slots__ = ("is_plain", "module", "parameters")
 
     def __init__(self, module: nn.Module, kind: type[nn.Module] = nn.Linear) -> None:
         self.module = module
         self.is_plain = is_plain(module, kind)
+        self.parameters = module._parameters
 
     def __call__(self, x: Tensor) -> Tensor:
-        if type(self.module) is nn.Linear and self.is_plain:
-            return self.product(x, self.weight, self.bias)
+        if self.is_plain and type(self.module) is nn.Linear:
+            return self.product(x, self.parameters["weight"], self.parameters["bias"])
         return self.module(x)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -46,11 +47,11 @@ class Leaf:
 
     @property
     def weight(self) -> Any:
-        return self.module._parameters["weight"]
+        return self.parameters["weight"]
 
     @property
     def bias(self) -> Any:
-        return self.module._parameters["bias"]
+        return self.parameters["bias"]
 
 
 def fused_linear(x: Tensor, linears: Sequence[Leaf]) -> Tensor:
@@ -63,10 +64,10 @@ def fused_linear(x: Tensor, linears: Sequence[Leaf]) -> Tensor:
     are_few = x.is_cpu and x.numel() < x.shape[-1] ** 2
     is_worth_it = not are_few or rounds_products(x)  # separate products would round dX three times
     if is_worth_it and all(layer.is_plain for layer in linears):
-        biases = [layer.bias for layer in linears]
+        biases = [layer.parameters["bias"] for layer in linears]
         without = biases.count(None)
         if without in (0, len(biases)):
-            weight = torch.cat([layer.weight for layer in linears])
+            weight = torch.cat([layer.parameters["weight"] for layer in linears])
             return linears[0].product(x, weight, None if without else torch.cat(biases))
     return torch.cat([layer(x) for layer in linears], dim=-1)
 
@@ -81,7 +82,7 @@ def split_bias(x: Tensor, layer: Leaf, into: Op | None) -> tuple[Tensor, Tensor 
     """
     if not layer.is_plain:
         return layer(x), None
-    weight, bias = layer.weight, layer.bias
+    weight, bias = layer.parameters["weight"], layer.parameters["bias"]
     if into is not None and (into.has_kernels(x.device.type) or rounds_products(x)):
         return layer.product(x, weight, None), bias
     return layer.product(x, weight, bias), None

@@ -1,6 +1,6 @@
-"""Launches that do not reach a GPU: operators on CPU tensors run as on one, up to `kernel[grid]`.
+"""Launches that do not reach a GPU: operators on CPU tensors run as on one, up to the launch.
 
-What stands in its place is called as a kernel is. Results are memory as it was.
+Results are memory as it was.
 """
 
 import contextlib
@@ -8,38 +8,62 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-from triton.runtime.jit import KernelInterface
-
 from fastbert import backend
-from fastbert.kernels import runtime
+from fastbert.kernels import launch, runtime
+from fastbert.kernels.launch import Handle, Kernel
 
 # GPUs by their compute capability, and how many multiprocessors an A100, an H100 and a B200 have.
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 
 class Launch(NamedTuple):
-    """capability: of the GPU, 80 for sm_80; kernel: the `@triton.jit` function; values: of its
-    arguments and of Triton's options, by name.
+    """capability: of the GPU, 80 for sm_80; values: of the kernel's arguments and of Triton's
+    options, by name.
     """
 
     capability: int
-    kernel: Any
+    kernel: Kernel
     values: dict[str, Any]
 
 
 @contextlib.contextmanager
-def replaced(launcher: Callable[[KernelInterface, Any], Callable[..., None]]) -> Iterator[None]:
-    """In the block operators take the backends that a GPU has, and kernels what `launcher` gives.
-
-    launcher: of a kernel and a grid, what is called with the arguments and options of the launch.
-    """
+def _as_on_a_gpu() -> Iterator[None]:
+    """In the block operators on CPU tensors take the backends that a GPU has."""
     with (
         mock.patch.dict(backend.PREFERENCE, cpu=backend.PREFERENCE["cuda"]),
         mock.patch.object(backend, "INTERPRETED", True),  # which lets Triton have CPU tensors
-        mock.patch.object(KernelInterface, "__getitem__", launcher),
         backend.use(None),  # so that choices of before are forgotten, and then those of here
     ):
         yield
+
+
+@contextlib.contextmanager
+def given_to(run: Callable[..., None]) -> Iterator[None]:
+    """In the block kernels are not compiled, and `run` is called in place of Triton's launcher.
+
+    run: of the grid's three sizes, the stream, five things that are None here, then the kernel's
+    addresses and numbers.
+    """
+    handle = Handle(run, None, None, ())
+    with (
+        _as_on_a_gpu(),
+        mock.patch.object(launch, "IS_INTERPRETED", False),
+        mock.patch.object(launch, "_IS_KNOWN", True),
+        mock.patch.object(launch, "current_device", new=_cpu),
+        mock.patch.object(launch, "current_stream", new=_stream),
+        mock.patch.dict(launch.HANDLES, clear=True),
+        mock.patch.object(Kernel, "compiled", return_value=handle),
+    ):
+        yield
+
+
+# Functions, because a `Mock`, which counts its calls, takes longer than a launch.
+def _cpu() -> int:
+    return -1  # the device of a CPU tensor
+
+
+def _stream(device: int) -> int:
+    return 0
 
 
 @contextlib.contextmanager
@@ -47,15 +71,13 @@ def recorded(capability: int) -> Iterator[list[Launch]]:
     """The launches of the block, as they are on a GPU of this compute capability."""
     launches: list[Launch] = []
 
-    def launcher(kernel: KernelInterface, grid: Any) -> Callable[..., None]:
-        def record(*arguments: Any, **options: Any) -> None:
-            values = dict(zip(kernel.arg_names, arguments, strict=False), **options)
-            launches.append(Launch(capability, kernel, values))
-
-        return record
+    def record(kernel: Kernel, grid: Any, *arguments: Any, **constants: Any) -> None:
+        values = dict(zip(kernel.names, arguments, strict=True), **constants)
+        launches.append(Launch(capability, kernel, values))
 
     with (
-        replaced(launcher),
+        _as_on_a_gpu(),
+        mock.patch.object(Kernel, "__call__", record),
         mock.patch.object(runtime, "_capability", return_value=capability),
         mock.patch.object(runtime, "_num_sms", return_value=MULTIPROCESSORS[capability]),
     ):

@@ -17,7 +17,7 @@ from fastbert.kernels.attention_common import block_d, precision
 from fastbert.kernels.attention_dropout import attention_drop_words
 from fastbert.kernels.attention_fwd import attention_fwd_kernel, fwd_tile
 from fastbert.kernels.attention_single import attention_single_kernel, single_tile
-from fastbert.kernels.runtime import LAUNCH, capability, cdiv, launcher, on
+from fastbert.kernels.runtime import capability, cdiv, launcher
 
 __all__ = [
     "attention_bwd",
@@ -66,15 +66,15 @@ def attention_fwd(
         tile = fwd_tile(capability(q), q.itemsize, columns, dropout=has_dropout, mask=has_mask)
         grid = (max(cdiv(max_seqlen_q, tile.block_m), 1), num_heads, len(cu_seqlens_q))
         mask, mask_strides = _mask_and_strides(mask)
-        with on(q):
-            attention_fwd_kernel[grid](
-                q, k, v, cu_seqlens_q, cu_seqlens_k, mask, drop_words, out, lse,
-                *inputs, *mask_strides, _words_stride(drop_words), num_heads * head_dim,
-                num_rows, softmax_scale, keep_scale,
-                HEAD_DIM=head_dim, BLOCK_D=columns, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-                PRECISION=precision(q.dtype),
-                num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH,
-            )  # fmt: skip
+        attention_fwd_kernel(
+            grid,
+            q, k, v, cu_seqlens_q, cu_seqlens_k, mask, drop_words, out, lse,
+            *inputs, *mask_strides, _words_stride(drop_words), num_heads * head_dim,
+            num_rows, softmax_scale, keep_scale,
+            HEAD_DIM=head_dim, BLOCK_D=columns, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            PRECISION=precision(q.dtype),
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
     return outputs
 
 
@@ -153,37 +153,39 @@ def _launch_bwd(
     shape = {"HEAD_DIM": head_dim, "BLOCK_D": columns, "PRECISION": precision(q.dtype)}
     longest = max(max_seqlen_q, max_seqlen_k)
     gpu = capability(q)
-    with on(q):
-        has_mask, has_dropout = mask is not None, drop_words is not None
-        tile = None
-        if not has_mask:
-            tile = single_tile(gpu, q.itemsize, columns, longest, dropout=has_dropout)
-        if tile is not None:
-            attention_single_kernel[(1, *grid)](
-                q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, drop_words, dq, dk, dv,
-                *inputs, _words_stride(drop_words), out.stride(0), dq.stride(0),
-                num_rows, k.shape[0], softmax_scale, keep_scale, **shape, BLOCK=tile.block_m,
-                num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH,
-            )  # fmt: skip
-            return
-        delta = torch.empty_like(lse)
-        total = torch.empty_like(lse) if q.dtype == torch.float32 else None
-        mask, mask_strides = _mask_and_strides(mask)
-        strides = (*inputs, *mask_strides, _words_stride(drop_words), out.stride(0))
-        tile = dq_tile(gpu, q.itemsize, columns, dropout=has_dropout, mask=has_mask)
-        attention_dq_kernel[(max(cdiv(max_seqlen_q, tile.block_m), 1), *grid)](
-            q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, mask, drop_words,
-            dq, delta, total, *strides, dq.stride(0), num_rows, softmax_scale, keep_scale,
-            **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH,
+    has_mask, has_dropout = mask is not None, drop_words is not None
+    tile = None
+    if not has_mask:
+        tile = single_tile(gpu, q.itemsize, columns, longest, dropout=has_dropout)
+    if tile is not None:
+        attention_single_kernel(
+            (1, *grid),
+            q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, drop_words, dq, dk, dv,
+            *inputs, _words_stride(drop_words), out.stride(0), dq.stride(0),
+            num_rows, k.shape[0], softmax_scale, keep_scale, **shape, BLOCK=tile.block_m,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        tile = dkdv_tile(gpu, q.itemsize, columns, mask=has_mask)
-        attention_dkdv_kernel[(max(cdiv(max_seqlen_k, tile.block_n), 1), *grid)](
-            q, k, v, dout, lse, delta, total, cu_seqlens_q, cu_seqlens_k, mask, drop_words, dk, dv,
-            *strides, dk.stride(0), num_rows, k.shape[0], softmax_scale, keep_scale,
-            **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **LAUNCH,
-        )  # fmt: skip
+        return
+    delta = torch.empty_like(lse)
+    total = torch.empty_like(lse) if q.dtype == torch.float32 else None
+    mask, mask_strides = _mask_and_strides(mask)
+    strides = (*inputs, *mask_strides, _words_stride(drop_words), out.stride(0))
+    tile = dq_tile(gpu, q.itemsize, columns, dropout=has_dropout, mask=has_mask)
+    attention_dq_kernel(
+        (max(cdiv(max_seqlen_q, tile.block_m), 1), *grid),
+        q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, mask, drop_words,
+        dq, delta, total, *strides, dq.stride(0), num_rows, softmax_scale, keep_scale,
+        **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    tile = dkdv_tile(gpu, q.itemsize, columns, mask=has_mask)
+    attention_dkdv_kernel(
+        (max(cdiv(max_seqlen_k, tile.block_n), 1), *grid),
+        q, k, v, dout, lse, delta, total, cu_seqlens_q, cu_seqlens_k, mask, drop_words, dk, dv,
+        *strides, dk.stride(0), num_rows, k.shape[0], softmax_scale, keep_scale,
+        **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
 
 
 def variant(q: Tensor, longest: int, *, mask: bool, dropout: bool) -> str:

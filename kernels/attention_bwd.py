@@ -26,6 +26,7 @@ from fastbert.kernels.attention_common import (
     tile_ptrs,
     zero_rows,
 )
+from fastbert.kernels.launch import kernel
 
 
 def dq_tile(capability: int, itemsize: int, block_d: int, *, dropout: bool, mask: bool) -> Tile:
@@ -61,7 +62,7 @@ def dkdv_tile(capability: int, itemsize: int, block_d: int, *, mask: bool) -> Ti
     return Tile(64, 64, 4, 1)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@kernel(do_not_specialize=["n_rows", "softmax_scale", "keep_scale"])
 def attention_dq_kernel(
     q_ptr, k_ptr, v_ptr,  # (T_q, N, D), (T_k, N, D), (T_k, N, D)
     out_ptr, dout_ptr, lse_ptr,  # (T_q, N, D), (T_q, N, D), (N, T_q)
@@ -179,7 +180,7 @@ def _dq_step(
     return dq, pk, total, excess
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_key_rows"])
+@kernel(do_not_specialize=["n_rows", "n_key_rows", "softmax_scale", "keep_scale"])
 def attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr,  # (T_q, N, D), (T_k, N, D), (T_k, N, D)
     dout_ptr, lse_ptr, delta_ptr, total_ptr,  # (T_q, N, D), (N, T_q), (N, T_q), (N, T_q) or None

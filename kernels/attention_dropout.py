@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbert.kernels.launch import kernel
 from fastbert.kernels.philox import ROUNDS
-from fastbert.kernels.runtime import LAUNCH, capability, cdiv, launcher, on
+from fastbert.kernels.runtime import capability, cdiv, launcher
 
 
 def words_block(capability: int) -> tuple[int, int, int]:
@@ -20,7 +21,7 @@ def words_block(capability: int) -> tuple[int, int, int]:
     return (64, 8, 4) if capability == 90 else (32, 16, 4)
 
 
-@triton.jit(do_not_specialize=["n_rows", "site", "threshold"])
+@kernel(do_not_specialize=["n_rows", "site", "threshold"])
 def attention_drop_words_kernel(
     token_key_ptr, state_ptr, cu_q_ptr, cu_k_ptr,  # (T_q,) int64, (2,) int64, (B + 1,), (B + 1,)
     words_ptr,  # (N, T_q, W)
@@ -113,10 +114,10 @@ def attention_drop_words(
     if words.numel() and num_sequences and max_seqlen_q:
         block_rows, block_words, num_warps = words_block(capability(token_key))
         grid = (cdiv(max_seqlen_q, block_rows), num_heads, num_sequences)
-        with on(token_key):
-            attention_drop_words_kernel[grid](
-                token_key, state, cu_seqlens_q, cu_seqlens_k, words,
-                words.stride(1), token_key.shape[0], site, threshold,
-                BLOCK_ROWS=block_rows, BLOCK_WORDS=block_words, num_warps=num_warps, **LAUNCH,
-            )  # fmt: skip
+        attention_drop_words_kernel(
+            grid,
+            token_key, state, cu_seqlens_q, cu_seqlens_k, words,
+            words.stride(1), token_key.shape[0], site, threshold,
+            BLOCK_ROWS=block_rows, BLOCK_WORDS=block_words, num_warps=num_warps,
+        )  # fmt: skip
     return words

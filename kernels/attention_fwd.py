@@ -21,6 +21,7 @@ from fastbert.kernels.attention_common import (
     tile_ptrs,
     zero_rows,
 )
+from fastbert.kernels.launch import kernel
 
 
 def fwd_tile(capability: int, itemsize: int, block_d: int, *, dropout: bool, mask: bool) -> Tile:
@@ -43,7 +44,7 @@ def fwd_tile(capability: int, itemsize: int, block_d: int, *, dropout: bool, mas
     return Tile(64 if mask or (dropout and gpu != 100) else 128, 64, 4, 2)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@kernel(do_not_specialize=["n_rows", "softmax_scale", "keep_scale"])
 def attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr,  # (T_q, N, D), (T_k, N, D), (T_k, N, D)
     cu_q_ptr, cu_k_ptr,  # (B + 1,) each

@@ -4,7 +4,6 @@ It needs five matrix products instead of the seven of `attention_bwd`, which has
 reads each tensor once.
 """
 
-import triton
 import triton.language as tl
 
 from fastbert.kernels.attention_bwd import row_delta, score_gradient
@@ -19,6 +18,7 @@ from fastbert.kernels.attention_common import (
     tile_ptrs,
     zero_rows,
 )
+from fastbert.kernels.launch import kernel
 from fastbert.kernels.runtime import TRITON_VERSION
 
 
@@ -38,7 +38,7 @@ def single_tile(
     return Tile(128, 128, 4 if is_measured and not dropout else 8, 1)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_key_rows"])
+@kernel(do_not_specialize=["n_rows", "n_key_rows", "softmax_scale", "keep_scale"])
 def attention_single_kernel(
     q_ptr, k_ptr, v_ptr,  # (T_q, N, D), (T_k, N, D), (T_k, N, D)
     out_ptr, dout_ptr, lse_ptr,  # (T_q, N, D), (T_q, N, D), (N, T_q)

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.runtime import IS_INTERPRETED, LAUNCH, capability, cdiv, launcher, num_sms, on
+from fastbert.kernels.launch import kernel
+from fastbert.kernels.runtime import IS_INTERPRETED, capability, cdiv, launcher, num_sms
 
 FWD_BLOCK = 8, 256, 4  # rows and columns of a tile, and warps
 # For the backward: up to 64 registers a thread, 32 warps are resident at once. sm_90's block takes
@@ -66,7 +67,7 @@ def _gate(x, TANH: tl.constexpr, EXACT: tl.constexpr):
     return gate, slope
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@kernel(do_not_specialize=["n_rows"])
 def _bias_gelu_fwd_kernel(
     x_ptr, bias_ptr, y_ptr,  # (M, N), (N,), (M, N)
     x_row_stride, y_row_stride,
@@ -87,7 +88,7 @@ def _bias_gelu_fwd_kernel(
     tl.store(y_ptr + rows[:, None] * y_row_stride + cols[None, :], x * gate, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_rows", "rows_per_program"])
+@kernel(do_not_specialize=["n_rows", "rows_per_program"])
 def _bias_gelu_bwd_kernel(
     dy_ptr, x_ptr, bias_ptr,  # (M, N), (M, N), (N,)
     dx_ptr, dbias_ptr,  # (M, N), (P, N): one partial sum from each program of a strip
@@ -130,12 +131,12 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
     n_rows, n_cols = x.shape
     rows, cols, num_warps = FWD_BLOCK
     if n_rows:
-        with on(x):
-            _bias_gelu_fwd_kernel[(cdiv(n_rows, rows) * cdiv(n_cols, cols),)](
-                x, bias, y, x.stride(0), y.stride(0), n_rows,
-                N_COLS=n_cols, TANH=tanh, EXACT=x.dtype == torch.float32,
-                ROWS=rows, COLS=cols, num_warps=num_warps, **LAUNCH,
-            )  # fmt: skip
+        _bias_gelu_fwd_kernel(
+            (cdiv(n_rows, rows) * cdiv(n_cols, cols),),
+            x, bias, y, x.stride(0), y.stride(0), n_rows,
+            N_COLS=n_cols, TANH=tanh, EXACT=x.dtype == torch.float32,
+            ROWS=rows, COLS=cols, num_warps=num_warps,
+        )  # fmt: skip
     return y
 
 
@@ -158,11 +159,11 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tens
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dbias = torch.empty(parts, n_cols, dtype=torch.float32, device=x.device)
     if n_rows:
-        with on(x):
-            _bias_gelu_bwd_kernel[(parts * strips,)](
-                dy, x, bias, dx, dbias,
-                dy.stride(0), x.stride(0), dx.stride(0), n_rows, rows_per_program,
-                N_COLS=n_cols, TANH=tanh, EXACT=x.dtype == torch.float32,
-                ROWS=rows, COLS=cols, num_warps=num_warps, **LAUNCH,
-            )  # fmt: skip
+        _bias_gelu_bwd_kernel(
+            (parts * strips,),
+            dy, x, bias, dx, dbias,
+            dy.stride(0), x.stride(0), dx.stride(0), n_rows, rows_per_program,
+            N_COLS=n_cols, TANH=tanh, EXACT=x.dtype == torch.float32,
+            ROWS=rows, COLS=cols, num_warps=num_warps,
+        )  # fmt: skip
     return dx, dbias.sum(0).to(bias.dtype)

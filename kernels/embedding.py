@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbert.kernels.launch import kernel
 from fastbert.kernels.layer_norm_bwd import (
     backward_block,
     backward_programs,
@@ -20,7 +21,7 @@ from fastbert.kernels.layer_norm_bwd import (
 from fastbert.kernels.layer_norm_fwd import standardize
 from fastbert.kernels.partial_sums import add_partials, store_partial
 from fastbert.kernels.philox import keep_mask, keep_scale
-from fastbert.kernels.runtime import LAUNCH, cdiv, launcher, on, stride_unit
+from fastbert.kernels.runtime import cdiv, launcher, stride_unit
 from fastbert.kernels.table_gradients import add_to_tables
 
 
@@ -46,7 +47,7 @@ def _gather(table_ptr, ids, mask, N_COLS: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.load(table_ptr + places, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=[
+@kernel(do_not_specialize=[
     "n_rows", "n_words", "n_positions", "n_types", "eps", "threshold", "site", "keep_scale",
 ])  # fmt: skip
 def _forward_kernel(
@@ -88,7 +89,7 @@ def _forward_kernel(
         tl.store(rstd_ptr + rows, rstd, mask=is_row)
 
 
-@triton.jit(do_not_specialize=[
+@kernel(do_not_specialize=[
     "dy_row_stride", "n_rows", "n_words", "n_positions", "n_types", "threshold", "site",
     "keep_scale",
 ])  # fmt: skip
@@ -174,14 +175,14 @@ def embedding_layer_norm_fwd(
     n_rows, n_cols = y.shape
     block_m, block_n, num_warps = forward_block(n_cols)
     if n_rows:
-        with on(word):
-            _forward_kernel[(cdiv(n_rows, block_m),)](
-                input_ids, position_ids, token_type_ids, word, position, token_type,
-                weight, bias, state, token_key, y, *(statistics or (None, None)),
-                n_rows, word.shape[0], position.shape[0], token_type.shape[0],
-                eps, threshold, site, keep_scale(threshold),
-                N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **LAUNCH,
-            )  # fmt: skip
+        _forward_kernel(
+            (cdiv(n_rows, block_m),),
+            input_ids, position_ids, token_type_ids, word, position, token_type,
+            weight, bias, state, token_key, y, *(statistics or (None, None)),
+            n_rows, word.shape[0], position.shape[0], token_type.shape[0],
+            eps, threshold, site, keep_scale(threshold),
+            N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
+        )  # fmt: skip
     return outputs
 
 
@@ -211,15 +212,15 @@ def embedding_layer_norm_bwd(
     partials = torch.empty(2, n_programs, n_cols, dtype=torch.float32, device=dy.device)
     dz = torch.empty(n_rows, n_cols, dtype=word.dtype, device=dy.device)
     keys = torch.empty(3, n_rows, dtype=torch.int32, device=dy.device)
-    with on(dy):
-        if n_rows:
-            _backward_kernel[(n_programs,)](
-                dy, input_ids, position_ids, token_type_ids, word, position, token_type,
-                weight, mean, rstd, state, token_key, dz, keys, partials, dy.stride(0) // unit,
-                n_rows, *sizes, threshold, site, keep_scale(threshold),
-                N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, UNIT=unit,
-                num_warps=num_warps, **LAUNCH,
-            )  # fmt: skip
-            add_to_tables(dz, keys, dword, dposition, dtoken_type, padding_id)
-        add_partials(partials, dweight, dbias)
+    if n_rows:
+        _backward_kernel(
+            (n_programs,),
+            dy, input_ids, position_ids, token_type_ids, word, position, token_type,
+            weight, mean, rstd, state, token_key, dz, keys, partials, dy.stride(0) // unit,
+            n_rows, *sizes, threshold, site, keep_scale(threshold),
+            N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, UNIT=unit,
+            num_warps=num_warps,
+        )  # fmt: skip
+        add_to_tables(dz, keys, dword, dposition, dtoken_type, padding_id)
+    add_partials(partials, dweight, dbias)
     return outputs

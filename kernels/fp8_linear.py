@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.runtime import IS_INTERPRETED, LAUNCH, cdiv, launcher, on
+from fastbert.kernels.launch import kernel
+from fastbert.kernels.runtime import IS_INTERPRETED, cdiv, launcher
 
 CAST_BLOCK = 64, 128, 8  # rows and columns of a tile, and warps
 MULTIPLE = 16  # cuBLAS wants inner dimensions that are multiples of it; the operator refuses others
@@ -35,12 +36,12 @@ def _rounded(y, E5M2: tl.constexpr):
     return tl.where(tl.abs(y) < LEAST, (y + MAGIC) - MAGIC, normal)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@kernel(do_not_specialize=["n_rows"])
 def _cast_transpose_kernel(
     x_ptr, scale_ptr,  # (M, N), ()
     cast_ptr, transposed_ptr, amax_ptr,  # (P, N), (N, P), ()
     x_row_stride,
-    n_rows, n_padded,  # M, and P >= M
+    n_padded, n_rows,  # P >= M, and M
     N_COLS: tl.constexpr, E5M2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     LARGEST: tl.constexpr = 57344.0 if E5M2 else 448.0
@@ -92,12 +93,12 @@ def cast_transpose(x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool) -> tuple[
     n_rows, n_cols = x.shape
     rows, cols, num_warps = CAST_BLOCK
     if n_rows:
-        with on(x):
-            _cast_transpose_kernel[(cdiv(n_rows, rows) * cdiv(n_cols, cols),)](
-                x, scale, cast.view(torch.uint8), transposed.view(torch.uint8), amax,
-                x.stride(0), n_rows, cast.shape[0],
-                N_COLS=n_cols, E5M2=e5m2, ROWS=rows, COLS=cols, num_warps=num_warps, **LAUNCH,
-            )  # fmt: skip
+        _cast_transpose_kernel(
+            (cdiv(n_rows, rows) * cdiv(n_cols, cols),),
+            x, scale, cast.view(torch.uint8), transposed.view(torch.uint8), amax,
+            x.stride(0), cast.shape[0], n_rows,
+            N_COLS=n_cols, E5M2=e5m2, ROWS=rows, COLS=cols, num_warps=num_warps,
+        )  # fmt: skip
     return cast, transposed
 
 

@@ -7,7 +7,7 @@ from fastbert.kernels.layer_norm_bwd import backward_block, backward_programs, l
 from fastbert.kernels.layer_norm_fwd import forward_block, layer_norm_fwd_kernel
 from fastbert.kernels.partial_sums import add_partials
 from fastbert.kernels.philox import keep_scale
-from fastbert.kernels.runtime import LAUNCH, cdiv, launcher, on, stride_unit
+from fastbert.kernels.runtime import cdiv, launcher, stride_unit
 
 
 def _fwd_outputs(
@@ -48,14 +48,14 @@ def layer_norm_fwd(
     unit = stride_unit(x_stride, residual_stride)
     block_m, block_n, num_warps = forward_block(n_cols)
     if n_rows:
-        with on(x):
-            layer_norm_fwd_kernel[(cdiv(n_rows, block_m),)](
-                x, residual, x_bias, weight, bias, state, token_key, y, z, mean, rstd,
-                x_stride // unit, residual_stride // unit,
-                n_rows, eps, threshold, site, keep_scale(threshold),
-                N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, UNIT=unit,
-                num_warps=num_warps, **LAUNCH,
-            )  # fmt: skip
+        layer_norm_fwd_kernel(
+            (cdiv(n_rows, block_m),),
+            x, residual, x_bias, weight, bias, state, token_key, y, z, mean, rstd,
+            x_stride // unit, residual_stride // unit,
+            n_rows, eps, threshold, site, keep_scale(threshold),
+            N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, UNIT=unit,
+            num_warps=num_warps,
+        )  # fmt: skip
     return outputs
 
 
@@ -94,15 +94,15 @@ def layer_norm_bwd(
     block_m, block_n, num_warps = block = backward_block(n_cols)
     n_programs = backward_programs(kept, n_rows, block, from_y=bias is not None)
     partials = torch.empty(len(sums), n_programs, n_cols, dtype=torch.float32, device=kept.device)
-    with on(kept):
-        if n_rows:
-            layer_norm_bwd_kernel[(n_programs,)](
-                dy, kept, weight, bias, mean, rstd, state, token_key,
-                dz, dx if dx.ndim == 2 else None, partials,
-                dy.stride(0) // unit, kept.stride(0) // unit,
-                n_rows, threshold, site, keep_scale(threshold),
-                N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, UNIT=unit,
-                HAS_X_BIAS=has_x_bias, num_warps=num_warps, **LAUNCH,
-            )  # fmt: skip
-        add_partials(partials, *sums)
+    if n_rows:
+        layer_norm_bwd_kernel(
+            (n_programs,),
+            dy, kept, weight, bias, mean, rstd, state, token_key,
+            dz, dx if dx.ndim == 2 else None, partials,
+            dy.stride(0) // unit, kept.stride(0) // unit,
+            n_rows, threshold, site, keep_scale(threshold),
+            N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, UNIT=unit,
+            HAS_X_BIAS=has_x_bias, num_warps=num_warps,
+        )  # fmt: skip
+    add_partials(partials, *sums)
     return outputs

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbert.kernels.launch import kernel
 from fastbert.kernels.partial_sums import store_partial
 from fastbert.kernels.philox import keep_mask
 from fastbert.kernels.runtime import cdiv, num_sms
@@ -49,7 +50,7 @@ def standardize_gradient(dz_hat, z_hat, rstd, N_COLS: tl.constexpr):
     return (dz_hat - along_one[:, None] - z_hat * along_z[:, None]) * rstd[:, None]
 
 
-@triton.jit(do_not_specialize=[
+@kernel(do_not_specialize=[
     "dy_row_stride", "kept_row_stride", "n_rows", "threshold", "site", "keep_scale",
 ])  # fmt: skip
 def layer_norm_bwd_kernel(

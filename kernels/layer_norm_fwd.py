@@ -9,6 +9,7 @@ import functools
 import triton
 import triton.language as tl
 
+from fastbert.kernels.launch import kernel
 from fastbert.kernels.philox import keep_mask
 
 
@@ -29,7 +30,7 @@ def standardize(z, is_col, eps, N_COLS: tl.constexpr):
     return centered * rstd[:, None], mean, rstd
 
 
-@triton.jit(do_not_specialize=[
+@kernel(do_not_specialize=[
     "x_row_stride", "residual_row_stride", "n_rows", "eps", "threshold", "site", "keep_scale",
 ])  # fmt: skip
 def layer_norm_fwd_kernel(

@@ -10,11 +10,11 @@ column, is a by-product, summed before the gradients are rounded.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.runtime import LAUNCH, cdiv, launcher, num_sms, on
+from fastbert.kernels.launch import kernel
+from fastbert.kernels.runtime import cdiv, launcher, num_sms
 
 FWD_BLOCK = 4, 1024, 4  # DEPTH (columns for each rescaling of a lane's sum), LANES and warps
 BWD_BLOCK = 8, 256, 4  # rows, columns and warps
@@ -25,7 +25,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a difference of two is not NaN
 
 
-@triton.jit(do_not_specialize=["ignore_index", "label_smoothing"])
+@kernel(do_not_specialize=["ignore_index", "label_smoothing"])
 def _cross_entropy_fwd_kernel(
     logits_ptr, target_ptr,  # (C, L), (C,) int64
     loss_ptr, highest_ptr, total_ptr, correct_ptr,  # (C,), (C,) or None, (C,) or None, (C,) int32
@@ -79,7 +79,7 @@ def _cross_entropy_fwd_kernel(
     tl.store(correct_ptr + row, (is_correct & (highest > ahead)).to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["n_rows", "rows_per_program", "ignore_index", "label_smoothing"])
+@kernel(do_not_specialize=["n_rows", "rows_per_program", "ignore_index", "label_smoothing"])
 def _cross_entropy_bwd_kernel(
     target_ptr, highest_ptr, total_ptr, scale_ptr,  # (C,) int64, (C,), (C,), ()
     logits_ptr, dbias_ptr,  # (C, L), read and overwritten; (P, L): one partial sum a program
@@ -144,13 +144,13 @@ def cross_entropy_fwd(
     n_rows, n_cols = logits.shape
     depth, lanes, num_warps = FWD_BLOCK
     if n_rows:
-        with on(logits):
-            _cross_entropy_fwd_kernel[(n_rows,)](
-                logits, targets, loss, highest, total, correct,
-                logits.stride(0), ignore_index, label_smoothing,
-                N_CLASSES=n_classes, N_COLS=n_cols, SMOOTH=label_smoothing != 0,
-                DEPTH=depth, LANES=lanes, num_warps=num_warps, **LAUNCH,
-            )  # fmt: skip
+        _cross_entropy_fwd_kernel(
+            (n_rows,),
+            logits, targets, loss, highest, total, correct,
+            logits.stride(0), ignore_index, label_smoothing,
+            N_CLASSES=n_classes, N_COLS=n_cols, SMOOTH=label_smoothing != 0,
+            DEPTH=depth, LANES=lanes, num_warps=num_warps,
+        )  # fmt: skip
     return outputs
 
 
@@ -178,11 +178,11 @@ def cross_entropy_bwd(
     parts = cdiv(n_rows, rows_per_program) if n_rows else 0
     dbias = torch.empty(parts, n_cols, dtype=torch.float32, device=logits.device)
     if n_rows:
-        with on(logits):
-            _cross_entropy_bwd_kernel[(parts * strips,)](
-                targets, highest, total, scale, logits, dbias, logits.stride(0),
-                n_rows, rows_per_program, ignore_index, label_smoothing,
-                N_CLASSES=n_classes, N_COLS=n_cols,
-                ROWS=rows, COLS=cols, num_warps=num_warps, **LAUNCH,
-            )  # fmt: skip
+        _cross_entropy_bwd_kernel(
+            (parts * strips,),
+            targets, highest, total, scale, logits, dbias, logits.stride(0),
+            n_rows, rows_per_program, ignore_index, label_smoothing,
+            N_CLASSES=n_classes, N_COLS=n_cols,
+            ROWS=rows, COLS=cols, num_warps=num_warps,
+        )  # fmt: skip
     return dbias.sum(0)

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.runtime import LAUNCH, cdiv
+from fastbert.kernels.launch import kernel
+from fastbert.kernels.runtime import cdiv
 
 ADD_BLOCK = 512, 16, 8  # partial sums, columns (two sectors of memory), warps
 
@@ -20,7 +21,7 @@ def store_partial(partials_ptr, k, sums, is_col, N_COLS: tl.constexpr):
     tl.store(partials_ptr + row * N_COLS + cols, tl.sum(sums, axis=0), mask=is_col)
 
 
-@triton.jit(do_not_specialize=["n_partials"])
+@kernel(do_not_specialize=["n_partials"])
 def _add_partials_kernel(
     partials_ptr, out0_ptr, out1_ptr, out2_ptr,  # (K, P, N), (N,), (N,), (N,) or None
     n_partials, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -45,7 +46,8 @@ def add_partials(partials: Tensor, *outputs: Tensor) -> None:
     """Sums (K, P, N) float32 over P, in a fixed order, into K = 2 or 3 outputs (N,)."""
     n_outputs, n_partials, n_cols = partials.shape
     block_m, block_n, num_warps = ADD_BLOCK
-    _add_partials_kernel[(cdiv(n_cols, block_n), n_outputs)](
+    _add_partials_kernel(
+        (cdiv(n_cols, block_n), n_outputs),
         partials, *outputs, *[None] * (3 - n_outputs), n_partials,
-        N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **LAUNCH,
+        N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
     )  # fmt: skip

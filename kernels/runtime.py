@@ -11,9 +11,6 @@ from torch import Tensor
 
 _LIBRARY = torch.library.Library("fastbert_triton", "DEF")
 
-# Fixed for all launches, so that a new default of Triton changes nothing.
-LAUNCH = {"enable_fp_fusion": True}
-
 TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 IS_INTERPRETED = triton.knobs.runtime.interpret
@@ -64,11 +61,6 @@ def is_traced(arguments: tuple[Any, ...]) -> bool:
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up; Triton's `cdiv` takes microseconds on the host."""
     return -(-a // b)
-
-
-def on(x: Tensor) -> Any:
-    """A context with x's device current, because Triton launches on the current device."""
-    return torch.cuda.device_of(x)
 
 
 @functools.cache

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.runtime import LAUNCH, capability, cdiv
+from fastbert.kernels.launch import kernel
+from fastbert.kernels.runtime import capability, cdiv
 
 JOIN_BLOCK = 16, 256, 8  # chunks and columns that a program of the join adds at once; warps
 
@@ -47,7 +48,7 @@ def _store_row(
     tl.store(dtoken_type_ptr + token_type * N_COLS + cols, sums, mask=is_col & is_type)
 
 
-@triton.jit(do_not_specialize=["n_keys", "n_rows", "n_words", "n_positions", "n_types",
+@kernel(do_not_specialize=["n_keys", "n_rows", "n_words", "n_positions", "n_types",
                                "padding_id"])  # fmt: skip
 def _sum_chunks_kernel(
     dz_ptr, keys_ptr, order_ptr,  # (T, N); (3T,) sorted keys, and their places before sorting
@@ -96,7 +97,7 @@ def _sum_chunks_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_keys", "n_words", "n_positions", "n_types", "padding_id"])
+@kernel(do_not_specialize=["n_keys", "n_words", "n_positions", "n_types", "padding_id"])
 def _join_chunks_kernel(
     keys_ptr, heads_ptr, tails_ptr,  # (3T,), (chunks, N), (chunks, N)
     dword_ptr, dposition_ptr, dtoken_type_ptr,  # (V, N), (P, N), (S, N)
@@ -148,15 +149,17 @@ def add_to_tables(
     heads, tails = torch.empty(2, n_chunks, n_cols, dtype=torch.float32, device=dz.device)
     sorted_keys, order = torch.sort(keys.view(-1), stable=True)
     block_n, num_warps = sum_block(n_cols)
-    _sum_chunks_kernel[(n_chunks,)](
+    _sum_chunks_kernel(
+        (n_chunks,),
         dz, sorted_keys, order, dword, dposition, dtoken_type, heads, tails,
         keys.numel(), n_rows, *sizes, padding_id,
-        N_COLS=n_cols, BLOCK_N=block_n, CHUNK=chunk, num_warps=num_warps, **LAUNCH,
+        N_COLS=n_cols, BLOCK_N=block_n, CHUNK=chunk, num_warps=num_warps,
     )  # fmt: skip
     block_m, block_n, num_warps = JOIN_BLOCK
-    _join_chunks_kernel[(n_chunks, cdiv(n_cols, block_n))](
+    _join_chunks_kernel(
+        (n_chunks, cdiv(n_cols, block_n)),
         sorted_keys, heads, tails, dword, dposition, dtoken_type,
         keys.numel(), *sizes, padding_id,
         N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=chunk,
-        num_warps=num_warps, **LAUNCH,
+        num_warps=num_warps,
     )  # fmt: skip

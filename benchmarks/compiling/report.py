@@ -22,6 +22,7 @@ from triton.compiler import CompiledKernel
 from benchmarks.compiling.cases import CAPABILITIES, UNITS, all_cases
 from benchmarks.compiling.limits import Limits, block_of, limits_of
 from benchmarks.launches import Launch
+from fastbert.kernels.launch import OPTIONS
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 TENSOR_CORES = r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b"
@@ -59,7 +60,7 @@ def compile_for_its_gpu(launch: Launch) -> CompiledKernel:
     From then on the process has no GPU of its own.
     """
     triton.runtime.driver.set_active(Gpu(launch.capability))
-    return launch.kernel.warmup(grid=(1,), **launch.values)
+    return launch.kernel.jit.warmup(grid=(1,), **launch.values, **OPTIONS)
 
 
 def disassembled(compiled: CompiledKernel) -> Report:

@@ -1,9 +1,9 @@
 """Host time of layers and operators, measured without a GPU: kernel launches do nothing.
 
-Tensors are on the CPU, and operators run their Triton launchers, as on a GPU, up to
-`kernel[grid](...)`, which returns at once. Triton's binder and the driver, which would follow, are
-not counted. PyTorch's own operators run on the CPU, so that CUDA's dispatch, allocator and launches
-are not counted either. A layer's four matrix products do run; their time is measured beside it.
+Tensors are on the CPU, and operators run their launchers, as on a GPU, up to the call of Triton's
+compiled launcher, which returns at once; it and the driver, which would follow, are not counted.
+PyTorch's own operators run on the CPU, so that CUDA's dispatch, allocator and launches are not
+counted either. A layer's four matrix products do run; their time is measured beside it.
 Outputs of kernels are uninitialised memory.
 
 The parts are "host_layers", with the small models of `benchmarks.host.host`, and "host_operators".
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton.runtime.jit import KernelInterface
 
 from benchmarks import launches
 from benchmarks.host import calls
@@ -43,7 +42,7 @@ def run(options: Options, results: Results) -> None:
 @contextlib.contextmanager
 def in_place() -> Iterator[None]:
     """Operators on CPU tensors choose the backends that a GPU has, and no Triton kernel runs."""
-    with launches.replaced(_launcher):
+    with launches.given_to(lambda *arguments: launch(*arguments)):
         # much uninitialised memory reads as denormal numbers, with which a CPU is slow
         torch.set_flush_denormal(True)
         try:
@@ -52,11 +51,7 @@ def in_place() -> Iterator[None]:
             torch.set_flush_denormal(False)
 
 
-def _launcher(kernel: KernelInterface, grid: tuple[int, ...]) -> Callable[..., None]:
-    return launch
-
-
-def launch(*arguments: Any, **options: Any) -> None:
+def launch(*arguments: Any) -> None:
     """Stands for the launch of a kernel, and does nothing."""
 
 

@@ -26,7 +26,7 @@ class Leaf:
     def __init__(self, module: nn.Module, kind: type[nn.Module] = nn.Linear) -> None:
         self.module = module
         self.is_plain = is_plain(module, kind)
-        self.parameters = module._parameters
+        self.parameters: dict[str, Any] = module._parameters
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.is_plain and type(self.module) is nn.Linear:

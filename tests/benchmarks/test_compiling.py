@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton.runtime.jit import KernelInterface
 
 from benchmarks.compiling.cases import CAPABILITIES, SM80, SM90, UNITS, Case, all_cases, floats
 from benchmarks.compiling.limits import TILES, Limits, limits_of
 from benchmarks.compiling.report import Report, faults
+from fastbert.kernels.launch import Kernel
 from fastbert.ops.bias_gelu import bias_gelu
 
 ROOT = Path(__file__).parents[2]
@@ -22,8 +22,8 @@ def test_every_kernel_is_launched_by_a_case_on_every_gpu():
     units = (
         importlib.import_module(f"fastbert.kernels.{f.stem}") for f in ROOT.glob("kernels/*.py")
     )
-    functions = (x for unit in units for x in vars(unit).values() if isinstance(x, KernelInterface))
-    kernels = {x.__name__ for x in functions if x.__name__.endswith("_kernel")}
+    functions = (x for unit in units for x in vars(unit).values() if isinstance(x, Kernel))
+    kernels = {x.__name__ for x in functions}
     assert kernels == set(TILES)
     launched = {gpu: set() for gpu in CAPABILITIES}
     for case in all_cases():

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from triton.runtime.jit import KernelInterface
 
 from benchmarks.host import calls, empty_launches, host
 from benchmarks.host.calls import ENCODER, INFERENCE, SMALL, STEP, Case
@@ -24,6 +23,7 @@ from benchmarks.results import (
     read,
 )
 from fastbert import backend
+from fastbert.kernels.launch import HANDLES, Kernel
 from fastbert.modules.graphs import buckets
 from fastbert.ops.bias_gelu import bias_gelu
 
@@ -95,16 +95,19 @@ def test_a_compiled_model_replays_graphs(monkeypatch):
 def test_launches_do_nothing_and_are_given_back(monkeypatch):
     x, bias = torch.randn(3, 8), torch.randn(8)
     expected, launched = bias_gelu(x, bias), []
-    before = dict(backend.PREFERENCE), backend.INTERPRETED, KernelInterface.__getitem__
-    monkeypatch.setattr(empty_launches, "launch", lambda *a, **k: launched.append(a))
+    before = dict(backend.PREFERENCE), backend.INTERPRETED, dict(HANDLES), Kernel.compiled
+    monkeypatch.setattr(empty_launches, "launch", lambda *a: launched.append(a))
     with empty_launches.in_place():
         assert bias_gelu.choice("cpu").backend == "triton"
         y = bias_gelu(x, bias)
         assert y.shape == x.shape
-        assert [a[2].data_ptr() for a in launched] == [y.data_ptr()]  # the output, as it was
+        launch = 1, 1, 1, 0, *[None] * 5
+        pointers = x.data_ptr(), bias.data_ptr(), y.data_ptr()  # the output, as it was
+        assert launched == [(*launch, *pointers, 8, 8, 3)]
     with pytest.raises(RuntimeError, match="in here"), empty_launches.in_place():
         raise RuntimeError("in here")
-    assert (dict(backend.PREFERENCE), backend.INTERPRETED, KernelInterface.__getitem__) == before
+    after = dict(backend.PREFERENCE), backend.INTERPRETED, dict(HANDLES), Kernel.compiled
+    assert after == before
     torch.testing.assert_close(bias_gelu(x, bias), expected)
     assert len(launched) == 1
     assert torch.tensor(1e-40) * 1 != 0  # denormal numbers are numbers again
@@ -113,7 +116,7 @@ def test_launches_do_nothing_and_are_given_back(monkeypatch):
 @pytest.mark.parametrize("operator", empty_launches.operators(), ids=lambda one: one.name)
 def test_an_operator_is_timed_with_and_without_gradients(operator, monkeypatch):
     launches = []
-    monkeypatch.setattr(empty_launches, "launch", lambda *a, **k: launches.append(a))
+    monkeypatch.setattr(empty_launches, "launch", lambda *a: launches.append(a))
     with empty_launches.in_place():
         works = empty_launches.in_modes(operator.call, operator.tensors)
         launches.clear()

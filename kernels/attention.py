@@ -17,7 +17,7 @@ from fastbert.kernels.attention_common import block_d, precision
 from fastbert.kernels.attention_dropout import attention_drop_words
 from fastbert.kernels.attention_fwd import attention_fwd_kernel, fwd_tile
 from fastbert.kernels.attention_single import attention_single_kernel, single_tile
-from fastbert.kernels.runtime import capability, cdiv, launcher
+from fastbert.kernels.runtime import capability, cdiv, launcher, like
 
 __all__ = [
     "attention_bwd",
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def _fwd_outputs(q, *others):
-    outputs = [q.new_empty(q.shape)]
+    outputs = [like(q)]
     if others[-1]:  # keep
         outputs.append(q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32))
     return outputs
@@ -64,7 +64,7 @@ def attention_fwd(
         columns, inputs = block_d(head_dim), _strides(q, k, v, max_seqlen_q, max_seqlen_k)
         has_dropout, has_mask = drop_words is not None, mask is not None
         tile = fwd_tile(capability(q), q.itemsize, columns, dropout=has_dropout, mask=has_mask)
-        grid = (max(cdiv(max_seqlen_q, tile.block_m), 1), num_heads, len(cu_seqlens_q))
+        grid = (max(cdiv(max_seqlen_q, tile.block_m), 1), num_heads, cu_seqlens_q.shape[0])
         mask, mask_strides = _mask_and_strides(mask)
         attention_fwd_kernel(
             grid,
@@ -79,7 +79,7 @@ def attention_fwd(
 
 
 def _bwd_outputs(dout, q, k, v, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return like(q), like(k), like(v)
 
 
 @launcher(_bwd_outputs)
@@ -109,7 +109,7 @@ def attention_bwd(
 
 
 def _packed_bwd_outputs(dout, qkv, *_):
-    return qkv.new_empty(qkv.shape)
+    return like(qkv)
 
 
 @launcher(_packed_bwd_outputs)
@@ -148,7 +148,7 @@ def _launch_bwd(
         return
     dout = dout.contiguous()
     columns = block_d(head_dim)
-    grid = (num_heads, len(cu_seqlens_q))
+    grid = (num_heads, cu_seqlens_q.shape[0])
     inputs = _strides(q, k, v, max_seqlen_q, max_seqlen_k)
     shape = {"HEAD_DIM": head_dim, "BLOCK_D": columns, "PRECISION": precision(q.dtype)}
     longest = max(max_seqlen_q, max_seqlen_k)

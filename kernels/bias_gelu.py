@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels.launch import kernel
-from fastbert.kernels.runtime import IS_INTERPRETED, capability, cdiv, launcher, num_sms
+from fastbert.kernels.runtime import IS_INTERPRETED, capability, cdiv, launcher, like, num_sms
 
 FWD_BLOCK = 8, 256, 4  # rows and columns of a tile, and warps
 # For the backward: up to 64 registers a thread, 32 warps are resident at once. sm_90's block takes
@@ -121,7 +121,7 @@ def _bias_gelu_bwd_kernel(
 
 
 def _fwd_outputs(x: Tensor, bias: Tensor, tanh: bool):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return like(x)
 
 
 @launcher(_fwd_outputs)
@@ -141,7 +141,7 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
 
 
 def _bwd_outputs(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(bias)
+    return like(x), like(bias)
 
 
 @launcher(_bwd_outputs)
@@ -156,7 +156,7 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tens
     programs = max(num_sms(x) * WARPS_PER_SM // num_warps // strips, 1)
     rows_per_program = cdiv(cdiv(n_rows, programs), rows) * rows
     parts = cdiv(n_rows, rows_per_program) if n_rows else 0
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = like(x)
     dbias = torch.empty(parts, n_cols, dtype=torch.float32, device=x.device)
     if n_rows:
         _bias_gelu_bwd_kernel(

@@ -7,7 +7,7 @@ from fastbert.kernels.layer_norm_bwd import backward_block, backward_programs, l
 from fastbert.kernels.layer_norm_fwd import forward_block, layer_norm_fwd_kernel
 from fastbert.kernels.partial_sums import add_partials
 from fastbert.kernels.philox import keep_scale
-from fastbert.kernels.runtime import cdiv, launcher, stride_unit
+from fastbert.kernels.runtime import cdiv, launcher, like, stride_unit
 
 
 def _fwd_outputs(
@@ -15,8 +15,7 @@ def _fwd_outputs(
     eps: float, state: Tensor | None, token_key: Tensor | None, site: int, threshold: int,
     keep: str,
 ):  # fmt: skip
-    of = x if residual is None else residual
-    y = torch.empty(x.shape, dtype=of.dtype, device=x.device)
+    y = like(x if residual is None else residual)
     if not keep:
         return [y]
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
@@ -65,11 +64,10 @@ def _bwd_outputs(
     state: Tensor | None, token_key: Tensor | None, site: int, threshold: int,
     x_dtype: torch.dtype, has_x_bias: bool,
 ):  # fmt: skip
-    dz = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
     is_same = state is None and x_dtype == kept.dtype
-    dx = torch.empty((0,) if is_same else kept.shape, dtype=x_dtype, device=kept.device)
-    dx_bias = weight.new_empty(weight.shape if has_x_bias else (0,))
-    return dz, dx, torch.empty_like(weight), torch.empty_like(weight), dx_bias
+    dx = kept.new_empty((0,), dtype=x_dtype) if is_same else like(kept, x_dtype)
+    dx_bias = like(weight) if has_x_bias else weight.new_empty((0,))
+    return like(kept), dx, like(weight), like(weight), dx_bias
 
 
 @launcher(_bwd_outputs)

@@ -33,13 +33,16 @@ def self_attention(
     """Attention without its output projection: (T, H) -> (T, H), or (M, H) for sequences.rows."""
     rows = sequences.rows
     if rows is None:
-        qkv = fused_linear(x, (query, key, value)).unflatten(-1, (3, num_heads, -1))
+        qkv = fused_linear(x, (query, key, value))
+        num_tokens, size = qkv.shape
+        head_dim = size // (3 * num_heads)
+        qkv = qkv.view(num_tokens, 3, num_heads, head_dim)
         mask, rng = sequences.mask, sequences.rng
         boundaries, longest = sequences.cu_seqlens, sequences.max_seqlen
         if mask is not None:
             mask = mask.expand(len(boundaries) - 1, num_heads, longest, longest)
-        rng = drawn(len(x), x.device, dropout_p, rng) if dropout_p else None
-        scale = qkv.shape[3] ** -0.5
+        rng = drawn(num_tokens, x.device, dropout_p, rng) if dropout_p else None
+        scale = head_dim**-0.5
         lengths = (boundaries, boundaries, longest, longest)
         call = Attention(qkv, None, None, *lengths, scale, dropout_p, rng, mask)
         context = attention_qkvpacked.run(call)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert.backend import Op
+from fastbert.backend import Op, device_type
 
 Hooks = tuple[dict[int, Callable[..., Any]], ...]  # the live dictionaries of modules' hooks
 FP8 = "_fastbert_fp8"  # attribute by which `fastbert.modules.fp8` marks a module
@@ -83,14 +83,14 @@ def split_bias(x: Tensor, layer: Leaf, into: Op | None) -> tuple[Tensor, Tensor 
     if not layer.is_plain:
         return layer(x), None
     weight, bias = layer.parameters["weight"], layer.parameters["bias"]
-    if into is not None and (into.has_kernels(x.device.type) or rounds_products(x)):
+    if into is not None and (into.has_kernels(x) or rounds_products(x)):
         return layer.product(x, weight, None), bias
     return layer.product(x, weight, bias), None
 
 
 def rounds_products(x: Tensor) -> bool:
     """Whether a product of x has less than float32 precision, by its dtype or by autocast."""
-    return x.dtype in _NARROW or torch.is_autocast_enabled(x.device.type)
+    return x.dtype in _NARROW or torch.is_autocast_enabled(device_type(x))
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:

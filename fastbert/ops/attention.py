@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.backend import DTYPES, op
+from fastbert.backend import DTYPES, op, place
 from fastbert.check import require
 from fastbert.ops.attention_plain import Call, attend
 from fastbert.ops.dropout import device_numbers, drawn
@@ -143,10 +143,11 @@ def _refusal(call: Call) -> str | None:
     others = [k, v, cu_seqlens_q, cu_seqlens_k, mask]
     if rng is not None:
         others += [rng.token_key, rng.state]
-    device = q.device
-    if any(x is not None and x.device != device for x in others):
-        return "tensors on different devices"
-    head_dim, sequences = q.shape[-1], len(cu_seqlens_q) - 1
+    device = place(q)
+    for x in others:
+        if x is not None and place(x) != device:
+            return "tensors on different devices"
+    head_dim, sequences = q.shape[-1], cu_seqlens_q.shape[0] - 1
     if not 0 < head_dim <= MAX_HEAD_DIM:
         return f"head_dim {head_dim}, only for 1 to {MAX_HEAD_DIM}"
     if scale <= 0:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.backend import DTYPES, op
+from fastbert.backend import DTYPES, op, place
 from fastbert.check import require
-from fastbert.ops.fused import as_rows, once, run
+from fastbert.ops.fused import as_rows, once, run, shaped
 
 
 class Call(NamedTuple):
@@ -50,7 +50,9 @@ def _refusal(call: Call) -> str | None:
         return str(x.dtype)
     if bias.dtype not in DTYPES:
         return f"a bias of {bias.dtype}"
-    return f"x on {x.device} and bias on {bias.device}" if bias.device != x.device else None
+    if place(bias) != place(x):
+        return f"x on {x.device} and bias on {bias.device}"
+    return None
 
 
 @bias_gelu.fused
@@ -65,11 +67,11 @@ class _BiasGelu(torch.autograd.Function):
         if ctx is not None:
             ctx.save_for_backward(rows, bias)
             ctx.kernels, ctx.tanh = kernels, tanh
-        return kernels.bias_gelu_fwd(rows, bias, tanh).view(x.shape)
+        return shaped(kernels.bias_gelu_fwd(rows, bias, tanh), x)
 
     @staticmethod
     @once("bias_gelu")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, bias = ctx.saved_tensors
         dx, dbias = ctx.kernels.bias_gelu_bwd(as_rows(dy), rows, bias, ctx.tanh)
-        return None, dx.view(dy.shape), dbias, None
+        return None, shaped(dx, dy), dbias, None

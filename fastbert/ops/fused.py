@@ -60,5 +60,12 @@ class _Refusal(Function):
 
 def as_rows(x: Tensor) -> Tensor:
     """(..., H) -> (M, H) with unit column stride, a view where possible."""
+    if x.ndim == 2 and x.is_contiguous():  # as in models; the rest takes microseconds
+        return x
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def shaped(rows: Tensor, x: Tensor) -> Tensor:
+    """The rows of `as_rows(x)`, (M, H), in x's shape (..., H)."""
+    return rows if x.ndim == 2 else rows.view(x.shape)

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.backend import DTYPES, is_transformed, op
+from fastbert.backend import DTYPES, is_transformed, op, place
 from fastbert.check import require
 from fastbert.ops.dropout import check_dropout, device_numbers, drawn, dropout
-from fastbert.ops.fused import as_rows, once, run
+from fastbert.ops.fused import as_rows, once, run, shaped
 from fastbert.rng import DropoutState
 
 Save = Literal["z", "y"]
@@ -164,11 +164,11 @@ def _refusal(call: Call) -> str | None:
 
 def refusal(tensors: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> str | None:
     """Why the kernels cannot take `tensors` (..., H) with parameters `vectors` (H,)."""
-    columns, device = tensors[0].shape[-1], tensors[0].device
+    columns, device = tensors[0].shape[-1], place(tensors[0])
     if not 1 <= columns <= MAX_COLS:
         return f"{columns} columns"
     for x in tensors + vectors:
-        if x.device != device:
+        if place(x) != device:
             return "tensors on several devices"
         if x.dtype not in DTYPES:
             return str(x.dtype)
@@ -197,7 +197,7 @@ class _LayerNorm(torch.autograd.Function):
             rows, None if residual is None else as_rows(residual), x_bias, weight, bias, eps,
             *(numbers := device_numbers(rng, dropout_p)), "" if ctx is None else save,
         )  # fmt: skip
-        y = y.view(x.shape)
+        y = shaped(y, x)
         if ctx is None:
             return y
         rstd, *of_z = statistics
@@ -219,11 +219,11 @@ class _LayerNorm(torch.autograd.Function):
             as_rows(dy), as_rows(kept), weight, bias, mean, rstd,
             state, token_key, *ctx.numbers, ctx.x_dtype, ctx.has_x_bias,
         )  # fmt: skip
-        dz = dz.view(dy.shape)
+        dz = shaped(dz, dy)
         # Where dx equals dz, both gradients are the same tensor object, not views of it: autograd
         # adds to a gradient in place, or makes it a leaf's .grad without a copy, only while it
         # holds the sole reference to that tensor.
-        dx = dz if dx.ndim == 1 else dx.view(dy.shape)
+        dx = dz if dx.ndim == 1 else shaped(dx, dy)
         dresidual = dz if ctx.has_residual else None
         dx_bias = dx_bias if ctx.has_x_bias else None
         return None, dx, dresidual, dweight, dbias, None, dx_bias, None, None, None

@@ -4,6 +4,7 @@ Kernels are compiled for a GPU that is not here, and a stand-in takes the place 
 """
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -50,6 +51,10 @@ class Driver:
         def load_binary(name, *_):
             return "module", f"function {name}", 32, 0, 1024
 
+        @staticmethod
+        def unload_module(module):
+            assert module == "module"
+
 
 def scale(x_ptr, y_ptr, stride, n, factor, COLS: tl.constexpr, TWICE: tl.constexpr):
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
@@ -60,7 +65,15 @@ def scale(x_ptr, y_ptr, stride, n, factor, COLS: tl.constexpr, TWICE: tl.constex
 
 
 @pytest.fixture
-def kernel(monkeypatch):
+def driver(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    yield driver
+    gc.collect()  # kernels, which Triton unloads by the driver
+
+
+@pytest.fixture
+def kernel(driver, monkeypatch):
     """`scale` as on a GPU, where Triton compiles in place of interpreting."""
     made = Kernel(scale, ["n", "factor"])
     made.jit = JITFunction(scale, do_not_specialize=["n", "factor"])
@@ -68,14 +81,9 @@ def kernel(monkeypatch):
     monkeypatch.setattr(launch, "current_device", lambda: -1)
     monkeypatch.setattr(launch, "current_stream", lambda device: 7)
     monkeypatch.setattr(launch, "HANDLES", {})
-    return made
-
-
-@pytest.fixture
-def driver(monkeypatch):
-    driver = Driver()
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    return driver
+    yield made
+    launch.HANDLES.clear()
+    made.jit.device_caches.clear()
 
 
 def plain(arguments):

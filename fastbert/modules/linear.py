@@ -11,6 +11,7 @@ from fastbert.backend import Op, device_type
 
 Hooks = tuple[dict[int, Callable[..., Any]], ...]  # the live dictionaries of modules' hooks
 FP8 = "_fastbert_fp8"  # attribute by which `fastbert.modules.fp8` marks a module
+SMALL = 256  # up to this hidden size concatenating weights takes less than a product's call
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -61,11 +62,13 @@ def fused_linear(x: Tensor, linears: Sequence[Leaf]) -> Tensor:
     except for few rows of float32 on a CPU, where concatenating takes longer than the products. A
     layer of another class (LoRA, 8-bit, parametrized) or with hooks is called.
     """
-    are_few = x.is_cpu and x.numel() < x.shape[-1] ** 2
+    hidden = x.shape[-1]
+    are_few = x.is_cpu and x.numel() < hidden**2 and hidden >= SMALL
     is_worth_it = not are_few or rounds_products(x)  # separate products would round dX three times
     if is_worth_it and all(layer.is_plain for layer in linears):
         biases = [layer.parameters["bias"] for layer in linears]
-        without = biases.count(None)
+        # `biases.count(None)` would compare tensors with None, for 100 us a layer
+        without = sum(bias is None for bias in biases)
         if without in (0, len(biases)):
             weight = torch.cat([layer.parameters["weight"] for layer in linears])
             return linears[0].product(x, weight, None if without else torch.cat(biases))

@@ -1,11 +1,13 @@
 """What the host-time benchmark times is the same work for all, and launches that do nothing."""
 
+import collections
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from benchmarks.host import calls, empty_launches, host
 from benchmarks.host.calls import ENCODER, INFERENCE, SMALL, STEP, Case
@@ -26,6 +28,9 @@ from fastbert import backend
 from fastbert.kernels.launch import HANDLES, Kernel
 from fastbert.modules.graphs import buckets
 from fastbert.ops.bias_gelu import bias_gelu
+
+# Of a tensor, and of its memory; they cost a tenth of what an operator costs.
+ATTRIBUTES = {"__get__", "stride", "data_ptr", "numel", "get_device", "is_contiguous", "contiguous"}
 
 QUICK = Options(torch.device("cpu"), "fp32", quick=True)
 NAMES = [FASTBERT, PATCHED, SDPA]
@@ -189,3 +194,35 @@ def test_calls_are_those_of_the_results_before():
          row["case"]["sequences"], row["case"]["length"])
         for row in before
     } <= cases  # fmt: skip
+
+
+class Asked(TorchFunctionMode):
+    """Counts what Python asks of PyTorch."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.counts[getattr(function, "__name__", str(function))] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [FASTBERT, PATCHED])
+def test_a_layer_asks_pytorch_for_this_and_no_more(name):
+    """Each call takes the host microseconds; comparing a tensor with None once took a hundred."""
+    asked = []
+    with empty_launches.in_place(), torch.inference_mode():
+        for depth in (2, 3):
+            case = Case(INFERENCE, ENCODER)
+            batch = calls.batch_of(case, QUICK.device, SHAPE)
+            shape = {**SHAPE, "num_hidden_layers": depth}
+            model = calls.models(case, shape, [name], QUICK.device)[name].eval()
+            model(**batch)  # reads the layers
+            with Asked() as mode:
+                model(**batch)
+            asked.append(mode.counts)
+    products = {"linear": 4, "cat": 2, "view": 1, "flatten": 1}
+    outputs = {"empty_like": 4, "unbind": 1}
+    added = {name: n for name, n in (asked[1] - asked[0]).items() if name not in ATTRIBUTES}
+    assert added == {**products, **outputs}

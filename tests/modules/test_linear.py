@@ -27,7 +27,7 @@ def test_layers_of_one_input_are_side_by_side(rows, bias):
 
 
 def test_copies_weights_only_where_there_are_rows_enough(monkeypatch):
-    layers, sizes = [nn.Linear(32, 32) for _ in range(3)], []
+    layers, sizes = [nn.Linear(256, 256) for _ in range(3)], []
     product = torch.nn.functional.linear
 
     def seen(x, weight, bias=None):
@@ -36,14 +36,15 @@ def test_copies_weights_only_where_there_are_rows_enough(monkeypatch):
 
     monkeypatch.setattr("torch.nn.functional.linear", seen)
     leaves = [*map(Leaf, layers)]
-    fused_linear(torch.randn(31, 32), leaves)
-    fused_linear(torch.randn(32, 32), leaves)
+    fused_linear(torch.randn(255, 256), leaves)
+    fused_linear(torch.randn(256, 256), leaves)
     with torch.autocast("cpu", torch.bfloat16):
-        fused_linear(torch.randn(31, 32), leaves)
+        fused_linear(torch.randn(255, 256), leaves)
     for layer in layers:
         layer.to("meta")
-    fused_linear(torch.randn(1, 32, device="meta"), leaves)
-    assert sizes == [32, 32, 32, 96, 96, 96]
+    fused_linear(torch.randn(1, 256, device="meta"), leaves)
+    fused_linear(torch.randn(1, 32), [Leaf(nn.Linear(32, 32)) for _ in range(3)])
+    assert sizes == [256, 256, 256, 768, 768, 768, 96]
 
 
 def test_a_bias_is_left_to_an_operator_that_has_a_kernel_here():

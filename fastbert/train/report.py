@@ -179,6 +179,7 @@ def plot_losses(
     history: rows of `recipe.training_row` and of `evaluate`. Raises Unwritable.
     """
     import matplotlib.pyplot as plt  # slow to import, and only needed at the end of a run
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     train = [row for row in history if "loss" in row]
@@ -196,6 +197,7 @@ def plot_losses(
     for (name, level), style in zip(levels.items(), itertools.cycle(("--", ":"))):
         axes.axhline(level, color="gray", linestyle=style, label=f"{name}, held out")
     axes.set(xlabel="step", ylabel="loss (nats)", title=title, ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     try:

@@ -7,9 +7,14 @@ import hypothesis
 import pytest
 import torch
 
+from tests.interpreter import patch_once_a_launch
+from tests.pairs import mark_the_rest
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
+    if importlib.util.find_spec("triton"):
+        patch_once_a_launch()
 
 # Time limits are pytest-timeout's; an example may compile. The same examples come on every run.
 hypothesis.settings.register_profile(
@@ -35,7 +40,10 @@ LONGEST = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m "not exhaustive"` leaves anything out
 def pytest_collection_modifyitems(items):
+    if DEVICE == "cpu":  # a GPU runs kernels fast enough for all cases
+        mark_the_rest([item for item in items if not item.get_closest_marker("gpu")])
     first = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: first.get(item.path, len(first)))
 

@@ -30,13 +30,16 @@ hypothesis.settings.load_profile("fastbert")
 # Started first, so that the processes of `make test` end together.
 LONGEST = (
     "hf/test_modeltester.py",
-    "train/test_distributed.py",
-    "ops/test_cuda_compiles.py",
-    "train/test_pretrain.py",
-    "benchmarks/test_tune.py",
-    "test_packaging.py",
     "models/test_compile.py",
-    "models/test_triton.py",
+    "train/test_distributed.py",
+    "export/test_export.py",
+    "finetune/test_tasks.py",
+    "hf/test_contract.py",
+    "ops/test_cuda_compiles.py",
+    "benchmarks/test_compiling.py",
+    "ops/attention/test_attention.py",
+    "train/test_pretrain.py",
+    "test_packaging.py",
 )
 
 

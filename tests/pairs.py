@@ -3,6 +3,9 @@
 Most faults show in one value or in two that meet (Kuhn, Wallace, Gallo: "Software Fault
 Interactions and Implications for Software Testing", 2004). A test with the mark `pairs` runs such
 a subset in `make test`; its other cases have the mark `exhaustive`, for `make test-all`.
+
+`pairs(within="body")` chooses for each value of that parameter by itself: where it names one of
+several implementations, the cases of one say nothing of another.
 """
 
 import itertools
@@ -17,8 +20,11 @@ def mark_the_rest(items):
     """
     cases = {}
     for item in items:
-        if item.get_closest_marker("pairs") and not item.get_closest_marker("exhaustive"):
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        mark = item.get_closest_marker("pairs")
+        if mark and not item.get_closest_marker("exhaustive"):
+            test = item.nodeid.partition("[")[0]
+            group = test, item.callspec.params.get(mark.kwargs.get("within"))
+            cases.setdefault(group, []).append(item)
     for same in cases.values():
         kept = chosen([_values(item) for item in same])
         for place, item in enumerate(same):

@@ -28,6 +28,13 @@ def letter(request):
 def test_some(number, is_odd, values, sign, letter):
     pass
 
+@pytest.mark.pairs(within="letter")
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("flag", ["yes", "no"])
+@pytest.mark.parametrize("sign", ["plus", "minus"])
+def test_within(number, flag, sign, letter):
+    pass
+
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("sign", "+-")
 def test_all(number, sign, letter):
@@ -89,3 +96,11 @@ def test_a_case_that_is_exhaustive_anyway_stands_for_no_pair(pytester):
     rows = [row.split("-") for row in collected(pytester, "pytest.mark.exhaustive")["test_some"]]
     assert {values for _, _, values, *_ in rows} == {"list"}
     assert len(met([letter, sign, number] for letter, sign, _, number, _ in rows)) == 16
+
+
+def test_within_a_parameters_value_every_two_others_meet(pytester):
+    rows = [row.split("-") for row in collected(pytester)["test_within"]]
+    for letter in "xy":
+        some = [others for first, *others in rows if first == letter]
+        assert 6 <= len(some) <= 8  # of 12
+        assert len(met(some)) == 2 * 2 + 2 * 3 + 2 * 3

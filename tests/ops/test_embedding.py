@@ -90,7 +90,7 @@ def inputs(num_tokens, hidden, dtype, device, *, sizes=(WORDS, POSITIONS, TYPES)
     )
 
 
-@pytest.mark.pairs
+@pytest.mark.pairs(within="body")
 @pytest.mark.parametrize(
     ("num_tokens", "hidden"), [(70, 40), (33, 312), (5, 770), (3, 7), (3, 2060), (0, 16)]
 )

@@ -20,7 +20,7 @@ def as_id(value):
     return "x".join(map(str, value)) if isinstance(value, tuple) else None
 
 
-@pytest.mark.pairs
+@pytest.mark.pairs(within="body")
 @pytest.mark.parametrize(
     ("shape", "eps"),
     [*((shape, 0.5) for shape in SHAPES), ((17, 96), 1e-12)],  # 0.5: an eps that is dropped shows
@@ -35,7 +35,7 @@ def test_is_as_accurate_as_pytorch(eps, dtype, shape, device):
     assert_as_accurate(actual, expected, truth, names=NAMES)
 
 
-@pytest.mark.pairs
+@pytest.mark.pairs(within="body")
 @pytest.mark.parametrize("shape", SUM_SHAPES, ids=as_id)
 @pytest.mark.parametrize("dropout_p", [0.3, 0.0])
 @pytest.mark.usefixtures("body")
@@ -104,7 +104,7 @@ def test_a_probability_that_rounds_to_nothing_drops_nothing(device):
         assert torch.equal(a, b)
 
 
-@pytest.mark.pairs
+@pytest.mark.pairs(within="body")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize(
     ("x_dtype", "residual_dtype", "vector_dtype"),

@@ -144,7 +144,7 @@ def test_a_torch_program_answers_as_the_model(saved, tmp_path, head, options):
             torch.testing.assert_close(tensor, wanted[name], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("to", ["onnx", "torch"])
+@pytest.mark.parametrize("to", ["onnx", pytest.param("torch", marks=pytest.mark.exhaustive)])
 def test_fp16_halves_the_file_and_stays_within_its_rounding(saved, tmp_path, to):
     directory = saved("BertForQuestionAnswering", vocab_size=32000)  # much more than the program
     half, difference = command.export(directory, tmp_path / "half", to=to, precision="fp16")
@@ -164,7 +164,7 @@ def test_fp16_halves_the_file_and_stays_within_its_rounding(saved, tmp_path, to)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", pytest.param("cls", marks=pytest.mark.exhaustive)])
 def test_sentence_embeddings_are_those_of_embed(saved, tmp_path, pooling):
     directory = saved("BertForPreTraining")
     to = "onnx" if pooling == "mean" else "torch"

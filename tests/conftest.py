@@ -7,9 +7,14 @@ import hypothesis
 import pytest
 import torch
 
+from tests.interpreter import patch_once_a_launch
+from tests.pairs import mark_the_rest
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
+    if importlib.util.find_spec("triton"):
+        patch_once_a_launch()
 
 # Time limits are pytest-timeout's; an example may compile. The same examples come on every run.
 hypothesis.settings.register_profile(
@@ -25,17 +30,23 @@ hypothesis.settings.load_profile("fastbert")
 # Started first, so that the processes of `make test` end together.
 LONGEST = (
     "hf/test_modeltester.py",
-    "train/test_distributed.py",
-    "ops/test_cuda_compiles.py",
-    "train/test_pretrain.py",
-    "benchmarks/test_tune.py",
-    "test_packaging.py",
     "models/test_compile.py",
-    "models/test_triton.py",
+    "train/test_distributed.py",
+    "export/test_export.py",
+    "finetune/test_tasks.py",
+    "hf/test_contract.py",
+    "ops/test_cuda_compiles.py",
+    "benchmarks/test_compiling.py",
+    "ops/attention/test_attention.py",
+    "train/test_pretrain.py",
+    "test_packaging.py",
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m "not exhaustive"` leaves anything out
 def pytest_collection_modifyitems(items):
+    if DEVICE == "cpu":  # a GPU runs kernels fast enough for all cases
+        mark_the_rest([item for item in items if not item.get_closest_marker("gpu")])
     first = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: first.get(item.path, len(first)))
 

@@ -237,6 +237,11 @@ def test_an_extension_with_a_libstdcxx_of_its_own_is_left_out(static):
     assert "links another libstdc++ into it than torch's" in line
     assert "CXX=/usr/bin/g++" in line
     assert not libraries
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_wanted_extension_with_a_libstdcxx_of_its_own_is_an_error(static):
     built, libraries = static("1", knows_the_shared_one=False)
     assert built.returncode != 0
     assert "links another libstdc++ into it than torch's" in built.stderr

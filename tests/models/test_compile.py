@@ -61,7 +61,7 @@ cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
 ids = torch.tensor([2**31 - 7, 4, 2**20, 1, 0]) // 2
 state = torch.tensor([7 << 40 | 5, 2**35 + 9])
 rows = torch.tensor([0, 96, 50, -1], dtype=torch.int32)
-for name in ("reference", None):
+for name in ("reference", None) if sys.argv[1] == "cuda" else (None,):
     with backend.use(name):
         torch.compiler.reset()
         expected = draw(cu_seqlens, ids, state, rows)

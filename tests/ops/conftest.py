@@ -5,6 +5,7 @@ import torch
 from torch.utils import deterministic
 
 from fastbert import backend
+from fastbert.backend import INTERPRETED
 
 POISON = -(2**30)  # in integers; floating-point memory holds NaN
 
@@ -35,6 +36,15 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def wide_blocks(monkeypatch):
+    """Of partial sums: the interpreter takes as long for a narrow block as for a wide one."""
+    if INTERPRETED:
+        from fastbert.kernels import partial_sums
+
+        monkeypatch.setattr(partial_sums, "ADD_BLOCK", (512, 256, 8))
 
 
 @pytest.fixture(

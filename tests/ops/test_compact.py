@@ -1,3 +1,4 @@
+import itertools
 import sys
 
 import pytest
@@ -62,11 +63,18 @@ def test_compact_follows_its_definition(implementation, device, data):
     check(values.to(device, dtype), ignore_index, capacity)
 
 
-@pytest.mark.parametrize("capacity", [None, 0, 100, 20000])
 @pytest.mark.parametrize(
-    "shape",
-    [(1, CHUNK), (1, CHUNK + 1), (3, CHUNK // 2 + 7), (CHUNK + 5, 3), (2, 2 * CHUNK), (1, 300001)],
-    ids=lambda shape: "x".join(map(str, shape)),
+    ("shape", "capacity"),
+    [
+        *itertools.product([(1, CHUNK + 1), (2, 2 * CHUNK)], [None, 0, 100, 20000]),
+        ((1, CHUNK), None),
+        ((3, CHUNK // 2 + 7), 100),
+        ((CHUNK + 5, 3), 100),
+        ((1, 5 * CHUNK + 1), 10000),
+        # a thousand of a GPU's tiles
+        *(pytest.param((1, 300001), some, marks=pytest.mark.gpu) for some in (None, 0, 100, 20000)),
+    ],
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else None,
 )
 def test_compact_agrees_across_chunks(implementation, device, shape, capacity):
     torch.manual_seed(0)

@@ -90,13 +90,11 @@ def inputs(num_tokens, hidden, dtype, device, *, sizes=(WORDS, POSITIONS, TYPES)
     )
 
 
+@pytest.mark.pairs(within="body")
 @pytest.mark.parametrize(
-    ("num_tokens", "hidden", "dropout_p"),
-    [
-        *((70, 40, 0.3), (33, 312, 0.3), (5, 770, 0.3), (3, 7, 0.3), (3, 2060, 0.3), (0, 16, 0.3)),
-        *((70, 40, 0.0), (5, 770, 0.0), (0, 16, 0.0)),
-    ],
+    ("num_tokens", "hidden"), [(70, 40), (33, 312), (5, 770), (3, 7), (3, 2060), (0, 16)]
 )
+@pytest.mark.parametrize("dropout_p", [0.3, 0.0])
 @pytest.mark.usefixtures("body")
 def test_is_as_accurate_as_pytorch(num_tokens, hidden, dropout_p, dtype, device):
     case = inputs(num_tokens, hidden, dtype, device)
@@ -127,7 +125,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("draw", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "draw",
+    [
+        # some GPUs' chunks alone are of 64
+        pytest.param(draw, id=name, marks=[pytest.mark.exhaustive] * (name == "boundaries of 64"))
+        for name, draw in CASES.items()
+    ],
+)
 @pytest.mark.usefixtures("triton")
 def test_sums_gradients_however_ids_repeat(draw, device):
     ids = draw()
@@ -151,7 +156,7 @@ def test_sums_runs_of_more_chunks_than_are_joined_at_once(device):
 @pytest.mark.parametrize("padding_idx", [0, 7, -1, -WORDS, None])
 @pytest.mark.usefixtures("body")
 def test_padding_gets_no_gradient(padding_idx, device):
-    case = inputs(150, 16, torch.float32, device)
+    case = inputs(90, 16, torch.float32, device)
     case.input_ids[:75] = 7  # a run over chunks
     case.input_ids[75] = 0
     case.input_ids[76] = WORDS - 1

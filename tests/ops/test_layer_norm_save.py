@@ -20,6 +20,7 @@ def case_from_y(shape, dtype, device):
     return case._replace(tensors=(x, residual, weight, bias, x_bias))
 
 
+@pytest.mark.pairs(within="body")
 @pytest.mark.parametrize(
     "shape", [(3, 7), (2, 5, 768), (67, 312), (3, 770), (6, 2060), (0, 16)], ids=str
 )
@@ -53,6 +54,7 @@ def test_gradients_are_as_accurate_as_the_rounding_of_y_lets_them(dropout_p, dty
     assert ((dweight - true_dweight).abs() <= roundings / weight.abs() + limit).all()
 
 
+@pytest.mark.pairs(within="body")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_the_result_is_the_same(dropout_p, body, dtype, device):
     case = sum_inputs((9, 40), dtype, device)

@@ -70,6 +70,7 @@ def compare(tensors, targets, dy=3.0, **options):
     assert_as_accurate(actual, same_dtype, truth, names=NAMES)
 
 
+@pytest.mark.pairs(within="body")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize(
     "options",

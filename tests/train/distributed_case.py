@@ -4,9 +4,9 @@ ROOT/report.pt, of training steps of a small model in float64, with dropout and 
 and FSDP2, of pre-training and of distillation; one of them has a loss that is not finite on the
 last rank alone. And of steps of LAMB on shards.
 
-Then RUNS, in ROOT, one after the other in these processes, which have imported everything once:
-runs of `fastbert pretrain` with the options in ROOT/options.json. Processes that torchrun has
-started again go on with the last run that was begun.
+Then those of RUNS that ROOT/runs.json names, in ROOT, one after the other in these processes, which
+have imported everything once: runs of `fastbert pretrain` with the options in ROOT/options.json.
+Processes that torchrun has started again go on with the last run that was begun.
 """
 
 import dataclasses
@@ -174,9 +174,9 @@ RUNS |= {name: (kind, None) for name, kind in KILLED.items()}
 def main(root: Path) -> None:
     # Each joins torchrun's store by a number of its own: the store keeps what earlier ones wrote.
     restarts = 100 * int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    runs = list(RUNS)
+    runs = json.loads((root / "runs.json").read_text())
     if restarts:
-        begun = [name for name in KILLED if (root / name).exists()]
+        begun = [name for name in runs if name in KILLED and (root / name).exists()]
         runs = runs[runs.index(begun[-1]) :]
     else:
         report(root / "report.pt")

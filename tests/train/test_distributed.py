@@ -19,7 +19,7 @@ from fastbert.train import distributed
 from fastbert.train.distributed import Ranks
 from tests.command_line import call
 from tests.train import distributed_case
-from tests.train.distributed_case import BAD_STEP, KILLED, STEPS, back_to_step
+from tests.train.distributed_case import BAD_STEP, KILLED, RUNS, STEPS, back_to_step
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
@@ -47,8 +47,8 @@ def kill_a_rank(torchrun: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(corpus, tmp_path_factory):
-    """A directory with a run of one process, `one`, and all that `distributed_case` makes.
+def runs(request, corpus, tmp_path_factory):
+    """A directory with a run of one process, `one`, and the runs by two that the tests ask for.
 
     In `said` is what was printed. One of the two processes of each of the runs KILLED is killed
     once, in its fifth step.
@@ -56,8 +56,13 @@ def runs(corpus, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     options = ["--corpus", str(corpus), *RUN]
     pretrain("--out", root / "one", *options)
+    tests = [item for item in request.session.items if hasattr(item, "callspec")]
+    wanted = {item.callspec.params.get("name") for item in tests}
+    names = [name for name in RUNS if name in distributed.KINDS or name in wanted]
+    killed = wanted & KILLED.keys()
     (root / "options.json").write_text(json.dumps(options))
-    restarts = f"--max-restarts={len(KILLED)}"
+    (root / "runs.json").write_text(json.dumps(names))
+    restarts = f"--max-restarts={len(killed)}"
     with subprocess.Popen(
         [*TORCHRUN, restarts, distributed_case.__file__, str(root)],
         env=ENVIRONMENT,
@@ -65,7 +70,7 @@ def runs(corpus, tmp_path_factory):
         stderr=subprocess.STDOUT,
         text=True,
     ) as process:
-        said, name, alive = [], "", set(KILLED)
+        said, name, alive = [], "", killed
         for line in process.stdout:
             said.append(line)
             if line.startswith("run "):
@@ -166,14 +171,22 @@ def test_one_process_goes_on_from_two(runs, kind, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["one to fsdp", "one to ddp", "ddp to fsdp"])
+@pytest.mark.parametrize(
+    "name", ["one to ddp", "ddp to fsdp", pytest.param("one to fsdp", marks=pytest.mark.exhaustive)]
+)
 def test_two_processes_go_on_from_another_kind(runs, name):
     assert f"resuming {runs / name} at step 6 of 9" in (runs / "said").read_text()
     assert_same_curve(runs / name, runs / "one")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), KILLED.items())
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=[pytest.mark.exhaustive] * (kind == "ddp"))
+        for name, kind in KILLED.items()
+    ],
+)
 def test_torchrun_restarts_a_killed_rank_to_the_same_curve(runs, name, kind):
     said = (runs / "said").read_text()
     assert f"resuming {runs / name} at step 3 of 9" in said

@@ -228,6 +228,7 @@ def test_runs_eagerly_without_a_gpu():
     assert isinstance(step, EagerStep)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
 @pytest.mark.parametrize("kind", ["eager", "recorded"])
 @pytest.mark.parametrize("bad_part", [0, 1])

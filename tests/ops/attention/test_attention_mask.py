@@ -29,6 +29,7 @@ BROADCASTS = {
 }
 
 
+@pytest.mark.pairs(within="body")
 @pytest.mark.parametrize("shape", BROADCASTS.values(), ids=BROADCASTS)
 @pytest.mark.parametrize("kind", ["boolean", "addends"])
 def test_a_mask_broadcasts(kind, shape, body, device):

@@ -12,6 +12,8 @@ def patch_once_a_launch():
     from triton import language
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_LangPatchScope"):  # of Triton 3.6 to 3.9
+        return
     patch, scope_of = interpreter._patch_lang, interpreter._LangPatchScope
     patched = set()
 

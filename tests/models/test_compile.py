@@ -48,11 +48,10 @@ def draw(cu_seqlens, ids, state, rows):
     drawn = rng.for_batch(cu_seqlens, 97, sequence_ids=ids * 2 + 1, state=state)
     fresh = rng.DropoutState(state, rng.row_keys(state, 70000), 3)
     found = [drawn.token_key, drawn.token_key[0::2], fresh.token_key]
-    for site in (0, 7):
-        for some in (drawn.at(site), drawn.at(site).rows(rows)):
-            found.append(hidden_keep_mask(some, 768, 0.1))
-            found.append(hidden_keep_mask(some, 40, 0.5).long() * 3)
-            found.append(attention_keep_mask(some, 12, 128, 0.1))
+    for some in (drawn.at(7), drawn.at(7).rows(rows)):
+        found.append(hidden_keep_mask(some, 768, 0.1))
+        found.append(hidden_keep_mask(some, 40, 0.5).long() * 3)
+        found.append(attention_keep_mask(some, 12, 128, 0.1))
     return found
 
 torch.set_default_device(sys.argv[1])

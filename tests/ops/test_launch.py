@@ -197,6 +197,21 @@ def test_a_kernel_runs_on_the_device_of_its_tensors(kernel, monkeypatch):
     assert current == [0]
 
 
+def test_each_device_has_its_own_kernel(kernel, monkeypatch):
+    class On(torch.Tensor):
+        def get_device(self):
+            return launch.current_device()
+
+    made = []
+    monkeypatch.setattr(
+        Kernel, "compiled", lambda *_: made.append(1) or Handle(lambda *a: None, None, None, ())
+    )
+    for device in (0, 1, 0):
+        monkeypatch.setattr(launch, "current_device", lambda device=device: device)
+        kernel((1,), torch.zeros(1).as_subclass(On), None, 1, 1, 1.0, COLS=16, TWICE=False)
+    assert len(made) == len(launch.HANDLES) == 2
+
+
 def test_handles_are_bounded(kernel, monkeypatch):
     monkeypatch.setattr(launch, "MAX_HANDLES", 3)
     monkeypatch.setattr(Kernel, "compiled", lambda *_: Handle(lambda *a: None, None, None, ()))

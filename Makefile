@@ -14,8 +14,7 @@ pretrain: setup
 
 # Most tests are too small to share among threads: processes of a thread each do more. Files come
 # in the order of tests/conftest.py, the longest first, and not by their number of tests.
-# Bytecode is kept even where the environment forbids it: many tests start processes of their own.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: setup
 	$(PYTEST) -m "not exhaustive"
 

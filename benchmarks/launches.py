@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from fastbert import backend
-from fastbert.kernels import launch, runtime
-from fastbert.kernels.launch import Handle, Kernel
+from fastbert.kernels import runtime
+from fastbert.kernels.runtime import Handle, Kernel
 
 # GPUs by their compute capability, and how many multiprocessors an A100, an H100 and a B200 have.
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -47,11 +47,11 @@ def given_to(run: Callable[..., None]) -> Iterator[None]:
     handle = Handle(run, None, None, ())
     with (
         _as_on_a_gpu(),
-        mock.patch.object(launch, "IS_INTERPRETED", False),
-        mock.patch.object(launch, "_IS_KNOWN", True),
-        mock.patch.object(launch, "current_device", new=_cpu),
-        mock.patch.object(launch, "current_stream", new=_stream),
-        mock.patch.dict(launch.HANDLES, clear=True),
+        mock.patch.object(runtime, "IS_INTERPRETED", False),
+        mock.patch.object(runtime, "_IS_KNOWN", True),
+        mock.patch.object(runtime, "current_device", new=_cpu),
+        mock.patch.object(runtime, "current_stream", new=_stream),
+        mock.patch.dict(runtime.HANDLES, clear=True),
         mock.patch.object(Kernel, "compiled", return_value=handle),
     ):
         yield

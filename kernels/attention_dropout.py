@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.launch import kernel
 from fastbert.kernels.philox import ROUNDS
-from fastbert.kernels.runtime import capability, cdiv, launcher
+from fastbert.kernels.runtime import capability, cdiv, kernel, launcher
 
 
 def words_block(capability: int) -> tuple[int, int, int]:

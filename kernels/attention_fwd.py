@@ -21,7 +21,7 @@ from fastbert.kernels.attention_common import (
     tile_ptrs,
     zero_rows,
 )
-from fastbert.kernels.launch import kernel
+from fastbert.kernels.runtime import kernel
 
 
 def fwd_tile(capability: int, itemsize: int, block_d: int, *, dropout: bool, mask: bool) -> Tile:

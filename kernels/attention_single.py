@@ -18,8 +18,7 @@ from fastbert.kernels.attention_common import (
     tile_ptrs,
     zero_rows,
 )
-from fastbert.kernels.launch import kernel
-from fastbert.kernels.runtime import TRITON_VERSION
+from fastbert.kernels.runtime import TRITON_VERSION, kernel
 
 
 def single_tile(

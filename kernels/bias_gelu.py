@@ -14,8 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.launch import kernel
-from fastbert.kernels.runtime import IS_INTERPRETED, capability, cdiv, launcher, like, num_sms
+from fastbert.kernels.runtime import (
+    IS_INTERPRETED,
+    capability,
+    cdiv,
+    kernel,
+    launcher,
+    like,
+    num_sms,
+)
 
 FWD_BLOCK = 8, 256, 4  # rows and columns of a tile, and warps
 # For the backward: up to 64 registers a thread, 32 warps are resident at once. sm_90's block takes

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.launch import kernel
 from fastbert.kernels.layer_norm_bwd import (
     backward_block,
     backward_programs,
@@ -21,7 +20,7 @@ from fastbert.kernels.layer_norm_bwd import (
 from fastbert.kernels.layer_norm_fwd import standardize
 from fastbert.kernels.partial_sums import add_partials, store_partial
 from fastbert.kernels.philox import keep_mask, keep_scale
-from fastbert.kernels.runtime import cdiv, launcher, stride_unit
+from fastbert.kernels.runtime import cdiv, kernel, launcher, stride_unit
 from fastbert.kernels.table_gradients import add_to_tables
 
 

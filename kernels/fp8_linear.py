@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.launch import kernel
-from fastbert.kernels.runtime import IS_INTERPRETED, cdiv, launcher
+from fastbert.kernels.runtime import IS_INTERPRETED, cdiv, kernel, launcher
 
 CAST_BLOCK = 64, 128, 8  # rows and columns of a tile, and warps
 MULTIPLE = 16  # cuBLAS wants inner dimensions that are multiples of it; the operator refuses others

@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.launch import kernel
 from fastbert.kernels.partial_sums import store_partial
 from fastbert.kernels.philox import keep_mask
-from fastbert.kernels.runtime import cdiv, num_sms
+from fastbert.kernels.runtime import cdiv, kernel, num_sms
 
 
 @functools.cache

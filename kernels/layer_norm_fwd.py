@@ -9,8 +9,8 @@ import functools
 import triton
 import triton.language as tl
 
-from fastbert.kernels.launch import kernel
 from fastbert.kernels.philox import keep_mask
+from fastbert.kernels.runtime import kernel
 
 
 @functools.cache

@@ -13,8 +13,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.launch import kernel
-from fastbert.kernels.runtime import cdiv, launcher, num_sms
+from fastbert.kernels.runtime import cdiv, kernel, launcher, num_sms
 
 FWD_BLOCK = 4, 1024, 4  # DEPTH (columns for each rescaling of a lane's sum), LANES and warps
 BWD_BLOCK = 8, 256, 4  # rows, columns and warps

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.launch import kernel
-from fastbert.kernels.runtime import cdiv
+from fastbert.kernels.runtime import cdiv, kernel
 
 ADD_BLOCK = 512, 16, 8  # partial sums, columns (two sectors of memory), warps
 

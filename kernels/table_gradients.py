@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.launch import kernel
-from fastbert.kernels.runtime import capability, cdiv
+from fastbert.kernels.runtime import capability, cdiv, kernel
 
 JOIN_BLOCK = 16, 256, 8  # chunks and columns that a program of the join adds at once; warps
 

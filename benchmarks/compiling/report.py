@@ -22,7 +22,7 @@ from triton.compiler import CompiledKernel
 from benchmarks.compiling.cases import CAPABILITIES, UNITS, all_cases
 from benchmarks.compiling.limits import Limits, block_of, limits_of
 from benchmarks.launches import Launch
-from fastbert.kernels.launch import OPTIONS
+from fastbert.kernels.runtime import OPTIONS
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 TENSOR_CORES = r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b"

@@ -35,8 +35,8 @@ MODES = "without gradients", "with gradients", "forward and backward"
 
 def run(options: Options, results: Results) -> None:
     with in_place():
-        time_layers(options, 2 if options.quick else 200, results)
-        time_operators(2 if options.quick else 40, results)
+        time_layers(options, 5 if options.quick else 200, results)
+        time_operators(5 if options.quick else 40, results)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def run(options: Options, results: Results) -> None:
     on_cpu = dataclasses.replace(options, device=torch.device("cpu"), precision="fp32")
     with one_thread():
         for case in CPU_CASES:
-            compare(case, "12 x 32", SMALL, on_cpu, results, 2 if options.quick else 200)
+            compare(case, "12 x 32", SMALL, on_cpu, results, 5 if options.quick else 200)
         empty_launches.run(on_cpu, results)
     if options.device.type == "cuda":
         shape, rounds = PRESETS["base"].shape, 20 if options.quick else 60

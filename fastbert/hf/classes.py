@@ -44,8 +44,8 @@ def patch(
     parameters, buffers, hooks, configuration and class names stay, so that loading, saving, tying,
     resizing, PEFT, Trainer, DDP and FSDP work as before (patch before `fully_shard`). Calls that
     the packed path does not support (decoders, `output_attentions`, ...) run as before;
-    `fastbert.explain` names them. Patching again sets the options
-    below anew; `unpatch` undoes it.
+    `fastbert.explain` names them. Patching again sets the options below anew; `unpatch` undoes
+    it.
 
     graphs: "auto" replays the layers as CUDA graphs on a GPU, for calls that a graph computes
     correctly; False never does. FASTBERT_GRAPHS=0 switches graphs off for all models; see

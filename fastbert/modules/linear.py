@@ -69,7 +69,7 @@ def fused_linear(x: Tensor, linears: Sequence[Leaf]) -> Tensor:
     is_worth_it = not are_few or rounds_products(x)  # separate products would round dX three times
     if is_worth_it and all(layer.is_plain for layer in linears):
         biases = [layer.parameters["bias"] for layer in linears]
-        # `biases.count(None)` would compare tensors with None, for 100 us a layer
+        # `biases.count(None)` would ask PyTorch to compare tensors with None, at 100 us each
         without = sum(bias is None for bias in biases)
         if without in (0, len(biases)):
             weight = torch.cat([layer.parameters["weight"] for layer in linears])

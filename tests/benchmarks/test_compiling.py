@@ -12,7 +12,7 @@ import torch
 from benchmarks.compiling.cases import CAPABILITIES, SM80, SM90, UNITS, Case, all_cases, floats
 from benchmarks.compiling.limits import TILES, Limits, limits_of
 from benchmarks.compiling.report import Report, faults
-from fastbert.kernels.launch import Kernel
+from fastbert.kernels.runtime import Kernel
 from fastbert.ops.bias_gelu import bias_gelu
 
 ROOT = Path(__file__).parents[2]

@@ -25,7 +25,7 @@ from benchmarks.results import (
     read,
 )
 from fastbert import backend
-from fastbert.kernels.launch import HANDLES, Kernel
+from fastbert.kernels.runtime import HANDLES, Kernel
 from fastbert.modules.graphs import buckets
 from fastbert.ops.bias_gelu import bias_gelu
 

@@ -16,8 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastbert.kernels import launch
-from fastbert.kernels.launch import HANDLES, Handle, Kernel
+from fastbert.kernels import runtime
+from fastbert.kernels.runtime import HANDLES, Handle, Kernel
 from fastbert.ops.bias_gelu import bias_gelu
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -77,12 +77,12 @@ def kernel(driver, monkeypatch):
     """`scale` as on a GPU, where Triton compiles in place of interpreting."""
     made = Kernel(scale, ["n", "factor"])
     made.jit = JITFunction(scale, do_not_specialize=["n", "factor"])
-    monkeypatch.setattr(launch, "IS_INTERPRETED", False)
-    monkeypatch.setattr(launch, "current_device", lambda: -1)
-    monkeypatch.setattr(launch, "current_stream", lambda device: 7)
-    monkeypatch.setattr(launch, "HANDLES", {})
+    monkeypatch.setattr(runtime, "IS_INTERPRETED", False)
+    monkeypatch.setattr(runtime, "current_device", lambda: -1)
+    monkeypatch.setattr(runtime, "current_stream", lambda device: 7)
+    monkeypatch.setattr(runtime, "HANDLES", {})
     yield made
-    launch.HANDLES.clear()
+    runtime.HANDLES.clear()
     made.jit.device_caches.clear()
 
 
@@ -130,7 +130,7 @@ def test_a_handle_is_used_only_where_triton_would_compile_the_same(calls, kernel
         return Handle(lambda *a: used.append(a[4]), (specialization, options), None, ())
 
     monkeypatch.setattr(Kernel, "compiled", compiled)
-    launch.HANDLES.clear()
+    runtime.HANDLES.clear()
     for values in calls:
         arguments = [values[name] for name in kernel.names]
         constants = {name: values[name] for name in values if name not in kernel.names}
@@ -147,7 +147,7 @@ def test_a_launch_passes_what_tritons_own_passes(kernel, driver, monkeypatch):
         ((x[:, 1:], y, 3, 2**31, 0.25), {"TWICE": False, "COLS": 32, "num_warps": 2}),
     ]
     for is_known in (False, True, True):
-        monkeypatch.setattr(launch, "_IS_KNOWN", is_known)
+        monkeypatch.setattr(runtime, "_IS_KNOWN", is_known)
         for arguments, constants in calls:
             kernel((3, 2), *arguments, **constants)
     tritons, first, again = (driver.launched[i : i + 3] for i in (0, 3, 6))
@@ -158,7 +158,7 @@ def test_a_launch_passes_what_tritons_own_passes(kernel, driver, monkeypatch):
         expected = (*grid_and_stream, function, metadata, None, None, None, *plain(arguments))
         assert plain(other) == plain(expected)
         assert hit == other
-    assert len(launch.HANDLES) == 3
+    assert len(runtime.HANDLES) == 3
 
 
 def test_a_profiler_sees_launches_with_their_names(kernel, driver):
@@ -190,7 +190,7 @@ def test_a_kernel_runs_on_the_device_of_its_tensors(kernel, monkeypatch):
 
     handle = Handle(lambda *arguments: launched.append(current[0]), None, None, ())
     monkeypatch.setattr(Kernel, "compiled", lambda *_: handle)
-    monkeypatch.setattr(launch, "current_device", lambda: current[0])
+    monkeypatch.setattr(runtime, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", device)
     kernel((1,), torch.zeros(1), None, 1, 1, 1.0, COLS=16, TWICE=False)
     assert launched == [-1]
@@ -200,24 +200,24 @@ def test_a_kernel_runs_on_the_device_of_its_tensors(kernel, monkeypatch):
 def test_each_device_has_its_own_kernel(kernel, monkeypatch):
     class On(torch.Tensor):
         def get_device(self):
-            return launch.current_device()
+            return runtime.current_device()
 
     made = []
     monkeypatch.setattr(
         Kernel, "compiled", lambda *_: made.append(1) or Handle(lambda *a: None, None, None, ())
     )
     for device in (0, 1, 0):
-        monkeypatch.setattr(launch, "current_device", lambda device=device: device)
+        monkeypatch.setattr(runtime, "current_device", lambda device=device: device)
         kernel((1,), torch.zeros(1).as_subclass(On), None, 1, 1, 1.0, COLS=16, TWICE=False)
-    assert len(made) == len(launch.HANDLES) == 2
+    assert len(made) == len(runtime.HANDLES) == 2
 
 
 def test_handles_are_bounded(kernel, monkeypatch):
-    monkeypatch.setattr(launch, "MAX_HANDLES", 3)
+    monkeypatch.setattr(runtime, "MAX_HANDLES", 3)
     monkeypatch.setattr(Kernel, "compiled", lambda *_: Handle(lambda *a: None, None, None, ()))
     for stride in range(20):
         kernel((1,), torch.zeros(1), None, stride, 1, 1.0, COLS=16, TWICE=False)
-        assert 0 < len(launch.HANDLES) <= 3
+        assert 0 < len(runtime.HANDLES) <= 3
 
 
 def test_the_parameters_must_be_pointers_numbers_and_constants():

@@ -78,13 +78,13 @@ def any_server(request, model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@settings(max_examples=15, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_json_is_answered(any_server, route, data):
     check(any_server, route, json.dumps(data.draw(bodies(route))))
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(route=st.sampled_from(list(ROUTES)), text=st.one_of(st.text(), st.binary()))
 @example(route="/embed", text=b'\xff\xfe{"inputs": "a"}')
 @example(route="/embed", text='{"inputs": "a", "inputs": 1}')

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from benchmarks.compiling.cases import ROWS, SM90, Case, dropout_of, floats
+from benchmarks.compiling.cases import CAPABILITIES, ROWS, SM90, Case, dropout_of, floats
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 
 
 def cases() -> Iterator[Case]:
     for columns in (128, 312, 384, 768, 1024, 2048, 4096):
         is_quick = columns == 768
-        yield _add(columns, "dropout", quick=(SM90,) * is_quick)
+        yield _add(columns, "dropout", quick=CAPABILITIES * is_quick)
         yield _add(columns, "dropout, from y", save="y", quick=(SM90,) * is_quick)
     for columns in (768, 1024):
         yield _add(columns, "no dropout", dropout_p=0.0)

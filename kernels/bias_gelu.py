@@ -53,7 +53,7 @@ def _reciprocal(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _gate(x, TANH: tl.constexpr, EXACT: tl.constexpr):
+def gelu_gate(x, TANH: tl.constexpr, EXACT: tl.constexpr):
     """(gate, slope) with gelu(x) = x * gate and gelu'(x) = gate + x * slope."""
     if TANH:
         # (1 + tanh(u)) / 2 = sigmoid(2u) with u = sqrt(2 / pi) * (x + 0.044715 x^3), by exp2
@@ -91,7 +91,7 @@ def _bias_gelu_fwd_kernel(
     x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0)
     bias = tl.load(bias_ptr + cols, mask=cols < N_COLS, other=0.0)
     x = x.to(tl.float32) + bias.to(tl.float32)[None, :]
-    gate, _ = _gate(x, TANH, EXACT)
+    gate, _ = gelu_gate(x, TANH, EXACT)
     tl.store(y_ptr + rows[:, None] * y_row_stride + cols[None, :], x * gate, mask=mask)
 
 
@@ -120,7 +120,7 @@ def _bias_gelu_bwd_kernel(
         x = tl.load(x_ptr + rows * x_row_stride + cols[None, :], mask=mask, other=0.0)
         dy = tl.load(dy_ptr + rows * dy_row_stride + cols[None, :], mask=mask, other=0.0)
         x = x.to(tl.float32) + bias[None, :]
-        gate, slope = _gate(x, TANH, EXACT)
+        gate, slope = gelu_gate(x, TANH, EXACT)
         dx = dy.to(tl.float32) * (gate + x * slope)
         tl.store(dx_ptr + rows * dx_row_stride + cols[None, :], dx, mask=mask)
         dbias += dx  # masked rows add 0, because their dy is 0

@@ -1,9 +1,10 @@
-"""The casts of a linear layer in FP8, each with its transposed copy, and the product of two casts.
+"""Casts to FP8, each with its transposed copy, and the product of two casts.
 
 A product reads both operands along its inner dimension, so the three products of a linear layer
 (forward, and two in the backward) read each operand once as it lies and once transposed. One kernel
 writes both copies and the largest absolute value in one pass over the operand, as NVIDIA's
-TransformerEngine does. The products are cuBLAS's, by `torch._scaled_mm`.
+TransformerEngine does. GELU and its backward cast what they compute themselves, so that it is never
+in memory in more than FP8. The products are cuBLAS's, by `torch._scaled_mm`.
 """
 
 import torch
@@ -11,9 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.runtime import IS_INTERPRETED, cdiv, kernel, launcher
+from fastbert.kernels.bias_gelu import gelu_gate
+from fastbert.kernels.runtime import IS_INTERPRETED, cdiv, kernel, launcher, like
 
 CAST_BLOCK = 64, 128, 8  # rows and columns of a tile, and warps
+GELU_CAST_BLOCK = 64, 128, 8
+GELU_BWD_CAST_BLOCK = 64, 128, 8
 MULTIPLE = 16  # cuBLAS wants inner dimensions that are multiples of it; the operator refuses others
 
 _INTERPRETED = tl.constexpr(IS_INTERPRETED)
@@ -35,22 +39,22 @@ def _rounded(y, E5M2: tl.constexpr):
     return tl.where(tl.abs(y) < LEAST, (y + MAGIC) - MAGIC, normal)
 
 
-@kernel(do_not_specialize=["n_rows"])
-def _cast_transpose_kernel(
-    x_ptr, scale_ptr,  # (M, N), ()
-    cast_ptr, transposed_ptr, amax_ptr,  # (P, N), (N, P), ()
-    x_row_stride,
-    n_padded, n_rows,  # P >= M, and M
-    N_COLS: tl.constexpr, E5M2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    LARGEST: tl.constexpr = 57344.0 if E5M2 else 448.0
+@triton.jit
+def _tile(n_rows, N_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """This program's rows [ROWS] and columns [COLS], and which of its elements exist."""
     strips: tl.constexpr = (N_COLS + COLS - 1) // COLS
     rows = (tl.program_id(0) // strips).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(0) % strips * COLS + tl.arange(0, COLS)
-    is_col = cols < N_COLS
-    mask = (rows < n_rows)[:, None] & is_col[None, :]
-    x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0)
-    x = x.to(tl.float32)
+    return rows, cols, (rows < n_rows)[:, None] & (cols < N_COLS)[None, :]
+
+
+@triton.jit
+def _store_cast(
+    x, rows, cols, scale_ptr, cast_ptr, transposed_ptr, amax_ptr, n_padded,
+    N_COLS: tl.constexpr, E5M2: tl.constexpr,
+):  # fmt: skip
+    """Stores the casts of x [ROWS, COLS], float32 and 0 beyond the last row, and its largest."""
+    LARGEST: tl.constexpr = 57344.0 if E5M2 else 448.0
     size = tl.abs(x)
     # the maximum does not depend on the order in which programs arrive
     tl.atomic_max(amax_ptr, tl.max(tl.where(size < _INF, size, 0.0)), sem="relaxed")
@@ -63,10 +67,70 @@ def _cast_transpose_kernel(
     cast = cast.to(tl.uint8, bitcast=True)
     # an infinite gradient must not become a finite one; 0x7F is NaN in both formats
     cast = tl.where(size < _INF, cast, 0x7F).to(tl.uint8)
-    out = (rows < n_padded)[:, None] & is_col[None, :]
+    out = (rows < n_padded)[:, None] & (cols < N_COLS)[None, :]
     tl.store(cast_ptr + rows[:, None] * N_COLS + cols[None, :], cast, mask=out)
     place = cols[:, None].to(tl.int64) * n_padded + rows[None, :]
     tl.store(transposed_ptr + place, tl.trans(cast), mask=tl.trans(out))
+
+
+@kernel(do_not_specialize=["n_rows"])
+def _cast_transpose_kernel(
+    x_ptr, scale_ptr,  # (M, N), ()
+    cast_ptr, transposed_ptr, amax_ptr,  # (P, N), (N, P), ()
+    x_row_stride,
+    n_padded, n_rows,  # P >= M, and M
+    N_COLS: tl.constexpr, E5M2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    rows, cols, mask = _tile(n_rows, N_COLS, ROWS, COLS)
+    x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0)
+    _store_cast(
+        x.to(tl.float32), rows, cols, scale_ptr, cast_ptr, transposed_ptr, amax_ptr, n_padded,
+        N_COLS, E5M2,
+    )  # fmt: skip
+
+
+@kernel(do_not_specialize=["n_rows"])
+def _gelu_cast_kernel(
+    x_ptr, bias_ptr, scale_ptr,  # (M, N), (N,), ()
+    cast_ptr, transposed_ptr, amax_ptr,  # (P, N), (N, P), ()
+    x_row_stride,
+    n_padded, n_rows,
+    N_COLS: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    rows, cols, mask = _tile(n_rows, N_COLS, ROWS, COLS)
+    x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0)
+    bias = tl.load(bias_ptr + cols, mask=cols < N_COLS, other=0.0)
+    x = x.to(tl.float32) + bias.to(tl.float32)[None, :]
+    gate, _ = gelu_gate(x, TANH, EXACT)
+    y = tl.where(mask, x * gate, 0.0)  # the bias alone has a GELU too
+    _store_cast(
+        y, rows, cols, scale_ptr, cast_ptr, transposed_ptr, amax_ptr, n_padded, N_COLS, False
+    )
+
+
+@kernel(do_not_specialize=["n_rows"])
+def _gelu_bwd_cast_kernel(
+    dy_ptr, x_ptr, bias_ptr, scale_ptr,  # (M, N), (M, N), (N,), ()
+    cast_ptr, transposed_ptr, amax_ptr,  # (P, N), (N, P), ()
+    dbias_ptr,  # (programs along the rows, N): partial sums
+    dy_row_stride, x_row_stride,
+    n_padded, n_rows,
+    N_COLS: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    rows, cols, mask = _tile(n_rows, N_COLS, ROWS, COLS)
+    x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0)
+    dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=mask, other=0.0)
+    bias = tl.load(bias_ptr + cols, mask=cols < N_COLS, other=0.0)
+    x = x.to(tl.float32) + bias.to(tl.float32)[None, :]
+    gate, slope = gelu_gate(x, TANH, EXACT)
+    dx = dy.to(tl.float32) * (gate + x * slope)  # 0 where dy is not, as its load was masked
+    part = tl.program_id(0) // ((N_COLS + COLS - 1) // COLS)
+    tl.store(dbias_ptr + part * N_COLS + cols, tl.sum(dx, axis=0), mask=cols < N_COLS)
+    _store_cast(
+        dx, rows, cols, scale_ptr, cast_ptr, transposed_ptr, amax_ptr, n_padded, N_COLS, True
+    )
 
 
 def padded(n: int) -> int:
@@ -99,6 +163,61 @@ def cast_transpose(x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool) -> tuple[
             N_COLS=n_cols, E5M2=e5m2, ROWS=rows, COLS=cols, num_warps=num_warps,
         )  # fmt: skip
     return cast, transposed
+
+
+@launcher(
+    lambda x, bias, tanh, scale, amax: _cast_outputs(x, scale, amax, False), mutates=("amax",)
+)
+def gelu_cast_transpose(
+    x: Tensor, bias: Tensor, tanh: bool, scale: Tensor, amax: Tensor
+) -> tuple[Tensor, Tensor]:
+    """gelu(x + bias) in E4M3 as by `cast_transpose`, from float32: (P, N) and (N, P).
+
+    x: (M, N) with unit column stride; bias: (N,); scale, amax: () float32.
+    """
+    cast, transposed = _cast_outputs(x, scale, amax, False)
+    n_rows, n_cols = x.shape
+    rows, cols, num_warps = GELU_CAST_BLOCK
+    if n_rows:
+        _gelu_cast_kernel(
+            (cdiv(n_rows, rows) * cdiv(n_cols, cols),),
+            x, bias, scale, cast.view(torch.uint8), transposed.view(torch.uint8), amax,
+            x.stride(0), cast.shape[0], n_rows,
+            N_COLS=n_cols, TANH=tanh, EXACT=x.dtype == torch.float32,
+            ROWS=rows, COLS=cols, num_warps=num_warps,
+        )  # fmt: skip
+    return cast, transposed
+
+
+def _gelu_bwd_outputs(
+    dy: Tensor, x: Tensor, bias: Tensor, tanh: bool, scale: Tensor, amax: Tensor
+):  # fmt: skip
+    return *_cast_outputs(x, scale, amax, True), like(bias)
+
+
+@launcher(_gelu_bwd_outputs, mutates=("amax",))
+def gelu_bwd_cast_transpose(
+    dy: Tensor, x: Tensor, bias: Tensor, tanh: bool, scale: Tensor, amax: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of gelu(x + bias) by x, in E5M2 as by `cast_transpose`, and dbias (N,).
+
+    dy, x: (M, N) with unit column stride; dbias, in bias.dtype, is summed in float32 before the
+    cast. Returns (P, N), (N, P) and (N,).
+    """
+    cast, transposed = _cast_outputs(x, scale, amax, True)
+    n_rows, n_cols = x.shape
+    rows, cols, num_warps = GELU_BWD_CAST_BLOCK
+    parts = cdiv(n_rows, rows)
+    dbias = torch.empty(parts, n_cols, dtype=torch.float32, device=x.device)
+    if n_rows:
+        _gelu_bwd_cast_kernel(
+            (parts * cdiv(n_cols, cols),),
+            dy, x, bias, scale, cast.view(torch.uint8), transposed.view(torch.uint8), amax, dbias,
+            dy.stride(0), x.stride(0), cast.shape[0], n_rows,
+            N_COLS=n_cols, TANH=tanh, EXACT=x.dtype == torch.float32,
+            ROWS=rows, COLS=cols, num_warps=num_warps,
+        )  # fmt: skip
+    return cast, transposed, dbias.sum(0).to(bias.dtype)
 
 
 def product(

@@ -59,7 +59,7 @@ def layer_norm_fwd(
 
 
 def _bwd_outputs(
-    dy: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None,
+    dy: Tensor, dy2: Tensor | None, kept: Tensor, weight: Tensor, bias: Tensor | None,
     mean: Tensor | None, rstd: Tensor,
     state: Tensor | None, token_key: Tensor | None, site: int, threshold: int,
     x_dtype: torch.dtype, has_x_bias: bool,
@@ -72,19 +72,21 @@ def _bwd_outputs(
 
 @launcher(_bwd_outputs)
 def layer_norm_bwd(
-    dy: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None,
+    dy: Tensor, dy2: Tensor | None, kept: Tensor, weight: Tensor, bias: Tensor | None,
     mean: Tensor | None, rstd: Tensor,
     state: Tensor | None, token_key: Tensor | None, site: int, threshold: int,
     x_dtype: torch.dtype, has_x_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dz (M, N) in kept.dtype, dx (M, N) in x_dtype; dweight, dbias, dx_bias (N,) in weight.dtype.
 
-    kept: z, with the mean and no bias, or y, with the bias and no mean. dx is empty where it equals
-    dz, and dx_bias is empty unless `has_x_bias`. Sums are in float32.
+    dy, dy2: (M, N) of the same strides, the gradients of y's two branches, whose sum is y's; dy2 is
+    None without a second. kept: z, with the mean and no bias, or y, with the bias and no mean. dx
+    is empty where it equals dz, and dx_bias is empty unless `has_x_bias`. Sums are in float32.
     """
     outputs = _bwd_outputs(
-        dy, kept, weight, bias, mean, rstd, state, token_key, site, threshold, x_dtype, has_x_bias
-    )
+        dy, dy2, kept, weight, bias, mean, rstd, state, token_key, site, threshold, x_dtype,
+        has_x_bias,
+    )  # fmt: skip
     dz, dx, *sums = outputs
     sums = sums if has_x_bias else sums[:2]
     n_rows, n_cols = kept.shape
@@ -95,7 +97,7 @@ def layer_norm_bwd(
     if n_rows:
         layer_norm_bwd_kernel(
             (n_programs,),
-            dy, kept, weight, bias, mean, rstd, state, token_key,
+            dy, dy2, kept, weight, bias, mean, rstd, state, token_key,
             dz, dx if dx.ndim == 2 else None, partials,
             dy.stride(0) // unit, kept.stride(0) // unit,
             n_rows, threshold, site, keep_scale(threshold),

@@ -53,7 +53,8 @@ def standardize_gradient(dz_hat, z_hat, rstd, N_COLS: tl.constexpr):
     "dy_row_stride", "kept_row_stride", "n_rows", "threshold", "site", "keep_scale",
 ])  # fmt: skip
 def layer_norm_bwd_kernel(
-    dy_ptr, kept_ptr, weight_ptr, bias_ptr,  # (M, N), (M, N): z or y, (N,), (N,) or None
+    dy_ptr, dy2_ptr, kept_ptr,  # (M, N), (M, N) with dy's strides or None, (M, N): z or y
+    weight_ptr, bias_ptr,  # (N,), (N,) or None
     mean_ptr, rstd_ptr,  # (M,) or None, (M,)
     state_ptr, token_key_ptr,  # (2,) or None, (M,)
     dz_ptr, dx_ptr,  # (M, N), (M, N) or None
@@ -80,8 +81,10 @@ def layer_norm_bwd_kernel(
         is_row = rows < n_rows
         mask = is_row[:, None] & is_col[None, :]
         out = (rows * N_COLS)[:, None] + cols[None, :]
-        dy = (rows * dy_row_stride * UNIT)[:, None] + cols[None, :]
-        dy = tl.load(dy_ptr + dy, mask=mask, other=0.0).to(tl.float32)
+        at = (rows * dy_row_stride * UNIT)[:, None] + cols[None, :]
+        dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if dy2_ptr is not None:
+            dy += tl.load(dy2_ptr + at, mask=mask, other=0.0).to(tl.float32)
         kept = (rows * kept_row_stride * UNIT)[:, None] + cols[None, :]
         kept = tl.load(kept_ptr + kept, mask=mask, other=0.0).to(tl.float32)
         # rows past the end have a dy of 0, so they add nothing to the sums

@@ -28,7 +28,7 @@ TILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "_sum_chunks_kernel": (("BLOCK_N",), ("dz_ptr",)),
     "_join_chunks_kernel": (M_N, ("heads_ptr",)),
     "layer_norm_fwd_kernel": (M_N, ("x_ptr", "residual_ptr")),
-    "layer_norm_bwd_kernel": (M_N, ("dy_ptr", "kept_ptr")),
+    "layer_norm_bwd_kernel": (M_N, ("dy_ptr", "dy2_ptr", "kept_ptr")),
     "_add_partials_kernel": (M_N, ("partials_ptr",)),
     "_cross_entropy_fwd_kernel": (("DEPTH", "LANES"), ("logits_ptr", "logits_ptr")),
     "_cross_entropy_bwd_kernel": (ROWS_COLS, ("logits_ptr",)),

@@ -26,7 +26,7 @@ from benchmarks.steps.steps import (
 from benchmarks.timing import interleaved, recorded, summarize
 from benchmarks.workloads import MAX_SEQLEN, Batch, pretraining_batch, sequence_lengths
 from fastbert.models.losses import score_classes, score_masked
-from fastbert.modules import embeddings, layer
+from fastbert.modules import activations, embeddings, layer
 from fastbert.modules.graphs.recorder import Work
 from fastbert.modules.linear import Leaf
 from fastbert.packing import PackedBatch
@@ -147,11 +147,23 @@ def _three_products() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_norm() -> Iterator[None]:
-    def project_and_norm(x, residual, dense, norm, dropout_p, *_) -> Tensor:
-        x = F.dropout(dense(x), dropout_p, training=dropout_p > 0)
-        return norm(residual + x).to(residual.dtype)
+    def add_and_norm(x, x_bias, residual, norm, dropout_p, *_) -> layer.Stream:
+        x = F.dropout(x, dropout_p, training=dropout_p > 0)
+        y = norm(residual + x).to(residual.dtype)
+        return layer.Stream(y, y)
 
-    with mock.patch.object(layer, "project_and_norm", project_and_norm):
+    with (
+        mock.patch.object(layer, "add_and_norm", add_and_norm),
+        mock.patch.object(layer, "adds_bias", return_value=None),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _one_branch() -> Iterator[None]:
+    """The residual is what the linear layers read, so that autograd adds the two gradients."""
+    stream = layer.Stream
+    with mock.patch.object(layer, "Stream", lambda x, _: stream(x, x)):
         yield
 
 
@@ -160,7 +172,7 @@ def _plain_gelu() -> Iterator[None]:
     def dense_and_activate(x: Tensor, dense: Leaf, function: Callable) -> Tensor:
         return function(dense(x))
 
-    with mock.patch.object(layer, "dense_and_activate", dense_and_activate):
+    with mock.patch.object(activations, "dense_and_activate", dense_and_activate):
         yield
 
 
@@ -177,5 +189,6 @@ TRICKS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "fused QKV": _three_products,
     "fused norm": _plain_norm,
     "fused GELU": _plain_gelu,
+    "residual branches": _one_branch,
     NARROW: _wide_stream,
 }

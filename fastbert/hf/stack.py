@@ -18,7 +18,7 @@ from fastbert.hf.families import (
     runs_patched,
 )
 from fastbert.hf.hooks import is_observed
-from fastbert.modules.layer import LayerParts, run_layer
+from fastbert.modules.layer import LayerParts, Stream, run_layer
 from fastbert.modules.plan import Planner
 from fastbert.modules.request import unknown_argument
 from fastbert.modules.sequences import Rows, Sequences
@@ -164,10 +164,10 @@ def run_one_layer(
         return original(hidden_states, *args, **kwargs)
     parts = parts_of(layer)
     if padding is None:
-        return run_layer(parts, hidden_states, sequences)
+        return run_layer(parts, Stream(hidden_states, hidden_states), sequences).x
     x = padding.pack(hidden_states).to(dtype)
     wide = boundary_dtype(hidden_states.dtype, hidden_states.device)
-    x = padding.pad(run_layer(parts, x, sequences).to(wide))
+    x = padding.pad(run_layer(parts, Stream(x, x), sequences).x.to(wide))
     return (x,) if returns_tuples() else x
 
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.modules.linear import Leaf, split_bias
+from fastbert.backend import Op
+from fastbert.modules.linear import FP8, Leaf, split_bias
 from fastbert.ops.bias_gelu import Call, bias_gelu
 
 Activation = Callable[[Tensor], Tensor]  # elementwise
@@ -27,13 +28,38 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+def _approximate(function: Activation) -> str | None:
+    """The formula by which `function` is GELU, as `bias_gelu` names it; None if it is not GELU."""
+    if function is F.gelu:
+        return "none"
+    return "tanh" if function is GELU_TANH else None
+
+
 def dense_and_activate(x: Tensor, dense: Leaf, function: Activation) -> Tensor:
     """`function(dense(x))`: (..., H) -> (..., I); for GELU one operator adds the bias too."""
-    is_gelu = function is F.gelu or function is GELU_TANH
-    x, bias = split_bias(x, dense, bias_gelu if is_gelu else None)
-    if bias is None:
+    approximate = _approximate(function)
+    x, bias = split_bias(x, dense, None if approximate is None else bias_gelu)
+    if approximate is None or bias is None:
         return function(x)
-    return bias_gelu.run(Call(x, bias, "none" if function is F.gelu else "tanh"))
+    return bias_gelu.run(Call(x, bias, approximate))
+
+
+def feed_forward(
+    x: Tensor, dense: Leaf, function: Activation, output: Leaf, into: Op | None
+) -> tuple[Tensor, Tensor | None]:
+    """`output(function(dense(x)))` as by `split_bias`: (..., H) -> (..., O), and the bias to add.
+
+    In FP8 a GELU between two plain layers is one operator with their products.
+    """
+    slot = dense.module.__dict__.get(FP8)
+    if slot is not None and into is not None and dense.is_plain and output.is_plain:
+        approximate, bias = _approximate(function), dense.bias
+        second = output.module.__dict__.get(FP8)
+        if approximate is not None and bias is not None and second is not None:
+            y = slot.feed_forward(x, dense.weight, bias, second, output.weight, approximate)
+            if y is not None:
+                return y, output.bias
+    return split_bias(dense_and_activate(x, dense, function), output, into)
 
 
 def activation(hidden_act: str | Activation) -> Activation:

@@ -62,7 +62,7 @@ class _ProjectAndNorm(nn.Module):
     ) -> Tensor:
         dropout_p = self.dropout.p if self.training else 0.0
         dense, norm = Leaf(self.dense), Leaf(self.LayerNorm, nn.LayerNorm)
-        return project_and_norm(hidden_states, residual, dense, norm, dropout_p, rng, self.save)
+        return project_and_norm(hidden_states, residual, dense, norm, dropout_p, rng, self.save).x
 
 
 class BertSelfOutput(_ProjectAndNorm):

@@ -17,15 +17,15 @@ from fastbert import backend
 from fastbert.check import require
 from fastbert.modules.linear import FP8
 from fastbert.ops.fp8_linear import (
-    E4M3,
-    E5M2,
-    LARGEST,
     MULTIPLE,
     Call,
+    FeedForward,
+    fp8_feed_forward,
     fp8_linear,
     multiplies_fp8,
     result_dtype,
 )
+from fastbert.ops.fp8_plain import E4M3, E5M2, LARGEST
 
 HISTORY = 16  # forward passes whose largest values decide a scale
 ASSUMED = 16.0, 8.0, 1.0  # largest values of input, weight and gradient before any were seen
@@ -104,10 +104,35 @@ class Slot(NamedTuple):
         scale = self.scales.scale
         if scale is None:
             return None
-        if torch.compiler.is_compiling():
-            raise RuntimeError('fp8: not under torch.compile; patch with precision="auto"')
+        _refuse_tracing()
         amax = self.scales.amax[self.number]
         return fp8_linear.run(Call(x, weight, bias, scale[self.number], amax, result_dtype(x)))
+
+    def feed_forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        output: "Slot",
+        output_weight: Tensor,
+        approximate: str,
+    ) -> Tensor | None:
+        """`gelu(x @ weight.T + bias) @ output_weight.T` in FP8; None where `Scales.scale` is.
+
+        output: the place of the second layer; None too if that is in another encoder
+        """
+        scale, amax = self.scales.scale, self.scales.amax
+        if scale is None or output.scales is not self.scales:
+            return None
+        _refuse_tracing()
+        places = scale[self.number], amax[self.number], scale[output.number], amax[output.number]
+        tensors = x, weight, bias, output_weight
+        return fp8_feed_forward.run(FeedForward(*tensors, *places, approximate, result_dtype(x)))
+
+
+def _refuse_tracing() -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError('fp8: not under torch.compile; patch with precision="auto"')
 
 
 def enable(model: nn.Module) -> None:

@@ -4,13 +4,14 @@ fastbert's own `BertLayer` and the layers of patched Hugging Face models all run
 T packed tokens of B sequences, M rows whose output is wanted, H hidden, N heads, D head size.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastbert.backend import Op
 from fastbert.check import require
-from fastbert.modules.activations import Activation, dense_and_activate
+from fastbert.modules.activations import Activation, feed_forward
 from fastbert.modules.linear import Leaf, fused_linear, split_bias
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.ops.attention import attention, attention_qkvpacked
@@ -19,6 +20,17 @@ from fastbert.ops.dropout import drawn, dropout
 from fastbert.ops.layer_norm import Call as Norm
 from fastbert.ops.layer_norm import Save, dropout_add_layer_norm
 from fastbert.rng import DropoutState
+
+
+class Stream(NamedTuple):
+    """The residual stream (T, H) twice: what linear layers read, and what is added to their result.
+
+    Both are the same numbers. Behind a LayerNorm they may be its two branches, tensors of one
+    memory, of which its backward gets two gradients, and adds them as it reads them.
+    """
+
+    x: Tensor
+    residual: Tensor
 
 
 def self_attention(
@@ -71,24 +83,43 @@ def project_and_norm(
     dropout_p: float,
     rng: DropoutState | None,
     save: Save = "z",
-) -> Tensor:
+) -> Stream:
     """`norm(residual + dropout(dense(x)))`, the end of each half of a layer: (T, I) -> (T, H).
 
     residual: (T, H); rng: None draws a fresh state; save: as in `dropout_add_layer_norm`. Raises
     ValueError if the sizes of dense, norm and residual do not fit.
     """
+    x, bias = split_bias(x, dense, adds_bias(norm))
+    return add_and_norm(x, bias, residual, norm, dropout_p, rng, save)
+
+
+def adds_bias(norm: Leaf) -> Op | None:
+    """The operator that adds a bias, normalizes, and makes the gradients of both; None without."""
     affine = norm.is_plain and norm.weight is not None and norm.bias is not None
-    x, x_bias = split_bias(x, dense, dropout_add_layer_norm if affine else None)
-    if affine:
-        weight = norm.weight
-        if x.shape != residual.shape or weight.shape != x.shape[-1:]:  # users may swap modules
-            expected = f"a product of {tuple(residual.shape)} and a weight of {tuple(weight.shape)}"
-            require(False, "LayerNorm", f"{expected} to fit", tuple(x.shape))
-        rng = drawn(len(x), x.device, dropout_p, rng) if dropout_p else None
-        eps: Any = norm.module.eps
-        call = Norm(x, residual, weight, norm.bias, eps, x_bias, dropout_p, rng, save)
-        return dropout_add_layer_norm.run(call)
-    return norm(residual + dropout(x, dropout_p, rng)).to(residual.dtype)
+    return dropout_add_layer_norm if affine else None
+
+
+def add_and_norm(
+    x: Tensor,
+    x_bias: Tensor | None,
+    residual: Tensor,
+    norm: Leaf,
+    dropout_p: float,
+    rng: DropoutState | None,
+    save: Save,
+) -> Stream:
+    """`norm(residual + dropout(x + x_bias))`: (T, H); x_bias: (H,) only as `adds_bias` wants it."""
+    if adds_bias(norm) is None:
+        y = norm(residual + dropout(x, dropout_p, rng)).to(residual.dtype)
+        return Stream(y, y)
+    weight = norm.weight
+    if x.shape != residual.shape or weight.shape != x.shape[-1:]:  # users may swap modules
+        expected = f"a product of {tuple(residual.shape)} and a weight of {tuple(weight.shape)}"
+        require(False, "LayerNorm", f"{expected} to fit", tuple(x.shape))
+    rng = drawn(len(x), x.device, dropout_p, rng) if dropout_p else None
+    eps: Any = norm.module.eps
+    call = Norm(x, residual, weight, norm.bias, eps, x_bias, dropout_p, rng, save, True)
+    return Stream(*dropout_add_layer_norm.run(call))
 
 
 class LayerParts(NamedTuple):
@@ -114,10 +145,18 @@ class LayerParts(NamedTuple):
     output_save: Save = "z"
 
 
-def run_layer(parts: LayerParts, x: Tensor, sequences: Sequences) -> Tensor:
+RunLayer = Callable[[int, Stream, Sequences], Stream]  # runs the layer of a number
+
+
+def layers_of(parts: Sequence[LayerParts]) -> RunLayer:
+    """Runs each layer by its parts."""
+    return lambda number, stream, sequences: run_layer(parts[number], stream, sequences)
+
+
+def run_layer(parts: LayerParts, stream: Stream, sequences: Sequences) -> Stream:
     """(T, H) -> (T, H), or (M, H); the three dropouts use three sites from rng.site on."""
     context = self_attention(
-        x,
+        stream.x,
         parts.query,
         parts.key,
         parts.value,
@@ -125,20 +164,26 @@ def run_layer(parts: LayerParts, x: Tensor, sequences: Sequences) -> Tensor:
         parts.attention_dropout,
         sequences,
     )
-    x = project_and_norm(
+    stream = project_and_norm(
         context,
-        sequences.wanted(x),
+        sequences.wanted(stream.residual),
         parts.attention_output,
         parts.attention_norm,
         parts.attention_output_dropout,
         sequences.wanted_rng(1),
         parts.attention_save,
     )
-    intermediate = dense_and_activate(x, parts.intermediate, parts.activation)
-    return project_and_norm(
-        intermediate,
-        x,
+    x, bias = feed_forward(
+        stream.x,
+        parts.intermediate,
+        parts.activation,
         parts.output,
+        adds_bias(parts.output_norm),
+    )
+    return add_and_norm(
+        x,
+        bias,
+        stream.residual,
         parts.output_norm,
         parts.output_dropout,
         sequences.wanted_rng(2),
@@ -156,11 +201,11 @@ def run_layers(
     sequences: Sequences,
     wanted_states: bool | Collection[int],
     rows: Rows | None,
-    call: Callable[[int, Tensor, Sequences], Tensor],
+    run: RunLayer,
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
     """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; and hidden states.
 
-    call(number, x, sequences) runs one layer. wanted_states: True for x and each layer's output,
+    wanted_states: True for x and each layer's output,
     layer numbers for these layers' outputs with None for the others, as in Hugging Face. Raises
     ValueError if both rows and states are wanted, because the last state would lack tokens.
     """
@@ -173,12 +218,14 @@ def run_layers(
         wanted_states,
     )
     states: list[Tensor | None] = [x] if every else []
+    stream = Stream(x, x)
     for number in range(num_layers):
         here = sequences.at(1 + _SITES_PER_LAYER * number)
         if number == num_layers - 1 and sequences.mask is None:
             here = here.only(rows)
-        x = call(number, x, here)
-        states.append(x if every or number in chosen else None)
+        stream = run(number, stream, here)
+        states.append(stream.x if every or number in chosen else None)
+    x = stream.x
     if rows is not None and (not num_layers or sequences.mask is not None):
         x = rows.of(x)  # a general mask has a row for every token, so attention computed all
     return x, tuple(states) if wanted_states else None

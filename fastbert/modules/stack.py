@@ -6,7 +6,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from fastbert.modules.graphs import buckets
-from fastbert.modules.layer import LayerParts, run_layer, run_layers
+from fastbert.modules.layer import LayerParts, Stream, layers_of, run_layers
 from fastbert.modules.linear import FP8
 from fastbert.modules.plan import calls_layers
 from fastbert.modules.sequences import Rows, Sequences
@@ -33,17 +33,17 @@ def run_stack(
         scales.begin(x, layers.training)
         if layers.training:
             reason = reason or "FP8, whose scales are new in each call"
-    is_called = calls_layers(layers)
-    if is_called or None in parts:
-        reason = "layers that are called as modules: hooks, checkpointing, or other classes"
-    else:
-
-        def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
-            return run_layer(read[number], x, sequences)
-
     read = cast(Sequence[LayerParts], parts)
+    run = layers_of(read)
+    if calls_layers(layers) or None in parts:
+        reason = "layers that are called as modules: hooks, checkpointing, or other classes"
+
+        def run(number: int, stream: Stream, sequences: Sequences) -> Stream:
+            x = call(number, stream.x, sequences)
+            return Stream(x, x)
+
     sequences.check(len(x))
     output = buckets.replayed(layers, read, x, sequences, rows, reason)
     if output is not None:
         return output, None
-    return run_layers(len(layers), x, sequences, wanted_states, rows, call)
+    return run_layers(len(layers), x, sequences, wanted_states, rows, run)

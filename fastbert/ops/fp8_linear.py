@@ -1,17 +1,18 @@
-"""A linear layer whose three products are in FP8 (Micikevicius et al. 2022, arXiv:2209.05433)."""
+"""Linear layers whose products are in FP8 (Micikevicius et al. 2022, arXiv:2209.05433).
+
+One alone, and the two of a feed-forward with GELU between them, which then casts its own results.
+"""
 
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.backend import DTYPES, op
 from fastbert.check import require
+from fastbert.ops.fp8_plain import Emulation
 from fastbert.ops.fused import as_rows, once, run
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 MULTIPLE = 16  # which the kernels want a weight's sizes to be multiples of
 
 
@@ -23,6 +24,21 @@ class Call(NamedTuple):
     bias: Tensor | None
     scale: Tensor
     amax: Tensor
+    dtype: torch.dtype
+
+
+class FeedForward(NamedTuple):
+    """A call of `fp8_feed_forward`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    output_weight: Tensor
+    scale: Tensor
+    amax: Tensor
+    output_scale: Tensor
+    output_amax: Tensor
+    approximate: str
     dtype: torch.dtype
 
 
@@ -44,15 +60,61 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, am
     that are multiples of 16. Raises ValueError for other shapes and dtypes of scale and amax.
     """
     who = "fp8_linear"
-    size = x.shape[-1:].numel() if x.ndim else 0
+    size = x.shape[-1] if x.ndim else 0
     is_matrix = weight.ndim == 2 and x.ndim > 0 and weight.shape[1] == size
     require(is_matrix, who, f"weight of shape (outputs, {size})", tuple(weight.shape))
     if bias is not None:
         require(bias.shape == weight.shape[:1], who, "bias of shape (outputs,)", tuple(bias.shape))
-    for name, three in (("scale", scale), ("amax", amax)):
+    _check_threes(who, scale=scale, amax=amax)
+    return Call(x, weight, bias, scale, amax, result_dtype(x))
+
+
+@op("triton")
+def fp8_feed_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    output_weight: Tensor,
+    scale: Tensor,
+    amax: Tensor,
+    output_scale: Tensor,
+    output_amax: Tensor,
+    *,
+    approximate: str = "none",
+) -> FeedForward:
+    """`gelu(x @ weight.T + bias) @ output_weight.T`, all of whose products are of FP8 casts.
+
+    x: (..., K); weight: (N, K); bias: (N,); output_weight: (O, N); approximate: as in `bias_gelu`.
+    Returns (..., O) in autocast's dtype, or x.dtype without autocast. scale, amax are those of the
+    first product and output_scale, output_amax those of the second, as in `fp8_linear`, whose casts
+    and gradients these are. GELU is computed in float32 from the first product in the result's
+    dtype, and cast without another rounding between; so is its gradient. Neither is in memory in
+    more than FP8, which saves 8 bytes an element and pass of reading and writing.
+
+    The kernels need what those of `fp8_linear` do. Raises ValueError for other shapes and dtypes.
+    """
+    who = "fp8_feed_forward"
+    require(
+        x.ndim > 0 and weight.ndim == 2 and weight.shape[1] == x.shape[-1],
+        who,
+        f"weight of shape (inner, {x.shape[-1] if x.ndim else 0})",
+        tuple(weight.shape),
+    )
+    inner = weight.shape[:1]
+    require(bias.shape == inner, who, f"bias of shape {tuple(inner)}", tuple(bias.shape))
+    is_matrix = output_weight.ndim == 2 and output_weight.shape[1:] == inner
+    expected = f"output_weight of shape (outputs, {inner[0]})"
+    require(is_matrix, who, expected, tuple(output_weight.shape))
+    require(approximate in ("none", "tanh"), who, 'approximate "none" or "tanh"', approximate)
+    _check_threes(who, scale=scale, amax=amax, output_scale=output_scale, output_amax=output_amax)
+    numbers = scale, amax, output_scale, output_amax
+    return FeedForward(x, weight, bias, output_weight, *numbers, approximate, result_dtype(x))
+
+
+def _check_threes(who: str, **tensors: Tensor) -> None:
+    for name, three in tensors.items():
         is_three = three.shape == (3,) and three.dtype == torch.float32
         require(is_three, who, f"{name} of 3 float32", f"{three.dtype} {tuple(three.shape)}")
-    return Call(x, weight, bias, scale, amax, result_dtype(x))
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
@@ -71,17 +133,28 @@ def _plain(call: Call) -> Tensor:
     return run(_Fp8Linear, Emulation, call)
 
 
+@fp8_feed_forward.plain
+def _plain_feed_forward(call: FeedForward) -> Tensor:
+    return run(_Fp8FeedForward, Emulation, call)
+
+
 @fp8_linear.refuses
-def _refusal(call: Call) -> str | None:
-    x, weight, bias, scale, amax, dtype = call
-    tensors = [t for t in (x, weight, bias, scale, amax) if t is not None]
-    if any(t.device != x.device for t in tensors):
+@fp8_feed_forward.refuses
+def _refusal(call: Call | FeedForward) -> str | None:
+    x = call.x
+    if any(isinstance(t, Tensor) and t.device != x.device for t in call):
         return "tensors on several devices"
-    for name, found in (("", x.dtype), ("weight of ", weight.dtype), ("result of ", dtype)):
+    weights = [call.weight] if isinstance(call, Call) else [call.weight, call.output_weight]
+    for name, found in (
+        ("", x.dtype),
+        *(("weight of ", weight.dtype) for weight in weights),
+        ("result of ", call.dtype),
+    ):
         if found not in DTYPES:
             return f"{name}{found}"
-    if any(size % MULTIPLE for size in weight.shape) or not weight.numel():
-        return f"a weight of {tuple(weight.shape)}, whose sizes are not multiples of 16"
+    for weight in weights:
+        if any(size % MULTIPLE for size in weight.shape) or not weight.numel():
+            return f"a weight of {tuple(weight.shape)}, whose sizes are not multiples of 16"
     if x.is_cuda and not multiplies_fp8(x.device):
         return "a GPU that does not multiply FP8"
     return None
@@ -92,36 +165,9 @@ def _fused(kernels: Any, call: Call) -> Tensor:
     return run(_Fp8Linear, kernels, call)
 
 
-class Emulation:
-    """The launchers of kernels/fp8_linear.py in plain PyTorch, for any device and size."""
-
-    @staticmethod
-    def cast_transpose(x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool) -> tuple[Tensor, Tensor]:
-        """x (M, N) times `scale` in FP8, (M, N), and transposed; raises amax to x's largest."""
-        cast = quantised(x, scale, E5M2 if e5m2 else E4M3)
-        if x.numel():
-            size = x.detach().abs().float()
-            finite = torch.where(size.isfinite(), size, 0.0)
-            torch.maximum(amax, finite.max(), out=amax)
-        return cast, cast.t()
-
-    @staticmethod
-    def product(
-        a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        """a (M, K) b (N, K)^T times both factors, plus the bias, summed in float32."""
-        y = F.linear(a.float(), b.float()) * (of_a * of_b)
-        return (y if bias is None else y + bias.float()).to(dtype)
-
-
-def quantised(x: Tensor, scale: Tensor, format: torch.dtype) -> Tensor:
-    """x times `scale` in an FP8 format: to the nearest value, ties to even.
-
-    Values beyond the format saturate; values that are not finite become NaN.
-    """
-    largest = LARGEST[format]
-    y = x.float() * scale
-    return torch.where(x.isfinite(), y.clamp(-largest, largest), torch.nan).to(format)
+@fp8_feed_forward.fused
+def _fused_feed_forward(kernels: Any, call: FeedForward) -> Tensor:
+    return run(_Fp8FeedForward, kernels, call)
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -165,3 +211,61 @@ class _Fp8Linear(torch.autograd.Function):
         if needs_bias:
             dbias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return None, dx, dweight, dbias, None, None, None
+
+
+class _Fp8FeedForward(torch.autograd.Function):
+    """`kernels` is the Triton unit, or `Emulation`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: Any, x: Tensor, weight: Tensor, bias: Tensor, output_weight: Tensor,
+        scale: Tensor, amax: Tensor, output_scale: Tensor, output_amax: Tensor,
+        approximate: str, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        rows, bias, tanh = as_rows(x), bias.contiguous(), approximate == "tanh"
+        n, of, output_of = len(rows), scale.reciprocal(), output_scale.reciprocal()
+        with torch.autocast(x.device.type, enabled=False):
+            x8, x8_t = kernels.cast_transpose(rows, scale[0], amax[0], False)
+            w8, w8_t = kernels.cast_transpose(weight.contiguous(), scale[1], amax[1], False)
+            inner = kernels.product(x8, w8, of[0], of[1], None, dtype)[:n]
+            g8, g8_t = kernels.gelu_cast_transpose(
+                inner, bias, tanh, output_scale[0], output_amax[0]
+            )
+            v8, v8_t = kernels.cast_transpose(
+                output_weight.contiguous(), output_scale[1], output_amax[1], False
+            )
+            y = kernels.product(g8, v8, output_of[0], output_of[1], None, dtype)[:n]
+        y = y.view(*x.shape[:-1], output_weight.shape[0])
+        if ctx is None:
+            return y
+        ctx.save_for_backward(
+            x8_t, w8_t, inner, bias, g8_t, v8_t, scale, of, output_scale, output_of
+        )
+        ctx.amax, ctx.output_amax = amax, output_amax  # which the backward writes to
+        ctx.kernels, ctx.tanh = kernels, tanh
+        ctx.dtypes = x.dtype, weight.dtype, output_weight.dtype
+        return y
+
+    @staticmethod
+    @once("fp8_feed_forward")
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x8_t, w8_t, inner, bias, g8_t, v8_t, scale, of, output_scale, output_of = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_output = ctx.needs_input_grad[1:5]
+        x_dtype, weight_dtype, output_dtype = ctx.dtypes
+        kernels, rows = ctx.kernels, as_rows(dy)
+        n = len(rows)
+        dx = dweight = dbias = doutput = None
+        dy8, dy8_t = kernels.cast_transpose(rows, output_scale[2], ctx.output_amax[2], True)
+        if needs_output:
+            doutput = kernels.product(dy8_t, g8_t, output_of[2], output_of[0], None, output_dtype)
+        if needs_x or needs_weight or needs_bias:
+            dg = kernels.product(dy8, v8_t, output_of[2], output_of[1], None, inner.dtype)[:n]
+            dh8, dh8_t, dbias = kernels.gelu_bwd_cast_transpose(
+                dg, inner, bias, ctx.tanh, scale[2], ctx.amax[2]
+            )
+        if needs_x:
+            dx = kernels.product(dh8, w8_t, of[2], of[1], None, x_dtype)[:n]
+            dx = dx.view(*dy.shape[:-1], w8_t.shape[0])
+        if needs_weight:
+            dweight = kernels.product(dh8_t, x8_t, of[2], of[0], None, weight_dtype)
+        return None, dx, dweight, dbias, doutput, *[None] * 6

@@ -20,7 +20,8 @@ MAX_COLS = 16384  # a limit of the kernels, which hold a row in registers
 class Call(NamedTuple):
     """A call of `dropout_add_layer_norm`, or of `layer_norm` where the residual is None.
 
-    rng: None without dropout.
+    rng: None without dropout. branches: the result twice, (y, y), as tensors of one memory, so that
+    the backward gets the gradients of both apart, and adds them as it reads them.
     """
 
     x: Tensor
@@ -32,6 +33,7 @@ class Call(NamedTuple):
     dropout_p: float = 0.0
     rng: DropoutState | None = None
     save: Save = "z"
+    branches: bool = False
 
 
 @op("triton")
@@ -103,8 +105,11 @@ def _check_vectors(who: str, x: Tensor, **vectors: Tensor) -> None:
 
 @layer_norm.plain
 @dropout_add_layer_norm.plain
-def _plain(call: Call) -> Tensor:
-    x, residual, weight, bias, eps, x_bias, dropout_p, rng, save = call
+def _plain(call: Call) -> Any:
+    x, residual, weight, bias, eps, x_bias, dropout_p, rng, save, branches = call
+    if branches:
+        y = _plain(call._replace(branches=False))
+        return y, y
     if residual is None:
         return _normed(x, weight, bias, eps)
     dtype = residual.dtype
@@ -182,7 +187,10 @@ def refusal(tensors: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> str | N
 
 @layer_norm.fused
 @dropout_add_layer_norm.fused
-def _fused(kernels: Any, call: Call) -> Tensor:
+def _fused(kernels: Any, call: Call) -> Any:
+    if call.branches and torch.compiler.is_compiling():  # a trace takes no two names of one tensor
+        y = run(_LayerNorm, kernels, call._replace(branches=False))
+        return y, y
     return run(_LayerNorm, kernels, call)
 
 
@@ -191,7 +199,8 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, kernels: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor,
         eps: float, x_bias: Tensor | None, dropout_p: float, rng: DropoutState | None, save: Save,
-    ) -> Tensor:  # fmt: skip
+        branches: bool,
+    ) -> Any:  # fmt: skip
         rows = as_rows(x)
         y, *statistics = kernels.layer_norm_fwd(
             rows, None if residual is None else as_rows(residual), x_bias, weight, bias, eps,
@@ -199,7 +208,7 @@ class _LayerNorm(torch.autograd.Function):
         )  # fmt: skip
         y = shaped(y, x)
         if ctx is None:
-            return y
+            return (y, y) if branches else y
         rstd, *of_z = statistics
         state, token_key, *ctx.numbers = numbers
         if save == "y":
@@ -209,14 +218,21 @@ class _LayerNorm(torch.autograd.Function):
             ctx.save_for_backward(weight, state, token_key, rstd, z, None, mean)
         ctx.kernels, ctx.x_dtype = kernels, x.dtype
         ctx.has_residual, ctx.has_x_bias = residual is not None, x_bias is not None
-        return y
+        if not branches:
+            return y
+        ctx.set_materialize_grads(False)  # a branch that nothing uses has no gradient
+        return y, y.detach()
 
     @staticmethod
     @once("layer_norm")
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy, *rest = [g for g in gradients if g is not None]  # of one branch, or of both
+        rows, others = as_rows(dy), as_rows(rest[0]) if rest else None
+        if others is not None and others.stride() != rows.stride():
+            rows, others = rows + others, None
         weight, state, token_key, rstd, kept, bias, mean = ctx.saved_tensors
         dz, dx, dweight, dbias, dx_bias = ctx.kernels.layer_norm_bwd(
-            as_rows(dy), as_rows(kept), weight, bias, mean, rstd,
+            rows, others, as_rows(kept), weight, bias, mean, rstd,
             state, token_key, *ctx.numbers, ctx.x_dtype, ctx.has_x_bias,
         )  # fmt: skip
         dz = shaped(dz, dy)
@@ -226,4 +242,4 @@ class _LayerNorm(torch.autograd.Function):
         dx = dz if dx.ndim == 1 else shaped(dx, dy)
         dresidual = dz if ctx.has_residual else None
         dx_bias = dx_bias if ctx.has_x_bias else None
-        return None, dx, dresidual, dweight, dbias, None, dx_bias, None, None, None
+        return None, dx, dresidual, dweight, dbias, None, dx_bias, None, None, None, None

@@ -9,7 +9,7 @@ import transformers
 
 import fastbert
 from fastbert.hf import stack
-from fastbert.modules import stack as modules_stack
+from fastbert.modules import layer
 from tests.hf.trainer_case import Sentences, collate, train
 from tests.hf.training_case import (
     SHAPE,
@@ -141,7 +141,7 @@ def test_a_patched_classifier_learns_in_bf16(tmp_path):
 )
 def test_checkpointed_layers_are_recomputed_with_the_same_dropout(tmp_path, monkeypatch, reentrant):
     runs = []
-    for module in (stack, modules_stack):  # of layers that are called as modules, and of others
+    for module in (stack, layer):  # of layers that are called as modules, and of others
         run = functools.partial(lambda own, *args: runs.append(1) or own(*args), module.run_layer)
         monkeypatch.setattr(module, "run_layer", run)
     options = {

@@ -12,7 +12,7 @@ import fastbert
 from fastbert import backend
 from fastbert.modules import fp8
 from fastbert.modules.linear import FP8
-from fastbert.ops.fp8_linear import E4M3, E5M2, LARGEST
+from fastbert.ops.fp8_plain import E4M3, E5M2, LARGEST
 
 SHAPE = {
     "vocab_size": 60,

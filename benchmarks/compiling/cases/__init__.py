@@ -29,7 +29,7 @@ class Case(NamedTuple):
     """
 
     label: str
-    call: Callable[..., Tensor]
+    call: Callable[..., Tensor | tuple[Tensor, ...]]
     tensors: tuple[Tensor, ...]
     trains: bool = True
     quick: tuple[int, ...] = ()
@@ -42,7 +42,8 @@ class Case(NamedTuple):
         with recorded(capability) as launches:
             y = self.call(*leaves)
             if self.trains:
-                torch.autograd.grad(y, leaves, torch.empty_like(y))
+                outputs = (y,) if isinstance(y, Tensor) else y
+                torch.autograd.grad(outputs, leaves, [torch.empty_like(one) for one in outputs])
         return launches
 
 

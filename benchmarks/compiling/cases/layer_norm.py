@@ -1,11 +1,12 @@
 """Layer norm, and dropout + residual + layer norm, at the sizes of BERT and its relatives."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
 from benchmarks.compiling.cases import CAPABILITIES, ROWS, SM90, Case, dropout_of, floats
-from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
+from fastbert.ops.layer_norm import Call, dropout_add_layer_norm, layer_norm
 
 
 def cases() -> Iterator[Case]:
@@ -13,6 +14,7 @@ def cases() -> Iterator[Case]:
         is_quick = columns == 768
         yield _add(columns, "dropout", quick=CAPABILITIES * is_quick)
         yield _add(columns, "dropout, from y", save="y", quick=(SM90,) * is_quick)
+        yield _add(columns, "dropout, one branch", branches=False)
     for columns in (768, 1024):
         yield _add(columns, "no dropout", dropout_p=0.0)
         yield _add(columns, "inference", dropout_p=0.0, trains=False)
@@ -26,13 +28,14 @@ def cases() -> Iterator[Case]:
 
 def _add(
     columns: int, label: str, dtype: str = "bf16", *, dropout_p: float = 0.1, save: str = "z",
-    trains: bool = True, quick: tuple[int, ...] = (),
+    branches: bool = True, trains: bool = True, quick: tuple[int, ...] = (),
 ) -> Case:  # fmt: skip
     """Of activations in `dtype`; the parameters are float32, as in training under autocast."""
-    options = {"save": save, **dropout_of(dropout_p)}
+    options = {"save": save, "branches": branches, **dropout_of(dropout_p)}
 
-    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:
-        return dropout_add_layer_norm(x, residual, weight, bias, x_bias=x_bias, **options)
+    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Any:
+        call = Call(x, residual, weight, bias, x_bias=x_bias, **options)
+        return dropout_add_layer_norm.run(call)
 
     activations = (floats(ROWS, columns, dtype=dtype) for _ in range(2))
     parameters = (floats(columns) for _ in range(3))

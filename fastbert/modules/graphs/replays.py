@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastbert.modules.graphs.recorder import Recorder
-from fastbert.modules.layer import LayerParts, run_layer, run_layers
+from fastbert.modules.layer import LayerParts, layers_of, run_layers
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.rng import DropoutState
 
@@ -88,12 +88,9 @@ class Call(NamedTuple):
 
     def run(self, x: Tensor) -> Tensor:
         """(T, H) -> (T, H), or (M, H), under the call's autocast state."""
-
-        def run_one(number: int, x: Tensor, sequences: Sequences) -> Tensor:
-            return run_layer(self.parts[number], x, sequences)
-
+        run = layers_of(self.parts)
         with self.precision.restored():
-            return run_layers(len(self.parts), x, self.sequences, False, self.rows, run_one)[0]
+            return run_layers(len(self.parts), x, self.sequences, False, self.rows, run)[0]
 
 
 class Buffers:

@@ -65,9 +65,12 @@ def test_a_word_of_known_letters_is_never_unknown(trained):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_tokenises_like_huggingfaces_bert_tokenizer(trained, text):
+def test_tokenises_like_huggingfaces_bert_tokenizer(trained, text, tmp_path):
     lowercase = json.loads(trained.to_str())["normalizer"]["lowercase"]
-    theirs = BertTokenizer(vocab=trained.get_vocab(), do_lower_case=lowercase)
+    vocabulary = tmp_path / "vocab.txt"
+    entries = sorted(trained.get_vocab().items(), key=lambda entry: entry[1])
+    vocabulary.write_text("".join(f"{token}\n" for token, _ in entries), "utf-8")
+    theirs = BertTokenizer(str(vocabulary), do_lower_case=lowercase)
     assert trained.encode(text).ids == theirs(text)["input_ids"]
 
 

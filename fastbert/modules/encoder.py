@@ -115,8 +115,7 @@ class BertEncoder(nn.Module):
         captured = _captured_around()
         if "hidden_states" in captured and not output_hidden_states:
             output_hidden_states = True
-        own, device = hidden_states.dtype, hidden_states.device
-        dtype = stream_dtype(own, device, self.config, training=self.training)
+        dtype = stream_dtype(hidden_states.dtype, hidden_states.device, self)
         stream = padding.pack(hidden_states).to(dtype)
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
         packed = self._run(stream, sequences, output_hidden_states)
@@ -180,14 +179,16 @@ def pad_output(output: Output, padding: Unpadding, dtype: torch.dtype) -> Output
 
     They are returned in `dtype`: under autocast Hugging Face returns float32.
     """
-
-    def padded(hidden_states: Tensor) -> Tensor:
-        return padding.pad(hidden_states.to(dtype))
-
-    if output.hidden_states is not None:
-        output.hidden_states = tuple(
-            None if state is None else padded(state) for state in output.hidden_states
-        )
+    output.hidden_states = pad_states(output.hidden_states, padding, dtype)
     if output.get("last_hidden_state") is not None:
-        output.last_hidden_state = padded(output.last_hidden_state)
+        output.last_hidden_state = padding.pad(output.last_hidden_state.to(dtype))
     return output
+
+
+def pad_states(
+    states: tuple[Tensor | None, ...] | None, padding: Unpadding, dtype: torch.dtype
+) -> tuple[Tensor | None, ...] | None:
+    """Pads hidden states (T, H) -> (B, S, H), in `dtype`; None stays None."""
+    if states is None:
+        return None
+    return tuple(None if x is None else padding.pad(x.to(dtype)) for x in states)

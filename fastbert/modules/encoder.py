@@ -8,7 +8,7 @@ parameter names are Hugging Face's. The modules pass each other one (T, H) tenso
 import dataclasses
 import sys
 from collections.abc import Collection
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,6 @@ from fastbert.modules.stack import run_stack
 from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import BaseModelOutputWithPastAndCrossAttentions
 from fastbert.rng import DropoutState, for_batch
-
-Output = TypeVar("Output", bound=Any)
 
 
 class BertEncoder(nn.Module):
@@ -174,7 +172,7 @@ def _captured_around() -> dict[str, list[Tensor | None]]:
     return collected or {}
 
 
-def pad_output(output: Output, padding: Unpadding, dtype: torch.dtype) -> Output:
+def pad_output(output: Any, padding: Unpadding, dtype: torch.dtype) -> Any:
     """Pads the packed hidden states of an output: (T, H) -> (B, S, H).
 
     They are returned in `dtype`: under autocast Hugging Face returns float32.

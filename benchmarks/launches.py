@@ -78,7 +78,6 @@ def recorded(capability: int) -> Iterator[list[Launch]]:
     with (
         _as_on_a_gpu(),
         mock.patch.object(Kernel, "__call__", record),
-        mock.patch.object(runtime, "_capability", return_value=capability),
-        mock.patch.object(runtime, "_num_sms", return_value=MULTIPROCESSORS[capability]),
+        mock.patch.object(runtime, "_gpu", return_value=(capability, MULTIPROCESSORS[capability])),
     ):
         yield launches

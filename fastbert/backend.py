@@ -61,7 +61,9 @@ class Op:
     `@name.plain` of `(call)`: the operator in plain PyTorch. `@name.fused` of `(kernels, call)`: a
     backend's kernels, with gradients. `@name.refuses` of `(call)`: why the kernels cannot take the
     call, None if they can; the plain body runs refused calls. `@name.describes` of
-    `(kernels, call)`: the names of the kernels that run, for `fastbert.explain`.
+    `(kernels, call)`: the names of the kernels that run, for `fastbert.explain`. `@name.traces` of
+    the arguments of the extension's body: its outputs without values, for torch.compile; does
+    nothing where the extension is not built.
     """
 
     plain_body: Callable[..., Any]
@@ -93,6 +95,11 @@ class Op:
 
     def describes(self, function: Callable[[Any, Any], str]) -> Callable[[Any, Any], str]:
         self.description = function
+        return function
+
+    def traces(self, function: Body) -> Body:
+        if is_loaded("ext", self.name):
+            torch.library.register_fake(f"fastbert::{self.name}", function)
         return function
 
     def forget(self) -> None:
@@ -184,6 +191,15 @@ def load(backend: str, op: str, device: str) -> Any:
     if backend == "triton":
         return _load_triton(op, device)
     raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def is_loaded(backend: str, op: str, device: str = "cpu") -> bool:
+    """Whether `load` finds the backend's bodies of `op` for the device type."""
+    try:
+        load(backend, op, device)
+    except BackendUnavailable:
+        return False
+    return True
 
 
 def _load_extension(op: str, device: str) -> Any:

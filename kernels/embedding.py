@@ -84,7 +84,6 @@ def _forward_kernel(
     tl.store(y_ptr + out, y, mask=is_row[:, None] & is_col[None, :])
     if mean_ptr is not None:
         tl.store(mean_ptr + rows, mean, mask=is_row)
-    if rstd_ptr is not None:
         tl.store(rstd_ptr + rows, rstd, mask=is_row)
 
 

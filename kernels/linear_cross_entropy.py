@@ -9,6 +9,8 @@ the row. The backward walks down strips of columns, so that the bias gradient, t
 column, is a by-product, summed before the gradients are rounded.
 """
 
+from typing import Any
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -117,10 +119,8 @@ def _cross_entropy_bwd_kernel(
     tl.store(dbias_ptr + part * N_COLS + cols, tl.sum(dbias, axis=0), mask=cols < N_COLS)
 
 
-def _fwd_outputs(
-    logits: Tensor, targets: Tensor, n_classes: int, ignore_index: int, label_smoothing: float,
-    keep: bool,
-):  # fmt: skip
+def _fwd_outputs(logits: Tensor, *others: Any) -> list[Tensor]:
+    *_, keep = others
     loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     statistics = [torch.empty_like(loss), torch.empty_like(loss)] if keep else []
     return [loss, torch.empty_like(loss, dtype=torch.int32), *statistics]
@@ -138,7 +138,7 @@ def cross_entropy_fwd(
     have unit column stride. The loss is 0 where the target is ignore_index, and NaN where the
     target is no class.
     """
-    outputs = _fwd_outputs(logits, targets, n_classes, ignore_index, label_smoothing, keep)
+    outputs = _fwd_outputs(logits, keep)
     loss, correct, highest, total = (*outputs, None, None)[:4]
     n_rows, n_cols = logits.shape
     depth, lanes, num_warps = FWD_BLOCK
@@ -153,10 +153,7 @@ def cross_entropy_fwd(
     return outputs
 
 
-def _bwd_outputs(
-    logits: Tensor, targets: Tensor, highest: Tensor, total: Tensor, scale: Tensor,
-    n_classes: int, ignore_index: int, label_smoothing: float,
-):  # fmt: skip
+def _bwd_outputs(logits: Tensor, *others: Any) -> Tensor:
     return torch.empty(logits.shape[1], dtype=torch.float32, device=logits.device)
 
 

@@ -213,28 +213,22 @@ def cdiv(a: int, b: int) -> int:
 
 
 @functools.cache
-def _capability(device: torch.device) -> int:
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """Compute capability and number of multiprocessors; what the interpreter reports on a CPU."""
     if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+        return 90, 4  # few multiprocessors, for short loops
+    found = torch.cuda.get_device_properties(device)
+    return 10 * found.major + found.minor, found.multi_processor_count
 
 
 def capability(x: Tensor) -> int:
     """Compute capability 80, 90, 100, ..., which sets block shapes; the interpreter reports 90."""
-    return _capability(x.device)
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return _gpu(x.device)[0]
 
 
 def num_sms(x: Tensor) -> int:
-    """Streaming multiprocessors of the device; the interpreter reports 4, for short loops."""
-    return _num_sms(x.device)
+    """Streaming multiprocessors of the device; the interpreter reports 4."""
+    return _gpu(x.device)[1]
 
 
 def stride_unit(*strides: int) -> int:

@@ -34,13 +34,7 @@ def register_attention() -> None:
 
 
 def attention_mask(
-    batch_size: int,
-    q_length: Any = None,
-    kv_length: int | None = None,
-    *args: Any,
-    attention_mask: Tensor | None = None,
-    mask_function: Any = None,
-    **kwargs: Any,
+    *args: Any, attention_mask: Tensor | None = None, mask_function: Any = None, **kwargs: Any
 ) -> Tensor | None:
     """The mask function registered with transformers: (B, S) bool if the mask is only padding.
 
@@ -59,16 +53,8 @@ def attention_mask(
             return None
         setattr(keep, _UNPADDING, unpad(keep))  # all layers get this very tensor, and share it
         return keep
-    options = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        *args,
-        attention_mask=attention_mask,
-        mask_function=mask_function,
-        **{**kwargs, **options},
-    )
+    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(*args, attention_mask=attention_mask, mask_function=mask_function, **kwargs)
 
 
 def attention_forward(

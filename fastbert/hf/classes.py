@@ -13,14 +13,7 @@ from torch import nn
 
 from fastbert.check import require
 from fastbert.hf.encode import run_encoder, run_model
-from fastbert.hf.families import (
-    FAMILIES,
-    Family,
-    Forward,
-    family_of,
-    keep_padding,
-    patched_base,
-)
+from fastbert.hf.families import FAMILIES, Forward, family_of, keep_padding, patched_base
 from fastbert.hf.heads import run_head, run_masked_lm, run_pretraining
 from fastbert.hf.hooks import ORIGINAL
 from fastbert.hf.stack import run_one_layer
@@ -65,16 +58,14 @@ def patch(
     require(precision in ("auto", "fp8"), "precision", '"auto" or "fp8"', repr(precision))
     is_known = padding in ("skip", "compute")
     require(is_known, "padding", '"skip" or "compute"', repr(padding))
-    found = is_patched(model)
     for module in model.modules():
-        new_class = _replacement(type(module))
-        if new_class is not None:
-            module.__class__ = new_class
-            found = True
+        cls: Any = type(module)
+        if _forward_of(cls) is not None:
+            module.__class__ = patched_class(cls)
         if patched_base(module) is not None:
             keep_padding(module, padding == "compute")
-    if not found:
-        names = ", ".join(family.model for family in FAMILIES.values())
+    if not is_patched(model):
+        names = ", ".join(f"{family.prefix}Model" for family in FAMILIES.values())
         raise TypeError(
             f"patch: expected a transformers model that contains one of {names}, "
             f"got {type(model).__module__}.{type(model).__name__}, which has none"
@@ -141,35 +132,23 @@ def _new_instance(original: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _replacement(cls: type) -> Any:
-    if ORIGINAL in vars(cls) or _forward_of(cls) is None:
-        return None
-    return patched_class(cls)
-
-
 def _forward_of(cls: type) -> Forward | None:
     """The packed forward for a class of transformers; None for a class that is not patched."""
     family = family_of(cls)
     if family is None or ORIGINAL in vars(cls):
         return None
-    return _role(family, cls.__name__)
-
-
-def _role(family: Family, name: str) -> Forward | None:
-    prefix = family.prefix
-    if name == family.model:
-        return run_model
-    if name == family.encoder:
-        return run_encoder
-    if name == family.layer:
-        return run_one_layer
-    if name == f"{prefix}ForMaskedLM":
-        return run_masked_lm
-    if name == "BertForPreTraining":
-        return run_pretraining
-    if name.startswith(f"{prefix}For") and name != f"{prefix}ForCausalLM":
-        return run_head
-    return None
+    name, prefix = cls.__name__, family.prefix
+    # DistilBERT's encoder has another name: its arguments vary by release, and `run_model` suffices
+    roles: dict[str, Forward | None] = {
+        f"{prefix}Model": run_model,
+        f"{prefix}Encoder": run_encoder,
+        f"{prefix}Layer": run_one_layer,
+        "TransformerBlock": run_one_layer,  # DistilBERT's layer
+        f"{prefix}ForMaskedLM": run_masked_lm,
+        "BertForPreTraining": run_pretraining,
+        f"{prefix}ForCausalLM": None,
+    }
+    return roles.get(name, run_head if name.startswith(f"{prefix}For") else None)
 
 
 # Arguments that patched models accept even if this version of transformers does not know them.

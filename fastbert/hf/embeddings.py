@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.check import require
-from fastbert.hf.families import Family, dropout_of
+from fastbert.hf.families import dropout_of
 from fastbert.hf.hooks import is_hooked, is_theirs, works_by_token
 from fastbert.hf.stack import family_of_module
 from fastbert.modules.embeddings import embed, stream_dtype
@@ -20,41 +20,41 @@ def embedded(
     model: Any,
     padding: Unpadding,
     rng: DropoutState | None,
-    input_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
-    position_ids: Tensor,
-    asked: dict[str, Tensor | None],
+    input_ids: Any,
+    inputs_embeds: Any,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
 ) -> Tensor:
     """The packed residual stream (T, H) before the first layer.
 
-    input_ids: (B, S), or None with inputs_embeds (B, S, E); position_ids: broadcasts to (B, S),
-    with defaults filled in; asked: the user's own position_ids and token_type_ids, or None.
+    input_ids: (B, S), or None with inputs_embeds (B, S, E); position_ids, token_type_ids: the
+    user's own, broadcasting to (B, S), None for transformers' defaults.
     """
-    embeddings = model.embeddings
+    embeddings, has_types = model.embeddings, family_of_module(model).has_types
+    positions = position_ids
+    if positions is None:
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        positions = positions_of(model, input_ids, given)
     # the device of the input, because an offloaded model's weights are on the meta device
-    own, device = own_dtype(embeddings), position_ids.device
-    dtype = stream_dtype(own, device, model.config, training=model.training)
-    has_types = family_of_module(model).has_types
+    dtype = stream_dtype(own_dtype(embeddings), positions.device, model)
     if not _are_plain(embeddings, has_types):
-        x = embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds, **asked)
+        types = {"token_type_ids": token_type_ids} if has_types else {}
+        x = embeddings(
+            input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, **types
+        )
         x = padding.pack(x).to(dtype)
     else:
-        shape = padding.batch_shape
-        token_type_ids = asked.get("token_type_ids")
         if has_types and token_type_ids is None:
-            token_type_ids = _types(embeddings, position_ids)
+            token_type_ids = _types(embeddings, positions)
 
-        def pack(ids: Tensor | None) -> Tensor | None:
-            return None if ids is None else padding.pack(ids.expand(shape))
+        def pack(ids: Tensor | None) -> Any:
+            return None if ids is None else padding.pack(ids.expand(padding.batch_shape))
 
         x = embed(
-            embeddings.word_embeddings,
-            embeddings.position_embeddings,
-            embeddings.token_type_embeddings if has_types else None,
-            embeddings.LayerNorm,
+            embeddings,
             dropout_of(embeddings.dropout),
             pack(input_ids),
-            padding.pack(position_ids.expand(shape)),
+            pack(positions),
             pack(token_type_ids),
             None if inputs_embeds is None else padding.pack(inputs_embeds),
             rng,
@@ -70,19 +70,14 @@ def own_dtype(embeddings: Any) -> torch.dtype:
     return next(embeddings.parameters()).dtype if weight is None else weight.dtype
 
 
-def positions_of(
-    model: Any,
-    family: Family,
-    input_ids: Tensor | None,
-    shape: tuple[int, int],
-    device: torch.device,
-) -> Tensor:
+def positions_of(model: Any, input_ids: Tensor | None, given: Tensor) -> Tensor:
     """(1 or B, S) int64: each token's column, or in RoBERTa's families its count of real tokens.
 
-    Raises ValueError for more columns, or in RoBERTa's families real tokens, than the model has
-    positions.
+    given: (B, S, ...), input_ids or embeddings. Raises ValueError for more columns, or in RoBERTa's
+    families real tokens, than the model has positions.
     """
-    embeddings, seqlen = model.embeddings, shape[1]
+    embeddings, family = model.embeddings, family_of_module(model)
+    seqlen, device = given.shape[1], given.device
     first = embeddings.padding_idx + 1 if family.counts_positions else 0
     weight = getattr(embeddings.position_embeddings, "weight", None)
     rows = len(weight) - first if isinstance(weight, Tensor) else None

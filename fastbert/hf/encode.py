@@ -6,31 +6,31 @@ reason, which `fastbert.explain` shows.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastbert import events
-from fastbert.hf.embeddings import embedded, own_dtype, positions_of
+from fastbert.hf.embeddings import embedded, own_dtype
 from fastbert.hf.families import Forward, Unsupported, keeps_padding
 from fastbert.hf.hooks import is_hooked, is_theirs
 from fastbert.hf.stack import (
     boundary_dtype,
     family_of_module,
     require_encoder,
-    require_values,
     returns_tuples,
     run_packed,
     states_wanted,
 )
 from fastbert.modules.embeddings import stream_dtype
+from fastbert.modules.encoder import pad_states
 from fastbert.modules.heads import first_tokens
-from fastbert.modules.request import DOCUMENTS, read_layout
+from fastbert.modules.request import DOCUMENTS, asked, read_layout
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.ops.unpad import Unpadding
-from fastbert.rng import for_batch
+from fastbert.rng import DropoutState, for_batch
 
 
 @dataclasses.dataclass
@@ -47,16 +47,14 @@ class Encoded:
 
 def run_model(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """The patched forward of a bare model: `BertModel`, `RobertaModel`, ..."""
-    wanted = dict(arguments)
-    return_dict = wanted.pop("return_dict", None)
     encoded = None
     try:
-        encoded = encode(model, wanted)
+        encoded = encode(model, arguments)
     except Unsupported as reason:
         events.refused(model, reason)
     if encoded is None:  # outside `except`, so that errors do not show Unsupported as their context
         return original(**arguments)
-    return _model_output(model, encoded, return_dict)
+    return _model_output(model, encoded, arguments)
 
 
 def encode(
@@ -66,86 +64,91 @@ def encode(
 
     rows: (Unpadding) -> Rows, the only tokens that the last layer has to compute.
     """
-    family = family_of_module(model)
     arguments = dict(arguments)
     input_ids = arguments.pop("input_ids", None)
     inputs_embeds = arguments.pop("inputs_embeds", None)
-    attention_mask = arguments.pop("attention_mask", None)
     token_type_ids = arguments.pop("token_type_ids", None)
-    position_ids = arguments.pop("position_ids", None)
-    packed = {name: arguments.pop(name, None) for name in DOCUMENTS}
+    mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
     given = input_ids if inputs_embeds is None else inputs_embeds
     if given is None or (input_ids is not None and inputs_embeds is not None) or given.ndim < 2:
         raise Unsupported("input that Hugging Face refuses")
-    encoder = family.encoder_of(model)
+    if mask is not None and mask.ndim not in (2, 4):
+        raise Unsupported(f"an attention_mask of {mask.ndim} dimensions")
+    encoder = getattr(model, family_of_module(model).stack)
     if is_hooked(encoder) or not is_theirs(encoder):
         raise Unsupported(f"a {type(encoder).__name__} of the user's own, or a hook on it")
-    layers = encoder.layer
-    parts = require_encoder(model.config, layers, arguments)
-    if attention_mask is not None and attention_mask.ndim not in (2, 4):
-        raise Unsupported(f"an attention_mask of {attention_mask.ndim} dimensions")
 
-    shape = given.shape[0], given.shape[1]
-    require_values(given)
-    keeps = keeps_padding(model)
-    padding, mask = read_layout(given, attention_mask, position_ids, keeps_padding=keeps, **packed)
-    positions = position_ids
-    if positions is None:
-        positions = positions_of(model, family, input_ids, shape, given.device)
+    def embed(padding: Unpadding, rng: DropoutState | None) -> tuple[Tensor, torch.dtype]:
+        ids = position_ids, token_type_ids
+        x = embedded(model, padding, rng, input_ids, inputs_embeds, *ids)
+        return x, own_dtype(model.embeddings)
 
-    rng = None
-    if any(module.training for module in (model, model.embeddings, *layers)):
-        rng = for_batch(padding.cu_seqlens, padding.num_tokens)
-    asked = {"position_ids": position_ids}
-    if family.has_types:
-        asked["token_type_ids"] = token_type_ids
-    x = embedded(model, padding, rng, input_ids, inputs_embeds, positions, asked)
-    sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, mask, rng)
-    states = states_wanted(model, arguments)
-    chosen = rows(padding) if rows is not None and not states else None
-    x, hidden_states = run_packed(model, layers, parts, x, sequences, padding, states, chosen)
-    dtype = boundary_dtype(own_dtype(model.embeddings), x.device)
-    return Encoded(x, hidden_states, padding, chosen, dtype)
+    modules = (model, model.embeddings, *encoder.layer)
+    return _run(model, encoder.layer, modules, given, arguments, embed, rows)
 
 
 def run_encoder(encoder: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """The patched forward of an encoder, which users' own models call directly."""
     wanted = dict(arguments)
     hidden_states = wanted.pop("hidden_states")
-    mask = wanted.pop("attention_mask", None)
-    positions = wanted.pop("position_ids", None)
-    packed = {name: wanted.pop(name, None) for name in DOCUMENTS}
-    found = None
+
+    def embed(padding: Unpadding, rng: DropoutState | None) -> tuple[Tensor, torch.dtype]:
+        own = hidden_states.dtype
+        x = padding.pack(hidden_states)
+        return x.to(stream_dtype(own, x.device, encoder)), own
+
+    encoded = None
     try:
-        parts = require_encoder(encoder.config, encoder.layer, wanted)
-        require_values(hidden_states)
-        keeps = keeps_padding(encoder)
-        padding, general = read_layout(
-            hidden_states, mask, positions, keeps_padding=keeps, **packed
-        )
-        own, device = hidden_states.dtype, hidden_states.device
-        dtype = stream_dtype(own, device, encoder.config, training=encoder.training)
-        x = padding.pack(hidden_states).to(dtype)
-        rng = None
-        if any(layer.training for layer in encoder.layer):
-            rng = for_batch(padding.cu_seqlens, x.shape[0])
-        sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
-        chosen = states_wanted(encoder, wanted)
-        found = run_packed(encoder, encoder.layer, parts, x, sequences, padding, chosen, None)
+        layers = encoder.layer
+        encoded = _run(encoder, layers, layers, hidden_states, wanted, embed)
     except Unsupported as reason:
         events.refused(encoder, reason)
-    if found is None:
+    if encoded is None:
         return original(**arguments)
-    x, states = found
-    dtype = boundary_dtype(hidden_states.dtype, hidden_states.device)
+    padding, dtype = encoded.padding, encoded.dtype
     output = output_class("BaseModelOutputWithPastAndCrossAttentions")(
-        last_hidden_state=padding.pad(x.to(dtype)), hidden_states=_padded(states, padding, dtype)
+        last_hidden_state=padding.pad(encoded.x.to(dtype)),
+        hidden_states=pad_states(encoded.states, padding, dtype),
     )
     # the encoders of transformers 5 accept return_dict and ignore it
     return output.to_tuple() if returns_tuples() and wanted.get("return_dict") is False else output
 
 
-def _model_output(model: Any, encoded: Encoded, return_dict: bool | None) -> Any:
+def _run(
+    module: Any,
+    layers: nn.ModuleList,
+    with_dropout: Iterable[nn.Module],
+    given: Tensor,
+    arguments: dict[str, Any],
+    embed: Callable[[Unpadding, DropoutState | None], tuple[Tensor, torch.dtype]],
+    rows: Callable[[Unpadding], Rows] | None = None,
+) -> Encoded:
+    """Packs, embeds and runs the layers of a model or an encoder, or raises Unsupported.
+
+    with_dropout: the modules that need a dropout state in training mode; given: (B, S, ...);
+    arguments: the call's others; embed: makes the residual stream (T, H), with the dtype that
+    Hugging Face's has without autocast; rows: see `encode`.
+    """
+    mask, positions = arguments.pop("attention_mask", None), arguments.pop("position_ids", None)
+    packed = {name: arguments.pop(name, None) for name in DOCUMENTS}
+    parts = require_encoder(module.config, layers, arguments)
+    if given.is_meta:
+        raise Unsupported("the meta device: a batch is packed by the values of its mask")
+    padding, general = read_layout(
+        given, mask, positions, keeps_padding=keeps_padding(module), **packed
+    )
+    rng = None
+    if any(one.training for one in with_dropout):
+        rng = for_batch(padding.cu_seqlens, padding.num_tokens)
+    x, own = embed(padding, rng)
+    sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
+    wanted = states_wanted(module, arguments)
+    chosen = rows(padding) if rows is not None and not wanted else None
+    x, states = run_packed(module, layers, parts, x, sequences, padding, wanted, chosen)
+    return Encoded(x, states, padding, chosen, boundary_dtype(own, x.device))
+
+
+def _model_output(model: Any, encoded: Encoded, arguments: dict[str, Any]) -> Any:
     family = family_of_module(model)
     padding, x, dtype = encoded.padding, encoded.x, encoded.dtype
     fields: dict[str, Any] = {"last_hidden_state": padding.pad(x.to(dtype))}
@@ -155,11 +158,9 @@ def _model_output(model: Any, encoded: Encoded, return_dict: bool | None) -> Any
         fields["pooler_output"] = pooler(first_tokens(x, padding.cu_seqlens).to(dtype)[:, None])
     elif pooler is not None:
         fields["pooler_output"] = pooler(fields["last_hidden_state"])
-    fields["hidden_states"] = _padded(encoded.states, padding, dtype)
+    fields["hidden_states"] = pad_states(encoded.states, padding, dtype)
     output = output_class(family.output)(**fields)
-    if return_dict is None:
-        return_dict = model.config.return_dict
-    if return_dict:
+    if asked(model.config, arguments, "return_dict"):
         return output
     states, *rest = output.to_tuple()
     # the heads of transformers 4.57 read hidden states from the third element of the tuple on
@@ -170,14 +171,6 @@ def _model_output(model: Any, encoded: Encoded, return_dict: bool | None) -> Any
 def is_plain_pooler(pooler: nn.Module) -> bool:
     """Whether `pooler` is transformers' own, which reads the first token, and has no hooks."""
     return is_theirs(pooler) and not any(map(is_hooked, pooler.modules()))
-
-
-def _padded(
-    states: tuple[Tensor | None, ...] | None, padding: Unpadding, dtype: torch.dtype
-) -> tuple[Tensor | None, ...] | None:
-    if states is None:
-        return None
-    return tuple(None if x is None else padding.pad(x.to(dtype)) for x in states)
 
 
 def output_class(name: str) -> Any:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from fastbert.hf.hooks import ORIGINAL, is_hooked, is_theirs, works_by_token
 from fastbert.modules.activations import GELU_TANH, Activation, dense_and_activate
+from fastbert.modules.bert_layer import read_parts
+from fastbert.modules.embeddings import normalized
 from fastbert.modules.layer import LayerParts
 from fastbert.modules.linear import Leaf, is_plain
-from fastbert.ops.layer_norm import layer_norm
 
 Forward = Callable[..., Any]  # of transformers' modules, or one that replaces it
 
@@ -30,31 +31,6 @@ class MaskedHead(NamedTuple):
 
     transform: Callable[[Tensor], Tensor]
     decoder: nn.Module
-
-
-class Family(NamedTuple):
-    """How to read the models of one `transformers.models.*` module.
-
-    prefix: of its class names; encoder, layer: class names; encoder_of: (model) -> the module with
-    the layers as `.layer`; parts: (layer) -> LayerParts and head: (masked LM) -> MaskedHead, both
-    raise Unsupported; has_types: whether there are token types; counts_positions: whether positions
-    number the real tokens from padding_idx + 1, as RoBERTa's do; output: the class in
-    transformers.modeling_outputs that the bare model returns.
-    """
-
-    prefix: str
-    encoder: str | None
-    layer: str
-    encoder_of: Callable[[Any], Any]
-    parts: Callable[[Any], LayerParts]
-    head: Callable[[Any], MaskedHead]
-    has_types: bool = True
-    counts_positions: bool = False
-    output: str = "BaseModelOutputWithPoolingAndCrossAttentions"
-
-    @property
-    def model(self) -> str:
-        return f"{self.prefix}Model"
 
 
 def _require_untouched(*modules: nn.Module) -> None:
@@ -99,9 +75,7 @@ def activation_of(function: Activation) -> Activation:
         is_known = cls.__module__ in ("transformers.activations", "torch.nn.modules.activation")
         if is_hooked(function) or not is_known:
             raise Unsupported(f"a {cls.__name__} as activation, or a hook on it")
-        if cls.__module__ == "transformers.activations":
-            return _ACTIVATIONS.get(cls.__name__, function)
-        return function
+        return _ACTIVATIONS.get(cls.__name__, function)
     inner = function.func if isinstance(function, functools.partial) else function
     if not (getattr(inner, "__module__", None) or "torch").startswith("torch"):
         raise Unsupported("a function of the user's own as activation")
@@ -122,21 +96,11 @@ def _bert_parts(layer: Any) -> LayerParts:
     if getattr(this, "position_embedding_type", "absolute") != "absolute":
         raise Unsupported("relative positions")
     _require_plain_layer(layer, layer.chunk_size_feed_forward)
-    return LayerParts(
-        query=leaf(this.query),
-        key=leaf(this.key),
-        value=leaf(this.value),
-        num_heads=this.num_attention_heads,
-        attention_dropout=dropout_of(this.dropout) if this.training else 0.0,
-        attention_output=leaf(attention.output.dense),
-        attention_output_dropout=dropout_of(attention.output.dropout),
-        attention_norm=leaf(attention.output.LayerNorm, nn.LayerNorm),
-        intermediate=leaf(layer.intermediate.dense),
-        activation=activation_of(layer.intermediate.intermediate_act_fn),
-        output=leaf(layer.output.dense),
-        output_dropout=dropout_of(layer.output.dropout),
-        output_norm=leaf(layer.output.LayerNorm, nn.LayerNorm),
-    )
+
+    def dropout(module: Any) -> float:
+        return 0.0 if module is this and not this.training else dropout_of(module.dropout)
+
+    return read_parts(layer, leaf, dropout, activation_of)
 
 
 def _distilbert_parts(layer: Any) -> LayerParts:
@@ -167,17 +131,14 @@ def _require_plain_layer(layer: Any, chunk_size: int) -> None:
         raise Unsupported("a decoder's layer")
 
 
-def _before_vocabulary(dense: Any, activation: Activation, norm: Any) -> Activation:
+def _masked_head(dense: Any, activation: Activation, norm: Any, decoder: nn.Module) -> MaskedHead:
     linear, function = leaf(dense), activation_of(activation)
     leaf(norm, nn.LayerNorm)
 
     def transform(rows: Tensor) -> Tensor:
-        x = dense_and_activate(rows, linear, function)
-        if is_plain(norm, nn.LayerNorm):
-            return layer_norm(x, norm.weight, norm.bias, norm.eps)
-        return norm(x)
+        return normalized(dense_and_activate(rows, linear, function), norm)
 
-    return transform
+    return MaskedHead(transform, decoder)
 
 
 def _bert_head(model: Any) -> MaskedHead:
@@ -186,57 +147,57 @@ def _bert_head(model: Any) -> MaskedHead:
     _require_untouched(head)
     parts = head.transform
     _require_untouched(parts)
-    return MaskedHead(
-        _before_vocabulary(parts.dense, parts.transform_act_fn, parts.LayerNorm), head.decoder
-    )
+    return _masked_head(parts.dense, parts.transform_act_fn, parts.LayerNorm, head.decoder)
 
 
 def _roberta_head(model: Any) -> MaskedHead:
     head = model.lm_head
     _require_untouched(head)
-    return MaskedHead(_before_vocabulary(head.dense, F.gelu, head.layer_norm), head.decoder)
+    return _masked_head(head.dense, F.gelu, head.layer_norm, head.decoder)
 
 
 def _distilbert_head(model: Any) -> MaskedHead:
-    transform = _before_vocabulary(model.vocab_transform, model.activation, model.vocab_layer_norm)
-    return MaskedHead(transform, model.vocab_projector)
+    return _masked_head(
+        model.vocab_transform, model.activation, model.vocab_layer_norm, model.vocab_projector
+    )
 
 
 def _electra_head(model: Any) -> MaskedHead:
     head = model.generator_predictions
     _require_untouched(head)
-    return MaskedHead(
-        _before_vocabulary(head.dense, head.activation, head.LayerNorm), model.generator_lm_head
-    )
+    return _masked_head(head.dense, head.activation, head.LayerNorm, model.generator_lm_head)
 
 
-def _bert_like(prefix: str, head: Callable[[Any], MaskedHead], **options: Any) -> Family:
-    return Family(
-        prefix,
-        encoder=f"{prefix}Encoder",
-        layer=f"{prefix}Layer",
-        encoder_of=lambda model: model.encoder,
-        parts=_bert_parts,
-        head=head,
-        **options,
-    )
+class Family(NamedTuple):
+    """How to read the models of one `transformers.models.*` module.
+
+    prefix: of its class names; head: (masked LM) -> MaskedHead and parts: (layer) -> LayerParts,
+    both raise Unsupported; stack: the model's attribute for the module with the layers as `.layer`;
+    has_types: whether there are token types; counts_positions: whether positions number the real
+    tokens from padding_idx + 1, as RoBERTa's do; output: the class in transformers.modeling_outputs
+    that the bare model returns.
+    """
+
+    prefix: str
+    head: Callable[[Any], MaskedHead]
+    parts: Callable[[Any], LayerParts] = _bert_parts
+    stack: str = "encoder"
+    has_types: bool = True
+    counts_positions: bool = False
+    output: str = "BaseModelOutputWithPoolingAndCrossAttentions"
 
 
 FAMILIES: dict[str, Family] = {
-    "bert": _bert_like("Bert", _bert_head),
-    "roberta": _bert_like("Roberta", _roberta_head, counts_positions=True),
-    "xlm_roberta": _bert_like("XLMRoberta", _roberta_head, counts_positions=True),
-    "camembert": _bert_like("Camembert", _roberta_head, counts_positions=True),
-    "electra": _bert_like(
-        "Electra", _electra_head, output="BaseModelOutputWithPastAndCrossAttentions"
-    ),
+    "bert": Family("Bert", _bert_head),
+    "roberta": Family("Roberta", _roberta_head, counts_positions=True),
+    "xlm_roberta": Family("XLMRoberta", _roberta_head, counts_positions=True),
+    "camembert": Family("Camembert", _roberta_head, counts_positions=True),
+    "electra": Family("Electra", _electra_head, output="BaseModelOutputWithPastAndCrossAttentions"),
     "distilbert": Family(
         "DistilBert",
-        encoder=None,  # not patched: its argument names vary by release; `run_model` suffices
-        layer="TransformerBlock",
-        encoder_of=lambda model: model.transformer,
-        parts=_distilbert_parts,
-        head=_distilbert_head,
+        _distilbert_head,
+        _distilbert_parts,
+        stack="transformer",
         has_types=False,
         output="BaseModelOutput",
     ),

@@ -16,18 +16,19 @@ from fastbert.hf.encode import encode, is_plain_pooler
 from fastbert.hf.families import (
     Forward,
     Unsupported,
-    family_of,
     keeps_padding,
     leaf,
     patched_base,
     runs_patched,
 )
 from fastbert.hf.hooks import is_hooked
+from fastbert.hf.stack import family_of_module
 from fastbert.models.inputs import wants_logits
 from fastbert.models.losses import Scored, pretraining_loss, score_classes, score_words, span_loss
 from fastbert.modules.heads import first_tokens
 from fastbert.modules.linear import is_plain
 from fastbert.modules.masks import real_tokens
+from fastbert.modules.request import asked
 from fastbert.modules.sequences import Rows
 from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
 from fastbert.ops.unpad import Unpadding
@@ -87,10 +88,11 @@ def run_head(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     mean of the whole batch.
     """
     name = patched_base(model).__name__
+    arguments = dict(arguments)
+    num_items = arguments.pop("num_items_in_batch", None)  # unknown to the heads of 4.57
     if name.endswith("ForQuestionAnswering"):
-        return _run_spans(model, original, arguments)
-    labels, num_items = (arguments.get(name) for name in ("labels", "num_items_in_batch"))
-    arguments = _without(arguments, ("num_items_in_batch",))  # unknown to the heads of 4.57
+        return _run_spans(model, original, arguments, num_items)
+    labels = arguments.get("labels")
     if labels is None:
         return original(**arguments)
     if name.endswith(("ForTokenClassification", "ForPreTraining")):  # labels are one per token
@@ -107,12 +109,12 @@ def run_head(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     return _returned(model, output, arguments)
 
 
-def _run_spans(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
+def _run_spans(
+    model: Any, original: Forward, arguments: dict[str, Any], num_items: Tensor | int | None
+) -> Any:
     """The patched forward of `BertForQuestionAnswering`, ...: Hugging Face's logits, and a loss
     that normalises starts and ends separately, because only one of them may be at padding."""
     names = ("start_positions", "end_positions")
-    num_items = arguments.get("num_items_in_batch")
-    arguments = _without(arguments, ("num_items_in_batch",))
     if any(arguments.get(name) is None for name in names):
         return original(**arguments)
     output = original(**_without(arguments, (*names, "return_dict")), return_dict=True)
@@ -149,9 +151,7 @@ def _score_rows(
     """
     if labels.is_meta:
         raise Unsupported("the meta device: nothing tells which tokens have a target")
-    family = family_of(patched_base(model))
-    assert family is not None
-    head = family.head(model)
+    head = family_of_module(model).head(model)
     leaf(head.decoder)  # raises Unsupported if the decoder must see every token
     base = getattr(model, model.base_model_prefix)
     rest = _without(arguments, _HEADS_OWN)
@@ -183,13 +183,9 @@ def _run_rows(
     def rows_of(padding: Unpadding) -> Rows:
         nonlocal packed_labels
         packed_labels = padding.pack(labels)
+        has_label = packed_labels != IGNORE_INDEX
         return Rows.read_by_losses(
-            padding.cu_seqlens,
-            padding.max_seqlen,
-            padding.num_tokens,
-            first=with_pairs,
-            has_label=packed_labels != IGNORE_INDEX,
-            num_labels=num_labels,
+            padding, first=with_pairs, has_label=has_label, num_labels=num_labels
         )
 
     if with_pairs and not is_plain_pooler(base.pooler):
@@ -239,10 +235,7 @@ def _of_real_tokens(model: Any, labels: Tensor, arguments: dict[str, Any]) -> Te
 
 
 def _returned(model: Any, output: Any, arguments: dict[str, Any]) -> Any:
-    return_dict = arguments.get("return_dict")
-    if return_dict is None:
-        return_dict = model.config.return_dict
-    return output if return_dict else output.to_tuple()
+    return output if asked(model.config, arguments, "return_dict") else output.to_tuple()
 
 
 def _without(arguments: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fastbert.hf.families import (
 from fastbert.hf.hooks import is_observed
 from fastbert.modules.layer import LayerParts, Stream, run_layer
 from fastbert.modules.plan import Planner
-from fastbert.modules.request import unknown_argument
+from fastbert.modules.request import asked, unknown_argument
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.stack import run_stack
 from fastbert.ops.unpad import Unpadding
@@ -32,8 +32,7 @@ def require_encoder(
     """The parts of the layers; raises Unsupported if the packed path does not support the call."""
     if getattr(config, "is_decoder", False):
         raise Unsupported("a decoder: it attends to earlier tokens only")
-    attentions = arguments.get("output_attentions")
-    if config.output_attentions if attentions is None else attentions:
+    if asked(config, arguments, "output_attentions"):
         raise Unsupported("output_attentions: the fused attention never forms the probabilities")
     name = unknown_argument(arguments)
     if name is not None:
@@ -59,12 +58,6 @@ def is_built_in(attention: str) -> bool:
     return found is attention_forward or found.__module__.startswith("transformers.integrations.")
 
 
-def require_values(given: Tensor) -> None:
-    """Raises Unsupported for a tensor on the meta device."""
-    if given.is_meta:
-        raise Unsupported("the meta device: a batch is packed by the values of its mask")
-
-
 def parts_of(layer: Any) -> LayerParts:
     """The parts of a patched layer; raises Unsupported where they cannot be read."""
     if not runs_patched(layer):
@@ -83,9 +76,7 @@ def family_of_module(module: nn.Module) -> Family:
 
 def states_wanted(module: Any, arguments: dict[str, Any]) -> bool | Collection[int]:
     """The call's or the config's output_hidden_states; layer numbers only on transformers 5."""
-    wanted = arguments.get("output_hidden_states")
-    if wanted is None:
-        wanted = module.config.output_hidden_states
+    wanted = asked(module.config, arguments, "output_hidden_states")
     is_choice = isinstance(wanted, (list, tuple, set)) and not returns_tuples()
     return wanted if is_choice else bool(wanted)
 

@@ -43,13 +43,10 @@ class BertForSequenceClassification(_Classifier):
     def predict(self, request: Request, labels: Tensor | None = None) -> SequenceClassifierOutput:
         request = request.only(first=True)
         encoded = self.encode(request)
-        logits, loss = self.classifier(self.dropout(encoded.pooler_output)), None
+        logits, scored = self.classifier(self.dropout(encoded.pooler_output)), None
         if labels is not None:
             scored = score_sequences(logits, labels, self.config.problem_type)
-            loss = scored.loss(request.num_items)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=encoded.hidden_states
-        )
+        return request.output(SequenceClassifierOutput, encoded, logits, scored)
 
 
 class BertForTokenClassification(_Classifier):
@@ -67,11 +64,8 @@ class BertForTokenClassification(_Classifier):
         encoded = self.encode(request)
         logits = self.classifier(self.dropout(encoded.last_hidden_state))
         labels = request.batch.labels
-        return TokenClassifierOutput(
-            loss=None if labels is None else score_classes(logits, labels).loss(request.num_items),
-            logits=request.padded(logits),
-            hidden_states=encoded.hidden_states,
-        )
+        scored = None if labels is None else score_classes(logits, labels)
+        return request.output(TokenClassifierOutput, encoded, request.padded(logits), scored)
 
 
 class BertForMultipleChoice(_Classifier):
@@ -124,8 +118,5 @@ class BertForMultipleChoice(_Classifier):
         request = request.only(first=True)
         encoded = self.encode(request)
         logits = self.classifier(self.dropout(encoded.pooler_output)).view(-1, num_choices)
-        return MultipleChoiceModelOutput(
-            loss=None if labels is None else score_classes(logits, labels).loss(request.num_items),
-            logits=logits,
-            hidden_states=encoded.hidden_states,
-        )
+        scored = None if labels is None else score_classes(logits, labels)
+        return request.output(MultipleChoiceModelOutput, encoded, logits, scored)

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.check import require
-from fastbert.modules.request import DOCUMENTS, read_layout, refuse_attentions, refuse_unknown
+from fastbert.models.losses import Scored
+from fastbert.modules.request import (
+    DOCUMENTS,
+    asked,
+    read_layout,
+    refuse_attentions,
+    refuse_unknown,
+)
 from fastbert.modules.sequences import Rows
 from fastbert.ops.unpad import Unpadding
 from fastbert.packing import IGNORE_INDEX, PackedBatch
@@ -66,21 +73,14 @@ class Request:
     @classmethod
     def read(cls, who: str, config: Any, inputs: Inputs, options: dict[str, Any]) -> Self:
         """Reads a call; raises ValueError for arguments that do not fit together or are unknown."""
-        options = dict(options)
-        documents = {name: options.pop(name, None) for name in DOCUMENTS}
-        hidden_states = options.pop("output_hidden_states", None)
-        attentions = options.pop("output_attentions", None)
-        return_dict = options.pop("return_dict", None)
-        num_items = options.pop("num_items_in_batch", None)
-        refuse_unknown(who, options)
-        refuse_attentions(config.output_attentions if attentions is None else attentions)
-        batch, padding = pack_inputs(inputs, documents)
+        documents = {name: options.get(name) for name in DOCUMENTS}
+        refuse_unknown(who, {name: x for name, x in options.items() if name not in DOCUMENTS})
+        refuse_attentions(asked(config, options, "output_attentions"))
         return cls(
-            batch,
-            padding,
-            config.output_hidden_states if hidden_states is None else hidden_states,
-            config.return_dict if return_dict is None else return_dict,
-            num_items,
+            *pack_inputs(inputs, documents),
+            asked(config, options, "output_hidden_states"),
+            asked(config, options, "return_dict"),
+            options.get("num_items_in_batch"),
         )
 
     def labelled(self, labels: Tensor | None) -> Self:
@@ -124,8 +124,15 @@ class Request:
         """This request for the tokens of `wanted_rows` only, unless hidden states are wanted."""
         if self.output_hidden_states:
             return self
-        return dataclasses.replace(
-            self, rows=wanted_rows(self.batch, first=first, labelled=labelled)
+        rows = wanted_rows(self.batch, first=first, labelled=labelled)
+        return dataclasses.replace(self, rows=rows)
+
+    def output(self, kind: Any, encoded: Any, logits: Tensor | None, scored: Scored | None) -> Any:
+        """The output of class `kind`: the loss normalised, None without a score; logits; states."""
+        return kind(
+            loss=None if scored is None else scored.loss(self.num_items),
+            logits=logits,
+            hidden_states=encoded.hidden_states,
         )
 
     def padded(self, tokens: Tensor) -> Tensor:
@@ -158,14 +165,7 @@ def wanted_rows(batch: PackedBatch, *, first: bool, labelled: bool) -> Rows:
         assert batch.labels is not None
         has_label = batch.labels != IGNORE_INDEX
         num_labels = int(has_label.sum()) if batch.num_labels is None else batch.num_labels
-    return Rows.read_by_losses(
-        batch.cu_seqlens,
-        batch.max_seqlen,
-        batch.num_tokens,
-        first=first,
-        has_label=has_label,
-        num_labels=num_labels,
-    )
+    return Rows.read_by_losses(batch, first=first, has_label=has_label, num_labels=num_labels)
 
 
 def pack_inputs(inputs: Inputs, documents: dict[str, Any]) -> tuple[PackedBatch, Unpadding | None]:
@@ -203,16 +203,11 @@ def pack_inputs(inputs: Inputs, documents: dict[str, Any]) -> tuple[PackedBatch,
     padding, general_mask = read_layout(given, attention_mask, position_ids, **documents)
     if position_ids is None:
         position_ids = _positions(padding, given)
-    by_token = {
-        "input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids
-    }  # fmt: skip
     batch = PackedBatch(
-        **{
-            name: _packed(padding, name, tensor)
-            for name, tensor in by_token.items()
-            if tensor is not None
-        },  # type: ignore[arg-type]
+        input_ids=_packed(padding, "input_ids", input_ids),
         inputs_embeds=None if inputs_embeds is None else padding.pack(inputs_embeds),
+        position_ids=_packed(padding, "position_ids", position_ids),
+        token_type_ids=_packed(padding, "token_type_ids", token_type_ids),
         cu_seqlens=padding.cu_seqlens,
         max_seqlen=padding.max_seqlen,
         attention_mask=general_mask,
@@ -230,7 +225,10 @@ def _positions(padding: Unpadding, given: Tensor) -> Tensor:
     return columns - starts.repeat_interleave(lengths, output_size=seqlen)
 
 
-def _packed(padding: Unpadding, name: str, tensor: Tensor) -> Tensor:
+def _packed(padding: Unpadding, name: str, tensor: Any) -> Any:
+    """(B, S), or what broadcasts to it, -> (T,); None stays None."""
+    if tensor is None:
+        return None
     try:
         tensor = tensor.expand(padding.batch_shape)
     except RuntimeError:

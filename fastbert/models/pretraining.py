@@ -36,13 +36,16 @@ class _PredictsWords(BertPreTrainedModel):
         self.cls.predictions.decoder.bias = self.cls.predictions.bias
 
     def _read(
-        self, request: Request, with_pairs: bool, return_logits: bool | None, skip: bool | None
+        self, request: Request, with_pairs: bool, **asked: bool | None
     ) -> tuple[Any, Scored | None, Tensor | None]:
-        """The encoder's output; the masked-LM score, None without a loss; the logits if wanted."""
+        """The encoder's output; the masked-LM score, None without a loss; the logits if wanted.
+
+        asked: return_logits and skip_logits
+        """
         batch, head = request.batch, self.cls.predictions
         pair_labels = batch.next_sentence_label
         has_loss = batch.labels is not None and (not with_pairs or pair_labels is not None)
-        with_logits = wants_logits(self, has_loss, return_logits, skip)
+        with_logits = wants_logits(self, has_loss, **asked)
         if has_loss and not with_logits:
             request = request.only(first=with_pairs, labelled=True)
         encoded = self.encode(request)
@@ -102,11 +105,10 @@ class BertForPreTraining(_PredictsWords):
         request: Request,
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
-        return_logits: bool | None = None,
-        skip_logits: bool | None = None,
+        **asked: bool | None,
     ) -> BertForPreTrainingOutput:
         request = request.labelled(labels).labelled_pairs(next_sentence_label)
-        encoded, words, logits = self._read(request, True, return_logits, skip_logits)
+        encoded, words, logits = self._read(request, True, **asked)
         pair_logits, loss = self.cls.seq_relationship(encoded.pooler_output), None
         if words is not None:
             assert request.batch.next_sentence_label is not None
@@ -166,13 +168,11 @@ class BertForMaskedLM(_PredictsWords):
         self,
         request: Request,
         labels: Tensor | None = None,
-        return_logits: bool | None = None,
-        skip_logits: bool | None = None,
+        **asked: bool | None,
     ) -> MaskedLMOutput:
         request = request.labelled(labels)
-        encoded, words, logits = self._read(request, False, return_logits, skip_logits)
-        loss = None if words is None else words.loss(request.num_items)
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+        encoded, words, logits = self._read(request, False, **asked)
+        return request.output(MaskedLMOutput, encoded, logits, words)
 
 
 class BertForNextSentencePrediction(LabelledModel):
@@ -194,8 +194,5 @@ class BertForNextSentencePrediction(LabelledModel):
         request = request.labelled_pairs(labels).only(first=True)
         encoded = self.encode(request)
         logits, labels = self.cls(encoded.pooler_output), request.batch.next_sentence_label
-        return NextSentencePredictorOutput(
-            loss=None if labels is None else score_classes(logits, labels).loss(request.num_items),
-            logits=logits,
-            hidden_states=encoded.hidden_states,
-        )
+        scored = None if labels is None else score_classes(logits, labels)
+        return request.output(NextSentencePredictorOutput, encoded, logits, scored)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastbert.modules.activations import activation, dense_and_activate
+from fastbert.modules.activations import Activation, activation, dense_and_activate
 from fastbert.modules.layer import LayerParts, project_and_norm, self_attention
 from fastbert.modules.linear import Leaf, is_plain
 from fastbert.modules.sequences import Sequences
@@ -37,7 +37,7 @@ class BertSelfAttention(nn.Module):
             Leaf(self.key),
             Leaf(self.value),
             self.num_attention_heads,
-            self.dropout.p if self.training else 0.0,
+            _dropout_of(self),
             sequences,
         )
 
@@ -60,9 +60,9 @@ class _ProjectAndNorm(nn.Module):
     def forward(
         self, hidden_states: Tensor, residual: Tensor, rng: DropoutState | None = None
     ) -> Tensor:
-        dropout_p = self.dropout.p if self.training else 0.0
         dense, norm = Leaf(self.dense), Leaf(self.LayerNorm, nn.LayerNorm)
-        return project_and_norm(hidden_states, residual, dense, norm, dropout_p, rng, self.save).x
+        p = _dropout_of(self)
+        return project_and_norm(hidden_states, residual, dense, norm, p, rng, self.save).x
 
 
 class BertSelfOutput(_ProjectAndNorm):
@@ -137,37 +137,45 @@ def parts_of(layer: Any) -> LayerParts | None:
     attention, this = layer.attention, layer.attention.self
     outputs = attention.output, layer.output
     modules = (attention, this, *outputs, layer.intermediate)
-    if not all(map(is_plain, modules, list(_FORWARDS)[1:])):
+    if not all(map(is_plain, modules, _KINDS[1:])):
         return None
-    dropouts = [one.dropout for one in (this, *outputs)]
+    parts = read_parts(layer, Leaf, _dropout_of, lambda function: function)
+    return parts._replace(attention_save=outputs[0].save, output_save=outputs[1].save)
+
+
+def read_parts(
+    layer: Any,
+    leaf: Callable[..., Leaf],
+    dropout: Callable[[Any], float],
+    function: Callable[[Activation], Activation],
+) -> LayerParts:
+    """The parts of a layer with BERT's module names, Hugging Face's or fastbert's.
+
+    leaf: of (module, class), reads a linear layer or norm; dropout: the probability in a module
+    that has a `dropout`; function: reads the activation.
+    """
+    attention, this = layer.attention, layer.attention.self
     return LayerParts(
-        Leaf(this.query),
-        Leaf(this.key),
-        Leaf(this.value),
-        this.num_attention_heads,
-        dropouts[0].p if this.training else 0.0,
-        Leaf(attention.output.dense),
-        dropouts[1].p if outputs[0].training else 0.0,
-        Leaf(attention.output.LayerNorm, nn.LayerNorm),
-        Leaf(layer.intermediate.dense),
-        layer.intermediate.intermediate_act_fn,
-        Leaf(layer.output.dense),
-        dropouts[2].p if outputs[1].training else 0.0,
-        Leaf(layer.output.LayerNorm, nn.LayerNorm),
-        outputs[0].save,
-        outputs[1].save,
+        query=leaf(this.query),
+        key=leaf(this.key),
+        value=leaf(this.value),
+        num_heads=this.num_attention_heads,
+        attention_dropout=dropout(this),
+        attention_output=leaf(attention.output.dense),
+        attention_output_dropout=dropout(attention.output),
+        attention_norm=leaf(attention.output.LayerNorm, nn.LayerNorm),
+        intermediate=leaf(layer.intermediate.dense),
+        activation=function(layer.intermediate.intermediate_act_fn),
+        output=leaf(layer.output.dense),
+        output_dropout=dropout(layer.output),
+        output_norm=leaf(layer.output.LayerNorm, nn.LayerNorm),
     )
+
+
+def _dropout_of(module: Any) -> float:
+    return module.dropout.p if module.training else 0.0
 
 
 # The forwards of a layer and of its modules, in the order in which `parts_of` checks these.
-_FORWARDS = {
-    kind: kind.forward
-    for kind in (
-        BertLayer,
-        BertAttention,
-        BertSelfAttention,
-        BertSelfOutput,
-        BertOutput,
-        BertIntermediate,
-    )
-}
+_KINDS = (BertLayer, BertAttention, BertSelfAttention, BertSelfOutput, BertOutput, BertIntermediate)
+_FORWARDS = {kind: kind.forward for kind in _KINDS}

@@ -12,29 +12,24 @@ from fastbert.ops.layer_norm import layer_norm
 from fastbert.rng import DropoutState
 
 
-def stream_dtype(
-    own: torch.dtype, device: torch.device, config: Any, *, training: bool
-) -> torch.dtype:
+def stream_dtype(own: torch.dtype, device: torch.device, module: Any) -> torch.dtype:
     """The dtype of the residual stream: `own`, but under autocast float32 or the low precision.
 
-    `config.residual_in_fp32`, of either kind of configuration, decides. Where it is None or
-    missing, training uses the low precision, which halves the memory traffic of the operators
+    `module.config.residual_in_fp32`, of either kind of configuration, decides. Where it is None or
+    missing, training mode uses the low precision, which halves the memory traffic of the operators
     between the products. Eval mode uses float32, as Hugging Face always does, for 2 to 7 times
     smaller errors; `docs/numerics.md` has the measurements. Statistics are in float32 either way.
     """
     if not torch.is_autocast_enabled(device.type):
         return own
-    in_fp32 = getattr(config, "residual_in_fp32", None)
-    if in_fp32 or (in_fp32 is None and not training):
+    in_fp32 = getattr(module.config, "residual_in_fp32", None)
+    if in_fp32 or (in_fp32 is None and not module.training):
         return torch.promote_types(own, torch.float32)
     return torch.get_autocast_dtype(device.type)
 
 
 def embed(
-    words: Any,
-    positions: Any,
-    types: Any,
-    norm: Any,
+    embeddings: Any,
     dropout_p: float,
     input_ids: Tensor | None,
     position_ids: Tensor,
@@ -46,15 +41,17 @@ def embed(
 ) -> Tensor:
     """`dropout(norm(words + types + positions))`: (...) ids -> (..., H) in `dtype`.
 
-    words, positions, types: embedding modules, types None in a model without segments; norm: a
-    norm module. A module that is not a plain nn.Embedding or nn.LayerNorm is called.
+    embeddings: has the tables and the norm under Hugging Face's names; DistilBERT's has no table of
+    token types. A module that is not a plain nn.Embedding or nn.LayerNorm is called.
     token_type_ids of None means zeros; inputs_embeds (..., H) replaces the word embeddings.
     """
-    tables = (words, positions, types)
+    words, positions = embeddings.word_embeddings, embeddings.position_embeddings
+    types = getattr(embeddings, "token_type_embeddings", None)
+    norm = embeddings.LayerNorm
     if (
         inputs_embeds is None
         and types is not None
-        and all(map(is_plain_table, tables))
+        and all(map(is_plain_table, (words, positions, types)))
         and is_affine(norm)
     ):
         return embedding_layer_norm(
@@ -76,13 +73,17 @@ def embed(
     if types is not None:
         x = x + types(torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids)
     x = x + positions(position_ids)
-    x = layer_norm(x, norm.weight, norm.bias, norm.eps) if is_affine(norm) else norm(x)
-    return dropout(x.to(dtype), dropout_p, rng)
+    return dropout(normalized(x, norm).to(dtype), dropout_p, rng)
 
 
 def is_affine(norm: Any) -> bool:
     """Whether `norm` is a plain nn.LayerNorm with a weight and a bias, as the operators need."""
     return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+
+
+def normalized(x: Tensor, norm: Any) -> Tensor:
+    """(..., H) -> (..., H) by a norm module; by the operator where that computes the same."""
+    return layer_norm(x, norm.weight, norm.bias, norm.eps) if is_affine(norm) else norm(x)
 
 
 def _without_padding_gradient(positions: Any) -> Tensor:
@@ -118,21 +119,7 @@ class BertEmbeddings(nn.Module):
         rng: DropoutState | None = None,
     ) -> Tensor:
         """(...) int64 ids -> (..., H); token_type_ids of None means all zeros."""
-        return embed(
-            self.word_embeddings,
-            self.position_embeddings,
-            self.token_type_embeddings,
-            self.LayerNorm,
-            self.dropout.p if self.training else 0.0,
-            input_ids,
-            position_ids,
-            token_type_ids,
-            inputs_embeds,
-            rng,
-            dtype=stream_dtype(
-                self.LayerNorm.weight.dtype,
-                position_ids.device,
-                self.config,
-                training=self.training,
-            ),
-        )
+        dtype = stream_dtype(self.LayerNorm.weight.dtype, position_ids.device, self)
+        p = self.dropout.p if self.training else 0.0
+        ids = input_ids, position_ids, token_type_ids
+        return embed(self, p, *ids, inputs_embeds, rng, dtype=dtype)

@@ -8,7 +8,7 @@ parameter names are Hugging Face's. The modules pass each other one (T, H) tenso
 import dataclasses
 import sys
 from collections.abc import Collection
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,6 @@ from fastbert.modules.stack import run_stack
 from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import BaseModelOutputWithPastAndCrossAttentions
 from fastbert.rng import DropoutState, for_batch
-
-Output = TypeVar("Output", bound=Any)
 
 
 class BertEncoder(nn.Module):
@@ -115,8 +113,7 @@ class BertEncoder(nn.Module):
         captured = _captured_around()
         if "hidden_states" in captured and not output_hidden_states:
             output_hidden_states = True
-        own, device = hidden_states.dtype, hidden_states.device
-        dtype = stream_dtype(own, device, self.config, training=self.training)
+        dtype = stream_dtype(hidden_states.dtype, hidden_states.device, self)
         stream = padding.pack(hidden_states).to(dtype)
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
         packed = self._run(stream, sequences, output_hidden_states)
@@ -175,19 +172,21 @@ def _captured_around() -> dict[str, list[Tensor | None]]:
     return collected or {}
 
 
-def pad_output(output: Output, padding: Unpadding, dtype: torch.dtype) -> Output:
+def pad_output(output: Any, padding: Unpadding, dtype: torch.dtype) -> Any:
     """Pads the packed hidden states of an output: (T, H) -> (B, S, H).
 
     They are returned in `dtype`: under autocast Hugging Face returns float32.
     """
-
-    def padded(hidden_states: Tensor) -> Tensor:
-        return padding.pad(hidden_states.to(dtype))
-
-    if output.hidden_states is not None:
-        output.hidden_states = tuple(
-            None if state is None else padded(state) for state in output.hidden_states
-        )
+    output.hidden_states = pad_states(output.hidden_states, padding, dtype)
     if output.get("last_hidden_state") is not None:
-        output.last_hidden_state = padded(output.last_hidden_state)
+        output.last_hidden_state = padding.pad(output.last_hidden_state.to(dtype))
     return output
+
+
+def pad_states(
+    states: tuple[Tensor | None, ...] | None, padding: Unpadding, dtype: torch.dtype
+) -> tuple[Tensor | None, ...] | None:
+    """Pads hidden states (T, H) -> (B, S, H), in `dtype`; None stays None."""
+    if states is None:
+        return None
+    return tuple(None if x is None else padding.pad(x.to(dtype)) for x in states)

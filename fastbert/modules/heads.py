@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.modules.activations import activation, dense_and_activate
+from fastbert.modules.embeddings import normalized
 from fastbert.modules.linear import Leaf
-from fastbert.ops.layer_norm import layer_norm
 
 
 class BertPooler(nn.Module):
@@ -35,7 +35,7 @@ class BertPredictionHeadTransform(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(C, H) -> (C, H)"""
         x = dense_and_activate(hidden_states, Leaf(self.dense), self.transform_act_fn)
-        return layer_norm(x, self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps)
+        return normalized(x, self.LayerNorm)
 
 
 class BertLMPredictionHead(nn.Module):

@@ -34,53 +34,51 @@ def read_mask(mask: Tensor | None, batch_size: int, seqlen: int) -> Mask:
     """
     if mask is None:
         return Mask()
+    who, shape = "attention_mask", (batch_size, seqlen)
     if mask.ndim == 2:
-        require(
-            mask.shape == (batch_size, seqlen),
-            "attention_mask",
-            f"shape {(batch_size, seqlen)}",
-            tuple(mask.shape),
-        )
+        require(mask.shape == shape, who, f"shape {shape}", tuple(mask.shape))
         if mask.is_floating_point():
-            require(
-                bool(((mask == 0) | (mask == 1)).all()),
-                "attention_mask",
-                "zeros and ones in a mask of shape (batch, seqlen)",
-                "other floating-point values",
-                "an additive mask has four dimensions",
-            )
+            is_binary = bool(((mask == 0) | (mask == 1)).all())
+            expected = "zeros and ones in a mask of shape (batch, seqlen)"
+            got, remedy = "other floating-point values", "an additive mask has four dimensions"
+            require(is_binary, who, expected, got, remedy)
         return Mask(padding=mask != 0)
     require(
         mask.ndim == 4
         and mask.shape[0] in (1, batch_size)
         and mask.shape[2] in (1, seqlen)
         and mask.shape[3] == seqlen,
-        "attention_mask",
-        f"shape {(batch_size, seqlen)} or {(batch_size, '1 or heads', '1 or seqlen', seqlen)}",
+        who,
+        f"shape {shape} or {(batch_size, '1 or heads', '1 or seqlen', seqlen)}",
         tuple(mask.shape),
     )
-    require(
-        mask.dtype == torch.bool or mask.is_floating_point(),
-        "attention_mask",
-        "a 4-D mask of dtype bool (True = attend) or float (added to the scores)",
-        mask.dtype,
-        "pass mask.bool()",
-    )
+    is_clear = mask.dtype == torch.bool or mask.is_floating_point()
+    expected = "a 4-D mask of dtype bool (True = attend) or float (added to the scores)"
+    require(is_clear, who, expected, mask.dtype, "pass mask.bool()")
     return _read_general(mask, batch_size, seqlen)
 
 
 def _read_general(mask: Tensor, batch_size: int, seqlen: int) -> Mask:
-    by_key = mask.shape[1:3] == (1, 1)
+    if mask.dtype == torch.bool and mask.shape[1:3] == (1, 1):
+        return Mask(padding=mask[:, 0, 0].expand(batch_size, seqlen))
+    if mask.requires_grad or torch.compiler.is_compiling():
+        return Mask(general=mask)
+    keep, is_general = _common_keys(mask)
+    if bool(is_general):
+        return Mask(general=mask)
+    return Mask(padding=keep.expand(batch_size, seqlen))
+
+
+def _common_keys(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys of the first query under a 4-D mask, (B or 1, S) bool; and whether the mask is more
+    than that, because other queries have other keys or a score gets another number, () bool."""
     first = mask[:, :1, :1]
-    if mask.dtype == torch.bool:
-        if by_key or (not torch.compiler.is_compiling() and bool((mask == first).all())):
-            return Mask(padding=first[:, 0, 0].expand(batch_size, seqlen))
-    elif not mask.requires_grad and not torch.compiler.is_compiling():
+    is_general = (mask != first).any()
+    keep = first
+    if mask.dtype != torch.bool:
         keep = first > FORBIDDEN
-        same = by_key or bool((mask == first).all())
-        if same and bool((~keep | (first == 0)).all()):
-            return Mask(padding=keep[:, 0, 0].expand(batch_size, seqlen))
-    return Mask(general=mask)
+        is_general |= (keep & (first != 0)).any()
+    return keep[:, 0, 0], is_general
 
 
 def real_tokens(mask: Tensor | None) -> Tensor | None:
@@ -92,11 +90,8 @@ def real_tokens(mask: Tensor | None) -> Tensor | None:
         return None
     if mask.ndim == 2:
         return mask != 0
-    first = mask[:, :1, :1]
-    is_bool = mask.dtype == torch.bool
-    keep, is_free = (first, first) if is_bool else (first > FORBIDDEN, first == 0)
-    is_general = (mask != first).any() | (keep & ~is_free).any()
-    return (keep | is_general)[:, 0, 0]
+    keep, is_general = _common_keys(mask)
+    return keep | is_general
 
 
 def document_boundaries(
@@ -139,13 +134,11 @@ def document_boundaries(
 
 
 def _require_same(queries: Tensor, keys: Tensor) -> None:
-    is_same = keys.shape == queries.shape
-    if is_same and keys.is_cuda:
+    if keys.is_cuda and keys.shape == queries.shape:
         torch._assert_async((keys == queries).all())  # checked on the device: no host wait
-    elif is_same:
-        is_same = torch.equal(keys, queries)
+        return
     require(
-        is_same,
+        torch.equal(keys, queries),
         "cu_seq_lens_k",
         "the boundaries of cu_seq_lens_q: each token is a query and a key",
         "others",

@@ -6,9 +6,9 @@ classes that they were read from, compared in a few C calls. Parameters are not 
 read at each use.
 """
 
-import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -22,28 +22,34 @@ _UNREAD = {"in_features", "out_features", "normalized_shape", "elementwise_affin
 _ABSENT = ("forward", "save")  # attributes that instances usually lack, but may be given
 
 
-class Plan(NamedTuple):
+class Plan:
     """The parts of each layer, and the state of the layers' modules when they were read.
 
-    attributes: (instance dictionaries, names, values), three lists of equal length; children: the
-    live dictionaries of submodules, and copies from that time; types: the modules' classes;
-    classes: each class's `forward` and `save`. Nothing here refers to the list of layers, so that a
-    plan is freed with its encoder.
+    hooks: the live dictionaries of the hooks inside the layers, all empty. Nothing here refers to
+    the list of layers, so that a plan is freed with its encoder.
     """
 
-    parts: tuple[LayerParts | None, ...]
-    modules: tuple[nn.Module, ...]
-    attributes: tuple[list[dict[str, Any]], list[str], list[Any]]
-    children: tuple[list[dict[str, Any]], list[dict[str, Any]]]
-    types: list[type]
-    classes: dict[type, tuple[Any, ...]]
+    def __init__(
+        self, layers: nn.ModuleList, parts: tuple[LayerParts | None, ...], hooks: Hooks
+    ) -> None:
+        self.parts, self.hooks = parts, hooks
+        self.modules = [module for layer in layers for module in layer.modules()]
+        self.types = list(map(type, self.modules))
+        self.classes = {cls: _of_class(cls) for cls in self.types}
+        self.children: list[dict[str, Any]] = [layers._modules]
+        self.children += [module._modules for module in self.modules if module._modules]
+        self.children_then = [dict(children) for children in self.children]
+        rows = [(vars(m), name, value) for m in self.modules for name, value in _attributes(m)]
+        self.dictionaries = [dictionary for dictionary, _, _ in rows]
+        self.names = [name for _, name, _ in rows]
+        self.values = [value for _, _, value in rows]
 
     def holds(self) -> bool:
-        """Whether the layers are as they were when read; hooks are not compared."""
-        dictionaries, names, values = self.attributes
+        """Whether the layers are as they were when read."""
         return (
-            list(map(dict.get, dictionaries, names)) == values
-            and self.children[0] == self.children[1]
+            not any(self.hooks)
+            and list(map(dict.get, self.dictionaries, self.names)) == self.values
+            and self.children == self.children_then
             and list(map(type, self.modules)) == self.types
             and all(_of_class(cls) == then for cls, then in self.classes.items())
         )
@@ -58,25 +64,21 @@ class Planner:
 
     def __init__(self, parts_of: Callable[[Any], LayerParts | None]) -> None:
         self.parts_of = parts_of
-        self.plans: weakref.WeakKeyDictionary[nn.ModuleList, dict[bool, tuple[Plan, Hooks]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self.plans: WeakKeyDictionary[nn.ModuleList, dict[bool, Plan]] = WeakKeyDictionary()
 
     def parts(self, layers: nn.ModuleList) -> tuple[Any, ...]:
         """The result of `parts_of` for each layer; passes on what `parts_of` raises."""
         if torch.compiler.is_compiling():  # torch.compile has its own guards on what it reads
             return tuple(map(self.parts_of, layers))
         plans = self.plans.setdefault(layers, {})
-        found = plans.get(layers.training)
-        if found is not None:
-            plan, hooks = found
-            if not any(hooks) and plan.holds():
-                return plan.parts
+        plan = plans.get(layers.training)
+        if plan is not None and plan.holds():
+            return plan.parts
         parts = tuple(map(self.parts_of, layers))
         inner = [module for layer in layers for module in layer.modules() if module is not layer]
         hooks = tuple(hook for module in inner for hook in hooks_of(module))
         if not any(hooks):  # hooked layers are read each time: some hooks are only active at times
-            plans[layers.training] = _plan(layers, parts), hooks
+            plans[layers.training] = Plan(layers, parts, hooks)
         return parts
 
 
@@ -86,30 +88,10 @@ def calls_layers(layers: nn.ModuleList) -> bool:
         return True
     for layer in layers:
         own = vars(layer)
-        if (
-            any(hooks_of(layer))
-            or "forward" in own
-            or (own.get("gradient_checkpointing") and own["training"])
-        ):
+        is_checkpointed = own.get("gradient_checkpointing") and own["training"]
+        if is_checkpointed or "forward" in own or any(hooks_of(layer)):
             return True
     return False
-
-
-def _plan(layers: nn.ModuleList, parts: tuple[LayerParts | None, ...]) -> Plan:
-    modules = tuple(module for layer in layers for module in layer.modules())
-    rows = [(vars(m), name, value) for m in modules for name, value in _attributes(m)]
-    attributes = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
-    live: list[dict[str, Any]] = [layers._modules, *(m._modules for m in modules if m._modules)]
-    types = list(map(type, modules))
-    classes = {cls: _of_class(cls) for cls in types}
-    return Plan(
-        parts,
-        modules,
-        attributes,
-        (live, [dict(children) for children in live]),
-        types,
-        classes,
-    )
 
 
 def _attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:

@@ -1,5 +1,6 @@
 """Reads the arguments of a call, for models, encoders and patched modules alike."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -55,6 +56,12 @@ def read_layout(
     if keeps_padding and real.num_tokens < batch * seqlen:
         return Layout(Unpadding.dense(batch, seqlen, given.device), padding[:, None, None])
     return Layout(real, None)
+
+
+def asked(config: Any, arguments: Mapping[str, Any], name: str) -> Any:
+    """The argument `name` of a call, or where it is None the configuration's value."""
+    value = arguments.get(name)
+    return getattr(config, name) if value is None else value
 
 
 def unknown_argument(arguments: dict[str, Any]) -> str | None:

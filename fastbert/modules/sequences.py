@@ -1,6 +1,7 @@
 """The sequences of a packed batch, and the tokens whose output is wanted."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,19 +38,14 @@ class Rows:
 
     @classmethod
     def read_by_losses(
-        cls,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        num_tokens: int,
-        *,
-        first: bool,
-        has_label: Tensor | None = None,
-        num_labels: int = 0,
+        cls, tokens: Any, *, first: bool, has_label: Tensor | None = None, num_labels: int = 0
     ) -> "Rows":
         """Each sequence's first token if `first`, and the tokens that (T,) bool `has_label` marks.
 
-        num_labels: the number of marked tokens, or an upper bound. The host does not wait.
+        tokens: the sequences, a `PackedBatch` or an `Unpadding`; num_labels: the number of marked
+        tokens, or an upper bound. The host does not wait.
         """
+        cu_seqlens, num_tokens = tokens.cu_seqlens, tokens.num_tokens
         wanted = torch.zeros(num_tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
         capacity = num_labels
         if first:  # an empty sequence marks its successor's first token, or the place behind all
@@ -59,7 +55,7 @@ class Rows:
         wanted = wanted[:-1]
         if has_label is not None:
             wanted = wanted | has_label
-        longest = min(max_seqlen, 1) if has_label is None else max_seqlen
+        longest = min(tokens.max_seqlen, 1) if has_label is None else tokens.max_seqlen
         return cls.where(wanted, cu_seqlens, longest, min(capacity, num_tokens))
 
     def of(self, x: Tensor) -> Tensor:

@@ -1,13 +1,10 @@
 """Stream compaction: keeps the marked entries in order, with their sources and destinations."""
 
-import contextlib
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastbert import backend
 from fastbert.backend import op
 from fastbert.check import require
 
@@ -49,22 +46,17 @@ def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> C
     Raises ValueError if values is not 2-D, has a floating-point dtype or more than 2^31 - 1
     entries, if its dtype cannot hold ignore_index, or if capacity is negative.
     """
-    require(values.ndim == 2, "compact", "values of shape (batch, seqlen)", tuple(values.shape))
-    is_integer = not values.dtype.is_floating_point and not values.dtype.is_complex
-    require(is_integer, "compact", "values of an integer dtype or bool", values.dtype)
-    if values.dtype == torch.bool:
-        low, high = 0, 1
-    else:
-        low, high = torch.iinfo(values.dtype).min, torch.iinfo(values.dtype).max
-    require(
-        low <= ignore_index <= high,
-        "compact",
-        f"an ignore_index that {values.dtype} can hold",
-        ignore_index,
-    )
-    size = math.prod(values.shape)
-    require(size < 2**31, "compact", "at most 2^31 - 1 values", size)
-    require(capacity is None or capacity >= 0, "compact", "a capacity of at least 0", capacity)
+    who, dtype = "compact", values.dtype
+    require(values.ndim == 2, who, "values of shape (batch, seqlen)", tuple(values.shape))
+    is_integer = not dtype.is_floating_point and not dtype.is_complex
+    require(is_integer, who, "values of an integer dtype or bool", dtype)
+    low, high = 0, 1
+    if dtype != torch.bool:
+        low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    fits = low <= ignore_index <= high
+    require(fits, who, f"an ignore_index that {dtype} can hold", ignore_index)
+    require(values.numel() < 2**31, who, "at most 2^31 - 1 values", values.numel())
+    require(capacity is None or capacity >= 0, who, "a capacity of at least 0", capacity)
     return Call(values, ignore_index, capacity)
 
 
@@ -98,7 +90,8 @@ def _fused(kernels: Any, call: Call) -> Compacted:
     return Compacted(*kernels.compact(*call))
 
 
-def _compact_fake(values: Tensor, ignore_index: int, capacity: int | None = None) -> Compacted:
+@compact.traces
+def _fake(values: Tensor, ignore_index: int, capacity: int | None = None) -> Compacted:
     compact.check(values, ignore_index, capacity)  # the extension checks the same when it runs
     room = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
 
@@ -111,8 +104,3 @@ def _compact_fake(values: Tensor, ignore_index: int, capacity: int | None = None
         slots=int32(values.numel()),
         offsets=int32(values.shape[0] + 1),
     )
-
-
-with contextlib.suppress(backend.BackendUnavailable):
-    backend.load("ext", "compact", "cpu")
-    torch.library.register_fake("fastbert::compact", _compact_fake)

@@ -3,13 +3,11 @@
 The masks here are for plain PyTorch; Triton's kernels draw the bits where they use them.
 """
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastbert import backend
 from fastbert import rng as random
 from fastbert.backend import op
 from fastbert.check import require
@@ -48,23 +46,19 @@ def attention_keep_mask(rng: DropoutState, num_heads: int, num_keys: int, dropou
 
 
 @hidden_keep_mask.plain
-def _keep_mask(call: Call) -> Tensor:
-    return _plain_keep_mask(*call.numbers, *call.sizes, call.dropout_p)
-
-
 @attention_keep_mask.plain
-def _attention_mask(call: Call) -> Tensor:
-    return _plain_attention_mask(*call.numbers, *call.sizes, call.dropout_p)
+def _plain(call: Call) -> Tensor:
+    return _keep_mask(*call.numbers, list(call.sizes), call.dropout_p)
 
 
 @hidden_keep_mask.fused
-def _keep_mask_fused(kernels: Any, call: Call) -> Tensor:
+def _hidden_fused(kernels: Any, call: Call) -> Tensor:
     limit = random.threshold(call.dropout_p)
     return kernels.hidden_keep_mask(*call.numbers, *call.sizes, limit)
 
 
 @attention_keep_mask.fused
-def _attention_mask_fused(kernels: Any, call: Call) -> Tensor:
+def _attention_fused(kernels: Any, call: Call) -> Tensor:
     limit = random.threshold(call.dropout_p)
     return kernels.attention_keep_mask(*call.numbers, *call.sizes, limit)
 
@@ -102,12 +96,9 @@ def check_dropout(
     require(threshold < random.RESOLUTION, who, "a dropout_p of at most 4095/4096", dropout_p)
     if threshold and rng is not None:
         key = rng.token_key
-        require(
-            key.shape == (num_rows,) and key.device == rng.state.device == device,
-            who,
-            f"an rng with a token_key of shape ({num_rows},), one key a row, on {device}",
-            f"{tuple(key.shape)} on {key.device}",
-        )
+        fits = key.shape == (num_rows,) and key.device == rng.state.device == device
+        expected = f"an rng with a token_key of shape ({num_rows},), one key a row, on {device}"
+        require(fits, who, expected, f"{tuple(key.shape)} on {key.device}")
         dtypes = key.dtype, rng.state.dtype
         require(dtypes == (torch.int64,) * 2, who, "an rng of int64 tensors", dtypes)
 
@@ -131,36 +122,25 @@ def device_numbers(
     return state, token_key, rng.site, random.threshold(dropout_p)
 
 
-# Custom operators, because the inductor of torch 2.13 computes other bits on a CPU where it fuses
+# A custom operator, because the inductor of torch 2.13 computes other bits on a CPU where it fuses
 # several of these masks into one loop.
-@torch.library.custom_op("fastbert_plain::hidden_keep_mask", mutates_args=())
-def _plain_keep_mask(
-    token_key: Tensor, state: Tensor, site: int, num_cols: int, dropout_p: float
-) -> Tensor:
-    return random.hidden_keep_mask(DropoutState(state, token_key, site), num_cols, dropout_p)
-
-
-@torch.library.custom_op("fastbert_plain::attention_keep_mask", mutates_args=())
-def _plain_attention_mask(
-    token_key: Tensor, state: Tensor, site: int, num_heads: int, num_keys: int, dropout_p: float
+@torch.library.custom_op("fastbert_plain::keep_mask", mutates_args=())
+def _keep_mask(
+    token_key: Tensor, state: Tensor, site: int, sizes: list[int], dropout_p: float
 ) -> Tensor:
     drawn = DropoutState(state, token_key, site)
-    return random.attention_keep_mask(drawn, num_heads, num_keys, dropout_p)
+    if len(sizes) == 1:
+        return random.hidden_keep_mask(drawn, sizes[0], dropout_p)
+    return random.attention_keep_mask(drawn, sizes[0], sizes[1], dropout_p)
 
 
-def _keep_mask_fake(token_key: Tensor, state: Tensor, site: int, num_cols: int, _: float) -> Tensor:
-    return token_key.new_empty((token_key.shape[0], num_cols), dtype=torch.bool)
+@_keep_mask.register_fake
+def _(token_key: Tensor, state: Tensor, site: int, sizes: list[int], dropout_p: float) -> Tensor:
+    return _fake(token_key, state, site, *sizes, 0)
 
 
-def _attention_mask_fake(
-    token_key: Tensor, state: Tensor, site: int, num_heads: int, num_keys: int, _: float
-) -> Tensor:
-    return token_key.new_empty((num_heads, token_key.shape[0], num_keys), dtype=torch.bool)
-
-
-_plain_keep_mask.register_fake(_keep_mask_fake)
-_plain_attention_mask.register_fake(_attention_mask_fake)
-with contextlib.suppress(backend.BackendUnavailable):
-    backend.load("ext", "hidden_keep_mask", "cpu")
-    torch.library.register_fake("fastbert::hidden_keep_mask", _keep_mask_fake)
-    torch.library.register_fake("fastbert::attention_keep_mask", _attention_mask_fake)
+@hidden_keep_mask.traces
+@attention_keep_mask.traces
+def _fake(token_key: Tensor, state: Tensor, site: int, *sizes_and_limit: int) -> Tensor:
+    *heads, num_cols, _ = sizes_and_limit
+    return token_key.new_empty((*heads, token_key.shape[0], num_cols), dtype=torch.bool)

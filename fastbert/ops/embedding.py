@@ -148,24 +148,20 @@ def _fused(kernels: Any, call: Call) -> Tensor:
 
 class _EmbeddingLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, kernels: Any, input_ids: Tensor, position_ids: Tensor,
-        token_type_ids: Tensor | None, word: Tensor, position: Tensor, token_type: Tensor,
-        weight: Tensor, bias: Tensor, eps: float, padding_idx: int | None, dropout_p: float,
-        rng: DropoutState | None, dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        ids = (input_ids, position_ids, token_type_ids)
-        flat = [None if x is None else x.reshape(-1).contiguous() for x in ids]
-        inputs = (*flat, word, position, token_type, weight)
-        state, token_key, site, threshold = device_numbers(rng, dropout_p)
+    def forward(ctx: Any, kernels: Any, *fields: Any) -> Tensor:
+        call = Call(*fields)
+        ids = [None if x is None else x.reshape(-1).contiguous() for x in call[:3]]
+        inputs = (*ids, *call[3:7])  # the three tables and the weight
+        state, token_key, site, threshold = device_numbers(call.rng, call.dropout_p)
         y, *statistics = kernels.embedding_layer_norm_fwd(
-            *inputs, bias, eps, state, token_key, site, threshold, dtype, ctx is not None
-        )
+            *inputs, call.bias, call.eps, state, token_key, site, threshold, call.dtype,
+            ctx is not None,
+        )  # fmt: skip
         if ctx is not None:
             ctx.save_for_backward(*inputs, *statistics, state, token_key)
-            padding_id = -1 if padding_idx is None else padding_idx
+            padding_id = -1 if call.padding_idx is None else call.padding_idx
             ctx.kernels, ctx.numbers = kernels, (site, threshold, padding_id)
-        return y.view(*input_ids.shape, word.shape[1])
+        return y.view(*call.input_ids.shape, call.word.shape[1])
 
     @staticmethod
     @once(WHO)

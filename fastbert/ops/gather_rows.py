@@ -1,13 +1,11 @@
 """Gathers rows by an index with a known inverse, so that the gradient is a gather too."""
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastbert import backend
-from fastbert.backend import op
+from fastbert.backend import is_loaded, op
 from fastbert.check import require
 
 
@@ -31,26 +29,21 @@ def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Call:
     Raises ValueError for a wrong shape, dtype or device, IndexError on a CPU for an entry of index
     outside [-1, R); a GPU stops with a device-side assertion.
     """
-    require(src.ndim == 2, "gather_rows", "src of shape (rows, hidden)", tuple(src.shape))
-    require(
-        index.ndim == 1 and index.dtype == torch.int32,
-        "gather_rows",
-        "index of shape (M,) and dtype int32",
-        f"{tuple(index.shape)} {index.dtype}",
-    )
-    require(
-        inverse.shape == src.shape[:1] and inverse.dtype == torch.int32,
-        "gather_rows",
-        f"inverse of shape (rows,) = ({src.shape[0]},) and dtype int32",
-        f"{tuple(inverse.shape)} {inverse.dtype}",
-    )
-    require(
-        index.device == src.device and inverse.device == src.device,
-        "gather_rows",
-        f"index and inverse on {src.device}",
-        f"{index.device} and {inverse.device}",
-    )
+    who = "gather_rows"
+    require(src.ndim == 2, who, "src of shape (rows, hidden)", tuple(src.shape))
+    is_index = index.ndim == 1 and index.dtype == torch.int32
+    require(is_index, who, "index of shape (M,) and dtype int32", _described(index))
+    is_inverse = inverse.shape == src.shape[:1] and inverse.dtype == torch.int32
+    expected = f"inverse of shape (rows,) = ({src.shape[0]},) and dtype int32"
+    require(is_inverse, who, expected, _described(inverse))
+    are_there = index.device == src.device == inverse.device
+    got = f"{index.device} and {inverse.device}"
+    require(are_there, who, f"index and inverse on {src.device}", got)
     return Call(src, index, inverse)
+
+
+def _described(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {x.dtype}"
 
 
 @gather_rows.plain
@@ -69,7 +62,8 @@ def _fused(kernels: Any, call: Call) -> Tensor:
     return kernels.gather_rows(*call)
 
 
-def _gather_rows_fake(src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+@gather_rows.traces
+def _fake(src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     gather_rows.check(src, index, inverse)  # the extension checks the same when it runs
     return src.new_empty((index.shape[0], src.shape[1]))
 
@@ -84,9 +78,7 @@ def _gather_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.fastbert.gather_rows(grad, inverse, index), None, None
 
 
-with contextlib.suppress(backend.BackendUnavailable):
-    backend.load("ext", "gather_rows", "cpu")
-    torch.library.register_fake("fastbert::gather_rows", _gather_rows_fake)
+if is_loaded("ext", "gather_rows"):
     torch.library.register_autograd(
         "fastbert::gather_rows", _gather_rows_backward, setup_context=_save_indices
     )

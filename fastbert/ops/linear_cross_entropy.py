@@ -57,12 +57,8 @@ def linear_cross_entropy(
     who = "linear_cross_entropy"
     require(hidden.ndim == 2, who, "hidden of shape (rows, hidden)", tuple(hidden.shape))
     rows, size = hidden.shape
-    require(
-        weight.ndim == 2 and weight.shape[1] == size and weight.shape[0] > 0,
-        who,
-        f"weight of shape (classes, {size})",
-        tuple(weight.shape),
-    )
+    is_weight = weight.ndim == 2 and weight.shape[1] == size and weight.shape[0] > 0
+    require(is_weight, who, f"weight of shape (classes, {size})", tuple(weight.shape))
     classes = weight.shape[0]
     if bias is not None:
         require(bias.shape == (classes,), who, f"bias of shape ({classes},)", tuple(bias.shape))
@@ -119,10 +115,8 @@ def _fused(kernels: Any, call: Call) -> Tensor | tuple[Tensor, Tensor]:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, kernels: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-        targets: Tensor, ignore_index: int, label_smoothing: float, reduction: str, _: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(ctx: Any, kernels: Any, *fields: Any) -> tuple[Tensor, Tensor]:
+        hidden, weight, bias, targets, ignore_index, label_smoothing, reduction, _ = fields
         options = weight.shape[0], ignore_index, label_smoothing
         dtypes = weight.dtype, None if bias is None else bias.dtype
         weight = _padded(weight, hidden.dtype)

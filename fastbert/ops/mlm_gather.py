@@ -35,19 +35,12 @@ def mlm_gather(
 
     Raises ValueError for other shapes, labels of another dtype or device, or a negative capacity.
     """
-    require(hidden.ndim == 2, "mlm_gather", "hidden of shape (tokens, hidden)", tuple(hidden.shape))
-    require(
-        labels.shape == hidden.shape[:1],
-        "mlm_gather",
-        f"labels of shape (tokens,) = ({hidden.shape[0]},)",
-        tuple(labels.shape),
-    )
-    require(
-        labels.device == hidden.device,
-        "mlm_gather",
-        f"labels on {hidden.device}, where hidden is",
-        labels.device,
-    )
+    who = "mlm_gather"
+    require(hidden.ndim == 2, who, "hidden of shape (tokens, hidden)", tuple(hidden.shape))
+    expected = f"labels of shape (tokens,) = ({hidden.shape[0]},)"
+    require(labels.shape == hidden.shape[:1], who, expected, tuple(labels.shape))
+    expected = f"labels on {hidden.device}, where hidden is"
+    require(labels.device == hidden.device, who, expected, labels.device)
     targets, positions, slots, offsets = compact(labels[None], ignore_index, capacity)
     rows = gather_rows.run(Call(hidden, positions, slots))
     return MaskedRows(rows, targets, positions, count=offsets[-1])

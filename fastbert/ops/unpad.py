@@ -65,22 +65,16 @@ class Unpadding:
 
     def pack(self, padded: Tensor) -> Tensor:
         """(B, S, ...) -> (T, ...), of any dtype; raises ValueError for another shape."""
-        require(
-            padded.shape[:2] == self.batch_shape,
-            "Unpadding.pack",
-            f"shape {self.batch_shape} and further dimensions",
-            tuple(padded.shape),
-        )
+        if padded.shape[:2] != self.batch_shape:
+            expected = f"shape {self.batch_shape} and further dimensions"
+            require(False, "Unpadding.pack", expected, tuple(padded.shape))
         return _move(padded.flatten(0, 1), self.positions, self.slots)
 
     def pad(self, packed: Tensor) -> Tensor:
         """(T, ...) -> (B, S, ...), zeros at padding; raises ValueError for another shape."""
-        require(
-            packed.shape[:1] == (self.num_tokens,),
-            "Unpadding.pad",
-            f"shape {(self.num_tokens,)} and further dimensions",
-            tuple(packed.shape),
-        )
+        if packed.shape[:1] != (self.num_tokens,):
+            expected = f"shape {(self.num_tokens,)} and further dimensions"
+            require(False, "Unpadding.pad", expected, tuple(packed.shape))
         return _move(packed, self.slots, self.positions).unflatten(0, self.batch_shape)
 
 

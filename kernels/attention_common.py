@@ -97,6 +97,20 @@ def zero_rows(
 
 
 @triton.jit
+def store_sums(ptr, k, sums, HEAD_DIM: tl.constexpr):
+    """Stores sums [BLOCK_D] over this program's rows in its row of the k-th partial sums.
+
+    ptr: (K, B * P, N, D) float32, for a grid of P tiles, N heads and B + 1 slices. The last slice,
+    which is not a sequence, has no row.
+    """
+    sequences = tl.num_programs(2).to(tl.int64) - 1
+    row = (k * sequences + tl.program_id(2)) * tl.num_programs(0) + tl.program_id(0)
+    first = (row * tl.num_programs(1) + tl.program_id(1)) * HEAD_DIM
+    cols = tl.arange(0, sums.shape[0])
+    tl.store(ptr + first + cols, sums, mask=cols < HEAD_DIM)
+
+
+@triton.jit
 def add_mask(
     scores, mask_ptrs, mask_col_stride, cols, rows_in, cols_in, mask_scale,
     MASK_COLS: tl.constexpr,

@@ -10,8 +10,8 @@ rows of P do not sum to 1, nor rows of dS to 0, as exactly as PyTorch's do. So t
 computes these sums, t = rowsum(P) and e = rowsum(dS), and both kernels use P / t and delta + e / t:
 dQ = scale (dS K - e / t P K) / t. In 16 bits P and dS are rounded anyway.
 
-For the gradient of a bias that Q, K and V were projected with, each program stores the column sums
-of its rows of dQ, or of dV, before they are rounded. Those of dK would add up to 0: rows of dS do.
+For the gradient of a bias that is part of Q, K and V, each program stores the column sums of its
+rows of dQ or of dV. Those of dK would add up to 0, as each row of dS does.
 """
 
 import triton
@@ -93,7 +93,7 @@ def attention_dq_kernel(
     n_queries = (tl.load(cu_q_ptr + sequence + 1) - q_first).to(tl.int32)
     if tl.program_id(0) * BLOCK_M >= n_queries:
         if sums_ptr is not None:
-            store_sums(sums_ptr, 0, tl.zeros((BLOCK_D,), tl.float32), HEAD_DIM)
+            store_sums(sums_ptr, 0, tl.zeros((1, BLOCK_D), tl.float32), HEAD_DIM)
         return
     k_first = tl.load(cu_k_ptr + sequence).to(tl.int64)
     n_keys = (tl.load(cu_k_ptr + sequence + 1) - k_first).to(tl.int32)
@@ -150,11 +150,11 @@ def attention_dq_kernel(
         dq = (dq - excess[:, None] * pk) / total[:, None]
         tl.store(delta_ptr + statistics, delta + excess, mask=rows_in)
         tl.store(total_ptr + statistics, total, mask=rows_in)
-    dq *= softmax_scale * keep_scale
-    dq_ptrs = tile_ptrs(dq_ptr + q_first * dq_row_stride, dq_row_stride, rows, BLOCK_D)
-    store_tile(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), rows_in, HEAD_DIM)
+    dq = (dq * (softmax_scale * keep_scale)).to(dq_ptr.dtype.element_ty)
     if sums_ptr is not None:  # rows beyond the end are zero, as their probabilities are
-        store_sums(sums_ptr, 0, tl.sum(dq, axis=0), HEAD_DIM)
+        store_sums(sums_ptr, 0, dq, HEAD_DIM)
+    dq_ptrs = tile_ptrs(dq_ptr + q_first * dq_row_stride, dq_row_stride, rows, BLOCK_D)
+    store_tile(dq_ptrs, dq, rows_in, HEAD_DIM)
 
 
 @triton.jit
@@ -218,7 +218,7 @@ def attention_dkdv_kernel(
     first_col = tl.program_id(0) * BLOCK_N
     if first_col >= n_keys:
         if sums_ptr is not None:
-            store_sums(sums_ptr, 1, tl.zeros((BLOCK_D,), tl.float32), HEAD_DIM)
+            store_sums(sums_ptr, 1, tl.zeros((1, BLOCK_D), tl.float32), HEAD_DIM)
         return
     q_first = tl.load(cu_q_ptr + sequence).to(tl.int64)
     n_queries = (tl.load(cu_q_ptr + sequence + 1) - q_first).to(tl.int32)
@@ -263,15 +263,14 @@ def attention_dkdv_kernel(
             HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION, True,
         )  # fmt: skip
     dk *= softmax_scale * keep_scale
-    dv *= keep_scale
+    dv = (dv * keep_scale).to(dv_ptr.dtype.element_ty)
+    if sums_ptr is not None:  # rows beyond the end are not zero, see `_dkdv_step`
+        store_sums(sums_ptr, 1, tl.where(cols_in[:, None], dv, 0.0), HEAD_DIM)
     offset = k_first * dk_row_stride
     dk_ptrs = tile_ptrs(dk_ptr + offset, dk_row_stride, cols, BLOCK_D)
     dv_ptrs = tile_ptrs(dv_ptr + offset, dk_row_stride, cols, BLOCK_D)
     store_tile(dk_ptrs, dk.to(dk_ptr.dtype.element_ty), cols_in, HEAD_DIM)
-    store_tile(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), cols_in, HEAD_DIM)
-    if sums_ptr is not None:  # rows beyond the end are not zero, see `_dkdv_step`
-        dv = tl.where(cols_in[:, None], dv, 0.0)
-        store_sums(sums_ptr, 1, tl.sum(dv, axis=0), HEAD_DIM)
+    store_tile(dv_ptrs, dv, cols_in, HEAD_DIM)
 
 
 @triton.jit

@@ -88,20 +88,21 @@ def attention_single_kernel(
     if words_ptr is not None:
         words = load_words(words_ptr + statistics * words_row_stride, rows_in, 0, BLOCK)
         kept = drop(p, words)
-    dv = tl.dot(tl.trans(kept.to(dout.dtype)), dout, input_precision=PRECISION) * keep_scale
-    dv_ptrs = tile_ptrs(dv_ptr + k_first * grad_row_stride, grad_row_stride, rows, BLOCK_D)
-    store_tile(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), cols_in, HEAD_DIM)
+    dv = tl.dot(tl.trans(kept.to(dout.dtype)), dout, input_precision=PRECISION)
+    dv = (dv * keep_scale).to(dv_ptr.dtype.element_ty)
     if sums_ptr is not None:  # rows beyond the end are zero, here and in dq
-        store_sums(sums_ptr, 1, tl.sum(dv, axis=0), HEAD_DIM)
+        store_sums(sums_ptr, 1, dv, HEAD_DIM)
+    dv_ptrs = tile_ptrs(dv_ptr + k_first * grad_row_stride, grad_row_stride, rows, BLOCK_D)
+    store_tile(dv_ptrs, dv, cols_in, HEAD_DIM)
 
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     ds = score_gradient(p, kept, dp, delta, words_ptr is not None).to(q.dtype)
     scale = softmax_scale * keep_scale
-    dq = tl.dot(ds, k, input_precision=PRECISION) * scale
-    dq_ptrs = tile_ptrs(dq_ptr + q_first * grad_row_stride, grad_row_stride, rows, BLOCK_D)
-    store_tile(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), rows_in, HEAD_DIM)
+    dq = (tl.dot(ds, k, input_precision=PRECISION) * scale).to(dq_ptr.dtype.element_ty)
     if sums_ptr is not None:
-        store_sums(sums_ptr, 0, tl.sum(dq, axis=0), HEAD_DIM)
+        store_sums(sums_ptr, 0, dq, HEAD_DIM)
+    dq_ptrs = tile_ptrs(dq_ptr + q_first * grad_row_stride, grad_row_stride, rows, BLOCK_D)
+    store_tile(dq_ptrs, dq, rows_in, HEAD_DIM)
     dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * scale
     dk_ptrs = tile_ptrs(dk_ptr + k_first * grad_row_stride, grad_row_stride, rows, BLOCK_D)
     store_tile(dk_ptrs, dk.to(dk_ptr.dtype.element_ty), cols_in, HEAD_DIM)

@@ -40,9 +40,7 @@ def _case(
     drops = dropout_of(dropout_p)
 
     def call(qkv: Tensor, qkv_bias: Tensor | None = None) -> Tensor:
-        return attention_qkvpacked(
-            qkv, cu_seqlens, longest, mask=mask, qkv_bias=qkv_bias, **drops
-        )
+        return attention_qkvpacked(qkv, cu_seqlens, longest, mask=mask, qkv_bias=qkv_bias, **drops)
 
     is_quick = label in ("bf16 64 x 512 dropout bias", "bf16 64 x 64 dropout bias")
     tensors = floats(ROWS, 3, HEADS, head_dim, dtype=dtype), floats(3 * HEADS * head_dim)

@@ -13,7 +13,7 @@ from fastbert.kernels.attention_bwd import (
     dkdv_tile,
     dq_tile,
 )
-from fastbert.kernels.attention_common import block_d, precision
+from fastbert.kernels.attention_common import block_d, precision, sums_by_dot
 from fastbert.kernels.attention_dropout import attention_drop_words
 from fastbert.kernels.attention_fwd import attention_fwd_kernel, fwd_tile
 from fastbert.kernels.attention_single import attention_single_kernel, single_tile
@@ -164,9 +164,10 @@ def _launch_bwd(
     columns = block_d(head_dim)
     grid = (num_heads, cu_seqlens_q.shape[0])
     inputs = _strides(q, k, v, max_seqlen_q, max_seqlen_k)
-    shape = {"HEAD_DIM": head_dim, "BLOCK_D": columns, "PRECISION": precision(q.dtype)}
-    longest = max(max_seqlen_q, max_seqlen_k)
     gpu = capability(q)
+    shape = {"HEAD_DIM": head_dim, "BLOCK_D": columns, "PRECISION": precision(q.dtype)}
+    shape["BY_DOT"] = dbias is not None and sums_by_dot(gpu, q.itemsize, columns)
+    longest = max(max_seqlen_q, max_seqlen_k)
     has_mask, has_dropout = mask is not None, drop_words is not None
     tile = None
     if not has_mask:

@@ -79,8 +79,8 @@ def attention_dq_kernel(
     words_row_stride, out_row_stride, dq_row_stride,
     n_rows,  # T_q
     softmax_scale, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BY_DOT: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries of one head of one sequence, and its rows' delta."""
     head = tl.program_id(1).to(tl.int64)
@@ -93,7 +93,7 @@ def attention_dq_kernel(
     n_queries = (tl.load(cu_q_ptr + sequence + 1) - q_first).to(tl.int32)
     if tl.program_id(0) * BLOCK_M >= n_queries:
         if sums_ptr is not None:
-            store_sums(sums_ptr, 0, tl.zeros((1, BLOCK_D), tl.float32), HEAD_DIM)
+            store_sums(sums_ptr, 0, tl.zeros((1, BLOCK_D), tl.float32), HEAD_DIM, False)
         return
     k_first = tl.load(cu_k_ptr + sequence).to(tl.int64)
     n_keys = (tl.load(cu_k_ptr + sequence + 1) - k_first).to(tl.int32)
@@ -152,7 +152,7 @@ def attention_dq_kernel(
         tl.store(total_ptr + statistics, total, mask=rows_in)
     dq = (dq * (softmax_scale * keep_scale)).to(dq_ptr.dtype.element_ty)
     if sums_ptr is not None:  # rows beyond the end are zero, as their probabilities are
-        store_sums(sums_ptr, 0, dq, HEAD_DIM)
+        store_sums(sums_ptr, 0, dq, HEAD_DIM, BY_DOT)
     dq_ptrs = tile_ptrs(dq_ptr + q_first * dq_row_stride, dq_row_stride, rows, BLOCK_D)
     store_tile(dq_ptrs, dq, rows_in, HEAD_DIM)
 
@@ -201,8 +201,8 @@ def attention_dkdv_kernel(
     words_row_stride, out_row_stride, dk_row_stride,
     n_rows, n_key_rows,  # T_q, T_k
     softmax_scale, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BY_DOT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one head of one sequence."""
     head = tl.program_id(1).to(tl.int64)
@@ -218,7 +218,7 @@ def attention_dkdv_kernel(
     first_col = tl.program_id(0) * BLOCK_N
     if first_col >= n_keys:
         if sums_ptr is not None:
-            store_sums(sums_ptr, 1, tl.zeros((1, BLOCK_D), tl.float32), HEAD_DIM)
+            store_sums(sums_ptr, 1, tl.zeros((1, BLOCK_D), tl.float32), HEAD_DIM, False)
         return
     q_first = tl.load(cu_q_ptr + sequence).to(tl.int64)
     n_queries = (tl.load(cu_q_ptr + sequence + 1) - q_first).to(tl.int32)
@@ -265,7 +265,7 @@ def attention_dkdv_kernel(
     dk *= softmax_scale * keep_scale
     dv = (dv * keep_scale).to(dv_ptr.dtype.element_ty)
     if sums_ptr is not None:  # rows beyond the end are not zero, see `_dkdv_step`
-        store_sums(sums_ptr, 1, tl.where(cols_in[:, None], dv, 0.0), HEAD_DIM)
+        store_sums(sums_ptr, 1, tl.where(cols_in[:, None], dv, 0.0), HEAD_DIM, BY_DOT)
     offset = k_first * dk_row_stride
     dk_ptrs = tile_ptrs(dk_ptr + offset, dk_row_stride, cols, BLOCK_D)
     dv_ptrs = tile_ptrs(dv_ptr + offset, dk_row_stride, cols, BLOCK_D)

@@ -50,6 +50,7 @@ def attention_single_kernel(
     n_rows, n_key_rows,  # T_q, T_k
     softmax_scale, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    BY_DOT: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
@@ -91,7 +92,7 @@ def attention_single_kernel(
     dv = tl.dot(tl.trans(kept.to(dout.dtype)), dout, input_precision=PRECISION)
     dv = (dv * keep_scale).to(dv_ptr.dtype.element_ty)
     if sums_ptr is not None:  # rows beyond the end are zero, here and in dq
-        store_sums(sums_ptr, 1, dv, HEAD_DIM)
+        store_sums(sums_ptr, 1, dv, HEAD_DIM, BY_DOT)
     dv_ptrs = tile_ptrs(dv_ptr + k_first * grad_row_stride, grad_row_stride, rows, BLOCK_D)
     store_tile(dv_ptrs, dv, cols_in, HEAD_DIM)
 
@@ -100,7 +101,7 @@ def attention_single_kernel(
     scale = softmax_scale * keep_scale
     dq = (tl.dot(ds, k, input_precision=PRECISION) * scale).to(dq_ptr.dtype.element_ty)
     if sums_ptr is not None:
-        store_sums(sums_ptr, 0, dq, HEAD_DIM)
+        store_sums(sums_ptr, 0, dq, HEAD_DIM, BY_DOT)
     dq_ptrs = tile_ptrs(dq_ptr + q_first * grad_row_stride, grad_row_stride, rows, BLOCK_D)
     store_tile(dq_ptrs, dq, rows_in, HEAD_DIM)
     dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * scale

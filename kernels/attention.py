@@ -13,10 +13,11 @@ from fastbert.kernels.attention_bwd import (
     dkdv_tile,
     dq_tile,
 )
-from fastbert.kernels.attention_common import block_d, precision
+from fastbert.kernels.attention_common import block_d, precision, sums_by_dot
 from fastbert.kernels.attention_dropout import attention_drop_words
 from fastbert.kernels.attention_fwd import attention_fwd_kernel, fwd_tile
 from fastbert.kernels.attention_single import attention_single_kernel, single_tile
+from fastbert.kernels.partial_sums import add_partials
 from fastbert.kernels.runtime import capability, cdiv, launcher, like
 
 __all__ = [
@@ -108,8 +109,11 @@ def attention_bwd(
     return dq, dk, dv
 
 
-def _packed_bwd_outputs(dout, qkv, *_):
-    return like(qkv)
+def _packed_bwd_outputs(dout, qkv, *others):
+    outputs = [like(qkv)]
+    if others[-1] is not None:  # bias_dtype
+        outputs.append(qkv.new_empty(qkv.shape[1:].numel(), dtype=others[-1]))
+    return outputs
 
 
 @launcher(_packed_bwd_outputs)
@@ -124,68 +128,102 @@ def attention_qkvpacked_bwd(
     mask: Tensor | None,
     drop_words: Tensor | None,
     keep_scale: float,
-) -> Tensor:
+    bias_dtype: torch.dtype | None,
+) -> list[Tensor]:
     """dout (T, N, D), qkv (T, 3, N, D) -> dqkv (T, 3, N, D), without a copy to join three tensors.
 
-    The other arguments are as in `attention_fwd`.
+    bias_dtype: with one, dbias (3 N D,) of this dtype too, the gradient of a bias that is part of
+    qkv: the column sums of dqkv; those for the keys are 0 exactly. The sums of B sequences of up to
+    S tokens take 4 bytes times 2 N D for each 32 to 128 of B S tokens meanwhile. The other
+    arguments are as in `attention_fwd`.
     """
-    dqkv = _packed_bwd_outputs(dout, qkv)
+    outputs = _packed_bwd_outputs(dout, qkv, bias_dtype)
+    dqkv, dbias = (*outputs, None)[:2]
     (q, k, v), (dq, dk, dv) = qkv.unbind(1), dqkv.unbind(1)
     _launch_bwd(
         dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens, cu_seqlens,
-        max_seqlen, max_seqlen, softmax_scale, mask, drop_words, keep_scale,
+        max_seqlen, max_seqlen, softmax_scale, mask, drop_words, keep_scale, dbias,
     )  # fmt: skip
-    return dqkv
+    return outputs
 
 
 def _launch_bwd(
     dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k,
-    max_seqlen_q, max_seqlen_k, softmax_scale, mask, drop_words, keep_scale,
+    max_seqlen_q, max_seqlen_k, softmax_scale, mask, drop_words, keep_scale, dbias=None,
 ) -> None:  # fmt: skip
-    """Writes dq, dk and dv, which have one row stride in common, and contiguous heads."""
+    """Writes dq, dk and dv, which have one row stride in common, and contiguous heads; and dbias.
+
+    dbias: (3 N D,), where queries and keys are of the same tokens; None leaves it out.
+    """
     num_rows, num_heads, head_dim = q.shape
     if not q.numel() + k.numel():
+        if dbias is not None:
+            dbias.zero_()
         return
     dout = dout.contiguous()
     columns = block_d(head_dim)
     grid = (num_heads, cu_seqlens_q.shape[0])
     inputs = _strides(q, k, v, max_seqlen_q, max_seqlen_k)
-    shape = {"HEAD_DIM": head_dim, "BLOCK_D": columns, "PRECISION": precision(q.dtype)}
-    longest = max(max_seqlen_q, max_seqlen_k)
     gpu = capability(q)
+    shape = {"HEAD_DIM": head_dim, "BLOCK_D": columns, "PRECISION": precision(q.dtype)}
+    shape["BY_DOT"] = dbias is not None and sums_by_dot(gpu, q.itemsize, columns)
+    longest = max(max_seqlen_q, max_seqlen_k)
     has_mask, has_dropout = mask is not None, drop_words is not None
     tile = None
     if not has_mask:
         tile = single_tile(gpu, q.itemsize, columns, longest, dropout=has_dropout)
     if tile is not None:
+        sums = _partial_sums(dbias, cu_seqlens_q, 1)
         attention_single_kernel(
             (1, *grid),
-            q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, drop_words, dq, dk, dv,
+            q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, drop_words, dq, dk, dv, sums,
             *inputs, _words_stride(drop_words), out.stride(0), dq.stride(0),
             num_rows, k.shape[0], softmax_scale, keep_scale, **shape, BLOCK=tile.block_m,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
+        _add_up(sums, dbias)
         return
     delta = torch.empty_like(lse)
     total = torch.empty_like(lse) if q.dtype == torch.float32 else None
     mask, mask_strides = _mask_and_strides(mask)
     strides = (*inputs, *mask_strides, _words_stride(drop_words), out.stride(0))
     tile = dq_tile(gpu, q.itemsize, columns, dropout=has_dropout, mask=has_mask)
+    tile_k = dkdv_tile(gpu, q.itemsize, columns, mask=has_mask)
+    tiles = max(cdiv(max_seqlen_q, tile.block_m), 1)
+    tiles_k = max(cdiv(max_seqlen_k, tile_k.block_n), 1)
+    if dbias is not None:  # both kernels store as many sums
+        tiles = tiles_k = max(tiles, tiles_k)
+    sums = _partial_sums(dbias, cu_seqlens_q, tiles)
     attention_dq_kernel(
-        (max(cdiv(max_seqlen_q, tile.block_m), 1), *grid),
+        (tiles, *grid),
         q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, mask, drop_words,
-        dq, delta, total, *strides, dq.stride(0), num_rows, softmax_scale, keep_scale,
+        dq, delta, total, sums, *strides, dq.stride(0), num_rows, softmax_scale, keep_scale,
         **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    tile = dkdv_tile(gpu, q.itemsize, columns, mask=has_mask)
+    tile = tile_k
     attention_dkdv_kernel(
-        (max(cdiv(max_seqlen_k, tile.block_n), 1), *grid),
+        (tiles_k, *grid),
         q, k, v, dout, lse, delta, total, cu_seqlens_q, cu_seqlens_k, mask, drop_words, dk, dv,
-        *strides, dk.stride(0), num_rows, k.shape[0], softmax_scale, keep_scale,
+        sums, *strides, dk.stride(0), num_rows, k.shape[0], softmax_scale, keep_scale,
         **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
+    _add_up(sums, dbias)
+
+
+def _partial_sums(dbias: Tensor | None, cu_seqlens: Tensor, tiles: int) -> Tensor | None:
+    """Memory for the column sums of dq and of dv, a row for each tile of each sequence."""
+    if dbias is None:
+        return None
+    rows = tiles * (cu_seqlens.shape[0] - 1)
+    return dbias.new_empty((2, rows, dbias.shape[0] // 3), dtype=torch.float32)
+
+
+def _add_up(sums: Tensor | None, dbias: Tensor | None) -> None:
+    if sums is not None and dbias is not None:
+        of_q, of_k, of_v = dbias.chunk(3)
+        add_partials(sums, of_q, of_v, of_k)  # of_k becomes 0
 
 
 def variant(q: Tensor, longest: int, *, mask: bool, dropout: bool) -> str:

@@ -9,6 +9,9 @@ In float32 the scores may differ from the forward's in the last bit, because the
 rows of P do not sum to 1, nor rows of dS to 0, as exactly as PyTorch's do. So the dQ kernel also
 computes these sums, t = rowsum(P) and e = rowsum(dS), and both kernels use P / t and delta + e / t:
 dQ = scale (dS K - e / t P K) / t. In 16 bits P and dS are rounded anyway.
+
+For the gradient of a bias that is part of Q, K and V, each program stores the column sums of its
+rows of dQ or of dV. Those of dK would add up to 0, as each row of dS does.
 """
 
 import triton
@@ -22,6 +25,7 @@ from fastbert.kernels.attention_common import (
     generation,
     load_tile,
     load_words,
+    store_sums,
     store_tile,
     tile_ptrs,
     zero_rows,
@@ -69,13 +73,14 @@ def attention_dq_kernel(
     cu_q_ptr, cu_k_ptr,  # (B + 1,) each
     mask_ptr, words_ptr,  # (B, N, S_q, S_k) or None, (N, T_q, W) or None
     dq_ptr, delta_ptr, total_ptr,  # (T_q, N, D), (N, T_q), (N, T_q) or None
+    sums_ptr,  # (2, B * P, N, D) or None: of dQ and of dV, a row for each tile of each sequence
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     mask_batch_stride, mask_head_stride, mask_row_stride, mask_col_stride,
     words_row_stride, out_row_stride, dq_row_stride,
     n_rows,  # T_q
     softmax_scale, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BY_DOT: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries of one head of one sequence, and its rows' delta."""
     head = tl.program_id(1).to(tl.int64)
@@ -87,6 +92,8 @@ def attention_dq_kernel(
         return
     n_queries = (tl.load(cu_q_ptr + sequence + 1) - q_first).to(tl.int32)
     if tl.program_id(0) * BLOCK_M >= n_queries:
+        if sums_ptr is not None:
+            store_sums(sums_ptr, 0, tl.zeros((1, BLOCK_D), tl.float32), HEAD_DIM, False)
         return
     k_first = tl.load(cu_k_ptr + sequence).to(tl.int64)
     n_keys = (tl.load(cu_k_ptr + sequence + 1) - k_first).to(tl.int32)
@@ -143,9 +150,11 @@ def attention_dq_kernel(
         dq = (dq - excess[:, None] * pk) / total[:, None]
         tl.store(delta_ptr + statistics, delta + excess, mask=rows_in)
         tl.store(total_ptr + statistics, total, mask=rows_in)
-    dq *= softmax_scale * keep_scale
+    dq = (dq * (softmax_scale * keep_scale)).to(dq_ptr.dtype.element_ty)
+    if sums_ptr is not None:  # rows beyond the end are zero, as their probabilities are
+        store_sums(sums_ptr, 0, dq, HEAD_DIM, BY_DOT)
     dq_ptrs = tile_ptrs(dq_ptr + q_first * dq_row_stride, dq_row_stride, rows, BLOCK_D)
-    store_tile(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), rows_in, HEAD_DIM)
+    store_tile(dq_ptrs, dq, rows_in, HEAD_DIM)
 
 
 @triton.jit
@@ -186,14 +195,14 @@ def attention_dkdv_kernel(
     dout_ptr, lse_ptr, delta_ptr, total_ptr,  # (T_q, N, D), (N, T_q), (N, T_q), (N, T_q) or None
     cu_q_ptr, cu_k_ptr,  # (B + 1,) each
     mask_ptr, words_ptr,  # (B, N, S_q, S_k) or None, (N, T_q, W) or None
-    dk_ptr, dv_ptr,  # (T_k, N, D) each
+    dk_ptr, dv_ptr, sums_ptr,  # (T_k, N, D) each; as in the dQ kernel
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     mask_batch_stride, mask_head_stride, mask_row_stride, mask_col_stride,
     words_row_stride, out_row_stride, dk_row_stride,
     n_rows, n_key_rows,  # T_q, T_k
     softmax_scale, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BY_DOT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one head of one sequence."""
     head = tl.program_id(1).to(tl.int64)
@@ -208,6 +217,8 @@ def attention_dkdv_kernel(
     n_keys = (tl.load(cu_k_ptr + sequence + 1) - k_first).to(tl.int32)
     first_col = tl.program_id(0) * BLOCK_N
     if first_col >= n_keys:
+        if sums_ptr is not None:
+            store_sums(sums_ptr, 1, tl.zeros((1, BLOCK_D), tl.float32), HEAD_DIM, False)
         return
     q_first = tl.load(cu_q_ptr + sequence).to(tl.int64)
     n_queries = (tl.load(cu_q_ptr + sequence + 1) - q_first).to(tl.int32)
@@ -252,12 +263,14 @@ def attention_dkdv_kernel(
             HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION, True,
         )  # fmt: skip
     dk *= softmax_scale * keep_scale
-    dv *= keep_scale
+    dv = (dv * keep_scale).to(dv_ptr.dtype.element_ty)
+    if sums_ptr is not None:  # rows beyond the end are not zero, see `_dkdv_step`
+        store_sums(sums_ptr, 1, tl.where(cols_in[:, None], dv, 0.0), HEAD_DIM, BY_DOT)
     offset = k_first * dk_row_stride
     dk_ptrs = tile_ptrs(dk_ptr + offset, dk_row_stride, cols, BLOCK_D)
     dv_ptrs = tile_ptrs(dv_ptr + offset, dk_row_stride, cols, BLOCK_D)
     store_tile(dk_ptrs, dk.to(dk_ptr.dtype.element_ty), cols_in, HEAD_DIM)
-    store_tile(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), cols_in, HEAD_DIM)
+    store_tile(dv_ptrs, dv, cols_in, HEAD_DIM)
 
 
 @triton.jit
@@ -270,8 +283,8 @@ def _dkdv_step(
 ):  # fmt: skip
     """Adds one tile of queries to dk and dv; rows are queries, so that lse goes along the rows.
 
-    Keys beyond the end are not masked: they only reach rows of dk and dv that are never stored. A
-    query beyond the end has lse = inf, so its probabilities are zero.
+    Keys beyond the end are not masked: they only reach rows of dk and dv that are neither stored
+    nor summed. A query beyond the end has lse = inf, so its probabilities are zero.
     """
     rows = start + tl.arange(0, BLOCK_M)
     rows_in = rows < n_queries

@@ -44,6 +44,16 @@ def block_d(head_dim: int) -> int:
     return max(triton.next_power_of_2(head_dim), 16)
 
 
+def sums_by_dot(capability: int, itemsize: int, block_d: int) -> bool:
+    """Whether `store_sums` adds up a tile by a product, where that takes fewer registers.
+
+    For Ampere Triton arranges the products of a loop in another way where one more comes behind,
+    and spills.
+    """
+    gpu = generation(capability)
+    return itemsize == 2 and gpu >= 90 and (gpu == 90 or block_d > 32)
+
+
 def precision(dtype: torch.dtype) -> str:
     """The `input_precision` of `tl.dot` for tensors of this dtype."""
     return FLOAT32_PRECISION if dtype == torch.float32 else "ieee"
@@ -94,6 +104,26 @@ def zero_rows(
     for start in range(first + tl.program_id(0) * BLOCK, end, step):
         rows = start + tl.arange(0, BLOCK).to(tl.int64)
         store_tile(tile_ptrs(ptr, row_stride, rows, BLOCK_D), zero, rows < end, HEAD_DIM)
+
+
+@triton.jit
+def store_sums(ptr, k, tile, HEAD_DIM: tl.constexpr, BY_DOT: tl.constexpr):
+    """Stores the column sums of a tile [R, BLOCK_D] in its program's row of the k-th partial sums.
+
+    ptr: (K, B * P, N, D) float32, for a grid of P tiles, N heads and B + 1 slices. The last slice,
+    which is not a sequence, has no row.
+    """
+    sequences = tl.num_programs(2).to(tl.int64) - 1
+    row = (k * sequences + tl.program_id(2)) * tl.num_programs(0) + tl.program_id(0)
+    first = (row * tl.num_programs(1) + tl.program_id(1)) * HEAD_DIM
+    cols = tl.arange(0, tile.shape[1])
+    if not BY_DOT:
+        tl.store(ptr + first + cols, tl.sum(tile.to(tl.float32), axis=0), mask=cols < HEAD_DIM)
+    else:  # by a product with ones, whose rows are alike: a sum along rows takes more instructions
+        alike = tl.arange(0, 16)[:, None]
+        sums = tl.dot(tl.full((16, tile.shape[0]), 1.0, tile.dtype), tile)
+        ptrs = ptr + first + cols[None, :] + alike * 0
+        tl.store(ptrs, sums, mask=(alike == 0) & (cols < HEAD_DIM)[None, :])
 
 
 @triton.jit

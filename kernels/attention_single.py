@@ -14,6 +14,7 @@ from fastbert.kernels.attention_common import (
     generation,
     load_tile,
     load_words,
+    store_sums,
     store_tile,
     tile_ptrs,
     zero_rows,
@@ -43,11 +44,13 @@ def attention_single_kernel(
     out_ptr, dout_ptr, lse_ptr,  # (T_q, N, D), (T_q, N, D), (N, T_q)
     cu_q_ptr, cu_k_ptr, words_ptr,  # (B + 1,), (B + 1,), (N, T_q, W) or None
     dq_ptr, dk_ptr, dv_ptr,  # (T_q, N, D), (T_k, N, D), (T_k, N, D)
+    sums_ptr,  # (2, B, N, D) or None: of dQ and of dV, a row for each sequence
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     words_row_stride, out_row_stride, grad_row_stride,
     n_rows, n_key_rows,  # T_q, T_k
     softmax_scale, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    BY_DOT: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
@@ -86,16 +89,21 @@ def attention_single_kernel(
     if words_ptr is not None:
         words = load_words(words_ptr + statistics * words_row_stride, rows_in, 0, BLOCK)
         kept = drop(p, words)
-    dv = tl.dot(tl.trans(kept.to(dout.dtype)), dout, input_precision=PRECISION) * keep_scale
+    dv = tl.dot(tl.trans(kept.to(dout.dtype)), dout, input_precision=PRECISION)
+    dv = (dv * keep_scale).to(dv_ptr.dtype.element_ty)
+    if sums_ptr is not None:  # rows beyond the end are zero, here and in dq
+        store_sums(sums_ptr, 1, dv, HEAD_DIM, BY_DOT)
     dv_ptrs = tile_ptrs(dv_ptr + k_first * grad_row_stride, grad_row_stride, rows, BLOCK_D)
-    store_tile(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), cols_in, HEAD_DIM)
+    store_tile(dv_ptrs, dv, cols_in, HEAD_DIM)
 
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     ds = score_gradient(p, kept, dp, delta, words_ptr is not None).to(q.dtype)
     scale = softmax_scale * keep_scale
-    dq = tl.dot(ds, k, input_precision=PRECISION) * scale
+    dq = (tl.dot(ds, k, input_precision=PRECISION) * scale).to(dq_ptr.dtype.element_ty)
+    if sums_ptr is not None:
+        store_sums(sums_ptr, 0, dq, HEAD_DIM, BY_DOT)
     dq_ptrs = tile_ptrs(dq_ptr + q_first * grad_row_stride, grad_row_stride, rows, BLOCK_D)
-    store_tile(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), rows_in, HEAD_DIM)
+    store_tile(dq_ptrs, dq, rows_in, HEAD_DIM)
     dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * scale
     dk_ptrs = tile_ptrs(dk_ptr + k_first * grad_row_stride, grad_row_stride, rows, BLOCK_D)
     store_tile(dk_ptrs, dk.to(dk_ptr.dtype.element_ty), cols_in, HEAD_DIM)

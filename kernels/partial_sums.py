@@ -23,13 +23,14 @@ def store_partial(partials_ptr, k, sums, is_col, N_COLS: tl.constexpr):
 @kernel(do_not_specialize=["n_partials"])
 def _add_partials_kernel(
     partials_ptr, out0_ptr, out1_ptr, out2_ptr,  # (K, P, N), (N,), (N,), (N,) or None
-    n_partials, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    n_partials,
+    N_SUMS: tl.constexpr, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1)
     is_col = cols < N_COLS
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in tl.range(0, n_partials, BLOCK_M):
+    for first in tl.range(0, tl.where(k < N_SUMS, n_partials, 0), BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
         place = (k * n_partials + rows).to(tl.int64) * N_COLS
         mask = (rows < n_partials)[:, None] & is_col[None, :]
@@ -42,11 +43,15 @@ def _add_partials_kernel(
 
 
 def add_partials(partials: Tensor, *outputs: Tensor) -> None:
-    """Sums (K, P, N) float32 over P, in a fixed order, into K = 2 or 3 outputs (N,)."""
-    n_outputs, n_partials, n_cols = partials.shape
+    """Sums (K, P, N) float32 over P, in a fixed order, into K = 2 or 3 outputs (N,).
+
+    A third output beside two sums is filled with zeros.
+    """
+    n_sums, n_partials, n_cols = partials.shape
+    n_outputs = len(outputs)
     block_m, block_n, num_warps = ADD_BLOCK
     _add_partials_kernel(
         (cdiv(n_cols, block_n), n_outputs),
         partials, *outputs, *[None] * (3 - n_outputs), n_partials,
-        N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
+        N_SUMS=n_sums, N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
     )  # fmt: skip

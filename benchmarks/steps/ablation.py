@@ -141,7 +141,13 @@ def _three_products() -> Iterator[None]:
     def separate(x: Tensor, linears: tuple[nn.Module, ...]) -> Tensor:
         return torch.cat([linear(x) for linear in linears], dim=-1)
 
-    with mock.patch.object(layer, "fused_linear", separate):
+    def without_bias(x: Tensor, linears: tuple[nn.Module, ...], _) -> tuple[Tensor, None]:
+        return separate(x, linears), None
+
+    with (
+        mock.patch.object(layer, "fused_linear", separate),
+        mock.patch.object(layer, "fused_linear_and_bias", without_bias),
+    ):
         yield
 
 

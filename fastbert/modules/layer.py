@@ -12,7 +12,7 @@ from torch import Tensor
 from fastbert.backend import Op
 from fastbert.check import require
 from fastbert.modules.activations import Activation, feed_forward
-from fastbert.modules.linear import Leaf, fused_linear, split_bias
+from fastbert.modules.linear import Leaf, fused_linear, fused_linear_and_bias, split_bias
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.ops.attention import attention, attention_qkvpacked
 from fastbert.ops.attention_plain import Call as Attention
@@ -45,7 +45,7 @@ def self_attention(
     """Attention without its output projection: (T, H) -> (T, H), or (M, H) for sequences.rows."""
     rows = sequences.rows
     if rows is None:
-        qkv = fused_linear(x, (query, key, value))
+        qkv, bias = fused_linear_and_bias(x, (query, key, value), attention_qkvpacked)
         num_tokens, size = qkv.shape
         head_dim = size // (3 * num_heads)
         qkv = qkv.view(num_tokens, 3, num_heads, head_dim)
@@ -56,7 +56,7 @@ def self_attention(
         rng = drawn(num_tokens, x.device, dropout_p, rng) if dropout_p else None
         scale = head_dim**-0.5
         lengths = (boundaries, boundaries, longest, longest)
-        call = Attention(qkv, None, None, *lengths, scale, dropout_p, rng, mask)
+        call = Attention(qkv, None, None, *lengths, scale, dropout_p, rng, mask, bias)
         context = attention_qkvpacked.run(call)
     else:
         q = query(rows.of(x)).unflatten(-1, (num_heads, -1))

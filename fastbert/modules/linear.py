@@ -64,6 +64,19 @@ def fused_linear(x: Tensor, linears: Sequence[Leaf]) -> Tensor:
     except for few rows of float32 on a CPU, where concatenating takes longer than the products. A
     layer of another class (LoRA, 8-bit, parametrized) or with hooks is called.
     """
+    return fused_linear_and_bias(x, linears, None)[0]
+
+
+def fused_linear_and_bias(
+    x: Tensor, linears: Sequence[Leaf], into: Op | None
+) -> tuple[Tensor, Tensor | None]:
+    """`fused_linear`, and the joined bias whose gradient the operator `into` computes.
+
+    The product includes the bias, detached, so that autograd makes no pass over the rows to sum its
+    gradient: that is then a by-product of the operator's kernel. The bias is None where autograd
+    computes its gradient, or none is wanted: if `into` is None or has no kernel on this device, and
+    where the layers are not joined.
+    """
     hidden = x.shape[-1]
     are_few = x.is_cpu and x.numel() < hidden**2 and hidden >= SMALL
     is_worth_it = not are_few or rounds_products(x)  # separate products would round dX three times
@@ -73,8 +86,11 @@ def fused_linear(x: Tensor, linears: Sequence[Leaf]) -> Tensor:
         without = sum(bias is None for bias in biases)
         if without in (0, len(biases)):
             weight = torch.cat([layer.parameters["weight"] for layer in linears])
-            return linears[0].product(x, weight, None if without else torch.cat(biases))
-    return torch.cat([layer(x) for layer in linears], dim=-1)
+            bias = None if without else torch.cat(biases)
+            if bias is None or into is None or not (bias.requires_grad and into.has_kernels(x)):
+                return linears[0].product(x, weight, bias), None
+            return linears[0].product(x, weight, bias.detach()), bias
+    return torch.cat([layer(x) for layer in linears], dim=-1), None
 
 
 def split_bias(x: Tensor, layer: Leaf, into: Op | None) -> tuple[Tensor, Tensor | None]:

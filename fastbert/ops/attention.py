@@ -79,19 +79,31 @@ def attention_qkvpacked(
     dropout_p: float = 0.0,
     rng: DropoutState | None = None,
     mask: Tensor | None = None,
+    qkv_bias: Tensor | None = None,
 ) -> Call:
     """`attention` where queries, keys and values are projections of the same tokens.
 
     qkv: (T, 3, N, D), queries, keys and values; cu_seqlens: (B + 1,) int32; max_seqlen: an upper
     bound of the lengths. The other arguments are those of `attention`. Returns (T, N, D) in
     qkv.dtype. Raises ValueError as `attention` does.
+
+    qkv_bias: (3 N D,), the bias of the product that made qkv, if that got it detached: its values
+    are part of qkv already and are not read, and its gradient, the sum of qkv's over the tokens, is
+    a by-product of the kernels. For the keys they return the exact value of that sum, 0: a bias of
+    all keys adds the same to all scores of a query, which no softmax sees.
     """
     who = "attention_qkvpacked"
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         require(False, who, "qkv of shape (tokens, 3, heads, head_dim)", tuple(qkv.shape))
     scale = qkv.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    if qkv_bias is not None:
+        size = qkv.shape[1:].numel()
+        fits = qkv_bias.shape == (size,) and qkv_bias.is_floating_point()
+        got = f"{qkv_bias.dtype} {tuple(qkv_bias.shape)}"
+        require(fits, who, f"qkv_bias of a floating dtype and shape ({size},)", got)
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return _checked(who, Call(qkv, None, None, *lengths, scale, dropout_p, rng, mask))
+    call = Call(qkv, None, None, *lengths, scale, dropout_p, rng, mask, qkv_bias)
+    return _checked(who, call)
 
 
 def _checked(who: str, call: Call) -> Call:
@@ -137,10 +149,12 @@ attention_qkvpacked.plain(attend)
 @attention.refuses
 @attention_qkvpacked.refuses
 def _refusal(call: Call) -> str | None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, _, _, scale, _, rng, mask = call
+    q, k, v, cu_seqlens_q, cu_seqlens_k, _, _, scale, _, rng, mask, bias = call
     if q.dtype not in DTYPES:
         return str(q.dtype)
-    others = [k, v, cu_seqlens_q, cu_seqlens_k, mask]
+    if bias is not None and bias.dtype not in DTYPES:
+        return f"a bias of {bias.dtype}"
+    others = [k, v, cu_seqlens_q, cu_seqlens_k, mask, bias]
     if rng is not None:
         others += [rng.token_key, rng.state]
     device = place(q)
@@ -171,16 +185,19 @@ def _variant(kernels: Any, call: Call) -> str:
 @attention_qkvpacked.fused
 def _fused(kernels: Any, call: Call) -> Tensor:
     # cu_seqlens may occur twice, and torch.compile refuses a Function with a repeated tensor
-    return run(_Attention, kernels, (*call[:3], call[3:]))
+    return run(_Attention, kernels, (*call[:3], call.qkv_bias, call[3:-1]))
 
 
 class _Attention(torch.autograd.Function):
-    """Attention of q, k and v, or of a packed qkv (k and v None), whose gradient is packed too."""
+    """Attention of q, k and v, or of a packed qkv (k and v None), whose gradient is packed too.
+
+    bias: None, or that of a packed qkv, for its gradient.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, kernels: Any, q: Tensor, k: Tensor | None, v: Tensor | None,
-        others: tuple[Any, ...],
+        bias: Tensor | None, others: tuple[Any, ...],
     ) -> Tensor:  # fmt: skip
         *lengths, softmax_scale, dropout_p, rng, mask = others
         tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v) if x is not None]
@@ -198,6 +215,7 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(out, *lse, words, *tensors)
         ctx.kernels, ctx.lengths, ctx.drops = kernels, lengths, drops
         ctx.softmax_scale, ctx.mask, ctx.keep_scale = softmax_scale, mask, scale
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return out
 
     @staticmethod
@@ -209,12 +227,12 @@ class _Attention(torch.autograd.Function):
             words = _drop_words(kernels, lengths, *ctx.drops)
         options = (ctx.softmax_scale, ctx.mask, words, ctx.keep_scale)
         if len(tensors) == 3:
-            gradients = kernels.attention_bwd(dout, *tensors, out, lse, *lengths, *options)
+            gradients = *kernels.attention_bwd(dout, *tensors, out, lse, *lengths, *options), None
         else:
-            dqkv = kernels.attention_qkvpacked_bwd(
-                dout, *tensors, out, lse, lengths[0], lengths[2], *options
+            dqkv, *dbias = kernels.attention_qkvpacked_bwd(
+                dout, *tensors, out, lse, lengths[0], lengths[2], *options, ctx.bias_dtype
             )
-            gradients = dqkv, None, None
+            gradients = dqkv, None, None, dbias[0] if dbias else None
         return None, *gradients, None
 
 

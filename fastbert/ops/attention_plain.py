@@ -24,7 +24,8 @@ MASKED = -1e30  # numbers of an additive mask below this mean -inf
 class Call(NamedTuple):
     """A call of `attention`, or of `attention_qkvpacked` where k and v are None.
 
-    q is then qkv (T, 3, N, D). rng: None without dropout; mask: (B, N, S_q, S_k).
+    q is then qkv (T, 3, N, D), and qkv_bias (3 N D,) a bias that is part of it, for the bias's
+    gradient alone. rng: None without dropout; mask: (B, N, S_q, S_k).
     """
 
     q: Tensor
@@ -38,11 +39,15 @@ class Call(NamedTuple):
     dropout_p: float
     rng: DropoutState | None
     mask: Tensor | None
+    qkv_bias: Tensor | None = None
 
 
 def attend(call: Call) -> Tensor:
     """The plain body of both operators."""
     q, k, v, cu_seqlens_q, cu_seqlens_k = call[:5]
+    bias = call.qkv_bias
+    if bias is not None:  # adds 0, whose derivative by the bias is 1
+        q = q + (bias - bias.detach()).to(q.dtype).view(q.shape[1:])
     if k is not None and v is not None:
         if not reads_lengths(call):
             return attend_padded((q, k, v), call)

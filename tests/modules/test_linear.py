@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from fastbert import backend
-from fastbert.modules.linear import Leaf, fused_linear, split_bias
+from fastbert.modules.linear import Leaf, fused_linear, fused_linear_and_bias, split_bias
+from fastbert.ops.attention import attention_qkvpacked
 from fastbert.ops.bias_gelu import bias_gelu
 
 
@@ -66,3 +67,38 @@ def test_a_bias_is_left_to_an_operator_that_has_a_kernel_here():
     layer.register_forward_hook(lambda *_: None)
     with backend.use("triton"):
         assert split_bias(x.bfloat16(), Leaf(layer), bias_gelu)[1] is None
+
+
+def test_the_gradient_of_a_joined_bias_is_left_to_an_operator_that_has_a_kernel_here():
+    torch.manual_seed(0)
+    layers, x = [nn.Linear(16, 16) for _ in range(3)], torch.randn(5, 16, requires_grad=True)
+    weights, biases = ([getattr(layer, n) for layer in layers] for n in ("weight", "bias"))
+
+    def joined(into=attention_qkvpacked):
+        y, bias = fused_linear_and_bias(x, [*map(Leaf, layers)], into)
+        torch.testing.assert_close(y, fused_linear(x, [*map(Leaf, layers)]))
+        if y.requires_grad:
+            assert None not in torch.autograd.grad(y.sum(), [x, *weights], retain_graph=True)
+            found = torch.autograd.grad(y.sum(), biases, allow_unused=True)
+            assert [g is None for g in found] == [bias is not None] * 3
+        return bias
+
+    with backend.use("triton"):
+        bias = joined()
+        assert torch.equal(bias, torch.cat(biases))
+        dy = torch.arange(48.0)
+        for a, e in zip(torch.autograd.grad(bias, biases, dy), dy.split(16), strict=True):
+            assert torch.equal(a, e)
+        assert joined(None) is None
+        with torch.no_grad():
+            assert joined() is None
+    with backend.use("reference"):
+        assert joined() is None
+    with backend.use("triton"):
+        handle = layers[1].register_forward_hook(lambda *_: None)
+        assert joined() is None
+        handle.remove()
+        assert joined() is not None
+        for layer in layers:
+            layer.bias.requires_grad_(False)
+        assert fused_linear_and_bias(x, [*map(Leaf, layers)], attention_qkvpacked)[1] is None

@@ -1,6 +1,5 @@
 """Attention at head sizes of BERT (64), of smaller and larger models, and of one that is padded."""
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -20,23 +19,29 @@ def cases() -> Iterator[Case]:
     ):
         for longest in (LONGEST, *SHORT):
             yield _case(head_dim, dtype, dropout_p, longest)
+            yield _case(head_dim, dtype, dropout_p, longest, bias=True)
         if not dropout_p:
             yield _case(head_dim, dtype, dropout_p, trains=False)
     # of the keys alone, as a padding mask is
-    yield _case(64, "bf16", 0.0, mask=torch.ones(LONGEST, dtype=torch.bool))
-    yield _case(64, "bf16", 0.1, mask=floats(LONGEST, dtype="bf16"))
+    for bias in (False, True):
+        yield _case(64, "bf16", 0.0, mask=torch.ones(LONGEST, dtype=torch.bool), bias=bias)
+        yield _case(64, "bf16", 0.1, mask=floats(LONGEST, dtype="bf16"), bias=bias)
 
 
 def _case(
     head_dim: int, dtype: str, dropout_p: float, longest: int = LONGEST, *,
-    mask: Tensor | None = None, trains: bool = True,
+    mask: Tensor | None = None, trains: bool = True, bias: bool = False,
 ) -> Case:  # fmt: skip
-    options = {"mask": mask is not None, "dropout": dropout_p > 0, "inference": not trains}
+    options = {
+        "mask": mask is not None, "dropout": dropout_p > 0, "bias": bias, "inference": not trains,
+    }  # fmt: skip
     label = " ".join([f"{dtype} {head_dim} x {longest}", *filter(options.get, options)])
-    call = functools.partial(
-        attention_qkvpacked, cu_seqlens=torch.tensor([0, ROWS], dtype=torch.int32),
-        max_seqlen=longest, mask=mask, **dropout_of(dropout_p),
-    )  # fmt: skip
-    is_quick = label in ("bf16 64 x 512 dropout", "bf16 64 x 64 dropout")
-    qkv = floats(ROWS, 3, HEADS, head_dim, dtype=dtype)
-    return Case(label, call, (qkv,), trains, (SM90,) * is_quick)
+    cu_seqlens = torch.tensor([0, ROWS], dtype=torch.int32)
+    drops = dropout_of(dropout_p)
+
+    def call(qkv: Tensor, qkv_bias: Tensor | None = None) -> Tensor:
+        return attention_qkvpacked(qkv, cu_seqlens, longest, mask=mask, qkv_bias=qkv_bias, **drops)
+
+    is_quick = label in ("bf16 64 x 512 dropout bias", "bf16 64 x 64 dropout bias")
+    tensors = floats(ROWS, 3, HEADS, head_dim, dtype=dtype), floats(3 * HEADS * head_dim)
+    return Case(label, call, tensors[: 1 + bias], trains, (SM90,) * is_quick)

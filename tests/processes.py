@@ -10,8 +10,10 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from typing import IO
+from unittest import mock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Each process of pytest starts one server, which imports these; what is missing is passed over.
@@ -21,13 +23,16 @@ IMPORTED = (
     "torch.distributed.run",
     "torch.utils.tensorboard",
     "transformers.models.bert.modeling_bert",
+    "transformers.trainer",
     "sklearn.metrics",
     "fastbert.cli",
     "fastbert.embedding.shards",
     "fastbert.finetune.train",
     "fastbert.train.pretrain",
 )
-_SERVER = multiprocessing.get_context("forkserver")
+OFFLINE = {"HF_HUB_OFFLINE": "1"}  # the hub's library reads it as it is imported
+_CONTEXT = multiprocessing.get_context("forkserver")
+_SERVER = forkserver.ForkServer()  # another than that of fastbert's own processes
 _SERVER.set_forkserver_preload(list(IMPORTED))
 
 
@@ -37,9 +42,14 @@ def started(work: Callable, *arguments, **environment: str) -> Iterator[tuple[Ba
 
     work: a function that can be imported
     """
-    reads, writes = _SERVER.Pipe(duplex=False)
-    process = _SERVER.Process(target=_do, args=(writes, environment, work, *arguments))
-    with contextlib.chdir(ROOT):  # where the server finds fastbert, should this start it
+    reads, writes = _CONTEXT.Pipe(duplex=False)
+    environment = os.environ | OFFLINE | environment
+    process = _CONTEXT.Process(target=_do, args=(writes, environment, work, *arguments))
+    with (
+        mock.patch.object(forkserver, "connect_to_new_process", _SERVER.connect_to_new_process),
+        mock.patch.dict(os.environ, OFFLINE),
+        contextlib.chdir(ROOT),  # where the server, which this may start, finds fastbert
+    ):
         process.start()
     writes.close()
     with os.fdopen(os.dup(reads.fileno())) as said:
@@ -65,6 +75,7 @@ def _do(output, environment, work, *arguments):
         # anew: the server's may be of a file, which can be sought in
         setattr(sys, name, open(descriptor, "w", buffering=1, closefd=False))  # noqa: SIM115
     output.close()
+    os.environ.clear()
     os.environ.update(environment)
     work(*arguments)
 

@@ -1,9 +1,7 @@
 import json
 import os
 import resource
-import subprocess
-import sys
-import textwrap
+import signal
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ import fastbert
 from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.system import files
+from tests import processes
 
 SHAPE = {
     "vocab_size": 50,
@@ -188,28 +187,25 @@ def test_new_directory_appears_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def fill_the_disk(directory):
+    """Saves a model, and fails to twice more; says how often it is told why."""
+    model = fastbert.BertModel(fastbert.BertConfig(**SHAPE))
+    with files.new_directory(directory) as writing:
+        model.save_pretrained(writing)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    for save in (model.save_pretrained, lambda d: torch.save(model.state_dict(), d / "x.pt")):
+        try:
+            with files.new_directory(directory) as writing:
+                save(writing)
+        except InputError as error:
+            print(str(error).count("cannot be written"))
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint_loadable(tmp_path):
     """The file-size limit of a process fails writes as a full disk does, without needing one."""
-    script = f"""
-        import resource, signal, torch, fastbert
-        from fastbert.system import files
-        from fastbert.check import InputError
-        model = fastbert.BertModel(fastbert.BertConfig(**{SHAPE}))
-        with files.new_directory({str(tmp_path / "model")!r}) as writing:
-            model.save_pretrained(writing)
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, {resource.RLIM_INFINITY}))
-        for save in (model.save_pretrained, lambda d: torch.save(model.state_dict(), d / "x.pt")):
-            try:
-                with files.new_directory({str(tmp_path / "model")!r}) as writing:
-                    save(writing)
-            except InputError as error:
-                print(str(error).count("cannot be written"))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["1", "1"], done.stderr
+    _, said = processes.run(fill_the_disk, tmp_path / "model")
+    assert said.split() == ["1", "1"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     fastbert.BertModel.from_pretrained(tmp_path / "model")
 

@@ -1,6 +1,6 @@
-"""Runs of `embed_corpus` that are killed: `python killed_runs.py CASE.json`.
+"""Runs of `embed_corpus` that are killed: `main(CASE)`, in a process of its own.
 
-Each run is a fork of this process, which has imported everything and computed nothing. `moments`
+Each run is a fork of that process, which has imported everything and computed nothing. `moments`
 kills one directory's run at random times until it has lived six times shorter than it needs;
 `points` kills a run at each call that changes a file, the first, the second, ..., each in a
 directory of its own, and lets a second run end it. Each has its options in the case, and a
@@ -93,7 +93,3 @@ def main(case: dict) -> None:
         for mode, options in case["modes"].items()
     }
     print(json.dumps(killed))
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))

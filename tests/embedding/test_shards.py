@@ -1,10 +1,7 @@
 """`fastbert embed` into a directory: the rows of a whole run, whatever happens on the way."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +10,10 @@ from fastbert import cli
 from fastbert.embedding import shards
 from fastbert.embedding.array import embed
 from fastbert.embedding.shards import embed_corpus
+from tests import processes
+from tests.command_line import main as fastbert
 from tests.embedding import killed_runs
 from tests.embedding.shards_case import OPTIONS, contents, rows_of
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("format", ["npy", "parquet"])
@@ -56,16 +53,9 @@ def killed(model, corpus, tmp_path_factory):
     modes = {"moments": {"shard_size": 4, "batch_tokens": 1}, "points": {"shard_size": 60}}
     modes = {mode: OPTIONS | options for mode, options in modes.items()}
     case = {"model": model, "source": str(corpus), "out": str(root), "modes": modes}
-    (root / "case.json").write_text(json.dumps(case))
-    done = subprocess.run(
-        [sys.executable, killed_runs.__file__, str(root / "case.json")],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return root, json.loads(done.stdout)
+    status, said = processes.run(killed_runs.main, case, OMP_NUM_THREADS="1")
+    assert status == 0, said
+    return root, json.loads(said)
 
 
 def test_killed_at_random_moments_the_files_are_those_of_an_undisturbed_run(killed):
@@ -86,25 +76,15 @@ def test_killed_at_each_change_of_a_file(killed):
         assert contents(place) == last, place
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess:
-    pytest.importorskip("torch.distributed.run", reason="this torch has no torchrun")
-    start = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    return subprocess.run(
-        [*start, "-m", "fastbert.cli", "embed", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_two_processes_give_the_same_files(model, corpus, tmp_path):
+    pytest.importorskip("torch.distributed.run", reason="this torch has no torchrun")
     options = ["--model", model, "--input", corpus, "--shard-size", 20, "--batch-tokens", 100]
     options += ["--precision", "fp32"]
     embed_corpus(model, corpus, tmp_path / "one", shard_size=20, **OPTIONS)
-    done = torchrun(*options, "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("103 embeddings are in") == 1  # only the first process speaks
+    command = (fastbert, "embed", *options, "--out", tmp_path / "two")
+    status, said = processes.run(processes.torchrun, 0, *command, OMP_NUM_THREADS="1")
+    assert status == 0, said
+    assert said.count("103 embeddings are in") == 1  # only the first process speaks
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 

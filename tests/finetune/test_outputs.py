@@ -21,7 +21,9 @@ import torch
 
 import fastbert
 from fastbert.data import load_tokenizer, save_tokenizer
+from tests import processes
 from tests.command_line import call, forked
+from tests.command_line import main as fastbert_alone
 
 ROWS = "text,label,id\nthe film was good,pos,7\nawful,neg,8\n"
 SENTENCES = "the film was good\nit is a book\nthe cat lives here\n\n" * 12
@@ -216,32 +218,41 @@ def test_a_share_of_the_training_file_measures(place, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_two_runs_into_one_directory_at_once_are_one(place, tmp_path):
+    run = (fastbert_alone, *command(place, "finetune"), "--out", tmp_path / "run")
+    with processes.started(*run) as (one, by_one), processes.started(*run) as (other, by_other):
+        said = by_one.read() + by_other.read()
+        one.join()
+        other.join()
+    assert sorted((one.exitcode, other.exitcode)) == [0, 2], said
+    assert "another process is writing there" in said or "holds a run" in said
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+
+
 @pytest.fixture(scope="module")
-def printed(place, tmp_path_factory):
-    """The directory and ends of two runs into `run`, and of one whose labels ASCII lacks."""
-    root = tmp_path_factory.mktemp("printed")
+def in_ascii(place, tmp_path_factory):
+    """Ends of commands where the locale has ASCII alone: their bytes are not what Python reads.
+
+    A run with labels that ASCII lacks, its directory, and `fill-mask` with bytes that are no text
+    and with those of another script.
+    """
+    root = tmp_path_factory.mktemp("in_ascii")
+    (file := root / "t.csv").write_text("text,label\ngood,İyi\nawful,kötü\n", "utf-8")
     run = [*command(place, "finetune"), "--out", root / "run"]
-    (file := root / "t.csv").write_text("text,label\ngood,İyi\nawful,kötü\n")
-    other = [*command(place, "finetune"), "--out", root / "other"]
     for option in ("--train", "--dev"):
-        other[other.index(option) + 1] = file
-    options = {"imports": "torch._dynamo sklearn.metrics fastbert.finetune.train"}
-    return root, forked(root / "said", run, run, other, PYTHONIOENCODING="ascii", **options)
+        run[run.index(option) + 1] = file
+    words = ["fill-mask", "--model", place / "teacher"]
+    fills = [[*words, text] for text in (b"\xff [MASK]", "北京 [MASK]".encode())]
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    imports = "torch._dynamo sklearn.metrics fastbert.finetune.train fastbert.fill_mask"
+    return root / "run", *forked(root / "said", run, *fills, imports=imports, **environment)
 
 
-def test_two_runs_into_one_directory_at_once_are_one(printed):
-    root, ends = printed
-    errors = [error.decode() for _, _, error in ends[:2]]
-    assert sorted(status for status, _, _ in ends[:2]) == [0, 2], errors
-    assert any("another process is writing there" in e or "holds a run" in e for e in errors)
-    assert json.loads((root / "run" / "summary.json").read_text())["steps"] == 1
-
-
-def test_what_cannot_be_printed_ends_no_run(printed):
-    root, (_, _, (status, said, error)) = printed
+def test_what_cannot_be_printed_ends_no_run(in_ascii):
+    out, (status, said, error), *_ = in_ascii
     assert status == 0, error
     assert b"\\u0130yi" in said
-    assert (root / "other" / "summary.json").exists()
+    assert (out / "summary.json").exists()
 
 
 def test_an_interrupted_run_does_not_look_finished(place, tmp_path, monkeypatch):
@@ -289,11 +300,8 @@ def test_texts_of_another_language_are_said_to_be(place, tmp_path):
     assert "60% of its tokens are [UNK]" in error
 
 
-def test_bytes_that_are_no_text_are_one_line(place, tmp_path):
-    words = ["fill-mask", "--model", place / "teacher"]
-    commands = [[*words, text] for text in (b"\xff [MASK]", "北京 [MASK]".encode())]
-    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    bad, good = forked(tmp_path / "said", *commands, imports="fastbert.fill_mask", **environment)
+def test_bytes_that_are_no_text_are_one_line(in_ascii):
+    *_, bad, good = in_ascii
     assert bad[0] == 2
     assert bad[2].startswith(b"fastbert: error: TEXT: not UTF-8")
     assert bad[2].count(b"\n") == 1

@@ -1,4 +1,4 @@
-"""What each process of tests/hf/test_distributed.py runs: `torchrun ... distributed_case.py OUT`.
+"""What each process of tests/hf/test_distributed.py runs: `main(OUT)`.
 
 Every optimizer step's batch is divided among the processes. A share's loss is its sum over the
 number of masked tokens (and pairs) of the whole step, so that the shares add up to what one process
@@ -7,7 +7,7 @@ would get; DDP and FSDP average gradients, so each process scales its loss by th
 
 import contextlib
 import json
-import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -122,7 +122,7 @@ def survives(model, **options) -> bool:
     return True
 
 
-def main(path: str) -> None:
+def main(path: Path) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     report = {}
@@ -142,11 +142,6 @@ def main(path: str) -> None:
         ours = fastbert.patch(make_model(transformers.BertModel))
         report[f"unused pooler {name}"] = [survives(theirs, **options), survives(ours, **options)]
     if rank == 0:
-        with open(path, "w") as file:
-            json.dump(report, file)
+        path.write_text(json.dumps(report))
     with contextlib.suppress(RuntimeError):
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -1,14 +1,12 @@
-"""Two processes under torchrun, with gloo on the CPU, train as one process does."""
+"""Two processes under torchrun's agent, with gloo on the CPU, train as one process does."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch.distributed
 
 import fastbert
+from tests import processes
 from tests.hf import distributed_case
 from tests.hf.training_case import make_batch, make_model
 
@@ -19,18 +17,11 @@ pytest.importorskip("torch.distributed.run", reason="this torch has no torchrun"
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """What two processes made of `distributed_case`, in one start of torchrun."""
+    """What two processes made of `distributed_case`, in one start of torchrun's agent."""
     path = tmp_path_factory.mktemp("distributed") / "report.json"
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    script = (distributed_case.__file__, str(path))
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", *script],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    work = (processes.torchrun, 0, distributed_case.main, path)
+    status, said = processes.run(*work, OMP_NUM_THREADS="1")
+    assert status == 0, said[-4000:]
     return json.loads(path.read_text())
 
 

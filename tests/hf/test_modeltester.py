@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,6 +21,7 @@ import pytest
 import torch
 import transformers
 
+from tests import processes
 from tests.hf.modeltester import parts, sdist
 from tests.hf.modeltester.different import DIFFERENT
 
@@ -114,31 +114,29 @@ def record(family: str, part: str, passed: set[str]) -> None:
     RECORD.write_text(json.dumps(one, indent=1) + "\n")
 
 
+def run_pytest(arguments: list[str]) -> None:
+    """In a process of its own, offline."""
+    os.chdir(ROOT)
+    sys.exit(int(pytest.main(arguments)))
+
+
 def run_suite(part: str, tests: Path, patched: bool, folder: Path) -> dict[str, Run]:
     """Runs a part of the suite over all families."""
     kind = "patched" if patched else "unpatched"
     report = folder / f"{part}-{kind}.xml"
     environment = {
-        **os.environ,
         "FASTBERT_TRANSFORMERS_TESTS": str(tests),
         "FASTBERT_MODELTESTER_PATCHED": str(int(patched)),
         "FASTBERT_MODELTESTER_PART": part,
-        "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
     # neither this repository's configuration nor its conftest
     alone = ["-c", os.devnull, "--rootdir", str(SUITE.parent), "-p", "no:cacheprovider"]
     told = ["--disable-warnings", "-q", f"--junitxml={report}", "-o", "junit_family=xunit1"]
     classes = [f"{SUITE}::Test{family}" for family in FAMILIES]
-    process = subprocess.run(
-        [sys.executable, "-m", "pytest", *alone, *told, *classes],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    print(process.stdout)
-    assert process.returncode in (0, 1), process.stdout + process.stderr
+    status, said = processes.run(run_pytest, [*alone, *told, *classes], **environment)
+    print(said)
+    assert status in (0, 1), said
     runs = {family: read(report, family) for family in FAMILIES}
     for family, run in runs.items():
         print(f"{family} {kind}: {dict(Counter(run.outcomes.values()))}, {run.packed} packed")

@@ -1,19 +1,18 @@
-"""What each process of tests/train/test_distributed.py runs: `torchrun distributed_case.py ROOT`.
+"""What each process of tests/train/test_distributed.py runs: `main(ROOT)`.
 
 ROOT/report.pt, of training steps of a small model in float64, with dropout and accumulation, by DDP
 and FSDP2, of pre-training and of distillation; one of them has a loss that is not finite on the
 last rank alone. And of steps of LAMB on shards.
 
-Then those of RUNS that ROOT/runs.json names, in ROOT, one after the other in these processes, which
-have imported everything once: runs of `fastbert pretrain` with the options in ROOT/options.json.
-Processes that torchrun has started again go on with the last run that was begun.
+Then those of RUNS that ROOT/runs.json names, in ROOT, one after the other in these processes: runs
+of `fastbert pretrain` with the options in ROOT/options.json. Those that are started again go on
+with the last run that was begun.
 """
 
 import dataclasses
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -23,7 +22,6 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fastbert import cli
 from fastbert.config.bert import BertConfig
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import GlobalCounts
@@ -34,6 +32,7 @@ from fastbert.train.distill.objective import DistillationObjective, Teacher, Wei
 from fastbert.train.distributed import Ranks
 from fastbert.train.objective import PretrainingObjective
 from fastbert.train.step import EagerStep
+from tests.command_line import main as fastbert
 from tests.models.pretraining_case import make_batch, make_model
 
 # what FSDP2 calls, by its name since torch 2.13 and before
@@ -192,13 +191,4 @@ def main(root: Path) -> None:
             print(f"run {name}", flush=True)
         options = [] if before else json.loads((root / "options.json").read_text())
         options += ["--resume"] if before or name in KILLED else []
-        sys.argv = ["fastbert", "pretrain", "--out", str(root / name), "--parallel", kind, *options]
-        try:
-            cli.main()
-        except SystemExit as end:
-            if end.code:
-                raise
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+        fastbert("pretrain", "--out", root / name, "--parallel", kind, *options)

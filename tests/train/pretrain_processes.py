@@ -1,6 +1,6 @@
-"""Runs of `fastbert pretrain` as processes: `python pretrain_processes.py CORPUS ROOT OPTION...`.
+"""Runs of `fastbert pretrain` as processes: `main(CORPUS, ROOT, OPTIONS)`, in one of its own.
 
-Each is a fork of this process, which has imported everything and computed nothing. ROOT/whole is
+Each is a fork of that process, which has imported everything and computed nothing. ROOT/whole is
 left alone, and what it prints is in ROOT/said. ROOT/killed is begun twice, and killed in its
 second step, then in its fifth.
 """
@@ -11,11 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch._dynamo  # by optimizers
-import torch.utils.tensorboard  # noqa: F401
-
 from fastbert import cli
-from fastbert.train import pretrain  # noqa: F401
 
 KILLED_AT = ("step 2/9", "step 5/9")  # before the first checkpoint, and between two
 
@@ -37,8 +33,8 @@ def status(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main(corpus: str, root: Path, options: list[str]) -> None:
-    given = ["--corpus", corpus, *options]
+def main(corpus: Path, root: Path, options: list[str]) -> None:
+    given = ["--corpus", str(corpus), *options]
     child, lines = started(["--out", str(root / "whole"), *given])
     (root / "said").write_text("".join(lines))
     assert status(child) == 0
@@ -49,7 +45,3 @@ def main(corpus: str, root: Path, options: list[str]) -> None:
                 os.kill(child, signal.SIGKILL)
                 break
         assert status(child) == -signal.SIGKILL
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

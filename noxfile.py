@@ -25,6 +25,6 @@ def tests(session: nox.Session) -> None:
     for version in TRANSFORMERS:
         session.install("-e", ".[finetune,train]", f"transformers=={version}", env=environment)
         session.run("pip", "check")
-        session.run(
-            "pytest", "-m", "not slow and not exhaustive", *TESTS, *session.posargs, env=environment
-        )
+        # by the module, so that processes that tests spawn find `tests` too
+        command = ("python", "-m", "pytest", "-m", "not slow and not exhaustive")
+        session.run(*command, *TESTS, *session.posargs, env=environment)

@@ -36,10 +36,12 @@ def _add_partials_kernel(
         mask = (rows < n_partials)[:, None] & is_col[None, :]
         sums += tl.load(partials_ptr + place[:, None] + cols[None, :], mask=mask, other=0.0)
     total = tl.sum(sums, axis=0)
-    tl.store(out0_ptr + cols, total, mask=is_col & (k == 0))
-    tl.store(out1_ptr + cols, total, mask=is_col & (k == 1))
-    if out2_ptr is not None:
-        tl.store(out2_ptr + cols, total, mask=is_col & (k == 2))
+    if k == 0:
+        tl.store(out0_ptr + cols, total, mask=is_col)
+    elif k == 1:
+        tl.store(out1_ptr + cols, total, mask=is_col)
+    elif out2_ptr is not None:
+        tl.store(out2_ptr + cols, total, mask=is_col)
 
 
 def add_partials(partials: Tensor, *outputs: Tensor) -> None:

@@ -94,6 +94,30 @@ def test_the_products_of_layers_and_no_others_are_in_fp8(make):
 
 
 @KINDS
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new", "relu"])
+def test_a_feed_forward_with_gelu_is_one_operator(make, hidden_act, monkeypatch):
+    monkeypatch.setitem(SHAPE, "hidden_act", hidden_act)
+    report = str(fastbert.explain(make(), input_ids=IDS, labels=IDS))
+    assert ("fp8_feed_forward" in report) == (hidden_act != "relu")
+
+
+@KINDS
+def test_kernels_train_as_the_emulation_does(make):
+    if not backend.INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1")
+    model = make()
+    other = copy.deepcopy(model)
+    loss, expected = step(model)
+    with backend.use("triton"):
+        found_loss, found = step(other)
+    assert abs(found_loss - loss) < 1e-4
+    for name, gradient in found.items():
+        wrong = (gradient - expected[name]).norm()
+        # a few casts round to the other neighbour; a key's bias has no gradient but by rounding
+        assert wrong <= 0.02 * expected[name].norm() + 1e-6 * ("key.bias" in name), name
+
+
+@KINDS
 def test_scales_follow_the_largest_values_of_the_last_passes(make):
     model = make()
     (scales,) = fp8.scales_of(model)

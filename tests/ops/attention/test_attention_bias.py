@@ -38,6 +38,7 @@ def sums(of_qkv, dtype):
     return [*of_qkv.sum(0).flatten(1).to(dtype)]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
 @pytest.mark.parametrize(
     "case",

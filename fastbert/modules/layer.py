@@ -95,7 +95,8 @@ def project_and_norm(
 
 def adds_bias(norm: Leaf) -> Op | None:
     """The operator that adds a bias, normalizes, and makes the gradients of both; None without."""
-    affine = norm.is_plain and norm.weight is not None and norm.bias is not None
+    own = norm.parameters
+    affine = norm.is_plain and own["weight"] is not None and own["bias"] is not None
     return dropout_add_layer_norm if affine else None
 
 
@@ -112,13 +113,14 @@ def add_and_norm(
     if adds_bias(norm) is None:
         y = norm(residual + dropout(x, dropout_p, rng)).to(residual.dtype)
         return Stream(y, y)
-    weight = norm.weight
+    weight = norm.parameters["weight"]
     if x.shape != residual.shape or weight.shape != x.shape[-1:]:  # users may swap modules
         expected = f"a product of {tuple(residual.shape)} and a weight of {tuple(weight.shape)}"
         require(False, "LayerNorm", f"{expected} to fit", tuple(x.shape))
     rng = drawn(len(x), x.device, dropout_p, rng) if dropout_p else None
     eps: Any = norm.module.eps
-    call = Norm(x, residual, weight, norm.bias, eps, x_bias, dropout_p, rng, save, True)
+    bias = norm.parameters["bias"]
+    call = Norm(x, residual, weight, bias, eps, x_bias, dropout_p, rng, save, True)
     return Stream(*dropout_add_layer_norm.run(call))
 
 

@@ -106,10 +106,12 @@ def _check_vectors(who: str, x: Tensor, **vectors: Tensor) -> None:
 @layer_norm.plain
 @dropout_add_layer_norm.plain
 def _plain(call: Call) -> Any:
-    x, residual, weight, bias, eps, x_bias, dropout_p, rng, save, branches = call
-    if branches:
-        y = _plain(call._replace(branches=False))
-        return y, y
+    y = _plain_result(call)
+    return (y, y) if call.branches else y
+
+
+def _plain_result(call: Call) -> Tensor:
+    x, residual, weight, bias, eps, x_bias, dropout_p, rng, save, _ = call
     if residual is None:
         return _normed(x, weight, bias, eps)
     dtype = residual.dtype

@@ -77,9 +77,10 @@ def _spills(launch: Launch) -> tuple[int, str]:
             return 115, "faster than 8 warps without"
         if has_dropout and (is_pipelined or (capability == SM100 and values["HEAD_DIM"] > 64)):
             return 4, "two registers with Triton 3.9"
-        if capability == SM80 and values["HEAD_DIM"] > 64 and values.get("sums_ptr") is not None:
-            return 6, "three registers for the sums of the bias's gradient"
         if has_dropout and capability == SM80:
+            has_sums = name == "attention_dq_kernel" and values["sums_ptr"] is not None
+            if has_sums and values["HEAD_DIM"] > 64:
+                return 6, "three registers for the sums of the bias's gradient"
             return 2, "one register with Triton 3.6"
     if capability == SM100 and values.get("N_COLS") == 768:
         if name == "layer_norm_bwd_kernel" and values["kept_ptr"].dtype == torch.float32:

@@ -51,6 +51,16 @@ def _tile(n_rows, N_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def _load_sum(
+    x_ptr, bias_ptr, x_row_stride, rows, cols, mask, N_COLS: tl.constexpr
+):  # fmt: skip
+    """x + bias of a tile, in float32; the bias alone where the mask is not set."""
+    x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0)
+    bias = tl.load(bias_ptr + cols, mask=cols < N_COLS, other=0.0)
+    return x.to(tl.float32) + bias.to(tl.float32)[None, :]
+
+
+@triton.jit
 def _store_cast(
     x, rows, cols, scale_ptr, cast_ptr, transposed_ptr, amax_ptr, n_padded,
     N_COLS: tl.constexpr, E5M2: tl.constexpr,
@@ -101,9 +111,7 @@ def _gelu_cast_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     rows, cols, mask = _tile(n_rows, N_COLS, ROWS, COLS)
-    x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0)
-    bias = tl.load(bias_ptr + cols, mask=cols < N_COLS, other=0.0)
-    x = x.to(tl.float32) + bias.to(tl.float32)[None, :]
+    x = _load_sum(x_ptr, bias_ptr, x_row_stride, rows, cols, mask, N_COLS)
     gate, _ = gelu_gate(x, TANH, EXACT)
     y = tl.where(mask, x * gate, 0.0)  # the bias alone has a GELU too
     _store_cast(
@@ -122,10 +130,8 @@ def _gelu_bwd_cast_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     rows, cols, mask = _tile(n_rows, N_COLS, ROWS, COLS)
-    x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0)
+    x = _load_sum(x_ptr, bias_ptr, x_row_stride, rows, cols, mask, N_COLS)
     dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=mask, other=0.0)
-    bias = tl.load(bias_ptr + cols, mask=cols < N_COLS, other=0.0)
-    x = x.to(tl.float32) + bias.to(tl.float32)[None, :]
     gate, slope = gelu_gate(x, TANH, EXACT)
     dx = dy.to(tl.float32) * (gate + x * slope)  # 0 where dy is not, as its load was masked
     part = tl.program_id(0) // ((N_COLS + COLS - 1) // COLS)

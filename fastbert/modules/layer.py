@@ -207,9 +207,9 @@ def run_layers(
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
     """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; and hidden states.
 
-    wanted_states: True for x and each layer's output,
-    layer numbers for these layers' outputs with None for the others, as in Hugging Face. Raises
-    ValueError if both rows and states are wanted, because the last state would lack tokens.
+    wanted_states: True for x and each layer's output, layer numbers for these layers' outputs with
+    None for the others, as in Hugging Face. Raises ValueError if both rows and states are wanted,
+    because the last state would lack tokens.
     """
     every = wanted_states is True
     chosen = () if isinstance(wanted_states, bool) else wanted_states
@@ -226,7 +226,13 @@ def run_layers(
         if number == num_layers - 1 and sequences.mask is None:
             here = here.only(rows)
         stream = run(number, stream, here)
-        states.append(stream.x if every or number in chosen else None)
+        if every or number in chosen:
+            stream = Stream(
+                stream.x, stream.x
+            )  # a caller may ask for the whole gradient of a state
+            states.append(stream.x)
+        else:
+            states.append(None)
     x = stream.x
     if rows is not None and (not num_layers or sequences.mask is not None):
         x = rows.of(x)  # a general mask has a row for every token, so attention computed all

@@ -89,7 +89,7 @@ def fp8_feed_forward(
     first product and output_scale, output_amax those of the second, as in `fp8_linear`, whose casts
     and gradients these are. GELU is computed in float32 from the first product in the result's
     dtype, and cast without another rounding between; so is its gradient. Neither is in memory in
-    more than FP8, which saves 8 bytes an element and pass of reading and writing.
+    more than FP8, which saves writing and reading 8 bytes an element in bf16.
 
     The kernels need what those of `fp8_linear` do. Raises ValueError for other shapes and dtypes.
     """

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastbert import BertConfig, BertEncoder
+from fastbert import BertConfig, BertEncoder, backend
 from fastbert.modules import layer
 from fastbert.ops.layer_norm import Call, dropout_add_layer_norm
 from tests.ops.layer_norm_case import SUM_NAMES, sum_inputs
@@ -85,7 +85,7 @@ def test_a_layer_leaves_autograd_no_gradients_to_add(monkeypatch, device, body):
         hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=2
     )
     encoder = BertEncoder(config).to(device).train()
-    x = torch.randn(6, 32, device=device)
+    x, dy = torch.randn(2, 6, 32, device=device).unbind()
     lengths = {"cu_seqlens": torch.tensor([0, 2, 6], dtype=torch.int32, device=device)}
 
     def run(rng=None):
@@ -94,7 +94,7 @@ def test_a_layer_leaves_autograd_no_gradients_to_add(monkeypatch, device, body):
         torch.manual_seed(0)
         y = encoder(leaf, **lengths, max_seqlen=4).last_hidden_state
         nodes = branches_of(y)
-        y.square().sum().backward()
+        y.backward(dy)
         return nodes, [leaf.grad, *(p.grad for p in encoder.parameters())]
 
     both, found = run()
@@ -107,6 +107,30 @@ def test_a_layer_leaves_autograd_no_gradients_to_add(monkeypatch, device, body):
     assert len(both) == (3 if body == "triton" else 0)
     for a, e in zip(found, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [True, [0]])
+@pytest.mark.usefixtures("body")
+def test_a_returned_state_has_its_whole_gradient(wanted, device):
+    """Callers differentiate by a hidden state, which must not be one branch of the stream alone."""
+    config = BertConfig(
+        hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=3,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    encoder = BertEncoder(config).to(device).train()
+    x, dy = torch.randn(2, 6, 32, device=device).unbind()
+    x.requires_grad_()
+    lengths = {"cu_seqlens": torch.tensor([0, 2, 6], dtype=torch.int32, device=device)}
+
+    def gradient():
+        output = encoder(x, **lengths, max_seqlen=4, output_hidden_states=wanted)
+        state = output.hidden_states[1 if wanted is True else 0]
+        return torch.autograd.grad(output.last_hidden_state, state, dy)[0]
+
+    found = gradient()
+    with backend.use("reference"):
+        expected = gradient()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def branches_of(y):

@@ -106,6 +106,8 @@ def main(
     only: Annotated[str, typer.Option(help=f"One unit: {', '.join(UNITS)}.")] = "",
 ) -> None:
     """Compiles every kernel for every GPU and prints what became of it."""
+    if only not in ("", *UNITS):
+        raise typer.BadParameter(f"--only: one of {', '.join(UNITS)}, got {only}")
     table = Table("kernel", "case", "block", "GPU", *Report._fields, "verdict")
     seen: set[str] = set()
     failed = 0

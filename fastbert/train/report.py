@@ -184,7 +184,9 @@ def plot_losses(
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     train = [row for row in history if "loss" in row]
     heldout = [row for row in history if "heldout_mlm_loss" in row]
-    axes.plot([r["step"] for r in train], [r["mlm_loss"] for r in train], label="MLM, training")
+    line = "." if len(train) == 1 else "-"  # a line through one point would not be seen
+    steps = [row["step"] for row in train]
+    axes.plot(steps, [row["mlm_loss"] for row in train], line, label="MLM, training")
     axes.plot(
         [r["step"] for r in heldout],
         [r["heldout_mlm_loss"] for r in heldout],
@@ -193,7 +195,8 @@ def plot_losses(
     )
     pairs = [row for row in train if "nsp_loss" in row]
     if pairs:
-        axes.plot([r["step"] for r in pairs], [r["nsp_loss"] for r in pairs], label="NSP, training")
+        steps = [row["step"] for row in pairs]
+        axes.plot(steps, [row["nsp_loss"] for row in pairs], line, label="NSP, training")
     for (name, level), style in zip(levels.items(), itertools.cycle(("--", ":"))):
         axes.axhline(level, color="gray", linestyle=style, label=f"{name}, held out")
     axes.set(xlabel="step", ylabel="loss (nats)", title=title, ylim=(0, None))

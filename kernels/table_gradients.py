@@ -39,12 +39,14 @@ def _store_row(
     word = key.to(tl.int64)
     position = word - n_words
     token_type = position - n_positions
-    is_word = (position < 0) & (word != padding_id)
-    is_position = (position >= 0) & (token_type < 0)
-    is_type = (token_type >= 0) & (token_type < n_types)
-    tl.store(dword_ptr + word * N_COLS + cols, sums, mask=is_col & is_word)
-    tl.store(dposition_ptr + position * N_COLS + cols, sums, mask=is_col & is_position)
-    tl.store(dtoken_type_ptr + token_type * N_COLS + cols, sums, mask=is_col & is_type)
+    # branches, as the interpreter of Triton 3.9 cannot mask by a block and a number together
+    if position < 0:
+        if word != padding_id:
+            tl.store(dword_ptr + word * N_COLS + cols, sums, mask=is_col)
+    elif token_type < 0:
+        tl.store(dposition_ptr + position * N_COLS + cols, sums, mask=is_col)
+    elif token_type < n_types:
+        tl.store(dtoken_type_ptr + token_type * N_COLS + cols, sums, mask=is_col)
 
 
 @kernel(do_not_specialize=["n_keys", "n_rows", "n_words", "n_positions", "n_types",

@@ -60,7 +60,8 @@ def test_a_packed_step_makes_the_host_wait_for_nothing(
     step.compute([batch], *counts_of([batch]))  # which makes the optimizer's state
     scales = [x for one in fp8.scales_of(model) for x in (one.history, one.amax)]
     assert bool(scales) == (precision == "fp8")
-    present = tensors_of(model, TEACHER, step.optimizer, batch, [step.rate, *scales])
+    copies = [] if step.copies is None else [step.copies.memory]
+    present = tensors_of(model, TEACHER, step.optimizer, batch, [step.rate, *scales, *copies])
     before = next(model.parameters()).detach().clone()
     with NoHostWaits(present) as waits:
         metrics = step.compute([batch], *counts_of([batch]))

@@ -60,7 +60,7 @@ ELSEWHERE = {
     "train/test_objective.py": "packing.py train/recipe.py",
     "train/test_prepare.py": "train/run_directory.py",
     "train/test_pretrain.py": "cli/about.py cli/app.py train/profiling.py train/report.py",
-    "train/test_step.py": "train/optimizer.py train/precision.py",
+    "train/test_step.py": "train/precision.py",
 }
 
 

@@ -23,8 +23,8 @@ PARTS = {
     "dropout + add + LayerNorm, backward": ("layer_norm_bwd",),
     "casts to FP8": ("cast_transpose",),
     "AdamW": ("FusedOptimizer",),
+    "casts of weights and gradients, QKV packed": ("copy_kernel", "CatArray", "CopyFunctor"),
     "norm of the gradients, clipping": ("LpNorm", "lpnorm", "multi_tensor_apply"),
-    "casts of weights and gradients, QKV packed": ("copy_kernel", "CatArray"),
     "sums of gradients at the residual connections": ("CUDAFunctor_add<c10::BFloat16>",),
     "gradient of the QKV bias": ("sum_functor<c10::BFloat16",),
 }

@@ -6,8 +6,10 @@ attention, with SDPA, and with torch.compile. On a GPU fastbert's step is a CUDA
 in FP8 where the GPU has it. All take turns in one process.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +25,10 @@ from benchmarks.workloads import MAX_SEQLEN, Batch, pretraining_batch, sequence_
 from fastbert.config.pretrain import PRESETS
 from fastbert.modules import fp8
 from fastbert.modules.graphs.recorder import Work
+from fastbert.modules.weight_copies import WeightCopies
 from fastbert.ops.fp8_linear import multiplies_fp8
 from fastbert.packing import Bucket, PackedBatch
+from fastbert.train.optimizer import clipped_step
 
 GRAPH, WITHOUT_GRAPH = "CUDA graph", "fastbert (without CUDA graph)"
 OURS = (FASTBERT, WITHOUT_GRAPH, FP8)
@@ -194,18 +198,26 @@ def at_fixed_places(batch: PackedBatch) -> PackedBatch:
 def optimizer_step(
     model: nn.Module, loss_of: Callable[[], Tensor], options: Options, *, capturable: bool = False
 ) -> Work:
-    """A function that takes one training step and returns its loss."""
+    """A function that takes one training step and returns its loss; ours as in `EagerStep`."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-5, weight_decay=0.01, fused=True, capturable=capturable
     )
+    ours = isinstance(model, fastbert.BertForPreTraining)
+    copies: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    if ours and options.precision == "bf16":
+        copies = WeightCopies(model, torch.bfloat16).in_use
 
     def step() -> Tensor:
-        with autocast(options):
-            loss = loss_of()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        with copies():
+            with autocast(options):
+                loss = loss_of()
+            loss.backward()
+        if ours:
+            clipped_step(optimizer, model.parameters(), 1.0)
+        else:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
         return loss.detach()
 
     return step

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 import fastbert
 from benchmarks.results import FASTBERT, FP8, Options, Results
+from benchmarks.steps.steps import autocast
 from fastbert import backend
 from fastbert.config.pretrain import PRESETS, PretrainConfig
 from fastbert.modules import fp8
+from fastbert.modules.weight_copies import WeightCopies
 from fastbert.ops.fp8_linear import multiplies_fp8
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 from fastbert.reference import ReferenceBert
-from fastbert.train.optimizer import linear_schedule, make_optimizer
+from fastbert.train.optimizer import clipped_step, linear_schedule, make_optimizer
 from fastbert.train.prepare import prepare_text
 
 REFERENCE, HUGGING_FACE = "reference", "Hugging Face"
@@ -107,20 +109,20 @@ def train(
     """Trains on the batches; returns the loss of each, read from the device only at the end."""
     model.to(options.device).train()
     optimizer = make_optimizer(model, config.weight_decay)
+    copies: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    if options.precision == "bf16":  # which other models do not read
+        copies = WeightCopies(model, torch.bfloat16).in_use
     losses = []
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = linear_schedule(
                 step, peak=config.learning_rate, warmup=len(batches) // 10, total=len(batches)
             )
-        with torch.autocast(
-            options.device.type, torch.bfloat16, enabled=options.precision == "bf16"
-        ):
-            loss = loss_of(batch.to(options.device))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        with copies():
+            with autocast(options):
+                loss = loss_of(batch.to(options.device))
+            loss.backward()
+        clipped_step(optimizer, model.parameters(), config.max_grad_norm)
         losses.append(loss.detach())
     return torch.stack(losses).float().tolist()
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.backend import Op
-from fastbert.modules.linear import FP8, Leaf, split_bias
+from fastbert.modules.linear import PRODUCTS, Leaf, Products, split_bias
 from fastbert.ops.bias_gelu import Call, bias_gelu
 
 Activation = Callable[[Tensor], Tensor]  # elementwise
@@ -51,12 +51,12 @@ def feed_forward(
 
     In FP8 a GELU between two plain layers is one operator with their products.
     """
-    slot = dense.module.__dict__.get(FP8)
-    if slot is not None and into is not None and dense.is_plain and output.is_plain:
+    products: Products | None = dense.module.__dict__.get(PRODUCTS)
+    if products is not None and into is not None and dense.is_plain and output.is_plain:
         approximate, bias = _approximate(function), dense.bias
-        second = output.module.__dict__.get(FP8)
+        second = output.module.__dict__.get(PRODUCTS)
         if approximate is not None and bias is not None and second is not None:
-            y = slot.feed_forward(x, dense.weight, bias, second, output.weight, approximate)
+            y = products.feed_forward(x, dense.weight, bias, second, output.weight, approximate)
             if y is not None:
                 return y, output.bias
     return split_bias(dense_and_activate(x, dense, function), output, into)

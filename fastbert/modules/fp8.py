@@ -7,7 +7,7 @@ by a few operations on the device. Nothing here is a parameter or buffer: a chec
 Face's keys. Layers in training mode run in FP8, others as without.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.check import require
-from fastbert.modules.linear import FP8
+from fastbert.modules.linear import PRODUCTS, Products, encoders_of
 from fastbert.ops.fp8_linear import (
     MULTIPLE,
     Call,
@@ -23,9 +23,9 @@ from fastbert.ops.fp8_linear import (
     fp8_feed_forward,
     fp8_linear,
     multiplies_fp8,
-    result_dtype,
 )
 from fastbert.ops.fp8_plain import E4M3, E5M2, LARGEST
+from fastbert.ops.fused import result_dtype
 
 HISTORY = 16  # forward passes whose largest values decide a scale
 ASSUMED = 16.0, 8.0, 1.0  # largest values of input, weight and gradient before any were seen
@@ -45,14 +45,15 @@ class Scales:
         self.scale: Tensor | None = None
 
     @torch.no_grad()
-    def begin(self, x: Tensor, training: bool) -> None:
+    def begin(self, x: Tensor, training: bool) -> str:
         """Makes the scales of a forward pass of which x is the input; none if not `training`.
 
-        Raises RuntimeError on hardware without FP8, unless a backend is forced that emulates it.
+        Returns why that pass may not replay a CUDA graph, "" if it may. Raises RuntimeError on
+        hardware without FP8, unless a backend is forced that emulates it.
         """
         if not training:
             self.scale = None
-            return
+            return ""
         if backend.forced() is None and not multiplies_fp8(x.device):
             raise RuntimeError(
                 f'precision="fp8": {x.device} does not multiply FP8, which needs a GPU of compute '
@@ -72,6 +73,7 @@ class Scales:
             ],
             1,
         )
+        return "FP8, whose scales are new in each call"
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the tensors that the next pass starts from, on the CPU."""
@@ -99,13 +101,14 @@ class Slot(NamedTuple):
     scales: Scales
     number: int
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    def product(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor | None:
         """`x @ weight.T + bias` in FP8; None where `Scales.scale` is."""
         scale = self.scales.scale
         if scale is None:
             return None
         _refuse_tracing()
         amax = self.scales.amax[self.number]
+        weight = weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
         return fp8_linear.run(Call(x, weight, bias, scale[self.number], amax, result_dtype(x)))
 
     def feed_forward(
@@ -113,7 +116,7 @@ class Slot(NamedTuple):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        output: "Slot",
+        output: Products,
         output_weight: Tensor,
         approximate: str,
     ) -> Tensor | None:
@@ -122,7 +125,7 @@ class Slot(NamedTuple):
         output: the place of the second layer; None too if that is in another encoder
         """
         scale, amax = self.scales.scale, self.scales.amax
-        if scale is None or output.scales is not self.scales:
+        if scale is None or not isinstance(output, Slot) or output.scales is not self.scales:
             return None
         _refuse_tracing()
         places = scale[self.number], amax[self.number], scale[output.number], amax[output.number]
@@ -142,14 +145,14 @@ def enable(model: nn.Module) -> None:
     16. Raises ValueError if no encoder has any.
     """
     found = False
-    for layers in _lists(model):
+    for layers in encoders_of(model):
         plain = (module for module in layers.modules() if type(module) is nn.Linear)
         linears = [linear for linear in plain if _fits(linear)]
         if linears:
             scales = Scales(len(linears))
-            vars(layers)[FP8] = scales
+            vars(layers)[PRODUCTS] = scales
             for number, linear in enumerate(linears):
-                vars(linear)[FP8] = Slot(scales, number)
+                vars(linear)[PRODUCTS] = Slot(scales, number)
             found = True
     require(found, "fp8", "a model with layers in an nn.ModuleList", type(model).__name__)
 
@@ -157,12 +160,13 @@ def enable(model: nn.Module) -> None:
 def disable(model: nn.Module) -> None:
     """Takes `enable` back."""
     for module in model.modules():
-        vars(module).pop(FP8, None)
+        vars(module).pop(PRODUCTS, None)
 
 
 def scales_of(model: nn.Module) -> list[Scales]:
     """The scales of each encoder of the model, in order; none if FP8 is not enabled."""
-    return [vars(layers)[FP8] for layers in _lists(model) if FP8 in vars(layers)]
+    found = (vars(layers).get(PRODUCTS) for layers in encoders_of(model))
+    return [scales for scales in found if isinstance(scales, Scales)]
 
 
 def state(model: nn.Module) -> list[dict[str, Tensor]]:
@@ -180,7 +184,3 @@ def load(model: nn.Module, saved: list[dict[str, Any]]) -> None:
 
 def _fits(linear: nn.Linear) -> bool:
     return not any(size % MULTIPLE for size in linear.weight.shape)
-
-
-def _lists(model: nn.Module) -> Iterator[nn.ModuleList]:
-    return (module for module in model.modules() if isinstance(module, nn.ModuleList))

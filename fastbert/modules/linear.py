@@ -1,7 +1,7 @@
 """Linear layers as parts of fused operators: joined in one product, or with the bias split off."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,33 @@ from torch import Tensor, nn
 from fastbert.backend import Op, device_type
 
 Hooks = tuple[dict[int, Callable[..., Any]], ...]  # the live dictionaries of modules' hooks
-FP8 = "_fastbert_fp8"  # attribute by which `fastbert.modules.fp8` marks a module
+PRODUCTS = "_fastbert_products"  # attribute of linear layers that holds their `Products`
 # From this hidden size concatenating weights takes longer than two more products of few rows:
 # 16 rows on a CPU take 89 us apart and 71 us joined at 128, 123 us and 131 us at 192.
 SMALL = 160
 _NARROW = (torch.float16, torch.bfloat16)
+
+
+class Products(Protocol):
+    """Multiplies for plain linear layers in place of `F.linear`, in FP8 or by copies of weights.
+
+    An encoder's list of layers has the same attribute, whose `begin(x, training)` is called when a
+    forward begins, and says why that may not replay a CUDA graph, "" if it may.
+    """
+
+    def product(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor | None:
+        """`x @ weight.T + bias` for weights side by side; None leaves it to `F.linear`."""
+
+    def feed_forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        output: "Products",
+        output_weight: Tensor,
+        approximate: str,
+    ) -> Tensor | None:
+        """`gelu(x @ weight.T + bias) @ output_weight.T`; None leaves it to `product`."""
 
 
 class Leaf:
@@ -33,20 +55,8 @@ class Leaf:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.is_plain and type(self.module) is nn.Linear:
-            return self.product(x, self.parameters["weight"], self.parameters["bias"])
+            return product(x, (self,), self.parameters["bias"])
         return self.module(x)
-
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`x @ weight.T + bias`, in FP8 where this module's products are.
-
-        weight: that of a plain `nn.Linear`, or of several side by side, of which this is the first
-        """
-        slot = self.module.__dict__.get(FP8)
-        if slot is not None:
-            y = slot.product(x, weight, bias)
-            if y is not None:
-                return y
-        return F.linear(x, weight, bias)
 
     @property
     def weight(self) -> Any:
@@ -55,6 +65,17 @@ class Leaf:
     @property
     def bias(self) -> Any:
         return self.parameters["bias"]
+
+
+def product(x: Tensor, linears: Sequence[Leaf], bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` with the weights of plain `nn.Linear`s side by side."""
+    weights = [layer.parameters["weight"] for layer in linears]
+    products: Products | None = linears[0].module.__dict__.get(PRODUCTS)
+    if products is not None:
+        y = products.product(x, weights, bias)
+        if y is not None:
+            return y
+    return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
 
 
 def fused_linear(x: Tensor, linears: Sequence[Leaf]) -> Tensor:
@@ -85,11 +106,10 @@ def fused_linear_and_bias(
         # `biases.count(None)` would ask PyTorch to compare tensors with None, at 100 us each
         without = sum(bias is None for bias in biases)
         if without in (0, len(biases)):
-            weight = torch.cat([layer.parameters["weight"] for layer in linears])
             bias = None if without else torch.cat(biases)
             if bias is None or into is None or not (bias.requires_grad and into.has_kernels(x)):
-                return linears[0].product(x, weight, bias), None
-            return linears[0].product(x, weight, bias.detach()), bias
+                return product(x, linears, bias), None
+            return product(x, linears, bias.detach()), bias
     return torch.cat([layer(x) for layer in linears], dim=-1), None
 
 
@@ -103,15 +123,20 @@ def split_bias(x: Tensor, layer: Leaf, into: Op | None) -> tuple[Tensor, Tensor 
     """
     if not layer.is_plain:
         return layer(x), None
-    weight, bias = layer.parameters["weight"], layer.parameters["bias"]
+    bias = layer.parameters["bias"]
     if into is not None and (into.has_kernels(x) or rounds_products(x)):
-        return layer.product(x, weight, None), bias
-    return layer.product(x, weight, bias), None
+        return product(x, (layer,), None), bias
+    return product(x, (layer,), bias), None
 
 
 def rounds_products(x: Tensor) -> bool:
     """Whether a product of x has less than float32 precision, by its dtype or by autocast."""
     return x.dtype in _NARROW or torch.is_autocast_enabled(device_type(x))
+
+
+def encoders_of(model: nn.Module) -> Iterator[nn.ModuleList]:
+    """The lists of layers in the model, which hold all that its encoders consist of."""
+    return (module for module in model.modules() if isinstance(module, nn.ModuleList))
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:

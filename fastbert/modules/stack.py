@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastbert.modules.graphs import buckets
 from fastbert.modules.layer import LayerParts, Stream, layers_of, run_layers
-from fastbert.modules.linear import FP8
+from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.plan import calls_layers
 from fastbert.modules.sequences import Rows, Sequences
 
@@ -28,11 +28,9 @@ def run_stack(
     could not be read. Raises ValueError where `sequences` does not fit x.
     """
     reason = "output_hidden_states" if wanted_states else ""
-    scales = vars(layers).get(FP8)
-    if scales is not None:
-        scales.begin(x, layers.training)
-        if layers.training:
-            reason = reason or "FP8, whose scales are new in each call"
+    products = vars(layers).get(PRODUCTS)
+    if products is not None:
+        reason = products.begin(x, layers.training) or reason
     read = cast(Sequence[LayerParts], parts)
     run = layers_of(read)
     if calls_layers(layers) or None in parts:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbert.backend import DTYPES, op
 from fastbert.check import require
 from fastbert.ops.fp8_plain import Emulation
-from fastbert.ops.fused import as_rows, once, run
+from fastbert.ops.fused import as_rows, once, result_dtype, run
 
 MULTIPLE = 16  # which the kernels want a weight's sizes to be multiples of
 
@@ -115,12 +115,6 @@ def _check_threes(who: str, **tensors: Tensor) -> None:
     for name, three in tensors.items():
         is_three = three.shape == (3,) and three.dtype == torch.float32
         require(is_three, who, f"{name} of 3 float32", f"{three.dtype} {tuple(three.shape)}")
-
-
-def result_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a product of x: autocast's, or that of x."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def multiplies_fp8(device: torch.device) -> bool:

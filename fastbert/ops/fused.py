@@ -69,3 +69,16 @@ def as_rows(x: Tensor) -> Tensor:
 def shaped(rows: Tensor, x: Tensor) -> Tensor:
     """The rows of `as_rows(x)`, (M, H), in x's shape (..., H)."""
     return rows if x.ndim == 2 else rows.view(x.shape)
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product of x: autocast's, or that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`; on a GPU a float32 product of half-precision factors is not rounded."""
+    if a.is_cuda and dtype == torch.float32 != a.dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)

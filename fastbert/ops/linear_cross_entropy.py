@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastbert.backend import DTYPES, op
 from fastbert.check import require
-from fastbert.ops.fused import once, run
+from fastbert.ops.fused import once, product, run
 
 MAX_LOGITS_BYTES = 1 << 30  # more are computed in parts, and again in the backward
 PADDING = 64  # classes are padded to a multiple of it, for wide loads and the tensor cores
@@ -179,7 +179,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if wants_hidden:
                     dhidden.append(logits @ weight)
                 if wants_weight:
-                    dweight = _plus(dweight, _product(logits.t(), some, sum_dtype))
+                    dweight = _plus(dweight, product(logits.t(), some, sum_dtype))
                 if wants_bias:
                     dbias = _plus(dbias, column_sums)
         classes = ctx.options[0]
@@ -212,13 +212,6 @@ def _rows_of_a_part(hidden: Tensor, weight: Tensor) -> int:
 
 def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return hidden @ weight.t() if bias is None else torch.addmm(bias, hidden, weight.t())
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`; on a GPU a float32 product of half-precision factors is not rounded."""
-    if a.is_cuda and dtype == torch.float32 != a.dtype:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

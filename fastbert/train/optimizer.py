@@ -1,9 +1,12 @@
 """AdamW and LAMB for BERT, and its learning-rate schedule: linear warm-up, then linear decay."""
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastbert.optim import Lamb
 
@@ -19,8 +22,7 @@ def make_optimizer(
     https://arxiv.org/abs/1711.05101), with RoBERTa's second beta of 0.98 (Liu et al. 2019): with
     BERT's 0.999, small models at a high learning rate stayed at the unigram loss for hundreds of
     steps. "lamb" is `fastbert.optim.Lamb` in NVIDIA's variant, without a trust ratio for biases and
-    LayerNorm. Neither clips gradients, which the step does. Both skip an update on the device where
-    their `found_inf` is 1.
+    LayerNorm. Neither clips gradients by itself: see `clipped_step`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     # the one-dimensional parameters are biases and the weights of LayerNorm
@@ -31,6 +33,31 @@ def make_optimizer(
     if name == "lamb":
         return Lamb(groups, lr=0.0, variant="nvidia", max_grad_norm=None)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+
+def clipped_step(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], max_norm: float
+) -> Tensor:
+    """Updates the parameters by gradients clipped to a norm of `max_norm`, then drops them.
+
+    optimizer: of `make_optimizer`, which itself scales the gradients, so that no pass over them is
+    needed. Returns a float32 tensor (): 1 where the gradients were not finite and so neither
+    weights nor state were changed, else 0. The host does not wait. The clipped gradients are those
+    of `nn.utils.clip_grad_norm_`, as Pascanu et al. 2013 define them (arXiv:1211.5063).
+    """
+    scaled: Any = optimizer
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    skipped = (~norm.isfinite()).float()
+    # a GradScaler sets these two, by which an optimizer divides gradients and skips an update
+    scaled.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1).float()
+    scaled.found_inf = skipped
+    optimizer.step()
+    del scaled.grad_scale, scaled.found_inf
+    optimizer.zero_grad()
+    return skipped
 
 
 def finetuning_optimizer(

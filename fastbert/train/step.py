@@ -8,23 +8,25 @@ with filler sequences, which have no labels, and are copied into buffers. What c
 step (learning rate, dropout state, the counts that losses are divided by) is in device memory.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import GlobalCounts, PretrainingData
 from fastbert.modules.graphs import buckets
 from fastbert.modules.graphs.recorder import WARM_UP, CudaGraphs, Recorder, Work
+from fastbert.modules.weight_copies import WeightCopies
 from fastbert.packing import Bucket, PackedBatch
 from fastbert.system.console import console
 from fastbert.train import distributed
-from fastbert.train.optimizer import linear_schedule
-from fastbert.train.precision import autocast, make_scaler
+from fastbert.train.objective import Result
+from fastbert.train.optimizer import clipped_step, linear_schedule
+from fastbert.train.precision import LOW_PRECISION, autocast, make_scaler
 
 Step = Callable[[int, list[PackedBatch], GlobalCounts], Tensor]
 
@@ -77,6 +79,9 @@ class EagerStep:
             group["capturable"] = False
         self.warmup = round(config.steps * config.warmup_ratio)
         self.autocast = autocast(config.precision, device)
+        # the ranks of a distributed run replay their encoders' graphs instead, or have shards
+        low = LOW_PRECISION.get(config.precision) if num_ranks == 1 else None
+        self.copies = None if low is None else WeightCopies(objective, low)
 
     def __call__(self, number: int, parts: list[PackedBatch], counts: GlobalCounts) -> Tensor:
         self.set_learning_rate(number)
@@ -114,33 +119,26 @@ class EagerStep:
 
         counts: the values of `GlobalCounts`, as numbers or tensors of shape ()
         """
-        sums = []
-        for number, part in enumerate(parts, start=1):
-            with distributed.exchange(self.objective, wanted=number == len(parts)):
-                with self.autocast:
-                    result = self.objective(part, *counts)
-                self.scaler.scale(result.loss * self.num_ranks).backward()
-            sums.append(result.sums)
+        with contextlib.nullcontext() if self.copies is None else self.copies.in_use():
+            sums = [
+                self._accumulate(part, counts, is_last=number == len(parts))
+                for number, part in enumerate(parts, start=1)
+            ]
         self.scaler.unscale_(self.optimizer)
         parameters = self.objective.parameters()
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        skipped = (~norm.isfinite()).float()
-        self._update(skipped)
+        skipped = clipped_step(self.optimizer, parameters, self.config.max_grad_norm)
+        self.scaler.update()
         return torch.cat([torch.stack(sums).sum(0).masked_fill(skipped.bool(), 0), skipped[None]])
 
-    def _update(self, skipped: Tensor) -> None:
-        """Updates the weights; `skipped` = 1 skips the update on the device through found_inf.
-
-        GradScaler.step would set found_inf too, but only in fp16.
-        """
-        optimizer: Any = self.optimizer
-        optimizer.found_inf = skipped
-        optimizer.step()
-        del optimizer.found_inf
-        self.scaler.update()
-        optimizer.zero_grad()
+    def _accumulate(
+        self, part: PackedBatch, counts: tuple[int | Tensor, ...], *, is_last: bool
+    ) -> Tensor:
+        """Adds the gradients of a micro-batch; returns its sums."""
+        with distributed.exchange(self.objective, wanted=is_last):
+            with self.autocast:
+                result: Result = self.objective(part, *counts)
+            self.scaler.scale(result.loss * self.num_ranks).backward()
+        return result.sums
 
 
 class GraphedStep:

@@ -25,6 +25,9 @@ KERNELS = {
     "void vectorized_elementwise_kernel<8, bfloat16_copy_kernel_cuda>": (
         "casts of weights and gradients, QKV packed"
     ),
+    "void multi_tensor_apply_kernel<TensorListMetadata<2>, CopyFunctor<c10::BFloat16, float>>": (
+        "casts of weights and gradients, QKV packed"
+    ),
     "void vectorized_elementwise_kernel<8, CUDAFunctor_add<c10::BFloat16>>": (
         "sums of gradients at the residual connections"
     ),

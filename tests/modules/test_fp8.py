@@ -11,7 +11,7 @@ import transformers
 import fastbert
 from fastbert import backend
 from fastbert.modules import fp8
-from fastbert.modules.linear import FP8
+from fastbert.modules.linear import PRODUCTS
 from fastbert.ops.fp8_plain import E4M3, E5M2, LARGEST
 
 SHAPE = {
@@ -87,7 +87,7 @@ def test_eval_mode_is_that_of_the_model_without(make):
 def test_the_products_of_layers_and_no_others_are_in_fp8(make):
     model = make()
     report = str(fastbert.explain(model, input_ids=IDS, labels=IDS))
-    marked = [name for name, module in model.named_modules() if FP8 in vars(module)]
+    marked = [name for name, module in model.named_modules() if PRODUCTS in vars(module)]
     assert len(marked) == 1 + 2 * PER_LAYER
     assert all("encoder.layer" in name for name in marked)
     assert report.count("fp8_linear") >= 1
@@ -186,7 +186,7 @@ def test_copies_and_pickles_have_scales_of_their_own(make):
         assert torch.equal(scales.history, theirs.history)
         assert scales is not theirs
         assert step(copy.deepcopy(model))[0] == step(other)[0]
-        slots = [vars(module).get(FP8) for module in other.modules()]
+        slots = [vars(module).get(PRODUCTS) for module in other.modules()]
         assert all(slot.scales is theirs for slot in slots if isinstance(slot, fp8.Slot))
 
 
@@ -238,7 +238,7 @@ def test_sizes_that_the_products_do_not_take_stay_as_they_are():
     marked = [
         name
         for name, module in model.named_modules()
-        if isinstance(vars(module).get(FP8), fp8.Slot)
+        if isinstance(vars(module).get(PRODUCTS), fp8.Slot)
     ]
     assert len(marked) == 2 * 4
     assert not any("intermediate" in name for name in marked)

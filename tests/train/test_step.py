@@ -69,6 +69,29 @@ def test_what_is_recorded_reads_all_that_changes_from_its_places(
     assert_same_weights(eager, graphed)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_copies_of_weights_change_no_bit_of_a_run(optimizer, monkeypatch):
+    """Each step, and each replay of a recorded one, reads the weights of its time."""
+    monkeypatch.setattr(attention_plain, "reads_lengths", lambda call: False)
+    config = dataclasses.replace(CONFIG, precision="bf16")
+    models = [PretrainingObjective(make_model(dropout=0.1)) for _ in range(4)]
+    steps = [EagerStep(m, make_optimizer(m, 0.01, optimizer), config, CPU) for m in models]
+    plain, copied, repeated, inner = steps
+    assert copied.copies.places
+    plain.copies = None
+    repeated = GraphedStep(repeated, BUCKET, Repeats())
+    recorded = GraphedStep(inner, BUCKET, Recorded(inner.objective, inner.optimizer))
+    for number, batch in enumerate(batches(parts=2)):
+        for one, other in ((copied, plain), (recorded, repeated)):
+            results = [step(number, batch, counts_of(batch)) for step in (one, other)]
+            assert torch.equal(*results)
+    assert recorded.replay is not None
+    states = [model.state_dict() for model in models]
+    for name in states[0]:
+        assert torch.equal(states[0][name], states[1][name]), name
+        assert torch.equal(states[2][name], states[3][name]), name
+
+
 def test_padding_changes_neither_loss_nor_gradient():
     model = make_model(dropout=0.3)
     model.double()

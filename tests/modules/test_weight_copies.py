@@ -1,0 +1,237 @@
+"""By copies of its weights a step computes what autocast computes, with fewer launches."""
+
+import collections
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastbert
+from fastbert.modules import fp8
+from fastbert.modules.graphs import buckets
+from fastbert.modules.linear import PRODUCTS, Leaf, fused_linear, product
+from fastbert.modules.weight_copies import WeightCopies
+from tests.modules.graphs.case import Repeats, batch, layers_of, logits, models, pool, step
+
+BF16 = torch.bfloat16
+LENGTHS = [9, 4, 16, 1]
+
+
+def autocast(dtype=BF16):
+    return torch.autocast("cpu", dtype)
+
+
+def pair(**options):
+    """The same own model twice, for training without graphs."""
+    plain, copied = models("own", **options)
+    buckets.allow(copied, False)
+    return plain.train(), copied.train()
+
+
+def marked(model):
+    return [name for name, module in model.named_modules() if PRODUCTS in vars(module)]
+
+
+class Counter(TorchDispatchMode):
+    """Counts operators by their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func._schema.name.removeprefix("aten::")] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["whole", "checkpointed"])
+def test_a_step_computes_what_autocast_does_bit_by_bit(checkpointed, dtype):
+    plain, copied = pair()
+    copies = WeightCopies(copied, dtype)
+    if checkpointed:
+        plain.gradient_checkpointing_enable()
+        copied.gradient_checkpointing_enable()
+    for seed in range(2):
+        inputs = batch(LENGTHS, seed)
+        with autocast(dtype):
+            expected = step(plain, inputs)
+            with copies.in_use():
+                actual = step(copied, inputs)
+        for a, e in zip(actual, expected, strict=True):
+            assert a.dtype == e.dtype
+            assert torch.equal(a, e)
+        with torch.no_grad():  # as an optimizer does
+            for p, q in zip(plain.parameters(), copied.parameters(), strict=True):
+                p.mul_(1.25)
+                q.mul_(1.25)
+
+
+def test_a_step_casts_each_weight_and_joins_none():
+    """Of the encoder: heads and embeddings are autocast's."""
+    plain, copied = pair()
+    copies = WeightCopies(copied, BF16)
+    inputs = batch(LENGTHS)
+    with autocast(), Counter() as before:
+        step(plain, inputs)
+    with autocast(), copies.in_use(), Counter() as after:
+        step(copied, inputs)
+    layers = copied.config.num_hidden_layers
+    # four products a layer, and one more in the last, whose queries are of some rows alone; as many
+    # casts of gradients are still there, as a CPU's product cannot write another dtype
+    assert before.calls["_to_copy"] - after.calls["_to_copy"] == 4 * layers + 1
+    assert before.calls["cat"] - after.calls["cat"] == layers
+    assert before.calls["mm"] == after.calls["mm"]
+
+
+def test_copies_are_of_the_encoders_trained_weights_in_float32():
+    _, model = pair()
+    layers = layers_of(model)
+    layers[0].attention.self.query.requires_grad_(False)
+    layers[1].output.dense.to(BF16)
+    layers[1].attention.output.dense.double()
+    with WeightCopies(model, BF16).in_use():
+        names = marked(model)
+    assert len(names) == 1 + 2 * 6 - 3
+    assert all("encoder.layer" in name for name in names)
+    left_out = ("0.attention.self.query", "1.output.dense", "1.attention.output.dense")
+    assert not any(name.endswith(left_out) for name in names)
+    assert not marked(model)
+    fp8.enable(model)
+    before = {
+        name: vars(module)[PRODUCTS] for name, module in model.named_modules() if name in names
+    }
+    with WeightCopies(model, BF16).in_use():
+        now = {
+            name: vars(module)[PRODUCTS] for name, module in model.named_modules() if name in before
+        }
+    assert now == before
+
+
+def test_a_model_without_an_encoder_has_none():
+    with WeightCopies(nn.Linear(4, 4), BF16).in_use():
+        pass
+
+
+def test_after_an_error_nothing_reads_the_copies():
+    _, model = pair()
+    with contextlib.suppress(ZeroDivisionError), WeightCopies(model, BF16).in_use():
+        assert marked(model)
+        raise ZeroDivisionError
+    assert not marked(model)
+
+
+def linears(*sizes, seed=0):
+    """Lists of plain layers of 24 inputs, and copies of their weights."""
+    torch.manual_seed(seed)
+    layers = nn.ModuleList(nn.Linear(24, size) for size in sizes)
+    return layers, WeightCopies(layers, BF16)
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (64, 128), (5, 7, 3)], ids=str)
+def test_weights_side_by_side_are_one_product(sizes):
+    """Where sizes leave gaps between the copies, these are joined."""
+    layers, copies = linears(*sizes)
+    x = torch.randn(6, 24, requires_grad=True)
+    leaves = [Leaf(layer) for layer in layers]
+    with autocast():
+        exact = fused_linear(x, leaves)
+        inputs = [x, *layers.parameters()]
+        dy = torch.randn_like(exact)
+        expected = torch.autograd.grad(exact, inputs, dy)
+        with copies.in_use():
+            y = fused_linear(x, leaves)
+            actual = torch.autograd.grad(y, inputs, dy)
+    assert torch.equal(y, exact)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_what_is_not_asked_for_by_autocast_to_their_dtype_has_no_copies():
+    layers, copies = linears(8)
+    x, leaf = torch.randn(3, 24), Leaf(layers[0])
+    exact = product(x, [leaf], leaf.bias)
+    with copies.in_use():
+        assert torch.equal(product(x, [leaf], leaf.bias), exact)
+        with autocast():
+            assert product(x.double(), [Leaf(layers.double()[0])], None).dtype == torch.float64
+        layers.float()
+        with autocast(torch.float16):
+            assert product(x, [leaf], leaf.bias).dtype == torch.float16
+        layers[0].weight = nn.Parameter(layers[0].weight * 2)  # another one than has the copy
+        with autocast():
+            new = product(x, [leaf], None)
+    assert torch.equal(new, x.to(BF16) @ layers[0].weight.to(BF16).t())
+
+
+def test_gradients_add_up_over_micro_batches_in_the_weights_dtype():
+    layers, copies = linears(8)
+    leaf = Leaf(layers[0])
+    xs = [torch.randn(4, 24) for _ in range(3)]
+    with autocast(), copies.in_use():
+        for x in xs:
+            product(x, [leaf], leaf.bias).float().sum().backward()
+    assert leaf.weight.grad.dtype == torch.float32
+    expected = sum(x.to(BF16).double().sum(0) for x in xs)
+    torch.testing.assert_close(leaf.weight.grad[0].double(), expected, rtol=2**-8, atol=1e-2)
+
+
+def test_a_second_derivative_is_refused():
+    layers, copies = linears(8)
+    x = torch.randn(3, 24, requires_grad=True)
+    with autocast(), copies.in_use():
+        y = product(x, [Leaf(layers[0])], None)
+        dy = torch.randn_like(y, requires_grad=True)
+        (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        dx.sum().backward()
+
+
+def test_weights_that_changed_between_forward_and_backward_are_an_error():
+    """The backward needs the copies that the forward read."""
+    layers, copies = linears(8)
+    x = torch.randn(3, 24, requires_grad=True)
+    with autocast(), copies.in_use():
+        y = product(x, [Leaf(layers[0])], None)
+    with copies.in_use(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.float().sum().backward()
+
+
+def test_no_graph_of_a_bucket_reads_copies(monkeypatch):
+    recorder = Repeats()
+    shared = pool(recorder)
+    monkeypatch.setattr(buckets, "pool_of", lambda device: shared)
+    monkeypatch.delenv("FASTBERT_GRAPHS", raising=False)
+    _, model = models("own")
+    copies = WeightCopies(model, BF16)
+    inputs = batch(LENGTHS)
+    with autocast():
+        with copies.in_use():
+            step(model.train(), inputs)
+            report = fastbert.explain(model, **inputs, show=False)
+        assert recorder.recorded == 0
+        routes = {route.module: route for route in report.routes}
+        assert routes["CUDA graph"].reason.startswith("copies of weights")
+        plain = copy.deepcopy(model.eval())
+        buckets.allow(plain, False)
+        assert torch.equal(logits(model, inputs), logits(plain, inputs))
+        assert recorder.recorded == 1
+
+
+@pytest.mark.gpu
+def test_a_gpus_products_write_gradients_that_are_not_rounded():
+    layers, _ = linears(64)
+    layers.cuda()
+    copies, leaf = WeightCopies(layers, BF16), Leaf(layers[0])
+    x = torch.randn(512, 24, device="cuda")
+    dy = torch.randn(512, 64, device="cuda", dtype=BF16)
+    exact = dy.double().t() @ x.to(BF16).double()
+    with torch.autocast("cuda", BF16):
+        (rounded,) = torch.autograd.grad(product(x, [leaf], None), leaf.weight, dy)
+        with copies.in_use():
+            (found,) = torch.autograd.grad(product(x, [leaf], None), leaf.weight, dy)
+    assert found.dtype == torch.float32
+    assert (found - exact).norm() < 0.1 * (rounded - exact).norm()

@@ -26,8 +26,9 @@ ALIGNED = 64  # elements: copies begin at multiples of 128 bytes, which fast pro
 class WeightCopies:
     """Copies in `dtype` of the weights of all plain linear layers of the model's encoders.
 
-    Left out are encoders in FP8, shards, and weights without a gradient or not in float32. Only products inside `in_use` read the copies. There
-    no bucket's graph is recorded or replayed, as it would read copies outside too.
+    Left out are encoders in FP8, shards, and weights without a gradient or not in float32. Only
+    products inside `in_use` read the copies. There no bucket's graph is recorded or replayed, as it
+    would read copies outside too.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:

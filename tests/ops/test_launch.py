@@ -16,9 +16,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from fastbert import backend
 from fastbert.kernels import runtime
 from fastbert.kernels.runtime import HANDLES, Handle, Kernel
 from fastbert.ops.bias_gelu import bias_gelu
+from fastbert.ops.layer_norm import dropout_add_layer_norm
 
 TARGET = GPUTarget("cuda", 90, 32)
 LAUNCH = [1, 1, 1, 7]  # the grid and the stream
@@ -137,6 +139,17 @@ def test_a_handle_is_used_only_where_triton_would_compile_the_same(calls, kernel
         kernel((1,), *arguments, **constants)
         _, specialization, options = bind(*arguments, **constants)
         assert used.pop() == (specialization, options)
+
+
+@pytest.mark.skipif(not runtime.IS_INTERPRETED, reason="kernels are compiled here")
+def test_an_interpreted_launch_leaves_the_language_as_it_was():
+    """Else a kernel compiled afterwards, as below, would be compiled with the interpreter's parts."""
+    places = (tl, tl.core, tl.core.tensor, tl.core.dtype, tl.math)
+    before = [dict(vars(place)) for place in places]
+    x, weight = torch.randn(4, 16), torch.ones(16)
+    with backend.use("triton"):
+        dropout_add_layer_norm(x, x, weight, weight)
+    assert [dict(vars(place)) for place in places] == before
 
 
 def test_a_launch_passes_what_tritons_own_passes(kernel, driver, monkeypatch):

@@ -8,8 +8,8 @@ JSON; exits with 1 if files differ.
 
 import hashlib
 import json
-import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -79,19 +79,27 @@ def command(model: Path, corpus: Path, out: Path, shard_size: int) -> list[str]:
 
 def run(arguments: list[str], out: Path, kill: Moment | None = None) -> tuple[int, float, float]:
     """Exit status (-9 if killed), seconds, and peak memory in MiB of a run that writes to `out`."""
-    start, end = time.perf_counter(), float("inf")
+    start, end, peak = time.perf_counter(), float("inf"), 0.0
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
     while True:
-        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-        now = time.perf_counter()
-        if ended:
-            process.returncode = os.waitstatus_to_exitcode(status)
-            return process.returncode, now - start, usage.ru_maxrss / 1024
+        peak = max(peak, peak_mib(process.pid))
+        status, now = process.poll(), time.perf_counter()
+        if status is not None:
+            return status, now - start, peak
         if kill is not None and len(shards(out)) >= kill.shards:
             end = min(end, now + kill.seconds)
         if now >= end:
             process.kill()
         time.sleep(WATCHED)
+
+
+def peak_mib(process: int) -> float:
+    """Peak memory of a process so far; 0 once it has ended.
+
+    By Linux' own account of the program, as that of `wait4` includes the process that started it.
+    """
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    return int(found[1]) / 1024 if found else 0.0
 
 
 def shards(out: Path) -> list[Path]:

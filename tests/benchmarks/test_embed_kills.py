@@ -36,7 +36,7 @@ def test_a_run_is_killed_once_its_shards_are_there(tmp_path):
         status, _, peak = run(program, tmp_path / "out", Moment(wanted, 0.05))
         assert status == -signal.SIGKILL
         assert wanted <= len(shards(tmp_path / "out")) <= wanted + 1
-        assert 1 < peak < 1000
+        assert 1 < peak < 100
         for path in shards(tmp_path / "out"):
             path.unlink()
     status, seconds, _ = run(program, tmp_path / "out")
@@ -56,5 +56,5 @@ def test_the_files_after_the_kills_are_compared(tmp_path, monkeypatch, kind):
     assert (found["shards"], found["files"]) == (8, 8)
     assert len(found["shards_at_kills"]) == found["kills"] >= 3  # the last may come too late
     assert found["shards_at_kills"] == sorted(found["shards_at_kills"])
-    assert 1 < found["peak_mib"] < 1000
-    assert 1 < found["peak_mib_with_kills"] < 1000
+    assert 1 < found["peak_mib"] < 100
+    assert 1 < found["peak_mib_with_kills"] < 100

@@ -143,7 +143,7 @@ def test_a_handle_is_used_only_where_triton_would_compile_the_same(calls, kernel
 
 @pytest.mark.skipif(not runtime.IS_INTERPRETED, reason="kernels are compiled here")
 def test_an_interpreted_launch_leaves_the_language_as_it_was():
-    """Else a kernel compiled afterwards, as below, would be compiled with the interpreter's parts."""
+    """Else a kernel compiled afterwards, as below, would have the interpreter's parts."""
     places = (tl, tl.core, tl.core.tensor, tl.core.dtype, tl.math)
     before = [dict(vars(place)) for place in places]
     x, weight = torch.randn(4, 16), torch.ones(16)

@@ -20,11 +20,12 @@ from fastbert.kernels.runtime import cdiv, kernel, num_sms
 def backward_block(n_cols: int) -> tuple[int, int, int]:
     """BLOCK_M, BLOCK_N and warps, with 256 elements a warp, because each column needs three sums.
 
-    In very long rows a warp takes 512: more than 16 warps would leave each too few registers.
+    In very long rows a warp takes 512: more than 16 warps would leave each too few registers. Of
+    short ones it takes 128, as the sums of one row after the other would spill with 256.
     """
     block_n = max(triton.next_power_of_2(n_cols), 8)
     block_m = min(max(1024 // block_n, 1), 16)
-    per_warp = 256 if block_n <= 2048 else 512
+    per_warp = 128 if block_n <= 128 else 256 if block_n <= 2048 else 512
     return block_m, block_n, max(block_m * block_n // per_warp, 1)
 
 

@@ -31,11 +31,13 @@ from benchmarks.steps.steps import make_model, training_step
 from benchmarks.workloads import Batch, pretraining_batch, sequence_lengths
 from fastbert import backend
 from fastbert.config.pretrain import PRESETS
-from fastbert.modules import weight_copies
+from fastbert.kernels import fp8_linear
+from fastbert.modules import fp8, weight_copies
 
 # FLOP/s and B/s measured on an H200: a product of 8192 x 8192 bf16 matrices, and a copy, whose
-# reads and writes both count.
+# reads and writes both count; the fastest FP8 product of a layer's size reached 1274 TFLOP/s.
 PRODUCT, COPY = 790e12, 4.3e12
+FP8, FP8_RATIO = "_scaled_mm", 1274 / 790
 ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 
 
@@ -116,10 +118,16 @@ class Count(NamedTuple):
     kept_bytes: int
 
 
-def count(preset: str, lengths: list[int], residual_in_fp32: bool | None = None) -> Count:
+def count(
+    preset: str,
+    lengths: list[int],
+    residual_in_fp32: bool | None = None,
+    *,
+    in_fp8: bool = False,
+) -> Count:
     """Counts a step of BERT in bf16 with dropout: forward, backward, clipping and AdamW.
 
-    lengths: of the batch's sequences, in tokens
+    lengths: of the batch's sequences, in tokens; in_fp8: with the encoder's products in FP8
     """
     batch = pretraining_batch(lengths)
     kernels = ("triton", "ext", "reference")
@@ -127,6 +135,8 @@ def count(preset: str, lengths: list[int], residual_in_fp32: bool | None = None)
         mock.patch.dict(backend.PREFERENCE, cpu=kernels),
         mock.patch.object(backend, "INTERPRETED", True),  # fake tensors launch no kernel
         mock.patch.object(weight_copies, "product", _wide_product),
+        mock.patch.object(fp8, "multiplies_fp8", return_value=True),
+        mock.patch.object(fp8_linear, "product", _fp8_product),
         backend.use(None),  # forgets the bodies chosen before
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
     ):
@@ -134,6 +144,8 @@ def count(preset: str, lengths: list[int], residual_in_fp32: bool | None = None)
         tensors = {k: fake.from_tensor(v) for k, v in fields if isinstance(v, Tensor)}
         batch = batch._replace(packed=dataclasses.replace(batch.packed, **tensors))
         model = make_model(FASTBERT, preset, residual_in_fp32=residual_in_fp32)
+        if in_fp8:
+            fp8.enable(model)
         step = training_step(FASTBERT, model, batch, Options(torch.device("cpu"), "bf16"))
         step()  # allocates the optimizer's moments
         kept = Kept([*model.parameters(), *tensors.values()])
@@ -145,6 +157,12 @@ def count(preset: str, lengths: list[int], residual_in_fp32: bool | None = None)
 def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """A product as a GPU computes it, which writes float32 without a cast."""
     return torch.mm(a, b, out_dtype=dtype)
+
+
+def _fp8_product(
+    a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return torch._scaled_mm(a, b.t(), scale_a=of_a, scale_b=of_b, bias=bias, out_dtype=dtype)
 
 
 def _is_view(func) -> bool:
@@ -187,6 +205,7 @@ def main(
     copy: Annotated[float, typer.Option(help="TB/s of a large copy.")] = COPY / 1e12,
     rows: Annotated[int, typer.Option(help="Operators to show.", min=1)] = 40,
     residual_in_fp32: Annotated[bool, typer.Option(help="With a float32 residual stream.")] = False,
+    in_fp8: Annotated[bool, typer.Option("--fp8", help="The encoder's products in FP8.")] = False,
 ) -> None:
     """The floor of a pre-training step, costliest operators first."""
     if preset not in PRESETS:
@@ -195,23 +214,26 @@ def main(
         found = sequence_lengths(lengths, sequences)
     except KeyError:
         raise typer.BadParameter(f"lengths: wikipedia, full, ..., got {lengths!r}") from None
-    work, kept_bytes = count(preset, found, residual_in_fp32)
-    rates = (product * 1e12, copy * 1e12)
-    costliest = sorted(work.items(), key=lambda item: item[1].floor(*rates), reverse=True)
+    work, kept_bytes = count(preset, found, residual_in_fp32, in_fp8=in_fp8)
+    floors = {
+        kind: one.floor(product * 1e12 * (FP8_RATIO if kind.operator == FP8 else 1), copy * 1e12)
+        for kind, one in work.items()
+    }
+    costliest = sorted(work.items(), key=lambda item: floors[item[0]], reverse=True)
     table = Table("operator", "sizes", "calls", "GB", "TFLOP", "floor")
     for kind, one in costliest[:rows]:
-        figures = (f"{one.bytes / 1e9:.2f}", f"{one.flops / 1e12:.2f}", seconds(one.floor(*rates)))
+        figures = (f"{one.bytes / 1e9:.2f}", f"{one.flops / 1e12:.2f}", seconds(floors[kind]))
         table.add_row(kind.operator, kind.sizes, str(one.calls), *figures)
-    rest = [one for _, one in costliest[rows:]]
-    total = sum(one.floor(*rates) for one in work.values())
-    table.add_row("all others", "", str(sum(one.calls for one in rest)), "", "",
-                  seconds(sum(one.floor(*rates) for one in rest)))  # fmt: skip
+    calls = sum(one.calls for one in work.values())
+    rest, total = dict(costliest[rows:]), sum(floors.values())
+    table.add_row("all others", "", str(sum(one.calls for one in rest.values())), "", "",
+                  seconds(sum(floors[kind] for kind in rest)))  # fmt: skip
     console = Console(highlight=False, width=130)
     console.print(table)
     batch = pretraining_batch(found)
-    needed = footprint.model_flops(preset, batch, training=True) / rates[0]
+    needed = footprint.model_flops(preset, batch, training=True) / product / 1e12
     console.print(
         f"{preset}, {sum(found):,} real tokens: floor {seconds(total)}, "
-        f"{sum(found) / total:,.0f} tokens/s; the products alone {seconds(needed)}; "
-        f"kept for the backward {kept_bytes / 1e9:.2f} GB"
+        f"{sum(found) / total:,.0f} tokens/s; {calls:,} operators; the products alone in bf16 "
+        f"{seconds(needed)}; kept for the backward {kept_bytes / 1e9:.2f} GB"
     )

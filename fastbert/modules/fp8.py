@@ -36,13 +36,15 @@ class Scales:
 
     history: (P, 3, HISTORY) float32, largest absolute values of earlier passes, the newest first;
     amax: (P, 3) float32, those since the last pass began, 0 for none; scale: (P, 3) float32, powers
-    of two of the pass that began last, None before the first one and where that is in eval mode.
+    of two of the pass that began last, None before the first one and where that is in eval mode;
+    inverse: (P, 3), one over each scale.
     """
 
     def __init__(self, layers: int) -> None:
         self.history = torch.tensor(ASSUMED)[:, None].repeat(layers, 1, HISTORY)
         self.amax = torch.zeros(layers, len(ASSUMED))
         self.scale: Tensor | None = None
+        self.inverse = self.amax
 
     @torch.no_grad()
     def begin(self, x: Tensor, training: bool) -> str:
@@ -73,6 +75,7 @@ class Scales:
             ],
             1,
         )
+        self.inverse = self.scale.reciprocal()
         return "FP8, whose scales are new in each call"
 
     def state(self) -> dict[str, Tensor]:
@@ -103,13 +106,11 @@ class Slot(NamedTuple):
 
     def product(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor | None:
         """`x @ weight.T + bias` in FP8; None where `Scales.scale` is."""
-        scale = self.scales.scale
-        if scale is None:
+        numbers = self._numbers()
+        if numbers is None:
             return None
-        _refuse_tracing()
-        amax = self.scales.amax[self.number]
         weight = weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
-        return fp8_linear.run(Call(x, weight, bias, scale[self.number], amax, result_dtype(x)))
+        return fp8_linear.run(Call(x, weight, bias, *numbers, result_dtype(x)))
 
     def feed_forward(
         self,
@@ -124,13 +125,23 @@ class Slot(NamedTuple):
 
         output: the place of the second layer; None too if that is in another encoder
         """
-        scale, amax = self.scales.scale, self.scales.amax
-        if scale is None or not isinstance(output, Slot) or output.scales is not self.scales:
+        numbers = self._numbers()
+        if numbers is None or not isinstance(output, Slot) or output.scales is not self.scales:
+            return None
+        tensors = x, weight, bias, output_weight
+        others = output._numbers()
+        assert others is not None
+        return fp8_feed_forward.run(
+            FeedForward(*tensors, *numbers, *others, approximate, result_dtype(x))
+        )
+
+    def _numbers(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """This layer's scales, their inverses, and largest values; None where it is not in FP8."""
+        scales, number = self.scales, self.number
+        if scales.scale is None:
             return None
         _refuse_tracing()
-        places = scale[self.number], amax[self.number], scale[output.number], amax[output.number]
-        tensors = x, weight, bias, output_weight
-        return fp8_feed_forward.run(FeedForward(*tensors, *places, approximate, result_dtype(x)))
+        return scales.scale[number], scales.inverse[number], scales.amax[number]
 
 
 def _refuse_tracing() -> None:

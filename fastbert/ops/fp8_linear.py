@@ -17,26 +17,29 @@ MULTIPLE = 16  # which the kernels want a weight's sizes to be multiples of
 
 
 class Call(NamedTuple):
-    """A call of `fp8_linear`."""
+    """A call of `fp8_linear`; inverse: (3,), one over each scale, exact for powers of two."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
     scale: Tensor
+    inverse: Tensor
     amax: Tensor
     dtype: torch.dtype
 
 
 class FeedForward(NamedTuple):
-    """A call of `fp8_feed_forward`."""
+    """A call of `fp8_feed_forward`, with the inverses of both scales."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor
     output_weight: Tensor
     scale: Tensor
+    inverse: Tensor
     amax: Tensor
     output_scale: Tensor
+    output_inverse: Tensor
     output_amax: Tensor
     approximate: str
     dtype: torch.dtype
@@ -66,7 +69,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, am
     if bias is not None:
         require(bias.shape == weight.shape[:1], who, "bias of shape (outputs,)", tuple(bias.shape))
     _check_threes(who, scale=scale, amax=amax)
-    return Call(x, weight, bias, scale, amax, result_dtype(x))
+    return Call(x, weight, bias, scale, scale.reciprocal(), amax, result_dtype(x))
 
 
 @op("triton")
@@ -107,8 +110,10 @@ def fp8_feed_forward(
     require(is_matrix, who, expected, tuple(output_weight.shape))
     require(approximate in ("none", "tanh"), who, 'approximate "none" or "tanh"', approximate)
     _check_threes(who, scale=scale, amax=amax, output_scale=output_scale, output_amax=output_amax)
-    numbers = scale, amax, output_scale, output_amax
-    return FeedForward(x, weight, bias, output_weight, *numbers, approximate, result_dtype(x))
+    first = scale, scale.reciprocal(), amax
+    second = output_scale, output_scale.reciprocal(), output_amax
+    tensors = x, weight, bias, output_weight
+    return FeedForward(*tensors, *first, *second, approximate, result_dtype(x))
 
 
 def _check_threes(who: str, **tensors: Tensor) -> None:
@@ -170,10 +175,9 @@ class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, kernels: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor,
-        amax: Tensor, dtype: torch.dtype,
+        of: Tensor, amax: Tensor, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         rows = as_rows(x)
-        of = scale.reciprocal()  # exact, as scales are powers of two
         with torch.autocast(x.device.type, enabled=False):
             x8, x8_t = kernels.cast_transpose(rows, scale[0], amax[0], False)
             w8, w8_t = kernels.cast_transpose(weight.contiguous(), scale[1], amax[1], False)
@@ -204,7 +208,7 @@ class _Fp8Linear(torch.autograd.Function):
             dweight = ctx.kernels.product(dy8_t, x8_t, of[2], of[0], None, ctx.dtypes[1])
         if needs_bias:
             dbias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return None, dx, dweight, dbias, None, None, None
+        return None, dx, dweight, dbias, *[None] * 4
 
 
 class _Fp8FeedForward(torch.autograd.Function):
@@ -213,11 +217,11 @@ class _Fp8FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, kernels: Any, x: Tensor, weight: Tensor, bias: Tensor, output_weight: Tensor,
-        scale: Tensor, amax: Tensor, output_scale: Tensor, output_amax: Tensor,
-        approximate: str, dtype: torch.dtype,
+        scale: Tensor, of: Tensor, amax: Tensor, output_scale: Tensor, output_of: Tensor,
+        output_amax: Tensor, approximate: str, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         rows, bias, tanh = as_rows(x), bias.contiguous(), approximate == "tanh"
-        n, of, output_of = len(rows), scale.reciprocal(), output_scale.reciprocal()
+        n = len(rows)
         with torch.autocast(x.device.type, enabled=False):
             x8, x8_t = kernels.cast_transpose(rows, scale[0], amax[0], False)
             w8, w8_t = kernels.cast_transpose(weight.contiguous(), scale[1], amax[1], False)
@@ -262,4 +266,4 @@ class _Fp8FeedForward(torch.autograd.Function):
             dx = dx.view(*dy.shape[:-1], w8_t.shape[0])
         if needs_weight:
             dweight = kernels.product(dh8_t, x8_t, of[2], of[0], None, weight_dtype)
-        return None, dx, dweight, dbias, doutput, *[None] * 6
+        return None, dx, dweight, dbias, doutput, *[None] * 8

@@ -78,6 +78,18 @@ def test_the_optimizer_reads_four_tensors_and_writes_them(work):
     assert adamw.bytes == pytest.approx(2 * 4 * 4 * 110e6, rel=0.02)
 
 
+def test_in_fp8_each_product_of_the_encoder_is_of_casts(work):
+    found = floor.count("base", LENGTHS, in_fp8=True).work
+    flops = sum(one.flops for one in found.values())
+    assert flops == pytest.approx(sum(one.flops for one in work.values()), rel=0.01)
+    products = of(found, floor.FP8)
+    layers = PRESETS["base"].shape["num_hidden_layers"]
+    # four linear layers, of which the queries are one more in the last layer, by three products
+    assert sum(one.calls for one in products) == 3 * (4 * layers + 1)
+    assert sum(one.flops for one in products) > 0.8 * flops
+    assert sum(one.calls for one in of(found, "reciprocal")) == 1  # of all scales at once
+
+
 def test_the_longer_of_two_times_is_the_floor():
     assert Work(1, bytes=10, flops=30).floor(product=10, copy=5) == 3
     assert Work(1, bytes=20, flops=30).floor(product=10, copy=5) == 4

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
-from torch import nn
 
 from fastbert import checkpoint
 from fastbert.check import InputError, Stopped
@@ -29,7 +28,7 @@ from fastbert.finetune.task import Settings, Task
 from fastbert.system import locks
 from fastbert.system.console import console
 from fastbert.system.files import new_directory, require_apart, write_json
-from fastbert.train.optimizer import finetuning_optimizer, linear_schedule
+from fastbert.train.optimizer import clipped_step, finetuning_optimizer, linear_schedule
 from fastbert.train.precision import autocast, resolve_precision
 from fastbert.train.report import environment, tracked
 
@@ -184,8 +183,8 @@ class _Trainer:
             loss = self._epoch(epoch)
             if not math.isfinite(loss):
                 raise InputError(
-                    f"the loss is not finite in epoch {epoch}; start a new run with a smaller "
-                    "--learning-rate"
+                    f"loss or gradients are not finite in epoch {epoch}; start a new run with a "
+                    "smaller --learning-rate"
                 )
             report = self._evaluate(self.model, self.data.dev)
             self.history.append({"epoch": epoch, "step": self.step, "loss": loss, **report.metrics})
@@ -229,7 +228,6 @@ class _Trainer:
                 share = self.task.loss(self.model, batch, some, total)
             share.backward()
             loss += share.detach()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         rate = linear_schedule(
             self.step,
             peak=self.config.learning_rate,
@@ -238,11 +236,11 @@ class _Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["share"]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss
+        parameters = self.model.parameters()
+        skipped = clipped_step(self.optimizer, parameters, self.config.max_grad_norm)
+        return loss.masked_fill(skipped.bool(), math.nan)  # `train` ends the run, then
 
-    def _evaluate(self, model: nn.Module, data: _Labelled) -> Report:
+    def _evaluate(self, model: torch.nn.Module, data: _Labelled) -> Report:
         limit = self.config.batch_tokens
         scores = run(self.task, model, data.features, limit, self.device, self.autocast)
         predictions = self.task.predict(data.examples, data.features, scores)

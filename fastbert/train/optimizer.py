@@ -40,7 +40,7 @@ def clipped_step(
 ) -> Tensor:
     """Updates the parameters by gradients clipped to a norm of `max_norm`, then drops them.
 
-    optimizer: of `make_optimizer`, which itself scales the gradients, so that no pass over them is
+    optimizer: of this module, which itself scales the gradients, so that no pass over them is
     needed. Returns a float32 tensor (): 1 where the gradients were not finite and so neither
     weights nor state were changed, else 0. The host does not wait. The clipped gradients are those
     of `nn.utils.clip_grad_norm_`, as Pascanu et al. 2013 define them (arXiv:1211.5063).

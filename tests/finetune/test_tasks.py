@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 from fastbert.check import InputError
 from fastbert.config.finetune import FinetuneConfig
+from fastbert.finetune import train
 from fastbert.finetune.predict import predict
 from fastbert.finetune.train import finetune
+from fastbert.train.optimizer import finetuning_optimizer
 
 EXHAUSTIVE = pytest.mark.exhaustive
 LEARN = {"epochs": 20, "batch_size": 8, "learning_rate": 2e-3, "precision": "fp32"}
@@ -42,6 +44,19 @@ CHINESE_OPINIONS = [
     ("差", "差"),
     ("我不喜欢这部电影", "差"),
 ]
+
+
+def test_gradients_that_are_not_finite_end_the_run(model, write, tmp_path, monkeypatch):
+    """By a sentence at the epoch's end, although the loss is finite and the weights stay so."""
+
+    def overflowing(built, *options):
+        built.classifier.weight.register_hook(lambda gradient: gradient * math.inf)
+        return finetuning_optimizer(built, *options)
+
+    monkeypatch.setattr(train, "finetuning_optimizer", overflowing)
+    file = write("opinions.csv", "text,label\n" + "".join(f"{a},{b}\n" for a, b in OPINIONS))
+    with pytest.raises(InputError, match=r"gradients are not finite in epoch 1; .*--learning-rate"):
+        learn(model, tmp_path, task="classification", train=file, dev=file)
 
 
 @pytest.mark.parametrize(

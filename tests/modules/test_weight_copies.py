@@ -14,7 +14,7 @@ from fastbert.modules import fp8
 from fastbert.modules.graphs import buckets
 from fastbert.modules.linear import PRODUCTS, Leaf, fused_linear, product
 from fastbert.modules.weight_copies import WeightCopies
-from tests.modules.graphs.case import Repeats, batch, layers_of, logits, models, pool, step
+from tests.modules.graphs.case import Repeats, batch, layers_of, logits, models, step, use
 
 BF16 = torch.bfloat16
 LENGTHS = [9, 4, 16, 1]
@@ -201,10 +201,7 @@ def test_weights_that_changed_between_forward_and_backward_are_an_error():
 
 
 def test_no_graph_of_a_bucket_reads_copies(monkeypatch):
-    recorder = Repeats()
-    shared = pool(recorder)
-    monkeypatch.setattr(buckets, "pool_of", lambda device: shared)
-    monkeypatch.delenv("FASTBERT_GRAPHS", raising=False)
+    recorder = use(Repeats(), monkeypatch)
     _, model = models("own")
     copies = WeightCopies(model, BF16)
     inputs = batch(LENGTHS)

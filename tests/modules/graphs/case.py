@@ -82,6 +82,14 @@ def pool(recorder: Repeats, most_memory: float = float("inf")) -> buckets.Pool:
     return buckets.Pool(recorder, most_memory)
 
 
+def use(recorder: Repeats, monkeypatch, **options) -> Repeats:
+    """Has this machine's pool record by `recorder`."""
+    shared = pool(recorder, **options)
+    monkeypatch.setattr(buckets, "pool_of", lambda device: shared)
+    monkeypatch.delenv("FASTBERT_GRAPHS", raising=False)
+    return recorder
+
+
 def models(kind: str, head: str = "ForSequenceClassification", **options):
     """The same model twice, the first of which runs without graphs; dropout is on in training."""
     torch.manual_seed(0)

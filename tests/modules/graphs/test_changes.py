@@ -1,0 +1,189 @@
+"""What changes after a recording is seen by the next call, and what no graph does runs without."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+from fastbert import backend
+from fastbert.modules.graphs.replays import Precision
+from tests.modules.graphs.case import (
+    assert_same,
+    batch,
+    gradients,
+    layers_of,
+    logits,
+    models,
+    step,
+)
+
+
+def frozen(model):
+    for parameter in layers_of(model)[0].parameters():
+        parameter.requires_grad_(False)
+
+
+def moved(model):
+    weight = layers_of(model)[1].output.dense.weight
+    weight.data = weight.data * 2
+
+
+def replaced(model):
+    layers_of(model)[1].output.dense.weight = nn.Parameter(torch.ones(32, 48))
+
+
+def other_activation(model):
+    intermediate = layers_of(model)[1].intermediate
+    intermediate.__dict__.pop("intermediate_act_fn", None)
+    intermediate.intermediate_act_fn = nn.Tanh()
+
+
+def more_dropout(model):
+    layers_of(model)[1].output.dropout.p = 0.5
+
+
+def a_hook(model):
+    layers_of(model)[1].output.dense.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def a_watched_layer(model):
+    layers_of(model)[0].register_forward_hook(lambda module, args, out: None)
+
+
+def another_leaf(model):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layers_of(model)[0].output.dense.__class__ = Doubled
+
+
+def wider(model):
+    model.double()
+
+
+def checkpointed(model):
+    model.gradient_checkpointing_enable()
+
+
+def parametrized(model):
+    torch.nn.utils.parametrizations.weight_norm(layers_of(model)[1].output.dense)
+
+
+CHANGES = [
+    *(frozen, moved, replaced, other_activation, more_dropout, a_hook, a_watched_layer),
+    *(another_leaf, wider, checkpointed, parametrized),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_what_changes_after_a_recording_is_seen_by_the_next_call(kind, change, recorder):
+    both = [model.train() for model in models(kind)]
+    inputs = batch([7, 3, 5, 6])
+    for model in both:
+        step(model, inputs)
+        logits(model.eval(), inputs)
+        change(model.train())
+    plain, recorded = both
+    assert_same(step(recorded, inputs), step(plain, inputs))
+    assert_same([logits(recorded.eval(), inputs)], [logits(plain.eval(), inputs)])
+
+
+def test_training_and_eval_mode_keep_their_graphs(recorder):
+    plain, recorded = models("Bert")
+    inputs = batch([7, 3])
+
+    def in_both_modes(model):
+        return [*step(model.train(), inputs), logits(model.eval(), inputs)]
+
+    for _ in range(3):
+        assert_same(in_both_modes(recorded), in_both_modes(plain))
+    assert recorder.recorded == 3
+    assert recorder.replayed == 9
+
+
+def test_spare_tokens_forget_the_batch_before(recorder):
+    """What was there may not be a number, and a gradient of 0 times that is none either."""
+    plain, recorded = (model.train() for model in models("Bert"))
+    embeddings = recorded.get_input_embeddings()
+    with torch.no_grad():
+        before = embeddings.weight[7].clone()
+        embeddings.weight[7] = float("nan")
+    spoilt = batch([7, 3, 6])
+    spoilt["input_ids"][0, 6] = spoilt["input_ids"][2, 5] = 7
+    step(recorded, spoilt)
+    with torch.no_grad():
+        embeddings.weight[7] = before
+    inputs = batch([5, 4, 3])
+    assert_same(step(recorded, inputs), step(plain, inputs))
+    assert recorder.recorded == 2
+
+
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_each_precision_has_its_graphs(kind, recorder):
+    plain, recorded = (model.eval() for model in models(kind))
+    inputs = batch([7, 3])
+    for mode in (
+        contextlib.nullcontext(),
+        torch.autocast("cpu", torch.bfloat16),
+        torch.inference_mode(),
+        contextlib.nullcontext(),
+    ):
+        with mode:
+            torch.testing.assert_close(logits(recorded, inputs), logits(plain, inputs))
+    assert recorder.recorded == 2
+    assert recorder.replayed == 4
+
+
+def test_a_recording_neither_reads_nor_keeps_the_copies_that_autocast_makes():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.is_autocast_cache_enabled()
+        with Precision.of(torch.ones(1)).restored():
+            assert torch.is_autocast_enabled("cpu")
+            assert not torch.is_autocast_cache_enabled()
+
+
+def test_a_gradient_under_autocast(recorder):
+    found = []
+    for model in models("Bert"):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.train()(**batch([7, 3]), labels=torch.tensor([0, 2])).loss
+        loss.backward()
+        found.append(gradients(model))
+        torch.manual_seed(5)
+    assert recorder.replayed == 2
+    assert [g.dtype for g in found[0]] == [g.dtype for g in found[1]]
+
+
+REFUSALS = {
+    "hidden states": lambda model, inputs: model(**inputs, output_hidden_states=True).logits,
+    "a general mask": lambda model, inputs: (
+        model(inputs["input_ids"], attention_mask=torch.ones(2, 1, 7, 7).tril().bool()).logits
+    ),
+    "a forced backend": lambda model, inputs: _forced(model, inputs),
+    "a dispatch mode": lambda model, inputs: _counted(model, inputs),
+}
+
+
+def _forced(model, inputs):
+    with backend.use("reference"):
+        return model(**inputs).logits
+
+
+def _counted(model, inputs):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False):
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_what_no_graph_does_runs_as_it_is(kind, name, recorder):
+    plain, recorded = (model.eval() for model in models(kind))
+    inputs = batch([7, 3])
+    actual, expected = (REFUSALS[name](model, inputs) for model in (recorded, plain))
+    torch.testing.assert_close(actual, expected)
+    assert recorder.recorded == 0

@@ -153,14 +153,14 @@ def _three_products() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_norm() -> Iterator[None]:
-    def add_and_norm(x, x_bias, residual, norm, dropout_p, *_) -> layer.Stream:
-        x = F.dropout(x, dropout_p, training=dropout_p > 0)
-        y = norm(residual + x).to(residual.dtype)
+    def add_and_norm(x, x_bias, residual, end, *_) -> layer.Stream:
+        x = F.dropout(x, end.dropout, training=end.dropout > 0)
+        y = end.norm(residual + x).to(residual.dtype)
         return layer.Stream(y, y)
 
     with (
         mock.patch.object(layer, "add_and_norm", add_and_norm),
-        mock.patch.object(layer, "adds_bias", return_value=None),
+        mock.patch.object(layer.End, "adds_bias", return_value=None),
     ):
         yield
 

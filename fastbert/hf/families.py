@@ -16,7 +16,7 @@ from fastbert.hf.hooks import ORIGINAL, is_hooked, is_theirs, works_by_token
 from fastbert.modules.activations import GELU_TANH, Activation, dense_and_activate
 from fastbert.modules.bert_layer import read_parts
 from fastbert.modules.embeddings import normalized
-from fastbert.modules.layer import LayerParts
+from fastbert.modules.layer import End, LayerParts
 from fastbert.modules.linear import Leaf, is_plain
 
 Forward = Callable[..., Any]  # of transformers' modules, or one that replaces it
@@ -113,14 +113,12 @@ def _distilbert_parts(layer: Any) -> LayerParts:
         value=leaf(attention.v_lin),
         num_heads=attention.n_heads,
         attention_dropout=dropout_of(attention.dropout) if attention.training else 0.0,
-        attention_output=leaf(attention.out_lin),
-        attention_output_dropout=0.0,
-        attention_norm=leaf(layer.sa_layer_norm, nn.LayerNorm),
+        attention_end=End(leaf(attention.out_lin), 0.0, leaf(layer.sa_layer_norm, nn.LayerNorm)),
         intermediate=leaf(ffn.lin1),
         activation=activation_of(ffn.activation),
-        output=leaf(ffn.lin2),
-        output_dropout=dropout_of(ffn.dropout),
-        output_norm=leaf(layer.output_layer_norm, nn.LayerNorm),
+        output=End(
+            leaf(ffn.lin2), dropout_of(ffn.dropout), leaf(layer.output_layer_norm, nn.LayerNorm)
+        ),
     )
 
 

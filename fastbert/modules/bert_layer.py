@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbert.modules.activations import Activation, activation, dense_and_activate
-from fastbert.modules.layer import LayerParts, project_and_norm, self_attention
+from fastbert.modules.layer import End, LayerParts, project_and_norm, self_attention
 from fastbert.modules.linear import Leaf, is_plain
 from fastbert.modules.sequences import Sequences
 from fastbert.ops.layer_norm import Save
@@ -60,9 +60,9 @@ class _ProjectAndNorm(nn.Module):
     def forward(
         self, hidden_states: Tensor, residual: Tensor, rng: DropoutState | None = None
     ) -> Tensor:
-        dense, norm = Leaf(self.dense), Leaf(self.LayerNorm, nn.LayerNorm)
-        p = _dropout_of(self)
-        return project_and_norm(hidden_states, residual, dense, norm, p, rng, self.save).x
+        norm = Leaf(self.LayerNorm, nn.LayerNorm)
+        end = End(Leaf(self.dense), _dropout_of(self), norm, self.save)
+        return project_and_norm(hidden_states, residual, end, rng).x
 
 
 class BertSelfOutput(_ProjectAndNorm):
@@ -135,12 +135,10 @@ def parts_of(layer: Any) -> LayerParts | None:
     if type(layer) is not BertLayer or not is_own:
         return None
     attention, this = layer.attention, layer.attention.self
-    outputs = attention.output, layer.output
-    modules = (attention, this, *outputs, layer.intermediate)
+    modules = (attention, this, attention.output, layer.output, layer.intermediate)
     if not all(map(is_plain, modules, _KINDS[1:])):
         return None
-    parts = read_parts(layer, Leaf, _dropout_of, lambda function: function)
-    return parts._replace(attention_save=outputs[0].save, output_save=outputs[1].save)
+    return read_parts(layer, Leaf, _dropout_of, lambda function: function)
 
 
 def read_parts(
@@ -155,20 +153,21 @@ def read_parts(
     that has a `dropout`; function: reads the activation.
     """
     attention, this = layer.attention, layer.attention.self
+
+    def end(output: Any) -> End:
+        norm = leaf(output.LayerNorm, nn.LayerNorm)
+        return End(leaf(output.dense), dropout(output), norm, getattr(output, "save", "z"))
+
     return LayerParts(
         query=leaf(this.query),
         key=leaf(this.key),
         value=leaf(this.value),
         num_heads=this.num_attention_heads,
         attention_dropout=dropout(this),
-        attention_output=leaf(attention.output.dense),
-        attention_output_dropout=dropout(attention.output),
-        attention_norm=leaf(attention.output.LayerNorm, nn.LayerNorm),
+        attention_end=end(attention.output),
         intermediate=leaf(layer.intermediate.dense),
         activation=function(layer.intermediate.intermediate_act_fn),
-        output=leaf(layer.output.dense),
-        output_dropout=dropout(layer.output),
-        output_norm=leaf(layer.output.LayerNorm, nn.LayerNorm),
+        output=end(layer.output),
     )
 
 

@@ -75,76 +75,72 @@ def self_attention(
     return context.flatten(1)
 
 
-def project_and_norm(
-    x: Tensor,
-    residual: Tensor,
-    dense: Leaf,
-    norm: Leaf,
-    dropout_p: float,
-    rng: DropoutState | None,
-    save: Save = "z",
-) -> Stream:
-    """`norm(residual + dropout(dense(x)))`, the end of each half of a layer: (T, I) -> (T, H).
+class End(NamedTuple):
+    """The end of each half of a layer, `norm(residual + dropout(dense(x)))`.
 
-    residual: (T, H); rng: None draws a fresh state; save: as in `dropout_add_layer_norm`. Raises
-    ValueError if the sizes of dense, norm and residual do not fit.
+    dropout: its probability, 0 in eval mode; save: as in `dropout_add_layer_norm`.
     """
-    x, bias = split_bias(x, dense, adds_bias(norm))
-    return add_and_norm(x, bias, residual, norm, dropout_p, rng, save)
+
+    dense: Leaf
+    dropout: float
+    norm: Leaf
+    save: Save = "z"
+
+    def adds_bias(self) -> Op | None:
+        """The operator that adds the dense layer's bias, normalizes, and makes all their gradients.
+
+        None where the norm is not a plain one, with weight and bias.
+        """
+        own = self.norm.parameters
+        affine = self.norm.is_plain and own["weight"] is not None and own["bias"] is not None
+        return dropout_add_layer_norm if affine else None
 
 
-def adds_bias(norm: Leaf) -> Op | None:
-    """The operator that adds a bias, normalizes, and makes the gradients of both; None without."""
-    own = norm.parameters
-    affine = norm.is_plain and own["weight"] is not None and own["bias"] is not None
-    return dropout_add_layer_norm if affine else None
+def project_and_norm(x: Tensor, residual: Tensor, end: End, rng: DropoutState | None) -> Stream:
+    """`norm(residual + dropout(dense(x)))`: (T, I) -> (T, H).
+
+    residual: (T, H); rng: None draws a fresh state. Raises ValueError if the sizes of dense, norm
+    and residual do not fit.
+    """
+    return add_and_norm(*split_bias(x, end.dense, end.adds_bias()), residual, end, rng)
 
 
 def add_and_norm(
-    x: Tensor,
-    x_bias: Tensor | None,
-    residual: Tensor,
-    norm: Leaf,
-    dropout_p: float,
-    rng: DropoutState | None,
-    save: Save,
+    x: Tensor, x_bias: Tensor | None, residual: Tensor, end: End, rng: DropoutState | None
 ) -> Stream:
     """`norm(residual + dropout(x + x_bias))`: (T, H); x_bias: (H,) only as `adds_bias` wants it."""
-    if adds_bias(norm) is None:
-        y = norm(residual + dropout(x, dropout_p, rng)).to(residual.dtype)
+    norm, p = end.norm, end.dropout
+    if end.adds_bias() is None:
+        y = norm(residual + dropout(x, p, rng)).to(residual.dtype)
         return Stream(y, y)
     weight = norm.parameters["weight"]
     if x.shape != residual.shape or weight.shape != x.shape[-1:]:  # users may swap modules
         expected = f"a product of {tuple(residual.shape)} and a weight of {tuple(weight.shape)}"
         require(False, "LayerNorm", f"{expected} to fit", tuple(x.shape))
-    rng = drawn(len(x), x.device, dropout_p, rng) if dropout_p else None
+    rng = drawn(len(x), x.device, p, rng) if p else None
     eps: Any = norm.module.eps
     bias = norm.parameters["bias"]
-    call = Norm(x, residual, weight, bias, eps, x_bias, dropout_p, rng, save, True)
+    call = Norm(x, residual, weight, bias, eps, x_bias, p, rng, end.save, True)
     return Stream(*dropout_add_layer_norm.run(call))
 
 
 class LayerParts(NamedTuple):
-    """The modules of a layer by their role, and its dropout probabilities, 0 in eval mode.
-
-    attention_save, output_save: what each `dropout_add_layer_norm` saves for its backward.
-    """
+    """The modules of a layer by their role; attention_dropout: its probability, 0 in eval mode."""
 
     query: Leaf
     key: Leaf
     value: Leaf
     num_heads: int
     attention_dropout: float
-    attention_output: Leaf
-    attention_output_dropout: float
-    attention_norm: Leaf
+    attention_end: End
     intermediate: Leaf
     activation: Activation
-    output: Leaf
-    output_dropout: float
-    output_norm: Leaf
-    attention_save: Save = "z"
-    output_save: Save = "z"
+    output: End
+
+    def leaves(self) -> list[Leaf]:
+        """All linear layers and norms."""
+        every = (*self, *self.attention_end, *self.output)
+        return [one for one in every if isinstance(one, Leaf)]
 
 
 RunLayer = Callable[[int, Stream, Sequences], Stream]  # runs the layer of a number
@@ -166,31 +162,13 @@ def run_layer(parts: LayerParts, stream: Stream, sequences: Sequences) -> Stream
         parts.attention_dropout,
         sequences,
     )
-    stream = project_and_norm(
-        context,
-        sequences.wanted(stream.residual),
-        parts.attention_output,
-        parts.attention_norm,
-        parts.attention_output_dropout,
-        sequences.wanted_rng(1),
-        parts.attention_save,
-    )
+    residual = sequences.wanted(stream.residual)
+    stream = project_and_norm(context, residual, parts.attention_end, sequences.wanted_rng(1))
+    end = parts.output
     x, bias = feed_forward(
-        stream.x,
-        parts.intermediate,
-        parts.activation,
-        parts.output,
-        adds_bias(parts.output_norm),
+        stream.x, parts.intermediate, parts.activation, end.dense, end.adds_bias()
     )
-    return add_and_norm(
-        x,
-        bias,
-        stream.residual,
-        parts.output_norm,
-        parts.output_dropout,
-        sequences.wanted_rng(2),
-        parts.output_save,
-    )
+    return add_and_norm(x, bias, stream.residual, end, sequences.wanted_rng(2))
 
 
 # Each dropout of a model has its own site number: 0 for the embeddings, then three per layer.
@@ -227,9 +205,7 @@ def run_layers(
             here = here.only(rows)
         stream = run(number, stream, here)
         if every or number in chosen:
-            stream = Stream(
-                stream.x, stream.x
-            )  # a caller may ask for the whole gradient of a state
+            stream = Stream(stream.x, stream.x)  # a caller may want the state's whole gradient
             states.append(stream.x)
         else:
             states.append(None)

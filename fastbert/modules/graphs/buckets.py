@@ -31,7 +31,6 @@ from fastbert.modules.graphs.replays import (
     TrainingGraphs,
 )
 from fastbert.modules.layer import LayerParts
-from fastbert.modules.linear import Leaf
 from fastbert.modules.sequences import Rows, Sequences
 
 Graphs = Literal["auto", False]
@@ -149,7 +148,7 @@ class Recorded:
         self.entries: dict[tuple[Any, ...], Entry] = {}
         self.state: list[Any] = []
         self.changes = 0
-        leaves = [one for part in parts for one in part if isinstance(one, Leaf)]
+        leaves = [leaf for part in parts for leaf in part.leaves()]
         others = [type(leaf.module).__name__ for leaf in leaves if not leaf.is_plain]
         functions = [part.activation for part in parts]
         others += [type(one).__name__ for one in functions if isinstance(one, nn.Module)]

@@ -27,8 +27,8 @@ class WeightCopies:
     """Copies in `dtype` of the weights of all plain linear layers of the model's encoders.
 
     Left out are encoders in FP8, shards, and weights without a gradient or not in float32. Only
-    products inside `in_use` read the copies. There no bucket's graph is recorded or replayed, as it
-    would read copies outside too.
+    products inside `in_use` read the copies, and graphs that were recorded there, which are
+    replayed nowhere else.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -67,8 +67,8 @@ class WeightCopies:
                 vars(module).pop(PRODUCTS, None)
 
     def begin(self, x: Tensor, training: bool) -> str:
-        """Begins a forward of an encoder; says why it must not replay a graph."""
-        return "copies of weights, which a step makes anew"
+        """Begins a forward, which may replay a graph, as the copies keep their places."""
+        return ""
 
     def product(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor | None:
         """`x @ weight.T + bias` by the copies; None without autocast to their dtype.

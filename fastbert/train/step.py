@@ -79,8 +79,7 @@ class EagerStep:
             group["capturable"] = False
         self.warmup = round(config.steps * config.warmup_ratio)
         self.autocast = autocast(config.precision, device)
-        # the ranks of a distributed run replay their encoders' graphs instead, or have shards
-        low = LOW_PRECISION.get(config.precision) if num_ranks == 1 else None
+        low = LOW_PRECISION.get(config.precision)
         self.copies = None if low is None else WeightCopies(objective, low)
 
     def __call__(self, number: int, parts: list[PackedBatch], counts: GlobalCounts) -> Tensor:

@@ -2,14 +2,14 @@
 
 import collections
 import contextlib
-import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastbert
 from fastbert.modules import fp8
 from fastbert.modules.graphs import buckets
 from fastbert.modules.linear import PRODUCTS, Leaf, fused_linear, product
@@ -200,22 +200,37 @@ def test_weights_that_changed_between_forward_and_backward_are_an_error():
         y.float().sum().backward()
 
 
-def test_no_graph_of_a_bucket_reads_copies(monkeypatch):
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_graph_of_a_bucket_keeps_to_the_copies_that_it_was_recorded_with(training, monkeypatch):
     recorder = use(Repeats(), monkeypatch)
+    model = models("own")[1].train(training)
+    inputs = batch(LENGTHS)
+    first, second = WeightCopies(model, BF16), WeightCopies(model, BF16)
+    with autocast():
+        for _ in range(2):
+            found = []
+            for way in (contextlib.nullcontext, first.in_use, second.in_use):
+                with way():
+                    found.append(step(model, inputs) if training else [logits(model, inputs)])
+            for others in found[1:]:
+                assert all(map(torch.equal, found[0], others))
+            with torch.no_grad():
+                layers_of(model)[0].output.dense.weight.mul_(1.5)
+    each = 1 + training  # a forward and a backward
+    assert recorder.recorded == each * 3
+    assert recorder.replayed == 2 * each * 3
+
+
+def test_the_graphs_of_copies_go_with_their_model(monkeypatch):
+    use(Repeats(), monkeypatch)
     _, model = models("own")
     copies = WeightCopies(model, BF16)
-    inputs = batch(LENGTHS)
-    with autocast():
-        with copies.in_use():
-            step(model.train(), inputs)
-            report = fastbert.explain(model, **inputs, show=False)
-        assert recorder.recorded == 0
-        routes = {route.module: route for route in report.routes}
-        assert routes["CUDA graph"].reason.startswith("copies of weights")
-        plain = copy.deepcopy(model.eval())
-        buckets.allow(plain, False)
-        assert torch.equal(logits(model, inputs), logits(plain, inputs))
-        assert recorder.recorded == 1
+    with autocast(), copies.in_use():
+        step(model.train(), batch(LENGTHS))
+    gone = weakref.ref(layers_of(model))
+    del model, copies
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.gpu

@@ -31,6 +31,7 @@ from fastbert.modules.graphs.replays import (
     TrainingGraphs,
 )
 from fastbert.modules.layer import LayerParts
+from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.sequences import Rows, Sequences
 
 Graphs = Literal["auto", False]
@@ -156,8 +157,13 @@ class Recorded:
         tables = [leaf.module._parameters for leaf in leaves]
         self.owners = tables + tables, ["weight"] * len(tables) + ["bias"] * len(tables)
 
-    def find(self, bucket: Bucket, x: Tensor, call: Call, pool: Pool) -> tuple[Entry, Call]:
-        """The entry for the call, new if there is none; and the call with `trained` filled in."""
+    def find(
+        self, bucket: Bucket, x: Tensor, call: Call, pool: Pool, products: Any
+    ) -> tuple[Entry, Call]:
+        """The entry for the call, new if there is none; and the call with `trained` filled in.
+
+        products: the layers' `Products` at the time, which a recording keeps to, or None
+        """
         parameters = self.parameters()
         reason = self.reason or self._follow(parameters, pool)
         if reason:
@@ -166,7 +172,9 @@ class Recorded:
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             call = call._replace(trained=trained if trained or x.requires_grad else None)
         has = call.trained is None, x.requires_grad, call.sequences.rng is None
-        key = bucket, call.precision, x.dtype, has, _numerics()
+        # by reference, as these refer to the list of layers themselves
+        multiplies = None if products is None else weakref.ref(products)
+        key = bucket, call.precision, x.dtype, has, multiplies, _numerics()
         return self.entries.setdefault(key, Entry()), call
 
     def parameters(self) -> list[Tensor]:
@@ -231,7 +239,7 @@ def replayed(
         call = Call(parts, sequences, rows, Precision.of(x), None)
         if not entry.reason:
             recorded = _recorded(layers, parts)
-            entry, call = recorded.find(bucket, x, call, pool)
+            entry, call = recorded.find(bucket, x, call, pool, vars(layers).get(PRODUCTS))
         if events.is_listening():
             _tell(bucket, entry)
             return None  # run without a graph, so that operators record how they run

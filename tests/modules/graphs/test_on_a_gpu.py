@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastbert.modules.graphs import buckets
+from fastbert.modules.weight_copies import WeightCopies
 from tests.modules.graphs.case import (
     KINDS,
     assert_same,
@@ -48,6 +49,26 @@ def test_on_a_gpu_replays_give_what_the_layers_give(kind, precision):
                 if e is not None:
                     assert (a - e).abs().max() <= size * (1 + e.abs().max())
     assert num_recorded() - before >= 6
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_graph_reads_the_copies_of_weights_as_each_step_makes_them():
+    plain, recorded = (model.train() for model in on_gpu("own", hidden_dropout_prob=0.0))
+    buckets.allow(plain, False)
+    copies = [WeightCopies(model, torch.bfloat16) for model in (plain, recorded)]
+    optimizers = [torch.optim.SGD(m.parameters(), 0.5) for m in (plain, recorded)]
+    inputs = {name: x.cuda() for name, x in batch([7, 3, 5, 6]).items()}
+    labels = (torch.arange(4) % 3).cuda()
+    before = num_recorded()
+    for _ in range(4):
+        found = []
+        for model, own, optimizer in zip((plain, recorded), copies, optimizers, strict=True):
+            with torch.autocast("cuda", torch.bfloat16), own.in_use():
+                found.append([x.float() for x in step(model, inputs, labels) if x is not None])
+            optimizer.step()
+        for a, e in zip(*found, strict=True):
+            assert (a - e).abs().max() <= 2e-2 * (1 + e.abs().max())
+    assert num_recorded() == before + 1
 
 
 @pytest.mark.gpu

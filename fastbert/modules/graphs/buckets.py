@@ -29,9 +29,9 @@ from fastbert.modules.graphs.replays import (
     Precision,
     Replayed,
     TrainingGraphs,
+    products_of,
 )
 from fastbert.modules.layer import LayerParts
-from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.sequences import Rows, Sequences
 
 Graphs = Literal["auto", False]
@@ -157,13 +157,8 @@ class Recorded:
         tables = [leaf.module._parameters for leaf in leaves]
         self.owners = tables + tables, ["weight"] * len(tables) + ["bias"] * len(tables)
 
-    def find(
-        self, bucket: Bucket, x: Tensor, call: Call, pool: Pool, products: Any
-    ) -> tuple[Entry, Call]:
-        """The entry for the call, new if there is none; and the call with `trained` filled in.
-
-        products: the layers' `Products` at the time, which a recording keeps to, or None
-        """
+    def find(self, bucket: Bucket, x: Tensor, call: Call, pool: Pool) -> tuple[Entry, Call]:
+        """The entry for the call, new if there is none; and the call with `trained` filled in."""
         parameters = self.parameters()
         reason = self.reason or self._follow(parameters, pool)
         if reason:
@@ -172,9 +167,7 @@ class Recorded:
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             call = call._replace(trained=trained if trained or x.requires_grad else None)
         has = call.trained is None, x.requires_grad, call.sequences.rng is None
-        # by reference, as these refer to the list of layers themselves
-        multiplies = None if products is None else weakref.ref(products)
-        key = bucket, call.precision, x.dtype, has, multiplies, _numerics()
+        key = bucket, call.precision, x.dtype, has, call.products, _numerics()
         return self.entries.setdefault(key, Entry()), call
 
     def parameters(self) -> list[Tensor]:
@@ -236,10 +229,10 @@ def replayed(
     with pool.lock, torch.cuda.device_of(x):
         bucket = Bucket.of(x, sequences, rows)
         entry = Entry(reason or _refusal(layers, x, sequences, pool))
-        call = Call(parts, sequences, rows, Precision.of(x), None)
+        call = Call(parts, sequences, rows, Precision.of(x), None, products_of(layers))
         if not entry.reason:
             recorded = _recorded(layers, parts)
-            entry, call = recorded.find(bucket, x, call, pool, vars(layers).get(PRODUCTS))
+            entry, call = recorded.find(bucket, x, call, pool)
         if events.is_listening():
             _tell(bucket, entry)
             return None  # run without a graph, so that operators record how they run

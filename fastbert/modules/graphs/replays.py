@@ -7,14 +7,16 @@ bucket's sizes, replays, and returns copies. Filler tokens behind the batch belo
 """
 
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbert.modules.graphs.recorder import Recorder
 from fastbert.modules.layer import LayerParts, layers_of, run_layers
+from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.rng import DropoutState
 
@@ -70,10 +72,17 @@ class Precision(NamedTuple):
         return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
 
 
+def products_of(layers: nn.ModuleList) -> weakref.ref[Any] | None:
+    """The layers' `Products`, by a weak reference, as they refer to the layers; None without."""
+    products = vars(layers).get(PRODUCTS)
+    return None if products is None else weakref.ref(products)
+
+
 class Call(NamedTuple):
     """The arguments of the layers, except x (T, H).
 
-    trained: the distinct parameters that require a gradient; None if none does and neither does x
+    trained: the distinct parameters that require a gradient; None if none does and neither does x;
+    products: the `Products` that a recording keeps to, of `products_of`
     """
 
     parts: Sequence[LayerParts]
@@ -81,6 +90,7 @@ class Call(NamedTuple):
     rows: Rows | None
     precision: Precision
     trained: list[Tensor] | None
+    products: weakref.ref[Any] | None = None
 
     def num_outputs(self, x: Tensor) -> int:
         """The number of rows of the output: T, or M for wanted rows."""

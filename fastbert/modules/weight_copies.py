@@ -95,7 +95,7 @@ class WeightCopies:
 
 
 def _is_copied(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether autocast would cast the weight, of which it leaves float64 alone, and it is whole."""
+    """Whether the weight is a whole float32 parameter with a gradient, which autocast casts."""
     casts = weight.dtype == torch.float32 != dtype
     return casts and weight.requires_grad and not isinstance(weight, DTensor)
 

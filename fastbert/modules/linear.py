@@ -69,13 +69,15 @@ class Leaf:
 
 def product(x: Tensor, linears: Sequence[Leaf], bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` with the weights of plain `nn.Linear`s side by side."""
-    weights = [layer.parameters["weight"] for layer in linears]
-    products: Products | None = linears[0].module.__dict__.get(PRODUCTS)
+    first = linears[0]
+    products: Products | None = first.module.__dict__.get(PRODUCTS)
     if products is not None:
-        y = products.product(x, weights, bias)
+        y = products.product(x, [layer.parameters["weight"] for layer in linears], bias)
         if y is not None:
             return y
-    return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
+    if len(linears) == 1:
+        return F.linear(x, first.parameters["weight"], bias)
+    return F.linear(x, torch.cat([layer.parameters["weight"] for layer in linears]), bias)
 
 
 def fused_linear(x: Tensor, linears: Sequence[Leaf]) -> Tensor:

@@ -234,6 +234,7 @@ def main(
     needed = footprint.model_flops(preset, batch, training=True) / product / 1e12
     console.print(
         f"{preset}, {sum(found):,} real tokens: floor {seconds(total)}, "
-        f"{sum(found) / total:,.0f} tokens/s; {calls:,} operators; the products alone in bf16 "
-        f"{seconds(needed)}; kept for the backward {kept_bytes / 1e9:.2f} GB"
+        f"{sum(found) / total:,.0f} tokens/s; {calls:,} operators\n"
+        f"the products alone, in bf16, {seconds(needed)}; "
+        f"kept for the backward {kept_bytes / 1e9:.2f} GB"
     )

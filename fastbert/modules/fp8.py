@@ -37,14 +37,14 @@ class Scales:
     history: (P, 3, HISTORY) float32, largest absolute values of earlier passes, the newest first;
     amax: (P, 3) float32, those since the last pass began, 0 for none; scale: (P, 3) float32, powers
     of two of the pass that began last, None before the first one and where that is in eval mode;
-    inverse: (P, 3), one over each scale.
+    inverse: (P, 3), one over each scale, None where that is.
     """
 
     def __init__(self, layers: int) -> None:
         self.history = torch.tensor(ASSUMED)[:, None].repeat(layers, 1, HISTORY)
         self.amax = torch.zeros(layers, len(ASSUMED))
         self.scale: Tensor | None = None
-        self.inverse = self.amax
+        self.inverse: Tensor | None = None
 
     @torch.no_grad()
     def begin(self, x: Tensor, training: bool) -> str:
@@ -54,7 +54,7 @@ class Scales:
         hardware without FP8, unless a backend is forced that emulates it.
         """
         if not training:
-            self.scale = None
+            self.scale = self.inverse = None
             return ""
         if backend.forced() is None and not multiplies_fp8(x.device):
             raise RuntimeError(
@@ -138,7 +138,7 @@ class Slot(NamedTuple):
     def _numbers(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """This layer's scales, their inverses, and largest values; None where it is not in FP8."""
         scales, number = self.scales, self.number
-        if scales.scale is None:
+        if scales.scale is None or scales.inverse is None:
             return None
         _refuse_tracing()
         return scales.scale[number], scales.inverse[number], scales.amax[number]

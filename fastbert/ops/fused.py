@@ -1,4 +1,4 @@
-"""Shared by the fused bodies: calls with and without autograd, first derivatives only, rows."""
+"""Shared by operators: calls with and without autograd, first derivatives only, rows, products."""
 
 import functools
 from collections.abc import Callable

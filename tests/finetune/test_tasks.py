@@ -47,7 +47,7 @@ CHINESE_OPINIONS = [
 
 
 def test_gradients_that_are_not_finite_end_the_run(model, write, tmp_path, monkeypatch):
-    """By a sentence at the epoch's end, although the loss is finite and the weights stay so."""
+    """By a sentence at the end of their epoch, although the loss is finite."""
 
     def overflowing(built, *options):
         built.classifier.weight.register_hook(lambda gradient: gradient * math.inf)

@@ -249,3 +249,11 @@ def test_copies_have_plans_of_their_own():
     assert not torch.allclose(changed, before, atol=1e-4)
     assert torch.equal(result(model), before)
     assert torch.equal(result(other), changed)
+
+
+def test_what_each_end_of_a_layer_saves_is_read_from_its_module():
+    config = fastbert.BertConfig(hidden_size=32, num_attention_heads=2, intermediate_size=48)
+    layer = bert_layer.BertLayer(config)
+    layer.output.save = "y"
+    parts = bert_layer.parts_of(layer)
+    assert (parts.attention_end.save, parts.output.save) == ("z", "y")

@@ -200,7 +200,7 @@ def plot_losses(
     for (name, level), style in zip(levels.items(), itertools.cycle(("--", ":"))):
         axes.axhline(level, color="gray", linestyle=style, label=f"{name}, held out")
     axes.set(xlabel="step", ylabel="loss (nats)", title=title, ylim=(0, None))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     axes.legend()
     try:

@@ -17,6 +17,7 @@ constexpr int64_t kGroup = 8;  // columns per Philox call, 16 bits each, of whic
 constexpr int64_t kBits = 32;  // attention keys per word: one bit for each
 constexpr int kCallsPerWord = 3;  // Philox calls per word: 12 words, one for each binary digit
 constexpr int64_t kLanes = 64;  // counters computed at once: enough to fill vector registers
+constexpr int64_t kVector = 16;  // 32-bit words in the widest vector register
 
 using Words = std::array<std::array<uint32_t, kLanes>, 4>;
 
@@ -44,9 +45,11 @@ Row row_of(int64_t token_key, const int64_t* state, int64_t site, int64_t head) 
 #endif
 
 // Philox4x32-7 at the places first, first + stride, ... of a row; x[w][i] is word w of lane i.
+// The last lanes are left out if `lanes` says so, in whole vectors: short rows need few.
 FASTBERT_VECTOR_CLONES
-void philox(const Row& row, uint32_t first, uint32_t stride, Words& x) {
-  for (uint32_t i = 0; i < kLanes; ++i) {
+void philox(const Row& row, uint32_t first, uint32_t stride, int64_t lanes, Words& x) {
+  const int64_t count = std::min((lanes + kVector - 1) / kVector * kVector, kLanes);
+  for (uint32_t i = 0; i < count; ++i) {
     x[0][i] = row.sequence;
     x[1][i] = row.position | (first + stride * i);
     x[2][i] = row.head;
@@ -54,7 +57,7 @@ void philox(const Row& row, uint32_t first, uint32_t stride, Words& x) {
   }
   auto k0 = static_cast<uint32_t>(row.seed), k1 = static_cast<uint32_t>(row.seed >> 32);
   for (int round = 0; round < kRounds; ++round) {
-    for (int64_t i = 0; i < kLanes; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       const uint64_t p0 = uint64_t{0xD2511F53} * x[0][i], p1 = uint64_t{0xCD9E8D57} * x[2][i];
       x[0][i] = static_cast<uint32_t>(p1 >> 32) ^ x[1][i] ^ k0;
       x[2][i] = static_cast<uint32_t>(p0 >> 32) ^ x[3][i] ^ k1;
@@ -63,6 +66,14 @@ void philox(const Row& row, uint32_t first, uint32_t stride, Words& x) {
     }
     k0 += 0x9E3779B9;
     k1 += 0xBB67AE85;
+  }
+}
+
+// kept[j] is whether bit j of the word is clear.
+FASTBERT_VECTOR_CLONES
+void kept_of(uint32_t word, std::array<uint8_t, kBits>& kept) {
+  for (uint32_t j = 0; j < kBits; ++j) {
+    kept[j] = ~word >> j & 1;
   }
 }
 
@@ -96,14 +107,15 @@ at::Tensor hidden_keep_mask_cpu(
     for (int64_t t = begin; t < end; ++t) {
       const Row row = row_of(key[t], seed_and_step, site, 0);
       for (int64_t col = 0; col < num_cols; col += kLanes * kGroup) {
-        philox(row, static_cast<uint32_t>(col / kGroup), 1, x);
-        for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t count = std::min<int64_t>(kLanes * kGroup, num_cols - col);
+        const int64_t lanes = (count + kGroup - 1) / kGroup;
+        philox(row, static_cast<uint32_t>(col / kGroup), 1, lanes, x);
+        for (int64_t i = 0; i < lanes; ++i) {
           for (int64_t w = 0; w < 4; ++w) {
             block[i * kGroup + 2 * w] = (x[w][i] & 0xFFFF) >> 4 >= limit;
             block[i * kGroup + 2 * w + 1] = x[w][i] >> 20 >= limit;
           }
         }
-        const int64_t count = std::min<int64_t>(kLanes * kGroup, num_cols - col);
         std::copy_n(block.data(), count, out + t * num_cols + col);
       }
     }
@@ -127,26 +139,26 @@ at::Tensor attention_keep_mask_cpu(
     // Bit j is set if the word's key j is dropped: if its random 12-bit number, whose inverted
     // binary digits are in 12 words, is below the threshold.
     std::array<uint32_t, kLanes> below;
+    std::array<uint8_t, kBits> kept;
     for (int64_t r = begin; r < end; ++r) {
       const Row row = row_of(key[r % tokens], seed_and_step, site, r / tokens);
       for (int64_t first = 0; first < num_keys; first += kLanes * kBits) {
+        const int64_t count = std::min<int64_t>(kLanes * kBits, num_keys - first);
+        const int64_t words = (count + kBits - 1) / kBits;
         below.fill(0);
         for (int call = 0; call < kCallsPerWord; ++call) {
-          philox(row, static_cast<uint32_t>(first / kBits * 4 + call), 4, digits);
+          philox(row, static_cast<uint32_t>(first / kBits * 4 + call), 4, words, digits);
           for (int w = 0; w < 4; ++w) {
             const bool is_set = threshold >> (4 * call + w) & 1;
-            for (int64_t i = 0; i < kLanes; ++i) {
+            for (int64_t i = 0; i < words; ++i) {
               below[i] = is_set ? digits[w][i] | below[i] : digits[w][i] & below[i];
             }
           }
         }
-        const int64_t count = std::min<int64_t>(kLanes * kBits, num_keys - first);
-        for (int64_t word = 0; word * kBits < count; ++word) {
-          bool* const keys_of_word = out + r * num_keys + first + word * kBits;
+        for (int64_t word = 0; word < words; ++word) {
+          kept_of(below[word], kept);
           const int64_t size = std::min(kBits, count - word * kBits);
-          for (int64_t j = 0; j < size; ++j) {
-            keys_of_word[j] = !(below[word] >> j & 1);
-          }
+          std::copy_n(kept.data(), size, out + r * num_keys + first + word * kBits);
         }
       }
     }

@@ -38,14 +38,6 @@ class DropoutState:
     token_key: Tensor
     site: int = 0
 
-    @property
-    def device(self) -> torch.device:
-        return self.token_key.device
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.token_key.is_cuda
-
     def at(self, site: int) -> "DropoutState":
         """The same state at another site."""
         return DropoutState(self.state, self.token_key, site)

@@ -80,7 +80,7 @@ def reads_lengths(call: Call) -> bool:
 
 def lengths_of(cu_seqlens: Tensor, x: Tensor) -> list[int]:
     """The lengths of the sequences, then the number of tokens behind the last one."""
-    bounds = [*cu_seqlens.tolist(), len(x)]
+    bounds = [*cu_seqlens.tolist(), x.shape[0]]
     return [end - begin for begin, end in itertools.pairwise(bounds)]
 
 
@@ -94,7 +94,7 @@ def _last_without_keys(found: Iterable[tuple[Tensor, ...]]) -> list[tuple[Tensor
 
 def attend_alike(qkv: Tensor, count: int, call: Call) -> Tensor:
     """Attention of qkv (T, 3, N, D) for `count` sequences of equal length, without a copy."""
-    q, k, v = qkv.unflatten(0, (count, -1)).permute(2, 0, 3, 1, 4).unbind()
+    q, k, v = qkv.view(count, -1, *qkv.shape[1:]).permute(2, 0, 3, 1, 4).unbind()
     return _sdpa(q, k, v, call).transpose(1, 2).flatten(0, 1)
 
 

@@ -15,15 +15,16 @@ from fastbert.rng import DropoutState
 
 
 class Call(NamedTuple):
-    """A call of `hidden_keep_mask` or `attention_keep_mask`, with the sizes of the result."""
+    """A call of `hidden_keep_mask` or `attention_keep_mask`, with the sizes of the result.
 
-    rng: DropoutState
+    token_key, state, site: the fields of a `DropoutState`
+    """
+
+    token_key: Tensor
+    state: Tensor
+    site: int
     sizes: tuple[int, ...]
     dropout_p: float
-
-    @property
-    def numbers(self) -> tuple[Tensor, Tensor, int]:
-        return self.rng.token_key, self.rng.state, self.rng.site
 
 
 @op("ext")
@@ -32,7 +33,7 @@ def hidden_keep_mask(rng: DropoutState, num_cols: int, dropout_p: float) -> Call
 
     rng: with T token keys; dropout_p: the probability of a drop. The arguments are not checked.
     """
-    return Call(rng, (num_cols,), dropout_p)
+    return Call(rng.token_key, rng.state, rng.site, (num_cols,), dropout_p)
 
 
 @op("ext")
@@ -42,25 +43,23 @@ def attention_keep_mask(rng: DropoutState, num_heads: int, num_keys: int, dropou
     rng: with T token keys, one a query; keys are counted within a sequence; dropout_p: the
     probability of a drop. The arguments are not checked.
     """
-    return Call(rng, (num_heads, num_keys), dropout_p)
+    return Call(rng.token_key, rng.state, rng.site, (num_heads, num_keys), dropout_p)
 
 
 @hidden_keep_mask.plain
 @attention_keep_mask.plain
 def _plain(call: Call) -> Tensor:
-    return _keep_mask(*call.numbers, list(call.sizes), call.dropout_p)
+    return _keep_mask(*call[:3], list(call.sizes), call.dropout_p)
 
 
 @hidden_keep_mask.fused
 def _hidden_fused(kernels: Any, call: Call) -> Tensor:
-    limit = random.threshold(call.dropout_p)
-    return kernels.hidden_keep_mask(*call.numbers, *call.sizes, limit)
+    return kernels.hidden_keep_mask(*call[:3], *call.sizes, random.threshold(call.dropout_p))
 
 
 @attention_keep_mask.fused
 def _attention_fused(kernels: Any, call: Call) -> Tensor:
-    limit = random.threshold(call.dropout_p)
-    return kernels.attention_keep_mask(*call.numbers, *call.sizes, limit)
+    return kernels.attention_keep_mask(*call[:3], *call.sizes, random.threshold(call.dropout_p))
 
 
 def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Tensor:
@@ -73,8 +72,11 @@ def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Ten
     rows = x.shape[:-1].numel()
     check_dropout("dropout", rows, x.device, dropout_p, rng)
     rng = drawn(rows, x.device, dropout_p, rng)
-    if rng is None:
-        return x
+    return x if rng is None else dropped(x, dropout_p, rng)
+
+
+def dropped(x: Tensor, dropout_p: float, rng: DropoutState) -> Tensor:
+    """`dropout` with arguments that were checked."""
     keep = hidden_keep_mask(rng, x.shape[-1], dropout_p)
     return kept(x, keep if x.ndim == 2 else keep.view(x.shape), dropout_p)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastbert.backend import DTYPES, op
 from fastbert.check import require
-from fastbert.ops.dropout import check_dropout, device_numbers, drawn, dropout
+from fastbert.ops.dropout import check_dropout, device_numbers, drawn, dropped
 from fastbert.ops.fused import as_rows, once, run
 from fastbert.ops.layer_norm import refusal
 from fastbert.rng import DropoutState
@@ -121,7 +121,7 @@ def _plain(call: Call) -> Tensor:
     z = z + (types[0] if type_ids is None else F.embedding(type_ids, types)).to(wide)
     z = z + F.embedding(call.position_ids, call.position).to(wide)
     y = F.layer_norm(z, weight.shape, weight.to(wide), call.bias.to(wide), call.eps)
-    y = y if call.rng is None else dropout(y, call.dropout_p, call.rng)
+    y = y if call.rng is None else dropped(y, call.dropout_p, call.rng)
     return y.to(call.dtype)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastbert.backend import DTYPES, is_transformed, op, place
 from fastbert.check import require
-from fastbert.ops.dropout import check_dropout, device_numbers, drawn, dropout
+from fastbert.ops.dropout import check_dropout, device_numbers, drawn, dropped
 from fastbert.ops.fused import as_rows, once, run, shaped
 from fastbert.rng import DropoutState
 
@@ -120,9 +120,10 @@ def _plain_result(call: Call) -> Tensor:
     if x_bias is not None:
         x = x + x_bias.to(x.dtype)
     if rng is not None:
-        x = dropout(x, dropout_p, rng)
+        x = dropped(x, dropout_p, rng)
     norm = _normed if save == "z" or is_transformed() else _NormKeepingY.apply
-    return norm((residual + x).to(dtype), weight, bias, eps)
+    z = residual + x
+    return norm(z if z.dtype == dtype else z.to(dtype), weight, bias, eps)
 
 
 _WIDE = (torch.float32, torch.float64)
@@ -131,7 +132,7 @@ _WIDE = (torch.float32, torch.float64)
 def _normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`F.layer_norm` in float32 or wider, even under autocast."""
     if x.dtype in _WIDE and x.dtype == weight.dtype == bias.dtype:
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
+        return torch.layer_norm(x, weight.shape, weight, bias, eps)  # as `F.layer_norm`, but at once
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(x.dtype)
 

@@ -112,9 +112,14 @@ class Op:
         return self.choices[device]
 
     def chosen(self, device: str) -> Choice:
-        """The cached choice for a device type; made here if there is none."""
-        choice = self.choices.get(device)
-        return _choose(self.name, device) if choice is None else choice
+        """The cached choice for a device type; made here if there is none.
+
+        While torch.compile traces, `_choose` always runs first: the trace would not see an entry
+        added to the dictionary after it first read that.
+        """
+        if torch.compiler.is_compiling() or device not in self.choices:
+            _choose(self.name, device)
+        return self.choices[device]
 
     def has_kernels(self, x: Tensor) -> bool:
         """Whether a faster body than plain PyTorch runs on x's type of device."""
@@ -160,8 +165,8 @@ def forced() -> str | None:
     return _forced
 
 
-def _choose(name: str, device: str) -> Choice:
-    return OPS[name].choice(device)
+def _choose(name: str, device: str) -> str:
+    return OPS[name].choice(device).backend
 
 
 # torch.compile then runs `_choose` at trace time instead of tracing into it. The decorator

@@ -53,7 +53,7 @@ def attend(call: Call) -> Tensor:
             return attend_padded((q, k, v), call)
         lengths_k = lengths_of(cu_seqlens_k, k)
         rows = zip((q, k, v), (lengths_of(cu_seqlens_q, q), lengths_k, lengths_k), strict=True)
-        split = (x.transpose(0, 1).split(lengths, dim=1) for x, lengths in rows)
+        split = (x.transpose(0, 1).split_with_sizes(lengths, dim=1) for x, lengths in rows)
         return attend_by_sequence(_last_without_keys(zip(*split, strict=True)), call)
     if not reads_lengths(call):
         return attend_padded(q.unbind(1), call)
@@ -65,7 +65,7 @@ def attend(call: Call) -> Tensor:
     if len(lengths) == 2 and not lengths[1]:
         return attend_by_sequence([packed.unbind()], call)
     # one split, whose backward is one concatenation: slices would each zero a whole gradient
-    sequences = (one.unbind() for one in packed.split(lengths, dim=2))
+    sequences = (one.unbind() for one in packed.split_with_sizes(lengths, dim=2))
     return attend_by_sequence(_last_without_keys(sequences), call)
 
 

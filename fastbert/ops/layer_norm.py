@@ -172,7 +172,7 @@ def _refusal(call: Call) -> str | None:
 
 def refusal(tensors: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> str | None:
     """Why the kernels cannot take `tensors` (..., H) with parameters `vectors` (H,)."""
-    columns, device = tensors[0].shape[-1], place(tensors[0])
+    columns, device, dtype = tensors[0].shape[-1], place(tensors[0]), vectors[0].dtype
     if not 1 <= columns <= MAX_COLS:
         return f"{columns} columns"
     for x in tensors + vectors:
@@ -181,7 +181,7 @@ def refusal(tensors: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> str | N
         if x.dtype not in DTYPES:
             return str(x.dtype)
     for vector in vectors:
-        if vector.dtype != vectors[0].dtype:
+        if vector.dtype != dtype:
             return "parameters of several dtypes"
         if not vector.is_contiguous():
             return "parameters that are not contiguous"

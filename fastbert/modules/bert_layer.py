@@ -33,6 +33,7 @@ class BertSelfAttention(nn.Module):
         """(T, H) -> (T, H), or (M, H) where only some rows are wanted"""
         return self_attention(
             hidden_states,
+            sequences.wanted(hidden_states),
             Leaf(self.query),
             Leaf(self.key),
             Leaf(self.value),

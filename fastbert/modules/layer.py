@@ -35,6 +35,7 @@ class Stream(NamedTuple):
 
 def self_attention(
     x: Tensor,
+    wanted: Tensor,
     query: Leaf,
     key: Leaf,
     value: Leaf,
@@ -42,7 +43,10 @@ def self_attention(
     dropout_p: float,
     sequences: Sequences,
 ) -> Tensor:
-    """Attention without its output projection: (T, H) -> (T, H), or (M, H) for sequences.rows."""
+    """Attention without its output projection: (T, H) -> (T, H), or (M, H) for sequences.rows.
+
+    wanted: (M, H), the rows of x whose output is wanted; x again where all are.
+    """
     rows = sequences.rows
     if rows is None:
         qkv, bias = fused_linear_and_bias(x, (query, key, value), attention_qkvpacked)
@@ -59,7 +63,7 @@ def self_attention(
         call = Attention(qkv, None, None, *lengths, scale, dropout_p, rng, mask, bias)
         context = attention_qkvpacked.run(call)
     else:
-        q = query(rows.of(x)).unflatten(-1, (num_heads, -1))
+        q = query(wanted).unflatten(-1, (num_heads, -1))
         k, v = fused_linear(x, (key, value)).unflatten(-1, (2, num_heads, -1)).unbind(1)
         context = attention(
             q,
@@ -153,8 +157,10 @@ def layers_of(parts: Sequence[LayerParts]) -> RunLayer:
 
 def run_layer(parts: LayerParts, stream: Stream, sequences: Sequences) -> Stream:
     """(T, H) -> (T, H), or (M, H); the three dropouts use three sites from rng.site on."""
+    wanted = sequences.wanted(stream.residual)
     context = self_attention(
         stream.x,
+        wanted,
         parts.query,
         parts.key,
         parts.value,
@@ -162,8 +168,7 @@ def run_layer(parts: LayerParts, stream: Stream, sequences: Sequences) -> Stream
         parts.attention_dropout,
         sequences,
     )
-    residual = sequences.wanted(stream.residual)
-    stream = project_and_norm(context, residual, parts.attention_end, sequences.wanted_rng(1))
+    stream = project_and_norm(context, wanted, parts.attention_end, sequences.wanted_rng(1))
     end = parts.output
     x, bias = feed_forward(
         stream.x, parts.intermediate, parts.activation, end.dense, end.adds_bias()

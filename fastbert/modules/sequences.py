@@ -74,7 +74,7 @@ class Sequences:
     cu_seqlens: (B + 1,) int32, where each sequence begins, and T at the end; max_seqlen: an upper
     bound of their lengths; mask: limits attention within each sequence, as in `attention`, None
     for no limit; rng: the dropout state, None without dropout; rows: the only tokens whose output
-    is wanted, None for all.
+    is wanted, None for all; rows_rng: the dropout state of these.
     """
 
     cu_seqlens: Tensor
@@ -82,6 +82,7 @@ class Sequences:
     mask: Tensor | None = None
     rng: DropoutState | None = None
     rows: Rows | None = None
+    rows_rng: DropoutState | None = None
 
     def check(self, num_tokens: int) -> None:
         """Raises ValueError unless shapes and dtypes fit `num_tokens` packed tokens.
@@ -116,13 +117,15 @@ class Sequences:
         """The same sequences, with dropout at another site of the model."""
         if self.rng is None:
             return self
-        return Sequences(self.cu_seqlens, self.max_seqlen, self.mask, self.rng.at(site), self.rows)
+        rng = self.rng.at(site)
+        return Sequences(self.cu_seqlens, self.max_seqlen, self.mask, rng).only(self.rows)
 
     def only(self, rows: Rows | None) -> "Sequences":
         """The same sequences, with `rows` as the wanted rows."""
         if rows is self.rows:
             return self
-        return Sequences(self.cu_seqlens, self.max_seqlen, self.mask, self.rng, rows)
+        of_rows = None if rows is None or self.rng is None else self.rng.rows(rows.index)
+        return Sequences(self.cu_seqlens, self.max_seqlen, self.mask, self.rng, rows, of_rows)
 
     def wanted(self, x: Tensor) -> Tensor:
         """(T, H) -> (M, H), the wanted rows; x itself where all are wanted."""
@@ -130,7 +133,5 @@ class Sequences:
 
     def wanted_rng(self, offset: int = 0) -> DropoutState | None:
         """The dropout state of the wanted rows, at the site `offset` after the present one."""
-        if self.rng is None:
-            return None
-        rng = self.rng if self.rows is None else self.rng.rows(self.rows.index)
-        return rng.at(rng.site + offset)
+        rng = self.rng if self.rows is None else self.rows_rng
+        return None if rng is None else rng.at(rng.site + offset)

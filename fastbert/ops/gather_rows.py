@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastbert.backend import is_loaded, op
+from fastbert.backend import op
 from fastbert.check import require
 
 
@@ -66,19 +66,3 @@ def _fused(kernels: Any, call: Call) -> Tensor:
 def _fake(src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     gather_rows.check(src, index, inverse)  # the extension checks the same when it runs
     return src.new_empty((index.shape[0], src.shape[1]))
-
-
-def _save_indices(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    _, index, inverse = inputs
-    ctx.save_for_backward(index, inverse)
-
-
-def _gather_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    index, inverse = ctx.saved_tensors
-    return torch.ops.fastbert.gather_rows(grad, inverse, index), None, None
-
-
-if is_loaded("ext", "gather_rows"):
-    torch.library.register_autograd(
-        "fastbert::gather_rows", _gather_rows_backward, setup_context=_save_indices
-    )

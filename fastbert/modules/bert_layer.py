@@ -29,11 +29,11 @@ class BertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
-        """(T, H) -> (T, H), or (M, H) where only some rows are wanted"""
+    def forward(self, hidden_states: Tensor, wanted: Tensor, sequences: Sequences) -> Tensor:
+        """(T, H), and of them the wanted rows (M, H) -> (M, H)."""
         return self_attention(
             hidden_states,
-            sequences.wanted(hidden_states),
+            wanted,
             Leaf(self.query),
             Leaf(self.key),
             Leaf(self.value),
@@ -90,8 +90,9 @@ class BertAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
         """(T, H) -> (T, H), or (M, H) for sequences.rows."""
-        context = self.self(hidden_states, sequences)
-        return self.output(context, sequences.wanted(hidden_states), sequences.wanted_rng(1))
+        wanted = sequences.wanted(hidden_states)
+        context = self.self(hidden_states, wanted, sequences)
+        return self.output(context, wanted, sequences.wanted_rng(1))
 
 
 class BertIntermediate(nn.Module):

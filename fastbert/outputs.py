@@ -28,8 +28,9 @@ class ModelOutput(OrderedDict[str, Any]):
         )
 
     def __post_init__(self) -> None:
-        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
-        first, *rest = (getattr(self, name) for name in names)
+        own = vars(self)
+        names = [name for name in self.__dataclass_fields__]
+        first, *rest = [own[name] for name in names]
         # Accelerate and DDP rebuild a mapping by calling type(output)({name: value})
         if isinstance(first, dict) and all(value is None for value in rest):
             object.__setattr__(self, names[0], None)

@@ -1,7 +1,7 @@
 """Detects hooks and replaced classes, for which a module of a patched model must be called."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -61,9 +61,9 @@ def is_theirs(module: nn.Module) -> bool:
     )
 
 
-def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
-    for hooks in hooks_of(module):
-        yield from hooks.values()
+def _hooks(module: nn.Module) -> Iterable[Callable[..., Any]]:
+    found = hooks_of(module)
+    return (hook for hooks in found for hook in hooks.values()) if any(found) else ()
 
 
 def _is_awake(hook: Callable[..., Any]) -> bool:

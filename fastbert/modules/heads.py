@@ -89,5 +89,5 @@ def first_tokens(hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     if not hidden_states.shape[0]:  # the sum over no rows is zeros that stay in autograd's graph
         return hidden_states.sum(0, keepdim=True).expand(starts.shape[0], -1)
-    rows = hidden_states[starts.clamp(max=hidden_states.shape[0] - 1).long()]
+    rows = hidden_states.index_select(0, starts.clamp(max=hidden_states.shape[0] - 1))
     return torch.where((ends > starts)[:, None], rows, 0.0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastbert.check import require
+from fastbert.ops.compact import Call as Compaction
 from fastbert.ops.compact import compact
 from fastbert.ops.dropout import check_dropout
 from fastbert.ops.gather_rows import Call as Gather
@@ -31,9 +32,9 @@ class Rows:
     @classmethod
     def where(cls, wanted: Tensor, cu_seqlens: Tensor, max_seqlen: int, capacity: int) -> "Rows":
         """The first `capacity` tokens that `wanted` (T,) bool marks; the host does not wait."""
-        kept = compact(wanted[None], 0, capacity)
+        kept = compact.run(Compaction(wanted[None], 0, capacity))
         before = torch.cat([wanted.new_zeros(1), wanted]).cumsum(0, dtype=torch.int32)
-        begins = before[cu_seqlens.long()].clamp(max=capacity)
+        begins = before.index_select(0, cu_seqlens).clamp(max=capacity)
         return cls(kept.positions, kept.slots, begins, max_seqlen)
 
     @classmethod

@@ -98,9 +98,9 @@ def check_dropout(
     require(threshold < random.RESOLUTION, who, "a dropout_p of at most 4095/4096", dropout_p)
     if threshold and rng is not None:
         key = rng.token_key
-        fits = key.shape == (num_rows,) and key.device == rng.state.device == device
-        expected = f"an rng with a token_key of shape ({num_rows},), one key a row, on {device}"
-        require(fits, who, expected, f"{tuple(key.shape)} on {key.device}")
+        if key.shape != (num_rows,) or not key.device == rng.state.device == device:
+            expected = f"an rng with a token_key of shape ({num_rows},), one key a row, on {device}"
+            require(False, who, expected, f"{tuple(key.shape)} on {key.device}")
         dtypes = key.dtype, rng.state.dtype
         require(dtypes == (torch.int64,) * 2, who, "an rng of int64 tensors", dtypes)
 

@@ -10,7 +10,7 @@ from fastbert.backend import DTYPES, op
 from fastbert.check import require
 from fastbert.ops.dropout import check_dropout, device_numbers, drawn, dropped
 from fastbert.ops.fused import as_rows, once, run
-from fastbert.ops.layer_norm import refusal
+from fastbert.ops.layer_norm import normalized, refusal
 from fastbert.rng import DropoutState
 
 WHO = "embedding_layer_norm"
@@ -92,8 +92,10 @@ def embedding_layer_norm(
 
 
 def _expand(name: str, ids: Tensor, shape: torch.Size) -> Tensor:
-    is_integer = ids.dtype in (torch.int64, torch.int32)
-    require(is_integer, WHO, f"{name} of dtype int64 or int32", ids.dtype)
+    if ids.dtype not in (torch.int64, torch.int32):
+        require(False, WHO, f"{name} of dtype int64 or int32", ids.dtype)
+    if ids.shape == shape:
+        return ids
     sizes = zip(reversed(ids.shape), reversed(shape), strict=False)
     fits = ids.ndim <= len(shape) and all(a in (1, b) for a, b in sizes)
     require(fits, WHO, f"{name} that broadcast to {tuple(shape)}", tuple(ids.shape))
@@ -106,10 +108,12 @@ def _check_tables(
     require(word.ndim == 2, WHO, "a word table of shape (words, hidden)", tuple(word.shape))
     hidden = word.shape[1]
     for name, table in (("position", position), ("token_type", token_type)):
-        is_table = table.ndim == 2 and table.shape[1] == hidden
-        require(is_table, WHO, f"a {name} table of shape (rows, {hidden})", tuple(table.shape))
+        if table.ndim != 2 or table.shape[1] != hidden:
+            expected = f"a {name} table of shape (rows, {hidden})"
+            require(False, WHO, expected, tuple(table.shape))
     for name, vector in (("weight", weight), ("bias", bias)):
-        require(vector.shape == (hidden,), WHO, f"{name} of shape ({hidden},)", tuple(vector.shape))
+        if vector.shape != (hidden,):
+            require(False, WHO, f"{name} of shape ({hidden},)", tuple(vector.shape))
 
 
 @embedding_layer_norm.plain
@@ -120,7 +124,7 @@ def _plain(call: Call) -> Tensor:
     types, type_ids = call.token_type, call.token_type_ids
     z = z + (types[0] if type_ids is None else F.embedding(type_ids, types)).to(wide)
     z = z + F.embedding(call.position_ids, call.position).to(wide)
-    y = F.layer_norm(z, weight.shape, weight.to(wide), call.bias.to(wide), call.eps)
+    y = normalized(z, weight, call.bias, call.eps)
     y = y if call.rng is None else dropped(y, call.dropout_p, call.rng)
     return y.to(call.dtype)
 

@@ -32,7 +32,9 @@ class Unpadding:
     @classmethod
     def dense(cls, batch: int, seqlen: int, device: torch.device | str | None = None) -> Self:
         """A batch without padding, for which `pack` and `pad` only reshape."""
-        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
+        places = batch * seqlen + 1
+        cu_seqlens = torch.arange(0, places, seqlen or 1, dtype=torch.int32, device=device)
+        cu_seqlens = cu_seqlens if seqlen else cu_seqlens.expand(batch + 1).contiguous()
         return cls(None, None, cu_seqlens, seqlen, (batch, seqlen))
 
     @classmethod
@@ -101,10 +103,15 @@ def unpad(attention_mask: Tensor) -> Unpadding:
         f"{tuple(attention_mask.shape)} {attention_mask.dtype}",
     )
     batch, seqlen = attention_mask.shape
-    lengths = (attention_mask != 0).sum(1)
-    lengths = torch.cat([lengths, lengths.new_zeros(1)])  # max() needs an element if B is 0
-    total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
-    if not torch.compiler.is_compiling() and 0 < total == batch * seqlen:
-        return Unpadding.dense(batch, seqlen, attention_mask.device)
+    is_token = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
+    lengths = is_token.sum(1)
+    if torch.compiler.is_compiling():  # two numbers, not one for each sequence
+        lengths = torch.cat([lengths, lengths.new_zeros(1)])  # max() needs an element if B is 0
+        total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
+    else:
+        on_host = lengths.tolist()
+        total, longest = sum(on_host), max(on_host, default=0)
+        if 0 < total == batch * seqlen:
+            return Unpadding.dense(batch, seqlen, attention_mask.device)
     _, positions, slots, cu_seqlens = compact(attention_mask, 0, attention_mask.numel())
     return Unpadding(positions[:total], slots, cu_seqlens, longest, (batch, seqlen))

@@ -21,6 +21,8 @@ at::Tensor dispatched(const at::Tensor& src, const at::Tensor& index, const at::
 }
 
 struct GatherRows : torch::autograd::Function<GatherRows> {
+  static constexpr bool is_traceable = true;  // for compiled autograd: all state is saved tensors
+
   static at::Tensor forward(
       AutogradContext* context, const at::Tensor& src, const at::Tensor& index,
       const at::Tensor& inverse) {

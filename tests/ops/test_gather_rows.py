@@ -174,3 +174,17 @@ def test_gather_is_a_well_formed_operator(implementation, device, dtype):
     index, inverse = indices(6, 5, 3, device)
     src = content((6, 4), dtype).to(device).requires_grad_(dtype.is_floating_point)
     torch.library.opcheck(torch.ops.fastbert.gather_rows, (src, index, inverse))
+
+
+@pytest.mark.parametrize("implementation", ["ext"], indirect=True)
+def test_compiled_autograd_gives_the_gradient(implementation, device):
+    index, inverse = indices(6, 5, 3, device)
+    src = torch.randn(6, 4, device=device, requires_grad=True)
+    dy = torch.randn(5, 4, device=device)
+
+    def step():
+        (gather_rows(src, index, inverse) * dy).sum().backward()
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(step, backend="eager")()
+    assert torch.equal(src.grad, expected(dy, inverse))

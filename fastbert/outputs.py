@@ -28,12 +28,10 @@ class ModelOutput(OrderedDict[str, Any]):
         )
 
     def __post_init__(self) -> None:
-        own = vars(self)
-        names = [name for name in self.__dataclass_fields__]
-        first, *rest = [own[name] for name in names]
+        (name, first), *rest = vars(self).items()  # the fields, as `__init__` has set them
         # Accelerate and DDP rebuild a mapping by calling type(output)({name: value})
-        if isinstance(first, dict) and all(value is None for value in rest):
-            object.__setattr__(self, names[0], None)
+        if isinstance(first, dict) and all(value is None for _, value in rest):
+            object.__setattr__(self, name, None)
             self.clear()
             for name, value in first.items():
                 setattr(self, name, value)

@@ -132,7 +132,7 @@ _WIDE = (torch.float32, torch.float64)
 def normalized(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`F.layer_norm` in float32 or wider, even under autocast."""
     if x.dtype in _WIDE and x.dtype == weight.dtype == bias.dtype:
-        return torch.layer_norm(x, weight.shape, weight, bias, eps)  # as `F.layer_norm`, but at once
+        return torch.layer_norm(x, weight.shape, weight, bias, eps)  # which `F.layer_norm` calls
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(x.dtype)
 

@@ -11,24 +11,23 @@ later call that fits it. A call that a graph could not compute correctly runs wi
 
 import functools
 import os
-import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastbert import backend, events
 from fastbert.check import require
-from fastbert.modules.graphs.recorder import CudaGraphs, Recorder
+from fastbert.modules.graphs.pool import Entry, Pending, Pool, Recorded
+from fastbert.modules.graphs.recorder import CudaGraphs
 from fastbert.modules.graphs.replays import (
     Bucket,
     Call,
     ForwardGraph,
     Precision,
     Replayed,
-    TrainingGraphs,
     products_of,
 )
 from fastbert.modules.layer import LayerParts
@@ -36,9 +35,7 @@ from fastbert.modules.sequences import Rows, Sequences
 
 Graphs = Literal["auto", False]
 
-MOST_GRAPHS = 64  # on a device; beyond it the least recently used graphs are dropped
 MEMORY_SHARE = 0.4  # of the device's memory; beyond it all graphs are dropped
-MOST_CHANGES = 16  # times that an encoder's parameters may move before graphs are given up
 
 _MARK = "_fastbert_graphs"  # attribute of a list of layers that must not replay graphs
 _OFF = {"0": True, "off": True, "false": True, "auto": False, "": False}
@@ -64,135 +61,6 @@ def are_allowed(layers: nn.ModuleList) -> bool:
 def _are_off(value: str) -> bool:
     require(value.lower() in _OFF, "FASTBERT_GRAPHS", '"auto" or "0"', repr(value))
     return _OFF[value.lower()]
-
-
-class Pool:
-    """The graphs of one device, which share their memory.
-
-    A replay therefore overwrites what a training forward saved for its backward. Until that
-    backward has run, or the forward's output is freed, other calls run without graphs.
-    """
-
-    def __init__(self, recorder: Recorder, most_memory: float) -> None:
-        self.recorder, self.most_memory = recorder, most_memory
-        self.lock = threading.RLock()
-        self.pending: weakref.ref[Pending] | None = None
-        # least recently used first; weak, so that entries are freed with their encoder
-        self.used: weakref.WeakKeyDictionary[Entry, None] = weakref.WeakKeyDictionary()
-
-    def is_pending(self) -> bool:
-        return self.pending is not None and self.pending() is not None
-
-    def touch(self, entry: "Entry") -> None:
-        self.used.pop(entry, None)
-        self.used[entry] = None
-
-    def record(self, entry: "Entry", bucket: Bucket, x: Tensor, call: Call) -> None:
-        """Records the entry's graphs, or sets the reason why it has none."""
-        while len(self.used) >= MOST_GRAPHS:
-            next(iter(self.used)).drop(self)
-        try:
-            kind = ForwardGraph if call.trained is None else TrainingGraphs
-            entry.graphs = kind(self.recorder, bucket, x, call)
-        except RuntimeError as error:  # includes running out of memory
-            entry.reason = f"recording failed: {str(error).strip().partition(chr(10))[0]}"
-            return
-        self.touch(entry)
-        if self.recorder.memory() > self.most_memory:
-            is_alone = len(self.used) == 1
-            for other in list(self.used):
-                other.drop(self)
-            self.recorder.begin_anew()
-            if is_alone:
-                entry.reason = "its graph takes too much of the device's memory"
-
-
-class Entry:
-    """The graphs of one encoder for one bucket, or the reason why there are none."""
-
-    def __init__(self, reason: str = "") -> None:
-        self.graphs: ForwardGraph | TrainingGraphs | None = None
-        self.reason = reason
-
-    def drop(self, pool: Pool) -> None:
-        self.graphs = None
-        pool.used.pop(self, None)
-
-
-class Pending:
-    """A training forward whose backward has not run yet; it lives as long as its output."""
-
-    def __init__(self, pool: Pool, graphs: TrainingGraphs, recorded: "Recorded") -> None:
-        self.pool, self.graphs, self.recorded = pool, graphs, recorded
-        self.state = recorded.state
-
-    def forward(self, x: Tensor, call: Call) -> Tensor:
-        self.pool.pending = weakref.ref(self)
-        return self.graphs.forward(x, call)
-
-    def backward(self, dout: Tensor, num_tokens: int) -> tuple[Tensor | None, ...] | None:
-        with self.pool.lock, torch.cuda.device_of(dout):
-            if self.pool.pending is None or self.pool.pending() is not self:
-                return None
-            self.pool.pending = None
-            if _state_of(self.recorded.parameters()) != self.state:
-                return None
-            self.pool.recorder.follow()
-            return self.graphs.backward(dout, num_tokens)
-
-
-class Recorded:
-    """The graphs of one encoder, valid while the parts of its layers stay the same."""
-
-    def __init__(self, parts: Sequence[LayerParts]) -> None:
-        self.parts = parts
-        self.entries: dict[tuple[Any, ...], Entry] = {}
-        self.state: list[Any] = []
-        self.changes = 0
-        leaves = [leaf for part in parts for leaf in part.leaves()]
-        others = [type(leaf.module).__name__ for leaf in leaves if not leaf.is_plain]
-        functions = [part.activation for part in parts]
-        others += [type(one).__name__ for one in functions if isinstance(one, nn.Module)]
-        self.reason = f"a {others[0]} in the layers" if others else ""
-        tables = [leaf.module._parameters for leaf in leaves]
-        self.owners = tables + tables, ["weight"] * len(tables) + ["bias"] * len(tables)
-
-    def find(self, bucket: Bucket, x: Tensor, call: Call, pool: Pool) -> tuple[Entry, Call]:
-        """The entry for the call, new if there is none; and the call with `trained` filled in."""
-        parameters = self.parameters()
-        reason = self.reason or self._follow(parameters, pool)
-        if reason:
-            return Entry(reason), call
-        if torch.is_grad_enabled():
-            trained = [parameter for parameter in parameters if parameter.requires_grad]
-            call = call._replace(trained=trained if trained or x.requires_grad else None)
-        has = call.trained is None, x.requires_grad, call.sequences.rng is None
-        key = bucket, call.precision, x.dtype, has, call.products, _numerics()
-        return self.entries.setdefault(key, Entry()), call
-
-    def parameters(self) -> list[Tensor]:
-        """The distinct parameters that the layers have now."""
-        return list(dict.fromkeys(p for p in map(dict.get, *self.owners) if p is not None))
-
-    def _follow(self, parameters: list[Tensor], pool: Pool) -> str:
-        """Drops all graphs if parameters moved, or changed in dtype or requires_grad."""
-        state = _state_of(parameters)
-        if state != self.state:
-            if any(type(parameter) is not nn.Parameter for parameter in parameters):
-                return "parameters that are not plain ones"
-            for entry in self.entries.values():
-                entry.drop(pool)
-            self.entries, self.state, self.changes = {}, state, self.changes + 1
-        return "parameters that move time and again" if self.changes > MOST_CHANGES else ""
-
-
-def _state_of(parameters: list[Tensor]) -> list[Any]:
-    """What a recorded graph fixes of parameters: addresses, dtypes and requires_grad."""
-    return [
-        *map(Tensor.data_ptr, parameters),
-        *[parameter.dtype for parameter in parameters],
-        *[parameter.requires_grad for parameter in parameters],
-    ]
 
 
 # keyed by an encoder's list of layers; graphs must not refer to it, or it would never be freed
@@ -279,18 +147,6 @@ def _refusal(layers: nn.ModuleList, x: Tensor, sequences: Sequences, pool: Pool)
     if is_watched or torch.is_anomaly_enabled():
         return "a mode that looks at each operation"
     return ""
-
-
-def _numerics() -> tuple[Any, ...]:
-    """PyTorch's settings that choose kernels, and so are fixed in a recording."""
-    return torch.are_deterministic_algorithms_enabled(), _matmul_precision()
-
-
-def _matmul_precision() -> Any:
-    """The precision of float32 products on a GPU, by PyTorch's newer interface if it exists: the
-    older interface raises where a user has set the newer."""
-    matmul = torch.backends.cuda.matmul
-    return getattr(matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
 
 
 def _tell(bucket: Bucket, entry: Entry) -> None:

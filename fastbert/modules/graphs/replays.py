@@ -37,11 +37,10 @@ class Bucket(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, sequences: Sequences, rows: Rows | None) -> "Bucket":
         """The smallest bucket for the call; at most 15 tokens or an eighth of them are filler."""
-        numbers = len(x), len(sequences.cu_seqlens) - 1, sequences.max_seqlen
-        tokens, count, longest = numbers
+        tokens, count, longest = x.shape[0], sequences.cu_seqlens.shape[0] - 1, sequences.max_seqlen
         wanted = (0, 0)
         if rows is not None:
-            wanted = rounded(len(rows.index), 16), rounded(rows.max_seqlen, 64)
+            wanted = rounded(rows.index.shape[0], 16), rounded(rows.max_seqlen, 64)
         return cls(
             rounded(tokens, 16), 1 << (count - 1).bit_length(), rounded(longest, 64), *wanted
         )
@@ -94,7 +93,7 @@ class Call(NamedTuple):
 
     def num_outputs(self, x: Tensor) -> int:
         """The number of rows of the output: T, or M for wanted rows."""
-        return len(x) if self.rows is None else len(self.rows.index)
+        return (x if self.rows is None else self.rows.index).shape[0]
 
     def run(self, x: Tensor) -> Tensor:
         """(T, H) -> (T, H), or (M, H), under the call's autocast state."""
@@ -141,9 +140,11 @@ class Buffers:
 
 def put(buffer: Tensor, values: Tensor, spare: float) -> None:
     """Copies `values` to the front of `buffer`, and fills the rest with `spare`."""
-    count = len(values)
-    buffer[:count].copy_(values)
-    if count < len(buffer):
+    count = values.shape[0]
+    if count == buffer.shape[0]:
+        buffer.copy_(values)
+    else:
+        buffer[:count].copy_(values)
         buffer[count:].fill_(spare)
 
 

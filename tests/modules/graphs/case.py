@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 import fastbert
 from fastbert.modules.graphs import buckets
+from fastbert.modules.graphs.pool import Pool
 
 SHAPE = {
     "hidden_size": 32,
@@ -78,8 +79,8 @@ class Repeats:
         return replay
 
 
-def pool(recorder: Repeats, most_memory: float = float("inf")) -> buckets.Pool:
-    return buckets.Pool(recorder, most_memory)
+def pool(recorder: Repeats, most_memory: float = float("inf")) -> Pool:
+    return Pool(recorder, most_memory)
 
 
 def use(recorder: Repeats, monkeypatch, **options) -> Repeats:

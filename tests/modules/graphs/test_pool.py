@@ -10,7 +10,7 @@ from torch import nn
 
 import fastbert
 from fastbert.modules import fp8
-from fastbert.modules.graphs import buckets
+from fastbert.modules.graphs import buckets, pool
 from tests.modules.graphs.case import (
     Repeats,
     assert_same,
@@ -24,7 +24,7 @@ from tests.modules.graphs.case import (
 
 
 def test_the_least_recently_used_graph_goes_first(recorder, monkeypatch):
-    monkeypatch.setattr(buckets, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(pool, "MOST_GRAPHS", 2)
     plain, recorded = (model.eval() for model in models("Bert"))
     short, middle, long = batch([5]), batch([20]), batch([40])
     for inputs in (short, middle, short, long, short):
@@ -66,13 +66,13 @@ def test_graphs_go_with_their_model(recorder):
 
 def test_parameters_that_move_in_each_call_are_not_recorded_for_ever(recorder):
     plain, recorded = (model.eval() for model in models("Bert"))
-    for number in range(2 * buckets.MOST_CHANGES):
+    for number in range(2 * pool.MOST_CHANGES):
         inputs = batch([5], number)
         for model in (plain, recorded):
             weight = layers_of(model)[0].output.dense.weight
             weight.data = weight.data * 1.01
         torch.testing.assert_close(logits(recorded, inputs), logits(plain, inputs))
-    assert recorder.recorded == buckets.MOST_CHANGES
+    assert recorder.recorded == pool.MOST_CHANGES
 
 
 def routes(model, inputs):

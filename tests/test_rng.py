@@ -59,7 +59,7 @@ def test_a_kernel_draws_the_same_bits(device):
 
 
 @pytest.mark.usefixtures("implementation")
-@pytest.mark.parametrize("num_cols", [1, 7, 96, 1030])
+@pytest.mark.parametrize("num_cols", [1, 7, 96, 130, 1030])
 def test_hidden_masks_are_the_definition(num_cols):
     drawn = state_of([3, 0, 30], site=65535, ids=[2**31 - 1, 4, 9])
     expected = rng.hidden_keep_mask(drawn, num_cols, 0.1)
@@ -67,7 +67,7 @@ def test_hidden_masks_are_the_definition(num_cols):
 
 
 @pytest.mark.usefixtures("implementation")
-@pytest.mark.parametrize("num_keys", [0, 1, 32, 150, 4100])
+@pytest.mark.parametrize("num_keys", [0, 1, 32, 150, 530, 4100])
 def test_attention_masks_are_the_definition(num_keys):
     drawn = state_of([2, 5], site=7)
     expected = rng.attention_keep_mask(drawn, 3, num_keys, 0.3)

@@ -185,6 +185,8 @@ def test_compiled_autograd_gives_the_gradient(implementation, device):
     def step():
         (gather_rows(src, index, inverse) * dy).sum().backward()
 
+    captures = torch._dynamo.utils.counters["compiled_autograd"]["captures"]
     with torch._dynamo.config.patch(compiled_autograd=True):
         torch.compile(step, backend="eager")()
+    assert torch._dynamo.utils.counters["compiled_autograd"]["captures"] == captures + 1
     assert torch.equal(src.grad, expected(dy, inverse))

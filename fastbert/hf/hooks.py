@@ -31,7 +31,8 @@ def works_by_token(leaf: nn.Module) -> bool:
     """
     cls = type(leaf)
     is_known = (cls.__module__, cls.__name__) in _BY_TOKEN
-    return is_known and not any(map(is_observed, leaf.modules()))  # also those inside an adapter
+    inside = leaf.modules() if leaf._modules else (leaf,)  # those inside an adapter too
+    return is_known and not any(map(is_observed, inside))
 
 
 # Classes with other weights or products, whose output rows depend only on the same input row.

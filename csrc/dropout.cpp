@@ -45,7 +45,7 @@ Row row_of(int64_t token_key, const int64_t* state, int64_t site, int64_t head) 
 #endif
 
 // Philox4x32-7 at the places first, first + stride, ... of a row; x[w][i] is word w of lane i.
-// The last lanes are left out if `lanes` says so, in whole vectors: short rows need few.
+// Only the first `lanes`, in whole vectors, are drawn, because short rows need few.
 FASTBERT_VECTOR_CLONES
 void philox(const Row& row, uint32_t first, uint32_t stride, int64_t lanes, Words& x) {
   const int64_t count = std::min((lanes + kVector - 1) / kVector * kVector, kLanes);

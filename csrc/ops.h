@@ -1,6 +1,6 @@
 // The extension's operators on each device. fastbert/ops/ documents what they compute, and has
-// their plain PyTorch versions, their shapes for torch.compile and their gradients. The code is
-// C++17, because torch 2.11 compiles extensions as C++17.
+// their plain PyTorch versions and their shapes for torch.compile. The code is C++17, because torch
+// 2.11 compiles extensions as C++17.
 
 #pragma once
 

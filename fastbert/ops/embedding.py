@@ -10,7 +10,7 @@ from fastbert.backend import DTYPES, op
 from fastbert.check import require
 from fastbert.ops.dropout import check_dropout, device_numbers, drawn, dropped
 from fastbert.ops.fused import as_rows, once, run
-from fastbert.ops.layer_norm import normalized, refusal
+from fastbert.ops.layer_norm import plain_layer_norm, refusal
 from fastbert.rng import DropoutState
 
 WHO = "embedding_layer_norm"
@@ -124,7 +124,7 @@ def _plain(call: Call) -> Tensor:
     types, type_ids = call.token_type, call.token_type_ids
     z = z + (types[0] if type_ids is None else F.embedding(type_ids, types)).to(wide)
     z = z + F.embedding(call.position_ids, call.position).to(wide)
-    y = normalized(z, weight, call.bias, call.eps)
+    y = plain_layer_norm(z, weight, call.bias, call.eps)
     y = y if call.rng is None else dropped(y, call.dropout_p, call.rng)
     return y.to(call.dtype)
 

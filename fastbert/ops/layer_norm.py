@@ -113,7 +113,7 @@ def _plain(call: Call) -> Any:
 def _plain_result(call: Call) -> Tensor:
     x, residual, weight, bias, eps, x_bias, dropout_p, rng, save, _ = call
     if residual is None:
-        return normalized(x, weight, bias, eps)
+        return plain_layer_norm(x, weight, bias, eps)
     dtype = residual.dtype
     if x.dtype != dtype or dtype not in _WIDE:
         x = x.to(torch.promote_types(dtype, torch.promote_types(x.dtype, torch.float32)))
@@ -121,7 +121,7 @@ def _plain_result(call: Call) -> Tensor:
         x = x + x_bias.to(x.dtype)
     if rng is not None:
         x = dropped(x, dropout_p, rng)
-    norm = normalized if save == "z" or is_transformed() else _NormKeepingY.apply
+    norm = plain_layer_norm if save == "z" or is_transformed() else _NormKeepingY.apply
     z = residual + x
     return norm(z if z.dtype == dtype else z.to(dtype), weight, bias, eps)
 
@@ -129,7 +129,7 @@ def _plain_result(call: Call) -> Tensor:
 _WIDE = (torch.float32, torch.float64)
 
 
-def normalized(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`F.layer_norm` in float32 or wider, even under autocast."""
     if x.dtype in _WIDE and x.dtype == weight.dtype == bias.dtype:
         return torch.layer_norm(x, weight.shape, weight, bias, eps)  # which `F.layer_norm` calls

@@ -32,9 +32,7 @@ class Unpadding:
     @classmethod
     def dense(cls, batch: int, seqlen: int, device: torch.device | str | None = None) -> Self:
         """A batch without padding, for which `pack` and `pad` only reshape."""
-        places = batch * seqlen + 1
-        cu_seqlens = torch.arange(0, places, seqlen or 1, dtype=torch.int32, device=device)
-        cu_seqlens = cu_seqlens if seqlen else cu_seqlens.expand(batch + 1).contiguous()
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
         return cls(None, None, cu_seqlens, seqlen, (batch, seqlen))
 
     @classmethod

@@ -98,8 +98,8 @@ class Recorded:
     def __init__(self, parts: Sequence[LayerParts]) -> None:
         self.parts = parts
         self.entries: dict[tuple[Any, ...], Entry] = {}
-        self.found: list[Any] | None = None  # the layers' parameters of the last call, and these
-        self.distinct: list[Tensor] = []  # once each
+        self.found: list[Any] | None = None  # what `owners` held at the last call
+        self.distinct: list[Tensor] = []  # of that, each parameter once
         self.state: list[Any] = []
         self.changes = 0
         leaves = [leaf for part in parts for leaf in part.leaves()]

@@ -2,7 +2,7 @@
 
 All read the same real text in the same batches, with the same initial weights and optimizer. On a
 CPU there is no dropout, so loss curves differ only by rounding. On a GPU they train BERT-base with
-dropout, whose masks differ; runs of several seeds show how far apart two runs may end. With
+dropout, whose masks differ. Runs of several seeds show how far apart two runs may end. With
 `--precision bf16` fastbert trains in FP8 too, which a CPU emulates.
 """
 
@@ -39,10 +39,12 @@ def cases(options: Options) -> list[PretrainConfig]:
     """The runs to compare; seeds differ in initial weights, batches and dropout."""
     if options.device.type == "cuda":
         shape = {"preset": "base", "steps": 100 if options.quick else 500, "batch_tokens": 8192}
-        return [PretrainConfig(**shape, max_seq_len=128, dropout=0.1, seed=n) for n in SEEDS]
-    preset, steps = ("tiny", 20) if options.quick else ("mini", 300)
-    shape = {"preset": preset, "steps": steps, "batch_tokens": 1024}
-    return [PretrainConfig(**shape, max_seq_len=64, nsp_weight=1.0, dropout=0.0)]
+        shape |= {"max_seq_len": 128, "dropout": 0.1}
+    else:
+        preset, steps = ("tiny", 20) if options.quick else ("mini", 300)
+        shape = {"preset": preset, "steps": steps, "batch_tokens": 1024}
+        shape |= {"max_seq_len": 64, "nsp_weight": 1.0, "dropout": 0.0}
+    return [PretrainConfig(**shape, seed=n) for n in SEEDS]
 
 
 def run(options: Options, results: Results) -> None:

@@ -35,7 +35,7 @@ def measured(monkeypatch, write):
 
     def measured(precision, **changes):
         options = Options(torch.device("cpu"), precision, quick=True)
-        (case,) = convergence.cases(options)
+        case, *_ = convergence.cases(options)
         documents = (topics[name].replace("\n\n", "\n") for name in sorted(topics)[:24])
         corpus = (write("corpus.txt", "\n\n".join(documents)),)
         changes |= {"corpus": corpus, "vocab_size": 800, "batch_tokens": 512}

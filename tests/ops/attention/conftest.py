@@ -36,6 +36,19 @@ def triton_either_way(request, monkeypatch, device, dtype):
         yield
 
 
+@pytest.fixture(params=["of the table", "whole"])
+def backward(request, monkeypatch):
+    """The kernels that run as it is, and the one that has a whole sequence in a program."""
+    if request.param == "whole":
+        from fastbert.kernels import attention
+        from fastbert.kernels.attention_common import Tile
+
+        if "dtype" in request.fixturenames and request.getfixturevalue("dtype").itemsize != 2:
+            pytest.skip("for 16 bits only")
+        monkeypatch.setattr(attention, "single_tile", lambda *_, **__: None)
+        monkeypatch.setattr(attention, "whole_tile", lambda *_, **__: Tile(64, 64, 4, 1))
+
+
 @contextlib.contextmanager
 def _triton(monkeypatch, precision):
     from fastbert.kernels import attention_common

@@ -43,7 +43,7 @@ GPU_ONLY = ("bert-base", "bert-short")
     "case",
     [pytest.param(k, marks=pytest.mark.gpu) if k in GPU_ONLY else k for k in CASES],
 )
-def test_kernels_are_as_accurate_as_pytorch(case, dtype, device, triton_either_way):
+def test_kernels_are_as_accurate_as_pytorch(case, dtype, device, triton_either_way, backward):
     if case in GPU_ONLY and device == "cpu":
         pytest.skip("too large for the interpreter")
     lengths_q, lengths_k, heads, head_dim = CASES[case]
@@ -59,7 +59,7 @@ def test_kernels_are_as_accurate_as_pytorch(case, dtype, device, triton_either_w
 
 
 @pytest.mark.parametrize("longest", [70, 90, 200])  # an upper bound may be loose
-def test_a_packed_tensor_gives_one_gradient(longest, dtype, device, triton):
+def test_a_packed_tensor_gives_one_gradient(longest, dtype, device, triton, backward):
     lengths = [5, 1, 0, 70]
     qkv = torch.randn(sum(lengths) + TAIL, 3, 2, 32, device=device).to(dtype)
     dout = torch.randn_like(qkv[:, 0])
@@ -172,7 +172,7 @@ def test_fullgraph_compile_gives_the_eager_result(choice, device):
 
 
 @pytest.mark.parametrize("longest", [70, 150])
-def test_very_low_scores_do_not_leak_through_padding(longest, dtype, device, triton):
+def test_very_low_scores_do_not_leak_through_padding(longest, dtype, device, triton, backward):
     """exp2(-lse) is infinite here, and infinity times the zeros behind the last key is NaN."""
     lengths = [5, 70]
     qkv = torch.randn(75, 3, 1, 16, device=device)
@@ -188,12 +188,31 @@ def test_very_low_scores_do_not_leak_through_padding(longest, dtype, device, tri
         assert (a - t).abs().max() < tolerance * t.abs().max()
 
 
-@pytest.mark.parametrize("longest", [64, 150])
-def test_the_same_bits_each_time(longest, device, triton):
-    qkv = torch.randn(75, 3, 2, 32, device=device).half()
-    dout, cu = torch.randn_like(qkv[:, 0]), boundaries([5, 70], device)
-    runs = [gradients(lambda t: attention_qkvpacked(t, cu, 150), qkv, dy=dout) for _ in range(2)]
+@pytest.mark.parametrize(
+    "lengths", [[5, 70], [5, 60], pytest.param([512, 77, 0, 384] * 20, marks=pytest.mark.gpu)]
+)
+def test_the_same_bits_each_time(lengths, device, triton, backward):
+    qkv = torch.randn(sum(lengths), 3, 2, 32, device=device).half()
+    dout, cu = torch.randn_like(qkv[:, 0]), boundaries(lengths, device)
+    runs = [
+        gradients(lambda t: attention_qkvpacked(t, cu, max(lengths)), qkv, dy=dout)
+        for _ in range(2)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("longest", [64, 150])
+def test_numbers_that_are_not_finite_stay_in_their_sequence(longest, device, triton, backward):
+    lengths = [30, 9, 25]
+    qkv = torch.randn(sum(lengths) + TAIL, 3, 2, 32, device=device).half()
+    dout, cu = torch.randn_like(qkv[:, 0]), boundaries(lengths, device)
+    expected = gradients(lambda t: attention_qkvpacked(t, cu, longest), qkv, dy=dout)
+    qkv[30:39:4], dout[31:39:4] = float("inf"), float("nan")
+    actual = gradients(lambda t: attention_qkvpacked(t, cu, longest), qkv, dy=dout)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a[:30], e[:30])
+        assert torch.equal(a[39:], e[39:])
+        assert a[30:39].isnan().any()
 
 
 def test_a_second_derivative_is_refused(device, triton):

@@ -9,6 +9,10 @@ from fastbert.kernels.partial_sums import add_partials
 from fastbert.kernels.philox import keep_scale
 from fastbert.kernels.runtime import cdiv, launcher, like, stride_unit
 
+# Of the backward's loop: with 2 a program loads its next rows while it computes these, in as many
+# registers. No GPU has measured it; `python -m benchmarks tune --table layer_norm.STAGES` does.
+STAGES = 1
+
 
 def _fwd_outputs(
     x: Tensor, residual: Tensor | None, x_bias: Tensor | None, weight: Tensor, bias: Tensor,
@@ -102,7 +106,7 @@ def layer_norm_bwd(
             dy.stride(0) // unit, kept.stride(0) // unit,
             n_rows, threshold, site, keep_scale(threshold),
             N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, UNIT=unit,
-            HAS_X_BIAS=has_x_bias, num_warps=num_warps,
+            HAS_X_BIAS=has_x_bias, STAGES=STAGES, num_warps=num_warps,
         )  # fmt: skip
     add_partials(partials, *sums)
     return outputs

@@ -63,7 +63,7 @@ def layer_norm_bwd_kernel(
     dy_row_stride, kept_row_stride,
     n_rows, threshold, site, keep_scale,
     N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
-    HAS_X_BIAS: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Computes z_hat, which all gradients need, from z and the mean, or from y with a bias."""
     program, n_programs = tl.program_id(0), tl.num_programs(0)
@@ -77,7 +77,8 @@ def layer_norm_bwd_kernel(
     dbias = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     dx_bias = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
 
-    for first in tl.range(program * BLOCK_M, n_rows, n_programs * BLOCK_M):
+    step = n_programs * BLOCK_M
+    for first in tl.range(program * BLOCK_M, n_rows, step, num_stages=STAGES):
         rows = first + tl.arange(0, BLOCK_M).to(tl.int64)
         is_row = rows < n_rows
         mask = is_row[:, None] & is_col[None, :]

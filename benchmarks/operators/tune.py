@@ -82,8 +82,13 @@ def grid(*choices: Iterable[int]) -> Callable[[int], Iterator[tuple[int, ...]]]:
     return lambda columns: itertools.product(*choices)
 
 
+def stages(columns: int) -> Iterator[int]:
+    """Candidates for loops without a product, which Triton pipelines only where it is told to."""
+    yield from (1, 2, 3, 4)
+
+
 def tiles(columns: int) -> Iterator[Any]:
-    """Stages too: attention has the only loops that Triton pipelines, those with a product."""
+    """Stages too, because Triton pipelines loops with a product."""
     from fastbert.kernels.attention_common import Tile
 
     for rows, cols in itertools.product((64, 128), (32, 64, 128)):
@@ -128,6 +133,7 @@ ATTENTION = (
 LAYER_NORM = (
     Table("layer_norm", "forward_block", False, whole_rows),
     Table("layer_norm", "backward_block", True, whole_rows),
+    Table("layer_norm", "STAGES", True, stages),
     ADD_PARTIALS,
 )
 TABLES: dict[str, tuple[Table, ...]] = {
@@ -136,6 +142,7 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "bias_gelu": (
         Table("bias_gelu", "FWD_BLOCK", False, grid((4, 8, 16), (128, 256, 512), (4, 8))),
         Table("bias_gelu", "backward_block", True, grid((2, 4, 8), (128, 256, 512), (2, 4, 8))),
+        Table("bias_gelu", "STAGES", True, stages),
     ),
     "dropout_add_layer_norm": LAYER_NORM,
     "embedding_layer_norm": (

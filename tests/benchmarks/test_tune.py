@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from benchmarks.launches import recorded
 from benchmarks.operators import kernels, tune
 from benchmarks.operators.workloads import workloads
 from fastbert import backend
@@ -12,7 +13,9 @@ pytestmark = pytest.mark.skipif(not backend.INTERPRETED, reason="on a GPU, tune 
 FLUSH = torch.empty(0, dtype=torch.uint8)
 # Attention's and the cross-entropy's sweeps take minutes in the interpreter.
 SLOW = ("attention", "attention_qkvpacked", "linear_cross_entropy")
-CASES = [(op, table) for op, tables in tune.TABLES.items() if op not in SLOW for table in tables]
+QUICK = [(op, table) for op, tables in tune.TABLES.items() if op not in SLOW for table in tables]
+CASES = [(op, table) for op, table in QUICK if table.name != "STAGES"]
+STAGES = [(op, table) for op, table in QUICK if table.name == "STAGES"]
 
 
 def workload_of(op, table, tokens=8):
@@ -40,6 +43,16 @@ def test_a_table_is_what_the_kernels_are_launched_with(op, table, monkeypatch):
     assert right["median_s"] > 0
     assert "median_s" not in refused
     assert refused["refused"] != "wrong result"
+
+
+@pytest.mark.parametrize(("op", "table"), STAGES, ids=[op for op, _ in STAGES])
+def test_stages_are_what_the_kernels_are_launched_with(op, table):
+    """The interpreter reads none, so it refuses no entry."""
+    workload = workload_of(op, table)
+    with tune.forced(table, 3), recorded(90) as launches:
+        y = workload.fused(*(x.requires_grad_(x.is_floating_point()) for x in workload.make()))
+        y.sum().backward()
+    assert 3 in [launch.values.get("STAGES") for launch in launches]
 
 
 def test_a_block_that_gives_a_wrong_result_is_not_timed():

@@ -120,7 +120,7 @@ ATTENTION = (
         "attention_dropout",
         "words_block",
         False,
-        grid((16, 32, 64), (8, 16), (4, 8)),
+        grid((16, 32, 64), (4, 8, 16), (2, 4, 8)),
         "dropout 0.1",
     ),
     Table("attention", "fwd_tile", False, tiles),

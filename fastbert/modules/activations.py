@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.backend import Op
-from fastbert.modules.linear import PRODUCTS, Leaf, Products, split_bias
+from fastbert.modules.linear import Leaf, split_bias
 from fastbert.ops.bias_gelu import Call, bias_gelu
 
 Activation = Callable[[Tensor], Tensor]  # elementwise
@@ -51,10 +51,10 @@ def feed_forward(
 
     In FP8 a GELU between two plain layers is one operator with their products.
     """
-    products: Products | None = dense.module.__dict__.get(PRODUCTS)
+    products = dense.products
     if products is not None and into is not None and dense.is_plain and output.is_plain:
         approximate, bias = _approximate(function), dense.bias
-        second = output.module.__dict__.get(PRODUCTS)
+        second = output.products
         if approximate is not None and bias is not None and second is not None:
             y = products.feed_forward(x, dense.weight, bias, second, output.weight, approximate)
             if y is not None:

@@ -146,6 +146,15 @@ class LayerParts(NamedTuple):
         every = (*self, *self.attention_end, *self.output)
         return [one for one in every if isinstance(one, Leaf)]
 
+    def of_linears(self, change: Callable[[Leaf], Leaf]) -> "LayerParts":
+        """The parts with other leaves in the place of the linear layers."""
+        names = ("query", "key", "value", "intermediate")
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        for name in ("attention_end", "output"):
+            end = getattr(self, name)
+            changed[name] = end._replace(dense=change(end.dense))
+        return self._replace(**changed)
+
 
 RunLayer = Callable[[int, Stream, Sequences], Stream]  # runs the layer of a number
 

@@ -43,20 +43,31 @@ class Leaf:
     """A leaf module, and whether it is plain: of class `kind` and without hooks; checked once.
 
     A plain module's parameters are read at each use, from its dictionary, because `nn.Module`'s
-    own look-up takes longer. Any other module is called.
+    own look-up takes longer. Any other module is called. given: multiplies for this leaf alone.
     """
 
-    __slots__ = ("is_plain", "module", "parameters")
+    __slots__ = ("given", "is_plain", "module", "parameters")
 
-    def __init__(self, module: nn.Module, kind: type[nn.Module] = nn.Linear) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        kind: type[nn.Module] = nn.Linear,
+        given: Products | None = None,
+    ) -> None:
         self.module = module
         self.is_plain = is_plain(module, kind)
         self.parameters: dict[str, Any] = module._parameters
+        self.given = given
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.is_plain and type(self.module) is nn.Linear:
             return product(x, (self,), self.parameters["bias"])
         return self.module(x)
+
+    @property
+    def products(self) -> Products | None:
+        """What multiplies in place of `F.linear`, None for that itself."""
+        return self.given or self.module.__dict__.get(PRODUCTS)
 
     @property
     def weight(self) -> Any:
@@ -70,7 +81,7 @@ class Leaf:
 def product(x: Tensor, linears: Sequence[Leaf], bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` with the weights of plain `nn.Linear`s side by side."""
     first = linears[0]
-    products: Products | None = first.module.__dict__.get(PRODUCTS)
+    products = first.products
     if products is not None:
         y = products.product(x, [layer.parameters["weight"] for layer in linears], bias)
         if y is not None:

@@ -26,9 +26,8 @@ ALIGNED = 64  # elements: copies begin at multiples of 128 bytes, which fast pro
 class WeightCopies:
     """Copies in `dtype` of the weights of all plain linear layers of the model's encoders.
 
-    Left out are encoders in FP8, shards, and weights without a gradient or not in float32. Only
-    products inside `in_use` read the copies, and graphs that were recorded there, which are
-    replayed nowhere else.
+    Left out are encoders in FP8, shards, and weights that are not in float32. Only products inside
+    `in_use` read the copies, those of leaves that are given them, and graphs that were recorded so.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -46,18 +45,22 @@ class WeightCopies:
                         self.places[linear.weight] = size
                         size += -(-linear.weight.numel() // ALIGNED) * ALIGNED
         device = next(iter(self.places)).device if self.places else None
-        self.memory = torch.zeros(size, dtype=dtype, device=device)
+        self.memory = torch.empty(size, dtype=dtype, device=device)
         self.copies = [self._copy(at, *weight.shape) for weight, at in self.places.items()]
 
     def _copy(self, place: int, rows: int, columns: int) -> Tensor:
         return self.memory[place : place + rows * columns].view(rows, columns)
 
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Has products read the copies, which are made anew first; for forward and backward."""
+    def renew(self) -> None:
+        """Makes all copies."""
         if self.copies:
             with torch.no_grad():
                 torch._foreach_copy_(self.copies, list(self.places))
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Has products read the copies, which are made anew first; for forward and backward."""
+        self.renew()
         for module in self.modules:
             vars(module)[PRODUCTS] = self
         try:
@@ -95,9 +98,8 @@ class WeightCopies:
 
 
 def _is_copied(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the weight is a whole float32 parameter with a gradient, which autocast casts."""
-    casts = weight.dtype == torch.float32 != dtype
-    return casts and weight.requires_grad and not isinstance(weight, DTensor)
+    """Whether the weight is a whole float32 parameter, which autocast casts."""
+    return weight.dtype == torch.float32 != dtype and not isinstance(weight, DTensor)
 
 
 class _Product(torch.autograd.Function):

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fastbert.modules.graphs.recorder import Recorder
 from fastbert.modules.layer import LayerParts, layers_of, run_layers
-from fastbert.modules.linear import PRODUCTS
+from fastbert.modules.linear import PRODUCTS, Leaf
 from fastbert.modules.sequences import Rows, Sequences
+from fastbert.modules.weight_copies import WeightCopies
 from fastbert.rng import DropoutState
 
 
@@ -122,6 +123,25 @@ class Buffers:
         self.call = call._replace(sequences=sequences, rows=rows)
         self.fill(x, call)
 
+    def run(self, x: Tensor) -> Tensor:
+        """The layers over x, this batch's or a leaf of autograd's, for a recording.
+
+        Where autocast would cast each weight by itself, the graph begins with copies of all, which
+        each replay makes anew: nothing tells whether weights have changed in place.
+        """
+        call = self.call
+        if call.precision.enabled and call.products is None:
+            leaves = [leaf for part in call.parts for leaf in part.leaves()]
+            linears = [leaf.module for leaf in leaves if type(leaf.module) is nn.Linear]
+            copies = WeightCopies(nn.ModuleList(linears), call.precision.dtype)
+            copies.renew()
+
+            def copied(leaf: Leaf) -> Leaf:
+                return Leaf(leaf.module, given=copies)
+
+            call = call._replace(parts=[part.of_linears(copied) for part in call.parts])
+        return call.run(x)
+
     @torch.no_grad()
     def fill(self, x: Tensor, call: Call) -> None:
         """Copies a call in; filler tokens are zeros at the end, filler sequences are empty."""
@@ -155,7 +175,7 @@ class ForwardGraph:
         # inference tensors as buffers could not be filled by a call outside inference mode
         with torch.inference_mode(False), torch.no_grad():
             self.buffers = Buffers(bucket, x, call)
-            work = functools.partial(self.buffers.call.run, self.buffers.x)
+            work = functools.partial(self.buffers.run, self.buffers.x)
             recorder.warm_up(work)
             self.replay = recorder.record(work)
 
@@ -181,7 +201,7 @@ class TrainingGraphs:
     def _forward(self) -> Tensor:
         x = self.buffers.x.detach().requires_grad_(self.wants_dx)
         self.inputs = _with_gradient(x, self.buffers.call)
-        self.out = self.buffers.call.run(x)
+        self.out = self.buffers.run(x)
         return self.out.detach()
 
     def _backward(self) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.check import require
-from fastbert.modules.linear import PRODUCTS, Products, encoders_of
+from fastbert.modules.linear import PRODUCTS, Products, encoders_of, joined
 from fastbert.ops.fp8_linear import (
     MULTIPLE,
     Call,
@@ -104,13 +104,15 @@ class Slot(NamedTuple):
     scales: Scales
     number: int
 
-    def product(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor | None:
+    def product(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+    ) -> Tensor | None:
         """`x @ weight.T + bias` in FP8; None where `Scales.scale` is."""
         numbers = self._numbers()
         if numbers is None:
             return None
-        weight = weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
-        return fp8_linear.run(Call(x, weight, bias, *numbers, result_dtype(x)))
+        bias = joined(biases) if biases else None
+        return fp8_linear.run(Call(x, joined(weights), bias, *numbers, result_dtype(x)))
 
     def feed_forward(
         self,

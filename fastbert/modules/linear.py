@@ -24,8 +24,10 @@ class Products(Protocol):
     forward begins, and says why that may not replay a CUDA graph, "" if it may.
     """
 
-    def product(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor | None:
-        """`x @ weight.T + bias` for weights side by side; None leaves it to `F.linear`."""
+    def product(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+    ) -> Tensor | None:
+        """`x @ weight.T + bias`, both of tensors side by side; None leaves it to `F.linear`."""
 
     def feed_forward(
         self,
@@ -61,7 +63,7 @@ class Leaf:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.is_plain and type(self.module) is nn.Linear:
-            return product(x, (self,), self.parameters["bias"])
+            return product(x, (self,), self.biases)
         return self.module(x)
 
     @property
@@ -77,18 +79,27 @@ class Leaf:
     def bias(self) -> Any:
         return self.parameters["bias"]
 
+    @property
+    def biases(self) -> tuple[Tensor, ...]:
+        """The bias, or nothing without one."""
+        bias = self.parameters["bias"]
+        return () if bias is None else (bias,)
 
-def product(x: Tensor, linears: Sequence[Leaf], bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias` with the weights of plain `nn.Linear`s side by side."""
-    first = linears[0]
-    products = first.products
+
+def product(x: Tensor, linears: Sequence[Leaf], biases: Sequence[Tensor]) -> Tensor:
+    """`x @ weight.T + bias` with the weights of plain `nn.Linear`s, and biases, side by side."""
+    weights = [layer.parameters["weight"] for layer in linears]
+    products = linears[0].products
     if products is not None:
-        y = products.product(x, [layer.parameters["weight"] for layer in linears], bias)
+        y = products.product(x, weights, biases)
         if y is not None:
             return y
-    if len(linears) == 1:
-        return F.linear(x, first.parameters["weight"], bias)
-    return F.linear(x, torch.cat([layer.parameters["weight"] for layer in linears]), bias)
+    return F.linear(x, joined(weights), joined(biases) if biases else None)
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors side by side, along the first dimension."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
 def fused_linear(x: Tensor, linears: Sequence[Leaf]) -> Tensor:
@@ -115,14 +126,13 @@ def fused_linear_and_bias(
     are_few = x.is_cpu and x.numel() < hidden**2 and hidden >= SMALL
     is_worth_it = not are_few or rounds_products(x)  # separate products would round dX three times
     if is_worth_it and all(layer.is_plain for layer in linears):
-        biases = [layer.parameters["bias"] for layer in linears]
-        # `biases.count(None)` would ask PyTorch to compare tensors with None, at 100 us each
-        without = sum(bias is None for bias in biases)
-        if without in (0, len(biases)):
-            bias = None if without else torch.cat(biases)
-            if bias is None or into is None or not (bias.requires_grad and into.has_kernels(x)):
-                return product(x, linears, bias), None
-            return product(x, linears, bias.detach()), bias
+        biases = [bias for layer in linears for bias in layer.biases]
+        if len(biases) in (0, len(linears)):
+            are_trained = torch.is_grad_enabled() and any(bias.requires_grad for bias in biases)
+            if are_trained and into is not None and into.has_kernels(x):
+                bias = joined(biases)
+                return product(x, linears, (bias.detach(),)), bias
+            return product(x, linears, biases), None
     return torch.cat([layer(x) for layer in linears], dim=-1), None
 
 
@@ -138,8 +148,8 @@ def split_bias(x: Tensor, layer: Leaf, into: Op | None) -> tuple[Tensor, Tensor 
         return layer(x), None
     bias = layer.parameters["bias"]
     if into is not None and (into.has_kernels(x) or rounds_products(x)):
-        return product(x, (layer,), None), bias
-    return product(x, (layer,), bias), None
+        return product(x, (layer,), ()), bias
+    return product(x, (layer,), layer.biases), None
 
 
 def rounds_products(x: Tensor) -> bool:

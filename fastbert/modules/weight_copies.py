@@ -1,14 +1,16 @@
-"""Copies of an encoder's weights in low precision, which a training step makes all at once.
+"""Copies of an encoder's weights as its products read them, made all at once.
 
 Autocast casts each weight where a product reads it, and each of their gradients back: two launches
-for every linear layer of a step, most of which are so short that launching them takes longer. Here
-a few multi-tensor launches make all copies (the working copies beside the master weights of
-Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740), and the product that computes a
-weight's gradient writes it in the weight's own dtype. The parameters stay what they are, so that
-optimizers, checkpoints and evaluation know of no copies.
+for every linear layer of a step, most of which are so short that launching them takes longer; and
+weights that share a product are joined. Here a few multi-tensor launches make all copies (the
+working copies beside the master weights of Micikevicius et al. 2018,
+https://arxiv.org/abs/1710.03740), and the product that computes a weight's gradient writes it in
+the weight's own dtype. The parameters stay what they are, so that optimizers, checkpoints and
+evaluation know of no copies.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,39 +19,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastbert.modules.linear import PRODUCTS, encoders_of
+from fastbert.modules.linear import PRODUCTS, encoders_of, joined
 from fastbert.ops.fused import as_rows, once, product, result_dtype
 
 ALIGNED = 64  # elements: copies begin at multiples of 128 bytes, which fast products want
 
 
 class WeightCopies:
-    """Copies in `dtype` of the weights of all plain linear layers of the model's encoders.
+    """Copies in `dtype` of the float32 weights of plain linear layers in the model's encoders.
 
-    Left out are encoders in FP8, shards, and weights that are not in float32. Only products inside
-    `in_use` read the copies, those of leaves that are given them, and graphs that were recorded so.
+    joins: also of their biases, which are read without gradients, and of what is in `dtype` itself
+    and only has to be joined. Left out are encoders in FP8, shards, and other dtypes. Products read
+    the copies inside `in_use`, those of leaves that are given them, and graphs recorded so.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, *, joins: bool = False) -> None:
+        def is_copied(tensor: Any) -> bool:
+            if tensor is None or isinstance(tensor, DTensor):
+                return False
+            return tensor.dtype == torch.float32 != dtype or (joins and tensor.dtype == dtype)
+
         self.modules: list[nn.Module] = []  # the linear layers, and the lists of layers around them
-        self.places: dict[Tensor, int] = {}  # of each weight, the element at which its copy begins
-        size = 0
         for layers in encoders_of(model):
-            if PRODUCTS in vars(layers):
-                continue
-            self.modules.append(layers)
-            for linear in layers.modules():
-                if type(linear) is nn.Linear and _is_copied(linear.weight, dtype):
-                    self.modules.append(linear)
-                    if linear.weight not in self.places:
-                        self.places[linear.weight] = size
-                        size += -(-linear.weight.numel() // ALIGNED) * ALIGNED
+            if PRODUCTS not in vars(layers):
+                linears = (module for module in layers.modules() if type(module) is nn.Linear)
+                self.modules.append(layers)
+                self.modules += (linear for linear in linears if is_copied(linear.weight))
+        self.places: dict[Tensor, int] = {}  # of each tensor, the element at which its copy begins
+        size = 0
+        for name in ("weight", "bias") if joins else ("weight",):  # each as neighbours
+            tensors: Iterator[Any] = (getattr(module, name, None) for module in self.modules)
+            for tensor in tensors:
+                if is_copied(tensor) and tensor not in self.places:
+                    self.places[tensor] = size
+                    size += -(-tensor.numel() // ALIGNED) * ALIGNED
         device = next(iter(self.places)).device if self.places else None
         self.memory = torch.empty(size, dtype=dtype, device=device)
-        self.copies = [self._copy(at, *weight.shape) for weight, at in self.places.items()]
+        self.copies = [self._copy(at, *tensor.shape) for tensor, at in self.places.items()]
 
-    def _copy(self, place: int, rows: int, columns: int) -> Tensor:
-        return self.memory[place : place + rows * columns].view(rows, columns)
+    def _copy(self, place: int, *shape: int) -> Tensor:
+        return self.memory[place : place + math.prod(shape)].view(shape)
 
     def renew(self) -> None:
         """Makes all copies."""
@@ -73,33 +82,33 @@ class WeightCopies:
         """Begins a forward, which may replay a graph, as the copies keep their places."""
         return ""
 
-    def product(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor | None:
-        """`x @ weight.T + bias` by the copies; None without autocast to their dtype.
+    def product(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+    ) -> Tensor | None:
+        """`x @ weight.T + bias` by the copies; None where the product is in another dtype.
 
-        x: (..., K); weights: side by side, (N, K) in all; bias: (N,) or None. Returns (..., N) in
-        autocast's dtype. None too for x in float64 and for weights without a copy.
+        x: (..., K); weights: side by side, (N, K) in all; biases: (N,) in all, or none. Returns
+        (..., N) in the copies' dtype. None too for x in float64 and for weights without a copy.
         """
         are_known = all(weight in self.places for weight in weights)
         if not are_known or x.dtype == torch.float64 or result_dtype(x) != self.memory.dtype:
             return None
+        bias = None
+        if biases:
+            is_copy = not torch.is_grad_enabled() and all(one in self.places for one in biases)
+            bias = self._joined(biases) if is_copy else joined(biases)
         return _Product.apply(x, self._joined(weights), bias, *weights)  # type: ignore[no-untyped-call]
 
-    def _joined(self, weights: Sequence[Tensor]) -> Tensor:
-        """The copies of the weights as one matrix: a view where they are neighbours in memory."""
-        places = [self.places[weight] for weight in weights]
-        ends = [at + weight.numel() for at, weight in zip(places, weights, strict=True)]
+    def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The copies of the tensors as one: a view where they are neighbours in memory."""
+        places = [self.places[tensor] for tensor in tensors]
+        ends = [at + tensor.numel() for at, tensor in zip(places, tensors, strict=True)]
         if places[1:] == ends[:-1]:
-            return self._copy(places[0], sum(map(len, weights)), weights[0].shape[1])
-        pairs = zip(places, weights, strict=True)
-        return torch.cat([self._copy(at, *weight.shape) for at, weight in pairs])
+            return self._copy(places[0], sum(map(len, tensors)), *tensors[0].shape[1:])
+        return joined([self._copy(self.places[one], *one.shape) for one in tensors])
 
     def feed_forward(self, *_: Any) -> None:
         """Leaves both products of a feed-forward to `product`."""
-
-
-def _is_copied(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the weight is a whole float32 parameter, which autocast casts."""
-    return weight.dtype == torch.float32 != dtype and not isinstance(weight, DTensor)
 
 
 class _Product(torch.autograd.Function):

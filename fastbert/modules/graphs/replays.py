@@ -126,21 +126,25 @@ class Buffers:
     def run(self, x: Tensor) -> Tensor:
         """The layers over x, this batch's or a leaf of autograd's, for a recording.
 
-        Where autocast would cast each weight by itself, the graph begins with copies of all, which
-        each replay makes anew: nothing tells whether weights have changed in place.
+        A graph begins with copies of all weights that autocast would cast one by one, or a product
+        would join. Each replay makes them anew: nothing tells whether weights changed in place.
         """
         call = self.call
-        if call.precision.enabled and call.products is None:
-            leaves = [leaf for part in call.parts for leaf in part.leaves()]
-            linears = [leaf.module for leaf in leaves if type(leaf.module) is nn.Linear]
-            copies = WeightCopies(nn.ModuleList(linears), call.precision.dtype)
-            copies.renew()
+        if call.products is not None:
+            return call.run(x)
+        dtype = call.precision.dtype if call.precision.enabled else x.dtype
+        linears = nn.ModuleList()
+        for part in call.parts:
+            others = (part.attention_end.dense, part.intermediate, part.output.dense)
+            linears += [part.query.module, part.key.module, part.value.module]
+            linears += [leaf.module for leaf in others if leaf.weight.dtype != dtype]
+        copies = WeightCopies(linears, dtype, joins=True)
+        copies.renew()
 
-            def copied(leaf: Leaf) -> Leaf:
-                return Leaf(leaf.module, given=copies)
+        def copied(leaf: Leaf) -> Leaf:
+            return Leaf(leaf.module, given=copies)
 
-            call = call._replace(parts=[part.of_linears(copied) for part in call.parts])
-        return call.run(x)
+        return call._replace(parts=[part.of_linears(copied) for part in call.parts]).run(x)
 
     @torch.no_grad()
     def fill(self, x: Tensor, call: Call) -> None:

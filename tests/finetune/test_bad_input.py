@@ -71,6 +71,9 @@ CASES = {
         *("qa", squad("Rome", 400), squad(), []), "'Rome' is not at 400 .* 20 characters",
     ),
     "no answer": ("qa", squad(answers=[]), squad(), [], "q1: has no answer; mark it is_impossible"),
+    "impossible": (
+        *("qa", squad(is_impossible="false"), squad(), []), "expected true or false as .*'false'"
+    ),
     "not squad": ("qa", {"rows": []}, squad(), [], "not in SQuAD's form"),
     "not json": ("qa", "{", squad(), [], "not JSON"),
     "question too long": (

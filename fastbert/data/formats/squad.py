@@ -124,6 +124,8 @@ def _question(
     if not isinstance(answers, list | tuple):
         raise InputError(f"{where}: expected a list of answers, got {answers!r}")
     marked = item.get("is_impossible")
+    if marked not in (None, True, False):  # "false" would count as true
+        raise InputError(f"{where}: expected true or false as is_impossible, got {marked!r}")
     # flat rows have no is_impossible; there, an empty list means that the question is impossible
     is_impossible = bool(flat and not answers if marked is None else marked)
     found = () if is_impossible else tuple(_answer(where, one, context) for one in answers)

@@ -18,7 +18,7 @@ import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -281,7 +281,9 @@ def describe(rows: list[dict], best: int = 3) -> Iterator[str]:
 
 def main(
     op: Annotated[str, typer.Option(help=f"One of {', '.join(TABLES)}; all by default.")] = "",
-    table: Annotated[str, typer.Option(help="One table, as it is printed: unit.name.")] = "",
+    table: Annotated[
+        list[str] | None, typer.Option(help="A table, as it is printed: unit.name. Repeatable.")
+    ] = None,
     preset: Annotated[str, typer.Option(help="tiny, mini, base, large; base and large.")] = "",
     sequences: Annotated[int, typer.Option(help="In the packed batch.", min=1)] = 128,
     rounds: Annotated[int, typer.Option(help="Timed runs of each entry.", min=2)] = 20,
@@ -305,7 +307,7 @@ def main(
     with ProcessPoolExecutor(processes, spawn) as pool:
         for size in [preset] if preset else ["base", "large"]:
             sizes = Sizes(size, tokens, device, dtype)
-            for number, workload, place, swept in chosen(sizes, op, table):
+            for number, workload, place, swept in chosen(sizes, op, table or ()):
                 entries = [None, *swept.candidates(columns_of(workload))]
                 if device == "cuda":
                     compile_ahead(pool, sizes, number, place, len(entries) - 1)
@@ -317,12 +319,18 @@ def main(
                     console.print(line)
 
 
-def chosen(sizes: Sizes, op: str, name: str) -> Iterator[tuple[int, Workload, int, Table]]:
-    """Workloads with the tables that they are for; each with its number. op, name: "" for all."""
+def chosen(
+    sizes: Sizes, op: str, names: Collection[str]
+) -> Iterator[tuple[int, Workload, int, Table]]:
+    """Workloads with the tables that they are for; each with its number.
+
+    op: "" for all; names: of tables, none for all.
+    """
     for number, workload in enumerate(workloads(*sizes)):
         operator = workload.operator.name
         for place, table in enumerate(TABLES.get(operator, ()) if op in ("", operator) else ()):
-            if name in ("", f"{table.unit}.{table.name}") and table.where in workload.label:
+            is_named = not names or f"{table.unit}.{table.name}" in names
+            if is_named and table.where in workload.label:
                 yield number, workload, place, table
 
 

@@ -80,11 +80,17 @@ def test_the_table_is_put_back():
 def test_a_sweep_of_everything_reaches_every_table():
     sizes = tune.Sizes("tiny", 64, "cpu", torch.float32)
     found = {
-        (workload.operator.name, table) for _, workload, _, table in tune.chosen(sizes, "", "")
+        (workload.operator.name, table) for _, workload, _, table in tune.chosen(sizes, "", ())
     }
     assert found == {(op, table) for op, tables in tune.TABLES.items() for table in tables}
-    name = "bias_gelu.backward_block"
-    (one,) = {table.name for *_, table in tune.chosen(sizes, "bias_gelu", name)}
+    names = "bias_gelu.backward_block", "layer_norm.STAGES"
+    found = {(one.operator.name, table.name) for _, one, _, table in tune.chosen(sizes, "", names)}
+    assert found == {
+        ("bias_gelu", "backward_block"),
+        ("layer_norm", "STAGES"),
+        ("dropout_add_layer_norm", "STAGES"),
+    }
+    (one,) = {table.name for *_, table in tune.chosen(sizes, "bias_gelu", names)}
     assert one == "backward_block"
 
 
@@ -115,7 +121,7 @@ def test_every_candidate_is_compiled_ahead(monkeypatch):
     monkeypatch.setattr(tune.Check, "passes", passes)
     monkeypatch.setattr(tune, "AHEAD_TOKENS", 16)
     sizes = tune.Sizes("tiny", 64, "cpu", torch.float32)
-    number = next(n for n, workload, *_ in tune.chosen(sizes, "bias_gelu", ""))
+    number = next(n for n, workload, *_ in tune.chosen(sizes, "bias_gelu", ()))
     with ThreadPoolExecutor(1) as pool:
         tune.compile_ahead(pool, sizes, number, 1, len(entries))
     assert [entry for entry, _ in seen] == entries

@@ -88,13 +88,16 @@ class Leaf:
 
 def product(x: Tensor, linears: Sequence[Leaf], biases: Sequence[Tensor]) -> Tensor:
     """`x @ weight.T + bias` with the weights of plain `nn.Linear`s, and biases, side by side."""
-    weights = [layer.parameters["weight"] for layer in linears]
-    products = linears[0].products
+    first = linears[0]
+    products = first.given or first.module.__dict__.get(PRODUCTS)  # without a call of `products`
     if products is not None:
-        y = products.product(x, weights, biases)
+        y = products.product(x, [layer.parameters["weight"] for layer in linears], biases)
         if y is not None:
             return y
-    return F.linear(x, joined(weights), joined(biases) if biases else None)
+    bias = joined(biases) if biases else None
+    if len(linears) == 1:
+        return F.linear(x, first.parameters["weight"], bias)
+    return F.linear(x, torch.cat([layer.parameters["weight"] for layer in linears]), bias)
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -63,7 +63,7 @@ class Leaf:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.is_plain and type(self.module) is nn.Linear:
-            return product(x, (self,), self.biases)
+            return product(x, (self,), biases_of(self))
         return self.module(x)
 
     @property
@@ -79,12 +79,6 @@ class Leaf:
     def bias(self) -> Any:
         return self.parameters["bias"]
 
-    @property
-    def biases(self) -> tuple[Tensor, ...]:
-        """The bias, or nothing without one."""
-        bias = self.parameters["bias"]
-        return () if bias is None else (bias,)
-
 
 def product(x: Tensor, linears: Sequence[Leaf], biases: Sequence[Tensor]) -> Tensor:
     """`x @ weight.T + bias` with the weights of plain `nn.Linear`s, and biases, side by side."""
@@ -94,10 +88,16 @@ def product(x: Tensor, linears: Sequence[Leaf], biases: Sequence[Tensor]) -> Ten
         y = products.product(x, [layer.parameters["weight"] for layer in linears], biases)
         if y is not None:
             return y
-    bias = joined(biases) if biases else None
     if len(linears) == 1:
-        return F.linear(x, first.parameters["weight"], bias)
-    return F.linear(x, torch.cat([layer.parameters["weight"] for layer in linears]), bias)
+        return F.linear(x, first.parameters["weight"], *biases)
+    weight = torch.cat([layer.parameters["weight"] for layer in linears])
+    return F.linear(x, weight, joined(biases) if biases else None)
+
+
+def biases_of(*linears: Leaf) -> list[Tensor]:
+    """The biases of those that have one."""
+    every = [layer.parameters["bias"] for layer in linears]
+    return [bias for bias in every if bias is not None]
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -129,7 +129,7 @@ def fused_linear_and_bias(
     are_few = x.is_cpu and x.numel() < hidden**2 and hidden >= SMALL
     is_worth_it = not are_few or rounds_products(x)  # separate products would round dX three times
     if is_worth_it and all(layer.is_plain for layer in linears):
-        biases = [bias for layer in linears for bias in layer.biases]
+        biases = biases_of(*linears)
         if len(biases) in (0, len(linears)):
             are_trained = torch.is_grad_enabled() and any(bias.requires_grad for bias in biases)
             if are_trained and into is not None and into.has_kernels(x):
@@ -150,9 +150,9 @@ def split_bias(x: Tensor, layer: Leaf, into: Op | None) -> tuple[Tensor, Tensor 
     if not layer.is_plain:
         return layer(x), None
     bias = layer.parameters["bias"]
-    if into is not None and (into.has_kernels(x) or rounds_products(x)):
+    if bias is None or (into is not None and (into.has_kernels(x) or rounds_products(x))):
         return product(x, (layer,), ()), bias
-    return product(x, (layer,), layer.biases), None
+    return product(x, (layer,), (bias,)), None
 
 
 def rounds_products(x: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert.modules import fp8
 from fastbert.modules.graphs import buckets
-from fastbert.modules.linear import PRODUCTS, Leaf, fused_linear, product
+from fastbert.modules.linear import PRODUCTS, Leaf, biases_of, fused_linear, product
 from fastbert.modules.weight_copies import WeightCopies
 from tests.modules.graphs.case import Repeats, batch, layers_of, logits, models, step, use
 
@@ -153,14 +153,14 @@ def test_weights_side_by_side_are_one_product(sizes):
 def test_what_is_not_asked_for_by_autocast_to_their_dtype_has_no_copies():
     layers, copies = linears(8)
     x, leaf = torch.randn(3, 24), Leaf(layers[0])
-    exact = product(x, [leaf], leaf.biases)
+    exact = product(x, [leaf], biases_of(leaf))
     with copies.in_use():
-        assert torch.equal(product(x, [leaf], leaf.biases), exact)
+        assert torch.equal(product(x, [leaf], biases_of(leaf)), exact)
         with autocast():
             assert product(x.double(), [Leaf(layers.double()[0])], ()).dtype == torch.float64
         layers.float()
         with autocast(torch.float16):
-            assert product(x, [leaf], leaf.biases).dtype == torch.float16
+            assert product(x, [leaf], biases_of(leaf)).dtype == torch.float16
         layers[0].weight = nn.Parameter(layers[0].weight * 2)  # another one than has the copy
         with autocast():
             new = product(x, [leaf], ())
@@ -173,7 +173,7 @@ def test_gradients_add_up_over_micro_batches_in_the_weights_dtype():
     xs = [torch.randn(4, 24) for _ in range(3)]
     with autocast(), copies.in_use():
         for x in xs:
-            product(x, [leaf], leaf.biases).float().sum().backward()
+            product(x, [leaf], biases_of(leaf)).float().sum().backward()
     assert leaf.weight.grad.dtype == torch.float32
     expected = sum(x.to(BF16).double().sum(0) for x in xs)
     torch.testing.assert_close(leaf.weight.grad[0].double(), expected, rtol=2**-8, atol=1e-2)

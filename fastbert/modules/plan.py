@@ -16,10 +16,14 @@ from torch import nn
 from fastbert.modules.layer import LayerParts
 from fastbert.modules.linear import Hooks, hooks_of
 
-# Attributes that the parts of a layer do not depend on.
-_UNREAD = {"in_features", "out_features", "normalized_shape", "elementwise_affine", "inplace"}
-
 _ABSENT = ("forward", "save")  # attributes that instances usually lack, but may be given
+
+# All that the parts of a layer depend on in modules of exactly these classes.
+_READ = {
+    nn.Linear: ("forward",),
+    nn.LayerNorm: ("forward", "eps"),
+    nn.Dropout: ("forward", "training", "p"),
+}
 
 
 class Plan:
@@ -95,13 +99,14 @@ def calls_layers(layers: nn.ModuleList) -> bool:
 
 
 def _attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:
-    """A module's numbers, strings and functions; None for the attributes of _ABSENT it lacks."""
-    own = vars(module)
-    yield from ((name, own.get(name)) for name in _ABSENT)
-    for name, value in own.items():
-        is_read = name not in _UNREAD and name not in _ABSENT and not name.startswith("_")
-        if is_read and (isinstance(value, (bool, int, float, str)) or callable(value)):
-            yield name, value
+    """A module's numbers, strings and functions; None for attributes that it lacks."""
+    own, read = vars(module), _READ.get(type(module))
+    yield from ((name, own.get(name)) for name in read or _ABSENT)
+    if read is None:
+        for name, value in own.items():
+            is_read = name not in _ABSENT and not name.startswith("_")
+            if is_read and (isinstance(value, (bool, int, float, str)) or callable(value)):
+                yield name, value
 
 
 def _of_class(cls: type) -> tuple[Any, Any]:

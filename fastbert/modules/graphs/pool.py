@@ -75,7 +75,7 @@ class Pending:
 
     def __init__(self, pool: Pool, graphs: TrainingGraphs, recorded: "Recorded") -> None:
         self.pool, self.graphs, self.recorded = pool, graphs, recorded
-        self.state = recorded.state
+        self.state, self.trained = recorded.state, recorded.trained
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         self.pool.pending = weakref.ref(self)
@@ -86,7 +86,9 @@ class Pending:
             if self.pool.pending is None or self.pool.pending() is not self:
                 return None
             self.pool.pending = None
-            if _state_of(self.recorded.parameters()) != self.state:
+            parameters = self.recorded.parameters()
+            is_same = are_same(_trained_of(parameters), self.trained)
+            if not is_same or _state_of(parameters) != self.state:
                 return None
             self.pool.recorder.follow()
             return self.graphs.backward(dout, num_tokens)
@@ -101,6 +103,7 @@ class Recorded:
         self.found: list[Any] | None = None  # what `owners` held at the last call
         self.distinct: list[Tensor] = []  # of that, each parameter once
         self.state: list[Any] = []
+        self.trained: list[Tensor] | None = None  # None before a call with gradients
         self.changes = 0
         leaves = [leaf for part in parts for leaf in part.leaves()]
         others = [type(leaf.module).__name__ for leaf in leaves if not leaf.is_plain]
@@ -113,12 +116,13 @@ class Recorded:
     def find(self, bucket: Bucket, x: Tensor, call: Call, pool: Pool) -> tuple[Entry, Call]:
         """The entry for the call, new if there is none; and the call with `trained` filled in."""
         parameters = self.parameters()
-        reason = self.reason or self._follow(parameters, pool)
+        # without gradients nobody asks which parameters want one: reading it takes microseconds
+        trained = _trained_of(parameters) if torch.is_grad_enabled() else None
+        reason = self.reason or self._follow(parameters, trained, pool)
         if reason:
             return Entry(reason), call
-        if torch.is_grad_enabled():
-            trained = [parameter for parameter in parameters if parameter.requires_grad]
-            call = call._replace(trained=trained if trained or x.requires_grad else None)
+        if trained or (trained is not None and x.requires_grad):
+            call = call._replace(trained=trained)
         has = call.trained is None, x.requires_grad, call.sequences.rng is None
         key = bucket, call.precision, x.dtype, has, call.products, _numerics()
         return self.entries.setdefault(key, Entry()), call
@@ -126,31 +130,39 @@ class Recorded:
     def parameters(self) -> list[Tensor]:
         """The distinct parameters that the layers have now."""
         found = [*map(dict.get, *self.owners)]
-        # by identity, because hashing a tensor takes longer than all else here
-        if self.found is None or not all(map(operator.is_, found, self.found)):
+        if not are_same(found, self.found):  # hashing a tensor takes longer than all else here
             self.found = found
             self.distinct = list(dict.fromkeys(p for p in found if p is not None))
         return self.distinct
 
-    def _follow(self, parameters: list[Tensor], pool: Pool) -> str:
+    def _follow(self, parameters: list[Tensor], trained: list[Tensor] | None, pool: Pool) -> str:
         """Drops all graphs if parameters moved, or changed in dtype or requires_grad."""
         state = _state_of(parameters)
-        if state != self.state:
+        if self.trained is None:
+            self.trained = trained
+        is_same = trained is None or are_same(trained, self.trained)
+        if not is_same or state != self.state:
             if any(type(parameter) is not nn.Parameter for parameter in parameters):
                 return "parameters that are not plain ones"
             for entry in self.entries.values():
                 entry.drop(pool)
             self.entries, self.state, self.changes = {}, state, self.changes + 1
+            self.trained = trained
         return "parameters that move time and again" if self.changes > MOST_CHANGES else ""
 
 
 def _state_of(parameters: list[Tensor]) -> list[Any]:
-    """What a recorded graph fixes of parameters: addresses, dtypes and requires_grad."""
-    return [
-        *map(Tensor.data_ptr, parameters),
-        *[parameter.dtype for parameter in parameters],
-        *[parameter.requires_grad for parameter in parameters],
-    ]
+    """What a recorded graph fixes of parameters, but for which are trained: addresses, dtypes."""
+    return [*map(Tensor.data_ptr, parameters), *[parameter.dtype for parameter in parameters]]
+
+
+def _trained_of(parameters: list[Tensor]) -> list[Tensor]:
+    return [parameter for parameter in parameters if parameter.requires_grad]
+
+
+def are_same(some: list[Any], others: list[Any] | None) -> bool:
+    """Whether both lists hold the same objects."""
+    return others is not None and len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def _numerics() -> tuple[Any, ...]:

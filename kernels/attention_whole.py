@@ -240,7 +240,7 @@ def attention_whole_kernel(
     dq_sum = nothing
     for start in tl.range(0, n_queries, BLOCK_M):
         rows_in = start + rows < n_queries
-        dq = tl.load(dq_sums_ptrs + start * BLOCK_D)
+        dq = tl.load(dq_sums_ptrs + start * BLOCK_D, cache_modifier=".cg")  # where it was added up
         dq = (dq * (softmax_scale * keep_scale)).to(dq_ptr.dtype.element_ty)
         store_tile(dq_ptrs + start * grad_row_stride, dq, rows_in, HEAD_DIM)
         dq_sum += dq.to(tl.float32)

@@ -171,7 +171,7 @@ def _launch_bwd(
     inputs = _strides(q, k, v, max_seqlen_q, max_seqlen_k)
     gpu = capability(q)
     shape = {"HEAD_DIM": head_dim, "BLOCK_D": columns, "PRECISION": precision(q.dtype)}
-    shape["BY_DOT"] = dbias is not None and sums_by_dot(gpu, q.itemsize, columns)
+    by_dot = dbias is not None and sums_by_dot(gpu, q.itemsize, columns)
     longest = max(max_seqlen_q, max_seqlen_k)
     has_mask, has_dropout = mask is not None, drop_words is not None
     tile = None
@@ -183,7 +183,8 @@ def _launch_bwd(
             (1, *grid),
             q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, drop_words, dq, dk, dv, sums,
             *inputs, _words_stride(drop_words), out.stride(0), dq.stride(0),
-            num_rows, k.shape[0], softmax_scale, keep_scale, **shape, BLOCK=tile.block_m,
+            num_rows, k.shape[0], softmax_scale, keep_scale,
+            **shape, BLOCK=tile.block_m, BY_DOT=by_dot,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         _add_up(sums, dbias)
@@ -219,7 +220,7 @@ def _launch_bwd(
         (tiles, *grid),
         q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, mask, drop_words,
         dq, delta, total, sums, *strides, dq.stride(0), num_rows, softmax_scale, keep_scale,
-        **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BY_DOT=by_dot,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     tile = tile_k
@@ -227,7 +228,7 @@ def _launch_bwd(
         (tiles_k, *grid),
         q, k, v, dout, lse, delta, total, cu_seqlens_q, cu_seqlens_k, mask, drop_words, dk, dv,
         sums, *strides, dk.stride(0), num_rows, k.shape[0], softmax_scale, keep_scale,
-        **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BY_DOT=by_dot,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     _add_up(sums, dbias)

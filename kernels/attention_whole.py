@@ -143,7 +143,7 @@ def attention_whole_kernel(
     n_rows, n_key_rows,  # T_q, T_k
     softmax_scale, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, BY_DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV of one head of one sequence, of any length."""
     head = tl.program_id(1).to(tl.int64)
@@ -215,7 +215,8 @@ def attention_whole_kernel(
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             # A key beyond the end is all zeros, so that it adds nothing to dQ, unless exp2(0 - lse)
             # is infinite. Real exponents are at most 0, but for rounding, and not bounded by 1.
-            p = tl.exp2(tl.minimum(s * scale - lse[:, None], 1.0))
+            exponent = s * scale - lse[:, None]
+            p = tl.exp2(tl.minimum(exponent, 1.0, propagate_nan=tl.PropagateNan.ALL))
             kept = p
             if words_ptr is not None:
                 word_ptrs = words_ptr + start * words_row_stride

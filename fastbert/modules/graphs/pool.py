@@ -75,7 +75,7 @@ class Pending:
 
     def __init__(self, pool: Pool, graphs: TrainingGraphs, recorded: "Recorded") -> None:
         self.pool, self.graphs, self.recorded = pool, graphs, recorded
-        self.state, self.trained = recorded.state, recorded.trained
+        self.state = recorded.state
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         self.pool.pending = weakref.ref(self)
@@ -86,9 +86,7 @@ class Pending:
             if self.pool.pending is None or self.pool.pending() is not self:
                 return None
             self.pool.pending = None
-            parameters = self.recorded.parameters()
-            is_same = are_same(_trained_of(parameters), self.trained)
-            if not is_same or _state_of(parameters) != self.state:
+            if _state_of(self.recorded.parameters()) != self.state:
                 return None
             self.pool.recorder.follow()
             return self.graphs.backward(dout, num_tokens)
@@ -117,7 +115,9 @@ class Recorded:
         """The entry for the call, new if there is none; and the call with `trained` filled in."""
         parameters = self.parameters()
         # without gradients nobody asks which parameters want one: reading it takes microseconds
-        trained = _trained_of(parameters) if torch.is_grad_enabled() else None
+        trained = None
+        if torch.is_grad_enabled():
+            trained = [parameter for parameter in parameters if parameter.requires_grad]
         reason = self.reason or self._follow(parameters, trained, pool)
         if reason:
             return Entry(reason), call
@@ -154,10 +154,6 @@ class Recorded:
 def _state_of(parameters: list[Tensor]) -> list[Any]:
     """What a recorded graph fixes of parameters, but for which are trained: addresses, dtypes."""
     return [*map(Tensor.data_ptr, parameters), *[parameter.dtype for parameter in parameters]]
-
-
-def _trained_of(parameters: list[Tensor]) -> list[Tensor]:
-    return [parameter for parameter in parameters if parameter.requires_grad]
 
 
 def are_same(some: list[Any], others: list[Any] | None) -> bool:

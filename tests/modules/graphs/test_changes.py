@@ -9,6 +9,7 @@ from torch import nn
 from fastbert import backend
 from fastbert.modules.graphs.replays import Precision
 from tests.modules.graphs.case import (
+    Repeats,
     assert_same,
     batch,
     gradients,
@@ -16,6 +17,7 @@ from tests.modules.graphs.case import (
     logits,
     models,
     step,
+    use,
 )
 
 
@@ -31,6 +33,10 @@ def moved(model):
 
 def replaced(model):
     layers_of(model)[1].output.dense.weight = nn.Parameter(torch.ones(32, 48))
+
+
+def other_eps(model):
+    layers_of(model)[1].output.LayerNorm.eps = 0.5
 
 
 def other_activation(model):
@@ -73,7 +79,7 @@ def parametrized(model):
 
 CHANGES = [
     *(frozen, moved, replaced, other_activation, more_dropout, a_hook, a_watched_layer),
-    *(another_leaf, wider, checkpointed, parametrized),
+    *(another_leaf, wider, checkpointed, parametrized, other_eps),
 ]
 
 
@@ -89,6 +95,21 @@ def test_what_changes_after_a_recording_is_seen_by_the_next_call(kind, change, r
     plain, recorded = both
     assert_same(step(recorded, inputs), step(plain, inputs))
     assert_same([logits(recorded.eval(), inputs)], [logits(plain.eval(), inputs)])
+
+
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_a_backward_has_the_gradients_that_its_forward_was_to_have(kind, monkeypatch):
+    """What is frozen in between is frozen from the next forward on, as without graphs."""
+    recorder = use(Repeats(again=False), monkeypatch)  # a graph has no autograd to refuse it
+    found, inputs = [], batch([7, 3])
+    for model in models(kind):
+        torch.manual_seed(5)
+        loss = model.train()(**inputs, labels=torch.tensor([0, 2])).loss
+        frozen(model)
+        loss.backward()
+        found.append([gradient is None for gradient in gradients(model)])
+    assert found[0] == found[1]
+    assert recorder.replayed == 2
 
 
 def test_training_and_eval_mode_keep_their_graphs(recorder):

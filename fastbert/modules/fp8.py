@@ -7,7 +7,8 @@ by a few operations on the device. Nothing here is a parameter or buffer: a chec
 Face's keys. Layers in training mode run in FP8, others as without.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,15 +48,14 @@ class Scales:
         self.inverse: Tensor | None = None
 
     @torch.no_grad()
-    def begin(self, x: Tensor, training: bool) -> str:
+    def begin(self, x: Tensor, training: bool) -> None:
         """Makes the scales of a forward pass of which x is the input; none if not `training`.
 
-        Returns why that pass may not replay a CUDA graph, "" if it may. Raises RuntimeError on
-        hardware without FP8, unless a backend is forced that emulates it.
+        Raises RuntimeError on hardware without FP8, unless a backend is forced that emulates it.
         """
         if not training:
             self.scale = self.inverse = None
-            return ""
+            return
         if backend.forced() is None and not multiplies_fp8(x.device):
             raise RuntimeError(
                 f'precision="fp8": {x.device} does not multiply FP8, which needs a GPU of compute '
@@ -76,7 +76,18 @@ class Scales:
             1,
         )
         self.inverse = self.scale.reciprocal()
-        return "FP8, whose scales are new in each call"
+
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """Takes back what passes inside have changed; their scales may be in a graph's memory."""
+        history, amax = self.history.clone(), self.amax.clone()
+        scales = self.scale, self.inverse
+        try:
+            yield
+        finally:
+            self.history.copy_(history)
+            self.amax.copy_(amax)
+            self.scale, self.inverse = scales
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the tensors that the next pass starts from, on the CPU."""

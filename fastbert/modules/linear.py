@@ -21,7 +21,8 @@ class Products(Protocol):
     """Multiplies for plain linear layers in place of `F.linear`, in FP8 or by copies of weights.
 
     An encoder's list of layers has the same attribute, whose `begin(x, training)` is called when a
-    forward begins, and says why that may not replay a CUDA graph, "" if it may.
+    forward begins, in a CUDA graph as a part of it, and whose context `undone()` takes back what
+    forwards inside have changed.
     """
 
     def product(

@@ -28,9 +28,6 @@ def run_stack(
     could not be read. Raises ValueError where `sequences` does not fit x.
     """
     reason = "output_hidden_states" if wanted_states else ""
-    products = vars(layers).get(PRODUCTS)
-    if products is not None:
-        reason = products.begin(x, layers.training) or reason
     read = cast(Sequence[LayerParts], parts)
     run = layers_of(read)
     if calls_layers(layers) or None in parts:
@@ -44,4 +41,7 @@ def run_stack(
     output = buckets.replayed(layers, read, x, sequences, rows, reason)
     if output is not None:
         return output, None
+    products = vars(layers).get(PRODUCTS)
+    if products is not None:
+        products.begin(x, layers.training)
     return run_layers(len(layers), x, sequences, wanted_states, rows, run)

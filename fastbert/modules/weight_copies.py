@@ -78,9 +78,12 @@ class WeightCopies:
             for module in self.modules:
                 vars(module).pop(PRODUCTS, None)
 
-    def begin(self, x: Tensor, training: bool) -> str:
-        """Begins a forward, which may replay a graph, as the copies keep their places."""
-        return ""
+    def begin(self, x: Tensor, training: bool) -> None:
+        """Does nothing: a step makes the copies, before its forwards."""
+
+    def undone(self) -> contextlib.AbstractContextManager[None]:
+        """Takes nothing back."""
+        return contextlib.nullcontext()
 
     def product(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]

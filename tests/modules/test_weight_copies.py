@@ -230,9 +230,9 @@ def test_a_graph_of_a_bucket_begins_with_copies_of_weights(kind, casts, training
     counted = []
 
     class Counts(Repeats):
-        def record(self, work):
+        def record(self, lane, work):
             with Counter() as counter:
-                replay = super().record(work)
+                replay = super().record(lane, work)
             counted.append(counter.calls)
             return replay
 

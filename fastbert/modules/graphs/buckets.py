@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastbert import backend, events
 from fastbert.check import require
-from fastbert.modules.graphs.pool import Entry, Pending, Pool, Recorded
+from fastbert.modules.graphs.pool import MOST_LANES, Entry, Lane, Pending, Pool, Recorded
 from fastbert.modules.graphs.recorder import CudaGraphs
 from fastbert.modules.graphs.replays import (
     Bucket,
@@ -76,7 +76,7 @@ def pool_of(device: torch.device) -> Pool | None:
         return None
     with torch.cuda.device(device):
         total = torch.cuda.get_device_properties(device).total_memory
-        return Pool(CudaGraphs(shares_memory=True), MEMORY_SHARE * total)
+        return Pool(functools.partial(CudaGraphs, shares_memory=True), MEMORY_SHARE * total)
 
 
 def replayed(
@@ -95,12 +95,13 @@ def replayed(
     if torch.compiler.is_compiling() or (pool := pool_of(x.device)) is None:
         return None
     with pool.lock, torch.cuda.device_of(x):
-        bucket = Bucket.of(x, sequences, rows)
-        entry = Entry(reason or _refusal(layers, x, sequences, pool))
-        call = Call(parts, sequences, rows, Precision.of(x), None, products_of(layers))
+        bucket, lane = Bucket.of(x, sequences, rows), pool.lane()
+        entry = Entry(lane, reason or _refusal(layers, x, sequences, lane))
+        mode = Precision.of(x), layers.training, products_of(layers)
+        call = Call(parts, sequences, rows, *mode)
         if not entry.reason:
             recorded = _recorded(layers, parts)
-            entry, call = recorded.find(bucket, x, call, pool)
+            entry, call = recorded.find(bucket, x, call, pool, lane)
         if events.is_listening():
             _tell(bucket, entry)
             return None  # run without a graph, so that operators record how they run
@@ -109,10 +110,10 @@ def replayed(
         if entry.graphs is None:
             return None
         pool.touch(entry)
-        pool.recorder.follow()
+        lane.recorder.follow()
         if isinstance(entry.graphs, ForwardGraph):
             return entry.graphs(x, call)
-        pending = Pending(pool, entry.graphs, recorded)
+        pending = Pending(pool, lane, entry.graphs, recorded)
         return Replayed.apply(pending, call, x, *(call.trained or ()))  # type: ignore[no-untyped-call]
 
 
@@ -125,7 +126,7 @@ def _recorded(layers: nn.ModuleList, parts: Sequence[LayerParts]) -> Recorded:
     return recorded
 
 
-def _refusal(layers: nn.ModuleList, x: Tensor, sequences: Sequences, pool: Pool) -> str:
+def _refusal(layers: nn.ModuleList, x: Tensor, sequences: Sequences, lane: Lane) -> str:
     """Why this call may not replay a graph, "" if it may."""
     if not are_allowed(layers):
         return "graphs=False"
@@ -135,13 +136,13 @@ def _refusal(layers: nn.ModuleList, x: Tensor, sequences: Sequences, pool: Pool)
         return "a general mask"
     if not len(x):
         return "no tokens"
-    if pool.is_pending():
-        return "an earlier forward whose backward is yet to run"
+    if not lane.is_free():
+        return f"{MOST_LANES} earlier forwards whose backwards are yet to run"
     if "_is_replica" in vars(layers):
         return "a replica of DataParallel"
     if backend.forced() is not None:
         return "a backend that is forced"
-    if pool.recorder.is_inside():
+    if lane.recorder.is_inside():
         return "a recording of the caller's own"
     is_watched = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
     if is_watched or torch.is_anomaly_enabled():

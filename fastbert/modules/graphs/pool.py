@@ -3,7 +3,7 @@
 import operator
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,25 +14,43 @@ from fastbert.modules.graphs.replays import Bucket, Call, ForwardGraph, Training
 from fastbert.modules.layer import LayerParts
 
 MOST_GRAPHS = 64  # on a device; beyond it the least recently used graphs are dropped
+MOST_LANES = 4  # of a device: so many training forwards may wait for their backwards at once
 MOST_CHANGES = 16  # times that an encoder's parameters may move before graphs are given up
 
 
-class Pool:
-    """The graphs of one device, which share their memory.
+class Lane:
+    """Memory that graphs share, in which one training forward at a time waits for its backward.
 
-    A replay therefore overwrites what a training forward saved for its backward. Until that
-    backward has run, or the forward's output is freed, other calls run without graphs.
+    A replay overwrites what replays before it have saved there. Until that backward has run, or the
+    forward's output is freed, other calls replay graphs of the next lane.
     """
 
-    def __init__(self, recorder: Recorder, most_memory: float) -> None:
-        self.recorder, self.most_memory = recorder, most_memory
-        self.lock = threading.RLock()
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
         self.pending: weakref.ref[Pending] | None = None
+
+    def is_free(self) -> bool:
+        return self.pending is None or self.pending() is None
+
+
+class Pool:
+    """The graphs of one device, in lanes."""
+
+    def __init__(self, new_recorder: Callable[[], Recorder], most_memory: float) -> None:
+        self.new_recorder, self.most_memory = new_recorder, most_memory
+        self.lock = threading.RLock()
+        self.lanes: list[Lane] = []
         # least recently used first; weak, so that entries are freed with their encoder
         self.used: weakref.WeakKeyDictionary[Entry, None] = weakref.WeakKeyDictionary()
 
-    def is_pending(self) -> bool:
-        return self.pending is not None and self.pending() is not None
+    def lane(self) -> Lane:
+        """The first lane that is free, a new one if none is; where there are enough, the last."""
+        for lane in self.lanes:
+            if lane.is_free():
+                return lane
+        if len(self.lanes) < MOST_LANES:
+            self.lanes.append(Lane(self.new_recorder()))
+        return self.lanes[-1]
 
     def touch(self, entry: "Entry") -> None:
         self.used.pop(entry, None)
@@ -43,27 +61,36 @@ class Pool:
         while len(self.used) >= MOST_GRAPHS:
             next(iter(self.used)).drop(self)
         try:
-            kind = ForwardGraph if call.trained is None else TrainingGraphs
-            entry.graphs = kind(self.recorder, bucket, x, call)
+            with call.undone():
+                kind = ForwardGraph if call.trained is None else TrainingGraphs
+                entry.graphs = kind(entry.lane.recorder, bucket, x, call)
         except RuntimeError as error:  # includes running out of memory
             entry.reason = f"recording failed: {str(error).strip().partition(chr(10))[0]}"
             return
         self.touch(entry)
-        if self.recorder.memory() > self.most_memory:
-            is_alone = len(self.used) == 1
-            for other in list(self.used):
-                other.drop(self)
-            self.recorder.begin_anew()
-            if is_alone:
-                entry.reason = "its graph takes too much of the device's memory"
+        if sum(lane.recorder.memory() for lane in self.lanes) > self.most_memory:
+            self._make_room(entry)
+
+    def _make_room(self, entry: "Entry") -> None:
+        """Drops the graphs of the entry's lane, of all lanes if it is the first."""
+        lanes = self.lanes if entry.lane is self.lanes[0] else [entry.lane]
+        dropped = [other for other in self.used if other.lane in lanes]
+        for other in dropped:
+            other.drop(self)
+        for lane in lanes:
+            lane.recorder.begin_anew()
+        if entry.is_too_large or len(dropped) == 1:
+            entry.reason = "its graph takes too much of the device's memory"
+        entry.is_too_large = True  # where it is so again, with fewer others beside it
 
 
 class Entry:
-    """The graphs of one encoder for one bucket, or the reason why there are none."""
+    """The graphs of one encoder for one bucket in one lane, or the reason why there are none."""
 
-    def __init__(self, reason: str = "") -> None:
+    def __init__(self, lane: Lane, reason: str = "") -> None:
+        self.lane, self.reason = lane, reason
         self.graphs: ForwardGraph | TrainingGraphs | None = None
-        self.reason = reason
+        self.is_too_large = False
 
     def drop(self, pool: Pool) -> None:
         self.graphs = None
@@ -73,22 +100,24 @@ class Entry:
 class Pending:
     """A training forward whose backward has not run yet; it lives as long as its output."""
 
-    def __init__(self, pool: Pool, graphs: TrainingGraphs, recorded: "Recorded") -> None:
-        self.pool, self.graphs, self.recorded = pool, graphs, recorded
+    def __init__(
+        self, pool: Pool, lane: Lane, graphs: TrainingGraphs, recorded: "Recorded"
+    ) -> None:
+        self.pool, self.lane, self.graphs, self.recorded = pool, lane, graphs, recorded
         self.state = recorded.state
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        self.pool.pending = weakref.ref(self)
+        self.lane.pending = weakref.ref(self)
         return self.graphs.forward(x, call)
 
     def backward(self, dout: Tensor, num_tokens: int) -> tuple[Tensor | None, ...] | None:
         with self.pool.lock, torch.cuda.device_of(dout):
-            if self.pool.pending is None or self.pool.pending() is not self:
+            if self.lane.pending is None or self.lane.pending() is not self:
                 return None
-            self.pool.pending = None
+            self.lane.pending = None
             if _state_of(self.recorded.parameters()) != self.state:
                 return None
-            self.pool.recorder.follow()
+            self.lane.recorder.follow()
             return self.graphs.backward(dout, num_tokens)
 
 
@@ -111,7 +140,9 @@ class Recorded:
         tables = [leaf.module._parameters for leaf in leaves]
         self.owners = tables + tables, ["weight"] * len(tables) + ["bias"] * len(tables)
 
-    def find(self, bucket: Bucket, x: Tensor, call: Call, pool: Pool) -> tuple[Entry, Call]:
+    def find(
+        self, bucket: Bucket, x: Tensor, call: Call, pool: Pool, lane: Lane
+    ) -> tuple[Entry, Call]:
         """The entry for the call, new if there is none; and the call with `trained` filled in."""
         parameters = self.parameters()
         # without gradients nobody asks which parameters want one: reading it takes microseconds
@@ -120,12 +151,12 @@ class Recorded:
             trained = [parameter for parameter in parameters if parameter.requires_grad]
         reason = self.reason or self._follow(parameters, trained, pool)
         if reason:
-            return Entry(reason), call
+            return Entry(lane, reason), call
         if trained or (trained is not None and x.requires_grad):
             call = call._replace(trained=trained)
         has = call.trained is None, x.requires_grad, call.sequences.rng is None
-        key = bucket, call.precision, x.dtype, has, call.products, _numerics()
-        return self.entries.setdefault(key, Entry()), call
+        key = lane, bucket, call.precision, x.dtype, has, call.products, _numerics()
+        return self.entries.setdefault(key, Entry(lane)), call
 
     def parameters(self) -> list[Tensor]:
         """The distinct parameters that the layers have now."""

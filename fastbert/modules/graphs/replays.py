@@ -6,6 +6,7 @@ A recorded graph reads and writes fixed addresses. So a call copies its tensors 
 bucket's sizes, replays, and returns copies. Filler tokens behind the batch belong to no sequence.
 """
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Sequence
@@ -81,16 +82,18 @@ def products_of(layers: nn.ModuleList) -> weakref.ref[Any] | None:
 class Call(NamedTuple):
     """The arguments of the layers, except x (T, H).
 
-    trained: the distinct parameters that require a gradient; None if none does and neither does x;
-    products: the `Products` that a recording keeps to, of `products_of`
+    training: the layers' mode; products: the `Products` that a recording keeps to, of
+    `products_of`; trained: the distinct parameters that require a gradient, None if none does and
+    neither does x
     """
 
     parts: Sequence[LayerParts]
     sequences: Sequences
     rows: Rows | None
     precision: Precision
-    trained: list[Tensor] | None
+    training: bool
     products: weakref.ref[Any] | None = None
+    trained: list[Tensor] | None = None
 
     def num_outputs(self, x: Tensor) -> int:
         """The number of rows of the output: T, or M for wanted rows."""
@@ -98,9 +101,20 @@ class Call(NamedTuple):
 
     def run(self, x: Tensor) -> Tensor:
         """(T, H) -> (T, H), or (M, H), under the call's autocast state."""
-        run = layers_of(self.parts)
+        run, products = layers_of(self.parts), self.present_products()
         with self.precision.restored():
+            if products is not None:
+                products.begin(x, self.training)
             return run_layers(len(self.parts), x, self.sequences, False, self.rows, run)[0]
+
+    def present_products(self) -> Any:
+        """The `Products`, None without any."""
+        return None if self.products is None else self.products()
+
+    def undone(self) -> contextlib.AbstractContextManager[None]:
+        """Has the `Products` as before at its end, because what runs inside is no user's pass."""
+        products = self.present_products()
+        return contextlib.nullcontext() if products is None else products.undone()
 
 
 class Buffers:

@@ -25,24 +25,69 @@ KINDS = ("own", "Bert", "Roberta", "DistilBert")
 class Repeats:
     """Does the work again where a CUDA graph would replay it, and writes to the same places.
 
-    Before each replay it spoils what the replays before it have returned, as CUDA graphs that share
-    memory may; who kept a static buffer instead of a copy sees it. error: what recordings end in;
-    taken: the bytes that each recording takes; again: False for replays that compute nothing, and
-    so have no autograd of their own to notice anything.
+    Before each replay it spoils what the replays of its lane before it have returned, and gives
+    nothing but NaN for a backward whose forward was not the last replay there, as CUDA graphs that
+    share memory may; who kept a static buffer instead of a copy sees it. error: what recordings end
+    in; taken: the bytes that each recording takes; again: False for replays that compute nothing,
+    and so have no autograd of their own to notice anything.
     """
 
     def __init__(self, error: str = "", taken: int = 0, again: bool = True) -> None:
-        self.error, self.taken, self.held, self.again = error, taken, 0, again
+        self.error, self.taken, self.again = error, taken, again
         self.recorded = self.replayed = self.begun = 0
-        self.results: list[Tensor] = []
+        self.lanes: list[Lane] = []
         self.inside = False
 
+    def lane(self) -> "Lane":
+        self.lanes.append(Lane(self))
+        return self.lanes[-1]
+
+    def memory(self) -> int:
+        return sum(lane.held for lane in self.lanes)
+
+    def record(self, lane, work):
+        if self.error:
+            raise RuntimeError(f"{self.error}\nand more")
+        self.recorded += 1
+        mode = torch.is_grad_enabled()
+        lane.held += self.taken
+        recorded = tensors_of(work())
+        lane.results += recorded
+        owner = getattr(work, "__self__", work)
+        is_backward = getattr(work, "__name__", "") == "_backward"
+
+        def replay():
+            self.replayed += 1
+            is_lost, lane.owner = is_backward and lane.owner is not owner, owner
+            if not self.again:
+                return recorded[0] if len(recorded) == 1 else recorded
+            with torch.set_grad_enabled(mode):
+                result = work()
+            with torch.no_grad():
+                for place, x in zip(recorded, tensors_of(result), strict=True):
+                    place.copy_(x)
+                    if is_lost:
+                        place.fill_(float("nan"))
+            places = iter(recorded)
+            return pytree.tree_map(lambda x: next(places) if isinstance(x, Tensor) else x, result)
+
+        return replay
+
+
+class Lane:
+    """A recorder of `Repeats`, whose recordings share memory with each other alone."""
+
+    def __init__(self, device: Repeats) -> None:
+        self.device, self.held = device, 0
+        self.results: list[Tensor] = []
+        self.owner = None  # of the last replay
+
     def begin_anew(self) -> None:
-        self.begun += 1
+        self.device.begun += 1
         self.held = 0
 
     def is_inside(self) -> bool:
-        return self.inside
+        return self.device.inside
 
     def memory(self) -> int:
         return self.held
@@ -55,37 +100,16 @@ class Repeats:
         return work()
 
     def record(self, work):
-        if self.error:
-            raise RuntimeError(f"{self.error}\nand more")
-        self.recorded += 1
-        mode = torch.is_grad_enabled()
-        self.held += self.taken
-        recorded = [x for x in pytree.tree_leaves(work()) if isinstance(x, Tensor)]
-        self.results += recorded
-
-        def replay():
-            self.replayed += 1
-            if not self.again:
-                return recorded[0] if len(recorded) == 1 else recorded
-            with torch.set_grad_enabled(mode):
-                result = work()
-            found = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
-            with torch.no_grad():
-                for place, x in zip(recorded, found, strict=True):
-                    place.copy_(x)
-            places = iter(recorded)
-            return pytree.tree_map(lambda x: next(places) if isinstance(x, Tensor) else x, result)
-
-        return replay
+        return self.device.record(self, work)
 
 
-def pool(recorder: Repeats, most_memory: float = float("inf")) -> Pool:
-    return Pool(recorder, most_memory)
+def tensors_of(result) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
 
 
-def use(recorder: Repeats, monkeypatch, **options) -> Repeats:
+def use(recorder: Repeats, monkeypatch, most_memory: float = float("inf")) -> Repeats:
     """Has this machine's pool record by `recorder`."""
-    shared = pool(recorder, **options)
+    shared = Pool(recorder.lane, most_memory)
     monkeypatch.setattr(buckets, "pool_of", lambda device: shared)
     monkeypatch.delenv("FASTBERT_GRAPHS", raising=False)
     return recorder

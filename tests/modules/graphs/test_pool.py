@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import fastbert
-from fastbert.modules import fp8
 from fastbert.modules.graphs import buckets, pool
 from tests.modules.graphs.case import (
     Repeats,
@@ -77,21 +76,6 @@ def test_parameters_that_move_in_each_call_are_not_recorded_for_ever(recorder):
 
 def routes(model, inputs):
     return {route.module: route for route in fastbert.explain(model, **inputs, show=False).routes}
-
-
-@pytest.mark.parametrize("kind", ["own", "Bert"])
-def test_layers_in_fp8_are_recorded_in_eval_mode_alone(kind, recorder, monkeypatch):
-    monkeypatch.setattr(fp8, "multiplies_fp8", lambda device: True)  # which is then emulated
-    plain, recorded = models(kind)
-    fp8.enable(recorded)
-    inputs = batch([7, 3])
-    for _ in range(2):
-        step(recorded.train(), inputs)
-    assert recorder.replayed == 0
-    assert "FP8" in routes(recorded, inputs)["CUDA graph"].reason
-    for _ in range(2):
-        torch.testing.assert_close(logits(recorded.eval(), inputs), logits(plain.eval(), inputs))
-    assert recorder.replayed > 0
 
 
 def test_explain_names_the_graph_or_the_reason(recorder, monkeypatch):

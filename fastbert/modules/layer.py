@@ -193,37 +193,24 @@ def run_layers(
     num_layers: int,
     x: Tensor,
     sequences: Sequences,
-    wanted_states: bool | Collection[int],
+    states: Collection[int],
     rows: Rows | None,
     run: RunLayer,
-) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
-    """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; and hidden states.
+) -> list[Tensor]:
+    """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; behind it others'.
 
-    wanted_states: True for x and each layer's output, layer numbers for these layers' outputs with
-    None for the others, as in Hugging Face. Raises ValueError if both rows and states are wanted,
-    because the last state would lack tokens.
+    states: numbers of the layers before the last whose outputs (T, H) are wanted too, in order
     """
-    every = wanted_states is True
-    chosen = () if isinstance(wanted_states, bool) else wanted_states
-    require(
-        rows is None or not wanted_states,
-        "BertEncoder",
-        "no output_hidden_states where only some rows are wanted",
-        wanted_states,
-    )
-    states: list[Tensor | None] = [x] if every else []
-    stream = Stream(x, x)
+    outputs, stream = [], Stream(x, x)
     for number in range(num_layers):
         here = sequences.at(1 + _SITES_PER_LAYER * number)
         if number == num_layers - 1 and sequences.mask is None:
             here = here.only(rows)
         stream = run(number, stream, here)
-        if every or number in chosen:
+        if number in states:
             stream = Stream(stream.x, stream.x)  # a caller may want the state's whole gradient
-            states.append(stream.x)
-        else:
-            states.append(None)
+            outputs.append(stream.x)
     x = stream.x
     if rows is not None and (not num_layers or sequences.mask is not None):
         x = rows.of(x)  # a general mask has a row for every token, so attention computed all
-    return x, tuple(states) if wanted_states else None
+    return [x, *outputs]

@@ -5,6 +5,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from fastbert.check import require
 from fastbert.modules.graphs import buckets
 from fastbert.modules.layer import LayerParts, Stream, layers_of, run_layers
 from fastbert.modules.linear import PRODUCTS
@@ -21,13 +22,20 @@ def run_stack(
     rows: Rows | None,
     call: Callable[[int, Tensor, Sequences], Tensor],
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
-    """Does what `run_layers` does, as a CUDA graph or layer by layer.
+    """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; and hidden states.
 
-    parts: each layer's parts, None for a layer that could not be read; call(number, x, sequences)
-    calls a layer as a module, which happens for all layers if one has hooks, is checkpointed, or
-    could not be read. Raises ValueError where `sequences` does not fit x.
+    The layers run as a CUDA graph, or one by one. parts: each layer's parts, None for a layer that
+    could not be read; wanted_states: True for x and each layer's output, layer numbers for these
+    layers' outputs with None for the others, as in Hugging Face; call(number, x, sequences) calls a
+    layer as a module, which happens for all layers if one has hooks, is checkpointed, or could not
+    be read. Raises ValueError where `sequences` does not fit x, and if both rows and states are
+    wanted, because the last state would lack tokens.
     """
-    reason = "output_hidden_states" if wanted_states else ""
+    expected = "no output_hidden_states where only some rows are wanted"
+    require(rows is None or not wanted_states, "BertEncoder", expected, wanted_states)
+    last, reason = len(layers) - 1, ""
+    chosen = range(last + 1) if wanted_states is True else wanted_states or ()
+    states = tuple(number for number in range(last) if number in chosen)
     read = cast(Sequence[LayerParts], parts)
     run = layers_of(read)
     if calls_layers(layers) or None in parts:
@@ -38,10 +46,14 @@ def run_stack(
             return Stream(x, x)
 
     sequences.check(len(x))
-    output = buckets.replayed(layers, read, x, sequences, rows, reason)
-    if output is not None:
-        return output, None
-    products = vars(layers).get(PRODUCTS)
-    if products is not None:
-        products.begin(x, layers.training)
-    return run_layers(len(layers), x, sequences, wanted_states, rows, run)
+    outputs = buckets.replayed(layers, read, x, sequences, states, rows, reason)
+    if outputs is None:
+        products = vars(layers).get(PRODUCTS)
+        if products is not None:
+            products.begin(x, layers.training)
+        outputs = run_layers(len(layers), x, sequences, states, rows, run)
+    if not wanted_states:
+        return outputs[0], None
+    of = dict(zip((last, *states), outputs, strict=True))
+    found = tuple(of[number] if number in chosen else None for number in range(last + 1))
+    return outputs[0], (x, *found) if wanted_states is True else found

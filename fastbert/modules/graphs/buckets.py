@@ -20,16 +20,10 @@ from torch import Tensor, nn
 
 from fastbert import backend, events
 from fastbert.check import require
+from fastbert.modules.graphs.call import Bucket, Call, Precision, products_of
 from fastbert.modules.graphs.pool import MOST_LANES, Entry, Lane, Pending, Pool, Recorded
 from fastbert.modules.graphs.recorder import CudaGraphs
-from fastbert.modules.graphs.replays import (
-    Bucket,
-    Call,
-    ForwardGraph,
-    Precision,
-    Replayed,
-    products_of,
-)
+from fastbert.modules.graphs.replays import ForwardGraph, Replayed
 from fastbert.modules.layer import LayerParts
 from fastbert.modules.sequences import Rows, Sequences
 
@@ -84,13 +78,14 @@ def replayed(
     parts: Sequence[LayerParts],
     x: Tensor,
     sequences: Sequences,
+    states: tuple[int, ...],
     rows: Rows | None,
     reason: str = "",
-) -> Tensor | None:
-    """(T, H) -> (T, H), or (M, H), by replaying a graph; None if the layers must run without one.
+) -> list[Tensor] | None:
+    """What `run_layers` gives, by replaying a graph; None if the layers must run without one.
 
-    reason: why the caller rules out a graph, "" if it does not: `parts` does not describe all that
-    the layers do, or more than their last output is wanted.
+    reason: why the caller rules out a graph, as `parts` does not describe all that the layers do;
+    "" if it does not.
     """
     if torch.compiler.is_compiling() or (pool := pool_of(x.device)) is None:
         return None
@@ -98,7 +93,7 @@ def replayed(
         bucket, lane = Bucket.of(x, sequences, rows), pool.lane()
         entry = Entry(lane, reason or _refusal(layers, x, sequences, lane))
         mode = Precision.of(x), layers.training, products_of(layers)
-        call = Call(parts, sequences, rows, *mode)
+        call = Call(parts, sequences, states, rows, *mode)
         if not entry.reason:
             recorded = _recorded(layers, parts)
             entry, call = recorded.find(bucket, x, call, pool, lane)
@@ -114,7 +109,7 @@ def replayed(
         if isinstance(entry.graphs, ForwardGraph):
             return entry.graphs(x, call)
         pending = Pending(pool, lane, entry.graphs, recorded)
-        return Replayed.apply(pending, call, x, *(call.trained or ()))  # type: ignore[no-untyped-call]
+        return list(Replayed.apply(pending, call, x, *(call.trained or ())))  # type: ignore[no-untyped-call]
 
 
 def _recorded(layers: nn.ModuleList, parts: Sequence[LayerParts]) -> Recorded:

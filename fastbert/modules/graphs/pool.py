@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastbert.modules.graphs.call import Bucket, Call
 from fastbert.modules.graphs.recorder import Recorder
-from fastbert.modules.graphs.replays import Bucket, Call, ForwardGraph, TrainingGraphs
+from fastbert.modules.graphs.replays import ForwardGraph, TrainingGraphs
 from fastbert.modules.layer import LayerParts
 
 MOST_GRAPHS = 64  # on a device; beyond it the least recently used graphs are dropped
@@ -106,19 +107,21 @@ class Pending:
         self.pool, self.lane, self.graphs, self.recorded = pool, lane, graphs, recorded
         self.state = recorded.state
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, call: Call) -> list[Tensor]:
         self.lane.pending = weakref.ref(self)
         return self.graphs.forward(x, call)
 
-    def backward(self, dout: Tensor, num_tokens: int) -> tuple[Tensor | None, ...] | None:
-        with self.pool.lock, torch.cuda.device_of(dout):
+    def backward(
+        self, x: Tensor, gradients: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...] | None:
+        with self.pool.lock, torch.cuda.device_of(x):
             if self.lane.pending is None or self.lane.pending() is not self:
                 return None
             self.lane.pending = None
             if _state_of(self.recorded.parameters()) != self.state:
                 return None
             self.lane.recorder.follow()
-            return self.graphs.backward(dout, num_tokens)
+            return self.graphs.backward(x, gradients)
 
 
 class Recorded:
@@ -155,7 +158,8 @@ class Recorded:
         if trained or (trained is not None and x.requires_grad):
             call = call._replace(trained=trained)
         has = call.trained is None, x.requires_grad, call.sequences.rng is None
-        key = lane, bucket, call.precision, x.dtype, has, call.products, _numerics()
+        mode = call.states, call.precision, x.dtype, has, call.products
+        key = lane, bucket, mode, _numerics()
         return self.entries.setdefault(key, Entry(lane)), call
 
     def parameters(self) -> list[Tensor]:

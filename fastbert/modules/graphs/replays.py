@@ -1,120 +1,22 @@
 """The layers of an encoder as recorded CUDA graphs of one size, for batches of that size or less.
 
-T packed tokens of B sequences, M wanted rows, H hidden; a bucket has T', B' and M' of them.
-
 A recorded graph reads and writes fixed addresses. So a call copies its tensors into buffers of the
 bucket's sizes, replays, and returns copies. Filler tokens behind the batch belong to no sequence.
 """
 
-import contextlib
 import functools
-import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastbert.modules.graphs.call import Bucket, Call, copies_of
 from fastbert.modules.graphs.recorder import Recorder
-from fastbert.modules.layer import LayerParts, layers_of, run_layers
-from fastbert.modules.linear import PRODUCTS, Leaf
+from fastbert.modules.linear import Leaf
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.weight_copies import WeightCopies
 from fastbert.rng import DropoutState
-
-
-class Bucket(NamedTuple):
-    """Sizes that a call is padded to, in tokens; `sequences` is a count of sequences.
-
-    longest: an upper bound of sequence lengths; rows, longest_rows: the same for the wanted rows, 0
-    where all tokens are wanted.
-    """
-
-    tokens: int
-    sequences: int
-    longest: int
-    rows: int = 0
-    longest_rows: int = 0
-
-    @classmethod
-    def of(cls, x: Tensor, sequences: Sequences, rows: Rows | None) -> "Bucket":
-        """The smallest bucket for the call; at most 15 tokens or an eighth of them are filler."""
-        tokens, count, longest = x.shape[0], sequences.cu_seqlens.shape[0] - 1, sequences.max_seqlen
-        wanted = (0, 0)
-        if rows is not None:
-            wanted = rounded(rows.index.shape[0], 16), rounded(rows.max_seqlen, 64)
-        return cls(
-            rounded(tokens, 16), 1 << (count - 1).bit_length(), rounded(longest, 64), *wanted
-        )
-
-
-def rounded(size: int, least: int) -> int:
-    """`size` rounded up to a multiple of `least`, or of a power of two up to size / 8 if larger."""
-    step = max(least, 1 << max(size.bit_length() - 4, 0))
-    return -(-size // step) * step
-
-
-class Precision(NamedTuple):
-    """The autocast state of a call; the call's gradient is computed without autocast."""
-
-    device: str
-    enabled: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, x: Tensor) -> "Precision":
-        device = x.device.type
-        enabled = torch.is_autocast_enabled(device)
-        return cls(device, enabled, torch.get_autocast_dtype(device))
-
-    def restored(self) -> Any:
-        """A context with the autocast state of the call."""
-        # no cache: a recording must neither read autocast's earlier copies of weights nor keep any
-        return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
-
-
-def products_of(layers: nn.ModuleList) -> weakref.ref[Any] | None:
-    """The layers' `Products`, by a weak reference, as they refer to the layers; None without."""
-    products = vars(layers).get(PRODUCTS)
-    return None if products is None else weakref.ref(products)
-
-
-class Call(NamedTuple):
-    """The arguments of the layers, except x (T, H).
-
-    training: the layers' mode; products: the `Products` that a recording keeps to, of
-    `products_of`; trained: the distinct parameters that require a gradient, None if none does and
-    neither does x
-    """
-
-    parts: Sequence[LayerParts]
-    sequences: Sequences
-    rows: Rows | None
-    precision: Precision
-    training: bool
-    products: weakref.ref[Any] | None = None
-    trained: list[Tensor] | None = None
-
-    def num_outputs(self, x: Tensor) -> int:
-        """The number of rows of the output: T, or M for wanted rows."""
-        return (x if self.rows is None else self.rows.index).shape[0]
-
-    def run(self, x: Tensor) -> Tensor:
-        """(T, H) -> (T, H), or (M, H), under the call's autocast state."""
-        run, products = layers_of(self.parts), self.present_products()
-        with self.precision.restored():
-            if products is not None:
-                products.begin(x, self.training)
-            return run_layers(len(self.parts), x, self.sequences, False, self.rows, run)[0]
-
-    def present_products(self) -> Any:
-        """The `Products`, None without any."""
-        return None if self.products is None else self.products()
-
-    def undone(self) -> contextlib.AbstractContextManager[None]:
-        """Has the `Products` as before at its end, because what runs inside is no user's pass."""
-        products = self.present_products()
-        return contextlib.nullcontext() if products is None else products.undone()
 
 
 class Buffers:
@@ -137,7 +39,7 @@ class Buffers:
         self.call = call._replace(sequences=sequences, rows=rows)
         self.fill(x, call)
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> list[Tensor]:
         """The layers over x, this batch's or a leaf of autograd's, for a recording.
 
         A graph begins with copies of all weights that autocast would cast one by one, or a product
@@ -197,10 +99,10 @@ class ForwardGraph:
             recorder.warm_up(work)
             self.replay = recorder.record(work)
 
-    def __call__(self, x: Tensor, call: Call) -> Tensor:
-        """(T, H) -> (T, H), or (M, H): a copy, which later replays leave alone."""
+    def __call__(self, x: Tensor, call: Call) -> list[Tensor]:
+        """What `run_layers` gives: copies, which later replays leave alone."""
         self.buffers.fill(x, call)
-        return self.replay()[: call.num_outputs(x)].clone()
+        return call.own(x, self.replay())
 
 
 class TrainingGraphs:
@@ -210,33 +112,37 @@ class TrainingGraphs:
         self.wants_dx = x.requires_grad
         with torch.inference_mode(False), torch.enable_grad():
             self.buffers = Buffers(bucket, x, call)
-            self.dout = torch.zeros_like(recorder.warm_up(self._forward))
+            outputs = recorder.warm_up(self._forward)
+            self.gradients = [torch.zeros_like(output) for output in outputs]
             recorder.warm_up(self._backward)
-            del self.out, self.inputs  # from the warm-up, not in the recordings' memory
+            del self.outputs, self.inputs  # from the warm-up, not in the recordings' memory
             self.replay_forward = recorder.record(self._forward)
             self.replay_backward = recorder.record(self._backward)
 
-    def _forward(self) -> Tensor:
+    def _forward(self) -> list[Tensor]:
         x = self.buffers.x.detach().requires_grad_(self.wants_dx)
         self.inputs = _with_gradient(x, self.buffers.call)
-        self.out = self.buffers.run(x)
-        return self.out.detach()
+        self.outputs = self.buffers.run(x)
+        return [output.detach() for output in self.outputs]
 
     def _backward(self) -> tuple[Tensor | None, ...]:
-        return _gradients(self.out, self.inputs, self.dout)
+        return _gradients(self.outputs, self.inputs, self.gradients)
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, call: Call) -> list[Tensor]:
         self.buffers.fill(x, call)
-        return self.replay_forward()[: call.num_outputs(x)].clone()
+        return call.own(x, self.replay_forward())
 
-    def backward(self, dout: Tensor, num_tokens: int) -> tuple[Tensor | None, ...]:
-        """Gradients of x, if it requires one, and of the parameters; once after each forward."""
-        put(self.dout, dout, 0)
+    def backward(self, x: Tensor, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Gradients of x, if it requires one, and of the parameters; once after each forward.
+
+        gradients: of the outputs, None where there is none
+        """
+        for buffer, gradient in zip(self.gradients, gradients, strict=True):
+            put(buffer, buffer[:0] if gradient is None else gradient, 0)
         found = list(self.replay_backward())
         if self.wants_dx and found[0] is not None:
-            found[0] = found[0][:num_tokens]
-        given = [gradient for gradient in found if gradient is not None]
-        own = iter(torch._foreach_mul(given, 1) if given else ())
+            found[0] = found[0][: len(x)]
+        own = iter(copies_of([gradient for gradient in found if gradient is not None]))
         return tuple(None if gradient is None else next(own) for gradient in found)
 
 
@@ -248,25 +154,31 @@ class Replayed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, pending: Any, call: Call, x: Tensor, *parameters: Tensor) -> Tensor:
-        """pending: has `forward` (x, call), and `backward` (dout, number of tokens), which returns
-        None where the graphs no longer hold the tensors that the forward saved."""
+    def forward(
+        ctx: Any, pending: Any, call: Call, x: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        """pending: has `forward` (x, call), and `backward` (x, the outputs' gradients), which
+        returns None where the graphs no longer hold the tensors that the forward saved."""
         ctx.pending, ctx.call = pending, call
+        ctx.set_materialize_grads(False)  # a state that nothing uses has no gradient
         # saved so that autograd raises its usual error if weights change before the backward
         ctx.save_for_backward(x, *parameters)
-        return pending.forward(x, call)
+        return tuple(pending.forward(x, call))
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         (x, *_), call, found = ctx.saved_tensors, ctx.call, None
         is_differentiated = torch.is_grad_enabled()
+        # without the last output's gradient, its layers' parameters have none; the graph has zeros
+        if not is_differentiated and gradients[0] is not None:
+            found = ctx.pending.backward(x, gradients)
         if not is_differentiated:
-            found = ctx.pending.backward(dout, len(x))
             x = x.detach().requires_grad_(x.requires_grad)
         if found is None:
             with torch.enable_grad():
-                out = call.run(x)
-            found = _gradients(out, _with_gradient(x, call), dout, create_graph=is_differentiated)
+                outputs = call.run(x)
+            inputs = _with_gradient(x, call)
+            found = _gradients(outputs, inputs, gradients, create_graph=is_differentiated)
         return None, None, *(found if x.requires_grad else (None, *found))
 
 
@@ -276,7 +188,15 @@ def _with_gradient(x: Tensor, call: Call) -> list[Tensor]:
 
 
 def _gradients(
-    out: Tensor, inputs: list[Tensor], dout: Tensor, *, create_graph: bool = False
+    outputs: Sequence[Tensor],
+    inputs: list[Tensor],
+    gradients: Sequence[Tensor | None],
+    *,
+    create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    with torch.autocast(out.device.type, enabled=False):
-        return torch.autograd.grad(out, inputs, dout, create_graph=create_graph, allow_unused=True)
+    used = [pair for pair in zip(outputs, gradients, strict=True) if pair[1] is not None]
+    if not used:
+        return (None,) * len(inputs)
+    of, given = zip(*used, strict=True)
+    with torch.autocast(of[0].device.type, enabled=False):
+        return torch.autograd.grad(of, inputs, given, create_graph=create_graph, allow_unused=True)

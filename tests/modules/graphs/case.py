@@ -51,7 +51,8 @@ class Repeats:
         self.recorded += 1
         mode = torch.is_grad_enabled()
         lane.held += self.taken
-        recorded = tensors_of(work())
+        kept = work()
+        recorded = tensors_of(kept)
         lane.results += recorded
         owner = getattr(work, "__self__", work)
         is_backward = getattr(work, "__name__", "") == "_backward"
@@ -60,7 +61,7 @@ class Repeats:
             self.replayed += 1
             is_lost, lane.owner = is_backward and lane.owner is not owner, owner
             if not self.again:
-                return recorded[0] if len(recorded) == 1 else recorded
+                return kept
             with torch.set_grad_enabled(mode):
                 result = work()
             with torch.no_grad():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastbert.modules.graphs.replays import Bucket, rounded
+from fastbert.modules.graphs.call import Bucket, rounded
 from tests.modules.graphs.case import (
     KINDS,
     Repeats,

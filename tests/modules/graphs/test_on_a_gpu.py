@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from fastbert.modules import fp8
 from fastbert.modules.graphs import buckets
 from fastbert.modules.weight_copies import WeightCopies
 from tests.modules.graphs.case import (
@@ -128,3 +129,52 @@ def test_on_a_gpu_training_goes_the_same_way_with_graphs():
             losses.append(loss.item())
         found.append(torch.tensor(losses))
     torch.testing.assert_close(*found, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wanted", [False, True], ids=["last", "states"])
+def test_on_a_gpu_forwards_before_a_backward_have_a_lane_each(wanted):
+    found = []
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    for model in (model.train() for model in on_gpu(head="Model", **still)):
+        for _ in range(3):
+            model.zero_grad()
+            loss = 0
+            for number, lengths in enumerate([[7, 3, 5, 6], [40, 2, 4], [7, 3, 6]]):
+                inputs = {n: x.cuda() for n, x in batch(lengths, number).items()}
+                output = model(**inputs, output_hidden_states=wanted)
+                states = output.hidden_states or (output.last_hidden_state,)
+                loss = loss + sum(state.sin().sum() for state in states)
+                with torch.no_grad():  # a teacher
+                    model(**inputs)
+            loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    for a, e in zip(*found, strict=True):
+        assert (a is None) == (e is None)
+        assert a is None or (a - e).abs().max() <= 1e-3 * (1 + e.abs().max())
+    assert len(buckets.pool_of(torch.device("cuda", 0)).lanes) >= 3
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_layers_in_fp8_are_replayed():
+    if not fp8.multiplies_fp8(torch.device("cuda", 0)):
+        pytest.skip("needs a GPU that multiplies FP8")
+    plain, recorded = (m.train() for m in on_gpu(hidden_size=64, hidden_dropout_prob=0.0))
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (plain, recorded)]
+    for model in (plain, recorded):
+        fp8.enable(model)
+    before = num_recorded()
+    for number in range(6):
+        inputs = {n: x.cuda() for n, x in batch([7, 3, 5, 6], number).items()}
+        found = []
+        for model, optimizer in zip((plain, recorded), optimizers, strict=True):
+            with torch.autocast("cuda", torch.bfloat16):
+                found.append(step(model, inputs, (torch.arange(4) % 3).cuda()))
+            optimizer.step()
+        for a, e in zip(*found, strict=True):
+            if e is not None:
+                assert (a.float() - e.float()).norm() <= 0.05 * e.float().norm() + 1e-3
+        (own,), (expected,) = fp8.scales_of(recorded), fp8.scales_of(plain)
+        # of weights and gradients: spare tokens count among the largest inputs
+        torch.testing.assert_close(own.history[:, 1:], expected.history[:, 1:], rtol=0.1, atol=0)
+    assert num_recorded() == before + 1

@@ -1,9 +1,11 @@
 """The calls whose host time is measured: models, batches, forward passes and training steps."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from fastbert.modules.graphs import buckets
 
 ENCODER, CLASSIFIER = "BertModel", "BertForSequenceClassification"
 INFERENCE, STEP = "inference", "training step"
+STATES, CONTRASTIVE = "inference, all hidden states", "contrastive step"
 SMALL = {
     "num_hidden_layers": 12,
     "hidden_size": 32,
@@ -27,7 +30,7 @@ Work = Callable[[], Any]
 
 
 class Case(NamedTuple):
-    """A kind of call (INFERENCE or STEP), a model and a batch.
+    """A kind of call (INFERENCE, STEP, STATES or CONTRASTIVE), a model and a batch.
 
     sequences: how many, of up to `length` tokens; is_full: all have that length, else half of it on
     average; has_mask: whether an attention_mask is passed
@@ -89,12 +92,30 @@ def callable_of(name: str, model: nn.Module) -> Callable:
     return call
 
 
-def forward_pass(name: str, model: nn.Module, batch: dict[str, Tensor], options: Options) -> Work:
+def forward_pass(
+    name: str, model: nn.Module, batch: dict[str, Tensor], options: Options, **wanted: bool
+) -> Work:
     run = callable_of(name, model.to(options.dtype).eval())
-    return torch.inference_mode()(lambda: run(**batch))
+    return torch.inference_mode()(lambda: run(**batch, **wanted))
 
 
-def training_step(name: str, model: nn.Module, batch: dict[str, Tensor], options: Options) -> Work:
+def own_loss(run: Callable, batch: dict[str, Tensor]) -> Tensor:
+    return run(**batch).loss
+
+
+def contrastive_loss(run: Callable, batch: dict[str, Tensor]) -> Tensor:
+    """InfoNCE (van den Oord et al. 2018) of two forwards, with dropout of their own: SimCSE's."""
+    first, second = (F.normalize(run(**batch).last_hidden_state[:, 0]) for _ in range(2))
+    return F.cross_entropy(20 * first @ second.t(), torch.arange(len(first), device=first.device))
+
+
+def training_step(
+    name: str,
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    options: Options,
+    loss_of: Callable[..., Tensor] = own_loss,
+) -> Work:
     """Forward and backward, under autocast if bf16; on a GPU a fused AdamW step follows."""
     parameters = list(model.train().parameters())
     run, device = callable_of(name, model), options.device.type
@@ -102,7 +123,7 @@ def training_step(name: str, model: nn.Module, batch: dict[str, Tensor], options
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=options.precision == "bf16"):
-            loss = run(**batch).loss
+            loss = loss_of(run, batch)
         loss.backward()
         if optimizer is not None:
             optimizer.step()
@@ -110,3 +131,11 @@ def training_step(name: str, model: nn.Module, batch: dict[str, Tensor], options
             parameter.grad = None
 
     return step
+
+
+MAKERS: dict[str, Callable[..., Work]] = {
+    INFERENCE: forward_pass,
+    STEP: training_step,
+    STATES: partial(forward_pass, output_hidden_states=True),
+    CONTRASTIVE: partial(training_step, loss_of=contrastive_loss),
+}

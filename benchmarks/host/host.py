@@ -3,8 +3,9 @@
 The part "host" times whole calls of fastbert's own, patched and Hugging Face's models in turns,
 with the same weights and batch. On every machine it runs on the CPU with one thread: 12 layers of
 width 32 and one sequence of 16 tokens, in float32. On a GPU it also runs BERT-base: inference with
-weights in the precision that is measured, and a fine-tuning step under autocast. There, patched
-models also run with CUDA graphs, and Hugging Face's with torch.compile.
+weights in the precision that is measured, with all hidden states too, and fine-tuning steps under
+autocast, of a classifier and of a contrastive loss. There, patched models also run with CUDA
+graphs, and Hugging Face's with torch.compile.
 
 Then `empty_launches` measures single layers and operators as they run on a GPU.
 """
@@ -18,16 +19,17 @@ import torch
 from benchmarks.host import empty_launches
 from benchmarks.host.calls import (
     CLASSIFIER,
+    CONTRASTIVE,
     ENCODER,
     INFERENCE,
+    MAKERS,
     SMALL,
+    STATES,
     STEP,
     Case,
     Work,
     batch_of,
-    forward_pass,
     models,
-    training_step,
 )
 from benchmarks.results import FASTBERT, PATCHED, PATCHED_GRAPHS, REDUCED, SDPA, Options, Results
 from benchmarks.timing import first_line, interleaved, summarize
@@ -46,6 +48,9 @@ OTHER_CASES = (
     Case(INFERENCE, CLASSIFIER, 8, 128, False),
     Case(INFERENCE, CLASSIFIER, 128, 256, False),
     Case(STEP, CLASSIFIER, 16, 512, False),
+    Case(STATES, ENCODER, 1, 128),
+    Case(STATES, ENCODER, 32, 128, False),
+    Case(CONTRASTIVE, ENCODER, 32, 128, False),
 )
 
 
@@ -85,8 +90,7 @@ def compare(
     works: dict[str, Work] = {}
     refused: dict[str, str] = {}
     for name, model in models(case, shape, names, options.device).items():
-        make = training_step if case.of == STEP else forward_pass
-        work = make(name, model, batch, options)
+        work = MAKERS[case.of](name, model, batch, options)
         try:
             for _ in range(WARM_UP):
                 work()

@@ -10,7 +10,16 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.host import calls, empty_launches, host
-from benchmarks.host.calls import ENCODER, INFERENCE, SMALL, STEP, Case
+from benchmarks.host.calls import (
+    CLASSIFIER,
+    CONTRASTIVE,
+    ENCODER,
+    INFERENCE,
+    SMALL,
+    STATES,
+    STEP,
+    Case,
+)
 from benchmarks.reporting import report
 from benchmarks.reporting.tables import PARTS
 from benchmarks.reporting.targets import CPU
@@ -53,8 +62,9 @@ def test_all_models_compute_the_same(has_mask):
     torch.testing.assert_close(patched, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_step_has_the_same_gradients_for_all():
-    case = Case(STEP, sequences=4, length=16, is_full=False)
+@pytest.mark.parametrize(("of", "model"), [(STEP, CLASSIFIER), (CONTRASTIVE, ENCODER)])
+def test_a_step_has_the_same_gradients_for_all(of, model):
+    case = Case(of, model, sequences=4, length=16, is_full=False)
     batch = calls.batch_of(case, QUICK.device, SHAPE)
     found = {}
     for name, model in calls.models(case, SHAPE, NAMES, QUICK.device).items():
@@ -63,11 +73,26 @@ def test_a_step_has_the_same_gradients_for_all():
             parameter.register_post_accumulate_grad_hook(
                 lambda p, where=where, seen=seen: seen.__setitem__(where, p.grad.clone())
             )
-        calls.training_step(name, model, batch, QUICK)()
+        calls.MAKERS[of](name, model, batch, QUICK)()
         assert all(parameter.grad is None for parameter in model.parameters())
-        assert seen.keys() == dict(model.named_parameters()).keys()
+        are_used = {n for n, _ in model.named_parameters() if of == STEP or "pooler" not in n}
+        assert seen.keys() == are_used
     for name in (FASTBERT, PATCHED):
         torch.testing.assert_close(found[name], found[SDPA], rtol=1e-3, atol=1e-5)
+
+
+def test_hidden_states_are_those_of_all_layers():
+    case = Case(STATES, ENCODER, sequences=3, is_full=False)
+    batch = calls.batch_of(case, QUICK.device, SHAPE)
+    models = calls.models(case, SHAPE, NAMES, QUICK.device).items()
+    ours, patched, theirs = (
+        calls.MAKERS[STATES](*one, batch, QUICK)().hidden_states for one in models
+    )
+    assert len(theirs) == 1 + SHAPE["num_hidden_layers"]
+    real = batch["attention_mask"].bool()
+    for a, b, expected in zip(ours, patched, theirs, strict=True):
+        torch.testing.assert_close(a[real], expected[real], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(b[real], expected[real], rtol=1e-4, atol=1e-5)
 
 
 def test_batches_are_as_wide_as_they_say_and_filled_so():
@@ -146,10 +171,10 @@ def test_who_cannot_run_stops_no_other(monkeypatch):
     def fails(*arguments):
         raise RuntimeError("out of memory")
 
-    make = host.forward_pass
-    monkeypatch.setattr(
-        host, "forward_pass", lambda name, *rest: fails if name == PATCHED else make(name, *rest)
-    )
+    def make(name, *rest):
+        return fails if name == PATCHED else calls.forward_pass(name, *rest)
+
+    monkeypatch.setitem(host.MAKERS, INFERENCE, make)
     results = Results(QUICK)
     host.compare(Case(INFERENCE), "12 x 32", SHAPE, QUICK, results, rounds=2)
     (row,) = results.of("host")

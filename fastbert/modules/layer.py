@@ -190,7 +190,7 @@ _SITES_PER_LAYER = 3
 
 
 def run_layers(
-    num_layers: int,
+    numbers: range,
     x: Tensor,
     sequences: Sequences,
     states: Collection[int],
@@ -199,18 +199,19 @@ def run_layers(
 ) -> list[Tensor]:
     """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; behind it others'.
 
-    states: numbers of the layers before the last whose outputs (T, H) are wanted too, in order
+    numbers: of the layers that run; states: numbers of those of them whose outputs (T, H) are
+    wanted too, in order
     """
     outputs, stream = [], Stream(x, x)
-    for number in range(num_layers):
+    for number in numbers:
         here = sequences.at(1 + _SITES_PER_LAYER * number)
-        if number == num_layers - 1 and sequences.mask is None:
+        if number == numbers[-1] and sequences.mask is None:
             here = here.only(rows)
         stream = run(number, stream, here)
         if number in states:
             stream = Stream(stream.x, stream.x)  # a caller may want the state's whole gradient
             outputs.append(stream.x)
     x = stream.x
-    if rows is not None and (not num_layers or sequences.mask is not None):
+    if rows is not None and (not numbers or sequences.mask is not None):
         x = rows.of(x)  # a general mask has a row for every token, so attention computed all
     return [x, *outputs]

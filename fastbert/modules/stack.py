@@ -51,7 +51,7 @@ def run_stack(
         products = vars(layers).get(PRODUCTS)
         if products is not None:
             products.begin(x, layers.training)
-        outputs = run_layers(len(layers), x, sequences, states, rows, run)
+        outputs = run_layers(range(last + 1), x, sequences, states, rows, run)
     if not wanted_states:
         return outputs[0], None
     of = dict(zip((last, *states), outputs, strict=True))

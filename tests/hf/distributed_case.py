@@ -8,6 +8,7 @@ would get; DDP and FSDP average gradients, so each process scales its loss by th
 import contextlib
 import json
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastbert
 from fastbert import events
+from fastbert.modules.graphs import buckets
+from fastbert.modules.graphs.pool import Pool
 from fastbert.train.objective import PretrainingObjective
 from tests.hf.training_case import LENGTHS, SHAPE, make_batch, make_model
+from tests.modules.graphs.case import Repeats
 
 STEPS = 4
 # the first process's share of step 2 has nothing to predict
@@ -136,6 +140,15 @@ def main(path: Path) -> None:
                 "losses": values,
                 "routes": len(routes),
                 "slow": slow,
+            }
+    for name, make in MODELS.items():
+        recorder = Repeats()
+        shared = Pool(recorder.lane, float("inf"))
+        with mock.patch.object(buckets, "pool_of", lambda device, shared=shared: shared):
+            report[f"graphs {name}"] = {
+                "losses": losses(make(), DistributedDataParallel, rank, world),
+                "recorded": recorder.recorded,
+                "replayed": recorder.replayed,
             }
     for name, options in DDP_OPTIONS.items():
         theirs = make_model(transformers.BertModel)

@@ -40,6 +40,15 @@ def test_two_processes_have_the_losses_of_one(report, alone, wrapper, model):
     assert found["slow"] == []
 
 
+@pytest.mark.parametrize("model", distributed_case.MODELS)
+def test_two_processes_that_replay_graphs_have_them_too(report, alone, model):
+    """By a stand-in; the two layers have a backward graph each, whose gradients DDP exchanges."""
+    found = report[f"graphs {model}"]
+    assert found["losses"] == pytest.approx(alone[model], rel=1e-5)
+    assert found["recorded"] % 3 == 0
+    assert found["replayed"] == 3 * distributed_case.STEPS
+
+
 def test_the_steps_have_changed_the_losses():
     """The comparison above would hold for processes that never exchange a gradient, otherwise."""
     case = distributed_case.MaskedLM()

@@ -23,7 +23,7 @@ from fastbert.check import require
 from fastbert.modules.graphs.call import Bucket, Call, Precision, products_of
 from fastbert.modules.graphs.pool import MOST_LANES, Entry, Lane, Pending, Pool, Recorded
 from fastbert.modules.graphs.recorder import CudaGraphs
-from fastbert.modules.graphs.replays import ForwardGraph, Replayed
+from fastbert.modules.graphs.replays import ForwardGraph
 from fastbert.modules.layer import LayerParts
 from fastbert.modules.sequences import Rows, Sequences
 
@@ -93,7 +93,7 @@ def replayed(
         bucket, lane = Bucket.of(x, sequences, rows), pool.lane()
         entry = Entry(lane, reason or _refusal(layers, x, sequences, lane))
         mode = Precision.of(x), layers.training, products_of(layers)
-        call = Call(parts, sequences, states, rows, *mode)
+        call = Call(parts, range(len(parts)), sequences, states, rows, *mode)
         if not entry.reason:
             recorded = _recorded(layers, parts)
             entry, call = recorded.find(bucket, x, call, pool, lane)
@@ -108,8 +108,7 @@ def replayed(
         lane.recorder.follow()
         if isinstance(entry.graphs, ForwardGraph):
             return entry.graphs(x, call)
-        pending = Pending(pool, lane, entry.graphs, recorded)
-        return list(Replayed.apply(pending, call, x, *(call.trained or ())))  # type: ignore[no-untyped-call]
+        return Pending(pool, lane, entry.graphs, recorded).run(x, call)
 
 
 def _recorded(layers: nn.ModuleList, parts: Sequence[LayerParts]) -> Recorded:

@@ -4,6 +4,7 @@ T packed tokens of B sequences, M wanted rows, H hidden; a bucket has T', B' and
 """
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -75,12 +76,13 @@ def products_of(layers: nn.ModuleList) -> weakref.ref[Any] | None:
 class Call(NamedTuple):
     """The arguments of the layers, except x (T, H).
 
-    states: as in `run_layers`; training: the layers' mode; products: the `Products` that a
+    numbers, states: as in `run_layers`; training: the layers' mode; products: the `Products` that a
     recording keeps to, of `products_of`; trained: the distinct parameters that require a gradient,
     None if none does and neither does x
     """
 
     parts: Sequence[LayerParts]
+    numbers: range
     sequences: Sequences
     states: tuple[int, ...]
     rows: Rows | None
@@ -94,13 +96,17 @@ class Call(NamedTuple):
         count = (x if self.rows is None else self.rows.index).shape[0]
         return copies_of([output[:count] for output in outputs])
 
+    def begin(self, x: Tensor) -> None:
+        """Tells the `Products` that a pass begins."""
+        products = self.present_products()
+        if products is not None:
+            products.begin(x, self.training)
+
     def run(self, x: Tensor) -> list[Tensor]:
         """What `run_layers` gives, under the call's autocast state."""
-        run, products = layers_of(self.parts), self.present_products()
+        run = layers_of(self.parts)
         with self.precision.restored():
-            if products is not None:
-                products.begin(x, self.training)
-            return run_layers(len(self.parts), x, self.sequences, self.states, self.rows, run)
+            return run_layers(self.numbers, x, self.sequences, self.states, self.rows, run)
 
     def present_products(self) -> Any:
         """The `Products`, None without any."""
@@ -110,6 +116,36 @@ class Call(NamedTuple):
         """Has the `Products` as before at its end, because what runs inside is no user's pass."""
         products = self.present_products()
         return contextlib.nullcontext() if products is None else products.undone()
+
+    def segments(self, count: int) -> list["Segment"]:
+        """The layers in `count` parts of about as many layers, or in parts of one."""
+        places = {parameter: place for place, parameter in enumerate(self.trained or ())}
+        count = max(min(count, len(self.numbers)), 1)
+        ends = [len(self.numbers) * number // count for number in range(count + 1)]
+        found = []
+        for start, stop in itertools.pairwise(ends):
+            leaves = [leaf for part in self.parts[start:stop] for leaf in part.leaves()]
+            every = {p: None for leaf in leaves for p in leaf.parameters.values()}
+            own = [places[parameter] for parameter in every if parameter in places]
+            found.append(Segment(range(start, stop), own))
+        return found
+
+
+class Segment(NamedTuple):
+    """Some of a call's layers; trained: the places of their parameters in the call's `trained`."""
+
+    numbers: range
+    trained: list[int]
+
+    def of(self, call: Call) -> Call:
+        """The call of these layers alone."""
+        assert call.trained is not None
+        return call._replace(
+            numbers=self.numbers,
+            states=tuple(number for number in call.states if number in self.numbers),
+            rows=call.rows if self.numbers.stop == call.numbers.stop else None,
+            trained=[call.trained[place] for place in self.trained],
+        )
 
 
 def copies_of(tensors: list[Tensor]) -> list[Tensor]:

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from fastbert.modules.graphs.call import Bucket, Call
 from fastbert.modules.graphs.recorder import Recorder
-from fastbert.modules.graphs.replays import ForwardGraph, TrainingGraphs
+from fastbert.modules.graphs.replays import (
+    ForwardGraph,
+    Replayed,
+    TrainingGraphs,
+    num_segments,
+)
 from fastbert.modules.layer import LayerParts
 
 MOST_GRAPHS = 64  # on a device; beyond it the least recently used graphs are dropped
@@ -106,22 +111,32 @@ class Pending:
     ) -> None:
         self.pool, self.lane, self.graphs, self.recorded = pool, lane, graphs, recorded
         self.state = recorded.state
+        self.left = set(graphs.replay_backward)  # the segments whose backward is yet to run
 
-    def forward(self, x: Tensor, call: Call) -> list[Tensor]:
+    def run(self, x: Tensor, call: Call) -> list[Tensor]:
+        """What `run_layers` gives, by the forward's graph; a node of autograd for each segment."""
         self.lane.pending = weakref.ref(self)
-        return self.graphs.forward(x, call)
+        found, states = self.graphs.forward(x, call), []
+        for number, segment in enumerate(self.graphs.segments):
+            one = segment.of(call)
+            x, *more = Replayed.apply(self, number, one, found[number], x, *(one.trained or ()))  # type: ignore[no-untyped-call]
+            states += more
+        return [x, *states]
 
     def backward(
-        self, x: Tensor, gradients: Sequence[Tensor | None]
+        self, number: int, x: Tensor, gradients: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...] | None:
         with self.pool.lock, torch.cuda.device_of(x):
-            if self.lane.pending is None or self.lane.pending() is not self:
+            is_last = self.lane.pending is not None and self.lane.pending() is self
+            if not is_last or number not in self.left:
                 return None
-            self.lane.pending = None
+            self.left.remove(number)
+            if not self.left:
+                self.lane.pending = None
             if _state_of(self.recorded.parameters()) != self.state:
                 return None
             self.lane.recorder.follow()
-            return self.graphs.backward(x, gradients)
+            return self.graphs.backward(number, x, gradients)
 
 
 class Recorded:
@@ -158,7 +173,7 @@ class Recorded:
         if trained or (trained is not None and x.requires_grad):
             call = call._replace(trained=trained)
         has = call.trained is None, x.requires_grad, call.sequences.rng is None
-        mode = call.states, call.precision, x.dtype, has, call.products
+        mode = call.states, call.precision, x.dtype, has, call.products, num_segments()
         key = lane, bucket, mode, _numerics()
         return self.entries.setdefault(key, Entry(lane)), call
 

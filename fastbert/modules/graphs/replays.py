@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.modules.graphs.call import Bucket, Call, copies_of
-from fastbert.modules.graphs.recorder import Recorder
+from fastbert.modules.graphs.recorder import Recorder, Work
 from fastbert.modules.linear import Leaf
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.weight_copies import WeightCopies
 from fastbert.rng import DropoutState
+
+# Backward graphs of an encoder where processes exchange gradients: those of a quarter of the layers
+# travel while the next quarter's are computed.
+SEGMENTS = 4
 
 
 class Buffers:
@@ -39,16 +43,17 @@ class Buffers:
         self.call = call._replace(sequences=sequences, rows=rows)
         self.fill(x, call)
 
-    def run(self, x: Tensor) -> list[Tensor]:
-        """The layers over x, this batch's or a leaf of autograd's, for a recording.
+    def begin(self) -> Call:
+        """Begins a pass over the buffers, for a recording; returns the call that computes it.
 
         A graph begins with copies of all weights that autocast would cast one by one, or a product
         would join. Each replay makes them anew: nothing tells whether weights changed in place.
         """
         call = self.call
+        call.begin(self.x)
         if call.products is not None:
-            return call.run(x)
-        dtype = call.precision.dtype if call.precision.enabled else x.dtype
+            return call
+        dtype = call.precision.dtype if call.precision.enabled else self.x.dtype
         linears = nn.ModuleList()
         for part in call.parts:
             others = (part.attention_end.dense, part.intermediate, part.output.dense)
@@ -60,7 +65,7 @@ class Buffers:
         def copied(leaf: Leaf) -> Leaf:
             return Leaf(leaf.module, given=copies)
 
-        return call._replace(parts=[part.of_linears(copied) for part in call.parts]).run(x)
+        return call._replace(parts=[part.of_linears(copied) for part in call.parts])
 
     @torch.no_grad()
     def fill(self, x: Tensor, call: Call) -> None:
@@ -95,9 +100,11 @@ class ForwardGraph:
         # inference tensors as buffers could not be filled by a call outside inference mode
         with torch.inference_mode(False), torch.no_grad():
             self.buffers = Buffers(bucket, x, call)
-            work = functools.partial(self.buffers.run, self.buffers.x)
-            recorder.warm_up(work)
-            self.replay = recorder.record(work)
+            recorder.warm_up(self._forward)
+            self.replay = recorder.record(self._forward)
+
+    def _forward(self) -> list[Tensor]:
+        return self.buffers.begin().run(self.buffers.x)
 
     def __call__(self, x: Tensor, call: Call) -> list[Tensor]:
         """What `run_layers` gives: copies, which later replays leave alone."""
@@ -105,81 +112,109 @@ class ForwardGraph:
         return call.own(x, self.replay())
 
 
+def num_segments() -> int:
+    """How many backward graphs the layers have: several where gradients are exchanged meanwhile."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return SEGMENTS if torch.distributed.get_world_size() > 1 else 1
+    return 1
+
+
 class TrainingGraphs:
-    """Two recorded graphs: the layers' forward, and their backward, which reads saved tensors."""
+    """Recorded graphs: the layers' forward, and for each segment the backward of what it saved.
+
+    replay_backward: by the number of the segment, of those in which something requires a gradient
+    """
 
     def __init__(self, recorder: Recorder, bucket: Bucket, x: Tensor, call: Call) -> None:
-        self.wants_dx = x.requires_grad
+        self.wants_dx, self.segments = x.requires_grad, call.segments(num_segments())
+        self.replay_backward: dict[int, Work[tuple[Tensor | None, ...]]] = {}
         with torch.inference_mode(False), torch.enable_grad():
             self.buffers = Buffers(bucket, x, call)
             outputs = recorder.warm_up(self._forward)
-            self.gradients = [torch.zeros_like(output) for output in outputs]
-            recorder.warm_up(self._backward)
+            self.gradients = [[torch.zeros_like(x) for x in one] for one in outputs]
+            # in the order in which autograd asks for them, as one reuses the memory of the other
+            numbers = [n for n in reversed(range(len(outputs))) if self.inputs[n]]
+            works = {number: functools.partial(self._backward, number) for number in numbers}
+            for work in works.values():
+                recorder.warm_up(work)
             del self.outputs, self.inputs  # from the warm-up, not in the recordings' memory
             self.replay_forward = recorder.record(self._forward)
-            self.replay_backward = recorder.record(self._backward)
+            for number, work in works.items():
+                self.replay_backward[number] = recorder.record(work)
 
-    def _forward(self) -> list[Tensor]:
-        x = self.buffers.x.detach().requires_grad_(self.wants_dx)
-        self.inputs = _with_gradient(x, self.buffers.call)
-        self.outputs = self.buffers.run(x)
-        return [output.detach() for output in self.outputs]
+    def _forward(self) -> list[list[Tensor]]:
+        call, x, wants_dx = self.buffers.begin(), self.buffers.x, self.wants_dx
+        self.inputs: list[list[Tensor]] = []
+        self.outputs: list[list[Tensor]] = []
+        for segment in self.segments:
+            one, x = segment.of(call), x.detach().requires_grad_(wants_dx)
+            self.inputs.append(_with_gradient(x, one))
+            self.outputs.append(one.run(x))
+            x = self.outputs[-1][0]
+            wants_dx = x.requires_grad
+        return [[output.detach() for output in one] for one in self.outputs]
 
-    def _backward(self) -> tuple[Tensor | None, ...]:
-        return _gradients(self.outputs, self.inputs, self.gradients)
+    def _backward(self, number: int) -> tuple[Tensor | None, ...]:
+        return _gradients(self.outputs[number], self.inputs[number], self.gradients[number])
 
-    def forward(self, x: Tensor, call: Call) -> list[Tensor]:
+    def forward(self, x: Tensor, call: Call) -> list[list[Tensor]]:
+        """The outputs of each segment, in the graph's memory."""
         self.buffers.fill(x, call)
-        return call.own(x, self.replay_forward())
+        return self.replay_forward()
 
-    def backward(self, x: Tensor, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """Gradients of x, if it requires one, and of the parameters; once after each forward.
+    def backward(
+        self, number: int, x: Tensor, gradients: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of x, if it requires one, and of parameters; once after each forward.
 
-        gradients: of the outputs, None where there is none
+        number, x: of the segment, and its input; gradients: of its outputs, None for none
         """
-        for buffer, gradient in zip(self.gradients, gradients, strict=True):
+        for buffer, gradient in zip(self.gradients[number], gradients, strict=True):
             put(buffer, buffer[:0] if gradient is None else gradient, 0)
-        found = list(self.replay_backward())
-        if self.wants_dx and found[0] is not None:
+        found = list(self.replay_backward[number]())
+        if x.requires_grad and found[0] is not None:
             found[0] = found[0][: len(x)]
         own = iter(copies_of([gradient for gradient in found if gradient is not None]))
         return tuple(None if gradient is None else next(own) for gradient in found)
 
 
 class Replayed(torch.autograd.Function):
-    """The layers in training: replays a forward graph, and a backward graph for the gradient.
+    """A segment of layers in training, which a forward graph has computed; a node of autograd.
 
-    The backward graph can be replayed once after each forward, and cannot be differentiated. For
+    Its backward graph can be replayed once after each forward, and cannot be differentiated. For
     other gradients the layers run again without graphs, as under activation checkpointing.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, pending: Any, call: Call, x: Tensor, *parameters: Tensor
-    ) -> tuple[Tensor, ...]:
-        """pending: has `forward` (x, call), and `backward` (x, the outputs' gradients), which
-        returns None where the graphs no longer hold the tensors that the forward saved."""
-        ctx.pending, ctx.call = pending, call
+        ctx: Any, pending: Any, number: int, call: Call, found: list[Tensor], x: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """pending: has `backward` (number, x, the outputs' gradients), which returns None where the
+        graphs no longer hold the tensors that the forward saved; found: the outputs in their
+        memory."""
+        ctx.pending, ctx.number, ctx.call = pending, number, call
         ctx.set_materialize_grads(False)  # a state that nothing uses has no gradient
         # saved so that autograd raises its usual error if weights change before the backward
         ctx.save_for_backward(x, *parameters)
-        return tuple(pending.forward(x, call))
+        return tuple(call.own(x, found))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         (x, *_), call, found = ctx.saved_tensors, ctx.call, None
         is_differentiated = torch.is_grad_enabled()
-        # without the last output's gradient, its layers' parameters have none; the graph has zeros
-        if not is_differentiated and gradients[0] is not None:
-            found = ctx.pending.backward(x, gradients)
         if not is_differentiated:
+            # without the last output's gradient, its layer's parameters have none, but the graph's
+            if gradients[0] is not None:
+                found = ctx.pending.backward(ctx.number, x, gradients)
             x = x.detach().requires_grad_(x.requires_grad)
         if found is None:
             with torch.enable_grad():
+                call.begin(x)
                 outputs = call.run(x)
             inputs = _with_gradient(x, call)
             found = _gradients(outputs, inputs, gradients, create_graph=is_differentiated)
-        return None, None, *(found if x.requires_grad else (None, *found))
+        return None, None, None, None, *(found if x.requires_grad else (None, *found))
 
 
 def _with_gradient(x: Tensor, call: Call) -> list[Tensor]:

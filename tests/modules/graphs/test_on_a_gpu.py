@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastbert.modules import fp8
-from fastbert.modules.graphs import buckets
+from fastbert.modules.graphs import buckets, pool, replays
 from fastbert.modules.weight_copies import WeightCopies
 from tests.modules.graphs.case import (
     KINDS,
@@ -178,3 +178,22 @@ def test_on_a_gpu_layers_in_fp8_are_replayed():
         # of weights and gradients: spare tokens count among the largest inputs
         torch.testing.assert_close(own.history[:, 1:], expected.history[:, 1:], rtol=0.1, atol=0)
     assert num_recorded() == before + 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_layers_have_several_backward_graphs(monkeypatch):
+    for where in (pool, replays):
+        monkeypatch.setattr(where, "num_segments", lambda: 2)
+    plain, recorded = (m.train() for m in on_gpu(head="Model", num_hidden_layers=3))
+    for number in range(4):
+        found = []
+        inputs = {n: x.cuda() for n, x in batch([7, 3, 5, 6], number).items()}
+        for model in (plain, recorded):
+            torch.manual_seed(5)
+            model.zero_grad()
+            output = model(**inputs, output_hidden_states=True)
+            sum(state.sin().sum() for state in output.hidden_states).backward()
+            found.append([output.last_hidden_state, *[p.grad for p in model.parameters()]])
+        for a, e in zip(*found, strict=True):
+            assert (a is None) == (e is None)
+            assert a is None or (a - e).abs().max() <= 1e-3 * (1 + e.abs().max())

@@ -29,6 +29,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Triton's interpreter takes milliseconds a row, so on a CPU it runs only where a test forces it.
 PREFERENCE = {"cuda": ("ext", "triton", "reference"), "cpu": ("ext", "reference")}
 
+LEAST_CAPABILITY = 8, 0  # of a GPU that runs Triton's kernels
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # the dtypes that Triton's kernels take
 
 OPS: dict[str, "Op"] = {}
@@ -217,6 +218,8 @@ def _load_triton(op: str, device: str) -> Any:
         raise BackendUnavailable("Triton runs on CPU tensors only under TRITON_INTERPRET=1")
     if importlib.util.find_spec("triton") is None:
         raise BackendUnavailable("triton is not installed")
+    if device == "cuda":
+        _require_gpus()
     if not INTERPRETED and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         raise BackendUnavailable(
             "Triton builds its launcher with a C compiler, and none is on PATH"
@@ -224,6 +227,20 @@ def _load_triton(op: str, device: str) -> Any:
     # kernels/x.py holds the bodies of all the operators of fastbert/ops/x.py
     unit = OPS[op].check.__module__.rpartition(".")[2]
     return importlib.import_module(f"fastbert.kernels.{unit}")
+
+
+def _require_gpus() -> None:
+    """Raises BackendUnavailable if one of the visible GPUs cannot run Triton's kernels."""
+    if torch.version.hip is not None:
+        raise BackendUnavailable("the kernels are written for NVIDIA's GPUs")
+    for number in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_capability(number)
+        if found < LEAST_CAPABILITY:
+            least, own = (".".join(map(str, one)) for one in (LEAST_CAPABILITY, found))
+            raise BackendUnavailable(
+                f"the kernels need compute capability {least}, and GPU {number}, "
+                f"{torch.cuda.get_device_name(number)}, has {own}; CUDA_VISIBLE_DEVICES hides GPUs"
+            )
 
 
 def select(op: Op, device: str) -> Choice:

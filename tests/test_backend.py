@@ -1,5 +1,6 @@
 """Which way a call takes: through torch.library or not, through autograd or not, or plain."""
 
+import copy
 import importlib
 import inspect
 import pkgutil
@@ -14,6 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fastbert
 import fastbert.ops
 from fastbert import backend, events
+from fastbert.hf import encode
+from fastbert.hf.families import Unsupported
+from fastbert.hf.stack import require_kernels
 from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.layer_norm import layer_norm
 
@@ -209,3 +213,67 @@ def test_a_gradient_penalty_over_kernels_names_the_remedy(model):
         pytest.raises(RuntimeError, match=r'inside `with fastbert\.backend\.use\("reference"\):`'),
     ):
         penalty(model)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """Choices as on a machine with these GPUs, of which nothing but their properties is there."""
+
+    def use(*capabilities, hip=None):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU number {i}")
+        monkeypatch.setattr(torch.version, "hip", hip)
+        backend._forget()
+
+    yield use
+    monkeypatch.undo()
+    backend._forget()
+
+
+NEEDS = "the kernels need compute capability 8.0, and GPU 1, GPU number 1, has 7.5; CUDA_VISIBLE"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "hip", "reason"),
+    [
+        (((9, 0), (7, 5)), None, NEEDS),
+        (((9, 0),), "6.2", "the kernels are written for NVIDIA's GPUs"),
+    ],
+)
+def test_gpus_that_cannot_run_the_kernels_run_the_plain_bodies(capabilities, hip, reason, a_gpu):
+    a_gpu(*capabilities, hip=hip)
+    choice = bias_gelu.choice("cuda")
+    assert choice.kernels is None
+    assert reason in choice.reason
+    with backend.use("triton"), pytest.raises(backend.BackendUnavailable, match=reason):
+        bias_gelu.choice("cuda")
+
+
+@pytest.mark.parametrize("capabilities", [((8, 0),), ((8, 9), (12, 0))])
+def test_gpus_from_ampere_on_run_triton(capabilities, a_gpu):
+    a_gpu(*capabilities)
+    assert bias_gelu.choice("cuda").backend == "triton"
+
+
+def test_a_patched_model_on_a_gpu_without_kernels_is_hugging_faces(a_gpu, monkeypatch):
+    device = torch.device("cuda")
+    a_gpu((7, 5))
+    with pytest.raises(Unsupported, match=r"no kernels for cuda: triton: .* 8\.0"):
+        require_kernels(device)
+    with pytest.raises(Unsupported, match="no kernels for mps: its only body for this device"):
+        require_kernels(torch.device("mps"))
+    with backend.use("reference"):
+        require_kernels(device)
+    a_gpu((8, 0))
+    require_kernels(device)
+
+    a_gpu((7, 5))
+    torch.manual_seed(0)
+    theirs = transformers.BertModel(transformers.BertConfig(**SHAPE)).eval()
+    ours = fastbert.patch(copy.deepcopy(theirs))
+    monkeypatch.setattr(encode, "require_kernels", lambda _: require_kernels(device))
+    found, expected = (m(IDS, MASK).last_hidden_state for m in (ours, theirs))
+    assert torch.equal(found, expected)
+    report = str(fastbert.explain(ours, input_ids=IDS, attention_mask=MASK, show=False))
+    assert "no kernels for cuda" in report

@@ -38,12 +38,19 @@ TILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+# Bytes of shared memory that a program may have: for sm_80 those of sm_86, 89 and 120, whose tables
+# are the same and which have less.
+SHARED = {80: 101376, 90: 232448, 100: 232448}
+
+
 class Limits(NamedTuple):
-    """wide_loads: 16-byte global loads that the code must have at least; dots: whether it must use
-    the tensor cores; spills: spilled loads and stores allowed; reason: why any are.
+    """wide_loads: 16-byte global loads that the code must have at least; shared: bytes of shared
+    memory at most; dots: whether it must use the tensor cores; spills: spilled loads and stores
+    allowed; reason: why any are.
     """
 
     wide_loads: int
+    shared: int
     dots: bool
     spills: int
     reason: str
@@ -55,7 +62,7 @@ def limits_of(launch: Launch) -> Limits:
     tile_bytes = element_bytes * math.prod(values[side] for side in sides)
     wide_loads = tile_bytes // (16 * 32 * values["num_warps"])
     has_dots = "PRECISION" in values  # which only a product has
-    return Limits(wide_loads, has_dots, *_spills(launch))
+    return Limits(wide_loads, SHARED[launch.capability], has_dots, *_spills(launch))
 
 
 def block_of(launch: Launch) -> str:

@@ -90,6 +90,8 @@ def faults(limits: Limits, report: Report) -> list[str]:
         found.append(f"{report.stack + report.local} bytes of local memory")
     if report.wide_loads < limits.wide_loads:
         found.append(f"{report.wide_loads} loads of 16 bytes, {limits.wide_loads} wanted")
+    if report.shared > limits.shared:
+        found.append(f"{report.shared} bytes of shared memory, {limits.shared} allowed")
     if limits.dots and not report.matrix_products:
         found.append("no tensor-core instruction")
     return found

@@ -20,6 +20,7 @@ from fastbert.hf.stack import (
     boundary_dtype,
     family_of_module,
     require_encoder,
+    require_kernels,
     returns_tuples,
     run_packed,
     states_wanted,
@@ -134,6 +135,7 @@ def _run(
     parts = require_encoder(module.config, layers, arguments)
     if given.is_meta:
         raise Unsupported("the meta device: a batch is packed by the values of its mask")
+    require_kernels(given.device)
     padding, general = read_layout(
         given, mask, positions, keeps_padding=keeps_padding(module), **packed
     )

@@ -23,6 +23,7 @@ from fastbert.modules.plan import Planner
 from fastbert.modules.request import asked, unknown_argument
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.stack import run_stack
+from fastbert.ops.attention import attention_qkvpacked
 from fastbert.ops.unpad import Unpadding
 
 
@@ -43,6 +44,13 @@ def require_encoder(
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         raise Unsupported("tracing or export, which would fix the lengths of this batch")
     return _PLANNER.parts(layers)
+
+
+def require_kernels(device: torch.device) -> None:
+    """Raises Unsupported on an accelerator without kernels, where plain PyTorch would be slow."""
+    choice = attention_qkvpacked.chosen(device.type)
+    if device.type != "cpu" and choice.kernels is None and not choice.forced:
+        raise Unsupported(f"no kernels for {device.type}: {choice.reason}")
 
 
 def is_built_in(attention: str) -> bool:

@@ -61,10 +61,11 @@ def test_a_launch_is_recorded_with_its_arguments_for_its_gpu():
         ({"spills": 3}, "3 spills, 2 allowed"),
         ({"wide_loads": 3}, "3 loads of 16 bytes, 4 wanted"),
         ({"matrix_products": 0}, "no tensor-core instruction"),
+        ({"shared": 101}, "101 bytes of shared memory, 100 allowed"),
     ],
 )
 def test_what_is_beyond_a_limit_is_a_fault(change, fault):
-    limits = Limits(wide_loads=4, dots=True, spills=2, reason="a test")
+    limits = Limits(wide_loads=4, shared=100, dots=True, spills=2, reason="a test")
     report = Report(64, 8, 0, spills=2, shared=0, wide_loads=4, matrix_products=1, instructions=9)
     assert faults(limits, report) == []
     assert faults(limits, report._replace(**change)) == [fault]
@@ -72,7 +73,7 @@ def test_what_is_beyond_a_limit_is_a_fault(change, fault):
 
 def test_local_memory_is_a_fault_where_no_spill_is_allowed():
     report = Report(64, 8, 4, 0, 0, 0, 0, 9)
-    assert faults(Limits(0, False, 0, ""), report) == ["12 bytes of local memory"]
+    assert faults(Limits(0, 0, False, 0, ""), report) == ["12 bytes of local memory"]
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import inspect
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -220,9 +219,11 @@ def _load_triton(op: str, device: str) -> Any:
         raise BackendUnavailable("triton is not installed")
     if device == "cuda":
         _require_gpus()
-    if not INTERPRETED and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+    fault = "" if INTERPRETED else importlib.import_module("fastbert.kernels.runtime").fault()
+    if fault:
         raise BackendUnavailable(
-            "Triton builds its launcher with a C compiler, and none is on PATH"
+            "Triton cannot compile here, for which it needs a C compiler and Python's headers (gcc "
+            f"and python3-dev): {fault}"
         )
     # kernels/x.py holds the bodies of all the operators of fastbert/ops/x.py
     unit = OPS[op].check.__module__.rpartition(".")[2]

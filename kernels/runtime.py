@@ -138,6 +138,21 @@ def kernel(*, do_not_specialize: Iterable[str] = ()) -> Callable[[Callable[..., 
     return lambda function: Kernel(function, do_not_specialize)
 
 
+@triton.jit
+def _nothing():
+    pass
+
+
+@functools.cache
+def fault() -> str:
+    """Why Triton cannot compile a kernel here, "" if it can; it tries once."""
+    try:
+        _nothing.warmup(grid=(1,), **OPTIONS)
+    except Exception as error:  # of Triton, its tools, the driver, or a full disk
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return ""
+
+
 def current_device() -> int:
     return torch.cuda.current_device()
 

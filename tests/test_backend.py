@@ -3,7 +3,10 @@
 import copy
 import importlib
 import inspect
+import os
 import pkgutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from fastbert import backend, events
 from fastbert.hf import encode
 from fastbert.hf.families import Unsupported
 from fastbert.hf.stack import require_kernels
+from fastbert.kernels import runtime
 from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.layer_norm import layer_norm
 
@@ -219,11 +223,12 @@ def test_a_gradient_penalty_over_kernels_names_the_remedy(model):
 def a_gpu(monkeypatch):
     """Choices as on a machine with these GPUs, of which nothing but their properties is there."""
 
-    def use(*capabilities, hip=None):
+    def use(*capabilities, hip=None, fault=""):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU number {i}")
         monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(runtime, "fault", lambda: fault)
         backend._forget()
 
     yield use
@@ -254,6 +259,22 @@ def test_gpus_that_cannot_run_the_kernels_run_the_plain_bodies(capabilities, hip
 def test_gpus_from_ampere_on_run_triton(capabilities, a_gpu):
     a_gpu(*capabilities)
     assert bias_gelu.choice("cuda").backend == "triton"
+
+
+def test_a_machine_on_which_triton_cannot_compile_says_what_it_lacks(a_gpu, monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    a_gpu((8, 0), fault="RuntimeError: no compiler")
+    choice = bias_gelu.choice("cuda")
+    assert choice.kernels is None
+    assert "Python's headers (gcc and python3-dev): RuntimeError: no compiler" in choice.reason
+
+
+def test_triton_compiles_nothing_without_a_gpu_and_says_so():
+    command = [sys.executable, "-c", "from fastbert.kernels import runtime; print(runtime.fault())"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("RuntimeError: 0 active drivers")
 
 
 def test_a_patched_model_on_a_gpu_without_kernels_is_hugging_faces(a_gpu, monkeypatch):

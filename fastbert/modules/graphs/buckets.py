@@ -136,12 +136,10 @@ def _refusal(layers: nn.ModuleList, x: Tensor, sequences: Sequences, lane: Lane)
         return "a replica of DataParallel"
     if backend.forced() is not None:
         return "a backend that is forced"
-    if lane.recorder.is_inside():
-        return "a recording of the caller's own"
     is_watched = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
     if is_watched or torch.is_anomaly_enabled():
         return "a mode that looks at each operation"
-    return ""
+    return lane.recorder.refusal()
 
 
 def _tell(bucket: Bucket, entry: Entry) -> None:

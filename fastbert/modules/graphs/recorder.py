@@ -26,8 +26,8 @@ class Recorder(Protocol):
     def follow(self) -> None:
         """Makes the caller's stream wait for replays that were launched on another stream."""
 
-    def is_inside(self) -> bool:
-        """Whether the caller is inside a recording, by this recorder or any other."""
+    def refusal(self) -> str:
+        """Why nothing can be recorded or replayed now, "" if it can."""
 
     def memory(self) -> int:
         """Bytes of device memory that the recordings hold, if they share memory."""
@@ -69,8 +69,13 @@ class CudaGraphs:
     def begin_anew(self) -> None:
         self.pool = torch.cuda.graph_pool_handle() if self.shares_memory else None
 
-    def is_inside(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
+    def refusal(self) -> str:
+        if torch.cuda.is_current_stream_capturing():
+            return "a recording of the caller's own"
+        allocator = torch.cuda.get_allocator_backend()  # another does not tell what a pool holds
+        return (
+            "" if allocator == "native" else f"{allocator}, an allocator that is not PyTorch's own"
+        )
 
     def memory(self) -> int:
         segments = torch.cuda.memory_snapshot()

@@ -36,7 +36,7 @@ class Repeats:
         self.error, self.taken, self.again = error, taken, again
         self.recorded = self.replayed = self.begun = 0
         self.lanes: list[Lane] = []
-        self.inside = False
+        self.refusal = ""
 
     def lane(self) -> "Lane":
         self.lanes.append(Lane(self))
@@ -88,8 +88,8 @@ class Lane:
         self.device.begun += 1
         self.held = 0
 
-    def is_inside(self) -> bool:
-        return self.device.inside
+    def refusal(self) -> str:
+        return self.device.refusal
 
     def memory(self) -> int:
         return self.held

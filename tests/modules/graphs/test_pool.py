@@ -176,9 +176,10 @@ def test_the_newer_interface_of_products_precision_is_a_setting_too(recorder):
 
 def test_inside_a_recording_of_the_callers_own_nothing_is_recorded(recorder):
     _, recorded = models("Bert")
-    recorder.inside = True
+    recorder.refusal = "a recording of the caller's own"
     logits(recorded.eval(), batch([5]))
     assert recorder.recorded == 0
+    assert routes(recorded, batch([5]))["CUDA graph"].reason == recorder.refusal
 
 
 def test_without_a_gpu_nothing_is_recorded():

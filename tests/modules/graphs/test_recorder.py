@@ -105,3 +105,18 @@ def test_a_replay_outlives_every_other_reference():
     spoilt = [torch.full((1 << 20,), 7.0, device="cuda") for _ in range(8)]
     assert replay().item() == 3.0
     assert len(spoilt) == 8
+
+
+@pytest.mark.usefixtures("without_gpu")
+@pytest.mark.parametrize(
+    ("is_capturing", "allocator", "reason"),
+    [
+        (False, "native", ""),
+        (True, "native", "a recording of the caller's own"),
+        (False, "cudaMallocAsync", "cudaMallocAsync, an allocator that is not PyTorch's own"),
+    ],
+)
+def test_it_says_why_nothing_can_be_recorded(is_capturing, allocator, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: allocator)
+    assert CudaGraphs().refusal() == reason

@@ -1,5 +1,6 @@
 """Records work as a CUDA graph: one launch replays all of its kernels, on the same addresses."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
@@ -101,12 +102,30 @@ class CudaGraphs:
 
     def record(self, work: Work[Result]) -> Work[Result]:
         graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.stream(torch.cuda.current_stream()),  # restored even if the capture fails
-            # thread_local, so that the thread that pins memory for the next batches may continue
-            torch.cuda.graph(
-                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-            ),
-        ):
-            result = work()
+        pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool
+        try:
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),  # restored even if this fails
+                # thread_local, so that the thread that pins memory for the next batches may go on
+                torch.cuda.graph(
+                    graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
+                ),
+            ):
+                result = work()
+        except RuntimeError:
+            self._end(pool)
+            raise
         return Replay(graph, work, result)
+
+    def _end(self, pool: Any) -> None:
+        """Ends a recording that CUDA has given up but PyTorch has not.
+
+        Its allocator would keep all memory that streams share, and its generator refuse to draw
+        outside of a recording; the end of another recording ends that too.
+        """
+        with contextlib.suppress(RuntimeError):  # which tells that the allocator is done
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        present = torch.cuda.stream(torch.cuda.current_stream())
+        other = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream)
+        with contextlib.suppress(RuntimeError), present, other:
+            torch.zeros(1, device=torch.device("cuda"))  # as PyTorch warns of an empty one

@@ -197,3 +197,22 @@ def test_on_a_gpu_layers_have_several_backward_graphs(monkeypatch):
         for a, e in zip(*found, strict=True):
             assert (a is None) == (e is None)
             assert a is None or (a - e).abs().max() <= 1e-3 * (1 + e.abs().max())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_recording_that_fails_leaves_the_generator_and_the_pool_as_they_are():
+    def waits(x):
+        return torch.nn.functional.gelu(x) * (1 + 0 * x.sum().item())
+
+    plain, recorded = (model.train() for model in on_gpu("own", hidden_act=waits))
+    inputs = {n: x.cuda() for n, x in batch([7, 3, 5, 6]).items()}
+    labels = (torch.arange(4) % 3).cuda()
+    before = num_recorded()
+    for _ in range(2):
+        a, e = (step(model, inputs, labels)[0] for model in (recorded, plain))
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4)
+    assert num_recorded() == before
+    torch.nn.functional.dropout(torch.ones(9, device="cuda"), 0.5)
+    _, other = (model.eval() for model in on_gpu())
+    logits(other, inputs)
+    assert num_recorded() == before + 1

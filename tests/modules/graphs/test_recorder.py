@@ -32,6 +32,7 @@ def without_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
 
 
@@ -120,3 +121,33 @@ def test_it_says_why_nothing_can_be_recorded(is_capturing, allocator, reason, mo
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: allocator)
     assert CudaGraphs().refusal() == reason
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_a_recording_that_cuda_gives_up_is_ended_for_pytorch_too(monkeypatch):
+    """Else its generator draws nothing any more; `test_on_a_gpu.py` has what that leads to."""
+    seen = []
+
+    class Capture:
+        def __init__(self, graph, pool=None, **_):
+            self.pool = pool
+
+        def __enter__(self):
+            seen.append(f"began {self.pool}")
+
+        def __exit__(self, *_):
+            if self.pool == "pool":
+                raise RuntimeError("operation failed due to a previous error during capture")
+            seen.append("ended")
+
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: seen.append(str(device)))
+    monkeypatch.setattr(
+        torch._C, "_cuda_endAllocateToPool", lambda *a: seen.append(a), raising=False
+    )
+    for graphs in (CudaGraphs(), CudaGraphs(shares_memory=True)):
+        seen.clear()
+        with pytest.raises(RuntimeError, match="a previous error during capture"):
+            graphs.record(lambda: None)
+        assert seen == ["began pool", (0, "pool"), "began None", "cuda", "ended"]

@@ -89,7 +89,9 @@ def replayed(
     """
     if torch.compiler.is_compiling() or (pool := pool_of(x.device)) is None:
         return None
-    with pool.lock, torch.cuda.device_of(x):
+    with pool.entered() as is_inside, torch.cuda.device_of(x):
+        if not is_inside:
+            return None
         bucket, lane = Bucket.of(x, sequences, rows), pool.lane()
         entry = Entry(lane, reason or _refusal(layers, x, sequences, lane))
         mode = Precision.of(x), layers.training, products_of(layers)

@@ -1,9 +1,10 @@
 """The graphs of a device and of its encoders: which are kept, and when one is dropped or stale."""
 
+import contextlib
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,9 +46,25 @@ class Pool:
     def __init__(self, new_recorder: Callable[[], Recorder], most_memory: float) -> None:
         self.new_recorder, self.most_memory = new_recorder, most_memory
         self.lock = threading.RLock()
+        self.is_recording = False
         self.lanes: list[Lane] = []
         # least recently used first; weak, so that entries are freed with their encoder
         self.used: weakref.WeakKeyDictionary[Entry, None] = weakref.WeakKeyDictionary()
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[bool]:
+        """Holds the lock; gives False without it while another thread records.
+
+        Autograd runs the backwards of all threads in one thread of its own. Were that to wait here,
+        the backward that is recorded would wait for it.
+        """
+        while not (is_inside := self.lock.acquire(timeout=0.001)) and not self.is_recording:
+            pass
+        try:
+            yield is_inside
+        finally:
+            if is_inside:
+                self.lock.release()
 
     def lane(self) -> Lane:
         """The first lane that is free, a new one if none is; where there are enough, the last."""
@@ -66,6 +83,7 @@ class Pool:
         """Records the entry's graphs, or sets the reason why it has none."""
         while len(self.used) >= MOST_GRAPHS:
             next(iter(self.used)).drop(self)
+        self.is_recording = True
         try:
             with call.undone():
                 kind = ForwardGraph if call.trained is None else TrainingGraphs
@@ -73,6 +91,8 @@ class Pool:
         except RuntimeError as error:  # includes running out of memory
             entry.reason = f"recording failed: {str(error).strip().partition(chr(10))[0]}"
             return
+        finally:
+            self.is_recording = False
         self.touch(entry)
         if sum(lane.recorder.memory() for lane in self.lanes) > self.most_memory:
             self._make_room(entry)
@@ -126,7 +146,9 @@ class Pending:
     def backward(
         self, number: int, x: Tensor, gradients: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...] | None:
-        with self.pool.lock, torch.cuda.device_of(x):
+        with self.pool.entered() as is_inside, torch.cuda.device_of(x):
+            if not is_inside:
+                return None
             is_last = self.lane.pending is not None and self.lane.pending() is self
             if not is_last or number not in self.left:
                 return None

@@ -114,7 +114,43 @@ def test_threads_that_train_at_once(recorder):
         for _ in range(3):
             plain(**inputs, labels=labels).loss.backward()
         assert_same(gradients(recorded), gradients(plain))
-    assert recorder.replayed == 2 * 3 * len(pairs)
+    assert recorder.replayed > 0  # while one of them records, the others run without graphs
+
+
+def test_while_another_thread_records_nothing_waits_for_it(monkeypatch):
+    """Its recording runs a backward, in the thread in which autograd runs those of all threads."""
+    begun, done = threading.Event(), threading.Event()
+
+    class Slow(Repeats):
+        slow = False
+
+        def record(self, lane, work):
+            if self.slow:
+                begun.set()
+                assert done.wait(60)
+            return super().record(lane, work)
+
+    recorder = use(Slow(), monkeypatch)
+    plain, recorded = (model.train() for model in models("Bert"))
+    _, other = models("Bert")
+    inputs, labels = batch(LENGTHS[0]), torch.arange(4) % 3
+    torch.manual_seed(5)
+    loss = recorded(**inputs, labels=labels).loss
+    recorder.slow = True
+    thread = threading.Thread(target=lambda: logits(other.eval(), batch([40, 3])))
+    thread.start()
+    assert begun.wait(60)
+    loss.backward()  # without a graph, as its own might wait for the other's recording
+    found = [loss.detach(), *gradients(recorded)]
+    seen = logits(recorded.eval(), batch([7, 3]))
+    assert recorder.replayed == 1
+    done.set()
+    thread.join()
+    assert_same(found, step(plain, inputs, labels))
+    assert_same([seen], [logits(plain.eval(), batch([7, 3]))])
+    recorder.slow = False
+    assert_same(step(recorded.train(), inputs), step(plain.train(), inputs))
+    assert recorder.replayed == 1 + 1 + 2
 
 
 def test_a_lane_that_takes_too_much_leaves_the_first_one_as_it_is(monkeypatch):

@@ -18,8 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastbert
 from fastbert import events
-from fastbert.modules.graphs import buckets
-from fastbert.modules.graphs.pool import Pool
+from fastbert.modules.graphs import buckets, pool
 from fastbert.train.objective import PretrainingObjective
 from tests.hf.training_case import LENGTHS, SHAPE, make_batch, make_model
 from tests.modules.graphs.case import Repeats
@@ -143,8 +142,11 @@ def main(path: Path) -> None:
             }
     for name, make in MODELS.items():
         recorder = Repeats()
-        shared = Pool(recorder.lane, float("inf"))
-        with mock.patch.object(buckets, "pool_of", lambda device, shared=shared: shared):
+        shared = pool.Pool(recorder.lane, float("inf"))
+        with (
+            mock.patch.object(buckets, "pool_of", lambda device, shared=shared: shared),
+            mock.patch.object(pool, "RECORDED_AT", 1),
+        ):
             report[f"graphs {name}"] = {
                 "losses": losses(make(), DistributedDataParallel, rank, world),
                 "recorded": recorder.recorded,

@@ -1,7 +1,7 @@
 """Decides whether a call replays the layers of an encoder as a CUDA graph, and which graph.
 
 A GPU waits for Python where batches are small; a graph launches all its kernels at once. The layers
-of own and patched models are recorded when a bucket of sizes is first used, and replayed for every
+of own and patched models are recorded when a bucket of sizes is met again, and replayed for every
 later call that fits it. A call that a graph could not compute correctly runs without one, and
 `fastbert.explain` shows the reason.
 
@@ -146,6 +146,6 @@ def _refusal(layers: nn.ModuleList, x: Tensor, sequences: Sequences, lane: Lane)
 
 def _tell(bucket: Bucket, entry: Entry) -> None:
     sizes = f"{bucket.tokens} tokens, {bucket.sequences} sequences of up to {bucket.longest}"
-    known = "to be recorded at its first use" if entry.graphs is None else "recorded"
+    known = "to be recorded when it is met again" if entry.graphs is None else "recorded"
     layout = "none" if entry.reason else f"of {sizes}"
     events.tell(events.Route("CUDA graph", layout, entry.reason or known))

@@ -22,6 +22,9 @@ from fastbert.modules.layer import LayerParts
 
 MOST_GRAPHS = 64  # on a device; beyond it the least recently used graphs are dropped
 MOST_LANES = 4  # of a device: so many training forwards may wait for their backwards at once
+# The use of a bucket at which it is recorded. A recording runs the layers several times and waits for
+# the GPU, which sizes that are met once would not earn back.
+RECORDED_AT = 2
 MOST_CHANGES = 16  # times that an encoder's parameters may move before graphs are given up
 
 
@@ -80,7 +83,10 @@ class Pool:
         self.used[entry] = None
 
     def record(self, entry: "Entry", bucket: Bucket, x: Tensor, call: Call) -> None:
-        """Records the entry's graphs, or sets the reason why it has none."""
+        """Records the entry's graphs, if it is time to, or sets the reason why it has none."""
+        entry.uses += 1
+        if entry.uses < RECORDED_AT:
+            return
         while len(self.used) >= MOST_GRAPHS:
             next(iter(self.used)).drop(self)
         self.is_recording = True
@@ -116,6 +122,7 @@ class Entry:
     def __init__(self, lane: Lane, reason: str = "") -> None:
         self.lane, self.reason = lane, reason
         self.graphs: ForwardGraph | TrainingGraphs | None = None
+        self.uses = 0
         self.is_too_large = False
 
     def drop(self, pool: Pool) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import fastbert
-from fastbert.modules.graphs import buckets
+from fastbert.modules.graphs import buckets, pool
 from fastbert.modules.graphs.pool import Pool
 
 SHAPE = {
@@ -109,8 +109,11 @@ def tensors_of(result) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
 
 
-def use(recorder: Repeats, monkeypatch, most_memory: float = float("inf")) -> Repeats:
-    """Has this machine's pool record by `recorder`."""
+def use(
+    recorder: Repeats, monkeypatch, most_memory: float = float("inf"), recorded_at: int = 1
+) -> Repeats:
+    """Has this machine's pool record by `recorder`, at the first use of a bucket."""
+    monkeypatch.setattr(pool, "RECORDED_AT", recorded_at)
     shared = Pool(recorder.lane, most_memory)
     monkeypatch.setattr(buckets, "pool_of", lambda device: shared)
     monkeypatch.delenv("FASTBERT_GRAPHS", raising=False)

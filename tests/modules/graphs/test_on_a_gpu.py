@@ -18,6 +18,11 @@ from tests.modules.graphs.case import (
 )
 
 
+@pytest.fixture(autouse=True)
+def at_the_first_use(monkeypatch):
+    monkeypatch.setattr(pool, "RECORDED_AT", 1)
+
+
 def on_gpu(kind="Bert", head="ForSequenceClassification", **options):
     return [model.cuda() for model in models(kind, head, **options)]
 

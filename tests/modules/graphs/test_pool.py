@@ -33,6 +33,20 @@ def test_the_least_recently_used_graph_goes_first(recorder, monkeypatch):
     assert recorder.recorded == 4
 
 
+def test_a_bucket_is_recorded_when_it_is_met_again(monkeypatch):
+    recorder = use(Repeats(), monkeypatch, recorded_at=pool.RECORDED_AT)
+    plain, recorded = (model.train() for model in models("Bert"))
+    for number, lengths in enumerate(([5], [20], [40], [20], [20], [5])):
+        inputs = batch(lengths, number)
+        assert_same(step(recorded, inputs), step(plain, inputs))
+        assert recorder.recorded == [0, 0, 0, 2, 2, 4][number]
+    assert recorder.replayed == 2 * 3
+    shared = buckets.pool_of(None)
+    next(iter(shared.used)).drop(shared)
+    step(recorded, batch([20]))  # what was dropped has been met before
+    assert recorder.recorded == 6
+
+
 def test_a_pool_that_has_outgrown_its_bound_begins_anew(monkeypatch):
     recorder = use(Repeats(taken=10), monkeypatch, most_memory=15)
     plain, recorded = (model.eval() for model in models("Bert"))
@@ -83,7 +97,7 @@ def test_explain_names_the_graph_or_the_reason(recorder, monkeypatch):
     inputs = batch([7, 3])
     assert routes(recorded, inputs)["CUDA graph"][1:] == (
         "of 16 tokens, 2 sequences of up to 64",
-        "to be recorded at its first use",
+        "to be recorded when it is met again",
     )
     logits(recorded, inputs)
     assert routes(recorded, inputs)["CUDA graph"].reason == "recorded"

@@ -22,8 +22,8 @@ from fastbert.modules.layer import LayerParts
 
 MOST_GRAPHS = 64  # on a device; beyond it the least recently used graphs are dropped
 MOST_LANES = 4  # of a device: so many training forwards may wait for their backwards at once
-# The use of a bucket at which it is recorded. A recording runs the layers several times and waits for
-# the GPU, which sizes that are met once would not earn back.
+# The use of a bucket at which it is recorded. A recording runs the layers several times and waits
+# for the GPU, which sizes that are met once would not earn back.
 RECORDED_AT = 2
 MOST_CHANGES = 16  # times that an encoder's parameters may move before graphs are given up
 

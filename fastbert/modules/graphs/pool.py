@@ -156,8 +156,8 @@ class Pending:
         with self.pool.entered() as is_inside, torch.cuda.device_of(x):
             if not is_inside:
                 return None
-            is_last = self.lane.pending is not None and self.lane.pending() is self
-            if not is_last or number not in self.left:
+            is_here = self.lane.pending is not None and self.lane.pending() is self
+            if not is_here or number not in self.left:
                 return None
             self.left.remove(number)
             if not self.left:

@@ -1,15 +1,18 @@
 """A stand-in for CUDA graphs, with which a CPU sees what their logic does, and models to record."""
 
 import copy
+from unittest import mock
 
 import torch
 import transformers
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
 from fastbert.modules.graphs import buckets, pool
 from fastbert.modules.graphs.pool import Pool
+from fastbert.ops import attention_plain
 
 SHAPE = {
     "hidden_size": 32,
@@ -20,16 +23,25 @@ SHAPE = {
     "max_position_embeddings": 160,
 }
 KINDS = ("own", "Bert", "Roberta", "DistilBert")
+# operations for which the host waits for a GPU
+HOST_READS = {
+    "_local_scalar_dense",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "nonzero",
+    "unique_dim",
+}
 
 
 class Repeats:
-    """Does the work again where a CUDA graph would replay it, and writes to the same places.
+    """Does the operations of a recording again where a CUDA graph would replay it, without Python.
 
-    Before each replay it spoils what the replays of its lane before it have returned, and gives
-    nothing but NaN for a backward whose forward was not the last replay there, as CUDA graphs that
-    share memory may; who kept a static buffer instead of a copy sees it. error: what recordings end
-    in; taken: the bytes that each recording takes; again: False for replays that compute nothing,
-    and so have no autograd of their own to notice anything.
+    They read and write the tensors that they did when recorded, and the host may read none of
+    them. A replay spoils what other graphs of its lane have returned, and gives nothing but NaN for
+    a backward whose forward was not the last replay there, as CUDA graphs that share memory may;
+    who kept a static buffer instead of a copy sees it. error: what recordings end in; taken: the
+    bytes that each recording takes; again: False for replays that compute nothing.
     """
 
     def __init__(self, error: str = "", taken: int = 0, again: bool = True) -> None:
@@ -49,31 +61,52 @@ class Repeats:
         if self.error:
             raise RuntimeError(f"{self.error}\nand more")
         self.recorded += 1
-        mode = torch.is_grad_enabled()
         lane.held += self.taken
-        kept = work()
-        recorded = tensors_of(kept)
-        lane.results += recorded
+        on_a_gpu = mock.patch.object(attention_plain, "reads_lengths", return_value=False)
+        with on_a_gpu, Tape() as tape:
+            result = work()
+        results = tensors_of(result)
         method = getattr(work, "func", work)
         owner = getattr(method, "__self__", work)
+        lane.results.append((owner, results))
         is_backward = getattr(method, "__name__", "") == "_backward"
 
         def replay():
             self.replayed += 1
             is_lost, lane.owner = is_backward and lane.owner is not owner, owner
-            if not self.again:
-                return kept
-            with torch.set_grad_enabled(mode):
-                result = work()
-            with torch.no_grad():
-                for place, x in zip(recorded, tensors_of(result), strict=True):
-                    place.copy_(x)
-                    if is_lost:
-                        place.fill_(float("nan"))
-            places = iter(recorded)
-            return pytree.tree_map(lambda x: next(places) if isinstance(x, Tensor) else x, result)
+            for whose, theirs in lane.results:
+                for one in theirs if whose is not owner else ():
+                    one.fill_(float("nan"))
+            if self.again:
+                tape.play()
+            for one in results if is_lost else ():
+                one.fill_(float("nan"))
+            return result
 
         return replay
+
+
+class Tape(TorchDispatchMode):
+    """Records operations with the tensors that they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in HOST_READS:
+            raise RuntimeError(f"{name}: the host reads a tensor in a recording")
+        found = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, tensors_of(found)))
+        return found
+
+    def play(self) -> None:
+        with torch.no_grad():
+            for function, args, kwargs, places in self.operations:
+                for place, x in zip(places, tensors_of(function(*args, **kwargs)), strict=True):
+                    if place.data_ptr() != x.data_ptr():  # else a view, or written in place
+                        place.copy_(x)
 
 
 class Lane:
@@ -81,7 +114,7 @@ class Lane:
 
     def __init__(self, device: Repeats) -> None:
         self.device, self.held = device, 0
-        self.results: list[Tensor] = []
+        self.results: list[tuple[object, list[Tensor]]] = []
         self.owner = None  # of the last replay
 
     def begin_anew(self) -> None:
@@ -95,8 +128,7 @@ class Lane:
         return self.held
 
     def follow(self) -> None:
-        for result in self.results:
-            result.fill_(float("nan"))
+        pass
 
     def warm_up(self, work):
         return work()

@@ -121,6 +121,20 @@ def test_a_recording_that_fails_leaves_the_model_as_it_is(monkeypatch):
     assert recorder.replayed == 0
 
 
+def test_a_host_that_reads_a_tensor_cannot_be_recorded(recorder):
+    def waits(x):
+        return torch.nn.functional.gelu(x) * (1 + 0 * x.sum().item())
+
+    plain, recorded = (model.train() for model in models("own", hidden_act=waits))
+    inputs = batch([7, 3])
+    for _ in range(2):
+        assert_same(step(recorded, inputs), step(plain, inputs))
+        assert_same([logits(recorded, inputs)], [logits(plain, inputs)])
+    reason = routes(recorded, inputs)["CUDA graph"].reason
+    assert reason.startswith("recording failed: _local_scalar_dense")
+    assert recorder.replayed == 0
+
+
 @pytest.mark.parametrize("value", ["0", "off", "False"])
 def test_the_environment_switches_graphs_off(value, recorder, monkeypatch):
     monkeypatch.setenv("FASTBERT_GRAPHS", value)

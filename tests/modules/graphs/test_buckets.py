@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from fastbert import backend
 from fastbert.modules.graphs.call import Bucket, rounded
+from fastbert.ops.attention import attention_qkvpacked
 from tests.modules.graphs.case import (
     KINDS,
     Repeats,
@@ -147,3 +149,17 @@ def test_a_weight_changed_between_forward_and_backward_is_refused_as_ever(monkey
 
 def test_buckets_tell_rows_from_all_tokens():
     assert Bucket(16, 1, 64) != Bucket(16, 1, 64, 16, 64)
+
+
+@pytest.mark.skipif(not backend.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_steps_whose_operators_are_kernels(kind, recorder, monkeypatch):
+    """As on a GPU, but in the interpreter."""
+    monkeypatch.setitem(backend.PREFERENCE, "cpu", backend.PREFERENCE["cuda"])
+    with backend.use(None):  # so that choices of before are forgotten
+        plain, recorded = (model.train() for model in models(kind, num_hidden_layers=1))
+        assert attention_qkvpacked.choice("cpu").backend == "triton"
+        for number, lengths in enumerate([[7, 3], [6, 5]]):
+            inputs = batch(lengths, number)
+            assert_same(step(recorded, inputs), step(plain, inputs))
+    assert recorder.replayed == 2 * 2

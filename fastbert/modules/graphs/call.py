@@ -142,7 +142,6 @@ class Segment(NamedTuple):
         assert call.trained is not None
         return call._replace(
             numbers=self.numbers,
-            states=tuple(number for number in call.states if number in self.numbers),
             rows=call.rows if self.numbers.stop == call.numbers.stop else None,
             trained=[call.trained[place] for place in self.trained],
         )

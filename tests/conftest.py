@@ -97,3 +97,12 @@ def write(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(autouse=True)
+def toys_compute_first_tokens_alone(monkeypatch):
+    """As large batches do, so that tests of toys see it too."""
+    from fastbert.modules import sequences
+
+    monkeypatch.setattr(sequences, "FIRST_ALONE", {"cpu": 0})
+    monkeypatch.setattr(sequences, "FIRST_ALONE_ON_A_GPU", 0)

@@ -5,8 +5,10 @@ Calls that the packed path does not support go to `original`; the exception `Uns
 reason, which `fastbert.explain` shows.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -46,11 +48,27 @@ class Encoded:
     dtype: torch.dtype
 
 
+# The bare model of which the caller reads each sequence's first token alone; for each thread.
+_FIRST_ALONE: ContextVar[Any] = ContextVar("first_alone", default=None)
+
+
+@contextlib.contextmanager
+def first_tokens_alone(model: Any) -> Iterator[None]:
+    """Inside, the patched bare model may return its first tokens alone, (B, 1, H)."""
+    token = _FIRST_ALONE.set(model)
+    try:
+        yield
+    finally:
+        _FIRST_ALONE.reset(token)
+
+
 def run_model(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """The patched forward of a bare model: `BertModel`, `RobertaModel`, ..."""
     encoded = None
     try:
-        encoded = encode(model, arguments)
+        # torch.compile cannot trace what a context variable has
+        is_alone = not torch.compiler.is_compiling() and _FIRST_ALONE.get() is model
+        encoded = encode(model, arguments, _first_rows if is_alone else None)
     except Unsupported as reason:
         events.refused(model, reason)
     if encoded is None:  # outside `except`, so that errors do not show Unsupported as their context
@@ -58,12 +76,20 @@ def run_model(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     return _model_output(model, encoded, arguments)
 
 
+def _first_rows(padding: Unpadding, hidden_size: int) -> Rows | None:
+    """Each sequence's first token, where that saves time; not for documents, which share a row."""
+    are_rows = len(padding.cu_seqlens) - 1 == padding.batch_shape[0]
+    return Rows.first(padding, hidden_size) if are_rows else None
+
+
 def encode(
-    model: Any, arguments: dict[str, Any], rows: Callable[[Unpadding], Rows] | None = None
+    model: Any,
+    arguments: dict[str, Any],
+    rows: Callable[[Unpadding, int], Rows | None] | None = None,
 ) -> Encoded:
     """Packs, embeds and runs the layers; raises Unsupported for calls that need Hugging Face's.
 
-    rows: (Unpadding) -> Rows, the only tokens that the last layer has to compute.
+    rows: (Unpadding, H) -> Rows, the only tokens that the last layer has to compute, None for all.
     """
     arguments = dict(arguments)
     input_ids = arguments.pop("input_ids", None)
@@ -122,7 +148,7 @@ def _run(
     given: Tensor,
     arguments: dict[str, Any],
     embed: Callable[[Unpadding, DropoutState | None], tuple[Tensor, torch.dtype]],
-    rows: Callable[[Unpadding], Rows] | None = None,
+    rows: Callable[[Unpadding, int], Rows | None] | None = None,
 ) -> Encoded:
     """Packs, embeds and runs the layers of a model or an encoder, or raises Unsupported.
 
@@ -145,19 +171,24 @@ def _run(
     x, own = embed(padding, rng)
     sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
     wanted = states_wanted(module, arguments)
-    chosen = rows(padding) if rows is not None and not wanted else None
+    chosen = rows(padding, x.shape[1]) if rows is not None and not wanted else None
     x, states = run_packed(module, layers, parts, x, sequences, padding, wanted, chosen)
     return Encoded(x, states, padding, chosen, boundary_dtype(own, x.device))
 
 
 def _model_output(model: Any, encoded: Encoded, arguments: dict[str, Any]) -> Any:
     family = family_of_module(model)
-    padding, x, dtype = encoded.padding, encoded.x, encoded.dtype
-    fields: dict[str, Any] = {"last_hidden_state": padding.pad(x.to(dtype))}
-    pooler = getattr(model, "pooler", None)
+    padding, rows, dtype = encoded.padding, encoded.rows, encoded.dtype
+    x, pooler = encoded.x.to(dtype), getattr(model, "pooler", None)
+    cu_seqlens = padding.cu_seqlens if rows is None else rows.cu_seqlens
+    fields: dict[str, Any] = {}
+    if rows is None:
+        fields["last_hidden_state"] = padding.pad(x)
+    else:
+        fields["last_hidden_state"] = _first_column(first_tokens(x, cu_seqlens), padding)
     if pooler is not None and is_plain_pooler(pooler):
         # the pooler reads column 0, so it gets each first real token as a sequence of length 1
-        fields["pooler_output"] = pooler(first_tokens(x, padding.cu_seqlens).to(dtype)[:, None])
+        fields["pooler_output"] = pooler(first_tokens(x, cu_seqlens)[:, None])
     elif pooler is not None:
         fields["pooler_output"] = pooler(fields["last_hidden_state"])
     fields["hidden_states"] = pad_states(encoded.states, padding, dtype)
@@ -168,6 +199,14 @@ def _model_output(model: Any, encoded: Encoded, arguments: dict[str, Any]) -> An
     # the heads of transformers 4.57 read hidden states from the third element of the tuple on
     leaves_a_place = returns_tuples() and pooler is None and hasattr(output, "pooler_output")
     return (states, None, *rest) if leaves_a_place else (states, *rest)
+
+
+def _first_column(first: Tensor, padding: Unpadding) -> Tensor:
+    """First tokens (B, H) -> (B, 1, H), the first column of the padded form: zeros at padding."""
+    if padding.slots is not None:
+        is_token = padding.slots.view(padding.batch_shape)[:, :1] >= 0
+        first = torch.where(is_token, first, 0.0)
+    return first[:, None]
 
 
 def is_plain_pooler(pooler: nn.Module) -> bool:

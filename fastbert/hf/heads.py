@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastbert import events
-from fastbert.hf.encode import encode, is_plain_pooler
+from fastbert.hf.encode import encode, first_tokens_alone, is_plain_pooler
 from fastbert.hf.families import (
     Forward,
     Unsupported,
@@ -21,7 +21,7 @@ from fastbert.hf.families import (
     patched_base,
     runs_patched,
 )
-from fastbert.hf.hooks import is_hooked
+from fastbert.hf.hooks import is_hooked, is_theirs
 from fastbert.hf.stack import family_of_module
 from fastbert.models.inputs import wants_logits
 from fastbert.models.losses import Scored, pretraining_loss, score_classes, score_words, span_loss
@@ -89,6 +89,8 @@ def run_head(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """
     name = patched_base(model).__name__
     arguments = dict(arguments)
+    if reads_first_tokens(model):
+        original = first_tokens_alone(model.base_model)(original)
     num_items = arguments.pop("num_items_in_batch", None)  # unknown to the heads of 4.57
     if name.endswith("ForQuestionAnswering"):
         return _run_spans(model, original, arguments, num_items)
@@ -107,6 +109,26 @@ def run_head(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
         loss = torch.where(count > 0, output.loss, 0.0)
         output.loss = loss if num_items is None else Scored(loss * count, count).loss(num_items)
     return _returned(model, output, arguments)
+
+
+def reads_first_tokens(model: Any) -> bool:
+    """Whether the model's forward reads each sequence's first token alone of its bare model's."""
+    name, base = patched_base(model).__name__, model.base_model
+    is_watched = is_hooked(base) or torch.nn.modules.module._has_any_global_hook()
+    if torch.compiler.is_compiling() or is_watched or not runs_patched(base):
+        return False
+    pooler = getattr(base, "pooler", None)
+    if pooler is not None:
+        return name.endswith(_POOLED) and is_plain_pooler(pooler)
+    if name.startswith("DistilBert"):
+        return name.endswith(_POOLED)
+    head = getattr(model, "classifier", None)
+    is_own = head is not None and is_theirs(head) and not is_hooked(head)
+    return name.endswith("ForSequenceClassification") and is_own
+
+
+# The heads that read a pooler's output, or without a pooler the first column.
+_POOLED = "ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction"
 
 
 def _run_spans(
@@ -180,7 +202,7 @@ def _run_rows(
     """The masked rows, and with pairs the pooler's output (B, H) for each sequence."""
     packed_labels: Tensor | None = None
 
-    def rows_of(padding: Unpadding) -> Rows:
+    def rows_of(padding: Unpadding, hidden_size: int) -> Rows:
         nonlocal packed_labels
         packed_labels = padding.pack(labels)
         has_label = packed_labels != IGNORE_INDEX

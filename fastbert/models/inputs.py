@@ -127,6 +127,12 @@ class Request:
         rows = wanted_rows(self.batch, first=first, labelled=labelled)
         return dataclasses.replace(self, rows=rows)
 
+    def first_alone(self, hidden_size: int) -> Self:
+        """This request for first tokens only, where that saves time and no states are wanted."""
+        if self.output_hidden_states:
+            return self
+        return dataclasses.replace(self, rows=Rows.first(self.batch, hidden_size))
+
     def output(self, kind: Any, encoded: Any, logits: Tensor | None, scored: Scored | None) -> Any:
         """The output of class `kind`: the loss normalised, None without a score; logits; states."""
         return kind(

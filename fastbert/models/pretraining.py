@@ -191,7 +191,7 @@ class BertForNextSentencePrediction(LabelledModel):
     def predict(
         self, request: Request, labels: Tensor | None = None
     ) -> NextSentencePredictorOutput:
-        request = request.labelled_pairs(labels).only(first=True)
+        request = request.labelled_pairs(labels).first_alone(self.config.hidden_size)
         encoded = self.encode(request)
         logits, labels = self.cls(encoded.pooler_output), request.batch.next_sentence_label
         scored = None if labels is None else score_classes(logits, labels)

@@ -14,6 +14,12 @@ from fastbert.ops.gather_rows import Call as Gather
 from fastbert.ops.gather_rows import gather_rows
 from fastbert.rng import DropoutState
 
+# From how many tokens times hidden size squared on the last layer computes first tokens alone where
+# nothing else is read. Finding their rows takes a CPU as long as it saves at 2^17; a GPU's host is
+# predicted to need 2^30, a batch of 2,048 tokens at hidden size 768.
+FIRST_ALONE = {"cpu": 2**17}
+FIRST_ALONE_ON_A_GPU = 2**30
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
@@ -36,6 +42,16 @@ class Rows:
         before = torch.cat([wanted.new_zeros(1), wanted]).cumsum(0, dtype=torch.int32)
         begins = before.index_select(0, cu_seqlens).clamp(max=capacity)
         return cls(kept.positions, kept.slots, begins, max_seqlen)
+
+    @classmethod
+    def first(cls, tokens: Any, hidden_size: int) -> "Rows | None":
+        """Each sequence's first token; None where the last layer had better compute all.
+
+        tokens: as in `read_by_losses`
+        """
+        size = tokens.num_tokens * hidden_size**2
+        least = FIRST_ALONE.get(tokens.cu_seqlens.device.type, FIRST_ALONE_ON_A_GPU)
+        return cls.read_by_losses(tokens, first=True) if size >= least else None
 
     @classmethod
     def read_by_losses(

@@ -262,8 +262,8 @@ def test_a_graph_of_a_bucket_begins_with_copies_of_weights(kind, casts, training
     buckets._RECORDED.clear()
     with precision:
         run(recorded)
-    # there is one more product in the last layer, whose queries are of some rows alone; the biases of
-    # queries, keys and values have copies where there is no gradient
+    # there is one more product in the last layer, whose queries are of some rows alone; the biases
+    # of queries, keys and values have copies where there is no gradient
     casts_of_weights = 4 * layers + 1
     casts_of_biases = 0 if training else layers + 1
     less = counted[0] - forward

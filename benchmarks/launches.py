@@ -4,13 +4,18 @@ Results are memory as it was.
 """
 
 import contextlib
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-from fastbert import backend
+from fastbert import backend, kernels
 from fastbert.kernels import runtime
 from fastbert.kernels.runtime import Handle, Kernel
+
+for _unit in pkgutil.iter_modules(kernels.__path__):  # their constants are made of IS_INTERPRETED,
+    importlib.import_module(f"fastbert.kernels.{_unit.name}")  # which is another in `given_to`
 
 # GPUs by their compute capability, and how many multiprocessors an A100, an H100 and a B200 have.
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}

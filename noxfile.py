@@ -11,7 +11,10 @@ NEEDED = ("pytest", "pytest-timeout", "hypothesis", "setuptools", "accelerate", 
 TESTS = (
     *("tests/config", "tests/data", "tests/models", "tests/modules", "tests/test_checkpoint.py"),
     *("tests/test_explain.py", "tests/test_imports.py", "tests/test_outputs.py"),
-    *(f"tests/hf/test_{name}.py" for name in ("contract", "differences", "padding", "patch")),
+    *(
+        f"tests/hf/test_{name}.py"
+        for name in ("contract", "differences", "first_tokens", "padding", "patch")
+    ),
 )
 
 nox.options.default_venv_backend = "venv"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastbert.check import require
 from fastbert.hf.families import dropout_of
 from fastbert.hf.hooks import is_hooked, is_theirs, works_by_token
-from fastbert.hf.stack import family_of_module
+from fastbert.hf.stack import family_of_module, returns_tuples
 from fastbert.modules.embeddings import embed, stream_dtype
 from fastbert.modules.linear import is_plain, reads_rows
 from fastbert.ops.unpad import Unpadding
@@ -38,11 +38,13 @@ def embedded(
     # the device of the input, because an offloaded model's weights are on the meta device
     dtype = stream_dtype(own_dtype(embeddings), positions.device, model)
     if not _are_plain(embeddings, has_types):
-        types = {"token_type_ids": token_type_ids} if has_types else {}
-        x = embeddings(
-            input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, **types
-        )
-        x = padding.pack(x).to(dtype)
+        # those of transformers 4.57's DistilBERT have other names, and fewer
+        embeds = "input_embeds" if returns_tuples() and not has_types else "inputs_embeds"
+        others = {embeds: inputs_embeds, "position_ids": position_ids}
+        if has_types:
+            others["token_type_ids"] = token_type_ids
+        given = {name: tensor for name, tensor in others.items() if tensor is not None}
+        x = padding.pack(embeddings(input_ids=input_ids, **given)).to(dtype)
     else:
         if has_types and token_type_ids is None:
             token_type_ids = _types(embeddings, positions)

@@ -11,6 +11,7 @@ import fastbert
 from fastbert.hf import encode, heads
 from fastbert.modules import sequences
 from tests.hf.cases import FAMILIES, Case, build, compare, inputs
+from tests.versions import IS_V4
 
 HEADS = [
     *((family, "ForSequenceClassification") for family in FAMILIES),
@@ -155,6 +156,7 @@ def test_a_model_of_ones_own_around_the_bare_model_gets_all_tokens():
     assert ours.bert(**batch).last_hidden_state.shape[:2] == real.shape
 
 
+@pytest.mark.skipif(IS_V4, reason="4.57 takes no documents in this head")
 def test_documents_in_one_row_are_computed_whole():
     case = Case("Bert", "ForSequenceClassification", lengths=(9,), mask="none")
     _, ours = build(case)

@@ -136,7 +136,10 @@ def _types(embeddings: Any, position_ids: Tensor) -> Tensor | None:
             known = _ARE_ZERO[embeddings] = weakref.ref(types), types._version, are_zero
         if known[2]:
             return None
-    return types.to(position_ids.device)[0][position_ids]
+    types = types.to(position_ids.device)
+    if returns_tuples():  # transformers 4.57 reads them by column, whatever the positions are
+        return types[:, : position_ids.shape[1]]
+    return types[0][position_ids]
 
 
 _ARE_ZERO: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()

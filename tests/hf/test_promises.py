@@ -13,6 +13,7 @@ from torch import nn
 
 import fastbert
 from tests.hf.changes import LEAVES, OPTIONS, layer, replace_a_linear
+from tests.versions import IS_V4
 
 FAMILIES = ("Bert", "Roberta", "DistilBert")
 MASK = (torch.arange(10) < torch.tensor([[10], [7], [4]])).long()
@@ -135,6 +136,7 @@ def half_attention(module, query, key, value, attention_mask, scaling=None, **kw
     return (out / 2).transpose(1, 2).contiguous(), None
 
 
+@pytest.mark.skipif(IS_V4, reason="4.57's models choose their attention as they are made")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["sdpa_mine", "flash_attention_mine", "mine"])
 def test_an_attention_that_the_user_registers_runs_by_whatever_name(family, name):
@@ -176,6 +178,8 @@ CLASSES = {
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(("family", "name"), [(f, n) for f, ns in CLASSES.items() for n in ns])
 def test_a_class_whose_forward_is_replaced_runs_it(family, name, when, monkeypatch):
+    if IS_V4 and "SelfAttention" in name:
+        pytest.skip("4.57's models use other classes for it")
     theirs, ours = pair(family)
     modeling = __import__(theirs.__module__, fromlist=[name])
     cls = getattr(modeling, name)
@@ -276,7 +280,7 @@ def test_positions_count_as_often_as_hugging_face_looks_them_up(family):
 @pytest.mark.parametrize("kind", ["Model", "ForSequenceClassification", "ForMaskedLM"])
 def test_arguments_in_excess_are_pythons_own_type_error(family, kind):
     theirs, ours = pair(family, kind)
-    calls = [((ids(),), {"input_ids": ids()}), ((ids(), MASK, *[None] * 12), {})]
+    calls = [((ids(),), {"input_ids": ids()}), ((ids(), MASK, *[None] * 20), {})]
     for args, kwargs in calls:
         for model in (theirs, ours):
             with pytest.raises(TypeError):
@@ -301,7 +305,7 @@ def test_a_key_left_over_from_the_tokenizer_costs_nothing(kind, name):
 
 def test_an_error_of_hugging_faces_own_forward_has_no_context_of_ours():
     _, ours = pair()
-    with pytest.raises(ValueError, match="not enough values") as caught:
+    with pytest.raises((ValueError, IndexError), match=r"not enough values|too many ind") as caught:
         ours(ids()[0], output_attentions=True)
     error: BaseException | None = caught.value
     while error is not None:

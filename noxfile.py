@@ -13,7 +13,10 @@ TESTS = (
     *("tests/test_explain.py", "tests/test_imports.py", "tests/test_outputs.py"),
     *(
         f"tests/hf/test_{name}.py"
-        for name in ("contract", "differences", "first_tokens", "padding", "patch", "promises")
+        for name in (
+            *("attention_interface", "contract", "differences", "first_tokens"),
+            *("padding", "patch", "promises"),
+        )
     ),
 )
 

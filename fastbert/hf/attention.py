@@ -41,9 +41,10 @@ def attention_mask(
     None without padding. Other masks (causal, sliding windows, documents) are the (B, 1, S, S)
     masks of transformers' sdpa attention.
     """
-    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+    from transformers import masking_utils
 
-    if mask_function is bidirectional_mask_function:
+    bidirectional = getattr(masking_utils, "bidirectional_mask_function", None)  # 4.57 has none
+    if bidirectional is not None and mask_function is bidirectional:
         if attention_mask is None:
             return None
         keep = attention_mask.bool()
@@ -54,7 +55,9 @@ def attention_mask(
         setattr(keep, _UNPADDING, unpad(keep))  # all layers get this very tensor, and share it
         return keep
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(*args, attention_mask=attention_mask, mask_function=mask_function, **kwargs)
+    return masking_utils.sdpa_mask(
+        *args, attention_mask=attention_mask, mask_function=mask_function, **kwargs
+    )
 
 
 def attention_forward(

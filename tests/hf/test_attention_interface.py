@@ -87,6 +87,7 @@ def test_outputs_and_gradients_are_sdpas(name, side):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.skipif(IS_V4, reason="4.57's encoders do not let users choose their attention")
 def test_keys_are_packed_once_for_all_layers():
     _, ours = make("Roberta")
     batch, _ = batch_of("Roberta", "right")

@@ -98,7 +98,8 @@ def _bert_parts(layer: Any) -> LayerParts:
     _require_plain_layer(layer, layer.chunk_size_feed_forward)
 
     def dropout(module: Any) -> float:
-        return 0.0 if module is this and not this.training else dropout_of(module.dropout)
+        p = dropout_of(module.dropout)  # also in eval mode, as 4.57's eager attention calls it then
+        return 0.0 if module is this and not this.training else p
 
     return read_parts(layer, leaf, dropout, activation_of)
 
@@ -112,7 +113,7 @@ def _distilbert_parts(layer: Any) -> LayerParts:
         key=leaf(attention.k_lin),
         value=leaf(attention.v_lin),
         num_heads=attention.n_heads,
-        attention_dropout=dropout_of(attention.dropout) if attention.training else 0.0,
+        attention_dropout=dropout_of(attention.dropout) * attention.training,
         attention_end=End(leaf(attention.out_lin), 0.0, leaf(layer.sa_layer_norm, nn.LayerNorm)),
         intermediate=leaf(ffn.lin1),
         activation=activation_of(ffn.activation),

@@ -168,6 +168,27 @@ def test_an_attention_registered_in_the_place_of_a_built_in_one_runs(family, mon
     assert fastbert.explain(ours, ids(), attention_mask=MASK, show=False).routes[0].reason
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hook_on_attentions_dropout_counts_as_often(family, training):
+    """4.57's eager attention calls the module in eval mode too, which shows the probabilities."""
+    found = []
+    for model in pair(family, attn_implementation="eager"):
+        calls = []
+        for module in model.train(training).modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        attention = layer(model).attention
+        getattr(attention, "self", attention).dropout.register_forward_hook(
+            lambda module, args, y, calls=calls: calls.append(y.shape) or 2 * y
+        )
+        with torch.no_grad():
+            found.append((states(model), calls))
+    (expected, theirs), (actual, ours) = found
+    assert ours == theirs
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 CLASSES = {
     "Bert": ["BertSelfAttention", "BertSelfOutput", "BertIntermediate", "BertEmbeddings"],
     "Roberta": ["RobertaSelfAttention", "RobertaOutput", "RobertaEncoder", "RobertaModel"],

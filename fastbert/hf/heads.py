@@ -118,16 +118,15 @@ def reads_first_tokens(model: Any) -> bool:
     if torch.compiler.is_compiling() or is_watched or not runs_patched(base):
         return False
     pooler = getattr(base, "pooler", None)
-    if pooler is not None:
-        return name.endswith(_POOLED) and is_plain_pooler(pooler)
-    if name.startswith("DistilBert"):
-        return name.endswith(_POOLED)
-    head = getattr(model, "classifier", None)
-    is_own = head is not None and is_theirs(head) and not is_hooked(head)
-    return name.endswith("ForSequenceClassification") and is_own
+    if not name.endswith(_POOLED) or not (pooler is None or is_plain_pooler(pooler)):
+        return False
+    if name.startswith(("Bert", "DistilBert")):  # a pooler's output, or the first column
+        return True
+    if name.endswith("ForMultipleChoice"):  # ELECTRA's, without a pooler, may summarize all tokens
+        return pooler is not None
+    return is_theirs(model.classifier) and not is_hooked(model.classifier)  # which gets all tokens
 
 
-# The heads that read a pooler's output, or without a pooler the first column.
 _POOLED = "ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction"
 
 

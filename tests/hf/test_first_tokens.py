@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import sys
 
 import pytest
 import torch
@@ -93,6 +94,13 @@ def a_head_of_all_tokens(model):
     model.classifier = Mean(model.config.hidden_size)
 
 
+def a_pooler_beside_it(model):
+    a_head_of_all_tokens(model)
+    torch.manual_seed(8)
+    base = model.base_model
+    base.pooler = sys.modules[type(base).__module__].RobertaPooler(base.config).double()
+
+
 def a_hook_on_the_model(model):
     model.base_model.register_forward_hook(lambda module, args, out: out)
 
@@ -108,6 +116,7 @@ def a_hook_on_the_pooler(model):
 CHANGES = [
     ("Roberta", a_head_of_all_tokens),
     ("Electra", a_head_of_all_tokens),
+    ("Roberta", a_pooler_beside_it),
     *((family, a_hook_on_the_model) for family in ("Bert", "Roberta", "DistilBert")),
     ("Roberta", a_hook_on_the_head),
     ("Bert", a_hook_on_the_pooler),

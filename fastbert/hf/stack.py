@@ -161,7 +161,7 @@ def run_one_layer(
     """
     if sequences is None:
         return original(hidden_states, *args, **kwargs)
-    parts = parts_of(layer)
+    parts: LayerParts = _PLANNER.parts(layer)[0]  # a hook may have changed the layer by now
     if padding is None:
         return run_layer(parts, Stream(hidden_states, hidden_states), sequences).x
     x = padding.pack(hidden_states).to(dtype)

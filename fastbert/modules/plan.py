@@ -29,21 +29,22 @@ _READ = {
 class Plan:
     """The parts of each layer, and the state of the layers' modules when they were read.
 
-    hooks: the live dictionaries of the hooks inside the layers, all empty. Nothing here refers to
-    the list of layers, so that a plan is freed with its encoder.
+    owner: the list of layers, or a layer that is read alone, of which nothing here holds more than
+    its dictionaries, so that a plan is freed with it; hooks: the live dictionaries of the hooks
+    inside the layers, all empty.
     """
 
     def __init__(
-        self, layers: nn.ModuleList, parts: tuple[LayerParts | None, ...], hooks: Hooks
+        self, owner: nn.Module, parts: tuple[LayerParts | None, ...], hooks: Hooks
     ) -> None:
         self.parts, self.hooks = parts, hooks
-        self.modules = [module for layer in layers for module in layer.modules()]
+        every = list(owner.modules())
+        self.modules = every[1:]
         self.types = list(map(type, self.modules))
-        self.classes = {cls: _of_class(cls) for cls in self.types}
-        self.children: list[dict[str, Any]] = [layers._modules]
-        self.children += [module._modules for module in self.modules if module._modules]
+        self.classes = {cls: _of_class(cls) for cls in map(type, every)}
+        self.children = [module._modules for module in every if module._modules]
         self.children_then = [dict(children) for children in self.children]
-        rows = [(vars(m), name, value) for m in self.modules for name, value in _attributes(m)]
+        rows = [(vars(m), name, value) for m in every for name, value in _attributes(m)]
         self.dictionaries = [dictionary for dictionary, _, _ in rows]
         self.names = [name for _, name, _ in rows]
         self.values = [value for _, _, value in rows]
@@ -60,7 +61,7 @@ class Plan:
 
 
 class Planner:
-    """Keeps the plans of encoders, by their lists of layers, as long as these live.
+    """Keeps the plans of lists of layers, and of layers read alone, as long as these live.
 
     Training and eval mode have separate plans, so that a change of mode does not read the layers
     again.
@@ -68,21 +69,27 @@ class Planner:
 
     def __init__(self, parts_of: Callable[[Any], LayerParts | None]) -> None:
         self.parts_of = parts_of
-        self.plans: WeakKeyDictionary[nn.ModuleList, dict[bool, Plan]] = WeakKeyDictionary()
+        self.plans: WeakKeyDictionary[nn.Module, dict[bool, Plan]] = WeakKeyDictionary()
 
-    def parts(self, layers: nn.ModuleList) -> tuple[Any, ...]:
-        """The result of `parts_of` for each layer; passes on what `parts_of` raises."""
+    def parts(self, owner: nn.Module) -> tuple[Any, ...]:
+        """The result of `parts_of` for each layer of a list, or for a layer alone.
+
+        Passes on what `parts_of` raises.
+        """
+        layers = list(owner) if isinstance(owner, nn.ModuleList) else [owner]
         if torch.compiler.is_compiling():  # torch.compile has its own guards on what it reads
             return tuple(map(self.parts_of, layers))
-        plans = self.plans.setdefault(layers, {})
-        plan = plans.get(layers.training)
+        plans = self.plans.setdefault(owner, {})
+        plan = plans.get(owner.training)
         if plan is not None and plan.holds():
             return plan.parts
         parts = tuple(map(self.parts_of, layers))
         inner = [module for layer in layers for module in layer.modules() if module is not layer]
         hooks = tuple(hook for module in inner for hook in hooks_of(module))
-        if not any(hooks):  # hooked layers are read each time: some hooks are only active at times
-            plans[layers.training] = Plan(layers, parts, hooks)
+        # hooked layers are read each time, as some hooks are only active at times; a forward on the
+        # owner refers to it, which would keep its plan from being freed
+        if not any(hooks) and "forward" not in vars(owner):
+            plans[owner.training] = Plan(owner, parts, hooks)
         return parts
 
 

@@ -130,16 +130,38 @@ CHANGES = [
 ]  # fmt: skip
 
 
+def watch(model):
+    """Puts hooks on all layers, so that these are called as modules."""
+    for layer in model.encoder.layer:
+        layer.register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
 @pytest.mark.parametrize("kind", ["patched", "own"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_change_after_a_call_is_seen(change, kind):
+def test_a_change_after_a_call_is_seen(change, kind, is_watched):
     """As by a model that was changed before its first call."""
     model, fresh = build(kind), build(kind)
+    if is_watched:
+        watch(model), watch(fresh)
     before = result(model)
     assert torch.equal(result(model), before)
     for one in (model, fresh):
         torch.manual_seed(1)
         change(one.encoder.layer[1])
+    expected = result(fresh)
+    assert not torch.allclose(expected, before, atol=1e-4)
+    assert torch.equal(result(model), expected)
+
+
+@pytest.mark.parametrize("kind", ["patched", "own"])
+def test_a_hook_may_change_its_layer_in_the_middle_of_a_call(kind):
+    model, fresh = build(kind), build(kind)
+    before = result(watch(model))
+    for one in (model, fresh):
+        first, second = one.encoder.layer
+        first.register_forward_hook(lambda *_, layer=second: change_eps(layer))
     expected = result(fresh)
     assert not torch.allclose(expected, before, atol=1e-4)
     assert torch.equal(result(model), expected)
@@ -230,9 +252,16 @@ def test_a_global_hook_sees_every_layer(kind):
     assert seen.count(name) == 2
 
 
+@pytest.mark.parametrize("is_wrapped", [False, True])
+@pytest.mark.parametrize("is_watched", [False, True])
 @pytest.mark.parametrize("kind", ["patched", "own"])
-def test_a_plan_goes_with_its_model(kind):
+def test_a_plan_goes_with_its_model(kind, is_watched, is_wrapped):
     model = build(kind)
+    if is_watched:
+        watch(model)
+    if is_wrapped:  # as Accelerate does
+        for layer in model.encoder.layer:
+            layer.forward = layer.forward
     result(model)
     watched = [weakref.ref(one) for one in (model, model.encoder.layer, model.encoder.layer[0])]
     del model

@@ -1,6 +1,7 @@
 """The quick part of the tests on every supported Python, each with two versions of transformers.
 
-`make test-matrix` runs it. A Python that is not installed is skipped.
+And all of it on the oldest PyTorch and Triton. `make test-matrix` runs both. A Python that is not
+installed is skipped.
 """
 
 import nox
@@ -19,6 +20,8 @@ TESTS = (
         )
     ),
 )
+# The oldest that pyproject.toml allows; the interpreter of that Triton needs an older numpy.
+OLDEST = ("torch==2.11.0", "triton==3.6.0", "numpy<2.4")
 
 nox.options.default_venv_backend = "venv"
 
@@ -34,3 +37,14 @@ def tests(session: nox.Session) -> None:
         # by the module, so that processes that tests spawn find `tests` too
         command = ("python", "-m", "pytest", "-m", "not slow and not exhaustive")
         session.run(*command, *TESTS, *session.posargs, env=environment)
+
+
+@nox.session(python="3.12", reuse_venv=True)
+def oldest(session: nox.Session) -> None:
+    """All of `make test` but the packaging, kernels in the interpreter and compiled graphs too."""
+    environment = {"FASTBERT_BUILD_EXT": "0", "OMP_NUM_THREADS": "1"}
+    session.install(*OLDEST, "setuptools", "setuptools_scm")
+    packages = ("-e", ".[dev]", *OLDEST, f"transformers=={TRANSFORMERS[-1]}")
+    session.install("--no-build-isolation", *packages, env=environment)
+    command = ("python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "-m", "not exhaustive")
+    session.run(*command, "--ignore=tests/test_packaging.py", *session.posargs, env=environment)

@@ -28,9 +28,10 @@ class ModelOutput(OrderedDict[str, Any]):
         )
 
     def __post_init__(self) -> None:
-        (name, first), *rest = vars(self).items()  # the fields, as `__init__` has set them
+        name, *others = self.__dataclass_fields__  # type: ignore[attr-defined]
+        first = getattr(self, name)
         # Accelerate and DDP rebuild a mapping by calling type(output)({name: value})
-        if isinstance(first, dict) and all(value is None for _, value in rest):
+        if isinstance(first, dict) and all(getattr(self, other) is None for other in others):
             object.__setattr__(self, name, None)
             self.clear()
             for name, value in first.items():

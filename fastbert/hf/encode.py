@@ -21,6 +21,7 @@ from fastbert.hf.hooks import is_hooked, is_theirs
 from fastbert.hf.stack import (
     boundary_dtype,
     family_of_module,
+    of_transformers,
     require_encoder,
     require_kernels,
     returns_tuples,
@@ -133,7 +134,7 @@ def run_encoder(encoder: Any, original: Forward, arguments: dict[str, Any]) -> A
     if encoded is None:
         return original(**arguments)
     padding, dtype = encoded.padding, encoded.dtype
-    output = output_class("BaseModelOutputWithPastAndCrossAttentions")(
+    output = of_transformers("modeling_outputs").BaseModelOutputWithPastAndCrossAttentions(
         last_hidden_state=padding.pad(encoded.x.to(dtype)),
         hidden_states=pad_states(encoded.states, padding, dtype),
     )
@@ -192,7 +193,7 @@ def _model_output(model: Any, encoded: Encoded, arguments: dict[str, Any]) -> An
     elif pooler is not None:
         fields["pooler_output"] = pooler(fields["last_hidden_state"])
     fields["hidden_states"] = pad_states(encoded.states, padding, dtype)
-    output = output_class(family.output)(**fields)
+    output = getattr(of_transformers("modeling_outputs"), family.output)(**fields)
     if asked(model.config, arguments, "return_dict"):
         return output
     states, *rest = output.to_tuple()
@@ -212,9 +213,3 @@ def _first_column(first: Tensor, padding: Unpadding) -> Tensor:
 def is_plain_pooler(pooler: nn.Module) -> bool:
     """Whether `pooler` is transformers' own, which reads the first token, and has no hooks."""
     return is_theirs(pooler) and not any(map(is_hooked, pooler.modules()))
-
-
-def output_class(name: str) -> Any:
-    import transformers.modeling_outputs
-
-    return getattr(transformers.modeling_outputs, name)

@@ -1,5 +1,6 @@
 """The packed layers of a patched Hugging Face encoder: whether they can run, and how."""
 
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -41,7 +42,8 @@ def require_encoder(
     attention = getattr(config, "_attn_implementation", None) or "eager"
     if not is_built_in(attention):
         raise Unsupported(f"attn_implementation={attention!r}, an attention of the user's own")
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    # `is_exporting()` is True in all that torch.compile of torch 2.11 traces
+    if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
         raise Unsupported("tracing or export, which would fix the lengths of this batch")
     return _PLANNER.parts(layers)
 
@@ -58,9 +60,7 @@ def is_built_in(attention: str) -> bool:
 
     Checks the function registered under the name, because users may register their own there.
     """
-    from transformers import AttentionInterface
-
-    found = AttentionInterface().get(attention)
+    found = of_transformers("modeling_utils").AttentionInterface().get(attention)
     if found is None:  # "eager" is a function of each modeling file
         return attention == "eager"
     return found is attention_forward or found.__module__.startswith("transformers.integrations.")
@@ -178,6 +178,12 @@ def boundary_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
 
 def returns_tuples() -> bool:
     """Whether layers and encoders of this transformers may return tuples, as 4.57's do."""
-    import transformers
+    return int(sys.modules["transformers"].__version__.partition(".")[0]) < 5
 
-    return int(transformers.__version__.partition(".")[0]) < 5
+
+def of_transformers(module: str) -> Any:
+    """A module of transformers that its models have imported.
+
+    torch.compile of torch 2.11 does not trace an import from transformers.
+    """
+    return sys.modules[f"transformers.{module}"]

@@ -146,7 +146,8 @@ class _NormKeepingY(torch.autograd.Function):
         y, _, rstd = torch.native_layer_norm(
             z.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps
         )
-        y = y.to(z.dtype)
+        if y.dtype != z.dtype:  # else torch.compile of torch 2.11 gives wrong gradients
+            y = y.to(z.dtype)
         ctx.save_for_backward(y, weight, bias, rstd)
         return y
 

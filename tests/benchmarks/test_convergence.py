@@ -1,6 +1,7 @@
 """The convergence benchmark trains three models on the same batches, and would see a difference."""
 
 import dataclasses
+import statistics
 from pydoc_data.topics import topics
 
 import pytest
@@ -56,7 +57,7 @@ def test_the_curves_agree(measured):
     assert max(row["largest_gap"].values()) < 1e-4
     for losses in row["curves"].values():
         assert len(losses) == row["case"]["steps"]
-        assert losses[-1] < losses[0] - 0.5  # they learn
+        assert statistics.mean(losses[-5:]) < statistics.mean(losses[:5]) - 0.3  # they learn
 
 
 @pytest.mark.slow

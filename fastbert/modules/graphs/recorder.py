@@ -68,7 +68,7 @@ class CudaGraphs:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle() if self.shares_memory else None
+        self.pools = [torch.cuda.graph_pool_handle()]  # the last is the one that recordings share
 
     def refusal(self) -> str:
         if torch.cuda.is_current_stream_capturing():
@@ -80,7 +80,7 @@ class CudaGraphs:
 
     def memory(self) -> int:
         segments = torch.cuda.memory_snapshot()
-        mine = (one for one in segments if tuple(one["segment_pool_id"]) == self.pool)
+        mine = (one for one in segments if tuple(one["segment_pool_id"]) in self.pools)
         return sum(one["total_size"] for one in mine)
 
     def follow(self) -> None:
@@ -102,7 +102,7 @@ class CudaGraphs:
 
     def record(self, work: Work[Result]) -> Work[Result]:
         graph = torch.cuda.CUDAGraph()
-        pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool
+        pool = self.pools[-1] if self.shares_memory else torch.cuda.graph_pool_handle()
         try:
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),  # restored even if this fails
@@ -121,10 +121,16 @@ class CudaGraphs:
         """Ends a recording that CUDA has given up but PyTorch has not.
 
         Its allocator would keep all memory that streams share, and its generator refuse to draw
-        outside of a recording; the end of another recording ends that too.
+        outside of a recording; the end of another recording ends that too. Its allocator of pinned
+        memory cannot be told, and refuses a second recording in the pool: later ones have another.
         """
-        with contextlib.suppress(RuntimeError):  # which tells that the allocator is done
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        device = torch.cuda.current_device()
+        try:
+            torch._C._cuda_endAllocateToPool(device, pool)
+        except RuntimeError:  # PyTorch has ended the recording itself
+            return
+        torch._C._cuda_releasePool(device, pool)  # as the graph that was not made would
+        self.pools.append(torch.cuda.graph_pool_handle())
         present = torch.cuda.stream(torch.cuda.current_stream())
         other = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream)
         with contextlib.suppress(RuntimeError), present, other:

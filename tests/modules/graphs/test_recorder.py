@@ -1,7 +1,9 @@
 """What a recorded CUDA graph needs of the host, with stand-ins for CUDA's streams and graphs."""
 
+import collections
 import contextlib
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -74,9 +76,13 @@ def test_memory_is_that_of_the_shared_pool_alone(monkeypatch):
         {"segment_pool_id": (0, 0), "total_size": 1},
         {"segment_pool_id": (0, 7), "total_size": 20},
         {"segment_pool_id": (0, 7), "total_size": 300},
+        {"segment_pool_id": (0, 8), "total_size": 4000},
     ]
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
-    assert CudaGraphs(shares_memory=True).memory() == 320
+    graphs = CudaGraphs(shares_memory=True)
+    assert graphs.memory() == 320
+    graphs.pools.append((0, 8))  # of recordings after a failed one
+    assert graphs.memory() == 4320
 
 
 @pytest.mark.gpu
@@ -123,31 +129,73 @@ def test_it_says_why_nothing_can_be_recorded(is_capturing, allocator, reason, mo
     assert CudaGraphs().refusal() == reason
 
 
-@pytest.mark.usefixtures("without_gpu")
-def test_a_recording_that_cuda_gives_up_is_ended_for_pytorch_too(monkeypatch):
-    """Else its generator draws nothing any more; `test_on_a_gpu.py` has what that leads to."""
-    seen = []
+class Allocators:
+    """PyTorch's two: each records in a pool until it is told to end, which a failure does not."""
+
+    def __init__(self):
+        self.device, self.pinned, self.users = set(), set(), collections.Counter()
+        self.handles = itertools.count()
+
+    def begin(self, pool):
+        self.users[pool] += 1
+        for recording in (self.device, self.pinned):
+            if pool in recording:
+                raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+            recording.add(pool)
+
+    def end(self, pool):
+        if pool not in self.device:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.device.remove(pool)
+
+    def release(self, pool):
+        self.users[pool] -= 1
+
+
+@pytest.fixture
+def allocators(without_gpu, monkeypatch):
+    found = Allocators()
 
     class Capture:
         def __init__(self, graph, pool=None, **_):
-            self.pool = pool
+            self.pool = next(found.handles) if pool is None else pool
 
         def __enter__(self):
-            seen.append(f"began {self.pool}")
+            found.begin(self.pool)
 
-        def __exit__(self, *_):
-            if self.pool == "pool":
+        def __exit__(self, kind, error, trace):
+            if error is not None and "capturing" in str(error):
                 raise RuntimeError("operation failed due to a previous error during capture")
-            seen.append("ended")
+            found.end(self.pool)
+            found.pinned.remove(self.pool)
 
     monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(found.handles))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: seen.append(str(device)))
-    monkeypatch.setattr(
-        torch._C, "_cuda_endAllocateToPool", lambda *a: seen.append(a), raising=False
-    )
-    for graphs in (CudaGraphs(), CudaGraphs(shares_memory=True)):
-        seen.clear()
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+    for name, function in (
+        ("_cuda_endAllocateToPool", lambda device, pool: found.end(pool)),
+        ("_cuda_releasePool", lambda device, pool: found.release(pool)),
+    ):
+        monkeypatch.setattr(torch._C, name, function, raising=False)
+    return found
+
+
+@pytest.mark.parametrize("shares_memory", [False, True])
+def test_after_a_recording_that_cuda_gives_up_there_are_others(shares_memory, allocators):
+    """`test_on_a_gpu.py` has what else would come of it."""
+    graphs = CudaGraphs(shares_memory=shares_memory)
+
+    def waits():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    for _ in range(3):
         with pytest.raises(RuntimeError, match="a previous error during capture"):
-            graphs.record(lambda: None)
-        assert seen == ["began pool", (0, "pool"), "began None", "cuda", "ended"]
+            graphs.record(waits)
+        assert not allocators.device  # else it would keep all memory that is allocated from now on
+    assert not any(allocators.users[pool] for pool in allocators.pinned)  # so memory comes back
+    pools = list(graphs.pools)
+    assert graphs.record(lambda: 5)() == 5
+    with pytest.raises(ZeroDivisionError):
+        graphs.record(lambda: 1 // 0)  # PyTorch ends that one
+    assert graphs.pools == pools

@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -92,7 +93,7 @@ class CudaGraphs:
     def warm_up(self, work: Work[Result]) -> Result:
         present = torch.cuda.current_stream()
         self.stream.wait_stream(present)
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream), _without_warning():
             result = work()
         present.wait_stream(self.stream)
         for tensor in pytree.tree_leaves(result):
@@ -105,6 +106,7 @@ class CudaGraphs:
         pool = self.pools[-1] if self.shares_memory else torch.cuda.graph_pool_handle()
         try:
             with (
+                _without_warning(),
                 torch.cuda.stream(torch.cuda.current_stream()),  # restored even if this fails
                 # thread_local, so that the thread that pins memory for the next batches may go on
                 torch.cuda.graph(
@@ -135,3 +137,15 @@ class CudaGraphs:
         other = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream)
         with contextlib.suppress(RuntimeError), present, other:
             torch.zeros(1, device=torch.device("cuda"))  # as PyTorch warns of an empty one
+
+
+@contextlib.contextmanager
+def _without_warning() -> Iterator[None]:
+    """Without PyTorch's warning that parameters have gradient nodes of another stream.
+
+    They have where an output of before is still alive, as a loop's last loss is. Nothing waits for
+    that stream, as a recording's gradients are returned, or added up on its own stream.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+        yield

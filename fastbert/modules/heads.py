@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastbert.modules.activations import activation, dense_and_activate
@@ -90,4 +89,4 @@ def first_tokens(hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
     if not hidden_states.shape[0]:  # the sum over no rows is zeros that stay in autograd's graph
         return hidden_states.sum(0, keepdim=True).expand(starts.shape[0], -1)
     rows = hidden_states.index_select(0, starts.clamp(max=hidden_states.shape[0] - 1))
-    return torch.where((ends > starts)[:, None], rows, 0.0)
+    return rows.masked_fill((ends <= starts)[:, None], 0.0)

@@ -32,7 +32,11 @@ class Unpadding:
     @classmethod
     def dense(cls, batch: int, seqlen: int, device: torch.device | str | None = None) -> Self:
         """A batch without padding, for which `pack` and `pad` only reshape."""
-        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
+        if seqlen:  # one launch on a GPU, in place of two
+            end = batch * seqlen + 1
+            cu_seqlens = torch.arange(0, end, seqlen, dtype=torch.int32, device=device)
+        else:
+            cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=device)
         return cls(None, None, cu_seqlens, seqlen, (batch, seqlen))
 
     @classmethod

@@ -69,7 +69,8 @@ class CudaGraphs:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        self.pools = [torch.cuda.graph_pool_handle()]  # the last is the one that recordings share
+        self.pools: list[Any] = []  # the last is the one that recordings share
+        self.keeper: torch.cuda.CUDAGraph | None = None  # see `_begin_pool`
 
     def refusal(self) -> str:
         if torch.cuda.is_current_stream_capturing():
@@ -102,22 +103,39 @@ class CudaGraphs:
         return result
 
     def record(self, work: Work[Result]) -> Work[Result]:
+        if self.shares_memory and self.keeper is None:
+            self._begin_pool()
         graph = torch.cuda.CUDAGraph()
         pool = self.pools[-1] if self.shares_memory else torch.cuda.graph_pool_handle()
         try:
-            with (
-                _without_warning(),
-                torch.cuda.stream(torch.cuda.current_stream()),  # restored even if this fails
-                # thread_local, so that the thread that pins memory for the next batches may go on
-                torch.cuda.graph(
-                    graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
-                ),
-            ):
+            with _without_warning(), self._capture(graph, pool):
                 result = work()
         except RuntimeError:
             self._end(pool)
             raise
         return Replay(graph, work, result)
+
+    @contextlib.contextmanager
+    def _capture(self, graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),  # restored even if this fails
+            # thread_local, so that the thread that pins memory for the next batches may go on
+            torch.cuda.graph(
+                graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
+            ),
+        ):
+            yield
+
+    def _begin_pool(self) -> None:
+        """Begins a pool to share, with a graph that keeps it.
+
+        PyTorch gives a pool up with the last of its graphs, and refuses it from then on.
+        """
+        pool, graph = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        self.pools.append(pool)
+        with self._capture(graph, pool):
+            torch.zeros(1, device=torch.device("cuda"))  # as PyTorch warns of an empty one
+        self.keeper = graph
 
     def _end(self, pool: Any) -> None:
         """Ends a recording that CUDA has given up but PyTorch has not.
@@ -126,17 +144,15 @@ class CudaGraphs:
         outside of a recording; the end of another recording ends that too. Its allocator of pinned
         memory cannot be told, and refuses a second recording in the pool: later ones have another.
         """
-        device = torch.cuda.current_device()
         try:
-            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         except RuntimeError:  # PyTorch has ended the recording itself
             return
-        torch._C._cuda_releasePool(device, pool)  # as the graph that was not made would
-        self.pools.append(torch.cuda.graph_pool_handle())
-        present = torch.cuda.stream(torch.cuda.current_stream())
-        other = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream)
-        with contextlib.suppress(RuntimeError), present, other:
-            torch.zeros(1, device=torch.device("cuda"))  # as PyTorch warns of an empty one
+        # as the graph that was not made would do
+        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        self.keeper = None
+        with contextlib.suppress(RuntimeError):
+            self._begin_pool()
 
 
 @contextlib.contextmanager

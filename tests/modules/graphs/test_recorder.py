@@ -71,7 +71,6 @@ def test_a_replay_keeps_alive_what_its_graph_reads():
 
 @pytest.mark.usefixtures("without_gpu")
 def test_memory_is_that_of_the_shared_pool_alone(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
     segments = [
         {"segment_pool_id": (0, 0), "total_size": 1},
         {"segment_pool_id": (0, 7), "total_size": 20},
@@ -80,6 +79,8 @@ def test_memory_is_that_of_the_shared_pool_alone(monkeypatch):
     ]
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     graphs = CudaGraphs(shares_memory=True)
+    assert graphs.memory() == 0
+    graphs.pools.append((0, 7))
     assert graphs.memory() == 320
     graphs.pools.append((0, 8))  # of recordings after a failed one
     assert graphs.memory() == 4320
@@ -130,13 +131,18 @@ def test_it_says_why_nothing_can_be_recorded(is_capturing, allocator, reason, mo
 
 
 class Allocators:
-    """PyTorch's two: each records in a pool until it is told to end, which a failure does not."""
+    """PyTorch's two: each records in a pool until it is told to end, which a failure does not.
+
+    A pool is given up with the last of its graphs, and refused from then on.
+    """
 
     def __init__(self):
         self.device, self.pinned, self.users = set(), set(), collections.Counter()
         self.handles = itertools.count()
 
     def begin(self, pool):
+        if pool in self.users and not self.users[pool]:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
         self.users[pool] += 1
         for recording in (self.device, self.pinned):
             if pool in recording:
@@ -156,9 +162,16 @@ class Allocators:
 def allocators(without_gpu, monkeypatch):
     found = Allocators()
 
+    class Captured(Graph):
+        pool = None
+
+        def __del__(self):
+            if self.pool is not None:
+                found.release(self.pool)
+
     class Capture:
-        def __init__(self, graph, pool=None, **_):
-            self.pool = next(found.handles) if pool is None else pool
+        def __init__(self, graph, pool, **_):
+            self.graph, self.pool = graph, pool
 
         def __enter__(self):
             found.begin(self.pool)
@@ -166,8 +179,11 @@ def allocators(without_gpu, monkeypatch):
         def __exit__(self, kind, error, trace):
             if error is not None and "capturing" in str(error):
                 raise RuntimeError("operation failed due to a previous error during capture")
+            self.graph.pool = self.pool
             found.end(self.pool)
             found.pinned.remove(self.pool)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Captured)
 
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(found.handles))
@@ -194,8 +210,30 @@ def test_after_a_recording_that_cuda_gives_up_there_are_others(shares_memory, al
             graphs.record(waits)
         assert not allocators.device  # else it would keep all memory that is allocated from now on
     assert not any(allocators.users[pool] for pool in allocators.pinned)  # so memory comes back
+    gc.collect()
     pools = list(graphs.pools)
     assert graphs.record(lambda: 5)() == 5
     with pytest.raises(ZeroDivisionError):
         graphs.record(lambda: 1 // 0)  # PyTorch ends that one
     assert graphs.pools == pools
+
+
+def test_a_pool_outlives_the_graphs_in_it(allocators):
+    graphs = CudaGraphs(shares_memory=True)
+    for _ in range(3):  # each replay is gone before the next recording
+        assert graphs.record(lambda: 5)() == 5
+    assert len(graphs.pools) == 1
+    graphs.begin_anew()
+    assert not any(allocators.users.values())
+    assert graphs.record(lambda: 5)() == 5
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_pool_outlives_the_graphs_in_it():
+    graphs = CudaGraphs(shares_memory=True)
+    x = torch.ones(1 << 20, device="cuda")
+    for _ in range(3):
+        kept = graphs.record(lambda: x + 1)()  # memory of the pool, whose graph is gone
+        gc.collect()
+    torch.cuda.synchronize()
+    assert kept.shape == x.shape

@@ -1,0 +1,82 @@
+"""Builds the stand-ins for CUDA's libraries into a folder, for the PyTorch that is installed.
+
+    python tests/cuda_stand_in/build.py FOLDER [HEADERS]
+
+It needs g++, CUDA's headers (by default /usr/local/cuda-13.0/include) and a build of PyTorch for
+CUDA 13; README.md has the rest. Functions that PyTorch asks for and no source here has only succeed.
+"""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+HEADERS = "/usr/local/cuda-13.0/include"
+SOURCES = {
+    "libcudart.so.13": "cudart.cpp",
+    "libcublas.so.13": "cublas.cpp",
+    "libcublasLt.so.13": "cublas.cpp",
+    "libcuda.so.1": "cuda.cpp",
+}
+DRIVERS = (
+    r"^(cu(?:Ctx|Dev|Event|Func|Get|Green|Launch|Link|Mem|Module|Multicast|Occupancy|Stream)\w+)$"
+)
+
+
+def output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def libraries() -> list[Path]:
+    """PyTorch's own libraries and those of CUDA that pip has installed beside it."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    packages = Path(spec.origin).parent.parent
+    found = [*packages.glob("torch/lib/*.so"), *packages.glob("nvidia/*/lib/*.so*")]
+    return [path for path in found if not path.name.startswith("libcudart")]
+
+
+def needed() -> dict[str, set[str]]:
+    """The functions of each library that others ask for."""
+    names: dict[str, set[str]] = {library: set() for library in SOURCES}
+    for path in libraries():
+        symbols = output("nm", "-D", "--undefined-only", path)
+        for name, library in re.findall(r" [Uw] (\w+)@+([\w.]+)", symbols):
+            if library in names:
+                names[library].add(name)
+        if path.name in ("libc10_cuda.so", "libcaffe2_nvrtc.so", "libtorch_cuda.so"):
+            found = re.findall(rf"^(cu(?:{DRIVERS})\w+)$", output("strings", path), re.MULTILINE)
+            names["libcuda.so.1"] |= set(found)
+    return names
+
+
+def build(library: str, names: set[str], folder: Path, headers: str) -> None:
+    own = folder / f"{library}.o"
+    options = ("-O1", "-fPIC", "-std=c++17")
+    subprocess.run(
+        ["g++", *options, f"-I{headers}", "-c", HERE / SOURCES[library], "-o", own], check=True
+    )
+    defined = {line.split()[-1] for line in output("nm", "--defined-only", own).splitlines()}
+    rest = folder / f"{library}.c"
+    lines = (f"int {name}() {{ return 0; }}\n" for name in sorted(names - defined))
+    rest.write_text("".join(lines))
+    versions = folder / f"{library}.map"
+    versions.write_text(f"{library} {{ global: *; }};\n")
+    named = f"-Wl,-soname,{library},--version-script={versions}"
+    shared = ("-shared", "-fPIC", "-w", named, "-o", folder / library)
+    subprocess.run(["g++", own, "-x", "c", rest, *shared], check=True)
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1]).absolute()
+    target.mkdir(parents=True, exist_ok=True)
+    for library, names in needed().items():
+        build(library, names, target, *(sys.argv[2:] or [HEADERS]))
+    (target / "libcuda.so").unlink(missing_ok=True)
+    (target / "libcuda.so").symlink_to("libcuda.so.1")  # which Triton links
+    first = ("libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "libcuda.so.1")
+    print(f'export LD_PRELOAD="{" ".join(str(target / name) for name in first)}"')
+    print(f"export TRITON_LIBCUDA_PATH={target}")

@@ -3,7 +3,7 @@
     python tests/cuda_stand_in/build.py FOLDER [HEADERS]
 
 It needs g++, CUDA's headers (by default /usr/local/cuda-13.0/include) and a build of PyTorch for
-CUDA 13; README.md has the rest. Functions that PyTorch asks for and no source here has only succeed.
+CUDA 13; README.md has the rest. What PyTorch asks for and no source here has only succeeds.
 """
 
 import importlib.util

@@ -15,14 +15,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 HEADERS = "/usr/local/cuda-13.0/include"
 SOURCES = {
-    "libcudart.so.13": "cudart.cpp",
-    "libcublas.so.13": "cublas.cpp",
-    "libcublasLt.so.13": "cublas.cpp",
-    "libcuda.so.1": "cuda.cpp",
+    "libcudart.so.13": sorted(HERE.glob("cudart/*.cpp")),
+    "libcublas.so.13": [HERE / "cublas.cpp"],
+    "libcublasLt.so.13": [HERE / "cublas.cpp"],
+    "libcuda.so.1": [HERE / "cuda.cpp"],
 }
-DRIVERS = (
-    r"^(cu(?:Ctx|Dev|Event|Func|Get|Green|Launch|Link|Mem|Module|Multicast|Occupancy|Stream)\w+)$"
-)
+DRIVERS = "Ctx|Dev|Event|Func|Get|Green|Launch|Link|Mem|Module|Multicast|Occupancy|Stream"
 
 
 def output(*command: str | Path) -> str:
@@ -54,12 +52,14 @@ def needed() -> dict[str, set[str]]:
 
 
 def build(library: str, names: set[str], folder: Path, headers: str) -> None:
-    own = folder / f"{library}.o"
-    options = ("-O1", "-fPIC", "-std=c++17")
-    subprocess.run(
-        ["g++", *options, f"-I{headers}", "-c", HERE / SOURCES[library], "-o", own], check=True
-    )
-    defined = {line.split()[-1] for line in output("nm", "--defined-only", own).splitlines()}
+    options = ("-O1", "-fPIC", "-std=c++17", f"-I{headers}")
+    own = []
+    for source in SOURCES[library]:
+        own.append(folder / f"{library}.{source.stem}.o")
+        subprocess.run(["g++", *options, "-c", source, "-o", own[-1]], check=True)
+    defined = {
+        line.split()[-1] for line in output("nm", "--defined-only", *own).splitlines() if line
+    }
     rest = folder / f"{library}.c"
     lines = (f"int {name}() {{ return 0; }}\n" for name in sorted(names - defined))
     rest.write_text("".join(lines))
@@ -67,7 +67,7 @@ def build(library: str, names: set[str], folder: Path, headers: str) -> None:
     versions.write_text(f"{library} {{ global: *; }};\n")
     named = f"-Wl,-soname,{library},--version-script={versions}"
     shared = ("-shared", "-fPIC", "-w", named, "-o", folder / library)
-    subprocess.run(["g++", own, "-x", "c", rest, *shared], check=True)
+    subprocess.run(["g++", *own, "-x", "c", rest, *shared], check=True)
 
 
 if __name__ == "__main__":

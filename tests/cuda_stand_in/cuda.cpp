@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdlib>
+#include <map>
 
 #define V extern "C" __attribute__((visibility("default")))
 typedef int R;
@@ -27,24 +28,24 @@ static void count(void* stream) {
 V R cuDriverGetVersion(int* v) { return give(v, 13000); }
 V R cuDeviceGet(int* d, int n) { return give(d, n); }
 V R cuDeviceGetCount(int* n) { return give(n, 1); }
-V R cuDeviceGetAttribute(int* v, int a, int) {
-  switch (a) {
-    case 75: *v = 9; break;
-    case 76: *v = 0; break;
-    case 16: *v = 132; break;
-    case 97: *v = 232448; break;
-    case 8: *v = 49152; break;
-    case 12: *v = 65536; break;
-    case 10: *v = 32; break;
-    case 36: *v = 2600000; break;
-    case 37: *v = 5120; break;
-    case 81: *v = 233472; break;
-    case 82: *v = 65536; break;
-    case 1: *v = 1024; break;
-    case 39: *v = 2048; break;
-    default: *v = 0;
-  }
-  return 0;
+// The numbers are those of CUdevice_attribute.
+static const std::map<int, int> ATTRIBUTES = {
+    {1, 1024},                    // threads in a block
+    {8, 49152},                   // bytes of shared memory of a block
+    {10, 32},                     // threads in a warp
+    {12, 65536},                  // registers of a block
+    {16, 132},                    // multiprocessors
+    {36, 2600000},                // memory clock, kHz
+    {37, 5120},                   // bits of the memory's bus
+    {39, 2048},                   // threads on a multiprocessor
+    {75, 9},                      // compute capability, major and minor
+    {76, 0},       {81, 233472},  // bytes of shared memory of a multiprocessor
+    {82, 65536},                  // registers of a multiprocessor
+    {97, 232448},                 // bytes of shared memory of a block that asks for them
+};
+V R cuDeviceGetAttribute(int* v, int attribute, int) {
+  auto found = ATTRIBUTES.find(attribute);
+  return give(v, found == ATTRIBUTES.end() ? 0 : found->second);
 }
 V R cuCtxGetCurrent(void** c) { return give(c, (void*)1); }
 V R cuCtxGetLimit(size_t* v, int) { return give(v, 0); }

@@ -54,12 +54,25 @@ def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
     return torch.log_softmax(x, dim, dtype=torch.float32 if half_to_float else x.dtype)
 
 
-# A CPU has no such kernel.
+def _softmax_gradient(dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    dy, y = dy.float(), y.float()
+    return ((dy - (dy * y).sum(dim, keepdim=True)) * y).to(dtype)
+
+
+def _log_softmax_gradient(dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    dy = dy.float()
+    return (dy - y.float().exp() * dy.sum(dim, keepdim=True)).to(dtype)
+
+
+# What a CPU has no such kernel for, and `ldexp`, whose kernel has no key of its own.
 OWN = {
     "aten::mm.dtype": _product,
     "aten::_scaled_mm": _scaled_product,
     "aten::_softmax": _softmax,
     "aten::_log_softmax": _log_softmax,
+    "aten::_softmax_backward_data": _softmax_gradient,
+    "aten::_log_softmax_backward_data": _log_softmax_gradient,
+    "aten::ldexp.Tensor": torch.ldexp,
 }
 
 
@@ -213,7 +226,7 @@ def replace_aten() -> None:
         if not name.startswith("aten::") or is_left or base in HAND_MADE:
             continue
         op = getattr(getattr(torch.ops.aten, base, None), overload or "default", None)
-        if op is None or not has(name, "CUDA"):
+        if op is None or not (has(name, "CUDA") or name in OWN):
             continue
         arguments = op._schema.arguments
         is_view = any(a.alias_info is not None and not a.alias_info.is_write for a in arguments)
@@ -222,8 +235,9 @@ def replace_aten() -> None:
     for base, function in HAND_MADE.items():
         _LIBRARIES[0].impl(base, function, "CUDA")
     for base in ("compact", "gather_rows"):
-        op = getattr(torch.ops.fastbert, base).default
-        _LIBRARIES[1].impl(base, Kernel(op, f"fastbert::{base}"), "CUDA")
+        if backend.is_loaded("ext", base, "cuda"):
+            op = getattr(torch.ops.fastbert, base).default
+            _LIBRARIES[1].impl(base, Kernel(op, f"fastbert::{base}"), "CUDA")
 
 
 def replace_launches() -> None:

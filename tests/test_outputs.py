@@ -64,6 +64,13 @@ def test_survives_what_libraries_do_to_it(clone):
     assert torch.equal(other.hidden_states[0], torch.ones(2))
 
 
+def test_a_mapping_beside_other_fields_is_a_field():
+    first = {"logits": torch.zeros(3)}
+    output = ours.MaskedLMOutput(first, hidden_states=FIELDS["hidden_states"])
+    assert output.loss is first
+    assert output.logits is None
+
+
 def test_field_names_are_hugging_faces():
     def names(output):
         return [name for name in output.__dataclass_fields__ if not name.startswith("cross")]

@@ -86,6 +86,13 @@ def test_pack_of_a_transposed_tensor(implementation, device):
     assert torch.equal(unpad(mask).pack(x), x[mask != 0])
 
 
+@pytest.mark.parametrize(("batch", "seqlen"), [(2, 3), (2, 0), (0, 3), (0, 0)])
+def test_a_dense_batch_begins_a_sequence_at_each_row(batch, seqlen):
+    padding = Unpadding.dense(batch, seqlen)
+    assert padding.cu_seqlens.dtype == torch.int32
+    assert padding.cu_seqlens.tolist() == [row * seqlen for row in range(batch + 1)]
+
+
 def test_a_dense_batch_is_only_reshaped(device):
     x = torch.randn(2, 3, 4, device=device)
     padding = Unpadding.dense(2, 3, device=device)

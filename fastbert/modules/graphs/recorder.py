@@ -132,9 +132,9 @@ class CudaGraphs:
         PyTorch gives a pool up with the last of its graphs, and refuses it from then on.
         """
         pool, graph = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
-        self.pools.append(pool)
         with self._capture(graph, pool):
             torch.zeros(1, device=torch.device("cuda"))  # as PyTorch warns of an empty one
+        self.pools.append(pool)
         self.keeper = graph
 
     def _end(self, pool: Any) -> None:

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import gc
 import itertools
+import warnings
 import weakref
 
 import pytest
@@ -86,6 +87,22 @@ def test_memory_is_that_of_the_shared_pool_alone(monkeypatch):
     assert graphs.memory() == 4320
 
 
+@pytest.mark.usefixtures("without_gpu")
+def test_gradient_nodes_of_another_stream_are_nothing_to_warn_of():
+    """PyTorch's warning, as where a loop's last loss is alive; any other warning stays."""
+
+    def work():
+        warnings.warn("The AccumulateGrad node's stream does not match the stream", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    graphs = CudaGraphs()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        graphs.warm_up(work)
+        graphs.record(work)
+    assert [str(one.message) for one in seen] == ["something else"] * 2
+
+
 @pytest.mark.gpu
 def test_recordings_that_share_memory_tell_how_much_it_is():
     graphs = CudaGraphs(shares_memory=True)
@@ -139,6 +156,7 @@ class Allocators:
     def __init__(self):
         self.device, self.pinned, self.users = set(), set(), collections.Counter()
         self.handles = itertools.count()
+        self.failures = 0  # of captures that are yet to fail at their end
 
     def begin(self, pool):
         if pool in self.users and not self.users[pool]:
@@ -177,7 +195,8 @@ def allocators(without_gpu, monkeypatch):
             found.begin(self.pool)
 
         def __exit__(self, kind, error, trace):
-            if error is not None and "capturing" in str(error):
+            found.failures -= 1
+            if found.failures >= 0 or (error is not None and "capturing" in str(error)):
                 raise RuntimeError("operation failed due to a previous error during capture")
             self.graph.pool = self.pool
             found.end(self.pool)
@@ -216,6 +235,17 @@ def test_after_a_recording_that_cuda_gives_up_there_are_others(shares_memory, al
     with pytest.raises(ZeroDivisionError):
         graphs.record(lambda: 1 // 0)  # PyTorch ends that one
     assert graphs.pools == pools
+
+
+def test_a_recording_may_fail_that_ends_a_failed_one(allocators):
+    """PyTorch's generator may have it fail: then the next recording begins another pool."""
+    graphs = CudaGraphs(shares_memory=True)
+    graphs.record(lambda: 5)
+    allocators.failures = 2
+    with pytest.raises(RuntimeError, match="a previous error during capture"):
+        graphs.record(lambda: 5)
+    assert graphs.record(lambda: 5)() == 5
+    assert len(graphs.pools) == 2
 
 
 def test_a_pool_outlives_the_graphs_in_it(allocators):

@@ -20,34 +20,35 @@ SOURCES = {
     "libcublasLt.so.13": [HERE / "cublas.cpp"],
     "libcuda.so.1": [HERE / "cuda.cpp"],
 }
-DRIVERS = "Ctx|Dev|Event|Func|Get|Green|Launch|Link|Mem|Module|Multicast|Occupancy|Stream"
 
 
 def output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def libraries() -> list[Path]:
-    """PyTorch's own libraries and those of CUDA that pip has installed beside it."""
+def packages() -> Path:
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
-    packages = Path(spec.origin).parent.parent
-    found = [*packages.glob("torch/lib/*.so"), *packages.glob("nvidia/*/lib/*.so*")]
-    return [path for path in found if not path.name.startswith("libcudart")]
+    return Path(spec.origin).parent.parent
 
 
 def needed() -> dict[str, set[str]]:
-    """The functions of each library that others ask for."""
+    """The functions of each library that PyTorch, CUDA's other libraries and Triton ask for."""
     names: dict[str, set[str]] = {library: set() for library in SOURCES}
-    for path in libraries():
+    for path in (*packages().glob("torch/lib/*.so"), *packages().glob("nvidia/*/lib/*.so*")):
         symbols = output("nm", "-D", "--undefined-only", path)
         for name, library in re.findall(r" [Uw] (\w+)@+([\w.]+)", symbols):
-            if library in names:
+            if library in names and not path.name.startswith("libcudart"):
                 names[library].add(name)
-        if path.name in ("libc10_cuda.so", "libcaffe2_nvrtc.so", "libtorch_cuda.so"):
-            found = re.findall(rf"^(cu(?:{DRIVERS})\w+)$", output("strings", path), re.MULTILINE)
-            names["libcuda.so.1"] |= set(found)
+    # the driver's functions are asked for by name as the program runs
+    asking = [packages() / f"torch/lib/lib{name}.so" for name in ("c10_cuda", "caffe2_nvrtc")]
+    texts = [
+        output("strings", path) for path in (*asking, packages() / "torch/lib/libtorch_cuda.so")
+    ]
+    texts.append((packages() / "triton/backends/nvidia/driver.c").read_text())
+    for text in texts:
+        names["libcuda.so.1"] |= set(re.findall(r"\bcu[A-Z]\w+\b", text))
     return names
 
 

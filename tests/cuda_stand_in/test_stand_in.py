@@ -1,4 +1,4 @@
-"""The stand-in for CUDA keeps the rules of captures, and replays compute; see README.md.
+"""The stand-in for CUDA keeps the rules of captures, Triton launches, and replays compute.
 
 It runs where PyTorch is built for CUDA and CUDA's headers are there, as in nox's session `oldest`.
 """
@@ -66,6 +66,15 @@ before = list(counts)
 graph.replay()
 library.stand_in_counts(counts)
 print([after - then for then, after in zip(before, counts)][:4])
+
+from fastbert.ops.bias_gelu import bias_gelu
+print(bias_gelu.choice("cuda").backend)
+x = torch.ones(4, 64, device="cuda")
+library.stand_in_counts(counts)
+before = list(counts)
+bias_gelu(x, x[0])
+library.stand_in_counts(counts)
+print(counts[0] - before[0])
 """
 
 
@@ -75,7 +84,9 @@ def environment(tmp_path_factory):
     command = [sys.executable, build.__file__, str(folder)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     pairs = (line.removeprefix("export ").split("=", 1) for line in said.splitlines())
-    return os.environ | {name: value.strip('"') for name, value in pairs}
+    # Triton's part that is linked with the driver is compiled anew
+    own = {"TRITON_CACHE_DIR": str(folder / "triton"), "TRITON_INTERPRET": "0"}
+    return os.environ | own | {name: value.strip('"') for name, value in pairs}
 
 
 def run(environment, *command, **variables):
@@ -88,9 +99,10 @@ def run(environment, *command, **variables):
 
 
 def test_a_capture_ends_by_what_cuda_refuses_in_it(environment):
-    broken, counted = run(environment, "-c", RULES).splitlines()
+    broken, counted, backend, launches = run(environment, "-c", RULES).splitlines()
     assert broken == str(["a host that waits", "pageable", "device", "unjoined"])
     assert counted == str([1, 0, 1, 0])  # a launch, none beside a capture, a replay, no wait
+    assert (backend, launches) == ("triton", "1")
 
 
 def test_a_replay_computes_what_was_captured(environment):

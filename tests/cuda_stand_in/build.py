@@ -20,6 +20,7 @@ SOURCES = {
     "libcublasLt.so.13": [HERE / "cublas.cpp"],
     "libcuda.so.1": [HERE / "cuda.cpp"],
 }
+ASKING = ("c10_cuda", "caffe2_nvrtc", "torch_cuda")  # PyTorch's that use the driver
 
 
 def output(*command: str | Path) -> str:
@@ -42,10 +43,8 @@ def needed() -> dict[str, set[str]]:
             if library in names and not path.name.startswith("libcudart"):
                 names[library].add(name)
     # the driver's functions are asked for by name as the program runs
-    asking = [packages() / f"torch/lib/lib{name}.so" for name in ("c10_cuda", "caffe2_nvrtc")]
-    texts = [
-        output("strings", path) for path in (*asking, packages() / "torch/lib/libtorch_cuda.so")
-    ]
+    folder = packages() / "torch/lib"
+    texts = [output("strings", folder / f"lib{name}.so") for name in ASKING]
     texts.append((packages() / "triton/backends/nvidia/driver.c").read_text())
     for text in texts:
         names["libcuda.so.1"] |= set(re.findall(r"\bcu[A-Z]\w+\b", text))
@@ -71,13 +70,23 @@ def build(library: str, names: set[str], folder: Path, headers: str) -> None:
     subprocess.run(["g++", *own, "-x", "c", rest, *shared], check=True)
 
 
-if __name__ == "__main__":
-    target = Path(sys.argv[1]).absolute()
+def main(folder: str, headers: str = HEADERS) -> None:
+    if not (packages() / "torch/lib/libtorch_cuda.so").exists():
+        sys.exit("build.py: expected a PyTorch that is built for CUDA 13, as PyPI's for Linux is")
+    if not Path(headers, "cuda_runtime_api.h").exists():
+        sys.exit(f"build.py: {headers}: expected CUDA's headers here")
+    target = Path(folder).absolute()
     target.mkdir(parents=True, exist_ok=True)
     for library, names in needed().items():
-        build(library, names, target, *(sys.argv[2:] or [HEADERS]))
+        build(library, names, target, headers)
     (target / "libcuda.so").unlink(missing_ok=True)
     (target / "libcuda.so").symlink_to("libcuda.so.1")  # which Triton links
     first = ("libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "libcuda.so.1")
     print(f'export LD_PRELOAD="{" ".join(str(target / name) for name in first)}"')
     print(f"export TRITON_LIBCUDA_PATH={target}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: build.py FOLDER [HEADERS]")
+    main(*sys.argv[1:])

@@ -11,9 +11,14 @@ This file is the definition; `kernels/philox.py` gives the same bits on a GPU.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 RESOLUTION = 4096
 ROUNDS = 7
@@ -67,9 +72,34 @@ def for_batch(
     return DropoutState(new_state(cu_seqlens.device) if state is None else state, keys)
 
 
-# The keys are custom operators, which torch.compile does not trace into, like the masks of
-# `fastbert.ops.dropout`: inductor may narrow 64-bit integers, and a narrowed key changes the mask.
-@torch.library.custom_op("fastbert_plain::token_keys", mutates_args=())
+def opaque(fake: Callable[..., Tensor]) -> Callable[[Function], Function]:
+    """Decorates a function into which torch.compile must not trace.
+
+    A traced call is one of a custom operator, whose outputs without values are made by `fake`. An
+    eager call runs the function itself: the operator would take tens of microseconds more.
+    """
+
+    def decorate(function: Function) -> Function:
+        name = f"fastbert_plain::{function.__name__.strip('_')}"
+        operator = torch.library.custom_op(name, function, mutates_args=())
+        operator.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            return (operator if torch.compiler.is_compiling() else function)(*arguments)
+
+        return cast(Function, call)
+
+    return decorate
+
+
+def _fake_keys(like: Tensor, num_tokens: int, *_: Any) -> Tensor:
+    return like.new_empty((num_tokens,), dtype=torch.int64)
+
+
+# The keys are opaque like the masks of `fastbert.ops.dropout`: inductor may narrow 64-bit integers,
+# and a narrowed key changes the mask.
+@opaque(_fake_keys)
 def token_keys(cu_seqlens: Tensor, num_tokens: int, sequence_ids: Tensor | None = None) -> Tensor:
     """The dropout keys (T,) int64 of packed tokens: sequence << 32 | position.
 
@@ -77,31 +107,20 @@ def token_keys(cu_seqlens: Tensor, num_tokens: int, sequence_ids: Tensor | None 
     sequences of this batch.
     """
     places = torch.arange(num_tokens, device=cu_seqlens.device)
-    sequences = torch.searchsorted(cu_seqlens[1:], places, right=True, out_int32=True)
     # filler tokens behind the last sequence of a fixed-size batch count as one more sequence
-    positions = places - cu_seqlens.long()[sequences.clamp(max=cu_seqlens.shape[0] - 1)]
-    numbers = sequences.long()
+    numbers = torch.searchsorted(cu_seqlens[1:], places, right=True)
+    positions = places - cu_seqlens.take(numbers)
     if sequence_ids is not None:
         spare = sequence_ids.new_full((1,), 2**31 - 1)
-        numbers = torch.cat([sequence_ids, spare])[numbers]
-    return numbers << 32 | positions
+        numbers = torch.cat([sequence_ids, spare]).take(numbers)
+    return torch.add(positions, numbers, alpha=2**32)
 
 
-@torch.library.custom_op("fastbert_plain::row_keys", mutates_args=())
+@opaque(_fake_keys)
 def row_keys(state: Tensor, num_rows: int) -> Tensor:
     """Dropout keys (T,) int64 of rows without sequences: the row numbers, on state's device."""
     rows = torch.arange(num_rows, device=state.device)
     return rows >> 16 << 32 | rows & 0xFFFF
-
-
-@token_keys.register_fake
-def _(cu_seqlens: Tensor, num_tokens: int, sequence_ids: Tensor | None = None) -> Tensor:
-    return cu_seqlens.new_empty((num_tokens,), dtype=torch.int64)
-
-
-@row_keys.register_fake
-def _(state: Tensor, num_rows: int) -> Tensor:
-    return state.new_empty((num_rows,))
 
 
 def fresh(num_rows: int, device: torch.device) -> DropoutState:

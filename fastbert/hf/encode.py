@@ -28,9 +28,9 @@ from fastbert.hf.stack import (
     run_packed,
     states_wanted,
 )
+from fastbert.models.heads import first_tokens
 from fastbert.modules.embeddings import stream_dtype
 from fastbert.modules.encoder import pad_states
-from fastbert.modules.heads import first_tokens
 from fastbert.modules.request import DOCUMENTS, asked, read_layout
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.ops.unpad import Unpadding

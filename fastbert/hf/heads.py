@@ -23,9 +23,9 @@ from fastbert.hf.families import (
 )
 from fastbert.hf.hooks import is_hooked, is_theirs
 from fastbert.hf.stack import family_of_module
+from fastbert.models.heads import first_tokens
 from fastbert.models.inputs import wants_logits
 from fastbert.models.losses import Scored, pretraining_loss, score_classes, score_words, span_loss
-from fastbert.modules.heads import first_tokens
 from fastbert.modules.linear import is_plain
 from fastbert.modules.masks import real_tokens
 from fastbert.modules.request import asked

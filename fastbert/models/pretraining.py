@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from fastbert.models.base import BertPreTrainedModel, LabelledModel
 from fastbert.models.bert import BertModel
+from fastbert.models.heads import BertOnlyMLMHead, BertOnlyNSPHead, BertPreTrainingHeads
 from fastbert.models.inputs import ForwardOptions, Inputs, Request, wants_logits
 from fastbert.models.losses import Scored, pretraining_loss, score_classes, score_masked
-from fastbert.modules.heads import BertOnlyMLMHead, BertOnlyNSPHead, BertPreTrainingHeads
 from fastbert.outputs import BertForPreTrainingOutput, MaskedLMOutput, NextSentencePredictorOutput
 from fastbert.packing import PackedBatch
 

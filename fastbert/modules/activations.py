@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def _approximate(function: Activation) -> str | None:
+def approximation(function: Activation) -> str | None:
     """The formula by which `function` is GELU, as `bias_gelu` names it; None if it is not GELU."""
     if function is F.gelu:
         return "none"
@@ -37,7 +37,7 @@ def _approximate(function: Activation) -> str | None:
 
 def dense_and_activate(x: Tensor, dense: Leaf, function: Activation) -> Tensor:
     """`function(dense(x))`: (..., H) -> (..., I); for GELU one operator adds the bias too."""
-    approximate = _approximate(function)
+    approximate = approximation(function)
     x, bias = split_bias(x, dense, None if approximate is None else bias_gelu)
     if approximate is None or bias is None:
         return function(x)
@@ -53,7 +53,7 @@ def feed_forward(
     """
     products = dense.products
     if products is not None and into is not None and dense.is_plain and output.is_plain:
-        approximate, bias = _approximate(function), dense.bias
+        approximate, bias = approximation(function), dense.bias
         second = output.products
         if approximate is not None and bias is not None and second is not None:
             y = products.feed_forward(x, dense.weight, bias, second, output.weight, approximate)

@@ -4,9 +4,12 @@ fastbert's own `BertLayer` and the layers of patched Hugging Face models all run
 T packed tokens of B sequences, M rows whose output is wanted, H hidden, N heads, D head size.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastbert.backend import Op
@@ -14,6 +17,7 @@ from fastbert.check import require
 from fastbert.modules.activations import Activation, feed_forward
 from fastbert.modules.linear import Leaf, fused_linear, fused_linear_and_bias, split_bias
 from fastbert.modules.sequences import Rows, Sequences
+from fastbert.modules.whole_layer import WholeLayer
 from fastbert.ops.attention import attention, attention_qkvpacked
 from fastbert.ops.attention_plain import Call as Attention
 from fastbert.ops.dropout import drawn, dropout
@@ -128,7 +132,8 @@ def add_and_norm(
     return Stream(*dropout_add_layer_norm.run(call))
 
 
-class LayerParts(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerParts:
     """The modules of a layer by their role; attention_dropout: its probability, 0 in eval mode."""
 
     query: Leaf
@@ -141,10 +146,16 @@ class LayerParts(NamedTuple):
     activation: Activation
     output: End
 
+    @functools.cached_property
     def leaves(self) -> list[Leaf]:
         """All linear layers and norms."""
-        every = (*self, *self.attention_end, *self.output)
+        every = (*vars(self).values(), *self.attention_end, *self.output)
         return [one for one in every if isinstance(one, Leaf)]
+
+    @functools.cached_property
+    def whole(self) -> WholeLayer | None:
+        """The layer as one operator; None for one with other modules."""
+        return WholeLayer.of(self)
 
     def of_linears(self, change: Callable[[Leaf], Leaf]) -> "LayerParts":
         """The parts with other leaves in the place of the linear layers."""
@@ -153,7 +164,7 @@ class LayerParts(NamedTuple):
         for name in ("attention_end", "output"):
             end = getattr(self, name)
             changed[name] = end._replace(dense=change(end.dense))
-        return self._replace(**changed)
+        return dataclasses.replace(self, **changed)
 
 
 RunLayer = Callable[[int, Stream, Sequences], Stream]  # runs the layer of a number
@@ -166,6 +177,9 @@ def layers_of(parts: Sequence[LayerParts]) -> RunLayer:
 
 def run_layer(parts: LayerParts, stream: Stream, sequences: Sequences) -> Stream:
     """(T, H) -> (T, H), or (M, H); the three dropouts use three sites from rng.site on."""
+    whole = None if torch.compiler.is_compiling() else parts.whole
+    if whole is not None and (outputs := whole.run(*stream, sequences)) is not None:
+        return Stream(*outputs)
     wanted = sequences.wanted(stream.residual)
     context = self_attention(
         stream.x,

@@ -185,10 +185,10 @@ def _variant(kernels: Any, call: Call) -> str:
 @attention_qkvpacked.fused
 def _fused(kernels: Any, call: Call) -> Tensor:
     # cu_seqlens may occur twice, and torch.compile refuses a Function with a repeated tensor
-    return run(_Attention, kernels, (*call[:3], call.qkv_bias, call[3:-1]))
+    return run(AttentionFunction, kernels, (*call[:3], call.qkv_bias, call[3:-1]))
 
 
-class _Attention(torch.autograd.Function):
+class AttentionFunction(torch.autograd.Function):
     """Attention of q, k and v, or of a packed qkv (k and v None), whose gradient is packed too.
 
     bias: None, or that of a packed qkv, for its gradient.

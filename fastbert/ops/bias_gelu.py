@@ -57,10 +57,10 @@ def _refusal(call: Call) -> str | None:
 
 @bias_gelu.fused
 def _fused(kernels: Any, call: Call) -> Tensor:
-    return run(_BiasGelu, kernels, call)
+    return run(BiasGeluFunction, kernels, call)
 
 
-class _BiasGelu(torch.autograd.Function):
+class BiasGeluFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: Any, x: Tensor, bias: Tensor, approximate: str) -> Tensor:
         rows, bias, tanh = as_rows(x), bias.contiguous(), approximate == "tanh"

@@ -124,9 +124,16 @@ def device_numbers(
     return state, token_key, rng.site, random.threshold(dropout_p)
 
 
-# A custom operator, because the inductor of torch 2.13 computes other bits on a CPU where it fuses
-# several of these masks into one loop.
-@torch.library.custom_op("fastbert_plain::keep_mask", mutates_args=())
+@hidden_keep_mask.traces
+@attention_keep_mask.traces
+def _fake(token_key: Tensor, state: Tensor, site: int, *sizes_and_limit: int) -> Tensor:
+    *heads, num_cols, _ = sizes_and_limit
+    return token_key.new_empty((*heads, token_key.shape[0], num_cols), dtype=torch.bool)
+
+
+# Opaque, because the inductor of torch 2.13 computes other bits on a CPU where it fuses several of
+# these masks into one loop.
+@random.opaque(lambda token_key, state, site, sizes, _: _fake(token_key, state, site, *sizes, 0))
 def _keep_mask(
     token_key: Tensor, state: Tensor, site: int, sizes: list[int], dropout_p: float
 ) -> Tensor:
@@ -134,15 +141,3 @@ def _keep_mask(
     if len(sizes) == 1:
         return random.hidden_keep_mask(drawn, sizes[0], dropout_p)
     return random.attention_keep_mask(drawn, sizes[0], sizes[1], dropout_p)
-
-
-@_keep_mask.register_fake
-def _(token_key: Tensor, state: Tensor, site: int, sizes: list[int], dropout_p: float) -> Tensor:
-    return _fake(token_key, state, site, *sizes, 0)
-
-
-@hidden_keep_mask.traces
-@attention_keep_mask.traces
-def _fake(token_key: Tensor, state: Tensor, site: int, *sizes_and_limit: int) -> Tensor:
-    *heads, num_cols, _ = sizes_and_limit
-    return token_key.new_empty((*heads, token_key.shape[0], num_cols), dtype=torch.bool)

@@ -30,10 +30,10 @@ def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable[..., Any]], Ca
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def first_derivative(ctx: Any, *gradients: Tensor | None) -> Any:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *gradients)
             with torch.no_grad():
                 found = backward(ctx, *gradients)
-            if not torch.is_grad_enabled():
-                return found
             for dy in gradients:
                 if dy is not None and dy.requires_grad:
                     message = f"{who}: its gradients cannot be differentiated again; {remedy}"

@@ -193,12 +193,12 @@ def refusal(tensors: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> str | N
 @dropout_add_layer_norm.fused
 def _fused(kernels: Any, call: Call) -> Any:
     if call.branches and torch.compiler.is_compiling():  # a trace takes no two names of one tensor
-        y = run(_LayerNorm, kernels, call._replace(branches=False))
+        y = run(LayerNormFunction, kernels, call._replace(branches=False))
         return y, y
-    return run(_LayerNorm, kernels, call)
+    return run(LayerNormFunction, kernels, call)
 
 
-class _LayerNorm(torch.autograd.Function):
+class LayerNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, kernels: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor,

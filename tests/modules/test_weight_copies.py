@@ -1,6 +1,5 @@
 """By copies of its weights a step computes what autocast computes, with fewer launches."""
 
-import collections
 import contextlib
 import gc
 import weakref
@@ -8,13 +7,12 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert.modules import fp8
 from fastbert.modules.graphs import buckets
 from fastbert.modules.linear import PRODUCTS, Leaf, biases_of, fused_linear, product
 from fastbert.modules.weight_copies import WeightCopies
-from tests.modules.graphs.case import Repeats, batch, layers_of, logits, models, step, use
+from tests.modules.graphs.case import Counter, Repeats, batch, layers_of, logits, models, step, use
 
 BF16 = torch.bfloat16
 LENGTHS = [9, 4, 16, 1]
@@ -33,18 +31,6 @@ def pair(**options):
 
 def marked(model):
     return [name for name, module in model.named_modules() if PRODUCTS in vars(module)]
-
-
-class Counter(TorchDispatchMode):
-    """Counts operators by their names."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = collections.Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[func._schema.name.removeprefix("aten::")] += 1
-        return func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])

@@ -124,7 +124,7 @@ class Call(NamedTuple):
         ends = [len(self.numbers) * number // count for number in range(count + 1)]
         found = []
         for start, stop in itertools.pairwise(ends):
-            leaves = [leaf for part in self.parts[start:stop] for leaf in part.leaves()]
+            leaves = [leaf for part in self.parts[start:stop] for leaf in part.leaves]
             every = {p: None for leaf in leaves for p in leaf.parameters.values()}
             own = [places[parameter] for parameter in every if parameter in places]
             found.append(Segment(range(start, stop), own))

@@ -179,7 +179,7 @@ class Recorded:
         self.state: list[Any] = []
         self.trained: list[Tensor] | None = None  # None before a call with gradients
         self.changes = 0
-        leaves = [leaf for part in parts for leaf in part.leaves()]
+        leaves = [leaf for part in parts for leaf in part.leaves]
         others = [type(leaf.module).__name__ for leaf in leaves if not leaf.is_plain]
         functions = [part.activation for part in parts]
         others += [type(one).__name__ for one in functions if isinstance(one, nn.Module)]

@@ -1,5 +1,6 @@
 """A stand-in for CUDA graphs, with which a CPU sees what their logic does, and models to record."""
 
+import collections
 import copy
 from unittest import mock
 
@@ -84,6 +85,18 @@ class Repeats:
             return result
 
         return replay
+
+
+class Counter(TorchDispatchMode):
+    """Counts operators by their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func._schema.name.removeprefix("aten::")] += 1
+        return func(*args, **kwargs or {})
 
 
 class Tape(TorchDispatchMode):

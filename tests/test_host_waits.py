@@ -160,7 +160,7 @@ def test_keys_are_made_without_the_host(draw):
     first, ids = torch.tensor([0, 3, 3, 7], dtype=torch.int32), torch.tensor([4, 9, 2])
     arguments = (first, 9, ids) if draw is rng.token_keys else (ids, 9)
     with NoHostWaits([first, ids]):
-        draw._init_fn(*arguments)
+        draw(*arguments)
 
 
 def writes_a_number(x, index):

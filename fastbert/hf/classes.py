@@ -15,7 +15,7 @@ from fastbert.check import require
 from fastbert.hf.encode import run_encoder, run_model
 from fastbert.hf.families import FAMILIES, Forward, family_of, keep_padding, patched_base
 from fastbert.hf.heads import run_head, run_masked_lm, run_pretraining
-from fastbert.hf.hooks import ORIGINAL
+from fastbert.hf.hooks import FAMILY, ORIGINAL, PATCHED
 from fastbert.hf.stack import run_one_layer
 from fastbert.modules import fp8
 from fastbert.modules.graphs.buckets import Graphs, allow
@@ -123,8 +123,11 @@ def patched_class(original: Any) -> Any:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         ORIGINAL: original,
+        FAMILY: family_of(original),
     }
-    return type(original)(original.__name__, (original,), attributes)
+    patched = type(original)(original.__name__, (original,), attributes)
+    setattr(patched, PATCHED, patched)
+    return patched
 
 
 def _new_instance(original: Any) -> nn.Module:

@@ -5,9 +5,9 @@ Calls that the packed path does not support go to `original`; the exception `Uns
 reason, which `fastbert.explain` shows.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from fastbert import events
 from fastbert.hf.embeddings import embedded, own_dtype
-from fastbert.hf.families import Forward, Unsupported, keeps_padding
+from fastbert.hf.families import (
+    Forward,
+    Unsupported,
+    keeps_padding,
+    patched_base,
+    runs_patched,
+)
 from fastbert.hf.hooks import is_hooked, is_theirs
 from fastbert.hf.stack import (
     boundary_dtype,
@@ -49,27 +55,35 @@ class Encoded:
     dtype: torch.dtype
 
 
-# The bare model of which the caller reads each sequence's first token alone; for each thread.
-_FIRST_ALONE: ContextVar[Any] = ContextVar("first_alone", default=None)
+# The head whose own forward calls its bare model now; for each thread.
+_HEAD: ContextVar[Any] = ContextVar("head", default=None)
 
 
-@contextlib.contextmanager
-def first_tokens_alone(model: Any) -> Iterator[None]:
-    """Inside, the patched bare model may return its first tokens alone, (B, 1, H)."""
-    token = _FIRST_ALONE.set(model)
-    try:
-        yield
-    finally:
-        _FIRST_ALONE.reset(token)
+def called_by(head: Any, forward: Forward) -> Forward:
+    """`forward`, inside of which the bare model of `head` may return its first tokens alone.
+
+    These are (B, 1, H), where nobody can see the others. Not for a trace of torch.compile, which
+    cannot read a context variable.
+    """
+
+    def call(**arguments: Any) -> Any:
+        token = _HEAD.set(head)
+        try:
+            return forward(**arguments)
+        finally:
+            _HEAD.reset(token)
+
+    return call
 
 
 def run_model(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """The patched forward of a bare model: `BertModel`, `RobertaModel`, ..."""
-    encoded = None
+    encoded = rows = None
     try:
-        # torch.compile cannot trace what a context variable has
-        is_alone = not torch.compiler.is_compiling() and _FIRST_ALONE.get() is model
-        encoded = encode(model, arguments, _first_rows if is_alone else None)
+        head = None if torch.compiler.is_compiling() else _HEAD.get()
+        if head is not None and head.base_model is model:
+            rows = functools.partial(_first_rows, head)
+        encoded = encode(model, arguments, rows)
     except Unsupported as reason:
         events.refused(model, reason)
     if encoded is None:  # outside `except`, so that errors do not show Unsupported as their context
@@ -77,10 +91,35 @@ def run_model(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     return _model_output(model, encoded, arguments)
 
 
-def _first_rows(padding: Unpadding, hidden_size: int) -> Rows | None:
-    """Each sequence's first token, where that saves time; not for documents, which share a row."""
-    are_rows = len(padding.cu_seqlens) - 1 == padding.batch_shape[0]
-    return Rows.first(padding, hidden_size) if are_rows else None
+def _first_rows(head: Any, padding: Unpadding, hidden_size: int) -> Rows | None:
+    """Each sequence's first token, where `head` reads no others and that saves time."""
+    if not _is_by_row(padding) or not Rows.first_pay(padding, hidden_size):
+        return None
+    return Rows.read_by_losses(padding, first=True) if reads_first_tokens(head) else None
+
+
+def _is_by_row(padding: Unpadding) -> bool:
+    """Whether each row is a sequence; documents share a row."""
+    return padding.cu_seqlens.shape[0] - 1 == padding.batch_shape[0]
+
+
+def reads_first_tokens(model: Any) -> bool:
+    """Whether the model's forward reads each sequence's first token alone of its bare model's."""
+    name, base = patched_base(model).__name__, model.base_model
+    is_watched = is_hooked(base) or torch.nn.modules.module._has_any_global_hook()
+    if is_watched or not runs_patched(base):
+        return False
+    pooler = getattr(base, "pooler", None)
+    if not name.endswith(_POOLED) or not (pooler is None or is_plain_pooler(pooler)):
+        return False
+    if name.startswith(("Bert", "DistilBert")):  # a pooler's output, or the first column
+        return True
+    if name.endswith("ForMultipleChoice"):  # ELECTRA's, without a pooler, may summarize all tokens
+        return pooler is not None
+    return is_theirs(model.classifier) and not is_hooked(model.classifier)  # which gets all tokens
+
+
+_POOLED = "ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction"
 
 
 def encode(
@@ -187,8 +226,10 @@ def _model_output(model: Any, encoded: Encoded, arguments: dict[str, Any]) -> An
         fields["last_hidden_state"] = padding.pad(x)
     else:
         fields["last_hidden_state"] = _first_column(first_tokens(x, cu_seqlens), padding)
-    if pooler is not None and is_plain_pooler(pooler):
-        # the pooler reads column 0, so it gets each first real token as a sequence of length 1
+    # a batch without padding has each sequence's first token in column 0, which poolers read
+    is_dense = rows is None and padding.slots is None and _is_by_row(padding)
+    if pooler is not None and not is_dense and is_plain_pooler(pooler):
+        # it gets each first real token as a sequence of length 1
         fields["pooler_output"] = pooler(first_tokens(x, cu_seqlens)[:, None])
     elif pooler is not None:
         fields["pooler_output"] = pooler(fields["last_hidden_state"])

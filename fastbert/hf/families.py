@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert.hf.hooks import ORIGINAL, is_hooked, is_theirs, works_by_token
+from fastbert.hf.hooks import PATCHED, is_hooked, is_theirs, works_by_token
 from fastbert.modules.activations import GELU_TANH, Activation, dense_and_activate
 from fastbert.modules.bert_layer import read_parts
 from fastbert.modules.embeddings import normalized
@@ -208,7 +208,7 @@ def patched_base(module: nn.Module) -> Any:
 
     FSDP2 derives a class from each class that it shards, and users derive their own.
     """
-    return next((cls for cls in type(module).__mro__ if ORIGINAL in vars(cls)), None)
+    return getattr(type(module), PATCHED, None)
 
 
 def runs_patched(module: nn.Module) -> bool:

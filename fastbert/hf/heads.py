@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastbert import events
-from fastbert.hf.encode import encode, first_tokens_alone, is_plain_pooler
+from fastbert.hf.encode import called_by, encode, is_plain_pooler
 from fastbert.hf.families import (
     Forward,
     Unsupported,
@@ -21,7 +21,7 @@ from fastbert.hf.families import (
     patched_base,
     runs_patched,
 )
-from fastbert.hf.hooks import is_hooked, is_theirs
+from fastbert.hf.hooks import is_hooked
 from fastbert.hf.stack import family_of_module
 from fastbert.models.heads import first_tokens
 from fastbert.models.inputs import wants_logits
@@ -89,8 +89,8 @@ def run_head(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """
     name = patched_base(model).__name__
     arguments = dict(arguments)
-    if reads_first_tokens(model):
-        original = first_tokens_alone(model.base_model)(original)
+    if not torch.compiler.is_compiling():
+        original = called_by(model, original)
     num_items = arguments.pop("num_items_in_batch", None)  # unknown to the heads of 4.57
     if name.endswith("ForQuestionAnswering"):
         return _run_spans(model, original, arguments, num_items)
@@ -109,25 +109,6 @@ def run_head(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
         loss = torch.where(count > 0, output.loss, 0.0)
         output.loss = loss if num_items is None else Scored(loss * count, count).loss(num_items)
     return _returned(model, output, arguments)
-
-
-def reads_first_tokens(model: Any) -> bool:
-    """Whether the model's forward reads each sequence's first token alone of its bare model's."""
-    name, base = patched_base(model).__name__, model.base_model
-    is_watched = is_hooked(base) or torch.nn.modules.module._has_any_global_hook()
-    if torch.compiler.is_compiling() or is_watched or not runs_patched(base):
-        return False
-    pooler = getattr(base, "pooler", None)
-    if not name.endswith(_POOLED) or not (pooler is None or is_plain_pooler(pooler)):
-        return False
-    if name.startswith(("Bert", "DistilBert")):  # a pooler's output, or the first column
-        return True
-    if name.endswith("ForMultipleChoice"):  # ELECTRA's, without a pooler, may summarize all tokens
-        return pooler is not None
-    return is_theirs(model.classifier) and not is_hooked(model.classifier)  # which gets all tokens
-
-
-_POOLED = "ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction"
 
 
 def _run_spans(

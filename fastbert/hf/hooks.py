@@ -8,7 +8,10 @@ from torch import nn
 
 from fastbert.modules.linear import hooks_of
 
-ORIGINAL = "_fastbert_original_class"  # attribute of a patched class: the class that it replaces
+# Attributes of a patched class, which those that derive from it have too.
+ORIGINAL = "_fastbert_original_class"  # the class that it replaces
+PATCHED = "_fastbert_patched_class"  # itself
+FAMILY = "_fastbert_family"  # its `Family`
 _CAPTURE = "transformers.utils.output_capturing"
 
 
@@ -54,7 +57,7 @@ _BY_TOKEN = {
 def is_theirs(module: nn.Module) -> bool:
     """Whether a module's class and its forward are transformers' own, patched or not."""
     cls = type(module)
-    original = next((vars(c)[ORIGINAL] for c in cls.__mro__ if ORIGINAL in vars(c)), cls)
+    original = getattr(cls, ORIGINAL, cls)
     functions = cls.forward, original.forward
     return cls.__module__.startswith("transformers.models.") and all(
         (getattr(function, "__module__", None) or "").startswith("transformers.")

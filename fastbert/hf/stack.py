@@ -13,12 +13,10 @@ from fastbert.hf.families import (
     Family,
     Forward,
     Unsupported,
-    family_of,
     keeps_padding,
-    patched_base,
     runs_patched,
 )
-from fastbert.hf.hooks import is_observed
+from fastbert.hf.hooks import FAMILY, is_observed
 from fastbert.modules.layer import LayerParts, Stream, run_layer
 from fastbert.modules.plan import Planner
 from fastbert.modules.request import asked, unknown_argument
@@ -77,8 +75,8 @@ _PLANNER = Planner(parts_of)
 
 
 def family_of_module(module: nn.Module) -> Family:
-    family = family_of(patched_base(module))
-    assert family is not None
+    """The family of a patched module."""
+    family: Family = getattr(type(module), FAMILY)
     return family
 
 

@@ -129,9 +129,8 @@ class Request:
 
     def first_alone(self, hidden_size: int) -> Self:
         """This request for first tokens only, where that saves time and no states are wanted."""
-        if self.output_hidden_states:
-            return self
-        return dataclasses.replace(self, rows=Rows.first(self.batch, hidden_size))
+        pays = Rows.first_pay(self.batch, hidden_size)
+        return self.only(first=True) if pays else self
 
     def output(self, kind: Any, encoded: Any, logits: Tensor | None, scored: Scored | None) -> Any:
         """The output of class `kind`: the loss normalised, None without a score; logits; states."""

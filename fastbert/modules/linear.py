@@ -43,7 +43,7 @@ class Products(Protocol):
 
 
 class Leaf:
-    """A leaf module, and whether it is plain: of class `kind` and without hooks; checked once.
+    """A leaf module, and whether it is plain: `is_plain`, with its parameters; checked once.
 
     A plain module's parameters are read at each use, from its dictionary, because `nn.Module`'s
     own look-up takes longer. Any other module is called. given: multiplies for this leaf alone.
@@ -58,7 +58,8 @@ class Leaf:
         given: Products | None = None,
     ) -> None:
         self.module = module
-        self.is_plain = is_plain(module, kind)
+        # FSDP1 may take the parameters away and set tensors in the place of them
+        self.is_plain = is_plain(module, kind) and "bias" in module._parameters
         self.parameters: dict[str, Any] = module._parameters
         self.given = given
 

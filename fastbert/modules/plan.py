@@ -42,6 +42,8 @@ class Plan:
         self.modules = every[1:]
         self.types = list(map(type, self.modules))
         self.classes = {cls: _of_class(cls) for cls in map(type, every)}
+        self.parameters = [module._parameters for module in every if module._parameters]
+        self.counts = list(map(len, self.parameters))
         self.children = [module._modules for module in every if module._modules]
         self.children_then = [dict(children) for children in self.children]
         rows = [(vars(m), name, value) for m in every for name, value in _attributes(m)]
@@ -55,6 +57,7 @@ class Plan:
             not any(self.hooks)
             and list(map(dict.get, self.dictionaries, self.names)) == self.values
             and self.children == self.children_then
+            and list(map(len, self.parameters)) == self.counts
             and list(map(type, self.modules)) == self.types
             and all(_of_class(cls) == then for cls, then in self.classes.items())
         )

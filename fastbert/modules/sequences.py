@@ -43,15 +43,14 @@ class Rows:
         begins = before.index_select(0, cu_seqlens).clamp(max=capacity)
         return cls(kept.positions, kept.slots, begins, max_seqlen)
 
-    @classmethod
-    def first(cls, tokens: Any, hidden_size: int) -> "Rows | None":
-        """Each sequence's first token; None where the last layer had better compute all.
+    @staticmethod
+    def first_pay(tokens: Any, hidden_size: int) -> bool:
+        """Whether the last layer had better compute each sequence's first token alone.
 
         tokens: as in `read_by_losses`
         """
-        size = tokens.num_tokens * hidden_size**2
         least = FIRST_ALONE.get(tokens.cu_seqlens.device.type, FIRST_ALONE_ON_A_GPU)
-        return cls.read_by_losses(tokens, first=True) if size >= least else None
+        return bool(tokens.num_tokens * hidden_size**2 >= least)
 
     @classmethod
     def read_by_losses(

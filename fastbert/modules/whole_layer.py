@@ -159,7 +159,7 @@ class _Layer(torch.autograd.Function):
         x: Tensor, residual: Tensor, *parameters: Tensor,
     ) -> Any:  # fmt: skip
         """dtype: of the products. Without a context nothing is saved, and y returned once."""
-        parts, count, device = layer.parts, len(x), x.device
+        parts, count, device = layer.parts, x.shape[0], x.device
         of_attention, of_norm, of_gelu = kernels
         first, second = parts.attention_end, parts.output
         *_, b_out, b_up, b_down, g1, b1, g2, b2 = parameters
@@ -226,7 +226,7 @@ class _Layer(torch.autograd.Function):
         dw_out = of_weight(3, dy, context)
         dcontext = (dy @ w_out).view(attention.saved_tensors[0].shape)
         _, dqkv, _, _, db_qkv, _ = AttentionFunction.backward(attention, dcontext)
-        dqkv = dqkv.view(len(low), -1)
+        dqkv = dqkv.view(low.shape[0], -1)
         dx = _in(dqkv @ w_qkv, x_dtype) if wants_x else None
         dw_qkv = of_weight(0, dqkv, low, 3)
         return (

@@ -5,6 +5,7 @@ import torch
 
 from fastbert import BertConfig, BertEncoder, backend
 from fastbert.modules import layer
+from fastbert.modules.whole_layer import WholeLayer
 from fastbert.ops.layer_norm import Call, dropout_add_layer_norm
 from tests.ops.layer_norm_case import SUM_NAMES, sum_inputs
 from tests.oracle import assert_as_accurate, gradients
@@ -78,9 +79,12 @@ def test_a_second_derivative_by_either_branch_is_refused(device):
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["whole-layers", "operators"])
 @pytest.mark.usefixtures("body")
-def test_a_layer_leaves_autograd_no_gradients_to_add(monkeypatch, device, body):
+def test_a_layer_leaves_autograd_no_gradients_to_add(whole, monkeypatch, device, body):
     """Each sum of two gradients at a residual connection would be one more pass over the rows."""
+    if not whole:
+        monkeypatch.setattr(WholeLayer, "run", lambda *_: None)
     config = BertConfig(
         hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=2
     )
@@ -103,8 +107,8 @@ def test_a_layer_leaves_autograd_no_gradients_to_add(monkeypatch, device, body):
         patch.setattr(layer, "Stream", lambda x, residual: stream(x, x))
         summed, expected = run()
     assert summed == set()
-    # of four LayerNorms the last has one reader
-    assert len(both) == (3 if body == "triton" else 0)
+    # of two layers, or four LayerNorms, the last has one reader
+    assert len(both) == ((1 if whole else 3) if body == "triton" else 0)
     for a, e in zip(found, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
@@ -142,7 +146,7 @@ def branches_of(y):
             continue
         seen.add(node)
         for below, output in node.next_functions:
-            if output == 1 and "LayerNorm" in below.name():
+            if output == 1 and "Layer" in below.name():
                 found.add(below)
             todo.append(below)
     return found

@@ -61,7 +61,7 @@ class WholeLayer:
         if approximate is None or not all(leaf.is_plain for leaf in parts.leaves):
             return None
         whole = cls(parts, approximate)
-        return None if None in whole.parameters() else whole
+        return None if any(one is None for one in whole.parameters()) else whole
 
     def parameters(self) -> list[Any]:
         """The layer's 16 parameters as they are now."""
@@ -101,30 +101,32 @@ class WholeLayer:
         if not _PLAIN.issuperset(map(type, (x, residual, *parameters))):
             return False
         own, shape, device = parameters[0].dtype, x.shape[1:], x.get_device()
-        rows = parameters[0].shape[0]
-        if not (
+        (rows, _), *others = [weight.shape for weight in parameters[:6]]
+        head_dim, rest = divmod(rows, self.parts.num_heads)
+        # both ends, whose biases and norms the kernels read by the stream's width
+        ends = parameters[9], parameters[11], *parameters[12:]
+        return bool(
             own in DTYPES
             and dtype in DTYPES
-            and residual.dtype in DTYPES
-            and x.dtype in (own, residual.dtype)
             and (dtype == own or torch.is_autocast_enabled(device_type(x)))
+            and x.dtype == residual.dtype
+            and x.dtype in DTYPES
             and x.numel()
+            and x.shape == residual.shape
             and x.is_contiguous()
             and residual.is_contiguous()
             and sequences.cu_seqlens.get_device() == device
             and sequences.cu_seqlens.shape[0] - 1 <= MAX_SEQUENCES
-            and rows == parameters[1].shape[0] == parameters[2].shape[0]
-            and 0 < rows // self.parts.num_heads <= MAX_HEAD_DIM
-            and rows % self.parts.num_heads == 0
-            and shape[0] <= MAX_COLS
-        ):
-            return False
-        for p in parameters:
-            if p.dtype != own or p.get_device() != device or not p.is_contiguous():
-                return False
-        # both ends, whose biases and norms the kernels read by the stream's width
-        ends = parameters[9], parameters[11], *parameters[12:]
-        return all(vector.shape == shape for vector in ends) and residual.shape == x.shape
+            and 0 < head_dim <= MAX_HEAD_DIM
+            and not rest
+            and rows == others[0][0] == others[1][0]
+            and others[3][:1] == parameters[10].shape
+            and others[2][0] == others[4][0] == shape[0] <= MAX_COLS
+            and all(vector.shape == shape for vector in ends)
+            and {*map(Tensor.get_device, parameters)} == {device}
+            and {parameter.dtype for parameter in parameters} == {own}
+            and all(map(Tensor.is_contiguous, parameters))
+        )
 
 
 class _Saved:

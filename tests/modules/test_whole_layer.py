@@ -303,11 +303,31 @@ def test_what_no_kernel_takes_runs_as_the_operators_say(change, runs):
 
 @pytest.mark.parametrize("part", ["attention.output", "output"])
 def test_a_norm_of_another_size_is_an_error(part, device, runs):
-    layer = make(device)
-    layer.get_submodule(part).LayerNorm = nn.LayerNorm(16, device=device)
-    with pytest.raises(ValueError, match="LayerNorm"):
-        results(layer, stream_of(device), sequences_of(device))
+    for name, module in (("LayerNorm", nn.LayerNorm(16)), ("dense", nn.Linear(64, 16))):
+        layer = make(device)
+        end = layer.get_submodule(part)
+        if name == "dense" and part == "attention.output":
+            module = nn.Linear(32, 16)
+        setattr(end, name, module.to(device))
+        with pytest.raises(ValueError, match="LayerNorm"):
+            results(layer, stream_of(device), sequences_of(device))
     assert not any(runs)
+
+
+def test_parameters_that_change_later_are_seen(device, runs):
+    """A whole layer is kept with the parts, its parameters are not."""
+    layer, sequences, x = make(device), sequences_of(device), stream_of(device)
+    parts = parts_of(layer)
+    run_layer(parts, Stream(x, x), sequences)
+    layer.output.dense.weight.data = layer.output.dense.weight.data.clone() * 2
+    layer.intermediate.dense.bias = nn.Parameter(torch.ones(64, device=device))
+    y, _ = run_layer(parts, Stream(x, x), sequences)
+    with one_by_one():
+        expected, _ = run_layer(parts, Stream(x, x), sequences)
+    torch.testing.assert_close(y, expected)
+    layer.intermediate.dense.bias = None
+    run_layer(parts, Stream(x, x), sequences)
+    assert runs == [True, True, False]
 
 
 def test_a_step_has_fewer_operators(device):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastbert import events
 from fastbert.backend import DTYPES, device_type, is_transformed
 from fastbert.modules.activations import approximation
-from fastbert.modules.linear import PRODUCTS
+from fastbert.modules.linear import PRODUCTS, fused_linear
 from fastbert.modules.sequences import Sequences
 from fastbert.ops.attention import (
     MAX_HEAD_DIM,
@@ -37,34 +37,40 @@ _PLAIN = frozenset((Tensor, nn.Parameter))
 class WholeLayer:
     """A layer whose linear layers and norms are plain, and its activation GELU.
 
-    parts: the `LayerParts`; approximate: the formula of GELU, as `bias_gelu` names it
+    Other modules may project to queries, keys and values, as LoRA's do: these are called, and the
+    operator begins at their result. parts: the `LayerParts`; approximate: the formula of GELU, as
+    `bias_gelu` names it
     """
 
     def __init__(self, parts: Any, approximate: str) -> None:
         ends = parts.attention_end, parts.output
         self.parts, self.approximate = parts, approximate
-        self.linears = (
-            *(parts.query, parts.key, parts.value),
-            *(ends[0].dense, parts.intermediate, ends[1].dense),
-        )
-        norms = [end.norm for end in ends]
+        self.projections = parts.query, parts.key, parts.value
+        self.projects = all(leaf.is_plain for leaf in self.projections)
+        own = ends[0].dense, parts.intermediate, ends[1].dense
+        norms = [end.norm.parameters for end in ends]
+        self.linears = (*self.projections, *own) if self.projects else own
         # in the order of `_Layer.forward`
-        of_linears = [leaf.parameters for leaf in self.linears]
-        of_norms = [norm.parameters for norm in norms for _ in ("weight", "bias")]
-        self.tables = [*of_linears, *of_linears, *of_norms]
-        self.names = ["weight"] * 6 + ["bias"] * 6 + ["weight", "bias"] * 2
+        of_own = [leaf.parameters for leaf in own]
+        self.tables = [*of_own, *of_own, norms[0], norms[0], norms[1], norms[1]]
+        self.names = ["weight"] * 3 + ["bias"] * 3 + ["weight", "bias"] * 2
+        if self.projects:
+            self.tables += 2 * [leaf.parameters for leaf in self.projections]
+            self.names += ["weight"] * 3 + ["bias"] * 3
 
     @classmethod
     def of(cls, parts: Any) -> "WholeLayer | None":
         """None for a layer with other modules, or without a bias."""
         approximate = approximation(parts.activation)
-        if approximate is None or not all(leaf.is_plain for leaf in parts.leaves):
+        others = [leaf for leaf in parts.leaves if not leaf.is_plain]
+        projections = parts.query, parts.key, parts.value
+        if approximate is None or not all(leaf in projections for leaf in others):
             return None
         whole = cls(parts, approximate)
         return None if any(one is None for one in whole.parameters()) else whole
 
     def parameters(self) -> list[Any]:
-        """The layer's 16 parameters as they are now."""
+        """The operator's 16 parameters as they are now, 10 without those of the projections."""
         return [*map(dict.get, self.tables, self.names)]
 
     def run(self, x: Tensor, residual: Tensor, sequences: Sequences) -> tuple[Any, ...] | None:
@@ -81,10 +87,11 @@ class WholeLayer:
         for leaf in self.linears:
             if leaf.given is not None or PRODUCTS in leaf.module.__dict__:
                 return None
-        parameters = self.parameters()
-        dtype = result_dtype(x)
+        parameters, dtype = self.parameters(), result_dtype(x)
         if not self._fits(x, residual, sequences, parameters, dtype):
             return None
+        if not self.projects:
+            x = _in(fused_linear(x, self.projections), dtype)
         arguments = self, kernels, sequences, dtype, x, residual, *parameters
         if torch.is_grad_enabled():
             for tensor in arguments[4:]:
@@ -100,11 +107,12 @@ class WholeLayer:
         """Whether the kernels can take these tensors."""
         if not _PLAIN.issuperset(map(type, (x, residual, *parameters))):
             return False
-        own, shape, device = parameters[0].dtype, x.shape[1:], x.get_device()
-        (rows, _), *others = [weight.shape for weight in parameters[:6]]
-        head_dim, rest = divmod(rows, self.parts.num_heads)
-        # both ends, whose biases and norms the kernels read by the stream's width
-        ends = parameters[9], parameters[11], *parameters[12:]
+        w_out, w_up, w_down, b_out, b_up, b_down, *norms_and_projections = parameters
+        own, shape, device = w_out.dtype, x.shape[1:], x.get_device()
+        size = w_out.shape[1]  # of the queries, of the keys, and of the values
+        head_dim, rest = divmod(size, self.parts.num_heads)
+        # the kernels read these vectors by the stream's width
+        vectors = b_out, b_down, *norms_and_projections[:4]
         return bool(
             own in DTYPES
             and dtype in DTYPES
@@ -119,10 +127,10 @@ class WholeLayer:
             and sequences.cu_seqlens.shape[0] - 1 <= MAX_SEQUENCES
             and 0 < head_dim <= MAX_HEAD_DIM
             and not rest
-            and rows == others[0][0] == others[1][0]
-            and others[3][:1] == parameters[10].shape
-            and others[2][0] == others[4][0] == shape[0] <= MAX_COLS
-            and all(vector.shape == shape for vector in ends)
+            and all(weight.shape[0] == size for weight in norms_and_projections[4:7])
+            and b_up.shape == w_up.shape[:1]
+            and w_out.shape[0] == w_down.shape[0] == shape[0] <= MAX_COLS
+            and all(vector.shape == shape for vector in vectors)
             and {*map(Tensor.get_device, parameters)} == {device}
             and {parameter.dtype for parameter in parameters} == {own}
             and all(map(Tensor.is_contiguous, parameters))
@@ -153,7 +161,7 @@ class _Saved:
 
 
 class _Layer(torch.autograd.Function):
-    """The layer over (T, H); weights and biases are in the order of `WholeLayer.linears`."""
+    """The layer over x (T, H), or over the result (T, 3 N D) of its projections if called apart."""
 
     @staticmethod
     def forward(
@@ -164,23 +172,30 @@ class _Layer(torch.autograd.Function):
         parts, count, device = layer.parts, x.shape[0], x.device
         of_attention, of_norm, of_gelu = kernels
         first, second = parts.attention_end, parts.output
-        *_, b_out, b_up, b_down, g1, b1, g2, b2 = parameters
-        w_qkv, b_qkv, w_out, w_up, w_down = _weights(parameters, dtype, are_cast=ctx is not None)
+        *weights, b_out, b_up, b_down, g1, b1, g2, b2 = parameters[:10]
+        projections = parameters[10:]
         saved: list[Any] = [None if ctx is None else _Saved() for _ in range(4)]
         attention, norm1, gelu, norm2 = saved
 
-        def rng_of(dropout_p: float, site: int) -> Any:
-            return (
-                drawn(count, device, dropout_p, sequences.wanted_rng(site)) if dropout_p else None
-            )
+        def low(tensor: Tensor) -> Tensor:
+            # without gradients autocast casts weights, and keeps the copies for later calls
+            return tensor if ctx is None else _in(tensor, dtype)
 
-        low = _in(x, dtype)
-        qkv = F.linear(low, w_qkv, b_qkv).view(count, 3, parts.num_heads, -1)
+        def rng_of(p: float, site: int) -> Any:
+            return drawn(count, device, p, sequences.wanted_rng(site)) if p else None
+
+        w_out, w_up, w_down = map(low, weights)
+        qkv, low_x, w_qkv, b_key = x, None, None, None
+        if projections:
+            b_key, low_x = projections[4], _in(x, dtype)
+            w_qkv, b_qkv = low(torch.cat(projections[:3])), low(torch.cat(projections[3:]))
+            qkv = F.linear(low_x, w_qkv, b_qkv)
+        qkv = qkv.view(count, 3, parts.num_heads, -1)
         boundaries, longest = sequences.cu_seqlens, sequences.max_seqlen
         p = parts.attention_dropout
         options = qkv.shape[-1] ** -0.5, p, rng_of(p, 0), None
         context = AttentionFunction.forward(
-            attention, of_attention, qkv, None, None, parameters[6],
+            attention, of_attention, qkv, None, None, b_key,
             (boundaries, boundaries, longest, longest, *options),
         ).view(count, -1)  # fmt: skip
         p = first.dropout
@@ -198,11 +213,18 @@ class _Layer(torch.autograd.Function):
         )  # fmt: skip
         if ctx is None:
             return y
-        kept = [low, context, low_mid, active, w_qkv, w_out, w_up, w_down]
+        # what a product reads is kept for the gradient of its weight alone
+        wanted = ctx.needs_input_grad[6:]
+        inputs = [low_x, context, low_mid, active]
+        are_wanted = any(wanted[10:13]), *wanted[:3]
+        kept = [
+            one if is_wanted else None for one, is_wanted in zip(inputs, are_wanted, strict=True)
+        ]
+        kept += [w_qkv, w_out, w_up, w_down]
         for one in saved:
             kept += one.taken()
         ctx.save_for_backward(*kept)
-        ctx.saved, ctx.dtypes = saved, (x.dtype, mid.dtype, parameters[0].dtype)
+        ctx.saved, ctx.dtypes = saved, (x.dtype, mid.dtype, weights[0].dtype)
         ctx.set_materialize_grads(False)  # a branch that nothing uses has no gradient
         return y, y.detach()
 
@@ -210,43 +232,33 @@ class _Layer(torch.autograd.Function):
     @once("a layer")
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         kept = iter(ctx.saved_tensors)
-        low, context, low_mid, active, w_qkv, w_out, w_up, w_down = islice(kept, 8)
+        low_x, context, low_mid, active, w_qkv, w_out, w_up, w_down = islice(kept, 8)
         attention, norm1, gelu, norm2 = [one.with_tensors(kept) for one in ctx.saved]
         x_dtype, mid_dtype, weight_dtype = ctx.dtypes
-        wants_x, _, *wanted = ctx.needs_input_grad[4:]
 
-        def of_weight(number: int, dy: Tensor, x: Tensor, count: int = 1) -> Any:
-            is_wanted = any(wanted[number : number + count])
-            return product(dy.t(), x, weight_dtype) if is_wanted else None
+        def of_weight(dy: Tensor, x: Tensor | None) -> Any:
+            return None if x is None else product(dy.t(), x, weight_dtype)
 
         _, dy, dmid, dg2, db2, _, db_down, *_ = LayerNormFunction.backward(norm2, *gradients)
-        dw_down = of_weight(5, dy, active)
+        dw_down = of_weight(dy, active)
         _, dy, db_up, _ = BiasGeluFunction.backward(gelu, dy @ w_down)
-        dw_up = of_weight(4, dy, low_mid)
+        dw_up = of_weight(dy, low_mid)
         dmid = _in(dy @ w_up, mid_dtype), dmid
         _, dy, dresidual, dg1, db1, _, db_out, *_ = LayerNormFunction.backward(norm1, *dmid)
-        dw_out = of_weight(3, dy, context)
+        dw_out = of_weight(dy, context)
         dcontext = (dy @ w_out).view(attention.saved_tensors[0].shape)
         _, dqkv, _, _, db_qkv, _ = AttentionFunction.backward(attention, dcontext)
-        dqkv = dqkv.view(low.shape[0], -1)
-        dx = _in(dqkv @ w_qkv, x_dtype) if wants_x else None
-        dw_qkv = of_weight(0, dqkv, low, 3)
+        dx, of_projections = dqkv.view(dqkv.shape[0], -1), ()
+        if w_qkv is not None:
+            dw_qkv = of_weight(dx, low_x)
+            dw_qkv = (None,) * 3 if dw_qkv is None else dw_qkv.chunk(3)
+            of_projections = *dw_qkv, *db_qkv.chunk(3)
+            dx = _in(dx @ w_qkv, x_dtype) if ctx.needs_input_grad[4] else None
         return (
-            *(None, None, None, None, dx, dresidual),
-            *((None,) * 3 if dw_qkv is None else dw_qkv.chunk(3)),
-            *(dw_out, dw_up, dw_down, *db_qkv.chunk(3), db_out, db_up, db_down),
-            *(dg1, db1, dg2, db2),
+            *(None, None, None, None, dx, dresidual, dw_out, dw_up, dw_down),
+            *(db_out, db_up, db_down, dg1, db1, dg2, db2, *of_projections),
         )
 
 
 def _in(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
-
-
-def _weights(parameters: tuple[Tensor, ...], dtype: torch.dtype, *, are_cast: bool) -> list[Tensor]:
-    """The weights and the bias of the joined product, and the other weights, as `F.linear` takes.
-
-    are_cast: to `dtype`; without, autocast does it, which then keeps the copies for later calls.
-    """
-    found = [torch.cat(parameters[:3]), torch.cat(parameters[6:9]), *parameters[3:6]]
-    return [_in(one, dtype) for one in found] if are_cast else found

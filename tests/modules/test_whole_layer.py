@@ -217,6 +217,73 @@ def test_gradients_cannot_be_differentiated(device):
         dx.sum().backward()
 
 
+class Adapted(nn.Module):
+    """A linear layer with a low-rank sum, as LoRA makes it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, 4, bias=False, device=base.weight.device)
+        self.up = nn.Linear(4, base.out_features, bias=False, device=base.weight.device)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def adapt(layer, names):
+    layer.requires_grad_(False)
+    this = layer.attention.self
+    for name in names:
+        setattr(this, name, Adapted(getattr(this, name)))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("names", [["query", "value"], ["key"]], ids="-".join)
+def test_projections_that_are_called_are_a_part_before(names, autocast, device, runs):
+    layer, sequences = make(device), sequences_of(device)
+    adapt(layer, names)
+    contexts = {True: lambda: torch.autocast(device, torch.float16), False: contextlib.nullcontext}
+    x = stream_of(device, torch.float16 if autocast else torch.float32)
+    assert_same(*both(layer, x, sequences, context=contexts[autocast]))
+    with torch.no_grad(), contexts[autocast]():
+        assert not run_layer(parts_of(layer), Stream(x, x), sequences).x.requires_grad
+    assert runs == [True, True]
+
+
+def test_a_called_projection_is_called_once(device, runs):
+    layer, sequences, x = make(device), sequences_of(device), stream_of(device)
+    calls = []
+    layer.attention.self.value.register_forward_hook(lambda *_: calls.append(1))
+    assert_same(*both(layer, x, sequences))
+    assert len(calls) == 2
+    assert runs == [True]
+
+
+@pytest.mark.parametrize("trained", ["all", "norms", "adapters"])
+def test_no_more_is_saved_than_by_the_operators(trained, device, runs):
+    """What a product reads is kept for its weight's gradient only."""
+    layer, sequences, x = make(device), sequences_of(device), stream_of(device)
+    if trained == "norms":
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_("LayerNorm" in name)
+    if trained == "adapters":
+        adapt(layer, ["query"])
+    sizes = []
+    for context in (one_by_one, contextlib.nullcontext):
+        saved = {}
+
+        def pack(tensor, saved=saved):
+            saved[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with context(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = run_layer(parts_of(layer), Stream(x, x), sequences)
+        sizes.append(sum(saved.values()))
+        del outputs
+    assert sizes[1] <= sizes[0]
+    assert runs == [True]
+
+
 def drop_bias(layer, x, sequences):
     layer.attention.self.key.bias = None
 

@@ -47,20 +47,19 @@ def embed(
     """
     words, positions = embeddings.word_embeddings, embeddings.position_embeddings
     types = getattr(embeddings, "token_type_embeddings", None)
+    tables = [table for table in (words, positions, types) if table is not None]
     norm = embeddings.LayerNorm
-    if (
-        inputs_embeds is None
-        and types is not None
-        and all(map(is_plain_table, (words, positions, types)))
-        and is_affine(norm)
-    ):
+    if inputs_embeds is None and all(map(is_plain_table, tables)) and is_affine(norm):
+        word = words.weight
+        # without types a row of zeros, which is one launch; a plain dropout mask is 170
+        type_weight = word.new_zeros(1, word.shape[1]) if types is None else types.weight
         return embedding_layer_norm(
             input_ids,
             position_ids,
             token_type_ids,
-            words.weight,
+            word,
             _without_padding_gradient(positions),
-            types.weight,
+            type_weight,
             norm.weight,
             norm.bias,
             norm.eps,

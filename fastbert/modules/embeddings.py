@@ -88,7 +88,7 @@ def normalized(x: Tensor, norm: Any) -> Tensor:
 def _without_padding_gradient(positions: Any) -> Tensor:
     """The position table; RoBERTa's has a padding row, which gets no gradient."""
     table = positions.weight
-    if positions.padding_idx is None:
+    if positions.padding_idx is None or not torch.is_grad_enabled():
         return table
     is_padding = torch.arange(len(table), device=table.device) == positions.padding_idx
     return torch.where(is_padding[:, None], table.detach(), table)

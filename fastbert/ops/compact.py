@@ -27,11 +27,12 @@ _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: t
 
 
 class Call(NamedTuple):
-    """A call of `compact`."""
+    """A call of `compact`; is_exact: whether `capacity` is the count of kept entries."""
 
     values: Tensor
     ignore_index: int
     capacity: int | None = None
+    is_exact: bool = False
 
 
 @op("ext")
@@ -62,32 +63,36 @@ def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> C
 
 @compact.plain
 def _plain(call: Call) -> Compacted:
-    values, ignore_index, capacity = call
+    values, ignore_index, capacity, is_exact = call
     dtype = values.dtype
     if dtype in _SIGNED:  # PyTorch does not index unsigned tensors on a GPU; same bits as signed
         values = values.view(_SIGNED[dtype])
         last = torch.iinfo(values.dtype).max
         ignore_index = ignore_index - 2 * (last + 1) if ignore_index > last else ignore_index
-    entries = values.flatten()
+    entries, (batch, seqlen) = values.flatten(), values.shape
     is_kept = entries != ignore_index
     ranks = is_kept.cumsum(0, dtype=torch.int32)  # from 1 for the first kept entry
-    per_row = is_kept.view(values.shape).sum(1, dtype=torch.int32)
-    offsets = torch.cat([per_row.new_zeros(1), per_row.cumsum(0, dtype=torch.int32)])
+    row_ends = ranks[seqlen - 1 :: seqlen] if seqlen else ranks.new_zeros(batch)
+    offsets = torch.cat([ranks.new_zeros(1), row_ends])
     if capacity is None:
-        capacity = int(offsets[-1])
+        capacity, is_exact = int(offsets[-1]), True
 
     # the entry of rank r is the first one where `ranks` reaches r, or one past the end
     wanted = torch.arange(1, capacity + 1, dtype=torch.int32, device=values.device)
     found = torch.searchsorted(ranks, wanted, out_int32=True)
-    kept = torch.cat([entries, entries.new_full((1,), ignore_index)])[found]
-    positions = torch.where(found < len(entries), found, -1)
-    slots = torch.where(is_kept & (ranks <= capacity), ranks - 1, -1)
+    if is_exact:
+        kept, positions, has_place = entries[found], found, is_kept
+    else:
+        kept = torch.cat([entries, entries.new_full((1,), ignore_index)])[found]
+        positions = torch.where(found < len(entries), found, -1)
+        has_place = is_kept & (ranks <= capacity)
+    slots = torch.where(has_place, ranks - 1, -1)
     return Compacted(kept.view(dtype), positions, slots, offsets)
 
 
 @compact.fused
 def _fused(kernels: Any, call: Call) -> Compacted:
-    return Compacted(*kernels.compact(*call))
+    return Compacted(*kernels.compact(*call[:3]))
 
 
 @compact.traces

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastbert.check import require
-from fastbert.ops.compact import compact
-from fastbert.ops.gather_rows import Call, gather_rows
+from fastbert.ops.compact import Call, compact
+from fastbert.ops.gather_rows import Call as Gather
+from fastbert.ops.gather_rows import gather_rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ def _move(tokens: Tensor, index: Tensor | None, inverse: Tensor | None) -> Tenso
         return tokens
     shape = tokens.shape[1:]
     tokens = tokens.reshape(len(tokens), math.prod(shape))
-    rows = gather_rows.run(Call(tokens, index, inverse))
+    rows = gather_rows.run(Gather(tokens, index, inverse))
     return rows.reshape(len(index), *shape)
 
 
@@ -108,7 +109,6 @@ def unpad(attention_mask: Tensor) -> Unpadding:
         f"{tuple(attention_mask.shape)} {attention_mask.dtype}",
     )
     batch, seqlen = attention_mask.shape
-    shape = batch, seqlen
     is_token = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
     lengths = is_token.sum(1)
     if torch.compiler.is_compiling():  # two numbers, not one for each sequence
@@ -119,15 +119,7 @@ def unpad(attention_mask: Tensor) -> Unpadding:
         total, longest = sum(on_host), max(on_host, default=0)
         if 0 < total == batch * seqlen:
             return Unpadding.dense(batch, seqlen, attention_mask.device)
-        if not compact.has_kernels(attention_mask):
-            # a third of the launches of `compact` in plain PyTorch, as the count is known
-            entries = is_token.flatten()
-            ranks = entries.cumsum(0, dtype=torch.int32)  # from 1 for the first token
-            wanted = torch.arange(1, total + 1, dtype=torch.int32, device=ranks.device)
-            positions = torch.searchsorted(ranks, wanted, out_int32=True)
-            cu_seqlens = ranks.new_zeros(batch + 1)
-            torch.cumsum(lengths, 0, out=cu_seqlens[1:])
-            slots = torch.where(entries, ranks - 1, -1)
-            return Unpadding(positions, slots, cu_seqlens, longest, shape)
+        _, positions, slots, cu_seqlens = compact.run(Call(is_token, 0, total, is_exact=True))
+        return Unpadding(positions, slots, cu_seqlens, longest, (batch, seqlen))
     _, positions, slots, cu_seqlens = compact(attention_mask, 0, attention_mask.numel())
-    return Unpadding(positions[:total], slots, cu_seqlens, longest, shape)
+    return Unpadding(positions[:total], slots, cu_seqlens, longest, (batch, seqlen))

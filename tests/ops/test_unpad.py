@@ -56,6 +56,22 @@ def test_unpad_finds_the_tokens_of(implementation, device, rows, dtype):
     check(torch.tensor(rows).to(device, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool], ids=str)
+@pytest.mark.parametrize("rows", MASKS.values(), ids=MASKS.keys())
+def test_ids_are_packed_without_a_gather_of_rows(implementation, device, rows, dtype):
+    mask = torch.tensor(rows, device=device)
+    ids = torch.randint(1, 9, mask.shape, device=device).to(dtype)
+    padding = unpad(mask)
+    assert torch.equal(padding.pack(ids), ids[mask != 0])
+    # sequences in more places than they have tokens: what belongs to none is 0
+    size = padding.num_tokens + 3
+    back = Unpadding.from_cu_seqlens(padding.cu_seqlens, mask.shape[1], size)
+    lengths = (mask != 0).sum(1, keepdim=True)
+    columns = torch.arange(mask.shape[1], device=device)
+    expected = torch.cat([ids[columns < lengths], ids.new_zeros(3)])
+    assert torch.equal(back.pack(ids), expected)
+
+
 @given(
     batch=st.integers(0, 5),
     seqlen=st.integers(0, 9),

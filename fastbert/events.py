@@ -61,13 +61,16 @@ def tell(event: Event) -> None:
         _heard.append(event)
 
 
-def packed(module: nn.Module, x: Tensor, places: int | None = None, note: str = "") -> None:
-    """Records that `module` runs the packed tokens x (T, H) of a batch of `places` = B * S."""
+def packed(module: nn.Module, x: Any, places: int | None = None, note: str = "") -> None:
+    """Records that `module` runs the packed tokens x (T, H) of a batch of `places` = B * S.
+
+    x: the residual stream, or what has its shape, dtype and device
+    """
     if not is_listening():
         return
-    layout = f"packed, {len(x)} tokens"
+    layout = f"packed, {x.shape[0]} tokens"
     if places is not None:
-        layout += f" of {places} places" if len(x) < places else ", no padding"
+        layout += f" of {places} places" if x.shape[0] < places else ", no padding"
     if torch.is_autocast_enabled(x.device.type):
         layout += f", residual stream in {str(x.dtype).removeprefix('torch.')}"
     tell(Route(type(module).__name__, layout, note))

@@ -12,6 +12,7 @@ from fastbert.hf.hooks import is_hooked, is_theirs, works_by_token
 from fastbert.hf.stack import family_of_module, returns_tuples
 from fastbert.modules.embeddings import embed, stream_dtype
 from fastbert.modules.linear import is_plain, reads_rows
+from fastbert.ops.embedding import Call as Embedding
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState
 
@@ -24,13 +25,16 @@ def embedded(
     inputs_embeds: Any,
     position_ids: Tensor | None,
     token_type_ids: Tensor | None,
-) -> Tensor:
-    """The packed residual stream (T, H) before the first layer.
+    *,
+    defers: bool = False,
+) -> Tensor | Embedding:
+    """The packed residual stream (T, H) before the first layer; or with `defers` as `embed` says.
 
     input_ids: (B, S), or None with inputs_embeds (B, S, E); position_ids, token_type_ids: the
     user's own, broadcasting to (B, S), None for transformers' defaults.
     """
     embeddings, has_types = model.embeddings, family_of_module(model).has_types
+    projects = hasattr(model, "embeddings_project")  # of ELECTRA's small models, narrower than H
     positions = position_ids
     if positions is None:
         given = input_ids if inputs_embeds is None else inputs_embeds
@@ -44,7 +48,7 @@ def embedded(
         if has_types:
             others["token_type_ids"] = token_type_ids
         given = {name: tensor for name, tensor in others.items() if tensor is not None}
-        x = padding.pack(embeddings(input_ids=input_ids, **given)).to(dtype)
+        x: Any = padding.pack(embeddings(input_ids=input_ids, **given)).to(dtype)
     else:
         if has_types and token_type_ids is None:
             token_type_ids = _types(embeddings, positions)
@@ -61,9 +65,9 @@ def embedded(
             None if inputs_embeds is None else padding.pack(inputs_embeds),
             rng,
             dtype=dtype,
+            defers=defers and not projects,
         )
-    # ELECTRA's small models have embeddings narrower than H
-    return model.embeddings_project(x).to(dtype) if hasattr(model, "embeddings_project") else x
+    return model.embeddings_project(x).to(dtype) if projects else x
 
 
 def own_dtype(embeddings: Any) -> torch.dtype:

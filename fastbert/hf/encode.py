@@ -37,8 +37,10 @@ from fastbert.hf.stack import (
 from fastbert.models.heads import first_tokens
 from fastbert.modules.embeddings import stream_dtype
 from fastbert.modules.encoder import pad_states
+from fastbert.modules.graphs.buckets import embeds_in_graphs
 from fastbert.modules.request import DOCUMENTS, asked, read_layout
 from fastbert.modules.sequences import Rows, Sequences
+from fastbert.ops.embedding import Call as Embedding
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState, for_batch
 
@@ -54,6 +56,9 @@ class Encoded:
     rows: Rows | None
     dtype: torch.dtype
 
+
+# The residual stream (T, H), or the call that makes it, and its dtype without autocast.
+Embedded = tuple[Tensor | Embedding, torch.dtype]
 
 # The head whose own forward calls its bare model now; for each thread.
 _HEAD: ContextVar[Any] = ContextVar("head", default=None)
@@ -145,9 +150,9 @@ def encode(
     if is_hooked(encoder) or not is_theirs(encoder):
         raise Unsupported(f"a {type(encoder).__name__} of the user's own, or a hook on it")
 
-    def embed(padding: Unpadding, rng: DropoutState | None) -> tuple[Tensor, torch.dtype]:
+    def embed(padding: Unpadding, rng: DropoutState | None, defers: bool) -> Embedded:
         ids = position_ids, token_type_ids
-        x = embedded(model, padding, rng, input_ids, inputs_embeds, *ids)
+        x = embedded(model, padding, rng, input_ids, inputs_embeds, *ids, defers=defers)
         return x, own_dtype(model.embeddings)
 
     modules = (model, model.embeddings, *encoder.layer)
@@ -159,7 +164,7 @@ def run_encoder(encoder: Any, original: Forward, arguments: dict[str, Any]) -> A
     wanted = dict(arguments)
     hidden_states = wanted.pop("hidden_states")
 
-    def embed(padding: Unpadding, rng: DropoutState | None) -> tuple[Tensor, torch.dtype]:
+    def embed(padding: Unpadding, rng: DropoutState | None, defers: bool) -> Embedded:
         own = hidden_states.dtype
         x = padding.pack(hidden_states)
         return x.to(stream_dtype(own, x.device, encoder)), own
@@ -187,14 +192,15 @@ def _run(
     with_dropout: Iterable[nn.Module],
     given: Tensor,
     arguments: dict[str, Any],
-    embed: Callable[[Unpadding, DropoutState | None], tuple[Tensor, torch.dtype]],
+    embed: Callable[[Unpadding, DropoutState | None, bool], Embedded],
     rows: Callable[[Unpadding, int], Rows | None] | None = None,
 ) -> Encoded:
     """Packs, embeds and runs the layers of a model or an encoder, or raises Unsupported.
 
     with_dropout: the modules that need a dropout state in training mode; given: (B, S, ...);
-    arguments: the call's others; embed: makes the residual stream (T, H), with the dtype that
-    Hugging Face's has without autocast; rows: see `encode`.
+    arguments: the call's others; embed: makes the residual stream (T, H), or if its last argument
+    says so may return the call that makes it, and the dtype that Hugging Face's has without
+    autocast; rows: see `encode`.
     """
     mask, positions = arguments.pop("attention_mask", None), arguments.pop("position_ids", None)
     packed = {name: arguments.pop(name, None) for name in DOCUMENTS}
@@ -208,9 +214,10 @@ def _run(
     rng = None
     if any(one.training for one in with_dropout):
         rng = for_batch(padding.cu_seqlens, padding.num_tokens)
-    x, own = embed(padding, rng)
-    sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
     wanted = states_wanted(module, arguments)
+    defers = rng is None and not wanted and embeds_in_graphs(layers, given.device)
+    x, own = embed(padding, rng, defers)
+    sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
     chosen = rows(padding, x.shape[1]) if rows is not None and not wanted else None
     x, states = run_packed(module, layers, parts, x, sequences, padding, wanted, chosen)
     return Encoded(x, states, padding, chosen, boundary_dtype(own, x.device))

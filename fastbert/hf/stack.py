@@ -23,6 +23,7 @@ from fastbert.modules.request import asked, unknown_argument
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.stack import run_stack
 from fastbert.ops.attention import attention_qkvpacked
+from fastbert.ops.embedding import Call as Embedding
 from fastbert.ops.unpad import Unpadding
 
 
@@ -91,7 +92,7 @@ def run_packed(
     module: nn.Module,
     layers: nn.ModuleList,
     parts: tuple[LayerParts, ...],
-    x: Tensor,
+    x: Tensor | Embedding,
     sequences: Sequences,
     padding: Unpadding,
     states: bool | Collection[int],
@@ -116,7 +117,7 @@ def run_packed(
 def _tell(
     module: nn.Module,
     layers: nn.ModuleList,
-    x: Tensor,
+    x: Tensor | Embedding,
     padding: Unpadding,
     mask: Tensor | None,
     rows: Rows | None,
@@ -134,7 +135,7 @@ def _tell(
     if observed:
         notes.append(f"{observed} layers have hooks and see (batch, seqlen, hidden)")
     places = padding.batch_shape[0] * padding.batch_shape[1]
-    if len(x) < places:
+    if x.shape[0] < places:
         notes.append("rows of padding are zeros")
     documents = len(padding.cu_seqlens) - 1
     if documents != padding.batch_shape[0]:

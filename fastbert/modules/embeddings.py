@@ -1,12 +1,13 @@
 """Word, position and segment embeddings, summed and normalized; the residual stream's dtype."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastbert.modules.linear import is_plain, is_plain_table
 from fastbert.ops.dropout import dropout
+from fastbert.ops.embedding import Call as Embedding
 from fastbert.ops.embedding import embedding_layer_norm
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.rng import DropoutState
@@ -38,28 +39,27 @@ def embed(
     rng: DropoutState | None = None,
     *,
     dtype: torch.dtype,
-) -> Tensor:
+    defers: bool = False,
+) -> Tensor | Embedding:
     """`dropout(norm(words + types + positions))`: (...) ids -> (..., H) in `dtype`.
 
     embeddings: has the tables and the norm under Hugging Face's names; DistilBERT's has no table of
     token types. A module that is not a plain nn.Embedding or nn.LayerNorm is called.
-    token_type_ids of None means zeros; inputs_embeds (..., H) replaces the word embeddings.
+    token_type_ids of None means zeros; inputs_embeds (..., H) replaces the word embeddings. defers:
+    where one operator does it all, its call is returned instead of the result.
     """
     words, positions = embeddings.word_embeddings, embeddings.position_embeddings
     types = getattr(embeddings, "token_type_embeddings", None)
     tables = [table for table in (words, positions, types) if table is not None]
     norm = embeddings.LayerNorm
     if inputs_embeds is None and all(map(is_plain_table, tables)) and is_affine(norm):
-        word = words.weight
-        # without types a row of zeros, which is one launch; a plain dropout mask is 170
-        type_weight = word.new_zeros(1, word.shape[1]) if types is None else types.weight
-        return embedding_layer_norm(
+        call: Embedding = embedding_layer_norm.check(
             input_ids,
             position_ids,
             token_type_ids,
-            word,
+            words.weight,
             _without_padding_gradient(positions),
-            type_weight,
+            None if types is None else types.weight,
             norm.weight,
             norm.bias,
             norm.eps,
@@ -68,11 +68,17 @@ def embed(
             rng=rng,
             dtype=dtype,
         )
+        return call if defers else embedding_layer_norm.run(call)
     x = words(input_ids) if inputs_embeds is None else inputs_embeds
     if types is not None:
         x = x + types(torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids)
     x = x + positions(position_ids)
     return dropout(normalized(x, norm).to(dtype), dropout_p, rng)
+
+
+def stream_of(x: Tensor | Embedding) -> Tensor:
+    """The residual stream itself, or what its call gives."""
+    return x if isinstance(x, Tensor) else cast(Tensor, embedding_layer_norm.run(x))
 
 
 def is_affine(norm: Any) -> bool:
@@ -121,4 +127,4 @@ class BertEmbeddings(nn.Module):
         dtype = stream_dtype(self.LayerNorm.weight.dtype, position_ids.device, self)
         p = self.dropout.p if self.training else 0.0
         ids = input_ids, position_ids, token_type_ids
-        return embed(self, p, *ids, inputs_embeds, rng, dtype=dtype)
+        return cast(Tensor, embed(self, p, *ids, inputs_embeds, rng, dtype=dtype))

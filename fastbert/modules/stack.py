@@ -6,17 +6,19 @@ from typing import cast
 from torch import Tensor, nn
 
 from fastbert.check import require
+from fastbert.modules.embeddings import stream_of
 from fastbert.modules.graphs import buckets
 from fastbert.modules.layer import LayerParts, Stream, layers_of, run_layers
 from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.plan import calls_layers
 from fastbert.modules.sequences import Rows, Sequences
+from fastbert.ops.embedding import Call as Embedding
 
 
 def run_stack(
     layers: nn.ModuleList,
     parts: Sequence[LayerParts | None],
-    x: Tensor,
+    x: Tensor | Embedding,
     sequences: Sequences,
     wanted_states: bool | Collection[int],
     rows: Rows | None,
@@ -24,10 +26,11 @@ def run_stack(
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
     """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; and hidden states.
 
-    The layers run as a CUDA graph, or one by one. parts: each layer's parts, None for a layer that
-    could not be read; wanted_states: True for x and each layer's output, layer numbers for these
-    layers' outputs with None for the others, as in Hugging Face; call(number, x, sequences) calls a
-    layer as a module, which happens for all layers if one has hooks, is checkpointed, or could not
+    The layers run as a CUDA graph, or one by one. x: the residual stream, or the call that makes
+    it, which a graph then contains; parts: each layer's parts, None for a layer that could not be
+    read; wanted_states: True for x and each layer's output, layer numbers for these layers' outputs
+    with None for the others, as in Hugging Face; call(number, x, sequences) calls a layer as a
+    module, which happens for all layers if one has hooks, is checkpointed, or could not
     be read. Raises ValueError where `sequences` does not fit x, and if both rows and states are
     wanted, because the last state would lack tokens.
     """
@@ -45,9 +48,10 @@ def run_stack(
             x = call(number, stream.x, sequences)
             return Stream(x, x)
 
-    sequences.check(len(x))
+    sequences.check(x.shape[0])
     outputs = buckets.replayed(layers, read, x, sequences, states, rows, reason)
     if outputs is None:
+        x = stream_of(x)
         products = vars(layers).get(PRODUCTS)
         if products is not None:
             products.begin(x, layers.training)
@@ -56,4 +60,4 @@ def run_stack(
         return outputs[0], None
     of = dict(zip((last, *states), outputs, strict=True))
     found = tuple(of[number] if number in chosen else None for number in range(last + 1))
-    return outputs[0], (x, *found) if wanted_states is True else found
+    return outputs[0], (stream_of(x), *found) if wanted_states is True else found

@@ -19,8 +19,8 @@ WHO = "embedding_layer_norm"
 class Call(NamedTuple):
     """A call of `embedding_layer_norm`.
 
-    All ids have one shape; padding_idx: counted from 0; rng: None without dropout; dtype: the
-    result's.
+    All ids have one shape; padding_idx: counted from 0; rng: None without dropout; shape, dtype,
+    device: the result's.
     """
 
     input_ids: Tensor
@@ -28,7 +28,7 @@ class Call(NamedTuple):
     token_type_ids: Tensor | None
     word: Tensor
     position: Tensor
-    token_type: Tensor
+    token_type: Tensor | None
     weight: Tensor
     bias: Tensor
     eps: float
@@ -36,6 +36,14 @@ class Call(NamedTuple):
     dropout_p: float
     rng: DropoutState | None
     dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.input_ids.shape, self.word.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.word.device
 
 
 @op("triton")
@@ -45,7 +53,7 @@ def embedding_layer_norm(
     token_type_ids: Tensor | None,
     word: Tensor,
     position: Tensor,
-    token_type: Tensor,
+    token_type: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     eps: float = 1e-12,
@@ -59,10 +67,10 @@ def embedding_layer_norm(
 
     input_ids: (...) int64, usually (T,) packed tokens; position_ids and token_type_ids broadcast to
     it, and token_type_ids of None means all zeros; word: (V, H); position: (P, H); token_type:
-    (S, H); weight, bias: (H,). The result (..., H) has `dtype`, by default the word table's; sums
-    and statistics are in float32 or wider. The row `padding_idx` of the word table gets no
-    gradient, as in torch.nn.Embedding; negative ones count from the end. dropout_p and rng are as
-    in `dropout_add_layer_norm`.
+    (S, H), None for models without types; weight, bias: (H,). The result (..., H) has `dtype`, by
+    default the word table's; sums and statistics are in float32 or wider. The row `padding_idx` of
+    the word table gets no gradient, as in torch.nn.Embedding; negative ones count from the end.
+    dropout_p and rng are as in `dropout_add_layer_norm`.
 
     Gradients are dense; the kernels sum them in float32 and always in the same order.
 
@@ -70,13 +78,14 @@ def embedding_layer_norm(
     assertion on a GPU. The kernels, for which raising would make the host wait, read and write
     nothing for the id and return a row of NaN.
 
-    Raises ValueError for other shapes, ids that are neither int64 nor int32, a padding_idx outside
-    the table, or a dropout_p not in [0, 1).
+    Raises ValueError for other shapes, ids that are neither int64 nor int32, token_type_ids without
+    their table, a padding_idx outside the table, or a dropout_p not in [0, 1).
     """
     shape = input_ids.shape
     input_ids = _expand("input_ids", input_ids, shape)
     position_ids = _expand("position_ids", position_ids, shape)
     if token_type_ids is not None:
+        require(token_type is not None, WHO, "a token_type table for token_type_ids", "none")
         token_type_ids = _expand("token_type_ids", token_type_ids, shape)
     _check_tables(word, position, token_type, weight, bias)
     if padding_idx is not None:
@@ -103,12 +112,12 @@ def _expand(name: str, ids: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _check_tables(
-    word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor
+    word: Tensor, position: Tensor, token_type: Tensor | None, weight: Tensor, bias: Tensor
 ) -> None:
     require(word.ndim == 2, WHO, "a word table of shape (words, hidden)", tuple(word.shape))
     hidden = word.shape[1]
     for name, table in (("position", position), ("token_type", token_type)):
-        if table.ndim != 2 or table.shape[1] != hidden:
+        if table is not None and (table.ndim != 2 or table.shape[1] != hidden):
             expected = f"a {name} table of shape (rows, {hidden})"
             require(False, WHO, expected, tuple(table.shape))
     for name, vector in (("weight", weight), ("bias", bias)):
@@ -122,7 +131,8 @@ def _plain(call: Call) -> Tensor:
     wide = torch.promote_types(word.dtype, torch.float32)
     z = F.embedding(call.input_ids, word, call.padding_idx).to(wide)
     types, type_ids = call.token_type, call.token_type_ids
-    z = z + (types[0] if type_ids is None else F.embedding(type_ids, types)).to(wide)
+    if types is not None:
+        z = z + (types[0] if type_ids is None else F.embedding(type_ids, types)).to(wide)
     z = z + F.embedding(call.position_ids, call.position).to(wide)
     y = plain_layer_norm(z, weight, call.bias, call.eps)
     y = y if call.rng is None else dropped(y, call.dropout_p, call.rng)
@@ -131,7 +141,7 @@ def _plain(call: Call) -> Tensor:
 
 @embedding_layer_norm.refuses
 def _refusal(call: Call) -> str | None:
-    tables = word, _, _ = call[3:6]
+    word, tables = call.word, tuple(table for table in call[3:6] if table is not None)
     if reason := refusal(tables, (call.weight, call.bias)):
         return reason
     if len({table.dtype for table in tables}) > 1:
@@ -155,7 +165,10 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
     def forward(ctx: Any, kernels: Any, *fields: Any) -> Tensor:
         call = Call(*fields)
         ids = [None if x is None else x.reshape(-1).contiguous() for x in call[:3]]
-        inputs = (*ids, *call[3:7])  # the three tables and the weight
+        types = call.token_type
+        if types is None:  # a row of zeros, so that the kernels have a table
+            types = call.word.new_zeros(1, call.word.shape[1])
+        inputs = (*ids, call.word, call.position, types, call.weight)
         state, token_key, site, threshold = device_numbers(call.rng, call.dropout_p)
         y, *statistics = kernels.embedding_layer_norm_fwd(
             *inputs, call.bias, call.eps, state, token_key, site, threshold, call.dtype,
@@ -165,12 +178,14 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
             ctx.save_for_backward(*inputs, *statistics, state, token_key)
             padding_id = -1 if call.padding_idx is None else call.padding_idx
             ctx.kernels, ctx.numbers = kernels, (site, threshold, padding_id)
+            ctx.has_types = call.token_type is not None
         return y.view(*call.input_ids.shape, call.word.shape[1])
 
     @staticmethod
     @once(WHO)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.kernels.embedding_layer_norm_bwd(
+        dword, dposition, dtypes, *others = ctx.kernels.embedding_layer_norm_bwd(
             as_rows(dy), *ctx.saved_tensors, *ctx.numbers
         )
-        return None, None, None, None, *gradients, *[None] * 5
+        dtypes = dtypes if ctx.has_types else None
+        return None, None, None, None, dword, dposition, dtypes, *others, *[None] * 5

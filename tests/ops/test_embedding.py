@@ -153,6 +153,29 @@ def test_sums_runs_of_more_chunks_than_are_joined_at_once(device):
     assert_as_accurate(case.results(), case.plain(torch.float32), truth, names=NAMES)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.usefixtures("body")
+def test_without_a_table_of_types_it_is_a_table_of_zeros(dropout_p, device):
+    case = inputs(33, 24, torch.float32, device)
+    case.token_type_ids, case.parameters[2] = None, torch.zeros(1, 24, device=device)
+
+    def function(word, position, types, weight, bias):
+        ids = case.input_ids, case.position_ids, None
+        options = {"dropout_p": dropout_p, "rng": case.rng}
+        return embedding_layer_norm(*ids, word, position, types, weight, bias, 0.5, **options)
+
+    expected = gradients(function, *case.parameters, dy=case.dy)
+    del expected[3]  # of the types
+    word, position, _, *vectors = case.parameters
+    actual = gradients(
+        lambda word, position, *others: function(word, position, None, *others),
+        *(word, position, *vectors),
+        dy=case.dy,
+    )
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("padding_idx", [0, 7, -1, -WORDS, None])
 @pytest.mark.usefixtures("body")
 def test_padding_gets_no_gradient(padding_idx, device):
@@ -339,6 +362,7 @@ def test_a_forced_backend_never_falls_back(change, options, reason, device):
         ({"word": lambda t: t[0]}, {}, "word table"),
         ({"position": lambda t: t[:, :5].clone()}, {}, r"position table of shape \(rows, 8\)"),
         ({"token_type": lambda t: t[0]}, {}, "token_type table"),
+        ({"token_type": lambda t: None}, {}, "token_type table for token_type_ids"),
         ({"weight": lambda t: t[:5].clone()}, {}, r"weight of shape \(8,\), got \(5,\)"),
         ({}, {"padding_idx": WORDS}, f"padding_idx within {WORDS} words"),
         ({}, {"padding_idx": -WORDS - 1}, f"padding_idx within {WORDS} words"),
@@ -346,8 +370,8 @@ def test_a_forced_backend_never_falls_back(change, options, reason, device):
         ({}, {"dropout_p": 0.5, "rng": random.fresh(3, torch.device("cpu"))}, r"got \(3,\)"),
     ],
     ids=[
-        "positions", "types", "short", "words", "position", "type", "weight", "padding", "negative",
-        "dropout", "keys",
+        "positions", "types", "short", "words", "position", "type", "no types", "weight", "padding",
+        "negative", "dropout", "keys",
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("body")

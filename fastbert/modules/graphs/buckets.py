@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from fastbert import backend, events
 from fastbert.check import require
-from fastbert.modules.graphs.call import Bucket, Call, Precision, products_of
+from fastbert.modules.graphs.call import Bucket, Call, Precision, inputs_of, products_of
 from fastbert.modules.graphs.pool import MOST_LANES, Entry, Lane, Pending, Pool, Recorded
 from fastbert.modules.graphs.recorder import CudaGraphs
 from fastbert.modules.graphs.replays import ForwardGraph
 from fastbert.modules.layer import LayerParts
+from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.sequences import Rows, Sequences
+from fastbert.ops.embedding import Call as Embedding
 
 Graphs = Literal["auto", False]
 
@@ -73,10 +75,20 @@ def pool_of(device: torch.device) -> Pool | None:
         return Pool(functools.partial(CudaGraphs, shares_memory=True), MEMORY_SHARE * total)
 
 
+def embeds_in_graphs(layers: nn.ModuleList, device: torch.device) -> bool:
+    """Whether a graph of the layers may contain the embeddings: in inference, and not in FP8."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or pool_of(device) is None
+        or PRODUCTS in vars(layers)
+    )
+
+
 def replayed(
     layers: nn.ModuleList,
     parts: Sequence[LayerParts],
-    x: Tensor,
+    x: Tensor | Embedding,
     sequences: Sequences,
     states: tuple[int, ...],
     rows: Rows | None,
@@ -89,7 +101,7 @@ def replayed(
     """
     if torch.compiler.is_compiling() or (pool := pool_of(x.device)) is None:
         return None
-    with pool.entered() as is_inside, torch.cuda.device_of(x):
+    with pool.entered() as is_inside, torch.cuda.device_of(inputs_of(x)[0]):
         if not is_inside:
             return None
         bucket, lane = Bucket.of(x, sequences, rows), pool.lane()
@@ -110,6 +122,7 @@ def replayed(
         lane.recorder.follow()
         if isinstance(entry.graphs, ForwardGraph):
             return entry.graphs(x, call)
+        assert isinstance(x, Tensor)
         return Pending(pool, lane, entry.graphs, recorded).run(x, call)
 
 
@@ -122,7 +135,7 @@ def _recorded(layers: nn.ModuleList, parts: Sequence[LayerParts]) -> Recorded:
     return recorded
 
 
-def _refusal(layers: nn.ModuleList, x: Tensor, sequences: Sequences, lane: Lane) -> str:
+def _refusal(layers: nn.ModuleList, x: Tensor | Embedding, sequences: Sequences, lane: Lane) -> str:
     """Why this call may not replay a graph, "" if it may."""
     if not are_allowed(layers):
         return "graphs=False"
@@ -130,7 +143,7 @@ def _refusal(layers: nn.ModuleList, x: Tensor, sequences: Sequences, lane: Lane)
         return "FASTBERT_GRAPHS"
     if sequences.mask is not None:
         return "a general mask"
-    if not len(x):
+    if not x.shape[0]:
         return "no tokens"
     if not lane.is_free():
         return f"{MOST_LANES} earlier forwards whose backwards are yet to run"

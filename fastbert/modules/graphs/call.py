@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastbert.modules.layer import LayerParts, layers_of, run_layers
 from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.sequences import Rows, Sequences
+from fastbert.ops.embedding import Call as Embedding
 
 
 class Bucket(NamedTuple):
@@ -31,7 +32,7 @@ class Bucket(NamedTuple):
     longest_rows: int = 0
 
     @classmethod
-    def of(cls, x: Tensor, sequences: Sequences, rows: Rows | None) -> "Bucket":
+    def of(cls, x: Tensor | Embedding, sequences: Sequences, rows: Rows | None) -> "Bucket":
         """The smallest bucket for the call; at most 15 tokens or an eighth of them are filler."""
         tokens, count, longest = x.shape[0], sequences.cu_seqlens.shape[0] - 1, sequences.max_seqlen
         wanted = (0, 0)
@@ -56,7 +57,7 @@ class Precision(NamedTuple):
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, x: Tensor) -> "Precision":
+    def of(cls, x: Tensor | Embedding) -> "Precision":
         device = x.device.type
         enabled = torch.is_autocast_enabled(device)
         return cls(device, enabled, torch.get_autocast_dtype(device))
@@ -91,7 +92,7 @@ class Call(NamedTuple):
     products: weakref.ref[Any] | None = None
     trained: list[Tensor] | None = None
 
-    def own(self, x: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+    def own(self, x: Tensor | Embedding, outputs: Sequence[Tensor]) -> list[Tensor]:
         """Copies of a graph's outputs without the filler; x: the call's."""
         count = (x if self.rows is None else self.rows.index).shape[0]
         return copies_of([output[:count] for output in outputs])
@@ -145,6 +146,20 @@ class Segment(NamedTuple):
             rows=call.rows if self.numbers.stop == call.numbers.stop else None,
             trained=[call.trained[place] for place in self.trained],
         )
+
+
+def inputs_of(x: Tensor | Embedding) -> list[Tensor]:
+    """The tensors (T, ...) of which a graph that begins with x has copies."""
+    return [x] if isinstance(x, Tensor) else [ids for ids in x[:3] if ids is not None]
+
+
+def fixed_of(x: Tensor | Embedding) -> Any:
+    """What a recorded graph fixes of embeddings: their tables; None for the stream itself."""
+    if isinstance(x, Tensor):
+        return None
+    ids = [None if one is None else one.dtype for one in x[:3]]
+    tables = [(one.data_ptr(), one.dtype, one.shape) for one in x[3:8] if one is not None]
+    return *ids, *tables, x.eps
 
 
 def copies_of(tensors: list[Tensor]) -> list[Tensor]:

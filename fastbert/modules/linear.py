@@ -59,7 +59,8 @@ class Leaf:
     ) -> None:
         self.module = module
         # FSDP1 may take the parameters away and set tensors in the place of them
-        self.is_plain = is_plain(module, kind) and "bias" in module._parameters
+        has_parameters = module._parameters.keys() >= {"weight", "bias"}
+        self.is_plain = is_plain(module, kind) and has_parameters
         self.parameters: dict[str, Any] = module._parameters
         self.given = given
 

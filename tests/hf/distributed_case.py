@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import transformers
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastbert
@@ -83,7 +83,12 @@ def shard(module: torch.nn.Module) -> torch.nn.Module:
     return fully_shard(module)
 
 
-WRAPPERS = {"ddp": DistributedDataParallel, "fsdp2": shard}
+def flatten(module: torch.nn.Module) -> torch.nn.Module:
+    """By FSDP1, which puts plain tensors in the place of the parameters of all modules inside."""
+    return FullyShardedDataParallel(module, use_orig_params=False, device_id=torch.device("cpu"))
+
+
+WRAPPERS = {"ddp": DistributedDataParallel, "fsdp1": flatten, "fsdp2": shard}
 MODELS = {"patched": MaskedLM, "own": Pretraining}
 
 

@@ -54,6 +54,13 @@ def dense(layer):
     return layer.intermediate.dense
 
 
+def set_tensor(layer):
+    """As FSDP1 does."""
+    weight = dense(layer).weight.detach() * 2
+    del dense(layer).weight
+    dense(layer).weight = weight
+
+
 def set_weight(layer):
     dense(layer).weight = nn.Parameter(torch.ones_like(dense(layer).weight))
 
@@ -124,8 +131,8 @@ def parametrize(layer):
 
 
 CHANGES = [
-    set_weight, set_data, replace_leaf, replace_by_alike, change_class, replace_norm, remove_bias,
-    change_eps, change_heads, hook_a_leaf, hook_a_leaf_before, hook_the_layer, set_forward,
+    set_tensor, set_weight, set_data, replace_leaf, replace_by_alike, change_class, replace_norm,
+    remove_bias, change_eps, change_heads, hook_a_leaf, hook_a_leaf_before, hook_the_layer, set_forward,
     set_activation, parametrize,
 ]  # fmt: skip
 

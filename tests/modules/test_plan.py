@@ -132,8 +132,8 @@ def parametrize(layer):
 
 CHANGES = [
     set_tensor, set_weight, set_data, replace_leaf, replace_by_alike, change_class, replace_norm,
-    remove_bias, change_eps, change_heads, hook_a_leaf, hook_a_leaf_before, hook_the_layer, set_forward,
-    set_activation, parametrize,
+    remove_bias, change_eps, change_heads, hook_a_leaf, hook_a_leaf_before, hook_the_layer,
+    set_forward, set_activation, parametrize,
 ]  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """A layer of plain modules as one operator: its products and kernels by hand, and their gradients.
 
 Operator by operator, PyTorch's dispatcher, autocast and autograd take the host longer than a small
-batch takes the GPU. Here autograd sees one node for a layer, one launch casts all its weights, and
-what the operators would check each is checked once. The operators' own Functions do the work, each
-with a `_Saved` in the place of autograd's context.
+batch takes the GPU. Here autograd sees one node for a layer, and what the operators would check
+each is checked once. The operators' own Functions do the work, each with a `_Saved` in the place of
+autograd's context. T packed tokens, H hidden, N heads, D head size.
 """
 
 from collections.abc import Iterator
@@ -38,13 +38,15 @@ class WholeLayer:
     """A layer whose linear layers and norms are plain, and its activation GELU.
 
     Other modules may project to queries, keys and values, as LoRA's do: these are called, and the
-    operator begins at their result. parts: the `LayerParts`; approximate: the formula of GELU, as
-    `bias_gelu` names it
+    operator begins at their result. parts: the `LayerParts`, which are not kept, as they have this
+    object: a cycle would keep a model that nobody has any more; approximate: the formula of GELU,
+    as `bias_gelu` names it
     """
 
     def __init__(self, parts: Any, approximate: str) -> None:
-        ends = parts.attention_end, parts.output
-        self.parts, self.approximate = parts, approximate
+        self.ends = ends = parts.attention_end, parts.output
+        self.num_heads, self.attention_dropout = parts.num_heads, parts.attention_dropout
+        self.approximate = approximate
         self.projections = parts.query, parts.key, parts.value
         self.projects = all(leaf.is_plain for leaf in self.projections)
         own = ends[0].dense, parts.intermediate, ends[1].dense
@@ -110,7 +112,7 @@ class WholeLayer:
         w_out, w_up, w_down, b_out, b_up, b_down, *norms_and_projections = parameters
         own, shape, device = w_out.dtype, x.shape[1:], x.get_device()
         size = w_out.shape[1]  # of the queries, of the keys, and of the values
-        head_dim, rest = divmod(size, self.parts.num_heads)
+        head_dim, rest = divmod(size, self.num_heads)
         # the kernels read these vectors by the stream's width
         vectors = b_out, b_down, *norms_and_projections[:4]
         return bool(
@@ -169,9 +171,9 @@ class _Layer(torch.autograd.Function):
         x: Tensor, residual: Tensor, *parameters: Tensor,
     ) -> Any:  # fmt: skip
         """dtype: of the products. Without a context nothing is saved, and y returned once."""
-        parts, count, device = layer.parts, x.shape[0], x.device
+        count, device = x.shape[0], x.device
         of_attention, of_norm, of_gelu = kernels
-        first, second = parts.attention_end, parts.output
+        first, second = layer.ends
         *weights, b_out, b_up, b_down, g1, b1, g2, b2 = parameters[:10]
         projections = parameters[10:]
         saved: list[Any] = [None if ctx is None else _Saved() for _ in range(4)]
@@ -190,9 +192,9 @@ class _Layer(torch.autograd.Function):
             b_key, low_x = projections[4], _in(x, dtype)
             w_qkv, b_qkv = low(torch.cat(projections[:3])), low(torch.cat(projections[3:]))
             qkv = F.linear(low_x, w_qkv, b_qkv)
-        qkv = qkv.view(count, 3, parts.num_heads, -1)
+        qkv = qkv.view(count, 3, layer.num_heads, -1)
         boundaries, longest = sequences.cu_seqlens, sequences.max_seqlen
-        p = parts.attention_dropout
+        p = layer.attention_dropout
         options = qkv.shape[-1] ** -0.5, p, rng_of(p, 0), None
         context = AttentionFunction.forward(
             attention, of_attention, qkv, None, None, b_key,

@@ -1,6 +1,8 @@
 """A layer as one node of autograd gives what its operators give one by one."""
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
@@ -420,3 +422,21 @@ def test_layers_that_train_use_it(device, runs):
     assert runs == [True, True]
     assert all(parameter.grad is not None for parameter in model.encoder.parameters())
     assert layers.WholeLayer is whole_layer.WholeLayer
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_that_nobody_has_is_freed_at_once(training, device):
+    """Not when the garbage collector finds a cycle: weights are most of a GPU's memory."""
+    layer, x = make(device, training), stream_of(device)
+    sequences = sequences_of(device, dropout=training)
+    parts = parts_of(layer)
+    gc.collect()
+    gc.disable()
+    try:
+        y, _ = run_layer(parts, Stream(x, x), sequences)
+        y.sum().backward()
+        weight = weakref.ref(layer.output.dense.weight)
+        del layer, parts, y, _
+        assert weight() is None
+    finally:
+        gc.enable()

@@ -96,16 +96,19 @@ class Planner:
         return parts
 
 
-def calls_layers(layers: nn.ModuleList) -> bool:
-    """Whether layers must be called as modules: for hooks, a replaced forward, or checkpointing."""
+def first_called(layers: nn.ModuleList) -> int:
+    """The first layer that must be called as a module, their number if none must.
+
+    That is for hooks, a replaced forward, or checkpointing.
+    """
     if torch.nn.modules.module._has_any_global_hook():
-        return True
-    for layer in layers:
+        return 0
+    for number, layer in enumerate(layers):
         own = vars(layer)
         is_checkpointed = own.get("gradient_checkpointing") and own["training"]
         if is_checkpointed or "forward" in own or any(hooks_of(layer)):
-            return True
-    return False
+            return number
+    return len(layers)
 
 
 def _attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:

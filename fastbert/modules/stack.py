@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from fastbert.check import require
 from fastbert.modules.embeddings import stream_of
 from fastbert.modules.graphs import buckets
-from fastbert.modules.layer import LayerParts, Stream, layers_of, run_layers
+from fastbert.modules.layer import LayerParts, Stream, layers_of, run_layer, run_layers
 from fastbert.modules.linear import PRODUCTS
-from fastbert.modules.plan import calls_layers
+from fastbert.modules.plan import first_called
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.ops.embedding import Call as Embedding
 
@@ -30,9 +30,9 @@ def run_stack(
     it, which a graph then contains; parts: each layer's parts, None for a layer that could not be
     read; wanted_states: True for x and each layer's output, layer numbers for these layers' outputs
     with None for the others, as in Hugging Face; call(number, x, sequences) calls a layer as a
-    module, which happens for all layers if one has hooks, is checkpointed, or could not
-    be read. Raises ValueError where `sequences` does not fit x, and if both rows and states are
-    wanted, because the last state would lack tokens.
+    module, as one is that has hooks, is checkpointed, or could not be read, and all behind it, as a
+    hook may change them. Raises ValueError where `sequences` does not fit x, and if both rows and
+    states are wanted, because the last state would lack tokens.
     """
     expected = "no output_hidden_states where only some rows are wanted"
     require(rows is None or not wanted_states, "BertEncoder", expected, wanted_states)
@@ -41,10 +41,14 @@ def run_stack(
     states = tuple(number for number in range(last) if number in chosen)
     read = cast(Sequence[LayerParts], parts)
     run = layers_of(read)
-    if calls_layers(layers) or None in parts:
+    called = parts.index(None) if None in parts else last + 1
+    called = min(called, first_called(layers))
+    if called <= last:
         reason = "layers that are called as modules: hooks, checkpointing, or other classes"
 
         def run(number: int, stream: Stream, sequences: Sequences) -> Stream:
+            if number < called:
+                return run_layer(read[number], stream, sequences)
             x = call(number, stream.x, sequences)
             return Stream(x, x)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastbert
-from fastbert import backend
+from fastbert import backend, events
 from fastbert.modules import layer as layers
 from fastbert.modules import whole_layer
 from fastbert.modules.bert_layer import BertLayer, parts_of
@@ -284,6 +284,82 @@ def test_no_more_is_saved_than_by_the_operators(trained, device, runs):
         del outputs
     assert sizes[1] <= sizes[0]
     assert runs == [True]
+
+
+def test_what_was_saved_is_freed_by_the_backward(device):
+    """Not only with the node, which the loss keeps."""
+    layer, sequences, x = make(device), sequences_of(device), stream_of(device)
+    saved = []
+
+    def pack(tensor):
+        saved.append(weakref.ref(copied := tensor.clone()))
+        return copied
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y, _ = run_layer(parts_of(layer), Stream(x, x), sequences)
+    y.sum().backward()
+    assert saved
+    assert not any(one() is not None for one in saved)
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_a_branch_without_a_gradient_is_no_pass_over_zeros(wanted, device, monkeypatch):
+    layer, sequences, x = make(device), sequences_of(device), stream_of(device)
+    given, backward = [], whole_layer.LayerNormFunction.backward
+    monkeypatch.setattr(
+        whole_layer.LayerNormFunction,
+        "backward",
+        lambda ctx, *gradients: (given.append(gradients), backward(ctx, *gradients))[1],
+    )
+    results(layer, x, sequences, wanted)
+    assert [one is None for one in given[0]] == [wanted == 1, wanted == 0]
+
+
+def test_attention_is_in_the_products_dtype_whatever_an_adapter_returns(device, monkeypatch):
+    """As autocast has it for PyTorch's own attention."""
+    layer, sequences, x = make(device), sequences_of(device), stream_of(device)
+    adapt(layer, ["query", "value"])
+    layer.attention.self.query.forward = lambda x: x.float()
+    seen, forward = [], whole_layer.AttentionFunction.forward
+    monkeypatch.setattr(
+        whole_layer.AttentionFunction,
+        "forward",
+        lambda ctx, kernels, q, *others: (seen.append(q.dtype), forward(ctx, kernels, q, *others))[
+            1
+        ],
+    )
+    results(layer, x, sequences, context=lambda: torch.autocast(device, torch.float16))
+    assert seen == [torch.float16]
+
+
+def test_explain_sees_every_operator(device, runs):
+    layer, sequences, x = make(device), sequences_of(device), stream_of(device)
+    with events.listen() as heard:
+        run_layer(parts_of(layer), Stream(x, x), sequences)
+    names = [event.operator for event in heard if isinstance(event, events.OperatorRun)]
+    norm = "dropout_add_layer_norm"
+    assert names == ["attention_qkvpacked", norm, "bias_gelu", norm]
+    assert runs == [False]
+
+
+def test_what_the_kernels_would_read_beyond_is_refused(device):
+    layer, sequences, x = make(device), sequences_of(device), stream_of(device)
+    whole = parts_of(layer).whole
+    strided = x.detach().T.contiguous().T
+    dtype = torch.float32
+
+    def fits(x, residual):
+        return whole._fits(x, residual, sequences, whole.parameters(), dtype)
+
+    assert fits(x, x)
+    assert not fits(strided, x)
+    assert not fits(x, strided)
+    assert not fits(x, x[:5])
+    for linear in (layer.intermediate.dense, layer.output.dense, layer.attention.output.dense):
+        bias, linear.bias = linear.bias, nn.Parameter(linear.bias[:5].detach().clone())
+        assert not fits(x, x)
+        linear.bias = bias
+    assert fits(x, x)
 
 
 def drop_bias(layer, x, sequences):

@@ -73,6 +73,16 @@ def test_a_graph_of_another_table_is_dropped_as_it_would_keep_the_table(recorder
     assert len(buckets.pool_of(None).used) == 1
 
 
+@pytest.mark.parametrize("name", ["word_embeddings", "position_embeddings", "LayerNorm"])
+def test_a_table_in_other_memory_is_recorded_anew(name, recorder):
+    plain, recorded = pair()
+    for model in (plain, recorded):
+        weight = getattr(model.bert.embeddings, name).weight
+        weight.data = weight.data * 1.5
+    torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))
+    assert recorder.recorded == 2
+
+
 @pytest.mark.parametrize("change", ["hook", "scale", "eps", "dtype"])
 def test_other_embeddings_are_computed_before_the_graph_or_recorded_anew(change, recorder):
     plain, recorded = pair()

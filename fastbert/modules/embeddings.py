@@ -46,7 +46,7 @@ def embed(
     embeddings: has the tables and the norm under Hugging Face's names; DistilBERT's has no table of
     token types. A module that is not a plain nn.Embedding or nn.LayerNorm is called.
     token_type_ids of None means zeros; inputs_embeds (..., H) replaces the word embeddings. defers:
-    where one operator does it all, its call is returned instead of the result.
+    where one operator does it all, without dropout, its call is returned instead of the result.
     """
     words, positions = embeddings.word_embeddings, embeddings.position_embeddings
     types = getattr(embeddings, "token_type_embeddings", None)
@@ -68,7 +68,8 @@ def embed(
             rng=rng,
             dtype=dtype,
         )
-        return call if defers else embedding_layer_norm.run(call)
+        # a graph would repeat the mask of a dropout state that was drawn for this call
+        return call if defers and call.rng is None else embedding_layer_norm.run(call)
     x = words(input_ids) if inputs_embeds is None else inputs_embeds
     if types is not None:
         x = x + types(torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids)

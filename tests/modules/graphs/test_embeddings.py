@@ -118,6 +118,18 @@ def test_states_and_training_have_the_embeddings_outside(recorder, embedded):
         torch.testing.assert_close(a, e)
 
 
+def test_dropout_that_alone_is_in_training_mode_is_drawn_in_each_call(recorder, embedded):
+    """As for Monte Carlo dropout. A graph would replay the mask of the call that was recorded."""
+    _, recorded = pair()
+    recorded.bert.embeddings.dropout.train().p = 0.5
+    embedded.clear()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        first, second = (recorded(**INPUTS).logits for _ in range(2))
+    assert not torch.equal(first, second)
+    assert len(embedded) == 2
+
+
 def test_embeddings_that_are_given_have_a_graph_of_their_own(recorder):
     plain, recorded = pair()
     embeds = {"inputs_embeds": torch.randn(3, 7, SHAPE["hidden_size"])}

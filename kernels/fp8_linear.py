@@ -233,12 +233,15 @@ def product(
 ) -> Tensor:
     """a (M, K) b (N, K)^T / (scales) + bias: (M, N) in `dtype`.
 
-    a, b: casts; of_a, of_b: () float32, one over each cast's scale; bias: (N,) in `dtype`, or None
+    a, b: casts; of_a, of_b: () float32, one over each cast's scale, each at an address that is a
+    multiple of 16, without which cuBLAS refuses; bias: (N,) in `dtype`, or None
     """
     if not a.is_cuda or not a.numel():
         y = (a.float() @ b.float().t()) * (of_a * of_b)
         return (y if bias is None else y + bias.float()).to(dtype)
     is_wide = dtype == torch.float32  # to which cuBLAS adds no bias
+    if bias is not None and bias.data_ptr() % MULTIPLE:
+        bias = bias.clone()
     y = torch._scaled_mm(
         a, b.t(), scale_a=of_a, scale_b=of_b, bias=None if is_wide else bias, out_dtype=dtype,
         use_fast_accum=a.dtype == b.dtype,  # in the forward, as TransformerEngine does

@@ -23,6 +23,7 @@ from fastbert.ops.fp8_linear import (
     FeedForward,
     fp8_feed_forward,
     fp8_linear,
+    inverse_of,
     multiplies_fp8,
 )
 from fastbert.ops.fp8_plain import E4M3, E5M2, LARGEST
@@ -38,7 +39,7 @@ class Scales:
     history: (P, 3, HISTORY) float32, largest absolute values of earlier passes, the newest first;
     amax: (P, 3) float32, those since the last pass began, 0 for none; scale: (P, 3) float32, powers
     of two of the pass that began last, None before the first one and where that is in eval mode;
-    inverse: (P, 3), one over each scale, None where that is.
+    inverse: (P, 3), by `inverse_of` the scales, None where they are.
     """
 
     def __init__(self, layers: int) -> None:
@@ -75,7 +76,7 @@ class Scales:
             ],
             1,
         )
-        self.inverse = self.scale.reciprocal()
+        self.inverse = inverse_of(self.scale)
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ MULTIPLE = 16  # which the kernels want a weight's sizes to be multiples of
 
 
 class Call(NamedTuple):
-    """A call of `fp8_linear`; inverse: (3,), one over each scale, exact for powers of two."""
+    """A call of `fp8_linear`; inverse: (3,), by `inverse_of` the scales."""
 
     x: Tensor
     weight: Tensor
@@ -69,7 +69,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, am
     if bias is not None:
         require(bias.shape == weight.shape[:1], who, "bias of shape (outputs,)", tuple(bias.shape))
     _check_threes(who, scale=scale, amax=amax)
-    return Call(x, weight, bias, scale, scale.reciprocal(), amax, result_dtype(x))
+    return Call(x, weight, bias, scale, inverse_of(scale), amax, result_dtype(x))
 
 
 @op("triton")
@@ -110,10 +110,18 @@ def fp8_feed_forward(
     require(is_matrix, who, expected, tuple(output_weight.shape))
     require(approximate in ("none", "tanh"), who, 'approximate "none" or "tanh"', approximate)
     _check_threes(who, scale=scale, amax=amax, output_scale=output_scale, output_amax=output_amax)
-    first = scale, scale.reciprocal(), amax
-    second = output_scale, output_scale.reciprocal(), output_amax
+    first = scale, inverse_of(scale), amax
+    second = output_scale, inverse_of(output_scale), output_amax
     tensors = x, weight, bias, output_weight
     return FeedForward(*tensors, *first, *second, approximate, result_dtype(x))
+
+
+def inverse_of(scale: Tensor) -> Tensor:
+    """One over each scale, exact for powers of two; each lies at a multiple of 16 bytes.
+
+    From version 12.9 on cuBLAS refuses scales at other addresses (CUBLAS_STATUS_NOT_SUPPORTED).
+    """
+    return scale.reciprocal()[..., None].expand(*scale.shape, 4).contiguous()[..., 0]
 
 
 def _check_threes(who: str, **tensors: Tensor) -> None:

@@ -42,6 +42,8 @@ def _product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
 
 
 def _scaled_product(a, b, of_a, of_b, bias=None, scale_result=None, out_dtype=None, fast=False):
+    if any(t is not None and t.data_ptr() % 16 for t in (a, b, of_a, of_b, bias)):
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED: an address that is no multiple of 16")
     y = (a.float() @ b.float()) * (of_a * of_b)
     return (y if bias is None else y + bias.float()).to(out_dtype or a.dtype)
 

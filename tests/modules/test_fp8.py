@@ -12,7 +12,8 @@ import fastbert
 from fastbert import backend
 from fastbert.modules import fp8
 from fastbert.modules.linear import PRODUCTS
-from fastbert.ops.fp8_plain import E4M3, E5M2, LARGEST
+from fastbert.ops.fp8_linear import fp8_feed_forward, fp8_linear
+from fastbert.ops.fp8_plain import E4M3, E5M2, LARGEST, Emulation
 
 SHAPE = {
     "vocab_size": 60,
@@ -254,3 +255,32 @@ def test_torch_compile_leaves_the_products_out_or_says_so():
     whole = torch.compile(model, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"not under torch\.compile"):
         whole(IDS)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Counts products, whose scales must lie where cuBLAS takes them from: at multiples of 16."""
+    plain, met = Emulation.product, []
+
+    def product(a, b, of_a, of_b, bias, dtype):
+        met.append((of_a.data_ptr() % 16, of_b.data_ptr() % 16))
+        return plain(a, b, of_a, of_b, bias, dtype)
+
+    monkeypatch.setattr(Emulation, "product", staticmethod(product))
+    return met
+
+
+@KINDS
+def test_a_steps_scales_lie_where_cublas_takes_them_from(make, products):
+    step(make())
+    assert len(products) >= 3 * 2 * 4  # three for each of a layer's four products
+    assert set(products) == {(0, 0)}
+
+
+def test_an_operators_scales_lie_where_cublas_takes_them_from(products):
+    x, weight = torch.randn(16, 16), torch.randn(16, 16, requires_grad=True)
+    scale, amax = torch.tensor([8.0, 4.0, 2.0]), torch.zeros(3)
+    fp8_linear(x, weight, None, scale, amax).sum().backward()
+    fp8_feed_forward(x, weight, weight[0], weight, scale, amax, scale, amax).sum().backward()
+    assert len(products) == 2 + 5
+    assert set(products) == {(0, 0)}

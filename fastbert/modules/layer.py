@@ -157,13 +157,13 @@ class LayerParts:
         """The layer as one operator; None for one with other modules."""
         return WholeLayer.of(self)
 
-    def of_linears(self, change: Callable[[Leaf], Leaf]) -> "LayerParts":
-        """The parts with other leaves in the place of the linear layers."""
+    def with_leaves(self, change: Callable[[Leaf], Leaf]) -> "LayerParts":
+        """The parts with other leaves in the place of theirs."""
         names = ("query", "key", "value", "intermediate")
         changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
         for name in ("attention_end", "output"):
             end = getattr(self, name)
-            changed[name] = end._replace(dense=change(end.dense))
+            changed[name] = end._replace(dense=change(end.dense), norm=change(end.norm))
         return dataclasses.replace(self, **changed)
 
 

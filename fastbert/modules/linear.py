@@ -1,5 +1,6 @@
 """Linear layers as parts of fused operators: joined in one product, or with the bias split off."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -46,23 +47,26 @@ class Leaf:
     """A leaf module, and whether it is plain: `is_plain`, with its parameters; checked once.
 
     A plain module's parameters are read at each use, from its dictionary, because `nn.Module`'s
-    own look-up takes longer. Any other module is called. given: multiplies for this leaf alone.
+    own look-up takes longer. Any other module is called. given: multiplies for this leaf alone,
+    None for what the module has.
     """
 
     __slots__ = ("given", "is_plain", "module", "parameters")
 
-    def __init__(
-        self,
-        module: nn.Module,
-        kind: type[nn.Module] = nn.Linear,
-        given: Products | None = None,
-    ) -> None:
+    def __init__(self, module: nn.Module, kind: type[nn.Module] = nn.Linear) -> None:
         self.module = module
         # FSDP1 may take the parameters away and set tensors in the place of them
         has_parameters = module._parameters.keys() >= {"weight", "bias"}
         self.is_plain = is_plain(module, kind) and has_parameters
         self.parameters: dict[str, Any] = module._parameters
-        self.given = given
+        self.given: Products | None = None
+
+    def with_parameters(self, change: Callable[[Tensor], Tensor], given: Products | None) -> "Leaf":
+        """A leaf of the same module that reads other tensors in the place of its parameters."""
+        leaf, own = copy.copy(self), self.parameters.items()
+        leaf.parameters = {name: None if one is None else change(one) for name, one in own}
+        leaf.given = given
+        return leaf
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.is_plain and type(self.module) is nn.Linear:

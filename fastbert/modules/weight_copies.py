@@ -30,7 +30,8 @@ class WeightCopies:
 
     joins: also of their biases, which are read without gradients, and of what is in `dtype` itself
     and only has to be joined. Left out are encoders in FP8, shards, and other dtypes. Products read
-    the copies inside `in_use`, those of leaves that are given them, and graphs recorded so.
+    the copies inside `in_use`, those of leaves that are given them, and graphs recorded so. A copy
+    is found by what it is of, which an alias of the parameter tells as well.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, *, joins: bool = False) -> None:
@@ -45,26 +46,29 @@ class WeightCopies:
                 linears = (module for module in layers.modules() if type(module) is nn.Linear)
                 self.modules.append(layers)
                 self.modules += (linear for linear in linears if is_copied(linear.weight))
-        self.places: dict[Tensor, int] = {}  # of each tensor, the element at which its copy begins
+        # of each tensor, the element at which its copy begins
+        self.starts: dict[Tensor, int] = {}
         size = 0
         for name in ("weight", "bias") if joins else ("weight",):  # each as neighbours
             tensors: Iterator[Any] = (getattr(module, name, None) for module in self.modules)
             for tensor in tensors:
-                if is_copied(tensor) and tensor not in self.places:
-                    self.places[tensor] = size
+                if is_copied(tensor) and tensor not in self.starts:
+                    self.starts[tensor] = size
                     size += -(-tensor.numel() // ALIGNED) * ALIGNED
-        device = next(iter(self.places)).device if self.places else None
+        device = next(iter(self.starts)).device if self.starts else None
         self.memory = torch.empty(size, dtype=dtype, device=device)
-        self.copies = [self._copy(at, *tensor.shape) for tensor, at in self.places.items()]
+        self.copies = [self._copy(at, *tensor.shape) for tensor, at in self.starts.items()]
+        self.places: dict[Any, int] = {}  # the same by `_memory_of` the tensor, at the last `renew`
 
     def _copy(self, place: int, *shape: int) -> Tensor:
         return self.memory[place : place + math.prod(shape)].view(shape)
 
     def renew(self) -> None:
         """Makes all copies."""
+        self.places = {_memory_of(tensor): at for tensor, at in self.starts.items()}
         if self.copies:
             with torch.no_grad():
-                torch._foreach_copy_(self.copies, list(self.places))
+                torch._foreach_copy_(self.copies, list(self.starts))
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
@@ -93,25 +97,32 @@ class WeightCopies:
         x: (..., K); weights: side by side, (N, K) in all; biases: (N,) in all, or none. Returns
         (..., N) in the copies' dtype. None too for x in float64 and for weights without a copy.
         """
-        are_known = all(weight in self.places for weight in weights)
+        are_known = all(_memory_of(weight) in self.places for weight in weights)
         if not are_known or x.dtype == torch.float64 or result_dtype(x) != self.memory.dtype:
             return None
         bias = None
         if biases:
-            is_copy = not torch.is_grad_enabled() and all(one in self.places for one in biases)
+            are_copied = all(_memory_of(one) in self.places for one in biases)
+            is_copy = are_copied and not torch.is_grad_enabled()
             bias = self._joined(biases) if is_copy else joined(biases)
         return _Product.apply(x, self._joined(weights), bias, *weights)  # type: ignore[no-untyped-call]
 
     def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
         """The copies of the tensors as one: a view where they are neighbours in memory."""
-        places = [self.places[tensor] for tensor in tensors]
+        places = [self.places[_memory_of(tensor)] for tensor in tensors]
         ends = [at + tensor.numel() for at, tensor in zip(places, tensors, strict=True)]
         if places[1:] == ends[:-1]:
             return self._copy(places[0], sum(map(len, tensors)), *tensors[0].shape[1:])
-        return joined([self._copy(self.places[one], *one.shape) for one in tensors])
+        return joined([self._copy(at, *one.shape) for at, one in zip(places, tensors, strict=True)])
 
     def feed_forward(self, *_: Any) -> None:
         """Leaves both products of a feed-forward to `product`."""
+
+
+def _memory_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What a tensor and its aliases have in common."""
+    storage = tensor.untyped_storage()._cdata  # tensors without data have one too, but no address
+    return storage, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 class _Product(torch.autograd.Function):

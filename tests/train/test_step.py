@@ -77,7 +77,7 @@ def test_copies_of_weights_change_no_bit_of_a_run(optimizer, monkeypatch):
     models = [PretrainingObjective(make_model(dropout=0.1)) for _ in range(4)]
     steps = [EagerStep(m, make_optimizer(m, 0.01, optimizer), config, CPU) for m in models]
     plain, copied, repeated, inner = steps
-    assert copied.copies.places
+    assert copied.copies.starts
     plain.copies = None
     repeated = GraphedStep(repeated, BUCKET, Repeats())
     recorded = GraphedStep(inner, BUCKET, Recorded(inner.objective, inner.optimizer))

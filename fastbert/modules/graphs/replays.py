@@ -56,26 +56,41 @@ class Buffers:
     def begin(self) -> Call:
         """Begins a pass over the buffers, for a recording; returns the call that computes it.
 
-        A graph begins with copies of all weights that autocast would cast one by one, or a product
-        would join. Each replay makes them anew: nothing tells whether weights changed in place.
+        The call has aliases of the parameters. Those have gradient nodes of the caller's stream for
+        as long as an output of an earlier forward lives, as a loop's last loss does, and autograd
+        would have that stream wait for the recording, which CUDA refuses.
         """
-        call = self.call
+        call, aliases = self.call, dict[Tensor, Tensor]()
         call.begin(self.x)
-        if call.products is not None:
-            return call
+        copies = None if call.products is not None else self._copies()
+
+        def alias(parameter: Tensor) -> Tensor:
+            if parameter not in aliases:
+                one = parameter.detach().requires_grad_(parameter.requires_grad)
+                aliases[parameter] = one
+            return aliases[parameter]
+
+        def change(leaf: Leaf) -> Leaf:
+            return leaf.with_parameters(alias, copies)
+
+        parts = [part.with_leaves(change) for part in call.parts]
+        trained = None if call.trained is None else [*map(alias, call.trained)]
+        return call._replace(parts=parts, trained=trained)
+
+    def _copies(self) -> WeightCopies:
+        """Copies of all weights that autocast would cast one by one, or a product would join.
+
+        Each replay makes them anew: nothing tells whether weights changed in place.
+        """
+        call, linears = self.call, nn.ModuleList()
         dtype = call.precision.dtype if call.precision.enabled else self.x.dtype
-        linears = nn.ModuleList()
         for part in call.parts:
             others = (part.attention_end.dense, part.intermediate, part.output.dense)
             linears += [part.query.module, part.key.module, part.value.module]
             linears += [leaf.module for leaf in others if leaf.weight.dtype != dtype]
         copies = WeightCopies(linears, dtype, joins=True)
         copies.renew()
-
-        def copied(leaf: Leaf) -> Leaf:
-            return Leaf(leaf.module, given=copies)
-
-        return call._replace(parts=[part.of_linears(copied) for part in call.parts])
+        return copies
 
     @torch.no_grad()
     def fill(self, x: Tensor | Embedding, call: Call) -> None:
@@ -154,6 +169,7 @@ class TrainingGraphs:
             self.replay_forward = recorder.record(self._forward)
             for number, work in works.items():
                 self.replay_backward[number] = recorder.record(work)
+            del self.outputs, self.inputs  # aliases, which would keep weights that have moved
 
     def _forward(self) -> list[list[Tensor]]:
         call, x, wants_dx = self.buffers.begin(), self.buffers.x, self.wants_dx

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastbert import backend
+from fastbert.modules.graphs import replays
 from fastbert.modules.graphs.call import Precision
 from tests.modules.graphs.case import (
     Repeats,
@@ -207,3 +208,23 @@ def test_what_no_graph_does_runs_as_it_is(kind, name, recorder):
     actual, expected = (REFUSALS[name](model, inputs) for model in (recorded, plain))
     torch.testing.assert_close(actual, expected)
     assert recorder.recorded == 0
+
+
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_a_recording_reads_aliases_of_the_parameters(kind, recorder, monkeypatch):
+    """A parameter's gradient node may be of a stream that must not wait for the recording, and is
+    for as long as an output of an earlier forward lives: test_on_a_gpu.py has what follows."""
+    _, recorded = models(kind)
+    own = {p.data_ptr(): p for p in layers_of(recorded).parameters()}
+    plain, met = replays._gradients, []
+
+    def gradients_of(outputs, inputs, *others, **options):
+        met.extend(inputs)
+        return plain(outputs, inputs, *others, **options)
+
+    monkeypatch.setattr(replays, "_gradients", gradients_of)
+    step(recorded.train(), batch([7, 3]))
+    assert recorder.recorded == 2
+    aliases = [one for one in met if one.data_ptr() in own]
+    assert {one.data_ptr() for one in aliases} == set(own)
+    assert not any(one is own[one.data_ptr()] for one in aliases)

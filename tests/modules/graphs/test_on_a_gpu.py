@@ -1,5 +1,6 @@
 """Layers replayed as CUDA graphs on a GPU: test_buckets.py has what needs none."""
 
+import sys
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ from tests.modules.graphs.case import (
     KINDS,
     assert_same,
     batch,
+    layers_of,
     logits,
     models,
     step,
@@ -30,6 +32,13 @@ def on_gpu(kind="Bert", head="ForSequenceClassification", **options):
 def num_recorded():
     """How many buckets have graphs on the first GPU now."""
     return len(buckets.pool_of(torch.device("cuda", 0)).used)
+
+
+def reasons(model):
+    """Why each bucket of the model has no graph, "" where it has one."""
+    by_mode = buckets._RECORDED[layers_of(model)].values()
+    entries = [entry for recorded in by_mode for entry in recorded.entries.values()]
+    return ["" if entry.graphs else entry.reason or "not yet" for entry in entries]
 
 
 @pytest.mark.gpu
@@ -158,6 +167,50 @@ def test_on_a_gpu_forwards_before_a_backward_have_a_lane_each(wanted):
         assert (a is None) == (e is None)
         assert a is None or (a - e).abs().max() <= 1e-3 * (1 + e.abs().max())
     assert len(buckets.pool_of(torch.device("cuda", 0)).lanes) >= 3
+    assert set(reasons(model)) == {""}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("alive", ["the last loss", "another forward", "a forward of long ago"])
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_on_a_gpu_it_records_while_the_output_of_an_earlier_forward_lives(kind, alive, monkeypatch):
+    """Which keeps gradient nodes of the parameters, of the stream that it ran on."""
+    monkeypatch.setattr(pool, "RECORDED_AT", 2)
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    inputs = {n: x.cuda() for n, x in batch([7, 3, 5, 6]).items()}
+    labels, found, kept = (torch.arange(4) % 3).cuda(), [], []
+    for model in (model.train() for model in on_gpu(kind, **still)):
+        loss, kept = None, []
+        if alive == "a forward of long ago":
+            kept.append(model(**inputs).logits)
+        for _ in range(4):
+            model.zero_grad()
+            loss = model(**inputs, labels=labels).loss  # the last one is alive meanwhile
+            if alive == "another forward":
+                loss = loss + model(**inputs, labels=labels.flip(0)).loss
+            loss.backward()
+        found.append([loss.detach(), *[p.grad for p in model.parameters()]])
+    for a, e in zip(*found, strict=True):
+        assert (a is None) == (e is None)
+        assert a is None or (a - e).abs().max() <= 1e-3 * (1 + e.abs().max())
+    assert set(reasons(model)) == {""}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_graphs_keep_no_weights_that_have_moved():
+    if "tests.cuda_stand_in.host_kernels" in sys.modules:
+        pytest.skip("its recordings keep all that they have read")
+    _, model = on_gpu(hidden_size=128, intermediate_size=512)
+    inputs = {n: x.cuda() for n, x in batch([7, 3, 5, 6]).items()}
+    for _ in range(3):
+        step(model.train(), inputs, (torch.arange(4) % 3).cuda())
+    assert reasons(model) == [""]
+    model.zero_grad()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    model.cpu()
+    size = sum(p.nbytes for p in layers_of(model).parameters())
+    assert before - torch.cuda.memory_allocated() >= size
 
 
 @pytest.mark.gpu

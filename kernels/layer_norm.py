@@ -17,35 +17,38 @@ STAGES = 1
 def _fwd_outputs(
     x: Tensor, residual: Tensor | None, x_bias: Tensor | None, weight: Tensor, bias: Tensor,
     eps: float, state: Tensor | None, token_key: Tensor | None, site: int, threshold: int,
-    keep: str,
+    keep: str, low: bool,
 ):  # fmt: skip
     y = like(x if residual is None else residual)
+    results = [y, like(y, x.dtype)] if low else [y]
     if not keep:
-        return [y]
+        return results
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if keep == "y":
-        return [y, rstd]
+        return [*results, rstd]
     mean = torch.empty_like(rstd)
-    return [y, rstd, mean] if residual is None else [y, rstd, mean, torch.empty_like(y)]
+    of_z = [] if residual is None else [torch.empty_like(y)]
+    return [*results, rstd, mean, *of_z]
 
 
 @launcher(_fwd_outputs)
 def layer_norm_fwd(
     x: Tensor, residual: Tensor | None, x_bias: Tensor | None, weight: Tensor, bias: Tensor,
     eps: float, state: Tensor | None, token_key: Tensor | None, site: int, threshold: int,
-    keep: str,
+    keep: str, low: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Normalizes z = residual + dropout(x + x_bias), or x where there is no residual.
 
     x, residual: (M, N) with unit column stride; x_bias, weight, bias: (N,). Returns y (M, N) in
-    residual.dtype (x.dtype without a residual), and what the backward reads by `keep`: nothing for
-    ""; rstd (M,) float32 for "y"; for "z" rstd, mean (M,) float32 and z (M, N), which is left out
-    where it is x. A state of None means no dropout.
+    residual.dtype (x.dtype without a residual), if `low` again in x.dtype, and what the backward
+    reads by `keep`: nothing for ""; rstd (M,) float32 for "y"; for "z" rstd, mean (M,) float32 and
+    z (M, N), which is left out where it is x. A state of None means no dropout.
     """
     outputs = _fwd_outputs(
-        x, residual, x_bias, weight, bias, eps, state, token_key, site, threshold, keep
+        x, residual, x_bias, weight, bias, eps, state, token_key, site, threshold, keep, low
     )
-    y, rstd, mean, z = (*outputs, None, None, None)[:4]
+    y, y_low = outputs[0], outputs[1] if low else None
+    rstd, mean, z = (*outputs[1 + low :], None, None, None)[:3]
     n_rows, n_cols = x.shape
     x_stride, residual_stride = x.stride(0), 0 if residual is None else residual.stride(0)
     unit = stride_unit(x_stride, residual_stride)
@@ -53,7 +56,7 @@ def layer_norm_fwd(
     if n_rows:
         layer_norm_fwd_kernel(
             (cdiv(n_rows, block_m),),
-            x, residual, x_bias, weight, bias, state, token_key, y, z, mean, rstd,
+            x, residual, x_bias, weight, bias, state, token_key, y, y_low, z, mean, rstd,
             x_stride // unit, residual_stride // unit,
             n_rows, eps, threshold, site, keep_scale(threshold),
             N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, UNIT=unit,

@@ -36,7 +36,8 @@ def standardize(z, is_col, eps, N_COLS: tl.constexpr):
 def layer_norm_fwd_kernel(
     x_ptr, residual_ptr, x_bias_ptr,  # (M, N), (M, N) or None, (N,) or None
     weight_ptr, bias_ptr, state_ptr, token_key_ptr,  # (N,), (N,), (2,) or None, (M,)
-    y_ptr, z_ptr, mean_ptr, rstd_ptr,  # (M, N), (M, N) or None, (M,) or None, (M,) or None
+    y_ptr, low_ptr, z_ptr,  # (M, N), (M, N) or None: y again, in x's dtype, (M, N) or None
+    mean_ptr, rstd_ptr,  # (M,) or None, (M,) or None
     x_row_stride, residual_row_stride,
     n_rows, eps, threshold, site, keep_scale,
     N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
@@ -66,7 +67,10 @@ def layer_norm_fwd_kernel(
     z_hat, mean, rstd = standardize(z, is_col, eps, N_COLS)
     weight = tl.load(weight_ptr + cols, mask=is_col, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + cols, mask=is_col, other=0.0).to(tl.float32)
-    tl.store(y_ptr + out, z_hat * weight[None, :] + bias[None, :], mask=mask)
+    y = z_hat * weight[None, :] + bias[None, :]
+    tl.store(y_ptr + out, y, mask=mask)
+    if low_ptr is not None:
+        tl.store(low_ptr + out, y, mask=mask)
     if mean_ptr is not None:
         tl.store(mean_ptr + rows, mean, mask=is_row)
     if rstd_ptr is not None:

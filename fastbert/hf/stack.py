@@ -162,10 +162,10 @@ def run_one_layer(
         return original(hidden_states, *args, **kwargs)
     parts: LayerParts = _PLANNER.parts(layer)[0]  # a hook may have changed the layer by now
     if padding is None:
-        return run_layer(parts, Stream(hidden_states, hidden_states), sequences).x
+        return run_layer(parts, Stream(hidden_states, hidden_states), sequences).residual
     x = padding.pack(hidden_states).to(dtype)
     wide = boundary_dtype(hidden_states.dtype, hidden_states.device)
-    x = padding.pad(run_layer(parts, Stream(x, x), sequences).x.to(wide))
+    x = padding.pad(run_layer(parts, Stream(x, x), sequences).residual.to(wide))
     return (x,) if returns_tuples() else x
 
 

@@ -63,7 +63,7 @@ class _ProjectAndNorm(nn.Module):
     ) -> Tensor:
         norm = Leaf(self.LayerNorm, nn.LayerNorm)
         end = End(Leaf(self.dense), _dropout_of(self), norm, self.save)
-        return project_and_norm(hidden_states, residual, end, rng).x
+        return project_and_norm(hidden_states, residual, end, rng).residual
 
 
 class BertSelfOutput(_ProjectAndNorm):

@@ -29,12 +29,17 @@ from fastbert.rng import DropoutState
 class Stream(NamedTuple):
     """The residual stream (T, H) twice: what linear layers read, and what is added to their result.
 
-    Both are the same numbers. Behind a LayerNorm they may be its two branches, tensors of one
-    memory, of which its backward gets two gradients, and adds them as it reads them.
+    Both are the same numbers, but x may be rounded to the dtype of products already. Behind a
+    LayerNorm they are its two branches, of which its backward gets two gradients, and adds them as
+    it reads them.
     """
 
     x: Tensor
     residual: Tensor
+
+    def read_by(self, *leaves: Leaf) -> Tensor:
+        """What these linear layers read; modules that are called get what Hugging Face's do."""
+        return self.x if all(leaf.is_plain for leaf in leaves) else self.residual
 
 
 def self_attention(
@@ -182,7 +187,7 @@ def run_layer(parts: LayerParts, stream: Stream, sequences: Sequences) -> Stream
         return Stream(*outputs)
     wanted = sequences.wanted(stream.residual)
     context = self_attention(
-        stream.x,
+        stream.read_by(parts.query, parts.key, parts.value),
         wanted,
         parts.query,
         parts.key,
@@ -194,7 +199,11 @@ def run_layer(parts: LayerParts, stream: Stream, sequences: Sequences) -> Stream
     stream = project_and_norm(context, wanted, parts.attention_end, sequences.wanted_rng(1))
     end = parts.output
     x, bias = feed_forward(
-        stream.x, parts.intermediate, parts.activation, end.dense, end.adds_bias()
+        stream.read_by(parts.intermediate),
+        parts.intermediate,
+        parts.activation,
+        end.dense,
+        end.adds_bias(),
     )
     return add_and_norm(x, bias, stream.residual, end, sequences.wanted_rng(2))
 
@@ -223,9 +232,10 @@ def run_layers(
             here = here.only(rows)
         stream = run(number, stream, here)
         if number in states:
-            stream = Stream(stream.x, stream.x)  # a caller may want the state's whole gradient
-            outputs.append(stream.x)
-    x = stream.x
+            # a caller may want the state's whole gradient
+            stream = Stream(stream.residual, stream.residual)
+            outputs.append(stream.residual)
+    x = stream.residual
     if rows is not None and (not numbers or sequences.mask is not None):
         x = rows.of(x)  # a general mask has a row for every token, so attention computed all
     return [x, *outputs]

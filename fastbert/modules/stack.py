@@ -49,7 +49,7 @@ def run_stack(
         def run(number: int, stream: Stream, sequences: Sequences) -> Stream:
             if number < called:
                 return run_layer(read[number], stream, sequences)
-            x = call(number, stream.x, sequences)
+            x = call(number, stream.residual, sequences)
             return Stream(x, x)
 
     sequences.check(x.shape[0])

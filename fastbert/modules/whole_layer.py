@@ -76,7 +76,7 @@ class WholeLayer:
         return [*map(dict.get, self.tables, self.names)]
 
     def run(self, x: Tensor, residual: Tensor, sequences: Sequences) -> tuple[Any, ...] | None:
-        """The layer's output (T, H) twice, for x and residual (T, H), as in `Stream`.
+        """The layer's output, for x and residual (T, H), each as in `Stream`.
 
         None where it must run operator by operator.
         """
@@ -93,14 +93,13 @@ class WholeLayer:
         if not self._fits(x, residual, sequences, parameters, dtype):
             return None
         if not self.projects:
-            x = _in(fused_linear(x, self.projections), dtype)
+            x = _in(fused_linear(residual, self.projections), dtype)
         arguments = self, kernels, sequences, dtype, x, residual, *parameters
         if torch.is_grad_enabled():
             for tensor in arguments[4:]:
                 if tensor.requires_grad:
                     return _Layer.apply(*arguments)  # type: ignore[no-untyped-call]
-        y = _Layer.forward(None, *arguments)
-        return y, y
+        return _Layer.forward(None, *arguments)
 
     def _fits(
         self, x: Tensor, residual: Tensor, sequences: Sequences, parameters: list[Any],
@@ -119,8 +118,8 @@ class WholeLayer:
             own in DTYPES
             and dtype in DTYPES
             and (dtype == own or torch.is_autocast_enabled(device_type(x)))
-            and x.dtype == residual.dtype
-            and x.dtype in DTYPES
+            and x.dtype in (dtype, residual.dtype)
+            and residual.dtype in DTYPES
             and x.numel()
             and x.shape == residual.shape
             and x.is_contiguous()
@@ -147,6 +146,9 @@ class _Saved:
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors
 
+    def set_materialize_grads(self, value: bool) -> None:
+        """The layer's node decides on that."""
+
     def taken(self) -> tuple[Tensor | None, ...]:
         """The saved tensors, which are then kept elsewhere."""
         tensors = self.saved_tensors
@@ -170,7 +172,7 @@ class _Layer(torch.autograd.Function):
         ctx: Any, layer: WholeLayer, kernels: list[Any], sequences: Sequences, dtype: torch.dtype,
         x: Tensor, residual: Tensor, *parameters: Tensor,
     ) -> Any:  # fmt: skip
-        """dtype: of the products. Without a context nothing is saved, and y returned once."""
+        """dtype: of the products. Without a context nothing is saved."""
         count, device = x.shape[0], x.device
         of_attention, of_norm, of_gelu = kernels
         first, second = layer.ends
@@ -201,20 +203,19 @@ class _Layer(torch.autograd.Function):
             (boundaries, boundaries, longest, longest, *options),
         ).view(count, -1)  # fmt: skip
         p = first.dropout
-        mid = LayerNormFunction.forward(
+        low_mid, mid = LayerNormFunction.forward(
             norm1, of_norm, F.linear(context, w_out), residual, g1, b1, first.norm.module.eps,
-            b_out, p, rng_of(p, 1), first.save, False,
+            b_out, p, rng_of(p, 1), first.save, True,
         )  # fmt: skip
-        low_mid = _in(mid, dtype)
         up = F.linear(low_mid, w_up)
         active = BiasGeluFunction.forward(gelu, of_gelu, up, b_up, layer.approximate)
         p = second.dropout
-        y = LayerNormFunction.forward(
+        outputs = LayerNormFunction.forward(
             norm2, of_norm, F.linear(active, w_down), mid, g2, b2, second.norm.module.eps,
-            b_down, p, rng_of(p, 2), second.save, False,
+            b_down, p, rng_of(p, 2), second.save, True,
         )  # fmt: skip
         if ctx is None:
-            return y
+            return outputs
         # what a product reads is kept for the gradient of its weight alone
         wanted = ctx.needs_input_grad[6:]
         inputs = [low_x, context, low_mid, active]
@@ -226,9 +227,9 @@ class _Layer(torch.autograd.Function):
         for one in saved:
             kept += one.taken()
         ctx.save_for_backward(*kept)
-        ctx.saved, ctx.dtypes = saved, (x.dtype, mid.dtype, weights[0].dtype)
+        ctx.saved, ctx.dtypes = saved, (x.dtype, weights[0].dtype)
         ctx.set_materialize_grads(False)  # a branch that nothing uses has no gradient
-        return y, y.detach()
+        return outputs
 
     @staticmethod
     @once("a layer")
@@ -236,7 +237,7 @@ class _Layer(torch.autograd.Function):
         kept = iter(ctx.saved_tensors)
         low_x, context, low_mid, active, w_qkv, w_out, w_up, w_down = islice(kept, 8)
         attention, norm1, gelu, norm2 = [one.with_tensors(kept) for one in ctx.saved]
-        x_dtype, mid_dtype, weight_dtype = ctx.dtypes
+        x_dtype, weight_dtype = ctx.dtypes
 
         def of_weight(dy: Tensor, x: Tensor | None) -> Any:
             return None if x is None else product(dy.t(), x, weight_dtype)
@@ -245,8 +246,9 @@ class _Layer(torch.autograd.Function):
         dw_down = of_weight(dy, active)
         _, dy, db_up, _ = BiasGeluFunction.backward(gelu, dy @ w_down)
         dw_up = of_weight(dy, low_mid)
-        dmid = _in(dy @ w_up, mid_dtype), dmid
-        _, dy, dresidual, dg1, db1, _, db_out, *_ = LayerNormFunction.backward(norm1, *dmid)
+        _, dy, dresidual, dg1, db1, _, db_out, *_ = LayerNormFunction.backward(
+            norm1, dy @ w_up, dmid
+        )
         dw_out = of_weight(dy, context)
         dcontext = (dy @ w_out).view(attention.saved_tensors[0].shape)
         _, dqkv, _, _, db_qkv, _ = AttentionFunction.backward(attention, dcontext)

@@ -20,8 +20,9 @@ MAX_COLS = 16384  # a limit of the kernels, which hold a row in registers
 class Call(NamedTuple):
     """A call of `dropout_add_layer_norm`, or of `layer_norm` where the residual is None.
 
-    rng: None without dropout. branches: the result twice, (y, y), as tensors of one memory, so that
-    the backward gets the gradients of both apart, and adds them as it reads them.
+    rng: None without dropout. branches: the result twice, in x.dtype and in residual.dtype, so that
+    the backward gets the gradients of both apart, and adds them as it reads them; as tensors of one
+    memory where both dtypes are the same.
     """
 
     x: Tensor
@@ -107,7 +108,7 @@ def _check_vectors(who: str, x: Tensor, **vectors: Tensor) -> None:
 @dropout_add_layer_norm.plain
 def _plain(call: Call) -> Any:
     y = _plain_result(call)
-    return (y, y) if call.branches else y
+    return (y.to(call.x.dtype), y) if call.branches else y
 
 
 def _plain_result(call: Call) -> Tensor:
@@ -194,7 +195,7 @@ def refusal(tensors: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> str | N
 def _fused(kernels: Any, call: Call) -> Any:
     if call.branches and torch.compiler.is_compiling():  # a trace takes no two names of one tensor
         y = run(LayerNormFunction, kernels, call._replace(branches=False))
-        return y, y
+        return y.to(call.x.dtype), y
     return run(LayerNormFunction, kernels, call)
 
 
@@ -206,14 +207,16 @@ class LayerNormFunction(torch.autograd.Function):
         branches: bool,
     ) -> Any:  # fmt: skip
         rows = as_rows(x)
-        y, *statistics = kernels.layer_norm_fwd(
+        has_low = branches and residual is not None and residual.dtype != x.dtype
+        y, *more = kernels.layer_norm_fwd(
             rows, None if residual is None else as_rows(residual), x_bias, weight, bias, eps,
-            *(numbers := device_numbers(rng, dropout_p)), "" if ctx is None else save,
+            *(numbers := device_numbers(rng, dropout_p)), "" if ctx is None else save, has_low,
         )  # fmt: skip
         y = shaped(y, x)
+        low = shaped(more.pop(0), x) if has_low else y
         if ctx is None:
-            return (y, y) if branches else y
-        rstd, *of_z = statistics
+            return (low, y) if branches else y
+        rstd, *of_z = more
         state, token_key, *ctx.numbers = numbers
         if save == "y":
             ctx.save_for_backward(weight, state, token_key, rstd, y, bias, None)
@@ -225,7 +228,7 @@ class LayerNormFunction(torch.autograd.Function):
         if not branches:
             return y
         ctx.set_materialize_grads(False)  # a branch that nothing uses has no gradient
-        return y, y.detach()
+        return low, y if has_low else y.detach()
 
     @staticmethod
     @once("layer_norm")

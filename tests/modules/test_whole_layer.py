@@ -134,6 +134,36 @@ def test_under_autocast_only_weight_gradients_differ_and_are_closer(in_fp32, dev
         assert not any(a.ndim == 2 and torch.equal(a, a.half().float()) for a in actual[3:])
 
 
+@pytest.mark.parametrize("how", [contextlib.nullcontext, one_by_one], ids=["whole", "operators"])
+def test_a_second_layer_reads_what_the_first_has_rounded(how, device):
+    """With the residual stream in float32 no layer behind the first casts its input."""
+    layer, sequences, half = make(device).eval(), sequences_of(device), torch.float16
+    x = stream_of(device).detach()
+    with torch.no_grad(), torch.autocast(device, half), how():
+        first = run_layer(parts_of(layer), Stream(x, x), sequences)
+        assert (first.x.dtype, first.residual.dtype) == (half, torch.float32)
+        assert torch.equal(first.x, first.residual.half())
+        second = run_layer(parts_of(layer), first, sequences)
+        plain = Stream(first.residual, first.residual)
+        assert_same(second, run_layer(parts_of(layer), plain, sequences), rtol=0, atol=0)
+        with Counter() as counter:
+            run_layer(parts_of(layer), first, sequences)
+        with Counter() as casting:
+            run_layer(parts_of(layer), plain, sequences)
+    assert casting.calls["_to_copy"] == counter.calls["_to_copy"] + 1
+
+
+@pytest.mark.parametrize("name", ["attention.self.key", "intermediate.dense"])
+def test_a_module_that_is_called_reads_the_residual_stream(name, device):
+    """In float32 under autocast, as Hugging Face's; only plain layers read it rounded."""
+    layer, sequences, half, seen = make(device).eval(), sequences_of(device), torch.float16, []
+    x = stream_of(device).detach()
+    layer.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad(), torch.autocast(device, half):
+        run_layer(parts_of(layer), Stream(x.half(), x), sequences)
+    assert [one.dtype for one in seen] == [torch.float32]
+
+
 @pytest.mark.parametrize("trained", ["none", "x", "weights", "biases", "one"])
 def test_what_is_not_trained_gets_no_gradient_and_no_product(trained, device, runs):
     layer, sequences = make(device), sequences_of(device)

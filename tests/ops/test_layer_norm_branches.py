@@ -56,6 +56,36 @@ def test_a_branch_may_be_unused(used, device):
         assert torch.equal(a, e)
 
 
+@pytest.mark.pairs(within="body")
+@pytest.mark.parametrize("shape", [(3, 7), (67, 312), (6, 2060), (0, 16)], ids=str)
+@pytest.mark.parametrize("save", ["z", "y"])
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)], ids=str)
+@pytest.mark.usefixtures("body")
+def test_the_first_branch_is_in_the_dtype_of_the_product(shape, save, used, device):
+    """The residual stream in float32 under autocast: the result twice, for one more rounding."""
+    case = sum_inputs(shape, torch.float32, device)
+    if save == "y":  # divides by the weights
+        weights = case.tensors[2]
+        weights.copy_(weights.sign() * (0.5 + weights.abs()))
+    leaves = [t.clone() for t in case.tensors]
+    leaves[0] = leaves[0].half()
+    for leaf in leaves:
+        leaf.requires_grad_()
+    low, y = branched(case, save=save)(*leaves)
+    assert (low.dtype, y.dtype) == (torch.float16, torch.float32)
+    assert torch.equal(low, y.half())
+    with torch.no_grad():
+        again = branched(case, save=save)(*leaves)
+    assert all(map(torch.equal, (low, y), again))
+    given = [case.dy.half(), case.dy.flip(0)]
+    actual = torch.autograd.grad([(low, y)[n] for n in used], leaves, [given[n] for n in used])
+    whole = sum(given[n].float() for n in used)
+    alone = dropout_add_layer_norm(*leaves[:4], 0.5, x_bias=leaves[4], save=save)
+    for a, e in zip(actual, torch.autograd.grad(alone, leaves, whole), strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.usefixtures("body")
 def test_branches_are_one_memory(device):
     case = sum_inputs((5, 24), torch.float32, device)

@@ -18,6 +18,8 @@ def cases() -> Iterator[Case]:
     for columns in (768, 1024):
         yield _add(columns, "no dropout", dropout_p=0.0)
         yield _add(columns, "inference", dropout_p=0.0, trains=False)
+        yield _add(columns, "inference, fp32 stream", stream="fp32", dropout_p=0.0, trains=False)
+        yield _add(columns, "dropout, fp32 stream", stream="fp32")
         tensors = floats(ROWS, columns, dtype="bf16"), floats(columns), floats(columns)
         yield Case(f"{columns} plain", layer_norm, tensors)
         yield Case(f"{columns} plain inference", layer_norm, tensors, trains=False)
@@ -28,15 +30,18 @@ def cases() -> Iterator[Case]:
 
 def _add(
     columns: int, label: str, dtype: str = "bf16", *, dropout_p: float = 0.1, save: str = "z",
-    branches: bool = True, trains: bool = True, quick: tuple[int, ...] = (),
+    branches: bool = True, trains: bool = True, quick: tuple[int, ...] = (), stream: str = "",
 ) -> Case:  # fmt: skip
-    """Of activations in `dtype`; the parameters are float32, as in training under autocast."""
+    """Of activations in `dtype`; the parameters are float32, as in training under autocast.
+
+    stream: the residual's dtype, that of the activations by default
+    """
     options = {"save": save, "branches": branches, **dropout_of(dropout_p)}
 
     def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Any:
         call = Call(x, residual, weight, bias, x_bias=x_bias, **options)
         return dropout_add_layer_norm.run(call)
 
-    activations = (floats(ROWS, columns, dtype=dtype) for _ in range(2))
+    activations = (floats(ROWS, columns, dtype=one) for one in (dtype, stream or dtype))
     parameters = (floats(columns) for _ in range(3))
     return Case(f"{columns} {label}", call, (*activations, *parameters), trains, quick)

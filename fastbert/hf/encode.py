@@ -37,7 +37,8 @@ from fastbert.hf.stack import (
 from fastbert.models.heads import first_tokens
 from fastbert.modules.embeddings import stream_dtype
 from fastbert.modules.encoder import pad_states
-from fastbert.modules.graphs.buckets import embeds_in_graphs
+from fastbert.modules.graphs.buckets import may_replay
+from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.request import DOCUMENTS, asked, read_layout
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.ops.embedding import Call as Embedding
@@ -204,22 +205,22 @@ def _run(
     """
     mask, positions = arguments.pop("attention_mask", None), arguments.pop("position_ids", None)
     packed = {name: arguments.pop(name, None) for name in DOCUMENTS}
-    parts = require_encoder(module.config, layers, arguments)
+    trains = any(one.training for one in with_dropout)
+    assumes = not trains and may_replay(given.device)
+    reading = require_encoder(module.config, layers, arguments, assumes=assumes)
     if given.is_meta:
         raise Unsupported("the meta device: a batch is packed by the values of its mask")
     require_kernels(given.device)
     padding, general = read_layout(
         given, mask, positions, keeps_padding=keeps_padding(module), **packed
     )
-    rng = None
-    if any(one.training for one in with_dropout):
-        rng = for_batch(padding.cu_seqlens, padding.num_tokens)
+    rng = for_batch(padding.cu_seqlens, padding.num_tokens) if trains else None
     wanted = states_wanted(module, arguments)
-    defers = rng is None and not wanted and embeds_in_graphs(layers, given.device)
+    defers = assumes and not wanted and PRODUCTS not in vars(layers)
     x, own = embed(padding, rng, defers)
     sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
     chosen = rows(padding, x.shape[1]) if rows is not None and not wanted else None
-    x, states = run_packed(module, layers, parts, x, sequences, padding, wanted, chosen)
+    x, states = run_packed(module, layers, reading, x, sequences, padding, wanted, chosen)
     return Encoded(x, states, padding, chosen, boundary_dtype(own, x.device))
 
 

@@ -18,7 +18,7 @@ from fastbert.hf.families import (
 )
 from fastbert.hf.hooks import FAMILY, is_observed
 from fastbert.modules.layer import LayerParts, Stream, run_layer
-from fastbert.modules.plan import Planner
+from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.request import asked, unknown_argument
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.stack import run_stack
@@ -28,9 +28,12 @@ from fastbert.ops.unpad import Unpadding
 
 
 def require_encoder(
-    config: Any, layers: nn.ModuleList, arguments: dict[str, Any]
-) -> tuple[LayerParts, ...]:
-    """The parts of the layers; raises Unsupported if the packed path does not support the call."""
+    config: Any, layers: nn.ModuleList, arguments: dict[str, Any], *, assumes: bool
+) -> Reading:
+    """The parts of the layers; raises Unsupported if the packed path does not support the call.
+
+    assumes: as in `Reading`, so that running the layers may raise it too
+    """
     if getattr(config, "is_decoder", False):
         raise Unsupported("a decoder: it attends to earlier tokens only")
     if asked(config, arguments, "output_attentions"):
@@ -44,7 +47,7 @@ def require_encoder(
     # `is_exporting()` is True in all that torch.compile of torch 2.11 traces
     if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
         raise Unsupported("tracing or export, which would fix the lengths of this batch")
-    return _PLANNER.parts(layers)
+    return Reading(_PLANNER, layers, assumes=assumes)
 
 
 def require_kernels(device: torch.device) -> None:
@@ -91,7 +94,7 @@ def states_wanted(module: Any, arguments: dict[str, Any]) -> bool | Collection[i
 def run_packed(
     module: nn.Module,
     layers: nn.ModuleList,
-    parts: tuple[LayerParts, ...],
+    reading: Reading,
     x: Tensor | Embedding,
     sequences: Sequences,
     padding: Unpadding,
@@ -111,7 +114,7 @@ def run_packed(
         y = padding.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
         return y if sequences.rows is None else sequences.rows.of(y)
 
-    return run_stack(layers, parts, x, sequences, states, rows, call)
+    return run_stack(layers, reading, x, sequences, states, rows, call)
 
 
 def _tell(

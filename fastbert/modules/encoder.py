@@ -18,7 +18,8 @@ from fastbert.check import require
 from fastbert.config.bert import check_config
 from fastbert.modules.bert_layer import BertLayer, parts_of
 from fastbert.modules.embeddings import stream_dtype
-from fastbert.modules.plan import Planner
+from fastbert.modules.graphs.buckets import may_replay
+from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.request import DOCUMENTS, read_layout, refuse_attentions, refuse_unknown
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.stack import run_stack
@@ -141,8 +142,9 @@ class BertEncoder(nn.Module):
                 return layer._gradient_checkpointing_func(layer.__call__, x, sequences)
             return layer(x, sequences)
 
-        parts = _PLANNER.parts(layers)
-        x, states = run_stack(layers, parts, x, sequences, output_hidden_states, rows, call)
+        assumes = sequences.rng is None and may_replay(x.device)
+        reading = Reading(_PLANNER, layers, assumes=assumes)
+        x, states = run_stack(layers, reading, x, sequences, output_hidden_states, rows, call)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, hidden_states=states)
 
 

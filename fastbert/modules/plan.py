@@ -3,7 +3,8 @@
 Reading a layer means asking each of its modules for its class, hooks and probabilities, which takes
 longer than the kernels of a small batch. So the parts are cached, with a guard: the attributes and
 classes that they were read from, compared in a few C calls. Parameters are not cached; they are
-read at each use.
+read at each use. In inference the GPU begins before the guard is asked: a `Reading` assumes parts
+until then.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from fastbert import events
 from fastbert.modules.layer import LayerParts
 from fastbert.modules.linear import Hooks, hooks_of
 
@@ -82,8 +84,7 @@ class Planner:
         layers = list(owner) if isinstance(owner, nn.ModuleList) else [owner]
         if torch.compiler.is_compiling():  # torch.compile has its own guards on what it reads
             return tuple(map(self.parts_of, layers))
-        plans = self.plans.setdefault(owner, {})
-        plan = plans.get(owner.training)
+        plan = self.known(owner)
         if plan is not None and plan.holds():
             return plan.parts
         parts = tuple(map(self.parts_of, layers))
@@ -92,8 +93,36 @@ class Planner:
         # hooked layers are read each time, as some hooks are only active at times; a forward on the
         # owner refers to it, which would keep its plan from being freed
         if not any(hooks) and "forward" not in vars(owner):
-            plans[owner.training] = Plan(owner, parts, hooks)
+            self.plans.setdefault(owner, {})[owner.training] = Plan(owner, parts, hooks)
         return parts
+
+    def known(self, owner: nn.Module) -> Plan | None:
+        """The plan of the owner's mode, which may no longer hold."""
+        plans = self.plans.get(owner)
+        return None if plans is None else plans.get(owner.training)
+
+
+class Reading:
+    """The parts of a list of layers in one call, by `Planner.parts`.
+
+    assumes: whether they may be those of an earlier call, until `settle` looks
+    """
+
+    def __init__(self, planner: Planner, owner: nn.ModuleList, *, assumes: bool = False) -> None:
+        self.planner, self.owner = planner, owner
+        if events.is_listening():  # who listens hears of each thing once
+            assumes = False
+        self.assumed = planner.known(owner) if assumes else None
+        self.parts = planner.parts(owner) if self.assumed is None else self.assumed.parts
+
+    def settle(self) -> None:
+        """Reads the parts anew if they do not hold; what has used the others counts for nothing.
+
+        Passes on what reading raises.
+        """
+        plan, self.assumed = self.assumed, None
+        if plan is not None and not plan.holds():
+            self.parts = self.planner.parts(self.owner)
 
 
 def first_called(layers: nn.ModuleList) -> int:

@@ -10,14 +10,14 @@ from fastbert.modules.embeddings import stream_of
 from fastbert.modules.graphs import buckets
 from fastbert.modules.layer import LayerParts, Stream, layers_of, run_layer, run_layers
 from fastbert.modules.linear import PRODUCTS
-from fastbert.modules.plan import first_called
+from fastbert.modules.plan import Reading, first_called
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.ops.embedding import Call as Embedding
 
 
 def run_stack(
     layers: nn.ModuleList,
-    parts: Sequence[LayerParts | None],
+    reading: Reading,
     x: Tensor | Embedding,
     sequences: Sequences,
     wanted_states: bool | Collection[int],
@@ -27,18 +27,19 @@ def run_stack(
     """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; and hidden states.
 
     The layers run as a CUDA graph, or one by one. x: the residual stream, or the call that makes
-    it, which a graph then contains; parts: each layer's parts, None for a layer that could not be
-    read; wanted_states: True for x and each layer's output, layer numbers for these layers' outputs
-    with None for the others, as in Hugging Face; call(number, x, sequences) calls a layer as a
-    module, as one is that has hooks, is checkpointed, or could not be read, and all behind it, as a
-    hook may change them. Raises ValueError where `sequences` does not fit x, and if both rows and
-    states are wanted, because the last state would lack tokens.
+    it, which a graph then contains; reading: has each layer's parts, None for a layer that could
+    not be read; wanted_states: True for x and each layer's output, layer numbers for these layers'
+    outputs with None for the others, as in Hugging Face; call(number, x, sequences) calls a layer
+    as a module, as one is that has hooks, is checkpointed, or could not be read, and all behind it,
+    as a hook may change them. Raises ValueError where `sequences` does not fit x, and if both rows
+    and states are wanted, because the last state would lack tokens.
     """
     expected = "no output_hidden_states where only some rows are wanted"
     require(rows is None or not wanted_states, "BertEncoder", expected, wanted_states)
     last, reason = len(layers) - 1, ""
     chosen = range(last + 1) if wanted_states is True else wanted_states or ()
     states = tuple(number for number in range(last) if number in chosen)
+    parts = reading.parts
     read = cast(Sequence[LayerParts], parts)
     run = layers_of(read)
     called = parts.index(None) if None in parts else last + 1
@@ -53,7 +54,10 @@ def run_stack(
             return Stream(x, x)
 
     sequences.check(x.shape[0])
-    outputs = buckets.replayed(layers, read, x, sequences, states, rows, reason)
+    outputs = buckets.replayed(layers, reading, x, sequences, states, rows, reason)
+    reading.settle()  # which the GPU does not wait for
+    if reading.parts is not parts:
+        return run_stack(layers, reading, x, sequences, wanted_states, rows, call)
     if outputs is None:
         x = stream_of(x)
         products = vars(layers).get(PRODUCTS)

@@ -13,7 +13,7 @@ import functools
 import os
 import weakref
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from fastbert.modules.graphs.pool import MOST_LANES, Entry, Lane, Pending, Pool,
 from fastbert.modules.graphs.recorder import CudaGraphs
 from fastbert.modules.graphs.replays import ForwardGraph
 from fastbert.modules.layer import LayerParts
-from fastbert.modules.linear import PRODUCTS
+from fastbert.modules.plan import Reading
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.ops.embedding import Call as Embedding
 
@@ -75,19 +75,14 @@ def pool_of(device: torch.device) -> Pool | None:
         return Pool(functools.partial(CudaGraphs, shares_memory=True), MEMORY_SHARE * total)
 
 
-def embeds_in_graphs(layers: nn.ModuleList, device: torch.device) -> bool:
-    """Whether a graph of the layers may contain the embeddings: in inference, and not in FP8."""
-    return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or pool_of(device) is None
-        or PRODUCTS in vars(layers)
-    )
+def may_replay(device: torch.device) -> bool:
+    """Whether a call without gradients may replay a graph."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or pool_of(device) is None)
 
 
 def replayed(
     layers: nn.ModuleList,
-    parts: Sequence[LayerParts],
+    reading: Reading,
     x: Tensor | Embedding,
     sequences: Sequences,
     states: tuple[int, ...],
@@ -96,9 +91,10 @@ def replayed(
 ) -> list[Tensor] | None:
     """What `run_layers` gives, by replaying a graph; None if the layers must run without one.
 
-    reason: why the caller rules out a graph, as `parts` does not describe all that the layers do;
-    "" if it does not.
+    reason: why the caller rules out a graph, as `reading.parts` does not describe all that the
+    layers do; "" if it does not.
     """
+    parts: Any = reading.parts
     if torch.compiler.is_compiling() or (pool := pool_of(x.device)) is None:
         return None
     with pool.entered() as is_inside, torch.cuda.device_of(inputs_of(x)[0]):
@@ -115,6 +111,9 @@ def replayed(
             _tell(bucket, entry)
             return None  # run without a graph, so that operators record how they run
         if entry.graphs is None and not entry.reason:
+            reading.settle()
+            if reading.parts is not parts:
+                return None
             pool.record(entry, bucket, x, call)
         if entry.graphs is None:
             return None

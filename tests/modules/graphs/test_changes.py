@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastbert import backend
+from fastbert.modules import plan
 from fastbert.modules.graphs import replays
 from fastbert.modules.graphs.call import Precision
 from tests.modules.graphs.case import (
@@ -228,3 +229,25 @@ def test_a_recording_reads_aliases_of_the_parameters(kind, recorder, monkeypatch
     aliases = [one for one in met if one.data_ptr() in own]
     assert {one.data_ptr() for one in aliases} == set(own)
     assert not any(one is own[one.data_ptr()] for one in aliases)
+
+
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_layers_are_looked_at_while_their_graph_runs(kind, recorder, monkeypatch):
+    plain, recorded = (model.eval() for model in models(kind, num_hidden_layers=3))
+    inputs = batch([7, 3])
+    logits(recorded, inputs)
+    held, seen = plan.Plan.holds, []
+    monkeypatch.setattr(
+        plan.Plan, "holds", lambda self: seen.append((recorder.replayed, held(self))) or seen[-1][1]
+    )
+    assert_same([logits(recorded, inputs)], [logits(plain, inputs)])
+    assert (recorder.replayed, True) in seen  # of two replays the second
+    for model in (plain, recorded):
+        del layers_of(model)[1]
+    calls = []
+    layers_of(recorded)[1].output.register_forward_hook(lambda *_: calls.append(1))
+    layers_of(recorded)[1].output.dense.register_forward_hook(lambda *_: calls.append(2))
+    seen.clear()
+    assert_same([logits(recorded, inputs)], [logits(plain, inputs)])
+    assert (recorder.replayed, False) in seen  # what it gave was given up
+    assert sorted(calls) == [1, 2]

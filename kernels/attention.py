@@ -221,7 +221,7 @@ def _launch_bwd(
         q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, mask, drop_words,
         dq, delta, total, sums, *strides, dq.stride(0), num_rows, softmax_scale, keep_scale,
         **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BY_DOT=by_dot,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg,
     )  # fmt: skip
     tile = tile_k
     attention_dkdv_kernel(

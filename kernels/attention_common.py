@@ -23,12 +23,16 @@ _HAS_ASM = tl.constexpr(not IS_INTERPRETED)
 
 
 class Tile(NamedTuple):
-    """Queries (block_m) and keys (block_n) of a program's step, its warps and pipeline stages."""
+    """Queries (block_m) and keys (block_n) of a program's step, its warps and pipeline stages.
+
+    maxnreg: the most registers of a thread, None for as many as the compiler likes
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 def generation(capability: int) -> int:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbert.kernels.partial_sums import add_partials
 from fastbert.kernels.runtime import (
     IS_INTERPRETED,
     capability,
@@ -165,14 +166,15 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tens
     programs = max(num_sms(x) * WARPS_PER_SM // num_warps // strips, 1)
     rows_per_program = cdiv(cdiv(n_rows, programs), rows) * rows
     parts = cdiv(n_rows, rows_per_program) if n_rows else 0
-    dx = like(x)
-    dbias = torch.empty(parts, n_cols, dtype=torch.float32, device=x.device)
+    dx, dbias = _bwd_outputs(dy, x, bias, tanh)
+    partials = torch.empty(1, parts, n_cols, dtype=torch.float32, device=x.device)
     if n_rows:
         _bias_gelu_bwd_kernel(
             (parts * strips,),
-            dy, x, bias, dx, dbias,
+            dy, x, bias, dx, partials,
             dy.stride(0), x.stride(0), dx.stride(0), n_rows, rows_per_program,
             N_COLS=n_cols, TANH=tanh, EXACT=x.dtype == torch.float32,
             ROWS=rows, COLS=cols, STAGES=STAGES, num_warps=num_warps,
         )  # fmt: skip
-    return dx, dbias.sum(0).to(bias.dtype)
+    add_partials(partials, dbias)
+    return dx, dbias

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels.bias_gelu import gelu_gate
+from fastbert.kernels.partial_sums import add_partials
 from fastbert.kernels.runtime import IS_INTERPRETED, cdiv, kernel, launcher, like
 
 # Rows and columns of a tile, and warps. With 128 columns a thread needs more than the 64 to 80
@@ -212,20 +213,22 @@ def gelu_bwd_cast_transpose(
     dy, x: (M, N) with unit column stride; dbias, in bias.dtype, is summed in float32 before the
     cast. Returns (P, N), (N, P) and (N,).
     """
-    cast, transposed = _cast_outputs(x, scale, amax, True)
+    cast, transposed, dbias = _gelu_bwd_outputs(dy, x, bias, tanh, scale, amax)
     n_rows, n_cols = x.shape
     rows, cols, num_warps = GELU_BWD_CAST_BLOCK
     parts = cdiv(n_rows, rows)
-    dbias = torch.empty(parts, n_cols, dtype=torch.float32, device=x.device)
+    partials = torch.empty(1, parts, n_cols, dtype=torch.float32, device=x.device)
     if n_rows:
         _gelu_bwd_cast_kernel(
             (parts * cdiv(n_cols, cols),),
-            dy, x, bias, scale, cast.view(torch.uint8), transposed.view(torch.uint8), amax, dbias,
+            dy, x, bias, scale, cast.view(torch.uint8), transposed.view(torch.uint8), amax,
+            partials,
             dy.stride(0), x.stride(0), cast.shape[0], n_rows,
             N_COLS=n_cols, TANH=tanh, EXACT=x.dtype == torch.float32,
             ROWS=rows, COLS=cols, num_warps=num_warps,
         )  # fmt: skip
-    return cast, transposed, dbias.sum(0).to(bias.dtype)
+    add_partials(partials, dbias)
+    return cast, transposed, dbias
 
 
 def product(

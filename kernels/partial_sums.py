@@ -22,7 +22,7 @@ def store_partial(partials_ptr, k, sums, is_col, N_COLS: tl.constexpr):
 
 @kernel(do_not_specialize=["n_partials"])
 def _add_partials_kernel(
-    partials_ptr, out0_ptr, out1_ptr, out2_ptr,  # (K, P, N), (N,), (N,), (N,) or None
+    partials_ptr, out0_ptr, out1_ptr, out2_ptr,  # (K, P, N), (N,), (N,) or None, (N,) or None
     n_partials,
     N_SUMS: tl.constexpr, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -38,14 +38,15 @@ def _add_partials_kernel(
     total = tl.sum(sums, axis=0)
     if k == 0:
         tl.store(out0_ptr + cols, total, mask=is_col)
-    elif k == 1:
-        tl.store(out1_ptr + cols, total, mask=is_col)
-    elif out2_ptr is not None:
-        tl.store(out2_ptr + cols, total, mask=is_col)
+    elif out1_ptr is not None:
+        if k == 1:
+            tl.store(out1_ptr + cols, total, mask=is_col)
+        elif out2_ptr is not None:
+            tl.store(out2_ptr + cols, total, mask=is_col)
 
 
 def add_partials(partials: Tensor, *outputs: Tensor) -> None:
-    """Sums (K, P, N) float32 over P, in a fixed order, into K = 2 or 3 outputs (N,).
+    """Sums (K, P, N) float32 over P, in a fixed order, into K = 1, 2 or 3 outputs (N,).
 
     A third output beside two sums is filled with zeros.
     """

@@ -90,8 +90,26 @@ def test_without_the_tool_a_part_fails_and_says_so(tmp_path, monkeypatch):
 
 
 def test_the_named_parts_fit_into_ten_minutes_too():
-    for parts in (gpu_check.SECOND, gpu_check.THIRD):
+    for parts in (gpu_check.SECOND, gpu_check.THIRD, gpu_check.FOURTH):
         assert sum(part.seconds for part in parts) <= 600
+
+
+def test_tells_which_tests_failed_even_if_they_are_cut_off(tmp_path, monkeypatch):
+    lines = (
+        "[gw0] [  1%] PASSED tests/ops/test_one.py::test_a[x]",
+        "[gw1] [  2%] FAILED tests/ops/test_one.py::test_b[cuda-1]",
+        "[gw1] [  2%] ERROR tests/ops/test_two.py::test_c",
+        "FAILED tests/ops/test_one.py::test_b[cuda-1] - assert 1 == 2",
+    )
+    script = f"import time; print(*{lines}, sep=chr(10), flush=True); time.sleep(60)"
+    monkeypatch.setattr(gpu_check, "PARTS", (Part("tests", ("-c", script), 5),))
+    outcome = check(tmp_path)
+    assert "out of time" in outcome.stdout
+    assert "2 failed" in outcome.stdout
+    assert results(tmp_path)[-1]["failed"] == [
+        "tests/ops/test_one.py::test_b[cuda-1]",
+        "tests/ops/test_two.py::test_c",
+    ]
 
 
 @pytest.mark.slow

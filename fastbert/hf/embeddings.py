@@ -10,8 +10,9 @@ from fastbert.check import require
 from fastbert.hf.families import dropout_of
 from fastbert.hf.hooks import is_hooked, is_theirs, works_by_token
 from fastbert.hf.stack import family_of_module, returns_tuples
-from fastbert.modules.embeddings import embed, stream_dtype
+from fastbert.modules.embeddings import Tables, embed, own_dtype, stream_dtype
 from fastbert.modules.linear import is_plain, reads_rows
+from fastbert.modules.plan import Planner
 from fastbert.ops.embedding import Call as Embedding
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState
@@ -34,6 +35,8 @@ def embedded(
     user's own, broadcasting to (B, S), None for transformers' defaults.
     """
     embeddings, has_types = model.embeddings, family_of_module(model).has_types
+    # a hook on the embeddings is no part of what a plan is read from
+    plain = None if is_hooked(embeddings) else _PLANNER.parts(embeddings)[0]
     projects = hasattr(model, "embeddings_project")  # of ELECTRA's small models, narrower than H
     positions = position_ids
     if positions is None:
@@ -41,7 +44,7 @@ def embedded(
         positions = positions_of(model, input_ids, given)
     # the device of the input, because an offloaded model's weights are on the meta device
     dtype = stream_dtype(own_dtype(embeddings), positions.device, model)
-    if not _are_plain(embeddings, has_types):
+    if plain is None:
         # those of transformers 4.57's DistilBERT have other names, and fewer
         embeds = "input_embeds" if returns_tuples() and not has_types else "inputs_embeds"
         others = {embeds: inputs_embeds, "position_ids": position_ids}
@@ -56,9 +59,10 @@ def embedded(
         def pack(ids: Tensor | None) -> Any:
             return None if ids is None else padding.pack(ids.expand(padding.batch_shape))
 
+        tables, dropout_p = plain
         x = embed(
-            embeddings,
-            dropout_of(embeddings.dropout),
+            tables,
+            dropout_p,
             pack(input_ids),
             pack(positions),
             pack(token_type_ids),
@@ -68,12 +72,6 @@ def embedded(
             defers=defers and not projects,
         )
     return model.embeddings_project(x).to(dtype) if projects else x
-
-
-def own_dtype(embeddings: Any) -> torch.dtype:
-    """The dtype of the embeddings' output without autocast."""
-    weight = getattr(embeddings.LayerNorm, "weight", None)
-    return next(embeddings.parameters()).dtype if weight is None else weight.dtype
 
 
 def positions_of(model: Any, input_ids: Tensor | None, given: Tensor) -> Tensor:
@@ -109,19 +107,26 @@ def positions_of(model: Any, input_ids: Tensor | None, given: Tensor) -> Tensor:
     return torch.arange(first, seqlen + first, device=device)[None]
 
 
-def _are_plain(embeddings: Any, has_types: bool) -> bool:
-    """Whether `embeddings` need not be called: its modules may be read, or take packed tokens."""
-    if is_hooked(embeddings) or not is_theirs(embeddings):
-        return False
-    tables = [embeddings.word_embeddings, embeddings.position_embeddings]
-    if has_types:
-        tables.append(embeddings.token_type_embeddings)
+def _plain_parts(embeddings: Any) -> tuple[Tables, float] | None:
+    """The tables, which may be read, or take packed tokens, and the probability of dropout.
+
+    None for embeddings that must be called.
+    """
+    if not is_theirs(embeddings) or is_hooked(embeddings):
+        return None
+    found = Tables.of(embeddings)
+    tables = [one for one in found[:3] if one is not None]
     is_dropout = any(is_plain(embeddings.dropout, kind) for kind in (nn.Dropout, nn.Identity))
-    return (
+    if not (
         all(works_by_token(table) and reads_rows(table) for table in tables)
         and is_plain(embeddings.LayerNorm, nn.LayerNorm)
         and is_dropout
-    )
+    ):
+        return None
+    return found, dropout_of(embeddings.dropout)
+
+
+_PLANNER = Planner(_plain_parts)
 
 
 def _types(embeddings: Any, position_ids: Tensor) -> Tensor | None:

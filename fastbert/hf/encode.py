@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import events
-from fastbert.hf.embeddings import embedded, own_dtype
+from fastbert.hf.embeddings import embedded
 from fastbert.hf.families import (
     Forward,
     Unsupported,
@@ -35,7 +35,7 @@ from fastbert.hf.stack import (
     states_wanted,
 )
 from fastbert.models.heads import first_tokens
-from fastbert.modules.embeddings import stream_dtype
+from fastbert.modules.embeddings import own_dtype, stream_dtype
 from fastbert.modules.encoder import pad_states
 from fastbert.modules.graphs.buckets import may_replay
 from fastbert.modules.linear import PRODUCTS

@@ -18,6 +18,7 @@ from fastbert.config.bert import BertConfig, changed, check_config
 from fastbert.models.inputs import ForwardOptions, Inputs, Request
 from fastbert.models.resize import resize
 from fastbert.modules.bert_layer import BertLayer
+from fastbert.modules.embeddings import own_dtype
 from fastbert.modules.encoder import pad_output
 from fastbert.packing import PackedBatch
 from fastbert.system.files import new_file
@@ -48,7 +49,7 @@ class BertPreTrainedModel(nn.Module):
         request = Request.read(type(self).__name__, self.config, inputs, options)
         output = self.predict(request, **targets)
         if request.padding is not None:
-            dtype = self.base_model.embeddings.LayerNorm.weight.dtype
+            dtype = own_dtype(self.base_model.embeddings)
             output = pad_output(output, request.padding, dtype)
         return output if request.return_dict else output.to_tuple()
 

@@ -1,6 +1,6 @@
 """Word, position and segment embeddings, summed and normalized; the residual stream's dtype."""
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,35 @@ def stream_dtype(own: torch.dtype, device: torch.device, module: Any) -> torch.d
     return torch.get_autocast_dtype(device.type)
 
 
+def own_dtype(embeddings: Any) -> torch.dtype:
+    """The dtype of the embeddings' output without autocast."""
+    weight = getattr(embeddings.LayerNorm, "weight", None)
+    return next(embeddings.parameters()).dtype if weight is None else weight.dtype
+
+
+class Tables(NamedTuple):
+    """The modules of embeddings under Hugging Face's names; types: None for DistilBERT's.
+
+    are_plain: whether these are plain modules, so that one operator does what all of them do
+    """
+
+    words: Any
+    positions: Any
+    types: Any
+    norm: Any
+    are_plain: bool
+
+    @classmethod
+    def of(cls, embeddings: Any) -> "Tables":
+        types = getattr(embeddings, "token_type_embeddings", None)
+        tables = embeddings.word_embeddings, embeddings.position_embeddings, types
+        norm = embeddings.LayerNorm
+        are_plain = all(one is None or is_plain_table(one) for one in tables) and is_affine(norm)
+        return cls(*tables, norm, are_plain)
+
+
 def embed(
-    embeddings: Any,
+    tables: Tables,
     dropout_p: float,
     input_ids: Tensor | None,
     position_ids: Tensor,
@@ -43,25 +70,22 @@ def embed(
 ) -> Tensor | Embedding:
     """`dropout(norm(words + types + positions))`: (...) ids -> (..., H) in `dtype`.
 
-    embeddings: has the tables and the norm under Hugging Face's names; DistilBERT's has no table of
-    token types. A module that is not a plain nn.Embedding or nn.LayerNorm is called.
-    token_type_ids of None means zeros; inputs_embeds (..., H) replaces the word embeddings. defers:
-    where one operator does it all, without dropout, its call is returned instead of the result.
+    tables: a module that is not a plain nn.Embedding or nn.LayerNorm is called. token_type_ids of
+    None means zeros; inputs_embeds (..., H) replaces the word embeddings. defers: where one
+    operator does it all, without dropout, its call is returned instead of the result.
     """
-    words, positions = embeddings.word_embeddings, embeddings.position_embeddings
-    types = getattr(embeddings, "token_type_embeddings", None)
-    tables = [table for table in (words, positions, types) if table is not None]
-    norm = embeddings.LayerNorm
-    if inputs_embeds is None and all(map(is_plain_table, tables)) and is_affine(norm):
+    words, positions, types, norm, are_plain = tables
+    if inputs_embeds is None and are_plain:
+        of_norm = norm._parameters
         call: Embedding = embedding_layer_norm.check(
             input_ids,
             position_ids,
             token_type_ids,
-            words.weight,
+            words._parameters["weight"],
             _without_padding_gradient(positions),
-            None if types is None else types.weight,
-            norm.weight,
-            norm.bias,
+            None if types is None else types._parameters["weight"],
+            of_norm["weight"],
+            of_norm["bias"],
             norm.eps,
             padding_idx=words.padding_idx,
             dropout_p=dropout_p,
@@ -94,7 +118,7 @@ def normalized(x: Tensor, norm: Any) -> Tensor:
 
 def _without_padding_gradient(positions: Any) -> Tensor:
     """The position table; RoBERTa's has a padding row, which gets no gradient."""
-    table = positions.weight
+    table: Tensor = positions._parameters["weight"]
     if positions.padding_idx is None or not torch.is_grad_enabled():
         return table
     is_padding = torch.arange(len(table), device=table.device) == positions.padding_idx
@@ -125,7 +149,7 @@ class BertEmbeddings(nn.Module):
         rng: DropoutState | None = None,
     ) -> Tensor:
         """(...) int64 ids -> (..., H); token_type_ids of None means all zeros."""
-        dtype = stream_dtype(self.LayerNorm.weight.dtype, position_ids.device, self)
+        dtype = stream_dtype(own_dtype(self), position_ids.device, self)
         p = self.dropout.p if self.training else 0.0
         ids = input_ids, position_ids, token_type_ids
-        return cast(Tensor, embed(self, p, *ids, inputs_embeds, rng, dtype=dtype))
+        return cast(Tensor, embed(Tables.of(self), p, *ids, inputs_embeds, rng, dtype=dtype))

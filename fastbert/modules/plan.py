@@ -1,4 +1,4 @@
-"""Caches the parts of an encoder's layers, with a cheap check in each call that they still hold.
+"""Caches the parts of layers and of embeddings, with a cheap check in each call that they hold.
 
 Reading a layer means asking each of its modules for its class, hooks and probabilities, which takes
 longer than the kernels of a small batch. So the parts are cached, with a guard: the attributes and
@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from fastbert import events
-from fastbert.modules.layer import LayerParts
 from fastbert.modules.linear import Hooks, hooks_of
 
 _ABSENT = ("forward", "save")  # attributes that instances usually lack, but may be given
@@ -25,6 +24,7 @@ _READ = {
     nn.Linear: ("forward",),
     nn.LayerNorm: ("forward", "eps"),
     nn.Dropout: ("forward", "training", "p"),
+    nn.Embedding: ("forward", "padding_idx", "max_norm", "sparse", "scale_grad_by_freq"),
 }
 
 
@@ -36,9 +36,7 @@ class Plan:
     inside the layers, all empty.
     """
 
-    def __init__(
-        self, owner: nn.Module, parts: tuple[LayerParts | None, ...], hooks: Hooks
-    ) -> None:
+    def __init__(self, owner: nn.Module, parts: tuple[Any, ...], hooks: Hooks) -> None:
         self.parts, self.hooks = parts, hooks
         every = list(owner.modules())
         self.modules = every[1:]
@@ -66,18 +64,18 @@ class Plan:
 
 
 class Planner:
-    """Keeps the plans of lists of layers, and of layers read alone, as long as these live.
+    """Keeps the plans of lists of layers, and of modules read alone, as long as these live.
 
     Training and eval mode have separate plans, so that a change of mode does not read the layers
     again.
     """
 
-    def __init__(self, parts_of: Callable[[Any], LayerParts | None]) -> None:
+    def __init__(self, parts_of: Callable[[Any], Any]) -> None:
         self.parts_of = parts_of
         self.plans: WeakKeyDictionary[nn.Module, dict[bool, Plan]] = WeakKeyDictionary()
 
     def parts(self, owner: nn.Module) -> tuple[Any, ...]:
-        """The result of `parts_of` for each layer of a list, or for a layer alone.
+        """The result of `parts_of` for each layer of a list, or for a module alone.
 
         Passes on what `parts_of` raises.
         """

@@ -212,6 +212,60 @@ def test_modes_and_probabilities_are_those_of_now(kind):
     assert not torch.allclose(result(model), before, atol=1e-4)
 
 
+def a_shorter_row(embeddings):
+    embeddings.word_embeddings.max_norm = 0.01
+
+
+def another_table(embeddings):
+    torch.manual_seed(1)
+    embeddings.position_embeddings = nn.Embedding(512, 32)
+
+
+def another_eps(embeddings):
+    embeddings.LayerNorm.eps = 0.5
+
+
+def a_hook_on_a_table(embeddings):
+    embeddings.token_type_embeddings.register_forward_hook(lambda m, i, output: 9 * output.cos())
+
+
+def a_hook(embeddings):
+    embeddings.register_forward_hook(lambda m, i, output: 2 * output)
+
+
+def a_norm_that_is_called(embeddings):
+    embeddings.LayerNorm = nn.Sequential(embeddings.LayerNorm, nn.Tanh())
+
+
+def a_forward(embeddings):
+    own = embeddings.forward
+    embeddings.forward = lambda *args, **kwargs: 3 * own(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(a_shorter_row, another_table, another_eps, a_hook_on_a_table, a_hook),
+        *(a_norm_that_is_called, a_forward),
+    ],
+)
+@pytest.mark.parametrize("kind", ["patched", "own"])
+def test_changed_embeddings_are_seen(kind, change):
+    model = build(kind)
+    theirs = transformers.BertModel(transformers.BertConfig(**SHAPE)).eval()
+    theirs.load_state_dict(model.state_dict(), strict=False)
+    before = result(model)
+    for one in (model, theirs):
+        change(one.embeddings)
+    if kind == "own" and change in (a_hook, a_forward):
+        return  # which multiply what Hugging Face's embeddings return, of another shape
+    expected = result(theirs)
+    assert not torch.allclose(expected[MASK.bool()], before[MASK.bool()], atol=1e-3)
+    torch.testing.assert_close(
+        result(model)[MASK.bool()], expected[MASK.bool()], rtol=1e-4, atol=1e-4
+    )
+
+
 def test_a_class_whose_forward_is_replaced_is_seen(monkeypatch):
     """Where transformers looks forward up at each call, a plan must as well."""
     model = build("patched")
@@ -220,7 +274,7 @@ def test_a_class_whose_forward_is_replaced_is_seen(monkeypatch):
     held = plan.Plan.holds
     monkeypatch.setattr(plan.Plan, "holds", lambda self: reads.append(held(self)) or reads[-1])
     result(model)
-    assert reads == [True]
+    assert reads == [True, True]  # of the embeddings and of the layers
     cls = transformers.models.bert.modeling_bert.BertSelfOutput
     forward, calls = cls.forward, []
     monkeypatch.setattr(cls, "forward", lambda *args: calls.append(1) or forward(*args))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from benchmarks.reporting.cells import Table, seconds
-from benchmarks.results import COMPILED, FASTBERT, FP8, PATCHED, SDPA, Row
+from benchmarks.results import COMPILED, FASTBERT, FP8, PATCHED, PATCHED_GRAPHS, SDPA, Row
 
 LARGE, BASE = "large", "base"
 BYTES = ("dropout_add_layer_norm", "bias_gelu", "embedding_layer_norm", "gather_rows")
@@ -136,6 +136,22 @@ def small_calls(of: str, by: str) -> Callable:
     return measured
 
 
+def patched(by: str, of: str = "", sequences: int = 0, length: int = 0) -> Callable:
+    """Hugging Face's time over a patched model's, of calls on a GPU; of all that are not named."""
+
+    def measured(rows: list[Row]) -> Iterable[float]:
+        for row in rows:
+            case = row.get("case", {})
+            if row["part"] != "host" or case["device"] != "cuda":
+                continue
+            size = case["sequences"], case["length"]
+            is_it = of in ("", case["of"]) and (not sequences or size == (sequences, length))
+            if is_it and {by, SDPA} <= row["timings"].keys():
+                yield _median(row, SDPA) / _median(row, by)
+
+    return measured
+
+
 def layer_on_host(rows: list[Row]) -> Iterable[float]:
     """Seconds of a layer in inference without kernels and products, of own and patched models."""
     for row in rows:
@@ -167,6 +183,13 @@ GPU = (
            timing("inference", "128", BASE, "median_s"), is_limit=True),
     Target("BERT-large forward, sequences of 384 a second", 2050, "sequences/s",
            sequences_a_second),
+    Target("patched BERT-base without graphs, over Hugging Face's", 1, "x", patched(PATCHED)),
+    Target("patched, inference of 1 x 128", 5, "x",
+           patched(PATCHED_GRAPHS, "inference", 1, 128)),
+    Target("patched, fine-tuning step of 32 x 128", 1.5, "x",
+           patched(PATCHED_GRAPHS, "training step", 32, 128)),
+    Target("patched, fine-tuning step of 32 x 512, half full", 2.5, "x",
+           patched(PATCHED_GRAPHS, "training step", 32, 512)),
 )  # fmt: skip
 CPU = (
     Target("step over Hugging Face's (SDPA)", 3, "x", ratio("steps", "wikipedia", SDPA, BOTH)),

@@ -52,8 +52,8 @@ class Tables(NamedTuple):
         types = getattr(embeddings, "token_type_embeddings", None)
         tables = embeddings.word_embeddings, embeddings.position_embeddings, types
         norm = embeddings.LayerNorm
-        are_plain = all(one is None or is_plain_table(one) for one in tables) and is_affine(norm)
-        return cls(*tables, norm, are_plain)
+        are_plain = all(one is None or is_plain_table(one) for one in tables)
+        return cls(*tables, norm, are_plain and is_plain(norm, nn.LayerNorm))
 
 
 def embed(
@@ -75,17 +75,16 @@ def embed(
     operator does it all, without dropout, its call is returned instead of the result.
     """
     words, positions, types, norm, are_plain = tables
-    if inputs_embeds is None and are_plain:
-        of_norm = norm._parameters
+    if inputs_embeds is None and are_plain and has_affine(norm):
         call: Embedding = embedding_layer_norm.check(
             input_ids,
             position_ids,
             token_type_ids,
-            words._parameters["weight"],
+            words.weight,
             _without_padding_gradient(positions),
-            None if types is None else types._parameters["weight"],
-            of_norm["weight"],
-            of_norm["bias"],
+            None if types is None else types.weight,
+            norm.weight,
+            norm.bias,
             norm.eps,
             padding_idx=words.padding_idx,
             dropout_p=dropout_p,
@@ -106,19 +105,21 @@ def stream_of(x: Tensor | Embedding) -> Tensor:
     return x if isinstance(x, Tensor) else cast(Tensor, embedding_layer_norm.run(x))
 
 
-def is_affine(norm: Any) -> bool:
-    """Whether `norm` is a plain nn.LayerNorm with a weight and a bias, as the operators need."""
-    return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+def has_affine(norm: nn.LayerNorm) -> bool:
+    """Whether a plain nn.LayerNorm has a weight and a bias, as the operators need."""
+    return norm.weight is not None and norm.bias is not None
 
 
 def normalized(x: Tensor, norm: Any) -> Tensor:
     """(..., H) -> (..., H) by a norm module; by the operator where that computes the same."""
-    return layer_norm(x, norm.weight, norm.bias, norm.eps) if is_affine(norm) else norm(x)
+    if is_plain(norm, nn.LayerNorm) and has_affine(norm):
+        return layer_norm(x, norm.weight, norm.bias, norm.eps)
+    return norm(x)
 
 
 def _without_padding_gradient(positions: Any) -> Tensor:
     """The position table; RoBERTa's has a padding row, which gets no gradient."""
-    table: Tensor = positions._parameters["weight"]
+    table: Tensor = positions.weight
     if positions.padding_idx is None or not torch.is_grad_enabled():
         return table
     is_padding = torch.arange(len(table), device=table.device) == positions.padding_idx

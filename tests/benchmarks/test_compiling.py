@@ -46,11 +46,12 @@ def test_a_launch_is_recorded_with_its_arguments_for_its_gpu():
     x, bias = floats(3, 512, dtype="bf16"), floats(512)
     case = Case("", bias_gelu, (x, bias))
     for gpu, block in ((SM80, (4, 256, 4)), (SM90, (4, 512, 2))):
-        forward, backward = case.launches(gpu)
+        forward, backward, sums = case.launches(gpu)
         assert forward.values["x_ptr"].data_ptr() == x.data_ptr()
         assert forward.values["y_ptr"].dtype == torch.bfloat16
         assert (forward.values["n_rows"], forward.values["x_row_stride"]) == (3, 512)
         assert [backward.values[name] for name in ("ROWS", "COLS", "num_warps")] == list(block)
+        assert sums.values["N_SUMS"] == 1
     (alone,) = case._replace(trains=False).launches(SM90)
     assert alone.kernel is forward.kernel
 

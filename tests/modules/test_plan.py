@@ -225,6 +225,10 @@ def another_eps(embeddings):
     embeddings.LayerNorm.eps = 0.5
 
 
+def no_bias(embeddings):
+    embeddings.LayerNorm.bias = None
+
+
 def a_hook_on_a_table(embeddings):
     embeddings.token_type_embeddings.register_forward_hook(lambda m, i, output: 9 * output.cos())
 
@@ -246,7 +250,7 @@ def a_forward(embeddings):
     "change",
     [
         *(a_shorter_row, another_table, another_eps, a_hook_on_a_table, a_hook),
-        *(a_norm_that_is_called, a_forward),
+        *(a_norm_that_is_called, a_forward, no_bias),
     ],
 )
 @pytest.mark.parametrize("kind", ["patched", "own"])

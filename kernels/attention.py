@@ -16,12 +16,7 @@ from fastbert.kernels.attention_bwd import (
 from fastbert.kernels.attention_common import block_d, precision, sums_by_dot
 from fastbert.kernels.attention_dropout import attention_drop_words
 from fastbert.kernels.attention_fwd import attention_fwd_kernel, fwd_tile
-from fastbert.kernels.attention_whole import (
-    attention_single_kernel,
-    attention_whole_kernel,
-    single_tile,
-    whole_tile,
-)
+from fastbert.kernels.attention_single import attention_single_kernel, single_tile
 from fastbert.kernels.partial_sums import add_partials
 from fastbert.kernels.runtime import capability, cdiv, launcher, like
 
@@ -189,22 +184,6 @@ def _launch_bwd(
         )  # fmt: skip
         _add_up(sums, dbias)
         return
-    if not has_mask and q.itemsize == 2:
-        tile = whole_tile(gpu, columns, dropout=has_dropout)
-    if tile is not None:
-        sums = _partial_sums(dbias, cu_seqlens_q, 1)
-        rows = num_rows + tile.block_m * (cu_seqlens_q.shape[0] - 1)
-        attention_whole_kernel(
-            (1, *grid),
-            q, k, v, out, dout, lse, cu_seqlens_q, cu_seqlens_k, drop_words, dq, dk, dv,
-            lse.new_empty((num_heads, rows)), lse.new_empty((num_heads, rows, columns)), sums,
-            *inputs, _words_stride(drop_words), out.stride(0), dq.stride(0),
-            num_rows, k.shape[0], softmax_scale, keep_scale,
-            **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-        _add_up(sums, dbias)
-        return
     delta = torch.empty_like(lse)
     total = torch.empty_like(lse) if q.dtype == torch.float32 else None
     mask, mask_strides = _mask_and_strides(mask)
@@ -255,8 +234,6 @@ def variant(q: Tensor, longest: int, *, mask: bool, dropout: bool) -> str:
     forward = f"forward {tile.block_m}x{tile.block_n}"
     if not mask and single_tile(gpu, q.itemsize, columns, longest, dropout=dropout):
         return f"{forward}, backward in one tile"
-    if not mask and q.itemsize == 2 and whole_tile(gpu, columns, dropout=dropout):
-        return f"{forward}, backward in one kernel"
     return f"{forward}, backward dq and dk/dv"
 
 

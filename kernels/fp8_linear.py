@@ -16,11 +16,10 @@ from fastbert.kernels.bias_gelu import gelu_gate
 from fastbert.kernels.partial_sums import add_partials
 from fastbert.kernels.runtime import IS_INTERPRETED, cdiv, kernel, launcher, like
 
-# Rows and columns of a tile, and warps. With 128 columns a thread needs more than the 64 to 80
-# registers that it gets on sm_90, and spills.
-CAST_BLOCK = 64, 64, 8
-GELU_CAST_BLOCK = 64, 64, 8
-GELU_BWD_CAST_BLOCK = 64, 64, 8
+# Rows and columns of a tile, and warps. Columns of the transposed copy get 128 bytes at once.
+CAST_BLOCK = 128, 64, 8
+GELU_CAST_BLOCK = 128, 64, 8
+GELU_BWD_CAST_BLOCK = 128, 64, 8
 MULTIPLE = 16  # cuBLAS wants inner dimensions that are multiples of it; the operator refuses others
 
 _INTERPRETED = tl.constexpr(IS_INTERPRETED)
@@ -29,10 +28,12 @@ _INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def _rounded(y, E5M2: tl.constexpr):
-    """To the nearest FP8 value, ties to even, in float32.
+    """To the nearest FP8 value, ties to even, in float32; what is too large, to the largest.
 
-    Only the interpreter needs it, whose casts to FP8 do not round as the hardware's do.
+    Only the interpreter needs it, whose casts to FP8 do neither.
     """
+    LARGEST: tl.constexpr = 57344.0 if E5M2 else 448.0
+    y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
     DROPPED: tl.constexpr = 21 if E5M2 else 20  # mantissa bits that FP8 lacks
     LEAST: tl.constexpr = 6.103515625e-05 if E5M2 else 0.015625  # the least normal number
     MAGIC: tl.constexpr = 192.0 if E5M2 else 24576.0  # whose last bit is the least subnormal one
@@ -43,12 +44,11 @@ def _rounded(y, E5M2: tl.constexpr):
 
 
 @triton.jit
-def _tile(n_rows, N_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """This program's rows [ROWS] and columns [COLS], and which of its elements exist."""
+def _tile(N_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The first of each four rows [ROWS / 4] of this program, and its columns [COLS]."""
     strips: tl.constexpr = (N_COLS + COLS - 1) // COLS
-    rows = (tl.program_id(0) // strips).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(0) % strips * COLS + tl.arange(0, COLS)
-    return rows, cols, (rows < n_rows)[:, None] & (cols < N_COLS)[None, :]
+    fours = (tl.program_id(0) // strips).to(tl.int64) * ROWS + 4 * tl.arange(0, ROWS // 4)
+    return fours, tl.program_id(0) % strips * COLS + tl.arange(0, COLS)
 
 
 @triton.jit
@@ -62,84 +62,117 @@ def _load_sum(
 
 
 @triton.jit
-def _store_cast(
-    x, rows, cols, scale_ptr, cast_ptr, transposed_ptr, amax_ptr, n_padded,
-    N_COLS: tl.constexpr, E5M2: tl.constexpr,
+def _cast(
+    x, words, most, rows, cols, scale_ptr, cast_ptr, n_padded,
+    NUMBER: tl.constexpr, N_COLS: tl.constexpr, E5M2: tl.constexpr,
 ):  # fmt: skip
-    """Stores the casts of x [ROWS, COLS], float32 and 0 beyond the last row, and its largest."""
-    LARGEST: tl.constexpr = 57344.0 if E5M2 else 448.0
-    size = tl.abs(x)
-    # the maximum does not depend on the order in which programs arrive
-    tl.atomic_max(amax_ptr, tl.max(tl.where(size < _INF, size, 0.0)), sem="relaxed")
+    """Stores the casts of x [ROWS / 4, COLS], float32 and 0 beyond the last row: the NUMBER-th of
+    each four rows. Returns `words` with them as their NUMBER-th bytes, and the largest so far.
 
+    A transposed copy byte by byte took longer than all else: a thread has bytes of one row, and has
+    to write those of one column. Four rows at once make words of four bytes, of which a quarter as
+    many go through shared memory.
+    """
+    size = tl.abs(x)
     y = x * tl.load(scale_ptr)
-    y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
     if _INTERPRETED:
         y = _rounded(y, E5M2)
-    cast = y.to(tl.float8e5) if E5M2 else y.to(tl.float8e4nv)
+    cast = y.to(tl.float8e5) if E5M2 else y.to(tl.float8e4nv)  # which saturates
     cast = cast.to(tl.uint8, bitcast=True)
     # an infinite gradient must not become a finite one; 0x7F is NaN in both formats
     cast = tl.where(size < _INF, cast, 0x7F).to(tl.uint8)
     out = (rows < n_padded)[:, None] & (cols < N_COLS)[None, :]
     tl.store(cast_ptr + rows[:, None] * N_COLS + cols[None, :], cast, mask=out)
-    place = cols[:, None].to(tl.int64) * n_padded + rows[None, :]
-    tl.store(transposed_ptr + place, tl.trans(cast), mask=tl.trans(out))
+    words |= cast.to(tl.int32) << (8 * NUMBER)
+    return words, tl.maximum(most, tl.where(size < _INF, size, 0.0))
+
+
+@triton.jit
+def _store_transposed(
+    words, most, fours, cols, transposed_ptr, amax_ptr, n_padded, N_COLS: tl.constexpr
+):  # fmt: skip
+    """Stores `words`, which are four rows' bytes each, in the transposed copy; and the largest."""
+    # the maximum does not depend on the order in which programs arrive
+    tl.atomic_max(amax_ptr, tl.max(most), sem="relaxed")
+    place = cols[:, None].to(tl.int64) * (n_padded // 4) + (fours // 4)[None, :]
+    out = (cols < N_COLS)[:, None] & (fours < n_padded)[None, :]
+    tl.store(transposed_ptr + place, tl.trans(words), mask=out)
 
 
 @kernel(do_not_specialize=["n_rows"])
 def _cast_transpose_kernel(
     x_ptr, scale_ptr,  # (M, N), ()
-    cast_ptr, transposed_ptr, amax_ptr,  # (P, N), (N, P), ()
+    cast_ptr, transposed_ptr, amax_ptr,  # (P, N), (N, P / 4) int32, ()
     x_row_stride,
     n_padded, n_rows,  # P >= M, and M
     N_COLS: tl.constexpr, E5M2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    rows, cols, mask = _tile(n_rows, N_COLS, ROWS, COLS)
-    x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0)
-    _store_cast(
-        x.to(tl.float32), rows, cols, scale_ptr, cast_ptr, transposed_ptr, amax_ptr, n_padded,
-        N_COLS, E5M2,
-    )  # fmt: skip
+    fours, cols = _tile(N_COLS, ROWS, COLS)
+    words = tl.zeros((ROWS // 4, COLS), tl.int32)
+    most = tl.zeros((ROWS // 4, COLS), tl.float32)
+    for number in tl.static_range(4):
+        rows = fours + number
+        mask = (rows < n_rows)[:, None] & (cols < N_COLS)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0)
+        words, most = _cast(
+            x.to(tl.float32), words, most, rows, cols, scale_ptr, cast_ptr, n_padded,
+            number, N_COLS, E5M2,
+        )  # fmt: skip
+    _store_transposed(words, most, fours, cols, transposed_ptr, amax_ptr, n_padded, N_COLS)
 
 
 @kernel(do_not_specialize=["n_rows"])
 def _gelu_cast_kernel(
     x_ptr, bias_ptr, scale_ptr,  # (M, N), (N,), ()
-    cast_ptr, transposed_ptr, amax_ptr,  # (P, N), (N, P), ()
+    cast_ptr, transposed_ptr, amax_ptr,  # (P, N), (N, P / 4) int32, ()
     x_row_stride,
     n_padded, n_rows,
     N_COLS: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    rows, cols, mask = _tile(n_rows, N_COLS, ROWS, COLS)
-    x = _load_sum(x_ptr, bias_ptr, x_row_stride, rows, cols, mask, N_COLS)
-    gate, _ = gelu_gate(x, TANH, EXACT)
-    y = tl.where(mask, x * gate, 0.0)  # the bias alone has a GELU too
-    _store_cast(
-        y, rows, cols, scale_ptr, cast_ptr, transposed_ptr, amax_ptr, n_padded, N_COLS, False
-    )
+    fours, cols = _tile(N_COLS, ROWS, COLS)
+    words = tl.zeros((ROWS // 4, COLS), tl.int32)
+    most = tl.zeros((ROWS // 4, COLS), tl.float32)
+    for number in tl.static_range(4):
+        rows = fours + number
+        mask = (rows < n_rows)[:, None] & (cols < N_COLS)[None, :]
+        x = _load_sum(x_ptr, bias_ptr, x_row_stride, rows, cols, mask, N_COLS)
+        gate, _ = gelu_gate(x, TANH, EXACT)
+        y = tl.where(mask, x * gate, 0.0)  # the bias alone has a GELU too
+        words, most = _cast(
+            y, words, most, rows, cols, scale_ptr, cast_ptr, n_padded, number, N_COLS, False
+        )
+    _store_transposed(words, most, fours, cols, transposed_ptr, amax_ptr, n_padded, N_COLS)
 
 
 @kernel(do_not_specialize=["n_rows"])
 def _gelu_bwd_cast_kernel(
     dy_ptr, x_ptr, bias_ptr, scale_ptr,  # (M, N), (M, N), (N,), ()
-    cast_ptr, transposed_ptr, amax_ptr,  # (P, N), (N, P), ()
+    cast_ptr, transposed_ptr, amax_ptr,  # (P, N), (N, P / 4) int32, ()
     dbias_ptr,  # (programs along the rows, N): partial sums
     dy_row_stride, x_row_stride,
     n_padded, n_rows,
     N_COLS: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    rows, cols, mask = _tile(n_rows, N_COLS, ROWS, COLS)
-    x = _load_sum(x_ptr, bias_ptr, x_row_stride, rows, cols, mask, N_COLS)
-    dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=mask, other=0.0)
-    gate, slope = gelu_gate(x, TANH, EXACT)
-    dx = dy.to(tl.float32) * (gate + x * slope)  # 0 where dy is not, as its load was masked
+    fours, cols = _tile(N_COLS, ROWS, COLS)
+    words = tl.zeros((ROWS // 4, COLS), tl.int32)
+    most = tl.zeros((ROWS // 4, COLS), tl.float32)
+    dbias = tl.zeros((ROWS // 4, COLS), tl.float32)
+    for number in tl.static_range(4):
+        rows = fours + number
+        mask = (rows < n_rows)[:, None] & (cols < N_COLS)[None, :]
+        x = _load_sum(x_ptr, bias_ptr, x_row_stride, rows, cols, mask, N_COLS)
+        dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=mask, other=0.0)
+        gate, slope = gelu_gate(x, TANH, EXACT)
+        dx = dy.to(tl.float32) * (gate + x * slope)  # 0 where dy is not, as its load was masked
+        dbias += dx
+        words, most = _cast(
+            dx, words, most, rows, cols, scale_ptr, cast_ptr, n_padded, number, N_COLS, True
+        )
     part = tl.program_id(0) // ((N_COLS + COLS - 1) // COLS)
-    tl.store(dbias_ptr + part * N_COLS + cols, tl.sum(dx, axis=0), mask=cols < N_COLS)
-    _store_cast(
-        dx, rows, cols, scale_ptr, cast_ptr, transposed_ptr, amax_ptr, n_padded, N_COLS, True
-    )
+    tl.store(dbias_ptr + part * N_COLS + cols, tl.sum(dbias, axis=0), mask=cols < N_COLS)
+    _store_transposed(words, most, fours, cols, transposed_ptr, amax_ptr, n_padded, N_COLS)
 
 
 def padded(n: int) -> int:
@@ -167,7 +200,7 @@ def cast_transpose(x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool) -> tuple[
     if n_rows:
         _cast_transpose_kernel(
             (cdiv(n_rows, rows) * cdiv(n_cols, cols),),
-            x, scale, cast.view(torch.uint8), transposed.view(torch.uint8), amax,
+            x, scale, cast.view(torch.uint8), transposed.view(torch.int32), amax,
             x.stride(0), cast.shape[0], n_rows,
             N_COLS=n_cols, E5M2=e5m2, ROWS=rows, COLS=cols, num_warps=num_warps,
         )  # fmt: skip
@@ -190,7 +223,7 @@ def gelu_cast_transpose(
     if n_rows:
         _gelu_cast_kernel(
             (cdiv(n_rows, rows) * cdiv(n_cols, cols),),
-            x, bias, scale, cast.view(torch.uint8), transposed.view(torch.uint8), amax,
+            x, bias, scale, cast.view(torch.uint8), transposed.view(torch.int32), amax,
             x.stride(0), cast.shape[0], n_rows,
             N_COLS=n_cols, TANH=tanh, EXACT=x.dtype == torch.float32,
             ROWS=rows, COLS=cols, num_warps=num_warps,
@@ -221,7 +254,7 @@ def gelu_bwd_cast_transpose(
     if n_rows:
         _gelu_bwd_cast_kernel(
             (parts * cdiv(n_cols, cols),),
-            dy, x, bias, scale, cast.view(torch.uint8), transposed.view(torch.uint8), amax,
+            dy, x, bias, scale, cast.view(torch.uint8), transposed.view(torch.int32), amax,
             partials,
             dy.stride(0), x.stride(0), cast.shape[0], n_rows,
             N_COLS=n_cols, TANH=tanh, EXACT=x.dtype == torch.float32,

@@ -19,7 +19,6 @@ TILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "attention_fwd_kernel": (N_D, ("k_ptr", "v_ptr")),
     "attention_dq_kernel": (N_D, ("k_ptr", "v_ptr")),
     "attention_dkdv_kernel": (M_D, ("q_ptr", "dout_ptr")),
-    "attention_whole_kernel": (M_D, ("q_ptr", "dout_ptr")),
     "attention_single_kernel": (BLOCK_D, ("q_ptr", "k_ptr", "v_ptr", "dout_ptr")),
     "_bias_gelu_fwd_kernel": (ROWS_COLS, ("x_ptr",)),
     "_bias_gelu_bwd_kernel": (ROWS_COLS, ("x_ptr", "dy_ptr")),

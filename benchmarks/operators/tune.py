@@ -74,7 +74,7 @@ def sum_rows(columns: int) -> Iterator[tuple[int, int]]:
 
 def casts(columns: int) -> Iterator[tuple[int, ...]]:
     """Candidates of the kernels that cast to FP8."""
-    return itertools.product((32, 64, 128), (64, 128, 256), (4, 8))
+    return itertools.product((64, 128, 256), (32, 64, 128), (4, 8))
 
 
 def grid(*choices: Iterable[int]) -> Callable[[int], Iterator[tuple[int, ...]]]:
@@ -113,13 +113,6 @@ def single_tiles(columns: int) -> Iterator[Any]:
     yield from (Tile(size, size, warps, 1) for size in (64, 128) for warps in (4, 8))
 
 
-def whole_tiles(columns: int) -> Iterator[Any]:
-    from fastbert.kernels.attention_common import Tile
-
-    for rows, warps in ((64, 4), (128, 8)):
-        yield from (Tile(rows, 64, warps, stages) for stages in (1, 2, 3))
-
-
 ADD_PARTIALS = Table(
     "partial_sums", "ADD_BLOCK", True, grid((128, 256, 512, 1024), (16, 32), (4, 8, 16))
 )
@@ -135,8 +128,6 @@ ATTENTION = (
     Table("attention", "dq_tile", True, dq_tiles, "x 512 "),
     Table("attention", "dkdv_tile", True, tiles, "x 512 "),
     Table("attention", "single_tile", True, single_tiles, "x 128 "),
-    Table("attention", "whole_tile", True, whole_tiles, "x 512 "),
-    Table("attention", "whole_tile", True, whole_tiles, "wikipedia"),
 )
 LAYER_NORM = (
     Table("layer_norm", "forward_block", False, whole_rows),

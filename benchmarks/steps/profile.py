@@ -16,7 +16,7 @@ COSTLIEST = 12
 PARTS = {
     "products": ("nvjet", "gemm", "cutlass", "splitKreduce"),
     "attention, forward": ("attention_fwd", "attention_drop_words"),
-    "attention, backward": tuple(f"attention_{x}" for x in ("dq", "dkdv", "single", "whole")),
+    "attention, backward": tuple(f"attention_{x}" for x in ("dq", "dkdv", "single")),
     "bias + GELU, forward": ("bias_gelu_fwd",),
     "bias + GELU, backward": ("bias_gelu_bwd",),
     "dropout + add + LayerNorm, forward": ("layer_norm_fwd",),

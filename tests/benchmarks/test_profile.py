@@ -19,7 +19,6 @@ KERNELS = {
     "attention_drop_words_kernel": "attention, forward",
     "attention_dkdv_kernel": "attention, backward",
     "attention_single_kernel": "attention, backward",
-    "attention_whole_kernel": "attention, backward",
     "_bias_gelu_bwd_kernel": "bias + GELU, backward",
     "_cast_transpose_kernel": "casts to FP8",
     "_gelu_cast_kernel": "casts to FP8",

@@ -71,11 +71,14 @@ def test_kernels_give_what_the_emulation_gives(device, approximate, dtype, shape
         found, amax = run(fused(approximate), *given)
     torch.testing.assert_close(amax, most, rtol=1e-3, atol=0)  # by other formulas for GELU
     for actual, wanted in zip(found, expected, strict=True):
-        # a GELU that lies between two numbers of FP8 may be rounded to either
+        # A GELU that lies between two numbers of FP8 may be rounded to either. Of steps of 2^-3 that
+        # is a share of 2 e / 2^-3, for kernels' formulas within e, 2^-11 in 16 bits and less in
+        # float32, and their RMS 2^-3 / sqrt(3) times the root of that share.
+        most_apart = 1e-2 if dtype == torch.float16 else 5e-3
         error = (actual.float() - wanted.float()).square().mean().sqrt()
         size = wanted.float().square().mean().sqrt()
         least = 2e-7 if actual.dtype == torch.float16 else 0.0  # gradients are its subnormals here
-        assert error <= 3e-3 * size + least, (error / size).item()
+        assert error <= most_apart * size + least, (error / size).item()
         assert actual.dtype == wanted.dtype
 
 
@@ -112,7 +115,7 @@ def test_a_kernels_casts_are_of_gelu_and_its_gradient(device, tanh, shape):
         assert cast.shape == (kernels.padded(shape[0]), shape[1])
         assert torch.equal(transposed.view(torch.uint8), cast.view(torch.uint8).t())
         # the bias alone has a GELU, which rows that do not exist must not show
-        assert not cast.view(torch.uint8)[shape[0] :].any()
+        assert not cast.float()[shape[0] :].any()  # -0 is as good
         actual = cast[: shape[0]].float()
         expected = quantised(exact.float(), scale, format).float()
         assert torch.equal(actual.isnan(), expected.isnan())

@@ -114,8 +114,11 @@ def test_kernels_give_what_the_emulation_gives(device, rows, size, outputs):
     with backend.use("triton"):
         found, amax = run(*given)
     assert torch.equal(amax, most)
-    for actual, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+    for number, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
+        # a GPU sums the forward's product with some 14 bits, as TransformerEngine has it do
+        most_apart = 1e-3 if device == "cuda" and number == 0 else 1e-4
+        limits = {"rtol": most_apart, "atol": most_apart * wanted.abs().max().item()}
+        torch.testing.assert_close(actual, wanted, **limits)
 
 
 @FORMATS

@@ -76,7 +76,8 @@ def test_the_first_branch_is_in_the_dtype_of_the_product(shape, save, used, devi
     assert torch.equal(low, y.half())
     with torch.no_grad():
         again = branched(case, save=save)(*leaves)
-    assert all(map(torch.equal, (low, y), again))
+    for a, e in zip(again, (low, y), strict=True):  # another kernel, which may round otherwise
+        torch.testing.assert_close(a, e)
     given = [case.dy.half(), case.dy.flip(0)]
     actual = torch.autograd.grad([(low, y)[n] for n in used], leaves, [given[n] for n in used])
     whole = sum(given[n].float() for n in used)

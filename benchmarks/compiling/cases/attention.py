@@ -1,14 +1,11 @@
 """Attention at head sizes of BERT (64), of smaller and larger models, and of one that is padded."""
 
 from collections.abc import Iterator
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from benchmarks.compiling.cases import ROWS, SM90, Case, dropout_of, floats
-from fastbert.kernels import attention as kernels
-from fastbert.kernels.attention_common import Tile
 from fastbert.ops.attention import attention_qkvpacked
 
 HEADS, LONGEST = 12, 512
@@ -29,25 +26,6 @@ def cases() -> Iterator[Case]:
     for bias in (False, True):
         yield _case(64, "bf16", 0.0, mask=torch.ones(LONGEST, dtype=torch.bool), bias=bias)
         yield _case(64, "bf16", 0.1, mask=floats(LONGEST, dtype="bf16"), bias=bias)
-        yield _whole(0.0, bias=bias)
-        yield _whole(0.1, bias=bias)
-
-
-def _whole(dropout_p: float, *, bias: bool) -> Case:
-    """Of the kernel that has a whole sequence in a program, which no table chooses yet."""
-    tile = Tile(128, 64, 8, 1)
-    case = _case(64, "bf16", dropout_p, bias=bias)
-
-    def call(*tensors: Tensor) -> Tensor:
-        with mock.patch.object(kernels, "whole_tile", return_value=tile):
-            leaves = [x.detach().requires_grad_() for x in tensors]
-            out = case.call(*leaves)
-            assert isinstance(out, Tensor)
-            torch.autograd.grad(out, leaves, out)
-        return out
-
-    label = f"{case.label} whole"
-    return Case(label, call, case.tensors, trains=False, quick=case.quick, since=SM90)
 
 
 def _case(

@@ -21,9 +21,9 @@ def body(request, monkeypatch, device):
 
 
 @pytest.fixture
-def triton(monkeypatch):
+def triton(monkeypatch, device):
     """With products of float32 as PyTorch has them, not the default on tensor cores."""
-    with _triton(monkeypatch, "ieee"):
+    with _triton(monkeypatch, "ieee", device):
         yield
 
 
@@ -32,25 +32,16 @@ def triton_either_way(request, monkeypatch, device, dtype):
     """With either way that the kernels have for products of float32."""
     if request.param == "tf32x3" and (device == "cpu" or dtype != torch.float32):
         pytest.skip("only float32 on a GPU has another way")
-    with _triton(monkeypatch, request.param):
+    with _triton(monkeypatch, request.param, device):
         yield
 
 
-@pytest.fixture(params=["of the table", "whole"])
-def backward(request, monkeypatch):
-    """The kernels that run as it is, and the one that has a whole sequence in a program."""
-    if request.param == "whole":
-        from fastbert.kernels import attention
-        from fastbert.kernels.attention_common import Tile
-
-        if "dtype" in request.fixturenames and request.getfixturevalue("dtype").itemsize != 2:
-            pytest.skip("for 16 bits only")
-        monkeypatch.setattr(attention, "single_tile", lambda *_, **__: None)
-        monkeypatch.setattr(attention, "whole_tile", lambda *_, **__: Tile(64, 64, 4, 1))
-
-
 @contextlib.contextmanager
-def _triton(monkeypatch, precision):
+def _triton(monkeypatch, precision, device):
+    try:
+        backend.load("triton", "attention", device)
+    except backend.BackendUnavailable as reason:
+        pytest.skip(str(reason))
     from fastbert.kernels import attention_common
 
     monkeypatch.setattr(attention_common, "FLOAT32_PRECISION", precision)

@@ -43,7 +43,7 @@ GPU_ONLY = ("bert-base", "bert-short")
     "case",
     [pytest.param(k, marks=pytest.mark.gpu) if k in GPU_ONLY else k for k in CASES],
 )
-def test_kernels_are_as_accurate_as_pytorch(case, dtype, device, triton_either_way, backward):
+def test_kernels_are_as_accurate_as_pytorch(case, dtype, device, triton_either_way):
     if case in GPU_ONLY and device == "cpu":
         pytest.skip("too large for the interpreter")
     lengths_q, lengths_k, heads, head_dim = CASES[case]
@@ -59,7 +59,7 @@ def test_kernels_are_as_accurate_as_pytorch(case, dtype, device, triton_either_w
 
 
 @pytest.mark.parametrize("longest", [70, 90, 200])  # an upper bound may be loose
-def test_a_packed_tensor_gives_one_gradient(longest, dtype, device, triton, backward):
+def test_a_packed_tensor_gives_one_gradient(longest, dtype, device, triton):
     lengths = [5, 1, 0, 70]
     qkv = torch.randn(sum(lengths) + TAIL, 3, 2, 32, device=device).to(dtype)
     dout = torch.randn_like(qkv[:, 0])
@@ -172,7 +172,7 @@ def test_fullgraph_compile_gives_the_eager_result(choice, device):
 
 
 @pytest.mark.parametrize("longest", [70, 150])
-def test_very_low_scores_do_not_leak_through_padding(longest, dtype, device, triton, backward):
+def test_very_low_scores_do_not_leak_through_padding(longest, dtype, device, triton):
     """exp2(-lse) is infinite here, and infinity times the zeros behind the last key is NaN."""
     lengths = [5, 70]
     qkv = torch.randn(75, 3, 1, 16, device=device)
@@ -191,7 +191,7 @@ def test_very_low_scores_do_not_leak_through_padding(longest, dtype, device, tri
 @pytest.mark.parametrize(
     "lengths", [[5, 70], [5, 60], pytest.param([512, 77, 0, 384] * 20, marks=pytest.mark.gpu)]
 )
-def test_the_same_bits_each_time(lengths, device, triton, backward):
+def test_the_same_bits_each_time(lengths, device, triton):
     qkv = torch.randn(sum(lengths), 3, 2, 32, device=device).half()
     dout, cu = torch.randn_like(qkv[:, 0]), boundaries(lengths, device)
     runs = [
@@ -202,7 +202,7 @@ def test_the_same_bits_each_time(lengths, device, triton, backward):
 
 
 @pytest.mark.parametrize("longest", [64, 150])
-def test_numbers_that_are_not_finite_stay_in_their_sequence(longest, device, triton, backward):
+def test_numbers_that_are_not_finite_stay_in_their_sequence(longest, device, triton):
     lengths = [30, 9, 25]
     qkv = torch.randn(sum(lengths) + TAIL, 3, 2, 32, device=device).half()
     dout, cu = torch.randn_like(qkv[:, 0]), boundaries(lengths, device)

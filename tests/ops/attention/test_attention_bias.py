@@ -44,7 +44,7 @@ def sums(of_qkv, dtype):
     "case",
     [pytest.param(k, marks=pytest.mark.gpu) if k in GPU_ONLY else k for k in CASES],
 )
-def test_it_is_as_accurate_as_pytorchs(case, dropout, dtype, device, triton_either_way, backward):
+def test_it_is_as_accurate_as_pytorchs(case, dropout, dtype, device, triton_either_way):
     if case in GPU_ONLY and device == "cpu":
         pytest.skip("too large for the interpreter")
     lengths, longest, heads, head_dim = CASES[case]

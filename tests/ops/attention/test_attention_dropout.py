@@ -67,7 +67,7 @@ GPU_ONLY = ("bert-base", "bert-short")
     "case",
     [pytest.param(k, marks=pytest.mark.gpu) if k in GPU_ONLY else k for k in CASES],
 )
-def test_the_exact_mask_is_applied(case, dtype, body, device, backward):
+def test_the_exact_mask_is_applied(case, dtype, body, device):
     if body != "triton" and (dtype != torch.float32 or case in GPU_ONLY):
         pytest.skip("plain PyTorch is as accurate as itself")
     if case in GPU_ONLY and device == "cpu":

@@ -42,16 +42,16 @@ HEADLINES = (
     Headline(
         "pre-training step of BERT-large, one CUDA graph",
         "H200",
-        "h200/3-whole-layer.jsonl",
+        "h200/4-fp8.jsonl",
         "steps",
         {"preset": "large", "lengths": "wikipedia"},
     ),
     Headline(
-        "fine-tuning step of BERT-base patched, 32 x 128",
+        "fine-tuning step of BERT-base patched, 32 x 128, half full",
         "H200",
         "h200/host.jsonl",
         "host",
-        {"of": "training step", "sequences": 32, "length": 128, "is_full": True},
+        {"of": "training step", "sequences": 32, "length": 128, "is_full": False},
         ours=PATCHED_GRAPHS,
     ),
     Headline(

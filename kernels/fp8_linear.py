@@ -16,10 +16,11 @@ from fastbert.kernels.bias_gelu import gelu_gate
 from fastbert.kernels.partial_sums import add_partials
 from fastbert.kernels.runtime import IS_INTERPRETED, cdiv, kernel, launcher, like
 
-# Rows and columns of a tile, and warps. Columns of the transposed copy get 128 bytes at once.
-CAST_BLOCK = 128, 64, 8
-GELU_CAST_BLOCK = 128, 64, 8
-GELU_BWD_CAST_BLOCK = 128, 64, 8
+# Rows and columns of a tile, and warps; by registers, as no GPU has swept them since the kernels
+# transpose words. Of each column the transposed copy gets 64 bytes at once.
+CAST_BLOCK = 64, 128, 8
+GELU_CAST_BLOCK = 64, 128, 8
+GELU_BWD_CAST_BLOCK = 64, 128, 8
 MULTIPLE = 16  # cuBLAS wants inner dimensions that are multiples of it; the operator refuses others
 
 _INTERPRETED = tl.constexpr(IS_INTERPRETED)

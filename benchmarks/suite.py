@@ -19,6 +19,7 @@ from benchmarks.reporting.console import console, show
 from benchmarks.results import Options, Results
 from benchmarks.serving import embed_kills
 from benchmarks.steps import floor
+from benchmarks.training import jump
 from fastbert.check import InputError
 
 # A part is a module with run(options, results). Those of LONG take hours or need another server
@@ -50,6 +51,7 @@ COMMANDS = {
     "once": once.main,
     "compile": compiling.main,
     "floor": floor.main,
+    "jump": jump.main,
     "gpu-check": gpu_check.main,
     "embed-kills": embed_kills.main,
 }

@@ -108,7 +108,10 @@ def train(
     config: PretrainConfig,
     options: Options,
 ) -> list[float]:
-    """Trains on the batches; returns the loss of each, read from the device only at the end."""
+    """Trains on the batches, the first of `config.steps`; returns the loss of each.
+
+    They are read from the device only at the end.
+    """
     model.to(options.device).train()
     optimizer = make_optimizer(model, config.weight_decay)
     copies: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
@@ -118,7 +121,7 @@ def train(
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = linear_schedule(
-                step, peak=config.learning_rate, warmup=len(batches) // 10, total=len(batches)
+                step, peak=config.learning_rate, warmup=config.steps // 10, total=config.steps
             )
         with copies():
             with autocast(options):

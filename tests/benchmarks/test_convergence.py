@@ -1,6 +1,7 @@
 """The convergence benchmark trains three models on the same batches, and would see a difference."""
 
 import dataclasses
+import re
 import statistics
 from pydoc_data.topics import topics
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.results import FASTBERT, FP8, Options, Results
-from benchmarks.training import convergence
+from benchmarks.training import convergence, jump
 from fastbert.packing import PackedBatch
 
 
@@ -64,3 +65,15 @@ def test_the_curves_agree(measured):
 def test_in_bf16_there_is_a_curve_in_fp8(measured):
     row = measured("bf16", steps=4)
     assert 0 < row["largest_gap"][FP8] < 0.1
+
+
+@pytest.mark.slow
+def test_a_loss_is_taken_apart(capsys):
+    """Without dropout and autocast, as on a CPU, all ways give the same."""
+    jump.main(seed=1, step=3, quick=True)
+    lines = capsys.readouterr().out.strip().splitlines()[-10:]
+    found = [[float(part) for part in re.findall(r"-?\d+\.\d{4}", line)] for line in lines]
+    for whole, words, pairs in found:
+        assert whole == pytest.approx(found[0][0], abs=2e-4)
+        assert whole == pytest.approx(words + pairs, abs=2e-4)
+        assert 5 < words < 10

@@ -46,10 +46,14 @@ def _rounded(y, E5M2: tl.constexpr):
 
 @triton.jit
 def _tile(N_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The first of each four rows [ROWS / 4] of this program, and its columns [COLS]."""
+    """The first of each four rows [ROWS / 4] of this program, its columns [COLS], and the words and
+    largest values of its tile before the first row, [ROWS / 4, COLS] of 0.
+    """
     strips: tl.constexpr = (N_COLS + COLS - 1) // COLS
     fours = (tl.program_id(0) // strips).to(tl.int64) * ROWS + 4 * tl.arange(0, ROWS // 4)
-    return fours, tl.program_id(0) % strips * COLS + tl.arange(0, COLS)
+    cols = tl.program_id(0) % strips * COLS + tl.arange(0, COLS)
+    words = tl.zeros((ROWS // 4, COLS), tl.int32)
+    return fours, cols, words, tl.zeros((ROWS // 4, COLS), tl.float32)
 
 
 @triton.jit
@@ -108,9 +112,7 @@ def _cast_transpose_kernel(
     n_padded, n_rows,  # P >= M, and M
     N_COLS: tl.constexpr, E5M2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    fours, cols = _tile(N_COLS, ROWS, COLS)
-    words = tl.zeros((ROWS // 4, COLS), tl.int32)
-    most = tl.zeros((ROWS // 4, COLS), tl.float32)
+    fours, cols, words, most = _tile(N_COLS, ROWS, COLS)
     for number in tl.static_range(4):
         rows = fours + number
         mask = (rows < n_rows)[:, None] & (cols < N_COLS)[None, :]
@@ -131,9 +133,7 @@ def _gelu_cast_kernel(
     N_COLS: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    fours, cols = _tile(N_COLS, ROWS, COLS)
-    words = tl.zeros((ROWS // 4, COLS), tl.int32)
-    most = tl.zeros((ROWS // 4, COLS), tl.float32)
+    fours, cols, words, most = _tile(N_COLS, ROWS, COLS)
     for number in tl.static_range(4):
         rows = fours + number
         mask = (rows < n_rows)[:, None] & (cols < N_COLS)[None, :]
@@ -156,9 +156,7 @@ def _gelu_bwd_cast_kernel(
     N_COLS: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    fours, cols = _tile(N_COLS, ROWS, COLS)
-    words = tl.zeros((ROWS // 4, COLS), tl.int32)
-    most = tl.zeros((ROWS // 4, COLS), tl.float32)
+    fours, cols, words, most = _tile(N_COLS, ROWS, COLS)
     dbias = tl.zeros((ROWS // 4, COLS), tl.float32)
     for number in tl.static_range(4):
         rows = fours + number

@@ -11,6 +11,7 @@ import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -70,16 +71,11 @@ def compare(
     config: PretrainConfig, vocab_size: int, batches: list[PackedBatch], options: Options
 ) -> dict[str, list[float]]:
     """The loss curve of each candidate; the reference takes part only without dropout."""
-    shape = {
-        **PRESETS[config.preset].shape,
-        "vocab_size": vocab_size,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
-    }
     is_cpu = options.device.type == "cpu"
-    torch.manual_seed(config.seed)
-    ours = fastbert.BertForPreTraining(fastbert.BertConfig(**shape))
-    theirs = transformers.BertForPreTraining(transformers.BertConfig(**shape))
+    ours = initial(config, vocab_size)
+    theirs = transformers.BertForPreTraining(
+        transformers.BertConfig(**shape_of(config, vocab_size))
+    )
     losses: dict[str, tuple[nn.Module, LossOf]] = {
         FASTBERT: (ours, lambda batch: ours(batch).loss),
         HUGGING_FACE: (theirs, lambda batch: theirs(**padded(batch)).loss),
@@ -99,6 +95,22 @@ def compare(
         with emulated:
             curves[name] = train(*how, batches, config, options)
     return curves
+
+
+def shape_of(config: PretrainConfig, vocab_size: int) -> dict[str, Any]:
+    """The fields of the models' BertConfig, which are also those of Hugging Face's."""
+    return {
+        **PRESETS[config.preset].shape,
+        "vocab_size": vocab_size,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+    }
+
+
+def initial(config: PretrainConfig, vocab_size: int) -> fastbert.BertForPreTraining:
+    """The model of a run before its first step."""
+    torch.manual_seed(config.seed)
+    return fastbert.BertForPreTraining(fastbert.BertConfig(**shape_of(config, vocab_size)))
 
 
 def train(

@@ -15,18 +15,16 @@ import torch
 import typer
 from torch import Tensor
 
-import fastbert
 from benchmarks.results import Options
 from benchmarks.steps.steps import autocast
-from benchmarks.training.convergence import cases, train
+from benchmarks.training.convergence import SEEDS, cases, initial, train
 from fastbert import backend
-from fastbert.config.pretrain import PRESETS
 from fastbert.models.losses import score_classes, score_masked
 from fastbert.train.prepare import prepare_text
 
 
 def main(
-    seed: Annotated[int, typer.Option(help="Of the run.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the run.", min=min(SEEDS), max=max(SEEDS))] = 1,
     step: Annotated[int, typer.Option(help="Whose loss it is, from 0.", min=0)] = 103,
     quick: Annotated[bool, typer.Option("--quick", help="A small model, on a CPU.")] = False,
 ) -> None:
@@ -34,18 +32,14 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = Options(device, "bf16" if device.type == "cuda" else "fp32", quick)
     config = next(one for one in cases(options) if one.seed == seed)
+    if step >= config.steps:
+        raise typer.BadParameter(
+            f"one of the run's {config.steps}, got {step}", param_hint="--step"
+        )
     with tempfile.TemporaryDirectory() as directory:
         text = prepare_text(config, Path(directory))
         batches = [text.training.batch(number)[0] for number in range(step + 1)]
-    torch.manual_seed(config.seed)
-    model = fastbert.BertForPreTraining(
-        fastbert.BertConfig(
-            **PRESETS[config.preset].shape,
-            vocab_size=text.tokenizer.get_vocab_size(),
-            hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.dropout,
-        )
-    )
+    model = initial(config, text.tokenizer.get_vocab_size())
     train(model, lambda one: model(one).loss, batches[:step], config, options)
     batch, narrow = batches[step].to(device), model.config.residual_in_fp32
     state = torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None

@@ -112,7 +112,7 @@ def _plain_parts(embeddings: Any) -> tuple[Tables, float] | None:
 
     None for embeddings that must be called.
     """
-    if not is_theirs(embeddings) or is_hooked(embeddings):
+    if not is_theirs(embeddings):
         return None
     found = Tables.of(embeddings)
     tables = [one for one in found[:3] if one is not None]

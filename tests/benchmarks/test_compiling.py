@@ -56,6 +56,17 @@ def test_a_launch_is_recorded_with_its_arguments_for_its_gpu():
     assert alone.kernel is forward.kernel
 
 
+def test_a_tiles_limit_on_registers_reaches_its_launch():
+    """Without it Triton 3.6 compiles dq to 133 registers, and only three programs are resident."""
+    limits = {
+        launch.values["maxnreg"]
+        for case in all_cases()
+        for launch in case.launches(SM90)
+        if launch.kernel.__name__ == "attention_dq_kernel"
+    }
+    assert limits == {None, 128}
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [

@@ -72,9 +72,11 @@ def test_kernels_give_what_the_emulation_gives(device, approximate, dtype, shape
     torch.testing.assert_close(amax, most, rtol=1e-3, atol=0)  # by other formulas for GELU
     for actual, wanted in zip(found, expected, strict=True):
         # A GELU that lies between two numbers of FP8 may be rounded to either. Of steps of 2^-3
-        # that is a share of 2 e / 2^-3, for formulas within e, 2^-11 in 16 bits and less in
-        # float32, and their RMS 2^-3 / sqrt(3) times the root of that share.
-        most_apart = 1e-2 if dtype == torch.float16 else 5e-3
+        # that is a share of 2 e / 2^-3, for formulas within e, on a GPU 2^-11 in 16 bits and less
+        # in float32, and their RMS 2^-3 / sqrt(3) times the root of that share.
+        most_apart = 3e-3
+        if device == "cuda":
+            most_apart = 1e-2 if dtype == torch.float16 else 5e-3
         error = (actual.float() - wanted.float()).square().mean().sqrt()
         size = wanted.float().square().mean().sqrt()
         least = 2e-7 if actual.dtype == torch.float16 else 0.0  # gradients are its subnormals here

@@ -40,7 +40,7 @@ ELSEWHERE = {
     "models/test_task_models.py": "models/classification.py models/question_answering.py",
     "models/test_rows.py": "models/losses.py modules/sequences.py",
     "modules/graphs/test_buckets.py": (
-        "modules/graphs/call.py modules/graphs/replays.py modules/stack.py"
+        "modules/graphs/call.py modules/graphs/replays.py modules/graphs/sizes.py modules/stack.py"
     ),
     "modules/test_encoder.py": "modules/layer.py",
     "modules/test_plan.py": "modules/bert_layer.py",

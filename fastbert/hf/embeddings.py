@@ -11,9 +11,9 @@ from fastbert.hf.families import dropout_of
 from fastbert.hf.hooks import is_hooked, is_theirs, works_by_token
 from fastbert.hf.stack import family_of_module, returns_tuples
 from fastbert.modules.embeddings import Tables, embed, own_dtype, stream_dtype
+from fastbert.modules.graphs.padded import PaddedBatch, count_tokens
 from fastbert.modules.linear import is_plain, reads_rows
 from fastbert.modules.plan import Planner
-from fastbert.ops.embedding import Call as Embedding
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState
 
@@ -26,17 +26,14 @@ def embedded(
     inputs_embeds: Any,
     position_ids: Tensor | None,
     token_type_ids: Tensor | None,
-    *,
-    defers: bool = False,
-) -> Tensor | Embedding:
-    """The packed residual stream (T, H) before the first layer; or with `defers` as `embed` says.
+) -> Tensor:
+    """The packed residual stream (T, H) before the first layer.
 
     input_ids: (B, S), or None with inputs_embeds (B, S, E); position_ids, token_type_ids: the
     user's own, broadcasting to (B, S), None for transformers' defaults.
     """
     embeddings, has_types = model.embeddings, family_of_module(model).has_types
-    # a hook on the embeddings is no part of what a plan is read from
-    plain = None if is_hooked(embeddings) else _PLANNER.parts(embeddings)[0]
+    plain = _plain(embeddings)
     projects = hasattr(model, "embeddings_project")  # of ELECTRA's small models, narrower than H
     positions = position_ids
     if positions is None:
@@ -53,8 +50,11 @@ def embedded(
         given = {name: tensor for name, tensor in others.items() if tensor is not None}
         x: Any = padding.pack(embeddings(input_ids=input_ids, **given)).to(dtype)
     else:
-        if has_types and token_type_ids is None:
-            token_type_ids = _types(embeddings, positions)
+        if has_types and token_type_ids is None and not _types_are_zero(embeddings):
+            types = embeddings.token_type_ids.to(positions.device)
+            # transformers 4.57 reads them by column, whatever the positions are
+            by_column = returns_tuples()
+            token_type_ids = types[:, : positions.shape[1]] if by_column else types[0][positions]
 
         def pack(ids: Tensor | None) -> Any:
             return None if ids is None else padding.pack(ids.expand(padding.batch_shape))
@@ -69,7 +69,6 @@ def embedded(
             None if inputs_embeds is None else padding.pack(inputs_embeds),
             rng,
             dtype=dtype,
-            defers=defers and not projects,
         )
     return model.embeddings_project(x).to(dtype) if projects else x
 
@@ -80,23 +79,17 @@ def positions_of(model: Any, input_ids: Tensor | None, given: Tensor) -> Tensor:
     given: (B, S, ...), input_ids or embeddings. Raises ValueError for more columns, or in RoBERTa's
     families real tokens, than the model has positions.
     """
-    embeddings, family = model.embeddings, family_of_module(model)
+    counts = family_of_module(model).counts_positions
     seqlen, device = given.shape[1], given.device
-    first = embeddings.padding_idx + 1 if family.counts_positions else 0
-    weight = getattr(embeddings.position_embeddings, "weight", None)
-    rows = len(weight) - first if isinstance(weight, Tensor) else None
+    first, rows, positions = _places(model)
     counted = None
-    if family.counts_positions and input_ids is not None:
+    if counts and input_ids is not None:
         is_token = input_ids != first - 1
         counted = is_token.cumsum(1)
         if torch.compiler.is_compiling():  # a trace reads no values
             rows = None
         elif rows is not None and seqlen > rows:  # the only case in which the host waits
             seqlen = int(counted[:, -1].max())
-    # a buffer, which users may fill with other positions
-    positions = None if family.counts_positions else getattr(embeddings, "position_ids", None)
-    if positions is not None:
-        rows = positions.shape[1] if rows is None else min(rows, positions.shape[1])
     if rows is not None and seqlen > rows:
         expected = f"at most {rows} tokens a sequence, as many as it has positions for"
         require(False, type(model).__name__, expected, seqlen, "truncate them")
@@ -105,6 +98,71 @@ def positions_of(model: Any, input_ids: Tensor | None, given: Tensor) -> Tensor:
     if positions is not None and not positions.is_meta:
         return positions[:, :seqlen].to(device)
     return torch.arange(first, seqlen + first, device=device)[None]
+
+
+def _places(model: Any) -> tuple[int, int | None, Tensor | None]:
+    """The first position; how many places a sequence may have, None if that is not known; and the
+    positions (1, ...) of all places, a buffer that users may fill with others, or None."""
+    embeddings, counts = model.embeddings, family_of_module(model).counts_positions
+    first = embeddings.padding_idx + 1 if counts else 0
+    weight = getattr(embeddings.position_embeddings, "weight", None)
+    most = [len(weight) - first] if isinstance(weight, Tensor) else []
+    positions = None if counts else getattr(embeddings, "position_ids", None)
+    if positions is not None:
+        most.append(positions.shape[1])
+    return first, min(most, default=None), positions
+
+
+def padded_batch(
+    model: Any,
+    input_ids: Tensor | None,
+    mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+) -> PaddedBatch | None:
+    """The batch for a graph that begins with the embeddings; None if it must begin behind them.
+
+    The arguments are a call's, None for those that were not given. The host waits for a GPU to
+    count the tokens of a batch for which that pays.
+    """
+    embeddings, ids = model.embeddings, (mask, token_type_ids, position_ids)
+    plain = _plain(embeddings)
+    if input_ids is None or plain is None or hasattr(model, "embeddings_project"):
+        return None
+    tables, dropout_p = plain
+    first, widest, places = _places(model)
+    shape, device = input_ids.shape, input_ids.device
+    given = [one for one in (input_ids, *ids) if one is not None]
+    if (
+        dropout_p  # of which a graph would repeat the mask
+        or not tables.are_one_operator()
+        or not (widest and shape[1] <= widest)
+        or (mask is None and position_ids is not None)  # which may tell documents apart
+        or any(x.shape != shape or x.device != device or x.is_floating_point() for x in given)
+        or not (token_type_ids is not None or tables.types is None or _types_are_zero(embeddings))
+    ):
+        return None
+    weights = [one.weight for one in tables[:3] if one is not None]
+    read = [*weights, tables.norm.weight, tables.norm.bias, *([] if places is None else [places])]
+    tensors = [(one.data_ptr(), one.dtype, one.shape) for one in read]
+    fixed = *tensors, first, tables.norm.eps
+    num_tokens = count_tokens(shape, mask, weights[0].shape[1])
+    if not num_tokens:
+        return None
+    owner = weakref.ref(model)
+
+    def embed(
+        ids: Tensor, types: Tensor | None, positions: Tensor | None, padding: Unpadding
+    ) -> Tensor:
+        return embedded(owner(), padding, None, ids, None, positions, types)
+
+    dtype = stream_dtype(own_dtype(embeddings), device, model)
+    return PaddedBatch(input_ids, *ids, num_tokens, widest, embed, fixed, dtype)
+
+
+def _plain(embeddings: Any) -> tuple[Tables, float] | None:
+    # a hook on the embeddings is no part of what a plan is read from
+    return None if is_hooked(embeddings) else _PLANNER.parts(embeddings)[0]
 
 
 def _plain_parts(embeddings: Any) -> tuple[Tables, float] | None:
@@ -129,26 +187,22 @@ def _plain_parts(embeddings: Any) -> tuple[Tables, float] | None:
 _PLANNER = Planner(_plain_parts)
 
 
-def _types(embeddings: Any, position_ids: Tensor) -> Tensor | None:
-    """transformers' default token_type_ids, from a buffer; None where these are zeros.
+def _types_are_zero(embeddings: Any) -> bool:
+    """Whether transformers' default token_type_ids, from a buffer, are zeros, as without a buffer.
 
     The buffer is read once, for which the host waits for a GPU, and again after a change.
     """
     types = getattr(embeddings, "token_type_ids", None)
     if types is None or types.is_meta:
-        return None
+        return True
     # a trace cannot read values, and an inference tensor has no version that shows a change
-    if not torch.compiler.is_compiling() and not types.is_inference():
-        known = _ARE_ZERO.get(embeddings)
-        if known is None or known[0]() is not types or known[1] != types._version:
-            are_zero = not bool(types.any())
-            known = _ARE_ZERO[embeddings] = weakref.ref(types), types._version, are_zero
-        if known[2]:
-            return None
-    types = types.to(position_ids.device)
-    if returns_tuples():  # transformers 4.57 reads them by column, whatever the positions are
-        return types[:, : position_ids.shape[1]]
-    return types[0][position_ids]
+    if torch.compiler.is_compiling() or types.is_inference():
+        return False
+    known = _ARE_ZERO.get(embeddings)
+    if known is None or known[0]() is not types or known[1] != types._version:
+        are_zero = not bool(types.any())
+        known = _ARE_ZERO[embeddings] = weakref.ref(types), types._version, are_zero
+    return bool(known[2])
 
 
 _ARE_ZERO: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()

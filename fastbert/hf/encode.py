@@ -7,21 +7,25 @@ reason, which `fastbert.explain` shows.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
-from contextvars import ContextVar
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastbert import events
-from fastbert.hf.embeddings import embedded
+from fastbert.hf.embeddings import embedded, padded_batch
 from fastbert.hf.families import (
     Forward,
     Unsupported,
     keeps_padding,
-    patched_base,
-    runs_patched,
+)
+from fastbert.hf.first_tokens import (
+    first_column,
+    first_rows,
+    is_by_row,
+    is_plain_pooler,
+    present_head,
 )
 from fastbert.hf.hooks import is_hooked, is_theirs
 from fastbert.hf.stack import (
@@ -34,14 +38,15 @@ from fastbert.hf.stack import (
     run_packed,
     states_wanted,
 )
-from fastbert.models.heads import first_tokens
 from fastbert.modules.embeddings import own_dtype, stream_dtype
 from fastbert.modules.encoder import pad_states
 from fastbert.modules.graphs.buckets import may_replay
+from fastbert.modules.graphs.padded import PaddedBatch
 from fastbert.modules.linear import PRODUCTS
+from fastbert.modules.plan import Reading
 from fastbert.modules.request import DOCUMENTS, asked, read_layout
-from fastbert.modules.sequences import Rows, Sequences
-from fastbert.ops.embedding import Call as Embedding
+from fastbert.modules.sequences import Rows, Sequences, first_tokens
+from fastbert.modules.stack import replay_padded
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState, for_batch
 
@@ -58,85 +63,89 @@ class Encoded:
     dtype: torch.dtype
 
 
-# The residual stream (T, H), or the call that makes it, and its dtype without autocast.
-Embedded = tuple[Tensor | Embedding, torch.dtype]
+class Padded(NamedTuple):
+    """What a bare model returns: (B, S, H), or the first column alone; and hidden states.
 
-# The head whose own forward calls its bare model now; for each thread.
-_HEAD: ContextVar[Any] = ContextVar("head", default=None)
-
-
-def called_by(head: Any, forward: Forward) -> Forward:
-    """`forward`, inside of which the bare model of `head` may return its first tokens alone.
-
-    These are (B, 1, H), where nobody can see the others. Not for a trace of torch.compile, which
-    cannot read a context variable.
+    first: (B, H), each sequence's first token, None where that is the one in column 0
     """
 
-    def call(**arguments: Any) -> Any:
-        token = _HEAD.set(head)
-        try:
-            return forward(**arguments)
-        finally:
-            _HEAD.reset(token)
+    last: Tensor
+    first: Tensor | None
+    states: tuple[Tensor | None, ...] | None = None
 
-    return call
+
+# Makes the residual stream (T, H), and tells its dtype without autocast.
+Embed = Callable[[Unpadding, DropoutState | None], tuple[Tensor, torch.dtype]]
+ChooseRows = Callable[[Unpadding, int], Rows | None]
 
 
 def run_model(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """The patched forward of a bare model: `BertModel`, `RobertaModel`, ..."""
-    encoded = rows = None
+    padded = None
     try:
-        head = None if torch.compiler.is_compiling() else _HEAD.get()
-        if head is not None and head.base_model is model:
-            rows = functools.partial(_first_rows, head)
-        encoded = encode(model, arguments, rows)
+        padded = _padded(model, arguments, present_head(model))
     except Unsupported as reason:
         events.refused(model, reason)
-    if encoded is None:  # outside `except`, so that errors do not show Unsupported as their context
+    if padded is None:  # outside `except`, so that errors do not show Unsupported as their context
         return original(**arguments)
-    return _model_output(model, encoded, arguments)
+    return _model_output(model, padded, arguments)
 
 
-def _first_rows(head: Any, padding: Unpadding, hidden_size: int) -> Rows | None:
-    """Each sequence's first token, where `head` reads no others and that saves time."""
-    if not _is_by_row(padding) or not Rows.first_pay(padding, hidden_size):
+def _padded(model: Any, arguments: dict[str, Any], head: Any) -> Padded:
+    """The call's result, by a graph that packs and pads, or by `Call.run`.
+
+    head: the one whose forward calls the model, or None. Raises Unsupported as `encode` does.
+    """
+    call = _read(model, arguments)
+    batch = _for_a_graph(model, call, arguments, has_head=head is not None)
+    if batch is not None:
+        outputs = replay_padded(call.layers, call.reading, batch)
+        if outputs is not None:
+            dtype = boundary_dtype(own_dtype(model.embeddings), batch.device)
+            last, first = outputs
+            return Padded(last.to(dtype), first.to(dtype))
+    rows = None if head is None else functools.partial(first_rows, head)
+    encoded = call.run(rows, replays=batch is None)
+    x, padding = encoded.x.to(encoded.dtype), encoded.padding
+    if encoded.rows is not None:
+        first = first_tokens(x, encoded.rows.cu_seqlens)
+        return Padded(first_column(first, padding), first)
+    states = pad_states(encoded.states, padding, encoded.dtype)
+    # a batch without padding has each sequence's first token in column 0
+    is_dense = padding.slots is None and is_by_row(padding)
+    is_read = not is_dense and is_plain_pooler(getattr(model, "pooler", None))
+    return Padded(padding.pad(x), first_tokens(x, padding.cu_seqlens) if is_read else None, states)
+
+
+def _for_a_graph(
+    model: Any, call: "Call", arguments: dict[str, Any], *, has_head: bool
+) -> PaddedBatch | None:
+    """The batch for a graph that packs, embeds and pads it; None where it had better not."""
+    if not call.assumes or call.wanted or PRODUCTS in vars(call.layers) or keeps_padding(model):
         return None
-    return Rows.read_by_losses(padding, first=True) if reads_first_tokens(head) else None
+    if arguments.get("inputs_embeds") is not None or any(map(arguments.get, DOCUMENTS)):
+        return None
+    places = call.given.shape[:2].numel()
+    if has_head and Rows.first_pay(places, model.config.hidden_size, call.given.device):
+        return None  # the last layer may compute first tokens alone
+    if call.reading.first_called() < len(call.layers):
+        return None
+    return padded_batch(
+        model,
+        *map(arguments.get, ("input_ids", "attention_mask", "token_type_ids", "position_ids")),
+    )
 
 
-def _is_by_row(padding: Unpadding) -> bool:
-    """Whether each row is a sequence; documents share a row."""
-    return padding.cu_seqlens.shape[0] - 1 == padding.batch_shape[0]
-
-
-def reads_first_tokens(model: Any) -> bool:
-    """Whether the model's forward reads each sequence's first token alone of its bare model's."""
-    name, base = patched_base(model).__name__, model.base_model
-    is_watched = is_hooked(base) or torch.nn.modules.module._has_any_global_hook()
-    if is_watched or not runs_patched(base):
-        return False
-    pooler = getattr(base, "pooler", None)
-    if not name.endswith(_POOLED) or not (pooler is None or is_plain_pooler(pooler)):
-        return False
-    if name.startswith(("Bert", "DistilBert")):  # a pooler's output, or the first column
-        return True
-    if name.endswith("ForMultipleChoice"):  # ELECTRA's, without a pooler, may summarize all tokens
-        return pooler is not None
-    return is_theirs(model.classifier) and not is_hooked(model.classifier)  # which gets all tokens
-
-
-_POOLED = "ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction"
-
-
-def encode(
-    model: Any,
-    arguments: dict[str, Any],
-    rows: Callable[[Unpadding, int], Rows | None] | None = None,
-) -> Encoded:
+def encode(model: Any, arguments: dict[str, Any], rows: ChooseRows | None = None) -> Encoded:
     """Packs, embeds and runs the layers; raises Unsupported for calls that need Hugging Face's.
 
     rows: (Unpadding, H) -> Rows, the only tokens that the last layer has to compute, None for all.
     """
+    return _read(model, arguments).run(rows)
+
+
+def _read(model: Any, arguments: dict[str, Any]) -> "Call":
+    """Reads the arguments of a bare model; raises Unsupported as `encode` does."""
     arguments = dict(arguments)
     input_ids = arguments.pop("input_ids", None)
     inputs_embeds = arguments.pop("inputs_embeds", None)
@@ -151,13 +160,13 @@ def encode(
     if is_hooked(encoder) or not is_theirs(encoder):
         raise Unsupported(f"a {type(encoder).__name__} of the user's own, or a hook on it")
 
-    def embed(padding: Unpadding, rng: DropoutState | None, defers: bool) -> Embedded:
+    def embed(padding: Unpadding, rng: DropoutState | None) -> tuple[Tensor, torch.dtype]:
         ids = position_ids, token_type_ids
-        x = embedded(model, padding, rng, input_ids, inputs_embeds, *ids, defers=defers)
+        x = embedded(model, padding, rng, input_ids, inputs_embeds, *ids)
         return x, own_dtype(model.embeddings)
 
     modules = (model, model.embeddings, *encoder.layer)
-    return _run(model, encoder.layer, modules, given, arguments, embed, rows)
+    return Call.of(model, encoder.layer, modules, given, arguments, embed)
 
 
 def run_encoder(encoder: Any, original: Forward, arguments: dict[str, Any]) -> Any:
@@ -165,7 +174,7 @@ def run_encoder(encoder: Any, original: Forward, arguments: dict[str, Any]) -> A
     wanted = dict(arguments)
     hidden_states = wanted.pop("hidden_states")
 
-    def embed(padding: Unpadding, rng: DropoutState | None, defers: bool) -> Embedded:
+    def embed(padding: Unpadding, rng: DropoutState | None) -> tuple[Tensor, torch.dtype]:
         own = hidden_states.dtype
         x = padding.pack(hidden_states)
         return x.to(stream_dtype(own, x.device, encoder)), own
@@ -173,7 +182,7 @@ def run_encoder(encoder: Any, original: Forward, arguments: dict[str, Any]) -> A
     encoded = None
     try:
         layers = encoder.layer
-        encoded = _run(encoder, layers, layers, hidden_states, wanted, embed)
+        encoded = Call.of(encoder, layers, layers, hidden_states, wanted, embed).run()
     except Unsupported as reason:
         events.refused(encoder, reason)
     if encoded is None:
@@ -187,61 +196,74 @@ def run_encoder(encoder: Any, original: Forward, arguments: dict[str, Any]) -> A
     return output.to_tuple() if returns_tuples() and wanted.get("return_dict") is False else output
 
 
-def _run(
-    module: Any,
-    layers: nn.ModuleList,
-    with_dropout: Iterable[nn.Module],
-    given: Tensor,
-    arguments: dict[str, Any],
-    embed: Callable[[Unpadding, DropoutState | None, bool], Embedded],
-    rows: Callable[[Unpadding, int], Rows | None] | None = None,
-) -> Encoded:
-    """Packs, embeds and runs the layers of a model or an encoder, or raises Unsupported.
+class Call(NamedTuple):
+    """A call of a model or an encoder that the packed path supports, before its mask is read.
 
-    with_dropout: the modules that need a dropout state in training mode; given: (B, S, ...);
-    arguments: the call's others; embed: makes the residual stream (T, H), or if its last argument
-    says so may return the call that makes it, and the dtype that Hugging Face's has without
-    autocast; rows: see `encode`.
+    given: (B, S, ...); layout: other arguments of `read_layout`; trains: whether a module may drop;
+    assumes: as in `Reading`; wanted: which hidden states
     """
-    mask, positions = arguments.pop("attention_mask", None), arguments.pop("position_ids", None)
-    packed = {name: arguments.pop(name, None) for name in DOCUMENTS}
-    trains = any(one.training for one in with_dropout)
-    assumes = not trains and may_replay(given.device)
-    reading = require_encoder(module.config, layers, arguments, assumes=assumes)
-    if given.is_meta:
-        raise Unsupported("the meta device: a batch is packed by the values of its mask")
-    require_kernels(given.device)
-    padding, general = read_layout(
-        given, mask, positions, keeps_padding=keeps_padding(module), **packed
-    )
-    rng = for_batch(padding.cu_seqlens, padding.num_tokens) if trains else None
-    wanted = states_wanted(module, arguments)
-    defers = assumes and not wanted and PRODUCTS not in vars(layers)
-    x, own = embed(padding, rng, defers)
-    sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
-    chosen = rows(padding, x.shape[1]) if rows is not None and not wanted else None
-    x, states = run_packed(module, layers, reading, x, sequences, padding, wanted, chosen)
-    return Encoded(x, states, padding, chosen, boundary_dtype(own, x.device))
+
+    module: Any
+    layers: nn.ModuleList
+    reading: Reading
+    given: Tensor
+    layout: dict[str, Any]
+    embed: Embed
+    trains: bool
+    assumes: bool
+    wanted: bool | Collection[int]
+
+    @classmethod
+    def of(
+        cls,
+        module: Any,
+        layers: nn.ModuleList,
+        with_dropout: Iterable[nn.Module],
+        given: Tensor,
+        arguments: dict[str, Any],
+        embed: Embed,
+    ) -> "Call":
+        """Reads the arguments besides the tokens; raises Unsupported.
+
+        with_dropout: the modules that need a dropout state in training mode
+        """
+        layout = {name: arguments.pop(name, None) for name in _LAYOUT}
+        trains = any(one.training for one in with_dropout)
+        assumes = not trains and may_replay(given.device)
+        reading = require_encoder(module.config, layers, arguments, assumes=assumes)
+        if given.is_meta:
+            raise Unsupported("the meta device: a batch is packed by the values of its mask")
+        require_kernels(given.device)
+        wanted = states_wanted(module, arguments)
+        return cls(module, layers, reading, given, layout, embed, trains, assumes, wanted)
+
+    def run(self, rows: ChooseRows | None = None, *, replays: bool = True) -> Encoded:
+        """Packs, embeds and runs the layers; replays: False for no graph of them; see `encode`."""
+        module, layers, wanted = self.module, self.layers, self.wanted
+        padding, general = read_layout(
+            self.given, **self.layout, keeps_padding=keeps_padding(module)
+        )
+        rng = for_batch(padding.cu_seqlens, padding.num_tokens) if self.trains else None
+        x, own = self.embed(padding, rng)
+        sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
+        chosen = rows(padding, x.shape[1]) if rows is not None and not wanted else None
+        x, states = run_packed(
+            module, layers, self.reading, x, sequences, padding, wanted, chosen, replays=replays
+        )
+        return Encoded(x, states, padding, chosen, boundary_dtype(own, x.device))
 
 
-def _model_output(model: Any, encoded: Encoded, arguments: dict[str, Any]) -> Any:
-    family = family_of_module(model)
-    padding, rows, dtype = encoded.padding, encoded.rows, encoded.dtype
-    x, pooler = encoded.x.to(dtype), getattr(model, "pooler", None)
-    cu_seqlens = padding.cu_seqlens if rows is None else rows.cu_seqlens
-    fields: dict[str, Any] = {}
-    if rows is None:
-        fields["last_hidden_state"] = padding.pad(x)
-    else:
-        fields["last_hidden_state"] = _first_column(first_tokens(x, cu_seqlens), padding)
-    # a batch without padding has each sequence's first token in column 0, which poolers read
-    is_dense = rows is None and padding.slots is None and _is_by_row(padding)
-    if pooler is not None and not is_dense and is_plain_pooler(pooler):
+_LAYOUT = "attention_mask", "position_ids", *DOCUMENTS
+
+
+def _model_output(model: Any, padded: Padded, arguments: dict[str, Any]) -> Any:
+    family, pooler = family_of_module(model), getattr(model, "pooler", None)
+    fields: dict[str, Any] = {"last_hidden_state": padded.last}
+    if pooler is not None:
         # it gets each first real token as a sequence of length 1
-        fields["pooler_output"] = pooler(first_tokens(x, cu_seqlens)[:, None])
-    elif pooler is not None:
-        fields["pooler_output"] = pooler(fields["last_hidden_state"])
-    fields["hidden_states"] = pad_states(encoded.states, padding, dtype)
+        first = padded.first if is_plain_pooler(pooler) else None
+        fields["pooler_output"] = pooler(padded.last if first is None else first[:, None])
+    fields["hidden_states"] = padded.states
     output = getattr(of_transformers("modeling_outputs"), family.output)(**fields)
     if asked(model.config, arguments, "return_dict"):
         return output
@@ -249,16 +271,3 @@ def _model_output(model: Any, encoded: Encoded, arguments: dict[str, Any]) -> An
     # the heads of transformers 4.57 read hidden states from the third element of the tuple on
     leaves_a_place = returns_tuples() and pooler is None and hasattr(output, "pooler_output")
     return (states, None, *rest) if leaves_a_place else (states, *rest)
-
-
-def _first_column(first: Tensor, padding: Unpadding) -> Tensor:
-    """First tokens (B, H) -> (B, 1, H), the first column of the padded form: zeros at padding."""
-    if padding.slots is not None:
-        is_token = padding.slots.view(padding.batch_shape)[:, :1] >= 0
-        first = torch.where(is_token, first, 0.0)
-    return first[:, None]
-
-
-def is_plain_pooler(pooler: nn.Module) -> bool:
-    """Whether `pooler` is transformers' own, which reads the first token, and has no hooks."""
-    return is_theirs(pooler) and not any(map(is_hooked, pooler.modules()))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastbert import events
-from fastbert.hf.encode import called_by, encode, is_plain_pooler
+from fastbert.hf.encode import encode
 from fastbert.hf.families import (
     Forward,
     Unsupported,
@@ -21,15 +21,15 @@ from fastbert.hf.families import (
     patched_base,
     runs_patched,
 )
+from fastbert.hf.first_tokens import called_by, is_plain_pooler
 from fastbert.hf.hooks import is_hooked
 from fastbert.hf.stack import family_of_module
-from fastbert.models.heads import first_tokens
 from fastbert.models.inputs import wants_logits
 from fastbert.models.losses import Scored, pretraining_loss, score_classes, score_words, span_loss
 from fastbert.modules.linear import is_plain
 from fastbert.modules.masks import real_tokens
 from fastbert.modules.request import asked
-from fastbert.modules.sequences import Rows
+from fastbert.modules.sequences import Rows, first_tokens
 from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
 from fastbert.ops.unpad import Unpadding
 from fastbert.packing import IGNORE_INDEX

@@ -23,7 +23,6 @@ from fastbert.modules.request import asked, unknown_argument
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.stack import run_stack
 from fastbert.ops.attention import attention_qkvpacked
-from fastbert.ops.embedding import Call as Embedding
 from fastbert.ops.unpad import Unpadding
 
 
@@ -95,13 +94,18 @@ def run_packed(
     module: nn.Module,
     layers: nn.ModuleList,
     reading: Reading,
-    x: Tensor | Embedding,
+    x: Tensor,
     sequences: Sequences,
     padding: Unpadding,
     states: bool | Collection[int],
     rows: Rows | None,
+    *,
+    replays: bool,
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
-    """Runs the packed layers of `module`; layers with hooks see (B, S, H)."""
+    """Runs the packed layers of `module`; layers with hooks see (B, S, H)
+
+    replays: as in `run_stack`.
+    """
     _tell(module, layers, x, padding, sequences.mask, rows)
 
     def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
@@ -114,13 +118,13 @@ def run_packed(
         y = padding.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
         return y if sequences.rows is None else sequences.rows.of(y)
 
-    return run_stack(layers, reading, x, sequences, states, rows, call)
+    return run_stack(layers, reading, x, sequences, states, rows, call, replays=replays)
 
 
 def _tell(
     module: nn.Module,
     layers: nn.ModuleList,
-    x: Tensor | Embedding,
+    x: Tensor,
     padding: Unpadding,
     mask: Tensor | None,
     rows: Rows | None,

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from fastbert.check import require
 from fastbert.models.base import BertPreTrainedModel
-from fastbert.models.heads import BertPooler, first_tokens
+from fastbert.models.heads import BertPooler
 from fastbert.models.inputs import ForwardOptions, Inputs, Request
 from fastbert.modules.embeddings import BertEmbeddings
 from fastbert.modules.encoder import BertEncoder
-from fastbert.modules.sequences import Rows
+from fastbert.modules.sequences import Rows, first_tokens
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.packing import PackedBatch
 from fastbert.rng import for_batch

@@ -81,12 +81,3 @@ class BertPreTrainingHeads(nn.Module):
         super().__init__()
         self.predictions = BertLMPredictionHead(config)
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
-
-
-def first_tokens(hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(T, H) -> (B, H): each sequence's first token, zeros for a sequence of length 0."""
-    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
-    if not hidden_states.shape[0]:  # the sum over no rows is zeros that stay in autograd's graph
-        return hidden_states.sum(0, keepdim=True).expand(starts.shape[0], -1)
-    rows = hidden_states.index_select(0, starts.clamp(max=hidden_states.shape[0] - 1))
-    return rows.masked_fill((ends <= starts)[:, None], 0.0)

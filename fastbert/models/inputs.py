@@ -129,7 +129,8 @@ class Request:
 
     def first_alone(self, hidden_size: int) -> Self:
         """This request for first tokens only, where that saves time and no states are wanted."""
-        pays = Rows.first_pay(self.batch, hidden_size)
+        batch = self.batch
+        pays = Rows.first_pay(batch.num_tokens, hidden_size, batch.device)
         return self.only(first=True) if pays else self
 
     def output(self, kind: Any, encoded: Any, logits: Tensor | None, scored: Scored | None) -> Any:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from fastbert.modules.linear import is_plain, is_plain_table
 from fastbert.ops.dropout import dropout
-from fastbert.ops.embedding import Call as Embedding
 from fastbert.ops.embedding import embedding_layer_norm
 from fastbert.ops.layer_norm import layer_norm
 from fastbert.rng import DropoutState
@@ -55,6 +54,10 @@ class Tables(NamedTuple):
         are_plain = all(one is None or is_plain_table(one) for one in tables)
         return cls(*tables, norm, are_plain and is_plain(norm, nn.LayerNorm))
 
+    def are_one_operator(self) -> bool:
+        """Whether `embedding_layer_norm` computes what these modules do for ids."""
+        return self.are_plain and has_affine(self.norm)
+
 
 def embed(
     tables: Tables,
@@ -66,43 +69,37 @@ def embed(
     rng: DropoutState | None = None,
     *,
     dtype: torch.dtype,
-    defers: bool = False,
-) -> Tensor | Embedding:
+) -> Tensor:
     """`dropout(norm(words + types + positions))`: (...) ids -> (..., H) in `dtype`.
 
     tables: a module that is not a plain nn.Embedding or nn.LayerNorm is called. token_type_ids of
-    None means zeros; inputs_embeds (..., H) replaces the word embeddings. defers: where one
-    operator does it all, without dropout, its call is returned instead of the result.
+    None means zeros; inputs_embeds (..., H) replaces the word embeddings.
     """
-    words, positions, types, norm, are_plain = tables
-    if inputs_embeds is None and are_plain and has_affine(norm):
-        call: Embedding = embedding_layer_norm.check(
-            input_ids,
-            position_ids,
-            token_type_ids,
-            words.weight,
-            _without_padding_gradient(positions),
-            None if types is None else types.weight,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            padding_idx=words.padding_idx,
-            dropout_p=dropout_p,
-            rng=rng,
-            dtype=dtype,
+    words, positions, types, norm, _ = tables
+    if inputs_embeds is None and tables.are_one_operator():
+        return cast(
+            Tensor,
+            embedding_layer_norm(
+                input_ids,
+                position_ids,
+                token_type_ids,
+                words.weight,
+                _without_padding_gradient(positions),
+                None if types is None else types.weight,
+                norm.weight,
+                norm.bias,
+                norm.eps,
+                padding_idx=words.padding_idx,
+                dropout_p=dropout_p,
+                rng=rng,
+                dtype=dtype,
+            ),
         )
-        # a graph would repeat the mask of a dropout state that was drawn for this call
-        return call if defers and call.rng is None else embedding_layer_norm.run(call)
     x = words(input_ids) if inputs_embeds is None else inputs_embeds
     if types is not None:
         x = x + types(torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids)
     x = x + positions(position_ids)
     return dropout(normalized(x, norm).to(dtype), dropout_p, rng)
-
-
-def stream_of(x: Tensor | Embedding) -> Tensor:
-    """The residual stream itself, or what its call gives."""
-    return x if isinstance(x, Tensor) else cast(Tensor, embedding_layer_norm.run(x))
 
 
 def has_affine(norm: nn.LayerNorm) -> bool:
@@ -153,4 +150,4 @@ class BertEmbeddings(nn.Module):
         dtype = stream_dtype(own_dtype(self), position_ids.device, self)
         p = self.dropout.p if self.training else 0.0
         ids = input_ids, position_ids, token_type_ids
-        return cast(Tensor, embed(Tables.of(self), p, *ids, inputs_embeds, rng, dtype=dtype))
+        return embed(Tables.of(self), p, *ids, inputs_embeds, rng, dtype=dtype)

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert import events
 from fastbert.modules.linear import Hooks, hooks_of
@@ -33,11 +34,14 @@ class Plan:
 
     owner: the list of layers, or a layer that is read alone, of which nothing here holds more than
     its dictionaries, so that a plan is freed with it; hooks: the live dictionaries of the hooks
-    inside the layers, all empty.
+    inside the layers, all empty; own_hooks: of the layers themselves.
     """
 
     def __init__(self, owner: nn.Module, parts: tuple[Any, ...], hooks: Hooks) -> None:
         self.parts, self.hooks = parts, hooks
+        layers = list(owner) if isinstance(owner, nn.ModuleList) else [owner]
+        self.own_hooks = tuple(hook for layer in layers for hook in hooks_of(layer))
+        self.has_forward = any("forward" in vars(layer) for layer in layers)
         every = list(owner.modules())
         self.modules = every[1:]
         self.types = list(map(type, self.modules))
@@ -113,6 +117,13 @@ class Reading:
         self.assumed = planner.known(owner) if assumes else None
         self.parts = planner.parts(owner) if self.assumed is None else self.assumed.parts
 
+    def first_called(self) -> int:
+        """`first_called` of the layers; what is assumed of them replaces most of its look."""
+        plan = self.assumed
+        if plan is None or plan.has_forward or any(plan.own_hooks) or _has_any_global_hook():
+            return first_called(self.owner)
+        return len(plan.parts)  # without gradients none is checkpointed
+
     def settle(self) -> None:
         """Reads the parts anew if they do not hold; what has used the others counts for nothing.
 
@@ -128,7 +139,7 @@ def first_called(layers: nn.ModuleList) -> int:
 
     That is for hooks, a replaced forward, or checkpointing.
     """
-    if torch.nn.modules.module._has_any_global_hook():
+    if _has_any_global_hook():
         return 0
     for number, layer in enumerate(layers):
         own = vars(layer)

@@ -45,13 +45,10 @@ class Rows:
         return cls(kept.positions, kept.slots, begins, max_seqlen)
 
     @staticmethod
-    def first_pay(tokens: Any, hidden_size: int) -> bool:
-        """Whether the last layer had better compute each sequence's first token alone.
-
-        tokens: as in `read_by_losses`
-        """
-        least = FIRST_ALONE.get(tokens.cu_seqlens.device.type, FIRST_ALONE_ON_A_GPU)
-        return bool(tokens.num_tokens * hidden_size**2 >= least)
+    def first_pay(num_tokens: int, hidden_size: int, device: torch.device) -> bool:
+        """Whether the last layer had better compute each sequence's first token alone."""
+        least = FIRST_ALONE.get(device.type, FIRST_ALONE_ON_A_GPU)
+        return num_tokens * hidden_size**2 >= least
 
     @classmethod
     def read_by_losses(
@@ -152,3 +149,12 @@ class Sequences:
         """The dropout state of the wanted rows, at the site `offset` after the present one."""
         rng = self.rng if self.rows is None else self.rows_rng
         return None if rng is None else rng.at(rng.site + offset)
+
+
+def first_tokens(hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(T, H) -> (B, H): each sequence's first token, zeros for a sequence of length 0."""
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    if not hidden_states.shape[0]:  # the sum over no rows is zeros that stay in autograd's graph
+        return hidden_states.sum(0, keepdim=True).expand(starts.shape[0], -1)
+    rows = hidden_states.index_select(0, starts.clamp(max=hidden_states.shape[0] - 1))
+    return rows.masked_fill((ends <= starts)[:, None], 0.0)

@@ -6,28 +6,29 @@ from typing import cast
 from torch import Tensor, nn
 
 from fastbert.check import require
-from fastbert.modules.embeddings import stream_of
 from fastbert.modules.graphs import buckets
+from fastbert.modules.graphs.padded import PaddedBatch
 from fastbert.modules.layer import LayerParts, Stream, layers_of, run_layer, run_layers
 from fastbert.modules.linear import PRODUCTS
-from fastbert.modules.plan import Reading, first_called
+from fastbert.modules.plan import Reading
 from fastbert.modules.sequences import Rows, Sequences
-from fastbert.ops.embedding import Call as Embedding
 
 
 def run_stack(
     layers: nn.ModuleList,
     reading: Reading,
-    x: Tensor | Embedding,
+    x: Tensor,
     sequences: Sequences,
     wanted_states: bool | Collection[int],
     rows: Rows | None,
     call: Callable[[int, Tensor, Sequences], Tensor],
+    *,
+    replays: bool = True,
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
     """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; and hidden states.
 
-    The layers run as a CUDA graph, or one by one. x: the residual stream, or the call that makes
-    it, which a graph then contains; reading: has each layer's parts, None for a layer that could
+    The layers run as a CUDA graph, or one by one. x: the residual stream; replays: False for no
+    graph; reading: has each layer's parts, None for a layer that could
     not be read; wanted_states: True for x and each layer's output, layer numbers for these layers'
     outputs with None for the others, as in Hugging Face; call(number, x, sequences) calls a layer
     as a module, as one is that has hooks, is checkpointed, or could not be read, and all behind it,
@@ -43,7 +44,7 @@ def run_stack(
     read = cast(Sequence[LayerParts], parts)
     run = layers_of(read)
     called = parts.index(None) if None in parts else last + 1
-    called = min(called, first_called(layers))
+    called = min(called, reading.first_called())
     if called <= last:
         reason = "layers that are called as modules: hooks, checkpointing, or other classes"
 
@@ -54,12 +55,13 @@ def run_stack(
             return Stream(x, x)
 
     sequences.check(x.shape[0])
-    outputs = buckets.replayed(layers, reading, x, sequences, states, rows, reason)
+    outputs = None
+    if replays:
+        outputs = buckets.replayed(layers, reading, x, sequences, states, rows, reason)
     reading.settle()  # which the GPU does not wait for
     if reading.parts is not parts:
-        return run_stack(layers, reading, x, sequences, wanted_states, rows, call)
+        return run_stack(layers, reading, x, sequences, wanted_states, rows, call, replays=replays)
     if outputs is None:
-        x = stream_of(x)
         products = vars(layers).get(PRODUCTS)
         if products is not None:
             products.begin(x, layers.training)
@@ -68,4 +70,17 @@ def run_stack(
         return outputs[0], None
     of = dict(zip((last, *states), outputs, strict=True))
     found = tuple(of[number] if number in chosen else None for number in range(last + 1))
-    return outputs[0], (stream_of(x), *found) if wanted_states is True else found
+    return outputs[0], (x, *found) if wanted_states is True else found
+
+
+def replay_padded(
+    layers: nn.ModuleList, reading: Reading, batch: PaddedBatch
+) -> list[Tensor] | None:
+    """The last layer's output (B, S, H), zeros at padding, and each sequence's first token (B, H).
+
+    By a CUDA graph that begins with the embeddings; None where the layers must run without it.
+    """
+    parts = reading.parts
+    outputs = buckets.replayed(layers, reading, batch, None)
+    reading.settle()  # which the GPU does not wait for
+    return outputs if reading.parts is parts else None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastbert
-from fastbert.hf import encode
+from fastbert.hf.first_tokens import called_by, reads_first_tokens
 from fastbert.modules import sequences
 from tests.hf.cases import FAMILIES, Case, build, compare, inputs
 from tests.versions import IS_V4
@@ -158,14 +158,14 @@ def test_hidden_states_and_global_hooks_see_all_tokens(family):
 def test_a_model_of_ones_own_around_the_bare_model_gets_all_tokens():
     _, ours = build(Case("Bert", "ForSequenceClassification"))
     batch, real = inputs(Case("Bert"), ours.bert)
-    call = encode.called_by(copy.deepcopy(ours), ours.bert)  # another model's head
+    call = called_by(copy.deepcopy(ours), ours.bert)  # another model's head
     assert call(**batch).last_hidden_state.shape[:2] == real.shape
 
     def fail():
         raise ValueError
 
     with contextlib.suppress(ValueError):
-        encode.called_by(ours, fail)()
+        called_by(ours, fail)()
     assert ours.bert(**batch).last_hidden_state.shape[:2] == real.shape
 
 
@@ -193,4 +193,4 @@ def test_small_batches_compute_all_tokens(monkeypatch):
 def test_a_model_without_a_patched_bare_model_is_left_alone():
     _, ours = build(Case("Bert", "ForSequenceClassification"))
     ours.bert = fastbert.unpatch(copy.deepcopy(ours.bert))
-    assert not encode.reads_first_tokens(ours)
+    assert not reads_first_tokens(ours)

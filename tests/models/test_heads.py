@@ -1,6 +1,6 @@
 import torch
 
-from fastbert.models.heads import first_tokens
+from fastbert.modules.sequences import first_tokens
 
 
 def test_first_tokens_are_each_sequences_own():

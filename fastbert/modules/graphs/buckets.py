@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from fastbert import backend, events
 from fastbert.check import require
-from fastbert.modules.graphs.call import Bucket, Call, Precision, inputs_of, products_of
+from fastbert.modules.graphs.call import Call, Precision, products_of
+from fastbert.modules.graphs.padded import PaddedBatch
 from fastbert.modules.graphs.pool import MOST_LANES, Entry, Lane, Pending, Pool, Recorded
 from fastbert.modules.graphs.recorder import CudaGraphs
 from fastbert.modules.graphs.replays import ForwardGraph
+from fastbert.modules.graphs.sizes import Bucket
 from fastbert.modules.layer import LayerParts
 from fastbert.modules.plan import Reading
 from fastbert.modules.sequences import Rows, Sequences
-from fastbert.ops.embedding import Call as Embedding
 
 Graphs = Literal["auto", False]
 
@@ -83,25 +84,32 @@ def may_replay(device: torch.device) -> bool:
 def replayed(
     layers: nn.ModuleList,
     reading: Reading,
-    x: Tensor | Embedding,
-    sequences: Sequences,
-    states: tuple[int, ...],
-    rows: Rows | None,
+    x: Tensor | PaddedBatch,
+    sequences: Sequences | None,
+    states: tuple[int, ...] = (),
+    rows: Rows | None = None,
     reason: str = "",
 ) -> list[Tensor] | None:
     """What `run_layers` gives, by replaying a graph; None if the layers must run without one.
 
-    reason: why the caller rules out a graph, as `reading.parts` does not describe all that the
-    layers do; "" if it does not.
+    sequences: None for a padded batch, for which the result is that of `PaddedBatch.run`; reason:
+    why the caller rules out a graph, as `reading.parts` does not describe all that the layers do;
+    "" if it does not.
     """
     parts: Any = reading.parts
     if torch.compiler.is_compiling() or (pool := pool_of(x.device)) is None:
         return None
-    with pool.entered() as is_inside, torch.cuda.device_of(inputs_of(x)[0]):
+    with pool.entered() as is_inside, torch.cuda.device_of(_tensor_of(x)):
         if not is_inside:
             return None
-        bucket, lane = Bucket.of(x, sequences, rows), pool.lane()
-        entry = Entry(lane, reason or _refusal(layers, x, sequences, lane))
+        if isinstance(x, PaddedBatch):
+            bucket, mask = x.bucket(), None
+            x = x.fitted(bucket)
+        else:
+            assert sequences is not None
+            bucket, mask = Bucket.of(x, sequences, rows), sequences.mask
+        lane = pool.lane()
+        entry = Entry(lane, reason or _refusal(layers, bucket, mask, lane))
         mode = Precision.of(x), layers.training, products_of(layers)
         call = Call(parts, range(len(parts)), sequences, states, rows, *mode)
         if not entry.reason:
@@ -134,15 +142,19 @@ def _recorded(layers: nn.ModuleList, parts: Sequence[LayerParts]) -> Recorded:
     return recorded
 
 
-def _refusal(layers: nn.ModuleList, x: Tensor | Embedding, sequences: Sequences, lane: Lane) -> str:
+def _tensor_of(x: Tensor | PaddedBatch) -> Tensor:
+    return x.input_ids if isinstance(x, PaddedBatch) else x
+
+
+def _refusal(layers: nn.ModuleList, bucket: Bucket, mask: Tensor | None, lane: Lane) -> str:
     """Why this call may not replay a graph, "" if it may."""
     if not are_allowed(layers):
         return "graphs=False"
     if _are_off(os.environ.get("FASTBERT_GRAPHS", "")):
         return "FASTBERT_GRAPHS"
-    if sequences.mask is not None:
+    if mask is not None:
         return "a general mask"
-    if not x.shape[0]:
+    if not bucket.tokens:
         return "no tokens"
     if not lane.is_free():
         return f"{MOST_LANES} earlier forwards whose backwards are yet to run"

@@ -1,6 +1,6 @@
-"""A call of an encoder's layers, and the bucket of sizes whose graph may compute it.
+"""A call of an encoder's layers, as a graph computes it.
 
-T packed tokens of B sequences, M wanted rows, H hidden; a bucket has T', B' and M' of them.
+T packed tokens of B sequences, M wanted rows, H hidden.
 """
 
 import contextlib
@@ -12,41 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastbert.modules.graphs.padded import PaddedBatch
 from fastbert.modules.layer import LayerParts, layers_of, run_layers
 from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.sequences import Rows, Sequences
-from fastbert.ops.embedding import Call as Embedding
-
-
-class Bucket(NamedTuple):
-    """Sizes that a call is padded to, in tokens; `sequences` is a count of sequences.
-
-    longest: an upper bound of sequence lengths; rows, longest_rows: the same for the wanted rows, 0
-    where all tokens are wanted.
-    """
-
-    tokens: int
-    sequences: int
-    longest: int
-    rows: int = 0
-    longest_rows: int = 0
-
-    @classmethod
-    def of(cls, x: Tensor | Embedding, sequences: Sequences, rows: Rows | None) -> "Bucket":
-        """The smallest bucket for the call; at most 15 tokens or an eighth of them are filler."""
-        tokens, count, longest = x.shape[0], sequences.cu_seqlens.shape[0] - 1, sequences.max_seqlen
-        wanted = (0, 0)
-        if rows is not None:
-            wanted = rounded(rows.index.shape[0], 16), rounded(rows.max_seqlen, 64)
-        return cls(
-            rounded(tokens, 16), 1 << (count - 1).bit_length(), rounded(longest, 64), *wanted
-        )
-
-
-def rounded(size: int, least: int) -> int:
-    """`size` rounded up to a multiple of `least`, or of a power of two up to size / 8 if larger."""
-    step = max(least, 1 << max(size.bit_length() - 4, 0))
-    return -(-size // step) * step
 
 
 class Precision(NamedTuple):
@@ -57,7 +26,7 @@ class Precision(NamedTuple):
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, x: Tensor | Embedding) -> "Precision":
+    def of(cls, x: Tensor | PaddedBatch) -> "Precision":
         device = x.device.type
         enabled = torch.is_autocast_enabled(device)
         return cls(device, enabled, torch.get_autocast_dtype(device))
@@ -75,16 +44,17 @@ def products_of(layers: nn.ModuleList) -> weakref.ref[Any] | None:
 
 
 class Call(NamedTuple):
-    """The arguments of the layers, except x (T, H).
+    """The arguments of the layers, except x: (T, H), or a padded batch.
 
-    numbers, states: as in `run_layers`; training: the layers' mode; products: the `Products` that a
-    recording keeps to, of `products_of`; trained: the distinct parameters that require a gradient,
-    None if none does and neither does x
+    sequences: None for a padded batch, of which a graph finds them; numbers, states: as in
+    `run_layers`; training: the layers' mode; products: the `Products` that a recording keeps to, of
+    `products_of`; trained: the distinct parameters that require a gradient, None if none does and
+    neither does x
     """
 
     parts: Sequence[LayerParts]
     numbers: range
-    sequences: Sequences
+    sequences: Sequences | None
     states: tuple[int, ...]
     rows: Rows | None
     precision: Precision
@@ -92,21 +62,26 @@ class Call(NamedTuple):
     products: weakref.ref[Any] | None = None
     trained: list[Tensor] | None = None
 
-    def own(self, x: Tensor | Embedding, outputs: Sequence[Tensor]) -> list[Tensor]:
+    def own(self, x: Tensor | PaddedBatch, outputs: list[Tensor]) -> list[Tensor]:
         """Copies of a graph's outputs without the filler; x: the call's."""
+        if isinstance(x, PaddedBatch):
+            return x.own(outputs)
         count = (x if self.rows is None else self.rows.index).shape[0]
         return copies_of([output[:count] for output in outputs])
 
-    def begin(self, x: Tensor) -> None:
+    def begin(self, x: Any) -> None:
         """Tells the `Products` that a pass begins."""
         products = self.present_products()
         if products is not None:
             products.begin(x, self.training)
 
-    def run(self, x: Tensor) -> list[Tensor]:
-        """What `run_layers` gives, under the call's autocast state."""
-        run = layers_of(self.parts)
+    def run(self, x: Tensor | PaddedBatch) -> list[Tensor]:
+        """What `run_layers` gives, or `PaddedBatch.run`, under the call's autocast state."""
         with self.precision.restored():
+            if isinstance(x, PaddedBatch):
+                return x.run(self.parts, self.numbers)
+            assert self.sequences is not None
+            run = layers_of(self.parts)
             return run_layers(self.numbers, x, self.sequences, self.states, self.rows, run)
 
     def present_products(self) -> Any:
@@ -146,20 +121,6 @@ class Segment(NamedTuple):
             rows=call.rows if self.numbers.stop == call.numbers.stop else None,
             trained=[call.trained[place] for place in self.trained],
         )
-
-
-def inputs_of(x: Tensor | Embedding) -> list[Tensor]:
-    """The tensors (T, ...) of which a graph that begins with x has copies."""
-    return [x] if isinstance(x, Tensor) else [ids for ids in x[:3] if ids is not None]
-
-
-def fixed_of(x: Tensor | Embedding) -> Any:
-    """What a recorded graph fixes of embeddings: their tables; None for the stream itself."""
-    if isinstance(x, Tensor):
-        return None
-    ids = [None if one is None else one.dtype for one in x[:3]]
-    tables = [(one.data_ptr(), one.dtype, one.shape) for one in x[3:8] if one is not None]
-    return *ids, *tables, x.eps
 
 
 def copies_of(tensors: list[Tensor]) -> list[Tensor]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.modules.graphs.call import Bucket, Call, fixed_of
+from fastbert.modules.graphs.call import Call
+from fastbert.modules.graphs.padded import PaddedBatch
 from fastbert.modules.graphs.recorder import Recorder
 from fastbert.modules.graphs.replays import (
     ForwardGraph,
@@ -18,8 +19,8 @@ from fastbert.modules.graphs.replays import (
     TrainingGraphs,
     num_segments,
 )
+from fastbert.modules.graphs.sizes import Bucket
 from fastbert.modules.layer import LayerParts
-from fastbert.ops.embedding import Call as Embedding
 
 MOST_GRAPHS = 64  # on a device; beyond it the least recently used graphs are dropped
 MOST_LANES = 4  # of a device: so many training forwards may wait for their backwards at once
@@ -83,7 +84,7 @@ class Pool:
         self.used.pop(entry, None)
         self.used[entry] = None
 
-    def record(self, entry: "Entry", bucket: Bucket, x: Tensor | Embedding, call: Call) -> None:
+    def record(self, entry: "Entry", bucket: Bucket, x: Tensor | PaddedBatch, call: Call) -> None:
         """Records the entry's graphs, if it is time to, or sets the reason why it has none."""
         entry.uses += 1
         if entry.uses < RECORDED_AT:
@@ -189,7 +190,7 @@ class Recorded:
         self.owners = tables + tables, ["weight"] * len(tables) + ["bias"] * len(tables)
 
     def find(
-        self, bucket: Bucket, x: Tensor | Embedding, call: Call, pool: Pool, lane: Lane
+        self, bucket: Bucket, x: Tensor | PaddedBatch, call: Call, pool: Pool, lane: Lane
     ) -> tuple[Entry, Call]:
         """The entry for the call, new if there is none; and the call with `trained` filled in."""
         parameters = self.parameters()
@@ -200,23 +201,18 @@ class Recorded:
         reason = self.reason or self._follow(parameters, trained, pool)
         if reason:
             return Entry(lane, reason), call
-        wants_dx = isinstance(x, Tensor) and x.requires_grad
+        wants_dx = x.requires_grad
         if trained or (trained is not None and wants_dx):
             call = call._replace(trained=trained)
-        has = call.trained is None, wants_dx, call.sequences.rng is None
+        drops = call.sequences is not None and call.sequences.rng is not None
+        has = call.trained is None, wants_dx, drops
         mode = call.states, call.precision, x.dtype, has, call.products, num_segments()
-        key = fixed_of(x), lane, bucket, mode, _numerics()
+        fixed = x.key() if isinstance(x, PaddedBatch) else None
+        key = fixed, lane, bucket, mode, _numerics()
         entry = self.entries.get(key)
         if entry is None:
             entry = self.entries[key] = Entry(lane)
-            self._drop_others(key[0], pool)
         return entry, call
-
-    def _drop_others(self, fixed: Any, pool: Pool) -> None:
-        """Drops graphs of embeddings with other tables, which the graphs would keep alive."""
-        for key in list(self.entries):
-            if fixed is not None and key[0] not in (None, fixed):
-                self.entries.pop(key).drop(pool)
 
     def parameters(self) -> list[Tensor]:
         """The distinct parameters that the layers have now."""

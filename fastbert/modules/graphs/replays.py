@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.modules.embeddings import stream_of
-from fastbert.modules.graphs.call import Bucket, Call, copies_of, inputs_of
+from fastbert.modules.graphs.call import Call, copies_of
+from fastbert.modules.graphs.padded import PaddedBatch
 from fastbert.modules.graphs.recorder import Recorder, Work
+from fastbert.modules.graphs.sizes import Bucket
 from fastbert.modules.linear import Leaf
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.weight_copies import WeightCopies
-from fastbert.ops.embedding import Call as Embedding
 from fastbert.rng import DropoutState
 
 # Backward graphs of an encoder where processes exchange gradients: those of a quarter of the layers
@@ -28,19 +28,24 @@ SEGMENTS = 4
 class Buffers:
     """The tensors from which a recorded graph reads its batch, of the bucket's sizes.
 
-    x: the residual stream, or the call that makes it of ids
+    x: the residual stream, or the padded batch that it begins with
     """
 
-    def __init__(self, bucket: Bucket, x: Tensor | Embedding, call: Call) -> None:
+    def __init__(self, bucket: Bucket, x: Tensor | PaddedBatch, call: Call) -> None:
+        self.x: Any = None
+        self.call = call
+        if isinstance(x, PaddedBatch):
+            self.x = x.buffers(bucket)
+        else:
+            self.x = x.new_zeros(bucket.tokens, *x.shape[1:])
+            self._make_sequences(bucket, x, call)
+        self.fill(x, call)
+
+    def _make_sequences(self, bucket: Bucket, x: Tensor, call: Call) -> None:
         def integers(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=x.device)
 
-        self.inputs = [one.new_zeros(bucket.tokens, *one.shape[1:]) for one in inputs_of(x)]
-        self.x: Any = self.inputs[0]
-        if not isinstance(x, Tensor):
-            buffers = iter(self.inputs)
-            ids = [None if one is None else next(buffers) for one in x[:3]]
-            self.x = type(x)._make((*ids, *x[3:]))
+        assert call.sequences is not None
         rng, rows = call.sequences.rng, None
         if rng is not None:
             rng = DropoutState(integers(2, torch.int64), integers(bucket.tokens, torch.int64))
@@ -51,7 +56,6 @@ class Buffers:
             rows = Rows(index, inverse, begins, bucket.longest_rows)
         sequences = Sequences(integers(bucket.sequences + 1), bucket.longest, None, rng)
         self.call = call._replace(sequences=sequences, rows=rows)
-        self.fill(x, call)
 
     def begin(self) -> Call:
         """Begins a pass over the buffers, for a recording; returns the call that computes it.
@@ -93,12 +97,17 @@ class Buffers:
         return copies
 
     @torch.no_grad()
-    def fill(self, x: Tensor | Embedding, call: Call) -> None:
+    def fill(self, x: Tensor | PaddedBatch, call: Call) -> None:
         """Copies a call in; filler tokens are zeros at the end, filler sequences are empty."""
-        for buffer, values in zip(self.inputs, inputs_of(x), strict=True):
-            put(buffer, values, 0)
-        put(self.call.sequences.cu_seqlens, call.sequences.cu_seqlens, x.shape[0])
-        rng, drawn = self.call.sequences.rng, call.sequences.rng
+        if isinstance(x, PaddedBatch):
+            self.x.fill(x)
+            return
+        put(self.x, x, 0)
+        own, given = self.call.sequences, call.sequences
+        assert own is not None
+        assert given is not None
+        put(own.cu_seqlens, given.cu_seqlens, x.shape[0])
+        rng, drawn = own.rng, given.rng
         if rng is not None and drawn is not None:
             rng.state.copy_(drawn.state)
             put(rng.token_key, drawn.token_key, 0)
@@ -123,7 +132,7 @@ class ForwardGraph:
     """A recorded forward of the layers, without gradients."""
 
     def __init__(
-        self, recorder: Recorder, bucket: Bucket, x: Tensor | Embedding, call: Call
+        self, recorder: Recorder, bucket: Bucket, x: Tensor | PaddedBatch, call: Call
     ) -> None:
         # inference tensors as buffers could not be filled by a call outside inference mode
         with torch.inference_mode(False), torch.no_grad():
@@ -132,9 +141,9 @@ class ForwardGraph:
             self.replay = recorder.record(self._forward)
 
     def _forward(self) -> list[Tensor]:
-        return self.buffers.begin().run(stream_of(self.buffers.x))
+        return self.buffers.begin().run(self.buffers.x)
 
-    def __call__(self, x: Tensor | Embedding, call: Call) -> list[Tensor]:
+    def __call__(self, x: Tensor | PaddedBatch, call: Call) -> list[Tensor]:
         """What `run_layers` gives: copies, which later replays leave alone."""
         self.buffers.fill(x, call)
         return call.own(x, self.replay())

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastbert import backend
-from fastbert.modules.graphs.call import Bucket, rounded
+from fastbert.modules import sequences
+from fastbert.modules.graphs.sizes import Bucket, rounded
 from fastbert.ops.attention import attention_qkvpacked
 from tests.modules.graphs.case import (
     KINDS,
@@ -32,9 +33,11 @@ def test_buckets_of_up_to_a_thousand_tokens_are_few():
     assert len({rounded(size, 16) for size in range(1, 1025)}) <= 40
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["", "first tokens alone"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_replays_give_what_the_layers_give(kind, training, recorder):
+def test_replays_give_what_the_layers_give(kind, training, alone, recorder, monkeypatch):
+    monkeypatch.setattr(sequences, "FIRST_ALONE", {"cpu": 0 if alone else float("inf")})
     plain, recorded = (model.train(training) for model in models(kind))
     kept = []
     for number, lengths in enumerate([[7, 3, 5, 6], [9, 2, 6], [6, 4, 4, 4], [130, 20], [1]]):

@@ -1,0 +1,83 @@
+"""Which patched heads read each sequence's first token alone, so that the others need not exist."""
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.hf.families import Forward, patched_base, runs_patched
+from fastbert.hf.hooks import is_hooked, is_theirs
+from fastbert.modules.sequences import Rows
+from fastbert.ops.unpad import Unpadding
+
+# The head whose own forward calls its bare model now; for each thread.
+_HEAD: ContextVar[Any] = ContextVar("head", default=None)
+
+
+def called_by(head: Any, forward: Forward) -> Forward:
+    """`forward`, inside of which the bare model of `head` may return its first tokens alone.
+
+    These are (B, 1, H), where nobody can see the others. Not for a trace of torch.compile, which
+    cannot read a context variable.
+    """
+
+    def call(**arguments: Any) -> Any:
+        token = _HEAD.set(head)
+        try:
+            return forward(**arguments)
+        finally:
+            _HEAD.reset(token)
+
+    return call
+
+
+def present_head(model: Any) -> Any:
+    """The head whose own forward calls this bare model now; None without one."""
+    head = None if torch.compiler.is_compiling() else _HEAD.get()
+    return head if head is not None and head.base_model is model else None
+
+
+def first_rows(head: Any, padding: Unpadding, hidden_size: int) -> Rows | None:
+    """Each sequence's first token, where `head` reads no others and that saves time."""
+    device = padding.cu_seqlens.device
+    if not is_by_row(padding) or not Rows.first_pay(padding.num_tokens, hidden_size, device):
+        return None
+    return Rows.read_by_losses(padding, first=True) if reads_first_tokens(head) else None
+
+
+def is_by_row(padding: Unpadding) -> bool:
+    """Whether each row is a sequence; documents share a row."""
+    return padding.cu_seqlens.shape[0] - 1 == padding.batch_shape[0]
+
+
+def reads_first_tokens(model: Any) -> bool:
+    """Whether the model's forward reads each sequence's first token alone of its bare model's."""
+    name, base = patched_base(model).__name__, model.base_model
+    is_watched = is_hooked(base) or torch.nn.modules.module._has_any_global_hook()
+    if is_watched or not runs_patched(base):
+        return False
+    pooler = getattr(base, "pooler", None)
+    if not name.endswith(_POOLED) or not (pooler is None or is_plain_pooler(pooler)):
+        return False
+    if name.startswith(("Bert", "DistilBert")):  # a pooler's output, or the first column
+        return True
+    if name.endswith("ForMultipleChoice"):  # ELECTRA's, without a pooler, may summarize all tokens
+        return pooler is not None
+    return is_theirs(model.classifier) and not is_hooked(model.classifier)  # which gets all tokens
+
+
+_POOLED = "ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction"
+
+
+def is_plain_pooler(pooler: nn.Module | None) -> bool:
+    """Whether `pooler` is transformers' own, which reads the first token, and has no hooks."""
+    return pooler is not None and is_theirs(pooler) and not any(map(is_hooked, pooler.modules()))
+
+
+def first_column(first: Tensor, padding: Unpadding) -> Tensor:
+    """First tokens (B, H) -> (B, 1, H), the first column of the padded form: zeros at padding."""
+    if padding.slots is not None:
+        is_token = padding.slots.view(padding.batch_shape)[:, :1] >= 0
+        first = torch.where(is_token, first, 0.0)
+    return first[:, None]

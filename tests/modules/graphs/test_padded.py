@@ -1,0 +1,273 @@
+"""In inference a graph begins with a patched model's ids and mask, where it can pack them."""
+
+import functools
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import fastbert
+from fastbert.modules.graphs import padded
+from fastbert.ops.embedding import embedding_layer_norm
+from tests.modules.graphs.case import SHAPE, Repeats, batch, logits, models, step, use
+
+KINDS = ("Bert", "Roberta", "DistilBert", "Electra")
+INPUTS = batch([7, 3, 5])
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """Counts the calls of the operator, which a replay leaves out."""
+    calls, run = [], embedding_layer_norm.run
+    monkeypatch.setattr(embedding_layer_norm, "run", lambda call: (calls.append(1), run(call))[1])
+    return calls
+
+
+def pair(kind="Bert", **options):
+    plain, recorded = (model.eval() for model in models(kind, **options))
+    logits(recorded, INPUTS)
+    return plain, recorded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replay_embeds_without_python(kind, recorder, embedded):
+    # ELECTRA's small models project narrower embeddings, before the graph
+    options = {"embedding_size": SHAPE["hidden_size"]} if kind == "Electra" else {}
+    plain, recorded = pair(kind, **options)
+    embedded.clear()
+    for seed in (1, 2):
+        inputs = batch([6, 4, 5], seed)
+        actual = logits(recorded, inputs)
+        assert not embedded
+        torch.testing.assert_close(actual, logits(plain, inputs))
+        embedded.clear()
+    assert recorder.recorded == 1
+
+
+@pytest.mark.parametrize("name", ["token_type_ids", "position_ids"])
+def test_ids_that_are_given_are_copied_in(name, recorder, embedded):
+    plain, recorded = pair()
+    ids = torch.randint(2, INPUTS["input_ids"].shape)
+    given = {**INPUTS, name: ids}
+    for _ in range(2):
+        torch.testing.assert_close(logits(recorded, given), logits(plain, given))
+    assert recorder.recorded == 2  # the defaults have no tensor to copy, so they have another graph
+
+
+def test_tables_that_change_in_place_are_read_anew(recorder):
+    plain, recorded = pair()
+    for model in (plain, recorded):
+        with torch.no_grad():
+            model.bert.embeddings.word_embeddings.weight.mul_(1.5)
+            model.bert.embeddings.LayerNorm.bias.add_(0.5)
+    torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))
+    assert recorder.recorded == 1
+
+
+def test_a_graph_keeps_no_table_that_the_model_has_no_more(monkeypatch):
+    recorder = use(Repeats(again=False), monkeypatch)
+    _, recorded = pair()
+    memory = StorageWeakRef(recorded.get_input_embeddings().weight.untyped_storage())
+    recorded.resize_token_embeddings(70, mean_resizing=False)
+    logits(recorded, INPUTS)
+    gc.collect()
+    assert recorder.recorded == 2
+    assert memory.expired()
+
+
+@pytest.mark.parametrize("name", ["word_embeddings", "position_embeddings", "LayerNorm"])
+def test_a_table_in_other_memory_is_recorded_anew(name, recorder):
+    plain, recorded = pair()
+    for model in (plain, recorded):
+        weight = getattr(model.bert.embeddings, name).weight
+        weight.data = weight.data * 1.5
+    torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))
+    assert recorder.recorded == 2
+
+
+@pytest.mark.parametrize("change", ["hook", "scale", "eps", "dtype"])
+def test_other_embeddings_are_computed_before_the_graph_or_recorded_anew(change, recorder):
+    plain, recorded = pair()
+    for model in (plain, recorded):
+        embeddings = model.bert.embeddings
+        if change == "hook":
+            embeddings.LayerNorm.register_forward_hook(lambda module, args, output: output * 2)
+        elif change == "scale":
+            embeddings.word_embeddings = nn.Embedding(61, SHAPE["hidden_size"], max_norm=0.01)
+            nn.init.ones_(embeddings.word_embeddings.weight)
+        elif change == "eps":
+            embeddings.LayerNorm.eps = 0.5
+        else:
+            model.double()
+    for _ in range(2):
+        torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))
+    assert recorder.recorded == 2
+
+
+def test_states_and_training_have_the_embeddings_outside(recorder, embedded):
+    plain, recorded = pair()
+    for _ in range(2):
+        embedded.clear()
+        with torch.no_grad():
+            states = recorded(**INPUTS, output_hidden_states=True).hidden_states
+        assert embedded
+    with torch.no_grad():
+        expected = plain(**INPUTS, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(states, expected)
+    plain.train()
+    recorded.train()
+    for a, e in zip(step(recorded, INPUTS), step(plain, INPUTS), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_dropout_that_alone_is_in_training_mode_is_drawn_in_each_call(recorder, embedded):
+    """As for Monte Carlo dropout. A graph would replay the mask of the call that was recorded."""
+    _, recorded = pair()
+    recorded.bert.embeddings.dropout.train().p = 0.5
+    embedded.clear()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        first, second = (recorded(**INPUTS).logits for _ in range(2))
+    assert not torch.equal(first, second)
+    assert len(embedded) == 2
+
+
+def test_embeddings_that_are_given_have_a_graph_of_their_own(recorder):
+    plain, recorded = pair()
+    embeds = {"inputs_embeds": torch.randn(3, 7, SHAPE["hidden_size"])}
+    given = {**embeds, "attention_mask": INPUTS["attention_mask"]}
+    for inputs in (given, INPUTS, given):
+        torch.testing.assert_close(logits(recorded, inputs), logits(plain, inputs))
+    assert recorder.recorded == 2
+
+
+MASKS = {
+    "none": None,
+    "right": [[1, 1, 1, 1, 1, 0, 0], [1] * 7, [1, 1, 0, 0, 0, 0, 0]],
+    "left": [[0, 0, 1, 1, 1, 1, 1], [1] * 7, [0] * 6 + [1]],
+    "holes": [[1, 0, 1, 1, 0, 1, 0], [0, 1] * 3 + [1], [1] * 7],
+    "a row of padding": [[1] * 7, [0] * 7, [1, 1, 0, 0, 0, 0, 0]],
+    "all padding": [[0] * 7] * 3,
+    "ones": [[1] * 7] * 3,
+}
+
+
+@pytest.mark.parametrize("counts", [False, True], ids=["", "counted"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_mask_gives_what_the_packed_path_gives(
+    kind, mask, dtype, counts, recorder, monkeypatch
+):
+    monkeypatch.setattr(padded, "LEAST_COUNTED", 0 if counts else 2**30)
+    options = {"embedding_size": SHAPE["hidden_size"]} if kind == "Electra" else {}
+    plain, recorded = (model.eval() for model in models(kind, "Model", **options))
+    given = {"input_ids": torch.randint(3, 61, (3, 7))}
+    if MASKS[mask] is not None:
+        given["attention_mask"] = torch.tensor(MASKS[mask], dtype=dtype)
+    for _ in range(2):
+        with torch.no_grad():
+            actual, expected = recorded(**given), plain(**given)
+        assert actual.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(actual[name], tensor)
+            assert actual[name].is_contiguous()
+    # without any token nothing is recorded where tokens are counted, as all is known to be zeros
+    assert recorder.recorded == (mask != "all padding" or not counts)
+
+
+def test_the_host_waits_for_no_small_batch(recorder, monkeypatch):
+    plain, recorded = pair()
+    expected = logits(plain, INPUTS)
+
+    def waits(*_):
+        raise AssertionError("the host reads a tensor")
+
+    for name in ("tolist", "item", "__bool__", "__int__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, waits)
+    actual = logits(recorded, INPUTS)
+    monkeypatch.undo()
+    torch.testing.assert_close(actual, expected)
+    assert recorder.replayed == 2
+
+
+def test_a_large_batch_has_no_more_tokens_computed_than_are_real(recorder, monkeypatch):
+    monkeypatch.setattr(padded, "LEAST_COUNTED", 0)
+    _, recorded = (model.eval() for model in models("Bert"))
+    counted = []
+    run = padded.run_layers
+    monkeypatch.setattr(
+        padded,
+        "run_layers",
+        lambda numbers, x, *more: (counted.append(len(x)), run(numbers, x, *more))[1],
+    )
+    logits(recorded, batch([60, 3, 1]))
+    assert set(counted) == {64}
+
+
+def test_sizes_of_a_bucket_share_a_graph_and_no_padding_leaks_in(recorder):
+    plain, recorded = (model.eval() for model in models("Bert"))
+    for number, lengths in enumerate([[12, 12, 12], [16, 16], [9, 1, 4, 3], [12, 12, 12]]):
+        inputs = batch(lengths, number)
+        if number == 1:  # of no mask
+            del inputs["attention_mask"]
+        torch.testing.assert_close(logits(recorded, inputs), logits(plain, inputs))
+    assert recorder.recorded == 2  # of 48 tokens for 36 places of 3 or 4 sequences, and of 32
+    assert recorder.replayed == 4
+
+
+@pytest.mark.parametrize("changes", ["hook on a layer", "hook on the encoder", "mode", "forward"])
+def test_what_no_graph_computes_is_seen_by_the_next_call(changes, recorder):
+    plain, recorded = pair()
+    for model in (plain, recorded):
+        layer = model.bert.encoder.layer[1]
+        if changes == "hook on a layer":
+            layer.register_forward_hook(lambda module, args, output: output * 2)
+        elif changes == "hook on the encoder":
+            model.bert.encoder.register_forward_hook(lambda module, args, output: output)
+        elif changes == "mode":
+            layer.attention.self.dropout.p = 0.0
+            layer.train()
+        else:
+            layer.forward = functools.partial(type(layer).forward, layer)
+    for _ in range(2):
+        torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_more_places_than_positions_are_an_error_with_a_graph_as_without(kind, recorder):
+    _, recorded = pair(kind)
+    longest = SHAPE["max_position_embeddings"] - (2 if kind == "Roberta" else 0)
+    ids = torch.full((1, longest), 5)
+    for _ in range(2):
+        logits(recorded, {"input_ids": ids})
+    with pytest.raises(ValueError, match=f"at most {longest} tokens a sequence"):
+        logits(recorded, {"input_ids": torch.full((1, longest + 1), 5)})
+
+
+def test_documents_in_a_row_are_told_apart(recorder):
+    plain, recorded = pair()
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    given = {"input_ids": torch.randint(3, 61, (1, 7)), "position_ids": positions}
+    for _ in range(2):
+        torch.testing.assert_close(logits(recorded, given), logits(plain, given))
+
+
+def test_a_users_own_defaults_of_types_and_positions_are_read(recorder):
+    plain, recorded = pair()
+    for number in range(2):
+        for model in (plain, recorded):
+            model.bert.embeddings.position_ids.copy_(torch.arange(160).flip(0)[None] - number)
+            if number:
+                model.bert.embeddings.token_type_ids.fill_(1)
+        torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))
+
+
+def test_explain_tells_of_the_graph(recorder):
+    _, recorded = pair()
+    report = str(fastbert.explain(recorded, **INPUTS))
+    assert "48 tokens" not in report
+    assert report.count("CUDA graph") == 1
+    assert "of 32 tokens, 4 sequences of up to 64" in report

@@ -144,7 +144,7 @@ def padded_batch(
         return None
     weights = [one.weight for one in tables[:3] if one is not None]
     read = [*weights, tables.norm.weight, tables.norm.bias, *([] if places is None else [places])]
-    tensors = [(one.data_ptr(), one.dtype, one.shape) for one in read]
+    tensors = [(one.data_ptr(), one.dtype, one.shape, one.stride()) for one in read]
     fixed = *tensors, first, tables.norm.eps
     num_tokens = count_tokens(shape, mask, weights[0].shape[1])
     if not num_tokens:

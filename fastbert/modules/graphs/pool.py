@@ -139,7 +139,7 @@ class Pending:
         self, pool: Pool, lane: Lane, graphs: TrainingGraphs, recorded: "Recorded"
     ) -> None:
         self.pool, self.lane, self.graphs, self.recorded = pool, lane, graphs, recorded
-        self.state = recorded.state
+        self.addresses, self.layouts = recorded.addresses, recorded.layouts
         self.left = set(graphs.replay_backward)  # the segments whose backward is yet to run
 
     def run(self, x: Tensor, call: Call) -> list[Tensor]:
@@ -164,7 +164,8 @@ class Pending:
             self.left.remove(number)
             if not self.left:
                 self.lane.pending = None
-            if _state_of(self.recorded.parameters()) != self.state:
+            parameters = self.recorded.parameters()
+            if _addresses(parameters) != self.addresses or _layouts(parameters) != self.layouts:
                 return None
             self.lane.recorder.follow()
             return self.graphs.backward(number, x, gradients)
@@ -178,7 +179,8 @@ class Recorded:
         self.entries: dict[tuple[Any, ...], Entry] = {}
         self.found: list[Any] | None = None  # what `owners` held at the last call
         self.distinct: list[Tensor] = []  # of that, each parameter once
-        self.state: list[Any] = []
+        self.addresses: list[int] = []
+        self.layouts: list[Any] = []
         self.trained: list[Tensor] | None = None  # None before a call with gradients
         self.changes = 0
         leaves = [leaf for part in parts for leaf in part.leaves]
@@ -223,24 +225,47 @@ class Recorded:
         return self.distinct
 
     def _follow(self, parameters: list[Tensor], trained: list[Tensor] | None, pool: Pool) -> str:
-        """Drops all graphs if parameters moved, or changed in dtype or requires_grad."""
-        state = _state_of(parameters)
+        """Drops all graphs if parameters moved, or others are trained; with `trained` also if they
+        have another layout, which without gradients `settle` asks."""
+        addresses = _addresses(parameters)
         if self.trained is None:
             self.trained = trained
-        is_same = trained is None or are_same(trained, self.trained)
-        if not is_same or state != self.state:
+        is_same = trained is None or (
+            are_same(trained, self.trained) and _layouts(parameters) == self.layouts
+        )
+        if not is_same or addresses != self.addresses:
             if any(type(parameter) is not nn.Parameter for parameter in parameters):
                 return "parameters that are not plain ones"
-            for entry in self.entries.values():
-                entry.drop(pool)
-            self.entries, self.state, self.changes = {}, state, self.changes + 1
-            self.trained = trained
+            self._drop(pool)
+            self.addresses, self.layouts = addresses, _layouts(parameters)
+            self.trained, self.changes = trained, self.changes + 1
         return "parameters that move time and again" if self.changes > MOST_CHANGES else ""
 
+    def settle(self, pool: Pool) -> bool:
+        """Whether parameters have the layouts that graphs fix; if not, drops all graphs.
 
-def _state_of(parameters: list[Tensor]) -> list[Any]:
-    """What a recorded graph fixes of parameters, but for which are trained: addresses, dtypes."""
-    return [*map(Tensor.data_ptr, parameters), *[parameter.dtype for parameter in parameters]]
+        What was replayed until then has read memory that is the parameters' own, but counts for
+        nothing.
+        """
+        if _layouts(self.distinct) == self.layouts:
+            return True
+        self._drop(pool)
+        return False
+
+    def _drop(self, pool: Pool) -> None:
+        for entry in self.entries.values():
+            entry.drop(pool)
+        self.entries, self.addresses = {}, []
+
+
+def _addresses(parameters: list[Tensor]) -> list[int]:
+    return [*map(Tensor.data_ptr, parameters)]
+
+
+def _layouts(parameters: list[Tensor]) -> list[Any]:
+    """What a recorded graph fixes of parameters besides their addresses and which are trained."""
+    dtypes = [parameter.dtype for parameter in parameters]
+    return [dtypes, [*map(Tensor.size, parameters)], [*map(Tensor.stride, parameters)]]
 
 
 def are_same(some: list[Any], others: list[Any] | None) -> bool:

@@ -33,6 +33,14 @@ def moved(model):
     weight.data = weight.data * 2
 
 
+def narrowed(model):
+    """Of other shapes at the same addresses, as pruning in place leaves them."""
+    layer = layers_of(model)[1]
+    for tensor in (layer.intermediate.dense.weight, layer.intermediate.dense.bias):
+        tensor.data = tensor.data[:24]
+    layer.output.dense.weight.data = layer.output.dense.weight.data[:, :24]
+
+
 def replaced(model):
     layers_of(model)[1].output.dense.weight = nn.Parameter(torch.ones(32, 48))
 
@@ -80,7 +88,7 @@ def parametrized(model):
 
 
 CHANGES = [
-    *(frozen, moved, replaced, other_activation, more_dropout, a_hook, a_watched_layer),
+    *(frozen, moved, narrowed, replaced, other_activation, more_dropout, a_hook, a_watched_layer),
     *(another_leaf, wider, checkpointed, parametrized, other_eps),
 ]
 

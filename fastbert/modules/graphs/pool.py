@@ -263,9 +263,12 @@ def _addresses(parameters: list[Tensor]) -> list[int]:
 
 
 def _layouts(parameters: list[Tensor]) -> list[Any]:
-    """What a recorded graph fixes of parameters besides their addresses and which are trained."""
+    """What a recorded graph fixes of parameters besides their addresses and which are trained.
+
+    Shapes and strides would take twice as long; linear layers fix one size of each.
+    """
     dtypes = [parameter.dtype for parameter in parameters]
-    return [dtypes, [*map(Tensor.size, parameters)], [*map(Tensor.stride, parameters)]]
+    return [dtypes, [*map(Tensor.numel, parameters)], [*map(Tensor.is_contiguous, parameters)]]
 
 
 def are_same(some: list[Any], others: list[Any] | None) -> bool:

@@ -25,6 +25,8 @@ TILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "_cast_transpose_kernel": (ROWS_COLS, ("x_ptr",)),
     "_gelu_cast_kernel": (ROWS_COLS, ("x_ptr",)),
     "_gelu_bwd_cast_kernel": (ROWS_COLS, ("x_ptr", "dy_ptr")),
+    "_compact_kernel": (("BLOCK",), ()),
+    "_gather_rows_kernel": (ROWS_COLS, ("src_ptr",)),
     "_forward_kernel": (M_N, TABLES),
     "_backward_kernel": (M_N, (*TABLES, "dy_ptr")),
     "_sum_chunks_kernel": (("BLOCK_N",), ("dz_ptr",)),
@@ -58,7 +60,8 @@ class Limits(NamedTuple):
 def limits_of(launch: Launch) -> Limits:
     values, (sides, tensors) = launch.values, TILES[launch.kernel.__name__]
     element_bytes = sum(values[name].itemsize for name in tensors if values[name] is not None)
-    tile_bytes = element_bytes * math.prod(values[side] for side in sides)
+    is_column = values.get("COLS") == 1  # whose rows are apart
+    tile_bytes = 0 if is_column else element_bytes * math.prod(values[side] for side in sides)
     wide_loads = tile_bytes // (16 * 32 * values["num_warps"])
     has_dots = "PRECISION" in values  # which only a product has
     return Limits(wide_loads, SHARED[launch.capability], has_dots, *_spills(launch))

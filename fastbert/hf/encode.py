@@ -40,7 +40,7 @@ from fastbert.hf.stack import (
 )
 from fastbert.modules.embeddings import own_dtype, stream_dtype
 from fastbert.modules.encoder import pad_states
-from fastbert.modules.graphs.buckets import may_replay
+from fastbert.modules.graphs.buckets import may_replay, refusal_of
 from fastbert.modules.graphs.padded import PaddedBatch
 from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.plan import Reading
@@ -128,7 +128,9 @@ def _for_a_graph(
     places = call.given.shape[:2].numel()
     if has_head and Rows.first_pay(places, model.config.hidden_size, call.given.device):
         return None  # the last layer may compute first tokens alone
-    if call.reading.first_called() < len(call.layers):
+    if call.reading.first_called() < len(call.layers) or refusal_of(
+        call.layers, call.reading.parts
+    ):
         return None
     return padded_batch(
         model,

@@ -35,7 +35,7 @@ class Call(NamedTuple):
     is_exact: bool = False
 
 
-@op("ext")
+@op("ext", "triton")
 def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> Call:
     """Keeps the entries that differ from `ignore_index`, in row-major order.
 
@@ -63,12 +63,8 @@ def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> C
 
 @compact.plain
 def _plain(call: Call) -> Compacted:
-    values, ignore_index, capacity, is_exact = call
-    dtype = values.dtype
-    if dtype in _SIGNED:  # PyTorch does not index unsigned tensors on a GPU; same bits as signed
-        values = values.view(_SIGNED[dtype])
-        last = torch.iinfo(values.dtype).max
-        ignore_index = ignore_index - 2 * (last + 1) if ignore_index > last else ignore_index
+    values, ignore_index = _signed(call)
+    dtype, capacity, is_exact = call.values.dtype, call.capacity, call.is_exact
     entries, (batch, seqlen) = values.flatten(), values.shape
     is_kept = entries != ignore_index
     ranks = is_kept.cumsum(0, dtype=torch.int32)  # from 1 for the first kept entry
@@ -90,9 +86,24 @@ def _plain(call: Call) -> Compacted:
     return Compacted(kept.view(dtype), positions, slots, offsets)
 
 
+def _signed(call: Call) -> tuple[Tensor, int]:
+    """The values and ignore_index as the same bits of a signed dtype, where PyTorch does not index
+    tensors of their own on a GPU."""
+    values, ignore_index = call[:2]
+    if values.dtype in _SIGNED:
+        values = values.view(_SIGNED[values.dtype])
+        last = torch.iinfo(values.dtype).max
+        ignore_index = ignore_index - 2 * (last + 1) if ignore_index > last else ignore_index
+    return values, ignore_index
+
+
 @compact.fused
 def _fused(kernels: Any, call: Call) -> Compacted:
-    return Compacted(*kernels.compact(*call[:3]))
+    values, ignore_index = _signed(call)
+    if values.dtype == torch.bool:
+        values = values.view(torch.int8)
+    kept, *others = kernels.compact(values, ignore_index, call.capacity)
+    return Compacted(kept.view(call.values.dtype), *others)
 
 
 @compact.traces

@@ -1,12 +1,13 @@
 """Gathers rows by an index with a known inverse, so that the gradient is a gather too."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fastbert.backend import op
 from fastbert.check import require
+from fastbert.ops.fused import run
 
 
 class Call(NamedTuple):
@@ -17,7 +18,7 @@ class Call(NamedTuple):
     inverse: Tensor
 
 
-@op("ext")
+@op("ext", "triton")
 def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Call:
     """`out[i] = src[index[i]]`, and zeros where index[i] is -1.
 
@@ -26,8 +27,9 @@ def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Call:
     leaves out. Returns (M, H) in src.dtype. The gradient is gather_rows(grad, inverse, index): each
     row is written once, without atomics, so it is deterministic. It can be differentiated again.
 
-    Raises ValueError for a wrong shape, dtype or device, IndexError on a CPU for an entry of index
-    outside [-1, R); a GPU stops with a device-side assertion.
+    Raises ValueError for a wrong shape, dtype or device. For an entry of index outside [-1, R) it
+    raises IndexError on a CPU and fails a device assertion on a GPU; Triton's kernel, for which
+    raising would make the host wait, returns a row of NaN, of -1 for integers.
     """
     who = "gather_rows"
     require(src.ndim == 2, who, "src of shape (rows, hidden)", tuple(src.shape))
@@ -57,9 +59,28 @@ def _plain(call: Call) -> Tensor:
     return rows.masked_fill(is_spare[:, None], 0)
 
 
+@gather_rows.refuses
+def _refusal(call: Call) -> str | None:
+    return None if call.src.element_size() <= 8 else str(call.src.dtype)
+
+
 @gather_rows.fused
 def _fused(kernels: Any, call: Call) -> Tensor:
-    return kernels.gather_rows(*call)
+    return cast(Tensor, run(GatherRowsFunction, kernels, call))
+
+
+class GatherRowsFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        if ctx is not None:
+            ctx.save_for_backward(index, inverse)
+            ctx.kernels = kernels
+        return cast(Tensor, kernels.gather_rows(src, index, inverse))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        index, inverse = ctx.saved_tensors
+        return None, _fused(ctx.kernels, Call(dy, inverse, index)), None, None
 
 
 @gather_rows.traces

@@ -81,14 +81,14 @@ def _forced(name, device):
         yield
 
 
-@pytest.fixture(params=["ext", "reference"])
+@pytest.fixture(params=["ext", "triton", "reference"])
 def implementation(request, device, monkeypatch):
-    """Runs the test over the extension and over its twin, each forced."""
+    """Runs the test over the extension, over Triton's kernels and over their twin, each forced."""
+    try:
+        backend.load(request.param, "compact", device)
+    except backend.BackendUnavailable as reason:
+        pytest.skip(str(reason))
     if request.param == "ext":
-        try:
-            backend.load("ext", "compact", device)
-        except backend.BackendUnavailable as reason:
-            pytest.skip(str(reason))
         # C++ allocates without Python's torch.empty; in this mode torch itself fills what it gives
         monkeypatch.setattr(deterministic, "fill_uninitialized_memory", True)
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -157,8 +157,21 @@ def test_gather_refuses(implementation, device, src, index, inverse, message):
 @pytest.mark.parametrize("entry", [-2, 3, 2**31 - 1])
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)  # on a GPU an assertion ends the process
 def test_an_index_outside_the_rows_is_refused(implementation, device, entry):
+    if implementation == "triton":
+        pytest.skip("its kernel returns what is no number, see below")
     with pytest.raises(IndexError, match=r"out of range|in \[-1, 3\)"):
         gather_rows(torch.zeros(3, 4), torch.tensor([0, entry]).int(), INVERSE)
+
+
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("entry", [-2, 3, 2**31 - 1])
+def test_an_index_outside_the_rows_gives_no_number(implementation, device, entry, dtype):
+    index = torch.tensor([0, entry, -1]).int().to(device)
+    rows = gather_rows(content((3, 4), dtype).to(device), index, INVERSE.to(device))
+    row = rows[1].isnan() if dtype.is_floating_point else rows[1].view(torch.int8) == -1
+    assert row.all()
+    assert not rows[2].any()
 
 
 @pytest.mark.gpu

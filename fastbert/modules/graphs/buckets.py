@@ -109,7 +109,8 @@ def replayed(
             assert sequences is not None
             bucket, mask = Bucket.of(x, sequences, rows), sequences.mask
         lane = pool.lane()
-        entry = Entry(lane, reason or _refusal(layers, bucket, mask, lane))
+        reason = reason or refusal_of(layers, parts) or _refusal(bucket, mask, layers, lane)
+        entry = Entry(lane, reason)
         mode = Precision.of(x), layers.training, products_of(layers)
         call = Call(parts, range(len(parts)), sequences, states, rows, *mode)
         if not entry.reason:
@@ -147,12 +148,17 @@ def _tensor_of(x: Tensor | PaddedBatch) -> Tensor:
     return x.input_ids if isinstance(x, PaddedBatch) else x
 
 
-def _refusal(layers: nn.ModuleList, bucket: Bucket, mask: Tensor | None, lane: Lane) -> str:
-    """Why this call may not replay a graph, "" if it may."""
+def refusal_of(layers: nn.ModuleList, parts: Sequence[LayerParts]) -> str:
+    """Why no call of these layers may replay a graph, "" if one may."""
     if not are_allowed(layers):
         return "graphs=False"
     if _are_off(os.environ.get("FASTBERT_GRAPHS", "")):
         return "FASTBERT_GRAPHS"
+    return _recorded(layers, parts).reason
+
+
+def _refusal(bucket: Bucket, mask: Tensor | None, layers: nn.ModuleList, lane: Lane) -> str:
+    """Why this call may not replay a graph, "" if it may."""
     if mask is not None:
         return "a general mask"
     if not bucket.tokens:

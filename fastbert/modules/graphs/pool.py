@@ -200,7 +200,7 @@ class Recorded:
         trained = None
         if torch.is_grad_enabled():
             trained = [parameter for parameter in parameters if parameter.requires_grad]
-        reason = self.reason or self._follow(parameters, trained, pool)
+        reason = self._follow(parameters, trained, pool)
         if reason:
             return Entry(lane, reason), call
         wants_dx = x.requires_grad

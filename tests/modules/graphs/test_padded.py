@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import parametrize
 
 import fastbert
-from fastbert.modules.graphs import padded
+from fastbert.hf import encode
+from fastbert.modules.graphs import buckets, padded
 from fastbert.ops.embedding import embedding_layer_norm
 from tests.modules.graphs.case import SHAPE, Repeats, batch, logits, models, step, use
 
@@ -271,3 +273,30 @@ def test_explain_tells_of_the_graph(recorder):
     assert "48 tokens" not in report
     assert report.count("CUDA graph") == 1
     assert "of 32 tokens, 4 sequences of up to 64" in report
+
+
+@pytest.mark.parametrize("reason", ["graphs=False", "FASTBERT_GRAPHS", "hook", "leaf", "training"])
+def test_layers_that_no_graph_computes_cost_no_second_look_at_the_batch(
+    reason, recorder, monkeypatch
+):
+    plain, recorded = pair()
+    layer = recorded.bert.encoder.layer[1]
+    if reason == "graphs=False":
+        buckets.allow(recorded, False)
+    elif reason == "FASTBERT_GRAPHS":
+        monkeypatch.setenv("FASTBERT_GRAPHS", "0")
+    elif reason == "hook":
+        layer.register_forward_hook(lambda *_: None)
+    elif reason == "leaf":
+        parametrize.register_parametrization(layer.output.dense, "weight", nn.Identity())
+    else:
+        recorded.train()
+        plain.train()
+
+    logits(recorded, INPUTS)  # what has changed is seen after a replay, and in later calls before it
+
+    def fail(*_):
+        raise AssertionError("a batch for no graph")
+
+    monkeypatch.setattr(encode, "padded_batch", fail)
+    torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))

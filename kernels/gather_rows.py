@@ -1,0 +1,67 @@
+"""Gathers rows of bits, so that one kernel serves all dtypes of a size."""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.kernels.runtime import cdiv, kernel, launcher
+
+BLOCK = 2048, 256, 4  # elements and columns of a tile, and warps
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@kernel(do_not_specialize=["n_rows", "n_sources"])
+def _gather_rows_kernel(
+    src_ptr, index_ptr, out_ptr,  # (R, N), (M,) int32, (M, N)
+    src_row_stride,
+    n_rows, n_sources,
+    N_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    strips: tl.constexpr = (N_COLS + COLS - 1) // COLS
+    program = tl.program_id(0)
+    rows = (program // strips).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = program % strips * COLS + tl.arange(0, COLS)
+    is_row, is_col = rows < n_rows, cols < N_COLS
+
+    sources = tl.load(index_ptr + rows, mask=is_row, other=-1).to(tl.int64)
+    is_source = (sources >= 0) & (sources < n_sources)
+    places = src_ptr + sources[:, None] * src_row_stride + cols[None, :]
+    x = tl.load(places, mask=is_source[:, None] & is_col[None, :], other=0)
+    # raising would make the host wait
+    x = tl.where((is_source | (sources == -1))[:, None], x, -1)
+    tl.store(out_ptr + rows[:, None] * N_COLS + cols[None, :], x, is_row[:, None] & is_col[None, :])
+
+
+def _outputs(src: Tensor, index: Tensor) -> Tensor:
+    return src.new_empty((index.shape[0], src.shape[1]))
+
+
+@launcher(_outputs)
+def gathered(src: Tensor, index: Tensor) -> Tensor:
+    """src (R, N), index (M,) int32 -> (M, N): zeros at -1, all bits set at other strange entries.
+
+    Raises TypeError for elements of more than 8 bytes.
+    """
+    out = _outputs(src, index)
+    if out.numel():
+        dtype = _BITS.get(src.element_size())
+        if dtype is None:
+            raise TypeError(f"gather_rows: no kernel for {src.dtype}")
+        src = src if src.shape[1] == 1 or src.stride(1) == 1 else src.contiguous()
+        elements, cols, num_warps = BLOCK
+        n_cols = out.shape[1]
+        cols = min(cols, 1 << (n_cols - 1).bit_length())
+        rows = elements // cols
+        _gather_rows_kernel(
+            (cdiv(len(out), rows) * cdiv(n_cols, cols),),
+            src.view(dtype), index.contiguous(), out.view(dtype), src.stride(0),
+            len(out), len(src),
+            N_COLS=n_cols, ROWS=rows, COLS=cols, num_warps=num_warps,
+        )  # fmt: skip
+    return out
+
+
+def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """`gathered`; the inverse is for the gradient."""
+    return gathered(src, index)

@@ -293,7 +293,7 @@ def test_layers_that_no_graph_computes_cost_no_second_look_at_the_batch(
         recorded.train()
         plain.train()
 
-    logits(recorded, INPUTS)  # what has changed is seen after a replay, and in later calls before it
+    logits(recorded, INPUTS)  # which sees what has changed behind a replay; later calls before it
 
     def fail(*_):
         raise AssertionError("a batch for no graph")

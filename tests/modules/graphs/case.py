@@ -24,6 +24,16 @@ SHAPE = {
     "max_position_embeddings": 160,
 }
 KINDS = ("own", "Bert", "Roberta", "DistilBert")
+# of three sequences of seven places
+MASKS = {
+    "none": None,
+    "right": [[1, 1, 1, 1, 1, 0, 0], [1] * 7, [1, 1, 0, 0, 0, 0, 0]],
+    "left": [[0, 0, 1, 1, 1, 1, 1], [1] * 7, [0] * 6 + [1]],
+    "holes": [[1, 0, 1, 1, 0, 1, 0], [0, 1] * 3 + [1], [1] * 7],
+    "a row of padding": [[1] * 7, [0] * 7, [1, 1, 0, 0, 0, 0, 0]],
+    "all padding": [[0] * 7] * 3,
+    "ones": [[1] * 7] * 3,
+}
 # operations for which the host waits for a GPU
 HOST_READS = {
     "_local_scalar_dense",

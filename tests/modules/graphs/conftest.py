@@ -13,3 +13,4 @@ def recorder(monkeypatch):
 def layers_compute_all_tokens(monkeypatch):
     """As in small batches, whose graphs begin with the ids and the mask."""
     monkeypatch.setattr(sequences, "FIRST_ALONE", {"cpu": float("inf")})
+    monkeypatch.setattr(sequences, "FIRST_ALONE_ON_A_GPU", float("inf"))

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from fastbert.modules import fp8
-from fastbert.modules.graphs import buckets, pool, replays
+from fastbert.modules.graphs import buckets, padded, pool, replays
 from fastbert.modules.weight_copies import WeightCopies
 from tests.modules.graphs.case import (
     KINDS,
+    MASKS,
     assert_same,
     batch,
     layers_of,
@@ -64,6 +65,31 @@ def test_on_a_gpu_replays_give_what_the_layers_give(kind, precision):
                 if e is not None:
                     assert (a - e).abs().max() <= size * (1 + e.abs().max())
     assert num_recorded() - before >= 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("counts", [False, True], ids=["", "counted"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert"])
+def test_on_a_gpu_a_graph_packs_embeds_and_pads(kind, mask, counts, monkeypatch):
+    monkeypatch.setattr(padded, "LEAST_COUNTED", 0 if counts else 2**30)
+    plain, recorded = (model.eval() for model in on_gpu(kind, "Model"))
+    given = {"input_ids": torch.randint(3, 61, (3, 7)).cuda()}
+    if MASKS[mask] is not None:
+        given["attention_mask"] = torch.tensor(MASKS[mask]).cuda()
+    before = num_recorded()
+    for number in range(3):
+        with torch.no_grad():
+            if number == 2 and not counts:  # recorded, so that the host need not wait
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                actual = recorded(**given)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            expected = plain(**given)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=1e-5)
+    assert num_recorded() - before == (mask != "all padding" or not counts)
 
 
 @pytest.mark.gpu

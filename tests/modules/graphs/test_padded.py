@@ -13,7 +13,7 @@ import fastbert
 from fastbert.hf import encode
 from fastbert.modules.graphs import buckets, padded
 from fastbert.ops.embedding import embedding_layer_norm
-from tests.modules.graphs.case import SHAPE, Repeats, batch, logits, models, step, use
+from tests.modules.graphs.case import MASKS, SHAPE, Repeats, batch, logits, models, step, use
 
 KINDS = ("Bert", "Roberta", "DistilBert", "Electra")
 INPUTS = batch([7, 3, 5])
@@ -143,17 +143,6 @@ def test_embeddings_that_are_given_have_a_graph_of_their_own(recorder):
     for inputs in (given, INPUTS, given):
         torch.testing.assert_close(logits(recorded, inputs), logits(plain, inputs))
     assert recorder.recorded == 2
-
-
-MASKS = {
-    "none": None,
-    "right": [[1, 1, 1, 1, 1, 0, 0], [1] * 7, [1, 1, 0, 0, 0, 0, 0]],
-    "left": [[0, 0, 1, 1, 1, 1, 1], [1] * 7, [0] * 6 + [1]],
-    "holes": [[1, 0, 1, 1, 0, 1, 0], [0, 1] * 3 + [1], [1] * 7],
-    "a row of padding": [[1] * 7, [0] * 7, [1, 1, 0, 0, 0, 0, 0]],
-    "all padding": [[0] * 7] * 3,
-    "ones": [[1] * 7] * 3,
-}
 
 
 @pytest.mark.parametrize("counts", [False, True], ids=["", "counted"])

@@ -123,7 +123,7 @@ def _for_a_graph(
     """The batch for a graph that packs, embeds and pads it; None where it had better not."""
     if not call.assumes or call.wanted or PRODUCTS in vars(call.layers) or keeps_padding(model):
         return None
-    if arguments.get("inputs_embeds") is not None or any(map(arguments.get, DOCUMENTS)):
+    if any(arguments.get(name) is not None for name in ("inputs_embeds", *DOCUMENTS)):
         return None
     places = call.given.shape[:2].numel()
     if has_head and Rows.first_pay(places, model.config.hidden_size, call.given.device):

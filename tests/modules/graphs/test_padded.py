@@ -238,10 +238,14 @@ def test_more_places_than_positions_are_an_error_with_a_graph_as_without(kind, r
         logits(recorded, {"input_ids": torch.full((1, longest + 1), 5)})
 
 
-def test_documents_in_a_row_are_told_apart(recorder):
+@pytest.mark.parametrize("by", ["positions", "boundaries"])
+def test_documents_in_a_row_are_told_apart(by, recorder):
     plain, recorded = pair()
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
-    given = {"input_ids": torch.randint(3, 61, (1, 7)), "position_ids": positions}
+    given = {"input_ids": torch.randint(3, 61, (1, 7))}
+    if by == "positions":
+        given["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    else:
+        given["cu_seq_lens_q"] = torch.tensor([0, 3, 7], dtype=torch.int32)
     for _ in range(2):
         torch.testing.assert_close(logits(recorded, given), logits(plain, given))
 

@@ -119,10 +119,11 @@ def train(
     batches: list[PackedBatch],
     config: PretrainConfig,
     options: Options,
+    before: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
     """Trains on the batches, the first of `config.steps`; returns the loss of each.
 
-    They are read from the device only at the end.
+    They are read from the device only at the end. before: called with the number of each step.
     """
     model.to(options.device).train()
     optimizer = make_optimizer(model, config.weight_decay)
@@ -131,6 +132,7 @@ def train(
         copies = WeightCopies(model, torch.bfloat16).in_use
     losses = []
     for step, batch in enumerate(batches):
+        before(step)
         for group in optimizer.param_groups:
             group["lr"] = linear_schedule(
                 step, peak=config.learning_rate, warmup=config.steps // 10, total=config.steps

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from fastbert.kernels.runtime import cdiv, kernel, launcher
 
-# Entries of a block and warps: of up to 16 programs, and of more.
-BLOCKS = (1024, 4), (4096, 8)
+
+def block(n_values: int) -> tuple[int, int]:
+    """Entries of a block and warps: small blocks for up to 16 programs, large ones for more."""
+    return (1024, 4) if n_values <= 16384 else (4096, 8)
 
 
 @kernel(do_not_specialize=["n_cols", "n_values", "capacity", "ignore_index"])
@@ -65,12 +67,12 @@ def compacted(values: Tensor, ignore_index: int, capacity: int) -> list[Tensor]:
     kept, positions, slots, offsets = outputs = _outputs(values, ignore_index, capacity)
     n_values = values.numel()
     if n_values:
-        block, num_warps = BLOCKS[n_values > 16 * BLOCKS[0][0]]
+        size, num_warps = block(n_values)
         _compact_kernel(
-            (cdiv(n_values, block),),
+            (cdiv(n_values, size),),
             values.contiguous(), kept, positions, slots, offsets,
             values.shape[1], n_values, capacity, ignore_index,
-            BLOCK=block, num_warps=num_warps,
+            BLOCK=size, num_warps=num_warps,
         )  # fmt: skip
     else:
         kept.fill_(ignore_index)

@@ -4,8 +4,8 @@ The part "host" times whole calls of fastbert's own, patched and Hugging Face's 
 with the same weights and batch. On every machine it runs on the CPU with one thread: 12 layers of
 width 32 and one sequence of 16 tokens, in float32. On a GPU it also runs BERT-base: inference with
 weights in the precision that is measured, with all hidden states too, and fine-tuning steps under
-autocast, of a classifier and of a contrastive loss. There, patched models also run with CUDA
-graphs, and Hugging Face's with torch.compile.
+autocast, of a classifier, also by Hugging Face's Trainer, and of a contrastive loss. There, patched
+models also run with CUDA graphs, and Hugging Face's with torch.compile.
 
 Then `empty_launches` measures single layers and operators as they run on a GPU.
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.host import empty_launches
+from benchmarks.host import empty_launches, trainer
 from benchmarks.host.calls import (
     CLASSIFIER,
     CONTRASTIVE,
@@ -60,11 +60,15 @@ def run(options: Options, results: Results) -> None:
     with one_thread():
         for case in CPU_CASES:
             compare(case, "12 x 32", SMALL, on_cpu, results, 5 if options.quick else 200)
+        rounds = 1 if options.quick else 5
+        trainer.compare(trainer.SMALL_CASE, "12 x 32", SMALL, on_cpu, results, rounds)
         empty_launches.run(on_cpu, results)
     if options.device.type == "cuda":
         shape, rounds = PRESETS["base"].shape, 20 if options.quick else 60
         for case in COMPILED_CASES + OTHER_CASES:
             compare(case, "base", shape, options, results, rounds)
+        for case in trainer.CASES:
+            trainer.compare(case, "base", shape, options, results, 3 if options.quick else 5)
 
 
 @contextlib.contextmanager

@@ -143,6 +143,7 @@ TABLES: dict[str, tuple[Table, ...]] = {
         Table("bias_gelu", "backward_block", True, grid((2, 4, 8), (128, 256, 512), (2, 4, 8))),
         Table("bias_gelu", "STAGES", True, stages),
     ),
+    "compact": (Table("compact", "block", False, grid((1024, 2048, 4096), (4, 8))),),
     "dropout_add_layer_norm": LAYER_NORM,
     "embedding_layer_norm": (
         Table("embedding", "forward_block", False, whole_rows),
@@ -156,6 +157,9 @@ TABLES: dict[str, tuple[Table, ...]] = {
         Table("fp8_linear", "GELU_BWD_CAST_BLOCK", True, casts),
     ),
     "fp8_linear": (Table("fp8_linear", "CAST_BLOCK", False, casts),),
+    "gather_rows": (
+        Table("gather_rows", "BLOCK", False, grid((1024, 2048, 4096), (128, 256, 512), (4, 8))),
+    ),
     "layer_norm": LAYER_NORM,
     "linear_cross_entropy": (
         Table(
@@ -187,10 +191,12 @@ class Check:
         self.tensors = [t.requires_grad_(t.is_floating_point()) for t in workload.make()]
         with backend.use("reference"):
             y = workload.fused(*self.tensors)
-            self.dy = torch.randn_like(y)
+            self.dy = torch.randn_like(y) if y.is_floating_point() else None
             self.expected = self.gradients(y)
 
     def gradients(self, y: Tensor) -> list[Tensor]:
+        if self.dy is None:  # numbers of rows, which have no gradients
+            return [y]
         leaves = [t for t in self.tensors if t.requires_grad]
         return [y.detach(), *torch.autograd.grad(y, leaves, self.dy)]
 

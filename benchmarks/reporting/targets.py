@@ -190,6 +190,10 @@ GPU = (
            patched(PATCHED_GRAPHS, "training step", 32, 128)),
     Target("patched, fine-tuning step of 32 x 512, half full", 2.5, "x",
            patched(PATCHED_GRAPHS, "training step", 32, 512)),
+    Target("patched, Trainer's step of 32 x 128", 1.5, "x",
+           patched(PATCHED_GRAPHS, "Trainer's step", 32, 128)),
+    Target("patched, Trainer's step of 32 x 512, half full", 2.5, "x",
+           patched(PATCHED_GRAPHS, "Trainer's step", 32, 512)),
 )  # fmt: skip
 CPU = (
     Target("step over Hugging Face's (SDPA)", 3, "x", ratio("steps", "wikipedia", SDPA, BOTH)),

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+import transformers
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.host import calls, empty_launches, host
+from benchmarks.host import calls, empty_launches, host, trainer
 from benchmarks.host.calls import (
     CLASSIFIER,
     CONTRASTIVE,
@@ -93,6 +94,25 @@ def test_hidden_states_are_those_of_all_layers():
     for a, b, expected in zip(ours, patched, theirs, strict=True):
         torch.testing.assert_close(a[real], expected[real], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(b[real], expected[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_trainers_steps_are_timed_behind_a_warm_up(monkeypatch):
+    monkeypatch.setattr(trainer, "STEPS", 4)
+    monkeypatch.setattr(trainer, "WARM_UP", 2)
+    trained, results = [], Results(QUICK)
+    run = transformers.Trainer.train
+    monkeypatch.setattr(
+        transformers.Trainer, "train", lambda self: (trained.append(self), run(self))
+    )
+    trainer.compare(trainer.SMALL_CASE, "2 x 32", SHAPE, QUICK, results, 2)
+    (row,) = results.rows[-1:]
+    assert len(trained) == 6  # two models in a run that is not timed and in two that are
+    assert all(one.state.global_step == 4 for one in trained)
+    assert row["timings"].keys() == {PATCHED, SDPA}
+    assert all(0 < one["median_s"] < 5 and one["rounds"] == 2 for one in row["timings"].values())
+    (line, *_) = PARTS["host"]([row]).lines
+    assert line[1] == trainer.TRAINER
 
 
 def test_batches_are_as_wide_as_they_say_and_filled_so():
@@ -192,8 +212,10 @@ def test_a_quick_run_without_the_interpreter_has_what_tables_and_targets_need(tm
     assert not any(row.get("refused") for row in rows)
     assert [row["part"] for row in rows].count("failure") == 0
     calls = [row for row in rows if row["part"] == "host" and row["case"]["device"] == "cpu"]
+    *calls, by_trainer = calls
     assert len(calls) == len(host.CPU_CASES)
     assert all(list(row["timings"]) == NAMES for row in calls)
+    assert by_trainer["timings"].keys() == {PATCHED, SDPA}
     assert all(len(line) == 8 for line in PARTS["host"](calls).lines)
     layers = [row for row in rows if row["part"] == "host_layers"]
     assert [row["case"]["of"] for row in layers] == [INFERENCE, STEP]

@@ -40,11 +40,12 @@ def poisoned_memory(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def wide_blocks(monkeypatch):
-    """Of partial sums: the interpreter takes as long for a narrow block as for a wide one."""
+    """The interpreter takes as long for a narrow block as for a wide one."""
     if INTERPRETED:
-        from fastbert.kernels import partial_sums
+        from fastbert.kernels import gather_rows, partial_sums
 
         monkeypatch.setattr(partial_sums, "ADD_BLOCK", (512, 256, 8))
+        monkeypatch.setattr(gather_rows, "BLOCK", (16384, 512, 4))
 
 
 @pytest.fixture(

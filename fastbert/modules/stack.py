@@ -27,12 +27,12 @@ def run_stack(
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
     """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; and hidden states.
 
-    The layers run as a CUDA graph, or one by one. x: the residual stream; replays: False for no
-    graph; reading: has each layer's parts, None for a layer that could
-    not be read; wanted_states: True for x and each layer's output, layer numbers for these layers'
-    outputs with None for the others, as in Hugging Face; call(number, x, sequences) calls a layer
-    as a module, as one is that has hooks, is checkpointed, or could not be read, and all behind it,
-    as a hook may change them. Raises ValueError where `sequences` does not fit x, and if both rows
+    The layers run as a CUDA graph, or one by one. x: the residual stream; reading: has each layer's
+    parts, None for a layer that could not be read; wanted_states: True for x and each layer's
+    output, layer numbers for these layers' outputs with None for the others, as in Hugging Face;
+    call(number, x, sequences) calls a layer as a module, as one is that has hooks, is checkpointed,
+    or could not be read, and all behind it, as a hook may change them; replays: False for a call
+    whose graph begins before the layers, and is not recorded yet. Raises ValueError where `sequences` does not fit x, and if both rows
     and states are wanted, because the last state would lack tokens.
     """
     expected = "no output_hidden_states where only some rows are wanted"

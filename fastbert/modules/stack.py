@@ -32,8 +32,9 @@ def run_stack(
     output, layer numbers for these layers' outputs with None for the others, as in Hugging Face;
     call(number, x, sequences) calls a layer as a module, as one is that has hooks, is checkpointed,
     or could not be read, and all behind it, as a hook may change them; replays: False for a call
-    whose graph begins before the layers, and is not recorded yet. Raises ValueError where `sequences` does not fit x, and if both rows
-    and states are wanted, because the last state would lack tokens.
+    whose graph begins before the layers, and is not recorded yet. Raises ValueError where
+    `sequences` does not fit x, and if both rows and states are wanted, because the last state would
+    lack tokens.
     """
     expected = "no output_hidden_states where only some rows are wanted"
     require(rows is None or not wanted_states, "BertEncoder", expected, wanted_states)

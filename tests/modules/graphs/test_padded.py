@@ -169,6 +169,15 @@ def test_every_mask_gives_what_the_packed_path_gives(
     assert recorder.recorded == (mask != "all padding" or not counts)
 
 
+@pytest.mark.parametrize("counts", [False, True], ids=["", "counted"])
+def test_sequences_one_by_one_have_few_graphs(counts, recorder, monkeypatch):
+    monkeypatch.setattr(padded, "LEAST_COUNTED", 0 if counts else 2**30)
+    _, recorded = (model.eval() for model in models("Bert", max_position_embeddings=512))
+    for length in range(1, 513, 15):
+        logits(recorded, batch([length]))
+    assert recorder.recorded == 8
+
+
 def test_the_host_waits_for_no_small_batch(recorder, monkeypatch):
     plain, recorded = pair()
     expected = logits(plain, INPUTS)
@@ -205,7 +214,7 @@ def test_sizes_of_a_bucket_share_a_graph_and_no_padding_leaks_in(recorder):
         if number == 1:  # of no mask
             del inputs["attention_mask"]
         torch.testing.assert_close(logits(recorded, inputs), logits(plain, inputs))
-    assert recorder.recorded == 2  # of 48 tokens for 36 places of 3 or 4 sequences, and of 32
+    assert recorder.recorded == 2  # of 3 or 4 sequences, and of 2
     assert recorder.replayed == 4
 
 
@@ -263,9 +272,8 @@ def test_a_users_own_defaults_of_types_and_positions_are_read(recorder):
 def test_explain_tells_of_the_graph(recorder):
     _, recorded = pair()
     report = str(fastbert.explain(recorded, **INPUTS))
-    assert "48 tokens" not in report
     assert report.count("CUDA graph") == 1
-    assert "of 32 tokens, 4 sequences of up to 64" in report
+    assert "of 64 tokens, 4 sequences of up to 64" in report
 
 
 @pytest.mark.parametrize("reason", ["graphs=False", "FASTBERT_GRAPHS", "hook", "leaf", "training"])

@@ -75,7 +75,7 @@ PARTS = (
     Part("extension", ("setup.py", "-q", "build_ext", "--inplace"), 60),
     tests(230),
     benchmark("steps", 200, "--quick"),
-    benchmark("host", 130, "--quick"),
+    benchmark("host", 110, "--quick"),
     benchmark("step_profile", 50, "--quick"),
 )
 SECOND = (

@@ -68,7 +68,7 @@ def run(options: Options, results: Results) -> None:
         for case in COMPILED_CASES + OTHER_CASES:
             compare(case, "base", shape, options, results, rounds)
         for case in trainer.CASES:
-            trainer.compare(case, "base", shape, options, results, 3 if options.quick else 5)
+            trainer.compare(case, "base", shape, options, results, 2 if options.quick else 5)
 
 
 @contextlib.contextmanager

@@ -223,13 +223,6 @@ def compare(case: Case) -> None:
     """Outputs at real tokens, loss and all gradients of the patched model are the unpatched's."""
     model, patched = build(case)
     arguments, real = inputs(case, model)
-    tolerance = {torch.float64: (1e-9, 1e-9), torch.float32: (2e-4, 2e-4)}[case.dtype]
-
-    def close(name: str, a: torch.Tensor, b: torch.Tensor) -> None:
-        torch.testing.assert_close(
-            a, b, rtol=tolerance[0], atol=tolerance[1], msg=lambda text: f"{name}: {text}"
-        )
-
     wants_logits = "MaskedLM" in case.kind or "PreTraining" in case.kind
     extra = (
         {"return_logits": True} if wants_logits and (case.seed % 2 or not case.return_dict) else {}
@@ -238,6 +231,33 @@ def compare(case: Case) -> None:
     output = _run(patched, arguments | extra, case)
     missing = set(expected) - set(output)
     assert missing <= ({"logits", "prediction_logits"} if case.training else set()), missing
+    compare_outputs(case, output, expected, real)
+    gradients = [
+        _gradients(m, out, arguments, real, case)
+        for m, out in ((patched, output), (model, expected))
+    ]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        _close(case, f"gradient of {name}", gradient, gradients[1][name])
+
+
+@torch.no_grad()
+def compare_inference(case: Case) -> None:
+    """Outputs at real tokens without gradients, call by call, of the batch and of other tokens."""
+    model, patched = build(case)
+    arguments, real = inputs(case, model)
+    for number in range(3):
+        if number and "input_ids" in arguments:
+            changed = arguments["input_ids"].roll(number, 0 if number == 2 else 1)
+            ids = torch.where(real, changed.clamp(min=5), arguments["input_ids"])
+            arguments = {**arguments, "input_ids": ids}
+        expected = _run(model, arguments, case)
+        compare_outputs(case, _run(patched, arguments, case), expected, real)
+
+
+def compare_outputs(
+    case: Case, output: dict[str, Any], expected: dict[str, Any], real: torch.Tensor
+) -> None:
     assert list(output) == [name for name in expected if name in output]
     if case.padding == "compute":
         real = torch.ones_like(real)
@@ -248,18 +268,18 @@ def compare(case: Case) -> None:
             continue
         if isinstance(value, tuple):
             for number, (a, b) in enumerate(zip(value, expected[name], strict=True)):
-                close(f"hidden state {number}", a[real], b[real])
+                _close(case, f"hidden state {number}", a[real], b[real])
         elif name in whole or (value.ndim < 3 and value.shape[:2] != real.shape):
-            close(name, value, expected[name])
+            _close(case, name, value, expected[name])
         else:
-            close(name, value[real], expected[name][real])
-    gradients = [
-        _gradients(m, out, arguments, real, case)
-        for m, out in ((patched, output), (model, expected))
-    ]
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        close(f"gradient of {name}", gradient, gradients[1][name])
+            _close(case, name, value[real], expected[name][real])
+
+
+def _close(case: Case, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+    tolerance = {torch.float64: 1e-9, torch.float32: 2e-4}[case.dtype]
+    torch.testing.assert_close(
+        a, b, rtol=tolerance, atol=tolerance, msg=lambda text: f"{name}: {text}"
+    )
 
 
 def _run(model: Any, arguments: dict[str, Any], case: Case) -> dict[str, Any]:

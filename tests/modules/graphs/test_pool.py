@@ -25,7 +25,7 @@ from tests.modules.graphs.case import (
 def test_the_least_recently_used_graph_goes_first(recorder, monkeypatch):
     monkeypatch.setattr(pool, "MOST_GRAPHS", 2)
     plain, recorded = (model.eval() for model in models("Bert"))
-    short, middle, long = batch([5]), batch([20]), batch([40])
+    short, middle, long = batch([5]), batch([70]), batch([140])
     for inputs in (short, middle, short, long, short):
         torch.testing.assert_close(logits(recorded, inputs), logits(plain, inputs))
     assert recorder.recorded == 3  # the short batch was recorded once
@@ -50,7 +50,7 @@ def test_a_bucket_is_recorded_when_it_is_met_again(monkeypatch):
 def test_a_pool_that_has_outgrown_its_bound_begins_anew(monkeypatch):
     recorder = use(Repeats(taken=10), monkeypatch, most_memory=15)
     plain, recorded = (model.eval() for model in models("Bert"))
-    for lengths in ([5], [20], [5], [20]):
+    for lengths in ([5], [70], [5], [70]):
         inputs = batch(lengths)
         torch.testing.assert_close(logits(recorded, inputs), logits(plain, inputs))
     assert recorder.begun >= 1
@@ -96,7 +96,7 @@ def test_explain_names_the_graph_or_the_reason(recorder, monkeypatch):
     plain, recorded = (model.eval() for model in models("Bert"))
     inputs = batch([7, 3])
     assert routes(recorded, inputs)["CUDA graph"][1:] == (
-        "of 16 tokens, 2 sequences of up to 64",
+        "of 64 tokens, 2 sequences of up to 64",
         "to be recorded when it is met again",
     )
     logits(recorded, inputs)

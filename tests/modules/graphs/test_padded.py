@@ -240,11 +240,23 @@ def test_what_no_graph_computes_is_seen_by_the_next_call(changes, recorder):
 def test_more_places_than_positions_are_an_error_with_a_graph_as_without(kind, recorder):
     _, recorded = pair(kind)
     longest = SHAPE["max_position_embeddings"] - (2 if kind == "Roberta" else 0)
-    ids = torch.full((1, longest), 5)
+    ids = torch.full((1, longest + 1), 5)
     for _ in range(2):
-        logits(recorded, {"input_ids": ids})
-    with pytest.raises(ValueError, match=f"at most {longest} tokens a sequence"):
-        logits(recorded, {"input_ids": torch.full((1, longest + 1), 5)})
+        logits(recorded, {"input_ids": ids[:, 1:], "attention_mask": torch.ones_like(ids[:, 1:])})
+    for given in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
+        with pytest.raises(ValueError, match=f"at most {longest} tokens a sequence"):
+            logits(recorded, given)
+
+
+def test_padding_that_is_to_be_computed_is(recorder):
+    plain, recorded = models("Bert", "Model")
+    for model in (plain.eval(), recorded.eval()):
+        fastbert.patch(model, padding="compute", graphs="auto" if model is recorded else False)
+    for _ in range(2):
+        with torch.no_grad():
+            actual, expected = (model(**INPUTS).last_hidden_state for model in (recorded, plain))
+        torch.testing.assert_close(actual, expected)
+        assert actual[1, 3:].abs().min() > 0
 
 
 @pytest.mark.parametrize("by", ["positions", "boundaries"])

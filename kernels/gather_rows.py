@@ -39,24 +39,19 @@ def _outputs(src: Tensor, index: Tensor) -> Tensor:
 
 @launcher(_outputs)
 def gathered(src: Tensor, index: Tensor) -> Tensor:
-    """src (R, N), index (M,) int32 -> (M, N): zeros at -1, all bits set at other strange entries.
-
-    Raises TypeError for elements of more than 8 bytes.
-    """
+    """src (R, N), index (M,) int32 -> (M, N): zeros at -1, all bits set beyond the rows of src."""
     out = _outputs(src, index)
     if out.numel():
-        dtype = _BITS.get(src.element_size())
-        if dtype is None:
-            raise TypeError(f"gather_rows: no kernel for {src.dtype}")
-        src = src if src.shape[1] == 1 or src.stride(1) == 1 else src.contiguous()
+        dtype = _BITS[min(src.element_size(), 8)]  # of 16 bytes, as complex numbers have, two each
+        src = src if src.stride(1) == 1 else src.contiguous()
+        bits = src.view(dtype)
+        n_cols = bits.shape[1]
         elements, cols, num_warps = BLOCK
-        n_cols = out.shape[1]
         cols = min(cols, 1 << (n_cols - 1).bit_length())
         rows = elements // cols
         _gather_rows_kernel(
             (cdiv(len(out), rows) * cdiv(n_cols, cols),),
-            src.view(dtype), index.contiguous(), out.view(dtype), src.stride(0),
-            len(out), len(src),
+            bits, index.contiguous(), out.view(dtype), bits.stride(0), len(out), len(src),
             N_COLS=n_cols, ROWS=rows, COLS=cols, num_warps=num_warps,
         )  # fmt: skip
     return out

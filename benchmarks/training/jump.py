@@ -24,6 +24,15 @@ from fastbert.models.losses import score_classes, score_masked
 from fastbert.packing import PackedBatch
 from fastbert.train.prepare import prepare_text
 
+WAYS: dict[str, dict[str, bool]] = {
+    "the step's own masks": {},
+    "residual stream in float32": {"wide": True},
+    "all in float32": {"low": False},
+    "plain bodies": {"plain": True},
+    "plain bodies, all in float32": {"plain": True, "low": False},
+    "without dropout, all in float32": {"drops": False, "low": False},
+}
+
 
 def main(
     seed: Annotated[int, typer.Option(help="Of the run.", min=min(SEEDS), max=max(SEEDS))] = 1,
@@ -44,18 +53,26 @@ def main(
         batches = [text.training.batch(number)[0] for number in range(step + 2)]
     model = initial(config, text.tokenizer.get_vocab_size())
 
-    def tell(name: str, batch: PackedBatch, *, wide: bool | None = None, **others: bool) -> None:
-        """wide: the residual stream."""
-        narrow = model.config.residual_in_fp32
-        vars(model.config)["residual_in_fp32"] = narrow if wide is None else wide
-        model.train(others.get("drops", True))
+    def tell(
+        name: str,
+        batch: PackedBatch,
+        *,
+        wide: bool = False,
+        low: bool = True,
+        plain: bool = False,
+        drops: bool = True,
+    ) -> None:
+        """wide: the residual stream in float32; low: products in bf16; plain: no kernels."""
+        usual = model.config.residual_in_fp32
+        vars(model.config)["residual_in_fp32"] = wide or usual
+        model.train(drops)
         with (
             torch.no_grad(),
-            autocast(options) if others.get("low", True) else contextlib.nullcontext(),
-            backend.use("reference") if others.get("plain") else contextlib.nullcontext(),
+            autocast(options) if low else contextlib.nullcontext(),
+            backend.use("reference") if plain else contextlib.nullcontext(),
         ):
             words, pairs, margins = parts(batch.to(device))
-        vars(model.config)["residual_in_fp32"] = narrow  # a model in use refuses a usual change
+        vars(model.config)["residual_in_fp32"] = usual  # a model in use refuses a usual change
         model.train()
         print(
             f"{name:<42}words {words:8.4f}, pairs {pairs:8.4f}, "
@@ -75,17 +92,12 @@ def main(
             return
         print(f"\nThe weights before step {number}")
         with torch.random.fork_rng():  # training goes on with the masks that it would have had
-            ways = [("the step's own masks", {})]
-            ways += [("residual stream in float32", {"wide": True})]
-            ways += [("all in float32", {"low": False}), ("plain bodies", {"plain": True})]
-            ways += [("plain bodies, all in float32", {"plain": True, "low": False})]
-            ways += [("without dropout, all in float32", {"drops": False, "low": False})]
-            for name, how in ways:
+            for name, how in WAYS.items():
                 with torch.random.fork_rng():
                     tell(f"batch {number}, {name}", batches[number], **how)
             for other in range(2):
                 tell(f"batch {number}, other masks, {other + 1}", batches[number])
-            for other in {step - 1, step, step + 1} - {number}:
+            for other in sorted({step - 1, step, step + 1} - {number}):
                 tell(f"batch {other}", batches[other])
 
     losses = train(model, lambda one: model(one).loss, batches, config, options, look)

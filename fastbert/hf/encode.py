@@ -15,11 +15,7 @@ from torch import Tensor, nn
 
 from fastbert import events
 from fastbert.hf.embeddings import embedded, padded_batch
-from fastbert.hf.families import (
-    Forward,
-    Unsupported,
-    keeps_padding,
-)
+from fastbert.hf.families import Forward, Unsupported, keeps_padding
 from fastbert.hf.first_tokens import (
     first_column,
     first_rows,
@@ -66,7 +62,8 @@ class Encoded:
 class Padded(NamedTuple):
     """What a bare model returns: (B, S, H), or the first column alone; and hidden states.
 
-    first: (B, H), each sequence's first token, None where that is the one in column 0
+    first: (B, H), each sequence's first token, None where that is the one in column 0, or no pooler
+    reads it
     """
 
     last: Tensor
@@ -105,7 +102,7 @@ def _padded(model: Any, arguments: dict[str, Any], head: Any) -> Padded:
             last, first = outputs
             return Padded(last.to(dtype), first.to(dtype))
     rows = None if head is None else functools.partial(first_rows, head)
-    encoded = call.run(rows, replays=batch is None)
+    encoded = call.run(rows)
     x, padding = encoded.x.to(encoded.dtype), encoded.padding
     if encoded.rows is not None:
         first = first_tokens(x, encoded.rows.cu_seqlens)
@@ -239,8 +236,8 @@ class Call(NamedTuple):
         wanted = states_wanted(module, arguments)
         return cls(module, layers, reading, given, layout, embed, trains, assumes, wanted)
 
-    def run(self, rows: ChooseRows | None = None, *, replays: bool = True) -> Encoded:
-        """Packs, embeds and runs the layers; replays: False for no graph of them; see `encode`."""
+    def run(self, rows: ChooseRows | None = None) -> Encoded:
+        """Packs, embeds and runs the layers; rows: see `encode`."""
         module, layers, wanted = self.module, self.layers, self.wanted
         padding, general = read_layout(
             self.given, **self.layout, keeps_padding=keeps_padding(module)
@@ -249,9 +246,7 @@ class Call(NamedTuple):
         x, own = self.embed(padding, rng)
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
         chosen = rows(padding, x.shape[1]) if rows is not None and not wanted else None
-        x, states = run_packed(
-            module, layers, self.reading, x, sequences, padding, wanted, chosen, replays=replays
-        )
+        x, states = run_packed(module, layers, self.reading, x, sequences, padding, wanted, chosen)
         return Encoded(x, states, padding, chosen, boundary_dtype(own, x.device))
 
 

@@ -99,13 +99,8 @@ def run_packed(
     padding: Unpadding,
     states: bool | Collection[int],
     rows: Rows | None,
-    *,
-    replays: bool,
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
-    """Runs the packed layers of `module`; layers with hooks see (B, S, H)
-
-    replays: as in `run_stack`.
-    """
+    """Runs the packed layers of `module`; layers with hooks see (B, S, H)."""
     _tell(module, layers, x, padding, sequences.mask, rows)
 
     def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
@@ -118,7 +113,7 @@ def run_packed(
         y = padding.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
         return y if sequences.rows is None else sequences.rows.of(y)
 
-    return run_stack(layers, reading, x, sequences, states, rows, call, replays=replays)
+    return run_stack(layers, reading, x, sequences, states, rows, call)
 
 
 def _tell(

@@ -107,8 +107,11 @@ class Planner:
 class Reading:
     """The parts of a list of layers in one call, by `Planner.parts`.
 
-    assumes: whether they may be those of an earlier call, until `settle` looks
+    assumes: whether they may be those of an earlier call, until `settle` looks; has_tried_graph:
+    whether `replay_padded` was asked for the call
     """
+
+    has_tried_graph = False
 
     def __init__(self, planner: Planner, owner: nn.ModuleList, *, assumes: bool = False) -> None:
         self.planner, self.owner = planner, owner

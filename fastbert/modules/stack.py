@@ -22,8 +22,6 @@ def run_stack(
     wanted_states: bool | Collection[int],
     rows: Rows | None,
     call: Callable[[int, Tensor, Sequences], Tensor],
-    *,
-    replays: bool = True,
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
     """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; and hidden states.
 
@@ -31,8 +29,7 @@ def run_stack(
     parts, None for a layer that could not be read; wanted_states: True for x and each layer's
     output, layer numbers for these layers' outputs with None for the others, as in Hugging Face;
     call(number, x, sequences) calls a layer as a module, as one is that has hooks, is checkpointed,
-    or could not be read, and all behind it, as a hook may change them; replays: False for a call
-    whose graph begins before the layers, and is not recorded yet. Raises ValueError where
+    or could not be read, and all behind it, as a hook may change them. Raises ValueError where
     `sequences` does not fit x, and if both rows and states are wanted, because the last state would
     lack tokens.
     """
@@ -57,11 +54,11 @@ def run_stack(
 
     sequences.check(x.shape[0])
     outputs = None
-    if replays:
+    if not reading.has_tried_graph:
         outputs = buckets.replayed(layers, reading, x, sequences, states, rows, reason)
     reading.settle()  # which the GPU does not wait for
     if reading.parts is not parts:
-        return run_stack(layers, reading, x, sequences, wanted_states, rows, call, replays=replays)
+        return run_stack(layers, reading, x, sequences, wanted_states, rows, call)
     if outputs is None:
         products = vars(layers).get(PRODUCTS)
         if products is not None:
@@ -79,9 +76,10 @@ def replay_padded(
 ) -> list[Tensor] | None:
     """The last layer's output (B, S, H), zeros at padding, and each sequence's first token (B, H).
 
-    By a CUDA graph that begins with the embeddings; None where the layers must run without it.
+    By a CUDA graph that begins with the embeddings; None where the layers must run without it, and
+    without a graph of their own, as this one is recorded when it is met again.
     """
-    parts = reading.parts
+    parts, reading.has_tried_graph = reading.parts, True
     outputs = buckets.replayed(layers, reading, batch, None)
     reading.settle()  # which the GPU does not wait for
     return outputs if reading.parts is parts else None

@@ -59,11 +59,6 @@ def _plain(call: Call) -> Tensor:
     return rows.masked_fill(is_spare[:, None], 0)
 
 
-@gather_rows.refuses
-def _refusal(call: Call) -> str | None:
-    return None if call.src.element_size() <= 8 else str(call.src.dtype)
-
-
 @gather_rows.fused
 def _fused(kernels: Any, call: Call) -> Tensor:
     return cast(Tensor, run(GatherRowsFunction, kernels, call))

@@ -166,9 +166,9 @@ def test_the_residual_stream(monkeypatch):
     theirs, ours, batch, _ = both("ForMaskedLM", dtype=torch.float32)
     seen = []
 
-    def run_and_see(module, layers, parts, x, *rest, **options):
+    def run_and_see(module, layers, parts, x, *rest):
         seen.append(x.dtype)
-        return run_packed(module, layers, parts, x, *rest, **options)
+        return run_packed(module, layers, parts, x, *rest)
 
     monkeypatch.setattr("fastbert.hf.encode.run_packed", run_and_see)
 

@@ -17,8 +17,8 @@ from fastbert.ops.compact import compact
 from fastbert.ops.unpad import Unpadding
 
 # From how many places times hidden size squared on the host counts the real tokens, for which it
-# waits: the layers then compute no more than these. With fewer a graph's launches take as long as
-# its arithmetic, so that it computes as many tokens as there are places.
+# waits: the layers then compute no more than these. With fewer a graph's launches are thought to
+# take as long as its arithmetic (not measured), so it computes as many tokens as there are places.
 LEAST_COUNTED = 2**30
 
 
@@ -53,7 +53,7 @@ class PaddedBatch(NamedTuple):
     def bucket(self) -> Bucket:
         """The smallest bucket for the batch; `longest` is the number of places S'.
 
-        At most 63 tokens or an eighth of them are filler: a GPU takes as long for 64 as for one,
+        At most 63 tokens or an eighth of them are filler: products have tiles of 64 rows or more,
         and sequences of every length up to 512, one by one, have eight graphs.
         """
         batch, seqlen = self.input_ids.shape

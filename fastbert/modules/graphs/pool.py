@@ -225,8 +225,10 @@ class Recorded:
         return self.distinct
 
     def _follow(self, parameters: list[Tensor], trained: list[Tensor] | None, pool: Pool) -> str:
-        """Drops all graphs if parameters moved, or others are trained; with `trained` also if they
-        have another layout, which without gradients `settle` asks."""
+        """Drops all graphs if parameters moved, have other layouts, or if others are trained.
+
+        Without gradients, where `trained` is None, `settle` asks about layouts, after the replay.
+        """
         addresses = _addresses(parameters)
         if self.trained is None:
             self.trained = trained
@@ -244,7 +246,7 @@ class Recorded:
     def settle(self, pool: Pool) -> bool:
         """Whether parameters have the layouts that graphs fix; if not, drops all graphs.
 
-        What was replayed until then has read memory that is the parameters' own, but counts for
+        What was replayed until then has read from the parameters' addresses on, and counts for
         nothing.
         """
         if _layouts(self.distinct) == self.layouts:

@@ -2,7 +2,7 @@
 
 The part "host" times whole calls of fastbert's own, patched and Hugging Face's models in turns,
 with the same weights and batch. On every machine it runs on the CPU with one thread: 12 layers of
-width 32 and one sequence of 16 tokens, in float32. On a GPU it also runs BERT-base: inference with
+width 32 and one sequence of 16 tokens, in a step four too, in float32. On a GPU it also runs BERT-base: inference with
 weights in the precision that is measured, with all hidden states too, and fine-tuning steps under
 autocast, of a classifier, also by Hugging Face's Trainer, and of a contrastive loss. There, patched
 models also run with CUDA graphs, and Hugging Face's with torch.compile.
@@ -40,6 +40,7 @@ WARM_UP = 4  # runs in which torch.compile compiles and records; patched models 
 CPU_CASES = (
     *(Case(INFERENCE, model, has_mask=m) for model in (ENCODER, CLASSIFIER) for m in (True, False)),
     *(Case(STEP, has_mask=has_mask) for has_mask in (True, False)),
+    *(Case(STEP, sequences=4, is_full=is_full) for is_full in (True, False)),
 )
 BATCHES = ((1, 16, True), (1, 128, True), (32, 128, True), (32, 128, False), (32, 512, False))
 COMPILED_CASES = tuple(Case(of, CLASSIFIER, *b) for of in (INFERENCE, STEP) for b in BATCHES)

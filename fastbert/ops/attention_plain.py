@@ -4,7 +4,6 @@ B sequences, T packed tokens, N heads, D head size, S the longest sequence.
 """
 
 import itertools
-from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -19,6 +18,10 @@ from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState
 
 MASKED = -1e30  # numbers of an additive mask below this mean -inf
+# On a CPU sequences attend all at once, padded, if they are short: their operators take longer to
+# call than to compute. By measurement with one thread that is for up to so many scores a sequence,
+# all heads together, where all are of one length, or where there are so many of unequal lengths.
+SHORT_ALIKE, SHORT, MANY = 2**15, 2**12, 8
 
 
 class Call(NamedTuple):
@@ -44,33 +47,26 @@ class Call(NamedTuple):
 
 def attend(call: Call) -> Tensor:
     """The plain body of both operators."""
-    q, k, v, cu_seqlens_q, cu_seqlens_k = call[:5]
-    bias = call.qkv_bias
-    if bias is not None:  # adds 0, whose derivative by the bias is 1
+    q, k, v, *boundaries = call[:5]
+    if call.qkv_bias is not None:  # adds 0, whose derivative by the bias is 1
+        bias = call.qkv_bias
         q = q + (bias - bias.detach()).to(q.dtype).view(q.shape[1:])
-    if k is not None and v is not None:
-        if not reads_lengths(call):
-            return attend_padded((q, k, v), call)
-        lengths_k = lengths_of(cu_seqlens_k, k)
-        rows = zip((q, k, v), (lengths_of(cu_seqlens_q, q), lengths_k, lengths_k), strict=True)
-        split = (x.transpose(0, 1).split_with_sizes(lengths, dim=1) for x, lengths in rows)
-        return attend_by_sequence(_last_without_keys(zip(*split, strict=True)), call)
+    tensors = (q,) if k is None or v is None else (q, k, v)
+    sizes = [(q, boundaries[0], call.max_seqlen_q)]  # of queries; of keys if they have others
+    if len(tensors) > 1:
+        sizes.append((tensors[1], boundaries[1], call.max_seqlen_k))
     if not reads_lengths(call):
-        return attend_padded(q.unbind(1), call)
-    lengths = lengths_of(cu_seqlens_q, q)
-    is_plain = call.mask is None and call.rng is None
-    if is_plain and lengths[-1] == 0 < lengths[0] and len({*lengths[:-1]}) == 1:
-        return attend_alike(q, len(lengths) - 1, call)
-    packed = q.permute(1, 2, 0, 3)
-    if len(lengths) == 2 and not lengths[1]:
-        return attend_by_sequence([packed.unbind()], call)
-    # one split, whose backward is one concatenation: slices would each zero a whole gradient
-    sequences = (one.unbind() for one in packed.split_with_sizes(lengths, dim=2))
-    return attend_by_sequence(_last_without_keys(sequences), call)
+        paddings = [Unpadding.from_cu_seqlens(bounds, most, len(x)) for x, bounds, most in sizes]
+        return attend_padded(tensors, paddings, call)
+    lengths = [lengths_of(bounds, x) for x, bounds, _ in sizes]
+    if _pays_padded(lengths, call):
+        known = zip(lengths, boundaries, strict=False)
+        return attend_padded(tensors, [_padding(*one) for one in known], call)
+    return attend_by_sequence(_sequences(tensors, lengths), call)
 
 
 def reads_lengths(call: Call) -> bool:
-    """Whether to read the lengths and attend sequence by sequence, without work on padding.
+    """Whether to read the lengths, so that long sequences attend one by one, without padding.
 
     On a CPU reading them is free. On a GPU the host would wait, and only one call for all sequences
     keeps the GPU busy.
@@ -84,18 +80,51 @@ def lengths_of(cu_seqlens: Tensor, x: Tensor) -> list[int]:
     return [end - begin for begin, end in itertools.pairwise(bounds)]
 
 
-def _last_without_keys(found: Iterable[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    """The sequences; the tokens behind the last one become a sequence without keys."""
-    *sequences, (q, k, v) = found
-    if q.shape[1] or not sequences:
-        sequences.append((q, k[:, :0], v[:, :0]))
-    return sequences
+def _pays_padded(lengths: list[list[int]], call: Call) -> bool:
+    """Whether a CPU is faster with all sequences at once, padded, than with one after the other.
+
+    That is for short ones, and for those of one length where PyTorch has a fused kernel.
+    """
+    count, scores = len(lengths[0]) - 1, call.q.shape[-2]
+    for *own, _ in lengths:
+        scores *= max(own, default=0)
+    if count < 2 or not scores:
+        return False
+    if all(map(is_dense, lengths)):
+        return scores <= SHORT_ALIKE or (call.mask is None and call.rng is None)
+    return count >= MANY and scores <= SHORT
 
 
-def attend_alike(qkv: Tensor, count: int, call: Call) -> Tensor:
-    """Attention of qkv (T, 3, N, D) for `count` sequences of equal length, without a copy."""
-    q, k, v = qkv.view(count, -1, *qkv.shape[1:]).permute(2, 0, 3, 1, 4).unbind()
-    return _sdpa(q, k, v, call).transpose(1, 2).flatten(0, 1)
+def is_dense(lengths: list[int]) -> bool:
+    """Whether all sequences are of one length, and no tokens are behind the last one."""
+    *own, tail = lengths
+    return not tail and len({*own}) == 1
+
+
+def _padding(lengths: list[int], cu_seqlens: Tensor) -> Unpadding:
+    longest = max(lengths[:-1])
+    if is_dense(lengths):
+        return Unpadding(None, None, cu_seqlens, longest, (len(lengths) - 1, longest))
+    return Unpadding.from_cu_seqlens(cu_seqlens, longest, sum(lengths))
+
+
+def _sequences(tensors: tuple[Tensor, ...], lengths: list[list[int]]) -> list[tuple[Tensor, ...]]:
+    """q, k and v (N, n, D) of each sequence; tokens behind the last are one without keys."""
+    found: list[tuple[Tensor, ...]]
+    # one split, whose backward is one concatenation: slices would each zero a whole gradient
+    if len(tensors) > 1:
+        sizes = lengths[0], lengths[1], lengths[1]
+        rows = zip(tensors, sizes, strict=True)
+        found = [
+            *zip(*(x.transpose(0, 1).split_with_sizes(n, dim=1) for x, n in rows), strict=True)
+        ]
+    elif len(lengths[0]) == 2 and not lengths[0][1]:
+        return [tensors[0].permute(1, 2, 0, 3).unbind()]
+    else:
+        packed = tensors[0].permute(1, 2, 0, 3)
+        found = [one.unbind() for one in packed.split_with_sizes(lengths[0], dim=2)]
+    q, k, v = found.pop()
+    return [*found, (q, k[:, :0], v[:, :0])] if q.shape[1] or not found else found
 
 
 def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tensor:
@@ -122,27 +151,28 @@ def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tenso
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def attend_padded(tensors: tuple[Tensor, ...], call: Call) -> Tensor:
-    """Attention of all sequences at once, padded; the host does not wait for their lengths."""
-    q, k, v = tensors
-    of_queries = Unpadding.from_cu_seqlens(call.cu_seqlens_q, call.max_seqlen_q, len(q))
-    of_keys = Unpadding.from_cu_seqlens(call.cu_seqlens_k, call.max_seqlen_k, len(k))
-    q = of_queries.pad(q).transpose(1, 2)  # (B, N, S, D)
-    k, v = (of_keys.pad(x).transpose(1, 2) for x in (k, v))
-    column = torch.arange(call.max_seqlen_k, device=k.device)
-    is_key = (column < call.cu_seqlens_k.diff()[:, None])[:, None, None]
-    if call.mask is None and call.rng is None and call.cu_seqlens_q is call.cu_seqlens_k:
-        out = _sdpa(q, k, v, call, is_key)  # here only padding has no key, and `pack` drops that
+def attend_padded(tensors: tuple[Tensor, ...], paddings: list[Unpadding], call: Call) -> Tensor:
+    """Attention of all sequences at once; paddings: of queries, and of keys if they have others."""
+    of_queries, of_keys = paddings[0], paddings[-1]
+    if len(tensors) == 1:
+        q, k, v = of_queries.pad(tensors[0]).permute(2, 0, 3, 1, 4).unbind()  # (B, N, S, D)
+    else:
+        q = of_queries.pad(tensors[0]).transpose(1, 2)
+        k, v = (of_keys.pad(x).transpose(1, 2) for x in tensors[1:])
+    mask = None
+    if of_keys.slots is not None:
+        mask = (of_keys.slots >= 0).view(of_keys.batch_shape)[:, None, None]
+    if call.mask is None and call.rng is None and of_queries is of_keys:
+        out = _sdpa(q, k, v, call, mask)  # here only padding has no key, and `pack` drops that
     else:
         keep = None
         if call.rng is not None:
-            sizes = q.shape[1], call.max_seqlen_k
-            keep = attention_keep_mask(call.rng, *sizes, call.dropout_p)
+            keep = attention_keep_mask(call.rng, q.shape[1], k.shape[2], call.dropout_p)
             keep = of_queries.pad(keep.transpose(0, 1)).transpose(1, 2)
-        mask = is_key
         if call.mask is not None:
             without = False if call.mask.dtype == torch.bool else float("-inf")
-            mask = call.mask.masked_fill(~is_key, without)
+            own = call.mask[:, :, : q.shape[2], : k.shape[2]]
+            mask = own if mask is None else own.masked_fill(~mask, without)
         out = _attend(q, k, v, call, mask, keep)
     return of_queries.pack(out.transpose(1, 2))
 

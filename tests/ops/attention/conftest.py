@@ -7,14 +7,17 @@ from fastbert import backend
 from fastbert.ops import attention_plain
 
 
-@pytest.fixture(params=["triton", "by sequence", "padded"])
+@pytest.fixture(params=["triton", "by sequence", "padded", "short"])
 def body(request, monkeypatch, device):
-    """Both plain strategies run on a CPU here; which one runs is chosen by the device."""
+    """All plain strategies run on a CPU here, where the lengths choose one of two."""
     if request.param == "padded":
         monkeypatch.setattr(attention_plain, "reads_lengths", lambda call: False)
+    short = 2**60 if request.param == "short" else 0
+    for name, value in (("SHORT_ALIKE", short), ("SHORT", short), ("MANY", 0)):
+        monkeypatch.setattr(attention_plain, name, value)
     if request.param == "triton":
         request.getfixturevalue("triton")
-    if request.param == "by sequence" and device != "cpu":
+    if request.param in ("by sequence", "short") and device != "cpu":
         pytest.skip("would make the host wait")
     with backend.use("triton" if request.param == "triton" else "reference"):
         yield request.param

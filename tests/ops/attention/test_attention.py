@@ -224,7 +224,7 @@ def test_a_second_derivative_is_refused(device, triton):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("body", ["by sequence", "padded"], indirect=True)
+@pytest.mark.parametrize("body", ["by sequence", "padded", "short"], indirect=True)
 def test_the_reference_is_differentiable_twice_in_float64(body):
     cu = boundaries([2, 0, 3])
     qkv = torch.randn(5, 3, 1, 2, dtype=torch.float64, requires_grad=True)

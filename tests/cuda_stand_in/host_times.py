@@ -1,4 +1,4 @@
-"""Host times of Hugging Face's models, and of patched ones without CUDA graphs and with them.
+"""Host times of Hugging Face's models, and of patched or own ones, without CUDA graphs and with.
 
     python -m tests.cuda_stand_in.host_times [--rounds 20] [--only "train lora"]
 
@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fastbert
+from fastbert.modules.graphs import buckets
 
 LENGTHS = 64, 40
 VOCABULARY = 1000
@@ -44,7 +45,7 @@ FAMILIES = ("Bert", "Roberta", "DistilBert", "Electra")
 class Case(NamedTuple):
     """family, head: of the model; trains: a step, or an inference; change: makes a model of it.
 
-    mask: "padded", "ones" or "none"
+    mask: "padded", "ones" or "none"; is_own: compares fastbert's own model in place of a patched
     """
 
     name: str
@@ -53,6 +54,7 @@ class Case(NamedTuple):
     trains: bool
     mask: str = "padded"
     change: Callable[[nn.Module], nn.Module] = lambda model: model
+    is_own: bool = False
 
 
 def checkpointed(model: Any) -> nn.Module:
@@ -81,8 +83,11 @@ def cases() -> Iterator[Case]:
         for family in FAMILIES:
             for head in HEADS:
                 yield Case(f"{family} {head} {use}", family, head, trains)
+        for head in HEADS:
+            yield Case(f"Bert {head} {use} own", "Bert", head, trains, is_own=True)
         for mask in ("ones", "none"):
             yield Case(f"Bert cls {use} mask {mask}", "Bert", "cls", trains, mask)
+            yield Case(f"Bert cls {use} mask {mask} own", "Bert", "cls", trains, mask, is_own=True)
         for change in (adapted, hooked):
             yield Case(f"Bert cls {use} {change.__name__}", "Bert", "cls", trains, change=change)
     for change in (checkpointed, frozen):
@@ -113,10 +118,16 @@ def models_of(case: Case) -> dict[str, nn.Module]:
     theirs = case.change(theirs).train(case.trains)
     if not case.trains:
         theirs.bfloat16()
-    eager, graphs = copy.deepcopy(theirs), copy.deepcopy(theirs)
-    fastbert.patch(eager, graphs=False)
-    fastbert.patch(graphs)
-    return {"Hugging Face": theirs, "without graphs": eager, "patched": graphs}
+    made = {"Hugging Face": theirs}
+    kinds: dict[str, buckets.Graphs] = {"without graphs": False, "with graphs": "auto"}
+    for name, graphs in kinds.items():
+        if case.is_own:
+            made[name] = getattr(fastbert, type(theirs).__name__)(config).to(CUDA, theirs.dtype)
+            made[name].train(case.trains).load_state_dict(theirs.state_dict())
+            buckets.allow(made[name], graphs)
+        else:
+            made[name] = fastbert.patch(copy.deepcopy(theirs), graphs=graphs)
+    return made
 
 
 def work_of(case: Case, model: nn.Module) -> Callable[[], None]:
@@ -192,7 +203,7 @@ def main(
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     torch.backends.cuda.enable_cudnn_sdp(False)  # the stand-in has no cuDNN
-    table = Table("case", "Hugging Face", "without graphs", "patched", "launches of each")
+    table = Table("case", "Hugging Face", "without graphs", "with graphs", "launches of each")
     for case in cases():
         if set(only.split()) <= set(case.name.split()):
             table.add_row(*measured(case, rounds))

@@ -101,7 +101,7 @@ def _bias_gelu_fwd_kernel(
 @kernel(do_not_specialize=["n_rows", "rows_per_program"])
 def _bias_gelu_bwd_kernel(
     dy_ptr, x_ptr, bias_ptr,  # (M, N), (M, N), (N,)
-    dx_ptr, dbias_ptr,  # (M, N), (P, N): one partial sum from each program of a strip
+    dx_ptr, dbias_ptr,  # (M, N), (P, N) or None: one partial sum from each program of a strip
     dy_row_stride, x_row_stride, dx_row_stride,
     n_rows, rows_per_program,
     N_COLS: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,
@@ -126,8 +126,10 @@ def _bias_gelu_bwd_kernel(
         gate, slope = gelu_gate(x, TANH, EXACT)
         dx = dy.to(tl.float32) * (gate + x * slope)
         tl.store(dx_ptr + rows * dx_row_stride + cols[None, :], dx, mask=mask)
-        dbias += dx  # masked rows add 0, because their dy is 0
-    tl.store(dbias_ptr + part * N_COLS + cols, tl.sum(dbias, axis=0), mask=in_row)
+        if dbias_ptr is not None:
+            dbias += dx  # masked rows add 0, because their dy is 0
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + part * N_COLS + cols, tl.sum(dbias, axis=0), mask=in_row)
 
 
 def _fwd_outputs(x: Tensor, bias: Tensor, tanh: bool):
@@ -150,15 +152,18 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
     return y
 
 
-def _bwd_outputs(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool):
-    return like(x), like(bias)
+def _bwd_outputs(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool, has_dbias: bool):
+    return like(x), like(bias) if has_dbias else bias.new_empty((0,))
 
 
 @launcher(_bwd_outputs)
-def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+def bias_gelu_bwd(
+    dy: Tensor, x: Tensor, bias: Tensor, tanh: bool, has_dbias: bool
+) -> tuple[Tensor, Tensor]:
     """Gradients of `bias_gelu_fwd`: dx (M, N) in x.dtype; dbias (N,) in bias.dtype.
 
-    dy (M, N) and x (M, N) have unit column stride; dbias is summed in float32.
+    dy (M, N) and x (M, N) have unit column stride; dbias is summed in float32, and empty unless
+    `has_dbias`.
     """
     n_rows, n_cols = x.shape
     rows, cols, num_warps = backward_block(capability(x), x.itemsize)
@@ -166,8 +171,10 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tens
     programs = max(num_sms(x) * WARPS_PER_SM // num_warps // strips, 1)
     rows_per_program = cdiv(cdiv(n_rows, programs), rows) * rows
     parts = cdiv(n_rows, rows_per_program) if n_rows else 0
-    dx, dbias = _bwd_outputs(dy, x, bias, tanh)
-    partials = torch.empty(1, parts, n_cols, dtype=torch.float32, device=x.device)
+    dx, dbias = _bwd_outputs(dy, x, bias, tanh, has_dbias)
+    partials = None
+    if has_dbias:
+        partials = torch.empty(1, parts, n_cols, dtype=torch.float32, device=x.device)
     if n_rows:
         _bias_gelu_bwd_kernel(
             (parts * strips,),
@@ -176,5 +183,6 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tens
             N_COLS=n_cols, TANH=tanh, EXACT=x.dtype == torch.float32,
             ROWS=rows, COLS=cols, STAGES=STAGES, num_warps=num_warps,
         )  # fmt: skip
-    add_partials(partials, dbias)
+    if partials is not None:
+        add_partials(partials, dbias)
     return dx, dbias

@@ -186,7 +186,7 @@ def embedding_layer_norm_fwd(
 
 def _bwd_outputs(word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor):
     tables = [torch.zeros_like(table) for table in (word, position, token_type)]
-    return *tables, torch.empty_like(weight), torch.empty_like(weight)
+    return *tables, weight.new_empty((2, weight.shape[0]))
 
 
 @launcher(lambda *arguments: _bwd_outputs(*arguments[4:8]))
@@ -194,14 +194,14 @@ def embedding_layer_norm_bwd(
     dy: Tensor, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
     word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
     state: Tensor | None, token_key: Tensor | None, site: int, threshold: int, padding_id: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Dense gradients of the three tables, weight and bias, in the dtypes of tables and weight.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Dense gradients of the three tables, and of weight and bias (2, N), in their dtypes.
 
     dy: (T, N) with unit column stride. The row `padding_id` of the word table gets no gradient; -1
     if there is no such row.
     """
     outputs = _bwd_outputs(word, position, token_type, weight)
-    dword, dposition, dtoken_type, dweight, dbias = outputs
+    dword, dposition, dtoken_type, sums = outputs
     n_rows, n_cols = dy.shape
     sizes = word.shape[0], position.shape[0], token_type.shape[0]
     block_m, block_n, num_warps = block = backward_block(n_cols)
@@ -220,5 +220,5 @@ def embedding_layer_norm_bwd(
             num_warps=num_warps,
         )  # fmt: skip
         add_to_tables(dz, keys, dword, dposition, dtoken_type, padding_id)
-    add_partials(partials, dweight, dbias)
+    add_partials(partials, sums)
     return outputs

@@ -1,8 +1,8 @@
 """Layer normalization, backward: one pass over memory, from what the forward saved.
 
 M rows, N columns; strides are divided by UNIT as in `layer_norm_fwd`. A program walks down the
-matrix, BLOCK_M whole rows at a time. Each program stores one row of partial sums for the gradients
-of the parameters, which `add_partials` adds up in a fixed order.
+matrix, BLOCK_M whole rows at a time. Where parameters are trained, each program stores one row of
+partial sums for their gradients, which `add_partials` adds up in a fixed order.
 """
 
 import functools
@@ -59,13 +59,16 @@ def layer_norm_bwd_kernel(
     mean_ptr, rstd_ptr,  # (M,) or None, (M,)
     state_ptr, token_key_ptr,  # (2,) or None, (M,)
     dz_ptr, dx_ptr,  # (M, N), (M, N) or None
-    partials_ptr,  # (2 or 3, P, N): sums for weight, bias and x_bias, one row a program
+    partials_ptr,  # (K, P, N) or None: sums for weight, bias and x_bias, one row a program
     dy_row_stride, kept_row_stride,
     n_rows, threshold, site, keep_scale,
     N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
-    HAS_X_BIAS: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Computes z_hat, which all gradients need, from z and the mean, or from y with a bias."""
+    """Computes z_hat, which all gradients need, from z and the mean, or from y with a bias.
+
+    K: 3 sums, 2 without that for x_bias, 0 for none.
+    """
     program, n_programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK_N)
     is_col = cols < N_COLS
@@ -96,8 +99,9 @@ def layer_norm_bwd_kernel(
         else:
             mean = tl.load(mean_ptr + rows, mask=is_row, other=0.0)
             z_hat = (kept - mean[:, None]) * rstd[:, None]
-        dweight += dy * z_hat
-        dbias += dy
+        if K > 0:
+            dweight += dy * z_hat
+            dbias += dy
         dx = standardize_gradient(dy * weight[None, :], z_hat, rstd, N_COLS)
         tl.store(dz_ptr + out, dx, mask=mask)
         if state_ptr is not None:
@@ -106,10 +110,11 @@ def layer_norm_bwd_kernel(
             dx = tl.where(keep, dx * keep_scale, 0.0)
         if dx_ptr is not None:
             tl.store(dx_ptr + out, dx, mask=mask)
-        if HAS_X_BIAS:
+        if K > 2:
             dx_bias += dx
 
-    store_partial(partials_ptr, 0, dweight, is_col, N_COLS)
-    store_partial(partials_ptr, 1, dbias, is_col, N_COLS)
-    if HAS_X_BIAS:
+    if K > 0:
+        store_partial(partials_ptr, 0, dweight, is_col, N_COLS)
+        store_partial(partials_ptr, 1, dbias, is_col, N_COLS)
+    if K > 2:
         store_partial(partials_ptr, 2, dx_bias, is_col, N_COLS)

@@ -3,13 +3,20 @@
 There are no atomics, and the order is fixed, so that repeated runs give the same bits.
 """
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.runtime import cdiv, kernel
+from fastbert.kernels.runtime import cdiv, is_traced, kernel
 
 ADD_BLOCK = 512, 16, 8  # partial sums, columns (two sectors of memory), warps
+MOST = 4  # that one launch adds up
+
+Pairs = list[tuple[Tensor, Tensor]]
 
 
 @triton.jit
@@ -20,41 +27,108 @@ def store_partial(partials_ptr, k, sums, is_col, N_COLS: tl.constexpr):
     tl.store(partials_ptr + row * N_COLS + cols, tl.sum(sums, axis=0), mask=is_col)
 
 
-@kernel(do_not_specialize=["n_partials"])
-def _add_partials_kernel(
-    partials_ptr, out0_ptr, out1_ptr, out2_ptr,  # (K, P, N), (N,), (N,) or None, (N,) or None
-    n_partials,
-    N_SUMS: tl.constexpr, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+@triton.jit
+def _add_up(
+    program, partials_ptr, sums_ptr, n_partials,
+    K: tl.constexpr, ROWS: tl.constexpr, N_COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.program_id(1)
-    is_col = cols < N_COLS
-    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in tl.range(0, tl.where(k < N_SUMS, n_partials, 0), BLOCK_M):
-        rows = first + tl.arange(0, BLOCK_M)
-        place = (k * n_partials + rows).to(tl.int64) * N_COLS
-        mask = (rows < n_partials)[:, None] & is_col[None, :]
-        sums += tl.load(partials_ptr + place[:, None] + cols[None, :], mask=mask, other=0.0)
-    total = tl.sum(sums, axis=0)
-    if k == 0:
-        tl.store(out0_ptr + cols, total, mask=is_col)
-    elif out1_ptr is not None:
-        if k == 1:
-            tl.store(out1_ptr + cols, total, mask=is_col)
-        elif out2_ptr is not None:
-            tl.store(out2_ptr + cols, total, mask=is_col)
+    """Some columns of one row of sums (ROWS, N) from partials (K, P, N)."""
+    if partials_ptr is not None:
+        strips: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
+        row = program // strips
+        cols = program % strips * BLOCK_N + tl.arange(0, BLOCK_N)
+        is_col = cols < N_COLS
+        k, end = row, n_partials
+        if K < ROWS:  # two sums, and zeros between them
+            k, end = row // 2, tl.where(row == 1, 0, n_partials)
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for first in tl.range(0, end, BLOCK_M):
+            rows = first + tl.arange(0, BLOCK_M)
+            place = (k * n_partials + rows).to(tl.int64) * N_COLS
+            mask = (rows < n_partials)[:, None] & is_col[None, :]
+            total += tl.load(partials_ptr + place[:, None] + cols[None, :], mask=mask, other=0.0)
+        tl.store(sums_ptr + row * N_COLS + cols, tl.sum(total, axis=0), mask=is_col)
 
 
-def add_partials(partials: Tensor, *outputs: Tensor) -> None:
-    """Sums (K, P, N) float32 over P, in a fixed order, into K = 1, 2 or 3 outputs (N,).
+@kernel(do_not_specialize=["p0", "p1", "p2", "p3"])
+def add_partials_kernel(
+    partials0_ptr, partials1_ptr, partials2_ptr, partials3_ptr,  # (K, P, N) each, None behind some
+    sums0_ptr, sums1_ptr, sums2_ptr, sums3_ptr,  # (ROWS, N) each
+    p0, p1, p2, p3,
+    K0: tl.constexpr, ROWS0: tl.constexpr, N0: tl.constexpr,
+    K1: tl.constexpr, ROWS1: tl.constexpr, N1: tl.constexpr,
+    K2: tl.constexpr, ROWS2: tl.constexpr, N2: tl.constexpr,
+    K3: tl.constexpr, ROWS3: tl.constexpr, N3: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Adds up one tensor after the other, with a program for each strip of columns of a row."""
+    program = tl.program_id(0)
+    end0: tl.constexpr = ROWS0 * ((N0 + BLOCK_N - 1) // BLOCK_N)
+    end1: tl.constexpr = end0 + ROWS1 * ((N1 + BLOCK_N - 1) // BLOCK_N)
+    end2: tl.constexpr = end1 + ROWS2 * ((N2 + BLOCK_N - 1) // BLOCK_N)
+    if program < end0:
+        _add_up(program, partials0_ptr, sums0_ptr, p0, K0, ROWS0, N0, BLOCK_M, BLOCK_N)
+    elif program < end1:
+        _add_up(program - end0, partials1_ptr, sums1_ptr, p1, K1, ROWS1, N1, BLOCK_M, BLOCK_N)
+    elif program < end2:
+        _add_up(program - end1, partials2_ptr, sums2_ptr, p2, K2, ROWS2, N2, BLOCK_M, BLOCK_N)
+    else:
+        _add_up(program - end2, partials3_ptr, sums3_ptr, p3, K3, ROWS3, N3, BLOCK_M, BLOCK_N)
 
-    A third output beside two sums is filled with zeros.
+
+def add_partials(partials: Tensor, sums: Tensor) -> None:
+    """Sums (K, P, N) float32 over P, in a fixed order, into `sums` (K, N), or (N,) if K is 1.
+
+    Where `sums` has three rows for K = 2, the one in the middle is filled with zeros. Inside
+    `together` they are added up at its end.
     """
-    n_sums, n_partials, n_cols = partials.shape
-    n_outputs = len(outputs)
+    waiting = getattr(_WAITING, "pairs", None)
+    if waiting is None:
+        _launch([(partials, sums)])
+    else:
+        waiting.append((partials, sums))
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Adds up at its end, in one launch for up to `MOST`, what `add_partials` is given inside.
+
+    Not where a tracer or a mode looks at operators, each of which has to be complete.
+    """
+    before = getattr(_WAITING, "pairs", None)
+    pairs: Pairs | None = None if is_traced(()) else []
+    _WAITING.pairs = pairs
+    try:
+        yield
+    finally:
+        _WAITING.pairs = before
+    pairs = pairs or []
+    for first in range(0, len(pairs), MOST):
+        _launch(pairs[first : first + MOST])
+
+
+_WAITING = threading.local()  # autograd runs backwards in threads of its own
+
+
+def _launch(pairs: Pairs) -> None:
     block_m, block_n, num_warps = ADD_BLOCK
-    _add_partials_kernel(
-        (cdiv(n_cols, block_n), n_outputs),
-        partials, *outputs, *[None] * (3 - n_outputs), n_partials,
-        N_SUMS=n_sums, N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
+    shapes: list[int] = []
+    programs = 0
+    for partials, sums in pairs:
+        columns = partials.shape[2]
+        rows = sums.numel() // columns
+        shapes += [partials.shape[0], rows, columns]
+        programs += rows * cdiv(columns, block_n)
+    missing = MOST - len(pairs)
+    none = [None] * missing
+    constants = dict(zip(_SHAPES, shapes + [0, 0, 0] * missing, strict=True))
+    add_partials_kernel(
+        (programs,),
+        *[partials for partials, _ in pairs], *none, *[sums for _, sums in pairs], *none,
+        *[partials.shape[1] for partials, _ in pairs], *[0] * missing,
+        **constants, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
     )  # fmt: skip
+
+
+_SHAPES = [f"{name}{number}" for number in range(MOST) for name in ("K", "ROWS", "N")]

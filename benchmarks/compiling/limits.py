@@ -33,7 +33,7 @@ TILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "_join_chunks_kernel": (M_N, ("heads_ptr",)),
     "layer_norm_fwd_kernel": (M_N, ("x_ptr", "residual_ptr")),
     "layer_norm_bwd_kernel": (M_N, ("dy_ptr", "dy2_ptr", "kept_ptr")),
-    "_add_partials_kernel": (M_N, ("partials_ptr",)),
+    "add_partials_kernel": (M_N, tuple(f"partials{n}_ptr" for n in range(4))),
     "_cross_entropy_fwd_kernel": (("DEPTH", "LANES"), ("logits_ptr", "logits_ptr")),
     "_cross_entropy_bwd_kernel": (ROWS_COLS, ("logits_ptr",)),
 }

@@ -2,10 +2,11 @@
 
 The part "host" times whole calls of fastbert's own, patched and Hugging Face's models in turns,
 with the same weights and batch. On every machine it runs on the CPU with one thread: 12 layers of
-width 32 and one sequence of 16 tokens, in a step four too, in float32. On a GPU it also runs BERT-base: inference with
-weights in the precision that is measured, with all hidden states too, and fine-tuning steps under
-autocast, of a classifier, also by Hugging Face's Trainer, and of a contrastive loss. There, patched
-models also run with CUDA graphs, and Hugging Face's with torch.compile.
+width 32 and one sequence of 16 tokens, in a step four too, in float32. On a GPU it also runs
+BERT-base: inference with weights in the precision that is measured, with all hidden states too, and
+fine-tuning steps under autocast, of a classifier, also by Hugging Face's Trainer, and of a
+contrastive loss. There, patched models also run with CUDA graphs, and Hugging Face's with
+torch.compile.
 
 Then `empty_launches` measures single layers and operators as they run on a GPU.
 """

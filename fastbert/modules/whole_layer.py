@@ -6,6 +6,7 @@ each is checked once. The operators' own Functions do the work, each with a `_Sa
 autograd's context. T packed tokens, H hidden, N heads, D head size.
 """
 
+import copy
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -139,9 +140,16 @@ class WholeLayer:
 
 
 class _Saved:
-    """The context of an operator's Function inside the layer's node."""
+    """The context of an operator's Function inside the layer's node.
+
+    trains: whether parameters of the operator are trained
+    """
 
     saved_tensors: tuple[Tensor | None, ...]
+
+    def __init__(self, *, trains: bool) -> None:
+        self.trains = trains
+        self.needs_input_grad = (trains,) * 16  # as many as the Functions ask about, and more
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors
@@ -158,8 +166,7 @@ class _Saved:
 
     def with_tensors(self, kept: Iterator[Any]) -> "_Saved":
         """The context with the tensors of `taken`, the next of `kept`; this one stays without."""
-        found = _Saved()
-        vars(found).update(vars(self))
+        found = copy.copy(self)
         found.saved_tensors = tuple(islice(kept, self.count))
         return found
 
@@ -178,7 +185,11 @@ class _Layer(torch.autograd.Function):
         first, second = layer.ends
         *weights, b_out, b_up, b_down, g1, b1, g2, b2 = parameters[:10]
         projections = parameters[10:]
-        saved: list[Any] = [None if ctx is None else _Saved() for _ in range(4)]
+        saved: list[Any] = [None] * 4
+        if ctx is not None:
+            needs = ctx.needs_input_grad[6:]
+            sums = needs[13:], (needs[3], *needs[6:8]), needs[4:5], (needs[5], *needs[8:10])
+            saved = [_Saved(trains=any(some)) for some in sums]
         attention, norm1, gelu, norm2 = saved
 
         def low(tensor: Tensor) -> Tensor:
@@ -191,7 +202,8 @@ class _Layer(torch.autograd.Function):
         w_out, w_up, w_down = map(low, weights)
         qkv, low_x, w_qkv, b_key = x, None, None, None
         if projections:
-            b_key, low_x = projections[4], _in(x, dtype)
+            low_x = _in(x, dtype)
+            b_key = projections[4] if ctx is not None and attention.trains else None
             w_qkv, b_qkv = low(torch.cat(projections[:3])), low(torch.cat(projections[3:]))
             qkv = F.linear(low_x, w_qkv, b_qkv)
         qkv = qkv.view(count, 3, layer.num_heads, -1)
@@ -242,21 +254,23 @@ class _Layer(torch.autograd.Function):
         def of_weight(dy: Tensor, x: Tensor | None) -> Any:
             return None if x is None else product(dy.t(), x, weight_dtype)
 
-        _, dy, dmid, dg2, db2, _, db_down, *_ = LayerNormFunction.backward(norm2, *gradients)
-        dw_down = of_weight(dy, active)
-        _, dy, db_up, _ = BiasGeluFunction.backward(gelu, dy @ w_down)
-        dw_up = of_weight(dy, low_mid)
-        _, dy, dresidual, dg1, db1, _, db_out, *_ = LayerNormFunction.backward(
-            norm1, dy @ w_up, dmid
-        )
-        dw_out = of_weight(dy, context)
-        dcontext = (dy @ w_out).view(attention.saved_tensors[0].shape)
-        _, dqkv, _, _, db_qkv, _ = AttentionFunction.backward(attention, dcontext)
+        with norm2.kernels.together():  # one launch for the sums of all of them
+            _, dy, dmid, dg2, db2, _, db_down, *_ = LayerNormFunction.backward(norm2, *gradients)
+            dw_down = of_weight(dy, active)
+            _, dy, db_up, _ = BiasGeluFunction.backward(gelu, dy @ w_down)
+            dw_up = of_weight(dy, low_mid)
+            _, dy, dresidual, dg1, db1, _, db_out, *_ = LayerNormFunction.backward(
+                norm1, dy @ w_up, dmid
+            )
+            dw_out = of_weight(dy, context)
+            dcontext = (dy @ w_out).view(attention.saved_tensors[0].shape)
+            _, dqkv, _, _, db_qkv, _ = AttentionFunction.backward(attention, dcontext)
         dx, of_projections = dqkv.view(dqkv.shape[0], -1), ()
         if w_qkv is not None:
             dw_qkv = of_weight(dx, low_x)
             dw_qkv = (None,) * 3 if dw_qkv is None else dw_qkv.chunk(3)
-            of_projections = *dw_qkv, *db_qkv.chunk(3)
+            of_biases = (None,) * 3 if db_qkv is None else db_qkv.chunk(3)
+            of_projections = *dw_qkv, *of_biases
             dx = _in(dx @ w_qkv, x_dtype) if ctx.needs_input_grad[4] else None
         return (
             *(None, None, None, None, dx, dresidual, dw_out, dw_up, dw_down),

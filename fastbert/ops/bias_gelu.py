@@ -66,12 +66,12 @@ class BiasGeluFunction(torch.autograd.Function):
         rows, bias, tanh = as_rows(x), bias.contiguous(), approximate == "tanh"
         if ctx is not None:
             ctx.save_for_backward(rows, bias)
-            ctx.kernels, ctx.tanh = kernels, tanh
+            ctx.kernels, ctx.options = kernels, (tanh, ctx.needs_input_grad[2])
         return shaped(kernels.bias_gelu_fwd(rows, bias, tanh), x)
 
     @staticmethod
     @once("bias_gelu")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, bias = ctx.saved_tensors
-        dx, dbias = ctx.kernels.bias_gelu_bwd(as_rows(dy), rows, bias, ctx.tanh)
-        return None, shaped(dx, dy), dbias, None
+        dx, dbias = ctx.kernels.bias_gelu_bwd(as_rows(dy), rows, bias, *ctx.options)
+        return None, shaped(dx, dy), dbias if len(dbias) else None, None

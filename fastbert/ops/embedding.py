@@ -184,8 +184,8 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
     @staticmethod
     @once(WHO)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dword, dposition, dtypes, *others = ctx.kernels.embedding_layer_norm_bwd(
+        dword, dposition, dtypes, sums = ctx.kernels.embedding_layer_norm_bwd(
             as_rows(dy), *ctx.saved_tensors, *ctx.numbers
         )
         dtypes = dtypes if ctx.has_types else None
-        return None, None, None, None, dword, dposition, dtypes, *others, *[None] * 5
+        return None, None, None, None, dword, dposition, dtypes, *sums.unbind(), *[None] * 5

@@ -224,7 +224,9 @@ class LayerNormFunction(torch.autograd.Function):
             mean, z = of_z if residual is not None else (*of_z, rows)
             ctx.save_for_backward(weight, state, token_key, rstd, z, None, mean)
         ctx.kernels, ctx.x_dtype = kernels, x.dtype
-        ctx.has_residual, ctx.has_x_bias = residual is not None, x_bias is not None
+        ctx.has_residual, needs = residual is not None, ctx.needs_input_grad
+        are_trained = needs[3] or needs[4] or needs[6]
+        ctx.num_sums = 2 + (x_bias is not None) if are_trained else 0
         if not branches:
             return y
         ctx.set_materialize_grads(False)  # a branch that nothing uses has no gradient
@@ -238,9 +240,9 @@ class LayerNormFunction(torch.autograd.Function):
         if others is not None and others.stride() != rows.stride():
             rows, others = rows + others, None
         weight, state, token_key, rstd, kept, bias, mean = ctx.saved_tensors
-        dz, dx, dweight, dbias, dx_bias = ctx.kernels.layer_norm_bwd(
+        dz, dx, sums = ctx.kernels.layer_norm_bwd(
             rows, others, as_rows(kept), weight, bias, mean, rstd,
-            state, token_key, *ctx.numbers, ctx.x_dtype, ctx.has_x_bias,
+            state, token_key, *ctx.numbers, ctx.x_dtype, ctx.num_sums,
         )  # fmt: skip
         dz = shaped(dz, dy)
         # Where dx equals dz, both gradients are the same tensor object, not views of it: autograd
@@ -248,5 +250,5 @@ class LayerNormFunction(torch.autograd.Function):
         # holds the sole reference to that tensor.
         dx = dz if dx.ndim == 1 else shaped(dx, dy)
         dresidual = dz if ctx.has_residual else None
-        dx_bias = dx_bias if ctx.has_x_bias else None
+        dweight, dbias, dx_bias = (*sums.unbind(), None, None, None)[:3]
         return None, dx, dresidual, dweight, dbias, None, dx_bias, None, None, None, None

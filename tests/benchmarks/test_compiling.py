@@ -52,7 +52,7 @@ def test_a_launch_is_recorded_with_its_arguments_for_its_gpu():
         assert forward.values["y_ptr"].dtype == torch.bfloat16
         assert (forward.values["n_rows"], forward.values["x_row_stride"]) == (3, 512)
         assert [backward.values[name] for name in ("ROWS", "COLS", "num_warps")] == list(block)
-        assert sums.values["N_SUMS"] == 1
+        assert sums.values["K0"] == 1
     (alone,) = case._replace(trains=False).launches(SM90)
     assert alone.kernel is forward.kernel
 

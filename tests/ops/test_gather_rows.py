@@ -98,6 +98,7 @@ def test_gather_of_nothing(implementation, device, source_rows, rows, width):
     out, grad = gradients(
         lambda x: gather_rows(x, index, inverse), src.to(device), dy=dy.to(device)
     )
+    assert out.is_contiguous()
     assert torch.equal(out.cpu(), torch.zeros(rows, width))
     assert torch.equal(grad.cpu(), torch.zeros(source_rows, width))
 

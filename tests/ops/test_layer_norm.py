@@ -217,18 +217,6 @@ def test_the_backward_gives_the_same_bits_each_time(dropout_p, device):
     assert_as_accurate(first, case.plain(dropout_p=dropout_p), truth, names=SUM_NAMES)
 
 
-@pytest.mark.usefixtures("triton")
-def test_many_partial_sums_are_all_added(device):
-    """More of them than the adding kernel takes in one step."""
-    from fastbert.kernels.partial_sums import add_partials
-
-    for n_outputs in (1, 2, 3):
-        partials = torch.randn(n_outputs, 1100, 20, device=device)
-        outputs = [torch.empty(20, device=device) for _ in range(n_outputs)]
-        add_partials(partials, *outputs)
-        torch.testing.assert_close(torch.stack(outputs), partials.sum(1), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.usefixtures("body")
 def test_gradients_of_both_inputs_share_no_memory(device):
     """Without dropout they are one tensor in the backward, and leaves must get one each."""

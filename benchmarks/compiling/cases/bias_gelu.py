@@ -23,3 +23,7 @@ def cases() -> Iterator[Case]:
             (floats(ROWS, columns, dtype=dtype), floats(columns)),
             quick=CAPABILITIES * ((columns, dtype, approximate) == (4096, "bf16", "none")),
         )
+    frozen = floats(4096)
+    yield Case(
+        "4096 bf16 frozen", lambda x: bias_gelu(x, frozen), (floats(ROWS, 4096, dtype="bf16"),)
+    )

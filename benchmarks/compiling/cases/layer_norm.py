@@ -15,6 +15,7 @@ def cases() -> Iterator[Case]:
         yield _add(columns, "dropout", quick=CAPABILITIES * is_quick)
         yield _add(columns, "dropout, from y", save="y", quick=(SM90,) * is_quick)
         yield _add(columns, "dropout, one branch", branches=False)
+        yield _add(columns, "dropout, frozen", frozen=True)
     for columns in (768, 1024):
         yield _add(columns, "no dropout", dropout_p=0.0)
         yield _add(columns, "inference", dropout_p=0.0, trains=False)
@@ -31,17 +32,22 @@ def cases() -> Iterator[Case]:
 def _add(
     columns: int, label: str, dtype: str = "bf16", *, dropout_p: float = 0.1, save: str = "z",
     branches: bool = True, trains: bool = True, quick: tuple[int, ...] = (), stream: str = "",
+    frozen: bool = False,
 ) -> Case:  # fmt: skip
     """Of activations in `dtype`; the parameters are float32, as in training under autocast.
 
-    stream: the residual's dtype, that of the activations by default
+    stream: the residual's dtype, that of the activations by default; frozen: no gradients of
+    parameters are wanted
     """
     options = {"save": save, "branches": branches, **dropout_of(dropout_p)}
 
-    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Any:
+    parameters = tuple(floats(columns) for _ in range(3))
+
+    def call(x: Tensor, residual: Tensor, *trained: Tensor) -> Any:
+        weight, bias, x_bias = trained or parameters
         call = Call(x, residual, weight, bias, x_bias=x_bias, **options)
         return dropout_add_layer_norm.run(call)
 
-    activations = (floats(ROWS, columns, dtype=one) for one in (dtype, stream or dtype))
-    parameters = (floats(columns) for _ in range(3))
-    return Case(f"{columns} {label}", call, (*activations, *parameters), trains, quick)
+    activations = tuple(floats(ROWS, columns, dtype=one) for one in (dtype, stream or dtype))
+    tensors = activations if frozen else (*activations, *parameters)
+    return Case(f"{columns} {label}", call, tensors, trains, quick)

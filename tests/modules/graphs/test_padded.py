@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 import fastbert
 from fastbert.hf import encode
+from fastbert.hf.stack import returns_tuples
 from fastbert.modules.graphs import buckets, padded
 from fastbert.ops.embedding import embedding_layer_norm
 from tests.modules.graphs.case import MASKS, SHAPE, Repeats, batch, logits, models, step, use
@@ -265,6 +266,8 @@ def test_documents_in_a_row_are_told_apart(by, recorder):
     given = {"input_ids": torch.randint(3, 61, (1, 7))}
     if by == "positions":
         given["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    elif returns_tuples():
+        pytest.skip("models of transformers 4.57 take no boundaries")
     else:
         given["cu_seq_lens_q"] = torch.tensor([0, 3, 7], dtype=torch.int32)
     for _ in range(2):

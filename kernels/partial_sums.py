@@ -4,6 +4,7 @@ There are no atomics, and the order is fixed, so that repeated runs give the sam
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 
@@ -112,23 +113,29 @@ _WAITING = threading.local()  # autograd runs backwards in threads of its own
 
 
 def _launch(pairs: Pairs) -> None:
-    block_m, block_n, num_warps = ADD_BLOCK
-    shapes: list[int] = []
-    programs = 0
-    for partials, sums in pairs:
-        columns = partials.shape[2]
-        rows = sums.numel() // columns
-        shapes += [partials.shape[0], rows, columns]
-        programs += rows * cdiv(columns, block_n)
+    shapes = tuple([(x.shape[0], sums.numel(), x.shape[2]) for x, sums in pairs])
+    grid, constants = _constants(shapes, ADD_BLOCK)
     missing = MOST - len(pairs)
     none = [None] * missing
-    constants = dict(zip(_SHAPES, shapes + [0, 0, 0] * missing, strict=True))
     add_partials_kernel(
-        (programs,),
+        grid,
         *[partials for partials, _ in pairs], *none, *[sums for _, sums in pairs], *none,
         *[partials.shape[1] for partials, _ in pairs], *[0] * missing,
-        **constants, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
+        **constants,
     )  # fmt: skip
 
 
-_SHAPES = [f"{name}{number}" for number in range(MOST) for name in ("K", "ROWS", "N")]
+@functools.cache
+def _constants(
+    shapes: tuple[tuple[int, int, int], ...], block: tuple[int, int, int]
+) -> tuple[tuple[int], dict[str, int]]:
+    """The grid, and the compile-time arguments; shapes: K, numbers in the sums and N of each."""
+    block_m, block_n, num_warps = block
+    constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps}
+    programs = 0
+    for number in range(MOST):
+        k, size, columns = shapes[number] if number < len(shapes) else (0, 0, 1)
+        rows = size // columns
+        constants |= {f"K{number}": k, f"ROWS{number}": rows, f"N{number}": columns}
+        programs += rows * cdiv(columns, block_n)
+    return (programs,), constants

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,10 +95,17 @@ def describe(options: Options) -> Row:
         **environment(options.device),
         "driver": _driver() if options.device.type == "cuda" else None,
         **{name: _version(name) for name in ("triton", "transformers")},
-        "command": " ".join(["python -m", _program(), *sys.argv[1:]]),
+        "command": " ".join([*_variables(), "python -m", _program(), *sys.argv[1:]]),
         "precision": options.precision,
         "quick": options.quick,
     }
+
+
+def _variables() -> list[str]:
+    """The variables that change what is measured, as a shell sets them for a command."""
+    names = [f"FASTBERT_{name}" for name in ("BACKEND", "BUILD_EXT", "GRAPHS", "PDL")]
+    found = {name: os.environ.get(name) for name in [*names, "CUBLAS_WORKSPACE_CONFIG"]}
+    return [f"{name}={value}" for name, value in found.items() if value]
 
 
 def _program() -> str:

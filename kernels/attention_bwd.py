@@ -30,7 +30,7 @@ from fastbert.kernels.attention_common import (
     tile_ptrs,
     zero_rows,
 )
-from fastbert.kernels.runtime import kernel
+from fastbert.kernels.runtime import begin, kernel
 
 
 def dq_tile(capability: int, itemsize: int, block_d: int, *, dropout: bool, mask: bool) -> Tile:
@@ -85,6 +85,7 @@ def attention_dq_kernel(
     PRECISION: tl.constexpr, BY_DOT: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries of one head of one sequence, and its rows' delta."""
+    begin()
     head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
     dq_ptr += head * HEAD_DIM
@@ -207,6 +208,7 @@ def attention_dkdv_kernel(
     PRECISION: tl.constexpr, BY_DOT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one head of one sequence."""
+    begin()
     head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
     dk_ptr += head * HEAD_DIM

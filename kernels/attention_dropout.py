@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels.philox import ROUNDS
-from fastbert.kernels.runtime import capability, cdiv, kernel, launcher
+from fastbert.kernels.runtime import begin, capability, cdiv, kernel, launcher
 
 
 def words_block(capability: int) -> tuple[int, int, int]:
@@ -30,6 +30,7 @@ def attention_drop_words_kernel(
     site, threshold,
     BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
+    begin()
     head = tl.program_id(1)
     sequence = tl.program_id(2)
     q_first = tl.load(cu_q_ptr + sequence).to(tl.int64)

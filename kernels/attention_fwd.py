@@ -21,7 +21,7 @@ from fastbert.kernels.attention_common import (
     tile_ptrs,
     zero_rows,
 )
-from fastbert.kernels.runtime import kernel
+from fastbert.kernels.runtime import begin, kernel
 
 
 def fwd_tile(capability: int, itemsize: int, block_d: int, *, dropout: bool, mask: bool) -> Tile:
@@ -58,6 +58,7 @@ def attention_fwd_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    begin()
     head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
     out_ptr += head * HEAD_DIM

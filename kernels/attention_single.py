@@ -19,7 +19,7 @@ from fastbert.kernels.attention_common import (
     tile_ptrs,
     zero_rows,
 )
-from fastbert.kernels.runtime import TRITON_VERSION, kernel
+from fastbert.kernels.runtime import TRITON_VERSION, begin, kernel
 
 
 def single_tile(
@@ -53,6 +53,7 @@ def attention_single_kernel(
     BY_DOT: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV of one head of one sequence, which is a single tile."""
+    begin()
     head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
     dq_ptr += head * HEAD_DIM

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastbert.kernels.partial_sums import add_partials
 from fastbert.kernels.runtime import (
     IS_INTERPRETED,
+    begin,
     capability,
     cdiv,
     kernel,
@@ -85,6 +86,7 @@ def _bias_gelu_fwd_kernel(
     N_COLS: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    begin()
     strips: tl.constexpr = (N_COLS + COLS - 1) // COLS
     program = tl.program_id(0)  # strips of the same rows follow each other, as in memory
     rows = (program // strips).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -107,6 +109,7 @@ def _bias_gelu_bwd_kernel(
     N_COLS: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    begin()
     strips: tl.constexpr = (N_COLS + COLS - 1) // COLS
     part = tl.program_id(0) // strips
     cols = tl.program_id(0) % strips * COLS + tl.arange(0, COLS)

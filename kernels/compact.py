@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.runtime import cdiv, kernel, launcher
+from fastbert.kernels.runtime import begin, cdiv, kernel, launcher
 
 
 def block(n_values: int) -> tuple[int, int]:
@@ -23,6 +23,7 @@ def _compact_kernel(
     n_cols, n_values, capacity, ignore_index,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    begin()
     program = tl.program_id(0)
     start = program * BLOCK
     lanes = tl.arange(0, BLOCK)

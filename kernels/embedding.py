@@ -20,7 +20,7 @@ from fastbert.kernels.layer_norm_bwd import (
 from fastbert.kernels.layer_norm_fwd import standardize
 from fastbert.kernels.partial_sums import add_partials, store_partial
 from fastbert.kernels.philox import keep_mask, keep_scale
-from fastbert.kernels.runtime import cdiv, kernel, launcher, stride_unit
+from fastbert.kernels.runtime import begin, cdiv, kernel, launcher, stride_unit
 from fastbert.kernels.table_gradients import add_to_tables
 
 
@@ -57,6 +57,7 @@ def _forward_kernel(
     n_rows, n_words, n_positions, n_types, eps, threshold, site, keep_scale,
     N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    begin()
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     is_row, is_col = rows < n_rows, cols < N_COLS
@@ -101,6 +102,7 @@ def _backward_kernel(
     n_rows, n_words, n_positions, n_types, threshold, site, keep_scale,
     N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    begin()
     cols = tl.arange(0, BLOCK_N)
     is_col = cols < N_COLS
     weight = tl.load(weight_ptr + cols, mask=is_col, other=0.0).to(tl.float32)

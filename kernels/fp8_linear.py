@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastbert.kernels.bias_gelu import gelu_gate
 from fastbert.kernels.partial_sums import add_partials
-from fastbert.kernels.runtime import IS_INTERPRETED, cdiv, kernel, launcher, like
+from fastbert.kernels.runtime import IS_INTERPRETED, begin, cdiv, kernel, launcher, like
 
 # Rows and columns of a tile, and warps; by registers, as no GPU has swept them since the kernels
 # transpose words. Of each column the transposed copy gets 64 bytes at once.
@@ -112,6 +112,7 @@ def _cast_transpose_kernel(
     n_padded, n_rows,  # P >= M, and M
     N_COLS: tl.constexpr, E5M2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    begin()
     fours, cols, words, most = _tile(N_COLS, ROWS, COLS)
     for number in tl.static_range(4):
         rows = fours + number
@@ -133,6 +134,7 @@ def _gelu_cast_kernel(
     N_COLS: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    begin()
     fours, cols, words, most = _tile(N_COLS, ROWS, COLS)
     for number in tl.static_range(4):
         rows = fours + number
@@ -156,6 +158,7 @@ def _gelu_bwd_cast_kernel(
     N_COLS: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    begin()
     fours, cols, words, most = _tile(N_COLS, ROWS, COLS)
     dbias = tl.zeros((ROWS // 4, COLS), tl.float32)
     for number in tl.static_range(4):

@@ -4,7 +4,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.runtime import cdiv, kernel, launcher
+from fastbert.kernels.runtime import begin, cdiv, kernel, launcher
 
 BLOCK = 2048, 256, 4  # elements and columns of a tile, and warps
 
@@ -18,6 +18,7 @@ def _gather_rows_kernel(
     n_rows, n_sources,
     N_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    begin()
     strips: tl.constexpr = (N_COLS + COLS - 1) // COLS
     program = tl.program_id(0)
     rows = (program // strips).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastbert.kernels.partial_sums import store_partial
 from fastbert.kernels.philox import keep_mask
-from fastbert.kernels.runtime import cdiv, kernel, num_sms
+from fastbert.kernels.runtime import begin, cdiv, kernel, num_sms
 
 
 @functools.cache
@@ -69,6 +69,7 @@ def layer_norm_bwd_kernel(
 
     K: 3 sums, 2 without that for x_bias, 0 for none.
     """
+    begin()
     program, n_programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK_N)
     is_col = cols < N_COLS

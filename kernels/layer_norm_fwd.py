@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fastbert.kernels.philox import keep_mask
-from fastbert.kernels.runtime import kernel
+from fastbert.kernels.runtime import begin, kernel
 
 
 @functools.cache
@@ -42,6 +42,7 @@ def layer_norm_fwd_kernel(
     n_rows, eps, threshold, site, keep_scale,
     N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    begin()
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     is_row, is_col = rows < n_rows, cols < N_COLS

@@ -15,7 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.runtime import cdiv, kernel, launcher, num_sms
+from fastbert.kernels.runtime import begin, cdiv, kernel, launcher, num_sms
 
 FWD_BLOCK = 4, 1024, 4  # DEPTH (columns for each rescaling of a lane's sum), LANES and warps
 BWD_BLOCK = 8, 256, 4  # rows, columns and warps
@@ -35,6 +35,7 @@ def _cross_entropy_fwd_kernel(
     N_CLASSES: tl.constexpr, N_COLS: tl.constexpr, SMOOTH: tl.constexpr,
     DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    begin()
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_row_stride
     target = tl.load(target_ptr + row)
@@ -90,6 +91,7 @@ def _cross_entropy_bwd_kernel(
     N_CLASSES: tl.constexpr, N_COLS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    begin()
     strips: tl.constexpr = (N_COLS + COLS - 1) // COLS
     part = tl.program_id(0) // strips
     cols = tl.program_id(0) % strips * COLS + tl.arange(0, COLS)

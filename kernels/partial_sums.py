@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.runtime import cdiv, is_traced, kernel
+from fastbert.kernels.runtime import begin, cdiv, is_traced, kernel
 
 ADD_BLOCK = 512, 16, 8  # partial sums, columns (two sectors of memory), warps
 MOST = 4  # that one launch adds up
@@ -64,6 +64,7 @@ def add_partials_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds up one tensor after the other, with a program for each strip of columns of a row."""
+    begin()
     program = tl.program_id(0)
     end0: tl.constexpr = ROWS0 * ((N0 + BLOCK_N - 1) // BLOCK_N)
     end1: tl.constexpr = end0 + ROWS1 * ((N1 + BLOCK_N - 1) // BLOCK_N)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.runtime import capability, cdiv, kernel
+from fastbert.kernels.runtime import begin, capability, cdiv, kernel
 
 JOIN_BLOCK = 16, 256, 8  # chunks and columns that a program of the join adds at once; warps
 
@@ -63,6 +63,7 @@ def _sum_chunks_kernel(
     The sum of a run that began in an earlier chunk is stored as the chunk's head, that of a run
     that continues in the next chunk as its tail, and that of a run inside the chunk in its table.
     """
+    begin()
     chunk = tl.program_id(0).to(tl.int64)
     first = chunk * CHUNK
     end = tl.minimum(first + CHUNK, n_keys)
@@ -106,6 +107,7 @@ def _join_chunks_kernel(
     N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """If a run starts in this chunk and continues, adds the heads of later chunks to the tail."""
+    begin()
     chunk = tl.program_id(0).to(tl.int64)
     first = chunk * CHUNK
     end = first + CHUNK

@@ -3,11 +3,12 @@
 import re
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from benchmarks import suite
 from benchmarks.reporting import headlines, report
-from benchmarks.results import FASTBERT, read
+from benchmarks.results import FASTBERT, Options, describe, read
 from fastbert.check import InputError
 from tests.benchmarks.results_case import ENVIRONMENT, step, timing, written
 
@@ -218,3 +219,14 @@ def test_a_block_of_targets_reads_a_folder(results):
     assert "From `benchmarks/results/cpu`" in found
     report.main([results], [written(results.parent / "README.md", [])])
     assert "## Targets" in results.with_suffix(".md").read_text()
+
+
+def test_a_command_is_told_with_the_variables_that_change_what_it_measures(monkeypatch):
+    for name in ("FASTBERT_GRAPHS", "FASTBERT_BACKEND", "FASTBERT_BUILD_EXT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FASTBERT_PDL", "1")
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--quick"])
+    options = Options(torch.device("cpu"), "fp32", quick=True)
+    command = describe(options)["command"]
+    assert command.startswith("FASTBERT_PDL=1 python -m ")
+    assert command.endswith("--quick")

@@ -240,7 +240,10 @@ class Call(NamedTuple):
         """Packs, embeds and runs the layers; rows: see `encode`."""
         module, layers, wanted = self.module, self.layers, self.wanted
         padding, general = read_layout(
-            self.given, **self.layout, keeps_padding=keeps_padding(module)
+            self.given,
+            **self.layout,
+            hidden_size=module.config.hidden_size,
+            keeps_padding=keeps_padding(module),
         )
         rng = for_batch(padding.cu_seqlens, padding.num_tokens) if self.trains else None
         x, own = self.embed(padding, rng)

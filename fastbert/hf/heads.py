@@ -184,7 +184,7 @@ def _run_rows(
 
     def rows_of(padding: Unpadding, hidden_size: int) -> Rows:
         nonlocal packed_labels
-        packed_labels = padding.pack(labels)
+        packed_labels = padding.pack(labels, IGNORE_INDEX)
         has_label = packed_labels != IGNORE_INDEX
         return Rows.read_by_losses(
             padding, first=with_pairs, has_label=has_label, num_labels=num_labels

@@ -137,7 +137,9 @@ def _tell(
     if observed:
         notes.append(f"{observed} layers have hooks and see (batch, seqlen, hidden)")
     places = padding.batch_shape[0] * padding.batch_shape[1]
-    if x.shape[0] < places:
+    if padding.has_filler:
+        notes.append("as many tokens as places: so few are not counted")
+    if padding.slots is not None:
         notes.append("rows of padding are zeros")
     documents = len(padding.cu_seqlens) - 1
     if documents != padding.batch_shape[0]:

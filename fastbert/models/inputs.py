@@ -77,7 +77,7 @@ class Request:
         refuse_unknown(who, {name: x for name, x in options.items() if name not in DOCUMENTS})
         refuse_attentions(asked(config, options, "output_attentions"))
         return cls(
-            *pack_inputs(inputs, documents),
+            *pack_inputs(inputs, documents, config.hidden_size),
             asked(config, options, "output_hidden_states"),
             asked(config, options, "return_dict"),
             options.get("num_items_in_batch"),
@@ -97,7 +97,8 @@ class Request:
                 tuple(labels.shape),
             )
             assert self.padding is not None
-            batch = dataclasses.replace(batch, labels=_packed(self.padding, "labels", labels))
+            labels = _packed(self.padding, "labels", labels, IGNORE_INDEX)
+            batch = dataclasses.replace(batch, labels=labels)
         if batch.labels is not None and batch.num_labels is None:
             # the only place where the host waits for the number of labels
             count = int((batch.labels != IGNORE_INDEX).sum())
@@ -174,7 +175,9 @@ def wanted_rows(batch: PackedBatch, *, first: bool, labelled: bool) -> Rows:
     return Rows.read_by_losses(batch, first=first, has_label=has_label, num_labels=num_labels)
 
 
-def pack_inputs(inputs: Inputs, documents: dict[str, Any]) -> tuple[PackedBatch, Unpadding | None]:
+def pack_inputs(
+    inputs: Inputs, documents: dict[str, Any], hidden_size: int
+) -> tuple[PackedBatch, Unpadding | None]:
     """The batch without its padding, and how to restore the padded form (None for a PackedBatch).
 
     Without position_ids, a token's position is its column, as in Hugging Face, even if the padding
@@ -206,7 +209,9 @@ def pack_inputs(inputs: Inputs, documents: dict[str, Any]) -> tuple[PackedBatch,
         "input_ids (batch, seqlen) or inputs_embeds (batch, seqlen, hidden)",
         tuple(given.shape),
     )
-    padding, general_mask = read_layout(given, attention_mask, position_ids, **documents)
+    padding, general_mask = read_layout(
+        given, attention_mask, position_ids, hidden_size=hidden_size, **documents
+    )
     if position_ids is None:
         position_ids = _positions(padding, given)
     batch = PackedBatch(
@@ -231,12 +236,12 @@ def _positions(padding: Unpadding, given: Tensor) -> Tensor:
     return columns - starts.repeat_interleave(lengths, output_size=seqlen)
 
 
-def _packed(padding: Unpadding, name: str, tensor: Any) -> Any:
-    """(B, S), or what broadcasts to it, -> (T,); None stays None."""
+def _packed(padding: Unpadding, name: str, tensor: Any, spare: int = 0) -> Any:
+    """(B, S), or what broadcasts to it, -> (T,); None stays None. spare: of filler tokens."""
     if tensor is None:
         return None
     try:
         tensor = tensor.expand(padding.batch_shape)
     except RuntimeError:
         require(False, "model", f"{name} of shape {padding.batch_shape}", tuple(tensor.shape))
-    return padding.pack(tensor)
+    return padding.pack(tensor, spare)

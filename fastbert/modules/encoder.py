@@ -110,7 +110,10 @@ class BertEncoder(nn.Module):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         documents = {name: kwargs.pop(name, None) for name in DOCUMENTS}
         refuse_unknown("BertEncoder", kwargs)
-        padding, general = read_layout(hidden_states, attention_mask, position_ids, **documents)
+        size = hidden_states.shape[-1]
+        padding, general = read_layout(
+            hidden_states, attention_mask, position_ids, hidden_size=size, **documents
+        )
         captured = _captured_around()
         if "hidden_states" in captured and not output_hidden_states:
             output_hidden_states = True

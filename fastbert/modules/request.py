@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastbert.check import require
 from fastbert.modules.masks import document_boundaries, read_mask
+from fastbert.modules.sequences import pays_to_count
 from fastbert.ops.unpad import Unpadding, unpad
 
 # Hugging Face's arguments for the boundaries of documents packed into one row.
@@ -33,14 +35,16 @@ def read_layout(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     *,
+    hidden_size: int,
     keeps_padding: bool = False,
     **documents: Any,
 ) -> Layout:
     """Reads how `given` (B, S, ...), ids or embeddings, is packed, and which tokens attend.
 
     attention_mask: see `read_mask`; position_ids, documents: see `document_boundaries`;
-    keeps_padding: whether padded tokens are computed too, though no token attends to them. With a
-    mask the host waits for a GPU. Raises ValueError for arguments that do not fit together.
+    hidden_size: of the model; keeps_padding: whether padded tokens are computed too, though no
+    token attends to them. With a mask the host waits for a GPU, but where that does not pay. Raises
+    ValueError for arguments that do not fit together.
     """
     batch, seqlen = given.shape[:2]
     boundaries = document_boundaries(
@@ -52,10 +56,18 @@ def read_layout(
     if padding is None:
         return Layout(Unpadding.dense(batch, seqlen, given.device), general)
     padding = padding.to(given.device)
-    real = unpad(padding)
+    waits = keeps_padding or _waits(given.device, batch * seqlen, hidden_size)
+    real = unpad(padding, None if waits else batch * seqlen)
     if keeps_padding and real.num_tokens < batch * seqlen:
         return Layout(Unpadding.dense(batch, seqlen, given.device), padding[:, None, None])
     return Layout(real, None)
+
+
+def _waits(device: torch.device, num_places: int, hidden_size: int) -> bool:
+    """Whether the host learns how many tokens are real."""
+    if device.type == "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return True
+    return not num_places or pays_to_count(num_places, hidden_size)
 
 
 def asked(config: Any, arguments: Mapping[str, Any], name: str) -> Any:

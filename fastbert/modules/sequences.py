@@ -20,6 +20,16 @@ from fastbert.rng import DropoutState
 # size 768 on an H200, whose host was measured to take 0.4 ms for a layer.
 FIRST_ALONE = {"cpu": 2**17}
 FIRST_ALONE_ON_A_GPU = 2**33
+# From how many places times hidden size squared on, in inference, the host of a GPU waits to learn
+# how many of them have real tokens: the layers then compute no more than these. With fewer their
+# launches are thought to take as long as their arithmetic (not measured), so they compute as many
+# tokens as there are places.
+LEAST_COUNTED = 2**30
+
+
+def pays_to_count(num_places: int, hidden_size: int) -> bool:
+    """Whether a GPU saves more by not computing padding than its host loses by waiting for it."""
+    return num_places * hidden_size**2 >= LEAST_COUNTED
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -69,14 +69,20 @@ class Unpadding:
     def num_tokens(self) -> int:
         return math.prod(self.batch_shape) if self.positions is None else len(self.positions)
 
-    def pack(self, padded: Tensor) -> Tensor:
-        """(B, S, ...) -> (T, ...), of any dtype; raises ValueError for another shape."""
+    def pack(self, padded: Tensor, spare: int = 0) -> Tensor:
+        """(B, S, ...) -> (T, ...), of any dtype; raises ValueError for another shape.
+
+        spare: of filler tokens, for numbers (B, S).
+        """
         if padded.shape[:2] != self.batch_shape:
             expected = f"shape {self.batch_shape} and further dimensions"
             require(False, "Unpadding.pack", expected, tuple(padded.shape))
         if self.positions is not None and not (self.has_filler or padded.is_floating_point()):
             return padded.flatten(0, 1).index_select(0, self.positions)  # a launch in place of four
-        return _move(padded.flatten(0, 1), self.positions, self.slots)
+        packed = _move(padded.flatten(0, 1), self.positions, self.slots)
+        if spare and self.has_filler and self.positions is not None:
+            packed = packed.masked_fill(self.positions < 0, spare)
+        return packed
 
     def pad(self, packed: Tensor) -> Tensor:
         """(T, ...) -> (B, S, ...), zeros at padding; raises ValueError for another shape."""
@@ -95,12 +101,13 @@ def _move(tokens: Tensor, index: Tensor | None, inverse: Tensor | None) -> Tenso
     return rows.reshape(len(index), *shape)
 
 
-def unpad(attention_mask: Tensor) -> Unpadding:
+def unpad(attention_mask: Tensor, capacity: int | None = None) -> Unpadding:
     """Finds the real tokens of a batch: those where the mask is not 0.
 
     attention_mask: (B, S) bool or of an integer dtype. Padding may be on either side or between
     tokens, and a row may be all padding; a batch without padding needs no copy. The host waits for
-    a GPU once. Raises ValueError for another shape or dtype.
+    a GPU once; with a `capacity`, at least the number of real tokens, it does not: that is then T,
+    with filler behind the real tokens. Raises ValueError for another shape or dtype.
     """
     require(
         attention_mask.ndim == 2 and not attention_mask.is_floating_point(),
@@ -110,6 +117,9 @@ def unpad(attention_mask: Tensor) -> Unpadding:
     )
     batch, seqlen = attention_mask.shape
     is_token = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
+    if capacity is not None:
+        _, positions, slots, cu_seqlens = compact.run(Call(is_token, 0, capacity))
+        return Unpadding(positions, slots, cu_seqlens, seqlen, (batch, seqlen), has_filler=True)
     lengths = is_token.sum(1)
     if torch.compiler.is_compiling():  # two numbers, not one for each sequence
         lengths = torch.cat([lengths, lengths.new_zeros(1)])  # max() needs an element if B is 0

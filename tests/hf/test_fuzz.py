@@ -8,8 +8,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from fastbert.modules import sequences
-from fastbert.modules.graphs import padded
+from fastbert.modules import request, sequences
 from tests.hf.cases import (
     BERT_KINDS,
     FAMILIES,
@@ -75,7 +74,19 @@ def test_a_patched_model_that_replays_graphs_gives_what_the_unpatched_gives(case
     with pytest.MonkeyPatch.context() as patch:
         use(Repeats(), patch)
         patch.setattr(sequences, "FIRST_ALONE", {"cpu": float("inf") if case.seed % 2 else 0})
-        patch.setattr(padded, "LEAST_COUNTED", 2**30 if case.seed % 3 else 0)
+        patch.setattr(sequences, "LEAST_COUNTED", 2**30 if case.seed % 3 else 0)
+        compare_inference(case)
+
+
+@DRAWN
+@given(CASES)
+def test_a_patched_model_whose_tokens_are_not_counted_gives_what_the_unpatched_gives(case):
+    """As on a GPU, whose host does not wait for the number of a small batch's tokens."""
+    case = dataclasses.replace(case, training=False, checkpointing=False)
+    assume(is_sensible(case))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(request, "_waits", lambda *_: False)
+        patch.setattr(sequences, "FIRST_ALONE", {"cpu": float("inf") if case.seed % 2 else 0})
         compare_inference(case)
 
 

@@ -11,15 +11,8 @@ from torch import Tensor
 
 from fastbert.modules.graphs.sizes import Bucket, rounded
 from fastbert.modules.layer import LayerParts, layers_of, run_layers
-from fastbert.modules.sequences import Sequences, first_tokens
-from fastbert.ops.compact import Call as Compaction
-from fastbert.ops.compact import compact
-from fastbert.ops.unpad import Unpadding
-
-# From how many places times hidden size squared on the host counts the real tokens, for which it
-# waits: the layers then compute no more than these. With fewer a graph's launches are thought to
-# take as long as its arithmetic (not measured), so it computes as many tokens as there are places.
-LEAST_COUNTED = 2**30
+from fastbert.modules.sequences import Sequences, first_tokens, pays_to_count
+from fastbert.ops.unpad import Unpadding, unpad
 
 
 class PaddedBatch(NamedTuple):
@@ -94,8 +87,7 @@ class PaddedBatch(NamedTuple):
         if mask is None:
             padding = Unpadding.dense(batch, seqlen, ids.device)
         else:
-            _, where, slots, begins = compact.run(Compaction(mask != 0, 0, self.num_tokens))
-            padding = Unpadding(where, slots, begins, seqlen, (batch, seqlen), has_filler=True)
+            padding = unpad(mask, self.num_tokens)
         x = self.embed(ids, types, positions, padding)
         sequences = Sequences(padding.cu_seqlens, seqlen)
         (x,) = run_layers(numbers, x, sequences, (), None, layers_of(parts))
@@ -115,6 +107,6 @@ def count_tokens(shape: torch.Size, mask: Tensor | None, hidden_size: int) -> in
     The host waits for a GPU where it counts.
     """
     num_places = shape.numel()
-    if mask is None or num_places * hidden_size**2 < LEAST_COUNTED:
+    if mask is None or not pays_to_count(num_places, hidden_size):
         return num_places
     return int(torch.count_nonzero(mask))

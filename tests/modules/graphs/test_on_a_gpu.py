@@ -6,8 +6,8 @@ import threading
 import pytest
 import torch
 
-from fastbert.modules import fp8
-from fastbert.modules.graphs import buckets, padded, pool, replays
+from fastbert.modules import fp8, sequences
+from fastbert.modules.graphs import buckets, pool, replays
 from fastbert.modules.weight_copies import WeightCopies
 from tests.modules.graphs.case import (
     KINDS,
@@ -72,7 +72,7 @@ def test_on_a_gpu_replays_give_what_the_layers_give(kind, precision):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert"])
 def test_on_a_gpu_a_graph_packs_embeds_and_pads(kind, mask, counts, monkeypatch):
-    monkeypatch.setattr(padded, "LEAST_COUNTED", 0 if counts else 2**30)
+    monkeypatch.setattr(sequences, "LEAST_COUNTED", 0 if counts else 2**30)
     plain, recorded = (model.eval() for model in on_gpu(kind, "Model"))
     given = {"input_ids": torch.randint(3, 61, (3, 7)).cuda()}
     if MASKS[mask] is not None:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 import fastbert
 from fastbert.hf import encode
 from fastbert.hf.stack import returns_tuples
+from fastbert.modules import sequences
 from fastbert.modules.graphs import buckets, padded
 from fastbert.ops.embedding import embedding_layer_norm
 from tests.modules.graphs.case import MASKS, SHAPE, Repeats, batch, logits, models, step, use
@@ -153,7 +154,7 @@ def test_embeddings_that_are_given_have_a_graph_of_their_own(recorder):
 def test_every_mask_gives_what_the_packed_path_gives(
     kind, mask, dtype, counts, recorder, monkeypatch
 ):
-    monkeypatch.setattr(padded, "LEAST_COUNTED", 0 if counts else 2**30)
+    monkeypatch.setattr(sequences, "LEAST_COUNTED", 0 if counts else 2**30)
     options = {"embedding_size": SHAPE["hidden_size"]} if kind == "Electra" else {}
     plain, recorded = (model.eval() for model in models(kind, "Model", **options))
     given = {"input_ids": torch.randint(3, 61, (3, 7))}
@@ -172,7 +173,7 @@ def test_every_mask_gives_what_the_packed_path_gives(
 
 @pytest.mark.parametrize("counts", [False, True], ids=["", "counted"])
 def test_sequences_one_by_one_have_few_graphs(counts, recorder, monkeypatch):
-    monkeypatch.setattr(padded, "LEAST_COUNTED", 0 if counts else 2**30)
+    monkeypatch.setattr(sequences, "LEAST_COUNTED", 0 if counts else 2**30)
     _, recorded = (model.eval() for model in models("Bert", max_position_embeddings=512))
     for length in range(1, 513, 15):
         logits(recorded, batch([length]))
@@ -195,7 +196,7 @@ def test_the_host_waits_for_no_small_batch(recorder, monkeypatch):
 
 
 def test_a_large_batch_has_no_more_tokens_computed_than_are_real(recorder, monkeypatch):
-    monkeypatch.setattr(padded, "LEAST_COUNTED", 0)
+    monkeypatch.setattr(sequences, "LEAST_COUNTED", 0)
     _, recorded = (model.eval() for model in models("Bert"))
     counted = []
     run = padded.run_layers

@@ -86,7 +86,7 @@ def _pays_padded(lengths: list[list[int]], call: Call) -> bool:
     That is for short ones, and for those of one length where PyTorch has a fused kernel.
     """
     count, scores = len(lengths[0]) - 1, call.q.shape[-2]
-    for *own, _ in lengths:
+    for *own, _ in (lengths[0], lengths[-1]):  # of queries and of keys
         scores *= max(own, default=0)
     if count < 2 or not scores:
         return False

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from fastbert import backend
+from fastbert.ops import attention_plain
 from fastbert.ops.attention import attention, attention_qkvpacked
 from tests.ops.attention.truth import (
     TAIL,
@@ -307,3 +308,30 @@ def test_more_than_two_to_the_31_elements():
     last = slice(len(qkv) - 300, None)
     truth, expected = truth_and_pytorch([qkv[last]], dout[last], [300], [300], 0.125)
     assert_attends((out[last], dqkv[last]), expected, truth, packed=True)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "dropout", "at_once"),
+    [
+        ([16] * 4, 2, True, True),
+        ([64] * 8, 2, True, True),
+        ([128] * 8, 12, True, False),  # 196,608 scores a sequence
+        ([128] * 8, 12, False, True),  # by PyTorch's kernel
+        ([16, 3] * 8, 2, True, True),
+        ([16, 3] * 2, 2, True, False),
+        ([64, 30] * 8, 2, True, False),
+        ([16], 2, True, False),
+        ([0, 0], 2, True, False),
+        ([], 2, True, False),
+    ],
+)
+def test_short_sequences_attend_at_once_on_a_cpu(lengths, heads, dropout, at_once, monkeypatch):
+    runs = []
+    for name in ("attend_padded", "attend_by_sequence"):
+        monkeypatch.setattr(attention_plain, name, lambda *_, name=name: runs.append(name))
+    qkv, cu = torch.zeros(sum(lengths), 3, heads, 4), boundaries(lengths)
+    longest, p = max(lengths, default=0), 0.1 if dropout else 0.0
+    with backend.use("reference"):
+        attention_qkvpacked(qkv, cu, longest, dropout_p=p)
+        attention(*qkv.unbind(1), cu, cu, longest, longest, dropout_p=p)
+    assert runs == ["attend_padded" if at_once else "attend_by_sequence"] * 2

@@ -106,7 +106,7 @@ class Buffers:
         own, given = self.call.sequences, call.sequences
         assert own is not None
         assert given is not None
-        put(own.cu_seqlens, given.cu_seqlens, x.shape[0])
+        put(own.cu_seqlens, given.cu_seqlens, None)
         rng, drawn = own.rng, given.rng
         if rng is not None and drawn is not None:
             rng.state.copy_(drawn.state)
@@ -115,17 +115,24 @@ class Buffers:
         if rows is not None and wanted is not None:
             put(rows.index, wanted.index, -1)
             put(rows.inverse, wanted.inverse, -1)
-            put(rows.cu_seqlens, wanted.cu_seqlens, len(wanted.index))
+            put(rows.cu_seqlens, wanted.cu_seqlens, None)
 
 
-def put(buffer: Tensor, values: Tensor, spare: float) -> None:
-    """Copies `values` to the front of `buffer`, and fills the rest with `spare`."""
+def put(buffer: Tensor, values: Tensor, spare: float | None) -> None:
+    """Copies `values` to the front of `buffer`, and fills the rest with `spare`.
+
+    spare: None for the last of the values, as boundaries of sequences have it that are empty
+    """
     count = values.shape[0]
     if count == buffer.shape[0]:
         buffer.copy_(values)
     else:
         buffer[:count].copy_(values)
-        buffer[count:].fill_(spare)
+        rest = buffer[count:]
+        if spare is None:
+            rest.copy_(values[-1:].expand_as(rest))
+        else:
+            rest.fill_(spare)
 
 
 class ForwardGraph:

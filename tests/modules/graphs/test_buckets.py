@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastbert import backend
-from fastbert.modules import sequences
+from fastbert.modules import request, sequences
 from fastbert.modules.graphs.sizes import Bucket, rounded
 from fastbert.ops.attention import attention_qkvpacked
 from tests.modules.graphs.case import (
@@ -47,6 +47,18 @@ def test_replays_give_what_the_layers_give(kind, training, alone, recorder, monk
     assert recorder.replayed == 5
     for actual, expected in kept:  # no later replay has written to what was given out
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["", "first tokens alone"])
+def test_filler_tokens_are_in_no_sequence(alone, recorder, monkeypatch):
+    """Those of a batch whose tokens nobody counted are more than the longest sequence has."""
+    monkeypatch.setattr(sequences, "FIRST_ALONE", {"cpu": 0 if alone else float("inf")})
+    monkeypatch.setattr(request, "_waits", lambda *_: False)
+    plain, recorded = (model.eval() for model in models("own"))
+    for number, lengths in enumerate([[40, 2, 4], [1, 40, 1], [3, 3, 40]]):
+        inputs = batch(lengths, number)
+        torch.testing.assert_close(logits(recorded, inputs), logits(plain, inputs))
+    assert (recorder.recorded, recorder.replayed) == (1, 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

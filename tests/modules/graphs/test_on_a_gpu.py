@@ -93,6 +93,30 @@ def test_on_a_gpu_a_graph_packs_embeds_and_pads(kind, mask, counts, monkeypatch)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("mask", [name for name in MASKS if name != "none"])
+@pytest.mark.parametrize("by", ["own model", "hidden states", "hook"])
+def test_on_a_gpu_the_host_waits_for_no_small_batch_without_a_padded_graph(by, mask, monkeypatch):
+    _, model = on_gpu("own" if by == "own model" else "Bert")
+    given = {"input_ids": torch.randint(3, 61, (3, 7)), "attention_mask": torch.tensor(MASKS[mask])}
+    given = {name: x.cuda() for name, x in given.items()}
+    if by == "hidden states":
+        given["output_hidden_states"] = True
+    if by == "hook":
+        model.bert.encoder.layer[1].register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(sequences, "LEAST_COUNTED", 0)
+            expected = model.eval()(**given).logits
+        for number in range(3):
+            torch.cuda.set_sync_debug_mode("error" if number == 2 else "default")
+            try:
+                actual = model(**given).logits
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_a_graph_reads_the_copies_of_weights_as_each_step_makes_them():
     plain, recorded = (model.train() for model in on_gpu("own", hidden_dropout_prob=0.0))
     buckets.allow(plain, False)

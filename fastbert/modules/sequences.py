@@ -96,9 +96,10 @@ class Sequences:
     """The sequences of the T packed tokens of one forward pass.
 
     cu_seqlens: (B + 1,) int32, where each sequence begins, and where the last one ends: behind it
-    are filler tokens, if any; max_seqlen: an upper bound of their lengths; mask: limits attention within each sequence, as in `attention`, None
-    for no limit; rng: the dropout state, None without dropout; rows: the only tokens whose output
-    is wanted, None for all; rows_rng: the dropout state of these.
+    are filler tokens, if any; max_seqlen: an upper bound of their lengths; mask: limits attention
+    within each sequence, as in `attention`, None for no limit; rng: the dropout state, None without
+    dropout; rows: the only tokens whose output is wanted, None for all; rows_rng: the dropout state
+    of these.
     """
 
     cu_seqlens: Tensor

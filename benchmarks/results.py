@@ -103,7 +103,7 @@ def describe(options: Options) -> Row:
 
 def _variables() -> list[str]:
     """The variables that change what is measured, as a shell sets them for a command."""
-    names = [f"FASTBERT_{name}" for name in ("BACKEND", "BUILD_EXT", "GRAPHS", "PDL")]
+    names = [f"FASTBERT_{name}" for name in ("BACKEND", "GRAPHS", "PDL")]
     found = {name: os.environ.get(name) for name in [*names, "CUBLAS_WORKSPACE_CONFIG"]}
     return [f"{name}={value}" for name, value in found.items() if value]
 

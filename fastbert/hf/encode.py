@@ -118,16 +118,14 @@ def _for_a_graph(
     model: Any, call: "Call", arguments: dict[str, Any], *, has_head: bool
 ) -> PaddedBatch | None:
     """The batch for a graph that packs, embeds and pads it; None where it had better not."""
-    if not call.assumes or call.wanted or PRODUCTS in vars(call.layers) or keeps_padding(model):
+    if call.wanted or PRODUCTS in vars(call.layers) or keeps_padding(model):
         return None
     if any(arguments.get(name) is not None for name in ("inputs_embeds", *DOCUMENTS)):
         return None
     places = call.given.shape[:2].numel()
     if has_head and Rows.first_pay(places, model.config.hidden_size, call.given.device):
         return None  # the last layer may compute first tokens alone
-    if call.reading.first_called() < len(call.layers) or refusal_of(
-        call.layers, call.reading.parts
-    ):
+    if not call.may_replay():
         return None
     return padded_batch(
         model,
@@ -236,13 +234,19 @@ class Call(NamedTuple):
         wanted = states_wanted(module, arguments)
         return cls(module, layers, reading, given, layout, embed, trains, assumes, wanted)
 
+    def may_replay(self) -> bool:
+        """Whether a graph may compute the layers, in inference."""
+        if not self.assumes or self.reading.first_called() < len(self.layers):
+            return False
+        return not refusal_of(self.layers, self.reading.parts)
+
     def run(self, rows: ChooseRows | None = None) -> Encoded:
         """Packs, embeds and runs the layers; rows: see `encode`."""
         module, layers, wanted = self.module, self.layers, self.wanted
         padding, general = read_layout(
             self.given,
             **self.layout,
-            hidden_size=module.config.hidden_size,
+            hidden_size=module.config.hidden_size if self.may_replay() else None,
             keeps_padding=keeps_padding(module),
         )
         rng = for_batch(padding.cu_seqlens, padding.num_tokens) if self.trains else None

@@ -46,7 +46,7 @@ class BertPreTrainedModel(nn.Module):
 
     def run(self, inputs: Inputs, options: Any, **targets: Any) -> Any:
         """Reads the arguments, predicts, and returns the output padded, or as a tuple, as asked."""
-        request = Request.read(type(self).__name__, self.config, inputs, options)
+        request = Request.read(self, inputs, options)
         output = self.predict(request, **targets)
         if request.padding is not None:
             dtype = own_dtype(self.base_model.embeddings)

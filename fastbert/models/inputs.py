@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastbert.check import require
 from fastbert.models.losses import Scored
+from fastbert.modules.graphs.buckets import are_on
 from fastbert.modules.request import (
     DOCUMENTS,
     asked,
@@ -71,13 +72,15 @@ class Request:
     rows: Rows | None = None
 
     @classmethod
-    def read(cls, who: str, config: Any, inputs: Inputs, options: dict[str, Any]) -> Self:
+    def read(cls, model: Any, inputs: Inputs, options: dict[str, Any]) -> Self:
         """Reads a call; raises ValueError for arguments that do not fit together or are unknown."""
+        config, replays = model.config, are_on(model.base_model.encoder.layer)
         documents = {name: options.get(name) for name in DOCUMENTS}
-        refuse_unknown(who, {name: x for name, x in options.items() if name not in DOCUMENTS})
+        others = {name: x for name, x in options.items() if name not in DOCUMENTS}
+        refuse_unknown(type(model).__name__, others)
         refuse_attentions(asked(config, options, "output_attentions"))
         return cls(
-            *pack_inputs(inputs, documents, config.hidden_size),
+            *pack_inputs(inputs, documents, config.hidden_size if replays else None),
             asked(config, options, "output_hidden_states"),
             asked(config, options, "return_dict"),
             options.get("num_items_in_batch"),
@@ -176,7 +179,7 @@ def wanted_rows(batch: PackedBatch, *, first: bool, labelled: bool) -> Rows:
 
 
 def pack_inputs(
-    inputs: Inputs, documents: dict[str, Any], hidden_size: int
+    inputs: Inputs, documents: dict[str, Any], hidden_size: int | None
 ) -> tuple[PackedBatch, Unpadding | None]:
     """The batch without its padding, and how to restore the padded form (None for a PackedBatch).
 

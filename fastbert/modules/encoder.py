@@ -18,7 +18,7 @@ from fastbert.check import require
 from fastbert.config.bert import check_config
 from fastbert.modules.bert_layer import BertLayer, parts_of
 from fastbert.modules.embeddings import stream_dtype
-from fastbert.modules.graphs.buckets import may_replay
+from fastbert.modules.graphs.buckets import are_on, may_replay
 from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.request import DOCUMENTS, read_layout, refuse_attentions, refuse_unknown
 from fastbert.modules.sequences import Rows, Sequences
@@ -110,7 +110,7 @@ class BertEncoder(nn.Module):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         documents = {name: kwargs.pop(name, None) for name in DOCUMENTS}
         refuse_unknown("BertEncoder", kwargs)
-        size = hidden_states.shape[-1]
+        size = hidden_states.shape[-1] if are_on(self.layer) else None
         padding, general = read_layout(
             hidden_states, attention_mask, position_ids, hidden_size=size, **documents
         )

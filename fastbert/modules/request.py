@@ -35,16 +35,17 @@ def read_layout(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     *,
-    hidden_size: int,
+    hidden_size: int | None,
     keeps_padding: bool = False,
     **documents: Any,
 ) -> Layout:
     """Reads how `given` (B, S, ...), ids or embeddings, is packed, and which tokens attend.
 
     attention_mask: see `read_mask`; position_ids, documents: see `document_boundaries`;
-    hidden_size: of the model; keeps_padding: whether padded tokens are computed too, though no
-    token attends to them. With a mask the host waits for a GPU, but where that does not pay. Raises
-    ValueError for arguments that do not fit together.
+    hidden_size: of the model if its layers may replay a CUDA graph, else None; keeps_padding:
+    whether padded tokens are computed too, though no token attends to them. With a mask the host
+    waits for a GPU, but where a graph had better compute all places. Raises ValueError for
+    arguments that do not fit together.
     """
     batch, seqlen = given.shape[:2]
     boundaries = document_boundaries(
@@ -63,9 +64,11 @@ def read_layout(
     return Layout(real, None)
 
 
-def _waits(device: torch.device, num_places: int, hidden_size: int) -> bool:
+def _waits(device: torch.device, num_places: int, hidden_size: int | None) -> bool:
     """Whether the host learns how many tokens are real."""
     if device.type == "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return True
+    if hidden_size is None:  # layers without a graph take the host longer than a GPU
         return True
     return not num_places or pays_to_count(num_places, hidden_size)
 

@@ -10,6 +10,7 @@ import transformers
 import fastbert
 from fastbert.modules import request
 from fastbert.modules.encoder import BertEncoder
+from fastbert.modules.graphs import buckets
 from tests.host_waits import NoHostWaits, tensors_of
 from tests.models.pretraining_case import SHAPE
 from tests.modules.graphs.case import MASKS
@@ -117,11 +118,24 @@ def test_the_host_waits_for_nothing(monkeypatch):
         ("cuda", 4096, 128, False, False),
         ("cuda", 0, 768, False, True),
         ("cpu", 128, 768, False, True),
+        ("cuda", 128, None, False, True),  # without graphs the GPU waits for the host
     ],
 )
 def test_it_waits_where_that_pays(device, places, hidden_size, grad, waits):
     with torch.set_grad_enabled(grad):
         assert request._waits(torch.device(device), places, hidden_size) == waits
+
+
+@pytest.mark.parametrize("off", ["", "model", "environment"])
+def test_models_ask_whether_their_layers_may_replay_a_graph(off, monkeypatch):
+    model, sizes = make("BertForMaskedLM"), []
+    monkeypatch.setattr(request, "_waits", lambda *given: sizes.append(given[2]) or True)
+    monkeypatch.setenv("FASTBERT_GRAPHS", "0" if off == "environment" else "auto")
+    buckets.allow(model, False if off == "model" else "auto")
+    with torch.no_grad():
+        model(IDS, PADDED["left"])
+        model.bert.encoder(torch.randn(3, 7, 32), PADDED["left"])
+    assert sizes == [None if off else 32] * 2
 
 
 def test_a_batch_of_padding_alone_has_zeros(monkeypatch):

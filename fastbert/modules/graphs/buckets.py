@@ -54,6 +54,11 @@ def are_allowed(layers: nn.ModuleList) -> bool:
     return _MARK not in vars(layers)
 
 
+def are_on(layers: nn.ModuleList) -> bool:
+    """Whether neither `allow` nor the environment switches the graphs of these layers off."""
+    return are_allowed(layers) and not _are_off(os.environ.get("FASTBERT_GRAPHS", ""))
+
+
 @functools.cache
 def _are_off(value: str) -> bool:
     require(value.lower() in _OFF, "FASTBERT_GRAPHS", '"auto" or "0"', repr(value))

@@ -94,15 +94,13 @@ def test_on_a_gpu_a_graph_packs_embeds_and_pads(kind, mask, counts, monkeypatch)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mask", [name for name in MASKS if name != "none"])
-@pytest.mark.parametrize("by", ["own model", "hidden states", "hook"])
+@pytest.mark.parametrize("by", ["own model", "hidden states"])
 def test_on_a_gpu_the_host_waits_for_no_small_batch_without_a_padded_graph(by, mask, monkeypatch):
     _, model = on_gpu("own" if by == "own model" else "Bert")
     given = {"input_ids": torch.randint(3, 61, (3, 7)), "attention_mask": torch.tensor(MASKS[mask])}
     given = {name: x.cuda() for name, x in given.items()}
     if by == "hidden states":
         given["output_hidden_states"] = True
-    if by == "hook":
-        model.bert.encoder.layer[1].register_forward_hook(lambda *_: None)
     with torch.no_grad():
         with monkeypatch.context() as patch:
             patch.setattr(sequences, "LEAST_COUNTED", 0)

@@ -52,9 +52,11 @@ def attend(call: Call) -> Tensor:
         bias = call.qkv_bias
         q = q + (bias - bias.detach()).to(q.dtype).view(q.shape[1:])
     tensors = (q,) if k is None or v is None else (q, k, v)
-    sizes = [(q, boundaries[0], call.max_seqlen_q)]  # of queries; of keys if they have others
-    if len(tensors) > 1:
-        sizes.append((tensors[1], boundaries[1], call.max_seqlen_k))
+    of_queries = q, boundaries[0], call.max_seqlen_q
+    of_keys = tensors[-1], boundaries[1], call.max_seqlen_k
+    are_alike = boundaries[0] is boundaries[1] and call.max_seqlen_q == call.max_seqlen_k
+    # of queries; of keys if they have others
+    sizes = [of_queries] if are_alike and len(tensors[-1]) == len(q) else [of_queries, of_keys]
     if not reads_lengths(call):
         paddings = [Unpadding.from_cu_seqlens(bounds, most, len(x)) for x, bounds, most in sizes]
         return attend_padded(tensors, paddings, call)
@@ -113,7 +115,7 @@ def _sequences(tensors: tuple[Tensor, ...], lengths: list[list[int]]) -> list[tu
     found: list[tuple[Tensor, ...]]
     # one split, whose backward is one concatenation: slices would each zero a whole gradient
     if len(tensors) > 1:
-        sizes = lengths[0], lengths[1], lengths[1]
+        sizes = lengths[0], lengths[-1], lengths[-1]
         rows = zip(tensors, sizes, strict=True)
         found = [
             *zip(*(x.transpose(0, 1).split_with_sizes(n, dim=1) for x, n in rows), strict=True)

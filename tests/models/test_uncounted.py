@@ -30,9 +30,9 @@ LABELS = {
 }
 
 
-def make(name):
+def make(name, **changes):
     torch.manual_seed(0)
-    return getattr(fastbert, name)(fastbert.BertConfig(**SHAPE)).eval()
+    return getattr(fastbert, name)(fastbert.BertConfig(**SHAPE | changes)).eval()
 
 
 def both(monkeypatch, call):
@@ -90,6 +90,18 @@ def test_the_bare_model_gives_the_same(by, mask, monkeypatch):
     if by == "types and positions":
         given |= {"token_type_ids": IDS % 2, "position_ids": IDS % 9}
     assert_same(*both(monkeypatch, lambda: model(**given)))
+
+
+@pytest.mark.parametrize("mask", PADDED.values(), ids=PADDED)
+def test_dropout_without_gradients_has_the_same_masks(mask, monkeypatch):
+    model = make("BertForTokenClassification", hidden_dropout_prob=0.5).train()
+    model.dropout.p = 0.0  # of the head, whose mask is no longer that of a token
+
+    def call():
+        torch.manual_seed(3)
+        return model(IDS, mask)
+
+    assert_same(*both(monkeypatch, call))
 
 
 @pytest.mark.parametrize("mask", PADDED.values(), ids=PADDED)

@@ -44,6 +44,26 @@ def test_a_mask_broadcasts(kind, shape, body, device):
     assert_attends(actual, expected, truth, **limits(*about, mask=full))
 
 
+@pytest.mark.parametrize(("longest_q", "longest_k"), [(20, 30), (30, 20), (20, 20)])
+@pytest.mark.parametrize("has_mask", [False, True], ids=["", "mask"])
+def test_bounds_may_differ_for_queries_and_keys_of_the_same_sequences(
+    longest_q, longest_k, has_mask, body, device
+):
+    lengths, dtype = [5, 1, 0, 20], torch.float32 if body == "triton" else torch.float64
+    *tensors, dout = inputs(lengths, lengths, 2, 16, dtype, device)
+    mask = make_mask("boolean", (4, 1, longest_q, longest_k), device) if has_mask else None
+    full = None if mask is None else mask.expand(4, 2, longest_q, longest_k)
+    cu = boundaries(lengths, device)
+    arguments = cu, cu, longest_q, longest_k
+    actual = gradients(lambda *t: attention(*t, *arguments, mask=mask), *tensors, dy=dout)
+    about = (tensors, dout, lengths, lengths, 0.25)
+    truth, expected = truth_and_pytorch(*about, mask=full)
+    if body == "triton":
+        assert_attends(actual, expected, truth, **limits(*about, mask=full))
+    else:
+        torch.testing.assert_close(actual, truth)
+
+
 @pytest.mark.parametrize("kind", ["boolean", "addends"])
 def test_a_row_without_a_key_gives_zeros(kind, body, device):
     qkv = torch.randn(75, 3, 2, 16, device=device)

@@ -73,6 +73,12 @@ def test_another_value_is_refused():
     assert 'FASTBERT_PDL: expected "0" or "1", got \'yes\'' in error
 
 
+def test_the_interpreter_waits_for_nothing():
+    program = "from fastbert.kernels.runtime import STARTS_EARLY; print(STARTS_EARLY.value)"
+    assert run(program, FASTBERT_PDL="1", TRITON_INTERPRET="1")[1] == "False\n"
+    assert run(program, FASTBERT_PDL="1")[1] == "True\n"
+
+
 @pytest.mark.parametrize(("capability", "is_early"), [((8, 0), False), ((9, 0), True)])
 def test_only_gpus_that_have_it_are_asked(capability, is_early, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

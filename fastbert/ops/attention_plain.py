@@ -52,15 +52,20 @@ def attend(call: Call) -> Tensor:
         bias = call.qkv_bias
         q = q + (bias - bias.detach()).to(q.dtype).view(q.shape[1:])
     tensors = (q,) if k is None or v is None else (q, k, v)
-    of_queries = q, boundaries[0], call.max_seqlen_q
-    of_keys = tensors[-1], boundaries[1], call.max_seqlen_k
-    are_alike = boundaries[0] is boundaries[1] and call.max_seqlen_q == call.max_seqlen_k
-    # of queries; of keys if they have others
-    sizes = [of_queries] if are_alike and len(tensors[-1]) == len(q) else [of_queries, of_keys]
+    has_other_keys = len(tensors) > 1 and not (
+        boundaries[0] is boundaries[1]
+        and call.max_seqlen_q == call.max_seqlen_k
+        and len(q) == len(tensors[-1])
+    )
     if not reads_lengths(call):
-        paddings = [Unpadding.from_cu_seqlens(bounds, most, len(x)) for x, bounds, most in sizes]
+        paddings = [Unpadding.from_cu_seqlens(boundaries[0], call.max_seqlen_q, len(q))]
+        if has_other_keys:
+            keys = boundaries[1], call.max_seqlen_k, len(tensors[-1])
+            paddings.append(Unpadding.from_cu_seqlens(*keys))
         return attend_padded(tensors, paddings, call)
-    lengths = [lengths_of(bounds, x) for x, bounds, _ in sizes]
+    lengths = [lengths_of(boundaries[0], q)]  # of queries; of keys if they have others
+    if has_other_keys:
+        lengths.append(lengths_of(boundaries[1], tensors[-1]))
     if _pays_padded(lengths, call):
         known = zip(lengths, boundaries, strict=False)
         return attend_padded(tensors, [_padding(*one) for one in known], call)
@@ -88,9 +93,11 @@ def _pays_padded(lengths: list[list[int]], call: Call) -> bool:
     That is for short ones, and for those of one length where PyTorch has a fused kernel.
     """
     count, scores = len(lengths[0]) - 1, call.q.shape[-2]
+    if count < 2:
+        return False
     for *own, _ in (lengths[0], lengths[-1]):  # of queries and of keys
-        scores *= max(own, default=0)
-    if count < 2 or not scores:
+        scores *= max(own)
+    if not scores:
         return False
     if all(map(is_dense, lengths)):
         return scores <= SHORT_ALIKE or (call.mask is None and call.rng is None)
@@ -120,11 +127,11 @@ def _sequences(tensors: tuple[Tensor, ...], lengths: list[list[int]]) -> list[tu
         found = [
             *zip(*(x.transpose(0, 1).split_with_sizes(n, dim=1) for x, n in rows), strict=True)
         ]
-    elif len(lengths[0]) == 2 and not lengths[0][1]:
-        return [tensors[0].permute(1, 2, 0, 3).unbind()]
     else:
-        packed = tensors[0].permute(1, 2, 0, 3)
-        found = [one.unbind() for one in packed.split_with_sizes(lengths[0], dim=2)]
+        packed, own = tensors[0].permute(1, 2, 0, 3), lengths[0]
+        if len(own) == 2 and not own[1]:
+            return [packed.unbind()]
+        found = [one.unbind() for one in packed.split_with_sizes(own, dim=2)]
     q, k, v = found.pop()
     return [*found, (q, k[:, :0], v[:, :0])] if q.shape[1] or not found else found
 

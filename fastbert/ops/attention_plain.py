@@ -66,9 +66,9 @@ def attend(call: Call) -> Tensor:
     lengths = [lengths_of(boundaries[0], q)]  # of queries; of keys if they have others
     if has_other_keys:
         lengths.append(lengths_of(boundaries[1], tensors[-1]))
-    if _pays_padded(lengths, call):
-        known = zip(lengths, boundaries, strict=False)
-        return attend_padded(tensors, [_padding(*one) for one in known], call)
+    padded = _paddings(lengths, boundaries, call)
+    if padded is not None:
+        return attend_padded(tensors, padded, call)
     return attend_by_sequence(_sequences(tensors, lengths), call)
 
 
@@ -87,34 +87,31 @@ def lengths_of(cu_seqlens: Tensor, x: Tensor) -> list[int]:
     return [end - begin for begin, end in itertools.pairwise(bounds)]
 
 
-def _pays_padded(lengths: list[list[int]], call: Call) -> bool:
-    """Whether a CPU is faster with all sequences at once, padded, than with one after the other.
+def _paddings(
+    lengths: list[list[int]], boundaries: list[Tensor], call: Call
+) -> list[Unpadding] | None:
+    """The padded forms in which a CPU is faster than with one sequence after the other, or None.
 
     That is for short ones, and for those of one length where PyTorch has a fused kernel.
     """
-    count, scores = len(lengths[0]) - 1, call.q.shape[-2]
+    count = len(lengths[0]) - 1
     if count < 2:
-        return False
-    for *own, _ in (lengths[0], lengths[-1]):  # of queries and of keys
-        scores *= max(own)
-    if not scores:
-        return False
-    if all(map(is_dense, lengths)):
-        return scores <= SHORT_ALIKE or (call.mask is None and call.rng is None)
-    return count >= MANY and scores <= SHORT
-
-
-def is_dense(lengths: list[int]) -> bool:
-    """Whether all sequences are of one length, and no tokens are behind the last one."""
-    *own, tail = lengths
-    return not tail and len({*own}) == 1
-
-
-def _padding(lengths: list[int], cu_seqlens: Tensor) -> Unpadding:
-    longest = max(lengths[:-1])
-    if is_dense(lengths):
-        return Unpadding(None, None, cu_seqlens, longest, (len(lengths) - 1, longest))
-    return Unpadding.from_cu_seqlens(cu_seqlens, longest, sum(lengths))
+        return None
+    longest = [max(own[:-1]) for own in lengths]
+    scores = call.q.shape[-2] * longest[0] * longest[-1]
+    are_dense = all(own == [most] * count + [0] for own, most in zip(lengths, longest, strict=True))
+    pays = count >= MANY and scores <= SHORT
+    if are_dense:
+        pays = scores <= SHORT_ALIKE or (call.mask is None and call.rng is None)
+    if not scores or not pays:
+        return None
+    found = []
+    for own, most, bounds in zip(lengths, longest, boundaries, strict=False):
+        if are_dense:
+            found.append(Unpadding(None, None, bounds, most, (count, most)))
+        else:
+            found.append(Unpadding.from_cu_seqlens(bounds, most, sum(own)))
+    return found
 
 
 def _sequences(tensors: tuple[Tensor, ...], lengths: list[list[int]]) -> list[tuple[Tensor, ...]]:

@@ -149,7 +149,11 @@ class _Saved:
 
     def __init__(self, *, trains: bool) -> None:
         self.trains = trains
-        self.needs_input_grad = (trains,) * 16  # as many as the Functions ask about, and more
+
+    @property
+    def needs_input_grad(self) -> tuple[bool, ...]:
+        """By the place of an input, of as many as the Functions ask about, and more."""
+        return (self.trains,) * 16
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors

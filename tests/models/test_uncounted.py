@@ -13,7 +13,7 @@ from fastbert.modules.encoder import BertEncoder
 from fastbert.modules.graphs import buckets
 from tests.host_waits import NoHostWaits, tensors_of
 from tests.models.pretraining_case import SHAPE
-from tests.modules.graphs.case import MASKS
+from tests.modules.graphs.case import MASKS, Repeats, use
 
 IDS = torch.randint(1, 61, (3, 7), generator=torch.Generator().manual_seed(0))
 PADDED = {name: torch.tensor(mask) for name, mask in MASKS.items() if mask is not None}
@@ -148,6 +148,19 @@ def test_models_ask_whether_their_layers_may_replay_a_graph(off, monkeypatch):
         model(IDS, PADDED["left"])
         model.bert.encoder(torch.randn(3, 7, 32), PADDED["left"])
     assert sizes == [None if off else 32] * 2
+
+
+@pytest.mark.parametrize("off", ["", "graphs", "hook", "dropout"])
+def test_patched_models_ask_whether_their_layers_may_replay_a_graph(off, monkeypatch):
+    use(Repeats(), monkeypatch)
+    sizes, model = [], transformers.BertModel(transformers.BertConfig(**SHAPE))
+    fastbert.patch(model, graphs=False if off == "graphs" else "auto").train(off == "dropout")
+    if off == "hook":
+        model.encoder.layer[1].register_forward_hook(lambda *_: None)
+    monkeypatch.setattr(request, "_waits", lambda *given: sizes.append(given[2]) or True)
+    with torch.no_grad():
+        model(IDS, PADDED["left"], output_hidden_states=True)
+    assert sizes == [None if off else 32]
 
 
 def test_a_batch_of_padding_alone_has_zeros(monkeypatch):

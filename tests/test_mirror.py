@@ -57,7 +57,6 @@ ELSEWHERE = {
     "test_checkpoint.py": "check.py",
     "test_docs.py": "_version.py",
     "test_explain.py": "events.py",
-    "test_rng.py": "ops/dropout.py",
     "train/test_distributed.py": "train/evaluate.py",
     "train/test_objective.py": "packing.py train/recipe.py",
     "train/test_prepare.py": "train/run_directory.py",

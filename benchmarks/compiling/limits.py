@@ -26,6 +26,7 @@ TILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "_gelu_cast_kernel": (ROWS_COLS, ("x_ptr",)),
     "_gelu_bwd_cast_kernel": (ROWS_COLS, ("x_ptr", "dy_ptr")),
     "_compact_kernel": (("BLOCK",), ()),
+    "_dropout_kernel": (ROWS_COLS, ("x_ptr",)),
     "_gather_rows_kernel": (ROWS_COLS, ("src_ptr",)),
     "_forward_kernel": (M_N, TABLES),
     "_backward_kernel": (M_N, (*TABLES, "dy_ptr")),

@@ -12,6 +12,7 @@ from fastbert import rng
 from fastbert.config.pretrain import PRESETS
 from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.compact import compact
+from fastbert.ops.dropout import dropout
 from fastbert.ops.embedding import embedding_layer_norm
 from fastbert.ops.fp8_linear import fp8_feed_forward, fp8_linear, multiplies_fp8
 from fastbert.ops.gather_rows import gather_rows
@@ -58,6 +59,15 @@ def workloads(
             backward=3 * size * tokens * inner,  # dy, x; dx
         )
     numbers = rng.fresh(tokens, torch.device(device))
+    yield Workload(
+        dropout,
+        f"{preset} {tokens} x {hidden}",
+        lambda: (normal(tokens, hidden),),
+        lambda x: dropout(x, 0.1, numbers),
+        {EAGER: Body(lambda x: F.dropout(x, 0.1))},
+        forward=2 * size * tokens * hidden,  # x; y
+        backward=2 * size * tokens * hidden,  # dy; dx
+    )
     for dropout_p in (0.0, 0.1):
         yield Workload(
             dropout_add_layer_norm,

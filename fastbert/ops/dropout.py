@@ -1,6 +1,7 @@
 """Dropout (Srivastava et al. 2014) by counter: `fastbert.rng` defines the random bits.
 
-The masks here are for plain PyTorch; Triton's kernels draw the bits where they use them.
+The masks here are for plain PyTorch; Triton's kernels draw the bits where they use them, most as
+a part of other operators.
 """
 
 from typing import Any, NamedTuple
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastbert import rng as random
-from fastbert.backend import op
+from fastbert.backend import DTYPES, op
 from fastbert.check import require
+from fastbert.ops.fused import as_rows, run, shaped
 from fastbert.rng import DropoutState
 
 
@@ -62,7 +64,16 @@ def _attention_fused(kernels: Any, call: Call) -> Tensor:
     return kernels.attention_keep_mask(*call[:3], *call.sizes, random.threshold(call.dropout_p))
 
 
-def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Tensor:
+class Dropout(NamedTuple):
+    """A call of `dropout`; rng: None where nothing is dropped."""
+
+    x: Tensor
+    dropout_p: float
+    rng: DropoutState | None
+
+
+@op("triton")
+def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Dropout:
     """Zeros elements of x (..., H) with probability dropout_p and scales the others to make up.
 
     rng: with a token key for each row of x; None draws a fresh state from torch's generator.
@@ -71,8 +82,52 @@ def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Ten
     """
     rows = x.shape[:-1].numel()
     check_dropout("dropout", rows, x.device, dropout_p, rng)
-    rng = drawn(rows, x.device, dropout_p, rng)
+    return Dropout(x, dropout_p, drawn(rows, x.device, dropout_p, rng))
+
+
+@dropout.plain
+def _plain_dropout(call: Dropout) -> Tensor:
+    x, dropout_p, rng = call
     return x if rng is None else dropped(x, dropout_p, rng)
+
+
+@dropout.refuses
+def _refusal(call: Dropout) -> str | None:
+    return None if call.x.dtype in DTYPES else str(call.x.dtype)
+
+
+@dropout.fused
+def _dropout_fused(kernels: Any, call: Dropout) -> Tensor:
+    x, dropout_p, rng = call
+    if rng is None:
+        return x
+    return run(DropoutFunction, kernels, Launch(x, *device_numbers(rng, dropout_p)))
+
+
+class Launch(NamedTuple):
+    """The arguments of dropout's kernel."""
+
+    x: Tensor
+    state: Tensor | None
+    token_key: Tensor | None
+    site: int
+    threshold: int
+
+
+class DropoutFunction(torch.autograd.Function):
+    """Linear in x, so its gradient is the same of dy, and can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, x: Tensor, *numbers: Any) -> Tensor:
+        if ctx is not None:
+            ctx.save_for_backward(*numbers[:2])
+            ctx.kernels, ctx.numbers = kernels, numbers[2:]
+        return shaped(kernels.dropout(as_rows(x), *numbers), x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        call = Launch(dy, *ctx.saved_tensors, *ctx.numbers)
+        return None, run(DropoutFunction, ctx.kernels, call), None, None, None, None
 
 
 def dropped(x: Tensor, dropout_p: float, rng: DropoutState) -> Tensor:

@@ -25,7 +25,7 @@ def decorated():
                     yield pytest.param(node, id=node.name)
 
 
-@pytest.mark.parametrize("function", decorated())
+@pytest.mark.parametrize("function", list(decorated()))
 def test_each_kernel_begins_by_waiting(function):
     """By the wait of the last one in a stream all those before it have ended, so all must wait."""
     first, *rest = function.body

@@ -1,0 +1,53 @@
+"""Dropout by itself; `tests/test_rng.py` has the random bits."""
+
+import pytest
+import torch
+
+from fastbert import rng
+from fastbert.ops.dropout import dropout
+
+
+def state_of(rows, device):
+    torch.manual_seed(3)
+    return rng.fresh(rows, torch.device(device)).at(5)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.75])
+@pytest.mark.parametrize("shape", [(1, 8), (13, 300), (3, 7, 64), (40, 1)], ids=str)
+def test_dropout_follows_its_definition(shape, p, body, device, dtype):
+    state = state_of(torch.Size(shape[:-1]).numel(), device)
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    keep = rng.hidden_keep_mask(state, shape[-1], p).view(shape)
+    wide = x.detach().float() * keep * rng.keep_scale(p)
+    y = dropout(x, p, state)
+    assert torch.equal(y, wide.to(dtype))
+    dy = torch.randn(shape, device=device).to(dtype)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert torch.equal(dx, dropout(dy, p, state))
+
+
+def test_its_gradient_can_be_differentiated_again(body, device):
+    state, x = state_of(6, device), torch.randn(6, 32, device=device, requires_grad=True)
+    kept = dropout(torch.ones_like(x), 0.3, state).detach()
+    (first,) = torch.autograd.grad((dropout(x, 0.3, state) ** 3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, 6 * kept**3 * x)
+
+
+@pytest.mark.parametrize("view", [torch.t, lambda x: x[:, ::2], lambda x: x[2:, 3:]])
+def test_rows_may_be_strided(view, body, device):
+    x = view(torch.randn(24, 24, device=device))
+    state = state_of(len(x), device)
+    assert torch.equal(dropout(x, 0.5, state), dropout(x.contiguous(), 0.5, state))
+
+
+def test_nothing_is_nothing(body, device):
+    assert dropout(torch.ones(0, 8, device=device), 0.5).shape == (0, 8)
+    x = torch.ones(2, 8, device=device)
+    assert dropout(x, 0.0) is x
+
+
+def test_what_the_kernel_does_not_take_is_dropped_by_pytorch(device):
+    y = dropout(torch.ones(4, 80, dtype=torch.float64, device=device), 0.5)
+    assert y.dtype == torch.float64
+    assert set(y.flatten().tolist()) == {0.0, 2.0}

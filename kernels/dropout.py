@@ -1,4 +1,4 @@
-"""Dropout of the residual stream by itself; behind other operators it is a part of their kernels."""
+"""Dropout of the residual stream by itself; other kernels have their own as a part of them."""
 
 import triton.language as tl
 from torch import Tensor

@@ -144,9 +144,7 @@ TABLES: dict[str, tuple[Table, ...]] = {
         Table("bias_gelu", "STAGES", True, stages),
     ),
     "compact": (Table("compact", "block", False, grid((1024, 2048, 4096), (4, 8))),),
-    "dropout": (
-        Table("dropout", "BLOCK", False, grid((2, 4, 8), (128, 256, 512), (2, 4, 8))),
-    ),
+    "dropout": (Table("dropout", "BLOCK", False, grid((2, 4, 8), (128, 256, 512), (2, 4, 8))),),
     "dropout_add_layer_norm": LAYER_NORM,
     "embedding_layer_norm": (
         Table("embedding", "forward_block", False, whole_rows),

@@ -61,7 +61,7 @@ def workloads(
     numbers = rng.fresh(tokens, torch.device(device))
     yield Workload(
         dropout,
-        f"{preset} {tokens} x {hidden}",
+        f"{preset} {tokens} x {hidden} dropout 0.1",
         lambda: (normal(tokens, hidden),),
         lambda x: dropout(x, 0.1, numbers),
         {EAGER: Body(lambda x: F.dropout(x, 0.1))},

@@ -14,9 +14,9 @@ from fastbert.kernels.attention_bwd import (
     dq_tile,
 )
 from fastbert.kernels.attention_common import block_d, precision, sums_by_dot
-from fastbert.kernels.attention_dropout import attention_drop_words
 from fastbert.kernels.attention_fwd import attention_fwd_kernel, fwd_tile
 from fastbert.kernels.attention_single import attention_single_kernel, single_tile
+from fastbert.kernels.dropout import attention_drop_words
 from fastbert.kernels.partial_sums import add_partials
 from fastbert.kernels.runtime import capability, cdiv, launcher, like
 

@@ -8,7 +8,7 @@ import torch
 
 import fastbert
 from fastbert import rng
-from fastbert.modules import fp8
+from fastbert.modules.products import fp8
 from fastbert.ops import attention_plain
 from fastbert.ops.mlm_gather import mlm_gather
 from fastbert.packing import IGNORE_INDEX

@@ -118,7 +118,7 @@ ADD_PARTIALS = Table(
 )
 ATTENTION = (
     Table(
-        "attention_dropout",
+        "dropout",
         "words_block",
         False,
         grid((16, 32, 64), (4, 8, 16), (2, 4, 8)),

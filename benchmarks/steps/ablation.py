@@ -138,10 +138,10 @@ def _by_data() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _three_products() -> Iterator[None]:
-    def separate(x: Tensor, linears: tuple[nn.Module, ...]) -> Tensor:
+    def separate(x: Tensor, linears: tuple[nn.Module, ...], *_) -> Tensor:
         return torch.cat([linear(x) for linear in linears], dim=-1)
 
-    def without_bias(x: Tensor, linears: tuple[nn.Module, ...], _) -> tuple[Tensor, None]:
+    def without_bias(x: Tensor, linears: tuple[nn.Module, ...], *_) -> tuple[Tensor, None]:
         return separate(x, linears), None
 
     with (
@@ -175,7 +175,7 @@ def _one_branch() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_gelu() -> Iterator[None]:
-    def dense_and_activate(x: Tensor, dense: Leaf, function: Callable) -> Tensor:
+    def dense_and_activate(x: Tensor, dense: Leaf, function: Callable, *_) -> Tensor:
         return function(dense(x))
 
     with mock.patch.object(activations, "dense_and_activate", dense_and_activate):

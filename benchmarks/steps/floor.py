@@ -32,7 +32,7 @@ from benchmarks.workloads import Batch, pretraining_batch, sequence_lengths
 from fastbert import backend
 from fastbert.config.pretrain import PRESETS
 from fastbert.kernels import fp8_linear
-from fastbert.modules import fp8, weight_copies
+from fastbert.modules.products import fp8, weight_copies
 
 # FLOP/s and B/s measured on an H200: a product of 8192 x 8192 bf16 matrices, and a copy, whose
 # reads and writes both count; the fastest FP8 product of a layer's size reached 1274 TFLOP/s.

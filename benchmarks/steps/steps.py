@@ -23,9 +23,9 @@ from benchmarks.steps import footprint
 from benchmarks.timing import first_line, interleaved, recorded, summarize
 from benchmarks.workloads import MAX_SEQLEN, Batch, pretraining_batch, sequence_lengths
 from fastbert.config.pretrain import PRESETS
-from fastbert.modules import fp8
 from fastbert.modules.graphs.recorder import Work
-from fastbert.modules.weight_copies import WeightCopies
+from fastbert.modules.products import fp8
+from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.ops.fp8_linear import multiplies_fp8
 from fastbert.packing import Bucket, PackedBatch
 from fastbert.train.optimizer import clipped_step

@@ -22,8 +22,8 @@ from benchmarks.results import FASTBERT, FP8, Options, Results
 from benchmarks.steps.steps import autocast
 from fastbert import backend
 from fastbert.config.pretrain import PRESETS, PretrainConfig
-from fastbert.modules import fp8
-from fastbert.modules.weight_copies import WeightCopies
+from fastbert.modules.products import fp8
+from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.ops.fp8_linear import multiplies_fp8
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 from fastbert.reference import ReferenceBert

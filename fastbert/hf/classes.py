@@ -17,8 +17,8 @@ from fastbert.hf.families import FAMILIES, Forward, family_of, keep_padding, pat
 from fastbert.hf.heads import run_head, run_masked_lm, run_pretraining
 from fastbert.hf.hooks import FAMILY, ORIGINAL, PATCHED
 from fastbert.hf.stack import run_one_layer
-from fastbert.modules import fp8
 from fastbert.modules.graphs.buckets import Graphs, allow
+from fastbert.modules.products import fp8
 from fastbert.modules.request import DOCUMENTS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,7 +50,7 @@ def patch(
 
     precision: "fp8" has the encoder's linear layers multiply in FP8 while the model is in training
     mode, on GPUs of compute capability 8.9 or later, with scales that follow from earlier calls;
-    see `fastbert.modules.fp8`. "auto" computes in the precision that Hugging Face would.
+    see `fastbert.modules.products.fp8`. "auto" computes in the precision that Hugging Face would.
 
     Raises TypeError, naming the class, if the model contains nothing to patch, and ValueError for
     another `graphs`, `padding` or `precision`.

@@ -238,7 +238,7 @@ class Call(NamedTuple):
         """Whether a graph may compute the layers, in inference."""
         if not self.assumes or self.reading.first_called() < len(self.layers):
             return False
-        return not refusal_of(self.layers, self.reading.parts)
+        return not refusal_of(self.layers, self.reading)
 
     def run(self, rows: ChooseRows | None = None) -> Encoded:
         """Packs, embeds and runs the layers; rows: see `encode`."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastbert.hf.hooks import PATCHED, is_hooked, is_theirs, works_by_token
 from fastbert.modules.activations import GELU_TANH, Activation, dense_and_activate
+from fastbert.modules.adapters import read_leaf
 from fastbert.modules.bert_layer import read_parts
 from fastbert.modules.embeddings import normalized
 from fastbert.modules.layer import End, LayerParts
@@ -84,8 +85,8 @@ def activation_of(function: Activation) -> Activation:
 
 def leaf(module: Any, kind: type[nn.Module] = nn.Linear) -> Leaf:
     """`module` as a Leaf; raises Unsupported if it might read more than one token at a time."""
-    found = Leaf(module, kind)
-    if not (found.is_plain or works_by_token(module)):
+    found = read_leaf(module, kind)
+    if not (found.is_read or works_by_token(module)):
         raise Unsupported(f"a {type(module).__name__} in the place of a leaf, or a hook on one")
     return found
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastbert.backend import Op
 from fastbert.modules.linear import Leaf, split_bias
 from fastbert.ops.bias_gelu import Call, bias_gelu
+from fastbert.rng import DropoutState
 
 Activation = Callable[[Tensor], Tensor]  # elementwise
 
@@ -35,17 +36,24 @@ def approximation(function: Activation) -> str | None:
     return "tanh" if function is GELU_TANH else None
 
 
-def dense_and_activate(x: Tensor, dense: Leaf, function: Activation) -> Tensor:
+def dense_and_activate(
+    x: Tensor, dense: Leaf, function: Activation, rng: DropoutState | None = None
+) -> Tensor:
     """`function(dense(x))`: (..., H) -> (..., I); for GELU one operator adds the bias too."""
     approximate = approximation(function)
-    x, bias = split_bias(x, dense, None if approximate is None else bias_gelu)
+    x, bias = split_bias(x, dense, None if approximate is None else bias_gelu, rng)
     if approximate is None or bias is None:
         return function(x)
     return bias_gelu.run(Call(x, bias, approximate))
 
 
 def feed_forward(
-    x: Tensor, dense: Leaf, function: Activation, output: Leaf, into: Op | None
+    x: Tensor,
+    dense: Leaf,
+    function: Activation,
+    output: Leaf,
+    into: Op | None,
+    rng: DropoutState | None,
 ) -> tuple[Tensor, Tensor | None]:
     """`output(function(dense(x)))` as by `split_bias`: (..., H) -> (..., O), and the bias to add.
 
@@ -59,7 +67,7 @@ def feed_forward(
             y = products.feed_forward(x, dense.weight, bias, second, output.weight, approximate)
             if y is not None:
                 return y, output.bias
-    return split_bias(dense_and_activate(x, dense, function), output, into)
+    return split_bias(dense_and_activate(x, dense, function, rng), output, into, rng)
 
 
 def activation(hidden_act: str | Activation) -> Activation:

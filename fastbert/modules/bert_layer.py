@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbert.modules.activations import Activation, activation, dense_and_activate
+from fastbert.modules.adapters import read_leaf
 from fastbert.modules.layer import End, LayerParts, project_and_norm, self_attention
 from fastbert.modules.linear import Leaf, is_plain
 from fastbert.modules.sequences import Sequences
@@ -140,7 +141,7 @@ def parts_of(layer: Any) -> LayerParts | None:
     modules = (attention, this, attention.output, layer.output, layer.intermediate)
     if not all(map(is_plain, modules, _KINDS[1:])):
         return None
-    return read_parts(layer, Leaf, _dropout_of, lambda function: function)
+    return read_parts(layer, read_leaf, _dropout_of, lambda function: function)
 
 
 def read_parts(

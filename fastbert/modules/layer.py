@@ -39,7 +39,7 @@ class Stream(NamedTuple):
 
     def read_by(self, *leaves: Leaf) -> Tensor:
         """What these linear layers read; modules that are called get what Hugging Face's do."""
-        return self.x if all(leaf.is_plain for leaf in leaves) else self.residual
+        return self.x if all(leaf.is_read for leaf in leaves) else self.residual
 
 
 def self_attention(
@@ -58,7 +58,9 @@ def self_attention(
     """
     rows = sequences.rows
     if rows is None:
-        qkv, bias = fused_linear_and_bias(x, (query, key, value), attention_qkvpacked)
+        qkv, bias = fused_linear_and_bias(
+            x, (query, key, value), attention_qkvpacked, sequences.rng
+        )
         num_tokens, size = qkv.shape
         head_dim = size // (3 * num_heads)
         qkv = qkv.view(num_tokens, 3, num_heads, head_dim)
@@ -72,8 +74,9 @@ def self_attention(
         call = Attention(qkv, None, None, *lengths, scale, dropout_p, rng, mask, bias)
         context = attention_qkvpacked.run(call)
     else:
-        q = query(wanted).unflatten(-1, (num_heads, -1))
-        k, v = fused_linear(x, (key, value)).unflatten(-1, (2, num_heads, -1)).unbind(1)
+        q = query(wanted, sequences.rows_rng).unflatten(-1, (num_heads, -1))
+        kv = fused_linear(x, (key, value), sequences.rng)
+        k, v = kv.unflatten(-1, (2, num_heads, -1)).unbind(1)
         context = attention(
             q,
             k,
@@ -115,7 +118,7 @@ def project_and_norm(x: Tensor, residual: Tensor, end: End, rng: DropoutState | 
     residual: (T, H); rng: None draws a fresh state. Raises ValueError if the sizes of dense, norm
     and residual do not fit.
     """
-    return add_and_norm(*split_bias(x, end.dense, end.adds_bias()), residual, end, rng)
+    return add_and_norm(*split_bias(x, end.dense, end.adds_bias(), rng), residual, end, rng)
 
 
 def add_and_norm(
@@ -151,11 +154,17 @@ class LayerParts:
     activation: Activation
     output: End
 
+    def __post_init__(self) -> None:
+        ends = self.attention_end.dense, self.output.dense
+        linears = self.query, self.key, self.value, self.intermediate, *ends
+        for place, leaf in enumerate(linears):
+            leaf.place = place
+
     @functools.cached_property
     def leaves(self) -> list[Leaf]:
-        """All linear layers and norms."""
+        """All linear layers and norms, with those of adapters."""
         every = (*vars(self).values(), *self.attention_end, *self.output)
-        return [one for one in every if isinstance(one, Leaf)]
+        return [leaf for one in every if isinstance(one, Leaf) for leaf in one.inner]
 
     @functools.cached_property
     def whole(self) -> WholeLayer | None:
@@ -197,15 +206,16 @@ def run_layer(parts: LayerParts, stream: Stream, sequences: Sequences) -> Stream
         sequences,
     )
     stream = project_and_norm(context, wanted, parts.attention_end, sequences.wanted_rng(1))
-    end = parts.output
+    end, rng = parts.output, sequences.wanted_rng(2)
     x, bias = feed_forward(
         stream.read_by(parts.intermediate),
         parts.intermediate,
         parts.activation,
         end.dense,
         end.adds_bias(),
+        rng,
     )
-    return add_and_norm(x, bias, stream.residual, end, sequences.wanted_rng(2))
+    return add_and_norm(x, bias, stream.residual, end, rng)
 
 
 # Each dropout of a model has its own site number: 0 for the embeddings, then three per layer.

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.backend import Op, device_type
+from fastbert.rng import DropoutState
 
 Hooks = tuple[dict[int, Callable[..., Any]], ...]  # the live dictionaries of modules' hooks
 PRODUCTS = "_fastbert_products"  # attribute of linear layers that holds their `Products`
@@ -47,19 +48,25 @@ class Leaf:
     """A leaf module, and whether it is plain: `is_plain`, with its parameters; checked once.
 
     A plain module's parameters are read at each use, from its dictionary, because `nn.Module`'s
-    own look-up takes longer. Any other module is called. given: multiplies for this leaf alone,
-    None for what the module has.
+    own look-up takes longer. Any other module is called, unless it `is_read` with adapters. given:
+    multiplies for this leaf alone, None for what the module has; place: among a layer's.
     """
 
-    __slots__ = ("given", "is_plain", "module", "parameters")
+    __slots__ = ("given", "is_plain", "is_read", "module", "parameters", "place")
 
     def __init__(self, module: nn.Module, kind: type[nn.Module] = nn.Linear) -> None:
         self.module = module
         # FSDP1 may take the parameters away and set tensors in the place of them
         has_parameters = module._parameters.keys() >= {"weight", "bias"}
-        self.is_plain = is_plain(module, kind) and has_parameters
+        self.is_plain = self.is_read = is_plain(module, kind) and has_parameters
         self.parameters: dict[str, Any] = module._parameters
         self.given: Products | None = None
+        self.place = 0
+
+    @property
+    def inner(self) -> "list[Leaf]":
+        """The leaf, and those of its adapters."""
+        return [self]
 
     def with_parameters(self, change: Callable[[Tensor], Tensor], given: Products | None) -> "Leaf":
         """A leaf of the same module that reads other tensors in the place of its parameters."""
@@ -68,7 +75,8 @@ class Leaf:
         leaf.given = given
         return leaf
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, rng: DropoutState | None = None) -> Tensor:
+        """rng: of the layer, for the dropout of adapters."""
         if self.is_plain and type(self.module) is nn.Linear:
             return product(x, (self,), biases_of(self))
         return self.module(x)
@@ -112,18 +120,18 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
-def fused_linear(x: Tensor, linears: Sequence[Leaf]) -> Tensor:
+def fused_linear(x: Tensor, linears: Sequence[Leaf], rng: DropoutState | None = None) -> Tensor:
     """The outputs of `linears` side by side: (..., H) -> (..., sum of their output sizes).
 
     Where every layer is a plain `nn.Linear`, this is one product with the concatenated weights;
     except for few rows of float32 on a CPU, where concatenating takes longer than the products. A
-    layer of another class (LoRA, 8-bit, parametrized) or with hooks is called.
+    layer of another class (8-bit, parametrized) or with hooks is called. rng: see `Leaf`.
     """
-    return fused_linear_and_bias(x, linears, None)[0]
+    return fused_linear_and_bias(x, linears, None, rng)[0]
 
 
 def fused_linear_and_bias(
-    x: Tensor, linears: Sequence[Leaf], into: Op | None
+    x: Tensor, linears: Sequence[Leaf], into: Op | None, rng: DropoutState | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """`fused_linear`, and the joined bias whose gradient the operator `into` computes.
 
@@ -143,10 +151,12 @@ def fused_linear_and_bias(
                 bias = joined(biases)
                 return product(x, linears, (bias.detach(),)), bias
             return product(x, linears, biases), None
-    return torch.cat([layer(x) for layer in linears], dim=-1), None
+    return torch.cat([layer(x, rng) for layer in linears], dim=-1), None
 
 
-def split_bias(x: Tensor, layer: Leaf, into: Op | None) -> tuple[Tensor, Tensor | None]:
+def split_bias(
+    x: Tensor, layer: Leaf, into: Op | None, rng: DropoutState | None = None
+) -> tuple[Tensor, Tensor | None]:
     """A linear layer's product (..., O) and its bias (O,), which the operator `into` then adds.
 
     The gradient of the bias is then a by-product of that operator's kernel instead of another pass
@@ -155,7 +165,7 @@ def split_bias(x: Tensor, layer: Leaf, into: Op | None) -> tuple[Tensor, Tensor 
     and for a layer that is not a plain `nn.Linear`, which is called.
     """
     if not layer.is_plain:
-        return layer(x), None
+        return layer(x, rng), None
     bias = layer.parameters["bias"]
     if bias is None or (into is not None and (into.has_kernels(x) or rounds_products(x))):
         return product(x, (layer,), ()), bias

@@ -7,6 +7,7 @@ read at each use. In inference the GPU begins before the guard is asked: a `Read
 until then.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,6 +20,9 @@ from fastbert import events
 from fastbert.modules.linear import Hooks, hooks_of
 
 _ABSENT = ("forward", "save")  # attributes that instances usually lack, but may be given
+MOST_PLANS = 4  # of the same modules in one mode
+# Of a LoRA layer of peft, what `read_leaf` reads besides numbers and modules.
+_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 
 # All that the parts of a layer depend on in modules of exactly these classes.
 _READ = {
@@ -70,13 +74,14 @@ class Plan:
 class Planner:
     """Keeps the plans of lists of layers, and of modules read alone, as long as these live.
 
-    Training and eval mode have separate plans, so that a change of mode does not read the layers
-    again.
+    plans: by training and eval mode the plans of the same modules in several states, the last used
+    first, so that who switches between modes, or between adapters, does not have the layers read
+    again
     """
 
     def __init__(self, parts_of: Callable[[Any], Any]) -> None:
         self.parts_of = parts_of
-        self.plans: WeakKeyDictionary[nn.Module, dict[bool, Plan]] = WeakKeyDictionary()
+        self.plans: WeakKeyDictionary[nn.Module, dict[bool, list[Plan]]] = WeakKeyDictionary()
 
     def parts(self, owner: nn.Module) -> tuple[Any, ...]:
         """The result of `parts_of` for each layer of a list, or for a module alone.
@@ -86,22 +91,32 @@ class Planner:
         layers = list(owner) if isinstance(owner, nn.ModuleList) else [owner]
         if torch.compiler.is_compiling():  # torch.compile has its own guards on what it reads
             return tuple(map(self.parts_of, layers))
-        plan = self.known(owner)
-        if plan is not None and plan.holds():
-            return plan.parts
+        plans = self.plans.get(owner, {}).get(owner.training, [])
+        for plan in plans:
+            if plan.holds():
+                if plan is not plans[0]:
+                    plans.remove(plan)
+                    plans.insert(0, plan)
+                return plan.parts
         parts = tuple(map(self.parts_of, layers))
         inner = [module for layer in layers for module in layer.modules() if module is not layer]
         hooks = tuple(hook for module in inner for hook in hooks_of(module))
         # hooked layers are read each time, as some hooks are only active at times; a forward on the
         # owner refers to it, which would keep its plan from being freed
         if not any(hooks) and "forward" not in vars(owner):
-            self.plans.setdefault(owner, {})[owner.training] = Plan(owner, parts, hooks)
+            plan = Plan(owner, parts, hooks)
+            others = [one for one in plans if one.modules == plan.modules][: MOST_PLANS - 1]
+            self.plans.setdefault(owner, {})[owner.training] = [plan, *others]
         return parts
 
     def known(self, owner: nn.Module) -> Plan | None:
-        """The plan of the owner's mode, which may no longer hold."""
-        plans = self.plans.get(owner)
-        return None if plans is None else plans.get(owner.training)
+        """The last plan of the owner's mode, which may no longer hold."""
+        plans = self.plans.get(owner, {}).get(owner.training)
+        return plans[0] if plans else None
+
+    def every_parts(self, owner: nn.Module) -> list[tuple[Any, ...]]:
+        """The parts in all the owner's plans."""
+        return [plan.parts for plans in self.plans.get(owner, {}).values() for plan in plans]
 
 
 class Reading:
@@ -157,6 +172,7 @@ def _attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:
     own, read = vars(module), _READ.get(type(module))
     yield from ((name, own.get(name)) for name in read or _ABSENT)
     if read is None:
+        yield from ((name, copy.copy(own[name])) for name in _ADAPTERS if name in own)
         for name, value in own.items():
             is_read = name not in _ABSENT and not name.startswith("_")
             if is_read and (isinstance(value, (bool, int, float, str)) or callable(value)):

@@ -94,7 +94,8 @@ class WholeLayer:
         if not self._fits(x, residual, sequences, parameters, dtype):
             return None
         if not self.projects:
-            x = _in(fused_linear(residual, self.projections), dtype)
+            reads = x if all(leaf.is_read for leaf in self.projections) else residual
+            x = _in(fused_linear(reads, self.projections, sequences.rng), dtype)
         arguments = self, kernels, sequences, dtype, x, residual, *parameters
         if torch.is_grad_enabled():
             for tensor in arguments[4:]:

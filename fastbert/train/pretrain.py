@@ -15,7 +15,7 @@ from fastbert.check import InputError
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import Interrupted, OtherCache, loader
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
-from fastbert.modules import fp8
+from fastbert.modules.products import fp8
 from fastbert.system.console import console
 from fastbert.system.files import Unwritable, require_apart, write_json
 from fastbert.train import distributed

@@ -18,7 +18,7 @@ from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.data import save_tokenizer
 from fastbert.models.base import BertPreTrainedModel
-from fastbert.modules import fp8
+from fastbert.modules.products import fp8
 from fastbert.train import distributed
 from fastbert.train.distributed import Ranks
 

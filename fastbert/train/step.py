@@ -20,7 +20,7 @@ from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import GlobalCounts, PretrainingData
 from fastbert.modules.graphs import buckets
 from fastbert.modules.graphs.recorder import WARM_UP, CudaGraphs, Recorder, Work
-from fastbert.modules.weight_copies import WeightCopies
+from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.packing import Bucket, PackedBatch
 from fastbert.system.console import console
 from fastbert.train import distributed

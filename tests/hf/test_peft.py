@@ -119,3 +119,73 @@ def test_an_adapters_dropout_is_drawn():
     batch = make_batch_of_three_classes()
     first, second = (model(**batch).logits for _ in range(2))
     assert not torch.allclose(first, second)
+
+
+def other_adapter(model):
+    model.set_adapter("other")
+
+
+def both_adapters(model):
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.set_adapter(["default", "other"])
+
+
+def no_adapter(model):
+    model.base_model.disable_adapter_layers()
+
+
+def merged(model):
+    model.merge_adapter()
+
+
+def scaled(model):
+    for module in model.modules():
+        if hasattr(module, "scale_layer"):
+            module.scale_layer(2.0)
+
+
+def unloaded(model):
+    model.delete_adapter("default")
+
+
+def base_trained(model):
+    query = model.bert.encoder.layer[0].attention.self.query
+    query.base_layer.weight.requires_grad_(True)
+
+
+CHANGES = [other_adapter, both_adapters, no_adapter, merged, scaled, unloaded, base_trained]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_of_adapters_is_seen_by_the_next_call(adapted, change):
+    batch = make_batch_of_three_classes()
+    for model in adapted:
+        torch.manual_seed(2)
+        model.add_adapter("other", peft.LoraConfig(target_modules=TARGETS, init_lora_weights=False))
+        model.base_model.set_adapter("default")
+    before = adapted[0](**batch).logits
+    for model in adapted:
+        model(**batch)
+        change(model)
+        loss = model(**batch).loss
+        if loss.requires_grad:
+            loss.backward()
+    ours, theirs = [model(**batch).logits for model in adapted]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert change in (merged, base_trained) or not torch.allclose(ours, before, atol=1e-3)
+    assert_same_gradients(*map(gradients, adapted))
+
+
+def test_an_own_model_with_an_adapter_gives_the_patched_models_loss_and_gradients():
+    base = make_base()
+    own = fastbert.BertForSequenceClassification(base.config)
+    own.load_state_dict(base.state_dict())
+    batch, found = make_batch_of_three_classes(), []
+    for model in (fastbert.patch(base), own):
+        adapter = add_adapter(model.eval())
+        loss = adapter(**batch).loss
+        loss.backward()
+        found.append((loss.detach(), gradients(adapter)))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert_same_gradients(found[0][1], found[1][1])

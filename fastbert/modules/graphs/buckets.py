@@ -12,7 +12,6 @@ later call that fits it. A call that a graph could not compute correctly runs wi
 import functools
 import os
 import weakref
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,7 +25,6 @@ from fastbert.modules.graphs.pool import MOST_LANES, Entry, Lane, Pending, Pool,
 from fastbert.modules.graphs.recorder import CudaGraphs
 from fastbert.modules.graphs.replays import ForwardGraph
 from fastbert.modules.graphs.sizes import Bucket
-from fastbert.modules.layer import LayerParts
 from fastbert.modules.plan import Reading
 from fastbert.modules.sequences import Rows, Sequences
 
@@ -66,9 +64,7 @@ def _are_off(value: str) -> bool:
 
 
 # keyed by an encoder's list of layers; graphs must not refer to it, or it would never be freed
-_RECORDED: weakref.WeakKeyDictionary[nn.ModuleList, dict[bool, Recorded]] = (
-    weakref.WeakKeyDictionary()
-)
+_RECORDED: weakref.WeakKeyDictionary[nn.ModuleList, list[Recorded]] = weakref.WeakKeyDictionary()
 
 
 @functools.cache
@@ -114,12 +110,12 @@ def replayed(
             assert sequences is not None
             bucket, mask = Bucket.of(x, sequences, rows), sequences.mask
         lane = pool.lane()
-        reason = reason or refusal_of(layers, parts) or _refusal(bucket, mask, layers, lane)
+        reason = reason or refusal_of(layers, reading) or _refusal(bucket, mask, layers, lane)
         entry = Entry(lane, reason)
         mode = Precision.of(x), layers.training, products_of(layers)
         call = Call(parts, range(len(parts)), sequences, states, rows, *mode)
         if not entry.reason:
-            recorded = _recorded(layers, parts)
+            recorded = _recorded(layers, reading)
             entry, call = recorded.find(bucket, x, call, pool, lane)
         if events.is_listening():
             _tell(bucket, entry)
@@ -140,12 +136,14 @@ def replayed(
         return Pending(pool, lane, entry.graphs, recorded).run(x, call)
 
 
-def _recorded(layers: nn.ModuleList, parts: Sequence[LayerParts]) -> Recorded:
-    """The encoder's graphs, separate for training and eval mode, whose dropout differs."""
-    by_mode = _RECORDED.setdefault(layers, {})
-    recorded = by_mode.get(layers.training)
-    if recorded is None or recorded.parts is not parts:
-        recorded = by_mode[layers.training] = Recorded(parts)
+def _recorded(layers: nn.ModuleList, reading: Reading) -> Recorded:
+    """The graphs of the parts that were read, kept as long as the parts have a plan."""
+    every = _RECORDED.setdefault(layers, [])
+    for recorded in every:
+        if recorded.parts is reading.parts:
+            return recorded
+    recorded, known = Recorded(reading.parts), reading.planner.every_parts(layers)
+    every[:] = [recorded, *(one for one in every if any(one.parts is parts for parts in known))]
     return recorded
 
 
@@ -153,13 +151,13 @@ def _tensor_of(x: Tensor | PaddedBatch) -> Tensor:
     return x.input_ids if isinstance(x, PaddedBatch) else x
 
 
-def refusal_of(layers: nn.ModuleList, parts: Sequence[LayerParts]) -> str:
+def refusal_of(layers: nn.ModuleList, reading: Reading) -> str:
     """Why no call of these layers may replay a graph, "" if one may."""
     if not are_allowed(layers):
         return "graphs=False"
     if _are_off(os.environ.get("FASTBERT_GRAPHS", "")):
         return "FASTBERT_GRAPHS"
-    return _recorded(layers, parts).reason
+    return _recorded(layers, reading).reason
 
 
 def _refusal(bucket: Bucket, mask: Tensor | None, layers: nn.ModuleList, lane: Lane) -> str:

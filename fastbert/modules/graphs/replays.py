@@ -16,8 +16,8 @@ from fastbert.modules.graphs.padded import PaddedBatch
 from fastbert.modules.graphs.recorder import Recorder, Work
 from fastbert.modules.graphs.sizes import Bucket
 from fastbert.modules.linear import Leaf
+from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.modules.sequences import Rows, Sequences
-from fastbert.modules.weight_copies import WeightCopies
 from fastbert.rng import DropoutState
 
 # Backward graphs of an encoder where processes exchange gradients: those of a quarter of the layers
@@ -89,9 +89,14 @@ class Buffers:
         call, linears = self.call, nn.ModuleList()
         dtype = call.precision.dtype if call.precision.enabled else self.x.dtype
         for part in call.parts:
-            others = (part.attention_end.dense, part.intermediate, part.output.dense)
-            linears += [part.query.module, part.key.module, part.value.module]
-            linears += [leaf.module for leaf in others if leaf.weight.dtype != dtype]
+            projections = part.query, part.key, part.value
+            are_joined = all(leaf.is_plain for leaf in projections)
+            linears += [
+                leaf.module
+                for leaf in part.leaves
+                if isinstance(leaf.module, nn.Linear)
+                and (leaf.weight.dtype != dtype or (are_joined and leaf in projections))
+            ]
         copies = WeightCopies(linears, dtype, joins=True)
         copies.renew()
         return copies

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fastbert
-from fastbert.modules import fp8
 from fastbert.modules.graphs import pool
+from fastbert.modules.products import fp8
 from tests.modules.graphs.case import (
     Repeats,
     assert_same,

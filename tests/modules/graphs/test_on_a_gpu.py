@@ -6,9 +6,10 @@ import threading
 import pytest
 import torch
 
-from fastbert.modules import fp8, sequences
+from fastbert.modules import sequences
 from fastbert.modules.graphs import buckets, pool, replays
-from fastbert.modules.weight_copies import WeightCopies
+from fastbert.modules.products import fp8
+from fastbert.modules.products.weight_copies import WeightCopies
 from tests.modules.graphs.case import (
     KINDS,
     MASKS,
@@ -37,8 +38,8 @@ def num_recorded():
 
 def reasons(model):
     """Why each bucket of the model has no graph, "" where it has one."""
-    by_mode = buckets._RECORDED[layers_of(model)].values()
-    entries = [entry for recorded in by_mode for entry in recorded.entries.values()]
+    every = buckets._RECORDED[layers_of(model)]
+    entries = [entry for recorded in every for entry in recorded.entries.values()]
     return ["" if entry.graphs else entry.reason or "not yet" for entry in entries]
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastbert.modules import fp8
 from fastbert.modules.graphs import pool, replays
+from fastbert.modules.products import fp8
 from tests.modules.graphs.case import (
     KINDS,
     Repeats,

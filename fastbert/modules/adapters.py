@@ -1,0 +1,130 @@
+"""LoRA's adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685) on linear layers, as peft's.
+
+peft's own forward takes the host longer than a small batch takes the GPU, and a CUDA graph could
+not tell what it reads. So a plain LoRA layer of peft is read as the linear layer inside it and the
+two of each adapter; any other module is called. Dropout is by counter, like a layer's own.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbert.backend import device_type
+from fastbert.modules.linear import Leaf, Products, biases_of, has_hooks, product
+from fastbert.ops.dropout import dropout
+from fastbert.rng import DropoutState
+
+# The dropouts of adapters have site numbers of their own: at each of a layer's linear layers those
+# of one adapter, of up to `SITES` dropouts of a model.
+SITES = 1024
+MOST_LINEARS = 6  # of a layer
+MOST_ADAPTERS = (
+    2**16 // SITES - 1
+) // MOST_LINEARS  # active on one linear layer; sites have 16 bits
+
+
+class LowRank(NamedTuple):
+    """Adds `up(down(dropout(x))) * scaling`; dropout: its probability, 0 in eval mode."""
+
+    down: Leaf
+    up: Leaf
+    dropout: float
+    scaling: float
+
+    def __call__(self, x: Tensor, rng: DropoutState | None) -> Tensor:
+        x = dropout(x, self.dropout, rng)
+        if not torch.is_autocast_enabled(device_type(x)):
+            x = x.to(self.down.weight.dtype)
+        return _linear(_linear(x, self.down), self.up)
+
+
+class Adapted(Leaf):
+    """A plain linear layer with adapters."""
+
+    __slots__ = ("adapters",)
+
+    def __init__(self, base: nn.Linear, adapters: list[LowRank]) -> None:
+        super().__init__(base)
+        self.is_plain, self.adapters = False, adapters
+
+    @property
+    def inner(self) -> list[Leaf]:
+        return [self, *(leaf for one in self.adapters for leaf in (one.down, one.up))]
+
+    def with_parameters(
+        self, change: Callable[[Tensor], Tensor], given: Products | None
+    ) -> "Adapted":
+        leaf: Any = super().with_parameters(change, given)
+        leaf.adapters = [
+            one._replace(
+                down=one.down.with_parameters(change, given),
+                up=one.up.with_parameters(change, given),
+            )
+            for one in self.adapters
+        ]
+        return leaf
+
+    def __call__(self, x: Tensor, rng: DropoutState | None = None) -> Tensor:
+        y = sum_ = product(x, (self,), biases_of(self))
+        for number, adapter in enumerate(self.adapters):
+            drawn = None
+            if rng is not None:
+                place = MOST_LINEARS * number + self.place
+                drawn = rng.at(SITES * (1 + place) + rng.site)
+            sum_ = torch.add(sum_, adapter(x, drawn), alpha=adapter.scaling)
+        return sum_.to(y.dtype)
+
+
+def read_leaf(module: Any, kind: type[nn.Module] = nn.Linear) -> Leaf:
+    """A linear layer, with its adapters if it has any, or a norm."""
+    cls = type(module)
+    if kind is nn.Linear and (cls.__module__, cls.__name__) == ("peft.tuners.lora.layer", "Linear"):
+        found = _adapted(module)
+        if found is not None:
+            return found
+    return Leaf(module, kind)
+
+
+def _adapted(module: Any) -> Leaf | None:
+    """A LoRA layer of peft as a leaf; None for what is not the usual sum, or has a hook inside."""
+    base, is_off = module.base_layer, module.disable_adapters
+    is_usual = type(module).forward.__module__ == type(module).__module__
+    if any(map(has_hooks, module.modules())) or not is_usual or not Leaf(base).is_plain:
+        return None
+    if is_off and module.merged:  # its forward takes the adapters out of the weight
+        return None
+    if is_off or module.merged:
+        return Leaf(base)
+    if not getattr(module, "cast_input_dtype_enabled", True):
+        return None
+    adapters = []
+    for name in module.active_adapters:
+        if name in module.lora_A:
+            if name in getattr(module, "lora_variant", ()) or module.use_dora.get(name):
+                return None
+            adapter = _low_rank(module, name)
+            if adapter is None:
+                return None
+            adapters.append(adapter)
+    return Adapted(base, adapters) if len(adapters) <= MOST_ADAPTERS else None
+
+
+def _low_rank(module: Any, name: str) -> LowRank | None:
+    down, up = Leaf(module.lora_A[name]), Leaf(module.lora_B[name])
+    drops, scaling = module.lora_dropout[name], module.scaling[name]
+    is_known = type(drops) in (nn.Dropout, nn.Identity) and isinstance(scaling, (int, float))
+    if not (down.is_plain and up.is_plain and is_known):
+        return None
+    return LowRank(
+        down, up, drops.p if type(drops) is nn.Dropout and drops.training else 0, scaling
+    )
+
+
+def _linear(x: Tensor, leaf: Leaf) -> Tensor:
+    """`product`, but for FP8, in which these few numbers would take longer."""
+    biases = biases_of(leaf)
+    y = None if leaf.given is None else leaf.given.product(x, [leaf.weight], biases)
+    return F.linear(x, leaf.weight, *biases) if y is None else y

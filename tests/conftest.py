@@ -100,9 +100,10 @@ def write(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def toys_compute_first_tokens_alone(monkeypatch):
-    """As large batches do, so that tests of toys see it too."""
+def toys_compute_what_is_read_alone(monkeypatch):
+    """As large batches do in the last layer, so that tests of toys see it too."""
     from fastbert.modules import sequences
 
     monkeypatch.setattr(sequences, "FIRST_ALONE", {"cpu": 0})
     monkeypatch.setattr(sequences, "FIRST_ALONE_ON_A_GPU", 0)
+    monkeypatch.setattr(sequences, "LABELLED_ALONE_ON_A_GPU", 0)

@@ -123,7 +123,7 @@ def _for_a_graph(
     if any(arguments.get(name) is not None for name in ("inputs_embeds", *DOCUMENTS)):
         return None
     places = call.given.shape[:2].numel()
-    if has_head and Rows.first_pay(places, model.config.hidden_size, call.given.device):
+    if has_head and Rows.pay(places, model.config.hidden_size, call.given.device):
         return None  # the last layer may compute first tokens alone
     if not call.may_replay():
         return None

@@ -41,7 +41,7 @@ def present_head(model: Any) -> Any:
 def first_rows(head: Any, padding: Unpadding, hidden_size: int) -> Rows | None:
     """Each sequence's first token, where `head` reads no others and that saves time."""
     device = padding.cu_seqlens.device
-    if not is_by_row(padding) or not Rows.first_pay(padding.num_tokens, hidden_size, device):
+    if not is_by_row(padding) or not Rows.pay(padding.num_tokens, hidden_size, device):
         return None
     return Rows.read_by_losses(padding, first=True) if reads_first_tokens(head) else None
 

@@ -180,12 +180,14 @@ def _run_rows(
     base: Any, rest: dict[str, Any], labels: Tensor, num_labels: int, with_pairs: bool
 ) -> tuple[MaskedRows, Tensor | None]:
     """The masked rows, and with pairs the pooler's output (B, H) for each sequence."""
-    packed_labels: Tensor | None = None
+    targets: Tensor | None = None
 
-    def rows_of(padding: Unpadding, hidden_size: int) -> Rows:
-        nonlocal packed_labels
-        packed_labels = padding.pack(labels, IGNORE_INDEX)
-        has_label = packed_labels != IGNORE_INDEX
+    def rows_of(padding: Unpadding, hidden_size: int) -> Rows | None:
+        nonlocal targets
+        targets = padding.pack(labels, IGNORE_INDEX)
+        if not Rows.pay(padding.num_tokens, hidden_size, targets.device, labelled=True):
+            return None
+        has_label = targets != IGNORE_INDEX
         return Rows.read_by_losses(
             padding, first=with_pairs, has_label=has_label, num_labels=num_labels
         )
@@ -193,15 +195,16 @@ def _run_rows(
     if with_pairs and not is_plain_pooler(base.pooler):
         raise Unsupported("a pooler of the user's own, or a hook on it")
     encoded = encode(base, rest, rows_of)
-    rows = encoded.rows
-    if rows is None:
+    rows, cu_seqlens = encoded.rows, encoded.padding.cu_seqlens
+    if targets is None:
         raise Unsupported("hidden states, which all rows have")
-    assert packed_labels is not None
-    targets = rows.take(packed_labels, IGNORE_INDEX)
-    if not with_pairs:
-        return MaskedRows(encoded.x, targets, rows.index, rows.cu_seqlens[-1]), None
-    first = first_tokens(encoded.x, rows.cu_seqlens)
-    pooled = base.pooler(first.to(encoded.dtype)[:, None])
+    if rows is not None:
+        targets, cu_seqlens = rows.take(targets, IGNORE_INDEX), rows.cu_seqlens
+        if not with_pairs:
+            return MaskedRows(encoded.x, targets, rows.index, cu_seqlens[-1]), None
+    pooled = None
+    if with_pairs:
+        pooled = base.pooler(first_tokens(encoded.x, cu_seqlens).to(encoded.dtype)[:, None])
     return mlm_gather(encoded.x, targets, capacity=num_labels), pooled
 
 

@@ -41,7 +41,7 @@ class BertForSequenceClassification(_Classifier):
         super().__init__(config, config.num_labels)
 
     def predict(self, request: Request, labels: Tensor | None = None) -> SequenceClassifierOutput:
-        request = request.first_alone(self.config.hidden_size)
+        request = request.only(self.config.hidden_size, first=True)
         encoded = self.encode(request)
         logits, scored = self.classifier(self.dropout(encoded.pooler_output)), None
         if labels is not None:
@@ -115,7 +115,7 @@ class BertForMultipleChoice(_Classifier):
     def predict(
         self, request: Request, labels: Tensor | None = None, num_choices: int = 1
     ) -> MultipleChoiceModelOutput:
-        request = request.first_alone(self.config.hidden_size)
+        request = request.only(self.config.hidden_size, first=True)
         encoded = self.encode(request)
         logits = self.classifier(self.dropout(encoded.pooler_output)).view(-1, num_choices)
         scored = None if labels is None else score_classes(logits, labels)

@@ -124,18 +124,16 @@ class Request:
         batch = dataclasses.replace(self.batch, next_sentence_label=next_sentence_label.view(-1))
         return dataclasses.replace(self, batch=batch)
 
-    def only(self, *, first: bool = False, labelled: bool = False) -> Self:
-        """This request for the tokens of `wanted_rows` only, unless hidden states are wanted."""
-        if self.output_hidden_states:
-            return self
-        rows = wanted_rows(self.batch, first=first, labelled=labelled)
-        return dataclasses.replace(self, rows=rows)
+    def only(self, hidden_size: int, *, first: bool = False, labelled: bool = False) -> Self:
+        """This request for the tokens of `wanted_rows` only, where that saves time.
 
-    def first_alone(self, hidden_size: int) -> Self:
-        """This request for first tokens only, where that saves time and no states are wanted."""
+        Not where hidden states are wanted.
+        """
         batch = self.batch
-        pays = Rows.first_pay(batch.num_tokens, hidden_size, batch.device)
-        return self.only(first=True) if pays else self
+        pays = Rows.pay(batch.num_tokens, hidden_size, batch.device, labelled=labelled)
+        if self.output_hidden_states or not pays:
+            return self
+        return dataclasses.replace(self, rows=wanted_rows(batch, first=first, labelled=labelled))
 
     def output(self, kind: Any, encoded: Any, logits: Tensor | None, scored: Scored | None) -> Any:
         """The output of class `kind`: the loss normalised, None without a score; logits; states."""

@@ -47,7 +47,7 @@ class _PredictsWords(BertPreTrainedModel):
         has_loss = batch.labels is not None and (not with_pairs or pair_labels is not None)
         with_logits = wants_logits(self, has_loss, **asked)
         if has_loss and not with_logits:
-            request = request.only(first=with_pairs, labelled=True)
+            request = request.only(self.config.hidden_size, first=with_pairs, labelled=True)
         encoded = self.encode(request)
         x = encoded.last_hidden_state
         words = score_masked(head, x, batch, request.rows) if has_loss else None
@@ -191,7 +191,7 @@ class BertForNextSentencePrediction(LabelledModel):
     def predict(
         self, request: Request, labels: Tensor | None = None
     ) -> NextSentencePredictorOutput:
-        request = request.labelled_pairs(labels).first_alone(self.config.hidden_size)
+        request = request.labelled_pairs(labels).only(self.config.hidden_size, first=True)
         encoded = self.encode(request)
         logits, labels = self.cls(encoded.pooler_output), request.batch.next_sentence_label
         scored = None if labels is None else score_classes(logits, labels)

@@ -20,6 +20,11 @@ from fastbert.rng import DropoutState
 # size 768 on an H200, whose host was measured to take 0.4 ms for a layer.
 FIRST_ALONE = {"cpu": 2**17}
 FIRST_ALONE_ON_A_GPU = 2**33
+# The same where labelled tokens are read, too, of which there are more. A GPU's host takes 0.6 ms
+# of a step for a last layer of their rows, which is no longer one operator; by its arithmetic an
+# H200 earns that back from some thousand tokens at hidden size 768 on (not measured).
+LABELLED_ALONE = {"cpu": 0}
+LABELLED_ALONE_ON_A_GPU = 2**31
 # From how many places times hidden size squared on, in inference, the host of a GPU waits to learn
 # how many of them have real tokens: the layers then compute no more than these. With fewer their
 # launches are thought to take as long as their arithmetic (not measured), so they compute as many
@@ -55,9 +60,17 @@ class Rows:
         return cls(kept.positions, kept.slots, begins, max_seqlen)
 
     @staticmethod
-    def first_pay(num_tokens: int, hidden_size: int, device: torch.device) -> bool:
-        """Whether the last layer had better compute each sequence's first token alone."""
-        least = FIRST_ALONE.get(device.type, FIRST_ALONE_ON_A_GPU)
+    def pay(
+        num_tokens: int, hidden_size: int, device: torch.device, *, labelled: bool = False
+    ) -> bool:
+        """Whether the last layer had better compute each sequence's first token alone.
+
+        labelled: or the labelled tokens, with or without the first
+        """
+        if labelled:
+            least = LABELLED_ALONE.get(device.type, LABELLED_ALONE_ON_A_GPU)
+        else:
+            least = FIRST_ALONE.get(device.type, FIRST_ALONE_ON_A_GPU)
         return num_tokens * hidden_size**2 >= least
 
     @classmethod

@@ -9,6 +9,8 @@ import transformers
 from torch import nn
 
 import fastbert
+from fastbert.modules import sequences
+from fastbert.modules.sequences import Rows
 from tests.hf.cases import (
     BERT_KINDS,
     FAMILIES,
@@ -57,6 +59,16 @@ def readable(case: Case) -> str:
 @pytest.mark.parametrize("case", list(filter(is_comparable, CASES)), ids=readable)
 def test_a_patched_model_gives_what_the_unpatched_gives(case):
     compare(case)
+
+
+@pytest.mark.parametrize("mask", ["int", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_small_batch_whose_last_layer_computes_all_rows_gives_the_same(family, mask, monkeypatch):
+    monkeypatch.setattr(sequences, "LABELLED_ALONE", {"cpu": float("inf")})
+    monkeypatch.setattr(Rows, "read_by_losses", None)
+    kinds = ["ForMaskedLM", "ForPreTraining"] if family == "Bert" else ["ForMaskedLM"]
+    for kind in kinds:
+        compare(Case(family, kind, mask=mask))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

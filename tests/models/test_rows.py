@@ -7,6 +7,8 @@ import torch
 
 import fastbert
 from fastbert.models.inputs import wanted_rows
+from fastbert.modules import sequences
+from fastbert.modules.sequences import Rows
 from fastbert.packing import IGNORE_INDEX
 from fastbert.train.objective import PretrainingObjective
 from tests.models.pretraining_case import SHAPE, make_batch, make_model
@@ -40,6 +42,21 @@ def test_pre_training_with_dropout_has_the_loss_and_gradients_of_all_rows(name, 
     expected = gradients(model(batch, output_hidden_states=True).loss, model)
     batch = dataclasses.replace(batch, num_labels=batch.num_labels + spare)
     for a, b in zip(gradients(model(batch).loss, model), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["PreTraining", "MaskedLM"])
+def test_a_small_batch_computes_all_rows(name, monkeypatch):
+    model = make_model().double() if name == "PreTraining" else make_classifier(name)
+    batch, found, chosen = make_batch(LENGTHS), [], []
+    choose = Rows.read_by_losses
+    monkeypatch.setattr(Rows, "read_by_losses", lambda *a, **k: chosen.append(1) or choose(*a, **k))
+    size = batch.num_tokens * model.config.hidden_size**2
+    for least in (size, size + 1):
+        monkeypatch.setattr(sequences, "LABELLED_ALONE", {"cpu": least})
+        found.append(gradients(model(batch).loss, model))
+    assert len(chosen) == 1
+    for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 
 

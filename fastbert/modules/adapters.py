@@ -74,7 +74,11 @@ class Adapted(Leaf):
             if rng is not None:
                 place = MOST_LINEARS * number + self.place
                 drawn = rng.at(SITES * (1 + place) + rng.site)
-            sum_ = torch.add(sum_, adapter(x, drawn), alpha=adapter.scaling)
+            more = adapter(x, drawn)
+            if torch.compiler.is_compiling():  # which leaves out alpha behind a linear layer
+                sum_ = sum_ + more * adapter.scaling
+            else:
+                sum_ = torch.add(sum_, more, alpha=adapter.scaling)
         return sum_.to(y.dtype)
 
 

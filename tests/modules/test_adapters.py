@@ -66,6 +66,13 @@ def test_an_adapted_layer_gives_pefts_result_and_gradients(options, names, preci
         torch.testing.assert_close(a, e, **tolerance)
 
 
+@pytest.mark.slow
+def test_a_compiled_layer_gives_the_same():
+    module, x = lora(), torch.randn(7, 24)
+    compiled = torch.compile(lambda x: read_leaf(module)(x))
+    torch.testing.assert_close(compiled(x), module(x))
+
+
 def test_an_adapter_that_is_off_or_merged_leaves_a_plain_layer():
     module, x = lora(), torch.randn(7, 24)
     expected = module(x)

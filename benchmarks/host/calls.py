@@ -16,6 +16,7 @@ from fastbert.modules.graphs import buckets
 ENCODER, CLASSIFIER = "BertModel", "BertForSequenceClassification"
 INFERENCE, STEP = "inference", "training step"
 STATES, CONTRASTIVE = "inference, all hidden states", "contrastive step"
+LORA = "training step with LoRA"
 SMALL = {
     "num_hidden_layers": 12,
     "hidden_size": 32,
@@ -30,7 +31,7 @@ Work = Callable[[], Any]
 
 
 class Case(NamedTuple):
-    """A kind of call (INFERENCE, STEP, STATES or CONTRASTIVE), a model and a batch.
+    """A kind of call (INFERENCE, STEP, STATES, CONTRASTIVE or LORA), a model and a batch.
 
     sequences: how many, of up to `length` tokens; is_full: all have that length, else half of it on
     average; has_mask: whether an attention_mask is passed
@@ -55,7 +56,7 @@ def batch_of(case: Case, device: torch.device, shape: dict) -> dict[str, Tensor]
     batch = {"input_ids": torch.randint(5, words, is_real.shape) * is_real}
     if case.has_mask:
         batch["attention_mask"] = is_real.long()
-    if case.of == STEP:
+    if case.of in (STEP, LORA):
         batch["labels"] = torch.arange(case.sequences) % 2
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
@@ -76,7 +77,16 @@ def models(case: Case, shape: dict, names: list[str], device: torch.device) -> d
         if name in (PATCHED, PATCHED_GRAPHS):
             fastbert.patch(model, graphs="auto" if name == PATCHED_GRAPHS else False)
         made[name] = model
-    return made
+    return {name: adapted(model) for name, model in made.items()} if case.of == LORA else made
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    """The model with LoRA (Hu et al. 2021) on queries and values, the only weights that train."""
+    import peft
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=8, target_modules=["query", "value"], lora_dropout=0.1)
+    return peft.get_peft_model(model, config)
 
 
 def callable_of(name: str, model: nn.Module) -> Callable:
@@ -117,7 +127,7 @@ def training_step(
     loss_of: Callable[..., Tensor] = own_loss,
 ) -> Work:
     """Forward and backward, under autocast if bf16; on a GPU a fused AdamW step follows."""
-    parameters = list(model.train().parameters())
+    parameters = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
     run, device = callable_of(name, model), options.device.type
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if device == "cuda" else None
 
@@ -136,6 +146,7 @@ def training_step(
 MAKERS: dict[str, Callable[..., Work]] = {
     INFERENCE: forward_pass,
     STEP: training_step,
+    LORA: training_step,
     STATES: partial(forward_pass, output_hidden_states=True),
     CONTRASTIVE: partial(training_step, loss_of=contrastive_loss),
 }

@@ -4,8 +4,8 @@ The part "host" times whole calls of fastbert's own, patched and Hugging Face's 
 with the same weights and batch. On every machine it runs on the CPU with one thread: 12 layers of
 width 32 and one sequence of 16 tokens, in a step four too, in float32. On a GPU it also runs
 BERT-base: inference with weights in the precision that is measured, with all hidden states too, and
-fine-tuning steps under autocast, of a classifier, also by Hugging Face's Trainer, and of a
-contrastive loss. There, patched models also run with CUDA graphs, and Hugging Face's with
+fine-tuning steps under autocast, of a classifier, also by Hugging Face's Trainer or with LoRA, and
+of a contrastive loss. There, patched models also run with CUDA graphs, and Hugging Face's with
 torch.compile.
 
 Then `empty_launches` measures single layers and operators as they run on a GPU.
@@ -23,6 +23,7 @@ from benchmarks.host.calls import (
     CONTRASTIVE,
     ENCODER,
     INFERENCE,
+    LORA,
     MAKERS,
     SMALL,
     STATES,
@@ -42,6 +43,7 @@ CPU_CASES = (
     *(Case(INFERENCE, model, has_mask=m) for model in (ENCODER, CLASSIFIER) for m in (True, False)),
     *(Case(STEP, has_mask=has_mask) for has_mask in (True, False)),
     *(Case(STEP, sequences=4, is_full=is_full) for is_full in (True, False)),
+    Case(LORA),
 )
 BATCHES = ((1, 16, True), (1, 128, True), (32, 128, True), (32, 128, False), (32, 512, False))
 COMPILED_CASES = tuple(Case(of, CLASSIFIER, *b) for of in (INFERENCE, STEP) for b in BATCHES)
@@ -53,6 +55,8 @@ OTHER_CASES = (
     Case(STATES, ENCODER, 1, 128),
     Case(STATES, ENCODER, 32, 128, False),
     Case(CONTRASTIVE, ENCODER, 32, 128, False),
+    Case(LORA, CLASSIFIER, 1, 128),
+    Case(LORA, CLASSIFIER, 32, 128),
 )
 
 

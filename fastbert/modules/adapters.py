@@ -104,27 +104,23 @@ def _adapted(module: Any) -> Leaf | None:
         return Leaf(base)
     if not getattr(module, "cast_input_dtype_enabled", True):
         return None
-    adapters = []
-    for name in module.active_adapters:
-        if name in module.lora_A:
-            if name in getattr(module, "lora_variant", ()) or module.use_dora.get(name):
-                return None
-            adapter = _low_rank(module, name)
-            if adapter is None:
-                return None
-            adapters.append(adapter)
-    return Adapted(base, adapters) if len(adapters) <= MOST_ADAPTERS else None
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    adapters = [_low_rank(module, name) for name in names[: MOST_ADAPTERS + 1]]
+    found = [one for one in adapters if one is not None]
+    return Adapted(base, found) if len(found) == len(adapters) <= MOST_ADAPTERS else None
 
 
 def _low_rank(module: Any, name: str) -> LowRank | None:
+    """The layer's adapter of this name; None for a variant, as DoRA is, and unusual parts."""
     down, up = Leaf(module.lora_A[name]), Leaf(module.lora_B[name])
     drops, scaling = module.lora_dropout[name], module.scaling[name]
+    variants = {"lora_variant", "use_dora"} & vars(module).keys()
+    is_variant = any(vars(module)[attribute].get(name) for attribute in variants)
     is_known = type(drops) in (nn.Dropout, nn.Identity) and isinstance(scaling, (int, float))
-    if not (down.is_plain and up.is_plain and is_known):
+    if is_variant or not (is_known and down.is_plain and up.is_plain):
         return None
-    return LowRank(
-        down, up, drops.p if type(drops) is nn.Dropout and drops.training else 0, scaling
-    )
+    p = drops.p if type(drops) is nn.Dropout and drops.training else 0
+    return LowRank(down, up, p, scaling)
 
 
 def _linear(x: Tensor, leaf: Leaf) -> Tensor:

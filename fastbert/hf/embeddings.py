@@ -126,8 +126,8 @@ def padded_batch(
     count the tokens of a batch for which that pays.
     """
     embeddings, ids = model.embeddings, (mask, token_type_ids, position_ids)
-    plain = _plain(embeddings)
-    if input_ids is None or plain is None or hasattr(model, "embeddings_project"):
+    plain, projection = _plain(embeddings), getattr(model, "embeddings_project", None)
+    if input_ids is None or plain is None or not (projection is None or is_plain(projection)):
         return None
     tables, dropout_p = plain
     first, widest, places = _places(model)
@@ -142,11 +142,13 @@ def padded_batch(
         or not (token_type_ids is not None or tables.types is None or _types_are_zero(embeddings))
     ):
         return None
-    weights = [one.weight for one in tables[:3] if one is not None]
-    read = [*weights, tables.norm.weight, tables.norm.bias, *([] if places is None else [places])]
+    modules = [one for one in (*tables[:3], projection) if one is not None]
+    read = [*(one.weight for one in modules), tables.norm.weight, tables.norm.bias]
+    read += [] if projection is None or projection.bias is None else [projection.bias]
+    read += [] if places is None else [places]
     tensors = [(one.data_ptr(), one.dtype, one.shape, one.stride()) for one in read]
     fixed = *tensors, first, tables.norm.eps
-    num_tokens = count_tokens(shape, mask, weights[0].shape[1])
+    num_tokens = count_tokens(shape, mask, model.config.hidden_size)
     if not num_tokens:
         return None
     owner = weakref.ref(model)

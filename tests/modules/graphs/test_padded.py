@@ -18,6 +18,7 @@ from fastbert.ops.embedding import embedding_layer_norm
 from tests.modules.graphs.case import MASKS, SHAPE, Repeats, batch, logits, models, step, use
 
 KINDS = ("Bert", "Roberta", "DistilBert", "Electra")
+NARROW = {"embedding_size": 16}  # of ELECTRA's small models, which project them
 INPUTS = batch([7, 3, 5])
 
 
@@ -37,9 +38,7 @@ def pair(kind="Bert", **options):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_replay_embeds_without_python(kind, recorder, embedded):
-    # ELECTRA's small models project narrower embeddings, before the graph
-    options = {"embedding_size": SHAPE["hidden_size"]} if kind == "Electra" else {}
-    plain, recorded = pair(kind, **options)
+    plain, recorded = pair(kind, **NARROW if kind == "Electra" else {})
     embedded.clear()
     for seed in (1, 2):
         inputs = batch([6, 4, 5], seed)
@@ -110,6 +109,33 @@ def test_other_embeddings_are_computed_before_the_graph_or_recorded_anew(change,
     assert recorder.recorded == 2
 
 
+@pytest.mark.parametrize("change", ["moved weight", "moved bias", "other weight", "hook", "class"])
+def test_a_projection_of_embeddings_is_that_of_now(change, recorder):
+    both = pair("Electra", **NARROW)
+    before = logits(both[0], INPUTS)
+    for model in both:
+        projection = model.electra.embeddings_project
+        torch.manual_seed(3)
+        nn.init.normal_(projection.bias)
+        logits(model, INPUTS)
+        torch.manual_seed(4)
+        if change.startswith("moved"):
+            parameter = getattr(projection, change.removeprefix("moved "))
+            parameter.data = parameter.data * 1.5
+        elif change == "other weight":
+            projection.weight = nn.Parameter(torch.randn_like(projection.weight))
+        elif change == "hook":
+            projection.register_forward_hook(lambda module, args, output: output * 2)
+        else:
+            model.electra.embeddings_project = nn.Sequential(nn.Linear(16, 32), nn.Tanh())
+    plain, recorded = both
+    for _ in range(2):
+        actual = logits(recorded, INPUTS)
+        torch.testing.assert_close(actual, logits(plain, INPUTS))
+    assert not torch.allclose(actual, before)
+    assert recorder.recorded == 2
+
+
 def test_states_and_training_have_the_embeddings_outside(recorder, embedded):
     plain, recorded = pair()
     for _ in range(2):
@@ -155,7 +181,7 @@ def test_every_mask_gives_what_the_packed_path_gives(
     kind, mask, dtype, counts, recorder, monkeypatch
 ):
     monkeypatch.setattr(sequences, "LEAST_COUNTED", 0 if counts else 2**30)
-    options = {"embedding_size": SHAPE["hidden_size"]} if kind == "Electra" else {}
+    options = NARROW if kind == "Electra" else {}
     plain, recorded = (model.eval() for model in models(kind, "Model", **options))
     given = {"input_ids": torch.randint(3, 61, (3, 7))}
     if MASKS[mask] is not None:

@@ -124,7 +124,12 @@ class Segment(NamedTuple):
 
 
 def copies_of(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies of tensors, in few launches."""
-    if len(tensors) == 1:
-        return [tensors[0].clone()]
-    return list(torch._foreach_mul(tensors, 1)) if tensors else []
+    """Copies of tensors, in few launches, each of which takes tensors of one dtype."""
+    places = dict[torch.dtype, list[int]]()
+    for place, tensor in enumerate(tensors):
+        places.setdefault(tensor.dtype, []).append(place)
+    copies = dict[int, Tensor]()
+    for some in places.values():
+        made = torch._foreach_mul([tensors[place] for place in some], 1)
+        copies.update(zip(some, made, strict=True))
+    return [copies[place] for place in range(len(tensors))]

@@ -5,10 +5,12 @@ import torch
 
 from fastbert import backend
 from fastbert.modules import request, sequences
+from fastbert.modules.graphs.call import copies_of
 from fastbert.modules.graphs.sizes import Bucket, rounded
 from fastbert.ops.attention import attention_qkvpacked
 from tests.modules.graphs.case import (
     KINDS,
+    Counter,
     Repeats,
     assert_same,
     batch,
@@ -178,3 +180,16 @@ def test_steps_whose_operators_are_kernels(kind, recorder, monkeypatch):
             inputs = batch(lengths, number)
             assert_same(step(recorded, inputs), step(plain, inputs))
     assert recorder.replayed == 2 * 2
+
+
+def test_copies_of_several_dtypes_are_made_dtype_by_dtype():
+    """PyTorch copies a list of mixed dtypes one by one."""
+    tensors = [torch.randn(3), torch.randn(2, 2).bfloat16(), torch.randn(4), torch.randn(1).half()]
+    with Counter() as counter:
+        copies = copies_of(tensors)
+    assert counter.calls == {"_foreach_mul": 3}
+    for a, e in zip(copies, tensors, strict=True):
+        assert torch.equal(a, e)
+        assert a.dtype == e.dtype
+        assert a.data_ptr() != e.data_ptr()
+    assert copies_of([]) == []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastbert.backend import device_type
 from fastbert.modules.linear import Leaf, Products, biases_of, has_hooks, product
-from fastbert.ops.dropout import dropout
+from fastbert.ops.dropout import Dropout, drawn, dropout
 from fastbert.rng import DropoutState
 
 # The dropouts of adapters have site numbers of their own: at each of a layer's linear layers those
@@ -35,7 +35,8 @@ class LowRank(NamedTuple):
     scaling: float
 
     def __call__(self, x: Tensor, rng: DropoutState | None) -> Tensor:
-        x = dropout(x, self.dropout, rng)
+        rows = x.shape[:-1].numel()
+        x = dropout.run(Dropout(x, self.dropout, drawn(rows, x.device, self.dropout, rng)))
         if not torch.is_autocast_enabled(device_type(x)):
             x = x.to(self.down.weight.dtype)
         return _linear(_linear(x, self.down), self.up)
@@ -68,13 +69,16 @@ class Adapted(Leaf):
         return leaf
 
     def __call__(self, x: Tensor, rng: DropoutState | None = None) -> Tensor:
-        y = sum_ = product(x, (self,), biases_of(self))
+        return self.adapted(product(x, (self,), biases_of(self)), x, rng)
+
+    def adapted(self, y: Tensor, x: Tensor, rng: DropoutState | None) -> Tensor:
+        sum_ = y
         for number, adapter in enumerate(self.adapters):
-            drawn = None
+            own = None
             if rng is not None:
                 place = MOST_LINEARS * number + self.place
-                drawn = rng.at(SITES * (1 + place) + rng.site)
-            more = adapter(x, drawn)
+                own = rng.at(SITES * (1 + place) + rng.site)
+            more = adapter(x, own)
             if torch.compiler.is_compiling():  # which leaves out alpha behind a linear layer
                 sum_ = sum_ + more * adapter.scaling
             else:

@@ -68,6 +68,10 @@ class Leaf:
         """The leaf, and those of its adapters."""
         return [self]
 
+    def adapted(self, y: Tensor, x: Tensor, rng: DropoutState | None) -> Tensor:
+        """The layer's product y of x, with what its adapters add."""
+        return y
+
     def with_parameters(self, change: Callable[[Tensor], Tensor], given: Products | None) -> "Leaf":
         """A leaf of the same module that reads other tensors in the place of its parameters."""
         leaf, own = copy.copy(self), self.parameters.items()
@@ -123,9 +127,10 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
 def fused_linear(x: Tensor, linears: Sequence[Leaf], rng: DropoutState | None = None) -> Tensor:
     """The outputs of `linears` side by side: (..., H) -> (..., sum of their output sizes).
 
-    Where every layer is a plain `nn.Linear`, this is one product with the concatenated weights;
-    except for few rows of float32 on a CPU, where concatenating takes longer than the products. A
-    layer of another class (8-bit, parametrized) or with hooks is called. rng: see `Leaf`.
+    Where every layer is a plain `nn.Linear`, with adapters or without, this is one product with the
+    concatenated weights; except for few rows of float32 on a CPU, where concatenating takes longer
+    than the products. A layer of another class (8-bit, parametrized) or with hooks is called. rng:
+    see `Leaf`.
     """
     return fused_linear_and_bias(x, linears, None, rng)[0]
 
@@ -143,14 +148,20 @@ def fused_linear_and_bias(
     hidden = x.shape[-1]
     are_few = x.is_cpu and x.numel() < hidden**2 and hidden >= SMALL
     is_worth_it = not are_few or rounds_products(x)  # separate products would round dX three times
-    if is_worth_it and all(layer.is_plain for layer in linears):
-        biases = biases_of(*linears)
+    if is_worth_it and all(layer.is_read for layer in linears):
+        biases, bias = biases_of(*linears), None
         if len(biases) in (0, len(linears)):
             are_trained = torch.is_grad_enabled() and any(bias.requires_grad for bias in biases)
             if are_trained and into is not None and into.has_kernels(x):
                 bias = joined(biases)
-                return product(x, linears, (bias.detach(),)), bias
-            return product(x, linears, biases), None
+                has_products = linears[0].products is not None  # which know each of the biases
+                biases = [one.detach() for one in (biases if has_products else (bias,))]
+            y = product(x, linears, biases)
+            if not all(layer.is_plain for layer in linears):
+                parts = y.split([len(layer.weight) for layer in linears], dim=-1)
+                each = zip(linears, parts, strict=True)
+                y = torch.cat([layer.adapted(part, x, rng) for layer, part in each], dim=-1)
+            return y, bias
     return torch.cat([layer(x, rng) for layer in linears], dim=-1), None
 
 

@@ -89,14 +89,11 @@ class Buffers:
         call, linears = self.call, nn.ModuleList()
         dtype = call.precision.dtype if call.precision.enabled else self.x.dtype
         for part in call.parts:
-            projections = part.query, part.key, part.value
-            are_joined = all(leaf.is_plain for leaf in projections)
-            linears += [
-                leaf.module
-                for leaf in part.leaves
-                if isinstance(leaf.module, nn.Linear)
-                and (leaf.weight.dtype != dtype or (are_joined and leaf in projections))
-            ]
+            joined = part.query, part.key, part.value
+            others = (leaf for leaf in part.leaves if leaf not in joined)
+            others = (leaf for leaf in others if isinstance(leaf.module, nn.Linear))
+            linears += [leaf.module for leaf in joined]
+            linears += [leaf.module for leaf in others if leaf.weight.dtype != dtype]
         copies = WeightCopies(linears, dtype, joins=True)
         copies.renew()
         return copies

@@ -103,7 +103,8 @@ class WeightCopies:
         bias = None
         if biases:
             are_copied = all(_memory_of(one) in self.places for one in biases)
-            is_copy = are_copied and not torch.is_grad_enabled()
+            are_trained = torch.is_grad_enabled() and any(one.requires_grad for one in biases)
+            is_copy = are_copied and not are_trained
             bias = self._joined(biases) if is_copy else joined(biases)
         return _Product.apply(x, self._joined(weights), bias, *weights)  # type: ignore[no-untyped-call]
 

@@ -49,6 +49,10 @@ def other_eps(model):
     layers_of(model)[1].output.LayerNorm.eps = 0.5
 
 
+def without_affine(model):
+    layers_of(model)[1].output.LayerNorm = nn.LayerNorm(32, elementwise_affine=False)
+
+
 def other_activation(model):
     intermediate = layers_of(model)[1].intermediate
     intermediate.__dict__.pop("intermediate_act_fn", None)
@@ -89,7 +93,7 @@ def parametrized(model):
 
 CHANGES = [
     *(frozen, moved, narrowed, replaced, other_activation, more_dropout, a_hook, a_watched_layer),
-    *(another_leaf, wider, checkpointed, parametrized, other_eps),
+    *(another_leaf, wider, checkpointed, parametrized, other_eps, without_affine),
 ]
 
 

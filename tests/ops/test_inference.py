@@ -6,6 +6,7 @@ import torch
 from fastbert import rng as random
 from fastbert.ops.attention import attention, attention_qkvpacked
 from fastbert.ops.bias_gelu import bias_gelu
+from fastbert.ops.dropout import dropout
 from fastbert.ops.embedding import embedding_layer_norm
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fastbert.ops.linear_cross_entropy import linear_cross_entropy
@@ -41,6 +42,7 @@ def calls(device, dtype):
             (normal(ROWS, 3, HEADS, 16),),
         ),
         "bias_gelu": (bias_gelu, (x, bias)),
+        "dropout": (lambda x: dropout(x, **drops), (x,)),
         "layer_norm": (layer_norm, (x, weight, bias)),
         "dropout_add_layer_norm": (
             lambda *t: dropout_add_layer_norm(*t, **drops),

@@ -28,7 +28,7 @@ from fastbert.ops.attention import (
 )
 from fastbert.ops.bias_gelu import BiasGeluFunction, bias_gelu
 from fastbert.ops.dropout import drawn
-from fastbert.ops.fused import once, product, result_dtype
+from fastbert.ops.fused import applied, once, product, result_dtype
 from fastbert.ops.layer_norm import MAX_COLS, LayerNormFunction, dropout_add_layer_norm
 
 _OPERATORS = attention_qkvpacked, dropout_add_layer_norm, bias_gelu
@@ -100,7 +100,7 @@ class WholeLayer:
         if torch.is_grad_enabled():
             for tensor in arguments[4:]:
                 if tensor.requires_grad:
-                    return _Layer.apply(*arguments)  # type: ignore[no-untyped-call]
+                    return applied(_Layer, *arguments)
         return _Layer.forward(None, *arguments)
 
     def _fits(

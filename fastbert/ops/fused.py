@@ -24,6 +24,14 @@ def run(function: type[Function], kernels: Any, call: tuple[Any, ...]) -> Any:
     return function.forward(None, kernels, *call)
 
 
+def applied(function: type[Function], *arguments: Any) -> Any:
+    """`function.apply`, without its look at each argument for what function transforms have left.
+
+    For many arguments that takes the host longer than the rest. No transform may be active.
+    """
+    return super(Function, function).apply(*arguments)  # type: ignore[misc]
+
+
 def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates a Function's backward: differentiating its gradients raises a RuntimeError."""
 

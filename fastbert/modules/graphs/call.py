@@ -125,11 +125,8 @@ class Segment(NamedTuple):
 
 def copies_of(tensors: list[Tensor]) -> list[Tensor]:
     """Copies of tensors, in few launches, each of which takes tensors of one dtype."""
-    places = dict[torch.dtype, list[int]]()
-    for place, tensor in enumerate(tensors):
-        places.setdefault(tensor.dtype, []).append(place)
-    copies = dict[int, Tensor]()
-    for some in places.values():
-        made = torch._foreach_mul([tensors[place] for place in some], 1)
-        copies.update(zip(some, made, strict=True))
-    return [copies[place] for place in range(len(tensors))]
+    dtypes, copies = [tensor.dtype for tensor in tensors], {}
+    for dtype in dict.fromkeys(dtypes):
+        some = [tensor for tensor, own in zip(tensors, dtypes, strict=True) if own == dtype]
+        copies[dtype] = iter(torch._foreach_mul(some, 1))
+    return [next(copies[dtype]) for dtype in dtypes]

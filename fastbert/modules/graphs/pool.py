@@ -21,6 +21,7 @@ from fastbert.modules.graphs.replays import (
 )
 from fastbert.modules.graphs.sizes import Bucket
 from fastbert.modules.layer import LayerParts
+from fastbert.ops.fused import applied
 
 MOST_GRAPHS = 64  # on a device; beyond it the least recently used graphs are dropped
 MOST_LANES = 4  # of a device: so many training forwards may wait for their backwards at once
@@ -148,7 +149,7 @@ class Pending:
         found, states = self.graphs.forward(x, call), []
         for number, segment in enumerate(self.graphs.segments):
             one = segment.of(call)
-            x, *more = Replayed.apply(self, number, one, found[number], x, *(one.trained or ()))  # type: ignore[no-untyped-call]
+            x, *more = applied(Replayed, self, number, one, found[number], x, *(one.trained or ()))
             states += more
         return [x, *states]
 

@@ -172,7 +172,7 @@ def _refusal(bucket: Bucket, mask: Tensor | None, layers: nn.ModuleList, lane: L
         return "a replica of DataParallel"
     if backend.forced() is not None:
         return "a backend that is forced"
-    is_watched = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    is_watched = torch._C._len_torch_dispatch_stack() or backend.is_transformed()
     if is_watched or torch.is_anomaly_enabled():
         return "a mode that looks at each operation"
     return lane.recorder.refusal()

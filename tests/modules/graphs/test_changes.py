@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from fastbert import backend
 from fastbert.modules import plan
@@ -221,6 +222,21 @@ def test_what_no_graph_does_runs_as_it_is(kind, name, recorder):
     actual, expected = (REFUSALS[name](model, inputs) for model in (recorded, plain))
     torch.testing.assert_close(actual, expected)
     assert recorder.recorded == 0
+
+
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_forward_mode_differentiation_has_no_graph(kind, recorder):
+    """One that was recorded before knows no tangents."""
+    embeds, direction = torch.randn(2, 2, 7, 32, generator=torch.Generator().manual_seed(3))
+    tangents = []
+    for model in models(kind):
+        with torch.no_grad():
+            model.eval()(inputs_embeds=embeds)
+            with forward_ad.dual_level():
+                output = model(inputs_embeds=forward_ad.make_dual(embeds, direction)).logits
+                tangents.append(forward_ad.unpack_dual(output).tangent)
+    torch.testing.assert_close(*tangents)
+    assert recorder.replayed == 1
 
 
 @pytest.mark.parametrize("kind", ["own", "Bert"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastbert import rng
+from fastbert.backend import INTERPRETED
 from fastbert.ops.dropout import dropout
 
 
@@ -20,7 +21,9 @@ def test_dropout_follows_its_definition(shape, p, body, device, dtype):
     keep = rng.hidden_keep_mask(state, shape[-1], p).view(shape)
     wide = x.detach().float() * keep * rng.keep_scale(p)
     y = dropout(x, p, state)
-    assert torch.equal(y, wide.to(dtype))
+    # Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest
+    is_coarse = INTERPRETED and body == "triton" and dtype == torch.bfloat16
+    torch.testing.assert_close(y, wide.to(dtype), rtol=2**-7 if is_coarse else 0, atol=0)
     dy = torch.randn(shape, device=device).to(dtype)
     (dx,) = torch.autograd.grad(y, x, dy)
     assert torch.equal(dx, dropout(dy, p, state))

@@ -134,6 +134,11 @@ def threshold(dropout_p: float) -> int:
     return round(dropout_p * RESOLUTION)
 
 
+def keeps_some(dropout_p: float) -> bool:
+    """Whether a dropout of this probability, rounded to a multiple of 1/4096, keeps anything."""
+    return dropout_p >= 0 and threshold(dropout_p) < RESOLUTION
+
+
 def keep_scale(dropout_p: float) -> float:
     """The factor of kept elements: the exact inverse of the probability of being kept."""
     return RESOLUTION / (RESOLUTION - threshold(dropout_p))

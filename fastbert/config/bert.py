@@ -110,7 +110,8 @@ class BertConfig:
         )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, name)
-            require(0 <= value < 1, "BertConfig", f"{name} in [0, 1)", value)
+            is_possible = 0 <= value <= 4095 / 4096  # as `fastbert.rng` draws it
+            require(is_possible, "BertConfig", f"{name} in [0, 4095/4096]", value)
         self._complete_labels()
         self._check_classifier()
         check_config(self)

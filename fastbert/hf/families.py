@@ -19,6 +19,7 @@ from fastbert.modules.bert_layer import read_parts
 from fastbert.modules.embeddings import normalized
 from fastbert.modules.layer import End, LayerParts
 from fastbert.modules.linear import Leaf, is_plain
+from fastbert.rng import keeps_some
 
 Forward = Callable[..., Any]  # of transformers' modules, or one that replaces it
 
@@ -52,7 +53,10 @@ def dropout_of(module: nn.Module) -> float:
         return 0.0
     if not is_plain(module, nn.Dropout):
         raise Unsupported(f"a {type(module).__name__} as dropout, or a hook on it")
-    return float(module.p) if module.training else 0.0  # type: ignore[arg-type]
+    p = float(module.p) if module.training else 0.0  # type: ignore[arg-type]
+    if not keeps_some(p):
+        raise Unsupported(f"a dropout of {p}, which keeps nothing")
+    return p
 
 
 # transformers' GELU modules; the tanh variants differ in rounding only

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from fastbert.backend import device_type
 from fastbert.modules.linear import Leaf, Products, biases_of, has_hooks, product
 from fastbert.ops.dropout import Dropout, drawn, dropout
-from fastbert.rng import DropoutState
+from fastbert.rng import DropoutState, keeps_some
 
 # The dropouts of adapters have site numbers of their own: at each of a layer's linear layers those
 # of one adapter, of up to `SITES` dropouts of a model.
 SITES = 1024
 MOST_LINEARS = 6  # of a layer
-MOST_ADAPTERS = (
-    2**16 // SITES - 1
-) // MOST_LINEARS  # active on one linear layer; sites have 16 bits
+# active on one linear layer, as sites have 16 bits
+MOST_ADAPTERS = (2**16 // SITES - 1) // MOST_LINEARS
 
 
 class LowRank(NamedTuple):
@@ -121,9 +120,9 @@ def _low_rank(module: Any, name: str) -> LowRank | None:
     variants = {"lora_variant", "use_dora"} & vars(module).keys()
     is_variant = any(vars(module)[attribute].get(name) for attribute in variants)
     is_known = type(drops) in (nn.Dropout, nn.Identity) and isinstance(scaling, (int, float))
-    if is_variant or not (is_known and down.is_plain and up.is_plain):
-        return None
     p = drops.p if type(drops) is nn.Dropout and drops.training else 0
+    if is_variant or not (is_known and keeps_some(p) and down.is_plain and up.is_plain):
+        return None
     return LowRank(down, up, p, scaling)
 
 

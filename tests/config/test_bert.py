@@ -64,9 +64,11 @@ def test_a_hugging_face_config_is_kept_by_reference_and_checked():
     [
         ({"hidden_size": 10, "num_attention_heads": 4}, "multiple of num_attention_heads"),
         ({"vocab_size": 0}, "vocab_size of at least 1, got 0"),
-        ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob in \[0, 1\)"),
+        ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob in \[0, 4095/4096\]"),
+        ({"attention_probs_dropout_prob": 0.9999}, r"attention_probs_dropout_prob in \[0, 4095"),
+        ({"hidden_dropout_prob": -0.1}, r"hidden_dropout_prob in \[0, 4095/4096\]"),
     ],
-    ids=["heads", "vocab", "dropout"],
+    ids=["heads", "vocab", "dropout", "nothing is kept", "negative"],
 )
 def test_impossible_shapes_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

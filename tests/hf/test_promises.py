@@ -348,3 +348,17 @@ def test_explain_tells_of_what_differs_on_purpose():
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]])
     told = fastbert.explain(bare, ids()[:1], position_ids=positions, show=False).routes
     assert any("3 documents in a row" in route.reason for route in told)
+
+
+@pytest.mark.parametrize("p", [0.9999, 1.0])
+@pytest.mark.parametrize("name", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_a_dropout_that_keeps_nothing_is_hugging_faces(name, p):
+    others = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    models, found = pair("Bert", "ForSequenceClassification", **others | {name: p}), []
+    for model in models:
+        model.train().dropout.p = 0.0
+        torch.manual_seed(0)
+        found.append(model(ids(), attention_mask=MASK).logits)
+    torch.testing.assert_close(*found)
+    told = fastbert.explain(models[1], ids(), attention_mask=MASK, show=False)
+    assert any("keeps nothing" in route.reason for route in told.routes)

@@ -119,6 +119,10 @@ def another_dropout(module):
     module.lora_dropout["default"] = nn.AlphaDropout(0.1)
 
 
+def nothing_kept(module):
+    module.lora_dropout["default"] = nn.Dropout(1.0)
+
+
 def merged_and_off(module):
     """Its forward takes the adapters out of the weight."""
     module.merge()
@@ -142,7 +146,7 @@ def replaced(module):
 
 
 CHANGES = [hooked, watched, another_base, another_down, another_dropout, merged_and_off]
-CHANGES += [without_casts, many, replaced]
+CHANGES += [nothing_kept, without_casts, many, replaced]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)

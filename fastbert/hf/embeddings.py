@@ -33,6 +33,7 @@ def embedded(
     user's own, broadcasting to (B, S), None for transformers' defaults.
     """
     embeddings, has_types = model.embeddings, family_of_module(model).has_types
+    token_type_ids = token_type_ids if has_types else None  # which transformers 5 ignores, too
     plain = _plain(embeddings)
     projects = hasattr(model, "embeddings_project")  # of ELECTRA's small models, narrower than H
     positions = position_ids
@@ -125,7 +126,8 @@ def padded_batch(
     The arguments are a call's, None for those that were not given. The host waits for a GPU to
     count the tokens of a batch for which that pays.
     """
-    embeddings, ids = model.embeddings, (mask, token_type_ids, position_ids)
+    has_types = family_of_module(model).has_types
+    embeddings, ids = model.embeddings, (mask, token_type_ids if has_types else None, position_ids)
     plain, projection = _plain(embeddings), getattr(model, "embeddings_project", None)
     if input_ids is None or plain is None or not (projection is None or is_plain(projection)):
         return None
@@ -139,7 +141,7 @@ def padded_batch(
         or not (widest and shape[1] <= widest)
         or (mask is None and position_ids is not None)  # which may tell documents apart
         or any(x.shape != shape or x.device != device or x.is_floating_point() for x in given)
-        or not (token_type_ids is not None or tables.types is None or _types_are_zero(embeddings))
+        or not (ids[1] is not None or tables.types is None or _types_are_zero(embeddings))
     ):
         return None
     modules = [one for one in (*tables[:3], projection) if one is not None]

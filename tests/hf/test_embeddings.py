@@ -47,3 +47,21 @@ def test_padding_takes_no_position_of_roberta():
     with torch.no_grad():
         expected, actual = (model(tokens, **batch).last_hidden_state for model in (theirs, ours))
     torch.testing.assert_close(actual[:, :60], expected[:, :60], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Model", "ForMaskedLM", "ForSequenceClassification"])
+def test_a_model_without_types_takes_them_as_hugging_faces_does(kind):
+    """transformers 5 ignores them, which BERT's tokenizer returns; 4.57 refuses them."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 99, "dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}
+    theirs = getattr(transformers, f"DistilBert{kind}")(transformers.DistilBertConfig(**shape))
+    ours, ids, found = fastbert.patch(copy.deepcopy(theirs)), torch.randint(5, 99, (2, 8)), []
+    for model in (theirs.eval(), ours.eval()):
+        try:
+            found.append(model(input_ids=ids, token_type_ids=torch.ones_like(ids))[0])
+        except TypeError as error:
+            found.append(str(error).partition(") ")[2])
+    if isinstance(found[0], str):
+        assert found[1] == found[0]
+    else:
+        torch.testing.assert_close(*found)

@@ -22,6 +22,7 @@ from fastbert.hf.first_tokens import (
     is_by_row,
     is_plain_pooler,
     present_head,
+    reads_pooler,
 )
 from fastbert.hf.hooks import is_hooked, is_theirs
 from fastbert.hf.stack import (
@@ -107,11 +108,13 @@ def _padded(model: Any, arguments: dict[str, Any], head: Any) -> Padded:
     if encoded.rows is not None:
         first = first_tokens(x, encoded.rows.cu_seqlens)
         return Padded(first_column(first, padding), first)
-    states = pad_states(encoded.states, padding, encoded.dtype)
     # a batch without padding has each sequence's first token in column 0
     is_dense = padding.slots is None and is_by_row(padding)
-    is_read = not is_dense and is_plain_pooler(getattr(model, "pooler", None))
-    return Padded(padding.pad(x), first_tokens(x, padding.cu_seqlens) if is_read else None, states)
+    has_pooler = not is_dense and is_plain_pooler(getattr(model, "pooler", None))
+    leading = first_tokens(x, padding.cu_seqlens) if has_pooler else None
+    if leading is not None and not call.wanted and reads_pooler(head, padding):
+        return Padded(leading[:, None], leading)
+    return Padded(padding.pad(x), leading, pad_states(encoded.states, padding, encoded.dtype))
 
 
 def _for_a_graph(

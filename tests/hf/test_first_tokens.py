@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 import fastbert
+from fastbert.hf import encode
 from fastbert.hf.first_tokens import called_by, reads_first_tokens
 from fastbert.modules import sequences
+from fastbert.ops.unpad import Unpadding
 from tests.hf.cases import FAMILIES, Case, build, compare, inputs
 from tests.versions import IS_V4
 
@@ -194,3 +196,42 @@ def test_a_model_without_a_patched_bare_model_is_left_alone():
     _, ours = build(Case("Bert", "ForSequenceClassification"))
     ours.bert = fastbert.unpatch(copy.deepcopy(ours.bert))
     assert not reads_first_tokens(ours)
+
+
+POOLED = ["ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", POOLED)
+def test_a_small_batch_is_padded_for_nobody_where_a_pooler_is_read(kind, side, monkeypatch):
+    monkeypatch.setattr(sequences, "FIRST_ALONE", {"cpu": float("inf")})
+    case = Case("Bert", kind, lengths=(7, 3, 5), side=side)
+    if side == "right":
+        compare(case)
+    _, ours = build(case)
+    batch, _ = inputs(case, ours)
+    padded, pad = [], Unpadding.pad
+    monkeypatch.setattr(Unpadding, "pad", lambda self, x: padded.append(1) or pad(self, x))
+    alone = ours(**batch)
+    assert not padded
+    ours(**batch, output_hidden_states=True)
+    assert padded
+    monkeypatch.setattr(encode, "reads_pooler", lambda *_: False)
+    torch.testing.assert_close(alone.logits, ours(**batch).logits)
+
+
+def test_who_may_see_a_small_batch_sees_it_padded(monkeypatch):
+    monkeypatch.setattr(sequences, "FIRST_ALONE", {"cpu": float("inf")})
+    case = Case("Bert", "ForSequenceClassification", lengths=(7, 3, 5))
+    for name in ("bert", "bert.pooler"):
+        _, ours = build(case)
+        batch, real = inputs(case, ours)
+        shapes = []
+        ours.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, kwargs, shapes=shapes: shapes.append(
+                (*args, *kwargs.values())[0].shape[:2]
+            ),
+            with_kwargs=True,
+        )
+        ours(**batch)
+        assert shapes == [real.shape]

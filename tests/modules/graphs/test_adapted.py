@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastbert
-from fastbert.modules.graphs import buckets, pool
+from fastbert.modules.graphs import buckets, pool, replays
 from tests.modules.graphs.case import (
     assert_same,
     batch,
@@ -53,6 +53,19 @@ def test_a_replay_gives_the_loss_and_the_gradients_of_the_adapters(kind, targets
     for _ in range(2):
         assert_same([logits(recorded, inputs)], [logits(plain, inputs)])
     assert recorder.replayed == 6
+
+
+@pytest.mark.parametrize("targets", [["query", "value"], EVERYWHERE], ids="-".join)
+def test_processes_that_exchange_gradients_have_those_of_some_layers_each(
+    targets, recorder, monkeypatch
+):
+    for module in (pool, replays):
+        monkeypatch.setattr(module, "num_segments", lambda: 2)
+    plain, recorded = (model.train() for model in adapted("Bert", targets))
+    inputs = batch([7, 3, 5, 6])
+    for _ in range(2):
+        assert_same(step(recorded, inputs), step(plain, inputs))
+    assert (recorder.recorded, recorder.replayed) == (3, 6)
 
 
 def test_a_second_backward_without_the_graph_draws_what_the_forward_did(recorder):

@@ -235,3 +235,15 @@ def test_who_may_see_a_small_batch_sees_it_padded(monkeypatch):
         )
         ours(**batch)
         assert shapes == [real.shape]
+
+
+def test_a_classifier_that_reads_the_first_column_gets_it_padded(monkeypatch):
+    """Though its model has a pooler, too; under left padding column 0 is no first token."""
+    monkeypatch.setattr(sequences, "FIRST_ALONE", {"cpu": float("inf")})
+    case = Case("Roberta", "ForSequenceClassification", lengths=(7, 3, 5), side="left")
+    _, ours = build(case)
+    a_pooler_beside_it(ours)
+    batch, _ = inputs(case, ours)
+    logits = ours(**batch).logits
+    monkeypatch.setattr(encode, "reads_pooler", lambda *_: False)
+    torch.testing.assert_close(logits, ours(**batch).logits)

@@ -7,6 +7,7 @@ import torch
 
 import fastbert
 from fastbert.modules.graphs import buckets, pool, replays
+from fastbert.modules.plan import MOST_PLANS
 from tests.modules.graphs.case import (
     assert_same,
     batch,
@@ -135,6 +136,18 @@ def test_what_changes_after_a_recording_is_seen_by_the_next_call(kind, change, r
     assert_same(after, step(plain, inputs))
     assert not torch.equal(after[0], before[1])
     assert_same([logits(recorded.eval(), inputs)], [logits(plain.eval(), inputs)])
+
+
+def test_states_that_are_long_gone_keep_no_graphs(recorder):
+    _, model = adapted("Bert", ["query"])
+    inputs = batch([7, 3])
+    for number in range(3 * MOST_PLANS):
+        for module in model.modules():
+            if hasattr(module, "scale_layer"):
+                module.scaling["default"] = 1.0 + number
+        logits(model.eval(), inputs)
+    assert recorder.recorded == 3 * MOST_PLANS
+    assert len(buckets._RECORDED[layers_of(model)]) <= MOST_PLANS + 1
 
 
 def test_explain_says_that_a_graph_runs(recorder):

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 import fastbert
+from fastbert.modules import sequences
 from tests.hf.trainer_case import Sentences, collate, train
 from tests.hf.training_case import assert_same_gradients, gradients, make_batch, make_model
 
@@ -187,5 +188,28 @@ def test_an_own_model_with_an_adapter_gives_the_patched_models_loss_and_gradient
         loss = adapter(**batch).loss
         loss.backward()
         found.append((loss.detach(), gradients(adapter)))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert_same_gradients(found[0][1], found[1][1])
+
+
+def test_adapters_drop_the_same_where_the_last_layer_computes_some_rows_alone(monkeypatch):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = fastbert.BertConfig(vocab_size=99, num_hidden_layers=2, **shape, **dropouts)
+    targets = ["query", "key", "value", "dense"]
+    lora = peft.LoraConfig(target_modules=targets, lora_dropout=0.4, init_lora_weights=False)
+    model = peft.get_peft_model(fastbert.BertForMaskedLM(config), lora).train()
+    # the head's own adapter would draw from torch's generator, as the dropout state does
+    model.cls.predictions.transform.dense.lora_dropout["default"].p = 0.0
+    ids = torch.randint(5, 99, (3, 9))
+    labels, found = ids.masked_fill(torch.rand(3, 9) > 0.4, -100), []
+    for least in (0, float("inf")):
+        monkeypatch.setattr(sequences, "LABELLED_ALONE", {"cpu": least})
+        torch.manual_seed(7)
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
     torch.testing.assert_close(found[0][0], found[1][0])
     assert_same_gradients(found[0][1], found[1][1])

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from fastbert import rng
-from fastbert.modules.adapters import MOST_ADAPTERS, Adapted, read_leaf
+from fastbert.config.bert import BertConfig
+from fastbert.modules.adapters import MOST_ADAPTERS, MOST_LINEARS, Adapted, read_leaf
+from fastbert.modules.bert_layer import BertLayer, parts_of
 
 peft = pytest.importorskip("peft", reason="adapters need peft")
 
@@ -193,6 +195,12 @@ def test_dropout_is_by_counter_at_sites_of_its_own():
     assert len({*map(tuple, flat)}) == len(flat)
     module.eval()
     assert (read_leaf(module)(x, state) != 0).all()
+
+
+def test_linear_layers_of_a_layer_have_places_of_their_own():
+    layer = BertLayer(BertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=24))
+    linears = [leaf for leaf in parts_of(layer).leaves if isinstance(leaf.module, nn.Linear)]
+    assert sorted(leaf.place for leaf in linears) == list(range(MOST_LINEARS))
 
 
 def test_two_adapters_drop_by_themselves():

@@ -264,6 +264,19 @@ def test_what_no_graph_computes_is_seen_by_the_next_call(changes, recorder):
         torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))
 
 
+def test_a_forward_that_a_layer_was_given_runs(recorder):
+    """Nothing tells before the replay; the layers are then read anew, and called."""
+    plain, recorded = pair()
+    before = logits(recorded, INPUTS)
+    for model in (plain, recorded):
+        layer = model.bert.encoder.layer[1]
+        own = layer.forward
+        layer.forward = lambda *args, own=own, **kwargs: own(*args, **kwargs) * 2
+    found = logits(recorded, INPUTS)
+    torch.testing.assert_close(found, logits(plain, INPUTS))
+    assert not torch.allclose(found, before)
+
+
 @pytest.mark.parametrize("kind", ["Bert", "Roberta"])
 def test_more_places_than_positions_are_an_error_with_a_graph_as_without(kind, recorder):
     _, recorded = pair(kind)

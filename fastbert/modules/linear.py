@@ -27,6 +27,10 @@ class Products(Protocol):
     forwards inside have changed.
     """
 
+    @property
+    def reads_each_bias(self) -> bool:
+        """Whether `product` had better be given each bias by itself than all joined."""
+
     def product(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     ) -> Tensor | None:
@@ -154,8 +158,9 @@ def fused_linear_and_bias(
             are_trained = torch.is_grad_enabled() and any(bias.requires_grad for bias in biases)
             if are_trained and into is not None and into.has_kernels(x):
                 bias = joined(biases)
-                has_products = linears[0].products is not None  # which know each of the biases
-                biases = [one.detach() for one in (biases if has_products else (bias,))]
+                products = linears[0].products
+                reads_each = products is not None and products.reads_each_bias
+                biases = [one.detach() for one in (biases if reads_each else (bias,))]
             y = product(x, linears, biases)
             if not all(layer.is_plain for layer in linears):
                 parts = y.split([len(layer.weight) for layer in linears], dim=-1)

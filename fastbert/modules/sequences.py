@@ -20,8 +20,8 @@ from fastbert.rng import DropoutState
 # size 768 on an H200, whose host was measured to take 0.4 ms for a layer.
 FIRST_ALONE = {"cpu": 2**17}
 FIRST_ALONE_ON_A_GPU = 2**33
-# The same where labelled tokens are read, too, of which there are more. A GPU's host takes 0.6 ms
-# of a step for a last layer of their rows, which is no longer one operator; by its arithmetic an
+# The same where labelled tokens are read, too, of which there are more. A last layer of their rows
+# is no longer one operator: the stand-in's host takes 1 ms more for a step. By its arithmetic an
 # H200 earns that back from some thousand tokens at hidden size 768 on (not measured).
 LABELLED_ALONE = {"cpu": 0}
 LABELLED_ALONE_ON_A_GPU = 2**31

@@ -5,7 +5,13 @@ import torch
 from torch import nn
 
 from fastbert import backend
-from fastbert.modules.linear import Leaf, fused_linear, fused_linear_and_bias, split_bias
+from fastbert.modules.linear import (
+    PRODUCTS,
+    Leaf,
+    fused_linear,
+    fused_linear_and_bias,
+    split_bias,
+)
 from fastbert.ops.attention import attention_qkvpacked
 from fastbert.ops.bias_gelu import bias_gelu
 
@@ -102,3 +108,27 @@ def test_the_gradient_of_a_joined_bias_is_left_to_an_operator_that_has_a_kernel_
         for layer in layers:
             layer.bias.requires_grad_(False)
         assert fused_linear_and_bias(x, [*map(Leaf, layers)], attention_qkvpacked)[1] is None
+
+
+@pytest.mark.parametrize("reads_each", [True, False])
+def test_products_get_biases_as_they_read_them(reads_each):
+    """Joining them once more would take a launch for every layer."""
+    given = []
+
+    class Products:
+        reads_each_bias = reads_each
+
+        def product(self, x, weights, biases):
+            given.append(biases)
+            return
+
+    layers = [nn.Linear(8, 8) for _ in range(3)]
+    for layer in layers:
+        vars(layer)[PRODUCTS] = Products()
+    with backend.use("triton"):
+        leaves = [*map(Leaf, layers)]
+        _, bias = fused_linear_and_bias(torch.randn(4, 8), leaves, attention_qkvpacked)
+    (biases,) = given
+    assert [len(one) for one in biases] == ([8] * 3 if reads_each else [24])
+    assert not any(one.requires_grad for one in biases)
+    assert bias.requires_grad

@@ -116,6 +116,10 @@ class Slot(NamedTuple):
     scales: Scales
     number: int
 
+    @property
+    def reads_each_bias(self) -> bool:
+        return False
+
     def product(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     ) -> Tensor | None:

@@ -28,11 +28,13 @@ ALIGNED = 64  # elements: copies begin at multiples of 128 bytes, which fast pro
 class WeightCopies:
     """Copies in `dtype` of the float32 weights of plain linear layers in the model's encoders.
 
-    joins: also of their biases, which are read without gradients, and of what is in `dtype` itself
-    and only has to be joined. Left out are encoders in FP8, shards, and other dtypes. Products read
+    joins: also of their biases, read where nobody trains them, and of what is in `dtype` itself and
+    only has to be joined. Left out are encoders in FP8, shards, and other dtypes. Products read
     the copies inside `in_use`, those of leaves that are given them, and graphs recorded so. A copy
     is found by what it is of, which an alias of the parameter tells as well.
     """
+
+    reads_each_bias = True  # to know it from its memory
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, *, joins: bool = False) -> None:
         def is_copied(tensor: Any) -> bool:

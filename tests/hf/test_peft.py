@@ -7,7 +7,9 @@ import torch
 import transformers
 
 import fastbert
+from fastbert import backend
 from fastbert.modules import sequences
+from fastbert.ops.fp8_linear import fp8_linear
 from tests.hf.trainer_case import Sentences, collate, train
 from tests.hf.training_case import assert_same_gradients, gradients, make_batch, make_model
 
@@ -213,3 +215,30 @@ def test_adapters_drop_the_same_where_the_last_layer_computes_some_rows_alone(mo
         found.append((loss.detach(), gradients(model)))
     torch.testing.assert_close(found[0][0], found[1][0])
     assert_same_gradients(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("order", ["patched before", "patched after"])
+def test_the_base_of_an_adapted_layer_multiplies_in_fp8_and_the_adapter_does_not(
+    order, monkeypatch
+):
+    """Layers have sizes that FP8 takes, adapters too."""
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    base, lora = KIND(config), peft.LoraConfig(r=16, target_modules=["query", "value", "dense"])
+    if order == "patched before":
+        model = peft.get_peft_model(fastbert.patch(base, precision="fp8"), lora)
+    else:
+        model = fastbert.patch(peft.get_peft_model(base, lora), precision="fp8")
+    sizes, run = [], fp8_linear.run
+
+    def seen(call):
+        sizes.append(tuple(call.weight.shape))
+        return run(call)
+
+    monkeypatch.setattr(fp8_linear, "run", seen)
+    monkeypatch.setattr(sequences, "FIRST_ALONE", {"cpu": float("inf")})  # all tokens
+    with backend.use("reference"):
+        model.train()(torch.randint(5, 99, (2, 8)))
+    # queries, keys and values in one product, and the three others
+    assert sizes == [(96, 32), (32, 32), (64, 32), (32, 64)]

@@ -54,7 +54,7 @@ class Op:
 
     `@op("triton")` decorates the public function. That function raises ValueError for wrong
     arguments and returns valid ones, with defaults filled in, as a named tuple, the call. The
-    call's first field is a tensor, or says its device as one does. Models, whose calls are valid by
+    call's first field is a tensor. Models, whose calls are valid by
     construction, pass them to `run` without the check. Calling an operator, or `run`, raises
     BackendUnavailable where a forced backend cannot run the call. The other decorators:
 
@@ -101,9 +101,6 @@ class Op:
         if is_loaded("ext", self.name):
             torch.library.register_fake(f"fastbert::{self.name}", function)
         return function
-
-    def forget(self) -> None:
-        self.choices.clear()
 
     def choice(self, device: str) -> Choice:
         """The cached choice for a device type; raises BackendUnavailable if a forced one fails."""
@@ -184,13 +181,9 @@ def load(backend: str, op: str, device: str) -> Any:
 
     Raises BackendUnavailable if the backend cannot run there, ValueError for an unknown backend.
     """
-    if backend == "reference":
+    if _checked(backend) == "reference":
         return None
-    if backend == "ext":
-        return _load_extension(op, device)
-    if backend == "triton":
-        return _load_triton(op, device)
-    raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    return {"ext": _load_extension, "triton": _load_triton}[backend](op, device)
 
 
 def is_loaded(backend: str, op: str, device: str = "cpu") -> bool:
@@ -285,7 +278,7 @@ def use(backend: str | None) -> Iterator[None]:
 
 def _forget() -> None:
     for operator in OPS.values():
-        operator.forget()
+        operator.choices.clear()
 
 
 _forced = _checked(os.environ.get("FASTBERT_BACKEND"))

@@ -21,10 +21,6 @@ class OperatorRun(NamedTuple):
     reason: str
     call: Any
 
-    @property
-    def first(self) -> Tensor | None:
-        return next((x for x in self.call if isinstance(x, Tensor)), None)
-
 
 class Route(NamedTuple):
     """How a module ran: `layout` says packed or Hugging Face's own forward, `reason` says why."""
@@ -61,11 +57,8 @@ def tell(event: Event) -> None:
         _heard.append(event)
 
 
-def packed(module: nn.Module, x: Any, places: int | None = None, note: str = "") -> None:
-    """Records that `module` runs the packed tokens x (T, H) of a batch of `places` = B * S.
-
-    x: the residual stream, or what has its shape, dtype and device
-    """
+def packed(module: nn.Module, x: Tensor, places: int | None = None, note: str = "") -> None:
+    """Records that `module` runs the packed tokens x (T, H) of a batch of `places` = B * S."""
     if not is_listening():
         return
     layout = f"packed, {x.shape[0]} tokens"

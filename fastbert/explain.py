@@ -90,7 +90,7 @@ def _rows(heard: list[events.Event]) -> list[Row]:
 
 
 def _row(run: events.OperatorRun) -> Row:
-    x, call = run.first, run.call
+    x, call = run.call[0], run.call
     dropout_p = getattr(call, "dropout_p", 0.0)
     dropout = ""
     if threshold(dropout_p):
@@ -103,8 +103,8 @@ def _row(run: events.OperatorRun) -> Row:
         calls=1,
         backend=run.backend,
         kernel=kernel,
-        shape="" if x is None else "x".join(map(str, x.shape)),
-        dtype="" if x is None else str(x.dtype).removeprefix("torch."),
+        shape="x".join(map(str, x.shape)),
+        dtype=str(x.dtype).removeprefix("torch."),
         dropout=dropout,
         note="" if run.reason == "preferred" else run.reason,
     )

@@ -64,21 +64,8 @@ class ModelOutput(OrderedDict[str, Any]):
 
 
 @dataclasses.dataclass
-class BaseModelOutput(ModelOutput):
-    """last_hidden_state: (B, S, H), or (T, H) packed.
-
-    hidden_states: tensors of that shape, the embeddings and each layer's output; for a list of
-    layer numbers these layers' outputs, and None for the other layers.
-    """
-
-    last_hidden_state: Tensor | None = None
-    hidden_states: tuple[Tensor | None, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
-@dataclasses.dataclass
 class BaseModelOutputWithPastAndCrossAttentions(ModelOutput):
-    """`BaseModelOutput` with the fields of a decoder, which stay None."""
+    """As `BaseModelOutputWithPooling`, with the fields of a decoder, which stay None."""
 
     last_hidden_state: Tensor | None = None
     past_key_values: None = None
@@ -89,7 +76,11 @@ class BaseModelOutputWithPastAndCrossAttentions(ModelOutput):
 
 @dataclasses.dataclass
 class BaseModelOutputWithPooling(ModelOutput):
-    """`BaseModelOutput` and pooler_output: (B, H)."""
+    """last_hidden_state: (B, S, H), or (T, H) packed; pooler_output: (B, H).
+
+    hidden_states: tensors of the first's shape, the embeddings and each layer's output; for a list
+    of layer numbers these layers' outputs, and None for the other layers.
+    """
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None

@@ -182,13 +182,13 @@ def padded(n: int) -> int:
     return cdiv(n, MULTIPLE) * MULTIPLE
 
 
-def _cast_outputs(x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool):
+def _cast_outputs(x: Tensor, e5m2: bool):
     dtype = torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
     rows, cols = padded(x.shape[0]), x.shape[1]
     return x.new_empty(rows, cols, dtype=dtype), x.new_empty(cols, rows, dtype=dtype)
 
 
-@launcher(_cast_outputs, mutates=("amax",))
+@launcher(lambda x, _, __, e5m2: _cast_outputs(x, e5m2), mutates=("amax",))
 def cast_transpose(x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool) -> tuple[Tensor, Tensor]:
     """x (M, N) times `scale`, in FP8: (P, N) and (N, P), where P is M in whole 16s, filled with 0.
 
@@ -196,7 +196,7 @@ def cast_transpose(x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool) -> tuple[
     nearest value, ties to even; what is too large saturates, and what is not finite becomes NaN.
     Raises amax to the largest finite absolute value of x.
     """
-    cast, transposed = _cast_outputs(x, scale, amax, e5m2)
+    cast, transposed = _cast_outputs(x, e5m2)
     n_rows, n_cols = x.shape
     rows, cols, num_warps = CAST_BLOCK
     if n_rows:
@@ -209,9 +209,7 @@ def cast_transpose(x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool) -> tuple[
     return cast, transposed
 
 
-@launcher(
-    lambda x, bias, tanh, scale, amax: _cast_outputs(x, scale, amax, False), mutates=("amax",)
-)
+@launcher(lambda x, *_: _cast_outputs(x, False), mutates=("amax",))
 def gelu_cast_transpose(
     x: Tensor, bias: Tensor, tanh: bool, scale: Tensor, amax: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -219,7 +217,7 @@ def gelu_cast_transpose(
 
     x: (M, N) with unit column stride; bias: (N,); scale, amax: () float32.
     """
-    cast, transposed = _cast_outputs(x, scale, amax, False)
+    cast, transposed = _cast_outputs(x, False)
     n_rows, n_cols = x.shape
     rows, cols, num_warps = GELU_CAST_BLOCK
     if n_rows:
@@ -233,13 +231,7 @@ def gelu_cast_transpose(
     return cast, transposed
 
 
-def _gelu_bwd_outputs(
-    dy: Tensor, x: Tensor, bias: Tensor, tanh: bool, scale: Tensor, amax: Tensor
-):  # fmt: skip
-    return *_cast_outputs(x, scale, amax, True), like(bias)
-
-
-@launcher(_gelu_bwd_outputs, mutates=("amax",))
+@launcher(lambda dy, x, bias, *_: (*_cast_outputs(x, True), like(bias)), mutates=("amax",))
 def gelu_bwd_cast_transpose(
     dy: Tensor, x: Tensor, bias: Tensor, tanh: bool, scale: Tensor, amax: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,7 +240,7 @@ def gelu_bwd_cast_transpose(
     dy, x: (M, N) with unit column stride; dbias, in bias.dtype, is summed in float32 before the
     cast. Returns (P, N), (N, P) and (N,).
     """
-    cast, transposed, dbias = _gelu_bwd_outputs(dy, x, bias, tanh, scale, amax)
+    (cast, transposed), dbias = _cast_outputs(x, True), like(bias)
     n_rows, n_cols = x.shape
     rows, cols, num_warps = GELU_BWD_CAST_BLOCK
     parts = cdiv(n_rows, rows)

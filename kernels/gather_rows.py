@@ -34,13 +34,16 @@ def _gather_rows_kernel(
     tl.store(out_ptr + rows[:, None] * N_COLS + cols[None, :], x, is_row[:, None] & is_col[None, :])
 
 
-def _outputs(src: Tensor, index: Tensor) -> Tensor:
+def _outputs(src, index, *_):
     return src.new_empty((index.shape[0], src.shape[1]))
 
 
 @launcher(_outputs)
-def gathered(src: Tensor, index: Tensor) -> Tensor:
-    """src (R, N), index (M,) int32 -> (M, N): zeros at -1, all bits set beyond the rows of src."""
+def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """src (R, N), index (M,) int32 -> (M, N): zeros at -1, all bits set beyond the rows of src.
+
+    The inverse, which the extension's body takes too, is not read.
+    """
     out = _outputs(src, index)
     if out.numel():
         dtype = _BITS[min(src.element_size(), 8)]  # of 16 bytes, as complex numbers have, two each
@@ -56,8 +59,3 @@ def gathered(src: Tensor, index: Tensor) -> Tensor:
             N_COLS=n_cols, ROWS=rows, COLS=cols, num_warps=num_warps,
         )  # fmt: skip
     return out
-
-
-def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """`gathered`; the inverse is for the gradient."""
-    return gathered(src, index)

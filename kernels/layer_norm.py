@@ -16,11 +16,8 @@ __all__ = ["layer_norm_bwd", "layer_norm_fwd", "together"]
 STAGES = 3
 
 
-def _fwd_outputs(
-    x: Tensor, residual: Tensor | None, x_bias: Tensor | None, weight: Tensor, bias: Tensor,
-    eps: float, state: Tensor | None, token_key: Tensor | None, site: int, threshold: int,
-    keep: str, low: bool,
-):  # fmt: skip
+def _fwd_outputs(x, residual, *others):
+    keep, low = others[-2:]
     y = like(x if residual is None else residual)
     results = [y, like(y, x.dtype)] if low else [y]
     if not keep:
@@ -46,9 +43,7 @@ def layer_norm_fwd(
     reads by `keep`: nothing for ""; rstd (M,) float32 for "y"; for "z" rstd, mean (M,) float32 and
     z (M, N), which is left out where it is x. A state of None means no dropout.
     """
-    outputs = _fwd_outputs(
-        x, residual, x_bias, weight, bias, eps, state, token_key, site, threshold, keep, low
-    )
+    outputs = _fwd_outputs(x, residual, keep, low)
     y, y_low = outputs[0], outputs[1] if low else None
     rstd, mean, z = (*outputs[1 + low :], None, None, None)[:3]
     n_rows, n_cols = x.shape
@@ -67,18 +62,13 @@ def layer_norm_fwd(
     return outputs
 
 
-def _bwd_outputs(
-    dy: Tensor, dy2: Tensor | None, kept: Tensor, weight: Tensor, bias: Tensor | None,
-    mean: Tensor | None, rstd: Tensor,
-    state: Tensor | None, token_key: Tensor | None, site: int, threshold: int,
-    x_dtype: torch.dtype, num_sums: int,
-):  # fmt: skip
+def _bwd_outputs(kept, weight, state, x_dtype, num_sums):
     is_same = state is None and x_dtype == kept.dtype
     dx = kept.new_empty((0,), dtype=x_dtype) if is_same else like(kept, x_dtype)
     return like(kept), dx, weight.new_empty((num_sums, weight.shape[0]))
 
 
-@launcher(_bwd_outputs)
+@launcher(lambda _, __, kept, weight, *others: _bwd_outputs(kept, weight, others[3], *others[-2:]))
 def layer_norm_bwd(
     dy: Tensor, dy2: Tensor | None, kept: Tensor, weight: Tensor, bias: Tensor | None,
     mean: Tensor | None, rstd: Tensor,
@@ -92,11 +82,7 @@ def layer_norm_bwd(
     num_sums: K, 3 for the gradients of weight, bias and x_bias, 2 without the last, 0 for none,
     summed in float32. dx is empty where it equals dz.
     """
-    outputs = _bwd_outputs(
-        dy, dy2, kept, weight, bias, mean, rstd, state, token_key, site, threshold, x_dtype,
-        num_sums,
-    )  # fmt: skip
-    dz, dx, sums = outputs
+    outputs = dz, dx, sums = _bwd_outputs(kept, weight, state, x_dtype, num_sums)
     n_rows, n_cols = kept.shape
     unit = stride_unit(dy.stride(0), kept.stride(0))
     block_m, block_n, num_warps = block = backward_block(n_cols)

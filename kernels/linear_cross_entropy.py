@@ -9,8 +9,6 @@ the row. The backward walks down strips of columns, so that the bias gradient, t
 column, is a by-product, summed before the gradients are rounded.
 """
 
-from typing import Any
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -121,10 +119,9 @@ def _cross_entropy_bwd_kernel(
     tl.store(dbias_ptr + part * N_COLS + cols, tl.sum(dbias, axis=0), mask=cols < N_COLS)
 
 
-def _fwd_outputs(logits: Tensor, *others: Any) -> list[Tensor]:
-    *_, keep = others
+def _fwd_outputs(logits, *others):
     loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    statistics = [torch.empty_like(loss), torch.empty_like(loss)] if keep else []
+    statistics = [torch.empty_like(loss), torch.empty_like(loss)] if others[-1] else []  # keep
     return [loss, torch.empty_like(loss, dtype=torch.int32), *statistics]
 
 
@@ -155,11 +152,9 @@ def cross_entropy_fwd(
     return outputs
 
 
-def _bwd_outputs(logits: Tensor, *others: Any) -> Tensor:
-    return torch.empty(logits.shape[1], dtype=torch.float32, device=logits.device)
-
-
-@launcher(_bwd_outputs, mutates=("logits",))
+@launcher(
+    lambda logits, *_: logits.new_empty(logits.shape[1], dtype=torch.float32), mutates=("logits",)
+)
 def cross_entropy_bwd(
     logits: Tensor, targets: Tensor, highest: Tensor, total: Tensor, scale: Tensor,
     n_classes: int, ignore_index: int, label_smoothing: float,

@@ -25,7 +25,7 @@ from benchmarks.steps.steps import (
 )
 from benchmarks.timing import interleaved, recorded, summarize
 from benchmarks.workloads import MAX_SEQLEN, Batch, pretraining_batch, sequence_lengths
-from fastbert.models.losses import score_classes, score_masked
+from fastbert.models.losses import masked_rows, score_classes, score_words
 from fastbert.modules import activations, embeddings, layer
 from fastbert.modules.graphs.recorder import Work
 from fastbert.modules.linear import Leaf
@@ -114,7 +114,8 @@ def _loss(model: fastbert.BertForPreTraining, batch: PackedBatch) -> Tensor:
 
 def _loss_after_every_row(model: fastbert.BertForPreTraining, batch: PackedBatch) -> Tensor:
     encoded = model.bert(batch)
-    words = score_masked(model.cls.predictions, encoded.last_hidden_state, batch)
+    masked = masked_rows(encoded.last_hidden_state, batch)
+    words = score_words(model.cls.predictions, masked)
     return words.loss() + _pair_loss(model, encoded.pooler_output, batch)
 
 

@@ -20,7 +20,7 @@ from benchmarks.results import Options
 from benchmarks.steps.steps import autocast
 from benchmarks.training.convergence import SEEDS, cases, initial, train
 from fastbert import backend
-from fastbert.models.losses import score_classes, score_masked
+from fastbert.models.losses import masked_rows, score_classes, score_words
 from fastbert.packing import PackedBatch
 from fastbert.train.prepare import prepare_text
 
@@ -82,7 +82,8 @@ def main(
     def parts(batch: PackedBatch) -> tuple[float, float, Tensor]:
         """Both losses, and the difference of the logits of each pair."""
         encoded = model.bert(batch)
-        words = score_masked(model.cls.predictions, encoded.last_hidden_state, batch)
+        masked = masked_rows(encoded.last_hidden_state, batch)
+        words = score_words(model.cls.predictions, masked)
         logits = model.cls.seq_relationship(encoded.pooler_output)
         pairs = score_classes(logits, batch.next_sentence_label)
         return float(words.loss()), float(pairs.loss()), logits.float().diff()

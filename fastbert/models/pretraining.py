@@ -8,7 +8,7 @@ from fastbert.models.base import BertPreTrainedModel, LabelledModel
 from fastbert.models.bert import BertModel
 from fastbert.models.heads import BertOnlyMLMHead, BertOnlyNSPHead, BertPreTrainingHeads
 from fastbert.models.inputs import ForwardOptions, Inputs, Request, wants_logits
-from fastbert.models.losses import Scored, pretraining_loss, score_classes, score_masked
+from fastbert.models.losses import Scored, masked_rows, pretraining_loss, score_classes, score_words
 from fastbert.outputs import BertForPreTrainingOutput, MaskedLMOutput, NextSentencePredictorOutput
 from fastbert.packing import PackedBatch
 
@@ -50,7 +50,7 @@ class _PredictsWords(BertPreTrainedModel):
             request = request.only(self.config.hidden_size, first=with_pairs, labelled=True)
         encoded = self.encode(request)
         x = encoded.last_hidden_state
-        words = score_masked(head, x, batch, request.rows) if has_loss else None
+        words = score_words(head, masked_rows(x, batch, request.rows)) if has_loss else None
         whole = head if with_pairs else self.cls
         return encoded, words, request.padded(whole(x)) if with_logits else None
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from fastbert.backend import DTYPES, op, place
 from fastbert.check import require
 from fastbert.ops.attention_plain import Call, attend
-from fastbert.ops.dropout import device_numbers, drawn
+from fastbert.ops.dropout import check_dropout, device_numbers, drawn
 from fastbert.ops.fused import once, run
-from fastbert.rng import RESOLUTION, DropoutState, keep_scale, threshold
+from fastbert.rng import DropoutState, keep_scale
 
 MAX_HEAD_DIM = 128  # a limit of the kernels
 MAX_SEQUENCES = 65534  # a limit of the kernels: the third axis of a grid has 16 bits
@@ -113,14 +113,7 @@ def _checked(who: str, call: Call) -> Call:
         if x.dtype != torch.int32 or x.ndim != 1 or x.shape != boundaries[0].shape or not len(x):
             found = f"{x.dtype} {tuple(x.shape)}"
             require(False, who, f"{name} of dtype int32 and shape (batch + 1,)", found)
-    if dropout_p < 0 or threshold(dropout_p) >= RESOLUTION:
-        most = (RESOLUTION - 1) / RESOLUTION
-        require(False, who, f"dropout_p from 0 to {most:.4f}", dropout_p)
-    if rng is not None and threshold(dropout_p):
-        got = tuple(rng.token_key.shape)
-        require(got == (len(q),), who, f"rng with a token key a query, {len(q)}", got)
-        dtypes = rng.token_key.dtype, rng.state.dtype
-        require(dtypes == (torch.int64,) * 2, who, "an rng of int64 tensors", dtypes)
+    check_dropout(who, len(q), q.device, dropout_p, rng)
     mask = call.mask
     if mask is not None:
         mask = _expanded(who, mask, (len(boundaries[0]) - 1, q.shape[-2], *call[5:7]))
@@ -149,16 +142,13 @@ attention_qkvpacked.plain(attend)
 @attention.refuses
 @attention_qkvpacked.refuses
 def _refusal(call: Call) -> str | None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, _, _, scale, _, rng, mask, bias = call
+    q, k, v, cu_seqlens_q, cu_seqlens_k, _, _, scale, _, _, mask, bias = call
     if q.dtype not in DTYPES:
         return str(q.dtype)
     if bias is not None and bias.dtype not in DTYPES:
         return f"a bias of {bias.dtype}"
-    others = [k, v, cu_seqlens_q, cu_seqlens_k, mask, bias]
-    if rng is not None:
-        others += [rng.token_key, rng.state]
     device = place(q)
-    for x in others:
+    for x in (k, v, cu_seqlens_q, cu_seqlens_k, mask, bias):
         if x is not None and place(x) != device:
             return "tensors on different devices"
     head_dim, sequences = q.shape[-1], cu_seqlens_q.shape[0] - 1

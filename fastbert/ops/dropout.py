@@ -101,17 +101,7 @@ def _dropout_fused(kernels: Any, call: Dropout) -> Tensor:
     x, dropout_p, rng = call
     if rng is None:
         return x
-    return run(DropoutFunction, kernels, Launch(x, *device_numbers(rng, dropout_p)))
-
-
-class Launch(NamedTuple):
-    """The arguments of dropout's kernel."""
-
-    x: Tensor
-    state: Tensor | None
-    token_key: Tensor | None
-    site: int
-    threshold: int
+    return run(DropoutFunction, kernels, (x, *device_numbers(rng, dropout_p)))
 
 
 class DropoutFunction(torch.autograd.Function):
@@ -126,7 +116,7 @@ class DropoutFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        call = Launch(dy, *ctx.saved_tensors, *ctx.numbers)
+        call = (dy, *ctx.saved_tensors, *ctx.numbers)
         return None, run(DropoutFunction, ctx.kernels, call), None, None, None, None
 
 
@@ -148,10 +138,9 @@ def check_dropout(
     who: str, num_rows: int, device: torch.device, dropout_p: float, rng: DropoutState | None
 ) -> None:
     """Raises ValueError unless dropout_p is valid and `rng` fits `num_rows` rows on `device`."""
-    require(0 <= dropout_p < 1, who, "a dropout_p in [0, 1)", dropout_p)
-    threshold = random.threshold(dropout_p)
-    require(threshold < random.RESOLUTION, who, "a dropout_p of at most 4095/4096", dropout_p)
-    if threshold and rng is not None:
+    keeps_some = dropout_p < 1 and random.keeps_some(dropout_p)
+    require(keeps_some, who, "a dropout_p in [0, 4095/4096]", dropout_p)
+    if rng is not None and random.threshold(dropout_p):
         key = rng.token_key
         if key.shape != (num_rows,) or not key.device == rng.state.device == device:
             expected = f"an rng with a token_key of shape ({num_rows},), one key a row, on {device}"

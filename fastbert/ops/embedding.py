@@ -19,8 +19,8 @@ WHO = "embedding_layer_norm"
 class Call(NamedTuple):
     """A call of `embedding_layer_norm`.
 
-    All ids have one shape; padding_idx: counted from 0; rng: None without dropout; shape, dtype,
-    device: the result's.
+    All ids have one shape; padding_idx: counted from 0; rng: None without dropout; dtype: the
+    result's.
     """
 
     input_ids: Tensor
@@ -36,14 +36,6 @@ class Call(NamedTuple):
     dropout_p: float
     rng: DropoutState | None
     dtype: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return *self.input_ids.shape, self.word.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.word.device
 
 
 @op("triton")
@@ -79,7 +71,7 @@ def embedding_layer_norm(
     nothing for the id and return a row of NaN.
 
     Raises ValueError for other shapes, ids that are neither int64 nor int32, token_type_ids without
-    their table, a padding_idx outside the table, or a dropout_p not in [0, 1).
+    their table, a padding_idx outside the table, or a dropout_p outside [0, 4095/4096].
     """
     shape = input_ids.shape
     input_ids = _expand("input_ids", input_ids, shape)

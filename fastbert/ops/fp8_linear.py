@@ -136,13 +136,9 @@ def multiplies_fp8(device: torch.device) -> bool:
 
 
 @fp8_linear.plain
-def _plain(call: Call) -> Tensor:
-    return run(_Fp8Linear, Emulation, call)
-
-
 @fp8_feed_forward.plain
-def _plain_feed_forward(call: FeedForward) -> Tensor:
-    return run(_Fp8FeedForward, Emulation, call)
+def _plain(call: Call | FeedForward) -> Tensor:
+    return _fused(Emulation, call)
 
 
 @fp8_linear.refuses
@@ -168,13 +164,9 @@ def _refusal(call: Call | FeedForward) -> str | None:
 
 
 @fp8_linear.fused
-def _fused(kernels: Any, call: Call) -> Tensor:
-    return run(_Fp8Linear, kernels, call)
-
-
 @fp8_feed_forward.fused
-def _fused_feed_forward(kernels: Any, call: FeedForward) -> Tensor:
-    return run(_Fp8FeedForward, kernels, call)
+def _fused(kernels: Any, call: Call | FeedForward) -> Tensor:
+    return run(_Fp8Linear if isinstance(call, Call) else _Fp8FeedForward, kernels, call)
 
 
 class _Fp8Linear(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Shared by operators: calls with and without autograd, first derivatives only, rows, products."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,11 @@ def as_rows(x: Tensor) -> Tensor:
 def shaped(rows: Tensor, x: Tensor) -> Tensor:
     """The rows of `as_rows(x)`, (M, H), in x's shape (..., H)."""
     return rows if x.ndim == 2 else rows.view(x.shape)
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors side by side, along the first dimension."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
 def result_dtype(x: Tensor) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Gathers rows by an index with a known inverse, so that the gradient is a gather too."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def _plain(call: Call) -> Tensor:
 
 @gather_rows.fused
 def _fused(kernels: Any, call: Call) -> Tensor:
-    return cast(Tensor, run(GatherRowsFunction, kernels, call))
+    return run(GatherRowsFunction, kernels, call)
 
 
 class GatherRowsFunction(torch.autograd.Function):
@@ -71,7 +71,7 @@ class GatherRowsFunction(torch.autograd.Function):
         if ctx is not None:
             ctx.save_for_backward(index, inverse)
             ctx.kernels = kernels
-        return cast(Tensor, kernels.gather_rows(src, index, inverse))
+        return kernels.gather_rows(src, index, inverse)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -82,7 +82,7 @@ def dropout_add_layer_norm(
     to 3.6 times plain PyTorch's; where they are normally distributed, up to 11 times. A weight of 0
     makes dx NaN. The weights are not checked, because that would make the host wait.
 
-    Raises ValueError for other shapes, a dropout_p not in [0, 1), or another `save`.
+    Raises ValueError for other shapes, a dropout_p outside [0, 4095/4096], or another `save`.
     """
     who = "dropout_add_layer_norm"
     require(save in ("z", "y"), who, 'a save of "z" or "y"', repr(save))

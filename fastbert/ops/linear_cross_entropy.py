@@ -1,6 +1,5 @@
 """A linear layer and the cross-entropy of its outputs, without a float32 copy of the logits."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from fastbert.backend import DTYPES, op
 from fastbert.check import require
-from fastbert.ops.fused import once, product, run
+from fastbert.ops.fused import joined, once, product, result_dtype, run
 
 MAX_LOGITS_BYTES = 1 << 30  # more are computed in parts, and again in the backward
 PADDING = 64  # classes are padded to a multiple of it, for wide loads and the tensor cores
@@ -106,9 +105,7 @@ def _refusal(call: Call) -> str | None:
 
 @linear_cross_entropy.fused
 def _fused(kernels: Any, call: Call) -> Tensor | tuple[Tensor, Tensor]:
-    device = call.hidden.device.type
-    if torch.is_autocast_enabled(device):
-        call = call._replace(hidden=call.hidden.to(torch.get_autocast_dtype(device)))
+    call = call._replace(hidden=call.hidden.to(result_dtype(call.hidden)))
     loss, correct = run(_LinearCrossEntropy, kernels, call)
     return (loss, correct) if call.return_correct else loss
 
@@ -133,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         logits, wanted.contiguous(), *options, ctx is not None
                     )
                 )
-        losses, correct, *statistics = map(_joined, zip(*parts, strict=True))
+        losses, correct, *statistics = map(joined, zip(*parts, strict=True))
         loss, count = losses.sum(), None
         if reduction == "mean":
             count = (targets != ignore_index).sum().clamp(min=1)
@@ -185,7 +182,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         classes = ctx.options[0]
         return (
             None,
-            _joined(dhidden) if wants_hidden else None,
+            joined(dhidden) if wants_hidden else None,
             None if dweight is None else dweight[:classes].to(weight_dtype),
             None if dbias is None else dbias[:classes].to(bias_dtype),
             *(None,) * 5,
@@ -212,10 +209,6 @@ def _rows_of_a_part(hidden: Tensor, weight: Tensor) -> int:
 
 def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return hidden @ weight.t() if bias is None else torch.addmm(bias, hidden, weight.t())
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:

@@ -265,7 +265,7 @@ def test_wrong_arguments_are_named(body, device):
         r"k of q's dtype": lambda: attention(q, q.half(), q, cu, cu, 4, 4),
         r"cu_seqlens_q of dtype int32": lambda: attention_qkvpacked(qkv, cu.long(), 4),
         r"cu_seqlens_k of .*\(batch \+ 1,\)": lambda: attention(q, q, q, cu, cu[:1], 4, 4),
-        r"dropout_p from 0 to 0.9998, got 1.0": lambda: attention_qkvpacked(
+        r"dropout_p in \[0, 4095/4096\], got 1.0": lambda: attention_qkvpacked(
             qkv, cu, 4, dropout_p=1.0
         ),
         r"mask of dtype bool": lambda: attention_qkvpacked(qkv, cu, 4, mask=cu),

@@ -196,6 +196,8 @@ def test_fullgraph_compile_gives_the_eager_result(choice, device):
 
 def test_wrong_states_are_named(body, device):
     qkv, cu = torch.ones(4, 3, 1, 16, device=device), boundaries([4], device)
-    state = dropout_state(cu, 3)
-    with pytest.raises(ValueError, match=r"rng with a token key a query, 4, got \(3,\)"):
-        attention_qkvpacked(qkv, cu, 4, dropout_p=0.1, rng=state)
+    state = dropout_state(cu, 4)
+    away = rng.DropoutState(state.state.to("meta"), state.token_key)
+    for wrong, size in ((dropout_state(cu, 3), 3), (away, 4)):
+        with pytest.raises(ValueError, match=rf"token_key of shape \(4,\).*got \({size},\)"):
+            attention_qkvpacked(qkv, cu, 4, dropout_p=0.1, rng=wrong)

@@ -9,14 +9,15 @@ from fastbert.check import InputError
 from fastbert.config.options import POOLINGS
 
 _KNOWN = ("Transformer", "Pooling", "Normalize")  # modules that fastbert computes
+_NO_LIMIT = 1e30  # tokens; transformers writes it where a tokenizer has no limit
 _LEGACY = "pooling_mode_"  # prefix of a mode in files of older releases
 _LEGACY_NAMES = {"cls_token": "cls", "mean_tokens": "mean"}
 
 
 class SentenceFiles(NamedTuple):
     """pooling: one of POOLINGS, None if no file says it; normalizes: whether vectors are scaled to
-    length 1; max_seq_len: in tokens, or None; prompts: texts to put before a text, by name;
-    default_prompt: name of the one used by default, or None.
+    length 1; max_seq_len: in tokens, or None; it may be more than the model computes; prompts:
+    texts to put before a text, by name; default_prompt: name of the one used by default, or None.
     """
 
     pooling: str | None = None
@@ -45,8 +46,9 @@ class SentenceFiles(NamedTuple):
             if kind == "Pooling":
                 pools = True
                 pooling = _pooling(directory / str(module.get("path")) / "config.json")
+        max_seq_len = _max_seq_len(directory)
         if not pools:
-            return cls()  # a cross-encoder has no pooling
+            return cls(max_seq_len=max_seq_len)  # a cross-encoder has no pooling
         about = _json(directory / "sentence_bert_config.json", dict)
         prompts = _json(directory / "config_sentence_transformers.json", dict)
         if about.get("do_lower_case"):
@@ -61,7 +63,7 @@ class SentenceFiles(NamedTuple):
                 f"{directory}: config_sentence_transformers.json has no prompt {default!r}, which "
                 "it names as the default"
             )
-        return cls(pooling, normalizes, about.get("max_seq_length"), named, default)
+        return cls(pooling, normalizes, max_seq_len, named, default)
 
 
 def _json(file: Path, kind: type) -> Any:
@@ -75,6 +77,21 @@ def _json(file: Path, kind: type) -> Any:
     if not isinstance(value, kind):
         raise InputError(f"{file}: expected a JSON {kind.__name__}, got {type(value).__name__}")
     return value
+
+
+def _max_seq_len(directory: Path) -> int | None:
+    """The limit of a model's texts; sentence-transformers 6 keeps it with the tokenizer only."""
+    for name, key in (
+        ("sentence_bert_config.json", "max_seq_length"),
+        ("tokenizer_config.json", "model_max_length"),
+    ):
+        limit = _json(directory / name, dict).get(key)
+        if limit is None:
+            continue
+        if type(limit) not in (int, float) or not limit >= 3:  # `not`: for NaN, too
+            raise InputError(f"{directory / name}: {key}: expected at least 3, got {limit!r}")
+        return None if limit >= _NO_LIMIT else int(limit)
+    return None
 
 
 def _pooling(file: Path) -> str:

@@ -72,9 +72,10 @@ def load(config: ServeConfig) -> Served:
     tokenizer = load_tokenizer(directory, model_vocab_size=bert.vocab_size)
     files = SentenceFiles.read(directory)
     architecture = (bert.extra.get("architectures") or ["BertModel"])[0]
-    settings = _settings(directory, architecture, bert)
     longest = bert.max_position_embeddings
-    max_seq_len = config.max_seq_len or min(files.max_seq_len or longest, longest)
+    limit = min(files.max_seq_len or longest, longest)
+    settings = _settings(directory, architecture, bert, limit)
+    max_seq_len = config.max_seq_len or limit
     if settings is not None:
         max_seq_len = config.max_seq_len or settings.max_seq_len
         settings = settings._replace(max_seq_len=max_seq_len)
@@ -116,10 +117,12 @@ def _model(directory: Path, architecture: str, bert: BertConfig) -> BertPreTrain
     return kind.from_pretrained(directory, config=bert)
 
 
-def _settings(directory: Path, architecture: str, bert: BertConfig) -> Settings | None:
+def _settings(
+    directory: Path, architecture: str, bert: BertConfig, max_seq_len: int
+) -> Settings | None:
     """Settings of the fine-tuning; for checkpoints of other origin, those that config.json implies.
 
-    None if the checkpoint is not fine-tuned.
+    max_seq_len: of those. None if the checkpoint is not fine-tuned.
     """
     if (directory / SETTINGS).is_file():
         return Settings.load(directory)
@@ -131,7 +134,6 @@ def _settings(directory: Path, architecture: str, bert: BertConfig) -> Settings 
     }.get(architecture)
     if task is None:
         return None
-    longest = bert.max_position_embeddings
     return Settings(
         task=task,
         text_column="text",
@@ -139,8 +141,8 @@ def _settings(directory: Path, architecture: str, bert: BertConfig) -> Settings 
         label_column="label",
         label_separator=",",
         choice_column=(),
-        max_seq_len=longest,
-        stride=None if task in SEQUENCES else longest // 4,
+        max_seq_len=max_seq_len,
+        stride=None if task in SEQUENCES else max_seq_len // 4,
         truncate=False,
         max_answer_tokens=30,
         null_threshold=0.0,

@@ -1,5 +1,7 @@
 """What the files of sentence-transformers say is what `fastbert embed` computes."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -64,6 +66,46 @@ def test_a_pipeline_that_is_not_computed_here_is_an_error(model, texts, tmp_path
         SentenceFiles.read(directory)
     with pytest.raises(InputError, match=said):
         embed(directory, texts)
+
+
+@pytest.mark.parametrize("kinds", [("Transformer", "Pooling"), ("Transformer",)], ids=len)
+@pytest.mark.parametrize(
+    ("ours", "tokenizers", "limit"),
+    [
+        ({"max_seq_length": 16}, {"model_max_length": 32}, 16),
+        ({"max_seq_length": None}, {"model_max_length": 16}, 16),
+        ({}, {"model_max_length": 16.0}, 16),
+        ({}, {"model_max_length": int(1e30)}, None),
+        ({"max_seq_length": float("inf")}, {}, None),
+        ({}, {}, None),
+    ],
+)
+def test_the_limit_may_be_the_tokenizers(model, tmp_path, kinds, ours, tokenizers, limit):
+    directory = write_pipeline(model, tmp_path / "pipeline", kinds, **ours)
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizers))
+    assert SentenceFiles.read(directory).max_seq_len == limit
+
+
+@pytest.mark.parametrize("limit", ["16", True, [16], 2, -1, float("nan")])
+def test_a_limit_that_is_none_is_an_error(model, tmp_path, limit):
+    directory = write_pipeline(model, tmp_path / "pipeline", max_seq_length=limit)
+    with pytest.raises(InputError, match=r"bert_config.json: max_seq_length: .* at least 3, got"):
+        SentenceFiles.read(directory)
+    (directory / "sentence_bert_config.json").unlink()
+    (directory / "tokenizer_config.json").write_text(json.dumps({"model_max_length": limit}))
+    with pytest.raises(InputError, match=r"tokenizer_config.json: model_max_length: .* 3, got"):
+        SentenceFiles.read(directory)
+
+
+def test_a_model_that_sentence_transformers_saved_is_cut_alike(model, write, tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    theirs = library.SentenceTransformer(str(model), device="cpu")
+    theirs.max_seq_length = 16
+    theirs.save(str(tmp_path / "saved"))
+    vectors = theirs.encode(["good film " * 20, "a"])
+    file = write("texts.txt", "good film " * 20 + "\na\n")
+    ours = embed(tmp_path / "saved", file, truncate=True, precision="fp32")
+    np.testing.assert_allclose(ours, vectors, rtol=0, atol=1e-5)
 
 
 def test_a_model_without_such_files_pools_its_tokens(model):

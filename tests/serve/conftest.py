@@ -1,4 +1,8 @@
+import shutil
+
 import pytest
+import torch
+import transformers
 
 from tests.serve.running import running
 from tests.small_model import write_model
@@ -21,3 +25,20 @@ def minilm_server(minilm):
 def server(model):
     with running(model) as server:
         yield server
+
+
+@pytest.fixture
+def elsewhere(model, tmp_path):
+    """A checkpoint as it comes from transformers: no more than config.json tells of its task."""
+
+    def make(kind, **options):
+        directory = shutil.copytree(model, tmp_path / "elsewhere")
+        torch.manual_seed(1)
+        config = transformers.BertConfig.from_pretrained(directory, **options)
+        theirs = getattr(transformers, kind)(config).eval()
+        for parameter in theirs.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        theirs.save_pretrained(directory)
+        return directory, theirs, transformers.BertTokenizer.from_pretrained(directory)
+
+    return make

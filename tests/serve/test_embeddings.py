@@ -10,7 +10,9 @@ import torch
 import transformers
 
 from fastbert.check import InputError
+from fastbert.config.serve import ServeConfig
 from fastbert.embedding.array import embed
+from fastbert.serve.loading import load
 from tests.serve.running import running
 from tests.small_model import write_pipeline
 
@@ -156,3 +158,27 @@ def test_a_pipeline_that_is_not_computed_here_is_an_error(pipeline):
     modules = ("Transformer", "Pooling", "Dense")
     with pytest.raises(InputError, match="a Dense module"), running(pipeline(modules)):
         pass
+
+
+@pytest.mark.parametrize(("said", "limit"), [(24, 24), (1000, 48), (1e30, 48), (None, 48)])
+def test_the_limit_of_a_cross_encoder_is_that_of_its_files(elsewhere, tmp_path, said, limit):
+    model, *_ = elsewhere("BertForSequenceClassification", num_labels=1)
+    directory = write_pipeline(model, tmp_path / "pipeline", ["Transformer"])
+    (directory / "tokenizer_config.json").write_text(json.dumps({"model_max_length": said}))
+    served = load(ServeConfig(model=str(directory)))
+    assert served.max_seq_len == served.prediction.settings.max_seq_len == limit
+
+
+def test_a_cross_encoder_that_sentence_transformers_saved(elsewhere, tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    directory, *_ = elsewhere("BertForSequenceClassification", num_labels=1)
+    theirs = library.CrossEncoder(str(directory), max_length=24, device="cpu")
+    theirs.save_pretrained(str(tmp_path / "saved"))
+    texts = ["good film " * 20, "a"]
+    with running(tmp_path / "saved") as server:
+        answer = server.answer("/rerank", query="a book", texts=texts, truncate=True)
+        assert "24" in server.refusal("/rerank", 413, query="a book", texts=texts, truncate=False)
+        assert server.client.get("/info").json()["max_input_length"] == 24
+    scores = [one["score"] for one in sorted(answer, key=lambda one: one["index"])]
+    expected = theirs.predict([("a book", text) for text in texts])
+    np.testing.assert_allclose(scores, expected, atol=1e-5)

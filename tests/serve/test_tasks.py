@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import fastbert
+from fastbert.check import InputError
 from fastbert.config.finetune import FinetuneConfig
 from fastbert.fill_mask import fill_mask
 from fastbert.finetune.predict import predict
@@ -74,6 +75,8 @@ def test_sequences(learn, task):
         assert "cannot rerank" in server.refusal("/rerank", 424, query="a", texts=["b"])
         assert "cannot fill masks" in server.refusal("/fill-mask", 424, inputs="[MASK]")
     assert about["task"] == task
+    theirs = transformers.AutoTokenizer.from_pretrained(run / "latest")
+    assert len(theirs(long, truncation=True)["input_ids"]) == 48  # as many as the model computes
     for answer, own in zip(answers, said, strict=True):
         scores = [one["score"] for one in answer]
         assert scores == sorted(scores, reverse=True)
@@ -102,23 +105,6 @@ def test_pairs_and_ranking(learn):
     assert [one["score"] for one in ranked] == pytest.approx(
         [expected[number] for number in order], abs=1e-6
     )
-
-
-@pytest.fixture
-def elsewhere(model, tmp_path):
-    """A checkpoint as it comes from transformers: no more than config.json tells of its task."""
-
-    def make(kind, **options):
-        directory = shutil.copytree(model, tmp_path / "elsewhere")
-        torch.manual_seed(1)
-        config = transformers.BertConfig.from_pretrained(directory, **options)
-        theirs = getattr(transformers, kind)(config).eval()
-        for parameter in theirs.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-        theirs.save_pretrained(directory)
-        return directory, theirs, transformers.BertTokenizer.from_pretrained(directory)
-
-    return make
 
 
 def test_a_cross_encoder_from_elsewhere(elsewhere):
@@ -254,6 +240,11 @@ def test_words_for_masks(model, tmp_path):
         assert [one["sequence"] for one in ours] == [one.text for one in theirs]
         scores = [one.probability for one in theirs]
         assert [one["score"] for one in ours] == pytest.approx(scores, abs=1e-6)
+
+
+def test_words_of_a_random_head_are_refused(model):
+    with pytest.raises(InputError, match=r"no masked-LM head there \(cls\..*name a model of"):
+        fill_mask(model, "a [MASK]")
 
 
 def test_tokens(server, model):

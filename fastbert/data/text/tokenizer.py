@@ -20,6 +20,7 @@ from tokenizers import (
 )
 
 from fastbert.check import InputError
+from fastbert.data.text.tokenizer_config import TokenizerConfig
 from fastbert.system.files import Unwritable, write_text
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -79,7 +80,8 @@ def train_tokenizer(
         raise InputError(
             f"vocab_size: expected more than the {len(_SPECIAL)} special tokens, got {vocab_size}"
         )
-    tokenizer = _wordpiece({}, lowercase, strip_accents)
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
+    tokenizer = _wordpiece({}, normalizer)
     with tempfile.TemporaryFile("w+", encoding="utf-8") as spool:
         characters: Counter[str] = Counter()
         for sentence in sentences:
@@ -104,7 +106,8 @@ def train_tokenizer(
             show_progress=False,
         )
         tokenizer.train_from_iterator(spool, trainer)
-    return _wordpiece(tokenizer.get_vocab(with_added_tokens=False), lowercase, strip_accents)
+    vocab = tokenizer.get_vocab(with_added_tokens=False)
+    return _with_special_tokens(_wordpiece(vocab, normalizer))
 
 
 def _alphabet(
@@ -132,20 +135,13 @@ def _alphabet(
     return alphabet, sorted(inner)
 
 
-def _wordpiece(
-    vocab: dict[str, int], lowercase: bool, strip_accents: bool | None = None
-) -> Tokenizer:
-    """BERT's tokenizer around a vocabulary, built like Hugging Face's BertTokenizer.
-
-    strip_accents: None strips accents if `lowercase`
-    """
+def _wordpiece(vocab: dict[str, int], normalizer: normalizers.BertNormalizer) -> Tokenizer:
+    """BERT's tokenizer around a vocabulary, built like Hugging Face's BertTokenizer."""
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(
-        lowercase=lowercase, strip_accents=strip_accents
-    )
+    tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix=_PREFIX)
-    return _with_special_tokens(tokenizer) if vocab else tokenizer
+    return tokenizer
 
 
 def _with_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
@@ -162,14 +158,16 @@ def _with_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
 def load_tokenizer(path: str | Path, *, model_vocab_size: int | None = None) -> Tokenizer:
     """Loads a tokenizer from a `tokenizer.json`, a `vocab.txt`, or a directory with either.
 
-    A directory's tokenizer.json takes precedence. For a vocab.txt, the `tokenizer_config.json` in
-    its directory says whether to lower-case and to strip accents; the default is to lower-case.
+    A directory's tokenizer.json takes precedence. What transformers reads beside the file counts
+    here, too: the tokens that `tokenizer_config.json` or `added_tokens.json` adds and, for a
+    vocab.txt or a BertTokenizer, whether to lower-case (by default), to strip accents and to
+    divide Chinese characters.
 
     model_vocab_size: entries of the embedding table of the model that the tokenizer is for; it may
         have up to 63 spare rows, because vocabularies are padded for speed
 
     Raises InputError if a file cannot be read, is not a WordPiece, lacks a special token or has ids
-    other than 0 to V - 1, or if V does not match model_vocab_size.
+    other than 0 to V - 1, if V does not match model_vocab_size, and for settings of wrong type.
     """
     path = file = Path(path)
     if path.is_dir():
@@ -177,16 +175,24 @@ def load_tokenizer(path: str | Path, *, model_vocab_size: int | None = None) -> 
         if not found:
             raise InputError(f"tokenizer {path}: holds neither tokenizer.json nor vocab.txt")
         file = found[0]
+    config = TokenizerConfig(file.parent)
+    read = _from_json if file.suffix == ".json" else _from_vocab
     try:
-        tokenizer = _from_json(file) if file.suffix == ".json" else _from_vocab(file)
+        tokenizer = read(file, config)
     except OSError as error:
         raise InputError(f"tokenizer {file}: cannot be read: {error.strerror}") from error
     vocab = tokenizer.get_vocab()
-    _require_special_tokens(vocab, f"tokenizer {file}")
-    if len(vocab) != 1 + max(vocab.values()):
+    if len(vocab) != 1 + max(vocab.values(), default=-1):
         raise InputError(
             f"tokenizer {file}: {len(vocab)} different tokens but ids up to {max(vocab.values())}; "
             "remove doubled lines or gaps"
+        )
+    config.add_tokens(tokenizer)
+    vocab = tokenizer.get_vocab()
+    _require_special_tokens(vocab, f"tokenizer {file}")
+    if (unknown := tokenizer.model.unk_token) not in tokenizer.get_vocab(with_added_tokens=False):
+        raise InputError(
+            f"tokenizer {file}: {unknown} is an added token only; expected it in vocab"
         )
     if model_vocab_size is not None and not len(vocab) <= model_vocab_size < len(vocab) + 64:
         raise InputError(
@@ -198,7 +204,7 @@ def load_tokenizer(path: str | Path, *, model_vocab_size: int | None = None) -> 
     return _with_special_tokens(tokenizer)
 
 
-def _from_json(file: Path) -> Tokenizer:
+def _from_json(file: Path, config: TokenizerConfig) -> Tokenizer:
     text = file.read_bytes()
     try:
         tokenizer = Tokenizer.from_str(text.decode("utf-8-sig"))
@@ -208,36 +214,40 @@ def _from_json(file: Path) -> Tokenizer:
     if not isinstance(tokenizer.model, models.WordPiece):
         kind = type(tokenizer.model).__name__
         raise InputError(f"tokenizer {file}: expected a WordPiece tokenizer, got {kind}")
+    if config.is_berts and isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
+        tokenizer.normalizer = config.normalizer()
     return tokenizer
 
 
-def _from_vocab(file: Path) -> Tokenizer:
+def _from_vocab(file: Path, config: TokenizerConfig) -> Tokenizer:
+    config.require_wordpiece(file)
     try:
         lines = file.read_text("utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"tokenizer {file}: not a vocab.txt: not UTF-8") from error
     vocab = {token.rstrip("\r"): number for number, token in enumerate(lines)}
-    _require_special_tokens(vocab, f"tokenizer {file}")
-    config = file.with_name("tokenizer_config.json")
-    try:
-        options = json.loads(config.read_text("utf-8-sig")) if config.exists() else {}
-        lowercase, strip_accents = options.get("do_lower_case", True), options.get("strip_accents")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"tokenizer {config}: not a JSON object") from error
-    return _wordpiece(vocab, lowercase, strip_accents)
+    return _wordpiece(vocab, config.normalizer())
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
+def save_tokenizer(
+    tokenizer: Tokenizer, directory: str | Path, *, max_length: int | None = None
+) -> None:
     """Writes the files that `transformers.AutoTokenizer` and `load_tokenizer` read.
 
     These are tokenizer.json, tokenizer_config.json, special_tokens_map.json and vocab.txt. Each is
     written atomically. Raises Unwritable if one cannot be written.
+
+    max_length: tokens that the model computes, to which transformers cuts texts if it is asked to;
+        None for no limit
     """
     state = json.loads(tokenizer.to_str())
     normalizer = state["normalizer"] or {}
     special_map = {f"{token[1:-1].lower()}_token": token for token in _SPECIAL}
-    config: dict[str, object] = {**special_map, "model_max_length": 512}
-    if normalizer.get("type") == "BertNormalizer":
+    added = {str(token.pop("id")): token for token in state["added_tokens"]}
+    config: dict[str, object] = {**special_map, "added_tokens_decoder": added}
+    if max_length is not None:
+        config["model_max_length"] = max_length
+    if normalizer.get("type") == "BertNormalizer" and normalizer["clean_text"]:
         config |= {
             "tokenizer_class": "BertTokenizer",
             "do_lower_case": normalizer["lowercase"],
@@ -247,7 +257,9 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
     else:  # BertTokenizer would replace another normalizer by its own
         config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
         config |= {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
-    vocab = tokenizer.get_vocab()
+    vocab = tokenizer.get_vocab(with_added_tokens=False)
+    if len(vocab) != 1 + max(vocab.values(), default=0):  # a line's number is its token's id
+        vocab = tokenizer.get_vocab()
     contents = {
         "vocab.txt": "".join(f"{token}\n" for token in sorted(vocab, key=vocab.__getitem__)),
         "special_tokens_map.json": json.dumps(special_map, indent=2) + "\n",

@@ -89,11 +89,8 @@ def _unfinished(run: Path) -> str:
 def _is_path(name: str) -> bool:
     """Whether a name means a directory, not a model on the hub such as google/bert."""
     inside = Path(name).parent
-    return (
-        name.startswith((".", "/", "~"))
-        or name.count("/") > 1
-        or (inside != Path() and inside.is_dir())
-    )
+    is_there = inside != Path() and inside.is_dir()
+    return is_there or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _meant(directory: Path) -> str:
@@ -142,10 +139,12 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        weights = dict(torch.load(path, map_location="cpu", weights_only=True))
+        if not all(isinstance(n, str) and isinstance(x, Tensor) for n, x in weights.items()):
+            raise TypeError
         return weights
-    except pickle.UnpicklingError:
-        raise InputError(f"{path}: truncated, corrupt, or holds more than tensors") from None
+    except (pickle.UnpicklingError, TypeError):
+        raise InputError(f"{path}: truncated, corrupt, or not tensors by name alone") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:

@@ -7,6 +7,7 @@ import torch
 
 from fastbert import checkpoint
 from fastbert.check import InputError
+from fastbert.config.bert import BertConfig
 from fastbert.config.options import text_of
 from fastbert.data import load_tokenizer, special_tokens
 from fastbert.models.pretraining import BertForMaskedLM
@@ -26,13 +27,19 @@ def fill_mask(name_or_directory: str | Path, text: str, top: int = 5) -> list[li
     """The `top` likeliest words for each [MASK] of `text`, in order, likeliest first.
 
     name_or_directory: directory of a model or of a run, or a hub name. Raises InputError if the
-    model cannot be read, the text has no [MASK] or is longer than the model reads, or the tokenizer
-    does not belong to the model.
+    model cannot be read or has no masked-LM head, the text has no [MASK] or is longer than the
+    model reads, or the tokenizer does not belong to the model.
     """
     text = text_of(text, "TEXT")
     directory = checkpoint.resolve(name_or_directory)
-    model = BertForMaskedLM.from_pretrained(directory)
-    config = model.config
+    config = BertConfig.from_pretrained(directory)
+    model = BertForMaskedLM(config).eval()
+    absent = checkpoint.load_weights(model, checkpoint.read_weights(directory), directory)
+    if absent:
+        raise InputError(
+            f"{directory}: no masked-LM head there ({absent[0]}), so its words would be random; "
+            "name a model of pre-training"
+        )
     tokenizer = load_tokenizer(directory, model_vocab_size=config.vocab_size)
     words_known = tokenizer.get_vocab_size()
     mask = special_tokens(tokenizer).mask

@@ -123,6 +123,15 @@ def test_a_pickle_that_runs_code_is_refused(saved):
         fastbert.BertModel.from_pretrained(directory)
 
 
+@pytest.mark.parametrize("found", [[1, 2], {1: IDS}, {"bert.pooler.dense.bias": 3}])
+def test_a_pickle_of_something_else_is_named(saved, found):
+    _, directory = saved
+    (directory / checkpoint.WEIGHTS).unlink()
+    torch.save(found, directory / checkpoint.LEGACY_WEIGHTS)
+    with pytest.raises(InputError, match=r"pytorch_model\.bin: .* not tensors by name alone"):
+        fastbert.BertModel.from_pretrained(directory)
+
+
 def rewrite(directory, change):
     weights = load_file(directory / checkpoint.WEIGHTS)
     change(weights)

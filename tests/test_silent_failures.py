@@ -268,7 +268,7 @@ def test_13_hidden_act_is_followed_exactly(hidden_act):
 @pytest.mark.parametrize("scheme", ["bert", "whole-word", "span"])
 def test_14_masking_takes_pieces_of_an_unspaced_sentence_and_heeds_seed_zero(scheme):
     specials = SpecialTokens(pad=0, unk=1, cls=2, sep=3, mask=4)
-    tokens = 4000  # one sentence without a space
+    tokens = 40_000  # one sentence without a space
     ids = np.arange(tokens) % 30 + 5
     masked = {}
     for seed in (0, 1):

@@ -32,12 +32,14 @@ _INSIDE = re.compile(rf"(?<![\w./'\"-])({'|'.join(n for n in _OPTIONS if '_' in 
 
 
 def by_option_names(message: str) -> str:
-    """A message with the names of arguments replaced by options, such as --batch-tokens."""
-    for pattern in (_FIRST, _INSIDE):
-        begin = pattern is _FIRST
-        if not begin or pattern.match(message):
-            message = pattern.sub(lambda m: f"--{dashed(m[0])}", message, count=int(begin))
-    return message
+    """A message that begins with an argument's name, with options in place of such names.
+
+    Other messages stay as they are: there, such a name may be a word of the user's, as of a column.
+    """
+    if not _FIRST.match(message):
+        return message
+    message = _FIRST.sub(lambda m: f"--{dashed(m[0])}", message, count=1)
+    return _INSIDE.sub(lambda m: f"--{dashed(m[0])}", message)
 
 
 class Command(TyperCommand):

@@ -9,6 +9,11 @@ from typing import Any
 
 from fastbert.check import InputError, require
 
+# those of `fastbert.modules.activations`, which may not be imported here
+ACTIVATIONS = (
+    *("gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
+    *("relu", "silu", "swish", "tanh"),
+)
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Keys of config.json that change the mathematics, with the only value that this model supports.
@@ -99,19 +104,27 @@ class BertConfig:
             "intermediate_size",
             "max_position_embeddings",
             "type_vocab_size",
+            "num_hidden_layers",
         ):
-            value = getattr(self, name)
-            require(value >= 1, "BertConfig", f"{name} of at least 1", value)
+            value, least = getattr(self, name), int(name != "num_hidden_layers")
+            is_possible = hasattr(value, "__index__") and value >= least
+            require(is_possible, "BertConfig", f"a whole {name} of at least {least}", repr(value))
+        padding = self.pad_token_id
         require(
-            self.num_hidden_layers >= 0,
+            padding is None or (hasattr(padding, "__index__") and padding < self.vocab_size),
             "BertConfig",
-            "num_hidden_layers of at least 0",
-            self.num_hidden_layers,
+            f"a whole pad_token_id below the vocab_size {self.vocab_size}, or None",
+            repr(padding),
         )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, name)
-            is_possible = 0 <= value <= 4095 / 4096  # as `fastbert.rng` draws it
-            require(is_possible, "BertConfig", f"{name} in [0, 4095/4096]", value)
+            # as `fastbert.rng` draws it
+            is_possible = hasattr(value, "__float__") and 0 <= value <= 4095 / 4096
+            require(is_possible, "BertConfig", f"{name} in [0, 4095/4096]", repr(value))
+        for name in ("layer_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            is_possible = hasattr(value, "__float__") and value >= 0
+            require(is_possible, "BertConfig", f"{name} of at least 0", repr(value))
         self._complete_labels()
         self._check_classifier()
         check_config(self)
@@ -121,7 +134,11 @@ class BertConfig:
         if given is None:
             names = _default_names(2 if count is None else count)
         else:
+            require(isinstance(given, Mapping), "BertConfig", "id2label to be a mapping", given)
             names = {int(number): name for number, name in given.items()}
+            known = sorted(names)
+            is_whole = known == list(range(len(names)))
+            require(is_whole, "BertConfig", "id2label to number its names from 0", known)
             if count is not None and names == _default_names(len(names)):
                 # default names follow num_labels, so that replace(config, num_labels=...) works
                 names = _default_names(count)
@@ -177,6 +194,11 @@ class BertConfig:
                     f"config.json: {key} = {value!r} would change the mathematics of the model; "
                     f"only {only!r} is supported"
                 )
+        act = values.get("hidden_act", "gelu")
+        if act not in ACTIVATIONS and not callable(act):
+            raise InputError(
+                f"config.json: hidden_act = {act!r} is not known; only {', '.join(ACTIVATIONS)} are"
+            )
         known = cls.field_names() - {"extra"}
         own = {key: value for key, value in values.items() if key in known}
         rest = {k: v for k, v in values.items() if k not in known and k != "model_type"}
@@ -202,7 +224,7 @@ class BertConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(f"{directory}: no config.json there, so it is no model") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: not readable as JSON ({error})") from None
         if not isinstance(values, dict):
             raise InputError(f"{path}: expected a JSON object, got {type(values).__name__}")
@@ -211,8 +233,8 @@ class BertConfig:
             values = {k: v for k, v in values.items() if k not in ("id2label", "label2id")}
         try:
             return cls.from_dict(values | changes)
-        except InputError:
-            raise
+        except InputError as error:
+            raise InputError(f"{directory}/{error}") from None
         except (TypeError, ValueError) as error:
             raise InputError(f"{path}: {error}") from None
 

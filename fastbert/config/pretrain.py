@@ -58,7 +58,8 @@ PRESETS = {
 
 
 OPTIMIZERS = ("adamw", "lamb")
-PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp8")
+AUTO = "auto"  # a run keeps the precision that this means where it begins
+PRECISIONS = (AUTO, "bf16", "fp16", "fp32", "fp8")
 
 
 # Options that do not change the results of a run, so they may change when it is resumed.
@@ -215,8 +216,10 @@ class PretrainConfig:
 
         Raises InputError for an option that would make it another run. A path may have another name
         for the same file, or be another path if the old one is gone: the contents are compared when
-        they are read, see `prepare.CHANGED`.
+        they are read, see `prepare.CHANGED`. A precision of "auto" is the one that the run has.
         """
+        if changes.get("precision") == AUTO:
+            changes["precision"] = self.precision
         for name, value in changes.items():
             earlier = getattr(self, name)
             if value == earlier or name in _FREE or (name in _PATHS and _alike(earlier, value)):

@@ -59,17 +59,17 @@ def classification(truth: Sequence[str], predicted: Sequence[str], labels: list[
     from sklearn import metrics
 
     confusion = metrics.confusion_matrix(truth, predicted, labels=labels)
-    by_label = metrics.classification_report(
-        truth, predicted, labels=labels, output_dict=True, zero_division=0
+    scores = metrics.precision_recall_fscore_support(
+        truth, predicted, labels=labels, zero_division=0
     )
     return Report(
         {
             "accuracy": float(metrics.accuracy_score(truth, predicted)),
-            "macro_f1": by_label["macro avg"]["f1-score"],
+            "macro_f1": float(scores[2].mean()),
             "mcc": float(metrics.matthews_corrcoef(truth, predicted)),
         },
         (
-            _by_label(by_label, labels),
+            _by_label(labels, *scores),
             Table(
                 "confusion: rows are true, columns predicted",
                 ("label", *labels),
@@ -86,16 +86,14 @@ def multilabel(
     from sklearn import metrics
 
     y, z = _indicators(truth, labels), _indicators(predicted, labels)
-    by_label = metrics.classification_report(
-        y, z, target_names=labels, output_dict=True, zero_division=0
-    )
+    scores = metrics.precision_recall_fscore_support(y, z, zero_division=0)
     return Report(
         {
-            "micro_f1": by_label["micro avg"]["f1-score"],
-            "macro_f1": by_label["macro avg"]["f1-score"],
+            "micro_f1": float(metrics.f1_score(y, z, average="micro", zero_division=0)),
+            "macro_f1": float(scores[2].mean()),
             "exact": float((y == z).all(1).mean()),
         },
-        (_by_label(by_label, labels),),
+        (_by_label(labels, *scores),),
     )
 
 
@@ -124,24 +122,22 @@ def entities(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]])
     truth, predicted: the labels of each sentence's words. Without any entity on either side, the
     first three are 0.
     """
-    from seqeval import metrics
+    from seqeval.metrics import sequence_labeling as metrics
 
     y, z = ([as_iobes(labels) for labels in some] for some in (truth, predicted))
     if not any(label != "O" for labels in (*y, *z) for label in labels):
         return Report({"precision": 0.0, "recall": 0.0, "f1": 0.0, "accuracy": 1.0})
-    by_type = metrics.classification_report(y, z, output_dict=True, zero_division=0)
-    types = [name for name in by_type if not name.endswith(" avg")]
-    micro = by_type["micro avg"]
+    types = sorted({entity[0] for some in (y, z) for entity in metrics.get_entities(some)})
+    scores = metrics.precision_recall_fscore_support(y, z, average=None, zero_division=0)
+    micro = metrics.precision_recall_fscore_support(y, z, average="micro", zero_division=0)
     return Report(
         {
-            "precision": float(micro["precision"]),
-            "recall": float(micro["recall"]),
-            "f1": float(micro["f1-score"]),
+            **dict(zip(("precision", "recall", "f1"), map(float, micro[:3]), strict=True)),
             "accuracy": float(
                 metrics.accuracy_score(*([*map(list, some)] for some in (truth, predicted)))
             ),
         },
-        (_by_label(by_type, types),),
+        (_by_label(types, *scores),),
     )
 
 
@@ -154,11 +150,9 @@ def as_iobes(labels: Sequence[str]) -> list[str]:
     return [_PREFIXES.get(label[:2], label[:2]) + label[2:] for label in labels]
 
 
-def _by_label(report: dict[str, Any], labels: Sequence[str]) -> Table:
-    rows = [
-        (label, *(float(of[name]) for name in _SCORES[:-1]), int(of["support"]))
-        for label, of in ((label, report[label]) for label in labels)
-    ]
+def _by_label(labels: Sequence[str], *scores: np.ndarray) -> Table:
+    """The table of `scores`, of which each array is (labels,)."""
+    rows = list(zip(labels, *(score.tolist() for score in scores), strict=True))
     return Table("by label", ("label", *_SCORES), rows)
 
 

@@ -3,6 +3,7 @@
 Their losses are softmax cross-entropy, binary cross-entropy of each label, and squared error.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from fastbert.finetune.metrics import Report
 from fastbert.finetune.task import Prediction, Task, by_example, softmax, to_host
 from fastbert.models.classification import BertForSequenceClassification
 from fastbert.packing import PackedBatch
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class TextExample(NamedTuple):
@@ -200,15 +203,16 @@ class Regression(_SequenceTask):
         if not labelled:
             return None
         column = self.settings.label_column
-        try:
-            number = float(row.label(column))
-        except ValueError as error:
-            if isinstance(error, InputError):
-                raise
-            number = math.nan
+        text, number = row.label(column), math.nan
+        with contextlib.suppress(ValueError):
+            number = float(text.replace("_", "?"))  # Python reads 1_000 as 1000
         if not math.isfinite(number):
-            got = row.values[column]
-            raise InputError(f"{row.where}: expected a number in column {column!r}, got {got!r}")
+            raise InputError(f"{row.where}: expected a number in column {column!r}, got {text!r}")
+        if abs(number) > _LARGEST:
+            raise InputError(
+                f"{row.where}: expected a number that fits float32 in column {column!r}, at most "
+                f"{_LARGEST:.1e}, got {text!r}; scale the labels down"
+            )
         return number
 
     def learn(self, examples: Sequence[TextExample]) -> None:

@@ -251,7 +251,8 @@ class _Trainer:
         directory = self.out / f"checkpoint-{epoch}"
         with new_directory(directory) as writing:
             self.model.save_pretrained(writing)
-            save_tokenizer(self.tokenizer, writing)
+            longest = self.model.config.max_position_embeddings
+            save_tokenizer(self.tokenizer, writing, max_length=longest)
             self.task.settings.save(writing)
         for old in self.out.glob("checkpoint-*"):
             if old != directory:

@@ -23,6 +23,9 @@ from safetensors import SafetensorError
 from fastbert.check import InputError
 
 STANDARD = "-"  # the file name that means standard input or output
+_UMASK = os.umask(0o077)  # the system tells it only to who changes it
+os.umask(_UMASK)
+_FILE_MODE, _DIRECTORY_MODE = 0o666 & ~_UMASK, 0o777 & ~_UMASK
 _DESCRIPTORS = re.compile(r"/proc/\d+(/task/\d+)?/fd")
 
 
@@ -164,7 +167,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         # some libraries make files that only their owner can read
-        beside.chmod(stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o644)
+        beside.chmod(stat.S_IMODE(target.stat().st_mode) if target.exists() else _FILE_MODE)
         _sync(beside)
         beside.replace(target)
         _sync(target.parent)
@@ -200,10 +203,10 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield beside
-        for file in beside.rglob("*"):
+        for file in (beside, *beside.rglob("*")):
             _sync(file)
-            file.chmod(0o755 if file.is_dir() else 0o644)
-        beside.chmod(0o755)  # only the owner can read what mkdtemp and some libraries make
+            # only the owner can read what mkdtemp and some libraries make
+            file.chmod(_DIRECTORY_MODE if file.is_dir() else _FILE_MODE)
         _take_the_place(beside, target)
     except (OSError, SafetensorError, RuntimeError, Unwritable) as error:
         raise Unwritable.because(path, error) from error

@@ -131,14 +131,20 @@ def _store() -> dist.Store:
     return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
+def require_kind(kind: str, precision: str, ranks: Ranks) -> None:
+    """Raises InputError for a `kind` not in KINDS, or in which `precision` cannot be trained."""
+    if kind not in KINDS:
+        raise InputError(f"--parallel: one of {', '.join(KINDS)}, got {kind!r}")
+    if kind == "fsdp" and precision == "fp8" and ranks.size > 1:
+        raise InputError("--precision fp8: not with --parallel fsdp, which shards the weights")
+
+
 def parallelised(objective: PretrainingObjective, kind: str, ranks: Ranks) -> nn.Module:
     """The objective as this rank runs it: wrapped by "ddp" or "fsdp" if there are several ranks.
 
     FSDP2 shards each encoder layer, and the rest (embeddings and tied heads) as one more unit, in
-    place. Raises InputError for another kind.
+    place.
     """
-    if kind not in KINDS:
-        raise InputError(f"--parallel: one of {', '.join(KINDS)}, got {kind!r}")
     if ranks.size == 1:
         return objective
     if kind == "ddp":

@@ -13,11 +13,11 @@ from torch import nn
 from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.config.pretrain import PretrainConfig
-from fastbert.data import Interrupted, OtherCache, loader
+from fastbert.data import loader
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
 from fastbert.modules.products import fp8
 from fastbert.system.console import console
-from fastbert.system.files import Unwritable, require_apart, write_json
+from fastbert.system.files import require_apart, write_json
 from fastbert.train import distributed
 from fastbert.train import state as run_state
 from fastbert.train.distributed import Ranks
@@ -28,7 +28,7 @@ from fastbert.train.prepare import CHANGED, PreparedText, prepare_text
 from fastbert.train.profiling import Unprofiled, profiling
 from fastbert.train.recipe import Pretraining, Recipe, training_row
 from fastbert.train.report import Reporter, Silent, environment, plot_losses, require_libraries
-from fastbert.train.run_directory import SUMMARY, abandon, open_run, stoppable
+from fastbert.train.run_directory import SUMMARY, opened, precision_of, stoppable
 from fastbert.train.step import make_step
 
 MOST_SKIPPED = 20  # skipped steps in a row; halving fp16's scale from 2^16 to 1 takes only 16
@@ -73,13 +73,17 @@ def carry_out(
         if directory is not None:
             require_apart(option, directory, config.corpus, models)
     with distributed.joined() as ranks, ranks.claimed(out), stoppable(recipe, out):
-        config = dataclasses.replace(
-            config, precision=resolve_precision(config.precision, trains=True)
-        )
+        precision = resolve_precision(precision_of(config, out, resume=resume), trains=True)
+        config = dataclasses.replace(config, precision=precision)
+        distributed.require_kind(parallel, precision, ranks)
         torch.manual_seed(config.seed)
-        with ranks.first_goes_ahead():
-            text = _prepare(recipe, config, out, ranks, resume=resume)
-        run = _set_up(recipe, config, text, out, ranks, parallel)
+        opening = opened(config, out, resume=resume) if ranks.is_first else contextlib.nullcontext()
+        with opening:
+            with ranks.first_goes_ahead():
+                if ranks.is_first:
+                    run_state.discard_partial(out)
+                text = prepare_text(recipe.reading(), out, ranks.size)
+            run = _set_up(recipe, config, text, out, ranks, parallel)
         _describe(run, config, ranks, parallel)
         _train(run, config, text, out, ranks, eager=eager, profile=profile)
         return _finish(run, config, text, out, ranks)
@@ -96,21 +100,6 @@ class _Run(NamedTuple):
     state: run_state.TrainingState
 
 
-def _prepare(
-    recipe: Recipe, config: PretrainConfig, out: Path, ranks: Ranks, *, resume: bool
-) -> PreparedText:
-    is_new = False
-    if ranks.is_first:
-        is_new = open_run(config, out, resume=resume)
-        run_state.discard_partial(out)
-    try:
-        return prepare_text(recipe.reading(), out, ranks.size)
-    except InputError as error:
-        if is_new:
-            abandon(out, keep_text=isinstance(error, OtherCache | Interrupted | Unwritable))
-        raise
-
-
 def _set_up(
     recipe: Recipe,
     config: PretrainConfig,
@@ -125,8 +114,6 @@ def _set_up(
     if begun is not None:
         run_state.load_weights(begun, model)
     if config.precision == "fp8":
-        if parallel == "fsdp" and ranks.size > 1:
-            raise InputError("--precision fp8: not with --parallel fsdp, which shards the weights")
         fp8.enable(model)
     objective = distributed.parallelised(recipe.make_objective(model), parallel, ranks)
     optimizer = make_optimizer(model, config.weight_decay, config.optimizer)
@@ -174,16 +161,22 @@ def _train(
         workers=config.workers,
         pin_memory=device.type == "cuda",
     )
-    sums = torch.zeros(len(recipe.metrics._fields), device=device)
-    tokens = stalled = 0
-    before, last = state.seconds, state.step
+    # since the last report: the sums, and the most skipped steps in a row
+    totals = torch.zeros(len(recipe.metrics._fields) + 1, device=device)
+    sums, longest = totals[:-1], totals[-1]
+    in_a_row = torch.zeros_like(longest)  # skipped steps, up to now
+    tokens = 0
+    before = state.seconds
     started = reported = time.perf_counter()
     with (
         _reporter(out, state, config, ranks) as reporter,
         _profiler(out, state, config, ranks, profile) as profiler,
     ):
         for step, parts in zip(range(state.step, config.steps), batches, strict=True):
-            sums += train_step(step, parts, text.training.targets(step))
+            found = train_step(step, parts, text.training.targets(step))
+            sums += found
+            in_a_row.add_(1).mul_(found[-1])
+            torch.maximum(longest, in_a_row, out=longest)
             tokens += sum(part.num_tokens for part in parts)
             profiler.step()
 
@@ -196,24 +189,23 @@ def _train(
             if saving or state.step % config.log_every == 0:
                 ranks.sum(sums[:-1])  # not the last, skipped steps: all ranks skip the same ones
                 tokens = int(ranks.sum(torch.tensor(tokens, device=device)))
-                metrics = recipe.metrics(*sums.tolist())  # only here the host waits for the GPU
+                *values, skipped_in_a_row = totals.tolist()  # only here the host waits for the GPU
+                metrics = recipe.metrics(*values)
                 now = time.perf_counter()
                 row = training_row(recipe, state.step, metrics, tokens / (now - reported))
-                skipped, passed = int(metrics.skipped_steps), state.step - last
-                stalled = stalled + passed if skipped == passed else 0
-                if stalled >= MOST_SKIPPED:
+                if skipped_in_a_row >= MOST_SKIPPED:
                     raise InputError(
-                        f"the gradients of the last {stalled} steps before step {state.step} were "
-                        "not finite; start a new run with a smaller --learning-rate"
+                        f"the gradients of {skipped_in_a_row:.0f} steps in a row before step "
+                        f"{state.step} were not finite; start a new run with a smaller "
+                        "--learning-rate"
                     )
-                last = state.step
                 state.history.append(row)
-                state.skipped_steps += skipped
+                state.skipped_steps += int(metrics.skipped_steps)
                 state.real_tokens += tokens
                 state.seconds = before + now - started
                 per_step = state.seconds / state.step
                 reporter.training(row, per_step * (config.steps - state.step))
-                sums.zero_()
+                totals.zero_()
                 tokens, reported = 0, now
             if done or state.step % config.eval_every == 0:
                 evaluating = time.perf_counter()

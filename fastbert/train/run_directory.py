@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from fastbert import checkpoint
 from fastbert.check import InputError, Stopped
-from fastbert.config.pretrain import PretrainConfig
+from fastbert.config.pretrain import AUTO, PretrainConfig
+from fastbert.data import Interrupted, OtherCache
 from fastbert.system.files import Unwritable, write_json
 from fastbert.train.prepare import TEXT
 from fastbert.train.recipe import Recipe
@@ -22,30 +23,33 @@ RUN = "run.json"
 SUMMARY = "summary.json"
 
 
-def open_run(config: PretrainConfig, out: Path, *, resume: bool) -> bool:
-    """Writes the options into `out`; returns whether the run is new, not a resumed one.
+@contextlib.contextmanager
+def opened(config: PretrainConfig, out: Path, *, resume: bool) -> Iterator[None]:
+    """Writes the options into `out`; if the block refuses a new run, removes them and its text.
 
-    Raises InputError if `out` has a run and `resume` is False, or if the options would change the
-    results of that run.
+    The text stays if it is worth keeping. Raises InputError if `out` has a run and `resume` is
+    False, or if the options would change the results of that run.
     """
-    path = out / RUN
-    if not path.exists():
-        write_json(path, config.placed().to_json())
-        return True
-    if not resume:
+    is_new = not (out / RUN).exists()
+    if not is_new and not resume:
         raise InputError(f"--out {out}: holds a run already; --resume continues it")
-    earlier = read_run(out, type(config))
-    assert earlier is not None
-    earlier.same_run(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
-    write_json(path, config.placed().to_json())  # its paths may have moved
-    return False
+    if (earlier := read_run(out, type(config))) is not None:
+        earlier.same_run(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
+    write_json(out / RUN, config.placed().to_json())  # a resumed run's paths may have moved
+    try:
+        yield
+    except InputError as error:
+        if is_new:
+            (out / RUN).unlink()
+            if not isinstance(error, OtherCache | Interrupted | Unwritable):
+                shutil.rmtree(out / TEXT, ignore_errors=True)
+        raise
 
 
-def abandon(out: Path, *, keep_text: bool) -> None:
-    """Removes the options, and unless `keep_text` the text, of a run that has not trained."""
-    (out / RUN).unlink()
-    if not keep_text:
-        shutil.rmtree(out / TEXT, ignore_errors=True)
+def precision_of(config: PretrainConfig, out: Path, *, resume: bool) -> str:
+    """The precision that the options ask for; "auto" for a resumed run is the one that it has."""
+    earlier = read_run(out, type(config)) if resume and config.precision == AUTO else None
+    return config.precision if earlier is None else earlier.precision
 
 
 def read_run(out: Path, kind: type[Config]) -> Config | None:

@@ -80,7 +80,7 @@ class EagerStep:
         self.warmup = round(config.steps * config.warmup_ratio)
         self.autocast = autocast(config.precision, device)
         low = LOW_PRECISION.get(config.precision)
-        self.copies = None if low is None else WeightCopies(objective, low, joins=True)
+        self.copies = None if low is None else WeightCopies(objective, low)
 
     def __call__(self, number: int, parts: list[PackedBatch], counts: GlobalCounts) -> Tensor:
         self.set_learning_rate(number)

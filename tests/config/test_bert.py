@@ -7,8 +7,9 @@ import transformers
 
 import fastbert
 from fastbert.check import InputError
-from fastbert.config.bert import BertConfig
+from fastbert.config.bert import ACTIVATIONS, BertConfig
 from fastbert.config.pretrain import PretrainConfig
+from fastbert.modules import activations
 
 
 def test_defaults_are_hugging_faces():
@@ -67,19 +68,33 @@ def test_a_hugging_face_config_is_kept_by_reference_and_checked():
         ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob in \[0, 4095/4096\]"),
         ({"attention_probs_dropout_prob": 0.9999}, r"attention_probs_dropout_prob in \[0, 4095"),
         ({"hidden_dropout_prob": -0.1}, r"hidden_dropout_prob in \[0, 4095/4096\]"),
+        ({"hidden_size": 128.0}, "a whole hidden_size of at least 1, got 128.0"),
+        ({"num_hidden_layers": 2.5}, "a whole num_hidden_layers of at least 0, got 2.5"),
+        ({"layer_norm_eps": "a"}, "layer_norm_eps of at least 0, got 'a'"),
+        ({"pad_token_id": 30522}, "pad_token_id below the vocab_size 30522, or None, got 30522"),
+        ({"id2label": {"1": "a", "2": "b"}}, r"number its names from 0, got \[1, 2\]"),
+        ({"id2label": ["a", "b"]}, "id2label to be a mapping, got"),
     ],
-    ids=["heads", "vocab", "dropout", "nothing is kept", "negative"],
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
 )
 def test_impossible_shapes_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         BertConfig(**change)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"hidden_size": "many"}', "{"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[1]", '{"hidden_size": "many"}', "{", "[" * 10**6, '{"hidden_act": "mish"}'],
+    ids=["empty", "list", "size", "half", "deep", "activation"],
+)
 def test_a_damaged_config_json_names_the_file(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(InputError, match=r"config\.json"):
+    with pytest.raises(InputError, match=rf"^{tmp_path}/config\.json: "):
         BertConfig.from_pretrained(tmp_path)
+
+
+def test_the_activations_are_those_that_there_are():
+    assert set(ACTIVATIONS) == activations.ACTIVATIONS.keys()
 
 
 def test_a_run_s_options_survive_json():
@@ -95,6 +110,7 @@ def test_a_run_goes_on_with_other_processes_and_another_cache():
     assert config.same_run(**free) == PretrainConfig(steps=3, **free)
     with pytest.raises(InputError, match="--steps 4: the run was started with 3"):
         config.same_run(steps=4)
+    assert PretrainConfig(precision="bf16").same_run(precision="auto").precision == "bf16"
 
 
 def test_what_is_not_given_is_the_presets():

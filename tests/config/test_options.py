@@ -95,6 +95,7 @@ def test_text_in_an_encoding_that_cannot_hold_it():
         ("--steps: at least 1", "--steps: at least 1"),
         ("/a/batch_size.csv, line 1: no column 'pair_column'",) * 2,
         ("the masking: is text", "the masking: is text"),
+        ("a.csv: no column 'my text', only batch_size, label_column",) * 2,
     ],
 )
 def test_errors_name_options(message, wanted):

@@ -51,6 +51,12 @@ CASES = {
     "stride": (
         *("classification", GOOD + LONG + ",pos\n", GOOD, ["--stride", "46"]), "cannot share 46",
     ),
+    "underscore": ("regression", "text,label\na,1_0\n", GOOD, [], "expected a number .* got '1_0'"),
+    "large": ("regression", "text,label\na,1e39\n", GOOD, [], "fits float32 in column 'label'"),
+    "words of options": (
+        *("classification", "batch_size,label_column\na,b\n", GOOD, []),
+        "no column 'text', only batch_size, label_column",
+    ),
     "number": ("regression", "text,label\na,b\n", GOOD, [], "expected a number in column 'label'"),
     "task": ("poetry", GOOD, GOOD, [], "--task: one of classification.*'poetry'"),
     "kind of file": ("classification", None, GOOD, [], "train.csv: cannot be read"),

@@ -92,6 +92,13 @@ def test_another_json_is_not_in_squads_form(contents, write):
         read_squad(write("a.json", json.dumps(contents)))
 
 
+def test_json_too_deep_to_be_read_is_named(write):
+    deep = "[" * 10**6 + "\n["
+    for read in (read_squad, lambda path: read_table(path.rename(path.with_suffix(".jsonl")), [])):
+        with pytest.raises(InputError, match=r"a\.json.*: not JSON \(maximum recursion depth"):
+            read(write("a.json", deep))
+
+
 # 19 K: CoNLL and tables
 
 

@@ -55,6 +55,15 @@ def test_entities_count_as_wholes():
     assert nothing.metrics["accuracy"] == 1
 
 
+@pytest.mark.parametrize("name", ["accuracy", "micro avg", "macro avg", "samples avg"])
+def test_a_label_may_have_the_name_of_a_mean(name):
+    row = (name, 1.0, 0.5, pytest.approx(2 / 3), 2)
+    of_texts = metrics.classification([name, name, "a"], [name, "a", "a"], [name, "a"])
+    of_sets = metrics.multilabel([(name,), (name,)], [(name,), ()], [name, "a"])
+    of_words = metrics.entities([[f"B-{name}", f"B-{name}"]], [[f"B-{name}", "O"]])
+    assert [report.tables[0].rows[0] for report in (of_texts, of_sets, of_words)] == [row] * 3
+
+
 @pytest.mark.parametrize(
     ("answers", "guess", "exact", "f1"),
     [

@@ -73,6 +73,22 @@ def test_a_file_that_is_replaced_keeps_its_mode(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_what_is_new_is_as_private_as_the_umask_asks(tmp_path):
+    program = """
+import pathlib, sys
+from fastbert.system import files
+files.write_text(sys.argv[1] + "/file", "x")
+with files.new_directory(sys.argv[1] + "/model") as writing:
+    (writing / "deep").mkdir()
+    (writing / "deep" / "a").touch()"""
+    for umask in (0o077, 0o002):
+        out = tmp_path / str(umask)
+        subprocess.run([sys.executable, "-c", program, out], umask=umask, check=True)
+        for path in (out, *out.rglob("*")):
+            widest = 0o777 if path.is_dir() else 0o666
+            assert path.stat().st_mode & 0o777 == widest & ~umask, path
+
+
 @pytest.mark.parametrize("through_a_link", [False, True])
 def test_a_fifo_is_streamed_to(tmp_path, through_a_link):
     fifo = out = tmp_path / "fifo"

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from fastbert import checkpoint
@@ -239,6 +240,28 @@ def test_a_run_goes_on_from_anywhere(config, corpus, tmp_path, monkeypatch):
     moved = kept.same_run(corpus=(tmp_path / "new" / "corpus.txt",))
     assert pretrain(moved, tmp_path / "run", resume=True)["steps"] == 1
     assert read_run(tmp_path / "run", PretrainConfig).corpus == moved.corpus
+
+
+def test_auto_is_the_precision_that_a_run_has(config, tmp_path, monkeypatch):
+    """Though this hardware would begin a run in another one."""
+    out, auto = tmp_path / "run", dataclasses.replace(config, precision="auto")
+    pretrain(dataclasses.replace(config, precision="fp32"), out)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert pretrain(auto, out, resume=True)["steps"] == 1
+    assert read_run(out, PretrainConfig).precision == "fp32"
+
+
+def test_a_new_run_that_cannot_be_set_up_leaves_nothing(config, tmp_path, monkeypatch):
+    import fastbert.train.pretrain as module
+
+    def refuse(*_, **__):
+        raise InputError("no such model")
+
+    monkeypatch.setattr(module, "_set_up", refuse)
+    for out, parallel, said in (("run", "ddp", "no such model"), ("other", "foo", "--parallel")):
+        with pytest.raises(InputError, match=said):
+            pretrain(config, tmp_path / out, parallel=parallel)
+        assert not (tmp_path / out).exists()
 
 
 def test_more_steps_say_what_to_do():

@@ -166,11 +166,13 @@ def test_a_run_too_short_to_profile_says_so(corpus, tmp_path):
     assert not (out / "profile").exists()
 
 
-def test_a_run_that_diverges_stops_in_one_clear_line(corpus, tmp_path):
-    options = ["--steps", "60", "--log-every", "5", "--learning-rate", "1e30", *SMALL]
+@pytest.mark.parametrize("every", [5, 30])
+def test_a_run_that_diverges_stops_in_one_clear_line(every, corpus, tmp_path):
+    """Also where the steps between two reports were not all skipped."""
+    options = ["--steps", "60", "--log-every", every, "--learning-rate", "1e30", *SMALL]
     done = fastbert_cli("pretrain", "--corpus", corpus, "--out", tmp_path / "run", *options)
-    assert_one_clear_line(done, r"gradients of the last 20 steps before step \d+ were not finite")
-    assert "5 step(s) skipped" in done.stdout
+    assert_one_clear_line(done, r"gradients of 2\d steps in a row before step \d+ were not finite")
+    assert ("5 step(s) skipped" in done.stdout) == (every == 5)
 
 
 def test_fill_mask_prints_five_words_with_probabilities(finished):
@@ -205,6 +207,7 @@ def test_info_names_every_operator():
 def test_bad_options_are_one_clear_line(options, pattern, corpus, tmp_path):
     given = ["--corpus", corpus, "--out", tmp_path / "run", *SMALL, *options]
     assert_one_clear_line(fastbert_cli("pretrain", *given), pattern)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,9 @@ def _json(path: Path) -> Any:
     text = read_text(path)
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         lines = [line for line in text.split("\n") if line.strip()]
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             if len(lines) > 1:
                 return [json.loads(line) for line in lines]
         raise InputError(f"{path}: not JSON ({error})") from None

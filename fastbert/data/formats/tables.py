@@ -189,7 +189,7 @@ def json_rows(
         where = f"{path}, line {number}"
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not JSON ({error})") from None
         if not isinstance(values, dict):
             raise InputError(f"{where}: expected a JSON object, got {type(values).__name__}")

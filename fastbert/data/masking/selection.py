@@ -6,8 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbert.data.masking.philox import uniform
-
 # Span lengths in words: geometric with p = 0.2, at most 10 (Joshi et al. 2020).
 SPAN_P, SPAN_MAX = 0.2, 10
 _SHARES = SPAN_P * (1 - SPAN_P) ** np.arange(SPAN_MAX)
@@ -30,7 +28,10 @@ class Tokens(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Four independent random 32-bit words for each token; each array is (T,) uint64."""
+    """Four independent random 32-bit words for each token; each array is (T,) uint64.
+
+    A span's length is drawn from `low`, because `noising.BertNoise` draws its tokens from `high`.
+    """
 
     key: NDArray[np.uint64]
     choice: NDArray[np.uint64]
@@ -210,7 +211,7 @@ def choose_spans(tokens: Tokens, draws: Draws, share: float) -> Chosen:
         place[active] += 1
         is_free = free[anchor]
         anchor, of = anchor[is_free], active[is_free]
-        length = _span_lengths(draws.at(words.first[anchor]))
+        length = _span_lengths(draws.low[words.first[anchor]])
         span, owner = _ranges(anchor, np.minimum(length, segment_end[anchor] - anchor))
         is_free = free[span]
         span, owner = span[is_free], owner[is_free]
@@ -238,6 +239,6 @@ def _segment_ends(words: _Words) -> NDArray[np.int64]:
     return run_ends
 
 
-def _span_lengths(draws: Draws) -> NDArray[np.int64]:
-    uniform_numbers = uniform(draws.high, draws.low)
-    return 1 + np.searchsorted(_LENGTHS_REACHED, uniform_numbers, side="right")
+def _span_lengths(words: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The length of a span for each random 32-bit word."""
+    return 1 + np.searchsorted(_LENGTHS_REACHED, words * 2.0**-32, side="right")

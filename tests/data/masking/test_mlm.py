@@ -119,6 +119,20 @@ def test_what_becomes_of_a_token_does_not_depend_on_where_it_is():
     assert (abs(np.array(shares) - 0.8) < 4.5 * np.sqrt(0.16 / 3000)).all()
 
 
+def test_a_random_token_does_not_tell_how_long_its_span_is():
+    ids, example, position = batch([100] * 4000, special_share=0)
+    tokens = Tokens(ids, example, position, np.ones(len(ids), bool), np.ones(len(ids), bool))
+    masked, labels = make_masking("span", SPECIALS, VOCAB)(tokens, seed=1, epoch=0)
+    chosen = labels != -100
+    begins = chosen & ~np.append(False, chosen[:-1])
+    random = begins & (masked != ids) & (masked != SPECIALS.mask)
+    alone = ~np.append(chosen[1:], False)
+    short, long = masked[random & alone], masked[random & ~alone]
+    error = np.sqrt(VOCAB**2 / 12 * (1 / len(short) + 1 / len(long)))
+    assert len(short) > 300
+    assert abs(short.mean() - long.mean()) < 4 * error
+
+
 def test_the_same_whatever_else_is_in_the_batch():
     ids, example, position = batch([30, 7, 50, 1, 20])
     masked, labels = mask(ids, example, position)

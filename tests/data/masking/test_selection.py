@@ -76,7 +76,7 @@ def plain_spans(tokens, draws, share):
             if anchor in covered:
                 continue
             first = words[anchor][0]
-            u = (int(draws.high[first]) << 21 | int(draws.low[first]) >> 11) / 2**53
+            u = int(draws.low[first]) / 2**32
             length, reached = 0, 0.0
             while u >= reached and length < SPAN_MAX:
                 reached += SPAN_P * (1 - SPAN_P) ** length / (1 - (1 - SPAN_P) ** SPAN_MAX)

@@ -205,7 +205,7 @@ def optimizer_step(
     ours = isinstance(model, fastbert.BertForPreTraining)
     copies: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     if ours and options.precision == "bf16":
-        copies = WeightCopies(model, torch.bfloat16, joins=True).in_use
+        copies = WeightCopies(model, torch.bfloat16).in_use
 
     def step() -> Tensor:
         with copies():

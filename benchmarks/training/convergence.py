@@ -129,7 +129,7 @@ def train(
     optimizer = make_optimizer(model, config.weight_decay)
     copies: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     if options.precision == "bf16":  # which other models do not read
-        copies = WeightCopies(model, torch.bfloat16, joins=True).in_use
+        copies = WeightCopies(model, torch.bfloat16).in_use
     losses = []
     for step, batch in enumerate(batches):
         before(step)

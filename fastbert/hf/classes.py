@@ -18,6 +18,7 @@ from fastbert.hf.heads import run_head, run_masked_lm, run_pretraining
 from fastbert.hf.hooks import FAMILY, ORIGINAL, PATCHED
 from fastbert.hf.stack import run_one_layer
 from fastbert.modules.graphs.buckets import Graphs, allow
+from fastbert.modules.linear import is_defined_in
 from fastbert.modules.products import fp8
 from fastbert.modules.request import DOCUMENTS
 
@@ -164,7 +165,7 @@ def _forward(original: Any, run: Forward) -> Forward:
     names = [n for n, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
     takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
-    known = {*parameters, *_OURS}
+    known, is_theirs = {*parameters, *_OURS}, is_defined_in(own, ("transformers.",))
 
     def fits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the arguments fit the signature, so that the call is no TypeError."""
@@ -177,8 +178,8 @@ def _forward(original: Any, run: Forward) -> Forward:
         now = original.forward
         if run is run_one_layer and now is own:
             return run(self, functools.partial(own, self), *args, **kwargs)
-        if now is not own or not fits(args, kwargs):
-            return now(self, *args, **kwargs)  # a forward replaced since, or Python's TypeError
+        if not (now is own and is_theirs and fits(args, kwargs)):
+            return now(self, *args, **kwargs)  # a forward of the user's, or Python's TypeError
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         return run(self, functools.partial(own, self), arguments)
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.check import require
-from fastbert.hf.families import dropout_of
+from fastbert.hf.families import Unsupported, dropout_of, leaf
 from fastbert.hf.hooks import is_hooked, is_theirs, works_by_token
 from fastbert.hf.stack import family_of_module, returns_tuples
 from fastbert.modules.embeddings import Tables, embed, own_dtype, stream_dtype
 from fastbert.modules.graphs.padded import PaddedBatch, count_tokens
-from fastbert.modules.linear import is_plain, reads_rows
+from fastbert.modules.linear import is_parametrized, is_plain, reads_rows
 from fastbert.modules.plan import Planner
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState
@@ -71,7 +71,12 @@ def embedded(
             rng,
             dtype=dtype,
         )
-    return model.embeddings_project(x).to(dtype) if projects else x
+    if not projects:
+        return x
+    project = model.embeddings_project
+    if works_by_token(project):
+        return project(x).to(dtype)
+    return padding.pack(project(padding.pad(x))).to(dtype)
 
 
 def positions_of(model: Any, input_ids: Tensor | None, given: Tensor) -> Tensor:
@@ -106,7 +111,8 @@ def _places(model: Any) -> tuple[int, int | None, Tensor | None]:
     positions (1, ...) of all places, a buffer that users may fill with others, or None."""
     embeddings, counts = model.embeddings, family_of_module(model).counts_positions
     first = embeddings.padding_idx + 1 if counts else 0
-    weight = getattr(embeddings.position_embeddings, "weight", None)
+    table = embeddings.position_embeddings
+    weight = None if is_parametrized(table) else getattr(table, "weight", None)
     most = [len(weight) - first] if isinstance(weight, Tensor) else []
     positions = None if counts else getattr(embeddings, "position_ids", None)
     if positions is not None:
@@ -164,6 +170,17 @@ def padded_batch(
     return PaddedBatch(input_ids, *ids, num_tokens, widest, embed, fixed, dtype)
 
 
+def require_embeddings(embeddings: nn.Module, device: torch.device) -> None:
+    """Raises Unsupported for embeddings without the usual modules, or of several dtypes."""
+    if not embeddings._modules.keys() >= {"word_embeddings", "position_embeddings", "LayerNorm"}:
+        raise Unsupported(f"a {type(embeddings).__name__} of the user's own as embeddings")
+    modules: Any = embeddings.word_embeddings, embeddings.LayerNorm
+    weights = [module._parameters.get("weight") for module in modules if module is not None]
+    dtypes = {weight.dtype for weight in weights if weight is not None}
+    if len(dtypes) > 1 and not torch.is_autocast_enabled(device.type):
+        raise Unsupported("a LayerNorm of another dtype, whose result has that of what it reads")
+
+
 def _plain(embeddings: Any) -> tuple[Tables, float] | None:
     # a hook on the embeddings is no part of what a plan is read from
     return None if is_hooked(embeddings) else _PLANNER.parts(embeddings)[0]
@@ -181,7 +198,7 @@ def _plain_parts(embeddings: Any) -> tuple[Tables, float] | None:
     is_dropout = any(is_plain(embeddings.dropout, kind) for kind in (nn.Dropout, nn.Identity))
     if not (
         all(works_by_token(table) and reads_rows(table) for table in tables)
-        and is_plain(embeddings.LayerNorm, nn.LayerNorm)
+        and leaf(embeddings.LayerNorm, nn.LayerNorm).is_plain
         and is_dropout
     ):
         return None

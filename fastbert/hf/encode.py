@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import events
-from fastbert.hf.embeddings import embedded, padded_batch
+from fastbert.hf.embeddings import embedded, padded_batch, require_embeddings
 from fastbert.hf.families import Forward, Unsupported, keeps_padding
 from fastbert.hf.first_tokens import (
     first_column,
@@ -24,7 +24,7 @@ from fastbert.hf.first_tokens import (
     present_head,
     reads_pooler,
 )
-from fastbert.hf.hooks import is_hooked, is_theirs
+from fastbert.hf.hooks import has_their, is_hooked, is_theirs
 from fastbert.hf.stack import (
     boundary_dtype,
     family_of_module,
@@ -36,7 +36,6 @@ from fastbert.hf.stack import (
     states_wanted,
 )
 from fastbert.modules.embeddings import own_dtype, stream_dtype
-from fastbert.modules.encoder import pad_states
 from fastbert.modules.graphs.buckets import may_replay, refusal_of
 from fastbert.modules.graphs.padded import PaddedBatch
 from fastbert.modules.linear import PRODUCTS
@@ -50,7 +49,7 @@ from fastbert.rng import DropoutState, for_batch
 
 @dataclasses.dataclass
 class Encoded:
-    """x: (T, H), or (M, H) if only `rows` were computed; states: (T, H) each, if wanted; dtype:
+    """x: (T, H), or (M, H) if only `rows` were computed; states: (B, S, H) each, if wanted; dtype:
     that of the hidden states which Hugging Face would return."""
 
     x: Tensor
@@ -58,6 +57,12 @@ class Encoded:
     padding: Unpadding
     rows: Rows | None
     dtype: torch.dtype
+
+    @property
+    def last(self) -> Tensor:
+        """The last hidden state (B, S, H)."""
+        last = self.states[-1] if self.states else None
+        return self.padding.pad(self.x.to(self.dtype)) if last is None else last
 
 
 class Padded(NamedTuple):
@@ -110,11 +115,15 @@ def _padded(model: Any, arguments: dict[str, Any], head: Any) -> Padded:
         return Padded(first_column(first, padding), first)
     # a batch without padding has each sequence's first token in column 0
     is_dense = padding.slots is None and is_by_row(padding)
-    has_pooler = not is_dense and is_plain_pooler(getattr(model, "pooler", None))
-    leading = first_tokens(x, padding.cu_seqlens) if has_pooler else None
-    if leading is not None and not call.wanted and reads_pooler(head, padding):
+    if is_dense or not is_plain_pooler(getattr(model, "pooler", None)):
+        return Padded(encoded.last, None, encoded.states)
+    if not call.wanted and reads_pooler(head, padding):
+        leading = first_tokens(x, padding.cu_seqlens)
         return Padded(leading[:, None], leading)
-    return Padded(padding.pad(x), leading, pad_states(encoded.states, padding, encoded.dtype))
+    last = encoded.last
+    if last.requires_grad:  # the pooler's gradient reaches what the caller gets
+        x = padding.pack(last)
+    return Padded(last, first_tokens(x, padding.cu_seqlens), encoded.states)
 
 
 def _for_a_graph(
@@ -156,6 +165,9 @@ def _read(model: Any, arguments: dict[str, Any]) -> "Call":
         raise Unsupported("input that Hugging Face refuses")
     if mask is not None and mask.ndim not in (2, 4):
         raise Unsupported(f"an attention_mask of {mask.ndim} dimensions")
+    if any(name in vars(model) or not has_their(model, name) for name in _MASKS):
+        raise Unsupported("masks of the user's own making")
+    require_embeddings(model.embeddings, given.device)
     encoder = getattr(model, family_of_module(model).stack)
     if is_hooked(encoder) or not is_theirs(encoder):
         raise Unsupported(f"a {type(encoder).__name__} of the user's own, or a hook on it")
@@ -187,10 +199,8 @@ def run_encoder(encoder: Any, original: Forward, arguments: dict[str, Any]) -> A
         events.refused(encoder, reason)
     if encoded is None:
         return original(**arguments)
-    padding, dtype = encoded.padding, encoded.dtype
     output = of_transformers("modeling_outputs").BaseModelOutputWithPastAndCrossAttentions(
-        last_hidden_state=padding.pad(encoded.x.to(dtype)),
-        hidden_states=pad_states(encoded.states, padding, dtype),
+        last_hidden_state=encoded.last, hidden_states=encoded.states
     )
     # the encoders of transformers 5 accept return_dict and ignore it
     return output.to_tuple() if returns_tuples() and wanted.get("return_dict") is False else output
@@ -256,11 +266,14 @@ class Call(NamedTuple):
         x, own = self.embed(padding, rng)
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
         chosen = rows(padding, x.shape[1]) if rows is not None and not wanted else None
-        x, states = run_packed(module, layers, self.reading, x, sequences, padding, wanted, chosen)
-        return Encoded(x, states, padding, chosen, boundary_dtype(own, x.device))
+        dtype = boundary_dtype(own, x.device)
+        packed = x, sequences, padding, wanted, chosen, dtype
+        x, states = run_packed(module, layers, self.reading, *packed)
+        return Encoded(x, states, padding, chosen, dtype)
 
 
 _LAYOUT = "attention_mask", "position_ids", *DOCUMENTS
+_MASKS = "_create_attention_masks", "get_extended_attention_mask"  # methods, of 5.x and of 4.57
 
 
 def _model_output(model: Any, padded: Padded, arguments: dict[str, Any]) -> Any:

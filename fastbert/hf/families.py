@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert.hf.hooks import PATCHED, is_hooked, is_theirs, works_by_token
+from fastbert.hf.hooks import PATCHED, has_their, is_hooked, is_theirs, works_by_token
 from fastbert.modules.activations import GELU_TANH, Activation, dense_and_activate
 from fastbert.modules.adapters import read_leaf
 from fastbert.modules.bert_layer import read_parts
 from fastbert.modules.embeddings import normalized
 from fastbert.modules.layer import End, LayerParts
-from fastbert.modules.linear import Leaf, is_plain
+from fastbert.modules.linear import Leaf, is_defined_in, is_plain
 from fastbert.rng import keeps_some
 
 Forward = Callable[..., Any]  # of transformers' modules, or one that replaces it
@@ -70,6 +70,11 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+_NOT_BY_ELEMENT = {  # of torch's activations
+    *("GLU", "LogSoftmax", "MultiheadAttention", "PReLU", "Softmax", "Softmax2d", "Softmin"),
+}
+
+
 def activation_of(function: Activation) -> Activation:
     """The GELU function for transformers' GELU modules; other elementwise functions unchanged.
 
@@ -78,11 +83,12 @@ def activation_of(function: Activation) -> Activation:
     if isinstance(function, nn.Module):
         cls = type(function)
         is_known = cls.__module__ in ("transformers.activations", "torch.nn.modules.activation")
-        if is_hooked(function) or not is_known:
+        if is_hooked(function) or not is_known or cls.__name__ in _NOT_BY_ELEMENT:
             raise Unsupported(f"a {cls.__name__} as activation, or a hook on it")
         return _ACTIVATIONS.get(cls.__name__, function)
     inner = function.func if isinstance(function, functools.partial) else function
-    if not (getattr(inner, "__module__", None) or "torch").startswith("torch"):
+    is_torchs = (getattr(inner, "__module__", None) or "torch").startswith("torch")
+    if not is_torchs or (hasattr(inner, "__globals__") and not is_defined_in(inner, ("torch",))):
         raise Unsupported("a function of the user's own as activation")
     return function
 
@@ -101,6 +107,8 @@ def _bert_parts(layer: Any) -> LayerParts:
     if getattr(this, "position_embedding_type", "absolute") != "absolute":
         raise Unsupported("relative positions")
     _require_plain_layer(layer, layer.chunk_size_feed_forward)
+    _require_method(layer, "feed_forward_chunk")
+    _require_usual_scores(this, this.query, this.num_attention_heads)
 
     def dropout(module: Any) -> float:
         p = dropout_of(module.dropout)  # also in eval mode, as 4.57's eager attention calls it then
@@ -113,6 +121,8 @@ def _distilbert_parts(layer: Any) -> LayerParts:
     attention, ffn = layer.attention, layer.ffn
     _require_untouched(attention, ffn)
     _require_plain_layer(layer, ffn.chunk_size_feed_forward)
+    _require_method(ffn, "ff_chunk")
+    _require_usual_scores(attention, attention.q_lin, attention.n_heads)
     return LayerParts(
         query=leaf(attention.q_lin),
         key=leaf(attention.k_lin),
@@ -133,6 +143,24 @@ def _require_plain_layer(layer: Any, chunk_size: int) -> None:
         raise Unsupported("chunk_size_feed_forward, which trades speed for memory")
     if getattr(layer, "is_decoder", False):
         raise Unsupported("a decoder's layer")
+
+
+def _require_method(module: nn.Module, name: str) -> None:
+    if name in vars(module) or not has_their(module, name):
+        raise Unsupported(f"a {name} of the user's own")
+
+
+def _require_usual_scores(attention: Any, query: Any, num_heads: int) -> None:
+    """Raises Unsupported for attributes of attention that users have changed."""
+    head_dim = getattr(attention, "attention_head_size", None)  # 4.57's DistilBERT lacks these
+    if head_dim is None:
+        return
+    if getattr(query, "out_features", num_heads * head_dim) != num_heads * head_dim:
+        raise Unsupported(f"other than {num_heads} heads of {head_dim}")
+    if getattr(attention, "scaling", head_dim**-0.5) != head_dim**-0.5:
+        raise Unsupported("a scaling of the user's own")
+    if getattr(attention, "is_causal", False):
+        raise Unsupported("attention to earlier tokens only")
 
 
 def _masked_head(dense: Any, activation: Activation, norm: Any, decoder: nn.Module) -> MaskedHead:

@@ -25,7 +25,14 @@ from fastbert.hf.first_tokens import called_by, is_plain_pooler
 from fastbert.hf.hooks import is_hooked
 from fastbert.hf.stack import family_of_module
 from fastbert.models.inputs import wants_logits
-from fastbert.models.losses import Scored, pretraining_loss, score_classes, score_words, span_loss
+from fastbert.models.losses import (
+    Scored,
+    pretraining_loss,
+    score_classes,
+    score_words,
+    span_loss,
+    without_padding,
+)
 from fastbert.modules.linear import is_plain
 from fastbert.modules.masks import real_tokens
 from fastbert.modules.request import asked
@@ -60,6 +67,8 @@ def _run_words(
     if has_loss:
         words, fields = _score(model, original, arguments, with_logits, with_pairs)
         num_items = arguments.get("num_items_in_batch")
+        if arguments.get("attention_mask") is not None:
+            num_items = without_padding(num_items, arguments["labels"], words.num_rows)
         if with_pairs:
             pair_labels = arguments["next_sentence_label"].view(-1)
             pairs = score_classes(fields["seq_relationship_logits"], pair_labels)
@@ -97,16 +106,22 @@ def run_head(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     labels = arguments.get("labels")
     if labels is None:
         return original(**arguments)
-    if name.endswith(("ForTokenClassification", "ForPreTraining")):  # labels are one per token
+    by_token = name.endswith(("ForTokenClassification", "ForPreTraining"))
+    given = labels
+    if by_token:
         labels = _of_real_tokens(model, labels, arguments)
     elif labels.dtype == torch.int32:  # Hugging Face infers classes, but its loss needs int64
         labels = labels.long()
     output = original(**{**arguments, "labels": labels, "return_dict": True})
     if output.loss is not None:
-        are_numbers = labels.is_floating_point() and not name.endswith("ForPreTraining")
-        counted = labels == labels if are_numbers else labels != IGNORE_INDEX
-        count = counted.sum().to(output.loss.device)
+        is_regression = getattr(model.config, "problem_type", None) == "regression"
+        if by_token or not (is_regression or labels.is_floating_point()):
+            count = (labels != IGNORE_INDEX).sum().to(output.loss.device)
+        else:
+            count = torch.full((), labels.numel(), device=output.loss.device)
         loss = torch.where(count > 0, output.loss, 0.0)
+        if by_token:
+            num_items = without_padding(num_items, given, count)
         output.loss = loss if num_items is None else Scored(loss * count, count).loss(num_items)
     return _returned(model, output, arguments)
 
@@ -184,7 +199,8 @@ def _run_rows(
 
     def rows_of(padding: Unpadding, hidden_size: int) -> Rows | None:
         nonlocal targets
-        targets = padding.pack(labels, IGNORE_INDEX)
+        by_row = labels.view(padding.batch_shape) if labels.ndim == 1 else labels
+        targets = padding.pack(by_row, IGNORE_INDEX)
         if not Rows.pay(padding.num_tokens, hidden_size, targets.device, labelled=True):
             return None
         has_label = targets != IGNORE_INDEX

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from fastbert.modules.linear import hooks_of
+from fastbert.modules.linear import hooks_of, is_defined_in
 
 # Attributes of a patched class, which those that derive from it have too.
 ORIGINAL = "_fastbert_original_class"  # the class that it replaces
 PATCHED = "_fastbert_patched_class"  # itself
 FAMILY = "_fastbert_family"  # its `Family`
 _CAPTURE = "transformers.utils.output_capturing"
+_THEIRS = "transformers.", "fastbert.hf."
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -24,7 +25,7 @@ def is_observed(layer: nn.Module) -> bool:
     """Whether a hook or replaced forward sees input and output, which must then be (B, S, H)."""
     if "forward" in vars(layer):
         return True
-    return any(_is_awake(hook) and not _is_of_weights(hook) for hook in _hooks(layer))
+    return any(map(_observes, _hooks(layer)))
 
 
 def works_by_token(leaf: nn.Module) -> bool:
@@ -34,6 +35,8 @@ def works_by_token(leaf: nn.Module) -> bool:
     """
     cls = type(leaf)
     is_known = (cls.__module__, cls.__name__) in _BY_TOKEN
+    if isinstance(leaf, nn.LayerNorm):
+        is_known = is_known and len(leaf.normalized_shape) == 1
     inside = leaf.modules() if leaf._modules else (leaf,)  # those inside an adapter too
     return is_known and not any(map(is_observed, inside))
 
@@ -56,18 +59,36 @@ _BY_TOKEN = {
 
 def is_theirs(module: nn.Module) -> bool:
     """Whether a module's class and its forward are transformers' own, patched or not."""
-    cls = type(module)
-    original = getattr(cls, ORIGINAL, cls)
-    functions = cls.forward, original.forward
-    return cls.__module__.startswith("transformers.models.") and all(
-        (getattr(function, "__module__", None) or "").startswith("transformers.")
-        for function in functions
+    return type(module).__module__.startswith("transformers.models.") and has_their(
+        module, "forward"
     )
+
+
+def has_their(module: nn.Module, method: str) -> bool:
+    """Whether a method of the module's class is transformers' or `patch`'s, or there is none."""
+    cls = type(module)
+    kinds = cls, getattr(cls, ORIGINAL, cls)
+    methods = (getattr(kind, method, None) for kind in kinds)
+    return all(one is None or is_defined_in(one, _THEIRS) for one in methods)
+
+
+def sees_arguments(layer: nn.Module) -> bool:
+    """Whether a hook sees all of a layer's arguments, which are others in the packed path."""
+    own = layer._forward_pre_hooks, layer._forward_hooks_with_kwargs
+    if not any(own):
+        return False
+    with_kwargs = layer._forward_hooks_with_kwargs
+    hooks = (hook for number, hook in layer._forward_hooks.items() if number in with_kwargs)
+    return any(map(_observes, (*layer._forward_pre_hooks.values(), *hooks)))
 
 
 def _hooks(module: nn.Module) -> Iterable[Callable[..., Any]]:
     found = hooks_of(module)
     return (hook for hooks in found for hook in hooks.values()) if any(found) else ()
+
+
+def _observes(hook: Callable[..., Any]) -> bool:
+    return _is_awake(hook) and not _is_of_weights(hook)
 
 
 def _is_awake(hook: Callable[..., Any]) -> bool:

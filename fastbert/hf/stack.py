@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert import events
 from fastbert.hf.attention import attention_forward
@@ -16,12 +17,12 @@ from fastbert.hf.families import (
     keeps_padding,
     runs_patched,
 )
-from fastbert.hf.hooks import FAMILY, is_observed
+from fastbert.hf.hooks import FAMILY, has_their, is_observed, sees_arguments
 from fastbert.modules.layer import LayerParts, Stream, run_layer
 from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.request import asked, unknown_argument
 from fastbert.modules.sequences import Rows, Sequences
-from fastbert.modules.stack import run_stack
+from fastbert.modules.stack import run_stack, share_padded
 from fastbert.ops.attention import attention_qkvpacked
 from fastbert.ops.unpad import Unpadding
 
@@ -33,8 +34,12 @@ def require_encoder(
 
     assumes: as in `Reading`, so that running the layers may raise it too
     """
-    if getattr(config, "is_decoder", False):
+    if getattr(config, "is_decoder", False) or getattr(config, "is_causal", None):
         raise Unsupported("a decoder: it attends to earlier tokens only")
+    if _has_any_global_hook():
+        raise Unsupported("hooks of all modules")
+    if any(map(sees_arguments, layers)):
+        raise Unsupported("a hook that sees the arguments of a layer")
     if asked(config, arguments, "output_attentions"):
         raise Unsupported("output_attentions: the fused attention never forms the probabilities")
     name = unknown_argument(arguments)
@@ -69,7 +74,7 @@ def is_built_in(attention: str) -> bool:
 
 def parts_of(layer: Any) -> LayerParts:
     """The parts of a patched layer; raises Unsupported where they cannot be read."""
-    if not runs_patched(layer):
+    if not (runs_patched(layer) and has_their(layer, "forward")):
         raise Unsupported(f"a {type(layer).__name__} that is not patched, or of the user's own")
     return family_of_module(layer).parts(layer)
 
@@ -99,8 +104,12 @@ def run_packed(
     padding: Unpadding,
     states: bool | Collection[int],
     rows: Rows | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
-    """Runs the packed layers of `module`; layers with hooks see (B, S, H)."""
+    """Runs the packed layers of `module`: the last output, packed, and states (B, S, H) in `dtype`.
+
+    Layers with hooks see (B, S, H).
+    """
     _tell(module, layers, x, padding, sequences.mask, rows)
 
     def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
@@ -113,7 +122,8 @@ def run_packed(
         y = padding.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
         return y if sequences.rows is None else sequences.rows.of(y)
 
-    return run_stack(layers, reading, x, sequences, states, rows, call)
+    share = share_padded(padding, dtype)
+    return run_stack(layers, reading, x, sequences, states, rows, call, share)
 
 
 def _tell(

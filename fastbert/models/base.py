@@ -49,8 +49,7 @@ class BertPreTrainedModel(nn.Module):
         request = Request.read(self, inputs, options)
         output = self.predict(request, **targets)
         if request.padding is not None:
-            dtype = own_dtype(self.base_model.embeddings)
-            output = pad_output(output, request.padding, dtype)
+            output = pad_output(output, request.padding, own_dtype(self.base_model.embeddings))
         return output if request.return_dict else output.to_tuple()
 
     def predict(self, request: Request) -> Any:
@@ -62,6 +61,7 @@ class BertPreTrainedModel(nn.Module):
         return self.base_model(
             request.batch,
             rows=request.rows,
+            padding=request.padding,
             output_hidden_states=request.output_hidden_states,
             output_attentions=False,
             return_dict=True,

@@ -8,9 +8,12 @@ from fastbert.check import require
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.heads import BertPooler
 from fastbert.models.inputs import ForwardOptions, Inputs, Request
-from fastbert.modules.embeddings import BertEmbeddings
+from fastbert.modules.embeddings import BertEmbeddings, own_dtype
 from fastbert.modules.encoder import BertEncoder
+from fastbert.modules.layer import Share, share_packed
 from fastbert.modules.sequences import Rows, first_tokens
+from fastbert.modules.stack import share_padded
+from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.packing import PackedBatch
 from fastbert.rng import for_batch
@@ -35,6 +38,7 @@ class BertModel(BertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         *,
         rows: Rows | None = None,
+        padding: Unpadding | None = None,
         **options: Unpack[ForwardOptions],
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
         """Hidden states of every token, and each sequence's pooled first token.
@@ -46,7 +50,8 @@ class BertModel(BertPreTrainedModel):
         (B, H), which reads the first *real* token of each sequence or packed document.
 
         rows: with a PackedBatch, the only tokens that the last layer computes; last_hidden_state is
-        then (M, H). With a pooler, they must include each sequence's first token.
+        then (M, H). With a pooler, they must include each sequence's first token. padding: with a
+        PackedBatch, the padded form in which hidden_states are returned.
 
         Raises ValueError for arguments that do not fit together, unknown ones, and sequences longer
         than max_position_embeddings.
@@ -58,10 +63,12 @@ class BertModel(BertPreTrainedModel):
             "with padded tensors",
         )
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self.run(inputs, options, rows=rows)
+        return self.run(inputs, options, rows=rows, padding=padding)
 
-    def predict(self, request: Request, rows: Rows | None = None) -> BaseModelOutputWithPooling:
-        batch = request.batch
+    def predict(
+        self, request: Request, rows: Rows | None = None, padding: Unpadding | None = None
+    ) -> BaseModelOutputWithPooling:
+        batch, padding = request.batch, padding or request.padding
         self._check_positions(batch)
         rng = None
         if self.training:
@@ -71,6 +78,9 @@ class BertModel(BertPreTrainedModel):
                 sequence_ids=batch.sequence_ids,
                 state=batch.dropout_state,
             )
+        share: Share = share_packed
+        if padding is not None:
+            share = share_padded(padding, own_dtype(self.embeddings))
         x = self.embeddings(
             batch.input_ids, batch.position_ids, batch.token_type_ids, batch.inputs_embeds, rng
         )
@@ -82,13 +92,17 @@ class BertModel(BertPreTrainedModel):
             output_hidden_states=request.output_hidden_states,
             rng=rng,
             rows=rows,
+            share=share,
         )
+        last = x = encoded.last_hidden_state
+        if request.padding is not None:  # who reads the pooled output may read this, too
+            last, x = share(x)
         pooled = None
         if self.pooler is not None:
             cu_seqlens = batch.cu_seqlens if rows is None else rows.cu_seqlens
-            pooled = self.pooler(first_tokens(encoded.last_hidden_state, cu_seqlens))
+            pooled = self.pooler(first_tokens(x, cu_seqlens))
         return BaseModelOutputWithPooling(
-            last_hidden_state=encoded.last_hidden_state,
+            last_hidden_state=last,
             pooler_output=pooled,
             hidden_states=encoded.hidden_states,
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.check import require
-from fastbert.models.losses import Scored
+from fastbert.models.losses import Scored, without_padding
 from fastbert.modules.graphs.buckets import are_on
 from fastbert.modules.request import (
     DOCUMENTS,
@@ -91,7 +91,7 @@ class Request:
 
         Labels at padding are dropped. Raises ValueError for labels beside a PackedBatch.
         """
-        batch = self.batch
+        batch, num_items, given = self.batch, self.num_items, labels
         if labels is not None:
             require(
                 self.padding is not None,
@@ -106,7 +106,10 @@ class Request:
             # the only place where the host waits for the number of labels
             count = int((batch.labels != IGNORE_INDEX).sum())
             batch = dataclasses.replace(batch, num_labels=count)
-        return dataclasses.replace(self, batch=batch)
+        is_padded = self.padding is not None and self.padding.slots is not None
+        if given is not None and is_padded and batch.num_labels is not None:
+            num_items = without_padding(num_items, given, batch.num_labels)
+        return dataclasses.replace(self, batch=batch, num_items=num_items)
 
     def labelled_pairs(self, next_sentence_label: Tensor | None) -> Self:
         """This request with next-sentence labels, (B,) or (B, 1), in its batch.

@@ -44,6 +44,17 @@ class Scored(NamedTuple):
         return [self.loss_sum, self.correct, self.num_rows]
 
 
+def without_padding(num_items: Count, labels: Tensor, kept: Tensor | int) -> Count:
+    """A step's number of labels as Trainer counts them, less the share that is at padding.
+
+    labels: of this batch, -100 for none; kept: how many of them count, as they are not at padding
+    """
+    if num_items is None:
+        return None
+    given = (labels != IGNORE_INDEX).sum().clamp(min=1)
+    return torch.as_tensor(num_items, device=given.device) * kept / given
+
+
 def pretraining_loss(words: Scored, pairs: Scored, num_items: Count = None) -> Tensor:
     """The masked-LM loss plus the next-sentence loss.
 
@@ -55,16 +66,6 @@ def pretraining_loss(words: Scored, pairs: Scored, num_items: Count = None) -> T
     if num_items is not None:
         pair_loss = pairs._replace(loss_sum=pair_loss * words.num_rows).loss(num_items)
     return words.loss(num_items) + pair_loss
-
-
-def score_masked(
-    head: Any, hidden_states: Tensor, batch: PackedBatch, rows: Rows | None = None
-) -> Scored:
-    """Runs the masked-LM head on the masked positions of hidden states (T, H), and on no others.
-
-    hidden_states is (M, H) if only `rows` were computed.
-    """
-    return score_words(head, masked_rows(hidden_states, batch, rows))
 
 
 def score_words(head: Any, masked: MaskedRows, count_correct: bool = False) -> Scored:

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.backend import device_type
-from fastbert.modules.linear import Leaf, Products, biases_of, has_hooks, product
+from fastbert.modules.linear import (
+    Leaf,
+    Products,
+    biases_of,
+    has_hooks,
+    is_defined_in,
+    product,
+)
 from fastbert.ops.dropout import Dropout, drawn, dropout
 from fastbert.rng import DropoutState, keeps_some
 
@@ -98,7 +105,7 @@ def read_leaf(module: Any, kind: type[nn.Module] = nn.Linear) -> Leaf:
 def _adapted(module: Any) -> Leaf | None:
     """A LoRA layer of peft as a leaf; None for what is not the usual sum, or has a hook inside."""
     base, is_off = module.base_layer, module.disable_adapters
-    is_usual = type(module).forward.__module__ == type(module).__module__
+    is_usual = is_defined_in(type(module).forward, ("peft.",))
     if any(map(has_hooks, module.modules())) or not is_usual or not Leaf(base).is_plain:
         return None
     if is_off and module.merged:  # its forward takes the adapters out of the weight

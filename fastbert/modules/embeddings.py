@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fastbert.modules.linear import is_plain, is_plain_table
+from fastbert.modules.linear import is_parametrized, is_plain, is_plain_table
 from fastbert.ops.dropout import dropout
 from fastbert.ops.embedding import embedding_layer_norm
 from fastbert.ops.layer_norm import layer_norm
@@ -30,7 +30,8 @@ def stream_dtype(own: torch.dtype, device: torch.device, module: Any) -> torch.d
 
 def own_dtype(embeddings: Any) -> torch.dtype:
     """The dtype of the embeddings' output without autocast."""
-    weight = getattr(embeddings.LayerNorm, "weight", None)
+    norm = embeddings.LayerNorm
+    weight = None if is_parametrized(norm) else getattr(norm, "weight", None)
     return next(embeddings.parameters()).dtype if weight is None else weight.dtype
 
 

@@ -19,10 +19,11 @@ from fastbert.config.bert import check_config
 from fastbert.modules.bert_layer import BertLayer, parts_of
 from fastbert.modules.embeddings import stream_dtype
 from fastbert.modules.graphs.buckets import are_on, may_replay
+from fastbert.modules.layer import Share, share_packed
 from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.request import DOCUMENTS, read_layout, refuse_attentions, refuse_unknown
 from fastbert.modules.sequences import Rows, Sequences
-from fastbert.modules.stack import run_stack
+from fastbert.modules.stack import run_stack, share_padded
 from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import BaseModelOutputWithPastAndCrossAttentions
 from fastbert.rng import DropoutState, for_batch
@@ -56,6 +57,7 @@ class BertEncoder(nn.Module):
         output_hidden_states: bool | Collection[int] = False,
         rng: DropoutState | None = None,
         rows: Rows | None = None,
+        share: Share = share_packed,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Runs the layers.
@@ -68,7 +70,8 @@ class BertEncoder(nn.Module):
         numbers adds these layers' outputs, with None for the others. rng: with packed
         hidden_states, the dropout state; None draws one from torch's generator and numbers the
         sequences of the batch. rows: with packed hidden_states, the tokens that the last layer
-        computes; last_hidden_state is then (M, H).
+        computes; last_hidden_state is then (M, H). share: with packed hidden_states, gives the
+        states that are added another form.
         Raises ValueError for a decoder's arguments, output_attentions, unknown arguments, and
         shapes that do not fit together.
         """
@@ -98,7 +101,7 @@ class BertEncoder(nn.Module):
         assert cu_seqlens is not None
         assert max_seqlen is not None
         sequences = Sequences(cu_seqlens, max_seqlen, mask, rng)
-        return self._run(hidden_states, sequences, output_hidden_states, rows)
+        return self._run(hidden_states, sequences, output_hidden_states, rows, share)
 
     def _forward_padded(
         self,
@@ -120,8 +123,9 @@ class BertEncoder(nn.Module):
         dtype = stream_dtype(hidden_states.dtype, hidden_states.device, self)
         stream = padding.pack(hidden_states).to(dtype)
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
-        packed = self._run(stream, sequences, output_hidden_states)
-        output = pad_output(packed, padding, hidden_states.dtype)
+        share = share_padded(padding, hidden_states.dtype)
+        output = self._run(stream, sequences, output_hidden_states, None, share)
+        output = pad_output(output, padding, hidden_states.dtype)
         captured.get("hidden_states", []).extend(output.hidden_states or ())
         return output
 
@@ -131,6 +135,7 @@ class BertEncoder(nn.Module):
         sequences: Sequences,
         output_hidden_states: bool | Collection[int] = False,
         rows: Rows | None = None,
+        share: Share = share_packed,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Runs the layers over a packed (T, H) residual stream."""
         events.packed(self, x)
@@ -147,7 +152,8 @@ class BertEncoder(nn.Module):
 
         assumes = sequences.rng is None and may_replay(x.device)
         reading = Reading(_PLANNER, layers, assumes=assumes)
-        x, states = run_stack(layers, reading, x, sequences, output_hidden_states, rows, call)
+        wanted = output_hidden_states
+        x, states = run_stack(layers, reading, x, sequences, wanted, rows, call, share)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, hidden_states=states)
 
 
@@ -178,20 +184,16 @@ def _captured_around() -> dict[str, list[Tensor | None]]:
 
 
 def pad_output(output: Any, padding: Unpadding, dtype: torch.dtype) -> Any:
-    """Pads the packed hidden states of an output: (T, H) -> (B, S, H).
+    """Pads the hidden states of an output that are packed: (T, H) -> (B, S, H).
 
     They are returned in `dtype`: under autocast Hugging Face returns float32.
     """
-    output.hidden_states = pad_states(output.hidden_states, padding, dtype)
+
+    def padded(x: Tensor | None) -> Tensor | None:
+        return padding.pad(x.to(dtype)) if x is not None and x.ndim == 2 else x
+
+    states = output.hidden_states
+    output.hidden_states = None if states is None else tuple(map(padded, states))
     if output.get("last_hidden_state") is not None:
-        output.last_hidden_state = padding.pad(output.last_hidden_state.to(dtype))
+        output.last_hidden_state = padded(output.last_hidden_state)
     return output
-
-
-def pad_states(
-    states: tuple[Tensor | None, ...] | None, padding: Unpadding, dtype: torch.dtype
-) -> tuple[Tensor | None, ...] | None:
-    """Pads hidden states (T, H) -> (B, S, H), in `dtype`; None stays None."""
-    if states is None:
-        return None
-    return tuple(None if x is None else padding.pad(x.to(dtype)) for x in states)

@@ -182,6 +182,13 @@ class LayerParts:
 
 
 RunLayer = Callable[[int, Stream, Sequences], Stream]  # runs the layer of a number
+# (T, H) -> what a caller gets of a hidden state, in any form, and (T, H), what the next layer reads
+Share = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def share_packed(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gives a caller the state itself."""
+    return x, x
 
 
 def layers_of(parts: Sequence[LayerParts]) -> RunLayer:
@@ -229,11 +236,12 @@ def run_layers(
     states: Collection[int],
     rows: Rows | None,
     run: RunLayer,
+    share: Share = share_packed,
 ) -> list[Tensor]:
     """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; behind it others'.
 
-    numbers: of the layers that run; states: numbers of those of them whose outputs (T, H) are
-    wanted too, in order
+    numbers: of the layers that run; states: numbers of those of them whose outputs are wanted too,
+    in order, as `share` gives them
     """
     outputs, stream = [], Stream(x, x)
     for number in numbers:
@@ -243,8 +251,9 @@ def run_layers(
         stream = run(number, stream, here)
         if number in states:
             # a caller may want the state's whole gradient
-            stream = Stream(stream.residual, stream.residual)
-            outputs.append(stream.residual)
+            shared, x = share(stream.residual)
+            stream = Stream(x, x)
+            outputs.append(shared)
     x = stream.residual
     if rows is not None and (not numbers or sequences.mask is not None):
         x = rows.of(x)  # a general mask has a row for every token, so attention computed all

@@ -7,8 +7,10 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert.backend import Op, device_type
+from fastbert.ops.fused import joined
 from fastbert.rng import DropoutState
 
 Hooks = tuple[dict[int, Callable[..., Any]], ...]  # the live dictionaries of modules' hooks
@@ -17,6 +19,9 @@ PRODUCTS = "_fastbert_products"  # attribute of linear layers that holds their `
 # 16 rows on a CPU take 89 us apart and 71 us joined at 128, 123 us and 131 us at 192.
 SMALL = 160
 _NARROW = (torch.float16, torch.bfloat16)
+# Other kinds of tensors, as quantizing makes, may know no operation but that of their module. Those
+# that leave torch's functions as they are (shards, tensors without data) know all.
+_WEIGHTS = Tensor.__torch_function__, torch._C._disabled_torch_function_impl
 
 
 class Products(Protocol):
@@ -62,7 +67,12 @@ class Leaf:
         self.module = module
         # FSDP1 may take the parameters away and set tensors in the place of them
         has_parameters = module._parameters.keys() >= {"weight", "bias"}
-        self.is_plain = self.is_read = is_plain(module, kind) and has_parameters
+        self.is_plain = self.is_read = (
+            is_plain(module, kind)
+            and has_parameters
+            and _is_usual(module._parameters["weight"])
+            and len(getattr(module, "normalized_shape", (0,))) == 1
+        )
         self.parameters: dict[str, Any] = module._parameters
         self.given: Products | None = None
         self.place = 0
@@ -103,6 +113,10 @@ class Leaf:
         return self.parameters["bias"]
 
 
+def _is_usual(weight: Tensor | None) -> bool:
+    return weight is None or type(weight).__torch_function__ in _WEIGHTS
+
+
 def product(x: Tensor, linears: Sequence[Leaf], biases: Sequence[Tensor]) -> Tensor:
     """`x @ weight.T + bias` with the weights of plain `nn.Linear`s, and biases, side by side."""
     first = linears[0]
@@ -121,11 +135,6 @@ def biases_of(*linears: Leaf) -> list[Tensor]:
     """The biases of those that have one."""
     every = [layer.parameters["bias"] for layer in linears]
     return [bias for bias in every if bias is not None]
-
-
-def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors side by side, along the first dimension."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
 def fused_linear(x: Tensor, linears: Sequence[Leaf], rng: DropoutState | None = None) -> Tensor:
@@ -199,13 +208,39 @@ def encoders_of(model: nn.Module) -> Iterator[nn.ModuleList]:
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Whether the layer is exactly of class `kind` and has no hooks, so its weights may be read."""
-    return type(layer) is kind and not has_hooks(layer)
+    """Whether the layer is exactly of class `kind` and has no hooks, so its weights may be read.
+
+    Not where a user has given the class another forward.
+    """
+    return (
+        type(layer) is kind
+        and not has_hooks(layer)
+        and is_defined_in(kind.forward, ("torch.", "fastbert."))
+    )
+
+
+@torch.compiler.assume_constant_result
+def is_defined_in(function: Any, packages: tuple[str, ...]) -> bool:
+    """Whether files of these packages define a function, and all those that it wraps.
+
+    packages: beginnings of names. By `functools.wraps` a user's function has the `__module__` of
+    the one whose place it takes, but its globals are those of the user's file.
+    """
+    while function is not None:
+        if not getattr(function, "__globals__", {}).get("__name__", "").startswith(packages):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
 
 
 def is_plain_table(table: nn.Module) -> bool:
     """Whether `table` is a plain nn.Embedding that only reads rows and has a dense gradient."""
     return is_plain(table, nn.Embedding) and reads_rows(table)
+
+
+def is_parametrized(module: nn.Module) -> bool:
+    """Whether reading a parameter of the module computes it anew."""
+    return "parametrizations" in module._modules
 
 
 def reads_rows(table: Any) -> bool:
@@ -216,9 +251,10 @@ def reads_rows(table: Any) -> bool:
 def has_hooks(layer: nn.Module) -> bool:
     """Whether the layer has hooks, or a forward set on the instance, so that it must be called.
 
-    Accelerate's offloading and older transformers' output capture set such a forward.
+    Accelerate's offloading and older transformers' output capture set such a forward. Hooks of all
+    modules count too.
     """
-    return any(hooks_of(layer)) or "forward" in vars(layer)
+    return any(hooks_of(layer)) or "forward" in vars(layer) or _has_any_global_hook()
 
 
 def hooks_of(module: nn.Module) -> Hooks:

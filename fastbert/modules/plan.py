@@ -9,6 +9,7 @@ until then.
 
 import copy
 from collections.abc import Callable, Iterable
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastbert import events
 from fastbert.modules.linear import Hooks, hooks_of
 
-_ABSENT = ("forward", "save")  # attributes that instances usually lack, but may be given
+# Attributes of classes, which users replace there, or set on instances, which usually lack them.
+_OF_CLASSES = "forward", "save", "feed_forward_chunk", "ff_chunk"
 MOST_PLANS = 4  # of the same modules in one mode
 # Of a LoRA layer of peft, what `read_leaf` reads besides numbers and modules.
 _ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
@@ -49,7 +51,10 @@ class Plan:
         every = list(owner.modules())
         self.modules = every[1:]
         self.types = list(map(type, self.modules))
-        self.classes = {cls: _of_class(cls) for cls in map(type, every)}
+        kinds = dict.fromkeys(kind for module in every for kind in type(module).__mro__)
+        self.classes = [vars(kind) for kind in kinds for _ in _OF_CLASSES]
+        self.methods = list(_OF_CLASSES) * len(kinds)
+        self.methods_then = list(map(MappingProxyType.get, self.classes, self.methods))
         self.parameters = [module._parameters for module in every if module._parameters]
         self.counts = list(map(len, self.parameters))
         self.children = [module._modules for module in every if module._modules]
@@ -67,7 +72,7 @@ class Plan:
             and self.children == self.children_then
             and list(map(len, self.parameters)) == self.counts
             and list(map(type, self.modules)) == self.types
-            and all(_of_class(cls) == then for cls, then in self.classes.items())
+            and list(map(MappingProxyType.get, self.classes, self.methods)) == self.methods_then
         )
 
 
@@ -170,14 +175,11 @@ def first_called(layers: nn.ModuleList) -> int:
 def _attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:
     """A module's numbers, strings and functions; None for attributes that it lacks."""
     own, read = vars(module), _READ.get(type(module))
-    yield from ((name, own.get(name)) for name in read or _ABSENT)
+    absent = [name for name in _OF_CLASSES if hasattr(type(module), name)]
+    yield from ((name, own.get(name)) for name in read or absent)
     if read is None:
         yield from ((name, copy.copy(own[name])) for name in _ADAPTERS if name in own)
         for name, value in own.items():
-            is_read = name not in _ABSENT and not name.startswith("_")
+            is_read = name not in absent and not name.startswith("_")
             if is_read and (isinstance(value, (bool, int, float, str)) or callable(value)):
                 yield name, value
-
-
-def _of_class(cls: type) -> tuple[Any, Any]:
-    return getattr(cls, "forward", None), getattr(cls, "save", None)

@@ -3,15 +3,25 @@
 from collections.abc import Callable, Collection, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from fastbert.check import require
 from fastbert.modules.graphs import buckets
 from fastbert.modules.graphs.padded import PaddedBatch
-from fastbert.modules.layer import LayerParts, Stream, layers_of, run_layer, run_layers
+from fastbert.modules.layer import (
+    LayerParts,
+    Share,
+    Stream,
+    layers_of,
+    run_layer,
+    run_layers,
+    share_packed,
+)
 from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.plan import Reading
 from fastbert.modules.sequences import Rows, Sequences
+from fastbert.ops.unpad import Unpadding
 
 
 def run_stack(
@@ -22,6 +32,7 @@ def run_stack(
     wanted_states: bool | Collection[int],
     rows: Rows | None,
     call: Callable[[int, Tensor, Sequences], Tensor],
+    share: Share = share_packed,
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
     """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; and hidden states.
 
@@ -29,9 +40,9 @@ def run_stack(
     parts, None for a layer that could not be read; wanted_states: True for x and each layer's
     output, layer numbers for these layers' outputs with None for the others, as in Hugging Face;
     call(number, x, sequences) calls a layer as a module, as one is that has hooks, is checkpointed,
-    or could not be read, and all behind it, as a hook may change them. Raises ValueError where
-    `sequences` does not fit x, and if both rows and states are wanted, because the last state would
-    lack tokens.
+    or could not be read, and all behind it, as a hook may change them; share: gives the caller the
+    states. Raises ValueError where `sequences` does not fit x, and if both rows and states are
+    wanted, because the last state would lack tokens.
     """
     expected = "no output_hidden_states where only some rows are wanted"
     require(rows is None or not wanted_states, "BertEncoder", expected, wanted_states)
@@ -53,22 +64,40 @@ def run_stack(
             return Stream(x, x)
 
     sequences.check(x.shape[0])
-    outputs = None
+    outputs, given = None, x
+    if wanted_states is True:
+        first, x = share(x)
     if not reading.has_tried_graph:
-        outputs = buckets.replayed(layers, reading, x, sequences, states, rows, reason)
+        outputs = buckets.replayed(layers, reading, x, sequences, states, rows, share, reason)
     reading.settle()  # which the GPU does not wait for
     if reading.parts is not parts:
-        return run_stack(layers, reading, x, sequences, wanted_states, rows, call)
+        return run_stack(layers, reading, given, sequences, wanted_states, rows, call, share)
     if outputs is None:
         products = vars(layers).get(PRODUCTS)
         if products is not None:
             products.begin(x, layers.training)
-        outputs = run_layers(range(last + 1), x, sequences, states, rows, run)
+        outputs = run_layers(range(last + 1), x, sequences, states, rows, run, share)
+    x, *shared = outputs
     if not wanted_states:
-        return outputs[0], None
-    of = dict(zip((last, *states), outputs, strict=True))
-    found = tuple(of[number] if number in chosen else None for number in range(last + 1))
-    return outputs[0], (x, *found) if wanted_states is True else found
+        return x, None
+    of = dict(zip(states, shared, strict=True))
+    if last in chosen:
+        of[last], x = share(x)
+    found = tuple(map(of.get, range(last + 1)))
+    return x, (first, *found) if wanted_states is True else found
+
+
+def share_padded(padding: Unpadding, dtype: torch.dtype) -> Share:
+    """Gives a caller hidden states (B, S, H) in `dtype`, zeros at padding.
+
+    The layers behind read what the caller gets, if it has a gradient, which is then a whole one.
+    """
+
+    def share(x: Tensor) -> tuple[Tensor, Tensor]:
+        padded = padding.pad(x.to(dtype))
+        return padded, padding.pack(padded).to(x.dtype) if padded.requires_grad else x
+
+    return share
 
 
 def replay_padded(

@@ -137,14 +137,17 @@ class Subject:
         return torch.stack(found)
 
     def expected(self, terms, num_items=None) -> torch.Tensor:
-        """The loss that these terms make."""
+        """The loss that these terms make; num_items counts labels at padding too."""
+        if num_items and self.head in (*BY_TOKEN[:2], "Discriminator", "PreTraining"):
+            counted = self.targets["labels"] != -100
+            num_items = num_items * (counted & self.real).sum().double() / counted.sum()
         if num_items is None:
             loss = sum(term.mean() for term in terms)
         elif self.head == "PreTraining":
             words, pairs = terms
-            loss = (words.sum() + pairs.mean() * len(words)) / max(int(num_items), 1)
+            loss = (words.sum() + pairs.mean() * len(words)) / max(float(num_items), 1)
         else:
-            loss = sum(term.sum() for term in terms) / max(int(num_items), 1)
+            loss = sum(term.sum() for term in terms) / max(float(num_items), 1)
         return loss / len(terms) if self.head == "QuestionAnswering" else loss
 
     def nothing(self) -> list[dict[str, torch.Tensor]]:

@@ -214,6 +214,44 @@ def test_dropout():
     assert not torch.allclose(states(ours, 0), expected, atol=0.01)
 
 
+@point("A two-dimensional mask has the batch's shape and holds zeros and ones")
+def test_masks_of_two_dimensions():
+    theirs, ours, batch, _ = both()
+    mask = batch.pop("attention_mask")
+    longer, other = torch.ones(3, 9).long(), mask * 0.5
+    for wrong, said in ((longer, "expected shape"), (other, "zeros and ones")):
+        theirs(**batch, attention_mask=wrong)
+        with pytest.raises(ValueError, match=said):
+            ours(**batch, attention_mask=wrong)
+    counts = []
+    for model in (theirs, ours):
+        model.encoder.layer[0].register_forward_hook(lambda _, args, __: counts.append(len(args)))
+        model(**batch, attention_mask=mask)
+    assert counts[0] > counts[1] == 1
+
+
+@point("Second derivatives on a CPU need")
+def test_second_derivatives():
+    theirs, ours, batch, _ = both()
+    theirs.set_attn_implementation("eager")
+    ours.set_attn_implementation("eager")
+    del batch["attention_mask"]
+
+    def penalty(model):
+        embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+        states = model(inputs_embeds=embeds).last_hidden_state
+        (slope,) = torch.autograd.grad(states.sin().sum(), embeds, create_graph=True)
+        model.zero_grad()
+        slope.square().sum().backward()
+        return model.embeddings.LayerNorm.weight.grad
+
+    expected = penalty(theirs)
+    with pytest.raises(RuntimeError, match="is not implemented"):
+        penalty(ours)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        torch.testing.assert_close(penalty(ours), expected)
+
+
 @point("`torch.fx`, which transformers 4.57 still supports")
 @pytest.mark.skipif(not IS_V4, reason="transformers 5 has no tracer for torch.fx")
 def test_fx():

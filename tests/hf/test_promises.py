@@ -3,63 +3,17 @@
 By the kinds of public reports of silent differences; each runs on three families.
 """
 
-import copy
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
 
 import fastbert
 from tests.hf.changes import LEAVES, OPTIONS, layer, replace_a_linear
+from tests.hf.promises_case import FAMILIES, MASK, REAL, assert_alike, ids, pair, states
 from tests.versions import IS_V4
-
-FAMILIES = ("Bert", "Roberta", "DistilBert")
-MASK = (torch.arange(10) < torch.tensor([[10], [7], [4]])).long()
-REAL = MASK.bool()
-
-
-def pair(family="Bert", kind="Model", **options):
-    torch.manual_seed(0)
-    shape = dict(vocab_size=99, max_position_embeddings=64, pad_token_id=0, **options)
-    if family == "DistilBert":
-        shape |= {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128}
-    else:
-        shape |= {
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 128,
-        }
-    config = getattr(transformers, f"{family}Config")(**shape)
-    model = getattr(transformers, f"{family}{kind}")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model, fastbert.patch(copy.deepcopy(model))
-
-
-def ids():
-    torch.manual_seed(1)
-    return torch.randint(5, 99, MASK.shape).masked_fill(~REAL, 0)
-
-
-def states(model, **options):
-    return model(ids(), attention_mask=MASK, **options).last_hidden_state[REAL]
-
-
-def assert_alike(change, family, **options):
-    """The change counts, and counts the same patched and unpatched; returns the patched model."""
-    theirs, ours = pair(family, **options)
-    with torch.no_grad():
-        before = states(theirs)
-        change(theirs)
-        change(ours)
-        expected = states(theirs)
-        assert not torch.allclose(before, expected, atol=1e-4)
-        torch.testing.assert_close(states(ours), expected, rtol=1e-4, atol=1e-5)
-    return ours
 
 
 @pytest.mark.parametrize("change", LEAVES, ids=lambda change: change.__name__)
@@ -190,15 +144,22 @@ def test_a_hook_on_attentions_dropout_counts_as_often(family, training):
 
 
 CLASSES = {
-    "Bert": ["BertSelfAttention", "BertSelfOutput", "BertIntermediate", "BertEmbeddings"],
+    "Bert": [
+        *("BertSelfAttention", "BertSelfOutput", "BertIntermediate", "BertEmbeddings", "BertLayer"),
+        *("BertEncoder", "BertModel"),
+    ],
     "Roberta": ["RobertaSelfAttention", "RobertaOutput", "RobertaEncoder", "RobertaModel"],
-    "DistilBert": ["DistilBertSelfAttention", "FFN", "Embeddings", "DistilBertModel"],
+    "DistilBert": [
+        *("DistilBertSelfAttention", "FFN", "Embeddings", "DistilBertModel", "TransformerBlock"),
+    ],
 }
 
 
+@pytest.mark.parametrize("wraps", [False, True], ids=["", "wraps"])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(("family", "name"), [(f, n) for f, ns in CLASSES.items() for n in ns])
-def test_a_class_whose_forward_is_replaced_runs_it(family, name, when, monkeypatch):
+def test_a_class_whose_forward_is_replaced_runs_it(family, name, when, wraps, monkeypatch):
+    """Also a forward that `functools.wraps` has made look like the one that it replaces."""
     if IS_V4 and "SelfAttention" in name:
         pytest.skip("4.57's models use other classes for it")
     theirs, ours = pair(family)
@@ -210,6 +171,7 @@ def test_a_class_whose_forward_is_replaced_runs_it(family, name, when, monkeypat
         calls.append(self)
         return original(self, *args, **kwargs)
 
+    forward = functools.wraps(original)(forward) if wraps else forward
     with torch.no_grad():
         states(ours)
         if when == "before":

@@ -25,6 +25,7 @@ from fastbert.modules.graphs.pool import MOST_LANES, Entry, Lane, Pending, Pool,
 from fastbert.modules.graphs.recorder import CudaGraphs
 from fastbert.modules.graphs.replays import ForwardGraph
 from fastbert.modules.graphs.sizes import Bucket
+from fastbert.modules.layer import Share, share_packed
 from fastbert.modules.plan import Reading
 from fastbert.modules.sequences import Rows, Sequences
 
@@ -89,6 +90,7 @@ def replayed(
     sequences: Sequences | None,
     states: tuple[int, ...] = (),
     rows: Rows | None = None,
+    share: Share = share_packed,
     reason: str = "",
 ) -> list[Tensor] | None:
     """What `run_layers` gives, by replaying a graph; None if the layers must run without one.
@@ -130,10 +132,15 @@ def replayed(
         pool.touch(entry)
         lane.recorder.follow()
         if isinstance(entry.graphs, ForwardGraph):
-            outputs = entry.graphs(x, call)
-            return outputs if recorded.settle(pool) else None  # which the GPU does not wait for
+            last, *others = entry.graphs(x, call)
+            if not recorded.settle(pool):  # which the GPU does not wait for
+                return None
+            return [
+                last,
+                *(others if isinstance(x, PaddedBatch) else (share(y)[0] for y in others)),
+            ]
         assert isinstance(x, Tensor)
-        return Pending(pool, lane, entry.graphs, recorded).run(x, call)
+        return Pending(pool, lane, entry.graphs, recorded).run(x, call, share)
 
 
 def _recorded(layers: nn.ModuleList, reading: Reading) -> Recorded:

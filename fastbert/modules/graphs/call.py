@@ -94,12 +94,17 @@ class Call(NamedTuple):
         return contextlib.nullcontext() if products is None else products.undone()
 
     def segments(self, count: int) -> list["Segment"]:
-        """The layers in `count` parts of about as many layers, or in parts of one."""
+        """The layers in `count` parts of about as many layers, or in parts of one.
+
+        A part also ends with each layer whose state is wanted: a node of autograd for each part
+        lets the gradient of what follows reach the state.
+        """
         places = {parameter: place for place, parameter in enumerate(self.trained or ())}
         count = max(min(count, len(self.numbers)), 1)
-        ends = [len(self.numbers) * number // count for number in range(count + 1)]
+        ends = {len(self.numbers) * number // count for number in range(count + 1)}
+        ends |= {number + 1 for number in self.states}
         found = []
-        for start, stop in itertools.pairwise(ends):
+        for start, stop in itertools.pairwise(sorted(ends)):
             leaves = [leaf for part in self.parts[start:stop] for leaf in part.leaves]
             every = {p: None for leaf in leaves for p in leaf.parameters.values()}
             own = [places[parameter] for parameter in every if parameter in places]
@@ -118,6 +123,7 @@ class Segment(NamedTuple):
         assert call.trained is not None
         return call._replace(
             numbers=self.numbers,
+            states=(),
             rows=call.rows if self.numbers.stop == call.numbers.stop else None,
             trained=[call.trained[place] for place in self.trained],
         )

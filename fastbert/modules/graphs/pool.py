@@ -20,7 +20,7 @@ from fastbert.modules.graphs.replays import (
     num_segments,
 )
 from fastbert.modules.graphs.sizes import Bucket
-from fastbert.modules.layer import LayerParts
+from fastbert.modules.layer import LayerParts, Share
 from fastbert.ops.fused import applied
 
 MOST_GRAPHS = 64  # on a device; beyond it the least recently used graphs are dropped
@@ -143,14 +143,16 @@ class Pending:
         self.addresses, self.layouts = recorded.addresses, recorded.layouts
         self.left = set(graphs.replay_backward)  # the segments whose backward is yet to run
 
-    def run(self, x: Tensor, call: Call) -> list[Tensor]:
+    def run(self, x: Tensor, call: Call, share: Share) -> list[Tensor]:
         """What `run_layers` gives, by the forward's graph; a node of autograd for each segment."""
         self.lane.pending = weakref.ref(self)
         found, states = self.graphs.forward(x, call), []
         for number, segment in enumerate(self.graphs.segments):
             one = segment.of(call)
-            x, *more = applied(Replayed, self, number, one, found[number], x, *(one.trained or ()))
-            states += more
+            (x,) = applied(Replayed, self, number, one, found[number], x, *(one.trained or ()))
+            if segment.numbers[-1] in call.states:
+                shared, x = share(x)
+                states.append(shared)
         return [x, *states]
 
     def backward(

@@ -94,7 +94,7 @@ class Buffers:
             others = (leaf for leaf in others if isinstance(leaf.module, nn.Linear))
             linears += [leaf.module for leaf in joined]
             linears += [leaf.module for leaf in others if leaf.weight.dtype != dtype]
-        copies = WeightCopies(linears, dtype, joins=True)
+        copies = WeightCopies(linears, dtype)
         copies.renew()
         return copies
 

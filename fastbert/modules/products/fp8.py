@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.check import require
-from fastbert.modules.linear import PRODUCTS, Products, encoders_of, joined
+from fastbert.modules.linear import PRODUCTS, Products, encoders_of
 from fastbert.ops.fp8_linear import (
     MULTIPLE,
     Call,
@@ -27,7 +27,7 @@ from fastbert.ops.fp8_linear import (
     multiplies_fp8,
 )
 from fastbert.ops.fp8_plain import E4M3, E5M2, LARGEST
-from fastbert.ops.fused import result_dtype
+from fastbert.ops.fused import joined, result_dtype
 
 HISTORY = 16  # forward passes whose largest values decide a scale
 ASSUMED = 16.0, 8.0, 1.0  # largest values of input, weight and gradient before any were seen

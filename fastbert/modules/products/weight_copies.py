@@ -19,28 +19,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastbert.modules.linear import PRODUCTS, encoders_of, joined
-from fastbert.ops.fused import as_rows, once, product, result_dtype
+from fastbert.modules.linear import PRODUCTS, encoders_of
+from fastbert.ops.fused import as_rows, joined, once, product, result_dtype
 
 ALIGNED = 64  # elements: copies begin at multiples of 128 bytes, which fast products want
 
 
 class WeightCopies:
-    """Copies in `dtype` of the float32 weights of plain linear layers in the model's encoders.
+    """Copies in `dtype` of the weights and biases of plain linear layers in the model's encoders.
 
-    joins: also of their biases, read where nobody trains them, and of what is in `dtype` itself and
-    only has to be joined. Left out are encoders in FP8, shards, and other dtypes. Products read
+    Of those in float32, and of those in `dtype`, which only have to be joined; biases' are read
+    where nobody trains them. Left out are encoders in FP8, shards, and other dtypes. Products read
     the copies inside `in_use`, those of leaves that are given them, and graphs recorded so. A copy
     is found by what it is of, which an alias of the parameter tells as well.
     """
 
     reads_each_bias = True  # to know it from its memory
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, *, joins: bool = False) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         def is_copied(tensor: Any) -> bool:
-            if tensor is None or isinstance(tensor, DTensor):
-                return False
-            return tensor.dtype == torch.float32 != dtype or (joins and tensor.dtype == dtype)
+            is_whole = tensor is not None and not isinstance(tensor, DTensor)
+            return is_whole and tensor.dtype in (torch.float32, dtype)
 
         self.modules: list[nn.Module] = []  # the linear layers, and the lists of layers around them
         for layers in encoders_of(model):
@@ -51,7 +50,7 @@ class WeightCopies:
         # of each tensor, the element at which its copy begins
         self.starts: dict[Tensor, int] = {}
         size = 0
-        for name in ("weight", "bias") if joins else ("weight",):  # each as neighbours
+        for name in ("weight", "bias"):  # each as neighbours
             tensors: Iterator[Any] = (getattr(module, name, None) for module in self.modules)
             for tensor in tensors:
                 if is_copied(tensor) and tensor not in self.starts:
@@ -61,12 +60,14 @@ class WeightCopies:
         self.memory = torch.empty(size, dtype=dtype, device=device)
         self.copies = [self._copy(at, *tensor.shape) for tensor, at in self.starts.items()]
         self.places: dict[Any, int] = {}  # the same by `_memory_of` the tensor, at the last `renew`
+        self.storages: list[Any] = []  # kept, so that no other tensor's has the address of one
 
     def _copy(self, place: int, *shape: int) -> Tensor:
         return self.memory[place : place + math.prod(shape)].view(shape)
 
     def renew(self) -> None:
         """Makes all copies."""
+        self.storages = [tensor.untyped_storage() for tensor in self.starts]
         self.places = {_memory_of(tensor): at for tensor, at in self.starts.items()}
         if self.copies:
             with torch.no_grad():

@@ -64,9 +64,37 @@ def test_gradients_of_all_of_some_and_of_one_of_them(kind, recorder):
             (loss + last.cos().sum() if number % 2 else loss).backward()
             found.append([p.grad for p in model.parameters()])
         assert_near(*found)
-    assert recorder.recorded == 2
-    # where the last state has no gradient, nor have the last layers, the backward has no graph
-    assert recorder.replayed == len(used) + 3
+    # a backward for each layer, as each has a state; not where all behind it has no gradient
+    assert recorder.recorded == 1 + 3
+    assert recorder.replayed == len(used) + 3 + 3 + 1 + 3 + 2
+
+
+@pytest.mark.parametrize("lengths", [(7, 3, 5, 6), (6, 6)], ids=["padded", "full"])
+@pytest.mark.parametrize("head", ["Model", "ForMaskedLM"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_what_follows_reaches_them(kind, head, lengths, recorder):
+    """As tools that explain models by the gradients of hidden states ask for."""
+    found = []
+    for model in models(kind, head, **NUM_LAYERS):
+        inputs = batch(list(lengths), 1)
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        if head == "Model":
+            output = model.eval()(**inputs, output_hidden_states=True)
+            pooled = getattr(output, "pooler_output", None)
+            states = (*output.hidden_states, output.last_hidden_state)
+            loss = output.last_hidden_state.sin().sum()
+            loss = loss if pooled is None else loss + pooled.cos().sum()
+        else:
+            output = model.eval()(**inputs, labels=labels, output_hidden_states=True)
+            states, loss = output.hidden_states, output.loss
+        for state in states:
+            state.retain_grad()
+        loss.backward()
+        real = inputs["attention_mask"].bool()
+        found.append([state.grad[real] for state in states])
+        assert all(gradient.any() for gradient in found[-1])
+    assert_near(*found)
+    assert recorder.replayed == 4
 
 
 def test_a_gradient_of_before_is_forgotten(recorder):

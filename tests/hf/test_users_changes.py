@@ -1,0 +1,324 @@
+"""What users set on classes and modules of a patched model, and what they ask of its results."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import fastbert
+from tests.hf.changes import layer
+from tests.hf.promises_case import FAMILIES, MASK, REAL, assert_alike, ids, pair, states
+from tests.versions import IS_V4
+
+LINEARS = {"Bert": "intermediate.dense", "Roberta": "output.dense", "DistilBert": "ffn.lin1"}
+
+
+def attention_of(model):
+    attention = layer(model).attention
+    return getattr(attention, "self", attention)
+
+
+def change_the_scaling(model):
+    attention_of(model).scaling *= 2
+
+
+def prune_a_head_by_hand(model):
+    """Hugging Face counts heads by the size of one."""
+    attention = attention_of(model)
+    names = (
+        ("query", "key", "value") if hasattr(attention, "query") else ("q_lin", "k_lin", "v_lin")
+    )
+    for name in names:
+        linear = getattr(attention, name)
+        linear.weight = nn.Parameter(linear.weight[:48])
+        linear.bias = nn.Parameter(linear.bias[:48])
+        linear.out_features = 48
+    end = (
+        attention.out_lin if hasattr(attention, "out_lin") else layer(model).attention.output.dense
+    )
+    end.weight = nn.Parameter(end.weight[:, :48])
+    end.in_features = 48
+
+
+def double_the_feed_forward(model):
+    owner = layer(model)
+    owner, name = (
+        (owner.ffn, "ff_chunk") if hasattr(owner, "ffn") else (owner, "feed_forward_chunk")
+    )
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *args: original(*args) * 2)
+
+
+def drop_the_mask(model):
+    """Of 5.x: nothing is masked."""
+    model._create_attention_masks = lambda *args, **kwargs: (None, None)
+
+
+def put_in_own_embeddings(model):
+    class Doubled(nn.Module):
+        def __init__(self, words):
+            super().__init__()
+            self.word_embeddings = words
+
+        def forward(self, input_ids=None, *args, **kwargs):
+            return self.word_embeddings(input_ids) * 2
+
+    model.embeddings = Doubled(model.embeddings.word_embeddings)
+
+
+def put_in_a_norm_of_the_sequence(model):
+    owner = layer(model) if hasattr(layer(model), "output_layer_norm") else layer(model).output
+    name = "output_layer_norm" if hasattr(owner, "output_layer_norm") else "LayerNorm"
+    setattr(owner, name, nn.LayerNorm([*MASK.shape[1:], 64]))
+
+
+def put_in_a_norm_of_the_sequence_in_the_embeddings(model):
+    model.embeddings.LayerNorm = nn.LayerNorm([*MASK.shape[1:], 64])
+
+
+def put_in_a_softmax_along_the_sequence(model):
+    owner = getattr(layer(model), "ffn", None)
+    if owner is None:
+        layer(model).intermediate.intermediate_act_fn = nn.Softmax(dim=1)
+    else:
+        owner.activation = nn.Softmax(dim=1)
+
+
+CHANGES = [
+    change_the_scaling,
+    prune_a_head_by_hand,
+    double_the_feed_forward,
+    put_in_own_embeddings,
+    put_in_a_norm_of_the_sequence,
+    put_in_a_norm_of_the_sequence_in_the_embeddings,
+    put_in_a_softmax_along_the_sequence,
+]
+
+
+@pytest.mark.skipif(IS_V4, reason="4.57's modules have other attributes")
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_set_on_a_module_counts(family, change):
+    assert_alike(change, family)
+
+
+@pytest.mark.skipif(IS_V4, reason="4.57's models make their masks elsewhere")
+def test_masks_of_the_users_making_count():
+    assert_alike(drop_the_mask, "Bert")
+
+
+@pytest.mark.skipif(IS_V4, reason="4.57 reads no such attribute")
+@pytest.mark.parametrize("where", ["config", "attention"])
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_attention_that_is_made_causal_is(family, where):
+    theirs, ours = pair(family)
+    found = []
+    for model in (theirs, ours):
+        for one in [model.config] if where == "config" else map(attention_of, [model]):
+            one.is_causal = True
+        with torch.no_grad():
+            found.append(model(ids()).last_hidden_state)
+    assert not torch.allclose(found[0], copy.deepcopy(pair(family)[0])(ids()).last_hidden_state)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["feed_forward_chunk", "forward"])
+def test_a_method_that_is_replaced_in_the_class_counts_after_a_first_call(method, monkeypatch):
+    cls = transformers.models.bert.modeling_bert.BertLayer
+    original = getattr(cls, method)
+    theirs, ours = pair()
+
+    def doubled(self, attention_output, *args, **kwargs):
+        y = original(self, attention_output, *args, **kwargs)
+        return (y[0] * 2, *y[1:]) if isinstance(y, tuple) else y * 2
+
+    with torch.no_grad():
+        before = states(ours)
+        if method == "feed_forward_chunk":  # whose arguments transformers counts
+            monkeypatch.setattr(cls, method, lambda self, x: original(self, x) * 2)
+        else:
+            monkeypatch.setattr(cls, method, doubled)
+        expected = states(theirs)
+        torch.testing.assert_close(states(ours), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, expected)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm, nn.Dropout])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_forward_that_is_replaced_in_a_class_of_torch_runs(family, kind, monkeypatch):
+    theirs, ours = pair(family)
+    original = kind.forward
+    with torch.no_grad():
+        states(ours)
+        monkeypatch.setattr(kind, "forward", lambda self, x: original(self, x) * 1.1)
+        expected = states(theirs)
+        torch.testing.assert_close(states(ours), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hooks_of_all_modules_see_and_change_what_they_do_without_patch(family):
+    theirs, ours = pair(family)
+    found = []
+    for model in (theirs, ours):
+        seen = []
+
+        def hook(module, args, output, seen=seen):
+            if isinstance(output, torch.Tensor):
+                seen.append((type(module).__name__, tuple(output.shape)))
+            return output * 1.1 if isinstance(module, nn.Linear) else None
+
+        handle = nn.modules.module.register_module_forward_hook(hook)
+        try:
+            with torch.no_grad():
+                found.append((states(model), seen))
+        finally:
+            handle.remove()
+    (expected, theirs_seen), (actual, ours_seen) = found
+    assert ours_seen == theirs_seen
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_kwargs", [False, True])
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_a_hook_before_a_layer_sees_and_changes_all_of_its_arguments(family, with_kwargs):
+    theirs, ours = pair(family)
+    found = []
+    for model in (theirs, ours):
+        shapes = []
+
+        def hook(module, args, kwargs=None, shapes=shapes):
+            shapes.append([getattr(one, "shape", None) for one in args])
+            changed = (args[0], torch.zeros_like(args[1]), *args[2:])
+            return changed if kwargs is None else (changed, kwargs)
+
+        layer(model).register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+        model.config._attn_implementation = "eager"  # whose mask is an addend
+        with torch.no_grad():
+            found.append((states(model), shapes))
+    assert found[0][1] == found[1][1]
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
+    told = fastbert.explain(ours, ids(), attention_mask=MASK, show=False)
+    assert any("a hook that sees the arguments" in route.reason for route in told.routes)
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
+@pytest.mark.parametrize("family", [*FAMILIES, "own"])
+def test_gradients_reach_the_states_that_a_model_returns(family, padded):
+    """Of a loss, of the pooler's output and of later states, in states that are also the last."""
+    theirs, ours = pair("Bert" if family == "own" else family, "ForSequenceClassification")
+    if family == "own":
+        ours = fastbert.BertForSequenceClassification(theirs.config).eval()
+        ours.load_state_dict(theirs.state_dict())
+    found = []
+    for model in (theirs, ours):
+        mask = {"attention_mask": MASK} if padded else {}
+        output = model(ids(), **mask, labels=torch.tensor([0, 1, 1]), output_hidden_states=True)
+        of_loss = torch.autograd.grad(output.loss, output.hidden_states, retain_graph=True)
+        bare = model.base_model(ids(), **mask, output_hidden_states=True)
+        pooled = getattr(bare, "pooler_output", None)
+        target = bare.last_hidden_state[REAL] if pooled is None else pooled
+        of_states = torch.autograd.grad(target.sin().sum(), bare.hidden_states[:-1])
+        found.append([one[REAL] for one in (*of_loss, *of_states)])
+        if family != "own":
+            assert bare.hidden_states[-1] is bare.last_hidden_state
+        if pooled is not None:
+            output = model.base_model(ids(), **mask)
+            (slope,) = torch.autograd.grad(output.pooler_output.sum(), output.last_hidden_state)
+            found[-1].append(slope[REAL])
+    for actual, expected in zip(*found[::-1], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [MASK, None], ids=["mask", "none"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labels_of_the_words_may_be_flat(family, training, mask):
+    _, ours = pair(family, "ForMaskedLM")
+    ours.train(training)
+    labels, losses = ids().masked_fill(torch.arange(10) % 3 > 0, -100), []
+    for one in (labels, labels.flatten()):
+        torch.manual_seed(0)
+        losses.append(ours(ids(), attention_mask=mask, labels=one).loss)
+    assert torch.equal(*losses)
+
+
+def test_a_hook_on_electras_projection_sees_padded_sequences():
+    shapes = []
+    theirs, ours = pair("Electra", embedding_size=16)
+    found = []
+    for model in (theirs, ours):
+        model.embeddings_project.register_forward_hook(
+            lambda module, args, output: (
+                shapes.append(output.shape) or output + output.mean(1)[:, None]
+            )
+        )
+        with torch.no_grad():
+            found.append(states(model))
+    assert [tuple(shape[:2]) for shape in shapes] == [tuple(MASK.shape)] * 2
+    # the mean over the padding, which is zeros in one of them, is another: see the whole sequences
+    full = torch.ones_like(MASK)
+    with torch.no_grad():
+        found = [model(ids(), attention_mask=full).last_hidden_state for model in (theirs, ours)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+class OnlyLinear(torch.Tensor):
+    """A weight that knows one operation, as quantized ones may."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear or function.__name__ in ("__get__", "detach", "clone"):
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        raise NotImplementedError(function.__name__)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_weight_of_another_kind_is_left_to_its_module(family):
+    theirs, ours = pair(family)
+    for linear in (module for module in layer(ours).modules() if isinstance(module, nn.Linear)):
+        weight = linear.weight.detach().as_subclass(OnlyLinear)
+        del linear.weight
+        linear._parameters["weight"] = weight
+    with torch.no_grad():
+        torch.testing.assert_close(states(ours), states(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_in_another_dtype_is_hugging_faces():
+    theirs, ours = pair()
+    for model in (theirs, ours):
+        model.bfloat16()
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.float()
+    with torch.no_grad():
+        torch.testing.assert_close(states(ours), states(theirs), rtol=0.02, atol=0.02)
+
+
+def test_a_parametrized_table_is_computed_as_often():
+    """The power iteration of a spectral norm goes on with each look at the weight."""
+    theirs, ours = pair()
+    for model in (theirs, ours):
+        torch.manual_seed(2)
+        parametrizations.spectral_norm(model.embeddings.position_embeddings)
+        for module in model.modules():
+            module.training = "parametriz" in type(module).__module__ or "Spectral" in str(
+                type(module)
+            )
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(states(ours), states(theirs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["patched", "own"])
+def test_targets_that_are_not_numbers_are_seen_in_the_loss(kind):
+    theirs, ours = pair("Bert", "ForSequenceClassification", num_labels=1)
+    if kind == "own":
+        ours = fastbert.BertForSequenceClassification(theirs.config).eval()
+    for labels in ([float("nan")] * 3, [1.0, float("nan"), 2.0]):
+        for options in ({}, {"num_items_in_batch": 3}):
+            loss = ours(ids(), attention_mask=MASK, labels=torch.tensor(labels), **options).loss
+            assert loss.isnan()

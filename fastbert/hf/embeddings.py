@@ -172,12 +172,13 @@ def padded_batch(
 
 def require_embeddings(embeddings: nn.Module, device: torch.device) -> None:
     """Raises Unsupported for embeddings without the usual modules, or of several dtypes."""
-    if not embeddings._modules.keys() >= {"word_embeddings", "position_embeddings", "LayerNorm"}:
+    modules: dict[str, Any] = embeddings._modules
+    if not modules.keys() >= {"word_embeddings", "position_embeddings", "LayerNorm"}:
         raise Unsupported(f"a {type(embeddings).__name__} of the user's own as embeddings")
-    modules: Any = embeddings.word_embeddings, embeddings.LayerNorm
-    weights = [module._parameters.get("weight") for module in modules if module is not None]
-    dtypes = {weight.dtype for weight in weights if weight is not None}
-    if len(dtypes) > 1 and not torch.is_autocast_enabled(device.type):
+    words, norm = modules["word_embeddings"], modules["LayerNorm"]
+    table, weight = words._parameters.get("weight"), norm._parameters.get("weight")
+    is_one = table is None or weight is None or table.dtype == weight.dtype
+    if not (is_one or torch.is_autocast_enabled(device.type)):
         raise Unsupported("a LayerNorm of another dtype, whose result has that of what it reads")
 
 

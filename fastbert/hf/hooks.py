@@ -72,14 +72,15 @@ def has_their(module: nn.Module, method: str) -> bool:
     return all(one is None or is_defined_in(one, _THEIRS) for one in methods)
 
 
-def sees_arguments(layer: nn.Module) -> bool:
-    """Whether a hook sees all of a layer's arguments, which are others in the packed path."""
-    own = layer._forward_pre_hooks, layer._forward_hooks_with_kwargs
-    if not any(own):
-        return False
-    with_kwargs = layer._forward_hooks_with_kwargs
-    hooks = (hook for number, hook in layer._forward_hooks.items() if number in with_kwargs)
-    return any(map(_observes, (*layer._forward_pre_hooks.values(), *hooks)))
+def see_arguments(layers: nn.ModuleList) -> bool:
+    """Whether a hook sees all arguments of a layer, which are others in the packed path."""
+    for layer in layers._modules.values():
+        before, with_kwargs = layer._forward_pre_hooks, layer._forward_hooks_with_kwargs
+        if before or with_kwargs:
+            hooks = (hook for key, hook in layer._forward_hooks.items() if key in with_kwargs)
+            if any(map(_observes, (*before.values(), *hooks))):
+                return True
+    return False
 
 
 def _hooks(module: nn.Module) -> Iterable[Callable[..., Any]]:

@@ -17,7 +17,7 @@ from fastbert.hf.families import (
     keeps_padding,
     runs_patched,
 )
-from fastbert.hf.hooks import FAMILY, has_their, is_observed, sees_arguments
+from fastbert.hf.hooks import FAMILY, has_their, is_observed, see_arguments
 from fastbert.modules.layer import LayerParts, Stream, run_layer
 from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.request import asked, unknown_argument
@@ -38,7 +38,7 @@ def require_encoder(
         raise Unsupported("a decoder: it attends to earlier tokens only")
     if _has_any_global_hook():
         raise Unsupported("hooks of all modules")
-    if any(map(sees_arguments, layers)):
+    if see_arguments(layers):
         raise Unsupported("a hook that sees the arguments of a layer")
     if asked(config, arguments, "output_attentions"):
         raise Unsupported("output_attentions: the fused attention never forms the probabilities")

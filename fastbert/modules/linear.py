@@ -219,18 +219,25 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_defined_in(function: Any, packages: tuple[str, ...]) -> bool:
     """Whether files of these packages define a function, and all those that it wraps.
 
     packages: beginnings of names. By `functools.wraps` a user's function has the `__module__` of
     the one whose place it takes, but its globals are those of the user's file.
     """
-    while function is not None:
-        if not getattr(function, "__globals__", {}).get("__name__", "").startswith(packages):
+    if (function, packages) in _DEFINED:
+        return True
+    inner = function
+    while inner is not None:
+        if not getattr(inner, "__globals__", {}).get("__name__", "").startswith(packages):
             return False
-        function = getattr(function, "__wrapped__", None)
+        inner = getattr(inner, "__wrapped__", None)
+    _DEFINED.add((function, packages))
     return True
+
+
+_DEFINED: set[tuple[Any, tuple[str, ...]]] = set()  # what `is_defined_in` has found to be so
 
 
 def is_plain_table(table: nn.Module) -> bool:

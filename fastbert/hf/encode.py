@@ -19,7 +19,6 @@ from fastbert.hf.families import Forward, Unsupported, keeps_padding
 from fastbert.hf.first_tokens import (
     first_column,
     first_rows,
-    is_by_row,
     is_plain_pooler,
     present_head,
     reads_pooler,
@@ -114,7 +113,7 @@ def _padded(model: Any, arguments: dict[str, Any], head: Any) -> Padded:
         first = first_tokens(x, encoded.rows.cu_seqlens)
         return Padded(first_column(first, padding), first)
     # a batch without padding has each sequence's first token in column 0
-    is_dense = padding.slots is None and is_by_row(padding)
+    is_dense = padding.slots is None and padding.is_by_row
     if is_dense or not is_plain_pooler(getattr(model, "pooler", None)):
         return Padded(encoded.last, None, encoded.states)
     if not call.wanted and reads_pooler(head, padding):

@@ -41,22 +41,17 @@ def present_head(model: Any) -> Any:
 def first_rows(head: Any, padding: Unpadding, hidden_size: int) -> Rows | None:
     """Each sequence's first token, where `head` reads no others and that saves time."""
     device = padding.cu_seqlens.device
-    if not is_by_row(padding) or not Rows.pay(padding.num_tokens, hidden_size, device):
+    if not padding.is_by_row or not Rows.pay(padding.num_tokens, hidden_size, device):
         return None
     return Rows.read_by_losses(padding, first=True) if reads_first_tokens(head) else None
 
 
 def reads_pooler(head: Any, padding: Unpadding) -> bool:
     """Whether `head`, which may be None, reads nothing but the output of its model's pooler."""
-    if head is None or not is_by_row(padding) or not reads_first_tokens(head):
+    if head is None or not padding.is_by_row or not reads_first_tokens(head):
         return False
     classifier = getattr(head, "classifier", None)
     return classifier is None or not is_theirs(classifier)  # RoBERTa's reads the first column
-
-
-def is_by_row(padding: Unpadding) -> bool:
-    """Whether each row is a sequence; documents share a row."""
-    return padding.cu_seqlens.shape[0] - 1 == padding.batch_shape[0]
 
 
 def reads_first_tokens(model: Any) -> bool:

@@ -185,8 +185,8 @@ def run_one_layer(
 
 def boundary_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of Hugging Face's hidden states: autocast runs its LayerNorm in float32."""
-    is_narrow = own in (torch.float16, torch.bfloat16)
-    return torch.float32 if is_narrow and torch.is_autocast_enabled(device.type) else own
+    is_wide = torch.is_autocast_enabled(device.type)
+    return torch.promote_types(own, torch.float32) if is_wide else own
 
 
 def returns_tuples() -> bool:

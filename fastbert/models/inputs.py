@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastbert.check import require
 from fastbert.models.losses import Scored, without_padding
-from fastbert.modules.graphs.buckets import are_on
+from fastbert.modules.graphs.buckets import off_by
 from fastbert.modules.request import (
     DOCUMENTS,
     asked,
@@ -74,13 +74,13 @@ class Request:
     @classmethod
     def read(cls, model: Any, inputs: Inputs, options: dict[str, Any]) -> Self:
         """Reads a call; raises ValueError for arguments that do not fit together or are unknown."""
-        config, replays = model.config, are_on(model.base_model.encoder.layer)
+        config, layers = model.config, model.base_model.encoder.layer
         documents = {name: options.get(name) for name in DOCUMENTS}
         others = {name: x for name, x in options.items() if name not in DOCUMENTS}
         refuse_unknown(type(model).__name__, others)
         refuse_attentions(asked(config, options, "output_attentions"))
         return cls(
-            *pack_inputs(inputs, documents, config.hidden_size if replays else None),
+            *pack_inputs(inputs, documents, None if off_by(layers) else config.hidden_size),
             asked(config, options, "output_hidden_states"),
             asked(config, options, "return_dict"),
             options.get("num_items_in_batch"),
@@ -234,7 +234,7 @@ def _positions(padding: Unpadding, given: Tensor) -> Tensor:
     """(S,): each token's column, or its place in its own document."""
     seqlen = given.shape[1]
     columns = torch.arange(seqlen, device=given.device)
-    if len(padding.cu_seqlens) - 1 == given.shape[0]:
+    if padding.is_by_row:
         return columns
     starts, lengths = padding.cu_seqlens[:-1].long(), padding.cu_seqlens.diff()
     return columns - starts.repeat_interleave(lengths, output_size=seqlen)

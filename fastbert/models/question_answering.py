@@ -71,7 +71,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         loss = None
         if start_positions is not None and end_positions is not None:
             by_sequence = padding
-            if by_sequence is None or by_sequence.batch_shape[0] != batch.num_sequences:
+            if by_sequence is None or not by_sequence.is_by_row:
                 sizes = batch.cu_seqlens, batch.max_seqlen, batch.num_tokens
                 by_sequence = Unpadding.from_cu_seqlens(*sizes)
             *scores, is_real = _by_column(logits, by_sequence)

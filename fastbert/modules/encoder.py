@@ -18,7 +18,7 @@ from fastbert.check import require
 from fastbert.config.bert import check_config
 from fastbert.modules.bert_layer import BertLayer, parts_of
 from fastbert.modules.embeddings import stream_dtype
-from fastbert.modules.graphs.buckets import are_on, may_replay
+from fastbert.modules.graphs.buckets import may_replay, off_by
 from fastbert.modules.layer import Share, share_packed
 from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.request import DOCUMENTS, read_layout, refuse_attentions, refuse_unknown
@@ -75,11 +75,11 @@ class BertEncoder(nn.Module):
         Raises ValueError for a decoder's arguments, output_attentions, unknown arguments, and
         shapes that do not fit together.
         """
-        _refuse_decoding(
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            past_key_values=past_key_values,
-        )
+        kwargs |= {
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+            "past_key_values": past_key_values,
+        }
         if hidden_states.ndim == 3:
             return self._forward_padded(
                 hidden_states, attention_mask, output_hidden_states, **kwargs
@@ -113,7 +113,7 @@ class BertEncoder(nn.Module):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         documents = {name: kwargs.pop(name, None) for name in DOCUMENTS}
         refuse_unknown("BertEncoder", kwargs)
-        size = hidden_states.shape[-1] if are_on(self.layer) else None
+        size = None if off_by(self.layer) else hidden_states.shape[-1]
         padding, general = read_layout(
             hidden_states, attention_mask, position_ids, hidden_size=size, **documents
         )
@@ -158,17 +158,6 @@ class BertEncoder(nn.Module):
 
 
 _PLANNER = Planner(parts_of)
-
-
-def _refuse_decoding(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        require(
-            value is None or value is False,
-            "BertEncoder",
-            f"no {name}",
-            "one",
-            "it encodes only; a model patched by fastbert.patch decodes as Hugging Face does",
-        )
 
 
 def _captured_around() -> dict[str, list[Tensor | None]]:

@@ -1,7 +1,7 @@
 """Reads the arguments of a call, for models, encoders and patched modules alike."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +23,6 @@ _IGNORED = {
 }
 
 
-class Layout(NamedTuple):
-    """padding: how the batch is packed; mask: a further mask for `attention`, None without one."""
-
-    padding: Unpadding
-    mask: Tensor | None
-
-
 def read_layout(
     given: Tensor,
     attention_mask: Tensor | None,
@@ -38,8 +31,8 @@ def read_layout(
     hidden_size: int | None,
     keeps_padding: bool = False,
     **documents: Any,
-) -> Layout:
-    """Reads how `given` (B, S, ...), ids or embeddings, is packed, and which tokens attend.
+) -> tuple[Unpadding, Tensor | None]:
+    """How `given` (B, S, ...), ids or embeddings, is packed, and a further mask for `attention`.
 
     attention_mask: see `read_mask`; position_ids, documents: see `document_boundaries`;
     hidden_size: of the model if its layers may replay a CUDA graph, else None; keeps_padding:
@@ -52,16 +45,16 @@ def read_layout(
         batch, seqlen, attention_mask, position_ids=position_ids, **documents
     )
     if boundaries is not None:
-        return Layout(Unpadding.documents(*boundaries, seqlen), None)
+        return Unpadding(None, None, *boundaries, (1, seqlen)), None
     padding, general = read_mask(attention_mask, batch, seqlen)
     if padding is None:
-        return Layout(Unpadding.dense(batch, seqlen, given.device), general)
+        return Unpadding.dense(batch, seqlen, given.device), general
     padding = padding.to(given.device)
     waits = keeps_padding or _waits(given.device, batch * seqlen, hidden_size)
     real = unpad(padding, None if waits else batch * seqlen)
     if keeps_padding and real.num_tokens < batch * seqlen:
-        return Layout(Unpadding.dense(batch, seqlen, given.device), padding[:, None, None])
-    return Layout(real, None)
+        return Unpadding.dense(batch, seqlen, given.device), padding[:, None, None]
+    return real, None
 
 
 def _waits(device: torch.device, num_places: int, hidden_size: int | None) -> bool:

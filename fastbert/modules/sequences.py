@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastbert.check import require
+from fastbert.ops.attention import check_mask
 from fastbert.ops.compact import Call as Compaction
 from fastbert.ops.compact import compact
 from fastbert.ops.dropout import check_dropout
@@ -134,22 +135,10 @@ class Sequences:
         if not cu_seqlens.is_contiguous():
             require(False, "attention", "contiguous cu_seqlens", cu_seqlens.stride())
         if mask is not None:
-            self._check_mask(mask)
+            batch, longest = len(cu_seqlens) - 1, self.max_seqlen
+            check_mask("attention", mask, (batch, "heads", longest, longest))
         if rng is not None:
             check_dropout("dropout", num_tokens, cu_seqlens.device, 0.5, rng)
-
-    def _check_mask(self, mask: Tensor) -> None:
-        batch, longest = len(self.cu_seqlens) - 1, self.max_seqlen
-        full = (batch, None, longest, longest)  # None: only the layers know the number of heads
-        sizes = zip(reversed(mask.shape), reversed(full), strict=False)
-        require(
-            mask.ndim <= 4
-            and all(limit is None or size in (1, limit) for size, limit in sizes)
-            and (mask.dtype == torch.bool or mask.is_floating_point()),
-            "attention",
-            f"a mask of dtype bool or floating, broadcasting to {(batch, 'heads', *full[2:])}",
-            f"{mask.dtype} {tuple(mask.shape)}",
-        )
 
     def at(self, site: int) -> "Sequences":
         """The same sequences, with dropout at another site of the model."""

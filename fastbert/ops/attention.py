@@ -116,23 +116,25 @@ def _checked(who: str, call: Call) -> Call:
     check_dropout(who, len(q), q.device, dropout_p, rng)
     mask = call.mask
     if mask is not None:
-        mask = _expanded(who, mask, (len(boundaries[0]) - 1, q.shape[-2], *call[5:7]))
+        shape = len(boundaries[0]) - 1, q.shape[-2], *call[5:7]
+        check_mask(who, mask, shape)
+        mask = mask.expand(shape)
     of_q, of_k = (x.contiguous() for x in boundaries)
     rng = drawn(len(q), q.device, dropout_p, rng)
     return call._replace(cu_seqlens_q=of_q, cu_seqlens_k=of_k, rng=rng, mask=mask)
 
 
-def _expanded(who: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+def check_mask(who: str, mask: Tensor, shape: tuple[int | str, ...]) -> None:
+    """Raises ValueError unless the mask broadcasts to `shape`, in which a name is of any size."""
     sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
     require(
         mask.ndim <= 4
-        and all(size in (1, full) for size, full in sizes)
+        and all(isinstance(full, str) or size in (1, full) for size, full in sizes)
         and (mask.dtype == torch.bool or mask.is_floating_point()),
         who,
-        f"mask of dtype bool or floating, broadcasting to {shape}",
+        f"a mask of dtype bool or floating, broadcasting to {shape}",
         f"{mask.dtype} {tuple(mask.shape)}",
     )
-    return mask.expand(shape)
 
 
 attention.plain(attend)

@@ -42,11 +42,6 @@ class Unpadding:
         return cls(None, None, cu_seqlens, seqlen, (batch, seqlen))
 
     @classmethod
-    def documents(cls, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Self:
-        """Documents end to end in the one row of a (1, T) batch, as Hugging Face packs them."""
-        return cls(None, None, cu_seqlens, max_seqlen, (1, num_tokens))
-
-    @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Self:
         """The padded form (B, max_seqlen) of sequences that are already packed.
 
@@ -68,6 +63,11 @@ class Unpadding:
     @property
     def num_tokens(self) -> int:
         return math.prod(self.batch_shape) if self.positions is None else len(self.positions)
+
+    @property
+    def is_by_row(self) -> bool:
+        """Whether each row is a sequence; documents share a row."""
+        return self.cu_seqlens.shape[0] - 1 == self.batch_shape[0]
 
     def pack(self, padded: Tensor, spare: int = 0) -> Tensor:
         """(B, S, ...) -> (T, ...), of any dtype; raises ValueError for another shape.

@@ -118,7 +118,7 @@ def test_a_layer_with_a_hook_or_of_another_class_is_called(encoders):
     [
         ((torch.ones(6, 24),), "BertEncoder: expected hidden_states"),
         ((torch.ones(2, 5, 24), torch.ones(2, 4).bool()), r"attention_mask: expected shape \(2, 5"),
-        ((torch.ones(2, 5, 24), None, torch.ones(2, 3, 24)), "no encoder_hidden_states"),
+        ((torch.ones(2, 5, 24), None, torch.ones(2, 3, 24)), "got encoder_hidden_states"),
     ],
     ids=["packed without boundaries", "mask of another length", "cross attention"],
 )

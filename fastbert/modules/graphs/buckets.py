@@ -26,6 +26,7 @@ from fastbert.modules.graphs.recorder import CudaGraphs
 from fastbert.modules.graphs.replays import ForwardGraph
 from fastbert.modules.graphs.sizes import Bucket
 from fastbert.modules.layer import Share, share_packed
+from fastbert.modules.linear import encoders_of
 from fastbert.modules.plan import Reading
 from fastbert.modules.sequences import Rows, Sequences
 
@@ -41,21 +42,17 @@ def allow(model: nn.Module, graphs: Graphs) -> None:
     """Lets encoders in `model` replay graphs ("auto"), or never (False); ValueError for others."""
     is_known = graphs == "auto" or graphs is False
     require(is_known, "graphs", '"auto" or False', repr(graphs))
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            vars(module).pop(_MARK, None)
-            if graphs is False:
-                vars(module)[_MARK] = False
+    for layers in encoders_of(model):
+        vars(layers).pop(_MARK, None)
+        if graphs is False:
+            vars(layers)[_MARK] = False
 
 
-def are_allowed(layers: nn.ModuleList) -> bool:
-    """Whether `allow` lets these layers of an encoder replay graphs."""
-    return _MARK not in vars(layers)
-
-
-def are_on(layers: nn.ModuleList) -> bool:
-    """Whether neither `allow` nor the environment switches the graphs of these layers off."""
-    return are_allowed(layers) and not _are_off(os.environ.get("FASTBERT_GRAPHS", ""))
+def off_by(layers: nn.ModuleList) -> str:
+    """What switches the graphs of these layers off: `allow`, the environment, or "" for neither."""
+    if _MARK in vars(layers):
+        return "graphs=False"
+    return "FASTBERT_GRAPHS" if _are_off(os.environ.get("FASTBERT_GRAPHS", "")) else ""
 
 
 @functools.cache
@@ -160,11 +157,7 @@ def _tensor_of(x: Tensor | PaddedBatch) -> Tensor:
 
 def refusal_of(layers: nn.ModuleList, reading: Reading) -> str:
     """Why no call of these layers may replay a graph, "" if one may."""
-    if not are_allowed(layers):
-        return "graphs=False"
-    if _are_off(os.environ.get("FASTBERT_GRAPHS", "")):
-        return "FASTBERT_GRAPHS"
-    return _recorded(layers, reading).reason
+    return off_by(layers) or _recorded(layers, reading).reason
 
 
 def _refusal(bucket: Bucket, mask: Tensor | None, layers: nn.ModuleList, lane: Lane) -> str:

@@ -69,13 +69,9 @@ class Scales:
         self.amax.zero_()
         largest = self.history.amax(-1)
         # a new tensor, as the backward of an earlier pass still reads that pass's
-        self.scale = torch.stack(
-            [
-                power_of_two(LARGEST[format] / largest[:, number])
-                for number, format in enumerate((E4M3, E4M3, E5M2))
-            ],
-            1,
-        )
+        formats = zip((E4M3, E4M3, E5M2), largest.unbind(1), strict=True)
+        room = torch.stack([LARGEST[format] / most for format, most in formats], 1)
+        self.scale = power_of_two(room)
         self.inverse = inverse_of(self.scale)
 
     @contextlib.contextmanager
@@ -158,13 +154,9 @@ class Slot(NamedTuple):
         scales, number = self.scales, self.number
         if scales.scale is None or scales.inverse is None:
             return None
-        _refuse_tracing()
+        if torch.compiler.is_compiling():
+            raise RuntimeError('fp8: not under torch.compile; patch with precision="auto"')
         return scales.scale[number], scales.inverse[number], scales.amax[number]
-
-
-def _refuse_tracing() -> None:
-    if torch.compiler.is_compiling():
-        raise RuntimeError('fp8: not under torch.compile; patch with precision="auto"')
 
 
 def enable(model: nn.Module) -> None:
@@ -176,7 +168,7 @@ def enable(model: nn.Module) -> None:
     found = False
     for layers in encoders_of(model):
         plain = (module for module in layers.modules() if type(module) is nn.Linear)
-        linears = [linear for linear in plain if _fits(linear)]
+        linears = [one for one in plain if not any(size % MULTIPLE for size in one.weight.shape)]
         if linears:
             scales = Scales(len(linears))
             vars(layers)[PRODUCTS] = scales
@@ -209,7 +201,3 @@ def load(model: nn.Module, saved: list[dict[str, Any]]) -> None:
     require(len(own) == len(saved), "fp8", f"scales of {len(own)} encoders", len(saved))
     for scales, one in zip(own, saved, strict=True):
         scales.load(one)
-
-
-def _fits(linear: nn.Linear) -> bool:
-    return not any(size % MULTIPLE for size in linear.weight.shape)

@@ -124,9 +124,7 @@ def _distilbert_parts(layer: Any) -> LayerParts:
     _require_method(ffn, "ff_chunk")
     _require_usual_scores(attention, attention.q_lin, attention.n_heads)
     return LayerParts(
-        query=leaf(attention.q_lin),
-        key=leaf(attention.k_lin),
-        value=leaf(attention.v_lin),
+        projections=(leaf(attention.q_lin), leaf(attention.k_lin), leaf(attention.v_lin)),
         num_heads=attention.n_heads,
         attention_dropout=dropout_of(attention.dropout) * attention.training,
         attention_end=End(leaf(attention.out_lin), 0.0, leaf(layer.sa_layer_norm, nn.LayerNorm)),

@@ -35,9 +35,7 @@ class BertSelfAttention(nn.Module):
         return self_attention(
             hidden_states,
             wanted,
-            Leaf(self.query),
-            Leaf(self.key),
-            Leaf(self.value),
+            (Leaf(self.query), Leaf(self.key), Leaf(self.value)),
             self.num_attention_heads,
             _dropout_of(self),
             sequences,
@@ -162,9 +160,7 @@ def read_parts(
         return End(leaf(output.dense), dropout(output), norm, getattr(output, "save", "z"))
 
     return LayerParts(
-        query=leaf(this.query),
-        key=leaf(this.key),
-        value=leaf(this.value),
+        projections=(leaf(this.query), leaf(this.key), leaf(this.value)),
         num_heads=this.num_attention_heads,
         attention_dropout=dropout(this),
         attention_end=end(attention.output),

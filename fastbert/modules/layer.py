@@ -45,22 +45,19 @@ class Stream(NamedTuple):
 def self_attention(
     x: Tensor,
     wanted: Tensor,
-    query: Leaf,
-    key: Leaf,
-    value: Leaf,
+    projections: tuple[Leaf, Leaf, Leaf],
     num_heads: int,
     dropout_p: float,
     sequences: Sequences,
 ) -> Tensor:
     """Attention without its output projection: (T, H) -> (T, H), or (M, H) for sequences.rows.
 
-    wanted: (M, H), the rows of x whose output is wanted; x again where all are.
+    wanted: (M, H), the rows of x whose output is wanted; x again where all are. projections: to
+    queries, keys and values.
     """
     rows = sequences.rows
     if rows is None:
-        qkv, bias = fused_linear_and_bias(
-            x, (query, key, value), attention_qkvpacked, sequences.rng
-        )
+        qkv, bias = fused_linear_and_bias(x, projections, attention_qkvpacked, sequences.rng)
         num_tokens, size = qkv.shape
         head_dim = size // (3 * num_heads)
         qkv = qkv.view(num_tokens, 3, num_heads, head_dim)
@@ -74,8 +71,8 @@ def self_attention(
         call = Attention(qkv, None, None, *lengths, scale, dropout_p, rng, mask, bias)
         context = attention_qkvpacked.run(call)
     else:
-        q = query(wanted, sequences.rows_rng).unflatten(-1, (num_heads, -1))
-        kv = fused_linear(x, (key, value), sequences.rng)
+        q = projections[0](wanted, sequences.rows_rng).unflatten(-1, (num_heads, -1))
+        kv = fused_linear(x, projections[1:], sequences.rng)
         k, v = kv.unflatten(-1, (2, num_heads, -1)).unbind(1)
         context = attention(
             q,
@@ -142,11 +139,12 @@ def add_and_norm(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerParts:
-    """The modules of a layer by their role; attention_dropout: its probability, 0 in eval mode."""
+    """The modules of a layer by their role.
 
-    query: Leaf
-    key: Leaf
-    value: Leaf
+    projections: to queries, keys and values; attention_dropout: its probability, 0 in eval mode
+    """
+
+    projections: tuple[Leaf, Leaf, Leaf]
     num_heads: int
     attention_dropout: float
     attention_end: End
@@ -156,14 +154,14 @@ class LayerParts:
 
     def __post_init__(self) -> None:
         ends = self.attention_end.dense, self.output.dense
-        linears = self.query, self.key, self.value, self.intermediate, *ends
+        linears = *self.projections, self.intermediate, *ends
         for place, leaf in enumerate(linears):
             leaf.place = place
 
     @functools.cached_property
     def leaves(self) -> list[Leaf]:
         """All linear layers and norms, with those of adapters."""
-        every = (*vars(self).values(), *self.attention_end, *self.output)
+        every = *self.projections, *vars(self).values(), *self.attention_end, *self.output
         return [leaf for one in every if isinstance(one, Leaf) for leaf in one.inner]
 
     @functools.cached_property
@@ -173,8 +171,10 @@ class LayerParts:
 
     def with_leaves(self, change: Callable[[Leaf], Leaf]) -> "LayerParts":
         """The parts with other leaves in the place of theirs."""
-        names = ("query", "key", "value", "intermediate")
-        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        changed: dict[str, Any] = {
+            "projections": tuple(map(change, self.projections)),
+            "intermediate": change(self.intermediate),
+        }
         for name in ("attention_end", "output"):
             end = getattr(self, name)
             changed[name] = end._replace(dense=change(end.dense), norm=change(end.norm))
@@ -203,11 +203,9 @@ def run_layer(parts: LayerParts, stream: Stream, sequences: Sequences) -> Stream
         return Stream(*outputs)
     wanted = sequences.wanted(stream.residual)
     context = self_attention(
-        stream.read_by(parts.query, parts.key, parts.value),
+        stream.read_by(*parts.projections),
         wanted,
-        parts.query,
-        parts.key,
-        parts.value,
+        parts.projections,
         parts.num_heads,
         parts.attention_dropout,
         sequences,

@@ -48,7 +48,7 @@ class WholeLayer:
         self.ends = ends = parts.attention_end, parts.output
         self.num_heads, self.attention_dropout = parts.num_heads, parts.attention_dropout
         self.approximate = approximate
-        self.projections = parts.query, parts.key, parts.value
+        self.projections = parts.projections
         self.projects = all(leaf.is_plain for leaf in self.projections)
         own = ends[0].dense, parts.intermediate, ends[1].dense
         norms = [end.norm.parameters for end in ends]
@@ -66,8 +66,7 @@ class WholeLayer:
         """None for a layer with other modules, or without a bias."""
         approximate = approximation(parts.activation)
         others = [leaf for leaf in parts.leaves if not leaf.is_plain]
-        projections = parts.query, parts.key, parts.value
-        if approximate is None or not all(leaf in projections for leaf in others):
+        if approximate is None or not all(leaf in parts.projections for leaf in others):
             return None
         whole = cls(parts, approximate)
         return None if any(one is None for one in whole.parameters()) else whole

@@ -89,10 +89,9 @@ class Buffers:
         call, linears = self.call, nn.ModuleList()
         dtype = call.precision.dtype if call.precision.enabled else self.x.dtype
         for part in call.parts:
-            joined = part.query, part.key, part.value
-            others = (leaf for leaf in part.leaves if leaf not in joined)
+            others = (leaf for leaf in part.leaves if leaf not in part.projections)
             others = (leaf for leaf in others if isinstance(leaf.module, nn.Linear))
-            linears += [leaf.module for leaf in joined]
+            linears += [leaf.module for leaf in part.projections]
             linears += [leaf.module for leaf in others if leaf.weight.dtype != dtype]
         copies = WeightCopies(linears, dtype)
         copies.renew()

@@ -11,6 +11,7 @@ from fastbert.config.bert import BertConfig
 from fastbert.config.options import text_of
 from fastbert.data import load_tokenizer, special_tokens
 from fastbert.models.pretraining import BertForMaskedLM
+from fastbert.models.trained import trained
 from fastbert.packing import PackedBatch
 
 
@@ -33,13 +34,7 @@ def fill_mask(name_or_directory: str | Path, text: str, top: int = 5) -> list[li
     text = text_of(text, "TEXT")
     directory = checkpoint.resolve(name_or_directory)
     config = BertConfig.from_pretrained(directory)
-    model = BertForMaskedLM(config).eval()
-    absent = checkpoint.load_weights(model, checkpoint.read_weights(directory), directory)
-    if absent:
-        raise InputError(
-            f"{directory}: no masked-LM head there ({absent[0]}), so its words would be random; "
-            "name a model of pre-training"
-        )
+    model = trained(BertForMaskedLM, directory, config)
     tokenizer = load_tokenizer(directory, model_vocab_size=config.vocab_size)
     words_known = tokenizer.get_vocab_size()
     mask = special_tokens(tokenizer).mask

@@ -14,6 +14,7 @@ from fastbert.data import load_tokenizer
 from fastbert.finetune.infer import TASK_OF, encoder_of, run, warn_of_words
 from fastbert.finetune.metrics import require_libraries
 from fastbert.finetune.task import ALL, Prediction, Refused, Settings, Task
+from fastbert.models.trained import trained
 from fastbert.system.files import output
 from fastbert.train.precision import autocast, resolve_precision
 
@@ -57,9 +58,9 @@ def predict(
     features = task.features(good, encoder)
     warn_of_words(str(source), features, encoder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained = task.model_class.from_pretrained(directory).to(device)
+    reader = trained(task.model_class, directory, config).to(device)
     low = autocast(resolve_precision(precision or settings.precision), device)
-    scores = run(task, trained, features, batch_tokens, device, low)
+    scores = run(task, reader, features, batch_tokens, device, low)
     said = iter(task.predict(good, features, scores))
     predictions = [{"error": e.reason} if isinstance(e, Refused) else next(said) for e in examples]
     return _with_copies(predictions, task) if copy else predictions

@@ -24,6 +24,7 @@ from fastbert.models.classification import (
 )
 from fastbert.models.pretraining import BertForMaskedLM
 from fastbert.models.question_answering import BertForQuestionAnswering
+from fastbert.models.trained import trained
 from fastbert.serve.abilities import Embedding, MaskFilling
 from fastbert.serve.predictions import SEQUENCES, SERVED, Prediction
 from fastbert.train.precision import autocast, resolve_precision
@@ -113,8 +114,8 @@ def load(config: ServeConfig) -> Served:
 def _model(directory: Path, architecture: str, bert: BertConfig) -> BertPreTrainedModel:
     kind = _MODELS.get(architecture)
     if kind is None:
-        return BertModel.from_pretrained(directory, config=bert, add_pooling_layer=False)
-    return kind.from_pretrained(directory, config=bert)
+        return trained(BertModel, directory, bert, add_pooling_layer=False)
+    return trained(kind, directory, bert)
 
 
 def _settings(

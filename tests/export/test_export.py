@@ -183,6 +183,7 @@ def test_sentence_embeddings_are_those_of_embed(saved, tmp_path, pooling):
 def test_the_command_says_how_near_it_is(saved, tmp_path, monkeypatch, capsys):
     directory = saved("BertForSequenceClassification", num_labels=3)
     out = tmp_path / "model.pt2"
+    (directory / "added_tokens.json").write_text("{}")
     options = ["--model", directory, "--to", "torch", "--out", out]
     monkeypatch.setattr(sys, "argv", ["fastbert", "export", *map(str, options)])
     with pytest.raises(SystemExit) as exit:
@@ -191,7 +192,7 @@ def test_the_command_says_how_near_it_is(saved, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr()
     assert "answers as the model does: the largest difference is" in said.out
     assert said.err == ""
-    for name in ("config.json", "tokenizer.json", "vocab.txt"):
+    for name in ("config.json", "tokenizer.json", "vocab.txt", "added_tokens.json"):
         assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
 
 

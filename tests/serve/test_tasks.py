@@ -1,5 +1,6 @@
 """What a server says of texts is what `fastbert predict` and `fill-mask` say, and Hugging Face."""
 
+import json
 import shutil
 import time
 
@@ -11,9 +12,11 @@ import transformers
 import fastbert
 from fastbert.check import InputError
 from fastbert.config.finetune import FinetuneConfig
+from fastbert.config.serve import ServeConfig
 from fastbert.fill_mask import fill_mask
 from fastbert.finetune.predict import predict
 from fastbert.finetune.train import finetune
+from fastbert.serve.loading import load
 from tests.serve.running import running
 
 TEXTS = ["the film was good", "a very bad book", "awful film", "a fine book and a good film"]
@@ -242,9 +245,20 @@ def test_words_for_masks(model, tmp_path):
         assert [one["score"] for one in ours] == pytest.approx(scores, abs=1e-6)
 
 
-def test_words_of_a_random_head_are_refused(model):
-    with pytest.raises(InputError, match=r"no masked-LM head there \(cls\..*name a model of"):
-        fill_mask(model, "a [MASK]")
+@pytest.mark.parametrize(
+    "kind", ["MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"]
+)
+def test_answers_of_a_random_head_are_refused(kind, model, tmp_path):
+    directory = shutil.copytree(model, tmp_path / "bare")
+    config = json.loads((directory / "config.json").read_text())
+    config["architectures"] = [f"BertFor{kind}"]
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        InputError, match=rf"no (cls|classifier|qa_outp).*, which BertFor{kind} needs"
+    ):
+        load(ServeConfig(model=str(directory)))
+    with pytest.raises(InputError, match=r"no cls.*, which BertForMaskedLM needs; train it"):
+        fill_mask(directory, "a [MASK]")
 
 
 def test_tokens(server, model):

@@ -76,6 +76,7 @@ def test_hugging_face_loads_the_checkpoint_and_gives_the_same_loss(finished):
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    assert tokenizer.model_max_length == theirs.config.max_position_embeddings
     batch = dict(
         tokenizer(
             ["A class is an object.", "The statement is executed once more."],

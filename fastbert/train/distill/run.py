@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from fastbert import checkpoint
-from fastbert.check import InputError
 from fastbert.config.bert import BertConfig
 from fastbert.config.distill import DistillConfig
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import load_tokenizer
 from fastbert.models.pretraining import BertForMaskedLM
+from fastbert.models.trained import trained
 from fastbert.packing import PackedBatch
 from fastbert.train.distill.objective import (
     DistillationMetrics,
@@ -67,7 +67,7 @@ class Distillation(Recipe):
         # raises InputError for the tokenizer of another model
         load_tokenizer(directory, model_vocab_size=shape.vocab_size)
         self.directory = directory
-        self.model = _read(directory, shape)
+        self.model = trained(BertForMaskedLM, directory, shape)
         self.teacher = _fingerprint(self.model)
 
     def name(self) -> str:
@@ -147,17 +147,6 @@ def copy_layers(teacher: BertForMaskedLM, student: BertForMaskedLM) -> None:
     pairs += [(theirs[n], own[i]) for i, n in enumerate(layers_to_copy(len(theirs), len(own)))]
     for source, copy in pairs:
         copy.load_state_dict(source.state_dict())
-
-
-def _read(directory: Path, shape: BertConfig) -> BertForMaskedLM:
-    model = BertForMaskedLM(shape)
-    absent = checkpoint.load_weights(model, checkpoint.read_weights(directory), directory)
-    if absent:
-        raise InputError(
-            f"--teacher {directory}: no masked-LM head there ({absent[0]}), so it has no scores "
-            "to learn from; name a model of pre-training"
-        )
-    return model
 
 
 def _fingerprint(model: BertForMaskedLM) -> str:

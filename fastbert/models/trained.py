@@ -1,0 +1,25 @@
+"""Reads models for use, none of whose parameters may be drawn anew."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastbert import checkpoint
+from fastbert.check import InputError
+from fastbert.models.base import BertPreTrainedModel
+
+Model = TypeVar("Model", bound=BertPreTrainedModel)
+
+
+def trained(kind: type[Model], directory: Path, config: Any, **options: Any) -> Model:
+    """A model of class `kind` in eval mode, with the directory's weights; options: the class's.
+
+    Raises InputError where `from_pretrained` does, and for parameters that it would draw anew.
+    """
+    model = kind(config, **options)
+    absent = checkpoint.load_weights(model, checkpoint.read_weights(directory), directory)
+    if absent:
+        raise InputError(
+            f"{directory}: the checkpoint has no {', '.join(absent)}, which {kind.__name__} needs; "
+            "train it, or name another model"
+        )
+    return model.eval()

@@ -51,8 +51,8 @@ ELSEWHERE = {
     "serve/test_embeddings.py": "serve/loading.py serve/openai.py",
     "serve/test_limits.py": "config/serve.py serve/app.py serve/gate.py serve/requests.py"
     " serve/server.py",
-    "serve/test_tasks.py": "fill_mask.py models/trained.py serve/abilities.py serve/predictions.py serve/routes.py"
-    " serve/service.py",
+    "serve/test_tasks.py": "fill_mask.py models/trained.py serve/abilities.py serve/predictions.py"
+    " serve/routes.py serve/service.py",
     "system/test_files.py": "system/console.py system/locks.py",
     "test_checkpoint.py": "check.py",
     "test_docs.py": "_version.py",

@@ -248,7 +248,7 @@ class Call(NamedTuple):
 
     def may_replay(self) -> bool:
         """Whether a graph may compute the layers, in inference."""
-        if not self.assumes or self.reading.first_called() < len(self.layers):
+        if not self.assumes or self.reading.called():
             return False
         return not refusal_of(self.layers, self.reading)
 

@@ -140,12 +140,17 @@ class Reading:
         self.assumed = planner.known(owner) if assumes else None
         self.parts = planner.parts(owner) if self.assumed is None else self.assumed.parts
 
-    def first_called(self) -> int:
-        """`first_called` of the layers; what is assumed of them replaces most of its look."""
+    def called(self) -> list[int]:
+        """`called` of the layers; what is assumed of them replaces most of its look."""
         plan = self.assumed
         if plan is None or plan.has_forward or any(plan.own_hooks) or _has_any_global_hook():
-            return first_called(self.owner)
-        return len(plan.parts)  # without gradients none is checkpointed
+            return called(self.owner)
+        return []  # without gradients none is checkpointed
+
+    def holds(self) -> bool:
+        """Whether the layers are as they were when read, as far as a plan tells."""
+        plan = self.planner.known(self.owner)
+        return plan is not None and plan.parts is self.parts and plan.holds()
 
     def settle(self) -> None:
         """Reads the parts anew if they do not hold; what has used the others counts for nothing.
@@ -157,19 +162,15 @@ class Reading:
             self.parts = self.planner.parts(self.owner)
 
 
-def first_called(layers: nn.ModuleList) -> int:
-    """The first layer that must be called as a module, their number if none must.
-
-    That is for hooks, a replaced forward, or checkpointing.
-    """
-    if _has_any_global_hook():
-        return 0
+def called(layers: nn.ModuleList) -> list[int]:
+    """The layers to call as modules: for hooks, a replaced forward, or checkpointing."""
+    numbers, are_all = [], _has_any_global_hook()
     for number, layer in enumerate(layers):
         own = vars(layer)
         is_checkpointed = own.get("gradient_checkpointing") and own["training"]
-        if is_checkpointed or "forward" in own or any(hooks_of(layer)):
-            return number
-    return len(layers)
+        if are_all or is_checkpointed or "forward" in own or any(hooks_of(layer)):
+            numbers.append(number)
+    return numbers
 
 
 def _attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:

@@ -40,7 +40,7 @@ def run_stack(
     parts, None for a layer that could not be read; wanted_states: True for x and each layer's
     output, layer numbers for these layers' outputs with None for the others, as in Hugging Face;
     call(number, x, sequences) calls a layer as a module, as one is that has hooks, is checkpointed,
-    or could not be read, and all behind it, as a hook may change them; share: gives the caller the
+    or could not be read, and all behind it if a hook has changed any; share: gives the caller the
     states. Raises ValueError where `sequences` does not fit x, and if both rows and states are
     wanted, because the last state would lack tokens.
     """
@@ -51,16 +51,19 @@ def run_stack(
     states = tuple(number for number in range(last) if number in chosen)
     parts = reading.parts
     read = cast(Sequence[LayerParts], parts)
-    run = layers_of(read)
-    called = parts.index(None) if None in parts else last + 1
-    called = min(called, reading.first_called())
-    if called <= last:
+    run, unread = layers_of(read), [number for number, part in enumerate(parts) if part is None]
+    called = unread + reading.called()
+    if called:
         reason = "layers that are called as modules: hooks, checkpointing, or other classes"
+        is_known = True  # whether layers are as read: not if a hook of an earlier one changed them
 
         def run(number: int, stream: Stream, sequences: Sequences) -> Stream:
-            if number < called:
+            nonlocal called, is_known
+            if number not in called and not is_known:
+                called, is_known = unread + reading.called(), reading.holds()
+            if number not in called and is_known:
                 return run_layer(read[number], stream, sequences)
-            x = call(number, stream.residual, sequences)
+            x, is_known = call(number, stream.residual, sequences), False
             return Stream(x, x)
 
     sequences.check(x.shape[0])
@@ -113,5 +116,4 @@ def replay_padded(
     reading.settle()  # which the GPU does not wait for
     if reading.parts is parts:
         return outputs
-    is_called = reading.first_called() < len(layers)
-    return None if is_called else buckets.replayed(layers, reading, batch, None)
+    return None if reading.called() else buckets.replayed(layers, reading, batch, None)

@@ -14,7 +14,7 @@ REAL = MASK.bool()
 
 def pair(family="Bert", kind="Model", **options):
     torch.manual_seed(0)
-    shape = dict(vocab_size=99, max_position_embeddings=64, pad_token_id=0, **options)
+    shape = {"vocab_size": 99, "max_position_embeddings": 64, "pad_token_id": 0}
     if family == "DistilBert":
         shape |= {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128}
     else:
@@ -24,7 +24,7 @@ def pair(family="Bert", kind="Model", **options):
             "num_attention_heads": 4,
             "intermediate_size": 128,
         }
-    config = getattr(transformers, f"{family}Config")(**shape)
+    config = getattr(transformers, f"{family}Config")(**shape | options)
     model = getattr(transformers, f"{family}{kind}")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -13,7 +13,7 @@ from tests.hf.changes import layer
 from tests.hf.promises_case import FAMILIES, MASK, REAL, assert_alike, ids, pair, states
 from tests.versions import IS_V4
 
-LINEARS = {"Bert": "intermediate.dense", "Roberta": "output.dense", "DistilBert": "ffn.lin1"}
+LINEARS = {"Bert": "intermediate.dense", "Roberta": "intermediate.dense", "DistilBert": "ffn.lin1"}
 
 
 def attention_of(model):
@@ -202,6 +202,40 @@ def test_a_hook_before_a_layer_sees_and_changes_all_of_its_arguments(family, wit
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
     told = fastbert.explain(ours, ids(), attention_mask=MASK, show=False)
     assert any("a hook that sees the arguments" in route.reason for route in told.routes)
+
+
+def hook_the_next(model):
+    layer(model, 2).register_forward_hook(lambda *_: None)
+    layer(model, 3).register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def replace_a_linear_of_the_next(model):
+    linear = nn.Linear(64, 128)
+    with torch.no_grad():
+        linear.weight.fill_(0.01)
+    inner, name = LINEARS[type(model).__name__.removesuffix("Model")].rpartition(".")[::2]
+    setattr(layer(model, 2).get_submodule(inner), name, linear)
+
+
+@pytest.mark.skipif(IS_V4, reason="4.57's layers return tuples")
+@pytest.mark.parametrize("change", [hook_the_next, replace_a_linear_of_the_next, None])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hook_may_change_the_layers_behind_its_own(family, change):
+    layers = "n_layers" if family == "DistilBert" else "num_hidden_layers"
+    theirs, ours = pair(family, **{layers: 5})
+    for model in (theirs, ours):
+        calls = []
+
+        def hook(module, args, output, model=model, calls=calls):
+            if change is not None and not calls:
+                torch.manual_seed(4)
+                change(model)
+            calls.append(output.shape)
+
+        layer(model, 1).register_forward_hook(hook)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(states(ours), states(theirs), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])

@@ -23,7 +23,7 @@ from fastbert.system.files import new_file
 WEIGHTS = "model.safetensors"
 LEGACY_WEIGHTS = "pytorch_model.bin"
 INDEX = ".index.json"  # suffix of either name, where the weights are in several files
-LATEST = "latest"
+LATEST, RUN = "latest", "run.json"  # of the directory of a run
 DOWNLOADS = ["*.json", "*.txt", "model*.safetensors", "pytorch_model*.bin"]
 
 # Task heads and the pooler: a checkpoint may have them where the model does not, and vice versa.
@@ -52,13 +52,13 @@ def latest(run: Path) -> Path | None:
 
 
 def resolve(name_or_directory: str | Path, **download: Any) -> Path:
-    """A model's directory: the one named, a run's newest checkpoint, or a download from the hub.
+    """A model's directory: a run's newest checkpoint, the one named, or a download from the hub.
 
     download: options of `huggingface_hub.snapshot_download`, such as revision and cache_dir.
     Raises InputError if there is no such directory, no config.json in it, or no such model.
     """
     directory = Path(name_or_directory)
-    for candidate in (directory, directory / LATEST):
+    for candidate in (directory / LATEST, directory):
         if (candidate / "config.json").is_file():
             # a link may point to another model a second later
             return candidate.resolve() if candidate.is_symlink() else candidate
@@ -80,7 +80,7 @@ def resolve(name_or_directory: str | Path, **download: Any) -> Path:
 
 def _unfinished(run: Path) -> str:
     """The end of the error message for a run that has no `latest` yet."""
-    if not (run / "run.json").is_file():
+    if not (run / RUN).is_file():
         return ""
     kept = sorted(run.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
     return "; the run is not finished" + (f", and {kept[-1]} is its best so far" if kept else "")

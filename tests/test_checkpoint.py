@@ -32,6 +32,14 @@ def saved(tmp_path):
     return model, tmp_path
 
 
+def test_a_run_with_other_files_in_it_is_still_a_run(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    for place in (tmp_path, tmp_path / "checkpoint-1"):
+        (place / "config.json").write_text("{}")
+    (tmp_path / "latest").symlink_to("checkpoint-1")
+    assert checkpoint.resolve(tmp_path) == tmp_path / "checkpoint-1"
+
+
 def test_hugging_face_loads_it_with_no_missing_or_unexpected_key(saved):
     model, directory = saved
     theirs, report = transformers.BertForPreTraining.from_pretrained(

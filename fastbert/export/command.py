@@ -149,8 +149,10 @@ def _file(out: Path, suffix: str) -> Path:
 def _beside(directory: Path, place: Path) -> dict[str, bytes]:
     """Contents, by name, of the files that still have to be copied beside the exported file.
 
-    Raises InputError if one of another model is there already.
+    Raises InputError if one of another model is there already, and for a run's directory.
     """
+    if any((place / name).exists() for name in (checkpoint.RUN, checkpoint.LATEST)):
+        raise InputError(f"--out {place}: is the directory of a run; name another one")
     copies = {}
     for name in BESIDE:
         source, target = directory / name, place / name

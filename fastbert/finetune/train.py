@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from fastbert import checkpoint
 from fastbert.check import InputError, Stopped
+from fastbert.checkpoint import RUN
 from fastbert.config.bert import BertConfig
 from fastbert.config.finetune import FinetuneConfig
 from fastbert.data import load_tokenizer, save_tokenizer
@@ -32,7 +33,6 @@ from fastbert.train.optimizer import clipped_step, finetuning_optimizer, linear_
 from fastbert.train.precision import autocast, resolve_precision
 from fastbert.train.report import environment, tracked
 
-RUN = "run.json"
 SUMMARY = "summary.json"
 
 

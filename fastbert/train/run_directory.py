@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from fastbert import checkpoint
 from fastbert.check import InputError, Stopped
+from fastbert.checkpoint import RUN
 from fastbert.config.pretrain import AUTO, PretrainConfig
 from fastbert.data import Interrupted, OtherCache
 from fastbert.system.files import Unwritable, write_json
@@ -19,7 +20,6 @@ from fastbert.train.recipe import Recipe
 
 Config = TypeVar("Config", bound=PretrainConfig)
 
-RUN = "run.json"
 SUMMARY = "summary.json"
 
 

@@ -233,6 +233,19 @@ def test_a_checkpoint_that_names_no_head(saved, tmp_path):
         command.export(directory, tmp_path / "out", to="torch")
 
 
+@pytest.mark.parametrize("name", ["run.json", "latest"])
+def test_a_runs_directory_gets_no_files_beside_its_own(saved, tmp_path, name):
+    """They would make it look like a model."""
+    directory = saved("BertModel")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).symlink_to(directory) if name == "latest" else (run / name).write_text("{}")
+    for out in (run, run / "model.onnx"):
+        with pytest.raises(InputError, match=r"run: is the directory of a run; name another one"):
+            command.export(directory, out)
+    assert [file.name for file in run.iterdir()] == [name]
+
+
 def test_files_of_another_model_are_left_alone(saved, tmp_path):
     directory, out = saved("BertModel"), tmp_path / "out"
     out.mkdir()

@@ -99,7 +99,8 @@ def require_same(directory: Path, there: dict[str, Any], wanted: dict[str, Any])
         there = there | {"truncate": wanted["truncate"]}
     others = [name for name in wanted if there.get(name) != wanted[name]]
     if others:
-        names = ", ".join(_SAID.get(name, f"--{name.replace('_', '-')}") for name in others)
+        said = [_SAID.get(name, f"--{name.replace('_', '-')}") for name in others]
+        names = ", ".join(dict.fromkeys(said))
         raise InputError(
             f"--out {directory}: holds embeddings of another run, with other {names}; name another "
             "directory, or run it as before"

@@ -59,7 +59,7 @@ class Choice(Task):
 
     def _example(self, row: Row, labelled: bool) -> ChoiceExample:
         s = self.settings
-        listed = row.values[s.choice_column[0]]
+        listed = row.values.get(s.choice_column[0])
         if len(s.choice_column) == 1 and isinstance(listed, list):
             choices = [Row(row.where, {"choice": text}).text("choice") for text in listed]
         else:

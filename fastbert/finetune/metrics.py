@@ -54,10 +54,12 @@ def require_libraries(task: str, *, to_measure: bool = True) -> None:
 def classification(truth: Sequence[str], predicted: Sequence[str], labels: list[str]) -> Report:
     """Accuracy, macro F1 and Matthews' correlation; a table by label and the confusion matrix.
 
-    truth, predicted: the label of each example; labels: all labels, in the order of the tables
+    truth, predicted: the label of each example; labels: all labels, in the order of the tables.
+    Where both are one and the same label, the correlation is undefined and is reported as 0.
     """
     from sklearn import metrics
 
+    constant = len({*truth, *predicted}) == 1
     confusion = metrics.confusion_matrix(truth, predicted, labels=labels)
     scores = metrics.precision_recall_fscore_support(
         truth, predicted, labels=labels, zero_division=0
@@ -66,7 +68,7 @@ def classification(truth: Sequence[str], predicted: Sequence[str], labels: list[
         {
             "accuracy": float(metrics.accuracy_score(truth, predicted)),
             "macro_f1": float(scores[2].mean()),
-            "mcc": float(metrics.matthews_corrcoef(truth, predicted)),
+            "mcc": 0.0 if constant else float(metrics.matthews_corrcoef(truth, predicted)),
         },
         (
             _by_label(labels, *scores),

@@ -82,12 +82,12 @@ def _settings(
 
 
 def _with_copies(predictions: list[Prediction], task: Task) -> list[Prediction]:
-    """Each prediction, preceded by the columns of its row that --copy names."""
+    """Each prediction, preceded by the columns of its row that --copy names, None where missing."""
     said = {name for prediction in predictions for name in prediction}
     rows = []
     for row, prediction in zip(task.rows, predictions, strict=True):
         names = row.values if ALL in task.copied else task.copied
-        copies = {f"input_{n}" if n in said else n: row.values[n] for n in names}
+        copies = {f"input_{n}" if n in said else n: row.values.get(n) for n in names}
         rows.append(copies | prediction)
     return rows
 

@@ -111,11 +111,12 @@ class Task(abc.ABC):
     ) -> list[Example]:
         """The examples that `make` makes of a table's rows; the table must have the columns.
 
-        labelled: as in `read`; it requires the column of the label too
+        labelled: as in `read`; it requires the column of the label too, and every column in every
+        row of JSON Lines
         """
         columns = [*columns, self.settings.label_column] if labelled else list(columns)
         columns += [column for column in self.copied if column != ALL]
-        self.rows = read_table(path, columns, self.settings.delimiter)
+        self.rows = read_table(path, columns, self.settings.delimiter, in_every_row=labelled)
         return [make(row) if labelled else self._attempt(make, row) for row in self.rows]
 
     def _attempt(self, make: Callable[[Row], Example], row: Row) -> Any:

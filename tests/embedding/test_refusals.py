@@ -33,9 +33,10 @@ def test_another_input_or_model_may_not_either(model, corpus, tmp_path):
     source, out = tmp_path / "c.txt", tmp_path / "out"
     source.write_text("bal\nbam\n")
     embed_corpus(model, source, out, **OPTIONS)
-    source.write_text("bal\nban\n")
-    with pytest.raises(InputError, match="with other input; name"):
-        embed_corpus(model, source, out, **OPTIONS)
+    for other in ("bal\nban\n", "bal\n"):  # of the same size and of another one
+        source.write_text(other)
+        with pytest.raises(InputError, match="with other input; name"):
+            embed_corpus(model, source, out, **OPTIONS)
     source.write_text("bal\nbam\n")
     other = fastbert.BertModel.from_pretrained(model)
     with torch.no_grad():

@@ -48,6 +48,15 @@ def test_flat_rows_as_hugging_face_gives_them(form, write):
     assert (two.answers, two.is_impossible) == ((), True)
 
 
+def test_one_line_is_one_entry(write):
+    qas = [{"id": "a", "question": "?", "answers": ["北京"]}]
+    for row in (FLAT | {"answers": {"text": ["北京"], "answer_start": [4]}, "data": None},
+                {"context_text": CONTEXT, "qas": qas},
+                {"paragraphs": [{"context": CONTEXT, "qas": qas}]}):  # fmt: skip
+        (question,) = read_squad(write("a.jsonl", [row]))
+        assert (question.id, question.answers[0].start) == ("a", 4)
+
+
 def test_places_in_text_and_questions_without_an_id(write):
     items = [{"question": "?", "answers": [{"text": "北京", "answer_start": "4"}]}] * 2
     file = write("a.json", {"data": [{"paragraphs": [{"context": CONTEXT, "qas": items}]}]})

@@ -1,5 +1,7 @@
 """Every metric against values worked out by hand."""
 
+import warnings
+
 import pytest
 
 from fastbert.finetune import metrics
@@ -21,6 +23,18 @@ def test_matthews_correlation():
     # tp 2, tn 1, fp 1, fn 0: (2*1 - 1*0) / sqrt(3*2*2*1)
     report = metrics.classification(list("1100"), list("1110"), ["0", "1"])
     assert report.metrics["mcc"] == pytest.approx(2 / 12**0.5)
+
+
+def test_what_is_undefined_is_zero_and_warns_of_nothing():
+    with warnings.catch_warnings(action="error"):
+        of_texts = metrics.classification(["a", "a"], ["a", "a"], ["a", "b"]).metrics
+        of_sets = metrics.multilabel([(), ()], [(), ()], ["a", "b"]).metrics
+        of_numbers = metrics.regression([1.0, 1.0], [1.0, 2.0]).metrics
+        of_words = metrics.entities([["B-X", "O"]], [["O", "O"]]).metrics
+    assert of_texts == {"accuracy": 1, "macro_f1": 0.5, "mcc": 0}
+    assert of_sets == {"micro_f1": 0, "macro_f1": 0, "exact": 1}
+    assert of_numbers == {"pearson": 0, "spearman": 0, "mse": 0.5, "mae": 0.5}
+    assert of_words == {"precision": 0, "recall": 0, "f1": 0, "accuracy": 0.5}
 
 
 def test_multilabel():

@@ -161,13 +161,14 @@ def test_every_case_of_the_property(place):
 
 def test_standard_input_and_output(place, monkeypatch):
     program = [sys.executable, "-m", "fastbert.cli", "predict", "--model", str(place / "run")]
-    rows = '{"text": "good"}\n{"text": ""}\n'
+    rows = '{"text": "good"}\n{"text": ""}\n{"id": 3}\n'
     done = subprocess.run([*program, "--input", "-", "--out", "-"], input=rows, text=True,
                           capture_output=True, check=True)  # fmt: skip
-    one, two = map(json.loads, done.stdout.splitlines())
+    one, two, three = map(json.loads, done.stdout.splitlines())
     assert one["label"] in ("pos", "neg")
     assert "expected a text in column 'text'" in two["error"]
-    assert "2 predictions are in -" in done.stderr
+    assert three == {"error": "-, line 3: expected a text in column 'text', got None"}
+    assert "3 predictions are in -" in done.stderr
 
 
 def test_columns_are_copied_into_the_rows(place, tmp_path):

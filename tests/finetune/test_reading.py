@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastbert
+from fastbert.check import InputError
 from fastbert.config.finetune import FinetuneConfig
 from fastbert.data import load_tokenizer
 from fastbert.data.formats.conll import Sentence, read_conll
@@ -12,8 +13,9 @@ from fastbert.data.formats.tables import read_table
 from fastbert.finetune.choice import Choice
 from fastbert.finetune.features import WindowEncoder, collate
 from fastbert.finetune.infer import TASK_OF
+from fastbert.finetune.predict import _with_copies
 from fastbert.finetune.sequences import TextExample
-from fastbert.finetune.task import Settings
+from fastbert.finetune.task import Refused, Settings
 from fastbert.train.optimizer import finetuning_optimizer
 
 
@@ -33,6 +35,25 @@ def test_csv_has_quotes_and_tsv_has_none(write):
 def test_labels_of_json_lines(write):
     file = write("a.jsonl", [{"label": value} for value in ("x", 3, True, 1.5)])
     assert [row.label("label") for row in read_table(file, ["label"])] == ["x", "3", "true", "1.5"]
+
+
+@pytest.mark.parametrize(("name", "choices"), [("classification", ()), ("choice", ("a",))])
+def test_a_row_of_json_lines_may_lack_columns_in_prediction_alone(name, choices, write):
+    config = FinetuneConfig(task=name, train="x", dev="x", model="x", choice_column=choices)
+    task = TASK_OF[name](Settings.of(config, 48))
+    file = write("a.jsonl", [{"id": 3}, {"text": "good", "a": ["x", "y"], "label": 1}])
+    task.copied = ("label", "id")
+    refused, example = task.read(file, labelled=False)
+    assert isinstance(refused, Refused)
+    assert "line 1: expected a text in column" in refused.reason
+    assert "good" in (example if choices else example.texts)
+    assert _with_copies([{}, {}], task) == [{"label": None, "id": 3}, {"label": 1, "id": None}]
+    task.copied = ("odd",)
+    with pytest.raises(InputError, match=r"a\.jsonl: no column 'odd', only id, text, a, label"):
+        task.read(file, labelled=False)
+    task.copied = ()
+    with pytest.raises(InputError, match=r"line 1: no column 'text', only id"):
+        task.read(file)
 
 
 def test_conll(write):

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from fastbert.check import InputError
 from fastbert.data.formats.tables import encodable, read_text
 
+_CONTEXTS = {"context", "context_text", "paragraphs"}  # an entry has one of these keys
+
 
 class Answer(NamedTuple):
     """An answer inside a context: `text` is `context[start : start + len(text)]`."""
@@ -48,7 +50,7 @@ def read_squad(path: Path, *, labelled: bool = True) -> list[Question]:
     """
     contents = _json(path)
     if isinstance(contents, dict):
-        contents = contents.get("data", contents)
+        contents = [contents] if _CONTEXTS & contents.keys() else contents.get("data")
     if not isinstance(contents, list):
         raise InputError(f"{path}: not in SQuAD's form: expected a list of texts under 'data'")
     questions: list[Question] = []

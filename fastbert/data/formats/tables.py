@@ -81,14 +81,17 @@ def read_text(path: Path) -> str:
     return text
 
 
-def read_table(path: Path, columns: Sequence[str], delimiter: str | None = None) -> list[Row]:
+def read_table(
+    path: Path, columns: Sequence[str], delimiter: str | None = None, *, in_every_row: bool = True
+) -> list[Row]:
     """The rows of a .csv, .tsv or .jsonl file, each of which has the named columns.
 
     A .csv is quoted as in RFC 4180. A .tsv is not quoted, like the files of GLUE: a quotation mark
     is an ordinary character. A stream, such as standard input, is read as .csv if a delimiter is
     given, otherwise as JSON Lines.
 
-    delimiter: one character to use instead of the comma or the tab
+    delimiter: one character to use instead of the comma or the tab; in_every_row: False if it is
+    enough that some row of JSON Lines has a column
 
     Raises InputError for another kind of file, for a file that cannot be read or has no rows, for a
     row with more or fewer fields than the header, and for a missing column.
@@ -100,7 +103,10 @@ def read_table(path: Path, columns: Sequence[str], delimiter: str | None = None)
         raise InputError(f"{path}: expected a .csv, .tsv or .jsonl file, got {path.suffix!r}")
     text = read_text(path)
     if kind == _JSON_LINES:
-        rows = list(json_rows(text.split("\n"), path, columns))
+        rows = list(json_rows(text.split("\n"), path, columns if in_every_row else ()))
+        _check_columns(
+            dict.fromkeys(name for row in rows for name in row.values), columns, f"{path}"
+        )
     else:
         # no limit of a field's length: the whole text is in memory already
         lines = io.StringIO(text, newline="")

@@ -16,7 +16,7 @@ from fastbert.data.text.files import find_files, format_of, opened
 from fastbert.data.text.sentences import split_sentences
 
 _FIRST = 1024  # bytes that are read to recognise the format of a file without an ending
-_READER_VERSION = 1  # increase it when the same files begin to give other documents
+_READER_VERSION = 2  # increase it when the same files begin to give other documents
 
 
 @dataclasses.dataclass

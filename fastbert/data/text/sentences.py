@@ -5,10 +5,11 @@ import re
 
 # Abbreviations, without their full stop, which does not end a sentence. Some of them can end one
 # ("Inc."), but in pre-training two joined sentences do no harm, and a sentence cut in two does.
+# "etc." is not among them: before a capital letter it ends nearly every sentence that it is in.
 _ABBREVIATIONS = frozenset(
-    "al approx apr asst aug ca capt cf ch co col corp dec dept dr eds eq eqs est feb fig figs "
-    "gen gov hon inc jan jr jul jun lt ltd mar messrs mr mrs ms mt no nos nov oct op p pp prof "
-    "ref refs rep resp rev sec sen sep sept sgt sr st univ viz vol vols vs".split()
+    "al approx apr asst aug ave blvd ca capt cf ch co col corp dec dept dr ed eds eq eqs est feb "
+    "fig figs gen gov hon inc jan jr jul jun lt ltd maj mar messrs mr mrs ms mt no nos nov oct op "
+    "p pp prof rd ref refs rep resp rev sec sen sep sept sgt sr st univ viz vol vols vs".split()
 )
 
 # A Chinese stop always ends a sentence; a Latin one only before white space, so that 3.14, os.path
@@ -19,6 +20,9 @@ _STOP = re.compile(
     re.VERBOSE,  # nothing backtracks, so that a page of dots takes linear time
 )
 
+# J, and parts of one or two letters with stops between them: e.g, U.S, Ph.D, M.Sc.
+_INITIALS = re.compile(r"[^\W\d_]|[^\W\d_]{1,2}(?:\.[^\W\d_]{1,2})+")
+
 _LOOK_BACK = 24  # characters before a full stop in which an abbreviation is looked for
 
 
@@ -26,7 +30,8 @@ def split_sentences(text: str) -> list[str]:
     """The sentences of `text` in order, stripped, without empty ones.
 
     A newline always ends a sentence. A stop before a lower-case letter does not, and neither does
-    the full stop of an abbreviation (Mr., e.g.), of an initial (J. Smith) or of a list number.
+    the full stop of an abbreviation (Mr., e.g., Ph.D.), of an initial (J. Smith) or of a list
+    number.
     """
     return [sentence for line in text.splitlines() for sentence in _split_line(line)]
 
@@ -52,5 +57,4 @@ def _takes_full_stop(before: str) -> bool:
     if before.strip().isdigit():  # "2. Second item"
         return True
     word = before.rpartition(" ")[2].strip("\"'“”‘’»()[]{}*")
-    initials = re.fullmatch(r"[^\W\d_](\.[^\W\d_])*", word) is not None  # e.g, i.e, U.S, J
-    return initials or word.lower() in _ABBREVIATIONS
+    return _INITIALS.fullmatch(word) is not None or word.lower() in _ABBREVIATIONS

@@ -17,6 +17,8 @@ from fastbert.data import split_sentences
         "Pi is 3.14. | It is irrational.",
         "He said “Stop.” | (Then he left.) | 'Really?' she asked. | Yes.",
         "See Fig. 3 and cf. No. 7 in vol. X of it. | It costs $5. | 20 are sold.",
+        "Ask a Ph.D. Smith, M.Sc. Jones or Ll.B. Kay. | She lives in 5 Fifth Ave. West of us.",
+        "Down Sunset Blvd. No. 3, 2nd ed. Paris. | Ask os.path. | See main.py. | Cats, etc. | Yes.",
         "1. Open the file. | 2. Read it.",
         "Wait… what? | So… | Nothing. | Ah!!! | OK?!",
         "no capital here. this goes on. | This ends",

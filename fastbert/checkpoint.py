@@ -154,48 +154,6 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: truncated or corrupt ({reason})") from None
 
 
-# Applied in order; other names of google-research/bert differ from Hugging Face's by separators.
-_FROM_TENSORFLOW = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r":0$", ""),
-        (r"^cls/squad/output_(weights|bias)$", r"qa_outputs/\1"),
-        (r"^output_(weights|bias)$", r"classifier/\1"),
-        (r"^(cls/seq_relationship)/output_(weights|bias)$", r"\1/\2"),
-        (r"^(cls/predictions)/output_bias$", r"\1/bias"),
-        (r"/layer_(\d+)/", r"/layer/\1/"),
-        (r"_embeddings$", r"_embeddings/weight"),
-        (r"/(gamma|kernel|weights)$", "/weight"),
-        (r"/beta$", "/bias"),
-    )
-]
-_OF_THE_OPTIMIZER = re.compile(
-    r"(^|/)(global_step|good_steps|loss_scale|beta\d_power|(adam|lamb)_[mv]|\w*Optimizer\w*)(/|:|$)",
-    re.IGNORECASE,
-)
-_TENSORFLOW_LINEARS = re.compile(r"/kernel(:0)?$")  # stored (in, out)
-
-
-def from_tensorflow(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Renames the weights of google-research/bert and of models fine-tuned with it.
-
-    tensors: arrays, or tensors, by their names in the TensorFlow checkpoint, such as
-    bert/encoder/layer_0/attention/self/query/kernel. Returns copies under Hugging Face's names, for
-    `load_weights`, which refuses unknown names; the optimizer's slots and step are left out.
-    """
-    weights = {}
-    for name, array in tensors.items():
-        if _OF_THE_OPTIMIZER.search(name):
-            continue
-        tensor = array.detach().clone() if isinstance(array, Tensor) else torch.tensor(array)
-        if _TENSORFLOW_LINEARS.search(name):
-            tensor = tensor.T.contiguous()
-        for pattern, replacement in _FROM_TENSORFLOW:
-            name = pattern.sub(replacement, name)
-        weights[name.replace("/", ".")] = tensor
-    return weights
-
-
 def load_weights(
     model: nn.Module,
     weights: Mapping[str, Tensor],
@@ -215,8 +173,8 @@ def load_weights(
     tied = _tied_names(model)
     for alias, name in tied.items():
         if alias in weights:  # the alias of a tied weight is read only if the main name is absent
-            weights.setdefault(name, weights[alias])
-            del weights[alias]
+            found = weights.pop(alias)
+            weights[name] = found if _is_apart(model, alias) else weights.get(name, found)
 
     reshaped = [n for n in weights if n in own and weights[n].shape != own[n].shape]
     if ignore_mismatched_sizes:
@@ -254,12 +212,14 @@ def _remedy(model: Any, name: str, count: int) -> str:
 def save_weights(
     model: nn.Module, directory: str | Path, weights: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Writes model.safetensors; a tied parameter is written once, under its first name.
+    """Writes model.safetensors; a tied parameter once, unless transformers 5 reads it twice.
 
     weights: written instead of the model's parameters, for models that hold only shards
     """
     own = model.named_parameters() if weights is None else weights.items()
     tensors = {name: p.detach().cpu().contiguous() for name, p in own}
+    tied = _tied_names(model).items()
+    tensors |= {n: tensors[first].clone() for n, first in tied if _is_apart(model, n)}
     with new_file(Path(directory) / WEIGHTS) as path:
         save_file(tensors, path, metadata={"format": "pt"})
 
@@ -293,6 +253,11 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
     first: dict[nn.Parameter, str] = {}
     named = model.named_parameters(remove_duplicate=False)
     return {name: first[p] for name, p in named if first.setdefault(p, name) != name}
+
+
+def _is_apart(model: Any, alias: str) -> bool:
+    """Whether transformers 5 has a parameter of its own there, and computes with no other."""
+    return alias.endswith("decoder.bias") and not model.config.tie_word_embeddings
 
 
 def _some(names: list[str]) -> str:

@@ -12,6 +12,7 @@ import fastbert
 from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.system import files
+from fastbert.tensorflow import from_tensorflow
 from tests import processes
 
 SHAPE = {
@@ -30,6 +31,26 @@ def saved(tmp_path):
     model = fastbert.BertForPreTraining(fastbert.BertConfig(**SHAPE)).eval()
     model.save_pretrained(tmp_path)
     return model, tmp_path
+
+
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertForPreTraining"])
+def test_a_decoder_that_is_not_tied_has_its_own_bias(kind, tmp_path):
+    """transformers 5 then has two parameters, of which it computes with that of the decoder."""
+    config = transformers.BertConfig(**SHAPE, tie_word_embeddings=False)
+    theirs = getattr(transformers, kind)(config).eval()
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        theirs.cls.predictions.decoder.bias.normal_()
+    theirs.save_pretrained(tmp_path)
+    ours = getattr(fastbert, kind).from_pretrained(tmp_path)
+    torch.testing.assert_close(ours(ids)[0], theirs(ids)[0], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        ours.cls.predictions.bias.normal_()
+    ours.save_pretrained(tmp_path)
+    theirs = getattr(transformers, kind).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(theirs(ids)[0], ours(ids)[0], rtol=1e-4, atol=1e-4)
+    again = getattr(fastbert, kind).from_pretrained(tmp_path)
+    assert torch.equal(again(ids)[0], ours(ids)[0])
 
 
 def test_a_run_with_other_files_in_it_is_still_a_run(tmp_path):
@@ -380,7 +401,7 @@ def test_tensorflow_checkpoints_become_hugging_faces(head, form):
     assert "bert/embeddings/LayerNorm/gamma" in tensors
     if form == "numpy":
         tensors = {name: tensor.numpy() for name, tensor in tensors.items()}
-    weights = checkpoint.from_tensorflow(tensors)
+    weights = from_tensorflow(tensors)
     expected = dict(theirs.named_parameters())
     assert weights.keys() == expected.keys()
     for name, tensor in weights.items():
@@ -413,7 +434,7 @@ def test_the_official_names_of_a_tensorflow_checkpoint():
     }
     slots = ["global_step", "bert/pooler/dense/kernel/adam_v", "beta1_power", "loss_scale:0"]
     slots.append("bert/pooler/dense/kernel/AdamWeightDecayOptimizer_1")
-    weights = checkpoint.from_tensorflow(dict.fromkeys([*names, *slots], kernel))
+    weights = from_tensorflow(dict.fromkeys([*names, *slots], kernel))
     assert list(weights) == list(names.values())
     for name, tensor in zip(names, weights.values(), strict=True):
         assert torch.equal(tensor, kernel.T if "kernel" in name else kernel), name

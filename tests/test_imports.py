@@ -24,6 +24,7 @@ ROOMS = {
     "config": "check",
     "optim": "check",
     "packing": "check",
+    "tensorflow": "",
     "system": "check",
     "backend": "events",
     "checkpoint": "check system",

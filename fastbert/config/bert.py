@@ -256,6 +256,9 @@ def _default_names(count: int) -> dict[int, str]:
 def changed(config: Any, **changes: Any) -> Any:
     """The configuration with other values: a copy of a `BertConfig`, or else the same object."""
     if isinstance(config, BertConfig):
+        padding, count = config.pad_token_id, changes.get("vocab_size", config.vocab_size)
+        if padding is not None and padding >= count:  # its row is gone
+            changes.setdefault("pad_token_id", None)
         return dataclasses.replace(config, **changes)
     for name, value in changes.items():
         setattr(config, name, value)

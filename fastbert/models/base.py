@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, Unpack
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,11 @@ from torch.utils.checkpoint import checkpoint as recompute
 from fastbert import checkpoint
 from fastbert.check import require
 from fastbert.config.bert import BertConfig, changed, check_config
-from fastbert.models.inputs import ForwardOptions, Inputs, Request
+from fastbert.models.inputs import Inputs, Request
 from fastbert.models.resize import resize
 from fastbert.modules.bert_layer import BertLayer
 from fastbert.modules.embeddings import own_dtype
 from fastbert.modules.encoder import pad_output
-from fastbert.packing import PackedBatch
 from fastbert.system.files import new_file
 
 
@@ -132,11 +131,11 @@ class BertPreTrainedModel(nn.Module):
         if count == embeddings.num_embeddings:
             return embeddings
         std = None if mean_resizing else self.config.initializer_range
+        config = changed(self.config, vocab_size=count)
         resize(embeddings, count, std)
         if decoder is not None:
             resize(decoder, count, std)
             self.set_output_embeddings(decoder)
-        config = changed(self.config, vocab_size=count)
         for module in self.modules():
             if getattr(module, "config", None) is self.config and module is not self:
                 module.config = config
@@ -221,16 +220,26 @@ class BertPreTrainedModel(nn.Module):
         return model.eval()
 
     def save_pretrained(
-        self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **others: Any,
     ) -> None:
         """Writes config.json and model.safetensors, which Hugging Face's from_pretrained loads.
 
         Each file replaces an older one atomically.
 
-        state_dict: written instead of the parameters, of which this process may have only a shard;
-            each tied one once, under its first name
+        is_main_process: False writes nothing; state_dict: written instead of the parameters, of
+        which this process may have only a shard; others: of Hugging Face's arguments those that
+        say how files are written (save_function, safe_serialization=True, max_shard_size), which
+        make no difference here. Raises ValueError for other arguments.
         """
-        directory = Path(directory)
+        is_known = others.keys() <= _WRITING and others.get("safe_serialization", True)
+        require(is_known, "save_pretrained", "safetensors, and no other arguments", others)
+        if not is_main_process:
+            return
+        directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         checkpoint.save_weights(self, directory, state_dict)
         with new_file(directory / "config.json") as path:
@@ -238,29 +247,7 @@ class BertPreTrainedModel(nn.Module):
             path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-class LabelledModel(BertPreTrainedModel):
-    """A model whose only target is the argument `labels`."""
-
-    def forward(
-        self,
-        input_ids: Tensor | PackedBatch | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        **options: Unpack[ForwardOptions],
-    ) -> Any:
-        """The loss if labels are given, and the logits; for the labels see the class.
-
-        input_ids: (B, S) int64, or a PackedBatch; attention_mask: see `read_mask`; token_type_ids,
-        position_ids: (B, S), by default zeros and the column; inputs_embeds: (B, S, H) instead of
-        input_ids; options: see `ForwardOptions`. Raises ValueError for arguments that do not fit.
-        """
-        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self.run(inputs, options, labels=labels)
-
-
+_WRITING = {"save_function", "safe_serialization", "max_shard_size"}
 _DOWNLOAD = {"revision", "cache_dir", "token", "local_files_only"}
 
 

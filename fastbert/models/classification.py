@@ -5,9 +5,9 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 
 from fastbert.check import require
-from fastbert.models.base import LabelledModel
 from fastbert.models.bert import BertModel
 from fastbert.models.inputs import ForwardOptions, Inputs, Request
+from fastbert.models.labelled import LabelledModel
 from fastbert.models.losses import score_classes, score_sequences
 from fastbert.outputs import (
     MultipleChoiceModelOutput,

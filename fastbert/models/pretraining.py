@@ -4,10 +4,11 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from fastbert.models.base import BertPreTrainedModel, LabelledModel
+from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.bert import BertModel
 from fastbert.models.heads import BertOnlyMLMHead, BertOnlyNSPHead, BertPreTrainingHeads
 from fastbert.models.inputs import ForwardOptions, Inputs, Request, wants_logits
+from fastbert.models.labelled import LabelledModel
 from fastbert.models.losses import Scored, masked_rows, pretraining_loss, score_classes, score_words
 from fastbert.outputs import BertForPreTrainingOutput, MaskedLMOutput, NextSentencePredictorOutput
 from fastbert.packing import PackedBatch

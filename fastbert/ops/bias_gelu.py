@@ -67,11 +67,11 @@ class BiasGeluFunction(torch.autograd.Function):
         if ctx is not None:
             ctx.save_for_backward(rows, bias)
             ctx.kernels, ctx.options = kernels, (tanh, ctx.needs_input_grad[2])
-        return shaped(kernels.bias_gelu_fwd(rows, bias, tanh), x)
+        return shaped(kernels.bias_gelu_fwd(rows, bias, tanh), x.shape)
 
     @staticmethod
     @once("bias_gelu")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, bias = ctx.saved_tensors
         dx, dbias = ctx.kernels.bias_gelu_bwd(as_rows(dy), rows, bias, *ctx.options)
-        return None, shaped(dx, dy), dbias if len(dbias) else None, None
+        return None, shaped(dx, dy.shape), dbias if len(dbias) else None, None

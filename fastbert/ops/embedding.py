@@ -9,7 +9,7 @@ from torch import Tensor
 from fastbert.backend import DTYPES, op
 from fastbert.check import require
 from fastbert.ops.dropout import check_dropout, device_numbers, drawn, dropped
-from fastbert.ops.fused import as_rows, once, run
+from fastbert.ops.fused import as_rows, once, run, shaped
 from fastbert.ops.layer_norm import plain_layer_norm, refusal
 from fastbert.rng import DropoutState
 
@@ -171,7 +171,7 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
             padding_id = -1 if call.padding_idx is None else call.padding_idx
             ctx.kernels, ctx.numbers = kernels, (site, threshold, padding_id)
             ctx.has_types = call.token_type is not None
-        return y.view(*call.input_ids.shape, call.word.shape[1])
+        return shaped(y, (*call.input_ids.shape, call.word.shape[1]))
 
     @staticmethod
     @once(WHO)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbert.backend import DTYPES, op
 from fastbert.check import require
 from fastbert.ops.fp8_plain import Emulation
-from fastbert.ops.fused import as_rows, once, result_dtype, run
+from fastbert.ops.fused import as_rows, once, result_dtype, run, shaped
 
 MULTIPLE = 16  # which the kernels want a weight's sizes to be multiples of
 
@@ -184,7 +184,7 @@ class _Fp8Linear(torch.autograd.Function):
             y = kernels.product(
                 x8, w8, of[0], of[1], None if bias is None else bias.to(dtype), dtype
             )
-        y = y[: len(rows)].view(*x.shape[:-1], weight.shape[0])
+        y = shaped(y[: len(rows)], (*x.shape[:-1], weight.shape[0]))
         if ctx is None:
             return y
         ctx.save_for_backward(x8_t, w8_t, scale, of)
@@ -233,7 +233,7 @@ class _Fp8FeedForward(torch.autograd.Function):
                 output_weight.contiguous(), output_scale[1], output_amax[1], False
             )
             y = kernels.product(g8, v8, output_of[0], output_of[1], None, dtype)[:n]
-        y = y.view(*x.shape[:-1], output_weight.shape[0])
+        y = shaped(y, (*x.shape[:-1], output_weight.shape[0]))
         if ctx is None:
             return y
         ctx.save_for_backward(

@@ -42,11 +42,10 @@ def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable[..., Any]], Ca
                 return backward(ctx, *gradients)
             with torch.no_grad():
                 found = backward(ctx, *gradients)
-            for dy in gradients:
-                if dy is not None and dy.requires_grad:
-                    message = f"{who}: its gradients cannot be differentiated again; {remedy}"
-                    return _Refusal.apply(message, dy, *found)  # type: ignore[no-untyped-call]
-            return found
+            message = f"{who}: its gradients cannot be differentiated again; {remedy}"
+            # they depend on the inputs even where the incoming gradients are constants
+            source = torch.zeros((), requires_grad=True)
+            return _Refusal.apply(message, source, *found)  # type: ignore[no-untyped-call]
 
         return first_derivative
 
@@ -54,10 +53,10 @@ def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable[..., Any]], Ca
 
 
 class _Refusal(Function):
-    """Passes on the gradients that a backward computed from dy; its own backward raises."""
+    """Passes on the gradients that a backward computed, as of `source`; its own backward raises."""
 
     @staticmethod
-    def forward(ctx: Any, message: str, dy: Tensor, *found: Tensor | None) -> Any:
+    def forward(ctx: Any, message: str, source: Tensor, *found: Tensor | None) -> Any:
         ctx.message = message
         return tuple(None if x is None else x.view_as(x) for x in found)
 
@@ -74,9 +73,12 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def shaped(rows: Tensor, x: Tensor) -> Tensor:
-    """The rows of `as_rows(x)`, (M, H), in x's shape (..., H)."""
-    return rows if x.ndim == 2 else rows.view(x.shape)
+def shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """A result (M, H) in another shape (..., H), for autograd no view: users may change it."""
+    if len(shape) == 2:
+        return rows
+    result: Tensor = torch.ops.aten._unsafe_view.default(rows, shape)
+    return result
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:

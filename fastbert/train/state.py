@@ -71,7 +71,7 @@ def save(
     }
     with ranks.new_directory(directory) as writing:
         if ranks.is_first:
-            model.save_pretrained(writing, weights)
+            model.save_pretrained(writing, state_dict=weights)
             save_tokenizer(tokenizer, writing, max_length=model.config.max_position_embeddings)
             alone = {"optimizer": optimizer.state_dict()} if ranks.size == 1 else {}
             torch.save(saved | alone, writing / STATE)

@@ -268,3 +268,14 @@ def test_accelerate_trains_saves_and_goes_on(tmp_path):
     for a, b in zip(one[1].parameters(), two[1].parameters(), strict=True):
         assert torch.equal(a, b)
     assert (tmp_path / "model" / "model.safetensors").exists()
+    accelerator, model = two[:2]
+    options = {"save_function": accelerator.save, "state_dict": accelerator.get_state_dict(model)}
+    for is_main in (False, True):
+        plain = accelerator.unwrap_model(model)
+        plain.save_pretrained(tmp_path / "ours", is_main_process=is_main, **options)
+        assert (tmp_path / "ours").exists() == is_main
+    read = fastbert.BertForMaskedLM.from_pretrained(tmp_path / "ours").state_dict()
+    assert all(torch.equal(read[name], x) for name, x in model.state_dict().items())
+    for unknown in ({"safe_serialization": False}, {"variant": "fp16"}):
+        with pytest.raises(ValueError, match="save_pretrained: expected safetensors, and no other"):
+            plain.save_pretrained(tmp_path / "other", **unknown)

@@ -181,6 +181,13 @@ def test_resized_embeddings_keep_their_rows_their_tie_and_the_config(name, tied)
     assert model(IDS.clamp(max=49))[0].isfinite().all()
 
 
+def test_a_vocabulary_without_the_padding_token_has_none():
+    model = make("BertForPreTraining", pad_token_id=60)
+    model.resize_token_embeddings(50)
+    assert model.config.pad_token_id is model.get_input_embeddings().padding_idx is None
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 def test_resizing_writes_into_hugging_faces_own_config():
     config = transformers.BertConfig(**SHAPE)
     model = fastbert.BertForMaskedLM(config)

@@ -80,3 +80,35 @@ def test_the_result_is_that_of_training(name, dtype, device):
     for actual in (function(*tensors), without, inference):
         assert torch.equal(actual, expected)
         assert not actual.requires_grad
+
+
+@pytest.mark.parametrize("name", sorted(calls("cpu", torch.float32).keys() - {"dropout"}))
+@pytest.mark.usefixtures("triton")
+def test_a_second_derivative_is_refused_of_whatever_gradient(name, device):
+    """Also where the first gradient is a constant, which no graph leads to."""
+    function, tensors = calls(device, torch.float32)[name]
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    y = function(*leaves)
+    slopes = torch.autograd.grad(y.sum(), leaves, create_graph=True)
+    assert all(slope.requires_grad for slope in slopes)
+    with pytest.raises(RuntimeError, match="its gradients cannot be differentiated again"):
+        sum(slope.square().sum() for slope in slopes).backward()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8), (6, 8), (8,)], ids=str)
+@pytest.mark.usefixtures("triton")
+def test_results_of_any_shape_may_be_changed_in_place(shape, device):
+    x = torch.randn(shape, device=device).requires_grad_()
+    weight, bias = torch.randn(2, 8, device=device)
+    ids = torch.zeros(shape[:-1], dtype=torch.int64, device=device)
+    table = torch.randn(4, 8, device=device).requires_grad_()
+    results = [
+        bias_gelu(x, bias),
+        layer_norm(x, weight, bias),
+        dropout_add_layer_norm(x, x, weight, bias),
+        dropout(x, 0.5),
+        embedding_layer_norm(ids, ids, None, table, table, None, weight, bias),
+    ]
+    sum(y.add_(1).sum() for y in results).backward()
+    assert x.grad.isfinite().all()
+    assert table.grad.isfinite().all()

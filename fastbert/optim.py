@@ -28,9 +28,10 @@ class Lamb(torch.optim.Optimizer):
     variant="nvidia" is what NVIDIA trains BERT with (apex.optimizers.FusedLAMB with its defaults:
     apex/optimizers/fused_lamb.py and csrc/multi_tensor_lamb.cu). It differs in two points:
 
-    - First the gradients are divided, in place, by max(1, |g| / max_grad_norm), where |g| is the
-      norm over all parameters of all groups. The paper's algorithm does not clip. With
-      max_grad_norm=None nothing is clipped here, for callers who clip the gradients themselves.
+    - First the gradients are divided by max(1, |g| / max_grad_norm), where |g| is the norm over all
+      parameters of all groups; in place, but for groups with 16-bit ones. The paper's algorithm
+      does not clip. With max_grad_norm=None nothing is clipped here, for callers who clip the
+      gradients themselves.
     - Groups with weight_decay = 0, usually biases and LayerNorm, have no ratio: they take an Adam
       step. In the paper every tensor has a ratio, even the keys' biases in attention, whose
       gradient is 0 but for rounding: the ratio turns that noise into full steps. (FusedLAMB with
@@ -40,16 +41,16 @@ class Lamb(torch.optim.Optimizer):
     ratio, gradient averaging (1 - beta1, not 1), eps outside the root, and ratio 1 for norm 0.
 
     params: parameters or groups of any floating dtype, each group on one device, and all of them
-        where "nvidia" clips; norms and bias corrections are in float32, in float64 for float64.
-        Shards of FSDP2 (DTensor) use the norms of the whole tensors, which costs one small
-        all-reduce per group.
+        where "nvidia" clips. Moments, updates and norms are in float32, in float64 for float64, so
+        that a step rounds 16-bit parameters once. Shards of FSDP2 (DTensor) use the norms of the
+        whole tensors, which costs one small all-reduce per group.
     lr: a number, or a tensor on the device, whose current value each replay of a CUDA graph reads.
 
     The host never waits in `step`, and step counts are on the device, so that a CUDA graph can
     record it. As in torch's fused optimizers, `found_inf`, a float32 tensor (), skips the update on
     the device where it is 1, and gradients are divided by `grad_scale`; GradScaler sets both.
-    Raises ValueError for sparse gradients, options out of range, and groups with another variant or
-    max_grad_norm than the optimizer's.
+    Raises ValueError for sparse gradients, options out of range, and groups or loaded states with
+    another variant or max_grad_norm than the optimizer's.
     """
 
     _step_supports_amp_scaling = True  # tells GradScaler that `step` itself skips updates
@@ -66,9 +67,6 @@ class Lamb(torch.optim.Optimizer):
         max_grad_norm: float | None = 1.0,
     ) -> None:
         require(variant in VARIANTS, "Lamb", f"variant to be one of {VARIANTS}", repr(variant))
-        require(all(0 <= beta < 1 for beta in betas), "Lamb", "betas in [0, 1)", betas)
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            require(isinstance(value, Tensor) or value >= 0, "Lamb", f"{name} >= 0", value)
         above_0 = max_grad_norm is None or max_grad_norm > 0
         require(above_0, "Lamb", "max_grad_norm > 0 or None", max_grad_norm)
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -76,16 +74,39 @@ class Lamb(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, whose lr, betas, eps and weight_decay may differ from the optimizer's."""
-        for name in ("variant", "max_grad_norm"):  # of all gradients together
-            given, own = param_group.get(name, self.defaults[name]), self.defaults[name]
-            require(given == own, "Lamb", f"one {name} for all groups, {own!r}", repr(given))
+        self._check(param_group)
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state, with step counts on the parameters' devices."""
+        for group in state_dict["param_groups"]:
+            self._check(group)
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():  # torch leaves "step" on its saved device
             state["step"] = state["step"].to(parameter.device)
+        self._load_wide_moments(state_dict)
+
+    def _load_wide_moments(self, state_dict: dict[str, Any]) -> None:
+        """Loads the moments of 16-bit parameters again, because torch rounded them to 16 bits."""
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            dtype, saved = _wide_dtype(parameter), state_dict["state"].get(number)
+            if saved and dtype != parameter.dtype:
+                for name in ("exp_avg", "exp_avg_sq"):
+                    self.state[parameter][name] = saved[name].to(parameter.device, dtype)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for a group's options out of range, or other than the optimizer's."""
+        options = self.defaults | group
+        for name in ("variant", "max_grad_norm"):  # of all gradients together
+            value, own = options[name], self.defaults[name]
+            require(value == own, "Lamb", f"one {name} for all groups, {own!r}", repr(value))
+        betas = options["betas"]
+        require(all(0 <= beta < 1 for beta in betas), "Lamb", "betas in [0, 1)", betas)
+        for name in ("lr", "eps", "weight_decay"):
+            value = options[name]
+            require(isinstance(value, Tensor) or value >= 0, "Lamb", f"{name} >= 0", value)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -99,14 +120,17 @@ class Lamb(torch.optim.Optimizer):
         if not every:
             return loss
         found_inf = getattr(self, "found_inf", None)
-        self._prepare_gradients(every, found_inf)
-        for group, parameters in zip(self.param_groups, used, strict=True):
+        gradients = [_wide([_local(_gradient(p)) for p in parameters]) for parameters in used]
+        self._prepare([g for own in gradients for g in own], every, found_inf)
+        for group, parameters, own in zip(self.param_groups, used, gradients, strict=True):
             if parameters:
-                self._step_group(group, parameters, found_inf)
+                self._step_group(group, parameters, own, found_inf)
         return loss
 
-    def _prepare_gradients(self, parameters: list[Tensor], found_inf: Tensor | None) -> None:
-        gradients = [_local(_gradient(p)) for p in parameters]
+    def _prepare(
+        self, gradients: list[Tensor], parameters: list[Tensor], found_inf: Tensor | None
+    ) -> None:
+        """Unscales and clips the gradients in place, and zeros those of a skipped step."""
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             torch._foreach_div_(gradients, scale)
@@ -124,12 +148,16 @@ class Lamb(torch.optim.Optimizer):
                 gradient.masked_fill_(found_inf.bool(), 0)
 
     def _step_group(
-        self, group: dict[str, Any], parameters: list[Tensor], found_inf: Tensor | None
+        self,
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        g: list[Tensor],
+        found_inf: Tensor | None,
     ) -> None:
         """Updates the local shards of one group; only the norms need the other shards."""
         states = [self._state(parameter) for parameter in parameters]
-        x = [_local(parameter) for parameter in parameters]
-        g = [_local(_gradient(parameter)) for parameter in parameters]
+        own = [_local(parameter) for parameter in parameters]
+        x = _wide(own)
         m = [_local(state["exp_avg"]) for state in states]
         v = [_local(state["exp_avg_sq"]) for state in states]
         steps = [state["step"] for state in states]
@@ -161,13 +189,15 @@ class Lamb(torch.optim.Optimizer):
             rates = rates * torch.where((of_x > 0) & (of_u > 0), (of_x / of_u).sqrt(), 1)
         torch._foreach_mul_(u, list(rates.unbind()))
         torch._foreach_sub_(x, u)
+        if x is not own:
+            torch._foreach_copy_(own, x)
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(parameter, dtype=_wide_dtype(parameter))
         return state
 
 
@@ -180,6 +210,19 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
+
+
+def _wide(tensors: list[Tensor]) -> list[Tensor]:
+    """The list itself; copies in float32 or wider where one of the tensors has 16 bits."""
+    if all(tensor.dtype.itemsize >= 4 for tensor in tensors):
+        return tensors
+    copies = [torch.empty_like(tensor, dtype=_wide_dtype(tensor)) for tensor in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
 
 
 def _squares(tensors: list[Tensor]) -> Tensor:

@@ -35,10 +35,12 @@ class ModelOutput(OrderedDict[str, Any]):
             object.__setattr__(self, name, None)
             self.clear()
             for name, value in first.items():
-                setattr(self, name, value)
+                self[name] = value
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
+        if name not in self.__dataclass_fields__:  # type: ignore[attr-defined]
+            return  # an attribute that the caller adds
         if value is not None:
             super().__setitem__(name, value)
         elif name in self:
@@ -46,6 +48,8 @@ class ModelOutput(OrderedDict[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         setattr(self, name, value)
+        if name not in self.__dataclass_fields__:  # type: ignore[attr-defined]
+            super().__setitem__(name, value)  # joins the mapping, in Hugging Face's too
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]

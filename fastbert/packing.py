@@ -48,7 +48,7 @@ class PackedBatch:
     dropout_state: (2,) int64, seed and step of dropout; None draws them from torch's generator
 
     Raises ValueError unless exactly one of input_ids and inputs_embeds is given, for a cu_seqlens
-    of another dtype or rank, and for ids or labels of another shape.
+    of another dtype, of another rank or empty, and for ids or labels of another shape.
     """
 
     input_ids: Tensor | None = None
@@ -72,8 +72,9 @@ class PackedBatch:
             "both" if self.input_ids is not None else "neither",
         )
         tokens = self._tokens.shape[:1]
+        has_bounds = self.cu_seqlens.ndim == 1 and len(self.cu_seqlens) > 0
         require(
-            self.cu_seqlens.ndim == 1 and self.cu_seqlens.dtype == torch.int32,
+            has_bounds and self.cu_seqlens.dtype == torch.int32,
             "PackedBatch",
             "cu_seqlens of dtype int32 and shape (batch + 1,)",
             f"{self.cu_seqlens.dtype} {tuple(self.cu_seqlens.shape)}",

@@ -124,14 +124,30 @@ def test_a_parameter_without_gradient_stays_and_counts_its_own_steps():
     assert_equal(parameters, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_low_precision_stays_near_the_oracle(dtype):
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1e-4, 1.0], ids=["small gradients", "gradients"])
+def test_low_precision_stays_near_the_oracle(dtype, variant, scale):
     parameters = make_parameters(dtype)
-    steps = [[g.to(dtype).double() for g in make_gradients(step)] for step in range(5)]
-    expected = oracle(parameters, steps, "paper")
-    run(make_lamb(parameters), parameters, steps)
-    # each step rounds the moments, the update and the parameter
-    assert_equal(parameters, expected, tolerance=10 * torch.finfo(dtype).eps)
+    steps = [[g.to(dtype).double() for g in make_gradients(step, scale)] for step in range(5)]
+    expected = oracle(parameters, steps, variant)
+    run(make_lamb(parameters, variant), parameters, steps)
+    # each step rounds the parameter, in float32 the moments and the update too
+    roundings = 10 if dtype == torch.float32 else 3
+    assert_equal(parameters, expected, tolerance=roundings * torch.finfo(dtype).eps)
+
+
+def test_float16_gradients_are_not_rounded_where_they_are_unscaled():
+    """Their true values, about 1e-8, are too small for float16."""
+    parameter = torch.ones(3, dtype=torch.float16, requires_grad=True)
+    twin = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    parameter.grad = torch.tensor([1e-2, -2e-2, 3e-2]).half()
+    twin.grad = parameter.grad.double() / 2**20
+    optimizer = Lamb([parameter], lr=0.1, eps=1e-10)
+    optimizer.grad_scale = torch.tensor(2.0**20)
+    optimizer.step()
+    Lamb([twin], lr=0.1, eps=1e-10).step()
+    assert_equal([parameter], [twin.detach()], tolerance=1e-3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -200,6 +216,19 @@ def test_goes_on_from_its_state_dict(tmp_path):
     assert_equal(parameters, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_state_dict_has_the_moments_of_16_bit_parameters_in_float32(dtype):
+    parameters = make_parameters(dtype)
+    optimizer, other = make_lamb(parameters), make_lamb(parameters)
+    run(optimizer, parameters, [make_gradients(0)])
+    other.load_state_dict(optimizer.state_dict())
+    for parameter in parameters:
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment, loaded = (one.state[parameter][name] for one in (optimizer, other))
+            assert moment.dtype == loaded.dtype == torch.float32
+            assert torch.equal(moment, loaded)
+
+
 def test_a_copy_keeps_its_variant():
     parameters = make_parameters()
     steps = [make_gradients(step, 3.0) for step in range(3)]
@@ -229,45 +258,6 @@ def test_calls_its_closure_with_gradients():
 
     assert optimizer.step(closure) == 3
     assert (parameter < 1).all()
-
-
-@pytest.mark.parametrize(
-    ("options", "pattern"),
-    [
-        ({"variant": "google"}, "variant to be one of .*'google'"),
-        ({"betas": (0.9, 1.0)}, "betas in"),
-        ({"lr": -1.0}, "lr >= 0"),
-        ({"eps": -1.0}, "eps >= 0"),
-        ({"weight_decay": -1.0}, "weight_decay >= 0"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm > 0"),
-    ],
-    ids=str,
-)
-def test_refuses_impossible_options(options, pattern):
-    with pytest.raises(ValueError, match=f"Lamb: expected {pattern}"):
-        Lamb([torch.ones(2, requires_grad=True)], **options)
-
-
-@pytest.mark.parametrize("option", [{"variant": "nvidia"}, {"max_grad_norm": 0.5}])
-def test_refuses_a_group_with_options_of_the_whole(option):
-    groups = [{"params": [torch.ones(2, requires_grad=True)]} | option]
-    with pytest.raises(ValueError, match=f"one {next(iter(option))} for all groups"):
-        Lamb(groups)
-
-
-def test_refuses_to_clip_over_two_devices():
-    parameters = [torch.ones(2, requires_grad=True, device=device) for device in ("cpu", "meta")]
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    with pytest.raises(ValueError, match=r"gradients on one device to clip.*max_grad_norm=None"):
-        Lamb(parameters, variant="nvidia").step()
-
-
-def test_refuses_sparse_gradients():
-    table = torch.nn.Embedding(4, 2, sparse=True)
-    table(torch.tensor([1])).sum().backward()
-    with pytest.raises(ValueError, match="dense gradients"):
-        Lamb(table.parameters()).step()
 
 
 @pytest.mark.gpu

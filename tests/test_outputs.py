@@ -33,6 +33,19 @@ def test_reads_as_mapping_object_and_tuple(module):
 
 
 @pytest.mark.parametrize("module", [ours, theirs], ids=["fastbert", "transformers"])
+def test_another_attribute_is_no_part_of_the_mapping_but_another_item_is(module):
+    output = module.MaskedLMOutput(**FIELDS)
+    output.seconds = 5
+    assert output.seconds == 5
+    assert list(output) == ["loss", "hidden_states"]
+    assert len(output.to_tuple()) == 2
+    assert len(pytree.tree_leaves(output)) == 3
+    output["tokens"] = 7
+    assert output["tokens"] == output.tokens == 7
+    assert list(output) == ["loss", "hidden_states", "tokens"]
+
+
+@pytest.mark.parametrize("module", [ours, theirs], ids=["fastbert", "transformers"])
 @pytest.mark.parametrize("change", ["pop", "update", "setdefault"])
 def test_fields_cannot_be_removed(module, change):
     output = module.MaskedLMOutput(**FIELDS)

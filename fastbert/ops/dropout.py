@@ -77,9 +77,10 @@ def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Dro
     """Zeros elements of x (..., H) with probability dropout_p and scales the others to make up.
 
     rng: with a token key for each row of x; None draws a fresh state from torch's generator.
-    Returns x.dtype; x itself where dropout_p is 0. Raises ValueError for a dropout_p outside
-    [0, 4095/4096], or an rng of another size, device or dtype.
+    Returns x.dtype; x itself where dropout_p is 0. Raises ValueError for an x without dimensions, a
+    dropout_p outside [0, 4095/4096], or an rng of another size, device or dtype.
     """
+    require(x.ndim > 0, "dropout", "x of shape (..., hidden)", "()")
     rows = x.shape[:-1].numel()
     check_dropout("dropout", rows, x.device, dropout_p, rng)
     return Dropout(x, dropout_p, drawn(rows, x.device, dropout_p, rng))
@@ -112,7 +113,7 @@ class DropoutFunction(torch.autograd.Function):
         if ctx is not None:
             ctx.save_for_backward(*numbers[:2])
             ctx.kernels, ctx.numbers = kernels, numbers[2:]
-        return shaped(kernels.dropout(as_rows(x), *numbers), x)
+        return shaped(kernels.dropout(as_rows(x), *numbers), x.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -51,9 +51,8 @@ def _described(x: Tensor) -> str:
 @gather_rows.plain
 def _plain(call: Call) -> Tensor:
     src, index, _ = call
-    if src.shape[0] == 0:  # index_select has no row to point at; a sum keeps autograd's graph
-        rows = src.sum(0, keepdim=True).to(src.dtype).expand(index.shape[0], -1)
-        return rows.contiguous()  # memory that a caller may write to
+    if src.shape[0] == 0:  # only -1 is in range: it reads a row of zeros, which keeps the graph
+        return src.sum(0, keepdim=True).to(src.dtype).index_select(0, index + 1)
     # autograd's own gradient is right: zero for rows left out, and one row each for the others
     is_spare = index == -1
     rows = src.index_select(0, index.masked_fill(is_spare, 0))

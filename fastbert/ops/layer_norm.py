@@ -99,6 +99,7 @@ def dropout_add_layer_norm(
 
 def _check_vectors(who: str, x: Tensor, **vectors: Tensor) -> None:
     shape = x.shape[-1:]
+    require(len(shape) == 1, who, "x of shape (..., hidden)", "()")
     for name, vector in vectors.items():
         if vector.shape != shape:
             require(False, who, f"{name} of shape {tuple(shape)}", tuple(vector.shape))
@@ -212,8 +213,8 @@ class LayerNormFunction(torch.autograd.Function):
             rows, None if residual is None else as_rows(residual), x_bias, weight, bias, eps,
             *(numbers := device_numbers(rng, dropout_p)), "" if ctx is None else save, has_low,
         )  # fmt: skip
-        y = shaped(y, x)
-        low = shaped(more.pop(0), x) if has_low else y
+        y = shaped(y, x.shape)
+        low = shaped(more.pop(0), x.shape) if has_low else y
         if ctx is None:
             return (low, y) if branches else y
         rstd, *of_z = more
@@ -244,11 +245,11 @@ class LayerNormFunction(torch.autograd.Function):
             rows, others, as_rows(kept), weight, bias, mean, rstd,
             state, token_key, *ctx.numbers, ctx.x_dtype, ctx.num_sums,
         )  # fmt: skip
-        dz = shaped(dz, dy)
+        dz = shaped(dz, dy.shape)
         # Where dx equals dz, both gradients are the same tensor object, not views of it: autograd
         # adds to a gradient in place, or makes it a leaf's .grad without a copy, only while it
         # holds the sole reference to that tensor.
-        dx = dz if dx.ndim == 1 else shaped(dx, dy)
+        dx = dz if dx.ndim == 1 else shaped(dx, dy.shape)
         dresidual = dz if ctx.has_residual else None
         dweight, dbias, dx_bias = (*sums.unbind(), None, None, None)[:3]
         return None, dx, dresidual, dweight, dbias, None, dx_bias, None, None, None, None

@@ -107,14 +107,17 @@ def unpad(attention_mask: Tensor, capacity: int | None = None) -> Unpadding:
     attention_mask: (B, S) bool or of an integer dtype. Padding may be on either side or between
     tokens, and a row may be all padding; a batch without padding needs no copy. The host waits for
     a GPU once; with a `capacity`, at least the number of real tokens, it does not: that is then T,
-    with filler behind the real tokens. Raises ValueError for another shape or dtype.
+    with filler behind the real tokens. Raises ValueError for another shape or dtype, or a negative
+    capacity.
     """
+    is_integer = not (attention_mask.is_floating_point() or attention_mask.is_complex())
     require(
-        attention_mask.ndim == 2 and not attention_mask.is_floating_point(),
+        attention_mask.ndim == 2 and is_integer,
         "unpad",
         "attention_mask of shape (batch, seqlen) and dtype bool or an integer",
         f"{tuple(attention_mask.shape)} {attention_mask.dtype}",
     )
+    require(capacity is None or capacity >= 0, "unpad", "a capacity of at least 0", capacity)
     batch, seqlen = attention_mask.shape
     is_token = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
     if capacity is not None:

@@ -54,3 +54,11 @@ def test_what_the_kernel_does_not_take_is_dropped_by_pytorch(device):
     y = dropout(torch.ones(4, 80, dtype=torch.float64, device=device), 0.5)
     assert y.dtype == torch.float64
     assert set(y.flatten().tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_number_without_a_row_is_refused(p, body, device):
+    with pytest.raises(
+        ValueError, match=r"dropout: expected x of shape \(\.\.\., hidden\), got \(\)"
+    ):
+        dropout(torch.ones((), device=device), p)

@@ -164,6 +164,14 @@ def test_an_index_outside_the_rows_is_refused(implementation, device, entry):
         gather_rows(torch.zeros(3, 4), torch.tensor([0, entry]).int(), INVERSE)
 
 
+@pytest.mark.parametrize("entry", [-2, 0, 2**31 - 1])
+@pytest.mark.parametrize("implementation", ["ext", "reference"], indirect=True)
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_an_index_into_no_rows_is_refused(implementation, device, entry):
+    with pytest.raises(IndexError, match=r"out of range|in \[-1, 0\)"):
+        gather_rows(torch.zeros(0, 4), torch.tensor([-1, entry]).int(), INVERSE[:0])
+
+
 @pytest.mark.parametrize("implementation", ["triton"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("entry", [-2, 3, 2**31 - 1])

@@ -358,6 +358,14 @@ def test_wrong_arguments_are_named(call, message, device):
         call(torch.ones(2, 4, device=device))
 
 
+@pytest.mark.usefixtures("body")
+@pytest.mark.parametrize("call", [layer_norm, refused], ids=["alone", "of a sum"])
+def test_a_number_without_a_row_is_refused(call, device):
+    number = torch.ones((), device=device)
+    with pytest.raises(ValueError, match=r"expected x of shape \(\.\.\., hidden\), got \(\)"):
+        call(number, number, number)
+
+
 def test_dropout_add_layer_norm_keeps_the_residuals_dtype():
     x, residual = torch.randn(5, 8).bfloat16(), torch.randn(5, 8)
     weight, bias = torch.randn(2, 8)

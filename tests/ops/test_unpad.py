@@ -136,12 +136,21 @@ def test_from_cu_seqlens_agrees_with_a_mask(implementation, device, lengths, ext
 
 @pytest.mark.parametrize(
     ("mask", "got"),
-    [(torch.ones(3).long(), r"\(3,\) torch.int64"), (torch.ones(1, 3), r"\(1, 3\) torch.float32")],
-    ids=["1-D", "float"],
+    [
+        (torch.ones(3).long(), r"\(3,\) torch.int64"),
+        (torch.ones(1, 3), r"\(1, 3\) torch.float32"),
+        (torch.ones(1, 3, dtype=torch.complex64), r"\(1, 3\) torch.complex64"),
+    ],
+    ids=["1-D", "float", "complex"],
 )
 def test_unpad_refuses(mask, got):
     with pytest.raises(ValueError, match=f"unpad: expected attention_mask .* integer, got {got}"):
         unpad(mask)
+
+
+def test_unpad_refuses_a_negative_capacity(implementation, device):
+    with pytest.raises(ValueError, match="unpad: expected a capacity of at least 0, got -1"):
+        unpad(torch.ones(1, 3, device=device).long(), -1)
 
 
 @pytest.mark.parametrize("padding", [unpad(torch.tensor([[1, 0]])), Unpadding.dense(1, 2)])

@@ -102,6 +102,13 @@ def test_a_batch_with_nothing_to_predict_is_a_finite_zero(model):
         assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.parametrize("bounds", [torch.zeros(0).int(), torch.zeros(1, 2).int(), torch.zeros(2)])
+def test_a_batch_refuses_bounds_of_another_form(bounds):
+    batch = make_batch([9, 3], 1)
+    with pytest.raises(ValueError, match=r"PackedBatch: expected cu_seqlens of .*\(batch \+ 1,\)"):
+        dataclasses.replace(batch, cu_seqlens=bounds)
+
+
 def test_only_matrices_decay(model):
     decayed, kept = make_optimizer(model, 0.01).param_groups
     names = {p: name for name, p in model.named_parameters()}

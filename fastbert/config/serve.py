@@ -40,7 +40,9 @@ class ServeConfig:
         bounds=at_least(3),
     )
     truncate: bool = option(
-        False, "Cut longer texts off where a request does not say whether to.", group=MODEL
+        False,
+        "Cut longer texts off where a request does not say whether to (not for ner and qa).",
+        group=MODEL,
     )
     precision: str | None = option(
         None,

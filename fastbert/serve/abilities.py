@@ -45,7 +45,13 @@ class Tokens:
 
 
 class Ability(abc.ABC):
-    """One kind of request that a model can answer."""
+    """One kind of request that a model can answer.
+
+    cuts: whether long texts may be cut off; where not, --truncate does not reach a request, and one
+    that asks for it is refused.
+    """
+
+    cuts = True
 
     @abc.abstractmethod
     def features(self, inputs: Sequence[Any], truncate: bool) -> list[Feature]:
@@ -112,6 +118,7 @@ class MaskFilling(Ability):
     """
 
     MOST = 100  # words for a [MASK], and the largest top_k of a request
+    cuts = False
 
     def __init__(self, tokenizer: Tokenizer, max_seq_len: int) -> None:
         self.tokenizer, self.max_seq_len = tokenizer, max_seq_len

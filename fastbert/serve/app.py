@@ -55,13 +55,15 @@ def make_app(
 
     @app.exception_handler(HTTPException)
     async def of_the_library(request: Request, error: HTTPException) -> Response:
+        status = error.status_code
         reasons = {
+            400: "the body: not JSON in UTF-8, nested too deep, or with a number too long to read",
             404: f"no such route: {request.url.path}",
             405: f"not by {request.method}",
             413: too_large(config.max_body).reason,
         }
-        reason = reasons.get(error.status_code, str(error.detail))
-        return Refusal(error.status_code, reason).response(request.url.path)
+        reason = reasons.get(status, str(error.detail))
+        return Refusal(422 if status == 400 else status, reason).response(request.url.path)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
@@ -76,6 +78,9 @@ def _reasons(errors: Any) -> str:
     """Which fields are wrong and why, without quoting the request."""
     found = []
     for error in errors[:_SHOWN]:
-        where = ".".join(map(str, error["loc"][1:])) or "the body"
-        found.append(f"{where}: {error['msg']}")
+        where, said = ".".join(map(str, error["loc"][1:])) or "the body", error["msg"]
+        if error["type"] == "json_invalid":
+            problem = error["ctx"]["error"].removesuffix(" at")
+            where, said = f"the body, character {where}", f"not JSON ({problem})"
+        found.append(f"{where}: {said}")
     return encodable("; ".join(found)) + ("; ..." if len(errors) > _SHOWN else "")

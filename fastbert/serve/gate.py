@@ -17,6 +17,8 @@ from fastbert.serve.refusal import Refusal, too_large
 OPEN = ("/health",)  # needs no key; also while the server is full or draining
 ALWAYS = (*OPEN, "/metrics")  # also while the server is full or draining
 
+_DISCARDED = 16_000_000  # bytes of a body too large, at most, that are read for its 413 to arrive
+
 
 class Gate:
     """ASGI middleware that admits requests, limits their time and counts them.
@@ -28,7 +30,7 @@ class Gate:
 
     def __init__(self, config: ServeConfig, paths: Collection[str], metrics: Metrics) -> None:
         key = config.api_key()
-        self.key = None if key is None else f"Bearer {key}".encode()
+        self.key = None if key is None else key.encode()
         self.config, self.paths, self.metrics = config, paths, metrics
         self.is_draining = False
         self.num_open = 0  # requests being answered
@@ -64,6 +66,8 @@ class Gate:
             await self._answer(app, scope, receive, watched)
         except Refusal as refusal:
             if not status:
+                if refusal.status == 413:
+                    await self._discard(scope, receive)
                 await refusal.response(path)(scope, receive, watched)
         finally:
             self.num_open -= is_counted
@@ -79,8 +83,9 @@ class Gate:
     def _admit(self, scope: Scope, path: str) -> None:
         headers = Headers(scope=scope)
         if self.key is not None and path not in OPEN:
-            given = headers.get("authorization", "").encode("latin-1")
-            if not hmac.compare_digest(given, self.key):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            is_right = hmac.compare_digest(given.strip().encode("latin-1"), self.key)
+            if scheme.lower() != "bearer" or not is_right:
                 raise Refusal(401, "expected the header Authorization: Bearer and the server's key")
         if path in ALWAYS:
             return
@@ -90,10 +95,21 @@ class Gate:
             raise Refusal(
                 429, f"{self.config.max_requests} requests are being answered; try again later", 1
             )
-        size = headers.get("content-length", "")
-        # before the body is read; int() refuses thousands of digits
-        if size.isdecimal() and (len(size) > 18 or int(size) > self.config.max_body):
+        if _length(headers) > self.config.max_body:  # before the body is read
             raise too_large(self.config.max_body)
+
+    async def _discard(self, scope: Scope, receive: Receive) -> None:
+        """Reads a body that was refused, unless it is huge or the client asked whether to send it.
+
+        A connection that is closed before its body is read is reset, and the answer lost.
+        """
+        headers = Headers(scope=scope)
+        if "expect" in headers or _length(headers) > _DISCARDED:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.timeout):
+                while (await receive()).get("more_body"):
+                    pass
 
     async def _answer(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the app until it has answered, the client has left or the time is over (504)."""
@@ -133,3 +149,9 @@ class Gate:
                 watcher.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await watcher
+
+
+def _length(headers: Headers) -> int:
+    """The bytes of the body as the headers have it; 0 if they do not say."""
+    size = headers.get("content-length", "")
+    return int(size[:19]) if size.isdecimal() else 0  # int() refuses thousands of digits

@@ -75,13 +75,12 @@ def load(config: ServeConfig) -> Served:
     architecture = (bert.extra.get("architectures") or ["BertModel"])[0]
     longest = bert.max_position_embeddings
     limit = min(files.max_seq_len or longest, longest)
-    settings = _settings(directory, architecture, bert, limit)
-    max_seq_len = config.max_seq_len or limit
-    if settings is not None:
-        max_seq_len = config.max_seq_len or settings.max_seq_len
-        settings = settings._replace(max_seq_len=max_seq_len)
+    settings = _settings(directory, architecture, bert, config.max_seq_len or limit)
+    max_seq_len = config.max_seq_len or (limit if settings is None else settings.max_seq_len)
     if not 3 <= max_seq_len <= longest:
         raise InputError(f"--max-seq-len: between 3 and the model's {longest}, got {max_seq_len}")
+    if settings is not None:
+        settings = _with_length(settings, max_seq_len)
     precision = config.precision or (settings.precision if settings else "auto")
     precision = resolve_precision(precision)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -149,6 +148,19 @@ def _settings(
         null_threshold=0.0,
         precision="auto",
     )
+
+
+def _with_length(settings: Settings, max_seq_len: int) -> Settings:
+    """The settings with that length; InputError if the windows of the training do not fit it."""
+    if settings.stride is not None and max_seq_len < settings.max_seq_len:
+        num_special = 3 if settings.task == "qa" or settings.pair_column is not None else 2
+        least = num_special + settings.stride + 1
+        if max_seq_len < least:
+            raise InputError(
+                f"--max-seq-len: at least {least}, for the model reads windows that share "
+                f"{settings.stride} tokens, got {max_seq_len}"
+            )
+    return settings._replace(max_seq_len=max_seq_len)
 
 
 def _num_texts(settings: Settings, is_ours: bool) -> tuple[int, ...]:

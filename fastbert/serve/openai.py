@@ -26,7 +26,7 @@ def routes(service: Service) -> APIRouter:
                 422, "dimensions: the model's vectors have one width and are not cut; leave it out"
             )
         texts = service.prompted(service.texts(_texts(body.input)), None)
-        features, scores = await service.read(service.served.embedding, texts, None)
+        features, scores = await service.read(service.served.embedding, texts, body.truncate)
         tokens = sum(feature.num_tokens for feature in features)
         return await service.in_thread(
             _answer, scores, body.encoding_format, service.served.name, tokens

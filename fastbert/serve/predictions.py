@@ -1,6 +1,7 @@
 """Predictions of fine-tuned models: classes, numbers, entities and answers."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +24,11 @@ SEQUENCES = ("classification", "multilabel", "regression")
 SERVED = (*SEQUENCES, "ner", "qa")
 
 # A word: one Chinese character; letters and digits, joined by marks (U.S, e-mail); or one mark.
+# An accent, which stands for all combining marks, belongs to what it stands on.
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
-_WORD = re.compile(rf"[{_HAN}]|[^\W{_HAN}]+(?:[-.&@/][^\W{_HAN}]+)*|\S")
+_ACCENT = "\u0301"
+_RUN = rf"[^\W{_HAN}]+(?:{_ACCENT}+[^\W{_HAN}]*)*"
+_WORD = re.compile(rf"[{_HAN}]{_ACCENT}*|{_RUN}(?:[-.&@/]{_RUN})*|\S{_ACCENT}*")
 
 
 class Prediction(Ability):
@@ -46,8 +50,9 @@ class Prediction(Ability):
         self.num_texts, self.max_sequences = num_texts, max_sequences
         self.task = TASK_OF[settings.task](settings, labels)
         self.settings, self.labels = settings, list(labels)
+        self.cuts = settings.task in SEQUENCES
         longest, stride, advice = settings.max_seq_len, settings.stride, CUT
-        if settings.task in ("ner", "qa"):
+        if not self.cuts:
             advice = "shorten it"
         tokens: Any = Tokens(tokenizer)
         self.encoders = {
@@ -64,12 +69,12 @@ class Prediction(Ability):
                 for i, (question, context) in enumerate(inputs)
             ]
         if task == "ner":
-            words = [tuple(match[0] for match in _WORD.finditer(text)) for (text,) in inputs]
+            words = [tuple(text[a:b] for a, b in word_places(text)) for (text,) in inputs]
             return [Sentence(f"input {i}", some, None) for i, some in enumerate(words)]
         return [TextExample(f"input {i}", texts, None) for i, texts in enumerate(inputs)]
 
     def features(self, inputs: Sequence[tuple[str, ...]], truncate: bool) -> list[Feature]:
-        if truncate and self.settings.task in ("ner", "qa"):
+        if truncate and not self.cuts:
             raise Refusal(422, f"truncate: not for {self.settings.task}, which reads whole texts")
         features: list[Feature] = []
         for number, example in enumerate(self.examples(inputs)):
@@ -131,6 +136,12 @@ class Prediction(Ability):
         return sorted(by_label, key=lambda one: -one["score"])
 
 
+def word_places(text: str) -> list[tuple[int, int]]:
+    """Start and end of each word, in characters of the text."""
+    marks = {ord(one): _ACCENT for one in set(text) if unicodedata.category(one)[0] == "M"}
+    return [match.span() for match in _WORD.finditer(text.translate(marks) if marks else text)]
+
+
 def _answer(said: dict[str, Any]) -> dict[str, Any]:
     """With the fields of Hugging Face's pipeline; start and end in characters of the context."""
     names = {"answer": "answer", "score": "probability", "start": "start", "end": "end"}
@@ -151,7 +162,7 @@ def _word_probabilities(
 
 def _entities(text: str, said: dict[str, Any], sure: Sequence[float]) -> dict[str, Any]:
     """Words and entities, with start and end in characters of the text."""
-    places = [match.span() for match in _WORD.finditer(text)]
+    places = word_places(text)
     words = [
         {"word": text[start:end], "start": start, "end": end, "label": label, "score": score}
         for (start, end), label, score in zip(places, said["labels"], sure, strict=True)

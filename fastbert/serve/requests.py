@@ -82,10 +82,14 @@ class TokenizeBody(Body):
 
 
 class OpenAIBody(Body):
-    """OpenAI's fields; model and user are accepted, without effect: a server has one model."""
+    """OpenAI's fields, and truncate as in `EmbedBody`.
+
+    model and user are accepted, without effect: a server has one model.
+    """
 
     input: Any
     model: str | None = None
     user: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
+    truncate: bool | None = None

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Response
 from fastbert.serve.abilities import Embedding
 from fastbert.serve.loading import about
 from fastbert.serve.metrics import Metrics
-from fastbert.serve.predictions import Prediction
+from fastbert.serve.predictions import SEQUENCES, Prediction
 from fastbert.serve.refusal import Refusal, json_response
 from fastbert.serve.requests import (
     EmbedBody,
@@ -89,7 +89,7 @@ def routes(service: Service, metrics: Metrics) -> APIRouter:
                 f"an answer of {size:,} characters, more than {_MOST_FILLED:,}; lower top_k or "
                 "send fewer texts",
             )
-        _, scores = await service.read(ability, texts, bool(body.truncate))
+        _, scores = await service.read(ability, texts, body.truncate)
         pairs = zip(texts, scores, strict=True)
         answers = [ability.answer(text, own, body.top_k) for text, own in pairs]
         return json_response(answers[0] if isinstance(body.inputs, str) else answers)
@@ -127,6 +127,8 @@ def _inputs(
     is_batch = isinstance(given, list) and not isinstance(given[0], str)
     inputs: list[Any] = given if is_batch else [given]  # type: ignore[assignment]
     service.check_count(len(inputs))
+    if body.raw_scores and task not in SEQUENCES:
+        raise Refusal(422, f"raw_scores: not for {task}, whose scores are probabilities")
     if isinstance(inputs[0], QuestionBody) != (task == "qa"):
         form = '{"question": ..., "context": ...}' if task == "qa" else "texts"
         raise Refusal(422, f"inputs: expected {form}, for the model's task is {task}")

@@ -51,8 +51,11 @@ class Service:
     async def read(
         self, ability: Ability, inputs: Sequence[Any], truncate: bool | None
     ) -> tuple[list[Feature], list[Any]]:
-        """The features of the inputs, and the model's scores; truncate: None for --truncate."""
-        cut = self.config.truncate if truncate is None else truncate
+        """The features of the inputs, and the model's scores.
+
+        truncate: None for --truncate, where the ability may cut texts off
+        """
+        cut = ability.cuts and self.config.truncate if truncate is None else truncate
         features = await self.in_thread(ability.features, inputs, cut)
         return features, await self.batcher.scores(ability, features)
 

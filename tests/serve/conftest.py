@@ -4,6 +4,8 @@ import pytest
 import torch
 import transformers
 
+from fastbert.config.finetune import FinetuneConfig
+from fastbert.finetune.train import finetune
 from tests.serve.running import running
 from tests.small_model import write_model
 
@@ -42,3 +44,19 @@ def elsewhere(model, tmp_path):
         return directory, theirs, transformers.BertTokenizer.from_pretrained(directory)
 
     return make
+
+
+@pytest.fixture
+def learn(model, write, tmp_path):
+    """A short run of a task on a file, and the file; JSON Lines unless it is text or JSON."""
+
+    def learn(task, name, contents, **options):
+        file = write(name, contents)
+        config = FinetuneConfig(
+            task=task, train=file, dev=file, model=str(model), precision="fp32", epochs=10,
+            learning_rate=2e-3, batch_size=4, **options,
+        )  # fmt: skip
+        finetune(config, tmp_path / "run")
+        return tmp_path / "run", file
+
+    return learn

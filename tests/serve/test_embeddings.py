@@ -102,6 +102,15 @@ def test_a_long_text_is_refused_or_cut(minilm_server):
     assert cut == minilm_server.answer("/embed", inputs="word " * 254)
 
 
+def test_openais_route_takes_the_advice_that_it_gives(minilm_server):
+    error = minilm_server.post("/v1/embeddings", input=LONG).json()["error"]
+    assert error["message"].endswith('cut it off with "truncate": true')
+    answer = minilm_server.answer("/v1/embeddings", input=LONG, truncate=True)
+    assert answer["usage"]["total_tokens"] == 256
+    (vector,) = minilm_server.answer("/embed", inputs=LONG, truncate=True)
+    assert answer["data"][0]["embedding"] == pytest.approx(vector, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [

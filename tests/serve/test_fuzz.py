@@ -18,7 +18,7 @@ ROUTES = {
     "/predict": ("inputs", "raw_scores", "truncate"),
     "/fill-mask": ("inputs", "top_k", "truncate"),
     "/tokenize": ("inputs", "add_special_tokens", "prompt_name"),
-    "/v1/embeddings": ("input", "model", "encoding_format", "dimensions", "user"),
+    "/v1/embeddings": ("input", "model", "encoding_format", "dimensions", "user", "truncate"),
 }
 KINDS = {
     "BertModel": {},

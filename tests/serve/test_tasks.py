@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -11,13 +10,11 @@ import transformers
 
 import fastbert
 from fastbert.check import InputError
-from fastbert.config.finetune import FinetuneConfig
 from fastbert.config.serve import ServeConfig
 from fastbert.fill_mask import fill_mask
 from fastbert.finetune.predict import predict
-from fastbert.finetune.train import finetune
 from fastbert.serve.loading import load
-from tests.serve.running import running
+from tests.serve.running import is_alike, running
 
 TEXTS = ["the film was good", "a very bad book", "awful film", "a fine book and a good film"]
 LABELS = {
@@ -30,31 +27,6 @@ CONLL = (
     "new-berlin B-LOC ; , O ; yes O\n\n"
 )
 CONTEXT = "john lives in paris , mary lives in berlin"
-
-
-def is_alike(ours, theirs) -> bool:
-    """But for rounding, which depends on the batch that a text is in."""
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and is_alike([*ours.values()], [*theirs.values()])
-    if isinstance(ours, list):
-        return len(ours) == len(theirs) and all(map(is_alike, ours, theirs))
-    return ours == (pytest.approx(theirs, abs=1e-6) if isinstance(ours, float) else theirs)
-
-
-@pytest.fixture
-def learn(model, write, tmp_path):
-    """A short run of a task on a file, and the file; JSON Lines unless it is text or JSON."""
-
-    def learn(task, name, contents, **options):
-        file = write(name, contents)
-        config = FinetuneConfig(
-            task=task, train=file, dev=file, model=str(model), precision="fp32", epochs=10,
-            learning_rate=2e-3, batch_size=4, **options,
-        )  # fmt: skip
-        finetune(config, tmp_path / "run")
-        return tmp_path / "run", file
-
-    return learn
 
 
 @pytest.mark.parametrize("task", LABELS)
@@ -154,6 +126,9 @@ def test_entities_with_their_places_in_the_text(learn):
         assert "truncate: not for ner" in server.refusal(
             "/predict", 422, inputs=text, truncate=True
         )
+        assert "raw_scores: not for ner" in server.refusal(
+            "/predict", 422, inputs=text, raw_scores=True
+        )
         (chinese,) = {len(server.answer("/predict", inputs="北京,a b")["words"])}
         assert chinese == 5
     assert [one["word"] for one in answer["words"]] == said["words"] == words
@@ -189,32 +164,6 @@ def test_answers_to_questions(learn):
     for answer, own in zip(answers, said, strict=True):
         assert answer["answer"] == own["answer"] == CONTEXT[answer["start"] : answer["end"]]
         assert answer["score"] == pytest.approx(own["probability"], abs=1e-6)
-
-
-def test_texts_of_too_many_windows_are_refused_at_once(elsewhere):
-    """One with windows that move by a token each would take gigabytes."""
-    directory, _, _ = elsewhere("BertForQuestionAnswering")
-    question = "a " * (48 - 3 - 48 // 4 - 1)  # which leaves one token more than windows share
-    for inputs, said in (
-        ([{"question": question, "context": "the " * 100_000}], "99988 windows, more than 100"),
-        ([{"question": question, "context": "the " * 90}] * 20, "more than 100 windows"),
-    ):
-        with running(directory, max_queue=100) as server:
-            began = time.perf_counter()
-            assert said in server.refusal("/predict", 413, inputs=inputs)
-            assert time.perf_counter() - began < 5
-
-
-def test_entities_of_a_long_text_are_found_in_time(elsewhere):
-    labels = {0: "O", 1: "B-PER"}
-    directory, _, _ = elsewhere("BertForTokenClassification", id2label=labels)
-    with running(directory, max_queue=100_000) as server:
-        ability = server.server.served.prediction
-        began = time.perf_counter()
-        features = ability.features([("john lives " * 20_000,)], False)
-        assert time.perf_counter() - began < 10
-    words = [word for feature in features for word in feature.target.words if word >= 0]
-    assert sorted(words) == list(range(40_000))
 
 
 def test_words_for_masks(model, tmp_path):

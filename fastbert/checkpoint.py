@@ -212,14 +212,17 @@ def _remedy(model: Any, name: str, count: int) -> str:
 def save_weights(
     model: nn.Module, directory: str | Path, weights: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Writes model.safetensors; a tied parameter once, unless transformers 5 reads it twice.
+    """Writes model.safetensors; a tied parameter once, unless transformers 5 has two of it.
 
     weights: written instead of the model's parameters, for models that hold only shards
     """
     own = model.named_parameters() if weights is None else weights.items()
     tensors = {name: p.detach().cpu().contiguous() for name, p in own}
-    tied = _tied_names(model).items()
-    tensors |= {n: tensors[first].clone() for n, first in tied if _is_apart(model, n)}
+    for alias, name in _tied_names(model).items():
+        if name in tensors:
+            tensors.pop(alias, None)
+            if _is_apart(model, alias):
+                tensors[alias] = tensors[name].clone()
     with new_file(Path(directory) / WEIGHTS) as path:
         save_file(tensors, path, metadata={"format": "pt"})
 

@@ -136,9 +136,6 @@ class BertConfig:
         else:
             require(isinstance(given, Mapping), "BertConfig", "id2label to be a mapping", given)
             names = {int(number): name for number, name in given.items()}
-            known = sorted(names)
-            is_whole = known == list(range(len(names)))
-            require(is_whole, "BertConfig", "id2label to number its names from 0", known)
             if count is not None and names == _default_names(len(names)):
                 # default names follow num_labels, so that replace(config, num_labels=...) works
                 names = _default_names(count)
@@ -172,6 +169,14 @@ class BertConfig:
         )
         p = self.classifier_dropout
         require(p is None or 0 <= p < 1, "BertConfig", "classifier_dropout in [0, 1) or None", p)
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the classes, in order; InputError if id2label does not number from 0."""
+        if sorted(self.id2label) != [*range(self.num_labels)]:
+            numbers = sorted(self.id2label)
+            raise InputError(f"config.json: id2label numbers {numbers}, expected them from 0")
+        return [self.id2label[number] for number in range(self.num_labels)]
 
     @property
     def hidden_size_per_head(self) -> int:

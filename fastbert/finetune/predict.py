@@ -48,7 +48,7 @@ def predict(
         raise InputError(f"--copy: only for tables, and {settings.task} reads none")
     config = BertConfig.from_pretrained(directory)
     tokenizer = load_tokenizer(directory, model_vocab_size=config.vocab_size)
-    labels = [config.id2label[number] for number in range(config.num_labels)]
+    labels = config.labels
     require_libraries(settings.task, to_measure=False)
     task = TASK_OF[settings.task](settings, labels)
     task.copied = tuple(copy)

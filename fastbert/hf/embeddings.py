@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.check import require
-from fastbert.hf.families import Unsupported, dropout_of, leaf
+from fastbert.hf.families import Unsupported, dropout_of
 from fastbert.hf.hooks import is_hooked, is_theirs, works_by_token
 from fastbert.hf.stack import family_of_module, returns_tuples
 from fastbert.modules.embeddings import Tables, embed, own_dtype, stream_dtype
 from fastbert.modules.graphs.padded import PaddedBatch, count_tokens
-from fastbert.modules.linear import is_parametrized, is_plain, reads_rows
+from fastbert.modules.linear import Leaf, is_parametrized, is_plain, reads_rows
 from fastbert.modules.plan import Planner
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState
@@ -172,10 +172,10 @@ def padded_batch(
 
 def require_embeddings(embeddings: nn.Module, device: torch.device) -> None:
     """Raises Unsupported for embeddings without the usual modules, or of several dtypes."""
-    modules: dict[str, Any] = embeddings._modules
-    if not modules.keys() >= {"word_embeddings", "position_embeddings", "LayerNorm"}:
+    names = "word_embeddings", "position_embeddings", "LayerNorm"
+    words, positions, norm = (getattr(embeddings, name, None) for name in names)
+    if words is None or positions is None or norm is None:
         raise Unsupported(f"a {type(embeddings).__name__} of the user's own as embeddings")
-    words, norm = modules["word_embeddings"], modules["LayerNorm"]
     table, weight = words._parameters.get("weight"), norm._parameters.get("weight")
     is_one = table is None or weight is None or table.dtype == weight.dtype
     if not (is_one or torch.is_autocast_enabled(device.type)):
@@ -199,7 +199,7 @@ def _plain_parts(embeddings: Any) -> tuple[Tables, float] | None:
     is_dropout = any(is_plain(embeddings.dropout, kind) for kind in (nn.Dropout, nn.Identity))
     if not (
         all(works_by_token(table) and reads_rows(table) for table in tables)
-        and leaf(embeddings.LayerNorm, nn.LayerNorm).is_plain
+        and Leaf(embeddings.LayerNorm, nn.LayerNorm).is_plain
         and is_dropout
     ):
         return None

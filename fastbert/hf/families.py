@@ -71,7 +71,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 _NOT_BY_ELEMENT = {  # of torch's activations
-    *("GLU", "LogSoftmax", "MultiheadAttention", "PReLU", "Softmax", "Softmax2d", "Softmin"),
+    *("GLU", "LogSoftmax", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin"),
 }
 
 
@@ -83,7 +83,8 @@ def activation_of(function: Activation) -> Activation:
     if isinstance(function, nn.Module):
         cls = type(function)
         is_known = cls.__module__ in ("transformers.activations", "torch.nn.modules.activation")
-        if is_hooked(function) or not is_known or cls.__name__ in _NOT_BY_ELEMENT:
+        is_known = is_known and cls.__name__ not in _NOT_BY_ELEMENT
+        if is_hooked(function) or not is_known or getattr(function, "num_parameters", 1) > 1:
             raise Unsupported(f"a {cls.__name__} as activation, or a hook on it")
         return _ACTIVATIONS.get(cls.__name__, function)
     inner = function.func if isinstance(function, functools.partial) else function

@@ -231,9 +231,9 @@ class BertPreTrainedModel(nn.Module):
         Each file replaces an older one atomically.
 
         is_main_process: False writes nothing; state_dict: written instead of the parameters, of
-        which this process may have only a shard; others: of Hugging Face's arguments those that
-        say how files are written (save_function, safe_serialization=True, max_shard_size), which
-        make no difference here. Raises ValueError for other arguments.
+        which this process may have only a shard; others: Hugging Face's arguments for how files
+        are written (save_function, safe_serialization=True, max_shard_size), which are ignored.
+        Raises ValueError for other arguments.
         """
         is_known = others.keys() <= _WRITING and others.get("safe_serialization", True)
         require(is_known, "save_pretrained", "safetensors, and no other arguments", others)

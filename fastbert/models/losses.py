@@ -52,7 +52,11 @@ def without_padding(num_items: Count, labels: Tensor, kept: Tensor | int) -> Cou
     if num_items is None:
         return None
     given = (labels != IGNORE_INDEX).sum().clamp(min=1)
-    return torch.as_tensor(num_items, device=given.device) * kept / given
+    if isinstance(kept, Tensor):
+        given = given.to(kept.device)
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(given.device)
+    return num_items * kept / given
 
 
 def pretraining_loss(words: Scored, pairs: Scored, num_items: Count = None) -> Tensor:

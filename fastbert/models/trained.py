@@ -7,18 +7,24 @@ from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.models.base import BertPreTrainedModel
 
+
+class Headless(InputError):
+    """A checkpoint lacks parameters of the head that a model is read for."""
+
+
 Model = TypeVar("Model", bound=BertPreTrainedModel)
 
 
 def trained(kind: type[Model], directory: Path, config: Any, **options: Any) -> Model:
     """A model of class `kind` in eval mode, with the directory's weights; options: the class's.
 
-    Raises InputError where `from_pretrained` does, and for parameters that it would draw anew.
+    Raises InputError where `from_pretrained` does, and Headless for parameters that it would draw
+    anew.
     """
     model = kind(config, **options)
     absent = checkpoint.load_weights(model, checkpoint.read_weights(directory), directory)
     if absent:
-        raise InputError(
+        raise Headless(
             f"{directory}: the checkpoint has no {', '.join(absent)}, which {kind.__name__} needs; "
             "train it, or name another model"
         )

@@ -219,7 +219,6 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_defined_in(function: Any, packages: tuple[str, ...]) -> bool:
     """Whether files of these packages define a function, and all those that it wraps.
 
@@ -237,6 +236,7 @@ def is_defined_in(function: Any, packages: tuple[str, ...]) -> bool:
     return True
 
 
+is_defined_in._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see fastbert.backend
 _DEFINED: set[tuple[Any, tuple[str, ...]]] = set()  # what `is_defined_in` has found to be so
 
 

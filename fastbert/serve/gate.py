@@ -99,7 +99,7 @@ class Gate:
             raise too_large(self.config.max_body)
 
     async def _discard(self, scope: Scope, receive: Receive) -> None:
-        """Reads a body that was refused, unless it is huge or the client asked whether to send it.
+        """Reads a body that `_admit` refused, unless it is huge or the client asked about sending.
 
         A connection that is closed before its body is read is reset, and the answer lost.
         """

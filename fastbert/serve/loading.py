@@ -24,7 +24,7 @@ from fastbert.models.classification import (
 )
 from fastbert.models.pretraining import BertForMaskedLM
 from fastbert.models.question_answering import BertForQuestionAnswering
-from fastbert.models.trained import trained
+from fastbert.models.trained import Headless, trained
 from fastbert.serve.abilities import Embedding, MaskFilling
 from fastbert.serve.predictions import SEQUENCES, SERVED, Prediction
 from fastbert.train.precision import autocast, resolve_precision
@@ -88,7 +88,7 @@ def load(config: ServeConfig) -> Served:
     prediction = None
     if settings is not None and settings.task in SERVED:
         require_libraries(settings.task, to_measure=False)
-        labels = [bert.id2label[number] for number in range(bert.num_labels)]
+        labels = bert.labels
         num_texts = _num_texts(settings, is_ours=(directory / SETTINGS).is_file())
         prediction = Prediction(settings, labels, tokenizer, num_texts, config.max_queue)
     pooling = config.pooling or files.pooling or "mean"
@@ -114,7 +114,12 @@ def _model(directory: Path, architecture: str, bert: BertConfig) -> BertPreTrain
     kind = _MODELS.get(architecture)
     if kind is None:
         return trained(BertModel, directory, bert, add_pooling_layer=False)
-    return trained(kind, directory, bert)
+    try:
+        return trained(kind, directory, bert)
+    except Headless:
+        if kind is not BertForMaskedLM:
+            raise
+    return trained(BertModel, directory, bert, add_pooling_layer=False)  # to embed
 
 
 def _settings(

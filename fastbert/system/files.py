@@ -23,9 +23,6 @@ from safetensors import SafetensorError
 from fastbert.check import InputError
 
 STANDARD = "-"  # the file name that means standard input or output
-_UMASK = os.umask(0o077)  # the system tells it only to who changes it
-os.umask(_UMASK)
-_FILE_MODE, _DIRECTORY_MODE = 0o666 & ~_UMASK, 0o777 & ~_UMASK
 _DESCRIPTORS = re.compile(r"/proc/\d+(/task/\d+)?/fd")
 
 
@@ -167,7 +164,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         # some libraries make files that only their owner can read
-        beside.chmod(stat.S_IMODE(target.stat().st_mode) if target.exists() else _FILE_MODE)
+        beside.chmod(stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask())
         _sync(beside)
         beside.replace(target)
         _sync(target.parent)
@@ -206,13 +203,23 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         for file in (beside, *beside.rglob("*")):
             _sync(file)
             # only the owner can read what mkdtemp and some libraries make
-            file.chmod(_DIRECTORY_MODE if file.is_dir() else _FILE_MODE)
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
         _take_the_place(beside, target)
     except (OSError, SafetensorError, RuntimeError, Unwritable) as error:
         raise Unwritable.because(path, error) from error
     finally:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def _umask() -> int:
+    """What new files are not to allow."""
+    with contextlib.suppress(OSError, StopIteration):  # by Linux, or else by a change
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
+    found = os.umask(0o077)
+    os.umask(found)
+    return found
 
 
 def _take_the_place(beside: Path, target: Path) -> None:

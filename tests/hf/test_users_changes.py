@@ -347,6 +347,44 @@ def test_a_parametrized_table_is_computed_as_often():
             torch.testing.assert_close(states(ours), states(theirs), rtol=1e-4, atol=1e-5)
 
 
+class Wrapper(nn.Module):
+    """As peft's for `modules_to_save`: it has its module's attributes."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("how", ["wrapped", "hooked norm", "PReLU"])
+def test_what_works_by_token_stays_packed(family, how):
+    theirs, ours = pair(family)
+    for model in (theirs, ours):
+        if how == "wrapped":
+            model.embeddings = Wrapper(model.embeddings)
+        elif how == "hooked norm":
+            model.embeddings.LayerNorm.register_forward_hook(
+                lambda module, args, output: output * 2
+            )
+        elif hasattr(layer(model), "ffn"):
+            layer(model).ffn.activation = nn.PReLU()
+        else:
+            layer(model).intermediate.intermediate_act_fn = nn.PReLU()
+    with torch.no_grad():
+        torch.testing.assert_close(states(ours), states(theirs), rtol=1e-4, atol=1e-5)
+    told = fastbert.explain(ours, ids(), attention_mask=MASK, show=False)
+    assert any(route.layout.startswith("packed, 21") for route in told.routes)
+
+
 @pytest.mark.parametrize("kind", ["patched", "own"])
 def test_targets_that_are_not_numbers_are_seen_in_the_loss(kind):
     theirs, ours = pair("Bert", "ForSequenceClassification", num_labels=1)

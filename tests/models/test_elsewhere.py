@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import fastbert
 
@@ -274,6 +275,8 @@ def test_accelerate_trains_saves_and_goes_on(tmp_path):
         plain = accelerator.unwrap_model(model)
         plain.save_pretrained(tmp_path / "ours", is_main_process=is_main, **options)
         assert (tmp_path / "ours").exists() == is_main
+    names = load_file(tmp_path / "ours" / "model.safetensors").keys()
+    assert names == dict(plain.named_parameters()).keys()  # tied ones once
     read = fastbert.BertForMaskedLM.from_pretrained(tmp_path / "ours").state_dict()
     assert all(torch.equal(read[name], x) for name, x in model.state_dict().items())
     for unknown in ({"safe_serialization": False}, {"variant": "fp16"}):

@@ -8,7 +8,14 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 
 from fastbert.check import InputError
 
-_BERT = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
+# BERT's tokenizer, under the names that transformers has given it.
+_BERT = tuple(
+    f"{name}Tokenizer"
+    for name in (
+        *("Bert", "ConvBert", "DistilBert", "DPRContextEncoder", "DPRQuestionEncoder"),
+        *("DPRReader", "Electra", "LayoutLM", "Lxmert", "MobileBert", "RetriBert", "SqueezeBert"),
+    )
+)
 _ANY = ("PreTrainedTokenizer", "TokenizersBackend")  # a tokenizer.json says what these do
 _LISTS = ("extra_special_tokens", "additional_special_tokens")
 
@@ -27,15 +34,15 @@ class TokenizerConfig:
         kind = self.settings.get("tokenizer_class") or of_model or _BERT[0]
         if not isinstance(kind, str):
             raise InputError(f"{self.file}: tokenizer_class: expected a name, got {kind!r}")
-        self.kind = kind.removesuffix("Fast")
+        self.kind = kind.removesuffix("Fast").removesuffix("Legacy")
         self.is_berts = self.kind in _BERT and self.file.is_file()
 
     def require_wordpiece(self, file: Path) -> None:
         """Raises InputError for a vocab.txt of a tokenizer that divides words in another way."""
         if self.kind not in (*_BERT, *_ANY):
             raise InputError(
-                f"tokenizer {file}: belongs to a {self.kind}, which divides texts in another way; "
-                "expected the vocab.txt of a BertTokenizer"
+                f"tokenizer {file}: belongs to a {self.kind}, which is not known to divide texts "
+                "as BERT's does; expected the vocab.txt of a BertTokenizer"
             )
 
     def normalizer(self) -> normalizers.BertNormalizer:

@@ -145,6 +145,12 @@ def test_added_tokens_mend_no_vocabulary(tmp_path, lines, said):
         load_tokenizer(tmp_path)
 
 
+def test_other_names_of_berts_tokenizer(write_files):
+    directory = write_files("vocab.txt", {"tokenizer_class": "MobileBertTokenizerFast"})
+    bert = write_files("vocab.txt")
+    assert load_tokenizer(directory).to_str() == load_tokenizer(bert).to_str()
+
+
 def test_the_models_file_may_name_the_class(write_files):
     """As that of cl-tohoku/bert-base-japanese does."""
     directory = write_files("vocab.txt", {"do_lower_case": False})

@@ -271,7 +271,7 @@ def test_a_forward_that_a_layer_was_given_runs(recorder):
     for model in (plain, recorded):
         layer = model.bert.encoder.layer[1]
         own = layer.forward
-        layer.forward = lambda *args, own=own, **kwargs: own(*args, **kwargs) * 2
+        layer.forward = lambda x, *args, own=own, **kwargs: own(x * 2, *args, **kwargs)
     found = logits(recorded, INPUTS)
     torch.testing.assert_close(found, logits(plain, INPUTS))
     assert not torch.allclose(found, before)

@@ -49,14 +49,20 @@ class Options:
 
 
 class Results:
-    """Collects rows, and appends each to the file `path`, if given, which is emptied first."""
+    """Collects rows, and appends each to the file `path`, if given, which is emptied first.
+
+    Raises InputError if the file cannot be written.
+    """
 
     def __init__(self, options: Options, path: Path | None = None) -> None:
         self.path = path
         self.rows: list[Row] = []
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("", encoding="utf-8")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("", encoding="utf-8")
+            except OSError as error:
+                raise InputError(f"{path}: {error.strerror}") from None
         self._append({"part": "environment", **describe(options)})
 
     def add(self, part: str, case: Row, timings: Row | None = None, **others: Any) -> Row:
@@ -80,13 +86,32 @@ def read(path: Path) -> list[Row]:
     """The rows of a results file; raises InputError if it cannot be read or is no results file."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if rows[0]["part"] != "environment" or not all("part" in row for row in rows):
+        if rows[0]["part"] != "environment":
             raise ValueError("no environment in its first line")
+        for name in ("device", "torch", "threads", "commit"):
+            if name not in rows[0]:
+                raise ValueError(f"no {name} in its environment")
+        for number, row in enumerate(rows[1:], 2):
+            if wrong := _wrong(row):
+                raise ValueError(f"line {number}: {wrong}")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise InputError(f"{path}: not results of python -m benchmarks ({error})") from None
     return rows
+
+
+def _wrong(row: Any) -> str:
+    """What a row that is no environment lacks; empty if nothing."""
+    if not isinstance(row, dict):
+        return "no row"
+    for name, kind in (("part", str), ("case", dict), ("timings", dict)):
+        if not isinstance(row.get(name), kind):
+            return f"no {name}"
+    for name, timing in row["timings"].items():
+        if not isinstance(timing, dict) or not isinstance(timing.get("median_s"), (int, float)):
+            return f"no median_s of {name}"
+    return ""
 
 
 def describe(options: Options) -> Row:

@@ -99,13 +99,16 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0][:200] or repr(error)
 
 
-def summarize(seconds: list[float]) -> dict[str, float]:
-    """median_s in seconds, rounds, and spread: the interquartile range over the median."""
-    median = statistics.median(seconds)
-    low, high = median, median
+def summarize(seconds: list[float]) -> dict[str, Any]:
+    """median_s in seconds, rounds, and spread: the interquartile range over the median.
+
+    The spread of one round is not known: None.
+    """
+    median, spread = statistics.median(seconds), None
     if len(seconds) > 1:
         low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return {"median_s": median, "spread": (high - low) / median, "rounds": len(seconds)}
+        spread = (high - low) / median
+    return {"median_s": median, "spread": spread, "rounds": len(seconds)}
 
 
 def _synchronize() -> None:

@@ -25,7 +25,19 @@ def seconds(value: float) -> str:
 
 def time_of(timing: dict[str, Any]) -> str:
     """The median, and the interquartile range as a percentage of it."""
-    return f"{seconds(timing['median_s'])} ±{timing['spread']:.0%}"
+    return f"{seconds(timing['median_s'])}{spread_of(timing)}"
+
+
+def spread_of(timing: dict[str, Any]) -> str:
+    """What stands after a timing's figure: its spread, or nothing if it is not known."""
+    if "spread" not in timing or is_one_round(timing):
+        return ""
+    return f" ±{timing['spread']:.0%}"
+
+
+def is_one_round(timing: dict[str, Any]) -> bool:
+    """Whether a timing is of one round; older results have 0 as the spread of one."""
+    return timing.get("rounds") == 1 or timing.get("spread", 0.0) is None
 
 
 def once(about: tuple[str, ...], candidates: Iterable[T]) -> Iterator[tuple[tuple[str, ...], T]]:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.reporting.cells import seconds
+from benchmarks.reporting.cells import is_one_round, seconds
 from benchmarks.results import Row, read
 
 console = Console(highlight=False, markup=False, width=120)
@@ -21,7 +21,7 @@ class Change(NamedTuple):
     """One timing in A and B.
 
     before, after: medians in seconds; ratio: after over before; noise: the sum of both spreads,
-    each a share of its median
+    each a share of its median, or None if either is of one round, whose noise is not known
     """
 
     part: str
@@ -29,7 +29,7 @@ class Change(NamedTuple):
     candidate: str
     before: float
     after: float
-    noise: float
+    noise: float | None
 
     @property
     def ratio(self) -> float:
@@ -37,6 +37,8 @@ class Change(NamedTuple):
 
     @property
     def verdict(self) -> str:
+        if self.noise is None:
+            return "one round"
         if abs(self.ratio - 1) <= self.noise:
             return "same within noise"
         return "slower" if self.ratio > 1 else "faster"
@@ -62,7 +64,7 @@ def main(
             seconds(change.before),
             seconds(change.after),
             f"{change.ratio:.2f}x",
-            f"±{change.noise:.0%}",
+            "-" if change.noise is None else f"±{change.noise:.0%}",
             change.verdict,
         )
     if found:
@@ -79,8 +81,11 @@ def main(
 def changes(before: list[Row], after: list[Row]) -> Iterator[Change]:
     old, new = timings(before), timings(after)
     for key in old.keys() & new.keys():
-        medians = (run[key]["median_s"] for run in (old, new))
-        yield Change(*key, *medians, sum(run[key].get("spread", 0.0) for run in (old, new)))
+        both = (old[key], new[key])
+        noise = None
+        if not any(map(is_one_round, both)):
+            noise = sum(timing.get("spread", 0.0) for timing in both)
+        yield Change(*key, *(timing["median_s"] for timing in both), noise)
 
 
 def timings(rows: list[Row]) -> dict[tuple[str, str, str], dict[str, Any]]:

@@ -42,13 +42,15 @@ def main(
     ] = None,
 ) -> None:
     """Write tables (Markdown) and plots (PNG) beside results, and the tables of documents."""
-    for path in files or sorted(RESULTS.glob("*/*.jsonl")):
-        rows = read(path)
+    # all is read before anything is written
+    runs = {path: read(path) for path in files or sorted(RESULTS.glob("*/*.jsonl"))}
+    texts = {path: filled(_text(path)) for path in document or DOCUMENTS}
+    for path, rows in runs.items():
         write_text(path.with_suffix(".md"), markdown(rows))
         for plot in plots.write(rows, path):
             print(plot)
-    for path in document or DOCUMENTS:
-        write_text(path, filled(path.read_text(encoding="utf-8")))
+    for path, text in texts.items():
+        write_text(path, text)
 
 
 def markdown(rows: list[Row]) -> str:
@@ -101,6 +103,16 @@ def block(results: Path, name: str, part: str) -> str:
     if not found:
         return "\nNot measured yet.\n\n"
     return f"\n{PARTS[part](found).markdown()}\n\n{_source(rows[0])}: {file}\n\n"
+
+
+def _text(path: Path) -> str:
+    """The text of a document; raises InputError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text in UTF-8") from None
 
 
 def _source(about: Row) -> str:

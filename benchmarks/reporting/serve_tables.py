@@ -1,6 +1,6 @@
 """Tables of servers: requests per second, and latency under load."""
 
-from benchmarks.reporting.cells import Table, once, seconds
+from benchmarks.reporting.cells import Table, once, seconds, spread_of
 from benchmarks.results import FASTBERT, Row
 
 
@@ -15,7 +15,7 @@ def serve(rows: list[Row]) -> Table:
                 (
                     *what,
                     name,
-                    f"{rate:,.1f} ±{timing['spread']:.0%}",
+                    f"{rate:,.1f}{spread_of(timing)}",
                     f"{rate * row['tokens'] / case['requests']:,.0f}",
                     f"{timings[FASTBERT]['requests_per_second'] / rate:.2f}x",
                     f"{row['largest_difference'][name]:.0e}",

@@ -9,6 +9,7 @@ and shows what a step reads and writes more often than it must. The kernels are 
 import collections
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable
 from typing import Annotated, Any, NamedTuple
 from unittest import mock
@@ -28,8 +29,9 @@ from benchmarks.reporting.cells import seconds
 from benchmarks.results import FASTBERT, Options
 from benchmarks.steps import footprint
 from benchmarks.steps.steps import make_model, training_step
-from benchmarks.workloads import Batch, pretraining_batch, sequence_lengths
+from benchmarks.workloads import MAX_SEQLEN, Batch, pretraining_batch, sequence_lengths
 from fastbert import backend
+from fastbert.config.bert import BertConfig
 from fastbert.config.pretrain import PRESETS
 from fastbert.kernels import fp8_linear
 from fastbert.modules.products import fp8, weight_copies
@@ -38,6 +40,7 @@ from fastbert.modules.products import fp8, weight_copies
 # reads and writes both count; the fastest FP8 product of a layer's size reached 1274 TFLOP/s.
 PRODUCT, COPY = 790e12, 4.3e12
 FP8, FP8_RATIO = "_scaled_mm", 1274 / 790
+NAMED = "wikipedia, full, uniform, serving"
 ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 
 
@@ -197,12 +200,22 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
 
 
+def _rate(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise typer.BadParameter(f"a finite number above 0, got {value:g}")
+    return value
+
+
 def main(
     preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "large",
-    lengths: Annotated[str, typer.Option(help="wikipedia, full, uniform, a number.")] = "wikipedia",
+    lengths: Annotated[str, typer.Option(help=f"{NAMED} or a number.")] = "wikipedia",
     sequences: Annotated[int, typer.Option(help="In the batch.", min=1)] = 96,
-    product: Annotated[float, typer.Option(help="TFLOP/s of a large product.")] = PRODUCT / 1e12,
-    copy: Annotated[float, typer.Option(help="TB/s of a large copy.")] = COPY / 1e12,
+    product: Annotated[float, typer.Option(help="TFLOP/s of a large product.", callback=_rate)] = (
+        PRODUCT / 1e12
+    ),
+    copy: Annotated[float, typer.Option(help="TB/s of a large copy.", callback=_rate)] = (
+        COPY / 1e12
+    ),
     rows: Annotated[int, typer.Option(help="Operators to show.", min=1)] = 40,
     residual_in_fp32: Annotated[bool, typer.Option(help="With a float32 residual stream.")] = False,
     in_fp8: Annotated[bool, typer.Option("--fp8", help="The encoder's products in FP8.")] = False,
@@ -212,8 +225,12 @@ def main(
         raise typer.BadParameter(f"preset: one of {', '.join(PRESETS)}, got {preset!r}")
     try:
         found = sequence_lengths(lengths, sequences)
-    except KeyError:
-        raise typer.BadParameter(f"lengths: wikipedia, full, ..., got {lengths!r}") from None
+    except (KeyError, ValueError):
+        found = [0]
+    longest = min(BertConfig(**PRESETS[preset].shape).max_position_embeddings, MAX_SEQLEN)
+    if not 1 <= max(found) <= longest:
+        expected = f"{NAMED} or a number from 1 to {longest}"
+        raise typer.BadParameter(f"lengths: {expected}, got {lengths!r}")
     work, kept_bytes = count(preset, found, residual_in_fp32, in_fp8=in_fp8)
     floors = {
         kind: one.floor(product * 1e12 * (FP8_RATIO if kind.operator == FP8 else 1), copy * 1e12)

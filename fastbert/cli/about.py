@@ -31,7 +31,9 @@ def versions() -> list[tuple[str, ...]]:
 def devices() -> list[tuple[str, ...]]:
     """(device, description) of the CPU and of each GPU that torch can use."""
     capability = torch.backends.cpu.get_cpu_capability()
-    rows: list[tuple[str, ...]] = [("cpu", f"{torch.get_num_threads()} threads, {capability}")]
+    threads = torch.get_num_threads()
+    counted = f"{threads} thread{'s' if threads > 1 else ''}"
+    rows: list[tuple[str, ...]] = [("cpu", f"{counted}, {capability}")]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         memory = gpu.total_memory / 2**30

@@ -35,7 +35,10 @@ class Scored(NamedTuple):
         """loss_sum / num_rows, or / num_items; a finite 0 with zero gradients without labels."""
         count = self.num_rows if num_items is None else num_items
         if isinstance(count, Tensor):
-            return self.loss_sum / count.to(self.loss_sum.device).clamp(min=1)
+            count = count.to(self.loss_sum.device).clamp(min=1)
+            # a fraction, of `without_padding`, is in float64, and would widen the loss
+            count = count.to(self.loss_sum.dtype) if count.is_floating_point() else count
+            return self.loss_sum / count
         return self.loss_sum / max(count, 1)
 
     def sums(self) -> list[Tensor]:
@@ -56,7 +59,7 @@ def without_padding(num_items: Count, labels: Tensor, kept: Tensor | int) -> Cou
         given = given.to(kept.device)
     if isinstance(num_items, Tensor):
         num_items = num_items.to(given.device)
-    return num_items * kept / given
+    return num_items * kept / given.double()
 
 
 def pretraining_loss(words: Scored, pairs: Scored, num_items: Count = None) -> Tensor:

@@ -36,6 +36,7 @@ from fastbert.train.objective import PretrainingObjective
 KINDS = ("ddp", "fsdp")
 # how long other processes wait while the first one tokenises a large corpus
 PATIENCE = datetime.timedelta(days=7)
+_FAILED = "fastbert has failed"  # key of the store, set by a process that ends with an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,27 +94,52 @@ class Ranks:
 def joined() -> Iterator[Ranks]:
     """Joins the process group of torchrun's environment variables; without them, a single process.
 
-    Each process has its own GPU and uses NCCL, or gloo on CPUs. Only the first one prints.
+    Each process has its own GPU and uses NCCL, or gloo on CPUs. Only the first one prints. After an
+    InputError or OSError of one process, others that wait for it raise SystemExit(2). Raises
+    InputError if only some of the variables are set.
     """
     on_gpu = torch.cuda.is_available()
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         yield Ranks(torch.device("cuda" if on_gpu else "cpu"))
         return
+    wanted = ("RANK", "MASTER_ADDR", "MASTER_PORT", *["LOCAL_RANK"] * on_gpu)
+    if missing := [name for name in wanted if name not in os.environ]:
+        raise InputError(
+            f"WORLD_SIZE={size}: {', '.join(missing)} not set; start the processes by torchrun, "
+            "which sets them all, or unset WORLD_SIZE"
+        )
     device = torch.device("cpu")
     if on_gpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    store = _store()
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=_store(),
+        store=store,
         rank=int(os.environ["RANK"]),
         world_size=size,
     )
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     console.quiet = dist.get_rank() != 0
-    yield Ranks(device, dist.get_rank(), size, patient)
+    try:
+        yield Ranks(device, dist.get_rank(), size, patient)
+    except (InputError, OSError):
+        with contextlib.suppress(RuntimeError):  # the process that has the store may be gone
+            store.set(_FAILED, "")
+        raise
+    except (RuntimeError, dcp.api.CheckpointException):  # perhaps a lost connection to that process
+        if _has_failed(store):
+            raise SystemExit(2) from None
+        raise
     dist.destroy_process_group()  # not after an error: the other processes do not know of it
+
+
+def _has_failed(store: dist.Store) -> bool:
+    """Whether a process has said in the store that its error ends the run."""
+    with contextlib.suppress(RuntimeError):
+        return store.check([_FAILED])
+    return False
 
 
 def _store() -> dist.Store:
@@ -183,12 +209,19 @@ def whole_weights(model: BertPreTrainedModel) -> dict[str, Tensor]:
 
 
 def save_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Writes each rank's shard of the optimizer's tensors; raises Unwritable. A collective call."""
+    """Writes each rank's shard of the optimizer's tensors. A collective call.
+
+    Raises Unwritable if a rank's files cannot be written, CheckpointException for other failures.
+    """
     state = get_optimizer_state_dict(model, optimizer)["state"]
     try:
         dcp.save(state, checkpoint_id=directory)
     except dcp.api.CheckpointException as error:
-        raise Unwritable(directory, _reason(error)) from None
+        for failure, _ in error.failures.values():
+            # torch's writer of archives hides the system's error behind one of its own
+            if isinstance(failure, OSError) or "inline_container" in str(failure):
+                raise Unwritable.because(directory, failure) from None
+        raise
 
 
 def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

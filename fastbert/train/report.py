@@ -43,8 +43,9 @@ def tracked(items: Sequence[T], doing: str) -> Iterable[T]:
 class Reporter:
     """Shows a run's progress on one live line, or on plain lines if the output is not a terminal.
 
-    Scalars are also written for TensorBoard; those of an earlier process from step `start` on are
-    discarded. `training` takes a `recipe.training_row`, `validation` the result of `evaluate`.
+    Scalars are also written for TensorBoard; those of an earlier process after step `start`, whose
+    own were written before its checkpoint, are discarded. `training` takes a `recipe.training_row`,
+    `validation` the result of `evaluate`.
     """
 
     def __init__(self, run: Path, *, start: int, steps: int) -> None:
@@ -52,7 +53,7 @@ class Reporter:
 
         self.steps = steps
         self.live = console.is_terminal
-        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=start)
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
         self.progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=20),

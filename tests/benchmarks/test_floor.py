@@ -97,11 +97,20 @@ def test_the_longer_of_two_times_is_the_floor():
     assert Work(1, bytes=20, flops=30).floor(product=10, copy=5) == 4
 
 
-@pytest.mark.parametrize(("option", "known"), [("preset", "mini"), ("lengths", "wikipedia")])
-def test_an_unknown_name_is_an_error_that_lists_the_known(option, known):
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("preset", "nothing", "mini"),
+        *(("lengths", value, "serving or a number from 1 to 512") for value in ("nothing", "²")),
+        *(("lengths", value, "serving or a number from 1 to 512") for value in ("0", "513")),
+        *(("product", value, "a finite number above 0") for value in ("0", "nan")),
+        *(("copy", value, "a finite number above 0") for value in ("0", "-1", "inf")),
+    ],
+)
+def test_a_wrong_value_is_an_error_that_says_what_is_taken(option, value, said):
     app = typer.Typer()
     app.command()(floor.main)
-    outcome = CliRunner().invoke(app, [f"--{option}", "nothing"])
+    outcome = CliRunner().invoke(app, [f"--{option}", value], env={"COLUMNS": "200"})
     assert outcome.exit_code == 2
-    assert known in outcome.output
-    assert "'nothing'" in outcome.output
+    assert said in outcome.output
+    assert f"got {value}" in outcome.output.replace("'", "")

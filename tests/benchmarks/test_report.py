@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from benchmarks import suite
 from benchmarks.reporting import headlines, report
-from benchmarks.results import FASTBERT, Options, describe, read
+from benchmarks.results import FASTBERT, Options, Results, describe, read
+from benchmarks.timing import summarize
 from fastbert.check import InputError
 from tests.benchmarks.results_case import ENVIRONMENT, step, timing, written
 
@@ -171,6 +172,17 @@ def test_compare_takes_timings_without_a_spread(tmp_path):
     assert "1 slower beyond the noise" in said
 
 
+@pytest.mark.parametrize("of_one", [summarize([2.6]), {**summarize([2.6]), "spread": 0.0}])
+def test_one_round_is_shown_without_noise_and_fails_no_comparison(tmp_path, of_one):
+    """Older results have 0 as the spread of one round."""
+    before, after = step(2.0), step(7.0)
+    after["timings"][FASTBERT] |= of_one
+    code, said = compare(tmp_path, [before], [after])
+    assert code == 0
+    assert re.search(r"1\.30x *│ *- *│ *one round", said)
+    assert "| fastbert | 2.6 s | " in report.markdown([ENVIRONMENT, after])
+
+
 def test_compare_names_what_has_no_counterpart(tmp_path):
     code, said = compare(tmp_path, [step(), step(lengths="full")], [step()])
     assert code == 0
@@ -192,6 +204,35 @@ def test_refuses_a_file_that_holds_no_results(tmp_path, text):
         read(tmp_path / "a.jsonl")
     with pytest.raises(InputError, match=r"b\.jsonl: No such file"):
         read(tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("number", "row", "said"),
+    [
+        (0, {key: ENVIRONMENT[key] for key in ENVIRONMENT if key != "device"}, "no device"),
+        (1, {"part": "steps", "timings": {}}, "line 2: no case"),
+        (1, {"part": "steps", "case": {}}, "line 2: no timings"),
+        (1, {**step(), "timings": {FASTBERT: {}}}, "line 2: no median_s of fastbert"),
+        (1, "part", "line 2: no row"),
+    ],
+)
+def test_a_row_without_what_every_row_has_is_refused(tmp_path, number, row, said):
+    rows = [ENVIRONMENT, step()]
+    rows[number] = row
+    with pytest.raises(InputError, match=rf"a\.jsonl: not results .*\({said}"):
+        read(written(tmp_path / "a.jsonl", rows))
+
+
+def test_a_document_that_cannot_be_read_is_refused_before_anything_is_written(results):
+    with pytest.raises(InputError, match=r"missing\.md: No such file"):
+        report.main([results], [results.parent / "missing.md"])
+    assert [path.name for path in results.parent.iterdir()] == ["steps.jsonl"]
+
+
+def test_results_cannot_be_written_to_a_directory(tmp_path):
+    options = Options(torch.device("cpu"))
+    with pytest.raises(InputError, match="Is a directory"):
+        Results(options, tmp_path)
 
 
 def test_changes_to_the_commit_are_named(results):

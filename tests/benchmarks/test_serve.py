@@ -58,6 +58,8 @@ def rows():
 def test_tables_and_the_plot(tmp_path):
     first, *others = rows()
     assert serve([first]).lines[1] == ("", ENCODE, "25.6 ±2%", "256", "2.50x", "3e-07")
+    first["timings"][ENCODE] |= {"spread": None, "rounds": 1}
+    assert serve([first]).lines[1][2] == "25.6"
     assert serve_latency(others).lines[0] == ("25%", FASTBERT, "15.0", "2 s", "6 s")
     assert "no infinity_emb" in report.markdown([ENVIRONMENT, first])
     (plot,) = plots.write([first, *others], tmp_path / "serve.jsonl")

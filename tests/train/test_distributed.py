@@ -13,6 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from fastbert.check import InputError
+from fastbert.system.console import console
 from fastbert.train import distributed
 from fastbert.train.distributed import Ranks
 from tests import processes
@@ -74,6 +76,38 @@ def runs(request, corpus, tmp_path_factory):
     assert not alive
     (root / "said").write_text("".join(said))
     return root
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """Of two processes, as which this one joins, one after the other, without a group."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(distributed, "_store", lambda: store)
+    for name in ("init_process_group", "new_group", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(console, "quiet", False)
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "0")
+    return store
+
+
+def test_after_an_error_of_one_process_the_others_leave_without_a_traceback(store):
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="closed by peer"), distributed.joined():
+        raise lost  # as after a kill, of which nobody tells
+    with pytest.raises(InputError, match="taken"), distributed.joined():
+        raise InputError("taken")
+    with pytest.raises(SystemExit) as end, distributed.joined():
+        raise lost
+    assert end.value.code == 2
+
+
+def test_a_number_of_processes_without_torchruns_other_variables_is_refused(store, monkeypatch):
+    monkeypatch.delenv("RANK")
+    with pytest.raises(InputError, match=r"WORLD_SIZE=2: RANK not set; .* torchrun"):
+        distributed.joined().__enter__()
 
 
 @pytest.fixture(scope="module")

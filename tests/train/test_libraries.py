@@ -1,7 +1,12 @@
-"""What logs and plots a run is in the extra `train`: without it, one sentence and nothing begun."""
+"""What logs and plots a run is in the extra `train`: without it, one sentence and nothing begun.
 
+And what TensorBoard shows of a run that was resumed.
+"""
+
+import itertools
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -11,7 +16,7 @@ from fastbert.check import InputError
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.train.distill.run import Distillation
 from fastbert.train.pretrain import pretrain
-from fastbert.train.report import LIBRARIES, require_libraries
+from fastbert.train.report import LIBRARIES, Reporter, require_libraries
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,3 +48,21 @@ def test_other_commands_load_neither():
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_resumed_run_has_each_value_once(tmp_path, monkeypatch):
+    """Those of the checkpoint's step stay, and those that came after it are written anew."""
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    clock = itertools.count(1_000_000_000)  # the second in a file's name sorts it
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    shown = {"skipped_steps": 0.0, "real_tokens_per_second": 1.0}
+    # killed before the first checkpoint, begun anew, killed after that of step 4, and finished
+    for process, (start, end) in enumerate([(0, 1), (0, 5), (4, 6), (6, 6)]):
+        with Reporter(tmp_path, start=start, steps=6) as reporter:
+            for step in range(start + 1, end + 1):
+                reporter.training({"step": step, "loss": process, **shown}, 0.0)
+                reporter.validation({"step": step, "heldout_mlm_loss": process})
+    events = accumulators.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    expected = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0)]
+    for name in ("train/loss", "heldout/heldout_mlm_loss"):
+        assert [(event.step, event.value) for event in events.Scalars(name)] == expected

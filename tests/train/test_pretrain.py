@@ -187,6 +187,7 @@ def test_fill_mask_prints_five_words_with_probabilities(finished):
 def test_info_names_every_operator():
     done = fastbert_cli("info")
     assert done.returncode == 0, done.stderr
+    assert " 1 threads" not in done.stdout
     for word in ("torch", "gather_rows", "layer_norm", "attention_qkvpacked", "reference"):
         assert word in done.stdout
 

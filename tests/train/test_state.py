@@ -7,6 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from fastbert.check import InputError
+from fastbert.system.files import Unwritable
 from fastbert.train import distributed, state
 from fastbert.train.optimizer import make_optimizer
 from tests.models.pretraining_case import make_model
@@ -133,3 +134,21 @@ def test_memory_that_shards_lack_is_told_as_such(parts, monkeypatch, tmp_path):
         monkeypatch.setattr(dcp, "load", failing(wrapped))
         with pytest.raises(kind, match=r"CUDA|Ran out"):
             distributed.load_optimizer(tmp_path, model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), Unwritable),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), Unwritable),
+        (RuntimeError("[gloo] Connection reset by peer"), dcp.api.CheckpointException),
+    ],
+)
+def test_only_shards_that_cannot_be_written_are_told_as_such(
+    error, kind, parts, monkeypatch, tmp_path
+):
+    model, optimizer, _ = parts
+    failure = dcp.api.CheckpointException("save", {1: (error, None)})
+    monkeypatch.setattr(dcp, "save", failing(failure))
+    with pytest.raises(kind, match=r"No space|unexpected pos|Connection reset"):
+        distributed.save_optimizer(tmp_path, model, optimizer)

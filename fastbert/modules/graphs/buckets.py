@@ -61,6 +61,9 @@ def _are_off(value: str) -> bool:
     return _OFF[value.lower()]
 
 
+_are_off(os.environ.get("FASTBERT_GRAPHS", ""))  # refuses other values, also where no graph runs
+
+
 # keyed by an encoder's list of layers; graphs must not refer to it, or it would never be freed
 _RECORDED: weakref.WeakKeyDictionary[nn.ModuleList, list[Recorded]] = weakref.WeakKeyDictionary()
 

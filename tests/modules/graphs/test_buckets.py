@@ -1,10 +1,13 @@
 """Layers replayed as CUDA graphs give what they give without; with a stand-in for the graphs."""
 
+import runpy
+
 import pytest
 import torch
 
 from fastbert import backend
 from fastbert.modules import request, sequences
+from fastbert.modules.graphs import buckets
 from fastbert.modules.graphs.call import copies_of
 from fastbert.modules.graphs.sizes import Bucket, rounded
 from fastbert.ops.attention import attention_qkvpacked
@@ -193,3 +196,9 @@ def test_copies_of_several_dtypes_are_made_dtype_by_dtype():
         assert a.dtype == e.dtype
         assert a.data_ptr() != e.data_ptr()
     assert copies_of([]) == []
+
+
+def test_the_environments_value_is_checked_on_every_machine(monkeypatch):
+    monkeypatch.setenv("FASTBERT_GRAPHS", "1")
+    with pytest.raises(ValueError, match='FASTBERT_GRAPHS: expected "auto" or "0", got \'1\''):
+        runpy.run_path(buckets.__file__)

@@ -108,7 +108,7 @@ class Planner:
         hooks = tuple(hook for module in inner for hook in hooks_of(module))
         # hooked layers are read each time, as some hooks are only active at times; a forward on the
         # owner refers to it, which would keep its plan from being freed
-        if not any(hooks) and "forward" not in vars(owner):
+        if not (any(hooks) or "forward" in vars(owner) or _has_any_global_hook()):
             plan = Plan(owner, parts, hooks)
             others = [one for one in plans if one.modules == plan.modules][: MOST_PLANS - 1]
             self.plans.setdefault(owner, {})[owner.training] = [plan, *others]

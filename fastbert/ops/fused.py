@@ -40,12 +40,15 @@ def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable[..., Any]], Ca
         def first_derivative(ctx: Any, *gradients: Tensor | None) -> Any:
             if not torch.is_grad_enabled():
                 return backward(ctx, *gradients)
+            message = f"{who}: its gradients cannot be differentiated again; {remedy}"
+            # They depend on the inputs too. Where none of these is saved as it was given, and the
+            # incoming gradients are constants, a tensor of nobody's has the graph go on.
+            sources = [x for x in (*gradients, *ctx.saved_tensors) if x is not None]
+            sources = [x for x in sources if x.requires_grad]
+            sources = sources or [torch.zeros((), requires_grad=True)]
             with torch.no_grad():
                 found = backward(ctx, *gradients)
-            message = f"{who}: its gradients cannot be differentiated again; {remedy}"
-            # they depend on the inputs even where the incoming gradients are constants
-            source = torch.zeros((), requires_grad=True)
-            return _Refusal.apply(message, source, *found)  # type: ignore[no-untyped-call]
+            return _Refusal.apply(message, len(sources), *sources, *found)  # type: ignore[no-untyped-call]
 
         return first_derivative
 
@@ -53,12 +56,13 @@ def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable[..., Any]], Ca
 
 
 class _Refusal(Function):
-    """Passes on the gradients that a backward computed, as of `source`; its own backward raises."""
+    """Passes on the gradients that a backward computed of `count` sources, whose own it refuses."""
 
     @staticmethod
-    def forward(ctx: Any, message: str, source: Tensor, *found: Tensor | None) -> Any:
+    def forward(ctx: Any, message: str, count: int, *tensors: Tensor | None) -> Any:
+        """tensors: the sources, and behind them the gradients."""
         ctx.message = message
-        return tuple(None if x is None else x.view_as(x) for x in found)
+        return tuple(None if x is None else x.view_as(x) for x in tensors[count:])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:

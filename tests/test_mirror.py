@@ -54,7 +54,7 @@ ELSEWHERE = {
     "serve/test_tasks.py": "fill_mask.py models/trained.py serve/abilities.py serve/predictions.py"
     " serve/routes.py serve/service.py",
     "system/test_files.py": "system/console.py system/locks.py",
-    "test_checkpoint.py": "check.py tensorflow.py",
+    "test_checkpoint.py": "check.py",
     "test_docs.py": "_version.py",
     "test_explain.py": "events.py",
     "train/test_distributed.py": "train/evaluate.py",

@@ -58,9 +58,9 @@ def predict(
     features = task.features(good, encoder)
     warn_of_words(str(source), features, encoder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reader = trained(task.model_class, directory, config).to(device)
+    loaded = trained(task.model_class, directory, config).to(device)
     low = autocast(resolve_precision(precision or settings.precision), device)
-    scores = run(task, reader, features, batch_tokens, device, low)
+    scores = run(task, loaded, features, batch_tokens, device, low)
     said = iter(task.predict(good, features, scores))
     predictions = [{"error": e.reason} if isinstance(e, Refused) else next(said) for e in examples]
     return _with_copies(predictions, task) if copy else predictions

@@ -200,10 +200,11 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield beside
+        allowed = ~_umask()
         for file in (beside, *beside.rglob("*")):
             _sync(file)
             # only the owner can read what mkdtemp and some libraries make
-            file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
+            file.chmod((0o777 if file.is_dir() else 0o666) & allowed)
         _take_the_place(beside, target)
     except (OSError, SafetensorError, RuntimeError, Unwritable) as error:
         raise Unwritable.because(path, error) from error

@@ -50,3 +50,13 @@ def test_states_of_modules_that_are_gone_keep_none_of_them():
     gc.collect()
     assert gone() is None
     assert len(encoder.planner.every_parts(encoder.layers)) == 1
+
+
+def test_what_is_read_under_hooks_of_all_modules_is_read_again_without():
+    encoder = Encoder()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    encoder.probability(0.1)
+    handle.remove()
+    for _ in range(2):
+        encoder.probability(0.1)
+    assert encoder.reads == 4

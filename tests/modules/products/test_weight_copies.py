@@ -156,6 +156,17 @@ def test_what_is_not_asked_for_by_autocast_to_their_dtype_has_no_copies():
     assert torch.equal(new, x.to(BF16) @ layers[0].weight.to(BF16).t())
 
 
+def test_a_weight_at_the_address_of_one_that_moved_is_another():
+    """An allocator gives the memory of a freed storage, and of its object, to the next one."""
+    layers, copies = linears(8)
+    copies.renew()
+    for _ in range(100):
+        layers[0].weight.data = layers[0].weight.data.clone()  # frees the one before
+        other = Leaf(nn.Linear(24, 8))
+        with autocast():
+            assert copies.product(torch.ones(3, 24), [other.weight], ()) is None
+
+
 def test_gradients_add_up_over_micro_batches_in_the_weights_dtype():
     layers, copies = linears(8)
     leaf = Leaf(layers[0])

@@ -32,7 +32,10 @@ class BertPreTrainedModel(nn.Module):
 
     base_model_prefix: ClassVar[str] = "bert"
     supports_gradient_checkpointing: ClassVar[bool] = True
-    input_modalities: ClassVar[str] = "text"  # read by transformers' pipelines
+    # read by transformers' pipelines, and by its Trainer
+    input_modalities: ClassVar[str] = "text"
+    main_input_name: ClassVar[str] = "input_ids"
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}  # read by peft: further names, and the first
     config: Any
 
     def __init__(self, config: Any) -> None:
@@ -284,4 +287,7 @@ def _set_apart(
 
 
 def _tie_again(model: BertPreTrainedModel, _: Any) -> None:
-    model.tie_weights()
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    pairs = model._tied_weights_keys
+    if names.issuperset([*pairs, *pairs.values()]):  # else another library has wrapped a module
+        model.tie_weights()

@@ -107,6 +107,28 @@ def test_of_a_tied_parameters_names_the_first_counts(saved):
     assert torch.equal(loaded_bias({alias: bias}), bias)
 
 
+def test_a_decoder_that_is_not_the_embeddings_is_not_dropped(saved):
+    """transformers 5 computes with it, 4 with the embeddings."""
+    _, directory = saved
+    other = torch.randn(50, 16)
+    rewrite(directory, lambda weights: weights.update({"cls.predictions.decoder.weight": other}))
+    kind = fastbert.BertForMaskedLM
+    with pytest.raises(InputError, match=r"decoder\.weight is not bert\..*; set tie_word_emb"):
+        kind.from_pretrained(directory)
+    ours = kind.from_pretrained(directory, tie_word_embeddings=False)
+    assert torch.equal(ours.get_output_embeddings().weight, other)
+    fastbert.BertModel.from_pretrained(directory)
+
+
+def test_weights_without_a_configuration_are_told(saved):
+    model, directory = saved
+    (directory / "config.json").unlink()  # as Trainer saves a model that is not transformers' own
+    with pytest.raises(InputError, match=r"; model\.config\.save_pretrained writes it"):
+        fastbert.BertForPreTraining.from_pretrained(directory)
+    model.config.save_pretrained(directory)
+    fastbert.BertForPreTraining.from_pretrained(directory)
+
+
 @pytest.mark.parametrize("cls", ["BertModel", "BertForMaskedLM"])
 def test_other_models_take_their_part(saved, cls):
     model, directory = saved

@@ -249,9 +249,7 @@ class BertConfig:
     def to_json_string(self, use_diff: bool = True) -> str:
         """The text of a config.json, whole either way; ValueError if hidden_act is a function."""
         if callable(self.hidden_act):
-            raise ValueError(
-                "BertConfig: a function as hidden_act has no form in config.json"
-            )
+            raise ValueError("BertConfig: a function as hidden_act has no form in config.json")
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, directory: str | Path) -> None:

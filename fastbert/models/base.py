@@ -37,6 +37,7 @@ class BertPreTrainedModel(nn.Module):
     input_modalities: ClassVar[str] = "text"
     main_input_name: ClassVar[str] = "input_ids"
     _tied_weights_keys: ClassVar[dict[str, str]] = {}  # read by peft: further names, and the first
+    _keys_to_ignore_on_save: ClassVar[list[str] | None] = None  # by Trainer: what files may lack
     config: Any
 
     def __init__(self, config: Any) -> None:

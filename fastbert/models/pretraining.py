@@ -28,6 +28,7 @@ class _PredictsWords(BertPreTrainedModel):
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     }
+    _keys_to_ignore_on_save: ClassVar[list[str] | None] = [*_tied_weights_keys]
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.cls.predictions.decoder

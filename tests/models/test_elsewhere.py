@@ -259,6 +259,34 @@ def test_trainer_saves_a_model_whose_decoder_is_tied(tmp_path):
         assert torch.equal(theirs.state_dict()[name], value)
 
 
+def test_trainer_ends_with_a_checkpoint_that_the_model_itself_has_written(tmp_path):
+    """Which has tied weights once."""
+
+    class Saves(transformers.TrainerCallback):
+        def on_save(self, args, state, control, model=None, **others):
+            model.save_pretrained(tmp_path / f"checkpoint-{state.global_step}")
+
+    batches = [{**row, "labels": row["input_ids"]} for row in rows()]
+    arguments = transformers.TrainingArguments(
+        tmp_path,
+        max_steps=1,
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    loop = transformers.Trainer(
+        masked_lm(), arguments, train_dataset=batches, eval_dataset=batches, callbacks=[Saves()]
+    )
+    loop.train()
+    again = fastbert.BertForMaskedLM.from_pretrained(tmp_path / "checkpoint-1")
+    for name, value in loop.model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+
+
 def test_tensorboard_is_told_the_configuration_and_operations_are_counted(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
     arguments = transformers.TrainingArguments(

@@ -81,6 +81,17 @@ def test_loads_what_hugging_face_saves(tmp_path):
     torch.testing.assert_close(ours(IDS).prediction_logits, theirs(IDS).prediction_logits)
 
 
+def test_weights_are_read_back_in_the_dtype_that_they_were_written_in(tmp_path):
+    """transformers 5 reads it from config.json, where the checkpoint's own was."""
+    theirs = transformers.BertModel(transformers.BertConfig(**SHAPE)).half()
+    theirs.save_pretrained(tmp_path / "half")
+    ours = fastbert.BertModel.from_pretrained(tmp_path / "half")
+    ours.save_pretrained(tmp_path / "whole")
+    again = transformers.BertModel.from_pretrained(tmp_path / "whole", dtype="auto")
+    assert again.dtype == ours.dtype == torch.float32
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["dtype"] == "float32"
+
+
 def test_a_tied_parameter_is_written_once_and_stays_tied(saved):
     _, directory = saved
     names = load_file(directory / checkpoint.WEIGHTS).keys()

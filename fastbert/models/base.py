@@ -263,6 +263,9 @@ class BertPreTrainedModel(nn.Module):
         checkpoint.save_weights(self, directory, state_dict)
         with new_file(directory / "config.json") as path:
             values = self.config.to_dict() | {"architectures": [type(self).__name__]}
+            # of the checkpoint that was read; transformers 5 would load the weights in it
+            dtypes = {name for name in ("dtype", "torch_dtype") if values.get(name) is not None}
+            values |= dict.fromkeys(dtypes, str(self.dtype).removeprefix("torch."))
             path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -254,7 +254,8 @@ class BertPreTrainedModel(nn.Module):
         are written (save_function, safe_serialization=True, max_shard_size), which are ignored.
         Raises ValueError for other arguments.
         """
-        is_known = others.keys() <= _WRITING and others.get("safe_serialization", True)
+        asked = {name for name, value in others.items() if value is not None and value is not False}
+        is_known = asked <= _WRITING and others.get("safe_serialization", True)
         require(is_known, "save_pretrained", "safetensors, and no other arguments", others)
         if not is_main_process:
             return

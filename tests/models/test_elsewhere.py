@@ -369,7 +369,8 @@ def test_accelerate_trains_saves_and_goes_on(tmp_path):
         assert torch.equal(a, b)
     assert (tmp_path / "model" / "model.safetensors").exists()
     accelerator, model = two[:2]
-    options = {"save_function": accelerator.save, "state_dict": accelerator.get_state_dict(model)}
+    options = {"push_to_hub": False, "token": None}  # which ask for nothing
+    options |= {"save_function": accelerator.save, "state_dict": accelerator.get_state_dict(model)}
     for is_main in (False, True):
         plain = accelerator.unwrap_model(model)
         plain.save_pretrained(tmp_path / "ours", is_main_process=is_main, **options)

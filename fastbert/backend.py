@@ -254,9 +254,9 @@ def select(op: Op, device: str) -> Choice:
     return Choice("reference", None, "its only body for this device")
 
 
-def _checked(backend: str | None) -> str | None:
+def _checked(backend: str | None, who: str = "backend") -> str | None:
     if backend and backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise ValueError(f"{who}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     return backend or None
 
 
@@ -281,4 +281,4 @@ def _forget() -> None:
         operator.choices.clear()
 
 
-_forced = _checked(os.environ.get("FASTBERT_BACKEND"))
+_forced = _checked(os.environ.get("FASTBERT_BACKEND"), "FASTBERT_BACKEND")

@@ -51,13 +51,14 @@ def latest(run: Path) -> Path | None:
     return directory
 
 
-def resolve(name_or_directory: str | Path, **download: Any) -> Path:
+def resolve(name_or_directory: str | Path, subfolder: str = "", **download: Any) -> Path:
     """A model's directory: a run's newest checkpoint, the one named, or a download from the hub.
 
-    download: options of `huggingface_hub.snapshot_download`, such as revision and cache_dir.
-    Raises InputError if there is no such directory, no config.json in it, or no such model.
+    subfolder: where the model is inside; download: options of `huggingface_hub.snapshot_download`,
+    such as revision and cache_dir. Raises InputError if there is no such directory, no config.json
+    in it, or no such model.
     """
-    directory = Path(name_or_directory)
+    directory = Path(name_or_directory, subfolder)
     for candidate in (directory / LATEST, directory):
         if (candidate / "config.json").is_file():
             # a link may point to another model a second later
@@ -70,7 +71,9 @@ def resolve(name_or_directory: str | Path, **download: Any) -> Path:
     if _is_path(str(name_or_directory)):
         raise InputError(f"{name_or_directory}: no such directory{_meant(directory)}")
     try:
-        return Path(snapshot_download(str(name_or_directory), allow_patterns=DOWNLOADS, **download))
+        wanted = [str(Path(subfolder, pattern)) for pattern in DOWNLOADS]
+        found = snapshot_download(str(name_or_directory), allow_patterns=wanted, **download)
+        return Path(found, subfolder)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
@@ -79,7 +82,9 @@ def resolve(name_or_directory: str | Path, **download: Any) -> Path:
 
 
 def _unfinished(run: Path) -> str:
-    """The end of the error message for a run that has no `latest` yet."""
+    """The end of the error message for a run that has no `latest` yet, or for weights alone."""
+    if (run / WEIGHTS).is_file():
+        return "; model.config.save_pretrained writes it beside the weights that Trainer saves"
     if not (run / RUN).is_file():
         return ""
     kept = sorted(run.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
@@ -173,7 +178,13 @@ def load_weights(
     tied = _tied_names(model)
     for alias, name in tied.items():
         if alias in weights:  # the alias of a tied weight is read only if the main name is absent
-            found = weights.pop(alias)
+            found, main = weights.pop(alias), weights.get(name)
+            is_other = main is not None and main.shape == found.shape and not main.equal(found)
+            if is_other and alias.endswith("decoder.weight"):  # transformers 5 computes with it
+                raise InputError(
+                    f"{source}: {alias} is not {name}, to which the configuration ties it; set "
+                    "tie_word_embeddings to false there"
+                )
             weights[name] = found if _is_apart(model, alias) else weights.get(name, found)
 
     reshaped = [n for n in weights if n in own and weights[n].shape != own[n].shape]

@@ -81,6 +81,17 @@ def test_loads_what_hugging_face_saves(tmp_path):
     torch.testing.assert_close(ours(IDS).prediction_logits, theirs(IDS).prediction_logits)
 
 
+def test_weights_are_read_back_in_the_dtype_that_they_were_written_in(tmp_path):
+    """transformers 5 reads it from config.json, where the checkpoint's own was."""
+    theirs = transformers.BertModel(transformers.BertConfig(**SHAPE)).half()
+    theirs.save_pretrained(tmp_path / "half")
+    ours = fastbert.BertModel.from_pretrained(tmp_path / "half")
+    ours.save_pretrained(tmp_path / "whole")
+    again = transformers.BertModel.from_pretrained(tmp_path / "whole", dtype="auto")
+    assert again.dtype == ours.dtype == torch.float32
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["dtype"] == "float32"
+
+
 def test_a_tied_parameter_is_written_once_and_stays_tied(saved):
     _, directory = saved
     names = load_file(directory / checkpoint.WEIGHTS).keys()
@@ -105,6 +116,28 @@ def test_of_a_tied_parameters_names_the_first_counts(saved):
     assert torch.equal(loaded_bias({name: bias, alias: torch.ones(50)}), bias)
     rewrite(directory, lambda weights: weights.pop(name))
     assert torch.equal(loaded_bias({alias: bias}), bias)
+
+
+def test_a_decoder_that_is_not_the_embeddings_is_not_dropped(saved):
+    """transformers 5 computes with it, 4 with the embeddings."""
+    _, directory = saved
+    other = torch.randn(50, 16)
+    rewrite(directory, lambda weights: weights.update({"cls.predictions.decoder.weight": other}))
+    kind = fastbert.BertForMaskedLM
+    with pytest.raises(InputError, match=r"decoder\.weight is not bert\..*; set tie_word_emb"):
+        kind.from_pretrained(directory)
+    ours = kind.from_pretrained(directory, tie_word_embeddings=False)
+    assert torch.equal(ours.get_output_embeddings().weight, other)
+    fastbert.BertModel.from_pretrained(directory)
+
+
+def test_weights_without_a_configuration_are_told(saved):
+    model, directory = saved
+    (directory / "config.json").unlink()  # as Trainer saves a model that is not transformers' own
+    with pytest.raises(InputError, match=r"; model\.config\.save_pretrained writes it"):
+        fastbert.BertForPreTraining.from_pretrained(directory)
+    model.config.save_pretrained(directory)
+    fastbert.BertForPreTraining.from_pretrained(directory)
 
 
 @pytest.mark.parametrize("cls", ["BertModel", "BertForMaskedLM"])

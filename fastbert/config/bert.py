@@ -5,7 +5,7 @@ import difflib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fastbert.check import InputError, require
 
@@ -26,6 +26,11 @@ _ONLY = {
     "pruned_heads": {},
     "quantization_config": None,
 }
+# Fields that no parameter depends on: a model reads them at each call, so they may be set later.
+_SETTABLE = {
+    *("output_hidden_states", "output_attentions", "return_dict", "residual_in_fp32"),
+    *("problem_type", "id2label", "label2id"),
+}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -41,7 +46,7 @@ class BertConfig:
         set, as transformers does (Trainer: use_cache), and are written back unchanged.
 
     Raises TypeError for an unknown option, ValueError for a value that the model does not support,
-    and FrozenInstanceError if a field is set later, when it would no longer match the model.
+    and FrozenInstanceError if a field that a model was made from is later given another value.
     """
 
     vocab_size: int = 30522
@@ -69,18 +74,20 @@ class BertConfig:
     residual_in_fp32: bool | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
+    model_type = "bert"  # other libraries read it
     _commit_hash = None  # transformers' pipelines read the commit of a download here
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self.field_names():
             self.extra[name] = value
-        elif name in vars(self):
-            raise dataclasses.FrozenInstanceError(
-                f"cannot assign to field {name!r}; use dataclasses.replace before the model is made"
-            )
-        else:
-            # a copy, so that later settings do not change the caller's dictionary
-            object.__setattr__(self, name, dict(value) if name == "extra" else value)
+            return
+        if name in vars(self) and value != getattr(self, name):
+            if name not in _SETTABLE:
+                remedy = "use dataclasses.replace before the model is made"
+                raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}; {remedy}")
+            value = getattr(dataclasses.replace(self, **{name: value}), name)  # checked
+        # a copy, so that later settings do not change the caller's dictionary
+        object.__setattr__(self, name, dict(value) if name == "extra" else value)
 
     def __getattr__(self, name: str) -> Any:
         extra = vars(self).get("extra", {})
@@ -178,10 +185,6 @@ class BertConfig:
             raise InputError(f"config.json: id2label numbers {numbers}, expected them from 0")
         return [self.id2label[number] for number in range(self.num_labels)]
 
-    @property
-    def hidden_size_per_head(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
     @classmethod
     def field_names(cls) -> set[str]:
         return {field.name for field in dataclasses.fields(cls)}
@@ -243,15 +246,19 @@ class BertConfig:
         except (TypeError, ValueError) as error:
             raise InputError(f"{path}: {error}") from None
 
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The text of a config.json, whole either way; ValueError if hidden_act is a function."""
+        if callable(self.hidden_act):
+            raise ValueError("BertConfig: a function as hidden_act has no form in config.json")
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `directory`/config.json; ValueError if hidden_act is a function."""
-        values = self.to_dict()
-        if callable(self.hidden_act):
-            raise ValueError(
-                "BertConfig: a hidden_act that is a function has no form in config.json"
-            )
-        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        (Path(directory) / "config.json").write_text(text, encoding="utf-8")
+        (Path(directory) / "config.json").write_text(self.to_json_string(), encoding="utf-8")
+
+    def get_text_config(self, **_: Any) -> Self:
+        """The configuration itself, as in Hugging Face's models of text alone; peft asks."""
+        return self
 
 
 def _default_names(count: int) -> dict[int, str]:

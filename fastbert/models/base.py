@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from fastbert import checkpoint
 from fastbert.check import require
 from fastbert.config.bert import BertConfig, changed, check_config
+from fastbert.models.arguments import DOWNLOAD, device_of, dtype_of, for_constructor
 from fastbert.models.inputs import Inputs, Request
 from fastbert.models.resize import resize
 from fastbert.modules.bert_layer import BertLayer
@@ -32,7 +33,11 @@ class BertPreTrainedModel(nn.Module):
 
     base_model_prefix: ClassVar[str] = "bert"
     supports_gradient_checkpointing: ClassVar[bool] = True
-    input_modalities: ClassVar[str] = "text"  # read by transformers' pipelines
+    # read by transformers' pipelines, and by its Trainer
+    input_modalities: ClassVar[str] = "text"
+    main_input_name: ClassVar[str] = "input_ids"
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}  # read by peft: further names, and the first
+    _keys_to_ignore_on_save: ClassVar[list[str] | None] = None  # by Trainer: what files may lack
     config: Any
 
     def __init__(self, config: Any) -> None:
@@ -79,6 +84,16 @@ class BertPreTrainedModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the first parameter."""
         return next(self.parameters()).dtype
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the parameters hold, a tied one once; Trainer asks."""
+        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
+        return sum(
+            parameter.numel()
+            for parameter in self.parameters()
+            if (parameter.requires_grad or not only_trainable)
+            and not (exclude_embeddings and id(parameter) in tables)
+        )
 
     @property
     def base_model(self) -> Any:
@@ -184,25 +199,29 @@ class BertPreTrainedModel(nn.Module):
         config: Any = None,
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
+        subfolder: str | None = None,
         **options: Any,
     ) -> Self:
         """A model in eval mode, with the weights of a Hugging Face directory, a run, or a hub name.
 
-        config: used instead of the checkpoint's; dtype, or torch_dtype: of the parameters, a dtype,
-        its name, or "auto" for the checkpoint's, by default float32; device_map: a device, or
-        "auto" for the GPU if there is one; revision, cache_dir, token, local_files_only: for a
-        download. `options` that are fields of `BertConfig`, such as num_labels, override the
-        config's; the others go to the constructor. Head parameters that the checkpoint lacks, or
-        with ignore_mismatched_sizes has in another shape, are initialized, with a warning. Raises
-        InputError for anything else that is missing or does not fit, ValueError for another dtype
-        or device_map.
+        config: used instead of the checkpoint's, or the directory or hub name to read it from;
+        dtype, or torch_dtype: of the parameters, a dtype, its name, or "auto" for the checkpoint's,
+        by default float32; device_map: a device, or "auto" for the GPU if there is one; subfolder:
+        where the checkpoint is inside; revision, cache_dir, token, local_files_only,
+        force_download: for a download. `options` that are fields of `BertConfig`, such as
+        num_labels, override the config's; the others go to the constructor. Head parameters that
+        the checkpoint lacks, or with ignore_mismatched_sizes has in another shape, are initialized,
+        with a warning. Raises InputError for anything else that is missing or does not fit,
+        ValueError for another dtype or device_map, and for options that have no effect here.
         """
-        download = {name: options.pop(name) for name in options.keys() & _DOWNLOAD}
-        directory = checkpoint.resolve(name_or_directory, **download)
+        download = {name: options.pop(name) for name in options.keys() & DOWNLOAD}
+        directory = checkpoint.resolve(name_or_directory, subfolder or "", **download)
         dtype = options.pop("torch_dtype", dtype)
         changes = {name: options.pop(name) for name in options.keys() & BertConfig.field_names()}
-        if config is None:
-            config = BertConfig.from_pretrained(directory, **changes)
+        options = for_constructor(cls, options)
+        if config is None or isinstance(config, (str, Path)):
+            source = directory if config is None else checkpoint.resolve(config, **download)
+            config = BertConfig.from_pretrained(source, **changes)
         elif changes:
             config = changed(copy.copy(config), **changes)
         model = cls(config, **options)
@@ -210,7 +229,7 @@ class BertPreTrainedModel(nn.Module):
         absent = checkpoint.load_weights(
             model, weights, directory, ignore_mismatched_sizes=ignore_mismatched_sizes
         )
-        model.to(device=_device(device_map), dtype=_dtype(dtype, weights))
+        model.to(device=device_of(device_map), dtype=dtype_of(dtype, weights))
         if absent:
             warnings.warn(
                 f"{directory}: {', '.join(absent)} not in the checkpoint, so drawn anew: train "
@@ -235,7 +254,8 @@ class BertPreTrainedModel(nn.Module):
         are written (save_function, safe_serialization=True, max_shard_size), which are ignored.
         Raises ValueError for other arguments.
         """
-        is_known = others.keys() <= _WRITING and others.get("safe_serialization", True)
+        asked = {name for name, value in others.items() if value is not None and value is not False}
+        is_known = asked <= _WRITING and others.get("safe_serialization", True)
         require(is_known, "save_pretrained", "safetensors, and no other arguments", others)
         if not is_main_process:
             return
@@ -244,30 +264,13 @@ class BertPreTrainedModel(nn.Module):
         checkpoint.save_weights(self, directory, state_dict)
         with new_file(directory / "config.json") as path:
             values = self.config.to_dict() | {"architectures": [type(self).__name__]}
+            # of the checkpoint that was read; transformers 5 would load the weights in it
+            dtypes = {name for name in ("dtype", "torch_dtype") if values.get(name) is not None}
+            values |= dict.fromkeys(dtypes, str(self.dtype).removeprefix("torch."))
             path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 _WRITING = {"save_function", "safe_serialization", "max_shard_size"}
-_DOWNLOAD = {"revision", "cache_dir", "token", "local_files_only"}
-
-
-def _device(device_map: Any) -> torch.device | None:
-    if isinstance(device_map, dict) and device_map.keys() == {""}:
-        device_map = device_map[""]
-    if device_map == "auto":
-        device_map = "cuda" if torch.cuda.is_available() else "cpu"
-    is_one = device_map is None or isinstance(device_map, (str, int, torch.device))
-    require(is_one, "device_map", 'one device or "auto", as the model is on one', repr(device_map))
-    return None if device_map is None else torch.device(device_map)
-
-
-def _dtype(dtype: torch.dtype | str | None, weights: Mapping[str, Tensor]) -> torch.dtype | None:
-    if dtype == "auto":
-        return next((x.dtype for x in weights.values() if x.is_floating_point()), None)
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    is_one = dtype is None or (isinstance(found, torch.dtype) and found.is_floating_point)
-    require(is_one, "dtype", 'a floating-point dtype, its name or "auto"', repr(dtype))
-    return found
 
 
 def _set_apart(
@@ -284,4 +287,7 @@ def _set_apart(
 
 
 def _tie_again(model: BertPreTrainedModel, _: Any) -> None:
-    model.tie_weights()
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    pairs = model._tied_weights_keys
+    if names.issuperset([*pairs, *pairs.values()]):  # else another library has wrapped a module
+        model.tie_weights()

@@ -11,6 +11,7 @@ from fastbert.models.inputs import ForwardOptions, Inputs, Request
 from fastbert.modules.embeddings import BertEmbeddings, own_dtype
 from fastbert.modules.encoder import BertEncoder
 from fastbert.modules.layer import Share, share_packed
+from fastbert.modules.linear import is_plain_table
 from fastbert.modules.sequences import Rows, first_tokens
 from fastbert.modules.stack import share_padded
 from fastbert.ops.unpad import Unpadding
@@ -81,9 +82,12 @@ class BertModel(BertPreTrainedModel):
         share: Share = share_packed
         if padding is not None:
             share = share_padded(padding, own_dtype(self.embeddings))
-        x = self.embeddings(
-            batch.input_ids, batch.position_ids, batch.token_type_ids, batch.inputs_embeds, rng
-        )
+        ids, embeds, words = batch.input_ids, batch.inputs_embeds, self.embeddings.word_embeddings
+        if padding is not None and ids is not None and not is_plain_table(words):
+            # a hook, or a module of another library, may read the batch's shape
+            embeds = padding.pack(words(padding.pad(ids)))
+            ids = None
+        x = self.embeddings(ids, batch.position_ids, batch.token_type_ids, embeds, rng)
         encoded = self.encoder(
             x,
             cu_seqlens=batch.cu_seqlens,

@@ -79,6 +79,14 @@ class Request:
         others = {name: x for name, x in options.items() if name not in DOCUMENTS}
         refuse_unknown(type(model).__name__, others)
         refuse_attentions(asked(config, options, "output_attentions"))
+        is_padded = inputs.attention_mask is not None
+        require(
+            not (torch.jit.is_tracing() or (torch.compiler._is_exporting_flag and is_padded)),
+            type(model).__name__,
+            "a call with values, as the lengths of a batch are read",
+            "one that is traced or exported",
+            "`fastbert export` writes files of a model, or use one patched by fastbert.patch",
+        )
         return cls(
             *pack_inputs(inputs, documents, None if off_by(layers) else config.hidden_size),
             asked(config, options, "output_hidden_states"),
@@ -100,6 +108,8 @@ class Request:
                 tuple(labels.shape),
             )
             assert self.padding is not None
+            shape = self.padding.batch_shape
+            require(labels.shape == shape, "labels", f"shape {shape}", tuple(labels.shape))
             labels = _packed(self.padding, "labels", labels, IGNORE_INDEX)
             batch = dataclasses.replace(batch, labels=labels)
         if batch.labels is not None and batch.num_labels is None:

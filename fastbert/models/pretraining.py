@@ -1,6 +1,6 @@
 """The models of pre-training: masked language modelling, next-sentence prediction, and both."""
 
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 
@@ -24,6 +24,11 @@ class _PredictsWords(BertPreTrainedModel):
     """
 
     cls: Any
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+    _keys_to_ignore_on_save: ClassVar[list[str] | None] = [*_tied_weights_keys]
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.cls.predictions.decoder

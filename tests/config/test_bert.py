@@ -50,6 +50,35 @@ def test_values_that_change_the_mathematics_are_refused(change, tmp_path):
         BertConfig.from_pretrained(tmp_path)
 
 
+def test_fields_that_calls_read_may_be_set_later_and_are_checked():
+    config = BertConfig(hidden_size=8, num_attention_heads=2)
+    config.hidden_size = 8  # as it is
+    config.label2id, config.id2label = {"bad": 0, "good": 1}, {"0": "bad", "1": "good"}
+    config.residual_in_fp32, config.output_hidden_states = True, True
+    config.problem_type = "multi_label_classification"
+    again = BertConfig.from_dict(json.loads(config.to_json_string()))
+    assert again == config
+    assert (again.id2label, again.label2id) == ({0: "bad", 1: "good"}, {"bad": 0, "good": 1})
+    for name, value, message in (
+        ("id2label", {0: "a", 1: "b", 2: "c"}, "num_labels = 3"),
+        ("problem_type", "rank", "problem_type to be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            setattr(config, name, value)
+    with pytest.raises(dataclasses.FrozenInstanceError, match=r"hidden_size.*replace"):
+        config.hidden_size = 16
+    assert again == config
+
+
+def test_other_libraries_find_what_they_read():
+    ours, theirs = BertConfig(), transformers.BertConfig()
+    assert ours.model_type == theirs.model_type
+    assert ours.get_text_config(decoder=False) is ours
+    assert json.loads(ours.to_json_string()) == json.loads(json.dumps(ours.to_dict()))
+    with pytest.raises(ValueError, match="a function as hidden_act has no form"):
+        BertConfig(hidden_act=abs).to_json_string()
+
+
 def test_a_hugging_face_config_is_kept_by_reference_and_checked():
     config = transformers.BertConfig(
         hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8

@@ -129,6 +129,27 @@ def test_from_pretrained_takes_a_configuration(directory):
         assert model.config.hidden_act == "relu"
 
 
+def test_from_pretrained_reads_a_configuration_and_a_folder_inside(directory):
+    (directory.parent / "other").mkdir(exist_ok=True)
+    other = fastbert.BertConfig(**SHAPE, hidden_act="relu")
+    other.save_pretrained(directory.parent / "other")
+    model = fastbert.BertModel.from_pretrained(
+        directory.parent, subfolder=directory.name, config=directory.parent / "other"
+    )
+    assert model.config.hidden_act == "relu"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"low_cpu_mem_usage": True, "use_safetensors": True, "weights_only": True},
+        {"variant": None, "output_loading_info": False, "subfolder": None},
+    ],
+)
+def test_options_that_ask_for_nothing_are_taken(option, directory):
+    fastbert.BertModel.from_pretrained(directory, **option, add_pooling_layer=False)
+
+
 def test_options_of_a_download_are_the_hubs(monkeypatch, directory):
     asked = {}
 
@@ -137,7 +158,15 @@ def test_options_of_a_download_are_the_hubs(monkeypatch, directory):
         return str(directory)
 
     monkeypatch.setattr("fastbert.checkpoint.snapshot_download", download)
-    fastbert.BertModel.from_pretrained("some/model", revision="v2", cache_dir="/somewhere")
+    parent, inside = directory.parent, directory.name
+    monkeypatch.setattr(
+        "fastbert.checkpoint.snapshot_download",
+        lambda name, **options: [download(name, **options), str(parent)][1],
+    )
+    fastbert.BertModel.from_pretrained(
+        "some/model", subfolder=inside, revision="v2", cache_dir="/somewhere"
+    )
+    assert f"{inside}/*.json" in asked["allow_patterns"]
     assert (asked["name"], asked["revision"], asked["cache_dir"]) == (
         "some/model",
         "v2",
@@ -151,6 +180,8 @@ def test_options_of_a_download_are_the_hubs(monkeypatch, directory):
         ({"dtype": "int64"}, "dtype: expected a floating-point dtype"),
         ({"dtype": "half precision"}, "dtype: expected a floating-point dtype"),
         ({"device_map": {"bert": 0, "classifier": 1}}, "device_map: expected one device"),
+        ({"attn_implementation": "eager"}, r"only options .*, got attn_implementation; leave it"),
+        ({"output_loading_info": True}, "BertModel.from_pretrained: .*got output_loading_info"),
     ],
 )
 def test_from_pretrained_refuses(options, message, directory):
@@ -228,6 +259,74 @@ def test_trainer_saves_a_model_whose_decoder_is_tied(tmp_path):
         assert torch.equal(theirs.state_dict()[name], value)
 
 
+def test_trainer_ends_with_a_checkpoint_that_the_model_itself_has_written(tmp_path):
+    """Which has tied weights once."""
+
+    class Saves(transformers.TrainerCallback):
+        def on_save(self, args, state, control, model=None, **others):
+            model.save_pretrained(tmp_path / f"checkpoint-{state.global_step}")
+
+    batches = [{**row, "labels": row["input_ids"]} for row in rows()]
+    arguments = transformers.TrainingArguments(
+        tmp_path,
+        max_steps=1,
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    loop = transformers.Trainer(
+        masked_lm(), arguments, train_dataset=batches, eval_dataset=batches, callbacks=[Saves()]
+    )
+    loop.train()
+    again = fastbert.BertForMaskedLM.from_pretrained(tmp_path / "checkpoint-1")
+    for name, value in loop.model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+
+
+def test_tensorboard_is_told_the_configuration_and_operations_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=1, report_to=["tensorboard"], use_cpu=True, disable_tqdm=True
+    )
+    loop = transformers.Trainer(own(), arguments, train_dataset=rows())
+    loop.train()
+    theirs = transformers.BertForSequenceClassification(transformers.BertConfig(**SHAPE))
+    for options in ({}, {"exclude_embeddings": True}, {"only_trainable": True}):
+        assert own().num_parameters(**options) == theirs.num_parameters(**options)
+    words = sum(row["input_ids"].numel() for row in rows()[:8])
+    assert loop.state.total_flos == 6 * words * theirs.num_parameters(exclude_embeddings=True)
+
+
+def test_a_hook_of_the_word_embeddings_sees_the_batch():
+    """Trainer's neftune_noise_alpha sets one that reads three dimensions."""
+    torch.manual_seed(0)
+    theirs = transformers.BertModel(transformers.BertConfig(**SHAPE)).eval()
+    ours = fastbert.BertModel(fastbert.BertConfig(**SHAPE)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    ids = torch.randint(5, 99, (2, 7))
+    mask = torch.arange(7) < torch.tensor([[7], [4]])
+    for model in (ours, theirs):
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, ids, output: output + 1 / (output.size(1) * output.size(2))
+        )
+    found, expected = (model(ids, mask)[0][mask] for model in (ours, theirs))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_call_that_is_traced_or_exported_is_refused():
+    ids, mask = torch.ones(2, 2, 7, dtype=torch.int64)
+    for call in (
+        lambda: torch.jit.trace(own().eval(), (ids, mask), strict=False),
+        lambda: torch.export.export(own().eval(), (ids, mask), strict=False),
+    ):
+        with pytest.raises(ValueError, match=r"a call with values.*patched by fastbert\.patch"):
+            call()
+
+
 def test_a_state_has_hugging_faces_names_and_each_tensor_its_own_memory():
     model = masked_lm()
     state = model.state_dict()
@@ -270,7 +369,8 @@ def test_accelerate_trains_saves_and_goes_on(tmp_path):
         assert torch.equal(a, b)
     assert (tmp_path / "model" / "model.safetensors").exists()
     accelerator, model = two[:2]
-    options = {"save_function": accelerator.save, "state_dict": accelerator.get_state_dict(model)}
+    options = {"push_to_hub": False, "token": None}  # which ask for nothing
+    options |= {"save_function": accelerator.save, "state_dict": accelerator.get_state_dict(model)}
     for is_main in (False, True):
         plain = accelerator.unwrap_model(model)
         plain.save_pretrained(tmp_path / "ours", is_main_process=is_main, **options)

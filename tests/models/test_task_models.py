@@ -271,6 +271,8 @@ def test_labels_that_do_not_fit_are_refused():
     given, _ = in_form("packed", "words", make_inputs(), WORDS)
     with pytest.raises(ValueError, match="labels: expected None beside a PackedBatch"):
         ours(**given, labels=WORDS["labels"])
+    with pytest.raises(ValueError, match=r"labels: expected shape .*, got \(1, "):
+        ours(**make_inputs(), labels=WORDS["labels"][:1])  # of one sequence, for all of them
 
 
 @pytest.fixture

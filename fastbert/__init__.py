@@ -1,6 +1,5 @@
 """fastbert: BERT at the speed of packed batches and fused kernels, under Hugging Face's names."""
 
-from fastbert.system import startup  # isort: skip  # noqa: F401
 from fastbert._version import __version__
 from fastbert.config.bert import BertConfig
 from fastbert.explain import explain

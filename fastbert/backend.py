@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastbert import events
+from fastbert.check import InputError
 
 BACKENDS = ("ext", "triton", "reference")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -239,8 +240,10 @@ def _require_gpus() -> None:
 
 def select(op: Op, device: str) -> Choice:
     """Chooses a backend for `op`: the forced one, or the first usable one of `PREFERENCE`."""
-    if _forced is not None and _forced in op.backends:
-        return Choice(_forced, load(_forced, op.name, device), "forced", forced=True)
+    # the variable is checked here and not at import, where the command line could not catch that
+    wanted = _checked(_forced, "FASTBERT_BACKEND")
+    if wanted is not None and wanted in op.backends:
+        return Choice(wanted, load(wanted, op.name, device), "forced", forced=True)
     refusals: list[str] = []
     for backend in PREFERENCE.get(device, ()):
         if backend in op.backends:
@@ -256,7 +259,7 @@ def select(op: Op, device: str) -> Choice:
 
 def _checked(backend: str | None, who: str = "backend") -> str | None:
     if backend and backend not in BACKENDS:
-        raise ValueError(f"{who}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise InputError(f"{who}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     return backend or None
 
 
@@ -281,4 +284,4 @@ def _forget() -> None:
         operator.choices.clear()
 
 
-_forced = _checked(os.environ.get("FASTBERT_BACKEND"), "FASTBERT_BACKEND")
+_forced = os.environ.get("FASTBERT_BACKEND") or None

@@ -24,6 +24,7 @@ from fastbert.hf.stack import require_kernels
 from fastbert.kernels import runtime
 from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.layer_norm import layer_norm
+from tests import command_line
 
 SHAPE = {
     "vocab_size": 11,
@@ -253,6 +254,17 @@ def test_gpus_that_cannot_run_the_kernels_run_the_plain_bodies(capabilities, hip
     assert reason in choice.reason
     with backend.use("triton"), pytest.raises(backend.BackendUnavailable, match=reason):
         bias_gelu.choice("cuda")
+
+
+def test_a_wrong_variable_is_one_line_of_the_command(monkeypatch):
+    monkeypatch.setattr(backend, "_forced", "nope")
+    backend._forget()
+    try:
+        status, _, said = command_line.call("info")
+    finally:
+        backend._forget()
+    expected = "FASTBERT_BACKEND: expected one of ext, triton, reference, got 'nope'"
+    assert (status, said) == (2, f"fastbert: error: {expected}\n")
 
 
 @pytest.mark.parametrize("capabilities", [((8, 0),), ((8, 9), (12, 0))])

@@ -26,7 +26,7 @@ ROOMS = {
     "packing": "check",
     "tensorflow": "",
     "system": "check",
-    "backend": "events",
+    "backend": "check events",
     "checkpoint": "check system",
     "explain": "events rng",
     "reference": "config",

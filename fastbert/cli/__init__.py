@@ -11,7 +11,6 @@ from fastbert.check import InputError, Stopped
 from fastbert.cli import training, use
 from fastbert.cli.app import app
 from fastbert.cli.options import by_option_names
-from fastbert.system import startup
 from fastbert.system.console import close_standard_streams
 
 COMMANDS = training, use  # modules whose import adds their commands to the app
@@ -23,7 +22,6 @@ def main() -> None:
     A mistake of the user's (InputError, OSError) prints one line to stderr, with status 2. Ctrl-C
     prints one line that says what is kept, with status 130.
     """
-    startup.end()
     warnings.filterwarnings("default", category=UserWarning, module="fastbert")
     warnings.showwarning = _warn
     _warn_once.cache_clear()

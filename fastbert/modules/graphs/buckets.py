@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import backend, events
-from fastbert.check import require
+from fastbert.check import InputError, require
 from fastbert.modules.graphs.call import Call, Precision, products_of
 from fastbert.modules.graphs.padded import PaddedBatch
 from fastbert.modules.graphs.pool import MOST_LANES, Entry, Lane, Pending, Pool, Recorded
@@ -40,6 +40,7 @@ _OFF = {"0": True, "off": True, "false": True, "auto": False, "": False}
 
 def allow(model: nn.Module, graphs: Graphs) -> None:
     """Lets encoders in `model` replay graphs ("auto"), or never (False); ValueError for others."""
+    _are_off()  # refuses other values, also where no graph runs
     is_known = graphs == "auto" or graphs is False
     require(is_known, "graphs", '"auto" or False', repr(graphs))
     for layers in encoders_of(model):
@@ -52,16 +53,18 @@ def off_by(layers: nn.ModuleList) -> str:
     """What switches the graphs of these layers off: `allow`, the environment, or "" for neither."""
     if _MARK in vars(layers):
         return "graphs=False"
-    return "FASTBERT_GRAPHS" if _are_off(os.environ.get("FASTBERT_GRAPHS", "")) else ""
+    return "FASTBERT_GRAPHS" if _are_off() else ""
+
+
+def _are_off() -> bool:
+    return _is_off(os.environ.get("FASTBERT_GRAPHS", ""))
 
 
 @functools.cache
-def _are_off(value: str) -> bool:
-    require(value.lower() in _OFF, "FASTBERT_GRAPHS", '"auto" or "0"', repr(value))
+def _is_off(value: str) -> bool:
+    if value.lower() not in _OFF:
+        raise InputError(f'FASTBERT_GRAPHS: expected "auto" or "0", got {value!r}')
     return _OFF[value.lower()]
-
-
-_are_off(os.environ.get("FASTBERT_GRAPHS", ""))  # refuses other values, also where no graph runs
 
 
 # keyed by an encoder's list of layers; graphs must not refer to it, or it would never be freed

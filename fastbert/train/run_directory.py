@@ -27,15 +27,17 @@ SUMMARY = "summary.json"
 def opened(config: PretrainConfig, out: Path, *, resume: bool) -> Iterator[None]:
     """Writes the options into `out`; if the block refuses a new run, removes them and its text.
 
-    The text stays if it is worth keeping. Raises InputError if `out` has a run and `resume` is
-    False, or if the options would change the results of that run.
+    The text stays if it is worth keeping, and so do the options of a resumed run that the block
+    refuses. Raises InputError if `out` has a run and `resume` is False, or if the options would
+    change the results of that run.
     """
     is_new = not (out / RUN).exists()
     if not is_new and not resume:
         raise InputError(f"--out {out}: holds a run already; --resume continues it")
     if (earlier := read_run(out, type(config))) is not None:
         earlier.same_run(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
-    write_json(out / RUN, config.placed().to_json())  # a resumed run's paths may have moved
+    if is_new:
+        write_json(out / RUN, config.placed().to_json())
     try:
         yield
     except InputError as error:
@@ -44,6 +46,7 @@ def opened(config: PretrainConfig, out: Path, *, resume: bool) -> Iterator[None]
             if not isinstance(error, OtherCache | Interrupted | Unwritable):
                 shutil.rmtree(out / TEXT, ignore_errors=True)
         raise
+    write_json(out / RUN, config.placed().to_json())  # a resumed run's paths may have moved
 
 
 def precision_of(config: PretrainConfig, out: Path, *, resume: bool) -> str:

@@ -50,9 +50,11 @@ def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> Prepa
 
     Raises InputError: data.OtherCache and data.Interrupted leave a cache that is worth keeping.
     """
+    data.require_scheme(config.masking)  # before a large corpus is read, which takes hours
+    segmenter = data.make_segmenter(config.segmenter)
     source = _Source(config)
     try:
-        tokenizer, corpus = _tokenised(config, source, config.cache or out / TEXT)
+        tokenizer, corpus = _tokenised(config, source, config.cache or out / TEXT, segmenter)
     except data.OtherCache:
         if config.cache is None and (out / LATEST).is_symlink():
             raise InputError(CHANGED.format(out)) from None
@@ -138,7 +140,7 @@ class _Source:
 
 
 def _tokenised(
-    config: PretrainConfig, source: _Source, directory: Path
+    config: PretrainConfig, source: _Source, directory: Path, segmenter: data.Segmenter | None
 ) -> tuple[Tokenizer, data.TokenizedCorpus]:
     tokenizer = _tokenizer(config, source, directory)
     documents = source.documents()
@@ -151,7 +153,7 @@ def _tokenised(
             tokenizer,
             directory,
             fingerprint=source.fingerprint,
-            segmenter=data.make_segmenter(config.segmenter),
+            segmenter=segmenter,
             processes=workers,
             meter=source.meter,
             progress=reporter,

@@ -202,6 +202,29 @@ def test_one_document_lacks_no_next_sentences_where_none_are_wanted(config, corp
         pretrain(other, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"masking": "words"}, "masking: one of bert, whole-word, span"),
+        ({"masking": "span", "segmenter": "words"}, "--segmenter: one of characters"),
+        ({"mlm_probability": 1.0}, "--mlm-probability: above 0 and below 1, got 1.0"),
+        ({"heldout_fraction": 0.0}, "--heldout-fraction: above 0 and below 1, got 0.0"),
+        ({"batch_tokens": 31}, "--batch-tokens: expected at least --max-seq-len, 32, got 31"),
+    ],
+)
+def test_bad_options_are_refused_before_the_corpus_is_read(
+    options, said, config, tmp_path, monkeypatch
+):
+    """Reading a large one takes hours, and a refused run keeps nothing of it."""
+
+    def read(_):
+        raise AssertionError("the corpus was read")
+
+    monkeypatch.setattr(prepare, "_Source", read)
+    with pytest.raises(InputError, match=said):
+        prepare.prepare_text(dataclasses.replace(config, **options), tmp_path)
+
+
 def test_accents_stay_where_that_is_asked_for(config, corpus, tmp_path):
     corpus.write_text(TEXT.replace("class", "naïve"))
     words = {}

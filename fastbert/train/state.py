@@ -79,7 +79,9 @@ def save(
             distributed.save_optimizer(writing / OPTIMIZER, model, optimizer)
     if ranks.is_first:
         checkpoint.point_latest(directory)
-        for old in _checkpoints(run)[:-keep]:
+        # those of a run that began again, without its link, may have higher numbers than this one
+        others = [path for path in _checkpoints(run) if path != directory]
+        for old in others[: len(others) + 1 - keep]:
             shutil.rmtree(old)
 
 

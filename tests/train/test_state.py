@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from fastbert import checkpoint
 from fastbert.check import InputError
+from fastbert.data import train_tokenizer
 from fastbert.system.files import Unwritable
 from fastbert.train import distributed, state
 from fastbert.train.optimizer import make_optimizer
@@ -51,6 +53,20 @@ def without(directory, *names):
         inside = inside[name]
     del inside[last]
     torch.save(saved, directory / state.STATE)
+
+
+def test_what_latest_points_to_is_kept_beside_higher_numbers(parts, tmp_path):
+    """A run whose link was removed begins again among its old checkpoints."""
+    model, optimizer, scaler = parts
+    for number in (90, 100):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    ranks = distributed.Ranks(torch.device("cpu"))
+    tokenizer = train_tokenizer(["a text"], 100)
+    for step, kept in ((10, ["10", "100"]), (20, ["100", "20"])):
+        now = state.TrainingState("t", step=step)
+        state.save(tmp_path, model, tokenizer, optimizer, scaler, now, ranks)
+        assert checkpoint.latest(tmp_path).name == f"checkpoint-{step}"
+        assert sorted(p.name.partition("-")[2] for p in tmp_path.glob("checkpoint-*")) == kept
 
 
 def test_a_state_comes_back(parts, directory):

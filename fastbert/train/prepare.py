@@ -90,8 +90,7 @@ def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> Prepa
         )
 
     training = examples(train, config.masking)
-    # raises InputError for a batch too small for all ranks and micro-batches
-    training.batch(0, world_size=num_ranks, micro_batches=config.accumulation)
+    training.require_examples(num_ranks, config.accumulation)
     if (share := training.random_share) is not None and share > _NEARLY_ALL:
         warnings.warn(
             f"--objective mlm+nsp: {share:.0%} of the pairs have a random second sentence, so that "

@@ -70,7 +70,8 @@ def read_run(out: Path, kind: type[Config]) -> Config | None:
 def stoppable(recipe: Recipe, out: Path) -> Iterator[None]:
     """Turns Ctrl-C into `Stopped`, which says what is kept, and a nameless OSError into Unwritable.
 
-    The OSErrors that name a file are raised as they are.
+    The OSErrors that name a file are raised as they are. The death of a loader's process is an
+    InputError.
     """
     try:
         yield
@@ -79,6 +80,14 @@ def stoppable(recipe: Recipe, out: Path) -> Iterator[None]:
         what = "no checkpoint is written yet" if kept is None else f"{kept.name} is kept"
         again = shlex.join(["fastbert", recipe.command, "--resume", "--out", str(out)])
         raise Stopped(f"{out}: {what}; go on with: {again}") from None
+    except (ConnectionError, RuntimeError) as error:
+        # torch's handler of a child's death, or its queue if that is read first
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
+        raise InputError(
+            f"{out}: a process that prepares batches was killed, perhaps for want of memory; go on "
+            "with --resume, and with fewer --workers if need be"
+        ) from error
     except OSError as error:
         if error.filename is None:  # from a library that does not name the file
             raise Unwritable.because(out, error) from error

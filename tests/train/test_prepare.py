@@ -1,7 +1,9 @@
 """The tokenised text of a run: kept, shared, refused, and shown while it is made."""
 
 import dataclasses
+import errno
 import io
+import multiprocessing
 import threading
 import time
 import warnings
@@ -310,6 +312,24 @@ def test_a_stopped_run_says_how_to_go_on(config, tmp_path, monkeypatch):
         patch.setattr(module, "_finish", stop)
         with pytest.raises(Stopped, match="checkpoint-1 is kept; go on with: fastbert pretrain"):
             pretrain(config, out, resume=True)
+
+
+@pytest.mark.parametrize("read_first", [False, True])
+def test_the_death_of_a_loaders_process_is_told(read_first, config, tmp_path, monkeypatch):
+    import fastbert.train.pretrain as module
+
+    others = {*multiprocessing.active_children()}
+
+    def step(*_):
+        [loading] = {*multiprocessing.active_children()} - others
+        loading.kill()
+        if read_first:  # the queue of a dead process, before its death is known
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        time.sleep(60)
+
+    monkeypatch.setattr(module, "make_step", lambda *_, **__: step)
+    with pytest.raises(InputError, match=r"prepares batches was killed.* fewer --workers"):
+        pretrain(dataclasses.replace(config, workers=1), tmp_path / "run")
 
 
 def hold(directory):

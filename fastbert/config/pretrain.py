@@ -104,7 +104,12 @@ class PretrainConfig:
         "Longest example, in tokens; by default 32 for tiny and mini, else 128.",
         bounds=at_least(8),
     )
-    short_seq_prob: float = option(0.1, "Share of examples made shorter on purpose.", bounds=SHARE)
+    short_seq_prob: float = option(
+        0.1,
+        "Share of sentence pairs made shorter on purpose.",
+        bounds=SHARE,
+        only=Only("objective", ("mlm+nsp",)),
+    )
     objective: str = option(
         "mlm+nsp", "mlm+nsp: sentence pairs and both losses; mlm: full sentences, as RoBERTa."
     )

@@ -1,6 +1,7 @@
 """What a checkpoint's state says when it cannot be restored, and of whom."""
 
 import errno
+import os
 
 import pytest
 import torch
@@ -67,6 +68,28 @@ def test_what_latest_points_to_is_kept_beside_higher_numbers(parts, tmp_path):
         state.save(tmp_path, model, tokenizer, optimizer, scaler, now, ranks)
         assert checkpoint.latest(tmp_path).name == f"checkpoint-{step}"
         assert sorted(p.name.partition("-")[2] for p in tmp_path.glob("checkpoint-*")) == kept
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(parts, tmp_path, monkeypatch):
+    """NFS keeps the directory of a file that a process still reads, until that is closed."""
+    model, optimizer, scaler = parts
+
+    def save(step):
+        now, ranks = state.TrainingState("t", step=step), distributed.Ranks(torch.device("cpu"))
+        state.save(tmp_path, model, tokenizer, optimizer, scaler, now, ranks)
+
+    def in_use(path, **_):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+
+    tokenizer = train_tokenizer(["a text"], 100)
+    save(1)
+    save(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", in_use)
+        save(3)
+    assert (tmp_path / "checkpoint-1").exists()
+    save(4)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_a_state_comes_back(parts, directory):

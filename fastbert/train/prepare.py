@@ -26,7 +26,7 @@ from fastbert.system.files import write_json
 from fastbert.train.report import TokenizingReporter
 
 TEXT = "text"  # directory in a run for tokenizer and cache, unless --cache names another
-CHANGED = "{}: the corpus or the tokenizer has changed since the run began"
+CHANGED = "{}: the corpus or the tokenizer has changed since the run began; files' names count, too"
 _NEARLY_ALL = 0.95  # share of random pairs above which a warning is given
 LARGE = 100 << 20  # bytes of a corpus that is worth several processes, which start in seconds
 

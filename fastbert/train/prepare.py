@@ -28,6 +28,8 @@ from fastbert.train.report import TokenizingReporter
 TEXT = "text"  # directory in a run for tokenizer and cache, unless --cache names another
 CHANGED = "{}: the corpus or the tokenizer has changed since the run began; files' names count, too"
 _NEARLY_ALL = 0.95  # share of random pairs above which a warning is given
+_MUCH_LOST = 0.25  # share of the tokens behind --max-seq-len of their sentences, likewise
+_SENTENCES = 1_000_000  # by which it is estimated
 LARGE = 100 << 20  # bytes of a corpus that is worth several processes, which start in seconds
 
 
@@ -96,6 +98,15 @@ def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> Prepa
             f"--objective mlm+nsp: {share:.0%} of the pairs have a random second sentence, so that "
             "there is nothing to learn of next sentences: documents of one sentence, or sentences "
             "longer than --max-seq-len, give no others; --objective mlm leaves the pairs out",
+            stacklevel=2,
+        )
+    lengths = np.diff(corpus.sentence_offsets[:_SENTENCES])
+    lost = np.maximum(lengths - config.max_seq_len, 0).sum() / lengths.sum()
+    if pairs and lost > _MUCH_LOST:
+        warnings.warn(
+            f"--corpus: more than {lost:.0%} of its tokens are not read, because its sentences are "
+            f"cut to --max-seq-len, {config.max_seq_len}; put a sentence on a line, raise "
+            "--max-seq-len, or take --objective mlm, which reads a long one in parts",
             stacklevel=2,
         )
     batches = list(

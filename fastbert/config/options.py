@@ -39,6 +39,7 @@ class Bounds(NamedTuple):
 
 ANY = Bounds("a number")
 SHARE = Bounds("between 0 and 1", 0, 1)
+INSIDE = Bounds("above 0 and below 1", 0, 1, low_open=True, high_open=True)
 BELOW_ONE = Bounds("at least 0 and below 1", 0, 1, high_open=True)
 PART = Bounds("above 0 and at most 1", 0, 1, low_open=True)
 POSITIVE = Bounds("above 0", 0, low_open=True)

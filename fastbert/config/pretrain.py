@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 from fastbert.check import InputError
 from fastbert.config.options import (
     BELOW_ONE,
+    INSIDE,
     MODEL,
     OPTIMISATION,
     OUTPUT,
@@ -103,11 +104,16 @@ class PretrainConfig:
         "Longest example, in tokens; by default 32 for tiny and mini, else 128.",
         bounds=at_least(8),
     )
-    short_seq_prob: float = option(0.1, "Share of examples made shorter on purpose.", bounds=SHARE)
+    short_seq_prob: float = option(
+        0.1,
+        "Share of sentence pairs made shorter on purpose.",
+        bounds=SHARE,
+        only=Only("objective", ("mlm+nsp",)),
+    )
     objective: str = option(
         "mlm+nsp", "mlm+nsp: sentence pairs and both losses; mlm: full sentences, as RoBERTa."
     )
-    mlm_probability: float = option(0.15, "Share of tokens to predict.", bounds=SHARE)
+    mlm_probability: float = option(0.15, "Share of tokens to predict.", bounds=INSIDE)
     masking: str = option(
         "bert",
         "What is predicted: bert, whole-word, span (80/10/10 of tokens, words, spans), blank, "
@@ -125,7 +131,7 @@ class PretrainConfig:
         only=Only("masking", ("whole-word", "span")),
     )
     heldout_fraction: float = option(
-        0.05, "Share of the documents held out for validation.", bounds=SHARE
+        0.05, "Share of the documents held out for validation.", bounds=INSIDE
     )
     workers: int = option(0, "Processes that prepare batches; 0: this one.", bounds=at_least(0))
     tokenize_workers: int | None = option(
@@ -202,6 +208,11 @@ class PretrainConfig:
             if getattr(self, name) not in known:
                 got = getattr(self, name)
                 raise InputError(f"--{name}: one of {', '.join(known)}, got {got!r}")
+        if self.max_seq_len is not None and self.batch_tokens < self.max_seq_len:
+            raise InputError(
+                f"--batch-tokens: expected at least --max-seq-len, {self.max_seq_len}, "
+                f"got {self.batch_tokens}"
+            )
 
     def _complete(self) -> None:
         """Gives options that are None the preset's values."""

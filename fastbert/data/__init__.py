@@ -8,7 +8,7 @@ from fastbert.data.batches.pretraining import (
     heldout_batches,
     unigram_baseline,
 )
-from fastbert.data.masking.mlm import SCHEMES, Masking, make_masking
+from fastbert.data.masking.mlm import SCHEMES, Masking, make_masking, require_scheme
 from fastbert.data.masking.selection import Tokens
 from fastbert.data.text.corpus import Meter, fingerprint_files, read_documents
 from fastbert.data.text.files import find_files
@@ -56,6 +56,7 @@ __all__ = [
     "plan_sentences",
     "python_documents",
     "read_documents",
+    "require_scheme",
     "save_tokenizer",
     "special_tokens",
     "split_sentences",

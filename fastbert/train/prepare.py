@@ -26,8 +26,10 @@ from fastbert.system.files import write_json
 from fastbert.train.report import TokenizingReporter
 
 TEXT = "text"  # directory in a run for tokenizer and cache, unless --cache names another
-CHANGED = "{}: the corpus or the tokenizer has changed since the run began"
+CHANGED = "{}: the corpus or the tokenizer has changed since the run began; files' names count, too"
 _NEARLY_ALL = 0.95  # share of random pairs above which a warning is given
+_MUCH_LOST = 0.25  # share of the tokens behind --max-seq-len of their sentences, likewise
+_SENTENCES = 1_000_000  # by which it is estimated
 LARGE = 100 << 20  # bytes of a corpus that is worth several processes, which start in seconds
 
 
@@ -50,9 +52,11 @@ def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> Prepa
 
     Raises InputError: data.OtherCache and data.Interrupted leave a cache that is worth keeping.
     """
+    data.require_scheme(config.masking)  # before a large corpus is read, which takes hours
+    segmenter = data.make_segmenter(config.segmenter)
     source = _Source(config)
     try:
-        tokenizer, corpus = _tokenised(config, source, config.cache or out / TEXT)
+        tokenizer, corpus = _tokenised(config, source, config.cache or out / TEXT, segmenter)
     except data.OtherCache:
         if config.cache is None and (out / LATEST).is_symlink():
             raise InputError(CHANGED.format(out)) from None
@@ -88,13 +92,21 @@ def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> Prepa
         )
 
     training = examples(train, config.masking)
-    # raises InputError for a batch too small for all ranks and micro-batches
-    training.batch(0, world_size=num_ranks, micro_batches=config.accumulation)
+    training.require_examples(num_ranks, config.accumulation)
     if (share := training.random_share) is not None and share > _NEARLY_ALL:
         warnings.warn(
             f"--objective mlm+nsp: {share:.0%} of the pairs have a random second sentence, so that "
             "there is nothing to learn of next sentences: documents of one sentence, or sentences "
             "longer than --max-seq-len, give no others; --objective mlm leaves the pairs out",
+            stacklevel=2,
+        )
+    lengths = np.diff(corpus.sentence_offsets[:_SENTENCES])
+    lost = np.maximum(lengths - config.max_seq_len, 0).sum() / lengths.sum()
+    if pairs and lost > _MUCH_LOST:
+        warnings.warn(
+            f"--corpus: more than {lost:.0%} of its tokens are not read, because its sentences are "
+            f"cut to --max-seq-len, {config.max_seq_len}; put a sentence on a line, raise "
+            "--max-seq-len, or take --objective mlm, which reads a long one in parts",
             stacklevel=2,
         )
     batches = list(
@@ -138,7 +150,7 @@ class _Source:
 
 
 def _tokenised(
-    config: PretrainConfig, source: _Source, directory: Path
+    config: PretrainConfig, source: _Source, directory: Path, segmenter: data.Segmenter | None
 ) -> tuple[Tokenizer, data.TokenizedCorpus]:
     tokenizer = _tokenizer(config, source, directory)
     documents = source.documents()
@@ -151,7 +163,7 @@ def _tokenised(
             tokenizer,
             directory,
             fingerprint=source.fingerprint,
-            segmenter=data.make_segmenter(config.segmenter),
+            segmenter=segmenter,
             processes=workers,
             meter=source.meter,
             progress=reporter,

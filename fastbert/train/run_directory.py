@@ -27,15 +27,17 @@ SUMMARY = "summary.json"
 def opened(config: PretrainConfig, out: Path, *, resume: bool) -> Iterator[None]:
     """Writes the options into `out`; if the block refuses a new run, removes them and its text.
 
-    The text stays if it is worth keeping. Raises InputError if `out` has a run and `resume` is
-    False, or if the options would change the results of that run.
+    The text stays if it is worth keeping, and so do the options of a resumed run that the block
+    refuses. Raises InputError if `out` has a run and `resume` is False, or if the options would
+    change the results of that run.
     """
     is_new = not (out / RUN).exists()
     if not is_new and not resume:
         raise InputError(f"--out {out}: holds a run already; --resume continues it")
     if (earlier := read_run(out, type(config))) is not None:
         earlier.same_run(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
-    write_json(out / RUN, config.placed().to_json())  # a resumed run's paths may have moved
+    if is_new:
+        write_json(out / RUN, config.placed().to_json())
     try:
         yield
     except InputError as error:
@@ -44,6 +46,7 @@ def opened(config: PretrainConfig, out: Path, *, resume: bool) -> Iterator[None]
             if not isinstance(error, OtherCache | Interrupted | Unwritable):
                 shutil.rmtree(out / TEXT, ignore_errors=True)
         raise
+    write_json(out / RUN, config.placed().to_json())  # a resumed run's paths may have moved
 
 
 def precision_of(config: PretrainConfig, out: Path, *, resume: bool) -> str:
@@ -67,7 +70,8 @@ def read_run(out: Path, kind: type[Config]) -> Config | None:
 def stoppable(recipe: Recipe, out: Path) -> Iterator[None]:
     """Turns Ctrl-C into `Stopped`, which says what is kept, and a nameless OSError into Unwritable.
 
-    The OSErrors that name a file are raised as they are.
+    The OSErrors that name a file are raised as they are. The death of a loader's process is an
+    InputError.
     """
     try:
         yield
@@ -76,6 +80,14 @@ def stoppable(recipe: Recipe, out: Path) -> Iterator[None]:
         what = "no checkpoint is written yet" if kept is None else f"{kept.name} is kept"
         again = shlex.join(["fastbert", recipe.command, "--resume", "--out", str(out)])
         raise Stopped(f"{out}: {what}; go on with: {again}") from None
+    except (ConnectionError, RuntimeError) as error:
+        # torch's handler of a child's death, or its queue if that is read first
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
+        raise InputError(
+            f"{out}: a process that prepares batches was killed, perhaps for want of memory; go on "
+            "with --resume, and with fewer --workers if need be"
+        ) from error
     except OSError as error:
         if error.filename is None:  # from a library that does not name the file
             raise Unwritable.because(out, error) from error

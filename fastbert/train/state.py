@@ -79,8 +79,11 @@ def save(
             distributed.save_optimizer(writing / OPTIMIZER, model, optimizer)
     if ranks.is_first:
         checkpoint.point_latest(directory)
-        for old in _checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+        # those of a run that began again, without its link, may have higher numbers than this one
+        others = [path for path in _checkpoints(run) if path != directory]
+        for old in others[: len(others) + 1 - keep]:
+            # a reader on a network file system may keep it from going, until the next checkpoint
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def load_weights(directory: Path, model: BertPreTrainedModel) -> None:

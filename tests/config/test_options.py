@@ -57,6 +57,7 @@ def test_gamma_is_a_share():
     ("config", "options", "message"),
     [
         (PretrainConfig, {"gamma": 0.5}, "--gamma 0.5 has no effect beside --masking bert"),
+        (DistillConfig, {"short_seq_prob": 0.5}, "--short-seq-prob 0.5 has no effect"),
         (PretrainConfig, {"segmenter": "spaces"}, "--segmenter spaces has no effect"),
         (PretrainConfig, {"tokenizer": "t", "vocab_size": 400}, "--vocab-size 400 has no effect"),
         (FinetuneConfig, {"label_separator": "|"}, "--label-separator | has no effect"),
@@ -73,6 +74,7 @@ def test_what_has_an_effect_is_not():
         warnings.simplefilter("error")
         PretrainConfig(masking="unigram", gamma=0.5)
         PretrainConfig(masking="span", segmenter="spaces")
+        PretrainConfig(short_seq_prob=0.5)
         FinetuneConfig(task="choice", train="x", dev="x", model="m", delimiter=";",
                        choice_column=("a",))  # fmt: skip
 

@@ -1,7 +1,9 @@
 """The tokenised text of a run: kept, shared, refused, and shown while it is made."""
 
 import dataclasses
+import errno
 import io
+import multiprocessing
 import threading
 import time
 import warnings
@@ -191,6 +193,17 @@ def test_pairs_that_are_all_random_are_said_to_be(text, config, corpus, tmp_path
         prepare.prepare_text(mlm, tmp_path / "run")
 
 
+@pytest.mark.parametrize("objective", ["mlm+nsp", "mlm"])
+def test_long_lines_of_which_most_is_not_read_are_said_to_be(objective, config, corpus, tmp_path):
+    """As in a corpus with a paragraph or a document on a line."""
+    corpus.write_text(("The list holds a number. " * 20 + "\n\nIt is an object.\n\n") * 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        prepare.prepare_text(dataclasses.replace(config, objective=objective), tmp_path / "run")
+    said = [str(one.message) for one in caught if "tokens are not read" in str(one.message)]
+    assert len(said) == (objective == "mlm+nsp")  # without pairs, long lines are read in parts
+
+
 def test_one_document_lacks_no_next_sentences_where_none_are_wanted(config, corpus, tmp_path):
     corpus.write_text("It is an object of a class.\n" * 40)
     with pytest.raises(InputError, match=r"corpus: 1 document.* need one each; separate"):
@@ -200,6 +213,29 @@ def test_one_document_lacks_no_next_sentences_where_none_are_wanted(config, corp
     pretrain(dataclasses.replace(other, objective="mlm"), tmp_path / "two")
     with pytest.raises(InputError, match="gives no random next sentence"):
         pretrain(other, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"masking": "words"}, "masking: one of bert, whole-word, span"),
+        ({"masking": "span", "segmenter": "words"}, "--segmenter: one of characters"),
+        ({"mlm_probability": 1.0}, "--mlm-probability: above 0 and below 1, got 1.0"),
+        ({"heldout_fraction": 0.0}, "--heldout-fraction: above 0 and below 1, got 0.0"),
+        ({"batch_tokens": 31}, "--batch-tokens: expected at least --max-seq-len, 32, got 31"),
+    ],
+)
+def test_bad_options_are_refused_before_the_corpus_is_read(
+    options, said, config, tmp_path, monkeypatch
+):
+    """Reading a large one takes hours, and a refused run keeps nothing of it."""
+
+    def read(_):
+        raise AssertionError("the corpus was read")
+
+    monkeypatch.setattr(prepare, "_Source", read)
+    with pytest.raises(InputError, match=said):
+        prepare.prepare_text(dataclasses.replace(config, **options), tmp_path)
 
 
 def test_accents_stay_where_that_is_asked_for(config, corpus, tmp_path):
@@ -233,8 +269,10 @@ def test_a_run_goes_on_from_anywhere(config, corpus, tmp_path, monkeypatch):
         kept.same_run(corpus=(other,))
     corpus.rename(tmp_path / "moved.txt")
     moved = kept.same_run(corpus=(tmp_path / "moved.txt",))
-    with pytest.raises(InputError, match="the corpus or the tokenizer has changed"):
+    with pytest.raises(InputError, match=r"the corpus or the tokenizer has changed.*names count"):
         pretrain(moved, tmp_path / "run", resume=True)  # its name is a part of it
+    # or the run would keep the refused path, and refuse the right one as another
+    assert read_run(tmp_path / "run", PretrainConfig).corpus == (corpus,)
     (tmp_path / "new").mkdir()
     (tmp_path / "moved.txt").rename(tmp_path / "new" / "corpus.txt")
     moved = kept.same_run(corpus=(tmp_path / "new" / "corpus.txt",))
@@ -285,6 +323,24 @@ def test_a_stopped_run_says_how_to_go_on(config, tmp_path, monkeypatch):
         patch.setattr(module, "_finish", stop)
         with pytest.raises(Stopped, match="checkpoint-1 is kept; go on with: fastbert pretrain"):
             pretrain(config, out, resume=True)
+
+
+@pytest.mark.parametrize("read_first", [False, True])
+def test_the_death_of_a_loaders_process_is_told(read_first, config, tmp_path, monkeypatch):
+    import fastbert.train.pretrain as module
+
+    others = {*multiprocessing.active_children()}
+
+    def step(*_):
+        [loading] = {*multiprocessing.active_children()} - others
+        loading.kill()
+        if read_first:  # the queue of a dead process, before its death is known
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        time.sleep(60)
+
+    monkeypatch.setattr(module, "make_step", lambda *_, **__: step)
+    with pytest.raises(InputError, match=r"prepares batches was killed.* fewer --workers"):
+        pretrain(dataclasses.replace(config, workers=1), tmp_path / "run")
 
 
 def hold(directory):

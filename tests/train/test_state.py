@@ -1,12 +1,15 @@
 """What a checkpoint's state says when it cannot be restored, and of whom."""
 
 import errno
+import os
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from fastbert import checkpoint
 from fastbert.check import InputError
+from fastbert.data import train_tokenizer
 from fastbert.system.files import Unwritable
 from fastbert.train import distributed, state
 from fastbert.train.optimizer import make_optimizer
@@ -51,6 +54,42 @@ def without(directory, *names):
         inside = inside[name]
     del inside[last]
     torch.save(saved, directory / state.STATE)
+
+
+def test_what_latest_points_to_is_kept_beside_higher_numbers(parts, tmp_path):
+    """A run whose link was removed begins again among its old checkpoints."""
+    model, optimizer, scaler = parts
+    for number in (90, 100):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    ranks = distributed.Ranks(torch.device("cpu"))
+    tokenizer = train_tokenizer(["a text"], 100)
+    for step, kept in ((10, ["10", "100"]), (20, ["100", "20"])):
+        now = state.TrainingState("t", step=step)
+        state.save(tmp_path, model, tokenizer, optimizer, scaler, now, ranks)
+        assert checkpoint.latest(tmp_path).name == f"checkpoint-{step}"
+        assert sorted(p.name.partition("-")[2] for p in tmp_path.glob("checkpoint-*")) == kept
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(parts, tmp_path, monkeypatch):
+    """NFS keeps the directory of a file that a process still reads, until that is closed."""
+    model, optimizer, scaler = parts
+
+    def save(step):
+        now, ranks = state.TrainingState("t", step=step), distributed.Ranks(torch.device("cpu"))
+        state.save(tmp_path, model, tokenizer, optimizer, scaler, now, ranks)
+
+    def in_use(path, **_):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+
+    tokenizer = train_tokenizer(["a text"], 100)
+    save(1)
+    save(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", in_use)
+        save(3)
+    assert (tmp_path / "checkpoint-1").exists()
+    save(4)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_a_state_comes_back(parts, directory):

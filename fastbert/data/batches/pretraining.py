@@ -123,16 +123,26 @@ class PretrainingData:
         epoch, index = self.locate(step)
         plan = self._plan(epoch)
         examples = plan.batch(index)
-        parts = world_size * micro_batches
-        if len(examples) < parts:
+        self._require(len(examples), world_size, micro_batches)
+        shares = _shares(plan.lengths[examples], world_size * micro_batches)
+        mine = shares[rank * micro_batches : (rank + 1) * micro_batches]
+        return [self._pack(plan, examples[share]) for share in mine]
+
+    def require_examples(self, world_size: int, micro_batches: int) -> None:
+        """Raises the InputError of `batch` if a batch of the current epoch has too few examples.
+
+        A run's number of micro-batches is fixed, so one that stops at such a batch cannot go on.
+        """
+        fewest = min(np.diff(self._epoch.bounds)[: self._epoch.num_batches - 1 or 1])
+        self._require(fewest, world_size, micro_batches)
+
+    def _require(self, examples: int, world_size: int, micro_batches: int) -> None:
+        if examples < world_size * micro_batches:
             raise InputError(
-                f"batch_tokens: a batch of {self.batch_tokens} tokens holds {len(examples)} "
+                f"batch_tokens: a batch of {self.batch_tokens} tokens holds {examples} "
                 f"example(s), too few for {world_size} rank(s) x {micro_batches} micro-batch(es); "
                 "raise it, or name a larger corpus"
             )
-        shares = _shares(plan.lengths[examples], parts)
-        mine = shares[rank * micro_batches : (rank + 1) * micro_batches]
-        return [self._pack(plan, examples[share]) for share in mine]
 
     def _plan(self, number: int) -> "_Epoch":
         """The plan of an epoch; the most recent plan is cached."""

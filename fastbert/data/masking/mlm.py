@@ -72,6 +72,12 @@ class Masking:
 SCHEMES = ("bert", "whole-word", "span", "blank", "unigram", "bigram-kn")
 
 
+def require_scheme(scheme: str) -> None:
+    """Raises InputError for a masking that is not in SCHEMES."""
+    if scheme not in SCHEMES:
+        raise InputError(f"masking: one of {', '.join(SCHEMES)}, got {scheme!r}")
+
+
 def make_masking(
     scheme: str,
     specials: SpecialTokens,
@@ -92,8 +98,7 @@ def make_masking(
 
     Raises InputError for another scheme, or for a probability or gamma out of range.
     """
-    if scheme not in SCHEMES:
-        raise InputError(f"masking: one of {', '.join(SCHEMES)}, got {scheme!r}")
+    require_scheme(scheme)
     if not gamma > 0:
         raise InputError(f"gamma: expected a number above 0, got {gamma}")
     choose = {"whole-word": selection.choose_words, "span": selection.choose_spans}

@@ -42,8 +42,8 @@ def find_files(paths: Sequence[str | Path]) -> Corpus:
     Directories are searched with all directories below them, and links are followed. Files are read
     if they have the ending of a text format or none, like WikiExtractor's `AA/wiki_00`.
 
-    Raises InputError for a path that is missing, a directory that cannot be read or has no text, a
-    broken link, and a compressed file whose format is not supported.
+    Raises InputError for a path that is missing or a stream, a directory that cannot be read or has
+    no text, a broken link, and a compressed file whose format is not supported.
     """
     if not paths:
         raise InputError("--corpus: no file or directory named")
@@ -61,6 +61,11 @@ def find_files(paths: Sequence[str | Path]) -> Corpus:
             corpus.files[before:] = sorted(corpus.files[before:], key=lambda found: found.path)
         elif os.path.lexists(path) and not path.exists():
             raise InputError(f"--corpus {path}: a broken link; remove it or mend it")
+        elif path.exists() and not path.is_file():
+            raise InputError(
+                f"--corpus {path}: no regular file, and a corpus is read several times; write the "
+                "text to a file"
+            )
         elif path.exists():
             _refuse_packed(path)
             corpus.files.append(CorpusFile(path, path.name))

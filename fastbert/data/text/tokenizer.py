@@ -1,12 +1,13 @@
 """BERT's WordPiece tokenizer: trained or loaded, and saved in the files of Hugging Face."""
 
+import contextlib
 import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from tokenizers import (
     AddedToken,
@@ -68,7 +69,7 @@ def train_tokenizer(
     `vocab_size` entries: fewer if the text is too small to fill it.
 
     strip_accents: None strips accents if `lowercase`. Raises InputError for a vocab_size of 5 or
-    less, and if there is no text.
+    less, and if there is no text; Unwritable if a copy of it does not fit into TMPDIR.
 
     The library's trainer numbers the pieces `##x` in the order of a randomly seeded hash map, and
     breaks ties between merges by number, so two runs would give two vocabularies. Naming these
@@ -82,7 +83,7 @@ def train_tokenizer(
         )
     normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
     tokenizer = _wordpiece({}, normalizer)
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as spool:
+    with _temporary_file() as spool:
         characters: Counter[str] = Counter()
         for sentence in sentences:
             characters.update(sentence)
@@ -108,6 +109,19 @@ def train_tokenizer(
         tokenizer.train_from_iterator(spool, trainer)
     vocab = tokenizer.get_vocab(with_added_tokens=False)
     return _with_special_tokens(_wordpiece(vocab, normalizer))
+
+
+@contextlib.contextmanager
+def _temporary_file() -> Iterator[TextIO]:
+    """A file that is gone after the block; raises Unwritable if its disk is full."""
+    try:
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as spool:
+            yield spool
+    except OSError as error:
+        if error.filename is not None:  # of the text
+            raise
+        reason = f"{error.strerror}; TMPDIR can name another directory"
+        raise Unwritable(tempfile.gettempdir(), reason) from error
 
 
 def _alphabet(

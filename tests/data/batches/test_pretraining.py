@@ -282,6 +282,19 @@ def test_bad_options(make, data, corpus, tokenizer):
         data.batch(0, world_size=8, micro_batches=4)
 
 
+def test_every_batch_must_have_an_example_for_each_part(make):
+    """A run would otherwise stop at the first batch that lacks one, and could not go on."""
+    for data in (make(pairs=False, seed=seed) for seed in itertools.count()):
+        first, *others = np.diff(data._plan(0).bounds)[:-1]
+        if first > min(others):
+            break
+    data.require_examples(1, min(others))
+    data.batch(0, micro_batches=first)
+    with pytest.raises(InputError, match=f"holds {min(others)} example"):
+        data.require_examples(1, first)
+    make(np.array([0, 1]), batch_tokens=100_000).require_examples(1, 2)  # one batch, not full
+
+
 @pytest.mark.parametrize("scheme", ["whole-word", "span"])
 def test_targets_are_known_whatever_is_masked(make, corpus, tokenizer, scheme):
     masking = make_masking(scheme, special_tokens(tokenizer), corpus.vocab_size)

@@ -197,6 +197,9 @@ def test_missing_paths_are_refused_before_anything_is_read(tmp_path):
         read_documents([tmp_path])
     with pytest.raises(InputError, match="no file or directory named"):
         read_documents([])
+    os.mkfifo(tmp_path / "pipe")  # which a second reading would wait for
+    with pytest.raises(InputError, match="pipe: no regular file"):
+        read_documents([tmp_path / "pipe"])
 
 
 def test_fingerprint_follows_names_and_contents(tmp_path):

@@ -1,5 +1,7 @@
 # ruff: noqa: RUF001 -- Chinese stops are meant
 import json
+import resource
+import tempfile
 import time
 
 import pytest
@@ -9,6 +11,7 @@ from transformers import AutoTokenizer, BertConfig, BertTokenizer
 from fastbert.check import InputError
 from fastbert.data import load_tokenizer, save_tokenizer, special_tokens, train_tokenizer
 from fastbert.data.text.tokenizer import _LONG_WORD
+from fastbert.system.files import Unwritable
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TEXTS = [
@@ -40,6 +43,18 @@ def test_special_tokens_come_first_and_the_ids_have_no_gaps(trained):
     assert [trained.id_to_token(i) for i in range(5)] == SPECIAL
     assert sorted(trained.get_vocab().values()) == list(range(trained.get_vocab_size()))
     assert trained.get_vocab_size() <= 200
+
+
+def test_a_full_temporary_directory_is_named(tmp_path, monkeypatch):
+    """Not that of the run, whose disk may be another one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # fails as a full disk does
+    try:
+        with pytest.raises(Unwritable, match=f"^{tmp_path}: cannot be written .*TMPDIR"):
+            train_tokenizer(["some words"] * 10_000, 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_fills_the_vocabulary_where_the_text_allows():

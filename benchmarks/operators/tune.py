@@ -347,5 +347,6 @@ def columns_of(workload: Workload) -> int:
 
 def _append(out: Path | None, row: dict) -> None:
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

@@ -1,6 +1,7 @@
 """One command for a GPU machine: here with parts that are quick, fail, hang, and measure."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -19,6 +20,13 @@ rows = [{"part": "environment"}, {"part": "kernels", "case": {"n": 1}, "timings"
 out.write_text("".join(json.dumps(row) + "\\n" for row in rows) + '{"part": "ker')
 out.with_suffix(".trace.json.gz").write_bytes(b"trace")
 time.sleep(float(sys.argv[1]))
+"""
+
+
+COLLECTING = """
+import sys, pytest
+sys.modules["fastapi"] = sys.modules["uvicorn"] = None
+sys.exit(pytest.main(["-p", "no:cacheprovider", "-m", "gpu", "tests/benchmarks/test_serve.py"]))
 """
 
 
@@ -134,3 +142,10 @@ def test_measures_on_a_machine_without_a_gpu(tmp_path):
     assert outcome.exit_code == 0, (tmp_path / "log.txt").read_text()
     assert [row["part"] for row in results(tmp_path)] == ["environment", "profile", "check"]
     assert (tmp_path / "results.trace.json.gz").stat().st_size > 1000
+
+
+def test_tests_are_collected_where_the_libraries_of_a_server_are_missing():
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECTING], cwd=gpu_check.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout

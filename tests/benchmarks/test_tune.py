@@ -29,6 +29,13 @@ def test_every_operator_with_kernels_is_tuned():
     assert set(tune.TABLES) == {op.name for op in backend.OPS.values() if "triton" in op.backends}
 
 
+def test_rows_are_written_into_a_directory_that_is_new(tmp_path):
+    out = tmp_path / "two" / "tune.jsonl"
+    for number in range(2):
+        tune._append(out, {"number": number})
+    assert out.read_text() == '{"number": 0}\n{"number": 1}\n'
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 @pytest.mark.parametrize(

@@ -9,8 +9,6 @@ from fastbert.finetune.train import finetune
 from tests.serve.running import running
 from tests.small_model import write_model
 
-pytest.importorskip("fastapi")
-
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):

@@ -12,6 +12,9 @@ import httpx
 import pytest
 
 from fastbert.config.serve import ServeConfig
+
+pytest.importorskip("fastapi", reason="the extra [serve] is needed")  # before the server's import
+
 from fastbert.serve.server import Server, bind
 
 

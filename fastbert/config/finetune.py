@@ -9,13 +9,13 @@ from typing import Any
 from fastbert.check import InputError
 from fastbert.config.options import (
     ANY,
+    INSIDE,
     MODEL,
     OPTIMISATION,
     PART,
     POSITIVE,
     SEED,
     SHARE,
-    Bounds,
     Only,
     at_least,
     check_options,
@@ -28,7 +28,6 @@ BALANCED = "balanced"
 
 
 TABLES = tuple(task for task in TASKS if task not in ("ner", "qa"))
-_INSIDE = Bounds("above 0 and below 1", 0, 1, low_open=True, high_open=True)
 
 
 def read_delimiter(given: str) -> str:
@@ -55,7 +54,7 @@ class FinetuneConfig:
     )
     dev: Path | None = option(None, "Examples to measure by, in the same format.")
     dev_share: float | None = option(
-        None, "Share of --train to measure by, in place of --dev.", bounds=_INSIDE
+        None, "Share of --train to measure by, in place of --dev.", bounds=INSIDE
     )
     test: Path | None = option(None, "Examples to measure the best epoch by, once, at the end.")
     delimiter: str | None = option(

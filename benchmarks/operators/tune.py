@@ -35,6 +35,8 @@ from benchmarks.results import FASTBERT
 from benchmarks.timing import flush_for, summarize
 from benchmarks.workloads import sequence_lengths
 from fastbert import backend
+from fastbert.check import InputError
+from fastbert.config.pretrain import PRESETS
 from fastbert.train.report import environment
 
 AHEAD_TOKENS = 4096  # of what is run to be compiled, by many processes on one GPU
@@ -299,6 +301,12 @@ def main(
     """Sweeps the tables of block shapes, at the sizes of BERT-base and BERT-large."""
     if op and op not in TABLES:
         raise typer.BadParameter(f"expected one of {', '.join(TABLES)}, got {op!r}")
+    if preset and preset not in PRESETS:
+        raise InputError(f"--preset: one of {', '.join(PRESETS)}, got {preset!r}")
+    known = {f"{one.unit}.{one.name}" for name in ([op] if op else TABLES) for one in TABLES[name]}
+    for name in table or ():
+        if name not in known:
+            raise InputError(f"--table: one of {', '.join(sorted(known))}, got {name!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not backend.INTERPRETED:
         console.print("tune: needs an NVIDIA GPU, and PyTorch finds none")

@@ -12,8 +12,9 @@ is the README's table, with `.`, the folder of all results, as its file:
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -28,6 +29,8 @@ RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 DOCS = HERE.parent / "docs"
 DOCUMENTS = (README, *(DOCS / name for name in ("finetuning.md", "results.md", "tuning.md")))
+
+T = TypeVar("T")
 
 TARGETS, HEADLINES = "targets", "headlines"
 BLOCK = re.compile(r"(<!-- benchmarks: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -44,9 +47,10 @@ def main(
     """Write tables (Markdown) and plots (PNG) beside results, and the tables of documents."""
     # all is read before anything is written
     runs = {path: read(path) for path in files or sorted(RESULTS.glob("*/*.jsonl"))}
+    pages = {path: _of(path, markdown, rows) for path, rows in runs.items()}
     texts = {path: filled(_text(path)) for path in document or DOCUMENTS}
     for path, rows in runs.items():
-        write_text(path.with_suffix(".md"), markdown(rows))
+        write_text(path.with_suffix(".md"), pages[path])
         for plot in plots.write(rows, path):
             print(plot)
     for path, text in texts.items():
@@ -97,12 +101,21 @@ def block(results: Path, name: str, part: str) -> str:
         return f"\n{table.markdown()}\n\nFrom {file}\n\n"
     if path.suffix == ".json":  # the summary.json of a run of `fastbert pretrain`
         row = json.loads(path.read_text(encoding="utf-8"))
-        return f"\n{PARTS[part]([row]).markdown()}\n\n{_source(row)}: {file}\n\n"
+        return f"\n{_of(path, PARTS[part], [row]).markdown()}\n\n{_source(row)}: {file}\n\n"
     rows = read(path)
     found = [row for row in rows if row["part"] == part]
     if not found:
         return "\nNot measured yet.\n\n"
-    return f"\n{PARTS[part](found).markdown()}\n\n{_source(rows[0])}: {file}\n\n"
+    return f"\n{_of(path, PARTS[part], found).markdown()}\n\n{_source(rows[0])}: {file}\n\n"
+
+
+def _of(path: Path, make: Callable[[list[Row]], T], rows: list[Row]) -> T:
+    """What `make` returns; raises InputError if it lacks a field of a part in the file's rows."""
+    try:
+        return make(rows)
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        said = f"a row lacks {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"{path}: not results of python -m benchmarks ({said})") from error
 
 
 def _text(path: Path) -> str:

@@ -18,6 +18,9 @@ _MODEL = typer.Option(help="Directory of a model or of a run, or a hub name.")
 _INPUT = typer.Option(
     "--input", help="File to read; - is standard input: JSON Lines, or with --delimiter a table."
 )
+_TEXTS = typer.Option(
+    "--input", help="File to read; - is standard input: a text a line, or with --delimiter a table."
+)
 _DELIMITER = typer.Option(help="Between the columns of a table, in place of , or a tab.")
 _PRECISION = "auto, bf16, fp16 or fp32; auto is bf16 autocast where it is fast"
 _BATCH_TOKENS = typer.Option(help="Tokens computed at once.", min=1)
@@ -75,7 +78,7 @@ def predict(
 )
 def embed(
     model: Annotated[str, _MODEL],
-    source: Annotated[Path, _INPUT],
+    source: Annotated[Path, _TEXTS],
     out: Annotated[
         Path,
         typer.Option(

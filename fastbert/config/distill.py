@@ -68,7 +68,9 @@ class DistillConfig(PretrainConfig):
         bounds=at_least(0),
     )
     max_seq_len: int = option(
-        None, "Longest example, in tokens; by default as for the learning rate.", bounds=at_least(8)
+        None,
+        "Longest example, in tokens; by default that of the preset nearest in width.",
+        bounds=at_least(8),
     )
     learning_rate: float = option(
         None,
@@ -78,7 +80,7 @@ class DistillConfig(PretrainConfig):
     )
     dropout: float = option(
         None,
-        "Of hidden states and attention; by default as for the learning rate.",
+        "Of hidden states and attention; by default that of the preset nearest in width.",
         group=MODEL,
         bounds=BELOW_ONE,
     )

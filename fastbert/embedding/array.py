@@ -51,6 +51,8 @@ def _texts(source: Path, column: str, delimiter: str | None) -> list[tuple[str, 
         if not lines[-1]:
             lines.pop()
         return [(f"{source}, line {i}", line.rstrip("\r")) for i, line in enumerate(lines, start=1)]
+    if not (is_table or is_stream(source)):
+        texts_of(source, column)  # refuses the ending
     delimiter = None if delimiter is None else read_delimiter(delimiter)
     rows = read_table(source, [column], delimiter)
     return [(r.where, "" if r.values[column] == "" else r.text(column)) for r in rows]

@@ -52,7 +52,8 @@ class WindowEncoder:
 
     stride: how many tokens neighbouring windows of a long text share, None to refuse long texts;
     truncate: cuts tokens off the end of the longer of two texts until both fit; advice: the remedy
-    that the error message ends with; max_windows: the most windows of a text, None for no limit.
+    that the error message ends with, and advice_on_stride where windows have no room for the tokens
+    that they share; max_windows: the most windows of a text, None for no limit.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class WindowEncoder:
         truncate: bool,
         advice: str = "read it in windows with --stride",
         max_windows: int | None = None,
+        advice_on_stride: str = "lower --stride or shorten what stands before the text",
     ) -> None:
-        self.advice, self.max_windows = advice, max_windows
+        self.advice, self.advice_on_stride, self.max_windows = advice, advice_on_stride, max_windows
         self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
         self.stride, self.truncate = stride, truncate
         self.specials = special_tokens(tokenizer)
@@ -98,7 +100,7 @@ class WindowEncoder:
         if excess > 0 and not self.truncate and room <= (self.stride or 0):
             raise TooLong(
                 f"{where}: windows of {max(room, 0)} tokens of the text cannot share "
-                f"{self.stride}; lower --stride or shorten what stands before the text"
+                f"{self.stride}; {self.advice_on_stride}"
             )
         places = cut(len(last), room, self.stride or 0)
         if self.max_windows is not None and len(places) > self.max_windows:

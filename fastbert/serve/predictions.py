@@ -51,12 +51,13 @@ class Prediction(Ability):
         self.task = TASK_OF[settings.task](settings, labels)
         self.settings, self.labels = settings, list(labels)
         self.cuts = settings.task in SEQUENCES
-        longest, stride, advice = settings.max_seq_len, settings.stride, CUT
-        if not self.cuts:
-            advice = "shorten it"
+        longest, stride = settings.max_seq_len, settings.stride
+        advice = (CUT, CUT) if self.cuts else ("shorten it", "shorten the question")
         tokens: Any = Tokens(tokenizer)
         self.encoders = {
-            cut: WindowEncoder(tokens, longest, None if cut else stride, cut, advice, max_sequences)
+            cut: WindowEncoder(
+                tokens, longest, None if cut else stride, cut, advice[0], max_sequences, advice[1]
+            )
             for cut in (False, True)
         }
 

@@ -192,7 +192,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
 
     It lies beside `path`, is renamed when the block ends, and is removed if the block raises.
     A failed write, for example on a full disk, raises an Unwritable that names `path`. So does a
-    file at `path`, before the block begins: it stays as it is.
+    file at `path`, before the block begins: it stays as it is. Other errors of the block pass.
     """
     target, beside = Path(os.path.realpath(path)), None
     try:
@@ -207,10 +207,21 @@ def new_directory(path: str | Path) -> Iterator[Path]:
             file.chmod((0o777 if file.is_dir() else 0o666) & allowed)
         _take_the_place(beside, target)
     except (OSError, SafetensorError, RuntimeError, Unwritable) as error:
+        if not is_of_writing(error):
+            raise
         raise Unwritable.because(path, error) from error
     finally:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def is_of_writing(error: BaseException) -> bool:
+    """Whether an error says that files cannot be written.
+
+    torch's writer of archives hides the system's error behind a RuntimeError of its own.
+    """
+    kinds = (OSError, SafetensorError, Unwritable)
+    return isinstance(error, kinds) or "inline_container" in str(error)
 
 
 def _umask() -> int:

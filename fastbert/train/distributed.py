@@ -30,7 +30,7 @@ from fastbert.check import InputError
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.system import locks
 from fastbert.system.console import console
-from fastbert.system.files import Unwritable, new_directory
+from fastbert.system.files import Unwritable, is_of_writing, new_directory
 from fastbert.train.objective import PretrainingObjective
 
 KINDS = ("ddp", "fsdp")
@@ -218,8 +218,7 @@ def save_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
         dcp.save(state, checkpoint_id=directory)
     except dcp.api.CheckpointException as error:
         for failure, _ in error.failures.values():
-            # torch's writer of archives hides the system's error behind one of its own
-            if isinstance(failure, OSError) or "inline_container" in str(failure):
+            if is_of_writing(failure):
                 raise Unwritable.because(directory, failure) from None
         raise
 

@@ -1,6 +1,8 @@
 """Tables, plots and the documents say what the results say; `compare` finds what got slower."""
 
 import re
+import runpy
+import sys
 
 import pytest
 import torch
@@ -221,6 +223,36 @@ def test_a_row_without_what_every_row_has_is_refused(tmp_path, number, row, said
     rows[number] = row
     with pytest.raises(InputError, match=rf"a\.jsonl: not results .*\({said}"):
         read(written(tmp_path / "a.jsonl", rows))
+
+
+def test_a_row_without_a_field_of_its_part_is_refused_before_anything_is_written(tmp_path):
+    row = step()
+    del row["fill"]
+    path = written(tmp_path / "cpu" / "a.jsonl", [ENVIRONMENT, step(), row])
+    said = r"a\.jsonl: not results of python -m benchmarks \(a row lacks 'fill'\)"
+    with pytest.raises(InputError, match=said):
+        report.main([path], [])
+    assert [one.name for one in path.parent.iterdir()] == ["a.jsonl"]
+    with pytest.raises(InputError, match=said):
+        report.filled("<!-- benchmarks: cpu/a.jsonl steps -->\n<!-- end -->", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["gpu-check", "file"], "file: File exists"),
+        (["gpu-check", "file/a"], "file/a: Not a directory"),
+        (["report", "."], ".: Is a directory"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_one_line(command, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *command])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("benchmarks", run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"benchmarks: error: {said}\n"
 
 
 def test_a_document_that_cannot_be_read_is_refused_before_anything_is_written(results):

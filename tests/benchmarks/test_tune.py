@@ -8,6 +8,7 @@ from benchmarks.launches import recorded
 from benchmarks.operators import kernels, tune
 from benchmarks.operators.workloads import workloads
 from fastbert import backend
+from fastbert.check import InputError
 
 pytestmark = pytest.mark.skipif(not backend.INTERPRETED, reason="on a GPU, tune itself is run")
 FLUSH = torch.empty(0, dtype=torch.uint8)
@@ -133,3 +134,15 @@ def test_every_candidate_is_compiled_ahead(monkeypatch):
         tune.compile_ahead(pool, sizes, number, 1, len(entries))
     assert [entry for entry, _ in seen] == entries
     assert all("16 x" in label for _, label in seen)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"preset": "huge"}, "--preset: one of tiny,"),
+        ({"table": ["a.B"]}, "--table: one of .*'a.B'"),
+    ],
+)
+def test_a_name_that_there_is_not_is_refused(given, said):
+    with pytest.raises(InputError, match=said):
+        tune.main(op="bias_gelu", **given)

@@ -1,7 +1,9 @@
 """Embeddings against Hugging Face's hidden states, and both commands as a user runs them."""
 
+import io
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 import transformers
 
 from fastbert import cli
+from fastbert.check import InputError
 from fastbert.embedding.array import embed
 from tests.small_model import write_model
 
@@ -65,3 +68,19 @@ def test_the_commands(model, write, tmp_path, monkeypatch):
         *("--model", run, "--input", new, "--out", tmp_path / "new.npy", "--pooling", "cls"),
     )
     np.testing.assert_array_equal(np.load(tmp_path / "new.npy"), embed(run, new, pooling="cls"))
+
+
+def test_standard_input_is_a_text_a_line_and_the_help_says_so(model, write, monkeypatch, capsys):
+    """JSON Lines on it would be embedded as they stand."""
+    lines = write("texts.txt", '{"text": "a"}\n')
+    with lines.open("rb") as stream:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stream))
+        given = embed(model, Path("-"), precision="fp32")
+    assert np.array_equal(given, embed(model, lines, precision="fp32"))
+    cli_run(monkeypatch, "embed", "--help")
+    assert "- is standard input: a text a line" in " ".join(capsys.readouterr().out.split())
+
+
+def test_another_ending_is_refused_with_all_that_are_read(model, write):
+    with pytest.raises(InputError, match=r"a\.png: expected one of \.txt, \.jsonl, .*\.parquet"):
+        embed(model, write("a.png", "x"))

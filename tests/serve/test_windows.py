@@ -70,6 +70,14 @@ def test_texts_of_too_many_windows_are_refused_at_once(elsewhere):
             assert time.perf_counter() - began < 5
 
 
+def test_a_question_that_leaves_no_room_is_refused_with_what_a_client_can_do(elsewhere):
+    directory, _, _ = elsewhere("BertForQuestionAnswering")
+    inputs = {"question": "a " * 40, "context": "the " * 90}
+    with running(directory) as server:
+        said = server.refusal("/predict", 413, inputs=inputs)
+        assert said.endswith("cannot share 12; shorten the question")
+
+
 def test_entities_of_a_long_text_are_found_in_time(elsewhere):
     labels = {0: "O", 1: "B-PER"}
     directory, _, _ = elsewhere("BertForTokenClassification", id2label=labels)

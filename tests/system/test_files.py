@@ -273,3 +273,11 @@ def test_what_an_encoding_lacks_is_printed_by_its_number(encoding, monkeypatch):
     said = raw.getvalue().decode(encoding)
     assert ("İyi" if encoding == "utf-8" else "\\u0130yi") in said
     assert "\\ud800" in said
+
+
+def test_errors_of_other_things_are_not_told_as_a_failed_write(tmp_path):
+    for error in (RuntimeError("CUDA error: an illegal memory access"), MemoryError()):
+        with pytest.raises(type(error)) as raised, files.new_directory(tmp_path / "model"):
+            raise error
+        assert raised.value is error
+    assert not list(tmp_path.iterdir())

@@ -113,9 +113,9 @@ def _of(path: Path, make: Callable[[list[Row]], T], rows: list[Row]) -> T:
     """What `make` returns; raises InputError if it lacks a field of a part in the file's rows."""
     try:
         return make(rows)
-    except (LookupError, ValueError, TypeError, AttributeError) as error:
-        said = f"a row lacks {error}" if isinstance(error, KeyError) else error
-        raise InputError(f"{path}: not results of python -m benchmarks ({said})") from error
+    except KeyError as error:
+        said = f"not results of python -m benchmarks (a row lacks {error})"
+        raise InputError(f"{path}: {said}") from error
 
 
 def _text(path: Path) -> str:

@@ -214,6 +214,24 @@ def test_a_parametrized_table_is_computed_as_often():
             torch.testing.assert_close(states(ours), states(theirs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("modes", [(True, False), (False, True)], ids=["attention", "dropout"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_dropout_of_attention_is_on_where_hugging_faces_is(family, modes, attention):
+    """transformers 5 reads the dropout's probability, and asks the attention for its mode."""
+    drops = []
+    for model in pair(family, attn_implementation=attention):
+        one = attention_of(model)
+        with torch.no_grad():
+            before = states(model.eval())
+            one.training, one.dropout.training = modes
+            one.dropout.p = 0.5
+            drops.append(not torch.allclose(states(model), before, atol=1e-3))
+    theirs, ours = drops
+    assert ours == theirs
+    assert IS_V4 or theirs == modes[0]
+
+
 class Wrapper(nn.Module):
     """As peft's for `modules_to_save`: it has its module's attributes."""
 

@@ -162,7 +162,7 @@ def _read(model: Any, arguments: dict[str, Any]) -> "Call":
     given = input_ids if inputs_embeds is None else inputs_embeds
     if given is None or (input_ids is not None and inputs_embeds is not None) or given.ndim < 2:
         raise Unsupported("input that Hugging Face refuses")
-    if mask is not None and mask.ndim not in (2, 4):
+    if isinstance(mask, Tensor) and mask.ndim not in (2, 4):
         raise Unsupported(f"an attention_mask of {mask.ndim} dimensions")
     if any(name in vars(model) or not has_their(model, name) for name in _MASKS):
         raise Unsupported("masks of the user's own making")
@@ -237,6 +237,9 @@ class Call(NamedTuple):
         with_dropout: the modules that need a dropout state in training mode
         """
         layout = {name: arguments.pop(name, None) for name in _LAYOUT}
+        mask = layout["attention_mask"]
+        if not (mask is None or isinstance(mask, Tensor)):
+            raise Unsupported(f"a {type(mask).__name__} as attention_mask")
         trains = any(one.training for one in with_dropout)
         assumes = not trains and may_replay(given.device)
         reading = require_encoder(module.config, layers, arguments, assumes=assumes)

@@ -342,3 +342,20 @@ def test_a_mask_of_flex_attention_is_hugging_faces(hooked):
             output = model(ids(), attention_mask=mask, labels=ids() % 2)
         found.append((output.loss, output.logits))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(IS_V4, reason="4.57 looks at the values of its mask")
+def test_gradients_of_each_sequence_by_vmap_are_hugging_faces():
+    """The number of labels is then no number."""
+    found, options = [], {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    options["attn_implementation"] = "eager"
+    for model in pair(kind="ForMaskedLM", **options):
+
+        def loss(parameters, ids, labels, model=model):
+            batch = {"input_ids": ids[None], "labels": labels[None]}
+            return torch.func.functional_call(model, parameters, (), batch).loss
+
+        own = {name: parameter.detach() for name, parameter in model.train().named_parameters()}
+        each = torch.vmap(torch.func.grad(loss), (None, 0, 0), randomness="different")
+        found.append(each(own, ids(), ids().masked_fill(ids() % 3 > 0, -100)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

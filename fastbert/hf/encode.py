@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import events
+from fastbert.backend import is_transformed
 from fastbert.hf.embeddings import embedded, padded_batch, require_embeddings
 from fastbert.hf.families import Forward, Unsupported, keeps_padding
 from fastbert.hf.first_tokens import (
@@ -238,8 +239,11 @@ class Call(NamedTuple):
         """
         layout = {name: arguments.pop(name, None) for name in _LAYOUT}
         mask = layout["attention_mask"]
-        if not (mask is None or isinstance(mask, Tensor)):
-            raise Unsupported(f"a {type(mask).__name__} as attention_mask")
+        if mask is not None:
+            if not isinstance(mask, Tensor):
+                raise Unsupported(f"a {type(mask).__name__} as attention_mask")
+            if is_transformed() and torch._C._functorch.is_functorch_wrapped_tensor(mask):
+                raise Unsupported("a mask inside torch.func, whose values may not be read")
         trains = any(one.training for one in with_dropout)
         assumes = not trains and may_replay(given.device)
         reading = require_encoder(module.config, layers, arguments, assumes=assumes)

@@ -359,3 +359,23 @@ def test_gradients_of_each_sequence_by_vmap_are_hugging_faces():
         each = torch.vmap(torch.func.grad(loss), (None, 0, 0), randomness="different")
         found.append(each(own, ids(), ids().masked_fill(ids() % 3 > 0, -100)))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_inside_vmap_are_hugging_faces():
+    """Which 4.57 computes, and 5 refuses."""
+    found = []
+    for model in pair(attn_implementation="eager"):
+
+        def call(ids, mask, model=model):
+            return model(ids[None], attention_mask=mask[None]).last_hidden_state[0]
+
+        try:
+            with torch.no_grad():
+                found.append(torch.vmap(call)(ids(), MASK)[REAL])
+        except RuntimeError as error:
+            found.append(str(error))
+    assert isinstance(found[0], str) != IS_V4
+    if IS_V4:
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    else:
+        assert found[0] == found[1]

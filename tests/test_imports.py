@@ -33,7 +33,7 @@ ROOMS = {
     "ops": "backend check packing rng",
     "modules": "backend check config events ops outputs rng",
     "models": "check checkpoint config modules ops outputs packing rng system",
-    "hf": "check events models modules ops packing rng",
+    "hf": "backend check events models modules ops packing rng",
     "data.streams": "",
     "data.text": "check system",
     "data.tokenized": "check data.streams data.text system",

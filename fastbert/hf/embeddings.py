@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastbert.backend import is_transformed
 from fastbert.check import require
 from fastbert.hf.families import Unsupported, dropout_of
 from fastbert.hf.hooks import is_hooked, is_theirs, works_by_token
@@ -217,8 +218,9 @@ def _types_are_zero(embeddings: Any) -> bool:
     types = getattr(embeddings, "token_type_ids", None)
     if types is None or types.is_meta:
         return True
-    # a trace cannot read values, and an inference tensor has no version that shows a change
-    if torch.compiler.is_compiling() or types.is_inference():
+    # a trace and torch.func's vmap cannot read values, and an inference tensor has no version that
+    # shows a change
+    if torch.compiler.is_compiling() or is_transformed() or types.is_inference():
         return False
     known = _ARE_ZERO.get(embeddings)
     if known is None or known[0]() is not types or known[1] != types._version:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import events
+from fastbert.backend import is_transformed
 from fastbert.hf.embeddings import embedded, padded_batch, require_embeddings
 from fastbert.hf.families import Forward, Unsupported, keeps_padding
 from fastbert.hf.first_tokens import (
@@ -162,7 +163,7 @@ def _read(model: Any, arguments: dict[str, Any]) -> "Call":
     given = input_ids if inputs_embeds is None else inputs_embeds
     if given is None or (input_ids is not None and inputs_embeds is not None) or given.ndim < 2:
         raise Unsupported("input that Hugging Face refuses")
-    if mask is not None and mask.ndim not in (2, 4):
+    if isinstance(mask, Tensor) and mask.ndim not in (2, 4):
         raise Unsupported(f"an attention_mask of {mask.ndim} dimensions")
     if any(name in vars(model) or not has_their(model, name) for name in _MASKS):
         raise Unsupported("masks of the user's own making")
@@ -237,6 +238,12 @@ class Call(NamedTuple):
         with_dropout: the modules that need a dropout state in training mode
         """
         layout = {name: arguments.pop(name, None) for name in _LAYOUT}
+        mask = layout["attention_mask"]
+        if mask is not None:
+            if not isinstance(mask, Tensor):
+                raise Unsupported(f"a {type(mask).__name__} as attention_mask")
+            if is_transformed() and torch._C._functorch.is_functorch_wrapped_tensor(mask):
+                raise Unsupported("a mask inside torch.func, whose values may not be read")
         trains = any(one.training for one in with_dropout)
         assumes = not trains and may_replay(given.device)
         reading = require_encoder(module.config, layers, arguments, assumes=assumes)

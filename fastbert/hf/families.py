@@ -47,16 +47,25 @@ def _require_untouched(*modules: nn.Module) -> None:
             raise Unsupported(f"a hook on a {type(module).__name__}")
 
 
-def dropout_of(module: nn.Module) -> float:
-    """The probability of a dropout module, 0 in eval mode; Unsupported for other modules."""
+def dropout_of(module: nn.Module, user: nn.Module | None = None) -> float:
+    """The probability of a dropout module, 0 in eval mode; Unsupported for other modules.
+
+    user: a module that reads only `p`, so that its own mode counts in the place of the dropout's
+    """
     if is_plain(module, nn.Identity):
         return 0.0
     if not is_plain(module, nn.Dropout):
         raise Unsupported(f"a {type(module).__name__} as dropout, or a hook on it")
-    p = float(module.p) if module.training else 0.0  # type: ignore[arg-type]
+    is_on = (module if user is None else user).training
+    p = float(module.p) if is_on else 0.0  # type: ignore[arg-type]
     if not keeps_some(p):
         raise Unsupported(f"a dropout of {p}, which keeps nothing")
     return p
+
+
+def _attention_dropout(attention: Any) -> float:
+    reads = hasattr(attention, "scaling") or hasattr(attention, "dropout_prob")
+    return dropout_of(attention.dropout, attention if reads else None)  # 4.57's eager one calls it
 
 
 # transformers' GELU modules; the tanh variants differ in rounding only
@@ -112,8 +121,7 @@ def _bert_parts(layer: Any) -> LayerParts:
     _require_usual_scores(this, this.query, this.num_attention_heads)
 
     def dropout(module: Any) -> float:
-        p = dropout_of(module.dropout)  # also in eval mode, as 4.57's eager attention calls it then
-        return 0.0 if module is this and not this.training else p
+        return _attention_dropout(this) if module is this else dropout_of(module.dropout)
 
     return read_parts(layer, leaf, dropout, activation_of)
 
@@ -127,7 +135,7 @@ def _distilbert_parts(layer: Any) -> LayerParts:
     return LayerParts(
         projections=(leaf(attention.q_lin), leaf(attention.k_lin), leaf(attention.v_lin)),
         num_heads=attention.n_heads,
-        attention_dropout=dropout_of(attention.dropout) * attention.training,
+        attention_dropout=_attention_dropout(attention),
         attention_end=End(leaf(attention.out_lin), 0.0, leaf(layer.sa_layer_norm, nn.LayerNorm)),
         intermediate=leaf(ffn.lin1),
         activation=activation_of(ffn.activation),

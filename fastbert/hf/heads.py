@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastbert import events
+from fastbert.backend import is_transformed
 from fastbert.hf.encode import encode
 from fastbert.hf.families import (
     Forward,
@@ -166,8 +167,8 @@ def _score_rows(
     Raises Unsupported if the head has hooks or modules of another library, because hooks must see
     every row.
     """
-    if labels.is_meta:
-        raise Unsupported("the meta device: nothing tells which tokens have a target")
+    if labels.is_meta or is_transformed():  # vmap's labels have no number, either
+        raise Unsupported("the meta device or torch.func: nothing tells which tokens have a target")
     head = family_of_module(model).head(model)
     leaf(head.decoder)  # raises Unsupported if the decoder must see every token
     base = getattr(model, model.base_model_prefix)

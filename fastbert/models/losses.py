@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.check import require
-from fastbert.modules.linear import is_plain
+from fastbert.modules.linear import is_plain, is_usual
 from fastbert.modules.sequences import Rows
 from fastbert.ops.linear_cross_entropy import linear_cross_entropy
 from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
@@ -78,7 +78,7 @@ def pretraining_loss(words: Scored, pairs: Scored, num_items: Count = None) -> T
 def score_words(head: Any, masked: MaskedRows, count_correct: bool = False) -> Scored:
     """Runs a masked-LM head, which has `transform` and `decoder`, on the rows of `masked`."""
     rows, decoder = head.transform(masked.rows), head.decoder
-    if not is_plain(decoder):
+    if not (is_plain(decoder) and is_usual(decoder.weight)):
         return score_classes(decoder(rows), masked.targets, count_correct)
     result = linear_cross_entropy(
         *(rows, decoder.weight, decoder.bias, masked.targets.long()),

@@ -70,7 +70,7 @@ class Leaf:
         self.is_plain = self.is_read = (
             is_plain(module, kind)
             and has_parameters
-            and _is_usual(module._parameters["weight"])
+            and is_usual(module._parameters["weight"])
             and len(getattr(module, "normalized_shape", (0,))) == 1
         )
         self.parameters: dict[str, Any] = module._parameters
@@ -113,7 +113,8 @@ class Leaf:
         return self.parameters["bias"]
 
 
-def _is_usual(weight: Tensor | None) -> bool:
+def is_usual(weight: Tensor | None) -> bool:
+    """Whether operators may read the weight, which is not of a kind that only its module knows."""
     return weight is None or type(weight).__torch_function__ in _WEIGHTS
 
 
@@ -242,7 +243,8 @@ _DEFINED: set[tuple[Any, tuple[str, ...]]] = set()  # what `is_defined_in` has f
 
 def is_plain_table(table: nn.Module) -> bool:
     """Whether `table` is a plain nn.Embedding that only reads rows and has a dense gradient."""
-    return is_plain(table, nn.Embedding) and reads_rows(table)
+    is_usual_one = is_usual(table._parameters.get("weight"))
+    return is_plain(table, nn.Embedding) and reads_rows(table) and is_usual_one
 
 
 def is_parametrized(module: nn.Module) -> bool:

@@ -84,9 +84,10 @@ def _common_keys(mask: Tensor) -> tuple[Tensor, Tensor]:
 def real_tokens(mask: Tensor | None) -> Tensor | None:
     """(B or 1, S) bool, True at tokens that `read_mask` does not take for padding; no host wait.
 
-    Labels are read only there. None without a mask, and for one of another rank or with a gradient.
+    Labels are read only there. None without a mask, and for one of another rank, with a gradient,
+    or of another class, as flex attention's.
     """
-    if mask is None or mask.ndim not in (2, 4) or mask.requires_grad:
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4) or mask.requires_grad:
         return None
     if mask.ndim == 2:
         return mask != 0

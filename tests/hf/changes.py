@@ -25,6 +25,24 @@ class ByLength(nn.Module):
         return hidden_states[:, 0] * hidden_states.shape[1]
 
 
+class OnlyLinear(torch.Tensor):
+    """A weight that knows one operation, as quantized ones may."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear or function.__name__ in ("__get__", "detach", "clone"):
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        raise NotImplementedError(function.__name__)
+
+
+def give_another_kind_of_weight(module):
+    """As quantizing does."""
+    weight = module.weight.detach()
+    del module.weight
+    module._parameters["weight"] = weight.as_subclass(OnlyLinear)
+
+
 def base(model):
     return getattr(model, model.base_model_prefix, model)
 

@@ -12,7 +12,7 @@ from tests.hf.cases import FAMILIES
 POSITIONS = 64
 
 
-def pair(family):
+def pair(family, **options):
     torch.manual_seed(0)
     shape = {"vocab_size": 99, "max_position_embeddings": POSITIONS, "pad_token_id": 0}
     if family == "DistilBert":
@@ -20,7 +20,7 @@ def pair(family):
     else:
         shape |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
         shape |= {"intermediate_size": 32}
-    config = getattr(transformers, f"{family}Config")(**shape)
+    config = getattr(transformers, f"{family}Config")(**shape | options)
     model = getattr(transformers, f"{family}Model")(config).eval()
     return model, fastbert.patch(copy.deepcopy(model))
 
@@ -65,3 +65,21 @@ def test_a_model_without_types_takes_them_as_hugging_faces_does(kind):
         assert found[1] == found[0]
     else:
         torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_ensemble_by_vmap(family):
+    """Whose buffers nobody can look at."""
+    ids, found = torch.randint(5, 99, (2, 7)), []
+    for model in pair(family, attn_implementation="eager"):
+        other = copy.deepcopy(model)
+        other.embeddings.word_embeddings.weight.data *= 2
+        every = torch.func.stack_module_state([model, other])
+
+        def call(parameters, buffers, model=model):
+            states = (parameters, buffers)
+            return torch.func.functional_call(model, states, (ids,)).last_hidden_state
+
+        with torch.no_grad():
+            found.append(torch.vmap(call)(*every))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
 
 import fastbert
 from tests.hf.changes import LEAVES, OPTIONS, layer, replace_a_linear
@@ -324,3 +325,57 @@ def test_a_dropout_that_keeps_nothing_is_hugging_faces(name, p):
     torch.testing.assert_close(*found)
     told = fastbert.explain(models[1], ids(), attention_mask=MASK, show=False)
     assert any("keeps nothing" in route.reason for route in told.routes)
+
+
+@pytest.mark.skipif(IS_V4, reason="4.57 has no flex attention for BERT")
+@pytest.mark.parametrize("hooked", [False, True], ids=["model", "encoder"])
+def test_a_mask_of_flex_attention_is_hugging_faces(hooked):
+    """It is no tensor; the encoder gets it where Hugging Face's own forward of the model runs."""
+    mask = create_block_mask(lambda b, h, q, k: MASK[b, k] > 0, 3, None, 10, 10, "cpu")
+    found = []
+    for model in pair(kind="ForTokenClassification"):
+        model.set_attn_implementation("flex_attention")
+        if hooked:
+            model.bert.encoder.register_forward_hook(lambda *_: None)
+        # compiled it takes half a minute
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            output = model(ids(), attention_mask=mask, labels=ids() % 2)
+        found.append((output.loss, output.logits))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(IS_V4, reason="4.57 looks at the values of its mask")
+def test_gradients_of_each_sequence_by_vmap_are_hugging_faces():
+    """The number of labels is then no number."""
+    found, options = [], {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    options["attn_implementation"] = "eager"
+    for model in pair(kind="ForMaskedLM", **options):
+
+        def loss(parameters, ids, labels, model=model):
+            batch = {"input_ids": ids[None], "labels": labels[None]}
+            return torch.func.functional_call(model, parameters, (), batch).loss
+
+        own = {name: parameter.detach() for name, parameter in model.train().named_parameters()}
+        each = torch.vmap(torch.func.grad(loss), (None, 0, 0), randomness="different")
+        found.append(each(own, ids(), ids().masked_fill(ids() % 3 > 0, -100)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_inside_vmap_are_hugging_faces():
+    """Which 4.57 computes, and 5 refuses."""
+    found = []
+    for model in pair(attn_implementation="eager"):
+
+        def call(ids, mask, model=model):
+            return model(ids[None], attention_mask=mask[None]).last_hidden_state[0]
+
+        try:
+            with torch.no_grad():
+                found.append(torch.vmap(call)(ids(), MASK)[REAL])
+        except RuntimeError as error:
+            found.append(str(error))
+    assert isinstance(found[0], str) != IS_V4
+    if IS_V4:
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    else:
+        assert found[0] == found[1]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import fastbert
-from tests.hf.changes import layer
+from tests.hf.changes import give_another_kind_of_weight, layer
 from tests.hf.promises_case import FAMILIES, MASK, assert_alike, ids, pair, states
 from tests.versions import IS_V4
 
@@ -169,26 +169,23 @@ def test_labels_of_the_words_may_be_flat(family, training, mask):
     assert torch.equal(*losses)
 
 
-class OnlyLinear(torch.Tensor):
-    """A weight that knows one operation, as quantized ones may."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is nn.functional.linear or function.__name__ in ("__get__", "detach", "clone"):
-            with torch._C.DisableTorchFunctionSubclass():
-                return function(*args, **(kwargs or {}))
-        raise NotImplementedError(function.__name__)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_weight_of_another_kind_is_left_to_its_module(family):
     theirs, ours = pair(family)
     for linear in (module for module in layer(ours).modules() if isinstance(module, nn.Linear)):
-        weight = linear.weight.detach().as_subclass(OnlyLinear)
-        del linear.weight
-        linear._parameters["weight"] = weight
+        give_another_kind_of_weight(linear)
     with torch.no_grad():
         torch.testing.assert_close(states(ours), states(theirs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decoder_of_another_kind_is_left_to_its_module(family):
+    _, ours = pair(family, "ForMaskedLM")
+    labels, losses = ids().masked_fill(MASK == 0, -100), []
+    for _ in range(2):
+        losses.append(ours(ids(), attention_mask=MASK, labels=labels, skip_logits=True).loss)
+        give_another_kind_of_weight(ours.get_output_embeddings())
+    torch.testing.assert_close(*losses)
 
 
 def test_a_norm_in_another_dtype_is_hugging_faces():
@@ -215,6 +212,24 @@ def test_a_parametrized_table_is_computed_as_often():
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(states(ours), states(theirs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("modes", [(True, False), (False, True)], ids=["attention", "dropout"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_dropout_of_attention_is_on_where_hugging_faces_is(family, modes, attention):
+    """transformers 5 reads the dropout's probability, and asks the attention for its mode."""
+    drops = []
+    for model in pair(family, attn_implementation=attention):
+        one = attention_of(model)
+        with torch.no_grad():
+            before = states(model.eval())
+            one.training, one.dropout.training = modes
+            one.dropout.p = 0.5
+            drops.append(not torch.allclose(states(model), before, atol=1e-3))
+    theirs, ours = drops
+    assert ours == theirs
+    assert IS_V4 or theirs == modes[0]
 
 
 class Wrapper(nn.Module):

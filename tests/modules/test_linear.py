@@ -10,10 +10,12 @@ from fastbert.modules.linear import (
     Leaf,
     fused_linear,
     fused_linear_and_bias,
+    is_plain_table,
     split_bias,
 )
 from fastbert.ops.attention import attention_qkvpacked
 from fastbert.ops.bias_gelu import bias_gelu
+from tests.hf.changes import give_another_kind_of_weight
 
 
 @pytest.mark.parametrize("rows", [0, 3, 31, 32, 90])
@@ -132,3 +134,10 @@ def test_products_get_biases_as_they_read_them(reads_each):
     assert [len(one) for one in biases] == ([8] * 3 if reads_each else [24])
     assert not any(one.requires_grad for one in biases)
     assert bias.requires_grad
+
+
+def test_a_table_of_another_kind_is_called():
+    table = nn.Embedding(5, 4)
+    assert is_plain_table(table)
+    give_another_kind_of_weight(table)  # which kernels cannot read
+    assert not is_plain_table(table)

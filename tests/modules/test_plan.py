@@ -12,6 +12,7 @@ from torch import nn
 
 import fastbert
 from fastbert.modules import bert_layer, plan
+from tests.hf.changes import give_another_kind_of_weight
 
 SHAPE = {
     "hidden_size": 32,
@@ -63,6 +64,12 @@ def set_tensor(layer):
 
 def set_weight(layer):
     dense(layer).weight = nn.Parameter(torch.ones_like(dense(layer).weight))
+
+
+def set_a_weight_of_another_kind(layer):
+    query = layer.attention.self.query
+    query.weight = nn.Parameter(torch.ones_like(query.weight))
+    give_another_kind_of_weight(query)
 
 
 def set_data(layer):
@@ -131,9 +138,9 @@ def parametrize(layer):
 
 
 CHANGES = [
-    set_tensor, set_weight, set_data, replace_leaf, replace_by_alike, change_class, replace_norm,
-    remove_bias, change_eps, change_heads, hook_a_leaf, hook_a_leaf_before, hook_the_layer,
-    set_forward, set_activation, parametrize,
+    set_tensor, set_weight, set_a_weight_of_another_kind, set_data, replace_leaf, replace_by_alike,
+    change_class, replace_norm, remove_bias, change_eps, change_heads, hook_a_leaf,
+    hook_a_leaf_before, hook_the_layer, set_forward, set_activation, parametrize,
 ]  # fmt: skip
 
 

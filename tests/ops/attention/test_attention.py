@@ -71,6 +71,21 @@ def test_a_packed_tensor_gives_one_gradient(longest, dtype, device, triton):
     assert actual[1].is_contiguous()
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["q", "k", "v"])
+def test_what_is_not_finite_spreads_as_in_pytorch(place, number, dtype, device, triton):
+    lengths = [5, 0, 70]
+    *tensors, dout = inputs(lengths, lengths, 2, 16, dtype, device)
+    tensors[place][2, 0, 3] = number
+    cu = boundaries(lengths, device)
+    actual = gradients(lambda *t: attention(*t, cu, cu, 70, 70), *tensors, dy=dout)
+    expected = plain(attend, tensors, dout, lengths, lengths, 0.25)
+    for a, e in zip(actual, expected, strict=True):
+        # of the sequences: `attend` adds sums of all, for a graph even without sequences
+        assert torch.equal(a[:75, :1].isnan().any(-1), e[:75, :1].isnan().any(-1))
+        assert a[:, 1:].isfinite().all()
+
+
 @pytest.mark.parametrize("longest", [20, 200])
 def test_a_long_tail_behind_the_last_sequence_is_zero(longest, dtype, body, device):
     qkv = torch.randn(725, 3, 1, 16, device=device).to(dtype)

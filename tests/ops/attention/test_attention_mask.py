@@ -99,3 +99,17 @@ def test_a_mask_may_have_a_gradient_in_plain_pytorch(body):
     attention_qkvpacked(torch.randn(4, 3, 1, 16), boundaries([4]), 4, mask=mask)[0].sum().backward()
     assert mask.grad is not None
     assert mask.grad[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("number", [-1e9, -1e30])
+def test_a_row_of_large_addends_attends_to_all_its_keys(number, dtype, body, device):
+    qkv = torch.randn(75, 3, 2, 16, device=device).to(dtype)
+    cu, dout = boundaries([5, 70], device), torch.zeros(75, 2, 16, device=device, dtype=dtype)
+    mask = torch.zeros(2, 1, 70, 70, device=device)
+    mask[1, :, 2] = number
+    dout[7] = 1
+    out, dqkv = gradients(lambda t: attention_qkvpacked(t, cu, 70, mask=mask), qkv, dy=dout)
+    assert torch.isfinite(out).all()
+    assert out[7].abs().max() > 0
+    # its probabilities add up to 1, in the backward too
+    torch.testing.assert_close(dqkv[:, 2].float().sum(0), dout[7].float(), atol=0.01, rtol=0)

@@ -208,20 +208,20 @@ class AttentionFunction(torch.autograd.Function):
             return out
         if words is not None and words.nbytes > q.nbytes + k.nbytes + v.nbytes:
             words = None  # long sequences: the backward draws the same words again
-        ctx.save_for_backward(out, *lse, words, *tensors)
+        ctx.save_for_backward(out, *lse, words, mask, *tensors)
         ctx.kernels, ctx.lengths, ctx.drops = kernels, lengths, drops
-        ctx.softmax_scale, ctx.mask, ctx.keep_scale = softmax_scale, mask, scale
+        ctx.softmax_scale, ctx.keep_scale = softmax_scale, scale
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out
 
     @staticmethod
     @once("attention")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        out, lse, words, *tensors = ctx.saved_tensors
+        out, lse, words, mask, *tensors = ctx.saved_tensors
         kernels, lengths = ctx.kernels, ctx.lengths
         if words is None:
             words = _drop_words(kernels, lengths, *ctx.drops)
-        options = (ctx.softmax_scale, ctx.mask, words, ctx.keep_scale)
+        options = (ctx.softmax_scale, mask, words, ctx.keep_scale)
         if len(tensors) == 3:
             gradients = *kernels.attention_bwd(dout, *tensors, out, lse, *lengths, *options), None
         else:

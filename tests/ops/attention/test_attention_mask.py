@@ -113,3 +113,12 @@ def test_a_row_of_large_addends_attends_to_all_its_keys(number, dtype, body, dev
     assert out[7].abs().max() > 0
     # its probabilities add up to 1, in the backward too
     torch.testing.assert_close(dqkv[:, 2].float().sum(0), dout[7].float(), atol=0.01, rtol=0)
+
+
+def test_a_mask_that_was_changed_before_the_backward_is_refused(device, triton):
+    qkv = torch.randn(12, 3, 2, 16, device=device).requires_grad_()
+    mask = torch.rand(2, 1, 7, 7, device=device) < 0.8
+    out = attention_qkvpacked(qkv, boundaries([5, 7], device), 7, mask=mask)
+    mask.fill_(True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

@@ -18,6 +18,10 @@ from fastbert.kernels.runtime import IS_INTERPRETED
 FLOAT32_PRECISION = "tf32x3"
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+MASKED = tl.constexpr(-1.0e30)  # numbers of an additive mask below this mean -inf
+# Others below this count as this: no probability shows the difference, and a row of nothing else
+# keeps the digits of its scores, on which the backward's probabilities depend.
+FAR = tl.constexpr(-65536.0)
 LOWEST = tl.constexpr(-1.0e30)  # start of a running maximum; finite, as -inf - -inf would be NaN
 _HAS_ASM = tl.constexpr(not IS_INTERPRETED)
 
@@ -147,7 +151,9 @@ def add_mask(
         else:
             mask = tl.load(ptrs, mask=rows_in[:, None], other=0)
         if mask.dtype.is_floating():
-            scores += mask.to(tl.float32) * mask_scale
+            mask = mask.to(tl.float32)
+            mask = tl.where(mask < FAR, tl.where(mask < MASKED, float("-inf"), FAR), mask)
+            scores += mask * mask_scale
         else:
             scores = tl.where(mask != 0, scores, float("-inf"))
     return scores

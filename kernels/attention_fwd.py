@@ -106,8 +106,9 @@ def attention_fwd_kernel(
             HEAD_DIM, BLOCK_N, PRECISION, True,
         )  # fmt: skip
 
-    # a query without a key gives zeros, and lse = inf makes the backward's probabilities zero too
-    has_key = total > 0.0
+    # a query without a key gives zeros, and lse = inf makes the backward's probabilities zero too;
+    # a total of NaN is not 0, so that all of its row's probabilities are NaN there, as in PyTorch
+    has_key = total != 0.0
     if lse_ptr is not None:
         lse = tl.where(has_key, peak * scale + tl.log2(total), float("inf"))
         tl.store(lse_ptr + head * n_rows + q_first + rows, lse, mask=rows_in)

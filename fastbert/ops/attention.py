@@ -12,7 +12,7 @@ from fastbert.backend import DTYPES, op, place
 from fastbert.check import require
 from fastbert.ops.attention_plain import Call, attend
 from fastbert.ops.dropout import check_dropout, device_numbers, drawn
-from fastbert.ops.fused import once, run
+from fastbert.ops.fused import once, require_floats, run
 from fastbert.rng import DropoutState, keep_scale
 
 MAX_HEAD_DIM = 128  # a limit of the kernels
@@ -44,14 +44,17 @@ def attention(
     rng: the dropout state, with a token key for each query; None draws one from torch's generator.
 
     mask: broadcasts to (B, N, max_seqlen_q, max_seqlen_k); boolean, True where a query attends to a
-    key, or floating, added to the scaled scores, where numbers below -1e30 mean -inf. Rows and
-    columns are positions within a sequence.
+    key, or floating, added to the scaled scores, where numbers below -1e30 mean -inf, and others
+    below -65536 count in the kernels as that. Rows and columns are positions within a sequence.
 
     Returns (T_q, N, D) in q.dtype; zeros for queries without a key or behind the last sequence.
     Sequences of length 0 are legal. Raises ValueError for other shapes and dtypes, and for a
-    dropout_p outside [0, 4095/4096].
+    dropout_p outside [0, 4095/4096]; the plain body on a CPU also for boundaries that do not rise
+    from 0, or bounds below a length. On a GPU, where to read these would make the host wait, they
+    have to be right: results are undefined otherwise.
     """
     who = "attention"
+    require_floats(who, q=q)
     shape = "of shape (tokens, heads, head_dim)"
     if q.ndim != 3:
         require(False, who, f"q {shape}", tuple(q.shape))
@@ -93,6 +96,7 @@ def attention_qkvpacked(
     all keys adds the same to all scores of a query, which no softmax sees.
     """
     who = "attention_qkvpacked"
+    require_floats(who, qkv=qkv)
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         require(False, who, "qkv of shape (tokens, 3, heads, head_dim)", tuple(qkv.shape))
     scale = qkv.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
@@ -204,20 +208,20 @@ class AttentionFunction(torch.autograd.Function):
             return out
         if words is not None and words.nbytes > q.nbytes + k.nbytes + v.nbytes:
             words = None  # long sequences: the backward draws the same words again
-        ctx.save_for_backward(out, *lse, words, *tensors)
+        ctx.save_for_backward(out, *lse, words, mask, *tensors)
         ctx.kernels, ctx.lengths, ctx.drops = kernels, lengths, drops
-        ctx.softmax_scale, ctx.mask, ctx.keep_scale = softmax_scale, mask, scale
+        ctx.softmax_scale, ctx.keep_scale = softmax_scale, scale
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out
 
     @staticmethod
     @once("attention")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        out, lse, words, *tensors = ctx.saved_tensors
+        out, lse, words, mask, *tensors = ctx.saved_tensors
         kernels, lengths = ctx.kernels, ctx.lengths
         if words is None:
             words = _drop_words(kernels, lengths, *ctx.drops)
-        options = (ctx.softmax_scale, ctx.mask, words, ctx.keep_scale)
+        options = (ctx.softmax_scale, mask, words, ctx.keep_scale)
         if len(tensors) == 3:
             gradients = *kernels.attention_bwd(dout, *tensors, out, lse, *lengths, *options), None
         else:

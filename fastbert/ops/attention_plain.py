@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastbert.backend import forced, is_transformed
+from fastbert.check import require
 from fastbert.ops.dropout import attention_keep_mask, kept
+from fastbert.ops.fused import without_autocast
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState
 
@@ -47,6 +49,11 @@ class Call(NamedTuple):
 
 def attend(call: Call) -> Tensor:
     """The plain body of both operators."""
+    with without_autocast(call.q):  # the result has q's dtype
+        return _attend_all(call)
+
+
+def _attend_all(call: Call) -> Tensor:
     q, k, v, *boundaries = call[:5]
     if call.qkv_bias is not None:  # adds 0, whose derivative by the bias is 1
         bias = call.qkv_bias
@@ -63,9 +70,10 @@ def attend(call: Call) -> Tensor:
             keys = boundaries[1], call.max_seqlen_k, len(tensors[-1])
             paddings.append(Unpadding.from_cu_seqlens(*keys))
         return attend_padded(tensors, paddings, call)
-    lengths = [lengths_of(boundaries[0], q)]  # of queries; of keys if they have others
+    # of queries; of keys if they have others
+    lengths = [lengths_of(boundaries[0], q, call.max_seqlen_q)]
     if has_other_keys:
-        lengths.append(lengths_of(boundaries[1], tensors[-1]))
+        lengths.append(lengths_of(boundaries[1], tensors[-1], call.max_seqlen_k))
     padded = _paddings(lengths, boundaries, call)
     if padded is not None:
         return attend_padded(tensors, padded, call)
@@ -81,10 +89,20 @@ def reads_lengths(call: Call) -> bool:
     return call.cu_seqlens_q.is_cpu and not torch.compiler.is_compiling()
 
 
-def lengths_of(cu_seqlens: Tensor, x: Tensor) -> list[int]:
-    """The lengths of the sequences, then the number of tokens behind the last one."""
+def lengths_of(cu_seqlens: Tensor, x: Tensor, max_seqlen: int) -> list[int]:
+    """The lengths of the sequences, then the number of tokens behind the last one.
+
+    Raises ValueError for boundaries that do not rise from 0, or a longer sequence than max_seqlen.
+    """
     bounds = [*cu_seqlens.tolist(), x.shape[0]]
-    return [end - begin for begin, end in itertools.pairwise(bounds)]
+    lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
+    if bounds[0] or min(lengths) < 0:
+        got = f"{bounds[:-1]} for {x.shape[0]} tokens"
+        require(False, "attention", "cu_seqlens that rise from 0 to at most the tokens", got)
+    longest = max(lengths[:-1], default=0)
+    if longest > max_seqlen:
+        require(False, "attention", f"a max_seqlen of at least {longest}", max_seqlen)
+    return lengths
 
 
 def _paddings(
@@ -208,7 +226,8 @@ class _Sdpa(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, mask = ctx.saved_tensors
         again = torch.is_grad_enabled()  # the caller wants to differentiate the gradient
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if again else nullcontext():
+        kernel = sdpa_kernel(SDPBackend.MATH) if again else nullcontext()
+        with torch.enable_grad(), without_autocast(dout), kernel:
             # autograd.grad needs distinct inputs, and q, k and v may be one tensor
             q, k, v = views = [
                 x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs

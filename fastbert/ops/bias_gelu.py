@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastbert.backend import DTYPES, op, place
 from fastbert.check import require
-from fastbert.ops.fused import as_rows, once, run, shaped
+from fastbert.ops.fused import as_rows, once, require_floats, run, shaped
 
 
 class Call(NamedTuple):
@@ -26,9 +26,10 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none") -> Call:
     x: (..., H); bias: (H,) of any floating-point dtype. Computed in float32 or wider without
     rounding the sum, returned in x.dtype. The kernels save only x and the bias for the backward.
 
-    Raises ValueError for other shapes or another `approximate`.
+    Raises ValueError for other shapes, an x of integers, or another `approximate`.
     """
     who = "bias_gelu"
+    require_floats(who, x=x)
     require(x.ndim > 0, who, "x of shape (..., hidden)", "()")
     if bias.shape != x.shape[-1:]:
         require(False, who, f"bias of shape {tuple(x.shape[-1:])}", tuple(bias.shape))
@@ -50,6 +51,8 @@ def _refusal(call: Call) -> str | None:
         return str(x.dtype)
     if bias.dtype not in DTYPES:
         return f"a bias of {bias.dtype}"
+    if not x.shape[-1]:
+        return "0 columns"
     if place(bias) != place(x):
         return f"x on {x.device} and bias on {bias.device}"
     return None

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastbert import rng as random
 from fastbert.backend import DTYPES, op
 from fastbert.check import require
-from fastbert.ops.fused import as_rows, run, shaped
+from fastbert.ops.fused import as_rows, require_floats, run, shaped
 from fastbert.rng import DropoutState
 
 
@@ -77,9 +77,10 @@ def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Dro
     """Zeros elements of x (..., H) with probability dropout_p and scales the others to make up.
 
     rng: with a token key for each row of x; None draws a fresh state from torch's generator.
-    Returns x.dtype; x itself where dropout_p is 0. Raises ValueError for an x without dimensions, a
-    dropout_p outside [0, 4095/4096], or an rng of another size, device or dtype.
+    Returns x.dtype; x itself where dropout_p is 0. Raises ValueError for an x without dimensions or
+    of integers, a dropout_p outside [0, 4095/4096], or an rng of another size, device or dtype.
     """
+    require_floats("dropout", x=x)
     require(x.ndim > 0, "dropout", "x of shape (..., hidden)", "()")
     rows = x.shape[:-1].numel()
     check_dropout("dropout", rows, x.device, dropout_p, rng)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastbert.backend import DTYPES, op
 from fastbert.check import require
 from fastbert.ops.dropout import check_dropout, device_numbers, drawn, dropped
-from fastbert.ops.fused import as_rows, once, run, shaped
+from fastbert.ops.fused import as_rows, once, require_floats, run, shaped
 from fastbert.ops.layer_norm import plain_layer_norm, refusal
 from fastbert.rng import DropoutState
 
@@ -73,6 +73,7 @@ def embedding_layer_norm(
     Raises ValueError for other shapes, ids that are neither int64 nor int32, token_type_ids without
     their table, a padding_idx outside the table, or a dropout_p outside [0, 4095/4096].
     """
+    require_floats(WHO, word=word)
     shape = input_ids.shape
     input_ids = _expand("input_ids", input_ids, shape)
     position_ids = _expand("position_ids", position_ids, shape)

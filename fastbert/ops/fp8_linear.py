@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastbert.backend import DTYPES, op
+from fastbert.backend import DTYPES, is_transformed, op
 from fastbert.check import require
 from fastbert.ops.fp8_plain import Emulation
-from fastbert.ops.fused import as_rows, once, result_dtype, run, shaped
+from fastbert.ops.fused import as_rows, once, require_floats, result_dtype, run, without_autocast
 
 MULTIPLE = 16  # which the kernels want a weight's sizes to be multiples of
 
@@ -63,6 +63,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, am
     that are multiples of 16. Raises ValueError for other shapes and dtypes of scale and amax.
     """
     who = "fp8_linear"
+    require_floats(who, x=x)
     size = x.shape[-1] if x.ndim else 0
     is_matrix = weight.ndim == 2 and x.ndim > 0 and weight.shape[1] == size
     require(is_matrix, who, f"weight of shape (outputs, {size})", tuple(weight.shape))
@@ -97,6 +98,7 @@ def fp8_feed_forward(
     The kernels need what those of `fp8_linear` do. Raises ValueError for other shapes and dtypes.
     """
     who = "fp8_feed_forward"
+    require_floats(who, x=x)
     require(
         x.ndim > 0 and weight.ndim == 2 and weight.shape[1] == x.shape[-1],
         who,
@@ -138,6 +140,11 @@ def multiplies_fp8(device: torch.device) -> bool:
 @fp8_linear.plain
 @fp8_feed_forward.plain
 def _plain(call: Call | FeedForward) -> Tensor:
+    if is_transformed():  # the tangent of a cast would be a cast, without a scale of its own
+        raise RuntimeError(
+            "fp8: function transforms (torch.func) and forward-mode AD do not go through casts to "
+            "FP8; use torch.autograd, or no FP8"
+        )
     return _fused(Emulation, call)
 
 
@@ -169,6 +176,13 @@ def _fused(kernels: Any, call: Call | FeedForward) -> Tensor:
     return run(_Fp8Linear if isinstance(call, Call) else _Fp8FeedForward, kernels, call)
 
 
+def _result(y: Tensor, x: Tensor) -> Tensor:
+    """y (P, N), whose rows behind x's are filler, as (..., N): no view, as users may change it."""
+    shape = x.shape[:-1]
+    result: Tensor = torch.ops.aten._unsafe_view.default(y[: shape.numel()], (*shape, y.shape[1]))
+    return result
+
+
 class _Fp8Linear(torch.autograd.Function):
     """`kernels` is the Triton unit, or `Emulation`."""
 
@@ -178,13 +192,13 @@ class _Fp8Linear(torch.autograd.Function):
         of: Tensor, amax: Tensor, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         rows = as_rows(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             x8, x8_t = kernels.cast_transpose(rows, scale[0], amax[0], False)
             w8, w8_t = kernels.cast_transpose(weight.contiguous(), scale[1], amax[1], False)
             y = kernels.product(
                 x8, w8, of[0], of[1], None if bias is None else bias.to(dtype), dtype
             )
-        y = shaped(y[: len(rows)], (*x.shape[:-1], weight.shape[0]))
+        y = _result(y, x)
         if ctx is None:
             return y
         ctx.save_for_backward(x8_t, w8_t, scale, of)
@@ -222,7 +236,7 @@ class _Fp8FeedForward(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         rows, bias, tanh = as_rows(x), bias.contiguous(), approximate == "tanh"
         n = len(rows)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             x8, x8_t = kernels.cast_transpose(rows, scale[0], amax[0], False)
             w8, w8_t = kernels.cast_transpose(weight.contiguous(), scale[1], amax[1], False)
             inner = kernels.product(x8, w8, of[0], of[1], None, dtype)[:n]
@@ -232,8 +246,8 @@ class _Fp8FeedForward(torch.autograd.Function):
             v8, v8_t = kernels.cast_transpose(
                 output_weight.contiguous(), output_scale[1], output_amax[1], False
             )
-            y = kernels.product(g8, v8, output_of[0], output_of[1], None, dtype)[:n]
-        y = shaped(y, (*x.shape[:-1], output_weight.shape[0]))
+            y = kernels.product(g8, v8, output_of[0], output_of[1], None, dtype)
+        y = _result(y, x)
         if ctx is None:
             return y
         ctx.save_for_backward(

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbert.ops.fused import without_autocast
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 
@@ -44,7 +46,8 @@ class Emulation:
         a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         """a (M, K) b (N, K)^T times both factors, plus the bias, summed in float32."""
-        y = F.linear(a.float(), b.float()) * (of_a * of_b)
+        with without_autocast(a):
+            y = F.linear(a.float(), b.float()) * (of_a * of_b)
         return (y if bias is None else y + bias.float()).to(dtype)
 
 

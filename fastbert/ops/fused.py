@@ -2,11 +2,14 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from fastbert.check import require
 
 REFERENCE = 'run its forward inside `with fastbert.backend.use("reference"):`'
 
@@ -69,11 +72,18 @@ class _Refusal(Function):
         raise RuntimeError(ctx.message)
 
 
+def require_floats(who: str, **tensors: Tensor) -> None:
+    """Raises ValueError unless the tensors are floating; integers would be rounded results."""
+    for name, x in tensors.items():
+        if not x.is_floating_point():
+            require(False, who, f"{name} of a floating-point dtype", x.dtype)
+
+
 def as_rows(x: Tensor) -> Tensor:
     """(..., H) -> (M, H) with unit column stride, a view where possible."""
     if x.ndim == 2 and x.is_contiguous():  # as in models; the rest takes microseconds
         return x
-    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
@@ -92,8 +102,18 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
 
 def result_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a product of x: autocast's, or that of x."""
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; PyTorch has none for tensors without values."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Products of x inside keep its dtype: a backward may run under autocast as well."""
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

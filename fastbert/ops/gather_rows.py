@@ -56,7 +56,7 @@ def _plain(call: Call) -> Tensor:
     # autograd's own gradient is right: zero for rows left out, and one row each for the others
     is_spare = index == -1
     rows = src.index_select(0, index.masked_fill(is_spare, 0))
-    return rows.masked_fill(is_spare[:, None], 0)
+    return torch.where(is_spare[:, None], rows.new_zeros(()), rows)  # `masked_fill` lacks dtypes
 
 
 @gather_rows.fused

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastbert.backend import DTYPES, is_transformed, op, place
 from fastbert.check import require
 from fastbert.ops.dropout import check_dropout, device_numbers, drawn, dropped
-from fastbert.ops.fused import as_rows, once, run, shaped
+from fastbert.ops.fused import as_rows, once, require_floats, run, shaped
 from fastbert.rng import DropoutState
 
 Save = Literal["z", "y"]
@@ -44,8 +44,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> C
     x: (..., H); weight, bias: (H,). The variance is the biased one. Computed in float32 or wider,
     returned in x.dtype even under autocast, so that the residual stream keeps its dtype.
 
-    Raises ValueError for other shapes.
+    Raises ValueError for other shapes, and for an x of integers.
     """
+    require_floats("layer_norm", x=x)
     _check_vectors("layer_norm", x, weight=weight, bias=bias)
     return Call(x, None, weight, bias, eps)
 
@@ -82,10 +83,12 @@ def dropout_add_layer_norm(
     to 3.6 times plain PyTorch's; where they are normally distributed, up to 11 times. A weight of 0
     makes dx NaN. The weights are not checked, because that would make the host wait.
 
-    Raises ValueError for other shapes, a dropout_p outside [0, 4095/4096], or another `save`.
+    Raises ValueError for other shapes, integers, a dropout_p outside [0, 4095/4096], or another
+    `save`.
     """
     who = "dropout_add_layer_norm"
     require(save in ("z", "y"), who, 'a save of "z" or "y"', repr(save))
+    require_floats(who, x=x, residual=residual)
     if residual.shape != x.shape:
         require(False, who, f"residual of shape {tuple(x.shape)}", tuple(residual.shape))
     _check_vectors(who, x, weight=weight, bias=bias)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastbert.backend import DTYPES, op
 from fastbert.check import require
-from fastbert.ops.fused import joined, once, product, result_dtype, run
+from fastbert.ops.fused import joined, once, product, require_floats, result_dtype, run
 
 MAX_LOGITS_BYTES = 1 << 30  # more are computed in parts, and again in the backward
 PADDING = 64  # classes are padded to a multiple of it, for wide loads and the tensor cores
@@ -54,6 +54,7 @@ def linear_cross_entropy(
     targets of another dtype, a label_smoothing outside [0, 1], or another reduction.
     """
     who = "linear_cross_entropy"
+    require_floats(who, hidden=hidden)
     require(hidden.ndim == 2, who, "hidden of shape (rows, hidden)", tuple(hidden.shape))
     rows, size = hidden.shape
     is_weight = weight.ndim == 2 and weight.shape[1] == size and weight.shape[0] > 0

@@ -41,6 +41,8 @@ def mlm_gather(
     require(labels.shape == hidden.shape[:1], who, expected, tuple(labels.shape))
     expected = f"labels on {hidden.device}, where hidden is"
     require(labels.device == hidden.device, who, expected, labels.device)
+    is_integer = not (labels.is_floating_point() or labels.is_complex())
+    require(is_integer, who, "labels of an integer dtype", labels.dtype)
     targets, positions, slots, offsets = compact(labels[None], ignore_index, capacity)
     rows = gather_rows.run(Call(hidden, positions, slots))
     return MaskedRows(rows, targets, positions, count=offsets[-1])

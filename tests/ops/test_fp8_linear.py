@@ -182,3 +182,41 @@ def test_refuses_other_shapes_and_a_second_derivative():
     )
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("rows", [16, 5])
+def test_the_result_may_be_changed_in_place(rows, body):
+    x, weight, bias, dy = tensors(rows)
+    expected, _ = run(x, weight, bias, dy)
+    leaf = x.clone().requires_grad_()
+    y = fp8_linear(leaf, weight, bias, torch.tensor(SCALE), torch.zeros(3))
+    y.add_(1).backward(dy)
+    assert torch.equal(leaf.grad, expected[1])
+
+
+def test_a_backward_under_autocast_is_that_without():
+    x, weight, bias, dy = tensors()
+    expected, _ = run(x, weight, bias, dy)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    y = fp8_linear(*leaves, torch.tensor(SCALE), torch.zeros(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        y.backward(dy)
+    for leaf, one in zip(leaves, expected[1:], strict=True):
+        assert torch.equal(leaf.grad, one)
+
+
+def test_without_values_it_has_shapes():
+    x, weight, bias, _ = (t.to("meta").requires_grad_() for t in tensors())
+    y = fp8_linear(x, weight, bias, torch.ones(3, device="meta"), torch.zeros(3, device="meta"))
+    y.sum().backward()
+    assert (y.shape, y.dtype) == ((len(x), len(weight)), x.dtype)
+    assert weight.grad.shape == weight.shape
+
+
+def test_refuses_function_transforms():
+    x, weight, bias, _ = tensors()
+    scale, amax = torch.tensor(SCALE), torch.zeros(3)
+    with pytest.raises(RuntimeError, match="do not go through casts to FP8"):
+        torch.func.grad(lambda x: fp8_linear(x, weight, bias, scale, amax).sum())(x)
+    with pytest.raises(RuntimeError, match="do not go through casts to FP8"):
+        torch.func.jvp(lambda x: fp8_linear(x, weight, bias, scale, amax), (x,), (x,))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastbert import backend
 from fastbert import rng as random
 from fastbert.ops.attention import attention, attention_qkvpacked
 from fastbert.ops.bias_gelu import bias_gelu
@@ -116,3 +117,37 @@ def test_results_of_any_shape_may_be_changed_in_place(shape, device):
     sum(y.add_(1).sum() for y in results).backward()
     assert x.grad.isfinite().all()
     assert table.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (2, 3, 0)], ids=str)
+def test_rows_without_columns(shape, device, body):
+    x, nothing = torch.randn(shape, device=device).requires_grad_(), torch.randn(0, device=device)
+    operators = [bias_gelu, dropout] if body == "triton" else [bias_gelu, dropout, layer_norm]
+    for operator in operators:
+        arguments = {dropout: (0.5,), layer_norm: (nothing, nothing)}.get(operator, (nothing,))
+        if body == "triton" and operator is bias_gelu:
+            with pytest.raises(backend.BackendUnavailable, match="0 columns"):
+                operator(x, *arguments)
+            continue
+        y = operator(x, *arguments)
+        y.sum().backward()
+        assert y.shape == x.grad.shape == shape
+
+
+def test_integers_are_refused():
+    """Whose results would be integers too, rounded."""
+    x, vector = torch.ones(4, 8, dtype=torch.int64), torch.ones(8)
+    cu, qkv = torch.tensor([0, 4], dtype=torch.int32), torch.ones(4, 3, 2, 8, dtype=torch.int64)
+    ids = torch.arange(4)
+    for name, function in {
+        "x": lambda: layer_norm(x, vector, vector),
+        "residual": lambda: dropout_add_layer_norm(x.float(), x, vector, vector),
+        "x of": lambda: bias_gelu(x, vector),
+        "x of a": lambda: dropout(x, 0.5),
+        "word": lambda: embedding_layer_norm(ids, ids, None, x, x, None, vector, vector),
+        "hidden": lambda: linear_cross_entropy(x, vector[None], None, ids),
+        "q": lambda: attention(*qkv.unbind(1), cu, cu, 4, 4),
+        "qkv": lambda: attention_qkvpacked(qkv, cu, 4),
+    }.items():
+        with pytest.raises(ValueError, match=rf": expected {name}.* floating-point dtype, got"):
+            function()

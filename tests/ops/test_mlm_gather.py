@@ -139,8 +139,9 @@ def test_mlm_gather_compiles_whole(implementation, device, compiler):
             r"labels of shape \(tokens,\) = \(4,\), got \(3,\)",
         ),
         (torch.zeros(4, 2), torch.zeros(4, device="meta").long(), "labels on cpu, where hidden is"),
+        (torch.zeros(4, 2), torch.zeros(4), "labels of an integer dtype, got torch.float32"),
     ],
-    ids=["1-D", "short labels", "devices"],
+    ids=["1-D", "short labels", "devices", "numbers"],
 )
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)
 def test_mlm_gather_refuses(implementation, device, hidden, labels, message):

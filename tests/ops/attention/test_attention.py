@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from fastbert import backend
 from fastbert.ops import attention_plain
 from fastbert.ops.attention import attention, attention_qkvpacked
+from fastbert.rng import for_batch
 from tests.ops.attention.truth import (
     TAIL,
     assert_attends,
@@ -69,6 +70,21 @@ def test_a_packed_tensor_gives_one_gradient(longest, dtype, device, triton):
     truth, expected = truth_and_pytorch([qkv], dout, lengths, lengths, 32**-0.5)
     assert_attends(actual, expected, truth, packed=True)
     assert actual[1].is_contiguous()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["q", "k", "v"])
+def test_what_is_not_finite_spreads_as_in_pytorch(place, number, dtype, device, triton):
+    lengths = [5, 0, 70]
+    *tensors, dout = inputs(lengths, lengths, 2, 16, dtype, device)
+    tensors[place][2, 0, 3] = number
+    cu = boundaries(lengths, device)
+    actual = gradients(lambda *t: attention(*t, cu, cu, 70, 70), *tensors, dy=dout)
+    expected = plain(attend, tensors, dout, lengths, lengths, 0.25)
+    for a, e in zip(actual, expected, strict=True):
+        # of the sequences: `attend` adds sums of all, for a graph even without sequences
+        assert torch.equal(a[:75, :1].isnan().any(-1), e[:75, :1].isnan().any(-1))
+        assert a[:, 1:].isfinite().all()
 
 
 @pytest.mark.parametrize("longest", [20, 200])
@@ -335,3 +351,41 @@ def test_short_sequences_attend_at_once_on_a_cpu(lengths, heads, dropout, at_onc
         attention_qkvpacked(qkv, cu, longest, dropout_p=p)
         attention(*qkv.unbind(1), cu, cu, longest, longest, dropout_p=p)
     assert runs == ["attend_padded" if at_once else "attend_by_sequence"] * 2
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_under_autocast_the_result_has_the_dtype_of_q(low, dropout_p, body, device):
+    *tensors, dout = inputs([5, 9], [5, 9], 2, 16, torch.float32, device)
+    cu = boundaries([5, 9], device)
+    rng = for_batch(cu, len(dout))
+    arguments = cu, cu, 9, 9
+
+    def function(*t, autocast=False):
+        with torch.autocast(device, low, enabled=autocast):
+            return attention(*t, *arguments, dropout_p=dropout_p, rng=rng)
+
+    expected = gradients(function, *tensors, dy=dout)
+    actual = gradients(lambda *t: function(*t, autocast=True), *tensors, dy=dout)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize(
+    ("cu", "longest", "message"),
+    [
+        (
+            [0, 7, 5, 12],
+            12,
+            r"cu_seqlens that rise from 0 to at most the tokens, got \[0, 7, 5, 12\]",
+        ),
+        ([1, 5, 12], 12, "cu_seqlens that rise from 0"),
+        ([0, 5, 13], 12, "cu_seqlens that rise from 0 .* for 12 tokens"),
+        ([0, 5, 12], 6, "a max_seqlen of at least 7, got 6"),
+    ],
+)
+def test_on_a_cpu_wrong_boundaries_are_refused(cu, longest, message):
+    cu = torch.tensor(cu, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"attention: expected {message}"):
+        attention_qkvpacked(torch.randn(12, 3, 2, 8), cu, longest)

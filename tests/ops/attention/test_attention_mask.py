@@ -99,3 +99,26 @@ def test_a_mask_may_have_a_gradient_in_plain_pytorch(body):
     attention_qkvpacked(torch.randn(4, 3, 1, 16), boundaries([4]), 4, mask=mask)[0].sum().backward()
     assert mask.grad is not None
     assert mask.grad[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("number", [-1e9, -1e30])
+def test_a_row_of_large_addends_attends_to_all_its_keys(number, dtype, body, device):
+    qkv = torch.randn(75, 3, 2, 16, device=device).to(dtype)
+    cu, dout = boundaries([5, 70], device), torch.zeros(75, 2, 16, device=device, dtype=dtype)
+    mask = torch.zeros(2, 1, 70, 70, device=device)
+    mask[1, :, 2] = number
+    dout[7] = 1
+    out, dqkv = gradients(lambda t: attention_qkvpacked(t, cu, 70, mask=mask), qkv, dy=dout)
+    assert torch.isfinite(out).all()
+    assert out[7].abs().max() > 0
+    # its probabilities add up to 1, in the backward too
+    torch.testing.assert_close(dqkv[:, 2].float().sum(0), dout[7].float(), atol=0.01, rtol=0)
+
+
+def test_a_mask_that_was_changed_before_the_backward_is_refused(device, triton):
+    qkv = torch.randn(12, 3, 2, 16, device=device).requires_grad_()
+    mask = torch.rand(2, 1, 7, 7, device=device) < 0.8
+    out = attention_qkvpacked(qkv, boundaries([5, 7], device), 7, mask=mask)
+    mask.fill_(True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

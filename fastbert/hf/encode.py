@@ -268,7 +268,8 @@ class Call(NamedTuple):
             hidden_size=module.config.hidden_size if self.may_replay() else None,
             keeps_padding=keeps_padding(module),
         )
-        rng = for_batch(padding.cu_seqlens, padding.num_tokens) if self.trains else None
+        drops = self.trains and self.reading.drops()
+        rng = for_batch(padding.cu_seqlens, padding.num_tokens) if drops else None
         x, own = self.embed(padding, rng)
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
         chosen = rows(padding, x.shape[1]) if rows is not None and not wanted else None

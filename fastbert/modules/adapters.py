@@ -61,6 +61,10 @@ class Adapted(Leaf):
     def inner(self) -> list[Leaf]:
         return [self, *(leaf for one in self.adapters for leaf in (one.down, one.up))]
 
+    @property
+    def drops(self) -> bool:
+        return any(one.dropout for one in self.adapters)
+
     def with_parameters(
         self, change: Callable[[Tensor], Tensor], given: Products | None
     ) -> "Adapted":

@@ -139,10 +139,12 @@ class BertEncoder(nn.Module):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Runs the layers over a packed (T, H) residual stream."""
         events.packed(self, x)
-        if sequences.rng is None and self.training:
+        layers, has_rng = self.layer, sequences.rng is not None
+        assumes = not (has_rng or self.training) and may_replay(x.device)
+        reading = Reading(_PLANNER, layers, assumes=assumes)
+        if self.training and not has_rng and reading.drops():
             rng = for_batch(sequences.cu_seqlens, x.shape[0])
             sequences = dataclasses.replace(sequences, rng=rng)
-        layers = self.layer
 
         def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
             layer = cast(BertLayer, layers[number])
@@ -150,8 +152,6 @@ class BertEncoder(nn.Module):
                 return layer._gradient_checkpointing_func(layer.__call__, x, sequences)
             return layer(x, sequences)
 
-        assumes = sequences.rng is None and may_replay(x.device)
-        reading = Reading(_PLANNER, layers, assumes=assumes)
         wanted = output_hidden_states
         x, states = run_stack(layers, reading, x, sequences, wanted, rows, call, share)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, hidden_states=states)

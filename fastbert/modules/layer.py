@@ -165,6 +165,12 @@ class LayerParts:
         return [leaf for one in every if isinstance(one, Leaf) for leaf in one.inner]
 
     @functools.cached_property
+    def drops(self) -> bool:
+        """Whether any of the layer's dropouts is on."""
+        own = self.attention_dropout, self.attention_end.dropout, self.output.dropout
+        return any(own) or any(leaf.drops for leaf in self.leaves)
+
+    @functools.cached_property
     def whole(self) -> WholeLayer | None:
         """The layer as one operator; None for one with other modules."""
         return WholeLayer.of(self)

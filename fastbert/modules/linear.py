@@ -82,6 +82,11 @@ class Leaf:
         """The leaf, and those of its adapters."""
         return [self]
 
+    @property
+    def drops(self) -> bool:
+        """Whether a dropout of its adapters is on."""
+        return False
+
     def adapted(self, y: Tensor, x: Tensor, rng: DropoutState | None) -> Tensor:
         """The layer's product y of x, with what its adapters add."""
         return y

@@ -152,6 +152,14 @@ class Reading:
             return called(self.owner)
         return []  # without gradients none is checkpointed
 
+    def drops(self) -> bool:
+        """Whether a dropout of the layers may be on.
+
+        Without one nothing is drawn from torch's generator, whose next numbers are then those that
+        a user gets in Hugging Face's model.
+        """
+        return any(part is None or part.drops for part in self.parts)
+
     def holds(self) -> bool:
         """Whether the layers are as they were when read, as far as a plan tells."""
         plan = self.planner.known(self.owner)

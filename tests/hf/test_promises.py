@@ -379,3 +379,17 @@ def test_masks_inside_vmap_are_hugging_faces():
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
     else:
         assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_model_without_dropout_draws_nothing(family, p):
+    """Or what a user draws behind it, as noise or an order, would not be Hugging Face's."""
+    names = ("dropout", "attention_dropout") if family == "DistilBert" else ()
+    names = names or ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    drawn = []
+    for model in pair(family, **dict.fromkeys(names, p)):
+        torch.manual_seed(2)
+        states(model.train())
+        drawn.append(torch.rand(()))
+    assert (drawn[0] == drawn[1]) == (p == 0)

@@ -203,6 +203,18 @@ def test_linear_layers_of_a_layer_have_places_of_their_own():
     assert sorted(leaf.place for leaf in linears) == list(range(MOST_LINEARS))
 
 
+def test_a_layer_drops_where_an_adapter_does():
+    config = BertConfig(
+        hidden_size=24, num_attention_heads=2, hidden_dropout_prob=0, attention_probs_dropout_prob=0
+    )
+    layer = BertLayer(config)
+    assert not parts_of(layer).drops
+    layer.output.dense = lora(Model(), lora_dropout=0.5)
+    assert parts_of(layer).drops
+    layer.eval()
+    assert not parts_of(layer).drops
+
+
 def test_two_adapters_drop_by_themselves():
     module = active(lora(lora_dropout=0.5), "default", "other")
     (first, _), state = read_leaf(module).adapters, rng.fresh(40, torch.device("cpu"))

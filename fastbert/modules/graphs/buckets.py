@@ -40,9 +40,9 @@ _OFF = {"0": True, "off": True, "false": True, "auto": False, "": False}
 
 def allow(model: nn.Module, graphs: Graphs) -> None:
     """Lets encoders in `model` replay graphs ("auto"), or never (False); ValueError for others."""
-    _are_off()  # refuses other values, also where no graph runs
     is_known = graphs == "auto" or graphs is False
     require(is_known, "graphs", '"auto" or False', repr(graphs))
+    _are_off()  # refuses other values of the variable, also where no graph runs
     for layers in encoders_of(model):
         vars(layers).pop(_MARK, None)
         if graphs is False:

@@ -45,7 +45,7 @@ def pretrain(
     parallel: _Parallel = "ddp",
     **options: Any,
 ) -> None:
-    """Pre-train a BERT (masked LM and next-sentence prediction) on text."""
+    """Pre-train a BERT on text. By masked LM and next-sentence prediction, or the first alone."""
     from fastbert.train import pretrain as pretraining  # slow to import: torch
 
     config = _config_of_run(PretrainConfig, context, paths, out, resume, options)
@@ -70,7 +70,7 @@ def distill(
     parallel: _Parallel = "ddp",
     **options: Any,
 ) -> None:
-    """Train a smaller BERT on text to predict what a teacher predicts (DistilBERT's losses)."""
+    """Train a smaller BERT to predict what a teacher predicts. On text, by DistilBERT's losses."""
     from fastbert.train.distill.run import distill as carry_out  # slow to import: torch
 
     config = _config_of_run(DistillConfig, context, paths, out, resume, options)
@@ -116,7 +116,7 @@ def finetune(
     ] = False,
     **options: Any,
 ) -> None:
-    """Train a BERT for a task on labelled examples; keep the best epoch."""
+    """Train a BERT for a task on labelled examples. The best epoch is kept."""
     config = FinetuneConfig(**options)
     from fastbert.finetune import train  # slow to import: torch
 

@@ -51,7 +51,7 @@ def predict(
         str | None, typer.Option(help=f"{_PRECISION}; by default that of the training.")
     ] = None,
 ) -> None:
-    """Run a fine-tuned model on a file in the format that it was trained with."""
+    """Run a fine-tuned model on a file. Its format is that of the training."""
     from fastbert.finetune import predict as inference
 
     _open_output(out, source, model)
@@ -111,7 +111,7 @@ def embed(
     ] = None,
     format: Annotated[str | None, typer.Option(help="Of shards: npy (default), parquet.")] = None,
 ) -> None:
-    """Write an embedding for each text of a file: a line of a .txt, or a row of a table."""
+    """Write an embedding for each text of a file. A text is a line of a .txt, or a table's row."""
     options: dict[str, Any] = {
         "text_column": text_of(text_column, "--text-column"),
         "pooling": pooling,
@@ -161,7 +161,7 @@ def fill_mask(
     model: Annotated[str, _MODEL],
     top: Annotated[int, typer.Option(help="How many words to show.", min=1)] = 5,
 ) -> None:
-    """Show the likeliest words for each [MASK] of a text, with their probabilities."""
+    """Show the likeliest words for each [MASK] of a text. With their probabilities."""
     from rich.console import Console
     from rich.table import Table
 
@@ -195,7 +195,7 @@ def export(
         str | None, typer.Option(help="mean or cls: the bare model, with sentence embeddings.")
     ] = None,
 ) -> None:
-    """Write a model as a file for other runtimes, once its answers are found to be the model's."""
+    """Write a model as a file for other runtimes. It is kept if it answers as the model does."""
     from fastbert.export import command
 
     path, difference = command.export(
@@ -210,7 +210,7 @@ def export(
 @app.command(cls=Command, epilog="Example: fastbert serve --model runs/demo --port 8080")
 @options_of(ServeConfig)
 def serve(**options: Any) -> None:
-    """Serve a model over HTTP: embeddings, ranking, predictions, words for [MASK]."""
+    """Serve a model over HTTP. Embeddings, ranking, predictions, and words for [MASK]."""
     config = ServeConfig(**options)
     from fastbert import serve as serving  # slow to import: torch, FastAPI
 
@@ -219,7 +219,7 @@ def serve(**options: Any) -> None:
 
 @app.command(cls=Command, epilog="Example: fastbert info")
 def info() -> None:
-    """Show versions, devices, and which backend each operator takes and why."""
+    """Show versions, devices and backends. Which one each operator takes, and why."""
     from rich.console import Console
     from rich.table import Table
 

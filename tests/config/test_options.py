@@ -9,6 +9,7 @@ import warnings
 import pytest
 
 from fastbert import cli
+from fastbert._version import __version__
 from fastbert.check import InputError
 from fastbert.cli.options import by_option_names
 from fastbert.config.distill import DistillConfig
@@ -120,3 +121,15 @@ def test_the_help_has_at_most_two_screens(command, monkeypatch, capsys):
     groups = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
     if command in ("pretrain", "distill", "finetune"):
         assert groups == ["Data:", "Model:", "Optimisation:", "Run and output:"]
+
+
+def test_the_command_alone_names_each_command_in_a_sentence_and_its_version(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    for argument, first in (("--help", "Usage: "), ("--version", f"fastbert {__version__}")):
+        monkeypatch.setattr(sys, "argv", ["fastbert", argument])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        said = capsys.readouterr().out
+        assert end.value.code == 0
+        assert said.startswith(first)
+        assert "..." not in said.partition("Commands:")[2]  # as where a sentence is cut off

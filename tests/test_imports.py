@@ -51,8 +51,8 @@ ROOMS = {
     " system train",
     "serve": "_version check checkpoint config data data.formats embedding fill_mask finetune"
     " models packing system train",
-    "cli": "_version backend check config data.formats embedding export fill_mask finetune ops serve"
-    " system train",
+    "cli": "_version backend check config data.formats embedding export fill_mask finetune ops"
+    " serve system train",
 }
 FILES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file

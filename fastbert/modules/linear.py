@@ -167,7 +167,8 @@ def fused_linear_and_bias(
     hidden = x.shape[-1]
     are_few = x.is_cpu and x.numel() < hidden**2 and hidden >= SMALL
     is_worth_it = not are_few or rounds_products(x)  # separate products would round dX three times
-    if is_worth_it and all(layer.is_read for layer in linears):
+    # weights are looked at here, as quantizing puts other kinds in without another sign
+    if is_worth_it and all(leaf.is_read and is_usual(leaf.weight) for leaf in linears):
         biases, bias = biases_of(*linears), None
         if len(biases) in (0, len(linears)):
             are_trained = torch.is_grad_enabled() and any(bias.requires_grad for bias in biases)

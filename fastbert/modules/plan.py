@@ -9,7 +9,6 @@ until then.
 
 import copy
 from collections.abc import Callable, Iterable
-from itertools import chain
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -57,7 +56,7 @@ class Plan:
         self.methods = list(_OF_CLASSES) * len(kinds)
         self.methods_then = list(map(MappingProxyType.get, self.classes, self.methods))
         self.parameters = [module._parameters for module in every if module._parameters]
-        self.kinds = self._kinds()
+        self.counts = list(map(len, self.parameters))
         self.children = [module._modules for module in every if module._modules]
         self.children_then = [dict(children) for children in self.children]
         rows = [(vars(m), name, value) for m in every for name, value in _attributes(m)]
@@ -71,14 +70,10 @@ class Plan:
             not any(self.hooks)
             and list(map(dict.get, self.dictionaries, self.names)) == self.values
             and self.children == self.children_then
-            and self._kinds() == self.kinds
+            and list(map(len, self.parameters)) == self.counts
             and list(map(type, self.modules)) == self.types
             and list(map(MappingProxyType.get, self.classes, self.methods)) == self.methods_then
         )
-
-    def _kinds(self) -> list[type]:
-        """Of all parameters: quantizing puts weights of other kinds in the place of theirs."""
-        return list(map(type, chain.from_iterable(map(dict.values, self.parameters))))
 
 
 class Planner:

@@ -66,8 +66,8 @@ def test_gather_of_many_rows(implementation, device, dtype, width):
     check(content((700, width), dtype).to(device), index, inverse)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.float8_e4m3fn], ids=str)
-def test_gather_of_dtypes_that_pytorch_does_little_with(implementation, device, dtype):
+def test_gather_of_a_dtype_that_pytorch_does_little_with(implementation, device):
+    dtype = torch.float8_e4m3fn  # with torch 2.13, not with 2.11, unsigned integers too
     src = torch.arange(12, device=device).view(4, 3).to(dtype)
     index, inverse = indices(4, 5, 3, device)
     found = gather_rows(src, index, inverse)

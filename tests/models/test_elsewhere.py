@@ -150,6 +150,16 @@ def test_options_that_ask_for_nothing_are_taken(option, directory):
     fastbert.BertModel.from_pretrained(directory, **option, add_pooling_layer=False)
 
 
+def test_a_constructor_of_a_users_own_gets_all_other_options(directory):
+    class Own(fastbert.BertModel):
+        def __init__(self, config, **options):
+            super().__init__(config)
+            self.options = options
+
+    model = Own.from_pretrained(directory, pools=False, margin=0.5, use_safetensors=True)
+    assert model.options == {"pools": False, "margin": 0.5}
+
+
 def test_options_of_a_download_are_the_hubs(monkeypatch, directory):
     asked = {}
 

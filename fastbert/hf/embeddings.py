@@ -16,7 +16,7 @@ from fastbert.modules.graphs.padded import PaddedBatch, count_tokens
 from fastbert.modules.linear import Leaf, is_parametrized, is_plain, reads_rows
 from fastbert.modules.plan import Planner
 from fastbert.ops.unpad import Unpadding
-from fastbert.rng import DropoutState
+from fastbert.rng import DropoutState, for_batch
 
 
 def embedded(
@@ -62,6 +62,8 @@ def embedded(
             return None if ids is None else padding.pack(ids.expand(padding.batch_shape))
 
         tables, dropout_p = plain
+        if dropout_p and rng is None:  # the layers have no dropout
+            rng = for_batch(padding.cu_seqlens, padding.num_tokens)
         x = embed(
             tables,
             dropout_p,

@@ -16,12 +16,14 @@ _WITHOUT_EFFECT = {"low_cpu_mem_usage", "use_safetensors", "weights_only", "trus
 
 
 def for_constructor(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that a model class's constructor takes.
+    """Those of the options that a model class's constructor takes: all if that has `**kwargs`.
 
     Raises ValueError for others, but for those that ask for nothing: None and False, and those
     without an effect.
     """
-    known = inspect.signature(kind).parameters
+    parameters = inspect.signature(kind).parameters
+    takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    known = options.keys() - _WITHOUT_EFFECT if takes_all else parameters.keys()
     for name, value in options.items():
         is_nothing = value is None or value is False or name in _WITHOUT_EFFECT
         require(

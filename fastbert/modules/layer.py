@@ -164,11 +164,13 @@ class LayerParts:
         every = *self.projections, *vars(self).values(), *self.attention_end, *self.output
         return [leaf for one in every if isinstance(one, Leaf) for leaf in one.inner]
 
-    @functools.cached_property
+    @property  # a cached one takes a lock in Python 3.11, for which torch.compile ends its graph
     def drops(self) -> bool:
         """Whether any of the layer's dropouts is on."""
-        own = self.attention_dropout, self.attention_end.dropout, self.output.dropout
-        return any(own) or any(leaf.drops for leaf in self.leaves)
+        ends = self.attention_end, self.output
+        linears = *self.projections, self.intermediate, *(end.dense for end in ends)
+        own = self.attention_dropout, *(end.dropout for end in ends)
+        return any(own) or any(leaf.drops for leaf in linears)
 
     @functools.cached_property
     def whole(self) -> WholeLayer | None:

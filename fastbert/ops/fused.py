@@ -83,7 +83,7 @@ def as_rows(x: Tensor) -> Tensor:
     """(..., H) -> (M, H) with unit column stride, a view where possible."""
     if x.ndim == 2 and x.is_contiguous():  # as in models; the rest takes microseconds
         return x
-    rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    rows = torch.atleast_2d(x).flatten(0, -2)
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 

@@ -54,10 +54,8 @@ def save(
     scaler: torch.amp.GradScaler,
     state: TrainingState,
     ranks: Ranks,
-    *,
-    keep: int = 2,
 ) -> None:
-    """Writes run/checkpoint-STEP atomically, points run/latest to it, and keeps the newest `keep`.
+    """Writes run/checkpoint-STEP atomically, points run/latest to it, and keeps one other.
 
     A collective call; all ranks write into the same file system. Raises Unwritable.
     """
@@ -81,7 +79,7 @@ def save(
         checkpoint.point_latest(directory)
         # those of a run that began again, without its link, may have higher numbers than this one
         others = [path for path in _checkpoints(run) if path != directory]
-        for old in others[: len(others) + 1 - keep]:
+        for old in others[:-1]:
             # a reader on a network file system may keep it from going, until the next checkpoint
             shutil.rmtree(old, ignore_errors=True)
 

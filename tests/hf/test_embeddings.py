@@ -68,6 +68,22 @@ def test_a_model_without_types_takes_them_as_hugging_faces_does(kind):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_dropout_of_embeddings_alone_is_one_mask_a_sequence(family):
+    """However long those before it in the batch are."""
+    options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if family == "DistilBert":
+        options = {"dropout": 0.0, "attention_dropout": 0.0}
+    _, model = pair(family, **options)
+    model.train().embeddings.dropout.p = 0.5
+    ids, found = torch.randint(5, 99, (2, 7)), []
+    for first in (4, 7):
+        mask = torch.arange(7) < torch.tensor([[first], [7]])
+        torch.manual_seed(1)
+        found.append(model(ids, attention_mask=mask).last_hidden_state[1])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_ensemble_by_vmap(family):
     """Whose buffers nobody can look at."""
     ids, found = torch.randint(5, 99, (2, 7)), []

@@ -150,23 +150,28 @@ def test_options_that_ask_for_nothing_are_taken(option, directory):
     fastbert.BertModel.from_pretrained(directory, **option, add_pooling_layer=False)
 
 
+def test_a_constructor_of_a_users_own_gets_all_other_options(directory):
+    class Own(fastbert.BertModel):
+        def __init__(self, config, **options):
+            super().__init__(config)
+            self.options = options
+
+    model = Own.from_pretrained(directory, pools=False, margin=0.5, use_safetensors=True)
+    assert model.options == {"pools": False, "margin": 0.5}
+
+
 def test_options_of_a_download_are_the_hubs(monkeypatch, directory):
     asked = {}
 
     def download(name, **options):
         asked.update(options, name=name)
-        return str(directory)
+        return str(directory.parent)
 
     monkeypatch.setattr("fastbert.checkpoint.snapshot_download", download)
-    parent, inside = directory.parent, directory.name
-    monkeypatch.setattr(
-        "fastbert.checkpoint.snapshot_download",
-        lambda name, **options: [download(name, **options), str(parent)][1],
-    )
     fastbert.BertModel.from_pretrained(
-        "some/model", subfolder=inside, revision="v2", cache_dir="/somewhere"
+        "some/model", subfolder=directory.name, revision="v2", cache_dir="/somewhere"
     )
-    assert f"{inside}/*.json" in asked["allow_patterns"]
+    assert f"{directory.name}/*.json" in asked["allow_patterns"]
     assert (asked["name"], asked["revision"], asked["cache_dir"]) == (
         "some/model",
         "v2",

@@ -30,6 +30,17 @@ def encoders():
     return ours, theirs
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_a_training_step_compiles_to_one_graph(p):
+    """Also on Python 3.11, whose cached properties take locks."""
+    options = {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p, "num_hidden_layers": 1}
+    encoder = fastbert.BertEncoder(fastbert.BertConfig(**SHAPE | options)).train()
+    torch.compiler.reset()
+    compiled = torch.compile(encoder, backend="eager", fullgraph=True)
+    x, cu_seqlens = torch.randn(9, 24), torch.tensor([0, 4, 9], dtype=torch.int32)
+    compiled(x, cu_seqlens=cu_seqlens, max_seqlen=5).last_hidden_state.sum().backward()
+
+
 def additive(mask):
     return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[:, None, None]
 

@@ -151,3 +151,18 @@ def test_integers_are_refused():
     }.items():
         with pytest.raises(ValueError, match=rf": expected {name}.* floating-point dtype, got"):
             function()
+
+
+def test_an_export_of_any_number_of_rows(device, body):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.randn(WIDTH, device=device))
+
+        def forward(self, x):
+            return bias_gelu(x, self.bias)
+
+    x = torch.randn(3, 5, WIDTH, device=device)
+    sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
+    program = torch.export.export(Model(), (x,), dynamic_shapes=sizes, strict=False)
+    assert program.module()(x[:2, :4]).shape == (2, 4, WIDTH)

@@ -10,10 +10,12 @@ from fastbert.finetune.metrics import Report
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-# exactly the marks that the evaluation script of CMRC 2018 removes
-_CMRC_MARKS = "-:_*^/\\~`+=，。：？！“”；’《》…·、「」（）－～『』"  # noqa: RUF001
+# exactly the marks that the evaluation script of CMRC 2018 removes; it looks for two dots, "……",
+# among single characters, and so keeps them
+_CMRC_MARKS = "-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』"  # noqa: RUF001
 _CMRC_PUNCTUATION = str.maketrans("", "", _CMRC_MARKS)
-_CMRC_UNITS = re.compile(r"[\u4e00-\u9fa5]|(?:(?![\u4e00-\u9fa5])\w)+|[^\w\s]")
+# the script has NLTK's words, in which a number keeps its decimals and its thousands
+_CMRC_UNITS = re.compile(r"[\u4e00-\u9fa5]|(?:(?![\u4e00-\u9fa5])[\w…]|[.,](?=\d))+|[^\w\s]")
 _CHINESE = re.compile(r"[\u4e00-\u9fa5]")
 
 
@@ -69,7 +71,7 @@ def _squad_f1(answer: str, guess: str) -> float:
 
 
 def _cmrc_exact(answer: str, guess: str) -> float:
-    right, said = (text.lower().translate(_CMRC_PUNCTUATION).strip() for text in (answer, guess))
+    right, said = (text.lower().strip().translate(_CMRC_PUNCTUATION) for text in (answer, guess))
     return float(right == said)
 
 

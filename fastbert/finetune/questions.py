@@ -110,12 +110,15 @@ class Answering(Task):
         No answer scores as much as [CLS] in the window where [CLS] scores least; it is predicted if
         it beats the best answer by more than `null_threshold`.
         """
-        candidates = [
+        found = [
             candidate
             for feature, own in zip(features, scores, strict=True)
             for candidate in _candidates(feature, own, self.settings.max_answer_tokens)
         ]
-        candidates = sorted(candidates, key=lambda c: -c[0])[:_BEST]
+        # an answer in several windows is one, with its best score: `dict` keeps the last
+        places = {(start, end): score for score, start, end in sorted(found)}
+        best_first = sorted(places.items(), key=lambda place: -place[1])[:_BEST]
+        candidates = [(score, *place) for place, score in best_first]
         null = float(min(own[0].sum() for own in scores))
         if self.settings.may_be_impossible:
             shares = softmax(np.array([null] + [score for score, _, _ in candidates]))[1:]

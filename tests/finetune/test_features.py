@@ -149,6 +149,24 @@ def test_null_threshold_and_longest_answer(model, encoder):
         assert said["null_score_difference"] == pytest.approx(1)
 
 
+def test_an_answer_in_several_windows_is_one(model):
+    """All windows are sure of it, and so is the prediction."""
+    encoder = WindowEncoder(load_tokenizer(model), 9, 3, False)
+    context = "one two three red blue green cat dog"
+    question, task = Question("x", "1", "who ?", context, (), False), task_of("qa")
+    features = task.features([question], encoder)
+    scores = []
+    for feature in features:
+        (window,) = feature.windows
+        scores.append(np.zeros((len(window.input_ids), 2), np.float32))
+        if window.begin <= 3 < window.end:
+            scores[-1][window.prefix + 3 - window.begin] = 20 + window.begin / 100
+    (said,) = task.predict([question], features, scores)
+    assert sum(window.max() > 0 for window in scores) > 1
+    assert said["answer"] == "red"
+    assert said["probability"] == pytest.approx(1, abs=1e-6)
+
+
 def test_a_text_of_several_windows_has_the_mean_of_their_scores(model):
     texts = ["cat", " ".join(["cat", "dog"] * 8)]
     examples = [TextExample("here", (text,), None) for text in texts]

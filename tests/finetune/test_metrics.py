@@ -90,6 +90,7 @@ def test_a_label_may_have_the_name_of_a_mean(name):
         ([], "cat", 0, 0),
         (["cat"], "", 0, 0),
         (["theatre"], "atre", 0, 0),  # an article is a word
+        (["cat", "the"], "", 0, 0),  # of "the" nothing is left, which is not "no answer"
     ],
 )
 def test_squad(answers, guess, exact, f1):

@@ -265,6 +265,17 @@ def test_what_is_counted(model):
         assert line in text.splitlines()
 
 
+def test_who_leaves_in_the_middle_of_a_body_has_left(model):
+    with running(model) as server:
+        address = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((address[0], int(address[1]))) as client:
+            client.sendall(b"POST /embed HTTP/1.1\r\nhost: a\r\ncontent-length: 99\r\n\r\n{")
+            server.wait_for("open_requests", 1)
+        server.wait_for("left_total", 1)
+        server.wait_for("open_requests", 0)
+        assert "requests_total{" not in server.client.get("/metrics").text
+
+
 def test_the_page_names_metrics_that_there_are(server):
     page = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text("utf-8")
     named = set(re.findall(r"\b(?:fastbert|process)_\w+", page))

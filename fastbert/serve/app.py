@@ -82,5 +82,7 @@ def _reasons(errors: Any) -> str:
         if error["type"] == "json_invalid":
             problem = error["ctx"]["error"].removesuffix(" at")
             where, said = f"the body, character {where}", f"not JSON ({problem})"
+        if error["type"] == "model_attributes_type":
+            said = "expected a JSON object, and the header content-type: application/json"
         found.append(f"{where}: {said}")
     return encodable("; ".join(found)) + ("; ..." if len(errors) > _SHOWN else "")

@@ -67,6 +67,7 @@ def test_deep_and_odd_json_is_refused(server):
         assert time.perf_counter() - began < 5
     response = server.client.post("/embed", content=b'{"inputs": "a"}')  # of no type
     assert response.status_code == 422
+    assert "the header content-type: application/json" in response.json()["error"]
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,17 @@ def test_null_threshold_and_longest_answer(model, encoder):
         assert said["null_score_difference"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("context", ["the dog\u0301 in", "the dog\u0301\u0323", "the dog"])
+def test_an_answer_has_the_accents_of_its_last_letter(model, encoder, context):
+    """Which the tokenizer strips, and does not count among the word's characters."""
+    question, task = Question("x", "1", "who ?", context, (), False), task_of("qa")
+    (feature,) = task.features([question], encoder)
+    scores = np.zeros((len(feature.windows[0].input_ids), 2), np.float32)
+    scores[feature.windows[0].prefix + 1] = 9
+    (said,) = task.predict([question], [feature], [scores])
+    assert said["answer"] == context[said["start"] : said["end"]] == context.split()[1]
+
+
 def test_an_answer_in_several_windows_is_one(model):
     """All windows are sure of it, and so is the prediction."""
     encoder = WindowEncoder(load_tokenizer(model), 9, 3, False)

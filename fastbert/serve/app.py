@@ -63,7 +63,9 @@ def make_app(
             413: too_large(config.max_body).reason,
         }
         reason = reasons.get(status, str(error.detail))
-        return Refusal(422 if status == 400 else status, reason).response(request.url.path)
+        response = Refusal(422 if status == 400 else status, reason).response(request.url.path)
+        response.headers.update(error.headers or {})  # a 405's names the methods that there are
+        return response
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:

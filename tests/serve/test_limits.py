@@ -266,6 +266,11 @@ def test_what_is_counted(model):
         assert line in text.splitlines()
 
 
+def test_another_method_is_told_which_there_are(server):
+    response = server.client.get("/embed")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+
+
 def test_who_leaves_in_the_middle_of_a_body_has_left(model):
     with running(model) as server:
         address = server.url.removeprefix("http://").split(":")

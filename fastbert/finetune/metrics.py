@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastbert.check import InputError
+from fastbert.data.formats.conll import LABEL
 
 _PREFIXES = {"L-": "E-", "U-": "S-", "W-": "S-", "M-": "I-"}
 _SCORES = ("precision", "recall", "f1-score", "support")
@@ -147,9 +148,13 @@ def as_iobes(labels: Sequence[str]) -> list[str]:
     """Translates the prefixes of BILOU, BMES and BMEWO to those of IOBES, which seqeval reads.
 
     An entity's last word, L, becomes E; its only word, U or W, becomes S; a middle word, M, becomes
-    I.
+    I. So does a word whose label has no prefix, such as a part of speech of a checkpoint from
+    elsewhere: its neighbours of the same label are one with it, as in Hugging Face's pipeline.
     """
-    return [_PREFIXES.get(label[:2], label[:2]) + label[2:] for label in labels]
+    return [
+        _PREFIXES.get(label[:2], label[:2]) + label[2:] if LABEL.fullmatch(label) else f"I-{label}"
+        for label in labels
+    ]
 
 
 def _by_label(labels: Sequence[str], *scores: np.ndarray) -> Table:

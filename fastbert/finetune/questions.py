@@ -1,5 +1,6 @@
 """Reading comprehension: the span of a context that answers a question."""
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,18 +111,24 @@ class Answering(Task):
         No answer scores as much as [CLS] in the window where [CLS] scores least; it is predicted if
         it beats the best answer by more than `null_threshold`.
         """
-        candidates = [
+        found = [
             candidate
             for feature, own in zip(features, scores, strict=True)
             for candidate in _candidates(feature, own, self.settings.max_answer_tokens)
         ]
-        candidates = sorted(candidates, key=lambda c: -c[0])[:_BEST]
+        # an answer in several windows is one, with its best score: `dict` keeps the last
+        places = {(start, end): score for score, start, end in sorted(found)}
+        best_first = sorted(places.items(), key=lambda place: -place[1])[:_BEST]
+        candidates = [(score, *place) for place, score in best_first]
         null = float(min(own[0].sum() for own in scores))
         if self.settings.may_be_impossible:
             shares = softmax(np.array([null] + [score for score, _, _ in candidates]))[1:]
         else:
             shares = softmax(np.array([score for score, _, _ in candidates]))
         best, start, end = candidates[0]
+        # a tokenizer that strips accents leaves a word's last one out of its place in the text
+        while unicodedata.category(example.context[end : end + 1] or " ")[0] == "M":
+            end += 1
         prediction: Prediction = {
             "id": example.id,
             "answer": example.context[start:end],

@@ -10,10 +10,12 @@ from fastbert.finetune.metrics import Report
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-# exactly the marks that the evaluation script of CMRC 2018 removes
-_CMRC_MARKS = "-:_*^/\\~`+=，。：？！“”；’《》…·、「」（）－～『』"  # noqa: RUF001
+# exactly the marks that the evaluation script of CMRC 2018 removes; it looks for two dots, "……",
+# among single characters, and so keeps them
+_CMRC_MARKS = "-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』"  # noqa: RUF001
 _CMRC_PUNCTUATION = str.maketrans("", "", _CMRC_MARKS)
-_CMRC_UNITS = re.compile(r"[\u4e00-\u9fa5]|(?:(?![\u4e00-\u9fa5])\w)+|[^\w\s]")
+# the script has NLTK's words, in which a number keeps its decimals and its thousands
+_CMRC_UNITS = re.compile(r"[\u4e00-\u9fa5]|(?:(?![\u4e00-\u9fa5])[\w…]|[.,](?=\d))+|[^\w\s]")
 _CHINESE = re.compile(r"[\u4e00-\u9fa5]")
 
 
@@ -29,14 +31,12 @@ def score_answers(
     """
     chinese = 2 * sum(bool(_CHINESE.search(question)) for question in questions) > len(questions)
     exact, f1 = (_cmrc_exact, _cmrc_f1) if chinese else (_squad_exact, _squad_f1)
-    rows = [
-        (
-            bool(answers),
-            max(exact(answer, guess) for answer in answers or [""]),
-            max(f1(answer, guess) for answer in answers or [""]),
-        )
-        for answers, guess in zip(truth, predicted, strict=True)
-    ]
+    rows = []
+    for answers, guess in zip(truth, predicted, strict=True):
+        # SQuAD leaves out an answer such as "the", of which its rules leave nothing
+        right = [answer for answer in answers if chinese or _squad_words(answer)] or [""]
+        best = max(exact(one, guess) for one in right), max(f1(one, guess) for one in right)
+        rows.append((bool(answers), *best))
     metrics = _means("", rows)
     if not all(has for has, _, _ in rows):
         metrics |= _means("has_answer_", [row for row in rows if row[0]])
@@ -69,7 +69,7 @@ def _squad_f1(answer: str, guess: str) -> float:
 
 
 def _cmrc_exact(answer: str, guess: str) -> float:
-    right, said = (text.lower().translate(_CMRC_PUNCTUATION).strip() for text in (answer, guess))
+    right, said = (text.lower().strip().translate(_CMRC_PUNCTUATION) for text in (answer, guess))
     return float(right == said)
 
 

@@ -63,7 +63,9 @@ def make_app(
             413: too_large(config.max_body).reason,
         }
         reason = reasons.get(status, str(error.detail))
-        return Refusal(422 if status == 400 else status, reason).response(request.url.path)
+        response = Refusal(422 if status == 400 else status, reason).response(request.url.path)
+        response.headers.update(error.headers or {})  # a 405's names the methods that there are
+        return response
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
@@ -82,5 +84,7 @@ def _reasons(errors: Any) -> str:
         if error["type"] == "json_invalid":
             problem = error["ctx"]["error"].removesuffix(" at")
             where, said = f"the body, character {where}", f"not JSON ({problem})"
+        if error["type"] == "model_attributes_type":
+            said = "expected a JSON object, and the header content-type: application/json"
         found.append(f"{where}: {said}")
     return encodable("; ".join(found)) + ("; ..." if len(errors) > _SHOWN else "")

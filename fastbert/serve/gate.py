@@ -125,8 +125,11 @@ class Gate:
             task.cancel()
 
         async def received() -> Message:
-            nonlocal watcher
+            nonlocal watcher, has_left
             message = await receive()
+            if message["type"] == "http.disconnect":  # in the middle of the body
+                has_left = True
+                raise asyncio.CancelledError
             if message["type"] == "http.request" and not message.get("more_body"):
                 watcher = asyncio.create_task(watch())
             return message

@@ -24,11 +24,13 @@ SEQUENCES = ("classification", "multilabel", "regression")
 SERVED = (*SEQUENCES, "ner", "qa")
 
 # A word: one Chinese character; letters and digits, joined by marks (U.S, e-mail); or one mark.
-# An accent, which stands for all combining marks, belongs to what it stands on.
+# An accent, which stands for all combining marks, belongs to what it stands on; so does a soft
+# hyphen, which stands for all invisible characters, but alone it is no word.
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
-_ACCENT = "\u0301"
-_RUN = rf"[^\W{_HAN}]+(?:{_ACCENT}+[^\W{_HAN}]*)*"
-_WORD = re.compile(rf"[{_HAN}]{_ACCENT}*|{_RUN}(?:[-.&@/]{_RUN})*|\S{_ACCENT}*")
+_ACCENT, _HIDDEN = "\u0301", "\u00ad"
+_ON = f"[{_ACCENT}{_HIDDEN}]"
+_RUN = rf"[^\W{_HAN}]+(?:{_ON}+[^\W{_HAN}]*)*"
+_WORD = re.compile(rf"[{_HAN}]{_ON}*|{_RUN}(?:[-.&@/]{_RUN})*|[^\s{_HIDDEN}]{_ON}*")
 
 
 class Prediction(Ability):
@@ -138,9 +140,18 @@ class Prediction(Ability):
 
 
 def word_places(text: str) -> list[tuple[int, int]]:
-    """Start and end of each word, in characters of the text."""
-    marks = {ord(one): _ACCENT for one in set(text) if unicodedata.category(one)[0] == "M"}
-    return [match.span() for match in _WORD.finditer(text.translate(marks) if marks else text)]
+    """Start and end of each word, in characters of the text.
+
+    Invisible characters are Unicode's format characters, such as the zero-width joiners inside
+    words of Persian and Hindi; of them the zero-width space divides words (Unicode's UAX 29).
+    """
+    kinds = {one: unicodedata.category(one) for one in set(text)}
+    table: dict[int, str] = {
+        ord(one): _HIDDEN if kind == "Cf" else _ACCENT
+        for one, kind in kinds.items()
+        if kind == "Cf" or kind[0] == "M"
+    }
+    return [match.span() for match in _WORD.finditer(text.translate(table | {0x200B: " "}))]
 
 
 def _answer(said: dict[str, Any]) -> dict[str, Any]:

@@ -149,6 +149,35 @@ def test_null_threshold_and_longest_answer(model, encoder):
         assert said["null_score_difference"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("context", ["the dog\u0301 in", "the dog\u0301\u0323", "the dog"])
+def test_an_answer_has_the_accents_of_its_last_letter(model, encoder, context):
+    """Which the tokenizer strips, and does not count among the word's characters."""
+    question, task = Question("x", "1", "who ?", context, (), False), task_of("qa")
+    (feature,) = task.features([question], encoder)
+    scores = np.zeros((len(feature.windows[0].input_ids), 2), np.float32)
+    scores[feature.windows[0].prefix + 1] = 9
+    (said,) = task.predict([question], [feature], [scores])
+    assert said["answer"] == context[said["start"] : said["end"]] == context.split()[1]
+
+
+def test_an_answer_in_several_windows_is_one(model):
+    """All windows are sure of it, and so is the prediction."""
+    encoder = WindowEncoder(load_tokenizer(model), 9, 3, False)
+    context = "one two three red blue green cat dog"
+    question, task = Question("x", "1", "who ?", context, (), False), task_of("qa")
+    features = task.features([question], encoder)
+    scores = []
+    for feature in features:
+        (window,) = feature.windows
+        scores.append(np.zeros((len(window.input_ids), 2), np.float32))
+        if window.begin <= 3 < window.end:
+            scores[-1][window.prefix + 3 - window.begin] = 20 + window.begin / 100
+    (said,) = task.predict([question], features, scores)
+    assert sum(window.max() > 0 for window in scores) > 1
+    assert said["answer"] == "red"
+    assert said["probability"] == pytest.approx(1, abs=1e-6)
+
+
 def test_a_text_of_several_windows_has_the_mean_of_their_scores(model):
     texts = ["cat", " ".join(["cat", "dog"] * 8)]
     examples = [TextExample("here", (text,), None) for text in texts]

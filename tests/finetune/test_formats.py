@@ -2,8 +2,11 @@
 
 import json
 import re
+from functools import partial
+from unittest.mock import Mock
 
 import pytest
+import transformers
 
 from fastbert.check import InputError
 from fastbert.config.finetune import FinetuneConfig, read_delimiter
@@ -244,6 +247,25 @@ def test_entities_of_every_scheme(labels, write):
     assert [(e["type"], e["start"], e["end"]) for e in found] == [
         ("PER", 0, 2), ("LOC", 3, 4), ("ORG", 4, 7),
     ]  # fmt: skip
+
+
+def test_a_label_without_a_prefix_is_a_type():
+    """Such as a part of speech; what is expected is what Hugging Face's pipeline makes of them."""
+    labels = ["NOUN", "NOUN", "VERB", "O", "PER", "B-PER", "I-PER", "B"]
+    rows = [{"entity": label, "score": 1.0, "word": "w", "start": i, "end": i + 1}
+            for i, label in enumerate(labels)]  # fmt: skip
+    theirs = Mock(tokenizer=Mock(convert_tokens_to_string=" ".join))
+    pipeline = transformers.TokenClassificationPipeline
+    theirs.get_tag = partial(pipeline.get_tag, theirs)
+    theirs.group_sub_entities = partial(pipeline.group_sub_entities, theirs)
+    expected = [
+        (group["entity_group"], group["start"], group["end"])
+        for group in pipeline.group_entities(theirs, rows)
+        if group["entity_group"] != "O"
+    ]
+    found = _entities(["w"] * len(labels), labels)
+    assert [(e["type"], e["start"], e["end"]) for e in found] == expected
+    assert expected[:2] == [("NOUN", 0, 2), ("VERB", 2, 3)]
 
 
 def test_two_entities_of_one_word_side_by_side_are_two():

@@ -90,6 +90,7 @@ def test_a_label_may_have_the_name_of_a_mean(name):
         ([], "cat", 0, 0),
         (["cat"], "", 0, 0),
         (["theatre"], "atre", 0, 0),  # an article is a word
+        (["cat", "the"], "", 0, 0),  # of "the" nothing is left, which is not "no answer"
     ],
 )
 def test_squad(answers, guess, exact, f1):
@@ -105,6 +106,9 @@ def test_squad(answers, guess, exact, f1):
         (["北京市"], "北京", 0, 100 * 2 * 2 / (3 + 2)),
         (["北京上海"], "上海北京", 0, 100 * 2 * 2 / (4 + 4)),  # the longest common run
         (["2018年"], "2018", 0, 100 * 2 * 1 / (2 + 1)),  # a number is one unit
+        (["3.5亿"], "3.5", 0, 100 * 2 * 1 / (2 + 1)),  # with its decimals
+        (["12,000.5人"], "12,000.5", 0, 100 * 2 * 1 / (2 + 1)),  # and its thousands
+        (["北京……上海"], "北京上海", 0, 100 * 2 * 2 / (5 + 4)),  # dots are not removed
         (["the cat"], "cat", 0, 100 * 2 / 3),  # articles count here
     ],
 )

@@ -67,6 +67,7 @@ def test_deep_and_odd_json_is_refused(server):
         assert time.perf_counter() - began < 5
     response = server.client.post("/embed", content=b'{"inputs": "a"}')  # of no type
     assert response.status_code == 422
+    assert "the header content-type: application/json" in response.json()["error"]
 
 
 @pytest.mark.parametrize(
@@ -263,6 +264,22 @@ def test_what_is_counted(model):
         "fastbert_queue_sequences 0.0",
     ):
         assert line in text.splitlines()
+
+
+def test_another_method_is_told_which_there_are(server):
+    response = server.client.get("/embed")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+
+
+def test_who_leaves_in_the_middle_of_a_body_has_left(model):
+    with running(model) as server:
+        address = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((address[0], int(address[1]))) as client:
+            client.sendall(b"POST /embed HTTP/1.1\r\nhost: a\r\ncontent-length: 99\r\n\r\n{")
+            server.wait_for("open_requests", 1)
+        server.wait_for("left_total", 1)
+        server.wait_for("open_requests", 0)
+        assert "requests_total{" not in server.client.get("/metrics").text
 
 
 def test_the_page_names_metrics_that_there_are(server):

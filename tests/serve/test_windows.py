@@ -50,9 +50,12 @@ def test_a_length_in_which_the_windows_of_the_training_do_not_fit_is_an_error(le
         ("हिन्दी में", ["हिन्दी", "में"]),
         ("北\u0301京 \u0301a", ["北\u0301", "京", "\u0301", "a"]),
         ("a \u2764\ufe0f b", ["a", "\u2764\ufe0f", "b"]),
+        ("می\u200cشود क्\u200dष", ["می\u200cشود", "क्\u200dष"]),
+        ("\ufeffa\u00adb \u200e c\u200bd", ["a\u00adb", "c", "d"]),
+        ("北\u2060京", ["北\u2060", "京"]),
     ],
 )
-def test_combining_marks_belong_to_their_words(text, words):
+def test_combining_marks_and_invisible_characters_belong_to_their_words(text, words):
     assert [text[start:end] for start, end in word_places(text)] == words
 
 

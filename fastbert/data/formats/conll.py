@@ -10,7 +10,7 @@ from fastbert.data.formats.tables import clean_label, read_text
 _SPACES = re.compile(r"[ \t]+")  # only these, because an ideographic space may be a word
 _COMMENT = re.compile(r"#+ ")
 _SURE_COMMENT = re.compile(r"# \S+ = ")
-_LABEL = re.compile(r"O|[BIESLUMW]-.+")  # BIO, IOBES, BILOU, BMES and BMEWO
+LABEL = re.compile(r"O|[BIESLUMW]-.+")  # BIO, IOBES, BILOU, BMES and BMEWO
 
 
 class Sentence(NamedTuple):
@@ -50,7 +50,7 @@ def read_conll(path: Path, *, labelled: bool = True) -> list[Sentence]:
             raise InputError(f"{where}: expected {width} fields, got {len(fields)}: {line.strip()}")
         if labelled:
             fields[-1] = clean_label(fields[-1])
-        if labelled and not _LABEL.fullmatch(fields[-1]):
+        if labelled and not LABEL.fullmatch(fields[-1]):
             raise InputError(f"{where}: expected a label O, B-TYPE or I-TYPE, got {fields[-1]!r}")
         if not rows:
             start = number
@@ -64,7 +64,7 @@ def _is_comment(line: str, fields: list[str], width: int | None) -> bool:
     """Whether a line is a comment, not the word "#", which has a label or the usual `width`."""
     if not _COMMENT.match(line):
         return False
-    is_word = len(fields) == width or _LABEL.fullmatch(fields[-1]) is not None
+    is_word = len(fields) == width or LABEL.fullmatch(fields[-1]) is not None
     return _SURE_COMMENT.match(line) is not None or not is_word
 
 

@@ -96,9 +96,9 @@ def run_model(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
 def _padded(model: Any, arguments: dict[str, Any], head: Any) -> Padded:
     """The call's result, by a graph that packs and pads, or by `Call.run`.
 
-    head: the one whose forward calls the model, or None. Raises Unsupported as `encode` does.
+    head: the one whose forward calls the model, or None. Raises Unsupported as `read_call` does.
     """
-    call = _read(model, arguments)
+    call = read_call(model, arguments)
     batch = _for_a_graph(model, call, arguments, has_head=head is not None)
     if batch is not None:
         outputs = replay_padded(call.layers, call.reading, batch)
@@ -143,16 +143,11 @@ def _for_a_graph(
     )
 
 
-def encode(model: Any, arguments: dict[str, Any], rows: ChooseRows | None = None) -> Encoded:
-    """Packs, embeds and runs the layers; raises Unsupported for calls that need Hugging Face's.
+def read_call(model: Any, arguments: dict[str, Any]) -> "Call":
+    """Reads the arguments of a bare model; raises Unsupported for calls that need Hugging Face's.
 
-    rows: (Unpadding, H) -> Rows, the only tokens that the last layer has to compute, None for all.
+    So may the call's `run`.
     """
-    return _read(model, arguments).run(rows)
-
-
-def _read(model: Any, arguments: dict[str, Any]) -> "Call":
-    """Reads the arguments of a bare model; raises Unsupported as `encode` does."""
     arguments = dict(arguments)
     input_ids = arguments.pop("input_ids", None)
     inputs_embeds = arguments.pop("inputs_embeds", None)
@@ -257,7 +252,11 @@ class Call(NamedTuple):
         return not refusal_of(self.layers, self.reading)
 
     def run(self, rows: ChooseRows | None = None) -> Encoded:
-        """Packs, embeds and runs the layers; rows: see `encode`."""
+        """Packs, embeds and runs the layers.
+
+        rows: (Unpadding, H) -> Rows, the only tokens that the last layer has to compute, None for
+        all.
+        """
         module, layers, wanted = self.module, self.layers, self.wanted
         padding, general = read_layout(
             self.given,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastbert import events
 from fastbert.backend import is_transformed
-from fastbert.hf.encode import encode
+from fastbert.hf.encode import read_call
 from fastbert.hf.families import (
     Forward,
     Unsupported,
@@ -211,7 +211,7 @@ def _run_rows(
 
     if with_pairs and not is_plain_pooler(base.pooler):
         raise Unsupported("a pooler of the user's own, or a hook on it")
-    encoded = encode(base, rest, rows_of)
+    encoded = read_call(base, rest).run(rows_of)
     rows, cu_seqlens = encoded.rows, encoded.padding.cu_seqlens
     if targets is None:
         raise Unsupported("hidden states, which all rows have")

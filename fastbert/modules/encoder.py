@@ -133,9 +133,9 @@ class BertEncoder(nn.Module):
         self,
         x: Tensor,
         sequences: Sequences,
-        output_hidden_states: bool | Collection[int] = False,
-        rows: Rows | None = None,
-        share: Share = share_packed,
+        wanted: bool | Collection[int],
+        rows: Rows | None,
+        share: Share,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Runs the layers over a packed (T, H) residual stream."""
         events.packed(self, x)
@@ -152,7 +152,6 @@ class BertEncoder(nn.Module):
                 return layer._gradient_checkpointing_func(layer.__call__, x, sequences)
             return layer(x, sequences)
 
-        wanted = output_hidden_states
         x, states = run_stack(layers, reading, x, sequences, wanted, rows, call, share)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, hidden_states=states)
 

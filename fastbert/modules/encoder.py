@@ -1,8 +1,6 @@
-"""The transformer encoder over packed tokens.
+"""The transformer encoder over packed tokens, under Hugging Face's names.
 
-T packed tokens of B sequences, M rows whose output is wanted, H hidden, N heads. Module and
-parameter names are Hugging Face's. The modules pass each other one (T, H) tensor and its
-`Sequences`.
+T packed tokens of B sequences, M rows whose output is wanted, H hidden.
 """
 
 import dataclasses

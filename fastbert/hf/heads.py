@@ -35,8 +35,7 @@ from fastbert.models.losses import (
     without_padding,
 )
 from fastbert.modules.linear import is_plain
-from fastbert.modules.masks import real_tokens
-from fastbert.modules.request import asked
+from fastbert.modules.request import asked, real_tokens
 from fastbert.modules.sequences import Rows, first_tokens
 from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
 from fastbert.ops.unpad import Unpadding

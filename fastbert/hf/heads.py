@@ -247,12 +247,13 @@ def _of_real_tokens(model: Any, labels: Tensor, arguments: dict[str, Any]) -> Te
     is_real = _real_tokens(model, arguments)
     if is_real is None:
         return labels
+    is_padding = ~is_real.to(labels.device)
     by_row = labels.reshape(-1, is_real.shape[1])  # Hugging Face accepts flat labels too
     if events.is_listening():
-        count = int(((by_row != IGNORE_INDEX) & ~is_real.to(labels.device)).sum())
+        count = int(((by_row != IGNORE_INDEX) & is_padding).sum())
         if count:
             events.tell(events.Route("labels", "as -100", f"{count} of them are at padding"))
-    return by_row.masked_fill(~is_real.to(labels.device), IGNORE_INDEX).view(labels.shape)
+    return by_row.masked_fill(is_padding, IGNORE_INDEX).view(labels.shape)
 
 
 def _returned(model: Any, output: Any, arguments: dict[str, Any]) -> Any:

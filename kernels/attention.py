@@ -182,7 +182,8 @@ def _launch_bwd(
             **shape, BLOCK=tile.block_m, BY_DOT=by_dot,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        _add_up(sums, dbias)
+        if sums is not None:
+            add_partials(sums, dbias.view(3, -1))  # that of the keys becomes 0
         return
     delta = torch.empty_like(lse)
     total = torch.empty_like(lse) if q.dtype == torch.float32 else None
@@ -202,15 +203,15 @@ def _launch_bwd(
         **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BY_DOT=by_dot,
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg,
     )  # fmt: skip
-    tile = tile_k
     attention_dkdv_kernel(
         (tiles_k, *grid),
         q, k, v, dout, lse, delta, total, cu_seqlens_q, cu_seqlens_k, mask, drop_words, dk, dv,
         sums, *strides, dk.stride(0), num_rows, k.shape[0], softmax_scale, keep_scale,
-        **shape, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BY_DOT=by_dot,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **shape, BLOCK_M=tile_k.block_m, BLOCK_N=tile_k.block_n, BY_DOT=by_dot,
+        num_warps=tile_k.num_warps, num_stages=tile_k.num_stages,
     )  # fmt: skip
-    _add_up(sums, dbias)
+    if sums is not None:
+        add_partials(sums, dbias.view(3, -1))
 
 
 def _partial_sums(dbias: Tensor | None, cu_seqlens: Tensor, tiles: int) -> Tensor | None:
@@ -219,11 +220,6 @@ def _partial_sums(dbias: Tensor | None, cu_seqlens: Tensor, tiles: int) -> Tenso
         return None
     rows = tiles * (cu_seqlens.shape[0] - 1)
     return dbias.new_empty((2, rows, dbias.shape[0] // 3), dtype=torch.float32)
-
-
-def _add_up(sums: Tensor | None, dbias: Tensor | None) -> None:
-    if sums is not None and dbias is not None:
-        add_partials(sums, dbias.view(3, -1))  # that of the keys becomes 0
 
 
 def variant(q: Tensor, longest: int, *, mask: bool, dropout: bool) -> str:

@@ -120,16 +120,11 @@ def _compare(below, digit, threshold, place: tl.constexpr):
     return (digit & below) | (is_set & (digit | below))
 
 
-def row_words(max_seqlen_k: int) -> int:
-    """W, the drop words of a row: a multiple of 4, for 16-byte stores."""
-    return cdiv(max_seqlen_k, 128) * 4
-
-
 def _words_outputs(
     token_key, state, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads, *_
 ):  # fmt: skip
-    shape = (num_heads, token_key.shape[0], row_words(max_seqlen_k))
-    return cu_seqlens_q.new_empty(shape)
+    row_words = cdiv(max_seqlen_k, 128) * 4  # a multiple of 4, for 16-byte stores
+    return cu_seqlens_q.new_empty((num_heads, token_key.shape[0], row_words))
 
 
 @launcher(_words_outputs)

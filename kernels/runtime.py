@@ -41,8 +41,7 @@ OPTIONS = {"enable_fp_fusion": True}
 HANDLES: dict[Any, "Handle"] = {}
 MAX_HANDLES = 4096  # a program has dozens, unless strides vary without end
 _KNOBS = triton.knobs.runtime
-# For AMD's GPUs Triton also specializes on the size of tensors.
-_IS_KNOWN = (3, 6) <= TRITON_VERSION <= (3, 9) and torch.version.hip is None
+_IS_KNOWN = (3, 6) <= TRITON_VERSION <= (3, 9)
 
 
 class Handle(NamedTuple):

@@ -36,7 +36,6 @@ def embedded(
     embeddings, has_types = model.embeddings, family_of_module(model).has_types
     token_type_ids = token_type_ids if has_types else None  # which transformers 5 ignores, too
     plain = _plain(embeddings)
-    projects = hasattr(model, "embeddings_project")  # of ELECTRA's small models, narrower than H
     positions = position_ids
     if positions is None:
         given = input_ids if inputs_embeds is None else inputs_embeds
@@ -49,8 +48,8 @@ def embedded(
         others = {embeds: inputs_embeds, "position_ids": position_ids}
         if has_types:
             others["token_type_ids"] = token_type_ids
-        given = {name: tensor for name, tensor in others.items() if tensor is not None}
-        x: Any = padding.pack(embeddings(input_ids=input_ids, **given)).to(dtype)
+        others = {name: tensor for name, tensor in others.items() if tensor is not None}
+        x: Any = padding.pack(embeddings(input_ids=input_ids, **others)).to(dtype)
     else:
         if has_types and token_type_ids is None and not _types_are_zero(embeddings):
             types = embeddings.token_type_ids.to(positions.device)
@@ -74,9 +73,10 @@ def embedded(
             rng,
             dtype=dtype,
         )
-    if not projects:
+    # the tables of ELECTRA's small models are narrower than H
+    project = getattr(model, "embeddings_project", None)
+    if project is None:
         return x
-    project = model.embeddings_project
     if works_by_token(project):
         return project(x).to(dtype)
     return padding.pack(project(padding.pad(x))).to(dtype)

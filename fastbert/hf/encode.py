@@ -77,8 +77,7 @@ class Padded(NamedTuple):
     states: tuple[Tensor | None, ...] | None = None
 
 
-# Makes the residual stream (T, H), and tells its dtype without autocast.
-Embed = Callable[[Unpadding, DropoutState | None], tuple[Tensor, torch.dtype]]
+Embed = Callable[[Unpadding, DropoutState | None], Tensor]  # makes the residual stream (T, H)
 ChooseRows = Callable[[Unpadding, int], Rows | None]
 
 
@@ -97,16 +96,15 @@ def run_model(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
 def _padded(model: Any, arguments: dict[str, Any], head: Any) -> Padded:
     """The call's result, by a graph that packs and pads, or by `Call.run`.
 
-    head: the one whose forward calls the model, or None. Raises Unsupported as `encode` does.
+    head: the one whose forward calls the model, or None. Raises Unsupported as `read_call` does.
     """
-    call = _read(model, arguments)
+    call = read_call(model, arguments)
     batch = _for_a_graph(model, call, arguments, has_head=head is not None)
     if batch is not None:
         outputs = replay_padded(call.layers, call.reading, batch)
         if outputs is not None:
-            dtype = boundary_dtype(own_dtype(model.embeddings), batch.device)
-            last, first = outputs
-            return Padded(last.to(dtype), first.to(dtype))
+            last, first = (output.to(call.dtype) for output in outputs)
+            return Padded(last, first)
     rows = None if head is None else functools.partial(first_rows, head)
     encoded = call.run(rows)
     x, padding = encoded.x.to(encoded.dtype), encoded.padding
@@ -145,16 +143,11 @@ def _for_a_graph(
     )
 
 
-def encode(model: Any, arguments: dict[str, Any], rows: ChooseRows | None = None) -> Encoded:
-    """Packs, embeds and runs the layers; raises Unsupported for calls that need Hugging Face's.
+def read_call(model: Any, arguments: dict[str, Any]) -> "Call":
+    """Reads the arguments of a bare model; raises Unsupported for calls that need Hugging Face's.
 
-    rows: (Unpadding, H) -> Rows, the only tokens that the last layer has to compute, None for all.
+    So may the call's `run`.
     """
-    return _read(model, arguments).run(rows)
-
-
-def _read(model: Any, arguments: dict[str, Any]) -> "Call":
-    """Reads the arguments of a bare model; raises Unsupported as `encode` does."""
     arguments = dict(arguments)
     input_ids = arguments.pop("input_ids", None)
     inputs_embeds = arguments.pop("inputs_embeds", None)
@@ -172,29 +165,25 @@ def _read(model: Any, arguments: dict[str, Any]) -> "Call":
     if is_hooked(encoder) or not is_theirs(encoder):
         raise Unsupported(f"a {type(encoder).__name__} of the user's own, or a hook on it")
 
-    def embed(padding: Unpadding, rng: DropoutState | None) -> tuple[Tensor, torch.dtype]:
+    def embed(padding: Unpadding, rng: DropoutState | None) -> Tensor:
         ids = position_ids, token_type_ids
-        x = embedded(model, padding, rng, input_ids, inputs_embeds, *ids)
-        return x, own_dtype(model.embeddings)
+        return embedded(model, padding, rng, input_ids, inputs_embeds, *ids)
 
-    modules = (model, model.embeddings, *encoder.layer)
-    return Call.of(model, encoder.layer, modules, given, arguments, embed)
+    modules, own = (model, model.embeddings, *encoder.layer), own_dtype(model.embeddings)
+    return Call.of(model, encoder.layer, modules, given, arguments, embed, own)
 
 
 def run_encoder(encoder: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """The patched forward of an encoder, which users' own models call directly."""
     wanted = dict(arguments)
-    hidden_states = wanted.pop("hidden_states")
+    given, layers = wanted.pop("hidden_states"), encoder.layer
 
-    def embed(padding: Unpadding, rng: DropoutState | None) -> tuple[Tensor, torch.dtype]:
-        own = hidden_states.dtype
-        x = padding.pack(hidden_states)
-        return x.to(stream_dtype(own, x.device, encoder)), own
+    def embed(padding: Unpadding, rng: DropoutState | None) -> Tensor:
+        return padding.pack(given).to(stream_dtype(given.dtype, given.device, encoder))
 
     encoded = None
     try:
-        layers = encoder.layer
-        encoded = Call.of(encoder, layers, layers, hidden_states, wanted, embed).run()
+        encoded = Call.of(encoder, layers, layers, given, wanted, embed, given.dtype).run()
     except Unsupported as reason:
         events.refused(encoder, reason)
     if encoded is None:
@@ -210,7 +199,7 @@ class Call(NamedTuple):
     """A call of a model or an encoder that the packed path supports, before its mask is read.
 
     given: (B, S, ...); layout: other arguments of `read_layout`; trains: whether a module may drop;
-    assumes: as in `Reading`; wanted: which hidden states
+    assumes: as in `Reading`; wanted: which hidden states; dtype: as in `Encoded`
     """
 
     module: Any
@@ -222,6 +211,7 @@ class Call(NamedTuple):
     trains: bool
     assumes: bool
     wanted: bool | Collection[int]
+    dtype: torch.dtype
 
     @classmethod
     def of(
@@ -232,10 +222,12 @@ class Call(NamedTuple):
         given: Tensor,
         arguments: dict[str, Any],
         embed: Embed,
+        own: torch.dtype,
     ) -> "Call":
         """Reads the arguments besides the tokens; raises Unsupported.
 
-        with_dropout: the modules that need a dropout state in training mode
+        with_dropout: the modules that need a dropout state in training mode; own: the dtype of the
+        residual stream without autocast
         """
         layout = {name: arguments.pop(name, None) for name in _LAYOUT}
         mask = layout["attention_mask"]
@@ -250,8 +242,8 @@ class Call(NamedTuple):
         if given.is_meta:
             raise Unsupported("the meta device: a batch is packed by the values of its mask")
         require_kernels(given.device)
-        wanted = states_wanted(module, arguments)
-        return cls(module, layers, reading, given, layout, embed, trains, assumes, wanted)
+        wanted, dtype = states_wanted(module, arguments), boundary_dtype(own, given.device)
+        return cls(module, layers, reading, given, layout, embed, trains, assumes, wanted, dtype)
 
     def may_replay(self) -> bool:
         """Whether a graph may compute the layers, in inference."""
@@ -260,7 +252,11 @@ class Call(NamedTuple):
         return not refusal_of(self.layers, self.reading)
 
     def run(self, rows: ChooseRows | None = None) -> Encoded:
-        """Packs, embeds and runs the layers; rows: see `encode`."""
+        """Packs, embeds and runs the layers.
+
+        rows: (Unpadding, H) -> Rows, the only tokens that the last layer has to compute, None for
+        all.
+        """
         module, layers, wanted = self.module, self.layers, self.wanted
         padding, general = read_layout(
             self.given,
@@ -270,13 +266,12 @@ class Call(NamedTuple):
         )
         drops = self.trains and self.reading.drops()
         rng = for_batch(padding.cu_seqlens, padding.num_tokens) if drops else None
-        x, own = self.embed(padding, rng)
+        x = self.embed(padding, rng)
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
         chosen = rows(padding, x.shape[1]) if rows is not None and not wanted else None
-        dtype = boundary_dtype(own, x.device)
-        packed = x, sequences, padding, wanted, chosen, dtype
+        packed = x, sequences, padding, wanted, chosen, self.dtype
         x, states = run_packed(module, layers, self.reading, *packed)
-        return Encoded(x, states, padding, chosen, dtype)
+        return Encoded(x, states, padding, chosen, self.dtype)
 
 
 _LAYOUT = "attention_mask", "position_ids", *DOCUMENTS

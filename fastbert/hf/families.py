@@ -116,8 +116,7 @@ def _bert_parts(layer: Any) -> LayerParts:
     _require_untouched(attention, this, attention.output, layer.intermediate, layer.output)
     if getattr(this, "position_embedding_type", "absolute") != "absolute":
         raise Unsupported("relative positions")
-    _require_plain_layer(layer, layer.chunk_size_feed_forward)
-    _require_method(layer, "feed_forward_chunk")
+    _require_plain_layer(layer, layer, "feed_forward_chunk")
     _require_usual_scores(this, this.query, this.num_attention_heads)
 
     def dropout(module: Any) -> float:
@@ -129,8 +128,7 @@ def _bert_parts(layer: Any) -> LayerParts:
 def _distilbert_parts(layer: Any) -> LayerParts:
     attention, ffn = layer.attention, layer.ffn
     _require_untouched(attention, ffn)
-    _require_plain_layer(layer, ffn.chunk_size_feed_forward)
-    _require_method(ffn, "ff_chunk")
+    _require_plain_layer(layer, ffn, "ff_chunk")
     _require_usual_scores(attention, attention.q_lin, attention.n_heads)
     return LayerParts(
         projections=(leaf(attention.q_lin), leaf(attention.k_lin), leaf(attention.v_lin)),
@@ -145,16 +143,14 @@ def _distilbert_parts(layer: Any) -> LayerParts:
     )
 
 
-def _require_plain_layer(layer: Any, chunk_size: int) -> None:
-    if chunk_size:
+def _require_plain_layer(layer: Any, feeder: Any, method: str) -> None:
+    """feeder: the module whose `method` computes a chunk of the feed-forward"""
+    if feeder.chunk_size_feed_forward:
         raise Unsupported("chunk_size_feed_forward, which trades speed for memory")
     if getattr(layer, "is_decoder", False):
         raise Unsupported("a decoder's layer")
-
-
-def _require_method(module: nn.Module, name: str) -> None:
-    if name in vars(module) or not has_their(module, name):
-        raise Unsupported(f"a {name} of the user's own")
+    if method in vars(feeder) or not has_their(feeder, method):
+        raise Unsupported(f"a {method} of the user's own")
 
 
 def _require_usual_scores(attention: Any, query: Any, num_heads: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastbert import events
 from fastbert.backend import is_transformed
-from fastbert.hf.encode import encode
+from fastbert.hf.encode import read_call
 from fastbert.hf.families import (
     Forward,
     Unsupported,
@@ -35,8 +35,7 @@ from fastbert.models.losses import (
     without_padding,
 )
 from fastbert.modules.linear import is_plain
-from fastbert.modules.masks import real_tokens
-from fastbert.modules.request import asked
+from fastbert.modules.request import asked, real_tokens
 from fastbert.modules.sequences import Rows, first_tokens
 from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
 from fastbert.ops.unpad import Unpadding
@@ -211,7 +210,7 @@ def _run_rows(
 
     if with_pairs and not is_plain_pooler(base.pooler):
         raise Unsupported("a pooler of the user's own, or a hook on it")
-    encoded = encode(base, rest, rows_of)
+    encoded = read_call(base, rest).run(rows_of)
     rows, cu_seqlens = encoded.rows, encoded.padding.cu_seqlens
     if targets is None:
         raise Unsupported("hidden states, which all rows have")
@@ -248,12 +247,13 @@ def _of_real_tokens(model: Any, labels: Tensor, arguments: dict[str, Any]) -> Te
     is_real = _real_tokens(model, arguments)
     if is_real is None:
         return labels
+    is_padding = ~is_real.to(labels.device)
     by_row = labels.reshape(-1, is_real.shape[1])  # Hugging Face accepts flat labels too
     if events.is_listening():
-        count = int(((by_row != IGNORE_INDEX) & ~is_real.to(labels.device)).sum())
+        count = int(((by_row != IGNORE_INDEX) & is_padding).sum())
         if count:
             events.tell(events.Route("labels", "as -100", f"{count} of them are at padding"))
-    return by_row.masked_fill(~is_real.to(labels.device), IGNORE_INDEX).view(labels.shape)
+    return by_row.masked_fill(is_padding, IGNORE_INDEX).view(labels.shape)
 
 
 def _returned(model: Any, output: Any, arguments: dict[str, Any]) -> Any:

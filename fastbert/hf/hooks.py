@@ -23,9 +23,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def is_observed(layer: nn.Module) -> bool:
     """Whether a hook or replaced forward sees input and output, which must then be (B, S, H)."""
-    if "forward" in vars(layer):
-        return True
-    return any(map(_observes, _hooks(layer)))
+    return "forward" in vars(layer) or any(map(_observes, _hooks(layer)))
 
 
 def works_by_token(leaf: nn.Module) -> bool:

@@ -19,8 +19,6 @@ from fastbert.models.arguments import DOWNLOAD, device_of, dtype_of, for_constru
 from fastbert.models.inputs import Inputs, Request
 from fastbert.models.resize import resize
 from fastbert.modules.bert_layer import BertLayer
-from fastbert.modules.embeddings import own_dtype
-from fastbert.modules.encoder import pad_output
 from fastbert.system.files import new_file
 
 
@@ -49,15 +47,13 @@ class BertPreTrainedModel(nn.Module):
         self.register_state_dict_post_hook(_set_apart)  # type: ignore[no-untyped-call]
 
     def run(self, inputs: Inputs, options: Any, **targets: Any) -> Any:
-        """Reads the arguments, predicts, and returns the output padded, or as a tuple, as asked."""
+        """Reads the arguments, predicts, and returns the output, or a tuple of it, as asked."""
         request = Request.read(self, inputs, options)
         output = self.predict(request, **targets)
-        if request.padding is not None:
-            output = pad_output(output, request.padding, own_dtype(self.base_model.embeddings))
         return output if request.return_dict else output.to_tuple()
 
     def predict(self, request: Request) -> Any:
-        """The output for a request: hidden states packed, all other fields in their final form."""
+        """The output for a request, in its form: padded, or packed as the request's input is."""
         raise NotImplementedError
 
     def encode(self, request: Request) -> Any:

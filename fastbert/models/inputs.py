@@ -99,7 +99,7 @@ class Request:
 
         Labels at padding are dropped. Raises ValueError for labels beside a PackedBatch.
         """
-        batch, num_items, given = self.batch, self.num_items, labels
+        batch, num_items = self.batch, self.num_items
         if labels is not None:
             require(
                 self.padding is not None,
@@ -110,15 +110,15 @@ class Request:
             assert self.padding is not None
             shape = self.padding.batch_shape
             require(labels.shape == shape, "labels", f"shape {shape}", tuple(labels.shape))
-            labels = _packed(self.padding, "labels", labels, IGNORE_INDEX)
-            batch = dataclasses.replace(batch, labels=labels)
+            packed = _packed(self.padding, "labels", labels, IGNORE_INDEX)
+            batch = dataclasses.replace(batch, labels=packed)
         if batch.labels is not None and batch.num_labels is None:
             # the only place where the host waits for the number of labels
             count = int((batch.labels != IGNORE_INDEX).sum())
             batch = dataclasses.replace(batch, num_labels=count)
         is_padded = self.padding is not None and self.padding.slots is not None
-        if given is not None and is_padded and batch.num_labels is not None:
-            num_items = without_padding(num_items, given, batch.num_labels)
+        if labels is not None and is_padded and batch.num_labels is not None:
+            num_items = without_padding(num_items, labels, batch.num_labels)
         return dataclasses.replace(self, batch=batch, num_items=num_items)
 
     def labelled_pairs(self, next_sentence_label: Tensor | None) -> Self:

@@ -41,7 +41,7 @@ class _PredictsWords(BertPreTrainedModel):
         super().tie_weights()
         self.cls.predictions.decoder.bias = self.cls.predictions.bias
 
-    def _read(
+    def _predict_words(
         self, request: Request, with_pairs: bool, **asked: bool | None
     ) -> tuple[Any, Scored | None, Tensor | None]:
         """The encoder's output; the masked-LM score, None without a loss; the logits if wanted.
@@ -114,7 +114,7 @@ class BertForPreTraining(_PredictsWords):
         **asked: bool | None,
     ) -> BertForPreTrainingOutput:
         request = request.labelled(labels).labelled_pairs(next_sentence_label)
-        encoded, words, logits = self._read(request, True, **asked)
+        encoded, words, logits = self._predict_words(request, True, **asked)
         pair_logits, loss = self.cls.seq_relationship(encoded.pooler_output), None
         if words is not None:
             assert request.batch.next_sentence_label is not None
@@ -177,7 +177,7 @@ class BertForMaskedLM(_PredictsWords):
         **asked: bool | None,
     ) -> MaskedLMOutput:
         request = request.labelled(labels)
-        encoded, words, logits = self._read(request, False, **asked)
+        encoded, words, logits = self._predict_words(request, False, **asked)
         return request.output(MaskedLMOutput, encoded, logits, words)
 
 

@@ -68,15 +68,16 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         encoded = self.encode(request)
         logits = self.qa_outputs(encoded.last_hidden_state)  # (T, 2)
         batch, padding = request.batch, request.padding
+        by_row = None if padding is None else _by_column(logits, padding)
         loss = None
         if start_positions is not None and end_positions is not None:
-            by_sequence = padding
-            if by_sequence is None or not by_sequence.is_by_row:
+            by_sequence = by_row
+            if by_sequence is None or (padding is not None and not padding.is_by_row):
                 sizes = batch.cu_seqlens, batch.max_seqlen, batch.num_tokens
-                by_sequence = Unpadding.from_cu_seqlens(*sizes)
-            *scores, is_real = _by_column(logits, by_sequence)
+                by_sequence = _by_column(logits, Unpadding.from_cu_seqlens(*sizes))
+            *scores, is_real = by_sequence
             loss = span_loss(scores, (start_positions, end_positions), is_real, request.num_items)
-        starts, ends = logits.unbind(-1) if padding is None else _by_column(logits, padding)[:2]
+        starts, ends = logits.unbind(-1) if by_row is None else by_row[:2]
         return QuestionAnsweringModelOutput(
             loss=loss, start_logits=starts, end_logits=ends, hidden_states=encoded.hidden_states
         )

@@ -1,8 +1,6 @@
-"""The transformer encoder over packed tokens.
+"""The transformer encoder over packed tokens, under Hugging Face's names.
 
-T packed tokens of B sequences, M rows whose output is wanted, H hidden, N heads. Module and
-parameter names are Hugging Face's. The modules pass each other one (T, H) tensor and its
-`Sequences`.
+T packed tokens of B sequences, M rows whose output is wanted, H hidden.
 """
 
 import dataclasses
@@ -10,7 +8,6 @@ import sys
 from collections.abc import Collection
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from fastbert import events
@@ -24,7 +21,6 @@ from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.request import DOCUMENTS, read_layout, refuse_attentions, refuse_unknown
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.stack import run_stack, share_padded
-from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import BaseModelOutputWithPastAndCrossAttentions
 from fastbert.rng import DropoutState, for_batch
 
@@ -101,7 +97,8 @@ class BertEncoder(nn.Module):
         assert cu_seqlens is not None
         assert max_seqlen is not None
         sequences = Sequences(cu_seqlens, max_seqlen, mask, rng)
-        return self._run(hidden_states, sequences, output_hidden_states, rows, share)
+        x, states = self._run(hidden_states, sequences, output_hidden_states, rows, share)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, hidden_states=states)
 
     def _forward_padded(
         self,
@@ -118,26 +115,26 @@ class BertEncoder(nn.Module):
             hidden_states, attention_mask, position_ids, hidden_size=size, **documents
         )
         captured = _captured_around()
-        if "hidden_states" in captured and not output_hidden_states:
-            output_hidden_states = True
+        wanted = output_hidden_states or "hidden_states" in captured
         dtype = stream_dtype(hidden_states.dtype, hidden_states.device, self)
         stream = padding.pack(hidden_states).to(dtype)
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
         share = share_padded(padding, hidden_states.dtype)
-        output = self._run(stream, sequences, output_hidden_states, None, share)
-        output = pad_output(output, padding, hidden_states.dtype)
-        captured.get("hidden_states", []).extend(output.hidden_states or ())
-        return output
+        x, states = self._run(stream, sequences, wanted, None, share)
+        captured.get("hidden_states", []).extend(states or ())
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=padding.pad(x.to(hidden_states.dtype)), hidden_states=states
+        )
 
     def _run(
         self,
         x: Tensor,
         sequences: Sequences,
-        output_hidden_states: bool | Collection[int] = False,
-        rows: Rows | None = None,
-        share: Share = share_packed,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Runs the layers over a packed (T, H) residual stream."""
+        wanted: bool | Collection[int],
+        rows: Rows | None,
+        share: Share,
+    ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
+        """Runs the layers over a packed (T, H) residual stream; returns as `run_stack` does."""
         events.packed(self, x)
         layers, has_rng = self.layer, sequences.rng is not None
         assumes = not (has_rng or self.training) and may_replay(x.device)
@@ -152,9 +149,7 @@ class BertEncoder(nn.Module):
                 return layer._gradient_checkpointing_func(layer.__call__, x, sequences)
             return layer(x, sequences)
 
-        wanted = output_hidden_states
-        x, states = run_stack(layers, reading, x, sequences, wanted, rows, call, share)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, hidden_states=states)
+        return run_stack(layers, reading, x, sequences, wanted, rows, call, share)
 
 
 _PLANNER = Planner(parts_of)
@@ -170,19 +165,3 @@ def _captured_around() -> dict[str, list[Tensor | None]]:
     collected = capturing._active_collector.get() if capturing is not None else None
     refuse_attentions("attentions" in (collected or {}))
     return collected or {}
-
-
-def pad_output(output: Any, padding: Unpadding, dtype: torch.dtype) -> Any:
-    """Pads the hidden states of an output that are packed: (T, H) -> (B, S, H).
-
-    They are returned in `dtype`: under autocast Hugging Face returns float32.
-    """
-
-    def padded(x: Tensor | None) -> Tensor | None:
-        return padding.pad(x.to(dtype)) if x is not None and x.ndim == 2 else x
-
-    states = output.hidden_states
-    output.hidden_states = None if states is None else tuple(map(padded, states))
-    if output.get("last_hidden_state") is not None:
-        output.last_hidden_state = padded(output.last_hidden_state)
-    return output

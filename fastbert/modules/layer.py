@@ -137,11 +137,12 @@ def add_and_norm(
     return Stream(*dropout_add_layer_norm.run(call))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class LayerParts:
     """The modules of a layer by their role.
 
-    projections: to queries, keys and values; attention_dropout: its probability, 0 in eval mode
+    projections: to queries, keys and values; attention_dropout: its probability, 0 in eval mode;
+    leaves: all linear layers and norms, with those of adapters; drops: whether a dropout is on
     """
 
     projections: tuple[Leaf, Leaf, Leaf]
@@ -151,26 +152,17 @@ class LayerParts:
     intermediate: Leaf
     activation: Activation
     output: End
+    leaves: list[Leaf] = dataclasses.field(init=False)
+    drops: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        ends = self.attention_end.dense, self.output.dense
-        linears = *self.projections, self.intermediate, *ends
+        first, second = self.attention_end, self.output
+        linears = *self.projections, self.intermediate, first.dense, second.dense
         for place, leaf in enumerate(linears):
             leaf.place = place
-
-    @functools.cached_property
-    def leaves(self) -> list[Leaf]:
-        """All linear layers and norms, with those of adapters."""
-        every = *self.projections, *vars(self).values(), *self.attention_end, *self.output
-        return [leaf for one in every if isinstance(one, Leaf) for leaf in one.inner]
-
-    @property  # a cached one takes a lock in Python 3.11, for which torch.compile ends its graph
-    def drops(self) -> bool:
-        """Whether any of the layer's dropouts is on."""
-        ends = self.attention_end, self.output
-        linears = *self.projections, self.intermediate, *(end.dense for end in ends)
-        own = self.attention_dropout, *(end.dropout for end in ends)
-        return any(own) or any(leaf.drops for leaf in linears)
+        self.leaves = [leaf for one in (*linears, first.norm, second.norm) for leaf in one.inner]
+        own = self.attention_dropout, first.dropout, second.dropout
+        self.drops = any(own) or any(leaf.drops for leaf in self.leaves)
 
     @functools.cached_property
     def whole(self) -> WholeLayer | None:

@@ -141,11 +141,21 @@ class Reading:
         self.parts = planner.parts(owner) if self.assumed is None else self.assumed.parts
 
     def called(self) -> list[int]:
-        """`called` of the layers; what is assumed of them replaces most of its look."""
-        plan = self.assumed
-        if plan is None or plan.has_forward or any(plan.own_hooks) or _has_any_global_hook():
-            return called(self.owner)
-        return []  # without gradients none is checkpointed
+        """The layers to call as modules: for hooks, a replaced forward, or checkpointing.
+
+        What is assumed of the layers replaces most of the look; without gradients none of them is
+        checkpointed.
+        """
+        plan, are_all = self.assumed, _has_any_global_hook()
+        if not (plan is None or plan.has_forward or any(plan.own_hooks) or are_all):
+            return []
+        numbers = []
+        for number, layer in enumerate(self.owner):
+            own = vars(layer)
+            is_checkpointed = own.get("gradient_checkpointing") and own["training"]
+            if are_all or is_checkpointed or "forward" in own or any(hooks_of(layer)):
+                numbers.append(number)
+        return numbers
 
     def drops(self) -> bool:
         """Whether a dropout of the layers may be on.
@@ -168,17 +178,6 @@ class Reading:
         plan, self.assumed = self.assumed, None
         if plan is not None and not plan.holds():
             self.parts = self.planner.parts(self.owner)
-
-
-def called(layers: nn.ModuleList) -> list[int]:
-    """The layers to call as modules: for hooks, a replaced forward, or checkpointing."""
-    numbers, are_all = [], _has_any_global_hook()
-    for number, layer in enumerate(layers):
-        own = vars(layer)
-        is_checkpointed = own.get("gradient_checkpointing") and own["training"]
-        if are_all or is_checkpointed or "forward" in own or any(hooks_of(layer)):
-            numbers.append(number)
-    return numbers
 
 
 def _attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:

@@ -1,15 +1,20 @@
-"""Reads the arguments of a call, for models, encoders and patched modules alike."""
+"""Reads the arguments of a call, for models, encoders and patched modules alike.
+
+That is every form of attention mask and packed documents that users and Hugging Face pass.
+"""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastbert.check import require
-from fastbert.modules.masks import document_boundaries, read_mask
 from fastbert.modules.sequences import pays_to_count
 from fastbert.ops.unpad import Unpadding, unpad
+
+# Additive masks use finfo.min, -inf, or in older scripts -10000: each makes the probability 0.
+FORBIDDEN = -1e4
 
 # Hugging Face's arguments for the boundaries of documents packed into one row.
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -64,6 +69,154 @@ def _waits(device: torch.device, num_places: int, hidden_size: int | None) -> bo
     if hidden_size is None:  # layers without a graph take the host longer than a GPU
         return True
     return not num_places or pays_to_count(num_places, hidden_size)
+
+
+class Mask(NamedTuple):
+    """A mask as padding or as a general mask, for B sequences of S places; at most one is set.
+
+    padding: (B, S) bool, True at real tokens; general: bool, True = attend, or additive, broadcasts
+    to (B, heads, S, S); both None where every token attends to every other.
+    """
+
+    padding: Tensor | None = None
+    general: Tensor | None = None
+
+
+def read_mask(mask: Tensor | None, batch_size: int, seqlen: int) -> Mask:
+    """Reads a mask in any form that Hugging Face's encoder takes.
+
+    mask: None; (B, S) bool or 0/1; (B or 1, heads or 1, S or 1, S) bool, True = attend, or float,
+    added to the scores. A 4-D mask that is the same for every query and head is padding. To find
+    that out its values are read, for which the host waits for a GPU; while torch.compile traces,
+    only the shape is looked at. Raises ValueError for other shapes, for a float 2-D mask with other
+    values than 0 and 1, and for an integer 4-D mask, which is ambiguous: Hugging Face's eager
+    attention would add its zeros and ones to the scores.
+    """
+    if mask is None:
+        return Mask()
+    who, shape = "attention_mask", (batch_size, seqlen)
+    if mask.ndim == 2:
+        require(mask.shape == shape, who, f"shape {shape}", tuple(mask.shape))
+        if mask.is_floating_point():
+            is_binary = bool(((mask == 0) | (mask == 1)).all())
+            expected = "zeros and ones in a mask of shape (batch, seqlen)"
+            got, remedy = "other floating-point values", "an additive mask has four dimensions"
+            require(is_binary, who, expected, got, remedy)
+        return Mask(padding=mask != 0)
+    require(
+        mask.ndim == 4
+        and mask.shape[0] in (1, batch_size)
+        and mask.shape[2] in (1, seqlen)
+        and mask.shape[3] == seqlen,
+        who,
+        f"shape {shape} or {(batch_size, '1 or heads', '1 or seqlen', seqlen)}",
+        tuple(mask.shape),
+    )
+    is_clear = mask.dtype == torch.bool or mask.is_floating_point()
+    expected = "a 4-D mask of dtype bool (True = attend) or float (added to the scores)"
+    require(is_clear, who, expected, mask.dtype, "pass mask.bool()")
+    return _read_general(mask, batch_size, seqlen)
+
+
+def _read_general(mask: Tensor, batch_size: int, seqlen: int) -> Mask:
+    if mask.dtype == torch.bool and mask.shape[1:3] == (1, 1):
+        return Mask(padding=mask[:, 0, 0].expand(batch_size, seqlen))
+    if mask.requires_grad or torch.compiler.is_compiling():
+        return Mask(general=mask)
+    keep, is_general = _common_keys(mask)
+    if bool(is_general):
+        return Mask(general=mask)
+    return Mask(padding=keep.expand(batch_size, seqlen))
+
+
+def _common_keys(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys of the first query under a 4-D mask, (B or 1, S) bool; and whether the mask is more
+    than that, because other queries have other keys or a score gets another number, () bool."""
+    first = mask[:, :1, :1]
+    is_general = (mask != first).any()
+    keep = first
+    if mask.dtype != torch.bool:
+        keep = first > FORBIDDEN
+        is_general |= (keep & (first != 0)).any()
+    return keep[:, 0, 0], is_general
+
+
+def real_tokens(mask: Tensor | None) -> Tensor | None:
+    """(B or 1, S) bool, True at tokens that `read_mask` does not take for padding; no host wait.
+
+    Labels are read only there. None without a mask, and for one of another rank, with a gradient,
+    or of another class, as flex attention's.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4) or mask.requires_grad:
+        return None
+    if mask.ndim == 2:
+        return mask != 0
+    keep, is_general = _common_keys(mask)
+    return keep | is_general
+
+
+def document_boundaries(
+    batch_size: int,
+    seqlen: int,
+    attention_mask: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    position_ids: Tensor | None = None,
+) -> tuple[Tensor, int] | None:
+    """(cu_seqlens (n + 1,) int32, max_seqlen) of documents packed into one row; None for one.
+
+    The boundaries come from Hugging Face's cu_seq_lens_q and max_length_q, or from position_ids
+    (1, S) that restart at 0 at each document. position_ids are read, for which the host waits for a
+    GPU, as it does for a missing max_length_q. Hugging Face's own sdpa and eager attention would
+    attend across documents. Raises ValueError for boundaries with several rows or an
+    attention_mask, and for a cu_seq_lens_k that differs from cu_seq_lens_q; values that differ on a
+    GPU fail a device assertion instead.
+    """
+    if cu_seq_lens_q is None and cu_seq_lens_k is None:
+        if batch_size != 1 or attention_mask is not None or position_ids is None:
+            return None
+        return _restarts(position_ids.expand(1, seqlen)[0])
+    require(
+        cu_seq_lens_q is not None and batch_size == 1 and attention_mask is None,
+        "cu_seq_lens_q",
+        "a batch of 1, cu_seq_lens_q, and no attention_mask, for packed documents",
+        f"a batch of {batch_size}"
+        + (", no cu_seq_lens_q" if cu_seq_lens_q is None else "")
+        + (", an attention_mask" if attention_mask is not None else ""),
+    )
+    assert cu_seq_lens_q is not None
+    if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q:
+        _require_same(cu_seq_lens_q, cu_seq_lens_k)
+    lengths = [length for length in (max_length_q, max_length_k) if length is not None]
+    longest = max(lengths) if lengths else int(cu_seq_lens_q.diff().max())
+    return cu_seq_lens_q.int(), int(longest)
+
+
+def _require_same(queries: Tensor, keys: Tensor) -> None:
+    if keys.is_cuda and keys.shape == queries.shape:
+        torch._assert_async((keys == queries).all())  # checked on the device: no host wait
+        return
+    require(
+        torch.equal(keys, queries),
+        "cu_seq_lens_k",
+        "the boundaries of cu_seq_lens_q: each token is a query and a key",
+        "others",
+    )
+
+
+def _restarts(position_ids: Tensor) -> tuple[Tensor, int] | None:
+    starts = position_ids == 0
+    counts_up = position_ids.diff() == 1
+    # documents only if the positions count up by one from each 0; others are the user's own
+    is_packed = starts[:1].all() & starts[1:].any() & (starts[1:] | counts_up).all()
+    if not bool(is_packed & counts_up.any()):
+        return None
+    ends = starts.nonzero().flatten()[1:]
+    length = position_ids.shape[0]
+    cu_seqlens = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), length)]).int()
+    return cu_seqlens, int(cu_seqlens.diff().max())
 
 
 def asked(config: Any, arguments: Mapping[str, Any], name: str) -> Any:

@@ -9,15 +9,7 @@ from torch import Tensor, nn
 from fastbert.check import require
 from fastbert.modules.graphs import buckets
 from fastbert.modules.graphs.padded import PaddedBatch
-from fastbert.modules.layer import (
-    LayerParts,
-    Share,
-    Stream,
-    layers_of,
-    run_layer,
-    run_layers,
-    share_packed,
-)
+from fastbert.modules.layer import LayerParts, Share, Stream, layers_of, run_layer, run_layers
 from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.plan import Reading
 from fastbert.modules.sequences import Rows, Sequences
@@ -32,7 +24,7 @@ def run_stack(
     wanted_states: bool | Collection[int],
     rows: Rows | None,
     call: Callable[[int, Tensor, Sequences], Tensor],
-    share: Share = share_packed,
+    share: Share,
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
     """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; and hidden states.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastbert.backend import DTYPES, is_transformed, op
 from fastbert.check import require
-from fastbert.ops.fp8_plain import Emulation
+from fastbert.ops import fp8_plain
 from fastbert.ops.fused import as_rows, once, require_floats, result_dtype, run, without_autocast
 
 MULTIPLE = 16  # which the kernels want a weight's sizes to be multiples of
@@ -145,7 +145,7 @@ def _plain(call: Call | FeedForward) -> Tensor:
             "fp8: function transforms (torch.func) and forward-mode AD do not go through casts to "
             "FP8; use torch.autograd, or no FP8"
         )
-    return _fused(Emulation, call)
+    return _fused(fp8_plain, call)
 
 
 @fp8_linear.refuses
@@ -184,7 +184,7 @@ def _result(y: Tensor, x: Tensor) -> Tensor:
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """`kernels` is the Triton unit, or `Emulation`."""
+    """`kernels` is the Triton unit, or `fp8_plain`."""
 
     @staticmethod
     def forward(
@@ -226,7 +226,7 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 class _Fp8FeedForward(torch.autograd.Function):
-    """`kernels` is the Triton unit, or `Emulation`."""
+    """`kernels` is the Triton unit, or `fp8_plain`."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,7 @@
-"""FP8 in plain PyTorch, bit by bit what the hardware's casts give: the bodies without kernels."""
+"""The launchers of kernels/fp8_linear.py in plain PyTorch, for any device and size.
+
+The casts give bit by bit what the hardware's do.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,45 +13,41 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 
 
-class Emulation:
-    """The launchers of kernels/fp8_linear.py in plain PyTorch, for any device and size."""
+def cast_transpose(x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool) -> tuple[Tensor, Tensor]:
+    """x (M, N) times `scale` in FP8, (M, N), and transposed; raises amax to x's largest."""
+    cast = quantised(x, scale, E5M2 if e5m2 else E4M3)
+    if x.numel():
+        size = x.detach().abs().float()
+        finite = torch.where(size.isfinite(), size, 0.0)
+        torch.maximum(amax, finite.max(), out=amax)
+    return cast, cast.t()
 
-    @staticmethod
-    def cast_transpose(x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool) -> tuple[Tensor, Tensor]:
-        """x (M, N) times `scale` in FP8, (M, N), and transposed; raises amax to x's largest."""
-        cast = quantised(x, scale, E5M2 if e5m2 else E4M3)
-        if x.numel():
-            size = x.detach().abs().float()
-            finite = torch.where(size.isfinite(), size, 0.0)
-            torch.maximum(amax, finite.max(), out=amax)
-        return cast, cast.t()
 
-    @staticmethod
-    def gelu_cast_transpose(
-        x: Tensor, bias: Tensor, tanh: bool, scale: Tensor, amax: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`cast_transpose` of gelu(x + bias), in E4M3."""
-        y = F.gelu(x.float() + bias.float(), approximate="tanh" if tanh else "none")
-        return Emulation.cast_transpose(y, scale, amax, False)
+def gelu_cast_transpose(
+    x: Tensor, bias: Tensor, tanh: bool, scale: Tensor, amax: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`cast_transpose` of gelu(x + bias), in E4M3."""
+    y = F.gelu(x.float() + bias.float(), approximate="tanh" if tanh else "none")
+    return cast_transpose(y, scale, amax, False)
 
-    @staticmethod
-    def gelu_bwd_cast_transpose(
-        dy: Tensor, x: Tensor, bias: Tensor, tanh: bool, scale: Tensor, amax: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`cast_transpose` of the gradient by x, in E5M2, and its column sums in bias.dtype."""
-        z = x.float() + bias.float()
-        approximate = "tanh" if tanh else "none"
-        dx = torch.ops.aten.gelu_backward(dy.float(), z, approximate=approximate)
-        return *Emulation.cast_transpose(dx, scale, amax, True), dx.sum(0).to(bias.dtype)
 
-    @staticmethod
-    def product(
-        a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        """a (M, K) b (N, K)^T times both factors, plus the bias, summed in float32."""
-        with without_autocast(a):
-            y = F.linear(a.float(), b.float()) * (of_a * of_b)
-        return (y if bias is None else y + bias.float()).to(dtype)
+def gelu_bwd_cast_transpose(
+    dy: Tensor, x: Tensor, bias: Tensor, tanh: bool, scale: Tensor, amax: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`cast_transpose` of the gradient by x, in E5M2, and its column sums in bias.dtype."""
+    z = x.float() + bias.float()
+    approximate = "tanh" if tanh else "none"
+    dx = torch.ops.aten.gelu_backward(dy.float(), z, approximate=approximate)
+    return *cast_transpose(dx, scale, amax, True), dx.sum(0).to(bias.dtype)
+
+
+def product(
+    a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """a (M, K) b (N, K)^T times both factors, plus the bias, summed in float32."""
+    with without_autocast(a):
+        y = F.linear(a.float(), b.float()) * (of_a * of_b)
+    return (y if bias is None else y + bias.float()).to(dtype)
 
 
 def quantised(x: Tensor, scale: Tensor, format: torch.dtype) -> Tensor:

@@ -127,12 +127,11 @@ def unpad(attention_mask: Tensor, capacity: int | None = None) -> Unpadding:
     if torch.compiler.is_compiling():  # two numbers, not one for each sequence
         lengths = torch.cat([lengths, lengths.new_zeros(1)])  # max() needs an element if B is 0
         total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
-    else:
-        on_host = lengths.tolist()
-        total, longest = sum(on_host), max(on_host, default=0)
-        if 0 < total == batch * seqlen:
-            return Unpadding.dense(batch, seqlen, attention_mask.device)
-        _, positions, slots, cu_seqlens = compact.run(Call(is_token, 0, total, is_exact=True))
-        return Unpadding(positions, slots, cu_seqlens, longest, (batch, seqlen))
-    _, positions, slots, cu_seqlens = compact(attention_mask, 0, attention_mask.numel())
-    return Unpadding(positions[:total], slots, cu_seqlens, longest, (batch, seqlen))
+        _, positions, slots, cu_seqlens = compact(attention_mask, 0, attention_mask.numel())
+        return Unpadding(positions[:total], slots, cu_seqlens, longest, (batch, seqlen))
+    on_host = lengths.tolist()
+    total, longest = sum(on_host), max(on_host, default=0)
+    if 0 < total == batch * seqlen:
+        return Unpadding.dense(batch, seqlen, attention_mask.device)
+    _, positions, slots, cu_seqlens = compact.run(Call(is_token, 0, total, is_exact=True))
+    return Unpadding(positions, slots, cu_seqlens, longest, (batch, seqlen))

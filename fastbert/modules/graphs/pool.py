@@ -283,11 +283,6 @@ def are_same(some: list[Any], others: list[Any] | None) -> bool:
 
 def _numerics() -> tuple[Any, ...]:
     """PyTorch's settings that choose kernels, and so are fixed in a recording."""
-    return torch.are_deterministic_algorithms_enabled(), _matmul_precision()
-
-
-def _matmul_precision() -> Any:
-    """The precision of float32 products on a GPU, by PyTorch's newer interface if it exists: the
-    older interface raises where a user has set the newer."""
-    matmul = torch.backends.cuda.matmul
-    return getattr(matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
+    # not by `torch.get_float32_matmul_precision`, which raises where a user has set this one
+    precision = torch.backends.cuda.matmul.fp32_precision
+    return torch.are_deterministic_algorithms_enabled(), precision

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastbert.modules.sequences import Rows, Sequences
+from fastbert.modules.sequences import Rows
 from tests.modules.graphs.case import (
     KINDS,
     Repeats,
@@ -140,9 +140,9 @@ class NoGradient(torch.autograd.Function):
 @pytest.mark.parametrize("wanted", [False, True])
 def test_a_gradient_that_does_not_arrive_is_none_for_all(wanted, recorder):
     for model in models("own", "Model"):
-        boundaries = torch.tensor([0, 7], dtype=torch.int32)
+        sizes = {"cu_seqlens": torch.tensor([0, 7], dtype=torch.int32), "max_seqlen": 7}
         x = torch.randn(7, 32, requires_grad=True)
-        output = model.train().encoder._run(x, Sequences(boundaries, 7), wanted)
+        output = model.train().encoder(x, **sizes, output_hidden_states=wanted)
         (NoGradient.apply(output.last_hidden_state).sum() + 0 * x.sum()).backward()
         assert all(p.grad is None for p in model.parameters())
         assert x.grad.count_nonzero() == 0
@@ -163,9 +163,9 @@ def test_rows_alone_have_no_states_with_a_graph_as_without(monkeypatch):
     recorder = use(Repeats(), monkeypatch)
     _, model = models("own", "Model")
     encoder, layers = model.encoder, layers_of(model)
-    boundaries = torch.tensor([0, 7], dtype=torch.int32)
+    sizes = {"cu_seqlens": torch.tensor([0, 7], dtype=torch.int32), "max_seqlen": 7}
     rows = Rows(torch.tensor([0]), torch.tensor([0, *[-1] * 6]), torch.tensor([0, 1]), 1)
     for wanted in (True, [len(layers) - 1]):
         with pytest.raises(ValueError, match="no output_hidden_states where only some rows"):
-            encoder._run(torch.zeros(7, 32), Sequences(boundaries, 7), wanted, rows)
+            encoder(torch.zeros(7, 32), **sizes, output_hidden_states=wanted, rows=rows)
     assert recorder.recorded == 0

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from fastbert.modules.masks import document_boundaries, read_mask
+from fastbert.modules.request import document_boundaries, read_mask
 from tests.versions import needs_v5
 
 REAL = torch.tensor([[True, True, False], [False, True, True]])

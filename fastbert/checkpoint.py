@@ -183,7 +183,7 @@ def load_weights(
             if is_other and alias.endswith("decoder.weight"):  # transformers 5 computes with it
                 raise InputError(
                     f"{source}: {alias} is not {name}, to which the configuration ties it; set "
-                    "tie_word_embeddings to false there"
+                    "tie_word_embeddings to false in its config.json, or in from_pretrained"
                 )
             weights[name] = found if _is_apart(model, alias) else weights.get(name, found)
 

@@ -7,6 +7,7 @@ import torch
 
 import fastbert
 from fastbert.models.inputs import wanted_rows
+from fastbert.models.losses import score_classes, score_sequences
 from fastbert.modules import sequences
 from fastbert.modules.sequences import Rows
 from fastbert.packing import IGNORE_INDEX
@@ -124,3 +125,13 @@ def test_rows_need_packed_input():
     rows = wanted_rows(batch, first=True, labelled=False)
     with pytest.raises(ValueError, match="rows with a PackedBatch"):
         model.bert(torch.ones(2, 3, dtype=torch.long), rows=rows)
+
+
+def test_losses_of_logits_in_low_precision_are_summed_in_float32():
+    logits = torch.arange(12.0).div(7).view(4, 3).bfloat16()
+    classes, numbers = torch.tensor([0, 2, IGNORE_INDEX, 1]), torch.linspace(0, 1, 12).view(4, 3)
+    for score, labels in ((score_classes, classes), (score_sequences, numbers)):
+        kind = () if score is score_classes else ("multi_label_classification",)
+        of_rounded, of_wide = (score(x, labels, *kind).loss_sum for x in (logits, logits.float()))
+        assert of_rounded.dtype == torch.float32
+        assert of_rounded == of_wide

@@ -12,6 +12,7 @@ from fastbert.modules import sequences
 from fastbert.modules.sequences import Rows
 from fastbert.packing import IGNORE_INDEX
 from fastbert.train.objective import PretrainingObjective
+from tests.hf.changes import give_another_kind_of_weight
 from tests.models.pretraining_case import SHAPE, make_batch, make_model
 
 LENGTHS = [9, 1, 30, 4]
@@ -135,3 +136,10 @@ def test_losses_of_logits_in_low_precision_are_summed_in_float32():
         of_rounded, of_wide = (score(x, labels, *kind).loss_sum for x in (logits, logits.float()))
         assert of_rounded.dtype == torch.float32
         assert of_rounded == of_wide
+
+
+def test_a_decoder_whose_weight_only_its_module_knows_is_called():
+    model, batch = make_model(dropout=0.0), make_batch(LENGTHS)
+    expected = model(batch).loss
+    give_another_kind_of_weight(model.cls.predictions.decoder)
+    torch.testing.assert_close(model(batch).loss, expected)

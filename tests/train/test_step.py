@@ -293,6 +293,18 @@ def test_a_step_with_gradients_that_are_not_finite_is_left_out_and_counted(
         assert ours["step"] == theirs["step"] == STEPS - 3
 
 
+def test_a_state_of_a_graphed_run_goes_on_eagerly():
+    """With the option that only a recording needs, PyTorch would warn on a GPU."""
+    model = make_model()
+    optimizer = make_optimizer(model, 0.01)
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    step = EagerStep(PretrainingObjective(model), optimizer, CONFIG, CPU)
+    batch = next(iter(batches()))
+    assert step(0, batch, counts_of(batch)).isfinite().all()
+    assert not any(group["capturable"] for group in optimizer.param_groups)
+
+
 def test_fp16_halves_its_scale_where_it_overflows_and_goes_on():
     model = make_model()
     config = dataclasses.replace(CONFIG, precision="fp16")

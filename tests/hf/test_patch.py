@@ -132,3 +132,25 @@ def test_a_decoder_runs_as_before():
     fastbert.patch(model)
     assert torch.equal(model(ids).logits, expected)
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 8)
+
+
+def test_a_loss_with_a_weight_of_each_class_stays_the_models_own():
+    config = transformers.DistilBertConfig(
+        vocab_size=37, dim=16, n_layers=1, n_heads=2, hidden_dim=20, dropout=0, attention_dropout=0
+    )
+    model = transformers.DistilBertForMaskedLM(config).train()
+    model.mlm_loss_fct = nn.CrossEntropyLoss(weight=torch.linspace(0.1, 3, 37))
+    ids = torch.randint(1, 37, (2, 5))
+    expected = model(ids, labels=ids).loss
+    fastbert.patch(model)
+    torch.testing.assert_close(model(ids, labels=ids).loss, expected)
+
+
+def test_a_decoder_gives_logits_beside_its_loss():
+    config = transformers.BertConfig(
+        vocab_size=37, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=True
+    )
+    model = transformers.BertForMaskedLM(config).train()
+    fastbert.patch(model)
+    ids = torch.randint(1, 37, (2, 5))
+    assert model(ids, labels=ids).logits.shape == (2, 5, 37)

@@ -1,6 +1,7 @@
 """`fastbert.patch`: the same outputs, losses and gradients, whatever the model and the call."""
 
 import dataclasses
+import functools
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ import transformers
 from torch import nn
 
 import fastbert
+from fastbert.hf.families import Unsupported, activation_of
 from fastbert.modules import sequences
 from fastbert.modules.sequences import Rows
 from tests.hf.cases import (
@@ -154,3 +156,16 @@ def test_a_decoder_gives_logits_beside_its_loss():
     fastbert.patch(model)
     ids = torch.randint(1, 37, (2, 5))
     assert model(ids, labels=ids).logits.shape == (2, 5, 37)
+
+
+@functools.wraps(nn.functional.silu)
+def along_the_sequence(x):
+    return x - x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("function", [nn.PReLU(2), nn.Softmax(-1), along_the_sequence])
+def test_an_activation_that_may_tell_places_apart_is_not_packed(function):
+    with pytest.raises(Unsupported):
+        activation_of(function)
+    assert activation_of(nn.functional.silu) is nn.functional.silu
+    assert isinstance(activation_of(nn.PReLU()), nn.PReLU)

@@ -207,7 +207,7 @@ class PackedBatch:
 
 def _num_spare(batch: PackedBatch, bucket: Bucket) -> int:
     """How many filler sequences hold the filler tokens."""
-    return max(-(-(bucket.num_tokens - batch.num_tokens) // bucket.max_seqlen), 0)
+    return -(-(bucket.num_tokens - batch.num_tokens) // bucket.max_seqlen)
 
 
 def _extended(values: Tensor | None, count: int, value: int) -> Tensor:

@@ -391,7 +391,7 @@ def test_another_number_of_labels_names_the_fix(tmp_path):
         model = load(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
     assert model(IDS).logits.shape == (2, 5)
     rewrite(tmp_path, lambda w: w.update({QUERY: torch.ones(3, 3)}))
-    with pytest.raises(InputError, match=QUERY):
+    with pytest.raises(InputError, match=f"{QUERY} has shape"):
         load(tmp_path, ignore_mismatched_sizes=True)
 
 
@@ -430,3 +430,21 @@ def test_a_file_that_is_whole_is_not_called_truncated(saved, monkeypatch, error,
     monkeypatch.setattr(checkpoint, "load_file", fail)
     with pytest.raises(kind, match=message):
         checkpoint.read_weights(saved[1])
+
+
+def test_a_bare_models_names_beside_a_head_get_the_prefix(tmp_path):
+    config = fastbert.BertConfig(**SHAPE, num_labels=3)
+    theirs, ours = (fastbert.BertForSequenceClassification(config) for _ in range(2))
+    weights = {n.removeprefix("bert."): t for n, t in theirs.state_dict().items()}
+    assert checkpoint.load_weights(ours, weights, tmp_path) == []
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[name])
+
+
+def test_a_transposed_parameter_is_written(tmp_path):
+    """Which safetensors refuses."""
+    model = fastbert.BertModel(fastbert.BertConfig(**SHAPE))
+    weight = model.pooler.dense.weight
+    weight.data = weight.data.T.contiguous().T
+    model.save_pretrained(tmp_path)
+    assert torch.equal(fastbert.BertModel.from_pretrained(tmp_path).pooler.dense.weight, weight)

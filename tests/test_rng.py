@@ -161,3 +161,9 @@ def test_dropout_has_derivatives_of_either_mode_and_of_second_order():
     (first,) = torch.autograd.grad((function(y) ** 3).sum(), y, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), y)
     torch.testing.assert_close(second, 6 * scaled**3 * x)
+
+
+def test_which_probabilities_keep_anything():
+    """A module's may be any by now: torch looks at them only where it makes or runs a dropout."""
+    probabilities = {-0.1: False, 0.0: True, 0.9998: True, 0.9999: False, 1.0: False, 2.0: False}
+    assert {p: rng.keeps_some(p) for p in probabilities} == probabilities

@@ -57,8 +57,7 @@ def reads_pooler(head: Any, padding: Unpadding) -> bool:
 def reads_first_tokens(model: Any) -> bool:
     """Whether the model's forward reads each sequence's first token alone of its bare model's."""
     name, base = patched_base(model).__name__, model.base_model
-    is_watched = is_hooked(base) or torch.nn.modules.module._has_any_global_hook()
-    if is_watched or not runs_patched(base):
+    if is_hooked(base) or not runs_patched(base):
         return False
     pooler = getattr(base, "pooler", None)
     if not name.endswith(_POOLED) or not (pooler is None or is_plain_pooler(pooler)):

@@ -49,6 +49,26 @@ def test_padding_takes_no_position_of_roberta():
     torch.testing.assert_close(actual[:, :60], expected[:, :60], rtol=1e-4, atol=1e-5)
 
 
+def test_padding_without_a_mask_has_robertas_position_of_padding():
+    theirs, ours = pair("Roberta")
+    tokens = torch.randint(5, 99, (2, 9))
+    tokens[:, 4] = tokens[1, 7:] = theirs.config.pad_token_id
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens)[0], theirs(tokens)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_another_buffer_of_types_counts():
+    theirs, ours = pair("Bert")
+    tokens = torch.randint(5, 99, (2, 9))
+    with torch.no_grad():
+        ours(tokens)
+        ones = torch.ones(1, POSITIONS, dtype=torch.long)
+        while ones._version < ours.embeddings.token_type_ids._version:
+            ones.add_(0)  # as often changed in place as the first
+        theirs.embeddings.token_type_ids = ours.embeddings.token_type_ids = ones
+        torch.testing.assert_close(ours(tokens)[0], theirs(tokens)[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["Model", "ForMaskedLM", "ForSequenceClassification"])
 def test_a_model_without_types_takes_them_as_hugging_faces_does(kind):
     """transformers 5 ignores them, which BERT's tokenizer returns; 4.57 refuses them."""

@@ -64,6 +64,30 @@ def test_a_pre_hook_may_change_a_layers_input():
     assert_same_training(*pair)
 
 
+def test_a_hook_behind_a_layer_sees_the_arguments_that_it_asks_for():
+    seen = []
+    for model in make_pair():
+
+        def hook(module, args, kwargs, output, model=model):
+            seen.append((len(args), sorted(kwargs)))
+
+        model.bert.encoder.layer[0].register_forward_hook(hook, with_kwargs=True)
+        model(**inputs())
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("kind", ["full_backward_hook", "full_backward_pre_hook"])
+def test_a_backward_hook_inside_a_layer_is_called(kind):
+    shapes = []
+    for model in make_pair():
+        dense = model.bert.encoder.layer[0].intermediate.dense
+        register = getattr(dense, f"register_{kind}")
+        register(lambda module, *gradients: shapes.append(gradients[-1][0].shape))
+        model(**make_batch()).loss.backward()
+    assert len(shapes) == 2
+    assert shapes[0] == shapes[1]
+
+
 def test_a_backward_hook_sees_padded_gradients():
     pair = make_pair()
     seen = []

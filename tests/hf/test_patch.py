@@ -1,6 +1,7 @@
 """`fastbert.patch`: the same outputs, losses and gradients, whatever the model and the call."""
 
 import dataclasses
+import functools
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ import transformers
 from torch import nn
 
 import fastbert
+from fastbert.hf.families import Unsupported, activation_of
 from fastbert.modules import sequences
 from fastbert.modules.sequences import Rows
 from tests.hf.cases import (
@@ -132,3 +134,38 @@ def test_a_decoder_runs_as_before():
     fastbert.patch(model)
     assert torch.equal(model(ids).logits, expected)
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 8)
+
+
+def test_a_loss_with_a_weight_of_each_class_stays_the_models_own():
+    config = transformers.DistilBertConfig(
+        vocab_size=37, dim=16, n_layers=1, n_heads=2, hidden_dim=20, dropout=0, attention_dropout=0
+    )
+    model = transformers.DistilBertForMaskedLM(config).train()
+    model.mlm_loss_fct = nn.CrossEntropyLoss(weight=torch.linspace(0.1, 3, 37))
+    ids = torch.randint(1, 37, (2, 5))
+    expected = model(ids, labels=ids).loss
+    fastbert.patch(model)
+    torch.testing.assert_close(model(ids, labels=ids).loss, expected)
+
+
+def test_a_decoder_gives_logits_beside_its_loss():
+    config = transformers.BertConfig(
+        vocab_size=37, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=True
+    )
+    model = transformers.BertForMaskedLM(config).train()
+    fastbert.patch(model)
+    ids = torch.randint(1, 37, (2, 5))
+    assert model(ids, labels=ids).logits.shape == (2, 5, 37)
+
+
+@functools.wraps(nn.functional.silu)
+def along_the_sequence(x):
+    return x - x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("function", [nn.PReLU(2), nn.Softmax(-1), along_the_sequence])
+def test_an_activation_that_may_tell_places_apart_is_not_packed(function):
+    with pytest.raises(Unsupported):
+        activation_of(function)
+    assert activation_of(nn.functional.silu) is nn.functional.silu
+    assert isinstance(activation_of(nn.PReLU()), nn.PReLU)

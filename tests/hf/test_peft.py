@@ -51,6 +51,16 @@ def adapted(request):
     return fastbert.patch(add_adapter(base)), theirs
 
 
+def test_a_hook_inside_an_adapter_sees_padded_sequences(adapted):
+    shapes = []
+    for model in adapted:
+        inner = model.base_model.model.bert.encoder.layer[0].attention.self.query.base_layer
+        inner.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+        model(**make_batch_of_three_classes())
+    assert len(shapes) == 2
+    assert shapes[0] == shapes[1]
+
+
 def test_an_adapter_gives_hugging_faces_loss_and_gradients(adapted):
     batch = make_batch_of_three_classes()
     losses = []

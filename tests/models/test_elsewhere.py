@@ -37,6 +37,12 @@ def rows():
     ]
 
 
+def test_weights_are_drawn_as_hugging_face_does():
+    words = own(vocab_size=999).get_input_embeddings().weight
+    assert not words[0].any()  # of padding
+    assert words[1:].std().item() == pytest.approx(0.02, rel=0.05)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trainer_trains_evaluates_saves_and_goes_on(checkpointing, tmp_path):
     def trainer(model):
@@ -84,6 +90,10 @@ def test_every_so_many_layers_are_computed_again():
         False,
         True,
     ]
+    for given, expected in ((None, False), ({"use_reentrant": True}, True)):
+        model.gradient_checkpointing_enable(given)
+        for layer in model.bert.encoder.layer:
+            assert layer._gradient_checkpointing_func.keywords == {"use_reentrant": expected}
     with pytest.raises(ValueError, match="every_n_layers of at least 1, got 0"):
         model.gradient_checkpointing_enable(every_n_layers=0)
     with pytest.raises(ValueError, match=r"offload=False, got True; use torch\.autograd\.graph"):

@@ -164,7 +164,8 @@ def test_resized_embeddings_keep_their_rows_their_tie_and_the_config(name, tied)
     assert (table.num_embeddings, tuple(table.weight.shape)) == (72, (72, 32))
     assert torch.equal(table.weight[:61], before.get_input_embeddings().weight)
     drawn = table.weight[61:] - before.get_input_embeddings().weight.mean(0)
-    assert 0 < drawn.abs().max() < 1e-4
+    spread = drawn / before.get_input_embeddings().weight.std(0)
+    assert spread.std().item() == pytest.approx(3e-5, rel=0.2)
     assert (config.vocab_size, model.config.vocab_size) == (61, 72)
     assert model.bert.config is model.config is model.bert.encoder.config
     output, expected = model(IDS), before(IDS)
@@ -191,9 +192,14 @@ def test_a_vocabulary_without_the_padding_token_has_none():
 def test_resizing_writes_into_hugging_faces_own_config():
     config = transformers.BertConfig(**SHAPE)
     model = fastbert.BertForMaskedLM(config)
-    model.resize_token_embeddings(70, mean_resizing=False)
+    model.get_input_embeddings().weight.requires_grad = False
+    model.cls.predictions.bias.data.normal_()
+    table = model.resize_token_embeddings(170, mean_resizing=False)
     assert model.config is config
-    assert config.vocab_size == 70
+    assert config.vocab_size == 170
+    assert table.weight[61:].std().item() == pytest.approx(0.02, rel=0.1)
+    assert not model.cls.predictions.bias[61:].any()
+    assert not table.weight.requires_grad  # as before
 
 
 def same(a, b):

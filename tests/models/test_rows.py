@@ -7,10 +7,12 @@ import torch
 
 import fastbert
 from fastbert.models.inputs import wanted_rows
+from fastbert.models.losses import score_classes, score_sequences
 from fastbert.modules import sequences
 from fastbert.modules.sequences import Rows
 from fastbert.packing import IGNORE_INDEX
 from fastbert.train.objective import PretrainingObjective
+from tests.hf.changes import give_another_kind_of_weight
 from tests.models.pretraining_case import SHAPE, make_batch, make_model
 
 LENGTHS = [9, 1, 30, 4]
@@ -124,3 +126,20 @@ def test_rows_need_packed_input():
     rows = wanted_rows(batch, first=True, labelled=False)
     with pytest.raises(ValueError, match="rows with a PackedBatch"):
         model.bert(torch.ones(2, 3, dtype=torch.long), rows=rows)
+
+
+def test_losses_of_logits_in_low_precision_are_summed_in_float32():
+    logits = torch.arange(12.0).div(7).view(4, 3).bfloat16()
+    classes, numbers = torch.tensor([0, 2, IGNORE_INDEX, 1]), torch.linspace(0, 1, 12).view(4, 3)
+    for score, labels in ((score_classes, classes), (score_sequences, numbers)):
+        kind = () if score is score_classes else ("multi_label_classification",)
+        of_rounded, of_wide = (score(x, labels, *kind).loss_sum for x in (logits, logits.float()))
+        assert of_rounded.dtype == torch.float32
+        assert of_rounded == of_wide
+
+
+def test_a_decoder_whose_weight_only_its_module_knows_is_called():
+    model, batch = make_model(dropout=0.0), make_batch(LENGTHS)
+    expected = model(batch).loss
+    give_another_kind_of_weight(model.cls.predictions.decoder)
+    torch.testing.assert_close(model(batch).loss, expected)

@@ -254,6 +254,7 @@ def test_nothing_to_learn_is_a_finite_zero(name, kind):
         ours.zero_grad()
         loss = ours(**given, num_items_in_batch=items).loss
         assert loss.item() == 0
+        assert loss.dtype == torch.float32
         loss.backward()
         for parameter_name, parameter in ours.named_parameters():
             assert parameter.grad is not None, parameter_name

@@ -277,6 +277,22 @@ def test_changed_embeddings_are_seen(kind, change):
     )
 
 
+@pytest.mark.parametrize("option", ["sparse", "scale_grad_by_freq"])
+def test_a_tables_option_for_its_gradient_is_seen(option):
+    model = build("patched")
+    theirs = transformers.BertModel(transformers.BertConfig(**SHAPE)).eval()
+    theirs.load_state_dict(model.state_dict())
+    result(model)
+    gradients = []
+    for one in (model, theirs):
+        table = one.embeddings.word_embeddings
+        setattr(table, option, True)
+        one(IDS % 3).pooler_output.square().sum().backward()
+        gradients.append(table.weight.grad)
+    assert gradients[0].is_sparse == gradients[1].is_sparse
+    torch.testing.assert_close(*(one.to_dense() for one in gradients), rtol=1e-4, atol=1e-5)
+
+
 def test_a_class_whose_forward_is_replaced_is_seen(monkeypatch):
     """Where transformers looks forward up at each call, a plan must as well."""
     model = build("patched")

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from fastbert.modules.request import document_boundaries, read_mask
+from fastbert.modules.request import document_boundaries, read_mask, real_tokens
 from tests.versions import needs_v5
 
 REAL = torch.tensor([[True, True, False], [False, True, True]])
@@ -31,6 +31,7 @@ def padding_of(mask):
 )
 def test_every_form_of_key_padding_is_read(mask):
     assert padding_of(mask)
+    assert torch.equal(real_tokens(mask).expand(2, 3), REAL)
 
 
 def test_no_mask_means_every_token_is_real():
@@ -76,7 +77,7 @@ def test_what_is_no_mask_is_refused(mask, message):
         torch.ones(1, 4, 3, 3).tril().bool(),
         torch.full((2, 1, 1, 3), -2.5),
         torch.tensor([0.0, 1.0, LOWEST]).expand(2, 1, 3, 3),
-        torch.zeros(2, 1, 3, 3).requires_grad_(),
+        torch.tensor([0.0, 0.0, LOWEST]).repeat(2, 1, 3, 1).requires_grad_(),
     ],
     ids=["causal", "one for all sequences", "bias by key", "bias and padding", "learnt"],
 )
@@ -84,6 +85,8 @@ def test_any_other_4_d_mask_is_kept_for_the_attention(mask):
     padding, general = read_mask(mask, 2, 3)
     assert padding is None
     assert general is mask
+    is_real = real_tokens(mask)  # the labels of all tokens are read
+    assert is_real is None or is_real.all()
 
 
 def boundaries(*arguments, **kwargs):
@@ -95,6 +98,8 @@ def test_documents_are_told_by_their_boundaries():
     cu_seqlens = torch.tensor([0, 2, 5])
     assert boundaries(1, 5, cu_seq_lens_q=cu_seqlens, max_length_q=4) == ([0, 2, 5], 4)
     assert boundaries(1, 5, cu_seq_lens_q=cu_seqlens) == ([0, 2, 5], 3)
+    lengths = {"max_length_q": 3, "max_length_k": 5}  # the kernels want an upper bound of both
+    assert boundaries(1, 5, cu_seq_lens_q=cu_seqlens, **lengths) == ([0, 2, 5], 5)
     for wrong in (
         {"cu_seq_lens_k": cu_seqlens},
         {"cu_seq_lens_q": cu_seqlens, "attention_mask": torch.ones(1, 5)},

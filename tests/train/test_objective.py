@@ -65,6 +65,7 @@ def test_shares_add_up_to_the_batch(model):
     model.zero_grad()
 
     results = [objective(part, *counts) for part in parts]
+    assert not any(r.sums.requires_grad for r in results)  # or a log of them would keep graphs
     sum(result.loss for result in results).backward()
     torch.testing.assert_close(sum(r.loss for r in results), model(whole).loss)
     torch.testing.assert_close(sum(r.sums for r in results), expected.sums)

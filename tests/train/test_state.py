@@ -97,6 +97,21 @@ def test_a_state_comes_back(parts, directory):
     assert state.load(directory, *parts) == state.TrainingState("t", step=1)
 
 
+def test_the_scale_and_the_random_numbers_go_on(parts, tmp_path):
+    """A scale that begins anew would skip steps until it is as low again."""
+    model, optimizer, _ = parts
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**9)
+    scaler.scale(torch.ones(()))  # which makes the scale
+    now, ranks = state.TrainingState("t", step=1), distributed.Ranks(torch.device("cpu"))
+    tokenizer = train_tokenizer(["a text"], 100)
+    torch.manual_seed(3)
+    state.save(tmp_path, model, tokenizer, optimizer, scaler, now, ranks)
+    expected, other = torch.rand(4), torch.amp.GradScaler("cpu")
+    state.load(tmp_path / "checkpoint-1", model, optimizer, other)
+    assert torch.equal(torch.rand(4), expected)
+    assert other.get_scale() == 2.0**9
+
+
 @pytest.mark.parametrize("size", [0, 7, 500, -1])
 def test_a_truncated_file_is_damaged(parts, directory, size):
     path = directory / state.STATE

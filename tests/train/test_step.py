@@ -151,6 +151,8 @@ def test_a_step_that_does_not_fit_runs_eagerly_and_says_so_once(capsys):
 def test_a_failing_recording_is_said_once_and_loses_nothing(capsys):
     class Fails(Repeats):
         def record(self, work):
+            for parameter in graphed.eager.objective.parameters():  # as one behind the backward
+                parameter.grad = torch.ones_like(parameter)
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     eager, graphed = make_steps(graphs=Fails())
@@ -289,6 +291,18 @@ def test_a_step_with_gradients_that_are_not_finite_is_left_out_and_counted(
         eager.optimizer.state.values(), graphed.eager.optimizer.state.values(), strict=True
     ):
         assert ours["step"] == theirs["step"] == STEPS - 3
+
+
+def test_a_state_of_a_graphed_run_goes_on_eagerly():
+    """With the option that only a recording needs, PyTorch would warn on a GPU."""
+    model = make_model()
+    optimizer = make_optimizer(model, 0.01)
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    step = EagerStep(PretrainingObjective(model), optimizer, CONFIG, CPU)
+    batch = next(iter(batches()))
+    assert step(0, batch, counts_of(batch)).isfinite().all()
+    assert not any(group["capturable"] for group in optimizer.param_groups)
 
 
 def test_fp16_halves_its_scale_where_it_overflows_and_goes_on():

@@ -324,6 +324,33 @@ def test_a_users_own_defaults_of_types_and_positions_are_read(recorder):
         torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))
 
 
+def test_another_buffer_of_positions_is_recorded_anew(recorder):
+    plain, recorded = pair()
+    for model in (plain, recorded):
+        model.bert.embeddings.position_ids = torch.arange(160).flip(0)[None]
+    torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))
+    assert recorder.recorded == 2
+
+
+def test_a_mask_of_other_numbers_is_refused_with_a_graph_as_without(recorder):
+    _, recorded = pair()
+    mask = INPUTS["attention_mask"].float()
+    for _ in range(2):
+        logits(recorded, {**INPUTS, "attention_mask": mask})
+        with pytest.raises(ValueError, match="zeros and ones"):
+            logits(recorded, {**INPUTS, "attention_mask": (1 - mask) * -1e4})
+
+
+def test_outputs_are_copies():
+    """A replay in another thread may come before the pooler reads the first tokens."""
+    ids = INPUTS["input_ids"]
+    one = padded.PaddedBatch(ids, *[None] * 3, ids.numel(), 160, None, None, torch.float32)
+    states = torch.randn(*ids.shape, 8), torch.randn(len(ids), 8)
+    for copied, state in zip(one.own(list(states)), states, strict=True):
+        assert torch.equal(copied, state)
+        assert copied.data_ptr() != state.data_ptr()
+
+
 def test_explain_tells_of_the_graph(recorder):
     _, recorded = pair()
     report = str(fastbert.explain(recorded, **INPUTS))

@@ -42,6 +42,20 @@ def narrowed(model):
     layer.output.dense.weight.data = layer.output.dense.weight.data[:, :24]
 
 
+def shortened(model):
+    """Still contiguous, with as few products."""
+    layer = layers_of(model)[1]
+    for tensor in (layer.intermediate.dense.bias, layer.intermediate.dense.weight):
+        tensor.data = tensor.data[:24]
+    layer.output.dense.weight.data = layer.output.dense.weight.data.view(-1)[: 32 * 24].view(32, 24)
+
+
+def transposed(model):
+    """In the same memory, of the same size."""
+    weight = layers_of(model)[1].attention.output.dense.weight
+    weight.data = weight.data.T
+
+
 def replaced(model):
     layers_of(model)[1].output.dense.weight = nn.Parameter(torch.ones(32, 48))
 
@@ -93,7 +107,18 @@ def parametrized(model):
 
 
 CHANGES = [
-    *(frozen, moved, narrowed, replaced, other_activation, more_dropout, a_hook, a_watched_layer),
+    *(
+        frozen,
+        moved,
+        narrowed,
+        shortened,
+        transposed,
+        replaced,
+        other_activation,
+        more_dropout,
+        a_hook,
+        a_watched_layer,
+    ),
     *(another_leaf, wider, checkpointed, parametrized, other_eps, without_affine),
 ]
 
@@ -125,6 +150,18 @@ def test_a_backward_has_the_gradients_that_its_forward_was_to_have(kind, monkeyp
         found.append([gradient is None for gradient in gradients(model)])
     assert found[0] == found[1]
     assert recorder.replayed == 2
+
+
+@pytest.mark.parametrize("change", [moved, transposed], ids=["moved", "transposed"])
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_a_backward_behind_a_change_of_weights_is_no_replay(kind, change, recorder):
+    """Which would read what lies now where they were."""
+    _, model = models(kind)
+    loss = model.train()(**batch([7, 3]), labels=torch.tensor([0, 2])).loss
+    change(model)
+    loss.backward()
+    assert recorder.replayed == 1  # the forward
+    assert all(one.isfinite().all() for one in gradients(model))
 
 
 def test_training_and_eval_mode_keep_their_graphs(recorder):

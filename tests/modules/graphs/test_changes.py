@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import backend
 from fastbert.modules import plan
@@ -236,6 +237,9 @@ REFUSALS = {
     ),
     "a forced backend": lambda model, inputs: _forced(model, inputs),
     "a dispatch mode": lambda model, inputs: _counted(model, inputs),
+    "a dispatch mode without hooks": lambda model, inputs: _dispatched(model, inputs),
+    "anomaly mode": lambda model, inputs: _watched(model, inputs),
+    "a replica": lambda model, inputs: _replicated(model, inputs),
 }
 
 
@@ -249,6 +253,27 @@ def _counted(model, inputs):
 
     with FlopCounterMode(display=False):
         return model(**inputs).logits
+
+
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def _dispatched(model, inputs):
+    with Watch():
+        return model(**inputs).logits
+
+
+def _watched(model, inputs):
+    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+        return model(**inputs).logits
+
+
+def _replicated(model, inputs):
+    """As DataParallel marks the modules of a replica."""
+    vars(layers_of(model))["_is_replica"] = True
+    return model(**inputs).logits
 
 
 @pytest.mark.parametrize("name", REFUSALS)

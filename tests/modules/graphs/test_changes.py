@@ -211,6 +211,22 @@ def test_each_precision_has_its_graphs(kind, recorder):
     assert recorder.replayed == 4
 
 
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_each_dtype_of_the_stream_has_its_graphs(kind, recorder):
+    both = [model.eval() for model in models(kind)]
+    inputs = batch([7, 3])
+    for number, in_fp32 in enumerate((True, False), start=1):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            found = []
+            for model in both:
+                object.__setattr__(model.config, "residual_in_fp32", in_fp32)
+                embeds = model.get_input_embeddings()(inputs["input_ids"])
+                mask = {"attention_mask": inputs["attention_mask"]}
+                found.append(model(inputs_embeds=embeds, **mask).logits)
+        torch.testing.assert_close(*found)
+        assert recorder.recorded == number
+
+
 def test_a_recording_neither_reads_nor_keeps_the_copies_that_autocast_makes():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.is_autocast_cache_enabled()

@@ -153,6 +153,16 @@ def test_a_backward_has_the_gradients_that_its_forward_was_to_have(kind, monkeyp
     assert recorder.replayed == 2
 
 
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_embeddings_that_are_trained_again_have_gradients(kind, recorder):
+    plain, recorded = (model.train() for model in models(kind))
+    inputs = batch([7, 3])
+    for trained in (False, True, False):
+        for model in (plain, recorded):
+            model.bert.embeddings.requires_grad_(trained)
+        assert_same(step(recorded, inputs), step(plain, inputs))
+
+
 @pytest.mark.parametrize("change", [moved, transposed], ids=["moved", "transposed"])
 @pytest.mark.parametrize("kind", ["own", "Bert"])
 def test_a_backward_behind_a_change_of_weights_is_no_replay(kind, change, recorder):

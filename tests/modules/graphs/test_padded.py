@@ -273,9 +273,10 @@ def test_a_forward_that_a_layer_was_given_runs(recorder):
         layer = model.bert.encoder.layer[1]
         own = layer.forward
         layer.forward = lambda x, *args, own=own, **kwargs: own(x * 2, *args, **kwargs)
-    found = logits(recorded, INPUTS)
-    torch.testing.assert_close(found, logits(plain, INPUTS))
-    assert not torch.allclose(found, before)
+    for _ in range(2):  # the second is told by the plan
+        found = logits(recorded, INPUTS)
+        torch.testing.assert_close(found, logits(plain, INPUTS))
+        assert not torch.allclose(found, before)
 
 
 @pytest.mark.parametrize("kind", ["Bert", "Roberta"])

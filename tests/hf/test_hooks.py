@@ -64,6 +64,15 @@ def test_a_pre_hook_may_change_a_layers_input():
     assert_same_training(*pair)
 
 
+def test_a_hook_on_the_pooler_of_pre_training_sees_all_tokens():
+    pairs, shapes = torch.tensor([0, 1] * (len(LENGTHS) // 2)), []
+    for model in make_pair(transformers.BertForPreTraining):
+        pooler = model.bert.pooler
+        pooler.register_forward_hook(lambda module, args, output: shapes.append(args[0].shape))
+        model(**make_batch(), next_sentence_label=pairs)
+    assert shapes == [SIZE, SIZE]
+
+
 def test_a_hook_behind_a_layer_sees_the_arguments_that_it_asks_for():
     seen = []
     for model in make_pair():

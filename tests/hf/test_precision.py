@@ -112,3 +112,36 @@ def test_a_hooked_layer_does_not_change_it():
             with_hook = model.encoder.layer[1].register_forward_hook(lambda *_: None)
             assert torch.equal(model(ids).last_hidden_state, expected)
             with_hook.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_under_autocast_are_in_float32(dtype):
+    """As Hugging Face's on a GPU, whose autocast runs LayerNorm in it."""
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
+    model = fastbert.patch(transformers.BertModel(config).to(dtype)).eval()
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), torch.no_grad():
+            output = model(torch.randint(5, 99, (2, 7)), output_hidden_states=True)
+        for x in (output.last_hidden_state, *output.hidden_states):
+            assert x.dtype == (torch.float32 if enabled else dtype)
+
+
+def test_a_patched_encoder_that_is_called_alone_and_a_projection_keep_the_streams_dtype():
+    config = transformers.ElectraConfig(
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+    )
+    model = fastbert.patch(transformers.ElectraModel(config)).eval()
+    calls = (
+        (model, torch.randint(5, 99, (2, 7))),
+        (model.encoder, torch.randn(2, 7, 32).bfloat16()),
+    )
+    for one, given in calls:
+        with torch.autocast("cpu", torch.bfloat16):
+            told = fastbert.explain(one, given, show=False).routes
+        assert {route.layout.rpartition(" ")[2] for route in told} == {"float32"}

@@ -10,6 +10,7 @@ from fastbert.modules.linear import (
     Leaf,
     fused_linear,
     fused_linear_and_bias,
+    is_defined_in,
     is_plain_table,
     split_bias,
 )
@@ -141,3 +142,13 @@ def test_a_table_of_another_kind_is_called():
     assert is_plain_table(table)
     give_another_kind_of_weight(table)  # which kernels cannot read
     assert not is_plain_table(table)
+
+
+def test_who_defines_a_function_is_asked_of_all_that_it_wraps():
+    def own(x):
+        return x
+
+    packages = ("torch",)
+    assert is_defined_in(nn.Linear.forward, packages)
+    assert not is_defined_in(own, packages)
+    assert not is_defined_in(torch.no_grad()(own), packages)

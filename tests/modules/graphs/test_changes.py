@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import backend
 from fastbert.modules import plan
@@ -40,6 +41,20 @@ def narrowed(model):
     for tensor in (layer.intermediate.dense.weight, layer.intermediate.dense.bias):
         tensor.data = tensor.data[:24]
     layer.output.dense.weight.data = layer.output.dense.weight.data[:, :24]
+
+
+def shortened(model):
+    """Still contiguous, with as few products."""
+    layer = layers_of(model)[1]
+    for tensor in (layer.intermediate.dense.bias, layer.intermediate.dense.weight):
+        tensor.data = tensor.data[:24]
+    layer.output.dense.weight.data = layer.output.dense.weight.data.view(-1)[: 32 * 24].view(32, 24)
+
+
+def transposed(model):
+    """In the same memory, of the same size."""
+    weight = layers_of(model)[1].attention.output.dense.weight
+    weight.data = weight.data.T
 
 
 def replaced(model):
@@ -93,7 +108,18 @@ def parametrized(model):
 
 
 CHANGES = [
-    *(frozen, moved, narrowed, replaced, other_activation, more_dropout, a_hook, a_watched_layer),
+    *(
+        frozen,
+        moved,
+        narrowed,
+        shortened,
+        transposed,
+        replaced,
+        other_activation,
+        more_dropout,
+        a_hook,
+        a_watched_layer,
+    ),
     *(another_leaf, wider, checkpointed, parametrized, other_eps, without_affine),
 ]
 
@@ -125,6 +151,28 @@ def test_a_backward_has_the_gradients_that_its_forward_was_to_have(kind, monkeyp
         found.append([gradient is None for gradient in gradients(model)])
     assert found[0] == found[1]
     assert recorder.replayed == 2
+
+
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_embeddings_that_are_trained_again_have_gradients(kind, recorder):
+    plain, recorded = (model.train() for model in models(kind))
+    inputs = batch([7, 3])
+    for trained in (False, True, False):
+        for model in (plain, recorded):
+            model.bert.embeddings.requires_grad_(trained)
+        assert_same(step(recorded, inputs), step(plain, inputs))
+
+
+@pytest.mark.parametrize("change", [moved, transposed], ids=["moved", "transposed"])
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_a_backward_behind_a_change_of_weights_is_no_replay(kind, change, recorder):
+    """Which would read what lies now where they were."""
+    _, model = models(kind)
+    loss = model.train()(**batch([7, 3]), labels=torch.tensor([0, 2])).loss
+    change(model)
+    loss.backward()
+    assert recorder.replayed == 1  # the forward
+    assert all(one.isfinite().all() for one in gradients(model))
 
 
 def test_training_and_eval_mode_keep_their_graphs(recorder):
@@ -173,6 +221,22 @@ def test_each_precision_has_its_graphs(kind, recorder):
     assert recorder.replayed == 4
 
 
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_each_dtype_of_the_stream_has_its_graphs(kind, recorder):
+    both = [model.eval() for model in models(kind)]
+    inputs = batch([7, 3])
+    for number, in_fp32 in enumerate((True, False), start=1):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            found = []
+            for model in both:
+                object.__setattr__(model.config, "residual_in_fp32", in_fp32)
+                embeds = model.get_input_embeddings()(inputs["input_ids"])
+                mask = {"attention_mask": inputs["attention_mask"]}
+                found.append(model(inputs_embeds=embeds, **mask).logits)
+        torch.testing.assert_close(*found)
+        assert recorder.recorded == number
+
+
 def test_a_recording_neither_reads_nor_keeps_the_copies_that_autocast_makes():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.is_autocast_cache_enabled()
@@ -199,6 +263,9 @@ REFUSALS = {
     ),
     "a forced backend": lambda model, inputs: _forced(model, inputs),
     "a dispatch mode": lambda model, inputs: _counted(model, inputs),
+    "a dispatch mode without hooks": lambda model, inputs: _dispatched(model, inputs),
+    "anomaly mode": lambda model, inputs: _watched(model, inputs),
+    "a replica": lambda model, inputs: _replicated(model, inputs),
 }
 
 
@@ -212,6 +279,27 @@ def _counted(model, inputs):
 
     with FlopCounterMode(display=False):
         return model(**inputs).logits
+
+
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def _dispatched(model, inputs):
+    with Watch():
+        return model(**inputs).logits
+
+
+def _watched(model, inputs):
+    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+        return model(**inputs).logits
+
+
+def _replicated(model, inputs):
+    """As DataParallel marks the modules of a replica."""
+    vars(layers_of(model))["_is_replica"] = True
+    return model(**inputs).logits
 
 
 @pytest.mark.parametrize("name", REFUSALS)

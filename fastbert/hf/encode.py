@@ -242,7 +242,9 @@ class Call(NamedTuple):
         if given.is_meta:
             raise Unsupported("the meta device: a batch is packed by the values of its mask")
         require_kernels(given.device)
-        wanted, dtype = states_wanted(module, arguments), boundary_dtype(own, given.device)
+        is_projected = hasattr(module, "embeddings_project")  # ELECTRA's small models
+        dtype = boundary_dtype(own, given.device, is_projected=is_projected)
+        wanted = states_wanted(module, arguments)
         return cls(module, layers, reading, given, layout, embed, trains, assumes, wanted, dtype)
 
     def may_replay(self) -> bool:

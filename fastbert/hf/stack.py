@@ -116,7 +116,7 @@ def run_packed(
         layer = layers[number]
         if not is_observed(layer):
             return layer(x, sequences=sequences)
-        padded = padding.pad(x.to(boundary_dtype(x.dtype, x.device)))
+        padded = padding.pad(x.to(dtype))
         # hooks must see every row
         output = layer(padded, sequences=sequences.only(None), padding=padding, dtype=x.dtype)
         y = padding.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
@@ -178,15 +178,22 @@ def run_one_layer(
     if padding is None:
         return run_layer(parts, Stream(hidden_states, hidden_states), sequences).residual
     x = padding.pack(hidden_states).to(dtype)
-    wide = boundary_dtype(hidden_states.dtype, hidden_states.device)
-    x = padding.pad(run_layer(parts, Stream(x, x), sequences).residual.to(wide))
+    y = run_layer(parts, Stream(x, x), sequences).residual
+    x = padding.pad(y.to(hidden_states.dtype))
     return (x,) if returns_tuples() else x
 
 
-def boundary_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of Hugging Face's hidden states: autocast runs its LayerNorm in float32."""
-    is_wide = torch.is_autocast_enabled(device.type)
-    return torch.promote_types(own, torch.float32) if is_wide else own
+def boundary_dtype(own: torch.dtype, device: torch.device, *, is_projected: bool) -> torch.dtype:
+    """The dtype of Hugging Face's hidden states, of a model whose LayerNorms have `own`.
+
+    Autocast runs LayerNorm in float32, but on a CPU in the dtype of what it reads: of a sum with
+    the embeddings, which are in low precision where a linear layer projects them.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        return own
+    if device.type != "cpu":
+        return torch.promote_types(own, torch.float32)
+    return torch.get_autocast_dtype("cpu") if is_projected else own
 
 
 def returns_tuples() -> bool:

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 import fastbert
+from fastbert.hf.stack import boundary_dtype
 from tests.precision import LENGTHS, padded_batch, root_mean_square_error
 
 FAMILIES = ("Bert", "Roberta", "Electra", "DistilBert")
@@ -114,18 +115,27 @@ def test_a_hooked_layer_does_not_change_it():
             with_hook.remove()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_states_under_autocast_are_in_float32(dtype):
-    """As Hugging Face's on a GPU, whose autocast runs LayerNorm in it."""
-    config = transformers.BertConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
-    )
-    model = fastbert.patch(transformers.BertModel(config).to(dtype)).eval()
-    for enabled in (True, False):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), torch.no_grad():
-            output = model(torch.randint(5, 99, (2, 7)), output_hidden_states=True)
-        for x in (output.last_hidden_state, *output.hidden_states):
-            assert x.dtype == (torch.float32 if enabled else dtype)
+@pytest.mark.parametrize("enabled", [True, False], ids=["autocast", ""])
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_have_hugging_faces_dtype(family, own, enabled, device):
+    """A CPU's autocast, unlike a GPU's, leaves LayerNorm in the dtype of what it reads."""
+    *both, _ = models(family, device)
+    ids, found = torch.randint(5, 99, (2, 7), device=device), []
+    for model in both:
+        model.to(own)
+        with torch.autocast(device, torch.bfloat16, enabled=enabled), torch.no_grad():
+            output = model(ids, output_hidden_states=True)
+        found.append([x.dtype for x in (output.last_hidden_state, *output.hidden_states)])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("is_projected", [True, False])
+def test_on_a_gpu_states_are_in_float32(is_projected, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    for own in (torch.float16, torch.bfloat16, torch.float32):
+        found = boundary_dtype(own, torch.device("cuda"), is_projected=is_projected)
+        assert found == torch.float32
 
 
 def test_a_patched_encoder_that_is_called_alone_and_a_projection_keep_the_streams_dtype():

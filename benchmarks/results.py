@@ -24,6 +24,8 @@ from fastbert.train.report import environment
 # Candidates that a step is timed beside; operators are timed beside others.
 FASTBERT, FP8 = "fastbert", "FP8 (fastbert)"
 EAGER, SDPA, COMPILED = (f"Hugging Face ({how})" for how in ("eager", "SDPA", "torch.compile"))
+# Of forward passes, without autocast.
+LOW = "Hugging Face (SDPA, bf16 weights)"
 # Calls of small batches are also timed beside a compiled model that replays CUDA graphs.
 REDUCED = "Hugging Face (torch.compile, reduce-overhead)"
 PATCHED, PATCHED_GRAPHS = "patched", "patched (CUDA graphs)"

@@ -2,14 +2,13 @@
 
 A step is MLM + NSP with dropout 0.1, clipping and AdamW. Hugging Face's BERT runs with eager
 attention, with SDPA, and with torch.compile. On a GPU fastbert's step is a CUDA graph, as in
-`fastbert pretrain`, and so is its forward pass; both are also timed without a graph, and the step
-in FP8 where the GPU has it. All take turns in one process.
+`fastbert pretrain`, and so is its forward pass, whose weights are cast once, as in `fastbert
+serve`; both are also timed without a graph, the step in FP8 where the GPU has it, and Hugging
+Face's forward pass with weights in bf16. All take turns in one process.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 import fastbert
 from benchmarks.operators import ceilings
-from benchmarks.results import COMPILED, EAGER, FASTBERT, FP8, SDPA, Options, Results, Row
+from benchmarks.results import COMPILED, EAGER, FASTBERT, FP8, LOW, SDPA, Options, Results, Row
 from benchmarks.steps import footprint
 from benchmarks.timing import first_line, interleaved, recorded, summarize
 from benchmarks.workloads import MAX_SEQLEN, Batch, pretraining_batch, sequence_lengths
@@ -106,6 +105,8 @@ def compare(part: str, case: Case, options: Options, results: Results) -> Row:
         names = (FASTBERT, WITHOUT_GRAPH, *names[1:])
         if part == "steps" and multiplies_fp8(options.device):
             names = (*names[:2], FP8, *names[2:])
+        if part == "inference" and options.precision == "bf16":
+            names = (*names, LOW)
     held: dict[str, dict[str, float]] = {}
     for name in names:
         memory = footprint.Memory(options.device)
@@ -146,6 +147,8 @@ def candidate(
     if part == "steps" and to_record:
         work, reason = graphed_step(model, batch, options)
     else:
+        if part == "inference" and to_record:
+            WeightCopies(model, low_precision(options)).attach()
         make = training_step if part == "steps" else forward_pass
         work = make(name, model, batch, options)
         if to_record:
@@ -203,12 +206,10 @@ def optimizer_step(
         model.parameters(), lr=1e-5, weight_decay=0.01, fused=True, capturable=capturable
     )
     ours = isinstance(model, fastbert.BertForPreTraining)
-    copies: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-    if ours and options.precision == "bf16":
-        copies = WeightCopies(model, torch.bfloat16).in_use
+    copies = WeightCopies(model, low_precision(options) if ours else None)
 
     def step() -> Tensor:
-        with copies():
+        with copies.in_use():
             with autocast(options):
                 loss = loss_of()
             loss.backward()
@@ -226,6 +227,8 @@ def optimizer_step(
 def forward_pass(name: str, model: nn.Module, batch: Batch, options: Options) -> Work:
     """A forward pass of encoder and pooler in eval mode, without the heads of pre-training."""
     encoder = model.eval().bert
+    if name == LOW:
+        encoder, options = encoder.bfloat16(), dataclasses.replace(options, precision="fp32")
     encoder = torch.compile(encoder) if name == COMPILED else encoder
     inputs = ("input_ids", "attention_mask", "token_type_ids")
     padded = {key: batch.padded[key] for key in inputs}
@@ -237,6 +240,11 @@ def forward_pass(name: str, model: nn.Module, batch: Batch, options: Options) ->
         return output.pooler_output
 
     return forward
+
+
+def low_precision(options: Options) -> torch.dtype | None:
+    """The dtype of autocast, None without it."""
+    return torch.bfloat16 if options.precision == "bf16" else None
 
 
 def autocast(options: Options) -> torch.autocast:

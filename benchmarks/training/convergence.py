@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fastbert
 from benchmarks.results import FASTBERT, FP8, Options, Results
-from benchmarks.steps.steps import autocast
+from benchmarks.steps.steps import autocast, low_precision
 from fastbert import backend
 from fastbert.config.pretrain import PRESETS, PretrainConfig
 from fastbert.modules.products import fp8
@@ -127,9 +127,7 @@ def train(
     """
     model.to(options.device).train()
     optimizer = make_optimizer(model, config.weight_decay)
-    copies: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-    if options.precision == "bf16":  # which other models do not read
-        copies = WeightCopies(model, torch.bfloat16).in_use
+    copies = WeightCopies(model, low_precision(options))  # which other models do not read
     losses = []
     for step, batch in enumerate(batches):
         before(step)
@@ -137,7 +135,7 @@ def train(
             group["lr"] = linear_schedule(
                 step, peak=config.learning_rate, warmup=config.steps // 10, total=config.steps
             )
-        with copies():
+        with copies.in_use():
             with autocast(options):
                 loss = loss_of(batch.to(options.device))
             loss.backward()

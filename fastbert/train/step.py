@@ -8,7 +8,6 @@ with filler sequences, which have no labels, and are copied into buffers. What c
 step (learning rate, dropout state, the counts that losses are divided by) is in device memory.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -79,8 +78,7 @@ class EagerStep:
             group["capturable"] = False
         self.warmup = round(config.steps * config.warmup_ratio)
         self.autocast = autocast(config.precision, device)
-        low = LOW_PRECISION.get(config.precision)
-        self.copies = None if low is None else WeightCopies(objective, low)
+        self.copies = WeightCopies(objective, LOW_PRECISION.get(config.precision))
 
     def __call__(self, number: int, parts: list[PackedBatch], counts: GlobalCounts) -> Tensor:
         self.set_learning_rate(number)
@@ -118,7 +116,7 @@ class EagerStep:
 
         counts: the values of `GlobalCounts`, as numbers or tensors of shape ()
         """
-        with contextlib.nullcontext() if self.copies is None else self.copies.in_use():
+        with self.copies.in_use():
             sums = [
                 self._accumulate(part, counts, is_last=number == len(parts))
                 for number, part in enumerate(parts, start=1)

@@ -121,6 +121,17 @@ def test_a_gpu_measures_both_sizes_of_bert(quick):
         assert {case.preset for case in cases} == {"base", "large"}
 
 
+def test_hugging_face_also_runs_with_weights_in_low_precision():
+    options = Options(torch.device("cpu"), "bf16", quick=True)
+    batch = pretraining_batch([10, 7], 16)
+    model = steps.make_model(steps.LOW, "tiny")
+    pooled = steps.forward_pass(steps.LOW, model, batch, options)()
+    assert {parameter.dtype for parameter in model.bert.parameters()} == {torch.bfloat16}
+    low = steps.forward_pass(steps.SDPA, model, batch, options)()
+    assert pooled.dtype == torch.bfloat16
+    torch.testing.assert_close(pooled, low, rtol=0.02, atol=0.02)
+
+
 def test_lengths_fill_what_they_should_of_a_batch():
     fills = {"wikipedia": 0.49, "uniform": 0.5, "serving": 0.6, "full": 1.0, "128": 0.25}
     for distribution, fill in fills.items():

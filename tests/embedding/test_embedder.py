@@ -2,12 +2,15 @@
 
 import random
 
+import numpy as np
 import torch
 
 from fastbert.data.formats.texts import Mark, Text
 from fastbert.embedding import model as embedder_module
 from fastbert.embedding import shards
 from fastbert.embedding.model import Embedder
+from fastbert.modules.linear import PRODUCTS
+from fastbert.modules.products.weight_copies import WeightCopies
 from tests.embedding.shards_case import OPTIONS, WORDS
 
 
@@ -72,3 +75,15 @@ def test_batches_hold_at_most_the_budget_and_texts_of_a_length(model, monkeypatc
     flat = [n for size in sizes for n in size]
     assert flat == sorted(flat)
     assert len(flat) == len(texts)
+
+
+def test_in_low_precision_weights_are_cast_once_and_vectors_stay_the_same(model, monkeypatch):
+    assert not any(PRODUCTS in vars(one) for one in embedder_of(model).bert.modules())
+    embedder, plain = (embedder_of(model, precision="bf16") for _ in range(2))
+    linears = [one for one in embedder.bert.encoder.modules() if type(one) is torch.nn.Linear]
+    assert all(PRODUCTS in vars(one) for one in linears)
+    for one in plain.bert.modules():
+        vars(one).pop(PRODUCTS, None)
+    monkeypatch.setattr(WeightCopies, "renew", None)  # a batch that made copies would fail
+    texts = [Text("", "bal " * n, Mark()) for n in (30, 1, 20, 2, 19, 3, 38, 0) * 3]
+    assert np.array_equal(embedder(texts), plain(texts))

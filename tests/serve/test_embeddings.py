@@ -12,6 +12,8 @@ import transformers
 from fastbert.check import InputError
 from fastbert.config.serve import ServeConfig
 from fastbert.embedding.array import embed
+from fastbert.modules.linear import PRODUCTS
+from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.serve.loading import load
 from tests.serve.running import running
 from tests.small_model import write_pipeline
@@ -141,6 +143,20 @@ def test_pooling_is_an_option(model, write, pooling):
         (hidden,) = transformers.BertModel.from_pretrained(model)(**tokens).last_hidden_state
     expected = hidden[0] if pooling == "cls" else hidden.mean(0)
     np.testing.assert_allclose(ours[0], expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_in_low_precision_weights_are_cast_once_and_vectors_stay_the_same(model, monkeypatch):
+    plain = load(ServeConfig(model=str(model), precision="fp32")).model
+    assert not any(PRODUCTS in vars(one) for one in plain.modules())
+    with running(model, precision="bf16") as server:
+        bert = server.server.served.model
+        linears = [one for one in bert.encoder.modules() if type(one) is torch.nn.Linear]
+        assert all(PRODUCTS in vars(one) for one in linears)
+        monkeypatch.setattr(WeightCopies, "renew", None)  # a batch that made copies would fail
+        cast_once = server.answer("/embed", inputs="the film was good")
+        for one in bert.modules():
+            vars(one).pop(PRODUCTS, None)
+        assert server.answer("/embed", inputs="the film was good") == cast_once
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 import fastbert
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.modules.graphs.recorder import WARM_UP, CudaGraphs
+from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.ops import attention_plain
 from fastbert.packing import IGNORE_INDEX
 from fastbert.train.objective import PretrainingObjective
@@ -78,7 +79,7 @@ def test_copies_of_weights_change_no_bit_of_a_run(optimizer, monkeypatch):
     steps = [EagerStep(m, make_optimizer(m, 0.01, optimizer), config, CPU) for m in models]
     plain, copied, repeated, inner = steps
     assert copied.copies.starts
-    plain.copies = None
+    plain.copies = WeightCopies(plain.objective, None)
     repeated = GraphedStep(repeated, BUCKET, Repeats())
     recorded = GraphedStep(inner, BUCKET, Recorded(inner.objective, inner.optimizer))
     for number, batch in enumerate(batches(parts=2)):

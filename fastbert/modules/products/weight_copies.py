@@ -29,20 +29,21 @@ class WeightCopies:
     """Copies in `dtype` of the weights and biases of plain linear layers in the model's encoders.
 
     Of those in float32, and of those in `dtype`, which only have to be joined; biases' are read
-    where nobody trains them. Left out are encoders in FP8, shards, and other dtypes. Products read
-    the copies inside `in_use`, those of leaves that are given them, and graphs recorded so. A copy
-    is found by what it is of, which an alias of the parameter tells as well.
+    where nobody trains them. Left out are encoders in FP8, shards, and other dtypes; a `dtype` of
+    None, as of a run in float32, leaves all out. Products read the copies inside `in_use` and
+    behind `attach`, those of leaves that are given them, and graphs recorded so. A copy is found by
+    what it is of, which an alias of the parameter tells as well.
     """
 
     reads_each_bias = True  # to know it from its memory
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         def is_copied(tensor: Any) -> bool:
             is_whole = tensor is not None and not isinstance(tensor, DTensor)
             return is_whole and tensor.dtype in (torch.float32, dtype)
 
         self.modules: list[nn.Module] = []  # the linear layers, and the lists of layers around them
-        for layers in encoders_of(model):
+        for layers in () if dtype is None else encoders_of(model):
             if PRODUCTS not in vars(layers):
                 linears = (module for module in layers.modules() if type(module) is nn.Linear)
                 self.modules.append(layers)
@@ -73,12 +74,16 @@ class WeightCopies:
             with torch.no_grad():
                 torch._foreach_copy_(self.copies, list(self.starts))
 
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Has products read the copies, which are made anew first; for forward and backward."""
+    def attach(self) -> None:
+        """Makes all copies and has products read them, of a model whose weights will not change."""
         self.renew()
         for module in self.modules:
             vars(module)[PRODUCTS] = self
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Has products read the copies, which are made anew first; for forward and backward."""
+        self.attach()
         try:
             yield
         finally:

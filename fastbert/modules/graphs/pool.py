@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastbert.modules.graphs.call import Call
 from fastbert.modules.graphs.padded import PaddedBatch
-from fastbert.modules.graphs.recorder import Recorder
+from fastbert.modules.graphs.recorder import CudaGraphs
 from fastbert.modules.graphs.replays import (
     ForwardGraph,
     Replayed,
@@ -38,7 +38,7 @@ class Lane:
     forward's output is freed, other calls replay graphs of the next lane.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: CudaGraphs) -> None:
         self.recorder = recorder
         self.pending: weakref.ref[Pending] | None = None
 
@@ -49,7 +49,7 @@ class Lane:
 class Pool:
     """The graphs of one device, in lanes."""
 
-    def __init__(self, new_recorder: Callable[[], Recorder], most_memory: float) -> None:
+    def __init__(self, new_recorder: Callable[[], CudaGraphs], most_memory: float) -> None:
         self.new_recorder, self.most_memory = new_recorder, most_memory
         self.lock = threading.RLock()
         self.is_recording = False

@@ -5,7 +5,7 @@ Calls that the packed path does not support go to `original`; the exception `Uns
 reason, which `fastbert.explain` shows.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -31,42 +31,32 @@ from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState
 
 
-class Padded(NamedTuple):
-    """What a bare model returns: (B, S, H), or the first column alone; and hidden states.
-
-    first: (B, H), each sequence's first token, None where that is the one in column 0, or no pooler
-    reads it
-    """
-
-    last: Tensor
-    first: Tensor | None
-    states: States = None
-
-
 def run_model(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """The patched forward of a bare model: `BertModel`, `RobertaModel`, ..."""
-    padded = None
+    found = None
     try:
-        padded = _padded(model, arguments, present_head(model))
+        found = _run(model, arguments, present_head(model))
     except Unsupported as reason:
         events.refused(model, reason)
-    if padded is None:  # outside `except`, so that errors do not show Unsupported as their context
+    if found is None:  # outside `except`, so that errors do not show Unsupported as their context
         return original(**arguments)
-    return _model_output(model, padded, arguments)
+    return _model_output(model, arguments, *found)
 
 
-def _padded(model: Any, arguments: dict[str, Any], head: Any) -> Padded:
-    """The call's result, by a graph that packs and pads, or by `Call.run`.
+def _run(model: Any, arguments: dict[str, Any], head: Any) -> tuple[Tensor, Tensor | None, States]:
+    """The last hidden state (B, S, H), or its first column alone; first tokens (B, H); states.
 
-    head: the one whose forward calls the model, or None. Raises Unsupported as `read_call` does.
+    By a graph that packs and pads, or by `Call.run`. The first tokens are None where they are those
+    in column 0, or where no pooler of transformers' own reads them. head: the one whose forward
+    calls the model, or None. Raises Unsupported as `read_call` does.
     """
-    call = read_call(model, arguments)
+    call, pooler = read_call(model, arguments), getattr(model, "pooler", None)
     batch = _for_a_graph(model, call, arguments, has_head=head is not None)
     if batch is not None:
         outputs = replay_padded(call.layers, call.reading, batch)
         if outputs is not None:
             last, first = (output.to(call.dtype) for output in outputs)
-            return Padded(last, first)
+            return last, first if is_plain_pooler(pooler) else None, None
     padding, mask = call.read()
     may_choose = head is not None and not call.wanted
     rows = first_rows(head, padding, model.config.hidden_size) if may_choose else None
@@ -74,18 +64,18 @@ def _padded(model: Any, arguments: dict[str, Any], head: Any) -> Padded:
     x = x.to(call.dtype)
     if rows is not None:
         first = first_tokens(x, rows.cu_seqlens)
-        return Padded(first_column(first, padding), first)
+        return first_column(first, padding), first, states
     # a batch without padding has each sequence's first token in column 0
     is_dense = padding.slots is None and padding.is_by_row
-    if is_dense or not is_plain_pooler(getattr(model, "pooler", None)):
-        return Padded(call.last(x, padding, states), None, states)
+    if is_dense or not is_plain_pooler(pooler):
+        return call.last(x, padding, states), None, states
     if not call.wanted and reads_pooler(head, padding):
         leading = first_tokens(x, padding.cu_seqlens)
-        return Padded(leading[:, None], leading)
+        return leading[:, None], leading, states
     last = call.last(x, padding, states)
     if last.requires_grad:  # the pooler's gradient reaches what the caller gets
         x = padding.pack(last)
-    return Padded(last, first_tokens(x, padding.cu_seqlens), states)
+    return last, first_tokens(x, padding.cu_seqlens), states
 
 
 def _for_a_graph(
@@ -167,18 +157,19 @@ def run_encoder(encoder: Any, original: Forward, arguments: dict[str, Any]) -> A
 _MASKS = "_create_attention_masks", "get_extended_attention_mask"  # methods, of 5.x and of 4.57
 
 
-def _model_output(model: Any, padded: Padded, arguments: dict[str, Any]) -> Any:
+def _model_output(
+    model: Any, arguments: dict[str, Any], last: Tensor, first: Tensor | None, states: States
+) -> Any:
     family, pooler = family_of_module(model), getattr(model, "pooler", None)
-    fields: dict[str, Any] = {"last_hidden_state": padded.last}
+    fields: dict[str, Any] = {"last_hidden_state": last}
     if pooler is not None:
         # it gets each first real token as a sequence of length 1
-        first = padded.first if is_plain_pooler(pooler) else None
-        fields["pooler_output"] = pooler(padded.last if first is None else first[:, None])
-    fields["hidden_states"] = padded.states
+        fields["pooler_output"] = pooler(last if first is None else first[:, None])
+    fields["hidden_states"] = states
     output = getattr(of_transformers("modeling_outputs"), family.output)(**fields)
     if asked(model.config, arguments, "return_dict"):
         return output
-    states, *rest = output.to_tuple()
+    last, *rest = output.to_tuple()
     # the heads of transformers 4.57 read hidden states from the third element of the tuple on
     leaves_a_place = returns_tuples() and pooler is None and hasattr(output, "pooler_output")
-    return (states, None, *rest) if leaves_a_place else (states, *rest)
+    return (last, None, *rest) if leaves_a_place else (last, *rest)

@@ -47,21 +47,15 @@ _HEADS_OWN = (
 )
 
 
-def run_masked_lm(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
-    """The patched forward of `BertForMaskedLM`, `RobertaForMaskedLM`, ..."""
-    has_loss = arguments.get("labels") is not None and _is_usual(model)
-    return _run_words(model, original, arguments, has_loss, with_pairs=False)
+def run_words(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
+    """The patched forward of `BertForPreTraining`, `BertForMaskedLM`, `RobertaForMaskedLM`, ...
 
-
-def run_pretraining(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
-    """The patched forward of `BertForPreTraining`; num_items_in_batch counts masked tokens."""
-    has_loss = all(arguments.get(name) is not None for name in ("labels", "next_sentence_label"))
-    return _run_words(model, original, arguments, has_loss, with_pairs=True)
-
-
-def _run_words(
-    model: Any, original: Forward, arguments: dict[str, Any], has_loss: bool, with_pairs: bool
-) -> Any:
+    num_items_in_batch counts masked tokens.
+    """
+    with_pairs = patched_base(model).__name__ == "BertForPreTraining"
+    targets = ("labels", "next_sentence_label") if with_pairs else ("labels",)
+    has_loss = all(arguments.get(name) is not None for name in targets)
+    has_loss = has_loss and (with_pairs or _is_usual(model))
     with_logits = wants_logits(model, has_loss, *map(arguments.get, _LOGIT_OPTIONS))
     if has_loss:
         words, fields = _score(model, original, arguments, with_logits, with_pairs)

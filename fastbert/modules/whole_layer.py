@@ -94,7 +94,8 @@ class WholeLayer:
             return None
         if not self.projects:
             reads = x if all(leaf.is_read for leaf in self.projections) else residual
-            x = _in(fused_linear(reads, self.projections, sequences.rng), dtype)
+            x, _ = fused_linear(reads, self.projections, None, sequences.rng)
+            x = _in(x, dtype)
         arguments = self, kernels, sequences, dtype, x, residual, *parameters
         if torch.is_grad_enabled():
             for tensor in arguments[4:]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastbert.modules.graphs.sizes import Bucket, rounded
 from fastbert.modules.layer import LayerParts, layers_of, run_layers
-from fastbert.modules.sequences import Sequences, first_tokens, pays_to_count
+from fastbert.modules.sequences import Sequences, first_tokens
 from fastbert.ops.unpad import Unpadding, unpad
 
 
@@ -99,14 +99,3 @@ class PaddedBatch(NamedTuple):
         batch, seqlen = self.input_ids.shape
         kept = states[:batch, :seqlen].clone(memory_format=torch.contiguous_format)
         return [kept, first[:batch].clone()]
-
-
-def count_tokens(shape: torch.Size, mask: Tensor | None, hidden_size: int) -> int:
-    """The number of real tokens of a batch (B, S), or an upper bound where counting would not pay.
-
-    The host waits for a GPU where it counts.
-    """
-    num_places = shape.numel()
-    if mask is None or not pays_to_count(num_places, hidden_size):
-        return num_places
-    return int(torch.count_nonzero(mask))

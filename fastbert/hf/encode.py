@@ -53,7 +53,7 @@ def _run(model: Any, arguments: dict[str, Any], head: Any) -> tuple[Tensor, Tens
     call, pooler = read_call(model, arguments), getattr(model, "pooler", None)
     batch = _for_a_graph(model, call, arguments, has_head=head is not None)
     if batch is not None:
-        outputs = replay_padded(call.layers, call.reading, batch)
+        outputs = replay_padded(call.reading, batch)
         if outputs is not None:
             last, first = (output.to(call.dtype) for output in outputs)
             return last, first if is_plain_pooler(pooler) else None, None
@@ -82,7 +82,7 @@ def _for_a_graph(
     model: Any, call: Call, arguments: dict[str, Any], *, has_head: bool
 ) -> PaddedBatch | None:
     """The batch for a graph that packs, embeds and pads it; None where it had better not."""
-    if call.wanted or PRODUCTS in vars(call.layers) or keeps_padding(model):
+    if call.wanted or PRODUCTS in vars(call.reading.layers) or keeps_padding(model):
         return None
     if any(arguments.get(name) is not None for name in ("inputs_embeds", *DOCUMENTS)):
         return None

@@ -43,7 +43,6 @@ class Call(NamedTuple):
     """
 
     module: Any
-    layers: nn.ModuleList
     reading: Reading
     given: Tensor
     layout: dict[str, Any]
@@ -87,13 +86,11 @@ class Call(NamedTuple):
         wanted = asked(config, arguments, "output_hidden_states")
         if returns_tuples() or not isinstance(wanted, (list, tuple, set)):
             wanted = bool(wanted)  # layer numbers only on transformers 5
-        return cls(module, layers, reading, given, layout, embed, trains, assumes, wanted, dtype)
+        return cls(module, reading, given, layout, embed, trains, assumes, wanted, dtype)
 
     def may_replay(self) -> bool:
         """Whether a graph may compute the layers, in inference."""
-        if not self.assumes or self.reading.called():
-            return False
-        return not refusal_of(self.layers, self.reading)
+        return self.assumes and not (self.reading.called() or refusal_of(self.reading))
 
     def read(self) -> tuple[Unpadding, Tensor | None]:
         """How the batch is packed, and a further mask for `attention`, as by `read_layout`."""
@@ -112,7 +109,7 @@ class Call(NamedTuple):
         padding, mask: of `read`; rows: None if hidden states are wanted. Layers with hooks see
         (B, S, H).
         """
-        layers, dtype = self.layers, self.dtype
+        layers, dtype = self.reading.layers, self.dtype
         drops = self.trains and self.reading.drops()
         rng = for_batch(padding.cu_seqlens, padding.num_tokens) if drops else None
         x = self.embed(padding, rng)
@@ -130,7 +127,7 @@ class Call(NamedTuple):
             return y if sequences.rows is None else sequences.rows.of(y)
 
         share = share_padded(padding, dtype)
-        return run_stack(layers, self.reading, x, sequences, self.wanted, rows, call, share)
+        return run_stack(self.reading, x, sequences, self.wanted, rows, call, share)
 
     def last(self, x: Tensor, padding: Unpadding, states: States) -> Tensor:
         """The last hidden state (B, S, H), of what `run` gives."""
@@ -147,7 +144,7 @@ class Call(NamedTuple):
             notes.append("a general mask, so padding stays")
         if rows is not None:
             notes.append(f"the last layer computes {len(rows.index)} tokens")
-        observed = sum(map(is_observed, self.layers))
+        observed = sum(map(is_observed, self.reading.layers))
         if observed:
             notes.append(f"{observed} layers have hooks and see (batch, seqlen, hidden)")
         places = padding.batch_shape[0] * padding.batch_shape[1]

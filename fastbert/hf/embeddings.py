@@ -12,7 +12,7 @@ from fastbert.hf.families import Unsupported, dropout_of
 from fastbert.hf.hooks import is_hooked, is_theirs, works_by_token
 from fastbert.hf.stack import family_of_module, returns_tuples
 from fastbert.modules.embeddings import Tables, embed, own_dtype, stream_dtype
-from fastbert.modules.graphs.padded import PaddedBatch
+from fastbert.modules.graphs.call import PaddedBatch
 from fastbert.modules.linear import Leaf, is_parametrized, is_plain, reads_rows
 from fastbert.modules.plan import Planner
 from fastbert.modules.sequences import pays_to_count

@@ -22,7 +22,7 @@ from fastbert.hf.first_tokens import (
 from fastbert.hf.hooks import has_their, is_hooked, is_theirs
 from fastbert.hf.stack import Call, States, family_of_module, of_transformers, returns_tuples
 from fastbert.modules.embeddings import own_dtype, stream_dtype
-from fastbert.modules.graphs.padded import PaddedBatch
+from fastbert.modules.graphs.call import PaddedBatch
 from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.request import DOCUMENTS, asked
 from fastbert.modules.sequences import Rows, first_tokens

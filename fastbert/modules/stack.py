@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastbert.check import require
 from fastbert.modules.graphs import buckets
-from fastbert.modules.graphs.padded import PaddedBatch
+from fastbert.modules.graphs.call import PaddedBatch
 from fastbert.modules.layer import LayerParts, Share, Stream, layers_of, run_layer, run_layers
 from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.plan import Reading

@@ -19,12 +19,10 @@ from torch import Tensor, nn
 
 from fastbert import backend, events
 from fastbert.check import InputError, require
-from fastbert.modules.graphs.call import Call, Precision, products_of
-from fastbert.modules.graphs.padded import PaddedBatch
+from fastbert.modules.graphs.call import Bucket, Call, PaddedBatch, Precision, products_of
 from fastbert.modules.graphs.pool import MOST_LANES, Entry, Lane, Pending, Pool, Recorded
 from fastbert.modules.graphs.recorder import CudaGraphs
 from fastbert.modules.graphs.replays import ForwardGraph
-from fastbert.modules.graphs.sizes import Bucket
 from fastbert.modules.layer import Share, share_packed
 from fastbert.modules.linear import encoders_of
 from fastbert.modules.plan import Reading

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.modules.graphs.call import Call
-from fastbert.modules.graphs.padded import PaddedBatch
+from fastbert.modules.graphs.call import Bucket, Call, PaddedBatch
 from fastbert.modules.graphs.recorder import CudaGraphs
 from fastbert.modules.graphs.replays import (
     ForwardGraph,
@@ -19,7 +18,6 @@ from fastbert.modules.graphs.replays import (
     TrainingGraphs,
     num_segments,
 )
-from fastbert.modules.graphs.sizes import Bucket
 from fastbert.modules.layer import LayerParts, Share
 from fastbert.ops.fused import applied
 

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.modules.graphs.call import Call, copies_of
-from fastbert.modules.graphs.padded import PaddedBatch
+from fastbert.modules.graphs.call import Bucket, Call, PaddedBatch, copies_of
 from fastbert.modules.graphs.recorder import CudaGraphs, Work
-from fastbert.modules.graphs.sizes import Bucket
 from fastbert.modules.linear import Leaf
 from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.modules.sequences import Rows, Sequences

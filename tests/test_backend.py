@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fastbert
 import fastbert.ops
 from fastbert import backend, events
-from fastbert.hf import encode
+from fastbert.hf import stack
 from fastbert.hf.families import Unsupported
 from fastbert.hf.stack import require_kernels
 from fastbert.kernels import runtime
@@ -305,7 +305,7 @@ def test_a_patched_model_on_a_gpu_without_kernels_is_hugging_faces(a_gpu, monkey
     torch.manual_seed(0)
     theirs = transformers.BertModel(transformers.BertConfig(**SHAPE)).eval()
     ours = fastbert.patch(copy.deepcopy(theirs))
-    monkeypatch.setattr(encode, "require_kernels", lambda _: require_kernels(device))
+    monkeypatch.setattr(stack, "require_kernels", lambda _: require_kernels(device))
     found, expected = (m(IDS, MASK).last_hidden_state for m in (ours, theirs))
     assert torch.equal(found, expected)
     report = str(fastbert.explain(ours, input_ids=IDS, attention_mask=MASK, show=False))

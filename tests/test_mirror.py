@@ -36,12 +36,10 @@ ELSEWHERE = {
     "hf/test_promises.py": "modules/embeddings.py",
     "models/test_against_hugging_face.py": "models/bert.py models/pretraining.py reference.py",
     "models/test_elsewhere.py": "models/arguments.py models/base.py",
-    "models/test_forward_options.py": "models/labelled.py models/resize.py",
-    "models/test_task_models.py": "models/classification.py models/question_answering.py",
+    "models/test_forward_options.py": "models/resize.py",
     "models/test_rows.py": "models/losses.py modules/sequences.py",
-    "modules/graphs/test_buckets.py": (
-        "modules/graphs/call.py modules/graphs/replays.py modules/graphs/sizes.py modules/stack.py"
-    ),
+    "modules/graphs/test_buckets.py": "modules/graphs/call.py modules/graphs/replays.py"
+    " modules/stack.py",
     "modules/test_encoder.py": "modules/layer.py",
     "modules/test_plan.py": "modules/bert_layer.py",
     "ops/attention/test_attention.py": "ops/attention.py ops/attention_plain.py",

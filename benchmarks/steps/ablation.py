@@ -139,16 +139,10 @@ def _by_data() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _three_products() -> Iterator[None]:
-    def separate(x: Tensor, linears: tuple[nn.Module, ...], *_) -> Tensor:
-        return torch.cat([linear(x) for linear in linears], dim=-1)
+    def separate(x: Tensor, linears: tuple[nn.Module, ...], *_) -> tuple[Tensor, None]:
+        return torch.cat([linear(x) for linear in linears], dim=-1), None
 
-    def without_bias(x: Tensor, linears: tuple[nn.Module, ...], *_) -> tuple[Tensor, None]:
-        return separate(x, linears), None
-
-    with (
-        mock.patch.object(layer, "fused_linear", separate),
-        mock.patch.object(layer, "fused_linear_and_bias", without_bias),
-    ):
+    with mock.patch.object(layer, "fused_linear", separate):
         yield
 
 

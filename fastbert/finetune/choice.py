@@ -19,7 +19,7 @@ from fastbert.data.formats.tables import Row
 from fastbert.finetune.features import Feature, WindowEncoder
 from fastbert.finetune.metrics import Report
 from fastbert.finetune.task import Prediction, Task, softmax, to_host
-from fastbert.models.classification import BertForMultipleChoice
+from fastbert.models.task_models import BertForMultipleChoice
 from fastbert.packing import PackedBatch
 
 

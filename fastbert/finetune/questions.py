@@ -16,7 +16,7 @@ from fastbert.finetune.features import Feature, Window, WindowEncoder
 from fastbert.finetune.metrics import Report
 from fastbert.finetune.squad_metrics import score_answers
 from fastbert.finetune.task import Prediction, Task, by_example, softmax, to_host
-from fastbert.models.question_answering import BertForQuestionAnswering
+from fastbert.models.task_models import BertForQuestionAnswering
 from fastbert.packing import PackedBatch
 
 _BEST = 20  # starts and ends of a window, and answers of a question, that are ranked

@@ -21,7 +21,7 @@ from fastbert.finetune import metrics as measures
 from fastbert.finetune.features import Feature, WindowEncoder
 from fastbert.finetune.metrics import Report
 from fastbert.finetune.task import Prediction, Task, by_example, softmax, to_host
-from fastbert.models.classification import BertForSequenceClassification
+from fastbert.models.task_models import BertForSequenceClassification
 from fastbert.packing import PackedBatch
 
 _LARGEST = torch.finfo(torch.float32).max

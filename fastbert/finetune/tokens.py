@@ -14,7 +14,7 @@ from fastbert.data.formats.conll import Sentence, read_conll
 from fastbert.finetune.features import Feature, WindowEncoder, best_window
 from fastbert.finetune.metrics import Report, as_iobes, entities
 from fastbert.finetune.task import Prediction, Task, by_example, to_host
-from fastbert.models.classification import BertForTokenClassification
+from fastbert.models.task_models import BertForTokenClassification
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from fastbert.check import require
 from fastbert.hf.encode import run_encoder, run_model
 from fastbert.hf.families import FAMILIES, Forward, family_of, keep_padding, patched_base
-from fastbert.hf.heads import run_head, run_masked_lm, run_pretraining
+from fastbert.hf.heads import run_head, run_words
 from fastbert.hf.hooks import FAMILY, ORIGINAL, PATCHED
 from fastbert.hf.stack import run_one_layer
 from fastbert.modules.graphs.buckets import Graphs, allow
@@ -148,8 +148,8 @@ def _forward_of(cls: type) -> Forward | None:
         f"{prefix}Encoder": run_encoder,
         f"{prefix}Layer": run_one_layer,
         "TransformerBlock": run_one_layer,  # DistilBERT's layer
-        f"{prefix}ForMaskedLM": run_masked_lm,
-        "BertForPreTraining": run_pretraining,
+        f"{prefix}ForMaskedLM": run_words,
+        "BertForPreTraining": run_words,
         f"{prefix}ForCausalLM": None,
     }
     return roles.get(name, run_head if name.startswith(f"{prefix}For") else None)

@@ -12,9 +12,10 @@ from fastbert.hf.families import Unsupported, dropout_of
 from fastbert.hf.hooks import is_hooked, is_theirs, works_by_token
 from fastbert.hf.stack import family_of_module, returns_tuples
 from fastbert.modules.embeddings import Tables, embed, own_dtype, stream_dtype
-from fastbert.modules.graphs.padded import PaddedBatch, count_tokens
+from fastbert.modules.graphs.call import PaddedBatch
 from fastbert.modules.linear import Leaf, is_parametrized, is_plain, reads_rows
 from fastbert.modules.plan import Planner
+from fastbert.modules.sequences import pays_to_count
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState, for_batch
 
@@ -159,7 +160,9 @@ def padded_batch(
     read += [] if places is None else [places]
     tensors = [(one.data_ptr(), one.dtype, one.shape, one.stride()) for one in read]
     fixed = *tensors, first, tables.norm.eps
-    num_tokens = count_tokens(shape, mask, model.config.hidden_size)
+    num_tokens = shape.numel()  # an upper bound suffices where counting would not pay
+    if mask is not None and pays_to_count(num_tokens, model.config.hidden_size):
+        num_tokens = int(torch.count_nonzero(mask))
     if not num_tokens:
         return None
     owner = weakref.ref(model)

@@ -38,7 +38,6 @@ from fastbert.modules.linear import is_plain
 from fastbert.modules.request import asked, real_tokens
 from fastbert.modules.sequences import Rows, first_tokens
 from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
-from fastbert.ops.unpad import Unpadding
 from fastbert.packing import IGNORE_INDEX
 
 _LOGIT_OPTIONS = ("return_logits", "skip_logits")
@@ -48,21 +47,15 @@ _HEADS_OWN = (
 )
 
 
-def run_masked_lm(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
-    """The patched forward of `BertForMaskedLM`, `RobertaForMaskedLM`, ..."""
-    has_loss = arguments.get("labels") is not None and _is_usual(model)
-    return _run_words(model, original, arguments, has_loss, with_pairs=False)
+def run_words(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
+    """The patched forward of `BertForPreTraining`, `BertForMaskedLM`, `RobertaForMaskedLM`, ...
 
-
-def run_pretraining(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
-    """The patched forward of `BertForPreTraining`; num_items_in_batch counts masked tokens."""
-    has_loss = all(arguments.get(name) is not None for name in ("labels", "next_sentence_label"))
-    return _run_words(model, original, arguments, has_loss, with_pairs=True)
-
-
-def _run_words(
-    model: Any, original: Forward, arguments: dict[str, Any], has_loss: bool, with_pairs: bool
-) -> Any:
+    num_items_in_batch counts masked tokens.
+    """
+    with_pairs = patched_base(model).__name__ == "BertForPreTraining"
+    targets = ("labels", "next_sentence_label") if with_pairs else ("labels",)
+    has_loss = all(arguments.get(name) is not None for name in targets)
+    has_loss = has_loss and (with_pairs or _is_usual(model))
     with_logits = wants_logits(model, has_loss, *map(arguments.get, _LOGIT_OPTIONS))
     if has_loss:
         words, fields = _score(model, original, arguments, with_logits, with_pairs)
@@ -195,33 +188,29 @@ def _run_rows(
     base: Any, rest: dict[str, Any], labels: Tensor, num_labels: int, with_pairs: bool
 ) -> tuple[MaskedRows, Tensor | None]:
     """The masked rows, and with pairs the pooler's output (B, H) for each sequence."""
-    targets: Tensor | None = None
-
-    def rows_of(padding: Unpadding, hidden_size: int) -> Rows | None:
-        nonlocal targets
-        by_row = labels.view(padding.batch_shape) if labels.ndim == 1 else labels
-        targets = padding.pack(by_row, IGNORE_INDEX)
-        if not Rows.pay(padding.num_tokens, hidden_size, targets.device, labelled=True):
-            return None
-        has_label = targets != IGNORE_INDEX
-        return Rows.read_by_losses(
-            padding, first=with_pairs, has_label=has_label, num_labels=num_labels
-        )
-
     if with_pairs and not is_plain_pooler(base.pooler):
         raise Unsupported("a pooler of the user's own, or a hook on it")
-    encoded = read_call(base, rest).run(rows_of)
-    rows, cu_seqlens = encoded.rows, encoded.padding.cu_seqlens
-    if targets is None:
+    call = read_call(base, rest)
+    if call.wanted:
         raise Unsupported("hidden states, which all rows have")
+    padding, mask = call.read()
+    by_row = labels.view(padding.batch_shape) if labels.ndim == 1 else labels
+    targets, rows, cu_seqlens = padding.pack(by_row, IGNORE_INDEX), None, padding.cu_seqlens
+    size, device = base.config.hidden_size, targets.device
+    if Rows.pay(padding.num_tokens, size, device, labelled=True):
+        has_label = targets != IGNORE_INDEX
+        rows = Rows.read_by_losses(
+            padding, first=with_pairs, has_label=has_label, num_labels=num_labels
+        )
+    x, _ = call.run(padding, mask, rows)
     if rows is not None:
         targets, cu_seqlens = rows.take(targets, IGNORE_INDEX), rows.cu_seqlens
         if not with_pairs:
-            return MaskedRows(encoded.x, targets, rows.index, cu_seqlens[-1]), None
+            return MaskedRows(x, targets, rows.index, cu_seqlens[-1]), None
     pooled = None
     if with_pairs:
-        pooled = base.pooler(first_tokens(encoded.x, cu_seqlens).to(encoded.dtype)[:, None])
-    return mlm_gather(encoded.x, targets, capacity=num_labels), pooled
+        pooled = base.pooler(first_tokens(x, cu_seqlens).to(call.dtype)[:, None])
+    return mlm_gather(x, targets, capacity=num_labels), pooled
 
 
 def _is_usual(model: Any) -> bool:

@@ -1,14 +1,15 @@
-"""The packed layers of a patched Hugging Face encoder: whether they can run, and how."""
+"""A call of a patched model's layers: whether the packed path computes it, and how."""
 
 import sys
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert import events
+from fastbert.backend import is_transformed
 from fastbert.hf.attention import attention_forward
 from fastbert.hf.families import (
     Family,
@@ -18,21 +19,149 @@ from fastbert.hf.families import (
     runs_patched,
 )
 from fastbert.hf.hooks import FAMILY, has_their, is_observed, see_arguments
+from fastbert.modules.graphs.buckets import may_replay, refusal_of
 from fastbert.modules.layer import LayerParts, Stream, run_layer
 from fastbert.modules.plan import Planner, Reading
-from fastbert.modules.request import asked, unknown_argument
+from fastbert.modules.request import DOCUMENTS, asked, read_layout, unknown_argument
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.stack import run_stack, share_padded
 from fastbert.ops.attention import attention_qkvpacked
 from fastbert.ops.unpad import Unpadding
+from fastbert.rng import DropoutState, for_batch
+
+Embed = Callable[[Unpadding, DropoutState | None], Tensor]  # makes the residual stream (T, H)
+States = tuple[Tensor | None, ...] | None
+_LAYOUT = "attention_mask", "position_ids", *DOCUMENTS
 
 
-def require_encoder(
-    config: Any, layers: nn.ModuleList, arguments: dict[str, Any], *, assumes: bool
-) -> Reading:
-    """The parts of the layers; raises Unsupported if the packed path does not support the call.
+class Call(NamedTuple):
+    """A call of a model or an encoder that the packed path supports, before its mask is read.
 
-    assumes: as in `Reading`, so that running the layers may raise it too
+    given: (B, S, ...); layout: other arguments of `read_layout`; trains: whether a module may drop;
+    assumes: as in `Reading`; wanted: which hidden states; dtype: of the hidden states that Hugging
+    Face would return
+    """
+
+    module: Any
+    reading: Reading
+    given: Tensor
+    layout: dict[str, Any]
+    embed: Embed
+    trains: bool
+    assumes: bool
+    wanted: bool | Collection[int]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        module: Any,
+        layers: nn.ModuleList,
+        given: Tensor,
+        arguments: dict[str, Any],
+        embed: Embed,
+        own: torch.dtype,
+        *,
+        trains: bool,
+    ) -> "Call":
+        """Reads the arguments besides the tokens; raises Unsupported, as `run` may.
+
+        own: the dtype of the residual stream without autocast
+        """
+        layout = {name: arguments.pop(name, None) for name in _LAYOUT}
+        mask, config = layout["attention_mask"], module.config
+        if mask is not None:
+            if not isinstance(mask, Tensor):
+                raise Unsupported(f"a {type(mask).__name__} as attention_mask")
+            if is_transformed() and torch._C._functorch.is_functorch_wrapped_tensor(mask):
+                raise Unsupported("a mask inside torch.func, whose values may not be read")
+        _require_supported(config, layers, arguments)
+        assumes = not trains and may_replay(given.device)
+        reading = Reading(_PLANNER, layers, assumes=assumes)
+        if given.is_meta:
+            raise Unsupported("the meta device: a batch is packed by the values of its mask")
+        require_kernels(given.device)
+        is_projected = hasattr(module, "embeddings_project")  # ELECTRA's small models
+        dtype = boundary_dtype(own, given.device, is_projected=is_projected)
+        wanted = asked(config, arguments, "output_hidden_states")
+        if returns_tuples() or not isinstance(wanted, (list, tuple, set)):
+            wanted = bool(wanted)  # layer numbers only on transformers 5
+        return cls(module, reading, given, layout, embed, trains, assumes, wanted, dtype)
+
+    def may_replay(self) -> bool:
+        """Whether a graph may compute the layers, in inference."""
+        return self.assumes and not (self.reading.called() or refusal_of(self.reading))
+
+    def read(self) -> tuple[Unpadding, Tensor | None]:
+        """How the batch is packed, and a further mask for `attention`, as by `read_layout`."""
+        return read_layout(
+            self.given,
+            **self.layout,
+            hidden_size=self.module.config.hidden_size if self.may_replay() else None,
+            keeps_padding=keeps_padding(self.module),
+        )
+
+    def run(
+        self, padding: Unpadding, mask: Tensor | None, rows: Rows | None = None
+    ) -> tuple[Tensor, States]:
+        """Embeds and runs the layers: (T, H), or (M, H) for `rows` alone, and states (B, S, H).
+
+        padding, mask: of `read`; rows: None if hidden states are wanted. Layers with hooks see
+        (B, S, H).
+        """
+        layers, dtype = self.reading.layers, self.dtype
+        drops = self.trains and self.reading.drops()
+        rng = for_batch(padding.cu_seqlens, padding.num_tokens) if drops else None
+        x = self.embed(padding, rng)
+        sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, mask, rng)
+        self._tell(x, padding, mask, rows)
+
+        def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
+            layer = layers[number]
+            if not is_observed(layer):
+                return layer(x, sequences=sequences)
+            padded = padding.pad(x.to(dtype))
+            # hooks must see every row
+            output = layer(padded, sequences=sequences.only(None), padding=padding, dtype=x.dtype)
+            y = padding.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
+            return y if sequences.rows is None else sequences.rows.of(y)
+
+        share = share_padded(padding, dtype)
+        return run_stack(self.reading, x, sequences, self.wanted, rows, call, share)
+
+    def last(self, x: Tensor, padding: Unpadding, states: States) -> Tensor:
+        """The last hidden state (B, S, H), of what `run` gives."""
+        last = states[-1] if states else None
+        return padding.pad(x.to(self.dtype)) if last is None else last
+
+    def _tell(self, x: Tensor, padding: Unpadding, mask: Tensor | None, rows: Rows | None) -> None:
+        if not events.is_listening():
+            return
+        notes = []
+        if keeps_padding(self.module):
+            notes.append('rows of padding are computed (padding="compute")')
+        elif mask is not None:
+            notes.append("a general mask, so padding stays")
+        if rows is not None:
+            notes.append(f"the last layer computes {len(rows.index)} tokens")
+        observed = sum(map(is_observed, self.reading.layers))
+        if observed:
+            notes.append(f"{observed} layers have hooks and see (batch, seqlen, hidden)")
+        places = padding.batch_shape[0] * padding.batch_shape[1]
+        if padding.has_filler:
+            notes.append("as many tokens as places: so few are not counted")
+        if padding.slots is not None:
+            notes.append("rows of padding are zeros")
+        documents = len(padding.cu_seqlens) - 1
+        if documents != padding.batch_shape[0]:
+            notes.append(f"{documents} documents in a row")
+        events.packed(self.module, x, places, "; ".join(notes))
+
+
+def _require_supported(config: Any, layers: nn.ModuleList, arguments: dict[str, Any]) -> None:
+    """Raises Unsupported if the packed path does not support the call.
+
+    What the layers are is not asked: their parts are read for that.
     """
     if getattr(config, "is_decoder", False) or getattr(config, "is_causal", None):
         raise Unsupported("a decoder: it attends to earlier tokens only")
@@ -51,7 +180,6 @@ def require_encoder(
     # `is_exporting()` is True in all that torch.compile of torch 2.11 traces
     if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
         raise Unsupported("tracing or export, which would fix the lengths of this batch")
-    return Reading(_PLANNER, layers, assumes=assumes)
 
 
 def require_kernels(device: torch.device) -> None:
@@ -86,75 +214,6 @@ def family_of_module(module: nn.Module) -> Family:
     """The family of a patched module."""
     family: Family = getattr(type(module), FAMILY)
     return family
-
-
-def states_wanted(module: Any, arguments: dict[str, Any]) -> bool | Collection[int]:
-    """The call's or the config's output_hidden_states; layer numbers only on transformers 5."""
-    wanted = asked(module.config, arguments, "output_hidden_states")
-    is_choice = isinstance(wanted, (list, tuple, set)) and not returns_tuples()
-    return wanted if is_choice else bool(wanted)
-
-
-def run_packed(
-    module: nn.Module,
-    layers: nn.ModuleList,
-    reading: Reading,
-    x: Tensor,
-    sequences: Sequences,
-    padding: Unpadding,
-    states: bool | Collection[int],
-    rows: Rows | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
-    """Runs the packed layers of `module`: the last output, packed, and states (B, S, H) in `dtype`.
-
-    Layers with hooks see (B, S, H).
-    """
-    _tell(module, layers, x, padding, sequences.mask, rows)
-
-    def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
-        layer = layers[number]
-        if not is_observed(layer):
-            return layer(x, sequences=sequences)
-        padded = padding.pad(x.to(dtype))
-        # hooks must see every row
-        output = layer(padded, sequences=sequences.only(None), padding=padding, dtype=x.dtype)
-        y = padding.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
-        return y if sequences.rows is None else sequences.rows.of(y)
-
-    share = share_padded(padding, dtype)
-    return run_stack(layers, reading, x, sequences, states, rows, call, share)
-
-
-def _tell(
-    module: nn.Module,
-    layers: nn.ModuleList,
-    x: Tensor,
-    padding: Unpadding,
-    mask: Tensor | None,
-    rows: Rows | None,
-) -> None:
-    if not events.is_listening():
-        return
-    notes = []
-    if keeps_padding(module):
-        notes.append('rows of padding are computed (padding="compute")')
-    elif mask is not None:
-        notes.append("a general mask, so padding stays")
-    if rows is not None:
-        notes.append(f"the last layer computes {len(rows.index)} tokens")
-    observed = sum(map(is_observed, layers))
-    if observed:
-        notes.append(f"{observed} layers have hooks and see (batch, seqlen, hidden)")
-    places = padding.batch_shape[0] * padding.batch_shape[1]
-    if padding.has_filler:
-        notes.append("as many tokens as places: so few are not counted")
-    if padding.slots is not None:
-        notes.append("rows of padding are zeros")
-    documents = len(padding.cu_seqlens) - 1
-    if documents != padding.batch_shape[0]:
-        notes.append(f"{documents} documents in a row")
-    events.packed(module, x, places, "; ".join(notes))
 
 
 def run_one_layer(

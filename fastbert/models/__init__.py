@@ -1,17 +1,14 @@
 """BERT with its task heads, computed over packed batches."""
 
 from fastbert.models.bert import BertModel
-from fastbert.models.classification import (
+from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
+from fastbert.models.task_models import (
     BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
 )
-from fastbert.models.pretraining import (
-    BertForMaskedLM,
-    BertForNextSentencePrediction,
-    BertForPreTraining,
-)
-from fastbert.models.question_answering import BertForQuestionAnswering
 
 __all__ = [
     "BertForMaskedLM",

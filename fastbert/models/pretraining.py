@@ -1,4 +1,4 @@
-"""The models of pre-training: masked language modelling, next-sentence prediction, and both."""
+"""The models of pre-training: masked language modelling, alone or with next-sentence prediction."""
 
 from typing import Any, ClassVar, Unpack
 
@@ -6,11 +6,10 @@ from torch import Tensor, nn
 
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.bert import BertModel
-from fastbert.models.heads import BertOnlyMLMHead, BertOnlyNSPHead, BertPreTrainingHeads
+from fastbert.models.heads import BertOnlyMLMHead, BertPreTrainingHeads
 from fastbert.models.inputs import ForwardOptions, Inputs, Request, wants_logits
-from fastbert.models.labelled import LabelledModel
 from fastbert.models.losses import Scored, masked_rows, pretraining_loss, score_classes, score_words
-from fastbert.outputs import BertForPreTrainingOutput, MaskedLMOutput, NextSentencePredictorOutput
+from fastbert.outputs import BertForPreTrainingOutput, MaskedLMOutput
 from fastbert.packing import PackedBatch
 
 
@@ -179,26 +178,3 @@ class BertForMaskedLM(_PredictsWords):
         request = request.labelled(labels)
         encoded, words, logits = self._predict_words(request, False, **asked)
         return request.output(MaskedLMOutput, encoded, logits, words)
-
-
-class BertForNextSentencePrediction(LabelledModel):
-    """BERT with the next-sentence head alone, as in Hugging Face.
-
-    labels: (B,) int64, 0 where the second segment follows the first, 1 where it is a random one; by
-    default a PackedBatch's next_sentence_label. Logits are (B, 2).
-    """
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.bert = BertModel(config)
-        self.cls = BertOnlyNSPHead(config)
-        self.initialize()
-
-    def predict(
-        self, request: Request, labels: Tensor | None = None
-    ) -> NextSentencePredictorOutput:
-        request = request.labelled_pairs(labels).only(self.config.hidden_size, first=True)
-        encoded = self.encode(request)
-        logits, labels = self.cls(encoded.pooler_output), request.batch.next_sentence_label
-        scored = None if labels is None else score_classes(logits, labels)
-        return request.output(NextSentencePredictorOutput, encoded, logits, scored)

@@ -149,7 +149,7 @@ class BertEncoder(nn.Module):
                 return layer._gradient_checkpointing_func(layer.__call__, x, sequences)
             return layer(x, sequences)
 
-        return run_stack(layers, reading, x, sequences, wanted, rows, call, share)
+        return run_stack(reading, x, sequences, wanted, rows, call, share)
 
 
 _PLANNER = Planner(parts_of)

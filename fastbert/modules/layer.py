@@ -15,7 +15,7 @@ from torch import Tensor
 from fastbert.backend import Op
 from fastbert.check import require
 from fastbert.modules.activations import Activation, feed_forward
-from fastbert.modules.linear import Leaf, fused_linear, fused_linear_and_bias, split_bias
+from fastbert.modules.linear import Leaf, fused_linear, split_bias
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.whole_layer import WholeLayer
 from fastbert.ops.attention import attention, attention_qkvpacked
@@ -57,7 +57,7 @@ def self_attention(
     """
     rows = sequences.rows
     if rows is None:
-        qkv, bias = fused_linear_and_bias(x, projections, attention_qkvpacked, sequences.rng)
+        qkv, bias = fused_linear(x, projections, attention_qkvpacked, sequences.rng)
         num_tokens, size = qkv.shape
         head_dim = size // (3 * num_heads)
         qkv = qkv.view(num_tokens, 3, num_heads, head_dim)
@@ -72,7 +72,7 @@ def self_attention(
         context = attention_qkvpacked.run(call)
     else:
         q = projections[0](wanted, sequences.rows_rng).unflatten(-1, (num_heads, -1))
-        kv = fused_linear(x, projections[1:], sequences.rng)
+        kv, _ = fused_linear(x, projections[1:], None, sequences.rng)
         k, v = kv.unflatten(-1, (2, num_heads, -1)).unbind(1)
         context = attention(
             q,

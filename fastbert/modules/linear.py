@@ -143,26 +143,20 @@ def biases_of(*linears: Leaf) -> list[Tensor]:
     return [bias for bias in every if bias is not None]
 
 
-def fused_linear(x: Tensor, linears: Sequence[Leaf], rng: DropoutState | None = None) -> Tensor:
+def fused_linear(
+    x: Tensor, linears: Sequence[Leaf], into: Op | None, rng: DropoutState | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The outputs of `linears` side by side: (..., H) -> (..., sum of their output sizes).
 
     Where every layer is a plain `nn.Linear`, with adapters or without, this is one product with the
     concatenated weights; except for few rows of float32 on a CPU, where concatenating takes longer
     than the products. A layer of another class (8-bit, parametrized) or with hooks is called. rng:
     see `Leaf`.
-    """
-    return fused_linear_and_bias(x, linears, None, rng)[0]
 
-
-def fused_linear_and_bias(
-    x: Tensor, linears: Sequence[Leaf], into: Op | None, rng: DropoutState | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """`fused_linear`, and the joined bias whose gradient the operator `into` computes.
-
-    The product includes the bias, detached, so that autograd makes no pass over the rows to sum its
-    gradient: that is then a by-product of the operator's kernel. The bias is None where autograd
-    computes its gradient, or none is wanted: if `into` is None or has no kernel on this device, and
-    where the layers are not joined.
+    Behind them the joined bias, whose gradient the operator `into` computes. The product includes
+    it, detached, so that autograd makes no pass over the rows to sum its gradient: that is then a
+    by-product of the operator's kernel. It is None where autograd computes its gradient, or none is
+    wanted: if `into` is None or has no kernel on this device, and where the layers are not joined.
     """
     hidden = x.shape[-1]
     are_few = x.is_cpu and x.numel() < hidden**2 and hidden >= SMALL

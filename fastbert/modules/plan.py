@@ -133,12 +133,12 @@ class Reading:
 
     has_tried_graph = False
 
-    def __init__(self, planner: Planner, owner: nn.ModuleList, *, assumes: bool = False) -> None:
-        self.planner, self.owner = planner, owner
+    def __init__(self, planner: Planner, layers: nn.ModuleList, *, assumes: bool) -> None:
+        self.planner, self.layers = planner, layers
         if events.is_listening():  # who listens hears of each thing once
             assumes = False
-        self.assumed = planner.known(owner) if assumes else None
-        self.parts = planner.parts(owner) if self.assumed is None else self.assumed.parts
+        self.assumed = planner.known(layers) if assumes else None
+        self.parts = planner.parts(layers) if self.assumed is None else self.assumed.parts
 
     def called(self) -> list[int]:
         """The layers to call as modules: for hooks, a replaced forward, or checkpointing.
@@ -150,7 +150,7 @@ class Reading:
         if not (plan is None or plan.has_forward or any(plan.own_hooks) or are_all):
             return []
         numbers = []
-        for number, layer in enumerate(self.owner):
+        for number, layer in enumerate(self.layers):
             own = vars(layer)
             is_checkpointed = own.get("gradient_checkpointing") and own["training"]
             if are_all or is_checkpointed or "forward" in own or any(hooks_of(layer)):
@@ -167,7 +167,7 @@ class Reading:
 
     def holds(self) -> bool:
         """Whether the layers are as they were when read, as far as a plan tells."""
-        plan = self.planner.known(self.owner)
+        plan = self.planner.known(self.layers)
         return plan is not None and plan.parts is self.parts and plan.holds()
 
     def settle(self) -> None:
@@ -177,7 +177,7 @@ class Reading:
         """
         plan, self.assumed = self.assumed, None
         if plan is not None and not plan.holds():
-            self.parts = self.planner.parts(self.owner)
+            self.parts = self.planner.parts(self.layers)
 
 
 def _attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:

@@ -228,15 +228,11 @@ def asked(config: Any, arguments: Mapping[str, Any], name: str) -> Any:
 def unknown_argument(arguments: dict[str, Any]) -> str | None:
     """The name of the first argument that has a value and is not ignored; None if none has."""
     for name, value in arguments.items():
-        is_none = value is None or value is False or _all_none(value)
-        if not (is_none or name in _IGNORED):
+        # transformers 4.57 makes a list of None of a head_mask of None
+        are_none = isinstance(value, (list, tuple)) and all(one is None for one in value)
+        if not (value is None or value is False or are_none or name in _IGNORED):
             return name
     return None
-
-
-def _all_none(value: Any) -> bool:
-    """Whether `value` is a list of None, which transformers 4.57 makes of a head_mask of None."""
-    return isinstance(value, (list, tuple)) and all(one is None for one in value)
 
 
 def refuse_unknown(who: str, arguments: dict[str, Any]) -> None:

@@ -4,11 +4,11 @@ from collections.abc import Callable, Collection, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastbert.check import require
 from fastbert.modules.graphs import buckets
-from fastbert.modules.graphs.padded import PaddedBatch
+from fastbert.modules.graphs.call import PaddedBatch
 from fastbert.modules.layer import LayerParts, Share, Stream, layers_of, run_layer, run_layers
 from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.plan import Reading
@@ -17,7 +17,6 @@ from fastbert.ops.unpad import Unpadding
 
 
 def run_stack(
-    layers: nn.ModuleList,
     reading: Reading,
     x: Tensor,
     sequences: Sequences,
@@ -38,7 +37,7 @@ def run_stack(
     """
     expected = "no output_hidden_states where only some rows are wanted"
     require(rows is None or not wanted_states, "BertEncoder", expected, wanted_states)
-    last, reason = len(layers) - 1, ""
+    last, reason = len(reading.layers) - 1, ""
     chosen = range(last + 1) if wanted_states is True else wanted_states or ()
     states = tuple(number for number in range(last) if number in chosen)
     parts = reading.parts
@@ -63,14 +62,14 @@ def run_stack(
     if wanted_states is True:
         first, x = share(x)
     if not reading.has_tried_graph:
-        outputs = buckets.replayed(layers, reading, x, sequences, states, rows, share, reason)
+        outputs = buckets.replayed(reading, x, sequences, states, rows, share, reason)
     reading.settle()  # which the GPU does not wait for
     if reading.parts is not parts:
-        return run_stack(layers, reading, given, sequences, wanted_states, rows, call, share)
+        return run_stack(reading, given, sequences, wanted_states, rows, call, share)
     if outputs is None:
-        products = vars(layers).get(PRODUCTS)
+        products = vars(reading.layers).get(PRODUCTS)
         if products is not None:
-            products.begin(x, layers.training)
+            products.begin(x, reading.layers.training)
         outputs = run_layers(range(last + 1), x, sequences, states, rows, run, share)
     x, *shared = outputs
     if not wanted_states:
@@ -95,17 +94,15 @@ def share_padded(padding: Unpadding, dtype: torch.dtype) -> Share:
     return share
 
 
-def replay_padded(
-    layers: nn.ModuleList, reading: Reading, batch: PaddedBatch
-) -> list[Tensor] | None:
+def replay_padded(reading: Reading, batch: PaddedBatch) -> list[Tensor] | None:
     """The last layer's output (B, S, H), zeros at padding, and each sequence's first token (B, H).
 
     By a CUDA graph that begins with the embeddings; None where the layers must run without it, and
     without a graph of their own, as this one is recorded when it is met again.
     """
     parts, reading.has_tried_graph = reading.parts, True
-    outputs = buckets.replayed(layers, reading, batch, None)
+    outputs = buckets.replayed(reading, batch, None)
     reading.settle()  # which the GPU does not wait for
     if reading.parts is parts:
         return outputs
-    return None if reading.called() else buckets.replayed(layers, reading, batch, None)
+    return None if reading.called() else buckets.replayed(reading, batch, None)

@@ -7,8 +7,6 @@ autograd's context. T packed tokens, H hidden, N heads, D head size.
 """
 
 import copy
-from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import torch
@@ -94,7 +92,8 @@ class WholeLayer:
             return None
         if not self.projects:
             reads = x if all(leaf.is_read for leaf in self.projections) else residual
-            x = _in(fused_linear(reads, self.projections, sequences.rng), dtype)
+            x, _ = fused_linear(reads, self.projections, None, sequences.rng)
+            x = _in(x, dtype)
         arguments = self, kernels, sequences, dtype, x, residual, *parameters
         if torch.is_grad_enabled():
             for tensor in arguments[4:]:
@@ -142,13 +141,11 @@ class WholeLayer:
 class _Saved:
     """The context of an operator's Function inside the layer's node.
 
-    trains: whether parameters of the operator are trained
+    kept: the tensors that all of these save; trains: whether parameters of the operator are trained
     """
 
-    saved_tensors: tuple[Tensor | None, ...]
-
-    def __init__(self, *, trains: bool) -> None:
-        self.trains = trains
+    def __init__(self, kept: list[Any], *, trains: bool) -> None:
+        self.kept, self.trains = kept, trains
 
     @property
     def needs_input_grad(self) -> tuple[bool, ...]:
@@ -156,22 +153,21 @@ class _Saved:
         return (self.trains,) * 16
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
-        self.saved_tensors = tensors
+        start = len(self.kept)
+        self.kept += tensors
+        self.place = slice(start, len(self.kept))
+
+    @property
+    def saved_tensors(self) -> list[Any]:
+        return self.kept[self.place]
 
     def set_materialize_grads(self, value: bool) -> None:
         """The layer's node decides on that."""
 
-    def taken(self) -> tuple[Tensor | None, ...]:
-        """The saved tensors, which are then kept elsewhere."""
-        tensors = self.saved_tensors
-        del self.saved_tensors
-        self.count = len(tensors)
-        return tensors
-
-    def with_tensors(self, kept: Iterator[Any]) -> "_Saved":
-        """The context with the tensors of `taken`, the next of `kept`; this one stays without."""
+    def reading(self, kept: list[Any]) -> "_Saved":
+        """The context in a backward, with `kept` as it was; this one stays without."""
         found = copy.copy(self)
-        found.saved_tensors = tuple(islice(kept, self.count))
+        found.kept = kept
         return found
 
 
@@ -189,11 +185,12 @@ class _Layer(torch.autograd.Function):
         first, second = layer.ends
         *weights, b_out, b_up, b_down, g1, b1, g2, b2 = parameters[:10]
         projections = parameters[10:]
+        kept: list[Any] = []
         saved: list[Any] = [None] * 4
         if ctx is not None:
             needs = ctx.needs_input_grad[6:]
             sums = needs[13:], (needs[3], *needs[6:8]), needs[4:5], (needs[5], *needs[8:10])
-            saved = [_Saved(trains=any(some)) for some in sums]
+            saved = [_Saved(kept, trains=any(some)) for some in sums]
         attention, norm1, gelu, norm2 = saved
 
         def low(tensor: Tensor) -> Tensor:
@@ -236,13 +233,11 @@ class _Layer(torch.autograd.Function):
         wanted = ctx.needs_input_grad[6:]
         inputs = [low_x, context, low_mid, active]
         are_wanted = any(wanted[10:13]), *wanted[:3]
-        kept = [
+        read = [
             one if is_wanted else None for one, is_wanted in zip(inputs, are_wanted, strict=True)
         ]
-        kept += [w_qkv, w_out, w_up, w_down]
-        for one in saved:
-            kept += one.taken()
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*read, w_qkv, w_out, w_up, w_down, *kept)
+        kept.clear()  # autograd keeps them, and frees them behind the backward
         ctx.saved, ctx.dtypes = saved, (x.dtype, weights[0].dtype)
         ctx.set_materialize_grads(False)  # a branch that nothing uses has no gradient
         return outputs
@@ -250,9 +245,8 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once("a layer")
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        kept = iter(ctx.saved_tensors)
-        low_x, context, low_mid, active, w_qkv, w_out, w_up, w_down = islice(kept, 8)
-        attention, norm1, gelu, norm2 = [one.with_tensors(kept) for one in ctx.saved]
+        low_x, context, low_mid, active, w_qkv, w_out, w_up, w_down, *kept = ctx.saved_tensors
+        attention, norm1, gelu, norm2 = [one.reading(kept) for one in ctx.saved]
         x_dtype, weight_dtype = ctx.dtypes
 
         def of_weight(dy: Tensor, x: Tensor | None) -> Any:

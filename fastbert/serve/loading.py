@@ -18,12 +18,12 @@ from fastbert.finetune.metrics import require_libraries
 from fastbert.finetune.task import SETTINGS, Settings
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.bert import BertModel
-from fastbert.models.classification import (
+from fastbert.models.pretraining import BertForMaskedLM
+from fastbert.models.task_models import (
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
 )
-from fastbert.models.pretraining import BertForMaskedLM
-from fastbert.models.question_answering import BertForQuestionAnswering
 from fastbert.models.trained import Headless, trained
 from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.serve.abilities import Embedding, MaskFilling

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import GlobalCounts, PretrainingData
 from fastbert.modules.graphs import buckets
-from fastbert.modules.graphs.recorder import WARM_UP, CudaGraphs, Recorder, Work
+from fastbert.modules.graphs.recorder import WARM_UP, CudaGraphs, Work
 from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.packing import Bucket, PackedBatch
 from fastbert.system.console import console
@@ -145,7 +145,7 @@ class GraphedStep:
     fallback is reported once.
     """
 
-    def __init__(self, eager: EagerStep, bucket: Bucket, graphs: Recorder) -> None:
+    def __init__(self, eager: EagerStep, bucket: Bucket, graphs: CudaGraphs) -> None:
         self.eager, self.bucket, self.graphs = eager, bucket, graphs
         self.buffers: list[PackedBatch] = []
         self.counts = torch.zeros(len(GlobalCounts._fields), dtype=torch.int64, device=eager.device)

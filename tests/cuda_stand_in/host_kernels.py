@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastbert import backend
-from fastbert.hf import encode
+from fastbert.hf import stack
 from fastbert.kernels import runtime
 
 # What manages memory alone, views, and what the stand-in for CUDA does: copies to the host.
@@ -280,7 +280,7 @@ def install() -> None:
     for name in ("cudnn", "flash", "mem_efficient"):
         getattr(torch.backends.cuda, f"enable_{name}_sdp")(False)
     backend.PREFERENCE["cuda"] = ("ext", "reference")
-    encode.require_kernels = lambda device: None
+    stack.require_kernels = lambda device: None
 
 
 install()

@@ -13,7 +13,7 @@ import transformers
 from transformers.models.bert import modeling_bert
 
 import fastbert
-from fastbert.hf.stack import run_packed
+from fastbert.modules.stack import run_stack
 from tests.hf.cases import IS_V4, Case, build
 
 PAGE = Path(__file__).parents[2] / "docs" / "drop-in.md"
@@ -166,11 +166,11 @@ def test_the_residual_stream(monkeypatch):
     theirs, ours, batch, _ = both("ForMaskedLM", dtype=torch.float32)
     seen = []
 
-    def run_and_see(module, layers, parts, x, *rest):
+    def run_and_see(reading, x, *rest):
         seen.append(x.dtype)
-        return run_packed(module, layers, parts, x, *rest)
+        return run_stack(reading, x, *rest)
 
-    monkeypatch.setattr("fastbert.hf.encode.run_packed", run_and_see)
+    monkeypatch.setattr("fastbert.hf.stack.run_stack", run_and_see)
 
     def stream(**options):
         """The dtype of the stream, and the output."""

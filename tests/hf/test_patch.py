@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import transformers
 from torch import nn
 
 import fastbert
+from fastbert.hf import stack
 from fastbert.hf.families import Unsupported, activation_of
 from fastbert.modules import sequences
 from fastbert.modules.sequences import Rows
@@ -71,6 +73,15 @@ def test_a_small_batch_whose_last_layer_computes_all_rows_gives_the_same(family,
     kinds = ["ForMaskedLM", "ForPreTraining"] if family == "Bert" else ["ForMaskedLM"]
     for kind in kinds:
         compare(Case(family, kind, mask=mask))
+
+
+def test_hidden_states_of_a_masked_lm_in_training_take_one_run_of_the_layers():
+    case = Case("Bert", "ForMaskedLM", states=True)
+    compare(case)
+    _, ours = build(case)
+    with mock.patch.object(stack, "run_stack", wraps=stack.run_stack) as layers:
+        ours(**inputs(case, ours)[0])
+    assert layers.call_count == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,7 +9,6 @@ from fastbert.modules.linear import (
     PRODUCTS,
     Leaf,
     fused_linear,
-    fused_linear_and_bias,
     is_defined_in,
     is_plain_table,
     split_bias,
@@ -30,7 +29,7 @@ def test_layers_of_one_input_are_side_by_side(rows, bias):
     parameters = [x, *(p for layer in layers for p in layer.parameters())]
     separate = torch.cat([layer(x) for layer in layers], dim=-1)
     expected = torch.autograd.grad(separate, parameters, dy)
-    y = fused_linear(x, [*map(Leaf, layers)])
+    y, _ = fused_linear(x, [*map(Leaf, layers)], None)
     torch.testing.assert_close(y, separate)
     for a, e in zip(torch.autograd.grad(y, parameters, dy), expected, strict=True):
         torch.testing.assert_close(a, e)
@@ -46,14 +45,14 @@ def test_copies_weights_only_where_there_are_rows_enough(monkeypatch):
 
     monkeypatch.setattr("torch.nn.functional.linear", seen)
     leaves = [*map(Leaf, layers)]
-    fused_linear(torch.randn(255, 256), leaves)
-    fused_linear(torch.randn(256, 256), leaves)
+    fused_linear(torch.randn(255, 256), leaves, None)
+    fused_linear(torch.randn(256, 256), leaves, None)
     with torch.autocast("cpu", torch.bfloat16):
-        fused_linear(torch.randn(255, 256), leaves)
+        fused_linear(torch.randn(255, 256), leaves, None)
     for layer in layers:
         layer.to("meta")
-    fused_linear(torch.randn(1, 256, device="meta"), leaves)
-    fused_linear(torch.randn(1, 32), [Leaf(nn.Linear(32, 32)) for _ in range(3)])
+    fused_linear(torch.randn(1, 256, device="meta"), leaves, None)
+    fused_linear(torch.randn(1, 32), [Leaf(nn.Linear(32, 32)) for _ in range(3)], None)
     assert sizes == [256, 256, 256, 768, 768, 768, 96]
 
 
@@ -84,8 +83,8 @@ def test_the_gradient_of_a_joined_bias_is_left_to_an_operator_that_has_a_kernel_
     weights, biases = ([getattr(layer, n) for layer in layers] for n in ("weight", "bias"))
 
     def joined(into=attention_qkvpacked):
-        y, bias = fused_linear_and_bias(x, [*map(Leaf, layers)], into)
-        torch.testing.assert_close(y, fused_linear(x, [*map(Leaf, layers)]))
+        y, bias = fused_linear(x, [*map(Leaf, layers)], into)
+        torch.testing.assert_close(y, fused_linear(x, [*map(Leaf, layers)], None)[0])
         if y.requires_grad:
             assert None not in torch.autograd.grad(y.sum(), [x, *weights], retain_graph=True)
             found = torch.autograd.grad(y.sum(), biases, allow_unused=True)
@@ -110,7 +109,7 @@ def test_the_gradient_of_a_joined_bias_is_left_to_an_operator_that_has_a_kernel_
         assert joined() is not None
         for layer in layers:
             layer.bias.requires_grad_(False)
-        assert fused_linear_and_bias(x, [*map(Leaf, layers)], attention_qkvpacked)[1] is None
+        assert fused_linear(x, [*map(Leaf, layers)], attention_qkvpacked)[1] is None
 
 
 @pytest.mark.parametrize("reads_each", [True, False])
@@ -130,7 +129,7 @@ def test_products_get_biases_as_they_read_them(reads_each):
         vars(layer)[PRODUCTS] = Products()
     with backend.use("triton"):
         leaves = [*map(Leaf, layers)]
-        _, bias = fused_linear_and_bias(torch.randn(4, 8), leaves, attention_qkvpacked)
+        _, bias = fused_linear(torch.randn(4, 8), leaves, attention_qkvpacked)
     (biases,) = given
     assert [len(one) for one in biases] == ([8] * 3 if reads_each else [24])
     assert not any(one.requires_grad for one in biases)

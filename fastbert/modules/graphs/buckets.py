@@ -12,19 +12,17 @@ later call that fits it. A call that a graph could not compute correctly runs wi
 import functools
 import os
 import weakref
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastbert import backend, events
 from fastbert.check import InputError, require
-from fastbert.modules.graphs.call import Call, Precision, products_of
-from fastbert.modules.graphs.padded import PaddedBatch
+from fastbert.modules.graphs.call import Bucket, Call, PaddedBatch, Precision, products_of
 from fastbert.modules.graphs.pool import MOST_LANES, Entry, Lane, Pending, Pool, Recorded
 from fastbert.modules.graphs.recorder import CudaGraphs
 from fastbert.modules.graphs.replays import ForwardGraph
-from fastbert.modules.graphs.sizes import Bucket
 from fastbert.modules.layer import Share, share_packed
 from fastbert.modules.linear import encoders_of
 from fastbert.modules.plan import Reading
@@ -87,7 +85,6 @@ def may_replay(device: torch.device) -> bool:
 
 
 def replayed(
-    layers: nn.ModuleList,
     reading: Reading,
     x: Tensor | PaddedBatch,
     sequences: Sequences | None,
@@ -102,7 +99,7 @@ def replayed(
     why the caller rules out a graph, as `reading.parts` does not describe all that the layers do;
     "" if it does not.
     """
-    parts: Any = reading.parts
+    layers, parts = reading.layers, reading.parts
     if torch.compiler.is_compiling() or (pool := pool_of(x.device)) is None:
         return None
     with pool.entered() as is_inside, torch.cuda.device_of(_tensor_of(x)):
@@ -115,12 +112,12 @@ def replayed(
             assert sequences is not None
             bucket, mask = Bucket.of(x, sequences, rows), sequences.mask
         lane = pool.lane()
-        reason = reason or refusal_of(layers, reading) or _refusal(bucket, mask, layers, lane)
+        reason = reason or refusal_of(reading) or _refusal(bucket, mask, layers, lane)
         entry = Entry(lane, reason)
         mode = Precision.of(x), layers.training, products_of(layers)
         call = Call(parts, range(len(parts)), sequences, states, rows, *mode)
         if not entry.reason:
-            recorded = _recorded(layers, reading)
+            recorded = _recorded(reading)
             entry, call = recorded.find(bucket, x, call, pool, lane)
         if events.is_listening():
             _tell(bucket, entry)
@@ -138,21 +135,18 @@ def replayed(
             last, *others = entry.graphs(x, call)
             if not recorded.settle(pool):  # which the GPU does not wait for
                 return None
-            return [
-                last,
-                *(others if isinstance(x, PaddedBatch) else (share(y)[0] for y in others)),
-            ]
+            return [last, *(share(y)[0] for y in others)]
         assert isinstance(x, Tensor)
         return Pending(pool, lane, entry.graphs, recorded).run(x, call, share)
 
 
-def _recorded(layers: nn.ModuleList, reading: Reading) -> Recorded:
+def _recorded(reading: Reading) -> Recorded:
     """The graphs of the parts that were read, kept as long as the parts have a plan."""
-    every = _RECORDED.setdefault(layers, [])
+    every = _RECORDED.setdefault(reading.layers, [])
     for recorded in every:
         if recorded.parts is reading.parts:
             return recorded
-    recorded, known = Recorded(reading.parts), reading.planner.every_parts(layers)
+    recorded, known = Recorded(reading.parts), reading.planner.every_parts(reading.layers)
     every[:] = [recorded, *(one for one in every if any(one.parts is parts for parts in known))]
     return recorded
 
@@ -161,9 +155,9 @@ def _tensor_of(x: Tensor | PaddedBatch) -> Tensor:
     return x.input_ids if isinstance(x, PaddedBatch) else x
 
 
-def refusal_of(layers: nn.ModuleList, reading: Reading) -> str:
+def refusal_of(reading: Reading) -> str:
     """Why no call of these layers may replay a graph, "" if one may."""
-    return off_by(layers) or _recorded(layers, reading).reason
+    return off_by(reading.layers) or _recorded(reading).reason
 
 
 def _refusal(bucket: Bucket, mask: Tensor | None, layers: nn.ModuleList, lane: Lane) -> str:

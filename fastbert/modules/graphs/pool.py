@@ -10,16 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.modules.graphs.call import Call
-from fastbert.modules.graphs.padded import PaddedBatch
-from fastbert.modules.graphs.recorder import Recorder
+from fastbert.modules.graphs.call import Bucket, Call, PaddedBatch
+from fastbert.modules.graphs.recorder import CudaGraphs
 from fastbert.modules.graphs.replays import (
     ForwardGraph,
     Replayed,
     TrainingGraphs,
     num_segments,
 )
-from fastbert.modules.graphs.sizes import Bucket
 from fastbert.modules.layer import LayerParts, Share
 from fastbert.ops.fused import applied
 
@@ -38,7 +36,7 @@ class Lane:
     forward's output is freed, other calls replay graphs of the next lane.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: CudaGraphs) -> None:
         self.recorder = recorder
         self.pending: weakref.ref[Pending] | None = None
 
@@ -49,7 +47,7 @@ class Lane:
 class Pool:
     """The graphs of one device, in lanes."""
 
-    def __init__(self, new_recorder: Callable[[], Recorder], most_memory: float) -> None:
+    def __init__(self, new_recorder: Callable[[], CudaGraphs], most_memory: float) -> None:
         self.new_recorder, self.most_memory = new_recorder, most_memory
         self.lock = threading.RLock()
         self.is_recording = False

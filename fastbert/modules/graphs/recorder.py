@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,28 +14,6 @@ WARM_UP = 3  # runs before a recording, which compile kernels and set up librari
 
 Result = TypeVar("Result")
 Work = Callable[[], Result]
-
-
-class Recorder(Protocol):
-    """The interface of recorders; tests have one that needs no GPU."""
-
-    def warm_up(self, work: Work[Result]) -> Result:
-        """Does the work once, on the stream that recordings use, and returns its result."""
-
-    def record(self, work: Work[Result]) -> Work[Result]:
-        """Records the work without doing it; returns a replay. Raises RuntimeError on failure."""
-
-    def follow(self) -> None:
-        """Makes the caller's stream wait for replays that were launched on another stream."""
-
-    def refusal(self) -> str:
-        """Why nothing can be recorded or replayed now, "" if it can."""
-
-    def memory(self) -> int:
-        """Bytes of device memory that the recordings hold, if they share memory."""
-
-    def begin_anew(self) -> None:
-        """Starts a new shared memory pool; the caller has dropped all recordings."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +36,8 @@ class Replay(Generic[Result]):
 class CudaGraphs:
     """Recordings on one stream of the current device; libraries have one workspace per stream.
 
+    Tests have another class with these methods, which needs no GPU.
+
     shares_memory: whether a recording may reuse memory that earlier recordings have freed. Then a
     replay overwrites what other recordings left in memory, except their results.
     """
@@ -69,10 +49,12 @@ class CudaGraphs:
         self.begin_anew()
 
     def begin_anew(self) -> None:
+        """Starts a new shared memory pool; the caller has dropped all recordings."""
         self.pools: list[Any] = []  # the last is the one that recordings share
         self.keeper: torch.cuda.CUDAGraph | None = None  # see `_begin_pool`
 
     def refusal(self) -> str:
+        """Why nothing can be recorded or replayed now, "" if it can."""
         if torch.cuda.is_current_stream_capturing():
             return "a recording of the caller's own"
         allocator = torch.cuda.get_allocator_backend()  # another does not tell what a pool holds
@@ -81,11 +63,13 @@ class CudaGraphs:
         )
 
     def memory(self) -> int:
+        """Bytes of device memory that the recordings hold, if they share memory."""
         segments = torch.cuda.memory_snapshot()
         mine = (one for one in segments if tuple(one["segment_pool_id"]) in self.pools)
         return sum(one["total_size"] for one in mine)
 
     def follow(self) -> None:
+        """Makes the caller's stream wait for replays that were launched on another stream."""
         # the stream's number, because its object takes microseconds
         number = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
         if self.last is not None and self.last.cuda_stream == number:
@@ -96,6 +80,7 @@ class CudaGraphs:
         self.last = present
 
     def warm_up(self, work: Work[Result]) -> Result:
+        """Does the work once, on the stream that recordings use, and returns its result."""
         present = torch.cuda.current_stream()
         self.stream.wait_stream(present)
         with torch.cuda.stream(self.stream), _without_warning():
@@ -107,6 +92,7 @@ class CudaGraphs:
         return result
 
     def record(self, work: Work[Result]) -> Work[Result]:
+        """Records the work without doing it; returns a replay. Raises RuntimeError on failure."""
         if self.shares_memory and self.keeper is None:
             self._begin_pool()
         graph = torch.cuda.CUDAGraph()

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.modules.graphs.call import Call, copies_of
-from fastbert.modules.graphs.padded import PaddedBatch
-from fastbert.modules.graphs.recorder import Recorder, Work
-from fastbert.modules.graphs.sizes import Bucket
+from fastbert.modules.graphs.call import Bucket, Call, PaddedBatch, copies_of
+from fastbert.modules.graphs.recorder import CudaGraphs, Work
 from fastbert.modules.linear import Leaf
 from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.modules.sequences import Rows, Sequences
@@ -140,7 +138,7 @@ class ForwardGraph:
     """A recorded forward of the layers, without gradients."""
 
     def __init__(
-        self, recorder: Recorder, bucket: Bucket, x: Tensor | PaddedBatch, call: Call
+        self, recorder: CudaGraphs, bucket: Bucket, x: Tensor | PaddedBatch, call: Call
     ) -> None:
         # inference tensors as buffers could not be filled by a call outside inference mode
         with torch.inference_mode(False), torch.no_grad():
@@ -170,7 +168,7 @@ class TrainingGraphs:
     replay_backward: by the number of the segment, of those in which something requires a gradient
     """
 
-    def __init__(self, recorder: Recorder, bucket: Bucket, x: Tensor, call: Call) -> None:
+    def __init__(self, recorder: CudaGraphs, bucket: Bucket, x: Tensor, call: Call) -> None:
         self.wants_dx, self.segments = x.requires_grad, call.segments(num_segments())
         self.replay_backward: dict[int, Work[tuple[Tensor | None, ...]]] = {}
         with torch.inference_mode(False), torch.enable_grad():

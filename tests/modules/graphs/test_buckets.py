@@ -6,8 +6,7 @@ import torch
 from fastbert import backend
 from fastbert.modules import request, sequences
 from fastbert.modules.graphs import buckets
-from fastbert.modules.graphs.call import copies_of
-from fastbert.modules.graphs.sizes import Bucket, rounded
+from fastbert.modules.graphs.call import Bucket, copies_of, rounded
 from fastbert.ops.attention import attention_qkvpacked
 from tests.modules.graphs.case import (
     KINDS,

@@ -13,7 +13,7 @@ import fastbert
 from fastbert.hf import encode
 from fastbert.hf.stack import returns_tuples
 from fastbert.modules import sequences
-from fastbert.modules.graphs import buckets, padded
+from fastbert.modules.graphs import buckets, call
 from fastbert.ops.embedding import embedding_layer_norm
 from tests.hf.changes import ByLength
 from tests.modules.graphs.case import MASKS, SHAPE, Repeats, batch, logits, models, step, use
@@ -226,9 +226,9 @@ def test_a_large_batch_has_no_more_tokens_computed_than_are_real(recorder, monke
     monkeypatch.setattr(sequences, "LEAST_COUNTED", 0)
     _, recorded = (model.eval() for model in models("Bert"))
     counted = []
-    run = padded.run_layers
+    run = call.run_layers
     monkeypatch.setattr(
-        padded,
+        call,
         "run_layers",
         lambda numbers, x, *more: (counted.append(len(x)), run(numbers, x, *more))[1],
     )
@@ -346,7 +346,7 @@ def test_a_mask_of_other_numbers_is_refused_with_a_graph_as_without(recorder):
 def test_outputs_are_copies():
     """A replay in another thread may come before the pooler reads the first tokens."""
     ids = INPUTS["input_ids"]
-    one = padded.PaddedBatch(ids, *[None] * 3, ids.numel(), 160, None, None, torch.float32)
+    one = call.PaddedBatch(ids, *[None] * 3, ids.numel(), 160, None, None, torch.float32)
     states = torch.randn(*ids.shape, 8), torch.randn(len(ids), 8)
     for copied, state in zip(one.own(list(states)), states, strict=True):
         assert torch.equal(copied, state)

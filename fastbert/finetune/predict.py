@@ -12,7 +12,7 @@ from fastbert.config.bert import BertConfig
 from fastbert.config.finetune import TABLES, WINDOWS, read_delimiter
 from fastbert.data import load_tokenizer
 from fastbert.finetune.infer import TASK_OF, encoder_of, run, warn_of_words
-from fastbert.finetune.metrics import require_libraries
+from fastbert.finetune.metrics import require_metrics
 from fastbert.finetune.task import ALL, Prediction, Refused, Settings, Task
 from fastbert.models.trained import trained
 from fastbert.system.files import output
@@ -49,7 +49,7 @@ def predict(
     config = BertConfig.from_pretrained(directory)
     tokenizer = load_tokenizer(directory, model_vocab_size=config.vocab_size)
     labels = config.labels
-    require_libraries(settings.task, to_measure=False)
+    require_metrics(settings.task, to_measure=False)
     task = TASK_OF[settings.task](settings, labels)
     task.copied = tuple(copy)
     examples = task.read(source, labelled=False)

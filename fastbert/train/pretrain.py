@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastbert import checkpoint
-from fastbert.check import InputError
+from fastbert.check import InputError, require_libraries
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import loader
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
@@ -27,7 +27,7 @@ from fastbert.train.precision import make_scaler, resolve_precision
 from fastbert.train.prepare import CHANGED, PreparedText, prepare_text
 from fastbert.train.profiling import Unprofiled, profiling
 from fastbert.train.recipe import Pretraining, Recipe, training_row
-from fastbert.train.report import Reporter, Silent, environment, plot_losses, require_libraries
+from fastbert.train.report import LIBRARIES, Reporter, Silent, environment, plot_losses
 from fastbert.train.run_directory import SUMMARY, opened, precision_of, stoppable
 from fastbert.train.step import make_step
 
@@ -66,7 +66,7 @@ def carry_out(
     recipe: Recipe, out: Path, *, resume: bool, eager: bool, profile: bool, parallel: str
 ) -> dict[str, Any]:
     """Trains the model of a recipe; arguments, results and errors are those of `pretrain`."""
-    require_libraries(recipe.command)
+    require_libraries(recipe.command, LIBRARIES, "train")
     config = recipe.config
     models = () if recipe.directory is None else (recipe.directory,)
     for option, directory in (("--out", out), ("--cache", config.cache)):

@@ -1,7 +1,6 @@
 """The reports of a run: one live line, TensorBoard scalars, and a plot of the losses."""
 
 import contextlib
-import importlib
 import itertools
 import os
 import platform
@@ -15,7 +14,6 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 
 from fastbert._version import __version__
-from fastbert.check import InputError
 from fastbert.system.console import console
 from fastbert.system.files import new_file
 
@@ -23,16 +21,6 @@ T = TypeVar("T")
 
 PARTS = ("soft", "cosine")  # terms of the distillation loss, shown beside it
 LIBRARIES = ("tensorboard", "matplotlib")  # the extra `train`, to log and plot a run
-
-
-def require_libraries(command: str) -> None:
-    """Raises InputError, which names the `command`, if a library that logs or plots is missing."""
-    for name in LIBRARIES:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            missing = (error.name or name).partition(".")[0]
-            raise InputError(f"{command} needs {missing}: pip install 'fastbert[train]'") from None
 
 
 def tracked(items: Sequence[T], doing: str) -> Iterable[T]:

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ class Reporter:
     `validation` the result of `evaluate`.
     """
 
-    def __init__(self, run: Path, *, start: int, steps: int) -> None:
+    def __init__(self, run: Path, start: int, steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # needs the extra `train`
 
         self.steps = steps
@@ -139,20 +139,14 @@ class TokenizingReporter:
             console.print(self.line)
 
 
-class Silent(contextlib.nullcontext[Any]):
-    """A reporter that does nothing, for all processes but the first."""
+class Nothing(contextlib.nullcontext[Any]):
+    """Stands for a reporter or a profiler where none is wanted: its methods do nothing."""
 
-    def __enter__(self) -> "Silent":
+    def __enter__(self) -> "Nothing":
         return self
 
-    def advance(self) -> None:
-        pass
-
-    def training(self, row: dict[str, float], seconds_left: float) -> None:
-        pass
-
-    def validation(self, row: dict[str, float]) -> None:
-        pass
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
 
 
 def _accuracies(row: dict[str, float]) -> str:

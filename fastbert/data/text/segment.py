@@ -74,7 +74,7 @@ def continuations(sentence: str, segmenter: Segmenter) -> set[int]:
         begin = sentence.find(word, end)
         if begin < 0:
             raise InputError(
-                f"segmenter: gave the word {word!r}, which is not in {sentence[:60]!r}"
+                f"--segmenter: gave the word {word!r}, which is not in {sentence[:60]!r}"
             )
         end = begin + len(word)
         if len(word) <= LONGEST:

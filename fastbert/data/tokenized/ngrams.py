@@ -34,7 +34,7 @@ def ngram_counts(corpus: TokenizedCorpus) -> NgramCounts:
     """
     if corpus.vocab_size > LARGEST:
         raise InputError(
-            f"masking: counts pairs of tokens in vocabularies of up to {LARGEST:,}, "
+            f"--masking: counts pairs of tokens in vocabularies of up to {LARGEST:,}, "
             f"and this one has {corpus.vocab_size:,}"
         )
     path = corpus.directory / FILE

@@ -274,7 +274,9 @@ def test_unigram_baseline():
 
 
 def test_bad_options(make, data, corpus, tokenizer):
-    with pytest.raises(InputError, match="batch_tokens: expected at least max_seq_len, 64, got 63"):
+    with pytest.raises(
+        InputError, match="--batch-tokens: expected at least --max-seq-len, 64, got 63"
+    ):
         make(batch_tokens=63)
     with pytest.raises(InputError, match=r"1 document\(s\), and one gives no random next"):
         make(np.array([0]))

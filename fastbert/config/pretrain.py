@@ -13,7 +13,6 @@ from fastbert.config.options import (
     MODEL,
     OPTIMISATION,
     OUTPUT,
-    PART,
     POSITIVE,
     SEED,
     SHARE,
@@ -121,8 +120,8 @@ class PretrainConfig:
     )
     gamma: float = option(
         0.8,
-        "Of blank, unigram, bigram-kn: share of the predicted that is changed.",
-        bounds=PART,
+        "Of blank and unigram: share of the predicted that is changed; of bigram-kn a factor.",
+        bounds=POSITIVE,
         only=Only("masking", ("blank", "unigram", "bigram-kn")),
     )
     segmenter: str = option(
@@ -208,6 +207,8 @@ class PretrainConfig:
             if getattr(self, name) not in known:
                 got = getattr(self, name)
                 raise InputError(f"--{name}: one of {', '.join(known)}, got {got!r}")
+        if self.gamma > 1 and self.masking != "bigram-kn":
+            raise InputError(f"--gamma: above 0 and at most 1, got {self.gamma}")
         if self.max_seq_len is not None and self.batch_tokens < self.max_seq_len:
             raise InputError(
                 f"--batch-tokens: expected at least --max-seq-len, {self.max_seq_len}, "

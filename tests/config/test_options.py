@@ -48,7 +48,8 @@ def test_every_number_has_bounds(config, name, value):
         config(**required, **{name: value})
 
 
-def test_gamma_is_a_share():
+def test_gamma_is_a_share_but_of_one_scheme():
+    assert PretrainConfig(masking="bigram-kn", gamma=4.0).gamma == 4.0
     with pytest.raises(InputError, match="--gamma: above 0 and at most 1, got 1000000000"):
         PretrainConfig(masking="blank", gamma=1e9)
 

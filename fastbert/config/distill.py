@@ -10,7 +10,6 @@ from fastbert.config.bert import BertConfig
 from fastbert.config.options import BELOW_ONE, MODEL, OPTIMISATION, POSITIVE, at_least, option
 from fastbert.config.pretrain import PRESETS, PretrainConfig
 
-INITS = ("teacher", "random")
 WEIGHTS = ("soft_weight", "mlm_weight", "cosine_weight")
 
 
@@ -33,6 +32,7 @@ class DistillConfig(PretrainConfig):
         f"Architecture of the student: {', '.join(PRESETS)}; by default the teacher's with half "
         "the layers.",
         group=MODEL,
+        choices=PRESETS,
     )
     layers: int = option(
         None,
@@ -45,6 +45,7 @@ class DistillConfig(PretrainConfig):
         "teacher: begins with copies of its layers; random. By default teacher, where the student "
         "has its width.",
         group=MODEL,
+        choices=("teacher", "random"),
     )
     temperature: float = option(
         2.0,
@@ -107,15 +108,11 @@ class DistillConfig(PretrainConfig):
             raise InputError(
                 "--layers: of a student of the teacher's width; leave it or --preset out"
             )
-        if self.init not in (None, *INITS):
-            raise InputError(f"--init: one of {', '.join(INITS)}, got {self.init!r}")
         if all(getattr(self, name) == 0 for name in WEIGHTS):
             raise InputError("--soft-weight: all three weights are 0, so there is nothing to learn")
 
     def _complete(self) -> None:
         """Leaves options that are None to `fitted_to`, instead of taking the preset's values."""
-        if self.preset is not None and self.preset not in PRESETS:
-            raise InputError(f"--preset: one of {', '.join(PRESETS)}, got {self.preset!r}")
 
     def placed(self) -> Self:
         """As `PretrainConfig.placed`; the path of a teacher that is on disk is absolute too."""

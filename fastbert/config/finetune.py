@@ -46,7 +46,7 @@ class FinetuneConfig:
     and options that exclude each other or do not suit the task.
     """
 
-    task: str = option(None, f"One of {', '.join(TASKS)}.")
+    task: str = option(None, f"One of {', '.join(TASKS)}.", choices=TASKS)
     train: Path = option(
         None,
         "Examples to learn from: .csv, .tsv or .jsonl with named columns; for ner CoNLL (a word "
@@ -152,7 +152,10 @@ class FinetuneConfig:
         bounds=at_least(0),
     )
     precision: str = option(
-        "auto", "auto, bf16 or fp32; auto is bf16 autocast where it is fast.", group=OPTIMISATION
+        "auto",
+        "auto, bf16 or fp32; auto is bf16 autocast where it is fast.",
+        group=OPTIMISATION,
+        choices=("auto", "bf16", "fp32"),
     )
     seed: int = option(
         0, "Seed of the head's weights, the order and dropout.", group=OPTIMISATION, bounds=SEED
@@ -161,17 +164,13 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in ("choice_column", "class_weight"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.task not in TASKS:
-            raise InputError(f"--task: one of {', '.join(TASKS)}, got {self.task!r}")
-        for name in ("train", "model"):
+        for name in ("task", "train", "model"):
             if getattr(self, name) is None:
                 raise InputError(f"--{name}: missing")
         if (self.dev is None) == (self.dev_share is None):
             what = "missing; name a file, or give --dev-share 0.1 to split --train"
             raise InputError(f"--dev: {what if self.dev is None else 'not beside --dev-share'}")
         check_options(self)
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise InputError(f"--precision: one of auto, bf16, fp32, got {self.precision!r}")
         if not self.label_separator:
             raise InputError("--label-separator: at least one character, got none")
         if self.delimiter is not None:

@@ -57,10 +57,7 @@ PRESETS = {
 }
 
 
-OPTIMIZERS = ("adamw", "lamb")
 AUTO = "auto"  # a run keeps the precision that this means where it begins
-PRECISIONS = (AUTO, "bf16", "fp16", "fp32", "fp8")
-
 
 # Options that do not change the results of a run, so they may change when it is resumed.
 _FREE = ("workers", "tokenize_workers", "cache", "log_every")
@@ -110,7 +107,9 @@ class PretrainConfig:
         only=Only("objective", ("mlm+nsp",)),
     )
     objective: str = option(
-        "mlm+nsp", "mlm+nsp: sentence pairs and both losses; mlm: full sentences, as RoBERTa."
+        "mlm+nsp",
+        "mlm+nsp: sentence pairs and both losses; mlm: full sentences, as RoBERTa.",
+        choices=("mlm+nsp", "mlm"),
     )
     mlm_probability: float = option(0.15, "Share of tokens to predict.", bounds=INSIDE)
     masking: str = option(
@@ -138,7 +137,9 @@ class PretrainConfig:
         "Processes that tokenise; 0: this one; by default all cores if the corpus is large.",
         bounds=at_least(0),
     )
-    preset: str = option("mini", f"Architecture: {', '.join(PRESETS)}.", group=MODEL)
+    preset: str = option(
+        "mini", f"Architecture: {', '.join(PRESETS)}.", group=MODEL, choices=PRESETS
+    )
     dropout: float = option(
         None,
         "Of hidden states and attention; by default the preset's.",
@@ -159,7 +160,10 @@ class PretrainConfig:
         bounds=at_least(1),
     )
     optimizer: str = option(
-        "adamw", "adamw, or lamb for large batches, with a rate of its own.", group=OPTIMISATION
+        "adamw",
+        "adamw, or lamb for large batches, with a rate of its own.",
+        group=OPTIMISATION,
+        choices=("adamw", "lamb"),
     )
     learning_rate: float = option(
         None, "Peak learning rate; by default the preset's.", group=OPTIMISATION, bounds=at_least(0)
@@ -187,6 +191,7 @@ class PretrainConfig:
         "auto, bf16, fp16, fp32 or fp8; auto is bf16 autocast where it is fast, fp8 is bf16 with "
         "the encoder's products in FP8.",
         group=OPTIMISATION,
+        choices=(AUTO, "bf16", "fp16", "fp32", "fp8"),
     )
     seed: int = option(
         0, "Seed of weights, order, masks and dropout.", group=OPTIMISATION, bounds=SEED
@@ -199,14 +204,8 @@ class PretrainConfig:
     log_every: int = option(20, "Steps between reports.", group=OUTPUT, bounds=at_least(1))
 
     def __post_init__(self) -> None:
-        self._complete()
         check_options(self)
-        if self.objective not in ("mlm+nsp", "mlm"):
-            raise InputError(f"--objective: mlm+nsp or mlm, got {self.objective!r}")
-        for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
-            if getattr(self, name) not in known:
-                got = getattr(self, name)
-                raise InputError(f"--{name}: one of {', '.join(known)}, got {got!r}")
+        self._complete()
         if self.gamma > 1 and self.masking != "bigram-kn":
             raise InputError(f"--gamma: above 0 and at most 1, got {self.gamma}")
         if self.max_seq_len is not None and self.batch_tokens < self.max_seq_len:
@@ -217,8 +216,6 @@ class PretrainConfig:
 
     def _complete(self) -> None:
         """Gives options that are None the preset's values."""
-        if self.preset not in PRESETS:
-            raise InputError(f"--preset: one of {', '.join(PRESETS)}, got {self.preset!r}")
         for name in PRESETS[self.preset]._fields:
             if getattr(self, name, ...) is None:
                 object.__setattr__(self, name, getattr(PRESETS[self.preset], name))

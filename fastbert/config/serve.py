@@ -32,6 +32,7 @@ class ServeConfig:
         "Of embeddings: mean of all tokens, or cls; by default what sentence-transformers' files "
         "in the model's directory say, else mean.",
         group=MODEL,
+        choices=POOLINGS,
     )
     max_seq_len: int | None = option(
         None,
@@ -91,8 +92,6 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if self.model is None:
             raise InputError("--model: name the directory of a model")
-        if self.pooling not in (None, *POOLINGS):
-            raise InputError(f"--pooling: one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         check_options(self)
 
     def api_key(self) -> str | None:

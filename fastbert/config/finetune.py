@@ -10,8 +10,6 @@ from fastbert.check import InputError
 from fastbert.config.options import (
     ANY,
     INSIDE,
-    MODEL,
-    OPTIMISATION,
     PART,
     POSITIVE,
     SEED,
@@ -19,6 +17,8 @@ from fastbert.config.options import (
     Only,
     at_least,
     check_options,
+    of_model,
+    of_training,
     option,
 )
 
@@ -90,76 +90,48 @@ class FinetuneConfig:
         bounds=at_least(0),
     )
     truncate: bool = option(False, "Cuts longer texts off instead (not for ner and qa).")
-    model: str = option(None, "Directory of a model or of a run, or a hub name.", group=MODEL)
-    max_answer_tokens: int = option(
-        30, "Longest answer of qa.", group=MODEL, bounds=at_least(1), only=Only("task", ("qa",))
+    model: str = of_model(None, "Directory of a model or of a run, or a hub name.")
+    max_answer_tokens: int = of_model(
+        30, "Longest answer of qa.", bounds=at_least(1), only=Only("task", ("qa",))
     )
-    null_threshold: float = option(
+    null_threshold: float = of_model(
         0.0,
         "qa answers nothing where that scores better than the best answer by more than this.",
-        group=MODEL,
         bounds=ANY,
         only=Only("task", ("qa",)),
     )
-    epochs: int = option(
-        3, "Passes over the training examples.", group=OPTIMISATION, bounds=at_least(1)
+    epochs: int = of_training(3, "Passes over the training examples.", bounds=at_least(1))
+    batch_size: int = of_training(32, "Examples of an optimizer step.", bounds=at_least(1))
+    batch_tokens: int = of_training(
+        4096, "Tokens computed at once; the results do not depend on it.", bounds=at_least(1)
     )
-    batch_size: int = option(
-        32, "Examples of an optimizer step.", group=OPTIMISATION, bounds=at_least(1)
+    learning_rate: float = of_training(5e-5, "Peak learning rate.", bounds=at_least(0))
+    layer_decay: float = of_training(
+        1.0, "Factor of the learning rate from each layer to the one below.", bounds=PART
     )
-    batch_tokens: int = option(
-        4096,
-        "Tokens computed at once; the results do not depend on it.",
-        group=OPTIMISATION,
-        bounds=at_least(1),
+    warmup_ratio: float = of_training(
+        0.1, "Share of the steps in which the learning rate rises.", bounds=SHARE
     )
-    learning_rate: float = option(
-        5e-5, "Peak learning rate.", group=OPTIMISATION, bounds=at_least(0)
+    weight_decay: float = of_training(
+        0.01, "AdamW's, on all but biases and LayerNorm.", bounds=at_least(0)
     )
-    layer_decay: float = option(
-        1.0,
-        "Factor of the learning rate from each layer to the one below.",
-        group=OPTIMISATION,
-        bounds=PART,
+    max_grad_norm: float = of_training(
+        1.0, "Gradients are scaled down to this norm.", bounds=POSITIVE
     )
-    warmup_ratio: float = option(
-        0.1,
-        "Share of the steps in which the learning rate rises.",
-        group=OPTIMISATION,
-        bounds=SHARE,
-    )
-    weight_decay: float = option(
-        0.01,
-        "AdamW's, on all but biases and LayerNorm.",
-        group=OPTIMISATION,
-        bounds=at_least(0),
-    )
-    max_grad_norm: float = option(
-        1.0, "Gradients are scaled down to this norm.", group=OPTIMISATION, bounds=POSITIVE
-    )
-    class_weight: tuple[str, ...] = option(
+    class_weight: tuple[str, ...] = of_training(
         (),
         f"{BALANCED}, or LABEL=WEIGHT once for each label whose weight is not 1.",
-        group=OPTIMISATION,
     )
-    metric: str | None = option(
-        None, "What the best epoch is best in; by default the task's.", group=OPTIMISATION
+    metric: str | None = of_training(None, "What the best epoch is best in; by default the task's.")
+    patience: int = of_training(
+        0, "Stops after this many epochs without a better one; 0 never.", bounds=at_least(0)
     )
-    patience: int = option(
-        0,
-        "Stops after this many epochs without a better one; 0 never.",
-        group=OPTIMISATION,
-        bounds=at_least(0),
-    )
-    precision: str = option(
+    precision: str = of_training(
         "auto",
         "auto, bf16 or fp32; auto is bf16 autocast where it is fast.",
-        group=OPTIMISATION,
         choices=("auto", "bf16", "fp32"),
     )
-    seed: int = option(
-        0, "Seed of the head's weights, the order and dropout.", group=OPTIMISATION, bounds=SEED
-    )
+    seed: int = of_training(0, "Seed of the head's weights, the order and dropout.", bounds=SEED)
 
     def __post_init__(self) -> None:
         for name in ("choice_column", "class_weight"):

@@ -5,6 +5,7 @@ built from these fields, and `check_options` checks their values.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import warnings
@@ -77,6 +78,13 @@ def option(
     shown = {"help": text, "hidden": hidden, "rich_help_panel": group}
     checked = {"bounds": bounds, "choices": tuple(choices), "only": only}
     return dataclasses.field(default=default, metadata={"shown": shown, **checked})
+
+
+of_model = functools.partial(option, group=MODEL)
+of_training = functools.partial(option, group=OPTIMISATION)
+of_output = functools.partial(option, group=OUTPUT)
+of_server = functools.partial(option, group=SERVER)
+of_limits = functools.partial(option, group=LIMITS)
 
 
 def check_options(config: Any) -> None:

@@ -263,15 +263,10 @@ def _shares(lengths: NDArray[np.int64], parts: int) -> list[NDArray[np.int64]]:
     return [order[part == number] for number in range(parts)]
 
 
-def heldout_batches(
-    data: PretrainingData, *, rank: int = 0, world_size: int = 1
-) -> Iterator[PackedBatch]:
-    """Each batch of epoch 0 once, including the last, smaller one; rank r has every n-th from r.
-
-    n is `world_size`.
-    """
+def heldout_batches(data: PretrainingData) -> Iterator[PackedBatch]:
+    """Each batch of epoch 0 once, including the last, smaller one."""
     epoch = data._plan(0)
-    for index in range(rank, epoch.num_batches, world_size):
+    for index in range(epoch.num_batches):
         yield data._pack(epoch, epoch.batch(index))
 
 

@@ -253,8 +253,6 @@ def test_heldout_batches_hold_every_example_once(make, corpus):
     for _ in range(2):
         data.batch(data._plan(0).num_batches + 5)  # another epoch in between changes nothing
         assert sequences(list(heldout_batches(data))) == sequences(batches)
-    shared = [b for rank in range(3) for b in heldout_batches(data, rank=rank, world_size=3)]
-    assert sequences(shared) == sequences(batches)
 
 
 def test_a_corpus_smaller_than_a_batch_is_one_batch(make):

@@ -24,10 +24,8 @@ from fastbert.config.options import (
 
 TASKS = ("classification", "multilabel", "regression", "ner", "qa", "choice")
 WINDOWS = tuple(task for task in TASKS if task != "choice")  # can read long texts in windows
-BALANCED = "balanced"
-
-
 TABLES = tuple(task for task in TASKS if task not in ("ner", "qa"))
+BALANCED = "balanced"
 
 
 def read_delimiter(given: str) -> str:
@@ -36,6 +34,14 @@ def read_delimiter(given: str) -> str:
     if len(meant) != 1 or meant in '"\r\n':
         raise InputError(f"--delimiter: one character, such as ';' or \\t, got {given!r}")
     return meant
+
+
+def check_length(task: str, stride: int | None, truncate: bool) -> None:
+    """Raises InputError for an option on long texts that the task does not have."""
+    if stride is not None and task not in WINDOWS:
+        raise InputError(f"--stride: not for {task}, only for {', '.join(WINDOWS)}")
+    if truncate and (task in ("ner", "qa") or stride is not None):
+        raise InputError("--truncate: not for ner and qa, nor beside --stride")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,10 +156,7 @@ class FinetuneConfig:
         self._check_against_the_task()
 
     def _check_against_the_task(self) -> None:
-        if self.stride is not None and self.task not in WINDOWS:
-            raise InputError(f"--stride: not for {self.task}, only for {', '.join(WINDOWS)}")
-        if self.truncate and (self.task in ("ner", "qa") or self.stride is not None):
-            raise InputError("--truncate: not for ner and qa, nor beside --stride")
+        check_length(self.task, self.stride, self.truncate)
         if bool(self.choice_column) != (self.task == "choice"):
             raise InputError("--choice-column: needed for the task choice, and only there")
         if self.class_weight and self.task not in ("classification", "multilabel", "ner"):

@@ -9,7 +9,7 @@ import torch
 from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.config.bert import BertConfig
-from fastbert.config.finetune import TABLES, WINDOWS, read_delimiter
+from fastbert.config.finetune import TABLES, check_length, read_delimiter
 from fastbert.data import load_tokenizer
 from fastbert.finetune.infer import TASK_OF, encoder_of, run, warn_of_words
 from fastbert.finetune.metrics import require_metrics
@@ -70,10 +70,7 @@ def _settings(
     settings: Settings, stride: int | None, truncate: bool, delimiter: str | None
 ) -> Settings:
     """The training's settings, with the options that are given in their place."""
-    if stride is not None and settings.task not in WINDOWS:
-        raise InputError(f"--stride: not for {settings.task}, only for {', '.join(WINDOWS)}")
-    if truncate and (settings.task in ("ner", "qa") or stride is not None):
-        raise InputError("--truncate: not for ner and qa, nor beside --stride")
+    check_length(settings.task, stride, truncate)
     if stride is not None or truncate:
         settings = settings._replace(stride=stride, truncate=truncate)
     if delimiter is not None:

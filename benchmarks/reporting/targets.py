@@ -6,12 +6,12 @@ that only move bytes, and from Hugging Face's BERT on the same batches.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.reporting.cells import Table, seconds
 from benchmarks.results import COMPILED, FASTBERT, FP8, PATCHED, PATCHED_GRAPHS, SDPA, Row
 
-LARGE, BASE = "large", "base"
+BOTH = BASE, LARGE = "base", "large"
 BYTES = ("dropout_add_layer_norm", "bias_gelu", "embedding_layer_norm", "gather_rows")
 
 
@@ -39,19 +39,24 @@ class Target(NamedTuple):
         return value <= self.goal if self.is_limit else value >= self.goal
 
 
-def ratio(part: str, lengths: str, other: str, presets: tuple[str, ...]) -> Callable:
-    """The time of another candidate over fastbert's, on the same batches."""
+def times(part: str, one: str, other: str, **case: Any) -> Callable:
+    """The time of a candidate over that of another, on the same batches."""
 
     def measured(rows: list[Row]) -> Iterable[float]:
-        for row in _of(rows, part, lengths, presets):
-            if {FASTBERT, other} <= row["timings"].keys():
-                yield _median(row, other) / _median(row, FASTBERT)
+        for row in _of(rows, part, **case):
+            if {one, other} <= row["timings"].keys():
+                yield _median(row, one) / _median(row, other)
 
     return measured
 
 
+def step(lengths: str, other: str) -> Callable:
+    """The time of another's pre-training step over fastbert's."""
+    return times("steps", other, FASTBERT, lengths=lengths, preset=BOTH)
+
+
 def memory(rows: list[Row]) -> Iterable[float]:
-    for row in _of(rows, "steps", "wikipedia", (BASE, LARGE)):
+    for row in _of(rows, "steps", lengths="wikipedia", preset=BOTH):
         peaks = [row["timings"].get(by, {}).get("memory_held_bytes") for by in (FASTBERT, SDPA)]
         if all(peaks):
             yield peaks[0] / peaks[1]
@@ -61,7 +66,7 @@ def timing(part: str, lengths: str, preset: str, key: str, by: str = FASTBERT) -
     """A figure of fastbert's timing, the best of with and without a CUDA graph."""
 
     def measured(rows: list[Row]) -> Iterable[float]:
-        for row in _of(rows, part, lengths, (preset,)):
+        for row in _of(rows, part, lengths=lengths, preset=preset):
             own = [t[key] for name, t in row["timings"].items() if name.startswith(by)]
             if own:
                 yield min(own) if key == "median_s" else max(own)
@@ -73,11 +78,9 @@ def share(direction: str) -> Callable:
     """The share of a copy's bandwidth in the same run, for operators that only move bytes."""
 
     def measured(rows: list[Row]) -> Iterable[float]:
-        for row in rows:
-            if row["part"] == "kernels" and FASTBERT in row["timings"]:
-                case = row["case"]
-                if case["operator"] in BYTES and case["direction"] == direction:
-                    yield row["timings"][FASTBERT]["share"]
+        for row in _of(rows, "kernels", operator=BYTES, direction=direction):
+            if FASTBERT in row["timings"]:
+                yield row["timings"][FASTBERT]["share"]
 
     return measured
 
@@ -86,92 +89,67 @@ def attention(direction: str) -> Callable:
     """The time of the fastest alternative, packed or padded, over fastbert's attention."""
 
     def measured(rows: list[Row]) -> Iterable[float]:
-        for row in rows:
-            if row["part"] == "kernels" and row["case"]["operator"] == "attention":
-                others = [t["median_s"] for n, t in row["timings"].items() if n != FASTBERT]
-                if row["case"]["direction"] == direction and FASTBERT in row["timings"] and others:
-                    yield min(others) / _median(row, FASTBERT)
+        for row in _of(rows, "kernels", operator="attention", direction=direction):
+            others = [t["median_s"] for n, t in row["timings"].items() if n != FASTBERT]
+            if FASTBERT in row["timings"] and others:
+                yield min(others) / _median(row, FASTBERT)
 
     return measured
 
 
 def encoding(route: str) -> Callable:
-    def measured(rows: list[Row]) -> Iterable[float]:
-        for row in rows:
-            if row["part"] == "sentence_encode" and row["case"]["route"].startswith(route):
-                yield _median(row, "unpatched") / _median(row, FASTBERT)
-
-    return measured
+    return times("sentence_encode", "unpatched", FASTBERT, route=route)
 
 
 def served(other: str) -> Callable:
     """How many times the requests a second of another server, on the same requests."""
-
-    def measured(rows: list[Row]) -> Iterable[float]:
-        for row in rows:
-            if row["part"] == "serve" and {FASTBERT, other} <= row["timings"].keys():
-                yield _median(row, other) / _median(row, FASTBERT)
-
-    return measured
+    return times("serve", other, FASTBERT)
 
 
 def sequences_a_second(rows: list[Row]) -> Iterable[float]:
-    for row in _of(rows, "inference", "384", (LARGE,)):
+    for row in _of(rows, "inference", lengths="384", preset=LARGE):
         fastest = min(t["median_s"] for n, t in row["timings"].items() if n.startswith(FASTBERT))
         yield row["case"]["sequences"] / fastest
 
 
-def small_calls(of: str, by: str) -> Callable:
+def on_host(by: str, of: str) -> Callable:
     """The share of Hugging Face's time that a call takes on the CPU with hardly any arithmetic."""
-
-    def measured(rows: list[Row]) -> Iterable[float]:
-        for row in rows:
-            is_it = row["part"] == "host" and (row["case"]["device"], row["case"]["of"]) == (
-                "cpu",
-                of,
-            )
-            if is_it and {by, SDPA} <= row["timings"].keys():
-                yield _median(row, by) / _median(row, SDPA)
-
-    return measured
+    return times("host", by, SDPA, device="cpu", of=of)
 
 
-def patched(by: str, of: str = "", sequences: int = 0, length: int = 0) -> Callable:
-    """Hugging Face's time over a patched model's, of calls on a GPU; of all that are not named."""
-
-    def measured(rows: list[Row]) -> Iterable[float]:
-        for row in rows:
-            case = row.get("case", {})
-            if row["part"] != "host" or case["device"] != "cuda":
-                continue
-            size = case["sequences"], case["length"]
-            is_it = of in ("", case["of"]) and (not sequences or size == (sequences, length))
-            if is_it and {by, SDPA} <= row["timings"].keys():
-                yield _median(row, SDPA) / _median(row, by)
-
-    return measured
+def patched(by: str, **case: Any) -> Callable:
+    """Hugging Face's time over a patched model's, of calls on a GPU."""
+    return times("host", SDPA, by, device="cuda", **case)
 
 
 def layer_on_host(rows: list[Row]) -> Iterable[float]:
     """Seconds of a layer in inference without kernels and products, of own and patched models."""
+    for row in _of(rows, "host_layers", of="inference"):
+        for timing in row["timings"].values():
+            yield timing["median_s"] - row["products"]["median_s"]
+
+
+def _of(rows: list[Row], part: str, **case: Any) -> Iterable[Row]:
+    """The rows of a part whose case has these values; a tuple stands for any of its own."""
+    wanted = {name: one if isinstance(one, tuple) else (one,) for name, one in case.items()}
     for row in rows:
-        if row["part"] == "host_layers" and row["case"]["of"] == "inference":
-            for timing in row["timings"].values():
-                yield timing["median_s"] - row["products"]["median_s"]
+        if row["part"] == part and all(row["case"].get(n) in some for n, some in wanted.items()):
+            yield row
 
 
-BOTH = (BASE, LARGE)
+def _median(row: Row, name: str) -> float:
+    return row["timings"][name]["median_s"]
+
+
 GPU = (
     Target("BERT-large, bf16, real tokens a second", 280e3, "tokens/s",
            timing("steps", "wikipedia", LARGE, "real_tokens_per_second")),
     Target("BERT-large, FP8, real tokens a second", 350e3, "tokens/s",
            timing("steps", "wikipedia", LARGE, "real_tokens_per_second", FP8)),
-    Target("step over Hugging Face's (SDPA)", 5, "x", ratio("steps", "wikipedia", SDPA, BOTH)),
-    Target("step over torch.compile's", 3, "x", ratio("steps", "wikipedia", COMPILED, BOTH)),
-    Target("step without padding over Hugging Face's (SDPA)", 1.6, "x",
-           ratio("steps", "full", SDPA, BOTH)),
-    Target("step without padding over torch.compile's", 1.25, "x",
-           ratio("steps", "full", COMPILED, BOTH)),
+    Target("step over Hugging Face's (SDPA)", 5, "x", step("wikipedia", SDPA)),
+    Target("step over torch.compile's", 3, "x", step("wikipedia", COMPILED)),
+    Target("step without padding over Hugging Face's (SDPA)", 1.6, "x", step("full", SDPA)),
+    Target("step without padding over torch.compile's", 1.25, "x", step("full", COMPILED)),
     Target("memory held for a step, of Hugging Face's (SDPA)", 0.4, "x", memory, is_limit=True),
     Target("attention forward over PyTorch's fastest", 1, "x", attention("forward")),
     Target("attention backward over PyTorch's fastest", 1, "x", attention("backward")),
@@ -185,28 +163,29 @@ GPU = (
            sequences_a_second),
     Target("patched BERT-base without graphs, over Hugging Face's", 1, "x", patched(PATCHED)),
     Target("patched, inference of 1 x 128", 5, "x",
-           patched(PATCHED_GRAPHS, "inference", 1, 128)),
+           patched(PATCHED_GRAPHS, of="inference", sequences=1, length=128)),
     Target("patched, fine-tuning step of 32 x 128", 1.5, "x",
-           patched(PATCHED_GRAPHS, "training step", 32, 128)),
+           patched(PATCHED_GRAPHS, of="training step", sequences=32, length=128)),
     Target("patched, fine-tuning step of 32 x 512, half full", 2.5, "x",
-           patched(PATCHED_GRAPHS, "training step", 32, 512)),
+           patched(PATCHED_GRAPHS, of="training step", sequences=32, length=512)),
     Target("patched, Trainer's step of 32 x 128", 1.5, "x",
-           patched(PATCHED_GRAPHS, "Trainer's step", 32, 128)),
+           patched(PATCHED_GRAPHS, of="Trainer's step", sequences=32, length=128)),
     Target("patched, Trainer's step of 32 x 512, half full", 2.5, "x",
-           patched(PATCHED_GRAPHS, "Trainer's step", 32, 512)),
+           patched(PATCHED_GRAPHS, of="Trainer's step", sequences=32, length=512)),
 )  # fmt: skip
 CPU = (
-    Target("step over Hugging Face's (SDPA)", 3, "x", ratio("steps", "wikipedia", SDPA, BOTH)),
-    Target("step without padding over Hugging Face's (SDPA)", 1.25, "x",
-           ratio("steps", "full", SDPA, BOTH)),
-    Target("sentence embeddings over a loop of mixed lengths", 3, "x", encoding("loop")),
-    Target("sentence embeddings over sentence-transformers", 1.8, "x", encoding("sentence")),
+    Target("step over Hugging Face's (SDPA)", 3, "x", step("wikipedia", SDPA)),
+    Target("step without padding over Hugging Face's (SDPA)", 1.25, "x", step("full", SDPA)),
+    Target("sentence embeddings over a loop of mixed lengths", 3, "x",
+           encoding("loop over batches of 32 as they come")),
+    Target("sentence embeddings over sentence-transformers", 1.8, "x",
+           encoding("sentence-transformers' `encode`")),
     Target("requests a second over infinity-emb", 1.5, "x", served("infinity-emb")),
     Target("requests a second over a route around `encode`", 3, "x",
            served("a route around `encode`")),
     *(
         Target(f"{of} of a tiny model, {by}, of Hugging Face's time", goal, "x",
-               small_calls(of, by), is_limit=True)
+               on_host(by, of), is_limit=True)
         for of, by, goal in (("inference", PATCHED, 1.0), ("training step", PATCHED, 1.1),
                              ("inference", FASTBERT, 0.8), ("training step", FASTBERT, 1.0))
     ),
@@ -245,14 +224,3 @@ def _figure(value: float, unit: str) -> str:
     if not unit:
         return f"{value:.0%}"
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.2f}{unit}"
-
-
-def _of(rows: list[Row], part: str, lengths: str, presets: tuple[str, ...]) -> Iterable[Row]:
-    for row in rows:
-        case = row["case"] if row["part"] == part else {}
-        if case.get("lengths") == lengths and case["preset"] in presets:
-            yield row
-
-
-def _median(row: Row, name: str) -> float:
-    return row["timings"][name]["median_s"]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 import fastbert
 from benchmarks.results import FASTBERT, FP8, Options, Results
@@ -146,20 +147,15 @@ def train(
 
 def padded(batch: PackedBatch) -> dict[str, Tensor]:
     """The batch as padded arguments, for Hugging Face's model and the reference."""
-    starts, lengths = batch.cu_seqlens[:-1, None].long(), batch.cu_seqlens.diff()[:, None]
-    places = torch.arange(batch.max_seqlen, device=batch.device)
-    is_real = places < lengths
-    tokens = torch.where(is_real, starts + places, 0)
+    lengths = batch.cu_seqlens.diff().tolist()
 
-    def spread(name: str, elsewhere: int) -> Tensor:
-        return torch.where(is_real, getattr(batch, name)[tokens], elsewhere)
+    def spread(tokens: Tensor, elsewhere: int) -> Tensor:
+        return pad_sequence(tokens.split(lengths), batch_first=True, padding_value=elsewhere)
 
-    pairs = batch.next_sentence_label
-    assert pairs is not None
     return {
-        "input_ids": spread("input_ids", 0),
-        "attention_mask": is_real.long(),
-        "token_type_ids": spread("token_type_ids", 0),
-        "labels": spread("labels", IGNORE_INDEX),
-        "next_sentence_label": pairs,
+        "input_ids": spread(batch.input_ids, 0),
+        "attention_mask": spread(torch.ones_like(batch.input_ids), 0),
+        "token_type_ids": spread(batch.token_type_ids, 0),
+        "labels": spread(batch.labels, IGNORE_INDEX),
+        "next_sentence_label": batch.next_sentence_label,
     }

@@ -8,14 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.results import Options, Results
+from benchmarks.training.noising import heldout_losses
 from fastbert.config.bert import BertConfig
 from fastbert.config.distill import DistillConfig
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.models.pretraining import BertForMaskedLM
-from fastbert.train import state
 from fastbert.train.distill.run import Distillation
 from fastbert.train.pretrain import carry_out
 from fastbert.train.recipe import Pretraining, Recipe
@@ -86,16 +84,13 @@ def _measure(recipe: Recipe, scheme: str, out: Path, results: Results) -> dict[s
     """Trains a model and adds its row; a distilled student's row also has its teacher's figures."""
     config = recipe.config
     summary = carry_out(recipe, out, resume=False, eager=False, profile=False, parallel="ddp")
-    history = torch.load(out / "latest" / state.STATE)["state"]["history"]
-    heldout = [
-        (row["step"], row["heldout_mlm_loss"]) for row in history if "heldout_mlm_loss" in row
-    ]
+    losses = heldout_losses(out)
     model = BertForMaskedLM.from_pretrained(out)
     return results.add(
         "distillation",
         {"scheme": scheme, "seed": config.seed, "steps": config.steps},
-        heldout=heldout,
-        final=heldout[-1][1],
+        heldout=losses,
+        final=losses[-1][1],
         accuracy=summary["mlm_accuracy"],
         baseline=summary["unigram_baseline"],
         parameters=sum(p.numel() for p in model.parameters()),

@@ -22,6 +22,12 @@ SCHEMES = ("bert", "blank", "unigram", "bigram-kn")
 GAMMA = {"blank": 0.8, "unigram": 0.8, "bigram-kn": 4.0}
 
 
+def heldout_losses(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of each validation of a finished run."""
+    history = torch.load(run / "latest" / state.STATE)["state"]["history"]
+    return [(row["step"], row["heldout_mlm_loss"]) for row in history if "heldout_mlm_loss" in row]
+
+
 def run(options: Options, results: Results) -> None:
     """Measures the part "noising": held-out losses of the schemes, for several seeds each."""
     base = PretrainConfig(preset="mini", steps=1500, eval_every=150, log_every=150, save_every=1500)
@@ -42,17 +48,12 @@ def run(options: Options, results: Results) -> None:
             )
             with tempfile.TemporaryDirectory() as directory:
                 summary = pretrain(config, Path(directory))
-                history = torch.load(Path(directory) / "latest" / state.STATE)["state"]["history"]
-            heldout = [
-                (row["step"], row["heldout_mlm_loss"])
-                for row in history
-                if "heldout_mlm_loss" in row
-            ]
+                losses = heldout_losses(Path(directory))
             results.add(
                 "noising",
                 {"scheme": scheme, "gamma": GAMMA.get(scheme), "seed": seed, "steps": base.steps},
-                heldout=heldout,
-                final=heldout[-1][1],
+                heldout=losses,
+                final=losses[-1][1],
                 baseline=summary["unigram_baseline"],
                 seconds=summary["seconds"],
             )

@@ -1,5 +1,6 @@
 """Time and memory that a corpus file takes to become a cache, beside the tokenizer alone."""
 
+import contextlib
 import itertools
 import json
 import random
@@ -8,10 +9,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 from tokenizers import Tokenizer
 
 from benchmarks.results import FASTBERT, Options, Results
@@ -46,17 +47,9 @@ def run(options: Options, results: Results) -> None:
         for some in (size // 2, size * 2):
             corpus = write_corpus(place / f"{some}.txt", sentences, some)
             for processes in sorted({1, data.available_cores()}):
-                command = [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.training.tokenizing",
-                    corpus,
-                    place,
-                    processes,
-                ]
-                done = subprocess.run(
-                    list(map(str, command)), capture_output=True, text=True, check=True
-                )
+                command = [sys.executable, "-m", "benchmarks.training.tokenizing"]
+                command += map(str, (corpus, place, processes))
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
                 case = {"bytes": some, "processes": processes}
                 results.add("tokenizing_memory", case, **json.loads(done.stdout))
 
@@ -106,13 +99,16 @@ def end_to_end(tokenizer: Tokenizer, corpus: Path, directory: Path, processes: i
 
 
 def peak_memory(corpus: Path, place: Path, processes: int) -> None:
-    """Prints the peak memory of this process and its children as JSON; shared pages count once."""
-    peak, done = 0, threading.Event()
+    """Prints the peak memory of this process and its descendants as JSON; shared pages count once.
+
+    A fork server starts them, so `resource.getrusage` does not count them as children.
+    """
+    own, peak, done = psutil.Process(), 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.1):
-            peak = max(peak, sum(map(proportional_set, family())))
+            peak = max(peak, sum(map(memory, (own, *own.children(recursive=True)))))
 
     watching = threading.Thread(target=watch)
     watching.start()
@@ -126,30 +122,11 @@ def peak_memory(corpus: Path, place: Path, processes: int) -> None:
     print(json.dumps({"peak_memory_bytes": peak, "seconds": seconds}))
 
 
-def family() -> Iterator[int]:
-    """Ids of this process and its descendants.
-
-    `resource.getrusage` does not count them as children, because a fork server started them.
-    """
-    found = {int(Path("/proc/self").readlink().name)}
-    yield from found
-    for stat in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parent.name)):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
-            continue
-        if parent in found:
-            found.add(int(stat.parent.name))
-            yield int(stat.parent.name)
-
-
-def proportional_set(process: int) -> int:
+def memory(process: psutil.Process) -> int:
     """Bytes of a process's memory, as Linux's Pss: n processes count 1/n of a shared page each."""
-    try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+        return process.memory_full_info().pss
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from typing import Any
 from fastbert.check import InputError, Stopped
 from fastbert.cli import training, use
 from fastbert.cli.app import app
-from fastbert.cli.options import by_option_names
 from fastbert.system.console import close_standard_streams
 
 COMMANDS = training, use  # modules whose import adds their commands to the app
@@ -34,7 +33,7 @@ def main() -> None:
     except SystemExit as end:  # click ends every command with it
         status = end.code
     except InputError as error:
-        status = _say("error", by_option_names(str(error)), 2)
+        status = _say("error", error, 2)
     except Stopped as error:
         status = _say("stopped", error, 130)
     except OSError as error:
@@ -57,4 +56,4 @@ def _warn_once(message: str) -> None:
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    _warn_once(by_option_names(str(message)))
+    _warn_once(str(message))

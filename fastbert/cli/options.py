@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -10,36 +9,12 @@ import typer
 from typer.core import TyperCommand
 
 from fastbert.check import Stopped
-from fastbert.config.distill import DistillConfig
-from fastbert.config.finetune import FinetuneConfig
-from fastbert.config.options import GROUPS, OUTPUT, dashed
-from fastbert.config.pretrain import PretrainConfig
-from fastbert.config.serve import ServeConfig
+from fastbert.config.options import GROUPS, OUTPUT
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _WIDTH = 100  # characters of a line of the help
 _NAMES = 30  # characters of the column of option names, at most
-
-# Arguments of functions, which messages name with underscores and users know as options.
-_OPTIONS = {
-    field.name
-    for config in (PretrainConfig, DistillConfig, FinetuneConfig, ServeConfig)
-    for field in dataclasses.fields(config)
-}
-_FIRST = re.compile(rf"({'|'.join(_OPTIONS)})(?=:)")  # as in "masking: one of ..."
-_INSIDE = re.compile(rf"(?<![\w./'\"-])({'|'.join(n for n in _OPTIONS if '_' in n)})(?![\w./'\"-])")
-
-
-def by_option_names(message: str) -> str:
-    """A message that begins with an argument's name, with options in place of such names.
-
-    Other messages stay as they are: there, such a name may be a word of the user's, as of a column.
-    """
-    if not _FIRST.match(message):
-        return message
-    message = _FIRST.sub(lambda m: f"--{dashed(m[0])}", message, count=1)
-    return _INSIDE.sub(lambda m: f"--{dashed(m[0])}", message)
 
 
 class Command(TyperCommand):

@@ -1,7 +1,8 @@
 """Commands that train a model: `pretrain`, `distill`, `finetune`."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
@@ -12,79 +13,64 @@ from fastbert.config.distill import DistillConfig
 from fastbert.config.finetune import FinetuneConfig
 from fastbert.config.pretrain import PretrainConfig
 
-Run = TypeVar("Run", bound=PretrainConfig)
 
-_Paths = Annotated[
-    list[Path] | None, typer.Argument(help="More of --corpus, as in --corpus a.txt b.txt.")
-]
-_Out = Annotated[Path, typer.Option(help="Directory of the run.")]
-_Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")
-]
-_Profile = Annotated[
-    bool, typer.Option("--profile", help="Write a profiler's trace of a few steps.")
-]
-_Eager = Annotated[bool, typer.Option("--eager", help="On a GPU, run steps without a CUDA graph.")]
-_Parallel = Annotated[
-    str, typer.Option(help="Under torchrun: ddp (whole weights on each GPU) or fsdp (shards).")
-]
+def _add(name: str, kind: type[PretrainConfig], about: str, example: str) -> None:
+    """Adds the command `name`, which trains on a corpus by the options of `kind`."""
+
+    @app.command(name, cls=Command, help=about, epilog=f"Example: fastbert {name} {example}")
+    @options_of(kind)
+    def command(
+        context: typer.Context,
+        paths: Annotated[
+            list[Path] | None, typer.Argument(help="More of --corpus, as in --corpus a.txt b.txt.")
+        ] = None,
+        *,
+        out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs", name),
+        resume: Annotated[
+            bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")
+        ] = False,
+        profile: Annotated[
+            bool, typer.Option("--profile", help="Write a profiler's trace of a few steps.")
+        ] = False,
+        eager: Annotated[
+            bool, typer.Option("--eager", help="On a GPU, run steps without a CUDA graph.")
+        ] = False,
+        parallel: Annotated[
+            str,
+            typer.Option(help="Under torchrun: ddp (whole weights on each GPU) or fsdp (shards)."),
+        ] = "ddp",
+        **options: Any,
+    ) -> None:
+        from fastbert.train.distill.run import distill  # slow to import: torch
+        from fastbert.train.pretrain import pretrain
+
+        config = _config_of_run(kind, context, paths, out, resume, options)
+        train: Callable[..., Any] = distill if isinstance(config, DistillConfig) else pretrain
+        train(config, out, resume=resume, eager=eager, profile=profile, parallel=parallel)
 
 
-@app.command(
-    cls=Command, epilog="Example: fastbert pretrain --corpus wiki/ --out runs/wiki --preset base"
+_add(
+    "pretrain",
+    PretrainConfig,
+    "Pre-train a BERT on text. By masked LM and next-sentence prediction, or the first alone.",
+    "--corpus wiki/ --out runs/wiki --preset base",
 )
-@options_of(PretrainConfig)
-def pretrain(
-    context: typer.Context,
-    paths: _Paths = None,
-    *,
-    out: _Out = Path("runs/pretrain"),
-    resume: _Resume = False,
-    profile: _Profile = False,
-    eager: _Eager = False,
-    parallel: _Parallel = "ddp",
-    **options: Any,
-) -> None:
-    """Pre-train a BERT on text. By masked LM and next-sentence prediction, or the first alone."""
-    from fastbert.train import pretrain as pretraining  # slow to import: torch
-
-    config = _config_of_run(PretrainConfig, context, paths, out, resume, options)
-    pretraining.pretrain(
-        config, out, resume=resume, eager=eager, profile=profile, parallel=parallel
-    )
-
-
-@app.command(
-    cls=Command,
-    epilog="Example: fastbert distill --teacher runs/wiki --corpus wiki/ --out runs/small",
+_add(
+    "distill",
+    DistillConfig,
+    "Train a smaller BERT to predict what a teacher predicts. On text, by DistilBERT's losses.",
+    "--teacher runs/wiki --corpus wiki/ --out runs/small",
 )
-@options_of(DistillConfig)
-def distill(
-    context: typer.Context,
-    paths: _Paths = None,
-    *,
-    out: _Out = Path("runs/distill"),
-    resume: _Resume = False,
-    profile: _Profile = False,
-    eager: _Eager = False,
-    parallel: _Parallel = "ddp",
-    **options: Any,
-) -> None:
-    """Train a smaller BERT to predict what a teacher predicts. On text, by DistilBERT's losses."""
-    from fastbert.train.distill.run import distill as carry_out  # slow to import: torch
-
-    config = _config_of_run(DistillConfig, context, paths, out, resume, options)
-    carry_out(config, out, resume=resume, eager=eager, profile=profile, parallel=parallel)
 
 
 def _config_of_run(
-    kind: type[Run],
+    kind: type[PretrainConfig],
     context: typer.Context,
     paths: list[Path] | None,
     out: Path,
     resume: bool,
     options: dict[str, Any],
-) -> Run:
+) -> PretrainConfig:
     """The options of a new run, or of the resumed run in `out` with the given changes.
 
     Raises InputError for an option that a resumed run must not change, and for a stray argument.

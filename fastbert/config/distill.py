@@ -7,10 +7,9 @@ from typing import Any, Self
 
 from fastbert.check import InputError
 from fastbert.config.bert import BertConfig
-from fastbert.config.options import BELOW_ONE, MODEL, OPTIMISATION, POSITIVE, at_least, option
+from fastbert.config.options import BELOW_ONE, POSITIVE, at_least, of_model, of_training, option
 from fastbert.config.pretrain import PRESETS, PretrainConfig
 
-INITS = ("teacher", "random")
 WEIGHTS = ("soft_weight", "mlm_weight", "cosine_weight")
 
 
@@ -23,48 +22,37 @@ class DistillConfig(PretrainConfig):
     InputError, which names the option, for a missing teacher or a value out of range.
     """
 
-    teacher: str = option(
+    teacher: str = of_model(
         None,
         "Directory of a model or of a run, or a hub name; with a masked-LM head.",
-        group=MODEL,
     )
-    preset: str = option(
+    preset: str = of_model(
         None,
         f"Architecture of the student: {', '.join(PRESETS)}; by default the teacher's with half "
         "the layers.",
-        group=MODEL,
+        choices=PRESETS,
     )
-    layers: int = option(
+    layers: int = of_model(
         None,
         "Layers of a student of the teacher's width; by default half the teacher's.",
-        group=MODEL,
         bounds=at_least(1),
     )
-    init: str = option(
+    init: str = of_model(
         None,
         "teacher: begins with copies of its layers; random. By default teacher, where the student "
         "has its width.",
-        group=MODEL,
+        choices=("teacher", "random"),
     )
-    temperature: float = option(
-        2.0,
-        "That both scores are divided by for the soft targets.",
-        group=OPTIMISATION,
-        bounds=POSITIVE,
+    temperature: float = of_training(
+        2.0, "That both scores are divided by for the soft targets.", bounds=POSITIVE
     )
-    soft_weight: float = option(
-        5.0,
-        "Of the loss against the teacher's probabilities.",
-        group=OPTIMISATION,
-        bounds=at_least(0),
+    soft_weight: float = of_training(
+        5.0, "Of the loss against the teacher's probabilities.", bounds=at_least(0)
     )
-    mlm_weight: float = option(
-        2.0, "Of the masked-LM loss.", group=OPTIMISATION, bounds=at_least(0)
-    )
-    cosine_weight: float = option(
+    mlm_weight: float = of_training(2.0, "Of the masked-LM loss.", bounds=at_least(0))
+    cosine_weight: float = of_training(
         None,
         "Of the cosine distance between the hidden states; by default 1, 0 for another width.",
-        group=OPTIMISATION,
         bounds=at_least(0),
     )
     max_seq_len: int = option(
@@ -72,16 +60,14 @@ class DistillConfig(PretrainConfig):
         "Longest example, in tokens; by default that of the preset nearest in width.",
         bounds=at_least(8),
     )
-    learning_rate: float = option(
+    learning_rate: float = of_training(
         None,
         "Peak learning rate; by default that of the preset nearest in width.",
-        group=OPTIMISATION,
         bounds=at_least(0),
     )
-    dropout: float = option(
+    dropout: float = of_model(
         None,
         "Of hidden states and attention; by default that of the preset nearest in width.",
-        group=MODEL,
         bounds=BELOW_ONE,
     )
     # options of pre-training that the teacher decides: setting one is an InputError
@@ -107,15 +93,11 @@ class DistillConfig(PretrainConfig):
             raise InputError(
                 "--layers: of a student of the teacher's width; leave it or --preset out"
             )
-        if self.init not in (None, *INITS):
-            raise InputError(f"--init: one of {', '.join(INITS)}, got {self.init!r}")
         if all(getattr(self, name) == 0 for name in WEIGHTS):
             raise InputError("--soft-weight: all three weights are 0, so there is nothing to learn")
 
     def _complete(self) -> None:
         """Leaves options that are None to `fitted_to`, instead of taking the preset's values."""
-        if self.preset is not None and self.preset not in PRESETS:
-            raise InputError(f"--preset: one of {', '.join(PRESETS)}, got {self.preset!r}")
 
     def placed(self) -> Self:
         """As `PretrainConfig.placed`; the path of a teacher that is on disk is absolute too."""

@@ -10,8 +10,6 @@ from fastbert.check import InputError
 from fastbert.config.options import (
     ANY,
     INSIDE,
-    MODEL,
-    OPTIMISATION,
     PART,
     POSITIVE,
     SEED,
@@ -19,15 +17,15 @@ from fastbert.config.options import (
     Only,
     at_least,
     check_options,
+    of_model,
+    of_training,
     option,
 )
 
 TASKS = ("classification", "multilabel", "regression", "ner", "qa", "choice")
 WINDOWS = tuple(task for task in TASKS if task != "choice")  # can read long texts in windows
-BALANCED = "balanced"
-
-
 TABLES = tuple(task for task in TASKS if task not in ("ner", "qa"))
+BALANCED = "balanced"
 
 
 def read_delimiter(given: str) -> str:
@@ -38,6 +36,14 @@ def read_delimiter(given: str) -> str:
     return meant
 
 
+def check_length(task: str, stride: int | None, truncate: bool) -> None:
+    """Raises InputError for an option on long texts that the task does not have."""
+    if stride is not None and task not in WINDOWS:
+        raise InputError(f"--stride: not for {task}, only for {', '.join(WINDOWS)}")
+    if truncate and (task in ("ner", "qa") or stride is not None):
+        raise InputError("--truncate: not for ner and qa, nor beside --stride")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """All that determines a fine-tuning run; the command line's options are these fields.
@@ -46,7 +52,7 @@ class FinetuneConfig:
     and options that exclude each other or do not suit the task.
     """
 
-    task: str = option(None, f"One of {', '.join(TASKS)}.")
+    task: str = option(None, f"One of {', '.join(TASKS)}.", choices=TASKS)
     train: Path = option(
         None,
         "Examples to learn from: .csv, .tsv or .jsonl with named columns; for ner CoNLL (a word "
@@ -90,88 +96,59 @@ class FinetuneConfig:
         bounds=at_least(0),
     )
     truncate: bool = option(False, "Cuts longer texts off instead (not for ner and qa).")
-    model: str = option(None, "Directory of a model or of a run, or a hub name.", group=MODEL)
-    max_answer_tokens: int = option(
-        30, "Longest answer of qa.", group=MODEL, bounds=at_least(1), only=Only("task", ("qa",))
+    model: str = of_model(None, "Directory of a model or of a run, or a hub name.")
+    max_answer_tokens: int = of_model(
+        30, "Longest answer of qa.", bounds=at_least(1), only=Only("task", ("qa",))
     )
-    null_threshold: float = option(
+    null_threshold: float = of_model(
         0.0,
         "qa answers nothing where that scores better than the best answer by more than this.",
-        group=MODEL,
         bounds=ANY,
         only=Only("task", ("qa",)),
     )
-    epochs: int = option(
-        3, "Passes over the training examples.", group=OPTIMISATION, bounds=at_least(1)
+    epochs: int = of_training(3, "Passes over the training examples.", bounds=at_least(1))
+    batch_size: int = of_training(32, "Examples of an optimizer step.", bounds=at_least(1))
+    batch_tokens: int = of_training(
+        4096, "Tokens computed at once; the results do not depend on it.", bounds=at_least(1)
     )
-    batch_size: int = option(
-        32, "Examples of an optimizer step.", group=OPTIMISATION, bounds=at_least(1)
+    learning_rate: float = of_training(5e-5, "Peak learning rate.", bounds=at_least(0))
+    layer_decay: float = of_training(
+        1.0, "Factor of the learning rate from each layer to the one below.", bounds=PART
     )
-    batch_tokens: int = option(
-        4096,
-        "Tokens computed at once; the results do not depend on it.",
-        group=OPTIMISATION,
-        bounds=at_least(1),
+    warmup_ratio: float = of_training(
+        0.1, "Share of the steps in which the learning rate rises.", bounds=SHARE
     )
-    learning_rate: float = option(
-        5e-5, "Peak learning rate.", group=OPTIMISATION, bounds=at_least(0)
+    weight_decay: float = of_training(
+        0.01, "AdamW's, on all but biases and LayerNorm.", bounds=at_least(0)
     )
-    layer_decay: float = option(
-        1.0,
-        "Factor of the learning rate from each layer to the one below.",
-        group=OPTIMISATION,
-        bounds=PART,
+    max_grad_norm: float = of_training(
+        1.0, "Gradients are scaled down to this norm.", bounds=POSITIVE
     )
-    warmup_ratio: float = option(
-        0.1,
-        "Share of the steps in which the learning rate rises.",
-        group=OPTIMISATION,
-        bounds=SHARE,
-    )
-    weight_decay: float = option(
-        0.01,
-        "AdamW's, on all but biases and LayerNorm.",
-        group=OPTIMISATION,
-        bounds=at_least(0),
-    )
-    max_grad_norm: float = option(
-        1.0, "Gradients are scaled down to this norm.", group=OPTIMISATION, bounds=POSITIVE
-    )
-    class_weight: tuple[str, ...] = option(
+    class_weight: tuple[str, ...] = of_training(
         (),
         f"{BALANCED}, or LABEL=WEIGHT once for each label whose weight is not 1.",
-        group=OPTIMISATION,
     )
-    metric: str | None = option(
-        None, "What the best epoch is best in; by default the task's.", group=OPTIMISATION
+    metric: str | None = of_training(None, "What the best epoch is best in; by default the task's.")
+    patience: int = of_training(
+        0, "Stops after this many epochs without a better one; 0 never.", bounds=at_least(0)
     )
-    patience: int = option(
-        0,
-        "Stops after this many epochs without a better one; 0 never.",
-        group=OPTIMISATION,
-        bounds=at_least(0),
+    precision: str = of_training(
+        "auto",
+        "auto, bf16 or fp32; auto is bf16 autocast where it is fast.",
+        choices=("auto", "bf16", "fp32"),
     )
-    precision: str = option(
-        "auto", "auto, bf16 or fp32; auto is bf16 autocast where it is fast.", group=OPTIMISATION
-    )
-    seed: int = option(
-        0, "Seed of the head's weights, the order and dropout.", group=OPTIMISATION, bounds=SEED
-    )
+    seed: int = of_training(0, "Seed of the head's weights, the order and dropout.", bounds=SEED)
 
     def __post_init__(self) -> None:
         for name in ("choice_column", "class_weight"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.task not in TASKS:
-            raise InputError(f"--task: one of {', '.join(TASKS)}, got {self.task!r}")
-        for name in ("train", "model"):
+        for name in ("task", "train", "model"):
             if getattr(self, name) is None:
                 raise InputError(f"--{name}: missing")
         if (self.dev is None) == (self.dev_share is None):
             what = "missing; name a file, or give --dev-share 0.1 to split --train"
             raise InputError(f"--dev: {what if self.dev is None else 'not beside --dev-share'}")
         check_options(self)
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise InputError(f"--precision: one of auto, bf16, fp32, got {self.precision!r}")
         if not self.label_separator:
             raise InputError("--label-separator: at least one character, got none")
         if self.delimiter is not None:
@@ -179,10 +156,7 @@ class FinetuneConfig:
         self._check_against_the_task()
 
     def _check_against_the_task(self) -> None:
-        if self.stride is not None and self.task not in WINDOWS:
-            raise InputError(f"--stride: not for {self.task}, only for {', '.join(WINDOWS)}")
-        if self.truncate and (self.task in ("ner", "qa") or self.stride is not None):
-            raise InputError("--truncate: not for ner and qa, nor beside --stride")
+        check_length(self.task, self.stride, self.truncate)
         if bool(self.choice_column) != (self.task == "choice"):
             raise InputError("--choice-column: needed for the task choice, and only there")
         if self.class_weight and self.task not in ("classification", "multilabel", "ner"):

@@ -5,9 +5,11 @@ built from these fields, and `check_options` checks their values.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,22 +65,30 @@ def option(
     *,
     group: str = DATA,
     bounds: Bounds | None = None,
+    choices: Iterable[str] = (),
     only: Only | None = None,
     hidden: bool = False,
 ) -> Any:
     """A dataclass field of a run's options.
 
     text: help of the command line; group: heading in the help, one of GROUPS; bounds: allowed
-    numbers; only: when the option has an effect; hidden: whether the help leaves the option out
+    numbers; choices: allowed texts; only: when the option has an effect; hidden: whether the help
+    leaves the option out
     """
     shown = {"help": text, "hidden": hidden, "rich_help_panel": group}
-    return dataclasses.field(
-        default=default, metadata={"shown": shown, "bounds": bounds, "only": only}
-    )
+    checked = {"bounds": bounds, "choices": tuple(choices), "only": only}
+    return dataclasses.field(default=default, metadata={"shown": shown, **checked})
+
+
+of_model = functools.partial(option, group=MODEL)
+of_training = functools.partial(option, group=OPTIMISATION)
+of_output = functools.partial(option, group=OUTPUT)
+of_server = functools.partial(option, group=SERVER)
+of_limits = functools.partial(option, group=LIMITS)
 
 
 def check_options(config: Any) -> None:
-    """Raises InputError for a value out of its bounds, and warns of an option without effect.
+    """Raises InputError for a value that is not allowed, and warns of an option without effect.
 
     Replaces texts that the system's encoding could not decode, as under LC_ALL=C, by `text_of`.
     """
@@ -91,6 +101,9 @@ def check_options(config: Any) -> None:
         bounds, only = field.metadata["bounds"], field.metadata["only"]
         if bounds is not None and value is not None:
             _check_number(name, value, bounds)
+        choices = field.metadata["choices"]
+        if choices and value is not None and value not in choices:
+            raise InputError(f"{name}: one of {', '.join(choices)}, got {value!r}")
         if only is not None and value != field.default:
             beside = getattr(config, only.other)
             if beside not in only.values and not field.metadata["shown"]["hidden"]:

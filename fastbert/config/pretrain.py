@@ -10,10 +10,6 @@ from fastbert.check import InputError
 from fastbert.config.options import (
     BELOW_ONE,
     INSIDE,
-    MODEL,
-    OPTIMISATION,
-    OUTPUT,
-    PART,
     POSITIVE,
     SEED,
     SHARE,
@@ -21,6 +17,9 @@ from fastbert.config.options import (
     at_least,
     check_options,
     dashed,
+    of_model,
+    of_output,
+    of_training,
     option,
 )
 
@@ -58,10 +57,7 @@ PRESETS = {
 }
 
 
-OPTIMIZERS = ("adamw", "lamb")
 AUTO = "auto"  # a run keeps the precision that this means where it begins
-PRECISIONS = (AUTO, "bf16", "fp16", "fp32", "fp8")
-
 
 # Options that do not change the results of a run, so they may change when it is resumed.
 _FREE = ("workers", "tokenize_workers", "cache", "log_every")
@@ -111,7 +107,9 @@ class PretrainConfig:
         only=Only("objective", ("mlm+nsp",)),
     )
     objective: str = option(
-        "mlm+nsp", "mlm+nsp: sentence pairs and both losses; mlm: full sentences, as RoBERTa."
+        "mlm+nsp",
+        "mlm+nsp: sentence pairs and both losses; mlm: full sentences, as RoBERTa.",
+        choices=("mlm+nsp", "mlm"),
     )
     mlm_probability: float = option(0.15, "Share of tokens to predict.", bounds=INSIDE)
     masking: str = option(
@@ -121,8 +119,8 @@ class PretrainConfig:
     )
     gamma: float = option(
         0.8,
-        "Of blank, unigram, bigram-kn: share of the predicted that is changed.",
-        bounds=PART,
+        "Of blank and unigram: share of the predicted that is changed; of bigram-kn a factor.",
+        bounds=POSITIVE,
         only=Only("masking", ("blank", "unigram", "bigram-kn")),
     )
     segmenter: str = option(
@@ -139,75 +137,55 @@ class PretrainConfig:
         "Processes that tokenise; 0: this one; by default all cores if the corpus is large.",
         bounds=at_least(0),
     )
-    preset: str = option("mini", f"Architecture: {', '.join(PRESETS)}.", group=MODEL)
-    dropout: float = option(
-        None,
-        "Of hidden states and attention; by default the preset's.",
-        group=MODEL,
-        bounds=BELOW_ONE,
+    preset: str = of_model("mini", f"Architecture: {', '.join(PRESETS)}.", choices=PRESETS)
+    dropout: float = of_model(
+        None, "Of hidden states and attention; by default the preset's.", bounds=BELOW_ONE
     )
-    residual_in_fp32: bool = option(
-        False, "Under autocast, keep the residual stream in float32: slower.", group=MODEL
+    residual_in_fp32: bool = of_model(
+        False, "Under autocast, keep the residual stream in float32: slower."
     )
-    steps: int = option(3000, "Optimizer steps.", group=OPTIMISATION, bounds=at_least(1))
-    batch_tokens: int = option(
-        1024, "Tokens in the batch of one step.", group=OPTIMISATION, bounds=at_least(1)
+    steps: int = of_training(3000, "Optimizer steps.", bounds=at_least(1))
+    batch_tokens: int = of_training(1024, "Tokens in the batch of one step.", bounds=at_least(1))
+    accumulation: int = of_training(
+        1, "Parts that a batch is run in, to save memory.", bounds=at_least(1)
     )
-    accumulation: int = option(
-        1,
-        "Parts that a batch is run in, to save memory.",
-        group=OPTIMISATION,
-        bounds=at_least(1),
+    optimizer: str = of_training(
+        "adamw",
+        "adamw, or lamb for large batches, with a rate of its own.",
+        choices=("adamw", "lamb"),
     )
-    optimizer: str = option(
-        "adamw", "adamw, or lamb for large batches, with a rate of its own.", group=OPTIMISATION
+    learning_rate: float = of_training(
+        None, "Peak learning rate; by default the preset's.", bounds=at_least(0)
     )
-    learning_rate: float = option(
-        None, "Peak learning rate; by default the preset's.", group=OPTIMISATION, bounds=at_least(0)
+    nsp_weight: float = of_training(
+        None, "Of the next-sentence loss; by default the preset's.", bounds=at_least(0)
     )
-    nsp_weight: float = option(
-        None,
-        "Of the next-sentence loss; by default the preset's.",
-        group=OPTIMISATION,
-        bounds=at_least(0),
+    warmup_ratio: float = of_training(
+        0.1, "Share of the steps in which the learning rate rises.", bounds=SHARE
     )
-    warmup_ratio: float = option(
-        0.1,
-        "Share of the steps in which the learning rate rises.",
-        group=OPTIMISATION,
-        bounds=SHARE,
+    weight_decay: float = of_training(0.01, "On all but biases and LayerNorm.", bounds=at_least(0))
+    max_grad_norm: float = of_training(
+        1.0, "Gradients are scaled down to this norm.", bounds=POSITIVE
     )
-    weight_decay: float = option(
-        0.01, "On all but biases and LayerNorm.", group=OPTIMISATION, bounds=at_least(0)
-    )
-    max_grad_norm: float = option(
-        1.0, "Gradients are scaled down to this norm.", group=OPTIMISATION, bounds=POSITIVE
-    )
-    precision: str = option(
+    precision: str = of_training(
         "auto",
         "auto, bf16, fp16, fp32 or fp8; auto is bf16 autocast where it is fast, fp8 is bf16 with "
         "the encoder's products in FP8.",
-        group=OPTIMISATION,
+        choices=(AUTO, "bf16", "fp16", "fp32", "fp8"),
     )
-    seed: int = option(
-        0, "Seed of weights, order, masks and dropout.", group=OPTIMISATION, bounds=SEED
+    seed: int = of_training(0, "Seed of weights, order, masks and dropout.", bounds=SEED)
+    eval_every: int = of_output(100, "Steps between validations.", bounds=at_least(1))
+    eval_batches: int = of_output(
+        32, "Held-out batches that a validation reads at most.", bounds=at_least(1)
     )
-    eval_every: int = option(100, "Steps between validations.", group=OUTPUT, bounds=at_least(1))
-    eval_batches: int = option(
-        32, "Held-out batches that a validation reads at most.", group=OUTPUT, bounds=at_least(1)
-    )
-    save_every: int = option(100, "Steps between checkpoints.", group=OUTPUT, bounds=at_least(1))
-    log_every: int = option(20, "Steps between reports.", group=OUTPUT, bounds=at_least(1))
+    save_every: int = of_output(100, "Steps between checkpoints.", bounds=at_least(1))
+    log_every: int = of_output(20, "Steps between reports.", bounds=at_least(1))
 
     def __post_init__(self) -> None:
-        self._complete()
         check_options(self)
-        if self.objective not in ("mlm+nsp", "mlm"):
-            raise InputError(f"--objective: mlm+nsp or mlm, got {self.objective!r}")
-        for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
-            if getattr(self, name) not in known:
-                got = getattr(self, name)
-                raise InputError(f"--{name}: one of {', '.join(known)}, got {got!r}")
+        self._complete()
+        if self.gamma > 1 and self.masking != "bigram-kn":
+            raise InputError(f"--gamma: above 0 and at most 1, got {self.gamma}")
         if self.max_seq_len is not None and self.batch_tokens < self.max_seq_len:
             raise InputError(
                 f"--batch-tokens: expected at least --max-seq-len, {self.max_seq_len}, "
@@ -216,8 +194,6 @@ class PretrainConfig:
 
     def _complete(self) -> None:
         """Gives options that are None the preset's values."""
-        if self.preset not in PRESETS:
-            raise InputError(f"--preset: one of {', '.join(PRESETS)}, got {self.preset!r}")
         for name in PRESETS[self.preset]._fields:
             if getattr(self, name, ...) is None:
                 object.__setattr__(self, name, getattr(PRESETS[self.preset], name))

@@ -6,14 +6,13 @@ from pathlib import Path
 
 from fastbert.check import InputError
 from fastbert.config.options import (
-    LIMITS,
-    MODEL,
     POOLINGS,
-    SERVER,
     Bounds,
     at_least,
     check_options,
-    option,
+    of_limits,
+    of_model,
+    of_server,
 )
 
 KEY_VARIABLE = "FASTBERT_API_KEY"
@@ -26,73 +25,60 @@ class ServeConfig:
     Raises InputError, which names the option, for a missing model or a value out of range.
     """
 
-    model: str = option(None, "Directory of a model or of a run, or a hub name.", group=MODEL)
-    pooling: str | None = option(
+    model: str = of_model(None, "Directory of a model or of a run, or a hub name.")
+    pooling: str | None = of_model(
         None,
         "Of embeddings: mean of all tokens, or cls; by default what sentence-transformers' files "
         "in the model's directory say, else mean.",
-        group=MODEL,
+        choices=POOLINGS,
     )
-    max_seq_len: int | None = option(
+    max_seq_len: int | None = of_model(
         None,
         "Longest sequence, in tokens; by default what the model was trained for.",
-        group=MODEL,
         bounds=at_least(3),
     )
-    truncate: bool = option(
+    truncate: bool = of_model(
         False,
         "Cut longer texts off where a request does not say whether to (not for ner and qa).",
-        group=MODEL,
     )
-    precision: str | None = option(
+    precision: str | None = of_model(
         None,
         "auto, bf16, fp16 or fp32; by default that of the fine-tuning, else auto: bf16 autocast "
         "where it is fast.",
-        group=MODEL,
     )
-    batch_tokens: int | None = option(
+    batch_tokens: int | None = of_model(
         None,
         "Tokens computed at once; by default 1,024 on a CPU and 16,384 on a GPU.",
-        group=MODEL,
         bounds=at_least(1),
     )
-    host: str = option("127.0.0.1", "Address to listen at; 0.0.0.0 is all of IPv4.", group=SERVER)
-    port: int = option(
+    host: str = of_server("127.0.0.1", "Address to listen at; 0.0.0.0 is all of IPv4.")
+    port: int = of_server(
         8080,
         "Port to listen at; 0 takes a free one.",
-        group=SERVER,
         bounds=Bounds("between 0 and 65535", 0, 65535),
     )
-    api_key_file: Path | None = option(
+    api_key_file: Path | None = of_server(
         None,
         f"File with the key that requests must bear; else it is in {KEY_VARIABLE}, if that is set.",
-        group=SERVER,
     )
-    tokenize_threads: int = option(
-        2, "Threads that turn texts into tokens.", group=SERVER, bounds=Bounds("1 to 256", 1, 256)
+    tokenize_threads: int = of_server(
+        2, "Threads that turn texts into tokens.", bounds=Bounds("1 to 256", 1, 256)
     )
-    max_body: int = option(
-        2_000_000, "Largest request, in bytes.", group=LIMITS, bounds=at_least(1)
+    max_body: int = of_limits(2_000_000, "Largest request, in bytes.", bounds=at_least(1))
+    max_texts: int = of_limits(2048, "Most texts of a request.", bounds=at_least(1))
+    max_requests: int = of_limits(
+        512, "Most requests at a time; further ones are refused.", bounds=at_least(1)
     )
-    max_texts: int = option(2048, "Most texts of a request.", group=LIMITS, bounds=at_least(1))
-    max_requests: int = option(
-        512, "Most requests at a time; further ones are refused.", group=LIMITS, bounds=at_least(1)
-    )
-    max_queue: int = option(
-        8192, "Most sequences that wait for the model.", group=LIMITS, bounds=at_least(1)
-    )
-    timeout: float = option(
+    max_queue: int = of_limits(8192, "Most sequences that wait for the model.", bounds=at_least(1))
+    timeout: float = of_limits(
         60.0,
         "Seconds after which a request is given up.",
-        group=LIMITS,
         bounds=Bounds("above 0 and at most 86400", 0, 86400, low_open=True),
     )
 
     def __post_init__(self) -> None:
         if self.model is None:
             raise InputError("--model: name the directory of a model")
-        if self.pooling not in (None, *POOLINGS):
-            raise InputError(f"--pooling: one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         check_options(self)
 
     def api_key(self) -> str | None:

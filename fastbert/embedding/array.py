@@ -32,30 +32,28 @@ def embed(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     embedder = Embedder(model, device, **options)
-    texts = [Text(where, text, BEGINNING) for where, text in _texts(source, text_column, delimiter)]
+    texts = _texts(source, text_column, delimiter)
     embeddings = embedder(texts, lambda batches: tracked(batches, "embedding"))
     embedder.warn_of_words(source)
     return embeddings
 
 
-def _texts(source: Path, column: str, delimiter: str | None) -> list[tuple[str, str]]:
-    """(where, text) of the lines of a .txt or of a stream, or of the rows of a table.
+def _texts(source: Path, column: str, delimiter: str | None) -> list[Text]:
+    """The texts of a file, or of a stream's lines or, if it is a table, of its rows.
 
     Empty texts are kept, so that each line or row has its embedding.
     """
-    if source.suffix.lower() == ".parquet" and not is_stream(source):
-        return [(row.where, row.text) for row in texts_of(source, column).rows()]
-    is_table = source.suffix.lower() in (".csv", ".tsv", ".jsonl") or delimiter is not None
-    if source.suffix.lower() == ".txt" or (is_stream(source) and not is_table):
-        lines = read_text(source).split("\n")
-        if not lines[-1]:
-            lines.pop()
-        return [(f"{source}, line {i}", line.rstrip("\r")) for i, line in enumerate(lines, start=1)]
-    if not (is_table or is_stream(source)):
-        texts_of(source, column)  # refuses the ending
-    delimiter = None if delimiter is None else read_delimiter(delimiter)
-    rows = read_table(source, [column], delimiter)
-    return [(r.where, "" if r.values[column] == "" else r.text(column)) for r in rows]
+    if not is_stream(source):
+        if texts := list(texts_of(source, column, delimiter).rows()):
+            return texts
+        raise InputError(f"{source}: has no rows")
+    if delimiter is None and source.suffix.lower() not in (".csv", ".tsv", ".jsonl"):
+        lines = read_text(source).removesuffix("\n").split("\n")
+        found = [(f"{source}, line {i}", x.rstrip("\r")) for i, x in enumerate(lines, start=1)]
+    else:
+        rows = read_table(source, [column], delimiter and read_delimiter(delimiter))
+        found = [(r.where, "" if r.values[column] == "" else r.text(column)) for r in rows]
+    return [Text(where, text, BEGINNING) for where, text in found]
 
 
 def write_npy(path: str | Path, array: NDArray[Any]) -> None:

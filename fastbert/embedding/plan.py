@@ -13,7 +13,6 @@ from fastbert.data.formats.texts import BEGINNING, Mark, Texts
 from fastbert.system.files import write_json
 
 PLAN, MANIFEST = "plan.json", "manifest.json"
-FORMATS = ("npy", "parquet")
 _VERSION = 1  # of both files, and of how rows are grouped into batches
 
 

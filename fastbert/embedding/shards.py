@@ -16,17 +16,9 @@ import torch.distributed as dist
 from fastbert.check import InputError, Stopped
 from fastbert.data.formats.texts import Text, Texts, pyarrow_of, texts_of
 from fastbert.embedding.model import Embedder
-from fastbert.embedding.plan import (
-    FORMATS,
-    MANIFEST,
-    PLAN,
-    Plan,
-    identity,
-    require_same,
-    sha256,
-)
+from fastbert.embedding.plan import MANIFEST, PLAN, Plan, identity, require_same, sha256
 from fastbert.embedding.progress import RowsReporter
-from fastbert.embedding.writers import holds, writer_of
+from fastbert.embedding.writers import WRITERS, holds
 from fastbert.system.console import console
 from fastbert.system.files import new_file, require_apart
 from fastbert.train.distributed import Ranks, joined
@@ -57,8 +49,8 @@ def embed_corpus(
     missing shard, from the r-th on. Raises InputError for input that cannot be read or changes
     meanwhile and for an `out` with other contents, Stopped at Ctrl-C.
     """
-    if format not in FORMATS:
-        raise InputError(f"--format: one of {', '.join(FORMATS)}, got {format!r}")
+    if format not in WRITERS:
+        raise InputError(f"--format: one of {', '.join(WRITERS)}, got {format!r}")
     if format == "parquet":
         pyarrow_of("--format parquet")
     texts = texts_of(source, text_column, delimiter)
@@ -132,7 +124,7 @@ def _write(
     some = itertools.islice(texts.rows(plan.marks[number]), len(rows))
     with (
         new_file(out / plan.file_of(number)) as beside,
-        writer_of(beside, plan.made_from["format"], rows, embedder.width) as write,
+        WRITERS[plan.made_from["format"]](beside, rows, embedder.width) as write,
     ):
         for window in windows(some):
             write(embedder(window))

@@ -14,16 +14,6 @@ Write = Callable[[NDArray[np.float32]], object]  # takes the next rows, (n, widt
 
 
 @contextmanager
-def writer_of(path: Path, format: str, rows: range, width: int) -> Iterator[Write]:
-    """Opens a shard; the block passes its rows, in order, to the function that it gets.
-
-    format: npy or parquet; rows: the rows' numbers in the input; width: of a vector
-    """
-    with (_parquet if format == "parquet" else _npy)(path, rows, width) as write:
-        yield write
-
-
-@contextmanager
 def _npy(path: Path, rows: range, width: int) -> Iterator[Write]:
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(
@@ -49,6 +39,11 @@ def _parquet(path: Path, rows: range, width: int) -> Iterator[Write]:
             begin += len(block)
 
         yield write
+
+
+# Each opens a shard, of the rows with these numbers in the input and of vectors of this width; the
+# block passes its rows, in order, to the function that it gets.
+WRITERS = {"npy": _npy, "parquet": _parquet}
 
 
 def holds(path: Path, rows: int, width: int) -> bool:

@@ -156,18 +156,9 @@ def _beside(directory: Path, place: Path) -> dict[str, bytes]:
     copies = {}
     for name in BESIDE:
         source, target = directory / name, place / name
-        if not source.is_file():
-            if target.exists():
-                raise _Other(target)
-            continue
-        contents = source.read_bytes()
-        if not target.exists():
+        contents = source.read_bytes() if source.is_file() else None
+        if target.exists() and target.read_bytes() != contents:
+            raise InputError(f"--out: {target} is that of another model; name another directory")
+        if contents is not None and not target.exists():
             copies[name] = contents
-        elif target.read_bytes() != contents:
-            raise _Other(target)
     return copies
-
-
-class _Other(InputError):
-    def __init__(self, target: Path) -> None:
-        super().__init__(f"--out: {target} is that of another model; name another directory")

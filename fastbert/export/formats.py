@@ -4,7 +4,6 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from fastbert.check import InputError
+from fastbert.check import InputError, require_libraries
 from fastbert.export.plain import INPUTS, Plain
 
 Inputs = dict[str, Tensor]  # by the names of INPUTS, int64
@@ -109,9 +108,7 @@ def format_of(name: str) -> Format:
     """The format named; InputError if there is none, or if its packages are not installed."""
     if name not in FORMATS:
         raise InputError(f"--to: one of {', '.join(FORMATS)}, got {name!r}")
-    missing = [package for package in FORMATS[name].needs if find_spec(package) is None]
-    if missing:
-        raise InputError(f"--to {name} needs {', '.join(missing)}: pip install 'fastbert[export]'")
+    require_libraries(f"--to {name}", FORMATS[name].needs, "export")
     return FORMATS[name]
 
 

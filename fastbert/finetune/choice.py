@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,7 +16,7 @@ from fastbert.check import InputError
 from fastbert.data.formats.tables import Row
 from fastbert.finetune.features import Feature, WindowEncoder
 from fastbert.finetune.metrics import Report
-from fastbert.finetune.task import Prediction, Task, softmax, to_host
+from fastbert.finetune.task import Prediction, Scores, Task, softmax, to_host
 from fastbert.models.task_models import BertForMultipleChoice
 from fastbert.packing import PackedBatch
 
@@ -106,34 +104,22 @@ class Choice(Task):
         """The model's output with one score a sequence: questions may differ in their choices."""
         return model(batch, num_choices=1)
 
-    def loss(
-        self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float
-    ) -> Tensor:
+    def summed_loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         # all labelled questions have equally many choices, see `read`
-        logits = self.forward(model, batch, features).logits.float().view(len(features), -1)
-        targets = torch.tensor([feature.target for feature in features], device=logits.device)
-        return F.cross_entropy(logits, targets, reduction="sum") / total
+        return super().summed_loss(logits.view(len(targets), -1), targets, weights)
 
     def scores(self, output: Any, features: Sequence[Feature]) -> list[NDArray[np.float32]]:
         """(C,) for each feature of C choices."""
         ends = np.cumsum([len(feature.windows) for feature in features])
         return np.split(to_host(output.logits)[:, 0], ends[:-1])
 
-    def predict(
-        self,
-        examples: Sequence[Any],
-        features: Sequence[Feature],
-        scores: Sequence[NDArray[np.float32]],
-    ) -> list[Prediction]:
+    def prediction(
+        self, example: ChoiceExample, features: list[Feature], scores: Scores
+    ) -> Prediction:
         """choice: index of the likeliest choice; text: that choice; probabilities: of every one."""
-        return [
-            {
-                "choice": int(row.argmax()),
-                "text": example.choices[int(row.argmax())],
-                "probabilities": softmax(row),
-            }
-            for example, row in zip(examples, scores, strict=True)
-        ]
+        (row,) = scores
+        best = int(row.argmax())
+        return {"choice": best, "text": example.choices[best], "probabilities": softmax(row)}
 
     def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
         right = [p["choice"] == e.target for e, p in zip(examples, predictions, strict=True)]

@@ -1,12 +1,11 @@
 """Metrics by the field's definitions, computed by scikit-learn, SciPy and seqeval."""
 
-import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbert.check import InputError
+from fastbert.check import require_libraries
 from fastbert.data.formats.conll import LABEL
 
 _PREFIXES = {"L-": "E-", "U-": "S-", "W-": "S-", "M-": "I-"}
@@ -36,20 +35,14 @@ class Report(NamedTuple):
     tables: tuple[Table, ...] = ()
 
 
-def require_libraries(task: str, *, to_measure: bool = True) -> None:
+def require_metrics(task: str, *, to_measure: bool = True) -> None:
     """Raises InputError unless the task's libraries, of the extra `finetune`, are installed.
 
     to_measure: False if the task only predicts, for which only NER needs its library: seqeval finds
     the entities.
     """
-    for name in _LIBRARIES.get(task, ()) if to_measure or task == "ner" else ():
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            missing = (error.name or name).partition(".")[0]
-            raise InputError(
-                f"--task {task} needs {missing}: pip install 'fastbert[finetune]'"
-            ) from None
+    names = _LIBRARIES.get(task, ()) if to_measure or task == "ner" else ()
+    require_libraries(f"--task {task}", names, "finetune")
 
 
 def classification(truth: Sequence[str], predicted: Sequence[str], labels: list[str]) -> Report:

@@ -9,10 +9,10 @@ import torch
 from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.config.bert import BertConfig
-from fastbert.config.finetune import TABLES, WINDOWS, read_delimiter
+from fastbert.config.finetune import TABLES, check_length, read_delimiter
 from fastbert.data import load_tokenizer
 from fastbert.finetune.infer import TASK_OF, encoder_of, run, warn_of_words
-from fastbert.finetune.metrics import require_libraries
+from fastbert.finetune.metrics import require_metrics
 from fastbert.finetune.task import ALL, Prediction, Refused, Settings, Task
 from fastbert.models.trained import trained
 from fastbert.modules.products.weight_copies import WeightCopies
@@ -50,7 +50,7 @@ def predict(
     config = BertConfig.from_pretrained(directory)
     tokenizer = load_tokenizer(directory, model_vocab_size=config.vocab_size)
     labels = config.labels
-    require_libraries(settings.task, to_measure=False)
+    require_metrics(settings.task, to_measure=False)
     task = TASK_OF[settings.task](settings, labels)
     task.copied = tuple(copy)
     examples = task.read(source, labelled=False)
@@ -72,10 +72,7 @@ def _settings(
     settings: Settings, stride: int | None, truncate: bool, delimiter: str | None
 ) -> Settings:
     """The training's settings, with the options that are given in their place."""
-    if stride is not None and settings.task not in WINDOWS:
-        raise InputError(f"--stride: not for {settings.task}, only for {', '.join(WINDOWS)}")
-    if truncate and (settings.task in ("ner", "qa") or stride is not None):
-        raise InputError("--truncate: not for ner and qa, nor beside --stride")
+    check_length(settings.task, stride, truncate)
     if stride is not None or truncate:
         settings = settings._replace(stride=stride, truncate=truncate)
     if delimiter is not None:

@@ -15,7 +15,7 @@ from fastbert.data.formats.squad import Question, read_squad
 from fastbert.finetune.features import Feature, Window, WindowEncoder
 from fastbert.finetune.metrics import Report
 from fastbert.finetune.squad_metrics import score_answers
-from fastbert.finetune.task import Prediction, Task, by_example, softmax, to_host
+from fastbert.finetune.task import Prediction, Scores, Task, softmax, to_host
 from fastbert.models.task_models import BertForQuestionAnswering
 from fastbert.packing import PackedBatch
 
@@ -86,30 +86,13 @@ class Answering(Task):
         scores = torch.stack([output.start_logits, output.end_logits], 1)
         return np.split(to_host(scores), ends[:-1])
 
-    def predict(
-        self,
-        examples: Sequence[Any],
-        features: Sequence[Feature],
-        scores: Sequence[NDArray[np.float32]],
-    ) -> list[Prediction]:
+    def prediction(self, example: Question, features: list[Feature], scores: Scores) -> Prediction:
         """id, answer; start, end: in characters of the context; probability.
 
-        Where training had questions without an answer also null_score_difference: how much more no
-        answer scores than the best one. No answer has the text "", and None as start and end.
-        """
-        groups = by_example(features, len(examples))
-        return [
-            self._answer(e, [features[i] for i in own], [scores[i] for i in own])
-            for e, own in zip(examples, groups, strict=True)
-        ]
-
-    def _answer(
-        self, example: Question, features: list[Feature], scores: list[NDArray[np.float32]]
-    ) -> Prediction:
-        """The best answer of all windows, or no answer.
-
-        No answer scores as much as [CLS] in the window where [CLS] scores least; it is predicted if
-        it beats the best answer by more than `null_threshold`.
+        The answer is the best of all windows, or none: the text "", and None as start and end. No
+        answer scores as much as [CLS] in the window where [CLS] scores least; it is predicted if it
+        beats the best answer by more than `null_threshold`. Where training had questions without an
+        answer, there is also null_score_difference: how much more it scores than the best answer.
         """
         found = [
             candidate

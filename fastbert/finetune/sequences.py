@@ -3,6 +3,7 @@
 Their losses are softmax cross-entropy, binary cross-entropy of each label, and squared error.
 """
 
+import abc
 import contextlib
 import math
 from collections.abc import Iterable, Sequence
@@ -20,9 +21,8 @@ from fastbert.data.formats.tables import Row, clean_label
 from fastbert.finetune import metrics as measures
 from fastbert.finetune.features import Feature, WindowEncoder
 from fastbert.finetune.metrics import Report
-from fastbert.finetune.task import Prediction, Task, by_example, softmax, to_host
+from fastbert.finetune.task import Prediction, Scores, Task, by_example, softmax, to_host
 from fastbert.models.task_models import BertForSequenceClassification
-from fastbert.packing import PackedBatch
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -79,8 +79,17 @@ class _SequenceTask(Task):
         self, examples: Sequence[Any], features: Sequence[Feature], scores: Sequence[NDArray[Any]]
     ) -> list[NDArray[np.float32]]:
         """(L,) scores of each example: the mean over its windows."""
-        groups = by_example(features, len(examples))
-        return [np.mean([scores[number] for number in group], axis=0) for group in groups]
+        groups = by_example(features, scores, len(examples))
+        return [np.mean(own, axis=0) for _, own in groups]
+
+    def prediction(
+        self, example: TextExample, features: list[Feature], scores: Scores
+    ) -> Prediction:
+        return self.said(np.mean(scores, axis=0))
+
+    @abc.abstractmethod
+    def said(self, scores: NDArray[np.float32]) -> Prediction:
+        """The prediction of (L,) scores."""
 
     def model_options(self) -> dict[str, Any]:
         return super().model_options() | {"problem_type": self.problem_type}
@@ -98,28 +107,11 @@ class Classification(_SequenceTask):
     def count(self, feature: Feature) -> float:
         return 1.0 if self.weights is None else self.weights[feature.target].item()
 
-    def loss(
-        self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float
-    ) -> Tensor:
-        logits = model(batch).logits.float()
-        targets = torch.tensor([feature.target for feature in features], device=logits.device)
-        weights = None if self.weights is None else self.weights.to(logits.device)
-        return F.cross_entropy(logits, targets, weights, reduction="sum") / total
-
-    def predict(
-        self,
-        examples: Sequence[Any],
-        features: Sequence[Feature],
-        scores: Sequence[NDArray[np.float32]],
-    ) -> list[Prediction]:
+    def said(self, scores: NDArray[np.float32]) -> Prediction:
         """label: the likeliest; probability: its own; probabilities: of each label by name."""
-        predictions = []
-        for mean in self.means(examples, features, scores):
-            by_label = dict(zip(self.labels, softmax(mean), strict=True))
-            best = self.labels[int(mean.argmax())]
-            predictions.append({"label": best, "probability": by_label[best],
-                                "probabilities": by_label})  # fmt: skip
-        return predictions
+        by_label = dict(zip(self.labels, softmax(scores), strict=True))
+        best = self.labels[int(scores.argmax())]
+        return {"label": best, "probability": by_label[best], "probabilities": by_label}
 
     def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
         truth = [example.target for example in examples]
@@ -162,31 +154,18 @@ class MultiLabel(_SequenceTask):
         weights: list[float] = np.where(have * lack > 0, lack / np.maximum(have, 1), 1.0).tolist()
         return weights
 
-    def loss(
-        self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float
-    ) -> Tensor:
-        logits = model(batch).logits.float()
-        targets = torch.tensor([feature.target for feature in features], device=logits.device)
-        weights = None if self.weights is None else self.weights.to(logits.device)
+    def summed_loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         losses = F.binary_cross_entropy_with_logits(
             logits, targets, pos_weight=weights, reduction="sum"
         )
-        return losses / (total * len(self.labels))
+        return losses / len(self.labels)
 
-    def predict(
-        self,
-        examples: Sequence[Any],
-        features: Sequence[Feature],
-        scores: Sequence[NDArray[np.float32]],
-    ) -> list[Prediction]:
+    def said(self, scores: NDArray[np.float32]) -> Prediction:
         """labels: those above 0.5; probabilities: of each label by name."""
-        predictions = []
-        for mean in self.means(examples, features, scores):
-            shares = torch.from_numpy(mean).sigmoid().tolist()
-            by_label = dict(zip(self.labels, shares, strict=True))
-            chosen = [label for label, share in by_label.items() if share > 0.5]
-            predictions.append({"labels": chosen, "probabilities": by_label})
-        return predictions
+        shares = torch.from_numpy(scores).sigmoid().tolist()
+        by_label = dict(zip(self.labels, shares, strict=True))
+        chosen = [label for label, share in by_label.items() if share > 0.5]
+        return {"labels": chosen, "probabilities": by_label}
 
     def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
         truth = [example.target for example in examples]
@@ -221,21 +200,12 @@ class Regression(_SequenceTask):
     def number(self, target: float) -> float:
         return target
 
-    def loss(
-        self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float
-    ) -> Tensor:
-        logits = model(batch).logits.float()
-        targets = torch.tensor([feature.target for feature in features], device=logits.device)
-        return F.mse_loss(logits[:, 0], targets, reduction="sum") / total
+    def summed_loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        return F.mse_loss(logits[:, 0], targets, reduction="sum")
 
-    def predict(
-        self,
-        examples: Sequence[Any],
-        features: Sequence[Feature],
-        scores: Sequence[NDArray[np.float32]],
-    ) -> list[Prediction]:
+    def said(self, scores: NDArray[np.float32]) -> Prediction:
         """score: the predicted number."""
-        return [{"score": float(mean[0])} for mean in self.means(examples, features, scores)]
+        return {"score": float(scores[0])}
 
     def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
         truth = [example.target for example in examples]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,12 +19,13 @@ from fastbert.data.formats.tables import Row, clean_label, read_table
 from fastbert.finetune.features import Feature, WindowEncoder
 from fastbert.finetune.metrics import Report
 from fastbert.models.base import BertPreTrainedModel
-from fastbert.packing import PackedBatch
+from fastbert.packing import IGNORE_INDEX, PackedBatch
 
 SETTINGS = "finetune.json"
 ALL = "*"  # all columns, for --copy
 
 Prediction = dict[str, Any]
+Scores = list[NDArray[np.float32]]  # of each feature
 Example = TypeVar("Example")
 
 
@@ -133,7 +135,6 @@ class Task(abc.ABC):
         """The model's output for `batch`, which holds these features."""
         return model(batch)
 
-    @abc.abstractmethod
     def loss(
         self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float
     ) -> Tensor:
@@ -141,12 +142,23 @@ class Task(abc.ABC):
 
         total: the sum of `count` over all features of the step, of which these may be a part
         """
+        logits = self.forward(model, batch, features).logits.float()
+        targets = torch.tensor(self.targets(features), device=logits.device)
+        weights = None if self.weights is None else self.weights.to(logits.device)
+        return self.summed_loss(logits, targets, weights) / total
+
+    def targets(self, features: Sequence[Feature]) -> list[Any]:
+        """The numbers of which `loss` makes a tensor."""
+        return [feature.target for feature in features]
+
+    def summed_loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        """The sum of the losses, with the labels' weights if there are any."""
+        return F.cross_entropy(logits, targets, weights, ignore_index=IGNORE_INDEX, reduction="sum")
 
     @abc.abstractmethod
     def scores(self, output: Any, features: Sequence[Feature]) -> list[NDArray[np.float32]]:
         """The model's scores of each feature, float32 arrays in a shape of the task's own."""
 
-    @abc.abstractmethod
     def predict(
         self,
         examples: Sequence[Any],
@@ -154,6 +166,12 @@ class Task(abc.ABC):
         scores: Sequence[NDArray[np.float32]],
     ) -> list[Prediction]:
         """The prediction for each example, in order, as it is written to JSON Lines."""
+        groups = by_example(features, scores, len(examples))
+        return [self.prediction(e, *group) for e, group in zip(examples, groups, strict=True)]
+
+    @abc.abstractmethod
+    def prediction(self, example: Any, features: list[Feature], scores: Scores) -> Prediction:
+        """The prediction for an example with these features."""
 
     @abc.abstractmethod
     def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
@@ -244,12 +262,15 @@ def _warn_of_alike(labels: Sequence[str]) -> None:
             )
 
 
-def by_example(features: Sequence[Feature], num_examples: int) -> list[list[int]]:
-    """The indices of each example's features."""
-    numbers: list[list[int]] = [[] for _ in range(num_examples)]
-    for number, feature in enumerate(features):
-        numbers[feature.example].append(number)
-    return numbers
+def by_example(
+    features: Sequence[Feature], scores: Sequence[NDArray[np.float32]], num_examples: int
+) -> list[tuple[list[Feature], Scores]]:
+    """The features of each example, and their scores."""
+    groups: list[tuple[list[Feature], Scores]] = [([], []) for _ in range(num_examples)]
+    for feature, own in zip(features, scores, strict=True):
+        groups[feature.example][0].append(feature)
+        groups[feature.example][1].append(own)
+    return groups
 
 
 def to_host(scores: Tensor) -> NDArray[np.float32]:

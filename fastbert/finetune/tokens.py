@@ -5,17 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fastbert.data.formats.conll import Sentence, read_conll
 from fastbert.finetune.features import Feature, WindowEncoder, best_window
 from fastbert.finetune.metrics import Report, as_iobes, entities
-from fastbert.finetune.task import Prediction, Task, by_example, to_host
+from fastbert.finetune.task import Prediction, Scores, Task, to_host
 from fastbert.models.task_models import BertForTokenClassification
-from fastbert.packing import IGNORE_INDEX, PackedBatch
+from fastbert.packing import IGNORE_INDEX
 
 
 class WordPlaces(NamedTuple):
@@ -85,48 +82,23 @@ class Entities(Task):
         numbers = [number for number in feature.target.labels if number != IGNORE_INDEX]
         return len(numbers) if self.weights is None else float(self.weights[numbers].sum())
 
-    def loss(
-        self, model: Any, batch: PackedBatch, features: Sequence[Feature], total: float
-    ) -> Tensor:
-        logits = model(batch).logits.float()
-        targets = torch.tensor(
-            [number for feature in features for number in feature.target.labels],
-            device=logits.device,
-        )
-        weights = None if self.weights is None else self.weights.to(logits.device)
-        losses = F.cross_entropy(
-            logits, targets, weights, ignore_index=IGNORE_INDEX, reduction="sum"
-        )
-        return losses / total
+    def targets(self, features: Sequence[Feature]) -> list[int]:
+        return [number for feature in features for number in feature.target.labels]
 
     def scores(self, output: Any, features: Sequence[Feature]) -> list[NDArray[np.float32]]:
         """(T, L) logits for each feature of T tokens."""
         ends = np.cumsum([feature.num_tokens for feature in features])
         return np.split(to_host(output.logits), ends[:-1])
 
-    def predict(
-        self,
-        examples: Sequence[Any],
-        features: Sequence[Feature],
-        scores: Sequence[NDArray[np.float32]],
-    ) -> list[Prediction]:
+    def prediction(self, example: Sentence, features: list[Feature], scores: Scores) -> Prediction:
         """words, and a label for each; entities: type, words, start and end (excluded) in words."""
-        predictions = []
-        for example, own in zip(examples, by_example(features, len(examples)), strict=True):
-            labels = ["O"] * len(example.words)
-            for number in own:
-                best = scores[number].argmax(1).tolist()
-                for word, label in zip(features[number].target.words, best, strict=True):
-                    if word != IGNORE_INDEX:
-                        labels[word] = self.labels[label]
-            predictions.append(
-                {
-                    "words": list(example.words),
-                    "labels": labels,
-                    "entities": _entities(example.words, labels),
-                }
-            )
-        return predictions
+        labels = ["O"] * len(example.words)
+        for feature, own in zip(features, scores, strict=True):
+            for word, label in zip(feature.target.words, own.argmax(1).tolist(), strict=True):
+                if word != IGNORE_INDEX:
+                    labels[word] = self.labels[label]
+        found = _entities(example.words, labels)
+        return {"words": list(example.words), "labels": labels, "entities": found}
 
     def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
         return entities([e.labels for e in examples], [p["labels"] for p in predictions])

@@ -23,7 +23,7 @@ from fastbert.data import load_tokenizer, save_tokenizer
 from fastbert.data.streams import Purpose, stream
 from fastbert.finetune.features import Feature, collate, parts
 from fastbert.finetune.infer import TASK_OF, encoder_of, run, warn_of_words
-from fastbert.finetune.metrics import Report, require_libraries
+from fastbert.finetune.metrics import Report, require_metrics
 from fastbert.finetune.report import print_report, shown
 from fastbert.finetune.task import Settings, Task
 from fastbert.system import locks
@@ -58,7 +58,7 @@ def finetune(config: FinetuneConfig, out: Path, *, overwrite: bool = False) -> d
     same number of threads. Raises InputError for unusable data and options, Stopped at Ctrl-C.
     overwrite: replaces a run that `out` holds, which is removed once the data are read
     """
-    require_libraries(config.task)
+    require_metrics(config.task)
     directory = checkpoint.resolve(config.model)
     require_apart("--out", out, (), (Path(config.model), directory))
     with locks.claimed(out), _stoppable(out):

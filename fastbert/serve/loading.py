@@ -14,7 +14,7 @@ from fastbert.config.bert import BertConfig
 from fastbert.config.serve import ServeConfig
 from fastbert.data import load_tokenizer
 from fastbert.embedding.sentence_files import SentenceFiles
-from fastbert.finetune.metrics import require_libraries
+from fastbert.finetune.metrics import require_metrics
 from fastbert.finetune.task import SETTINGS, Settings
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.bert import BertModel
@@ -89,7 +89,7 @@ def load(config: ServeConfig) -> Served:
     WeightCopies(model, LOW_PRECISION.get(precision)).attach()
     prediction = None
     if settings is not None and settings.task in SERVED:
-        require_libraries(settings.task, to_measure=False)
+        require_metrics(settings.task, to_measure=False)
         labels = bert.labels
         num_texts = _num_texts(settings, is_ours=(directory / SETTINGS).is_file())
         prediction = Prediction(settings, labels, tokenizer, num_texts, config.max_queue)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastbert import checkpoint
-from fastbert.check import InputError
+from fastbert.check import InputError, require_libraries
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import loader
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
@@ -25,11 +25,11 @@ from fastbert.train.evaluate import evaluate
 from fastbert.train.optimizer import make_optimizer
 from fastbert.train.precision import make_scaler, resolve_precision
 from fastbert.train.prepare import CHANGED, PreparedText, prepare_text
-from fastbert.train.profiling import Unprofiled, profiling
+from fastbert.train.profiling import profiling
 from fastbert.train.recipe import Pretraining, Recipe, training_row
-from fastbert.train.report import Reporter, Silent, environment, plot_losses, require_libraries
+from fastbert.train.report import LIBRARIES, Nothing, Reporter, environment, plot_losses
 from fastbert.train.run_directory import SUMMARY, opened, precision_of, stoppable
-from fastbert.train.step import make_step
+from fastbert.train.step import EagerStep, as_graph
 
 MOST_SKIPPED = 20  # skipped steps in a row; halving fp16's scale from 2^16 to 1 takes only 16
 
@@ -66,7 +66,7 @@ def carry_out(
     recipe: Recipe, out: Path, *, resume: bool, eager: bool, profile: bool, parallel: str
 ) -> dict[str, Any]:
     """Trains the model of a recipe; arguments, results and errors are those of `pretrain`."""
-    require_libraries(recipe.command)
+    require_libraries(recipe.command, LIBRARIES, "train")
     config = recipe.config
     models = () if recipe.directory is None else (recipe.directory,)
     for option, directory in (("--out", out), ("--cache", config.cache)):
@@ -84,15 +84,22 @@ def carry_out(
                     run_state.discard_partial(out)
                 text = prepare_text(recipe.reading(), out, ranks.size)
             run = _set_up(recipe, config, text, out, ranks, parallel)
-        _describe(run, config, ranks, parallel)
-        _train(run, config, text, out, ranks, eager=eager, profile=profile)
-        return _finish(run, config, text, out, ranks)
+        _describe(run, parallel)
+        _train(run, eager=eager, profile=profile)
+        return _finish(run)
 
 
 class _Run(NamedTuple):
-    """The model and the state that a checkpoint restores; DDP or FSDP may wrap `objective`."""
+    """A run that is set up; from `model` on, what a checkpoint restores.
+
+    config: the recipe's, with the precision that the run has; DDP or FSDP may wrap `objective`
+    """
 
     recipe: Recipe
+    config: PretrainConfig
+    text: PreparedText
+    out: Path
+    ranks: Ranks
     model: BertForPreTraining | BertForMaskedLM
     objective: nn.Module
     optimizer: torch.optim.Optimizer
@@ -126,31 +133,14 @@ def _set_up(
         if state.teacher != recipe.teacher:
             raise InputError(f"{out}: the teacher has changed since the run began")
         console.print(f"resuming {out} at step {state.step} of {config.steps}")
-    return _Run(recipe, model, objective, optimizer, scaler, state)
+    return _Run(recipe, config, text, out, ranks, model, objective, optimizer, scaler, state)
 
 
-def _train(
-    run: _Run,
-    config: PretrainConfig,
-    text: PreparedText,
-    out: Path,
-    ranks: Ranks,
-    *,
-    eager: bool,
-    profile: bool,
-) -> None:
-    recipe, model, objective, optimizer, scaler, state = run
+def _train(run: _Run, *, eager: bool, profile: bool) -> None:
+    recipe, config, text, out, ranks, model, objective, optimizer, scaler, state = run
     device = ranks.device
-    train_step = make_step(
-        objective,
-        optimizer,
-        config,
-        text.training,
-        device,
-        scaler=scaler,
-        num_ranks=ranks.size,
-        eager=eager,
-    )
+    by_host = EagerStep(objective, optimizer, config, device, scaler=scaler, num_ranks=ranks.size)
+    train_step = by_host if eager else as_graph(by_host, text.training)
     batches = loader(
         text.training,
         state.step,
@@ -168,9 +158,10 @@ def _train(
     tokens = 0
     before = state.seconds
     started = reported = time.perf_counter()
+    profiled = profile and ranks.is_first
     with (
-        _reporter(out, state, config, ranks) as reporter,
-        _profiler(out, state, config, ranks, profile) as profiler,
+        Reporter(out, state.step, config.steps) if ranks.is_first else Nothing() as reporter,
+        profiling(out, config.steps - state.step, device) if profiled else Nothing() as profiler,
     ):
         for step, parts in zip(range(state.step, config.steps), batches, strict=True):
             found = train_step(step, parts, text.training.targets(step))
@@ -219,29 +210,9 @@ def _train(
                 run_state.save(out, model, text.tokenizer, optimizer, scaler, state, ranks)
 
 
-def _reporter(
-    out: Path, state: run_state.TrainingState, config: PretrainConfig, ranks: Ranks
-) -> Reporter | Silent:
-    return Reporter(out, start=state.step, steps=config.steps) if ranks.is_first else Silent()
-
-
-def _profiler(
-    out: Path,
-    state: run_state.TrainingState,
-    config: PretrainConfig,
-    ranks: Ranks,
-    wanted: bool,
-) -> contextlib.AbstractContextManager[Any]:
-    if not (wanted and ranks.is_first):
-        return Unprofiled()
-    return profiling(out, config.steps - state.step, ranks.device)
-
-
-def _finish(
-    run: _Run, config: PretrainConfig, text: PreparedText, out: Path, ranks: Ranks
-) -> dict[str, Any]:
+def _finish(run: _Run) -> dict[str, Any]:
     """Writes the plot and the summary of a finished run, prints its result, returns the summary."""
-    state = run.state
+    text, out, ranks, state = run.text, run.out, run.ranks, run.state
     heldout = next(row for row in reversed(state.history) if "heldout_mlm_loss" in row)
     verdict = run.recipe.verdict(run.model, heldout, text.heldout, ranks)
     summary = {
@@ -275,7 +246,8 @@ def _finish(
     return summary
 
 
-def _describe(run: _Run, config: PretrainConfig, ranks: Ranks, parallel: str) -> None:
+def _describe(run: _Run, parallel: str) -> None:
+    config, ranks = run.config, run.ranks
     size = sum(p.numel() for p in run.model.parameters()) / 1e6
     together = f", {ranks.size} processes by {parallel}" if ranks.size > 1 else ""
     console.print(

@@ -3,30 +3,20 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from fastbert.system.console import console
 from fastbert.system.files import new_file
+from fastbert.train.report import Nothing
 
 SKIPPED, WARM_UP, RECORDED = 5, 2, 3  # steps; the skipped ones include a CUDA graph's capture
 LINES = 10
 
 
-class Unprofiled(contextlib.nullcontext[Any]):
-    """A profiler that does nothing."""
-
-    def __enter__(self) -> "Unprofiled":
-        return self
-
-    def step(self) -> None:
-        pass
-
-
 @contextlib.contextmanager
-def profiling(out: Path, steps: int, device: torch.device) -> Iterator[profile | Unprofiled]:
+def profiling(out: Path, steps: int, device: torch.device) -> Iterator[profile | Nothing]:
     """A profiler of training that writes out/profile/trace.json.gz.
 
     The caller calls the profiler's `step` after each training step. The trace opens in Perfetto or
@@ -36,7 +26,7 @@ def profiling(out: Path, steps: int, device: torch.device) -> Iterator[profile |
     needed = SKIPPED + WARM_UP + RECORDED
     if steps < needed:
         console.print(f"--profile: needs {needed} steps, and {steps} are left; no trace is written")
-        yield Unprofiled()
+        yield Nothing()
         return
     path = out / "profile" / "trace.json.gz"
     on_gpu = device.type == "cuda"

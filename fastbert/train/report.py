@@ -1,13 +1,12 @@
 """The reports of a run: one live line, TensorBoard scalars, and a plot of the losses."""
 
 import contextlib
-import importlib
 import itertools
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +14,6 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 
 from fastbert._version import __version__
-from fastbert.check import InputError
 from fastbert.system.console import console
 from fastbert.system.files import new_file
 
@@ -23,16 +21,6 @@ T = TypeVar("T")
 
 PARTS = ("soft", "cosine")  # terms of the distillation loss, shown beside it
 LIBRARIES = ("tensorboard", "matplotlib")  # the extra `train`, to log and plot a run
-
-
-def require_libraries(command: str) -> None:
-    """Raises InputError, which names the `command`, if a library that logs or plots is missing."""
-    for name in LIBRARIES:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            missing = (error.name or name).partition(".")[0]
-            raise InputError(f"{command} needs {missing}: pip install 'fastbert[train]'") from None
 
 
 def tracked(items: Sequence[T], doing: str) -> Iterable[T]:
@@ -48,7 +36,7 @@ class Reporter:
     `validation` the result of `evaluate`.
     """
 
-    def __init__(self, run: Path, *, start: int, steps: int) -> None:
+    def __init__(self, run: Path, start: int, steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # needs the extra `train`
 
         self.steps = steps
@@ -151,20 +139,14 @@ class TokenizingReporter:
             console.print(self.line)
 
 
-class Silent(contextlib.nullcontext[Any]):
-    """A reporter that does nothing, for all processes but the first."""
+class Nothing(contextlib.nullcontext[Any]):
+    """Stands for a reporter or a profiler where none is wanted: its methods do nothing."""
 
-    def __enter__(self) -> "Silent":
+    def __enter__(self) -> "Nothing":
         return self
 
-    def advance(self) -> None:
-        pass
-
-    def training(self, row: dict[str, float], seconds_left: float) -> None:
-        pass
-
-    def validation(self, row: dict[str, float]) -> None:
-        pass
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
 
 
 def _accuracies(row: dict[str, float]) -> str:

@@ -9,7 +9,6 @@ step (learning rate, dropout state, the counts that losses are divided by) is in
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,38 +26,14 @@ from fastbert.train.objective import Result
 from fastbert.train.optimizer import clipped_step, linear_schedule
 from fastbert.train.precision import LOW_PRECISION, autocast, make_scaler
 
-Step = Callable[[int, list[PackedBatch], GlobalCounts], Tensor]
-
-
-def make_step(
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: PretrainConfig,
-    data: PretrainingData,
-    device: torch.device,
-    *,
-    scaler: torch.amp.GradScaler | None = None,
-    num_ranks: int = 1,
-    eager: bool = False,
-) -> Step:
-    """A function of (step number, micro-batches, counts of the whole batch) that does a step.
-
-    It returns the sums of `EagerStep.compute`. On a single GPU it replays a CUDA graph, unless
-    `eager`.
-
-    objective: a `PretrainingObjective`, as `distributed.parallelised` returns it for `num_ranks`;
-    scaler: by default a new one for the precision of `config`
-    """
-    step = EagerStep(objective, optimizer, config, device, scaler=scaler, num_ranks=num_ranks)
-    if device.type != "cuda" or eager or num_ranks > 1:
-        return step
-    # the graph includes the layers, whose own graphs would only take memory
-    buckets.allow(objective, False)
-    return GraphedStep(step, data.bucket(config.accumulation), CudaGraphs())
-
 
 class EagerStep:
-    """A step run eagerly: forward and backward of each micro-batch, clipping, optimizer."""
+    """A step run eagerly: forward and backward of each micro-batch, clipping, optimizer.
+
+    A call takes the step's number, its micro-batches and the counts of the whole batch, and returns
+    the sums of `compute`. objective: a `PretrainingObjective`, as `distributed.parallelised`
+    returns it for `num_ranks`; scaler: by default a new one for the precision of `config`
+    """
 
     def __init__(
         self,
@@ -136,6 +111,15 @@ class EagerStep:
                 result: Result = self.objective(part, *counts)
             self.scaler.scale(result.loss * self.num_ranks).backward()
         return result.sums
+
+
+def as_graph(step: EagerStep, data: PretrainingData) -> "EagerStep | GraphedStep":
+    """The step as a CUDA graph on a single GPU, elsewhere as it is; data: what it trains on."""
+    if step.device.type != "cuda" or step.num_ranks > 1:
+        return step
+    # the graph includes the layers, whose own graphs would only take memory
+    buckets.allow(step.objective, False)
+    return GraphedStep(step, data.bucket(step.config.accumulation), CudaGraphs())
 
 
 class GraphedStep:

@@ -11,7 +11,6 @@ import pytest
 from fastbert import cli
 from fastbert._version import __version__
 from fastbert.check import InputError
-from fastbert.cli.options import by_option_names
 from fastbert.config.distill import DistillConfig
 from fastbert.config.finetune import FinetuneConfig
 from fastbert.config.options import check_options, text_of
@@ -49,7 +48,8 @@ def test_every_number_has_bounds(config, name, value):
         config(**required, **{name: value})
 
 
-def test_gamma_is_a_share():
+def test_gamma_is_a_share_but_of_one_scheme():
+    assert PretrainConfig(masking="bigram-kn", gamma=4.0).gamma == 4.0
     with pytest.raises(InputError, match="--gamma: above 0 and at most 1, got 1000000000"):
         PretrainConfig(masking="blank", gamma=1e9)
 
@@ -88,21 +88,6 @@ def test_text_in_an_encoding_that_cannot_hold_it():
     config = FinetuneConfig(**CONFIGS[FinetuneConfig] | {"text_column": "t\udcc3\udca9"})
     assert config.text_column == "té"
     check_options(config)
-
-
-@pytest.mark.parametrize(
-    ("message", "wanted"),
-    [
-        ("batch_tokens: at least max_seq_len, 64", "--batch-tokens: at least --max-seq-len, 64"),
-        ("masking: one of bert", "--masking: one of bert"),
-        ("--steps: at least 1", "--steps: at least 1"),
-        ("/a/batch_size.csv, line 1: no column 'pair_column'",) * 2,
-        ("the masking: is text", "the masking: is text"),
-        ("a.csv: no column 'my text', only batch_size, label_column",) * 2,
-    ],
-)
-def test_errors_name_options(message, wanted):
-    assert by_option_names(message) == wanted
 
 
 COMMANDS = ["pretrain", "distill", "finetune", "predict", "embed", "export", "fill-mask", "info"]

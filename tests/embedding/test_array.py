@@ -84,3 +84,11 @@ def test_standard_input_is_a_text_a_line_and_the_help_says_so(model, write, monk
 def test_another_ending_is_refused_with_all_that_are_read(model, write):
     with pytest.raises(InputError, match=r"a\.png: expected one of \.txt, \.jsonl, .*\.parquet"):
         embed(model, write("a.png", "x"))
+
+
+@pytest.mark.parametrize("name", ["table.txt", "table"])
+def test_a_delimiter_makes_a_table_of_a_file_as_of_standard_input(model, write, name):
+    lines = write("lines.txt", "cat\n\ndog\n")
+    table = write(name, "n;text\n1;cat\n2;\n3;dog\n")
+    given = embed(model, table, delimiter=";", precision="fp32")
+    assert np.array_equal(given, embed(model, lines, precision="fp32"))

@@ -258,7 +258,7 @@ def test_files_of_another_model_are_left_alone(saved, tmp_path):
 
 
 def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(InputError, match=r"onnxscript: pip install 'fastbert\[export\]'"):
         formats.format_of("onnx")
     assert formats.format_of("torch").suffix == ".pt2"

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from fastbert.check import InputError
+from fastbert.check import InputError, require_libraries
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.train.distill.run import Distillation
 from fastbert.train.pretrain import pretrain
-from fastbert.train.report import LIBRARIES, Reporter, require_libraries
+from fastbert.train.report import LIBRARIES, Reporter
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +28,7 @@ def test_a_missing_library_is_named_before_anything_is_done(missing, tmp_path, m
         pretrain(PretrainConfig(corpus=(tmp_path / "none",)), tmp_path / "run")
     assert str(error.value) == f"pretrain needs {missing}: pip install 'fastbert[train]'"
     with pytest.raises(InputError, match=f"^distill needs {missing}: pip install"):
-        require_libraries(Distillation.command)
+        require_libraries(Distillation.command, LIBRARIES, "train")
     assert not (tmp_path / "run").exists()
 
 

@@ -315,7 +315,7 @@ def test_a_stopped_run_says_how_to_go_on(config, tmp_path, monkeypatch):
 
     out = tmp_path / "my run"
     with monkeypatch.context() as patch:
-        patch.setattr(module, "make_step", stop)
+        patch.setattr(module, "EagerStep", stop)
         with pytest.raises(Stopped, match=r"no checkpoint is written yet; .*--out '/.*my run'"):
             pretrain(config, out)
     pretrain(config, out, resume=True)
@@ -338,7 +338,7 @@ def test_the_death_of_a_loaders_process_is_told(read_first, config, tmp_path, mo
             raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
         time.sleep(60)
 
-    monkeypatch.setattr(module, "make_step", lambda *_, **__: step)
+    monkeypatch.setattr(module, "as_graph", lambda *_: step)
     with pytest.raises(InputError, match=r"prepares batches was killed.* fewer --workers"):
         pretrain(dataclasses.replace(config, workers=1), tmp_path / "run")
 

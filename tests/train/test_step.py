@@ -16,7 +16,7 @@ from fastbert.ops import attention_plain
 from fastbert.packing import IGNORE_INDEX
 from fastbert.train.objective import PretrainingObjective
 from fastbert.train.optimizer import make_optimizer
-from fastbert.train.step import EagerStep, GraphedStep
+from fastbert.train.step import EagerStep, GraphedStep, as_graph
 from tests.models.pretraining_case import make_batch, make_model
 from tests.train.step_case import (
     BUCKET,
@@ -247,11 +247,9 @@ def test_the_bucket_of_real_data_fits_nearly_all(corpus, tmp_path):
 
 
 def test_runs_eagerly_without_a_gpu():
-    from fastbert.train.step import make_step
-
     model = fastbert.BertForPreTraining(make_model().config)
-    step = make_step(PretrainingObjective(model), make_optimizer(model, 0.0), CONFIG, None, CPU)
-    assert isinstance(step, EagerStep)
+    step = EagerStep(PretrainingObjective(model), make_optimizer(model, 0.0), CONFIG, CPU)
+    assert as_graph(step, None) is step
 
 
 @pytest.mark.pairs

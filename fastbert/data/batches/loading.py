@@ -1,29 +1,13 @@
 """A DataLoader over global steps, whose worker processes make batches ahead of time."""
 
+import functools
+from typing import Any
+
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from fastbert.data.batches.pretraining import PretrainingData
 from fastbert.packing import PackedBatch
-
-
-class _Steps(Dataset[list[PackedBatch]]):
-    def __init__(
-        self, data: PretrainingData, steps: range, rank: int, world_size: int, micro_batches: int
-    ) -> None:
-        self.data, self.steps = data, steps
-        self.rank, self.world_size, self.micro_batches = rank, world_size, micro_batches
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, index: int) -> list[PackedBatch]:
-        return self.data.batch(
-            self.steps[index],
-            rank=self.rank,
-            world_size=self.world_size,
-            micro_batches=self.micro_batches,
-        )
 
 
 def loader(
@@ -48,10 +32,14 @@ def loader(
     """
     if start < stop:
         data.locate(start)  # plans the epoch of `start` here, so that forked workers inherit it
-    steps = _Steps(data, range(start, stop), rank, world_size, micro_batches)
+    batch = functools.partial(
+        data.batch, rank=rank, world_size=world_size, micro_batches=micro_batches
+    )
+    steps: Any = range(start, stop)  # a dataset of numbers, each of which `batch` makes a batch of
     return DataLoader(
         steps,
         batch_size=None,
+        collate_fn=batch,
         num_workers=workers,
         pin_memory=pin_memory,
         # without its own generator, the loader would draw a seed from torch's global one

@@ -67,13 +67,13 @@ def plan_pairs(
     """
     if len(docs) < 2:
         raise InputError(
-            f"corpus: {len(docs)} document(s), and one gives no random next sentence; separate "
+            f"--corpus: {len(docs)} document(s), and one gives no random next sentence; separate "
             "documents by blank lines"
         )
     if max_seq_len < NUM_SPECIAL + 2:
-        raise InputError(f"max_seq_len: expected at least {NUM_SPECIAL + 2}, got {max_seq_len}")
+        raise InputError(f"--max-seq-len: expected at least {NUM_SPECIAL + 2}, got {max_seq_len}")
     if not 0 <= short_seq_prob <= 1:
-        raise InputError(f"short_seq_prob: expected a number from 0 to 1, got {short_seq_prob}")
+        raise InputError(f"--short-seq-prob: expected a number from 0 to 1, got {short_seq_prob}")
     room = max_seq_len - NUM_SPECIAL
 
     rows = array("q")  # a list of tuples would take ten times the memory
@@ -115,7 +115,7 @@ def plan_sentences(
     """
     room = max_seq_len - 2
     if room < 1:
-        raise InputError(f"max_seq_len: expected at least 3, got {max_seq_len}")
+        raise InputError(f"--max-seq-len: expected at least 3, got {max_seq_len}")
     rows = array("q")
     for doc in docs.tolist():
         first, last = corpus.document_offsets[doc : doc + 2]

@@ -58,7 +58,8 @@ class PretrainingData:
     ) -> None:
         if batch_tokens < max_seq_len:
             raise InputError(
-                f"batch_tokens: expected at least max_seq_len, {max_seq_len}, got {batch_tokens}"
+                f"--batch-tokens: expected at least --max-seq-len, {max_seq_len}, "
+                f"got {batch_tokens}"
             )
         self.corpus = corpus
         self.docs = docs
@@ -139,7 +140,7 @@ class PretrainingData:
     def _require(self, examples: int, world_size: int, micro_batches: int) -> None:
         if examples < world_size * micro_batches:
             raise InputError(
-                f"batch_tokens: a batch of {self.batch_tokens} tokens holds {examples} "
+                f"--batch-tokens: a batch of {self.batch_tokens} tokens holds {examples} "
                 f"example(s), too few for {world_size} rank(s) x {micro_batches} micro-batch(es); "
                 "raise it, or name a larger corpus"
             )
@@ -262,15 +263,10 @@ def _shares(lengths: NDArray[np.int64], parts: int) -> list[NDArray[np.int64]]:
     return [order[part == number] for number in range(parts)]
 
 
-def heldout_batches(
-    data: PretrainingData, *, rank: int = 0, world_size: int = 1
-) -> Iterator[PackedBatch]:
-    """Each batch of epoch 0 once, including the last, smaller one; rank r has every n-th from r.
-
-    n is `world_size`.
-    """
+def heldout_batches(data: PretrainingData) -> Iterator[PackedBatch]:
+    """Each batch of epoch 0 once, including the last, smaller one."""
     epoch = data._plan(0)
-    for index in range(rank, epoch.num_batches, world_size):
+    for index in range(epoch.num_batches):
         yield data._pack(epoch, epoch.batch(index))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from fastbert.check import InputError
+from fastbert.check import InputError, require_libraries
 from fastbert.config.finetune import read_delimiter
 from fastbert.data.formats.tables import Row, delimited_rows, dialect, json_rows
 from fastbert.system.files import is_stream
@@ -221,11 +221,7 @@ def pyarrow_of(option: str) -> Any:
 
     option: the option of the command line that the message begins with
     """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError(
-            f"{option}: .parquet needs pyarrow: pip install 'fastbert[embed]'"
-        ) from None
+    require_libraries(f"{option}: .parquet", ("pyarrow.parquet",), "embed")
+    import pyarrow
+
     return pyarrow

@@ -37,7 +37,7 @@ class Masking:
     def __post_init__(self) -> None:
         if not 0 < self.probability < 1:
             raise InputError(
-                f"mlm_probability: expected a number between 0 and 1, got {self.probability}"
+                f"--mlm-probability: expected a number between 0 and 1, got {self.probability}"
             )
 
     def __call__(
@@ -75,7 +75,7 @@ SCHEMES = ("bert", "whole-word", "span", "blank", "unigram", "bigram-kn")
 def require_scheme(scheme: str) -> None:
     """Raises InputError for a masking that is not in SCHEMES."""
     if scheme not in SCHEMES:
-        raise InputError(f"masking: one of {', '.join(SCHEMES)}, got {scheme!r}")
+        raise InputError(f"--masking: one of {', '.join(SCHEMES)}, got {scheme!r}")
 
 
 def make_masking(
@@ -100,11 +100,11 @@ def make_masking(
     """
     require_scheme(scheme)
     if not gamma > 0:
-        raise InputError(f"gamma: expected a number above 0, got {gamma}")
+        raise InputError(f"--gamma: expected a number above 0, got {gamma}")
     choose = {"whole-word": selection.choose_words, "span": selection.choose_spans}
     corrupt: Corrupt = noising.BertNoise(specials, vocab_size)
     if scheme in ("blank", "unigram") and gamma > 1:
-        raise InputError(f"gamma: expected a probability for {scheme}, got {gamma}")
+        raise InputError(f"--gamma: expected a probability for {scheme}, got {gamma}")
     if scheme == "blank":
         corrupt = noising.Blank(gamma, specials)
     elif scheme in ("unigram", "bigram-kn"):

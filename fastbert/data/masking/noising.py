@@ -104,7 +104,7 @@ def _cumulative_shares(weights: NDArray[np.int64], specials: SpecialTokens) -> N
     weights = weights.astype(np.float64)
     weights[list(specials)] = 0
     if not weights.any():
-        raise InputError("masking: the corpus is too small to draw replacements from")
+        raise InputError("--masking: the corpus is too small to draw replacements from")
     shares = np.cumsum(weights / weights.sum())
     # exactly 1 in spite of rounding, so that no token after the last one with a weight is drawn
     shares[np.flatnonzero(weights)[-1] :] = 1.0

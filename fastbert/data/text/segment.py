@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fastbert.check import InputError
+from fastbert.check import InputError, require_libraries
 
 # Gives the words of a sentence, in order; what lies between them is left out, or a word too.
 Segmenter = Callable[[str], Iterable[str]]
@@ -31,7 +31,7 @@ def make_segmenter(name: str) -> Segmenter | None:
     if name == "spaces":
         return _between_spaces
     if name == "jieba":
-        _jieba()
+        require_libraries("--segmenter jieba", ("jieba",), "chinese")
         return _by_jieba
     raise InputError(f"--segmenter: one of {', '.join(SEGMENTERS)}, got {name!r}")
 
@@ -44,12 +44,8 @@ def _by_jieba(sentence: str) -> list[str]:
 
 @functools.cache
 def _jieba() -> Any:
-    try:
-        import jieba
-    except ImportError:
-        raise InputError(
-            "--segmenter jieba: not installed; pip install 'fastbert[chinese]'"
-        ) from None
+    import jieba
+
     jieba.setLogLevel("WARNING")
     return jieba
 
@@ -78,7 +74,7 @@ def continuations(sentence: str, segmenter: Segmenter) -> set[int]:
         begin = sentence.find(word, end)
         if begin < 0:
             raise InputError(
-                f"segmenter: gave the word {word!r}, which is not in {sentence[:60]!r}"
+                f"--segmenter: gave the word {word!r}, which is not in {sentence[:60]!r}"
             )
         end = begin + len(word)
         if len(word) <= LONGEST:

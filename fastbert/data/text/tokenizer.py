@@ -47,7 +47,7 @@ class SpecialTokens(NamedTuple):
 def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
     """The ids of [PAD], [UNK], [CLS], [SEP] and [MASK]; InputError if one is missing."""
     vocab = tokenizer.get_vocab()
-    _require_special_tokens(vocab, "tokenizer")
+    _require_special_tokens(vocab, "--tokenizer")
     return SpecialTokens(*(vocab[token] for token in _SPECIAL))
 
 
@@ -79,7 +79,7 @@ def train_tokenizer(
     """
     if vocab_size <= len(_SPECIAL):
         raise InputError(
-            f"vocab_size: expected more than the {len(_SPECIAL)} special tokens, got {vocab_size}"
+            f"--vocab-size: expected more than the {len(_SPECIAL)} special tokens, got {vocab_size}"
         )
     normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
     tokenizer = _wordpiece({}, normalizer)
@@ -96,7 +96,7 @@ def train_tokenizer(
         # not leave a text without words
         alphabet, inner = _alphabet(tokenizer, characters, (vocab_size - len(_SPECIAL) + 1) // 2)
         if not alphabet:
-            raise InputError("tokenizer: there is no text to train on")
+            raise InputError("--tokenizer: there is no text to train on")
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             min_frequency=2,

@@ -165,7 +165,7 @@ def _build(
         for number, part in made:
             work.add(number, part)
     if not work.tokens:
-        raise InputError("corpus: holds no text")
+        raise InputError("--corpus: holds no text")
 
     vocab_size = encoder.tokenizer.get_vocab_size()
     ordered = [part for _, part in sorted(work.parts.items())]

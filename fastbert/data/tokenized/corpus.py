@@ -73,7 +73,7 @@ class TokenizedCorpus:
         """
         if not 0 < heldout_fraction < 1:
             raise InputError(
-                f"heldout_fraction: expected a number between 0 and 1, got {heldout_fraction}"
+                f"--heldout-fraction: expected a number between 0 and 1, got {heldout_fraction}"
             )
         count = self.num_documents
         if count < (4 if pairs else 2):
@@ -81,7 +81,7 @@ class TokenizedCorpus:
             if pairs:
                 each = "two each, because one document gives no random next sentence"
             raise InputError(
-                f"corpus: {count} document(s), but training and held-out text need {each}; "
+                f"--corpus: {count} document(s), but training and held-out text need {each}; "
                 "separate documents by blank lines"
             )
         least = 2 if count >= 4 else 1

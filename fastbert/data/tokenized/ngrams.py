@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from fastbert.check import InputError
 from fastbert.data.tokenized.corpus import TokenizedCorpus
-from fastbert.data.tokenized.parts import write_file
+from fastbert.system.files import output
 
 FILE = "ngrams.npz"
 LARGEST = 2**16  # entries of a vocabulary: one bit for each pair then takes 512 MB
@@ -34,7 +34,7 @@ def ngram_counts(corpus: TokenizedCorpus) -> NgramCounts:
     """
     if corpus.vocab_size > LARGEST:
         raise InputError(
-            f"masking: counts pairs of tokens in vocabularies of up to {LARGEST:,}, "
+            f"--masking: counts pairs of tokens in vocabularies of up to {LARGEST:,}, "
             f"and this one has {corpus.vocab_size:,}"
         )
     path = corpus.directory / FILE
@@ -45,7 +45,8 @@ def ngram_counts(corpus: TokenizedCorpus) -> NgramCounts:
     except Exception:  # a missing or damaged file: the corpus is counted again
         pass
     counts = _count(corpus)
-    write_file(path, lambda file: np.savez(file, identity=corpus.identity, **counts._asdict()))
+    with output(path) as file:
+        np.savez(file, identity=corpus.identity, **counts._asdict())
     return counts
 
 

@@ -1,8 +1,8 @@
 """The parts of a cache that is being built, and how they are merged into its arrays."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +49,8 @@ def write_part(path: Path, documents_read: int, encoded: EncodedDocuments) -> Pa
     """Writes the documents' arrays as a part; raises Unwritable."""
     arrays = encoded._asdict()
     counts = (documents_read, *map(len, list(arrays.values())[1:]))
-    write_file(path, lambda file: np.savez(file, counts=np.array(counts), **arrays))
+    with output(path) as file:
+        np.savez(file, counts=np.array(counts), **arrays)
     return Part(path, *counts)
 
 
@@ -105,16 +106,7 @@ def _write_array(
         "fortran_order": False,
         "shape": (size,),
     }
-
-    def write(file: BinaryIO) -> None:
+    with output(directory / f"{name}.npy") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for array in arrays:
             file.write(array.astype(dtype, copy=False).data)
-
-    write_file(directory / f"{name}.npy", write)
-
-
-def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file atomically: `path` is either complete or unchanged. Raises Unwritable."""
-    with output(path) as file:
-        write(file)

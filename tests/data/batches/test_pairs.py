@@ -185,9 +185,9 @@ def test_bad_options(numbered):
     docs = np.arange(3)
     with pytest.raises(InputError, match=r"1 document\(s\), and one gives no random next sentence"):
         plan_pairs(corpus, docs[:1], seed=0, epoch=0, max_seq_len=20)
-    with pytest.raises(InputError, match="max_seq_len: expected at least 5, got 4"):
+    with pytest.raises(InputError, match="--max-seq-len: expected at least 5, got 4"):
         plan_pairs(corpus, docs, seed=0, epoch=0, max_seq_len=4)
-    with pytest.raises(InputError, match="short_seq_prob: expected a number from 0 to 1, got 2"):
+    with pytest.raises(InputError, match="--short-seq-prob: expected a number from 0 to 1, got 2"):
         plan_pairs(corpus, docs, seed=0, epoch=0, max_seq_len=20, short_seq_prob=2)
 
 
@@ -219,5 +219,5 @@ def test_full_sentences_use_every_token_once(numbered, seed, count, max_seq_len)
 
 
 def test_full_sentences_need_room(numbered):
-    with pytest.raises(InputError, match="max_seq_len: expected at least 3, got 2"):
+    with pytest.raises(InputError, match="--max-seq-len: expected at least 3, got 2"):
         plan_sentences(numbered([[3]]), np.arange(1), max_seq_len=2)

@@ -201,7 +201,7 @@ def test_bad_paths_and_options(tmp_path, trained):
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(InputError, match=r"tokenizer_config.json: not a JSON object"):
         load_tokenizer(tmp_path)
-    with pytest.raises(InputError, match="vocab_size: expected more than the 5 special tokens"):
+    with pytest.raises(InputError, match="--vocab-size: expected more than the 5 special tokens"):
         train_tokenizer(sentences(), 5)
     with pytest.raises(InputError, match="there is no text to train on"):
         train_tokenizer(["", " \t"], 100)

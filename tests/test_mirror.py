@@ -44,6 +44,7 @@ ELSEWHERE = {
     ),
     "modules/test_encoder.py": "modules/layer.py",
     "modules/test_plan.py": "modules/bert_layer.py",
+    "modules/whole_layer/test_results.py": "modules/whole_layer.py",
     "ops/attention/test_attention.py": "ops/attention.py ops/attention_plain.py",
     "ops/test_fp8_linear.py": "ops/fp8_plain.py",
     "ops/test_inference.py": "ops/fused.py",

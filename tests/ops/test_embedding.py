@@ -14,31 +14,6 @@ NAMES = ("y", "dword", "dposition", "dtoken_type", "dweight", "dbias")
 WORDS, POSITIONS, TYPES = 50, 40, 3
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=["triton", "reference"])
-def body(request, device):
-    try:
-        backend.load(request.param, "embedding_layer_norm", device)
-    except backend.BackendUnavailable as reason:
-        pytest.skip(str(reason))
-    with backend.use(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def triton(device):
-    try:
-        backend.load("triton", "embedding_layer_norm", device)
-    except backend.BackendUnavailable as reason:
-        pytest.skip(str(reason))
-    with backend.use("triton"):
-        yield
-
-
 @dataclasses.dataclass
 class Inputs:
     input_ids: Tensor
@@ -299,17 +274,6 @@ def test_torch_compile_gives_the_eager_result(device):
 
         traced = gradients(function, *case.parameters, dy=case.dy)
         assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
-
-
-@pytest.mark.usefixtures("triton")
-def test_a_second_derivative_is_refused(device):
-    case = inputs(3, 8, torch.float32, device)
-    ids = case.input_ids, case.position_ids, case.token_type_ids
-    leaves = [p.requires_grad_() for p in case.parameters]
-    y = embedding_layer_norm(*ids, *leaves)
-    (dword,) = torch.autograd.grad(y, leaves[0], case.dy.requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match=r'with fastbert\.backend\.use\("reference"\)'):
-        dword.sum().backward()
 
 
 def test_the_reference_is_differentiable_twice_in_float64():

@@ -210,15 +210,6 @@ def test_fullgraph_compile_gives_the_eager_result(device, triton):
         torch.testing.assert_close(a, e)
 
 
-def test_a_second_derivative_is_refused(device, triton):
-    qkv, bias = torch.randn(5, 3, 1, 16, device=device), torch.zeros(48, device=device)
-    bias.requires_grad_()
-    out = attention_qkvpacked(qkv, boundaries([5], device), 5, qkv_bias=bias)
-    (gradient,) = torch.autograd.grad(out.square().sum(), bias, create_graph=True)
-    with pytest.raises(RuntimeError, match=r'with fastbert\.backend\.use\("reference"\)'):
-        gradient.sum().backward()
-
-
 def test_wrong_biases_are_named(body, device):
     qkv, cu = torch.ones(4, 3, 3, 8, device=device), boundaries([4], device)
     for bias in (torch.ones(3, 3, 8), torch.ones(24), torch.ones(72).long()):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fastbert import backend
 from fastbert.ops.linear_cross_entropy import linear_cross_entropy
-from tests.ops.linear_cross_entropy_case import compare, inputs, ours, plain
+from tests.ops.linear_cross_entropy.case import compare, inputs, ours, plain
 from tests.oracle import gradients
 
 # rows, hidden size, classes: less than a tile and more (of 4,096), padded and not

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastbert import backend
 from fastbert.ops import linear_cross_entropy as unit
 from fastbert.ops.linear_cross_entropy import linear_cross_entropy
-from tests.ops.linear_cross_entropy_case import NAMES, compare, inputs, ours, plain
+from tests.ops.linear_cross_entropy.case import NAMES, compare, inputs, ours, plain
 from tests.oracle import gradients
 
 # NumPy, in the interpreter, remarks on infinities that are meant

@@ -5,7 +5,7 @@ import torch
 
 from fastbert import backend, rng
 from fastbert.ops.attention import attention_qkvpacked
-from tests.ops.attention.truth import TAIL, boundaries, truth_and_pytorch
+from tests.ops.attention.truth import GPU_ONLY, TAIL, boundaries, marked, truth_and_pytorch
 from tests.oracle import assert_as_accurate, gradients
 
 SITE, P = 5, 0.3
@@ -24,7 +24,6 @@ CASES = {
     "bert-base": ([512, 1, 384, 77, 0, 128, 500], 512, 12, 64),
     "bert-short": ([128, 1, 64, 77, 0, 128, 100], 128, 12, 64),
 }
-GPU_ONLY = ("bert-base", "bert-short")
 
 
 def inputs(lengths, heads, head_dim, dtype, device):
@@ -40,10 +39,7 @@ def sums(of_qkv, dtype):
 
 @pytest.mark.pairs
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(k, marks=pytest.mark.gpu) if k in GPU_ONLY else k for k in CASES],
-)
+@pytest.mark.parametrize("case", marked(CASES))
 def test_it_is_as_accurate_as_pytorchs(case, dropout, dtype, device, triton_either_way):
     if case in GPU_ONLY and device == "cpu":
         pytest.skip("too large for the interpreter")

@@ -9,6 +9,8 @@ PACKAGE = TESTS.parent / "fastbert"
 # Modules without a namesake, by the file that tests them.
 ELSEWHERE = {
     "benchmarks/test_tune.py": "kernels.py",
+    "checkpoint/test_checkpoint.py": "checkpoint.py",
+    "checkpoint/test_refusals.py": "check.py",
     "config/test_options.py": "config/finetune.py config/pretrain.py cli/options.py"
     " cli/training.py",
     "data/batches/test_pretraining.py": "data/batches/loading.py",
@@ -59,7 +61,6 @@ ELSEWHERE = {
     "serve/test_tasks.py": "fill_mask.py models/trained.py serve/abilities.py serve/predictions.py"
     " serve/routes.py serve/service.py",
     "system/test_files.py": "system/console.py system/locks.py",
-    "test_checkpoint.py": "check.py",
     "test_docs.py": "_version.py",
     "test_explain.py": "events.py",
     "train/test_distributed.py": "train/evaluate.py",

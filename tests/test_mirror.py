@@ -37,8 +37,9 @@ ELSEWHERE = {
     "hf/test_patch.py": "hf/encode.py hf/families.py hf/heads.py",
     "hf/test_promises.py": "modules/embeddings.py",
     "models/test_against_hugging_face.py": "models/bert.py models/pretraining.py reference.py",
-    "models/test_elsewhere.py": "models/arguments.py models/base.py",
+    "models/test_elsewhere.py": "models/base.py",
     "models/test_forward_options.py": "models/labelled.py models/resize.py",
+    "models/test_from_pretrained.py": "models/arguments.py",
     "models/test_task_models.py": "models/classification.py models/question_answering.py",
     "models/test_rows.py": "models/losses.py modules/sequences.py",
     "modules/graphs/test_buckets.py": (

@@ -16,7 +16,8 @@ TESTS = (
         f"tests/hf/test_{name}.py"
         for name in (
             *("attention_interface", "contract", "differences", "first_tokens"),
-            *("padding", "patch", "peft", "promises", "users_changes", "users_hooks"),
+            *("padding", "patch", "peft", "promises"),
+            *("users_calls", "users_changes", "users_hooks", "users_tables"),
         )
     ),
 )

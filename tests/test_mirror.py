@@ -35,7 +35,7 @@ ELSEWHERE = {
     "hf/test_differences.py": "hf/stack.py",
     "hf/test_lifecycle.py": "hf/classes.py",
     "hf/test_patch.py": "hf/encode.py hf/families.py hf/heads.py",
-    "hf/test_promises.py": "modules/embeddings.py",
+    "hf/test_users_tables.py": "modules/embeddings.py",
     "models/test_against_hugging_face.py": "models/bert.py models/pretraining.py reference.py",
     "models/test_elsewhere.py": "models/base.py",
     "models/test_forward_options.py": "models/labelled.py models/resize.py",

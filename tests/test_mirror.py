@@ -17,7 +17,6 @@ ELSEWHERE = {
     "data/masking/test_mlm.py": "data/masking/philox.py",
     "data/masking/test_noising.py": "data/tokenized/ngrams.py",
     "data/text/test_corpus.py": "data/text/files.py data/text/python_docs.py",
-    "data/tokenized/test_workers.py": "data/tokenized/parts.py",
     "embedding/test_embedder.py": "embedding/model.py",
     "embedding/test_refusals.py": "embedding/plan.py",
     "embedding/test_shards.py": "embedding/progress.py embedding/writers.py",

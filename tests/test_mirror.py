@@ -13,7 +13,6 @@ ELSEWHERE = {
     "checkpoint/test_refusals.py": "check.py",
     "config/test_options.py": "config/finetune.py config/pretrain.py cli/options.py"
     " cli/training.py",
-    "data/batches/test_pretraining.py": "data/batches/loading.py",
     "data/masking/test_mlm.py": "data/masking/philox.py",
     "data/masking/test_noising.py": "data/tokenized/ngrams.py",
     "data/text/test_corpus.py": "data/text/files.py data/text/python_docs.py",

@@ -65,7 +65,7 @@ ELSEWHERE = {
     "train/prepare/test_prepare.py": "train/prepare.py",
     "train/prepare/test_run_directory.py": "train/run_directory.py",
     "train/test_distributed.py": "train/evaluate.py",
-    "train/test_objective.py": "packing.py train/recipe.py",
+    "train/test_objective.py": "train/recipe.py",
     "train/test_pretrain.py": "cli/about.py cli/app.py train/profiling.py",
     "train/test_step.py": "train/precision.py",
 }

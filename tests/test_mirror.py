@@ -19,7 +19,7 @@ ELSEWHERE = {
     "embedding/test_embedder.py": "embedding/model.py",
     "embedding/test_refusals.py": "embedding/plan.py",
     "embedding/test_shards.py": "embedding/progress.py embedding/writers.py",
-    "export/test_export.py": "export/check.py export/command.py export/formats.py export/plain.py",
+    "export/test_export.py": "export/check.py export/formats.py export/plain.py",
     "finetune/test_features.py": "finetune/choice.py finetune/questions.py",
     "finetune/test_formats.py": "data/formats/conll.py data/formats/squad.py data/formats/tables.py"
     " finetune/tokens.py",

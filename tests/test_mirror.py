@@ -26,8 +26,7 @@ ELSEWHERE = {
     "finetune/test_metrics.py": "finetune/squad_metrics.py",
     "finetune/test_outputs.py": "cli/use.py",
     "finetune/test_reading.py": "finetune/sequences.py finetune/task.py",
-    "finetune/test_tasks.py": "finetune/infer.py finetune/predict.py finetune/report.py"
-    " finetune/train.py",
+    "finetune/test_tasks.py": "finetune/infer.py finetune/predict.py finetune/report.py",
     "hf/test_attention_interface.py": "hf/attention.py",
     "hf/test_contract.py": "models/inputs.py",
     "hf/test_differences.py": "hf/stack.py",

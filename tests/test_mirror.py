@@ -20,11 +20,11 @@ ELSEWHERE = {
     "embedding/test_refusals.py": "embedding/plan.py",
     "embedding/test_shards.py": "embedding/progress.py embedding/writers.py",
     "export/test_export.py": "export/check.py export/formats.py export/plain.py",
+    "finetune/test_commands.py": "cli/use.py",
     "finetune/test_features.py": "finetune/choice.py finetune/questions.py",
     "finetune/test_formats.py": "data/formats/conll.py data/formats/squad.py data/formats/tables.py"
     " finetune/tokens.py",
     "finetune/test_metrics.py": "finetune/squad_metrics.py",
-    "finetune/test_outputs.py": "cli/use.py",
     "finetune/test_reading.py": "finetune/sequences.py finetune/task.py",
     "finetune/test_tasks.py": "finetune/infer.py finetune/predict.py finetune/report.py",
     "hf/test_attention_interface.py": "hf/attention.py",

@@ -1,4 +1,6 @@
-"""Runs that learn a few examples."""
+"""Runs that learn a few examples, and the commands over small files."""
+
+from pathlib import Path
 
 from fastbert.config.finetune import FinetuneConfig
 from fastbert.finetune.train import finetune
@@ -20,3 +22,19 @@ OPINIONS = [
     ("awful film", "neg"),
     ("a bad book and an awful film", "neg"),
 ]
+
+ROWS = "text,label,id\nthe film was good,pos,7\nawful,neg,8\n"
+SENTENCES = "the film was good\nit is a book\nthe cat lives here\n\n" * 12
+
+
+def command(root: Path, name: str) -> list:
+    small = ["--steps", 1, "--batch-tokens", 256, "--max-seq-len", 16, "--eval-batches", 1]
+    return [name] + {
+        "predict": ["--model", root / "run", "--input", root / "train.csv"],
+        "embed": ["--model", root / "model", "--input", root / "texts.txt"],
+        "finetune": ["--task", "classification", "--train", root / "train.csv", "--dev",
+                     root / "train.csv", "--model", root / "model", "--epochs", 1],
+        "pretrain": ["--corpus", root / "corpus.txt", "--preset", "tiny", "--vocab-size", 100,
+                     *small],
+        "distill": ["--teacher", root / "teacher", "--corpus", root / "corpus.txt", *small],
+    }[name]  # fmt: skip

@@ -10,7 +10,6 @@ import torch
 import transformers
 
 import fastbert
-import fastbert.ops
 from fastbert import backend
 from fastbert.hf import encode
 from fastbert.hf.families import Unsupported
@@ -18,17 +17,7 @@ from fastbert.hf.stack import require_kernels
 from fastbert.kernels import runtime
 from fastbert.ops.bias_gelu import bias_gelu
 from tests import command_line
-
-SHAPE = {
-    "vocab_size": 11,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 12,
-    "max_position_embeddings": 8,
-}
-IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
-MASK = (IDS != 0).long()
+from tests.modules.plan_case import IDS, MASK, SHAPE
 
 
 @pytest.fixture

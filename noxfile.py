@@ -10,13 +10,14 @@ PYTHONS = ("3.11", "3.12", "3.13")
 TRANSFORMERS = ("4.57.6", "5.17.0")  # the oldest that the extra allows, and the one tested most
 NEEDED = ("pytest", "pytest-timeout", "hypothesis", "setuptools", "accelerate", "peft")
 TESTS = (
-    *("tests/config", "tests/data", "tests/models", "tests/modules", "tests/test_checkpoint.py"),
+    *("tests/checkpoint", "tests/config", "tests/data", "tests/models", "tests/modules"),
     *("tests/test_explain.py", "tests/test_imports.py", "tests/test_outputs.py"),
     *(
         f"tests/hf/test_{name}.py"
         for name in (
             *("attention_interface", "contract", "differences", "first_tokens"),
-            *("padding", "patch", "peft", "promises", "users_changes", "users_hooks"),
+            *("padding", "patch", "peft", "promises"),
+            *("users_calls", "users_changes", "users_hooks", "users_tables"),
         )
     ),
 )

@@ -8,16 +8,7 @@ import fastbert
 from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.tensorflow import from_tensorflow
-
-SHAPE = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 20,
-}
-IDS = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+from tests.checkpoint.case import IDS, SHAPE
 
 
 def tensorflow_name(name: str) -> tuple[str, bool]:

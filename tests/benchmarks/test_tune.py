@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks.launches import recorded
-from benchmarks.operators import kernels, tune
+from benchmarks.operators import candidates, kernels, tune
 from benchmarks.operators.workloads import workloads
 from fastbert import backend
 from fastbert.check import InputError
@@ -14,7 +14,9 @@ pytestmark = pytest.mark.skipif(not backend.INTERPRETED, reason="on a GPU, tune 
 FLUSH = torch.empty(0, dtype=torch.uint8)
 # Attention's and the cross-entropy's sweeps take minutes in the interpreter.
 SLOW = ("attention", "attention_qkvpacked", "linear_cross_entropy")
-QUICK = [(op, table) for op, tables in tune.TABLES.items() if op not in SLOW for table in tables]
+QUICK = [
+    (op, table) for op, tables in candidates.TABLES.items() if op not in SLOW for table in tables
+]
 CASES = [(op, table) for op, table in QUICK if table.name != "STAGES"]
 STAGES = [(op, table) for op, table in QUICK if table.name == "STAGES"]
 
@@ -27,7 +29,9 @@ def workload_of(op, table, tokens=8):
 
 
 def test_every_operator_with_kernels_is_tuned():
-    assert set(tune.TABLES) == {op.name for op in backend.OPS.values() if "triton" in op.backends}
+    assert set(candidates.TABLES) == {
+        op.name for op in backend.OPS.values() if "triton" in op.backends
+    }
 
 
 def test_rows_are_written_into_a_directory_that_is_new(tmp_path):
@@ -65,7 +69,7 @@ def test_stages_are_what_the_kernels_are_launched_with(op, table):
 
 def test_a_block_that_gives_a_wrong_result_is_not_timed():
     """Half of each row."""
-    table = tune.LAYER_NORM[0]
+    table = candidates.LAYER_NORM[0]
     workload = workload_of("layer_norm", table)
     columns = tune.columns_of(workload)
     rows = list(tune.sweep(workload, table, [None, (1, columns // 2, 1)], 2, FLUSH))
@@ -75,7 +79,7 @@ def test_a_block_that_gives_a_wrong_result_is_not_timed():
 
 
 def test_the_table_is_put_back():
-    for tables in tune.TABLES.values():
+    for tables in candidates.TABLES.values():
         for table in tables:
             module = importlib.import_module(f"fastbert.kernels.{table.unit}")
             before = getattr(module, table.name)
@@ -90,7 +94,7 @@ def test_a_sweep_of_everything_reaches_every_table():
     found = {
         (workload.operator.name, table) for _, workload, _, table in tune.chosen(sizes, "", ())
     }
-    assert found == {(op, table) for op, tables in tune.TABLES.items() for table in tables}
+    assert found == {(op, table) for op, tables in candidates.TABLES.items() for table in tables}
     names = "bias_gelu.backward_block", "layer_norm.STAGES"
     found = {(one.operator.name, table.name) for _, one, _, table in tune.chosen(sizes, "", names)}
     assert found == {
@@ -105,10 +109,10 @@ def test_a_sweep_of_everything_reaches_every_table():
 def test_attention_is_swept_around_the_entries_of_its_tables():
     from fastbert.kernels.attention import dkdv_tile, dq_tile, fwd_tile
 
-    entries = set(tune.tiles(64))
+    entries = set(candidates.tiles(64))
     for dropout in (False, True):
         assert fwd_tile(90, 2, 64, dropout=dropout, mask=False) in entries
-        assert dq_tile(90, 2, 64, dropout=dropout, mask=False) in set(tune.dq_tiles(64))
+        assert dq_tile(90, 2, 64, dropout=dropout, mask=False) in set(candidates.dq_tiles(64))
     assert dkdv_tile(90, 2, 64, mask=False) in entries
     assert {tile.num_stages for tile in entries} == {1, 2, 3, 4, 5}
 
@@ -116,8 +120,8 @@ def test_attention_is_swept_around_the_entries_of_its_tables():
 def test_every_candidate_is_compiled_ahead(monkeypatch):
     """Run once, on a small batch, whatever becomes of it."""
     entries = [(2, 128, 2), (4, 128, 4), object()]
-    table = tune.Table("bias_gelu", "FWD_BLOCK", False, lambda columns: entries)
-    monkeypatch.setitem(tune.TABLES, "bias_gelu", (tune.ADD_PARTIALS, table))
+    table = candidates.Table("bias_gelu", "FWD_BLOCK", False, lambda columns: entries)
+    monkeypatch.setitem(candidates.TABLES, "bias_gelu", (candidates.ADD_PARTIALS, table))
     seen = []
 
     def passes(check):

@@ -13,7 +13,8 @@ from fastbert.hf import encode
 from fastbert.hf.first_tokens import called_by, reads_first_tokens
 from fastbert.modules import sequences
 from fastbert.ops.unpad import Unpadding
-from tests.hf.cases import FAMILIES, Case, build, compare, inputs
+from tests.hf.cases import FAMILIES, Case, build, inputs
+from tests.hf.compare import compare
 from tests.versions import IS_V4
 
 HEADS = [

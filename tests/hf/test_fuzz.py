@@ -9,17 +9,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fastbert.modules import request, sequences
-from tests.hf.cases import (
-    BERT_KINDS,
-    FAMILIES,
-    KINDS,
-    MASKS,
-    Case,
-    compare,
-    compare_inference,
-    is_comparable,
-)
+from tests.hf.cases import BERT_KINDS, FAMILIES, KINDS, MASKS, Case, is_comparable
 from tests.hf.changes import CHANGES, OF_LAYERS
+from tests.hf.compare import compare, compare_inference
 from tests.modules.graphs.case import Repeats, use
 
 CASES = st.builds(

@@ -15,17 +15,8 @@ from fastbert.hf import stack
 from fastbert.hf.families import Unsupported, activation_of
 from fastbert.modules import sequences
 from fastbert.modules.sequences import Rows
-from tests.hf.cases import (
-    BERT_KINDS,
-    FAMILIES,
-    KINDS,
-    MASKS,
-    Case,
-    build,
-    compare,
-    inputs,
-    is_comparable,
-)
+from tests.hf.cases import BERT_KINDS, FAMILIES, KINDS, MASKS, Case, build, inputs, is_comparable
+from tests.hf.compare import compare
 
 CASES = [
     *(Case("Bert", kind) for kind in BERT_KINDS),

@@ -34,11 +34,6 @@ def obedient(sentence):
 """
 
 
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch):
-    monkeypatch.setattr(parts, "PART_CHARACTERS", 5_000)
-
-
 @pytest.fixture
 def obedient(tmp_path, monkeypatch):
     # a name of its own: the processes that fork the others keep what they have imported

@@ -1,17 +1,12 @@
-"""What changes after a recording is seen by the next call, and what no graph does runs without."""
+"""What changes after a recording is seen by the next call."""
 
 import contextlib
 
 import pytest
 import torch
 from torch import nn
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastbert import backend
 from fastbert.modules import plan
-from fastbert.modules.graphs import replays
-from fastbert.modules.graphs.call import Precision
 from tests.modules.graphs.case import (
     Repeats,
     assert_same,
@@ -108,20 +103,10 @@ def parametrized(model):
 
 
 CHANGES = [
-    *(
-        frozen,
-        moved,
-        narrowed,
-        shortened,
-        transposed,
-        replaced,
-        other_activation,
-        more_dropout,
-        a_hook,
-        a_watched_layer,
-    ),
-    *(another_leaf, wider, checkpointed, parametrized, other_eps, without_affine),
-]
+    frozen, moved, narrowed, shortened, transposed, replaced, other_activation, more_dropout,
+    a_hook, a_watched_layer, another_leaf, wider, checkpointed, parametrized, other_eps,
+    without_affine,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -237,14 +222,6 @@ def test_each_dtype_of_the_stream_has_its_graphs(kind, recorder):
         assert recorder.recorded == number
 
 
-def test_a_recording_neither_reads_nor_keeps_the_copies_that_autocast_makes():
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.is_autocast_cache_enabled()
-        with Precision.of(torch.ones(1)).restored():
-            assert torch.is_autocast_enabled("cpu")
-            assert not torch.is_autocast_cache_enabled()
-
-
 def test_a_gradient_under_autocast(recorder):
     found = []
     for model in models("Bert"):
@@ -255,96 +232,6 @@ def test_a_gradient_under_autocast(recorder):
         torch.manual_seed(5)
     assert recorder.replayed == 2
     assert [g.dtype for g in found[0]] == [g.dtype for g in found[1]]
-
-
-REFUSALS = {
-    "a general mask": lambda model, inputs: (
-        model(inputs["input_ids"], attention_mask=torch.ones(2, 1, 7, 7).tril().bool()).logits
-    ),
-    "a forced backend": lambda model, inputs: _forced(model, inputs),
-    "a dispatch mode": lambda model, inputs: _counted(model, inputs),
-    "a dispatch mode without hooks": lambda model, inputs: _dispatched(model, inputs),
-    "anomaly mode": lambda model, inputs: _watched(model, inputs),
-    "a replica": lambda model, inputs: _replicated(model, inputs),
-}
-
-
-def _forced(model, inputs):
-    with backend.use("reference"):
-        return model(**inputs).logits
-
-
-def _counted(model, inputs):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False):
-        return model(**inputs).logits
-
-
-class Watch(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
-def _dispatched(model, inputs):
-    with Watch():
-        return model(**inputs).logits
-
-
-def _watched(model, inputs):
-    with torch.autograd.set_detect_anomaly(True, check_nan=False):
-        return model(**inputs).logits
-
-
-def _replicated(model, inputs):
-    """As DataParallel marks the modules of a replica."""
-    vars(layers_of(model))["_is_replica"] = True
-    return model(**inputs).logits
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-@pytest.mark.parametrize("kind", ["own", "Bert"])
-def test_what_no_graph_does_runs_as_it_is(kind, name, recorder):
-    plain, recorded = (model.eval() for model in models(kind))
-    inputs = batch([7, 3])
-    actual, expected = (REFUSALS[name](model, inputs) for model in (recorded, plain))
-    torch.testing.assert_close(actual, expected)
-    assert recorder.recorded == 0
-
-
-@pytest.mark.parametrize("kind", ["own", "Bert"])
-def test_forward_mode_differentiation_has_no_graph(kind, recorder):
-    """One that was recorded before knows no tangents."""
-    embeds, direction = torch.randn(2, 2, 7, 32, generator=torch.Generator().manual_seed(3))
-    tangents = []
-    for model in models(kind):
-        with torch.no_grad():
-            model.eval()(inputs_embeds=embeds)
-            with forward_ad.dual_level():
-                output = model(inputs_embeds=forward_ad.make_dual(embeds, direction)).logits
-                tangents.append(forward_ad.unpack_dual(output).tangent)
-    torch.testing.assert_close(*tangents)
-    assert recorder.replayed == 1
-
-
-@pytest.mark.parametrize("kind", ["own", "Bert"])
-def test_a_recording_reads_aliases_of_the_parameters(kind, recorder, monkeypatch):
-    """A parameter's gradient node may be of a stream that must not wait for the recording, and is
-    for as long as an output of an earlier forward lives: test_on_a_gpu.py has what follows."""
-    _, recorded = models(kind)
-    own = {p.data_ptr(): p for p in layers_of(recorded).parameters()}
-    plain, met = replays._gradients, []
-
-    def gradients_of(outputs, inputs, *others, **options):
-        met.extend(inputs)
-        return plain(outputs, inputs, *others, **options)
-
-    monkeypatch.setattr(replays, "_gradients", gradients_of)
-    step(recorded.train(), batch([7, 3]))
-    assert recorder.recorded == 2
-    aliases = [one for one in met if one.data_ptr() in own]
-    assert {one.data_ptr() for one in aliases} == set(own)
-    assert not any(one is own[one.data_ptr()] for one in aliases)
 
 
 @pytest.mark.parametrize("kind", ["own", "Bert"])

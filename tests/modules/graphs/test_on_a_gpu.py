@@ -1,25 +1,18 @@
 """Layers replayed as CUDA graphs on a GPU: test_buckets.py has what needs none."""
 
-import sys
 import threading
 
 import pytest
 import torch
 
 from fastbert.modules import sequences
-from fastbert.modules.graphs import buckets, pool, replays
+from fastbert.modules.graphs import buckets, pool
 from fastbert.modules.products import fp8
 from fastbert.modules.products.weight_copies import WeightCopies
-from tests.modules.graphs.case import (
-    KINDS,
-    MASKS,
-    assert_same,
-    batch,
-    layers_of,
-    logits,
-    models,
-    step,
-)
+from tests.modules.graphs.case import KINDS, MASKS, assert_same, batch, logits, step
+from tests.modules.graphs.gpu_case import num_recorded, on_gpu, on_gpu_batch
+
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
@@ -27,30 +20,13 @@ def at_the_first_use(monkeypatch):
     monkeypatch.setattr(pool, "RECORDED_AT", 1)
 
 
-def on_gpu(kind="Bert", head="ForSequenceClassification", **options):
-    return [model.cuda() for model in models(kind, head, **options)]
-
-
-def num_recorded():
-    """How many buckets have graphs on the first GPU now."""
-    return len(buckets.pool_of(torch.device("cuda", 0)).used)
-
-
-def reasons(model):
-    """Why each bucket of the model has no graph, "" where it has one."""
-    every = buckets._RECORDED[layers_of(model)]
-    entries = [entry for recorded in every for entry in recorded.entries.values()]
-    return ["" if entry.graphs else entry.reason or "not yet" for entry in entries]
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 def test_on_a_gpu_replays_give_what_the_layers_give(kind, precision):
     plain, recorded = on_gpu(kind)
     before = num_recorded()
     for number, lengths in enumerate([[7, 3, 5, 6], [130, 20], [9, 2, 8], [6, 4, 4, 4], [130, 25]]):
-        inputs = {name: x.cuda() for name, x in batch(lengths, number).items()}
+        inputs = on_gpu_batch(lengths, number)
         labels = (torch.arange(len(lengths)) % 3).cuda()
         autocast = torch.autocast("cuda", precision, enabled=precision != torch.float32)
         for training in (False, True):
@@ -68,7 +44,6 @@ def test_on_a_gpu_replays_give_what_the_layers_give(kind, precision):
     assert num_recorded() - before >= 6
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("counts", [False, True], ids=["", "counted"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert"])
@@ -93,7 +68,6 @@ def test_on_a_gpu_a_graph_packs_embeds_and_pads(kind, mask, counts, monkeypatch)
     assert num_recorded() - before == (mask != "all padding" or not counts)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("mask", [name for name in MASKS if name != "none"])
 @pytest.mark.parametrize("by", ["own model", "hidden states"])
 def test_on_a_gpu_the_host_waits_for_no_small_batch_without_a_padded_graph(by, mask, monkeypatch):
@@ -115,13 +89,12 @@ def test_on_a_gpu_the_host_waits_for_no_small_batch_without_a_padded_graph(by, m
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.gpu
 def test_on_a_gpu_a_graph_reads_the_copies_of_weights_as_each_step_makes_them():
     plain, recorded = (model.train() for model in on_gpu("own", hidden_dropout_prob=0.0))
     buckets.allow(plain, False)
     copies = [WeightCopies(model, torch.bfloat16) for model in (plain, recorded)]
     optimizers = [torch.optim.SGD(m.parameters(), 0.5) for m in (plain, recorded)]
-    inputs = {name: x.cuda() for name, x in batch([7, 3, 5, 6]).items()}
+    inputs = on_gpu_batch([7, 3, 5, 6])
     labels = (torch.arange(4) % 3).cuda()
     before = num_recorded()
     for _ in range(4):
@@ -135,10 +108,9 @@ def test_on_a_gpu_a_graph_reads_the_copies_of_weights_as_each_step_makes_them():
     assert num_recorded() == before + 1
 
 
-@pytest.mark.gpu
 def test_on_a_gpu_other_streams_and_threads_see_their_own_results():
     plain, recorded = (model.eval() for model in on_gpu())
-    inputs = [{n: x.cuda() for n, x in batch([100, 60], number).items()} for number in range(6)]
+    inputs = [on_gpu_batch([100, 60], number) for number in range(6)]
     expected = [logits(plain, one) for one in inputs]
     torch.cuda.synchronize()
     found = [None] * len(inputs)
@@ -157,7 +129,6 @@ def test_on_a_gpu_other_streams_and_threads_see_their_own_results():
     assert_same(found, expected)
 
 
-@pytest.mark.gpu
 def test_on_a_gpu_the_callers_own_recording_holds_no_graph_of_ours():
     _, recorded = (model.eval() for model in on_gpu())
     ids = batch([64])["input_ids"].cuda()
@@ -173,7 +144,6 @@ def test_on_a_gpu_the_callers_own_recording_holds_no_graph_of_ours():
     assert num_recorded() == before
 
 
-@pytest.mark.gpu
 def test_on_a_gpu_training_goes_the_same_way_with_graphs():
     found = []
     for model in on_gpu():
@@ -182,7 +152,7 @@ def test_on_a_gpu_training_goes_the_same_way_with_graphs():
         scaler = torch.amp.GradScaler("cuda")
         losses = []
         for number in range(12):
-            inputs = {n: x.cuda() for n, x in batch([40, 30, 20, 10], number).items()}
+            inputs = on_gpu_batch([40, 30, 20, 10], number)
             with torch.autocast("cuda", torch.float16):
                 loss = model(**inputs, labels=inputs["input_ids"][:, 1] % 3).loss
             scaler.scale(loss).backward()
@@ -194,75 +164,6 @@ def test_on_a_gpu_training_goes_the_same_way_with_graphs():
     torch.testing.assert_close(*found, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("wanted", [False, True], ids=["last", "states"])
-def test_on_a_gpu_forwards_before_a_backward_have_a_lane_each(wanted):
-    found = []
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    for model in (model.train() for model in on_gpu(head="Model", **still)):
-        for _ in range(3):
-            model.zero_grad()
-            loss = 0
-            for number, lengths in enumerate([[7, 3, 5, 6], [40, 2, 4], [7, 3, 6]]):
-                inputs = {n: x.cuda() for n, x in batch(lengths, number).items()}
-                output = model(**inputs, output_hidden_states=wanted)
-                states = output.hidden_states or (output.last_hidden_state,)
-                loss = loss + sum(state.sin().sum() for state in states)
-                with torch.no_grad():  # a teacher
-                    model(**inputs)
-            loss.backward()
-        found.append([p.grad for p in model.parameters()])
-    for a, e in zip(*found, strict=True):
-        assert (a is None) == (e is None)
-        assert a is None or (a - e).abs().max() <= 1e-3 * (1 + e.abs().max())
-    assert len(buckets.pool_of(torch.device("cuda", 0)).lanes) >= 3
-    assert set(reasons(model)) == {""}
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("alive", ["the last loss", "another forward", "a forward of long ago"])
-@pytest.mark.parametrize("kind", ["own", "Bert"])
-def test_on_a_gpu_it_records_while_the_output_of_an_earlier_forward_lives(kind, alive, monkeypatch):
-    """Which keeps gradient nodes of the parameters, of the stream that it ran on."""
-    monkeypatch.setattr(pool, "RECORDED_AT", 2)
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    inputs = {n: x.cuda() for n, x in batch([7, 3, 5, 6]).items()}
-    labels, found, kept = (torch.arange(4) % 3).cuda(), [], []
-    for model in (model.train() for model in on_gpu(kind, **still)):
-        loss, kept = None, []
-        if alive == "a forward of long ago":
-            kept.append(model(**inputs).logits)
-        for _ in range(4):
-            model.zero_grad()
-            loss = model(**inputs, labels=labels).loss  # the last one is alive meanwhile
-            if alive == "another forward":
-                loss = loss + model(**inputs, labels=labels.flip(0)).loss
-            loss.backward()
-        found.append([loss.detach(), *[p.grad for p in model.parameters()]])
-    for a, e in zip(*found, strict=True):
-        assert (a is None) == (e is None)
-        assert a is None or (a - e).abs().max() <= 1e-3 * (1 + e.abs().max())
-    assert set(reasons(model)) == {""}
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_graphs_keep_no_weights_that_have_moved():
-    if "tests.cuda_stand_in.host_kernels" in sys.modules:
-        pytest.skip("its recordings keep all that they have read")
-    _, model = on_gpu(hidden_size=128, intermediate_size=512)
-    inputs = {n: x.cuda() for n, x in batch([7, 3, 5, 6]).items()}
-    for _ in range(3):
-        step(model.train(), inputs, (torch.arange(4) % 3).cuda())
-    assert reasons(model) == [""]
-    model.zero_grad()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    model.cpu()
-    size = sum(p.nbytes for p in layers_of(model).parameters())
-    assert before - torch.cuda.memory_allocated() >= size
-
-
-@pytest.mark.gpu
 def test_on_a_gpu_layers_in_fp8_are_replayed():
     if not fp8.multiplies_fp8(torch.device("cuda", 0)):
         pytest.skip("needs a GPU that multiplies FP8")
@@ -272,7 +173,7 @@ def test_on_a_gpu_layers_in_fp8_are_replayed():
         fp8.enable(model)
     before = num_recorded()
     for number in range(6):
-        inputs = {n: x.cuda() for n, x in batch([7, 3, 5, 6], number).items()}
+        inputs = on_gpu_batch([7, 3, 5, 6], number)
         found = []
         for model, optimizer in zip((plain, recorded), optimizers, strict=True):
             with torch.autocast("cuda", torch.bfloat16):
@@ -287,32 +188,12 @@ def test_on_a_gpu_layers_in_fp8_are_replayed():
     assert num_recorded() == before + 1
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_layers_have_several_backward_graphs(monkeypatch):
-    for where in (pool, replays):
-        monkeypatch.setattr(where, "num_segments", lambda: 2)
-    plain, recorded = (m.train() for m in on_gpu(head="Model", num_hidden_layers=3))
-    for number in range(4):
-        found = []
-        inputs = {n: x.cuda() for n, x in batch([7, 3, 5, 6], number).items()}
-        for model in (plain, recorded):
-            torch.manual_seed(5)
-            model.zero_grad()
-            output = model(**inputs, output_hidden_states=True)
-            sum(state.sin().sum() for state in output.hidden_states).backward()
-            found.append([output.last_hidden_state, *[p.grad for p in model.parameters()]])
-        for a, e in zip(*found, strict=True):
-            assert (a is None) == (e is None)
-            assert a is None or (a - e).abs().max() <= 1e-3 * (1 + e.abs().max())
-
-
-@pytest.mark.gpu
 def test_on_a_gpu_a_recording_that_fails_leaves_the_generator_and_the_pool_as_they_are():
     def waits(x):
         return torch.nn.functional.gelu(x) * (1 + 0 * x.sum().item())
 
     plain, recorded = (model.train() for model in on_gpu("own", hidden_act=waits))
-    inputs = {n: x.cuda() for n, x in batch([7, 3, 5, 6]).items()}
+    inputs = on_gpu_batch([7, 3, 5, 6])
     labels = (torch.arange(4) % 3).cuda()
     before = num_recorded()
     for _ in range(2):

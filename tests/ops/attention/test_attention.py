@@ -1,50 +1,28 @@
+"""Attention's kernels beside PyTorch's in the same dtype, and what both bodies refuse."""
+
 import pytest
 import torch
-import torch.nn.functional as F
 
 from fastbert import backend
-from fastbert.ops import attention_plain
 from fastbert.ops.attention import attention, attention_qkvpacked
 from fastbert.rng import for_batch
 from tests.ops.attention.truth import (
+    CASES,
+    GPU_ONLY,
     TAIL,
     assert_attends,
     attend,
-    attend_all_at_once,
     boundaries,
     inputs,
     limits,
+    marked,
     plain,
     truth_and_pytorch,
 )
 from tests.oracle import gradients
 
-LENGTHS = {"mixed": [5, 1, 0, 17, 3], "one": [9], "empty": [0, 0], "equal": [4, 4, 4], "none": []}
-# lengths of queries, lengths of keys (None: the same), heads, head_dim
-CASES = {
-    "single-tile-64": ([5, 1, 0, 64], None, 2, 64),
-    "single-tile-128": ([100, 3, 65], None, 1, 32),
-    "two-tiles": ([130, 7], None, 1, 16),
-    "whole-tiles": ([128, 64, 192], None, 1, 16),
-    "dim-26": ([5, 70], None, 2, 26),
-    "dim-80": ([33, 140], None, 1, 80),
-    "dim-128": ([66, 2], None, 1, 128),
-    "few-keys": ([1, 2, 3] * 10, None, 1, 64),
-    "cross": ([5, 0, 3, 70, 2], [9, 2, 0, 140, 1], 2, 16),
-    "cross-single-tile": ([5, 0, 3, 30, 2], [9, 2, 0, 40, 64], 2, 16),
-    "no-keys": ([3, 2], [0, 0], 1, 16),
-    "no-queries": ([0, 0], [3, 2], 1, 16),
-    "no-sequence": ([], [], 1, 16),
-    "bert-base": ([512, 1, 384, 77, 0, 128, 500], None, 12, 64),
-    "bert-short": ([128, 1, 64, 77, 0, 128, 100], None, 12, 64),
-}
-GPU_ONLY = ("bert-base", "bert-short")
 
-
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(k, marks=pytest.mark.gpu) if k in GPU_ONLY else k for k in CASES],
-)
+@pytest.mark.parametrize("case", marked(CASES))
 def test_kernels_are_as_accurate_as_pytorch(case, dtype, device, triton_either_way):
     if case in GPU_ONLY and device == "cpu":
         pytest.skip("too large for the interpreter")
@@ -127,47 +105,6 @@ def test_reads_tensors_that_lie_apart(device, triton):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in GPU_ONLY])
-def test_both_ways_of_writing_it_out_are_the_same(case):
-    lengths_q, lengths_k, heads, head_dim = CASES[case]
-    lengths_k = lengths_q if lengths_k is None else lengths_k
-    *tensors, dout = inputs(lengths_q, lengths_k, heads, head_dim, torch.float64, "cpu")
-    shape = (len(lengths_q), 1, max(lengths_q, default=0), max(lengths_k, default=0))
-    mask = torch.rand(shape) < 0.7
-    keep = torch.rand(heads, len(tensors[0]), shape[3]) < 0.8
-    options = {"mask": mask, "keep": keep, "keep_scale": 1.25}
-    for some in ({}, options, options | {"mask": torch.randn(shape)}):
-        found = [
-            plain(one, tensors, dout, lengths_q, lengths_k, 0.3, **some)
-            for one in (attend, attend_all_at_once)
-        ]
-        torch.testing.assert_close(*found)
-
-
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_plain_bodies_equal_attention_written_out(lengths, scale, body):
-    if body == "triton":
-        pytest.skip("no float64")
-    qkv = torch.randn(sum(lengths) + TAIL, 3, 3, 6, dtype=torch.float64)
-    dout, cu = torch.randn_like(qkv[:, 0]), boundaries(lengths)
-    actual = gradients(lambda t: attention_qkvpacked(t, cu, 20, softmax_scale=scale), qkv, dy=dout)
-    expected, _ = truth_and_pytorch([qkv], dout, lengths, lengths, scale or 6**-0.5)
-    torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("name", ["cross", "no-keys", "no-queries"])
-def test_plain_bodies_take_other_keys_than_queries(name, body):
-    if body == "triton":
-        pytest.skip("tested above")
-    lengths_q, lengths_k, heads, head_dim = CASES[name]
-    *tensors, dout = inputs(lengths_q, lengths_k, heads, head_dim, torch.float64, "cpu")
-    arguments = (boundaries(lengths_q), boundaries(lengths_k), 70, 140)
-    actual = gradients(lambda *t: attention(*t, *arguments), *tensors, dy=dout)
-    expected, _ = truth_and_pytorch(tensors, dout, lengths_q, lengths_k, head_dim**-0.5)
-    torch.testing.assert_close(actual, expected)
-
-
 @pytest.mark.parametrize("choice", ["triton", "reference"])
 def test_fullgraph_compile_gives_the_eager_result(choice, device):
     cu = boundaries([5, 1, 17], device)
@@ -232,30 +169,6 @@ def test_numbers_that_are_not_finite_stay_in_their_sequence(longest, device, tri
         assert a[30:39].isnan().any()
 
 
-def test_a_second_derivative_is_refused(device, triton):
-    qkv = torch.randn(5, 3, 1, 16, device=device, requires_grad=True)
-    (gradient,) = torch.autograd.grad(
-        attention_qkvpacked(qkv, boundaries([5], device), 5).square().sum(), qkv, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match=r'with fastbert\.backend\.use\("reference"\)'):
-        gradient.sum().backward()
-
-
-@pytest.mark.parametrize("body", ["by sequence", "padded", "short"], indirect=True)
-def test_the_reference_is_differentiable_twice_in_float64(body):
-    cu = boundaries([2, 0, 3])
-    qkv = torch.randn(5, 3, 1, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda t: attention_qkvpacked(t, cu, 3), qkv)
-    x = torch.randn(5, 1, 2, dtype=torch.float64, requires_grad=True)
-    key = torch.randn(5, 1, 2, dtype=torch.float64)
-    for call in (
-        lambda x: attention(x, x, x, cu, cu, 3, 3),
-        lambda x: attention(x, key, x, cu, cu, 3, 3),
-    ):
-        assert torch.autograd.gradcheck(call, x)
-        assert torch.autograd.gradgradcheck(call, x)
-
-
 def test_a_forced_backend_names_what_it_cannot_do(device, triton):
     cu = boundaries([4], device)
     qkv = torch.ones(4, 3, 1, 16, device=device)
@@ -293,14 +206,6 @@ def test_wrong_arguments_are_named(body, device):
             call()
 
 
-def test_scale_is_the_usual_one():
-    q, k, v = torch.randn(3, 1, 2, 7, 8)
-    qkv = torch.stack([q[0], k[0], v[0]]).permute(2, 0, 1, 3)  # (7, 3, 2, 8)
-    output = attention_qkvpacked(qkv, torch.tensor([0, 7]).int(), 7)
-    expected = F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
-    torch.testing.assert_close(output, expected)
-
-
 @pytest.mark.gpu
 def test_float32_on_tensor_cores():
     lengths, cu = [512, 130, 77], boundaries([512, 130, 77], "cuda")
@@ -326,33 +231,6 @@ def test_more_than_two_to_the_31_elements():
     assert_attends((out[last], dqkv[last]), expected, truth, packed=True)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "heads", "dropout", "at_once"),
-    [
-        ([16] * 4, 2, True, True),
-        ([64] * 8, 2, True, True),
-        ([128] * 8, 12, True, False),  # 196,608 scores a sequence
-        ([128] * 8, 12, False, True),  # by PyTorch's kernel
-        ([16, 3] * 8, 2, True, True),
-        ([16, 3] * 2, 2, True, False),
-        ([64, 30] * 8, 2, True, False),
-        ([16], 2, True, False),
-        ([0, 0], 2, True, False),
-        ([], 2, True, False),
-    ],
-)
-def test_short_sequences_attend_at_once_on_a_cpu(lengths, heads, dropout, at_once, monkeypatch):
-    runs = []
-    for name in ("attend_padded", "attend_by_sequence"):
-        monkeypatch.setattr(attention_plain, name, lambda *_, name=name: runs.append(name))
-    qkv, cu = torch.zeros(sum(lengths), 3, heads, 4), boundaries(lengths)
-    longest, p = max(lengths, default=0), 0.1 if dropout else 0.0
-    with backend.use("reference"):
-        attention_qkvpacked(qkv, cu, longest, dropout_p=p)
-        attention(*qkv.unbind(1), cu, cu, longest, longest, dropout_p=p)
-    assert runs == ["attend_padded" if at_once else "attend_by_sequence"] * 2
-
-
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_under_autocast_the_result_has_the_dtype_of_q(low, dropout_p, body, device):
@@ -370,22 +248,3 @@ def test_under_autocast_the_result_has_the_dtype_of_q(low, dropout_p, body, devi
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, e)
-
-
-@pytest.mark.parametrize(
-    ("cu", "longest", "message"),
-    [
-        (
-            [0, 7, 5, 12],
-            12,
-            r"cu_seqlens that rise from 0 to at most the tokens, got \[0, 7, 5, 12\]",
-        ),
-        ([1, 5, 12], 12, "cu_seqlens that rise from 0"),
-        ([0, 5, 13], 12, "cu_seqlens that rise from 0 .* for 12 tokens"),
-        ([0, 5, 12], 6, "a max_seqlen of at least 7, got 6"),
-    ],
-)
-def test_on_a_cpu_wrong_boundaries_are_refused(cu, longest, message):
-    cu = torch.tensor(cu, dtype=torch.int32)
-    with pytest.raises(ValueError, match=f"attention: expected {message}"):
-        attention_qkvpacked(torch.randn(12, 3, 2, 8), cu, longest)

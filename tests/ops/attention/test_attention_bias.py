@@ -5,7 +5,7 @@ import torch
 
 from fastbert import backend, rng
 from fastbert.ops.attention import attention_qkvpacked
-from tests.ops.attention.truth import TAIL, boundaries, truth_and_pytorch
+from tests.ops.attention.truth import GPU_ONLY, TAIL, boundaries, marked, truth_and_pytorch
 from tests.oracle import assert_as_accurate, gradients
 
 SITE, P = 5, 0.3
@@ -24,7 +24,6 @@ CASES = {
     "bert-base": ([512, 1, 384, 77, 0, 128, 500], 512, 12, 64),
     "bert-short": ([128, 1, 64, 77, 0, 128, 100], 128, 12, 64),
 }
-GPU_ONLY = ("bert-base", "bert-short")
 
 
 def inputs(lengths, heads, head_dim, dtype, device):
@@ -40,10 +39,7 @@ def sums(of_qkv, dtype):
 
 @pytest.mark.pairs
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(k, marks=pytest.mark.gpu) if k in GPU_ONLY else k for k in CASES],
-)
+@pytest.mark.parametrize("case", marked(CASES))
 def test_it_is_as_accurate_as_pytorchs(case, dropout, dtype, device, triton_either_way):
     if case in GPU_ONLY and device == "cpu":
         pytest.skip("too large for the interpreter")
@@ -208,15 +204,6 @@ def test_fullgraph_compile_gives_the_eager_result(device, triton):
     expected = gradients(attend, qkv, bias, dy=qkv[:, 0])
     for a, e in zip(gradients(compiled, qkv, bias, dy=qkv[:, 0]), expected, strict=True):
         torch.testing.assert_close(a, e)
-
-
-def test_a_second_derivative_is_refused(device, triton):
-    qkv, bias = torch.randn(5, 3, 1, 16, device=device), torch.zeros(48, device=device)
-    bias.requires_grad_()
-    out = attention_qkvpacked(qkv, boundaries([5], device), 5, qkv_bias=bias)
-    (gradient,) = torch.autograd.grad(out.square().sum(), bias, create_graph=True)
-    with pytest.raises(RuntimeError, match=r'with fastbert\.backend\.use\("reference"\)'):
-        gradient.sum().backward()
 
 
 def test_wrong_biases_are_named(body, device):

@@ -4,10 +4,12 @@ import torch
 from fastbert import backend, rng
 from fastbert.ops.attention import attention, attention_qkvpacked
 from tests.ops.attention.truth import (
+    GPU_ONLY,
     TAIL,
     assert_attends,
     boundaries,
     limits,
+    marked,
     truth_and_pytorch,
 )
 from tests.oracle import gradients
@@ -60,13 +62,9 @@ CASES = {
     "bert-base": ([512, 1, 384, 77, 0, 128, 500], None, 12, 64),
     "bert-short": ([128, 1, 64, 77, 0, 128, 100], None, 12, 64),
 }
-GPU_ONLY = ("bert-base", "bert-short")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(k, marks=pytest.mark.gpu) if k in GPU_ONLY else k for k in CASES],
-)
+@pytest.mark.parametrize("case", marked(CASES))
 def test_the_exact_mask_is_applied(case, dtype, body, device):
     if body != "triton" and (dtype != torch.float32 or case in GPU_ONLY):
         pytest.skip("plain PyTorch is as accurate as itself")

@@ -1,10 +1,35 @@
 """Attention written out, sequence by sequence: the truth that tests compare with."""
 
+import pytest
 import torch
 
 from tests.oracle import assert_as_accurate, gradients
 
 TAIL = 3  # rows behind the last sequence
+# lengths of queries, lengths of keys (None: the same), heads, head_dim
+CASES = {
+    "single-tile-64": ([5, 1, 0, 64], None, 2, 64),
+    "single-tile-128": ([100, 3, 65], None, 1, 32),
+    "two-tiles": ([130, 7], None, 1, 16),
+    "whole-tiles": ([128, 64, 192], None, 1, 16),
+    "dim-26": ([5, 70], None, 2, 26),
+    "dim-80": ([33, 140], None, 1, 80),
+    "dim-128": ([66, 2], None, 1, 128),
+    "few-keys": ([1, 2, 3] * 10, None, 1, 64),
+    "cross": ([5, 0, 3, 70, 2], [9, 2, 0, 140, 1], 2, 16),
+    "cross-single-tile": ([5, 0, 3, 30, 2], [9, 2, 0, 40, 64], 2, 16),
+    "no-keys": ([3, 2], [0, 0], 1, 16),
+    "no-queries": ([0, 0], [3, 2], 1, 16),
+    "no-sequence": ([], [], 1, 16),
+    "bert-base": ([512, 1, 384, 77, 0, 128, 500], None, 12, 64),
+    "bert-short": ([128, 1, 64, 77, 0, 128, 100], None, 12, 64),
+}
+GPU_ONLY = ("bert-base", "bert-short")  # too large for the interpreter
+
+
+def marked(cases):
+    """The names of cases for `parametrize`."""
+    return [pytest.param(k, marks=pytest.mark.gpu) if k in GPU_ONLY else k for k in cases]
 
 
 def boundaries(lengths, device="cpu"):

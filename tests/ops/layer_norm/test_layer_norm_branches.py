@@ -7,7 +7,7 @@ from fastbert import BertConfig, BertEncoder, backend
 from fastbert.modules import layer
 from fastbert.modules.whole_layer import WholeLayer
 from fastbert.ops.layer_norm import Call, dropout_add_layer_norm
-from tests.ops.layer_norm_case import SUM_NAMES, sum_inputs
+from tests.ops.layer_norm.case import SUM_NAMES, sum_inputs
 from tests.oracle import assert_as_accurate, gradients
 
 

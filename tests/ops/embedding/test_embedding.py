@@ -1,93 +1,14 @@
-import dataclasses
+"""The sum of embeddings, normed, and its gradients, beside plain PyTorch's."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from fastbert import backend
 from fastbert import rng as random
 from fastbert.ops.embedding import embedding_layer_norm
+from tests.ops.embedding.case import NAMES, WORDS, inputs
 from tests.oracle import assert_as_accurate, gradients
-
-NAMES = ("y", "dword", "dposition", "dtoken_type", "dweight", "dbias")
-WORDS, POSITIONS, TYPES = 50, 40, 3
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=["triton", "reference"])
-def body(request, device):
-    try:
-        backend.load(request.param, "embedding_layer_norm", device)
-    except backend.BackendUnavailable as reason:
-        pytest.skip(str(reason))
-    with backend.use(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def triton(device):
-    try:
-        backend.load("triton", "embedding_layer_norm", device)
-    except backend.BackendUnavailable as reason:
-        pytest.skip(str(reason))
-    with backend.use("triton"):
-        yield
-
-
-@dataclasses.dataclass
-class Inputs:
-    input_ids: Tensor
-    position_ids: Tensor
-    token_type_ids: Tensor | None
-    parameters: list[Tensor]  # word, position, token_type, weight, bias
-    dy: Tensor
-    rng: random.DropoutState
-
-    def results(self, **options):
-        ids = self.input_ids, self.position_ids, self.token_type_ids
-        return gradients(
-            lambda *p: embedding_layer_norm(*ids, *p, rng=self.rng, **options),
-            *self.parameters,
-            dy=self.dy,
-        )
-
-    def plain(self, dtype, *, eps=1e-12, padding_idx=None, dropout_p=0.0):
-        """Written out, in one dtype."""
-        ids, hidden = self.input_ids, self.dy.shape[-1]
-        types = torch.zeros_like(ids) if self.token_type_ids is None else self.token_type_ids
-        keep, scale = 1, 1
-        if dropout_p:
-            keep = random.hidden_keep_mask(self.rng, hidden, dropout_p).view(self.dy.shape)
-            scale = random.keep_scale(dropout_p)
-
-        def function(word, position, token_type, weight, bias):
-            z = F.embedding(ids, word, padding_idx) + F.embedding(types, token_type)
-            z = z + F.embedding(self.position_ids, position).expand(self.dy.shape)
-            return F.layer_norm(z, (hidden,), weight, bias, eps) * keep * scale
-
-        return gradients(function, *(p.to(dtype) for p in self.parameters), dy=self.dy)
-
-
-def inputs(num_tokens, hidden, dtype, device, *, sizes=(WORDS, POSITIONS, TYPES)):
-    def ids(size):
-        return torch.randint(size, (num_tokens,), device=device)
-
-    tables = [torch.randn(size, hidden, device=device).to(dtype) for size in sizes]
-    vectors = [torch.randn(hidden, device=device).to(dtype) for _ in range(2)]
-    keys = torch.randint(2**31, (num_tokens,), device=device) << 32 | torch.arange(
-        7, 7 + num_tokens, device=device
-    )
-    return Inputs(
-        *map(ids, sizes),
-        parameters=tables + vectors,
-        dy=torch.randn(num_tokens, hidden, device=device).to(dtype),
-        rng=random.DropoutState(random.new_state(torch.device(device)), keys, site=3),
-    )
 
 
 @pytest.mark.pairs(within="body")
@@ -257,27 +178,6 @@ def test_an_expanded_gradient_is_that_of_its_copy(device):
     assert all(torch.equal(a, b) for a, b in zip(expanded, case.results(), strict=True))
 
 
-@pytest.mark.usefixtures("triton")
-def test_an_id_outside_its_table_shows_as_nan_and_writes_nowhere(device):
-    case = inputs(40, 16, torch.float32, device)
-    case.input_ids[:12] = 7
-    case.position_ids = torch.arange(40, device=device)
-    case.token_type_ids.zero_()
-    expected = case.results()
-    case.input_ids[3], case.input_ids[4] = -1, WORDS
-    case.position_ids[5], case.position_ids[6] = -1, POSITIONS
-    case.token_type_ids[7], case.token_type_ids[8] = -1, TYPES
-    actual = case.results()
-    is_wrong = torch.zeros(40, dtype=torch.bool, device=device)
-    is_wrong[3:9] = True
-    assert torch.equal(actual[0].isnan().all(1), is_wrong)
-    assert torch.equal(actual[0][~is_wrong], expected[0][~is_wrong])
-    is_other = torch.arange(WORDS, device=device) != 7
-    assert torch.equal(actual[1][is_other], expected[1][is_other])
-    assert torch.equal(actual[2][~is_wrong], expected[2][~is_wrong])
-    assert not actual[3][1:].any()
-
-
 @pytest.mark.usefixtures("body")
 def test_the_backward_gives_the_same_bits_each_time(device):
     case = inputs(100, 24, torch.float32, device)
@@ -301,88 +201,12 @@ def test_torch_compile_gives_the_eager_result(device):
         assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
 
 
-@pytest.mark.usefixtures("triton")
-def test_a_second_derivative_is_refused(device):
-    case = inputs(3, 8, torch.float32, device)
-    ids = case.input_ids, case.position_ids, case.token_type_ids
-    leaves = [p.requires_grad_() for p in case.parameters]
-    y = embedding_layer_norm(*ids, *leaves)
-    (dword,) = torch.autograd.grad(y, leaves[0], case.dy.requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match=r'with fastbert\.backend\.use\("reference"\)'):
-        dword.sum().backward()
-
-
 def test_the_reference_is_differentiable_twice_in_float64():
     case = inputs(3, 4, torch.float64, "cpu", sizes=(4, 3, 2))
     ids = case.input_ids, case.position_ids, case.token_type_ids
     leaves = [p.requires_grad_() for p in case.parameters]
     with backend.use("reference"):
         torch.autograd.gradgradcheck(lambda *p: embedding_layer_norm(*ids, *p, eps=0.1), leaves)
-
-
-def call(device, change, **options):
-    """Of good arguments, some replaced by name."""
-    case = inputs(4, 8, torch.float32, device)
-    names = ("word", "position", "token_type", "weight", "bias")
-    arguments = {
-        "input_ids": case.input_ids,
-        "position_ids": case.position_ids,
-        "token_type_ids": case.token_type_ids,
-        **dict(zip(names, case.parameters, strict=True)),
-    }
-    replaced = {name: replace(arguments[name]) for name, replace in change.items()}
-    first, *rest = (arguments | replaced).values()
-    return embedding_layer_norm(first, *rest, **options)
-
-
-@pytest.mark.parametrize(
-    ("change", "options", "reason"),
-    [
-        (dict.fromkeys(("word", "position", "token_type"), Tensor.double), {}, "float64"),
-        ({"position": Tensor.half}, {}, "tables of several dtypes"),
-        ({"word": lambda t: t.t().contiguous().t()}, {}, "tables that are not contiguous"),
-        ({"bias": Tensor.half}, {}, "parameters of several dtypes"),
-        ({}, {"dtype": torch.float64}, "a result in torch.float64"),
-        ({"token_type_ids": lambda t: t.to("meta")}, {}, "several devices"),
-    ],
-    ids=["double", "tables", "strides", "vectors", "result", "devices"],
-)
-@pytest.mark.usefixtures("triton")
-def test_a_forced_backend_never_falls_back(change, options, reason, device):
-    with pytest.raises(backend.BackendUnavailable, match=f"embedding_layer_norm.*{reason}"):
-        call(device, change, **options)
-
-
-@pytest.mark.parametrize(
-    ("change", "options", "message"),
-    [
-        ({"position_ids": lambda t: t[:3]}, {}, r"position_ids that broadcast to \(4,\), got \(3,"),
-        ({"token_type_ids": lambda t: t[None]}, {}, r"token_type_ids that broadcast"),
-        ({"position_ids": Tensor.short}, {}, "position_ids of dtype int64 or int32"),
-        ({"word": lambda t: t[0]}, {}, "word table"),
-        ({"position": lambda t: t[:, :5].clone()}, {}, r"position table of shape \(rows, 8\)"),
-        ({"token_type": lambda t: t[0]}, {}, "token_type table"),
-        ({"token_type": lambda t: None}, {}, "token_type table for token_type_ids"),
-        ({"weight": lambda t: t[:5].clone()}, {}, r"weight of shape \(8,\), got \(5,\)"),
-        ({}, {"padding_idx": WORDS}, f"padding_idx within {WORDS} words"),
-        ({}, {"padding_idx": -WORDS - 1}, f"padding_idx within {WORDS} words"),
-        ({}, {"dropout_p": 1.0}, "dropout_p in"),
-        ({}, {"dropout_p": 0.5, "rng": random.fresh(3, torch.device("cpu"))}, r"got \(3,\)"),
-    ],
-    ids=[
-        "positions", "types", "short", "words", "position", "type", "no types", "weight", "padding",
-        "negative", "dropout", "keys",
-    ],
-)  # fmt: skip
-@pytest.mark.usefixtures("body")
-def test_wrong_arguments_are_named(change, options, message, device):
-    with pytest.raises(ValueError, match=message):
-        call(device, change, **options)
-
-
-def test_an_id_outside_its_table_is_an_error_in_the_reference():
-    with backend.use("reference"), pytest.raises(IndexError):
-        call("cpu", {"input_ids": lambda t: t + WORDS})
 
 
 @pytest.mark.gpu

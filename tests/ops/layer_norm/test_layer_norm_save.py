@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastbert import BertConfig, BertEncoder
 from fastbert.ops.layer_norm import dropout_add_layer_norm
-from tests.ops.layer_norm_case import SUM_NAMES, sum_inputs
+from tests.ops.layer_norm.case import SUM_NAMES, sum_inputs
 from tests.oracle import assert_as_accurate, gradients
 
 

@@ -1,0 +1,193 @@
+"""What changes between two replays of a padded batch is seen, and what no graph computes runs."""
+
+import functools
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import parametrize
+
+from fastbert.hf import encode
+from fastbert.modules.graphs import buckets
+from tests.hf.changes import ByLength
+from tests.modules.graphs.case import SHAPE, Repeats, logits, models, use
+from tests.modules.graphs.padded_case import INPUTS, NARROW, pair
+
+
+def test_tables_that_change_in_place_are_read_anew(recorder):
+    plain, recorded = pair()
+    for model in (plain, recorded):
+        with torch.no_grad():
+            model.bert.embeddings.word_embeddings.weight.mul_(1.5)
+            model.bert.embeddings.LayerNorm.bias.add_(0.5)
+    torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))
+    assert recorder.recorded == 1
+
+
+def test_a_graph_keeps_no_table_that_the_model_has_no_more(monkeypatch):
+    recorder = use(Repeats(again=False), monkeypatch)
+    _, recorded = pair()
+    memory = StorageWeakRef(recorded.get_input_embeddings().weight.untyped_storage())
+    recorded.resize_token_embeddings(70, mean_resizing=False)
+    logits(recorded, INPUTS)
+    gc.collect()
+    assert recorder.recorded == 2
+    assert memory.expired()
+
+
+@pytest.mark.parametrize("name", ["word_embeddings", "position_embeddings", "LayerNorm"])
+def test_a_table_in_other_memory_is_recorded_anew(name, recorder):
+    plain, recorded = pair()
+    for model in (plain, recorded):
+        weight = getattr(model.bert.embeddings, name).weight
+        weight.data = weight.data * 1.5
+    torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))
+    assert recorder.recorded == 2
+
+
+@pytest.mark.parametrize("change", ["hook", "scale", "eps", "dtype"])
+def test_other_embeddings_are_computed_before_the_graph_or_recorded_anew(change, recorder):
+    plain, recorded = pair()
+    for model in (plain, recorded):
+        embeddings = model.bert.embeddings
+        if change == "hook":
+            embeddings.LayerNorm.register_forward_hook(lambda module, args, output: output * 2)
+        elif change == "scale":
+            embeddings.word_embeddings = nn.Embedding(61, SHAPE["hidden_size"], max_norm=0.01)
+            nn.init.ones_(embeddings.word_embeddings.weight)
+        elif change == "eps":
+            embeddings.LayerNorm.eps = 0.5
+        else:
+            model.double()
+    for _ in range(2):
+        torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))
+    assert recorder.recorded == 2
+
+
+@pytest.mark.parametrize("change", ["moved weight", "moved bias", "other weight", "hook", "class"])
+def test_a_projection_of_embeddings_is_that_of_now(change, recorder):
+    both = pair("Electra", **NARROW)
+    before = logits(both[0], INPUTS)
+    for model in both:
+        projection = model.electra.embeddings_project
+        torch.manual_seed(3)
+        nn.init.normal_(projection.bias)
+        logits(model, INPUTS)
+        torch.manual_seed(4)
+        if change.startswith("moved"):
+            parameter = getattr(projection, change.removeprefix("moved "))
+            parameter.data = parameter.data * 1.5
+        elif change == "other weight":
+            projection.weight = nn.Parameter(torch.randn_like(projection.weight))
+        elif change == "hook":
+            projection.register_forward_hook(lambda module, args, output: output * 2)
+        else:
+            model.electra.embeddings_project = nn.Sequential(nn.Linear(16, 32), nn.Tanh())
+    plain, recorded = both
+    for _ in range(2):
+        actual = logits(recorded, INPUTS)
+        torch.testing.assert_close(actual, logits(plain, INPUTS))
+    assert not torch.allclose(actual, before)
+    assert recorder.recorded == 2
+
+
+def test_dropout_that_alone_is_in_training_mode_is_drawn_in_each_call(recorder, embedded):
+    """As for Monte Carlo dropout. A graph would replay the mask of the call that was recorded."""
+    _, recorded = pair()
+    recorded.bert.embeddings.dropout.train().p = 0.5
+    embedded.clear()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        first, second = (recorded(**INPUTS).logits for _ in range(2))
+    assert not torch.equal(first, second)
+    assert len(embedded) == 2
+
+
+@pytest.mark.parametrize("changes", ["hook on a layer", "hook on the encoder", "mode", "forward"])
+def test_what_no_graph_computes_is_seen_by_the_next_call(changes, recorder):
+    plain, recorded = pair()
+    for model in (plain, recorded):
+        layer = model.bert.encoder.layer[1]
+        if changes == "hook on a layer":
+            layer.register_forward_hook(lambda module, args, output: output * 2)
+        elif changes == "hook on the encoder":
+            model.bert.encoder.register_forward_hook(lambda module, args, output: output)
+        elif changes == "mode":
+            layer.attention.self.dropout.p = 0.0
+            layer.train()
+        else:
+            layer.forward = functools.partial(type(layer).forward, layer)
+    for _ in range(2):
+        torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))
+
+
+def test_a_forward_that_a_layer_was_given_runs(recorder):
+    """Nothing tells before the replay; the layers are then read anew, and called."""
+    plain, recorded = pair()
+    before = logits(recorded, INPUTS)
+    for model in (plain, recorded):
+        layer = model.bert.encoder.layer[1]
+        own = layer.forward
+        layer.forward = lambda x, *args, own=own, **kwargs: own(x * 2, *args, **kwargs)
+    for _ in range(2):  # the second is told by the plan
+        found = logits(recorded, INPUTS)
+        torch.testing.assert_close(found, logits(plain, INPUTS))
+        assert not torch.allclose(found, before)
+
+
+def test_a_users_own_defaults_of_types_and_positions_are_read(recorder):
+    plain, recorded = pair()
+    for number in range(2):
+        for model in (plain, recorded):
+            model.bert.embeddings.position_ids.copy_(torch.arange(160).flip(0)[None] - number)
+            if number:
+                model.bert.embeddings.token_type_ids.fill_(1)
+        torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))
+
+
+def test_another_buffer_of_positions_is_recorded_anew(recorder):
+    plain, recorded = pair()
+    for model in (plain, recorded):
+        model.bert.embeddings.position_ids = torch.arange(160).flip(0)[None]
+    torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))
+    assert recorder.recorded == 2
+
+
+def test_a_pooler_of_the_users_own_reads_all_tokens(recorder):
+    inputs = {**INPUTS, "attention_mask": INPUTS["attention_mask"].flip(1)}
+    found = []
+    for model in models("Bert", "Model"):
+        model.eval().pooler = ByLength()
+        with torch.no_grad():
+            found.append(model(**inputs).pooler_output)
+    torch.testing.assert_close(*found)
+    assert recorder.replayed == 1
+
+
+@pytest.mark.parametrize("reason", ["graphs=False", "FASTBERT_GRAPHS", "hook", "leaf", "training"])
+def test_layers_that_no_graph_computes_cost_no_second_look_at_the_batch(
+    reason, recorder, monkeypatch
+):
+    plain, recorded = pair()
+    layer = recorded.bert.encoder.layer[1]
+    if reason == "graphs=False":
+        buckets.allow(recorded, False)
+    elif reason == "FASTBERT_GRAPHS":
+        monkeypatch.setenv("FASTBERT_GRAPHS", "0")
+    elif reason == "hook":
+        layer.register_forward_hook(lambda *_: None)
+    elif reason == "leaf":
+        parametrize.register_parametrization(layer.output.dense, "weight", nn.Identity())
+    else:
+        recorded.train()
+        plain.train()
+
+    logits(recorded, INPUTS)  # which sees what has changed behind a replay; later calls before it
+
+    def fail(*_):
+        raise AssertionError("a batch for no graph")
+
+    monkeypatch.setattr(encode, "padded_batch", fail)
+    torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))

@@ -1,0 +1,109 @@
+"""What no graph does runs as it is, and what a recording must not read."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastbert import backend
+from fastbert.modules.graphs import replays
+from fastbert.modules.graphs.call import Precision
+from tests.modules.graphs.case import batch, layers_of, models, step
+
+
+def test_a_recording_neither_reads_nor_keeps_the_copies_that_autocast_makes():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.is_autocast_cache_enabled()
+        with Precision.of(torch.ones(1)).restored():
+            assert torch.is_autocast_enabled("cpu")
+            assert not torch.is_autocast_cache_enabled()
+
+
+REFUSALS = {
+    "a general mask": lambda model, inputs: (
+        model(inputs["input_ids"], attention_mask=torch.ones(2, 1, 7, 7).tril().bool()).logits
+    ),
+    "a forced backend": lambda model, inputs: _forced(model, inputs),
+    "a dispatch mode": lambda model, inputs: _counted(model, inputs),
+    "a dispatch mode without hooks": lambda model, inputs: _dispatched(model, inputs),
+    "anomaly mode": lambda model, inputs: _watched(model, inputs),
+    "a replica": lambda model, inputs: _replicated(model, inputs),
+}
+
+
+def _forced(model, inputs):
+    with backend.use("reference"):
+        return model(**inputs).logits
+
+
+def _counted(model, inputs):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False):
+        return model(**inputs).logits
+
+
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def _dispatched(model, inputs):
+    with Watch():
+        return model(**inputs).logits
+
+
+def _watched(model, inputs):
+    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+        return model(**inputs).logits
+
+
+def _replicated(model, inputs):
+    """As DataParallel marks the modules of a replica."""
+    vars(layers_of(model))["_is_replica"] = True
+    return model(**inputs).logits
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_what_no_graph_does_runs_as_it_is(kind, name, recorder):
+    plain, recorded = (model.eval() for model in models(kind))
+    inputs = batch([7, 3])
+    actual, expected = (REFUSALS[name](model, inputs) for model in (recorded, plain))
+    torch.testing.assert_close(actual, expected)
+    assert recorder.recorded == 0
+
+
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_forward_mode_differentiation_has_no_graph(kind, recorder):
+    """One that was recorded before knows no tangents."""
+    embeds, direction = torch.randn(2, 2, 7, 32, generator=torch.Generator().manual_seed(3))
+    tangents = []
+    for model in models(kind):
+        with torch.no_grad():
+            model.eval()(inputs_embeds=embeds)
+            with forward_ad.dual_level():
+                output = model(inputs_embeds=forward_ad.make_dual(embeds, direction)).logits
+                tangents.append(forward_ad.unpack_dual(output).tangent)
+    torch.testing.assert_close(*tangents)
+    assert recorder.replayed == 1
+
+
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_a_recording_reads_aliases_of_the_parameters(kind, recorder, monkeypatch):
+    """A parameter's gradient node may be of a stream that must not wait for the recording, and is
+    for as long as an output of an earlier forward lives: test_backward_on_a_gpu.py has the rest."""
+    _, recorded = models(kind)
+    own = {p.data_ptr(): p for p in layers_of(recorded).parameters()}
+    plain, met = replays._gradients, []
+
+    def gradients_of(outputs, inputs, *others, **options):
+        met.extend(inputs)
+        return plain(outputs, inputs, *others, **options)
+
+    monkeypatch.setattr(replays, "_gradients", gradients_of)
+    step(recorded.train(), batch([7, 3]))
+    assert recorder.recorded == 2
+    aliases = [one for one in met if one.data_ptr() in own]
+    assert {one.data_ptr() for one in aliases} == set(own)
+    assert not any(one is own[one.data_ptr()] for one in aliases)

@@ -226,3 +226,7 @@ def test_parts_and_collate(model, encoder):
     assert batch.token_type_ids.tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1]
     assert batch.position_ids.tolist() == [*range(7), *range(5)]
     assert torch.equal(batch.sequence_ids, torch.tensor([7, 4]))
+    task = task_of("choice", choice_column=("choices",))
+    questions = [ChoiceExample("x", "the", ("cat", "dog"), 0)] * 2
+    batch = collate(task.features(questions, encoder), [7, 4])
+    assert batch.sequence_ids.tolist() == [14, 15, 8, 9]  # each choice has dropout of its own

@@ -284,8 +284,15 @@ def test_half_a_surrogate_pair_is_no_text(write, tmp_path):
     file = write("a.jsonl", '{"text": "a \\ud800 b", "label": "\\udfff"}\n')
     (row,) = read_table(file, ["text", "label"])
     assert (row.text("text"), row.label("label")) == ("a ? b", "?")
-    flat = json.dumps(FLAT | {"context": "\ud800 北京", "answers": ["北京"]})
-    (question,) = read_squad(write("b.json", f"[{flat}]"))
-    assert (question.context, question.answers[0].start) == ("? 北京", 2)
+    whole, context = {"text": ["京 \ud800"], "answer_start": [3]}, "\ud800 北京 \ud800"
+    for answers, place in (
+        (["北京"], ("北京", 2)),
+        (["京 \ud800"], ("京 ?", 3)),
+        (whole, ("京 ?", 3)),
+    ):
+        flat = json.dumps(FLAT | {"context": context, "answers": answers})
+        (question,) = read_squad(write("b.json", f"[{flat}]"))
+        assert question.context == "? 北京 ?"
+        assert question.answers == (place,)
     write_json_lines(tmp_path / "out.jsonl", [{"text": "a \ud800 é"}])
     assert (tmp_path / "out.jsonl").read_bytes() == '{"text": "a \\ud800 é"}\n'.encode()

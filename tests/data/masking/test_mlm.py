@@ -133,6 +133,19 @@ def test_a_random_token_does_not_tell_how_long_its_span_is():
     assert abs(short.mean() - long.mean()) < 4 * error
 
 
+def test_the_tokens_of_a_span_become_all_masks_or_none():
+    """SpanBERT's 80/10/10 is drawn for each span, not for each of its tokens."""
+    ids, example, position = batch([200] * 20, special_share=0)
+    tokens = Tokens(ids, example, position, ~np.isin(ids, SPECIALS), np.ones(len(ids), bool))
+    masking = make_masking("span", SPECIALS, VOCAB)
+    masked, _ = masking(tokens, seed=1, epoch=0)
+    chosen, _ = masking._choose(tokens, 1, 0)
+    assert (np.bincount(chosen.leader) > 2).sum() > 20
+    is_mask = masked[chosen.targets] == SPECIALS.mask
+    for leader in set(chosen.leader):
+        assert len(set(is_mask[chosen.leader == leader])) == 1
+
+
 def test_the_same_whatever_else_is_in_the_batch():
     ids, example, position = batch([30, 7, 50, 1, 20])
     masked, labels = mask(ids, example, position)

@@ -279,6 +279,12 @@ def test_a_support_of_one_prints_as_one():
     assert all(isinstance(row[4], int) for row in report.tables[0].rows)
 
 
+def test_a_row_of_json_lines_ends_at_a_newline_alone(write):
+    """Not at the other ends of lines that Unicode has, which may stand in a text."""
+    file = write("a.jsonl", [{"text": "a \u2028 b \x85 c"}, {"text": "d"}])
+    assert [row.text("text") for row in read_table(file, ["text"])] == ["a \u2028 b \x85 c", "d"]
+
+
 def test_half_a_surrogate_pair_is_no_text(write, tmp_path):
     """Which JSON can spell; the tokenizer and UTF-8 know none."""
     file = write("a.jsonl", '{"text": "a \\ud800 b", "label": "\\udfff"}\n')

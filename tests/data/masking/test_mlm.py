@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from fastbert.check import InputError
 from fastbert.data import SpecialTokens, Tokens, make_masking
-from fastbert.data.masking.philox import philox
+from fastbert.data.masking.philox import philox, uniform
 
 SPECIALS = SpecialTokens(
     pad=0, unk=7, cls=101, sep=5, mask=60
@@ -28,6 +28,12 @@ VOCAB = 120
 )
 def test_philox_gives_random123s_known_answers(counter, key, expected):
     assert " ".join(f"{int(word):08x}" for word in philox(counter, key)) == expected
+
+
+def test_a_uniform_number_has_53_bits():
+    words = np.array([0, 1 << 11, 2**32 - 1], np.uint64)
+    assert uniform(words[:1], words[1:2]) == 2.0**-53
+    assert uniform(words[2:], words[2:]) == 1 - 2.0**-53
 
 
 def batch(lengths, seed=0, special_share=0.05):

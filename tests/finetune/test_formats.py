@@ -279,6 +279,11 @@ def test_a_support_of_one_prints_as_one():
     assert all(isinstance(row[4], int) for row in report.tables[0].rows)
 
 
+def test_carriage_returns_alone_end_the_rows_of_a_table(write):
+    table = write("a.csv", 'text,label\rone,x\r"two\rthree",y\r')
+    assert [row.values["text"] for row in read_table(table, ["text"])] == ["one", "two\rthree"]
+
+
 def test_a_row_of_json_lines_ends_at_a_newline_alone(write):
     """Not at the other ends of lines that Unicode has, which may stand in a text."""
     file = write("a.jsonl", [{"text": "a \u2028 b \x85 c"}, {"text": "d"}])

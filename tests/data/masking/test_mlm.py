@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from fastbert.check import InputError
 from fastbert.data import SpecialTokens, Tokens, make_masking
+from fastbert.data.masking.noising import _ordinary_tokens
 from fastbert.data.masking.philox import philox, uniform
 
 SPECIALS = SpecialTokens(
@@ -34,6 +35,13 @@ def test_a_uniform_number_has_53_bits():
     words = np.array([0, 1 << 11, 2**32 - 1], np.uint64)
     assert uniform(words[:1], words[1:2]) == 2.0**-53
     assert uniform(words[2:], words[2:]) == 1 - 2.0**-53
+
+
+def test_a_random_token_is_any_but_a_special_one():
+    ordinary = VOCAB - len(SPECIALS)
+    words = np.arange(ordinary, dtype=np.uint64) * np.uint64(2**32 // ordinary + 1)
+    drawn = _ordinary_tokens(words, VOCAB, SPECIALS)
+    assert drawn.tolist() == [token for token in range(VOCAB) if token not in SPECIALS]
 
 
 def batch(lengths, seed=0, special_share=0.05):

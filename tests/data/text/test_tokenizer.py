@@ -233,6 +233,12 @@ def test_a_byte_order_mark_is_none_of_it(name, tmp_path):
     assert again.encode("A cat").tokens == plain.encode("A cat").tokens
 
 
+def test_characters_that_are_words_need_no_piece_inside_of_one():
+    vocab = train_tokenizer(["北京 a bad, bad cat"] * 9, 60).get_vocab()
+    assert {"北", "京", ",", "##a", "##d"} <= vocab.keys()
+    assert not {"##北", "##京", "##,"} & vocab.keys()
+
+
 def test_a_word_without_end_takes_no_time_and_is_unknown():
     """The trainer's time grows by the square of a word's length."""
     long = "abcde" * 100_000

@@ -59,10 +59,11 @@ def _texts(source: Path, column: str, delimiter: str | None) -> list[Text]:
 def write_npy(path: str | Path, array: NDArray[Any]) -> None:
     """Writes the array; the file, whose name must end in .npy, appears whole or not at all."""
     require_npy(path)
+    array = np.ascontiguousarray(array)
     with output(path) as file:
         header = np.lib.format.header_data_from_array_1_0(array)
         np.lib.format.write_array_header_1_0(file, header)
-        file.write(np.ascontiguousarray(array).data)  # np.save calls tell, which fails on a pipe
+        file.write(array.data)  # np.save calls tell, which fails on a pipe
 
 
 def require_npy(path: str | Path) -> None:

@@ -96,4 +96,4 @@ def linear_schedule(step: int, *, peak: float, warmup: int, total: int) -> float
     """The learning rate of a step in [0, total): linear to `peak` in `warmup` steps, then to 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * (total - step) / max(total - warmup, 1)
+    return peak * (total - step) / (total - warmup)

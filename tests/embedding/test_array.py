@@ -12,7 +12,7 @@ import transformers
 
 from fastbert import cli
 from fastbert.check import InputError
-from fastbert.embedding.array import embed
+from fastbert.embedding.array import embed, write_npy
 from tests.small_model import write_model
 
 TEXTS = ["the film was good", "北京是中国的首都", "a", "john lives in paris , the cat does not"]
@@ -79,6 +79,13 @@ def test_standard_input_is_a_text_a_line_and_the_help_says_so(model, write, monk
     assert np.array_equal(given, embed(model, lines, precision="fp32"))
     cli_run(monkeypatch, "embed", "--help")
     assert "- is standard input: a text a line" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_array_in_another_order_of_memory_is_written_as_it_reads(tmp_path):
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    for name, one in (("a", array), ("b", np.asfortranarray(array)), ("c", array[:, ::2])):
+        write_npy(tmp_path / f"{name}.npy", one)
+        np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), one)
 
 
 def test_another_ending_is_refused_with_all_that_are_read(model, write):

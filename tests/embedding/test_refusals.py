@@ -87,14 +87,23 @@ def test_other_files_are_left_alone(model, corpus, tmp_path):
     assert contents(tmp_path) == {"mine.txt": b"mine"}
 
 
-def test_an_input_that_changes_meanwhile_gives_no_manifest(model, tmp_path, monkeypatch):
+def test_a_plan_of_another_version_is_refused(model, corpus, tmp_path):
+    embed_corpus(model, corpus, tmp_path, **OPTIONS)
+    plan = tmp_path / "plan.json"
+    plan.write_text(plan.read_text().replace('"version": 1', '"version": 0'))
+    with pytest.raises(InputError, match=r"plan\.json: not of this version of fastbert embed"):
+        embed_corpus(model, corpus, tmp_path, **OPTIONS)
+
+
+@pytest.mark.parametrize("other", ["bal\nbam\nban\n", "bal\nban\n"])
+def test_an_input_that_changes_meanwhile_gives_no_manifest(model, tmp_path, monkeypatch, other):
     source, out = tmp_path / "c.txt", tmp_path / "out"
     source.write_text("bal\nbam\n")
     write = shards._write
 
     def change(*args):
         write(*args)
-        source.write_text("bal\nbam\nban\n")
+        source.write_text(other)
 
     monkeypatch.setattr(shards, "_write", change)
     with pytest.raises(InputError, match="was changed while it was read"):

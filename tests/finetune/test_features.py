@@ -14,7 +14,7 @@ from fastbert.data.formats.conll import Sentence
 from fastbert.data.formats.squad import Answer, Question
 from fastbert.finetune.choice import ChoiceExample
 from fastbert.finetune.features import WindowEncoder, best_window, collate, cut, parts
-from fastbert.finetune.infer import TASK_OF, run
+from fastbert.finetune.infer import TASK_OF, evaluating, run
 from fastbert.finetune.sequences import TextExample
 from fastbert.finetune.task import Settings
 from fastbert.packing import IGNORE_INDEX
@@ -216,6 +216,34 @@ def test_questions_with_other_numbers_of_choices_are_scored_each_by_itself(
         assert one["text"] == example.choices[one["choice"]]
 
 
+def test_of_an_answer_the_twenty_best_starts_and_ends_are_tried(model):
+    """And where none of these ends follows a start, the best answer of one token is left."""
+    encoder = WindowEncoder(load_tokenizer(model), 60, None, False)
+    question = Question("x", "1", "who ?", " ".join(["cat"] * 50), (), False)
+    task = task_of("qa", max_answer_tokens=50)
+    features = task.features([question], encoder)
+    prefix = features[0].windows[0].prefix
+    scores = np.zeros((len(features[0].windows[0].input_ids), 2), np.float32)
+    starts, ends = scores[prefix : prefix + 50].T
+    ends[:20] = starts[20:40] = 9
+    ends[25] = 6
+    (said,) = task.predict([question], features, [scores])
+    assert (said["start"], said["end"]) == (25 * 4, 25 * 4 + 3)
+    ends[19] = ends[25] = 0
+    ends[22], starts[21] = 8, 9.5  # the twentieth of the ends
+    (said,) = task.predict([question], features, [scores])
+    assert (said["start"], said["end"]) == (21 * 4, 22 * 4 + 3)
+
+
+def test_evaluating_leaves_a_model_in_the_mode_that_it_had():
+    for training in (True, False):
+        model = torch.nn.Dropout().train(training)
+        with evaluating(model):
+            assert not model.training
+            assert not torch.is_grad_enabled()
+        assert model.training is training
+
+
 def test_parts_and_collate(model, encoder):
     assert parts([3, 3, 5, 9, 1], 6) == [range(2), range(2, 3), range(3, 4), range(4, 5)]
     task = task_of("regression")
@@ -226,3 +254,7 @@ def test_parts_and_collate(model, encoder):
     assert batch.token_type_ids.tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1]
     assert batch.position_ids.tolist() == [*range(7), *range(5)]
     assert torch.equal(batch.sequence_ids, torch.tensor([7, 4]))
+    task = task_of("choice", choice_column=("choices",))
+    questions = [ChoiceExample("x", "the", ("cat", "dog"), 0)] * 2
+    batch = collate(task.features(questions, encoder), [7, 4])
+    assert batch.sequence_ids.tolist() == [14, 15, 8, 9]  # each choice has dropout of its own

@@ -279,13 +279,31 @@ def test_a_support_of_one_prints_as_one():
     assert all(isinstance(row[4], int) for row in report.tables[0].rows)
 
 
+def test_carriage_returns_alone_end_the_rows_of_a_table(write):
+    table = write("a.csv", 'text,label\rone,x\r"two\rthree",y\r')
+    assert [row.values["text"] for row in read_table(table, ["text"])] == ["one", "two\rthree"]
+
+
+def test_a_row_of_json_lines_ends_at_a_newline_alone(write):
+    """Not at the other ends of lines that Unicode has, which may stand in a text."""
+    file = write("a.jsonl", [{"text": "a \u2028 b \x85 c"}, {"text": "d"}])
+    assert [row.text("text") for row in read_table(file, ["text"])] == ["a \u2028 b \x85 c", "d"]
+
+
 def test_half_a_surrogate_pair_is_no_text(write, tmp_path):
     """Which JSON can spell; the tokenizer and UTF-8 know none."""
     file = write("a.jsonl", '{"text": "a \\ud800 b", "label": "\\udfff"}\n')
     (row,) = read_table(file, ["text", "label"])
     assert (row.text("text"), row.label("label")) == ("a ? b", "?")
-    flat = json.dumps(FLAT | {"context": "\ud800 北京", "answers": ["北京"]})
-    (question,) = read_squad(write("b.json", f"[{flat}]"))
-    assert (question.context, question.answers[0].start) == ("? 北京", 2)
+    whole, context = {"text": ["京 \ud800"], "answer_start": [3]}, "\ud800 北京 \ud800"
+    for answers, place in (
+        (["北京"], ("北京", 2)),
+        (["京 \ud800"], ("京 ?", 3)),
+        (whole, ("京 ?", 3)),
+    ):
+        flat = json.dumps(FLAT | {"context": context, "answers": answers})
+        (question,) = read_squad(write("b.json", f"[{flat}]"))
+        assert question.context == "? 北京 ?"
+        assert question.answers == (place,)
     write_json_lines(tmp_path / "out.jsonl", [{"text": "a \ud800 é"}])
     assert (tmp_path / "out.jsonl").read_bytes() == '{"text": "a \\ud800 é"}\n'.encode()

@@ -1,5 +1,7 @@
 """The files that people have, and what is learnt from them."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from fastbert.finetune.infer import TASK_OF
 from fastbert.finetune.predict import _with_copies
 from fastbert.finetune.sequences import TextExample
 from fastbert.finetune.task import Refused, Settings
+from fastbert.finetune.train import _examples
 from fastbert.train.optimizer import finetuning_optimizer
 
 
@@ -92,6 +95,19 @@ def make_task(name: str, *weights: str):
     return TASK_OF[name](Settings.of(config, 48)), config
 
 
+def test_the_share_to_measure_by_is_drawn_by_the_seed():
+    task, config = make_task("classification")
+    task.read = lambda path: list(range(40))
+    drawn = set()
+    for seed in (0, 1, 0):
+        options = {"dev": None, "dev_share": 0.25, "seed": seed}
+        train, dev = _examples(task, dataclasses.replace(config, **options))
+        assert len(dev) == 10
+        assert sorted(train + dev) == list(range(40))
+        drawn.add(tuple(dev))
+    assert len(drawn) == 2
+
+
 def test_weights_of_labels():
     examples = [TextExample("x", ("a",), label) for label in ("10", "9", "9", "9")]
     task, config = make_task("classification", "balanced")
@@ -102,6 +118,10 @@ def test_weights_of_labels():
     task, config = make_task("classification", "10=3")
     task.learn(examples)
     task.weigh(config, examples)
+    assert task.weights.tolist() == [1, 3]
+    task, config = make_task("classification", "e\u0301=3")  # spelt as the labels are not
+    task.labels = ["a", "\u00e9"]
+    task.weigh(config, [])
     assert task.weights.tolist() == [1, 3]
     examples = [TextExample("x", ("a",), labels) for labels in (("p", "q"), ("p",), ("p",), ())]
     task, config = make_task("multilabel", "balanced")

@@ -12,8 +12,9 @@ from fastbert.check import InputError
 from fastbert.config.finetune import FinetuneConfig
 from fastbert.finetune import train
 from fastbert.finetune.predict import predict
+from fastbert.finetune.sequences import Classification
 from fastbert.finetune.train import finetune
-from fastbert.train.optimizer import finetuning_optimizer
+from fastbert.train.optimizer import clipped_step, finetuning_optimizer
 from tests.finetune.case import LEARN, OPINIONS, learn
 
 
@@ -28,6 +29,31 @@ def test_gradients_that_are_not_finite_end_the_run(model, write, tmp_path, monke
     file = write("opinions.csv", "text,label\n" + "".join(f"{a},{b}\n" for a, b in OPINIONS))
     with pytest.raises(InputError, match=r"gradients are not finite in epoch 1; .*--learning-rate"):
         learn(model, tmp_path, task="classification", train=file, dev=file)
+
+
+def test_a_step_has_its_dropout_its_total_weight_and_clipping(model, write, tmp_path, monkeypatch):
+    states, totals, norms = [], [], []
+
+    def loss(task, built, batch, features, total):
+        states.append(batch.dropout_state.tolist())
+        totals.append((total, sum(4.0 if f.target else 1.0 for f in features)))
+        return own_loss(task, built, batch, features, total)
+
+    def step(optimizer, parameters, max_norm):
+        norms.append(max_norm)
+        return clipped_step(optimizer, parameters, max_norm)
+
+    own_loss = Classification.loss
+    monkeypatch.setattr(Classification, "loss", loss)
+    monkeypatch.setattr(train, "clipped_step", step)
+    file = write("opinions.csv", "text,label\n" + "".join(f"{a},{b}\n" for a, b in OPINIONS))
+    options = {"epochs": 2, "batch_size": 3, "seed": 5, "class_weight": ("pos=4",)}
+    options |= {"task": "classification", "train": file, "dev": file, "max_grad_norm": 0.5}
+    learn(model, tmp_path, **options)
+    assert states == [[5, number] for number in range(6)]
+    assert all(total == weight for total, weight in totals)
+    assert len({total for total, _ in totals}) > 1
+    assert norms == [0.5] * 6
 
 
 def test_the_same_config_gives_the_same_run_in_any_number_of_parts(model, write, tmp_path):

@@ -160,6 +160,27 @@ def test_a_decoder_gives_logits_beside_its_loss():
     assert model(ids, labels=ids).logits.shape == (2, 5, 37)
 
 
+def test_one_layer_of_a_decoders_kind_runs_as_before():
+    _, model = build(Case(training=False))
+    model.encoder.layer[1].is_decoder = True
+    told = fastbert.explain(model, torch.randint(1, 37, (2, 5)), show=False).routes
+    assert told[0].reason == "a decoder's layer"
+
+
+@pytest.mark.parametrize("problem", ["regression", None])
+def test_whole_numbers_of_a_regression_all_count(problem):
+    theirs, ours = build(Case(kind="ForSequenceClassification", problem=problem, training=False))
+    labels = torch.full((2, theirs.config.num_labels), -100)
+    labels = labels if problem else labels[:, 0]
+    ids = torch.randint(5, 37, (2, 4))
+    with torch.no_grad():
+        expected = theirs(ids, labels=labels).loss
+        loss = ours(ids, labels=labels).loss
+        shared = ours(ids, labels=labels, num_items_in_batch=4 * labels.numel()).loss
+    torch.testing.assert_close(loss, expected if problem else torch.zeros_like(loss))
+    torch.testing.assert_close(shared, loss / 4)
+
+
 @functools.wraps(nn.functional.silu)
 def along_the_sequence(x):
     return x - x.mean(1, keepdim=True)

@@ -148,3 +148,7 @@ def test_without_pairs_it_is_the_masked_lm_loss():
     assert (metrics.nsp_loss_sum, metrics.num_pairs) == (0, 0)
     result.loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_without_numbers_of_sequences_every_token_is_real():
+    assert PackedBatch.from_sequences([[1, 2], [3]]).is_real().tolist() == [True] * 3

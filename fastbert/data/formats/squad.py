@@ -76,8 +76,7 @@ def _json(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         lines = [line for line in text.split("\n") if line.strip()]
         with contextlib.suppress(ValueError, RecursionError):
-            if len(lines) > 1:
-                return [json.loads(line) for line in lines]
+            return [json.loads(line) for line in lines]
         raise InputError(f"{path}: not JSON ({error})") from None
 
 

@@ -58,7 +58,6 @@ def find_files(paths: Sequence[str | Path]) -> Corpus:
                     f"--corpus {path}: the directory holds no {', '.join(_SUFFIXES)} file, nor "
                     f"one without an ending (or .gz, .bz2, .xz){there and f'; it has {there}'}"
                 )
-            corpus.files[before:] = sorted(corpus.files[before:], key=lambda found: found.path)
         elif os.path.lexists(path) and not path.exists():
             raise InputError(f"--corpus {path}: a broken link; remove it or mend it")
         elif path.exists() and not path.is_file():
@@ -116,7 +115,7 @@ def _why_not(file: Path) -> str:
 
 
 def _refuse_packed(file: Path) -> None:
-    if text_suffix(file) in _REFUSED or (file.suffix.lower() in _REFUSED and file.is_file()):
+    if text_suffix(file) in _REFUSED:
         raise InputError(
             f"--corpus {file}: {file.suffix} is not read; unpack it, or pack it as .gz, .bz2 or .xz"
         )

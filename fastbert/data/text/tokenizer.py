@@ -239,7 +239,7 @@ def _from_vocab(file: Path, config: TokenizerConfig) -> Tokenizer:
         lines = file.read_text("utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"tokenizer {file}: not a vocab.txt: not UTF-8") from error
-    vocab = {token.rstrip("\r"): number for number, token in enumerate(lines)}
+    vocab = {token: number for number, token in enumerate(lines)}
     return _wordpiece(vocab, config.normalizer())
 
 

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from fastbert.check import InputError
 from fastbert.data import plan_pairs, plan_sentences
+from fastbert.data.batches import pairs
 from fastbert.data.batches.pairs import _truncate
+from fastbert.data.streams import Purpose, stream
 
 
 def documents_of(seed, count, sentences=(3, 40), words=(2, 30)):
@@ -62,6 +64,28 @@ def test_every_sentence_is_used(numbered):
         if not is_random:
             used[b_start:b_end] += 1
     assert (used == 1).all()  # the sentences left over by a random B come back
+
+
+def test_an_epoch_is_the_same_in_every_version(numbered):
+    """Else a run that goes on with another one would read other pairs than it has planned."""
+    corpus = numbered([[3, 4, 5], [6], [2, 2, 2, 2], [7, 8]])
+    plan = plan_pairs(corpus, np.array([0, 2, 3]), seed=3, epoch=1, max_seq_len=40)
+    spans = [[0, 7, 7, 12], [18, 20, 20, 26], [26, 33, 0, 12], [33, 41, 22, 26]]
+    assert plan.spans.tolist() == spans
+    assert plan.is_random.tolist() == [False, False, True, True]
+
+
+def test_all_that_is_drawn_depends_on_seed_and_epoch(numbered, monkeypatch):
+    asked = []
+
+    def spied(*place):
+        asked.append(place)
+        return stream(*place)
+
+    monkeypatch.setattr(pairs, "stream", spied)
+    plan_pairs(numbered([[3], [6]]), np.array([0, 1]), seed=3, epoch=5, max_seq_len=9)
+    of_documents = [(3, Purpose.PAIRS, 5, document) for document in (0, 1)]
+    assert asked == [*of_documents, (3, Purpose.TRUNCATION, 5)]
 
 
 def test_spans_are_whole_sentences_unless_truncated(numbered):

@@ -9,6 +9,7 @@ import torch
 
 from fastbert.check import InputError
 from fastbert.data import (
+    Masking,
     PretrainingData,
     make_masking,
     plan_pairs,
@@ -194,6 +195,21 @@ def test_targets_are_known_whatever_is_masked(make, corpus, tokenizer, scheme):
         names = ("num_labels", "num_sequences", "num_tokens")
         counts = (sum(getattr(part, name) for part in parts) for name in names)
         assert data.targets(step) == tuple(counts)
+
+
+def test_the_masked_tokens_of_a_step_are_counted_in_its_epoch(make, monkeypatch):
+    """As they are masked; for whole words their number depends on it."""
+    data, asked = make(), []
+
+    def spied(masking, tokens, *, seed, epoch):
+        asked.append((seed, epoch))
+        return 0
+
+    monkeypatch.setattr(Masking, "num_targets", spied)
+    second = data._plan(0).num_batches - 1
+    for step in (second - 1, second):
+        data.targets(step)
+    assert asked == [(SEED, 0), (SEED, 1)]
 
 
 def test_without_pairs_examples_are_single_segments(make):

@@ -136,6 +136,16 @@ def test_blank_lines_at_the_end_are_texts_from_any_mark(tmp_path):
     assert list(texts_of(path, "text").rows(last.after)) == []
 
 
+def test_a_text_of_a_parquet_has_a_limit(tmp_path, monkeypatch):
+    arrow = pytest.importorskip("pyarrow", reason="the extra [embed] is needed")
+    pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(module, "LONGEST", 5)
+    path = tmp_path / "a.parquet"
+    arrow.parquet.write_table(arrow.table({"text": ["12345", "123456"]}), path)
+    with pytest.raises(InputError, match="row 2: a text of more than 5 characters"):
+        list(texts_of(path, "text").rows())
+
+
 def test_a_parquet_without_rows(tmp_path):
     arrow = pytest.importorskip("pyarrow", reason="the extra [embed] is needed")
     pytest.importorskip("pyarrow.parquet")

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from fastbert.check import InputError
 from fastbert.data import SpecialTokens, Tokens, make_masking
-from fastbert.data.masking.philox import philox
+from fastbert.data.masking.noising import _ordinary_tokens
+from fastbert.data.masking.philox import philox, uniform
 
 SPECIALS = SpecialTokens(
     pad=0, unk=7, cls=101, sep=5, mask=60
@@ -28,6 +29,19 @@ VOCAB = 120
 )
 def test_philox_gives_random123s_known_answers(counter, key, expected):
     assert " ".join(f"{int(word):08x}" for word in philox(counter, key)) == expected
+
+
+def test_a_uniform_number_has_53_bits():
+    words = np.array([0, 1 << 11, 2**32 - 1], np.uint64)
+    assert uniform(words[:1], words[1:2]) == 2.0**-53
+    assert uniform(words[2:], words[2:]) == 1 - 2.0**-53
+
+
+def test_a_random_token_is_any_but_a_special_one():
+    ordinary = VOCAB - len(SPECIALS)
+    words = np.arange(ordinary, dtype=np.uint64) * np.uint64(2**32 // ordinary + 1)
+    drawn = _ordinary_tokens(words, VOCAB, SPECIALS)
+    assert drawn.tolist() == [token for token in range(VOCAB) if token not in SPECIALS]
 
 
 def batch(lengths, seed=0, special_share=0.05):
@@ -131,6 +145,19 @@ def test_a_random_token_does_not_tell_how_long_its_span_is():
     error = np.sqrt(VOCAB**2 / 12 * (1 / len(short) + 1 / len(long)))
     assert len(short) > 300
     assert abs(short.mean() - long.mean()) < 4 * error
+
+
+def test_the_tokens_of_a_span_become_all_masks_or_none():
+    """SpanBERT's 80/10/10 is drawn for each span, not for each of its tokens."""
+    ids, example, position = batch([200] * 20, special_share=0)
+    tokens = Tokens(ids, example, position, ~np.isin(ids, SPECIALS), np.ones(len(ids), bool))
+    masking = make_masking("span", SPECIALS, VOCAB)
+    masked, _ = masking(tokens, seed=1, epoch=0)
+    chosen, _ = masking._choose(tokens, 1, 0)
+    assert (np.bincount(chosen.leader) > 2).sum() > 20
+    is_mask = masked[chosen.targets] == SPECIALS.mask
+    for leader in set(chosen.leader):
+        assert len(set(is_mask[chosen.leader == leader])) == 1
 
 
 def test_the_same_whatever_else_is_in_the_batch():

@@ -8,6 +8,7 @@ import pytest
 
 from fastbert.check import InputError
 from fastbert.data import SpecialTokens, Tokens, make_masking, ngram_counts, tokenize_corpus
+from fastbert.data.masking.noising import _cumulative_shares
 from fastbert.data.tokenized import ngrams
 from fastbert.data.tokenized.ngrams import NgramCounts
 
@@ -132,3 +133,10 @@ def test_a_vocabulary_too_large_to_count_is_refused(numbered):
     corpus = numbered([[40000], [40000]])
     with pytest.raises(InputError, match="up to 65,536, and this one has 80,0"):
         ngram_counts(corpus)
+
+
+def test_shares_end_at_one_in_spite_of_rounding():
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        weights = np.append(draw.integers(1, 1000, 40), [0, 0])
+        assert (_cumulative_shares(weights, SPECIALS)[39:] == 1).all()

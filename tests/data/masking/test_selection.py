@@ -10,9 +10,12 @@ from fastbert.data.masking.selection import (
     SPAN_P,
     Draws,
     Tokens,
+    _at_random,
+    _words,
     choose_spans,
     choose_tokens,
     choose_words,
+    examples_of,
     num_targets,
 )
 
@@ -167,3 +170,19 @@ def test_spans_have_the_lengths_of_the_paper():
     chi_squared = ((counts - expected) ** 2 / expected).sum()
     assert chi_squared < 27.9  # of 9 degrees of freedom, once in a thousand
     assert np.arange(1, 11) @ shares == pytest.approx(3.8, abs=0.01)  # the paper's mean
+
+
+def test_a_word_ends_with_its_example():
+    """Also where the next one begins within a word, without a special token before it."""
+    example, every = np.array([0, 0, 1, 1]), np.ones(4, bool)
+    tokens = Tokens(np.arange(4), example, np.arange(4) % 2, every, np.array([1, 0, 0, 0], bool))
+    words = _words(tokens, examples_of(tokens, 0.5))
+    assert words.first.tolist() == [0, 2]
+    assert words.size.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("last", [3, 2**30])
+def test_the_order_at_random_of_more_examples_than_fit_beside_the_keys(last):
+    number = np.array([0, 0, 1, 1, last, last])
+    key = np.array([2**32, 5, 7, 7, 2**32 - 1, 0], np.uint64)
+    assert _at_random(number, key).tolist() == [1, 0, 2, 3, 5, 4]

@@ -87,20 +87,22 @@ def test_files_without_an_ending_are_read(tmp_path):
     write(tmp_path / "AA" / "wiki_00", WIKI * 2)
     write(tmp_path / "AA" / "wiki_01", '{"id": "1", "text": "json. Two."}\n')
     write(tmp_path / "AA" / "wiki_02.gz", WIKI)
+    write(tmp_path / "AA" / "wiki_03", "\ufeff\n" + WIKI)  # as an editor on Windows saves it
     write(tmp_path / "news.2011", "plain\n")
     write(tmp_path / "plain", "plain\n\ntoo\n")
     cats = ["Cats", "One.", "Two is here.", "Three."]
     assert list(read_documents([tmp_path])) == [
-        *([cats] * 2), ["json.", "Two."], cats, ["plain"], ["plain"], ["too"],
+        *([cats] * 2), ["json.", "Two."], *([cats] * 2), ["plain"], ["plain"], ["too"],
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
 def test_packed_files_are_read(suffix, tmp_path):
     pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix]
-    for name in ("a.txt", "wiki_00"):
+    for name in ("a.txt", "B.TXT", "wiki_00"):
+        suffix = suffix.upper() if name.isupper() else suffix.lower()
         (tmp_path / (name + suffix)).write_bytes(pack(b"one\n\ntwo\n"))
-    assert list(read_documents([tmp_path])) == [["one"], ["two"]] * 2
+    assert list(read_documents([tmp_path])) == [["one"], ["two"]] * 3
     (tmp_path / ("b.txt" + suffix)).write_bytes(pack(WIKI.encode() * 9)[:60])
     with pytest.raises(InputError, match=rf"b\.txt\{suffix}: cannot be read"):
         list(read_documents([tmp_path]))

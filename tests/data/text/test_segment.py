@@ -4,11 +4,12 @@ import sys
 
 import numpy as np
 import pytest
+from tokenizers import normalizers
 
 from fastbert.check import InputError
 from fastbert.data import make_masking, make_segmenter, special_tokens, tokenize_corpus
 from fastbert.data.masking.selection import Tokens
-from fastbert.data.text.segment import continuations
+from fastbert.data.text.segment import continuations, is_chinese, name_of
 from fastbert.data.text.tokenizer import train_tokenizer
 
 SENTENCE = "使用语言模型来预测下一个词的probability"
@@ -63,6 +64,15 @@ def test_words_of_other_scripts_are_the_tokenizers():
     assert continuations("don't 不知道 stop", lambda s: ["don't", "不知道", "st", "op"]) == {7, 8}
 
 
+def test_chinese_characters_are_those_that_berts_tokenizer_divides():
+    """It puts blanks around each; the blocks end where it does so no longer."""
+    normalizer = normalizers.BertNormalizer(lowercase=False)
+    for block in ("㐀䶿", "一鿿", "𠀀𪛟", "𪜀𫜿", "𫝀𫠟", "豈﫿", "丽𯨟"):
+        assert all(map(is_chinese, block))
+        assert normalizer.normalize_str(block).split() == list(block)
+    assert not any(map(is_chinese, "a한かé㏿ꀀ𯨠"))
+
+
 def test_a_word_that_is_not_in_the_sentence_is_an_error():
     with pytest.raises(InputError, match="segmenter: gave the word '不'"):
         continuations("知道", lambda s: ["不", "知道"])
@@ -109,3 +119,7 @@ def test_jieba_divides_real_sentences(tokenizer, tmp_path):
 def test_an_unknown_segmenter_is_refused():
     with pytest.raises(InputError, match="--segmenter: one of characters, spaces, jieba"):
         make_segmenter("words")
+
+
+def test_a_cache_tells_the_functions_of_one_module_apart():
+    assert name_of(divide) != name_of(word_starts)

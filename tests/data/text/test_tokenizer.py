@@ -120,6 +120,17 @@ def test_saved_files_give_transformers_the_same_ids(trained, tmp_path):
         assert theirs.decode(single.ids) == trained.decode(single.ids, skip_special_tokens=False)
 
 
+@pytest.mark.parametrize("strips", [True, False])
+def test_accents_are_stripped_by_the_saved_files_as_in_training(strips, tmp_path):
+    plain = train_tokenizer(["a café"] * 9, 60, lowercase=not strips, strip_accents=strips)
+    save_tokenizer(plain, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    for tokenizer in (plain, load_tokenizer(tmp_path)):
+        assert tokenizer.normalizer.normalize_str("é") == ("e" if strips else "é")
+        assert tokenizer.encode("a café").ids == theirs("a café")["input_ids"]
+
+
 @pytest.mark.parametrize("name", ["", "tokenizer.json", "vocab.txt"])
 def test_saved_files_load_again(trained, tmp_path, name):
     save_tokenizer(trained, tmp_path)
@@ -220,6 +231,12 @@ def test_a_byte_order_mark_is_none_of_it(name, tmp_path):
     again = load_tokenizer(tmp_path)
     assert again.get_vocab() == plain.get_vocab()
     assert again.encode("A cat").tokens == plain.encode("A cat").tokens
+
+
+def test_characters_that_are_words_need_no_piece_inside_of_one():
+    vocab = train_tokenizer(["北京 a bad, bad cat"] * 9, 60).get_vocab()
+    assert {"北", "京", ",", "##a", "##d"} <= vocab.keys()
+    assert not {"##北", "##京", "##,"} & vocab.keys()
 
 
 def test_a_word_without_end_takes_no_time_and_is_unknown():

@@ -13,6 +13,7 @@ def test_split(corpus):
     train, heldout = corpus.split(0.1, seed=1)
     assert len(heldout) == 8
     assert sorted([*train, *heldout]) == list(range(80))
+    assert all((np.diff(docs) > 0).all() for docs in (train, heldout))
     again, _ = corpus.split(0.1, seed=1)
     np.testing.assert_array_equal(train, again)
     assert corpus.split(0.1, seed=2)[1].tolist() != heldout.tolist()

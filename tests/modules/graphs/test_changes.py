@@ -173,6 +173,16 @@ def test_training_and_eval_mode_keep_their_graphs(recorder):
     assert recorder.replayed == 9
 
 
+def test_calls_with_a_dropout_state_and_without_have_their_graphs(recorder):
+    """Without one the layers draw their own, which a graph of given ones would not."""
+    _, model = models("own")
+    layers_of(model.eval()).train()
+    for is_given in (True, False, True):
+        model.bert.training = is_given
+        step(model, batch([7, 3]))
+    assert recorder.recorded == 4
+
+
 def test_spare_tokens_forget_the_batch_before(recorder):
     """What was there may not be a number, and a gradient of 0 times that is none either."""
     plain, recorded = (model.train() for model in models("Bert"))

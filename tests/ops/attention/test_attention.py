@@ -248,3 +248,16 @@ def test_under_autocast_the_result_has_the_dtype_of_q(low, dropout_p, body, devi
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("far", range(3))
+def test_rows_of_a_sequence_that_32_bits_do_not_reach_are_refused(far):
+    pytest.importorskip("triton")
+    from fastbert.kernels.attention import attention_fwd
+
+    rows = [2**30 if place == far else 16 for place in range(3)]
+    q, k, v = (torch.empty_strided((3, 1, 16), (row, 16, 1), device="meta") for row in rows)
+    cu = torch.empty(2, dtype=torch.int32, device="meta")
+    arguments = q, k, v, cu, cu, 3, 3, 0.25, None, None, 1.0, False
+    with pytest.raises(ValueError, match=r"within 2\*\*31 elements, got up to 3 rows"):
+        attention_fwd(*arguments)

@@ -78,7 +78,6 @@ Compacted compact_entries(
 
 Compacted compact_cpu(
     const at::Tensor& values, int64_t ignore_index, std::optional<int64_t> capacity) {
-  check_compact(values, ignore_index, capacity);
   return for_entry_size(values, [&](auto zero) {
     using Entry = decltype(zero);
     return compact_entries(values.contiguous(), static_cast<Entry>(ignore_index), capacity);

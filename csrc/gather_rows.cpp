@@ -18,7 +18,6 @@ constexpr int64_t kMinBytes = 32768;  // below this, waking a thread costs more 
 
 at::Tensor gather_rows_cpu(
     const at::Tensor& src, const at::Tensor& index, const at::Tensor& inverse) {
-  check_gather_rows(src, index, inverse);
   const at::Tensor source = with_unit_column_stride(src);
   const at::Tensor indices = index.contiguous();
   const int64_t rows = indices.size(0), source_rows = source.size(0);

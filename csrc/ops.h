@@ -1,6 +1,6 @@
-// The extension's operators on each device. fastbert/ops/ documents what they compute, and has
-// their plain PyTorch versions and their shapes for torch.compile. The code is C++17, because torch
-// 2.11 compiles extensions as C++17.
+// The extension's operators on each device. fastbert/ops/ documents what they compute, checks their
+// arguments, and has their plain PyTorch versions and their shapes for torch.compile. The code is
+// C++17, because torch 2.11 compiles extensions as C++17.
 
 #pragma once
 
@@ -30,12 +30,6 @@ at::Tensor hidden_keep_mask_cpu(
 at::Tensor attention_keep_mask_cpu(
     const at::Tensor& token_key, const at::Tensor& state, int64_t site, int64_t num_heads,
     int64_t num_keys, int64_t threshold);
-
-// Checks of the arguments on both devices; they raise ValueError in Python.
-void check_compact(
-    const at::Tensor& values, int64_t ignore_index, std::optional<int64_t> capacity);
-void check_gather_rows(
-    const at::Tensor& src, const at::Tensor& index, const at::Tensor& inverse);
 
 // Calls `body` with an unsigned zero of the size of an entry. Compaction only copies entries and
 // compares them for equality, so one body serves all dtypes of a size.

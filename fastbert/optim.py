@@ -82,19 +82,13 @@ class Lamb(torch.optim.Optimizer):
         for group in state_dict["param_groups"]:
             self._check(group)
         super().load_state_dict(state_dict)
-        for parameter, state in self.state.items():  # torch leaves "step" on its saved device
-            state["step"] = state["step"].to(parameter.device)
-        self._load_wide_moments(state_dict)
-
-    def _load_wide_moments(self, state_dict: dict[str, Any]) -> None:
-        """Loads the moments of 16-bit parameters again, because torch rounded them to 16 bits."""
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
-            dtype, saved = _wide_dtype(parameter), state_dict["state"].get(number)
-            if saved and dtype != parameter.dtype:
-                for name in ("exp_avg", "exp_avg_sq"):
-                    self.state[parameter][name] = saved[name].to(parameter.device, dtype)
+            # torch leaves "step" on its saved device, and rounds the moments to 16-bit parameters'
+            for name, saved in state_dict["state"].get(number, {}).items():
+                dtype = saved.dtype if name == "step" else _wide_dtype(parameter)
+                self.state[parameter][name] = saved.to(parameter.device, dtype)
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raises ValueError for a group's options out of range, or other than the optimizer's."""

@@ -16,16 +16,9 @@ from fastbert.kernels.attention_bwd import (
 from fastbert.kernels.attention_common import block_d, precision, sums_by_dot
 from fastbert.kernels.attention_fwd import attention_fwd_kernel, fwd_tile
 from fastbert.kernels.attention_single import attention_single_kernel, single_tile
-from fastbert.kernels.dropout import attention_drop_words
+from fastbert.kernels.dropout import attention_drop_words as attention_drop_words
 from fastbert.kernels.partial_sums import add_partials
 from fastbert.kernels.runtime import capability, cdiv, launcher, like
-
-__all__ = [
-    "attention_bwd",
-    "attention_drop_words",
-    "attention_fwd",
-    "attention_qkvpacked_bwd",
-]
 
 
 def _fwd_outputs(q, *others):
@@ -79,16 +72,20 @@ def attention_fwd(
     return outputs
 
 
-def _bwd_outputs(dout, q, k, v, *_):
-    return like(q), like(k), like(v)
+def _bwd_outputs(dout, q, k, v, *others):
+    if k is not None:
+        return [like(q), like(k), like(v)]
+    bias_dtype = others[-1]
+    dbias = [] if bias_dtype is None else [q.new_empty(q.shape[1:].numel(), dtype=bias_dtype)]
+    return [like(q), *dbias]
 
 
 @launcher(_bwd_outputs)
 def attention_bwd(
     dout: Tensor,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     out: Tensor,
     lse: Tensor,
     cu_seqlens_q: Tensor,
@@ -99,67 +96,28 @@ def attention_bwd(
     mask: Tensor | None,
     drop_words: Tensor | None,
     keep_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dout (T_q, N, D) -> dq (T_q, N, D), dk and dv (T_k, N, D); the rest as in `attention_fwd`."""
-    dq, dk, dv = _bwd_outputs(dout, q, k, v)
-    _launch_bwd(
-        dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q, max_seqlen_k, softmax_scale, mask, drop_words, keep_scale,
-    )  # fmt: skip
-    return dq, dk, dv
-
-
-def _packed_bwd_outputs(dout, qkv, *others):
-    outputs = [like(qkv)]
-    if others[-1] is not None:  # bias_dtype
-        outputs.append(qkv.new_empty(qkv.shape[1:].numel(), dtype=others[-1]))
-    return outputs
-
-
-@launcher(_packed_bwd_outputs)
-def attention_qkvpacked_bwd(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    softmax_scale: float,
-    mask: Tensor | None,
-    drop_words: Tensor | None,
-    keep_scale: float,
     bias_dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    """dout (T, N, D), qkv (T, 3, N, D) -> dqkv (T, 3, N, D), without a copy to join three tensors.
+    """dout (T_q, N, D) -> dq (T_q, N, D), dk and dv (T_k, N, D); the rest as in `attention_fwd`.
 
-    bias_dtype: with one, dbias (3 N D,) of this dtype too, the gradient of a bias that is part of
-    qkv: the column sums of dqkv; those for the keys are 0 exactly. The sums of B sequences of up to
-    S tokens take 4 bytes times 2 N D for each 32 to 128 of B S tokens meanwhile. The other
-    arguments are as in `attention_fwd`.
+    Where k and v are None, q is qkv (T, 3, N, D), and the result dqkv (T, 3, N, D), without a copy
+    to join three tensors; with a bias_dtype, dbias (3 N D,) of this dtype too, the gradient of a
+    bias that is part of qkv: the column sums of dqkv; those for the keys are 0 exactly. The sums of
+    B sequences of up to S tokens take 4 bytes times 2 N D for each 32 to 128 of B S tokens
+    meanwhile.
     """
-    outputs = _packed_bwd_outputs(dout, qkv, bias_dtype)
-    dqkv, dbias = (*outputs, None)[:2]
-    (q, k, v), (dq, dk, dv) = qkv.unbind(1), dqkv.unbind(1)
-    _launch_bwd(
-        dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens, cu_seqlens,
-        max_seqlen, max_seqlen, softmax_scale, mask, drop_words, keep_scale, dbias,
-    )  # fmt: skip
-    return outputs
-
-
-def _launch_bwd(
-    dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k,
-    max_seqlen_q, max_seqlen_k, softmax_scale, mask, drop_words, keep_scale, dbias=None,
-) -> None:  # fmt: skip
-    """Writes dq, dk and dv, which have one row stride in common, and contiguous heads; and dbias.
-
-    dbias: (3 N D,), where queries and keys are of the same tokens; None leaves it out.
-    """
+    outputs = _bwd_outputs(dout, q, k, v, bias_dtype)
+    dbias = None
+    if k is None:
+        dqkv, dbias = (*outputs, None)[:2]
+        (q, k, v), (dq, dk, dv) = q.unbind(1), dqkv.unbind(1)
+    else:
+        dq, dk, dv = outputs  # of one row stride, like those of a packed gradient
     num_rows, num_heads, head_dim = q.shape
     if not q.numel() + k.numel():
         if dbias is not None:
             dbias.zero_()
-        return
+        return outputs
     dout = dout.contiguous()
     columns = block_d(head_dim)
     grid = (num_heads, cu_seqlens_q.shape[0])
@@ -182,9 +140,9 @@ def _launch_bwd(
             **shape, BLOCK=tile.block_m, BY_DOT=by_dot,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        if sums is not None:
+        if dbias is not None:
             add_partials(sums, dbias.view(3, -1))  # that of the keys becomes 0
-        return
+        return outputs
     delta = torch.empty_like(lse)
     total = torch.empty_like(lse) if q.dtype == torch.float32 else None
     mask, mask_strides = _mask_and_strides(mask)
@@ -210,11 +168,12 @@ def _launch_bwd(
         **shape, BLOCK_M=tile_k.block_m, BLOCK_N=tile_k.block_n, BY_DOT=by_dot,
         num_warps=tile_k.num_warps, num_stages=tile_k.num_stages,
     )  # fmt: skip
-    if sums is not None:
+    if dbias is not None:
         add_partials(sums, dbias.view(3, -1))
+    return outputs
 
 
-def _partial_sums(dbias: Tensor | None, cu_seqlens: Tensor, tiles: int) -> Tensor | None:
+def _partial_sums(dbias: Tensor | None, cu_seqlens: Tensor, tiles: int):
     """Memory for the column sums of dq and of dv, a row for each tile of each sequence."""
     if dbias is None:
         return None

@@ -133,19 +133,19 @@ def attention_dq_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     excess = tl.zeros((BLOCK_M,), tl.float32)
     n_full = n_keys // BLOCK_N * BLOCK_N
+    inputs = (
+        q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptr, words_ptr, rows_in, k_row_stride,
+        v_row_stride, mask_col_stride, n_keys, scale, mask_scale,
+    )  # fmt: skip
     for start in tl.range(0, n_full, BLOCK_N):
         dq, pk, total, excess = _dq_step(
-            dq, pk, total, excess,
-            q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptr, words_ptr, rows_in,
-            k_row_stride, v_row_stride, mask_col_stride, start, n_keys, scale, mask_scale,
-            HEAD_DIM, BLOCK_N, PRECISION, False, total_ptr is not None,
+            dq, pk, total, excess, start, *inputs,
+            HEAD_DIM, BLOCK_N, PRECISION, total_ptr is not None, False,
         )  # fmt: skip
     if n_full < n_keys:
         dq, pk, total, excess = _dq_step(
-            dq, pk, total, excess,
-            q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptr, words_ptr, rows_in,
-            k_row_stride, v_row_stride, mask_col_stride, n_full, n_keys, scale, mask_scale,
-            HEAD_DIM, BLOCK_N, PRECISION, True, total_ptr is not None,
+            dq, pk, total, excess, n_full, *inputs,
+            HEAD_DIM, BLOCK_N, PRECISION, total_ptr is not None, True,
         )  # fmt: skip
     if total_ptr is not None:
         total = tl.where(total > 0.0, total, 1.0)  # a query without a key has a total of 0
@@ -163,10 +163,10 @@ def attention_dq_kernel(
 @triton.jit
 def _dq_step(
     dq, pk, total, excess,  # [BLOCK_M, BLOCK_D] each, then [BLOCK_M] each
-    q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptrs, word_ptrs, rows_in,
-    k_row_stride, v_row_stride, mask_col_stride, start, n_keys, scale, mask_scale,
+    start, q, dout, lse, delta, k_ptrs, v_ptrs, mask_ptrs, word_ptrs, rows_in, k_row_stride,
+    v_row_stride, mask_col_stride, n_keys, scale, mask_scale,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    IS_LAST: tl.constexpr, WITH_SUMS: tl.constexpr,
+    WITH_SUMS: tl.constexpr, IS_LAST: tl.constexpr,
 ):  # fmt: skip
     cols = start + tl.arange(0, BLOCK_N)
     cols_in = cols < n_keys
@@ -252,20 +252,15 @@ def attention_dkdv_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     n_full = n_queries // BLOCK_M * BLOCK_M
+    inputs = (
+        k, v, q_ptrs, dout_ptrs, lse_ptrs, delta_ptrs, total_ptr, mask_ptr, words_ptr,
+        q_row_stride, out_row_stride, mask_row_stride, mask_col_stride, words_row_stride,
+        n_queries, first_col, cols_in, scale, mask_scale,
+    )  # fmt: skip
     for start in tl.range(0, n_full, BLOCK_M):
-        dk, dv = _dkdv_step(
-            dk, dv, k, v, q_ptrs, dout_ptrs, lse_ptrs, delta_ptrs, total_ptr, mask_ptr, words_ptr,
-            q_row_stride, out_row_stride, mask_row_stride, mask_col_stride, words_row_stride,
-            start, n_queries, first_col, cols_in, scale, mask_scale,
-            HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION, False,
-        )  # fmt: skip
+        dk, dv = _dkdv_step(dk, dv, start, *inputs, HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION, False)
     if n_full < n_queries:
-        dk, dv = _dkdv_step(
-            dk, dv, k, v, q_ptrs, dout_ptrs, lse_ptrs, delta_ptrs, total_ptr, mask_ptr, words_ptr,
-            q_row_stride, out_row_stride, mask_row_stride, mask_col_stride, words_row_stride,
-            n_full, n_queries, first_col, cols_in, scale, mask_scale,
-            HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION, True,
-        )  # fmt: skip
+        dk, dv = _dkdv_step(dk, dv, n_full, *inputs, HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION, True)
     dk *= softmax_scale * keep_scale
     dv = (dv * keep_scale).to(dv_ptr.dtype.element_ty)
     if sums_ptr is not None:  # rows beyond the end are not zero, see `_dkdv_step`
@@ -279,9 +274,9 @@ def attention_dkdv_kernel(
 
 @triton.jit
 def _dkdv_step(
-    dk, dv, k, v, q_ptrs, dout_ptrs, lse_ptrs, delta_ptrs, total_ptrs, mask_ptr, word_ptrs,
+    dk, dv, start, k, v, q_ptrs, dout_ptrs, lse_ptrs, delta_ptrs, total_ptrs, mask_ptr, word_ptrs,
     q_row_stride, out_row_stride, mask_row_stride, mask_col_stride, words_row_stride,
-    start, n_queries, first_col, cols_in, scale, mask_scale,
+    n_queries, first_col, cols_in, scale, mask_scale,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, IS_LAST: tl.constexpr,
 ):  # fmt: skip

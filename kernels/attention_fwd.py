@@ -93,18 +93,18 @@ def attention_fwd_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     n_full = n_keys // BLOCK_N * BLOCK_N
+    inputs = (
+        q, k_ptrs, v_ptrs, mask_ptr, words_ptr, rows_in, k_row_stride, v_row_stride,
+        mask_col_stride, n_keys, scale, mask_scale,
+    )  # fmt: skip
     for start in tl.range(0, n_full, BLOCK_N):
         out, total, peak = _fwd_step(
-            out, total, peak, q, k_ptrs, v_ptrs, mask_ptr, words_ptr, rows_in,
-            k_row_stride, v_row_stride, mask_col_stride, start, n_keys, scale, mask_scale,
-            HEAD_DIM, BLOCK_N, PRECISION, False,
-        )  # fmt: skip
+            out, total, peak, start, *inputs, HEAD_DIM, BLOCK_N, PRECISION, False
+        )
     if n_full < n_keys:
         out, total, peak = _fwd_step(
-            out, total, peak, q, k_ptrs, v_ptrs, mask_ptr, words_ptr, rows_in,
-            k_row_stride, v_row_stride, mask_col_stride, n_full, n_keys, scale, mask_scale,
-            HEAD_DIM, BLOCK_N, PRECISION, True,
-        )  # fmt: skip
+            out, total, peak, n_full, *inputs, HEAD_DIM, BLOCK_N, PRECISION, True
+        )
 
     # a query without a key gives zeros, and lse = inf makes the backward's probabilities zero too;
     # a total of NaN is not 0, so that all of its row's probabilities are NaN there, as in PyTorch
@@ -120,10 +120,9 @@ def attention_fwd_kernel(
 @triton.jit
 def _fwd_step(
     out, total, peak,  # [BLOCK_M, BLOCK_D], [BLOCK_M], [BLOCK_M]
-    q, k_ptrs, v_ptrs, mask_ptrs, word_ptrs, rows_in,
-    k_row_stride, v_row_stride, mask_col_stride, start, n_keys, scale, mask_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    IS_LAST: tl.constexpr,
+    start, q, k_ptrs, v_ptrs, mask_ptrs, word_ptrs, rows_in, k_row_stride, v_row_stride,
+    mask_col_stride, n_keys, scale, mask_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, IS_LAST: tl.constexpr,
 ):  # fmt: skip
     cols = start + tl.arange(0, BLOCK_N)
     cols_in = cols < n_keys

@@ -97,13 +97,9 @@ def attention_drop_words_kernel(
         below = zero
         for call in tl.static_range(3):
             place = position | (words << 2 | call).to(tl.uint32)[None, :]
-            d0, d1, d2, d3 = tl.philox(
-                seed, number, place, site_and_head, zero + step, n_rounds=ROUNDS
-            )
-            below = _compare(below, d0, threshold, 4 * call)
-            below = _compare(below, d1, threshold, 4 * call + 1)
-            below = _compare(below, d2, threshold, 4 * call + 2)
-            below = _compare(below, d3, threshold, 4 * call + 3)
+            digits = tl.philox(seed, number, place, site_and_head, zero + step, n_rounds=ROUNDS)
+            for digit in tl.static_range(4):
+                below = _compare(below, digits[digit], threshold, 4 * call + digit)
         mask = rows_in[:, None] & (words < row_stride)[None, :]
         ptrs = row_ptrs[:, None] + words[None, :]
         tl.store(ptrs, below.to(tl.int32, bitcast=True), mask=mask)

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.layer_norm_bwd import (
+from fastbert.kernels.layer_norm import (
     backward_block,
     backward_programs,
+    standardize,
     standardize_gradient,
 )
-from fastbert.kernels.layer_norm_fwd import standardize
 from fastbert.kernels.partial_sums import add_partials, store_partial
 from fastbert.kernels.philox import keep_mask, keep_scale
 from fastbert.kernels.runtime import begin, cdiv, kernel, launcher, stride_unit

@@ -44,137 +44,65 @@ def _rounded(y, E5M2: tl.constexpr):
     return tl.where(tl.abs(y) < LEAST, (y + MAGIC) - MAGIC, normal)
 
 
-@triton.jit
-def _tile(N_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The first of each four rows [ROWS / 4] of this program, its columns [COLS], and the words and
-    largest values of its tile before the first row, [ROWS / 4, COLS] of 0.
-    """
-    strips: tl.constexpr = (N_COLS + COLS - 1) // COLS
-    fours = (tl.program_id(0) // strips).to(tl.int64) * ROWS + 4 * tl.arange(0, ROWS // 4)
-    cols = tl.program_id(0) % strips * COLS + tl.arange(0, COLS)
-    words = tl.zeros((ROWS // 4, COLS), tl.int32)
-    return fours, cols, words, tl.zeros((ROWS // 4, COLS), tl.float32)
-
-
-@triton.jit
-def _load_sum(
-    x_ptr, bias_ptr, x_row_stride, rows, cols, mask, N_COLS: tl.constexpr
+@kernel(do_not_specialize=["n_rows"])
+def _cast_transpose_kernel(
+    x_ptr, bias_ptr, dy_ptr,  # (M, N), (N,) or None, (M, N) or None
+    scale_ptr, cast_ptr, transposed_ptr, amax_ptr,  # (), (P, N), (N, P / 4) int32, ()
+    dbias_ptr,  # (programs along the rows, N): partial sums; None without dy
+    x_row_stride, dy_row_stride,
+    n_padded, n_rows,  # P >= M, and M
+    N_COLS: tl.constexpr, E5M2: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """x + bias of a tile, in float32; the bias alone where the mask is not set."""
-    x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0)
-    bias = tl.load(bias_ptr + cols, mask=cols < N_COLS, other=0.0)
-    return x.to(tl.float32) + bias.to(tl.float32)[None, :]
-
-
-@triton.jit
-def _cast(
-    x, words, most, rows, cols, scale_ptr, cast_ptr, n_padded,
-    NUMBER: tl.constexpr, N_COLS: tl.constexpr, E5M2: tl.constexpr,
-):  # fmt: skip
-    """Stores the casts of x [ROWS / 4, COLS], float32 and 0 beyond the last row: the NUMBER-th of
-    each four rows. Returns `words` with them as their NUMBER-th bytes, and the largest so far.
+    """Casts x; with a bias GELU of both; with dy, the gradient of GELU's result, that by x.
 
     A transposed copy byte by byte took longer than all else: a thread has bytes of one row, and has
     to write those of one column. Four rows at once make words of four bytes, of which a quarter as
     many go through shared memory.
     """
-    size = tl.abs(x)
-    y = x * tl.load(scale_ptr)
-    if _INTERPRETED:
-        y = _rounded(y, E5M2)
-    cast = y.to(tl.float8e5) if E5M2 else y.to(tl.float8e4nv)  # which saturates
-    cast = cast.to(tl.uint8, bitcast=True)
-    # an infinite gradient must not become a finite one; 0x7F is NaN in both formats
-    cast = tl.where(size < _INF, cast, 0x7F).to(tl.uint8)
-    out = (rows < n_padded)[:, None] & (cols < N_COLS)[None, :]
-    tl.store(cast_ptr + rows[:, None] * N_COLS + cols[None, :], cast, mask=out)
-    words |= cast.to(tl.int32) << (8 * NUMBER)
-    return words, tl.maximum(most, tl.where(size < _INF, size, 0.0))
-
-
-@triton.jit
-def _store_transposed(
-    words, most, fours, cols, transposed_ptr, amax_ptr, n_padded, N_COLS: tl.constexpr
-):  # fmt: skip
-    """Stores `words`, which are four rows' bytes each, in the transposed copy; and the largest."""
-    # the maximum does not depend on the order in which programs arrive
-    tl.atomic_max(amax_ptr, tl.max(most), sem="relaxed")
-    place = cols[:, None].to(tl.int64) * (n_padded // 4) + (fours // 4)[None, :]
-    out = (cols < N_COLS)[:, None] & (fours < n_padded)[None, :]
-    tl.store(transposed_ptr + place, tl.trans(words), mask=out)
-
-
-@kernel(do_not_specialize=["n_rows"])
-def _cast_transpose_kernel(
-    x_ptr, scale_ptr,  # (M, N), ()
-    cast_ptr, transposed_ptr, amax_ptr,  # (P, N), (N, P / 4) int32, ()
-    x_row_stride,
-    n_padded, n_rows,  # P >= M, and M
-    N_COLS: tl.constexpr, E5M2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
     begin()
-    fours, cols, words, most = _tile(N_COLS, ROWS, COLS)
-    for number in tl.static_range(4):
-        rows = fours + number
-        mask = (rows < n_rows)[:, None] & (cols < N_COLS)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0)
-        words, most = _cast(
-            x.to(tl.float32), words, most, rows, cols, scale_ptr, cast_ptr, n_padded,
-            number, N_COLS, E5M2,
-        )  # fmt: skip
-    _store_transposed(words, most, fours, cols, transposed_ptr, amax_ptr, n_padded, N_COLS)
-
-
-@kernel(do_not_specialize=["n_rows"])
-def _gelu_cast_kernel(
-    x_ptr, bias_ptr, scale_ptr,  # (M, N), (N,), ()
-    cast_ptr, transposed_ptr, amax_ptr,  # (P, N), (N, P / 4) int32, ()
-    x_row_stride,
-    n_padded, n_rows,
-    N_COLS: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    begin()
-    fours, cols, words, most = _tile(N_COLS, ROWS, COLS)
-    for number in tl.static_range(4):
-        rows = fours + number
-        mask = (rows < n_rows)[:, None] & (cols < N_COLS)[None, :]
-        x = _load_sum(x_ptr, bias_ptr, x_row_stride, rows, cols, mask, N_COLS)
-        gate, _ = gelu_gate(x, TANH, EXACT)
-        y = tl.where(mask, x * gate, 0.0)  # the bias alone has a GELU too
-        words, most = _cast(
-            y, words, most, rows, cols, scale_ptr, cast_ptr, n_padded, number, N_COLS, False
-        )
-    _store_transposed(words, most, fours, cols, transposed_ptr, amax_ptr, n_padded, N_COLS)
-
-
-@kernel(do_not_specialize=["n_rows"])
-def _gelu_bwd_cast_kernel(
-    dy_ptr, x_ptr, bias_ptr, scale_ptr,  # (M, N), (M, N), (N,), ()
-    cast_ptr, transposed_ptr, amax_ptr,  # (P, N), (N, P / 4) int32, ()
-    dbias_ptr,  # (programs along the rows, N): partial sums
-    dy_row_stride, x_row_stride,
-    n_padded, n_rows,
-    N_COLS: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    begin()
-    fours, cols, words, most = _tile(N_COLS, ROWS, COLS)
+    strips: tl.constexpr = (N_COLS + COLS - 1) // COLS
+    part = tl.program_id(0) // strips
+    fours = part.to(tl.int64) * ROWS + 4 * tl.arange(0, ROWS // 4)  # the first of each four rows
+    cols = tl.program_id(0) % strips * COLS + tl.arange(0, COLS)
+    in_row = cols < N_COLS
+    words = tl.zeros((ROWS // 4, COLS), tl.int32)
+    most = tl.zeros((ROWS // 4, COLS), tl.float32)
     dbias = tl.zeros((ROWS // 4, COLS), tl.float32)
     for number in tl.static_range(4):
         rows = fours + number
-        mask = (rows < n_rows)[:, None] & (cols < N_COLS)[None, :]
-        x = _load_sum(x_ptr, bias_ptr, x_row_stride, rows, cols, mask, N_COLS)
-        dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=mask, other=0.0)
-        gate, slope = gelu_gate(x, TANH, EXACT)
-        dx = dy.to(tl.float32) * (gate + x * slope)  # 0 where dy is not, as its load was masked
-        dbias += dx
-        words, most = _cast(
-            dx, words, most, rows, cols, scale_ptr, cast_ptr, n_padded, number, N_COLS, True
-        )
-    part = tl.program_id(0) // ((N_COLS + COLS - 1) // COLS)
-    tl.store(dbias_ptr + part * N_COLS + cols, tl.sum(dbias, axis=0), mask=cols < N_COLS)
-    _store_transposed(words, most, fours, cols, transposed_ptr, amax_ptr, n_padded, N_COLS)
+        mask = (rows < n_rows)[:, None] & in_row[None, :]
+        y = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0)
+        y = y.to(tl.float32)
+        if bias_ptr is not None:
+            z = y + tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
+            gate, slope = gelu_gate(z, TANH, EXACT)
+            if dy_ptr is None:
+                y = tl.where(mask, z * gate, 0.0)  # the bias alone has a GELU too
+            else:  # 0 where the load of dy is masked
+                dy = dy_ptr + rows[:, None] * dy_row_stride + cols[None, :]
+                dy = tl.load(dy, mask=mask, other=0.0).to(tl.float32)
+                y = dy * (gate + z * slope)
+                dbias += y
+        size = tl.abs(y)
+        y *= tl.load(scale_ptr)
+        if _INTERPRETED:
+            y = _rounded(y, E5M2)
+        cast = y.to(tl.float8e5) if E5M2 else y.to(tl.float8e4nv)  # which saturates
+        cast = cast.to(tl.uint8, bitcast=True)
+        # an infinite gradient must not become a finite one; 0x7F is NaN in both formats
+        cast = tl.where(size < _INF, cast, 0x7F).to(tl.uint8)
+        out = (rows < n_padded)[:, None] & in_row[None, :]
+        tl.store(cast_ptr + rows[:, None] * N_COLS + cols[None, :], cast, mask=out)
+        words |= cast.to(tl.int32) << (8 * number)
+        most = tl.maximum(most, tl.where(size < _INF, size, 0.0))
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + part * N_COLS + cols, tl.sum(dbias, axis=0), mask=in_row)
+    # the maximum does not depend on the order in which programs arrive
+    tl.atomic_max(amax_ptr, tl.max(most), sem="relaxed")
+    place = cols[:, None].to(tl.int64) * (n_padded // 4) + (fours // 4)[None, :]
+    out = in_row[:, None] & (fours < n_padded)[None, :]
+    tl.store(transposed_ptr + place, tl.trans(words), mask=out)
 
 
 def padded(n: int) -> int:
@@ -188,6 +116,27 @@ def _cast_outputs(x: Tensor, e5m2: bool):
     return x.new_empty(rows, cols, dtype=dtype), x.new_empty(cols, rows, dtype=dtype)
 
 
+def _cast(block, x, scale, amax, e5m2, bias=None, tanh=False, dy=None, dbias=None):
+    """Launches the kernel; with dy also fills dbias."""
+    cast, transposed = outputs = _cast_outputs(x, e5m2)
+    n_rows, n_cols = x.shape
+    rows, cols, num_warps = block
+    parts, partials = cdiv(n_rows, rows), None
+    if dy is not None:
+        partials = torch.empty(1, parts, n_cols, dtype=torch.float32, device=x.device)
+    if n_rows:
+        _cast_transpose_kernel(
+            (parts * cdiv(n_cols, cols),),
+            x, bias, dy, scale, cast.view(torch.uint8), transposed.view(torch.int32), amax,
+            partials, x.stride(0), 0 if dy is None else dy.stride(0), cast.shape[0], n_rows,
+            N_COLS=n_cols, E5M2=e5m2, TANH=tanh, EXACT=x.dtype == torch.float32,
+            ROWS=rows, COLS=cols, num_warps=num_warps,
+        )  # fmt: skip
+    if partials is not None:
+        add_partials(partials, dbias)
+    return outputs
+
+
 @launcher(lambda x, _, __, e5m2: _cast_outputs(x, e5m2), mutates=("amax",))
 def cast_transpose(x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool) -> tuple[Tensor, Tensor]:
     """x (M, N) times `scale`, in FP8: (P, N) and (N, P), where P is M in whole 16s, filled with 0.
@@ -196,17 +145,7 @@ def cast_transpose(x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool) -> tuple[
     nearest value, ties to even; what is too large saturates, and what is not finite becomes NaN.
     Raises amax to the largest finite absolute value of x.
     """
-    cast, transposed = _cast_outputs(x, e5m2)
-    n_rows, n_cols = x.shape
-    rows, cols, num_warps = CAST_BLOCK
-    if n_rows:
-        _cast_transpose_kernel(
-            (cdiv(n_rows, rows) * cdiv(n_cols, cols),),
-            x, scale, cast.view(torch.uint8), transposed.view(torch.int32), amax,
-            x.stride(0), cast.shape[0], n_rows,
-            N_COLS=n_cols, E5M2=e5m2, ROWS=rows, COLS=cols, num_warps=num_warps,
-        )  # fmt: skip
-    return cast, transposed
+    return _cast(CAST_BLOCK, x, scale, amax, e5m2)
 
 
 @launcher(lambda x, *_: _cast_outputs(x, False), mutates=("amax",))
@@ -217,18 +156,7 @@ def gelu_cast_transpose(
 
     x: (M, N) with unit column stride; bias: (N,); scale, amax: () float32.
     """
-    cast, transposed = _cast_outputs(x, False)
-    n_rows, n_cols = x.shape
-    rows, cols, num_warps = GELU_CAST_BLOCK
-    if n_rows:
-        _gelu_cast_kernel(
-            (cdiv(n_rows, rows) * cdiv(n_cols, cols),),
-            x, bias, scale, cast.view(torch.uint8), transposed.view(torch.int32), amax,
-            x.stride(0), cast.shape[0], n_rows,
-            N_COLS=n_cols, TANH=tanh, EXACT=x.dtype == torch.float32,
-            ROWS=rows, COLS=cols, num_warps=num_warps,
-        )  # fmt: skip
-    return cast, transposed
+    return _cast(GELU_CAST_BLOCK, x, scale, amax, False, bias, tanh)
 
 
 @launcher(lambda dy, x, bias, *_: (*_cast_outputs(x, True), like(bias)), mutates=("amax",))
@@ -240,22 +168,8 @@ def gelu_bwd_cast_transpose(
     dy, x: (M, N) with unit column stride; dbias, in bias.dtype, is summed in float32 before the
     cast. Returns (P, N), (N, P) and (N,).
     """
-    (cast, transposed), dbias = _cast_outputs(x, True), like(bias)
-    n_rows, n_cols = x.shape
-    rows, cols, num_warps = GELU_BWD_CAST_BLOCK
-    parts = cdiv(n_rows, rows)
-    partials = torch.empty(1, parts, n_cols, dtype=torch.float32, device=x.device)
-    if n_rows:
-        _gelu_bwd_cast_kernel(
-            (parts * cdiv(n_cols, cols),),
-            dy, x, bias, scale, cast.view(torch.uint8), transposed.view(torch.int32), amax,
-            partials,
-            dy.stride(0), x.stride(0), cast.shape[0], n_rows,
-            N_COLS=n_cols, TANH=tanh, EXACT=x.dtype == torch.float32,
-            ROWS=rows, COLS=cols, num_warps=num_warps,
-        )  # fmt: skip
-    add_partials(partials, dbias)
-    return cast, transposed, dbias
+    dbias = like(bias)
+    return *_cast(GELU_BWD_CAST_BLOCK, x, scale, amax, True, bias, tanh, dy, dbias), dbias
 
 
 def product(

@@ -276,5 +276,5 @@ def num_sms(x: Tensor) -> int:
 
 
 def stride_unit(*strides: int) -> int:
-    """The largest power of two, up to 8, that divides all row strides; see `layer_norm_fwd`."""
+    """The largest power of two, up to 8, that divides all row strides; see `layer_norm`."""
     return math.gcd(8, *strides)

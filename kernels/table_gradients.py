@@ -32,7 +32,7 @@ def sum_block(n_cols: int) -> tuple[int, int]:
 
 @triton.jit
 def _store_row(
-    dword_ptr, dposition_ptr, dtoken_type_ptr, key, sums, cols, is_col,
+    key, sums, cols, is_col, dword_ptr, dposition_ptr, dtoken_type_ptr,
     n_words, n_positions, n_types, padding_id, N_COLS: tl.constexpr,
 ):  # fmt: skip
     """Stores `sums` in the table row that `key` stands for; the padding row stays zero."""
@@ -72,6 +72,10 @@ def _sum_chunks_kernel(
     before = tl.load(keys_ptr + first - 1, mask=first > 0, other=-1)
     after = tl.load(keys_ptr + end, mask=end < n_keys, other=-1)
     key = tl.load(keys_ptr + first)
+    tables = (
+        cols, is_col, dword_ptr, dposition_ptr, dtoken_type_ptr, n_words, n_positions, n_types,
+        padding_id,
+    )  # fmt: skip
     sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for place in tl.range(first, end):
         next_key = tl.load(keys_ptr + place)
@@ -79,24 +83,17 @@ def _sum_chunks_kernel(
             if key == before:
                 tl.store(heads_ptr + chunk * N_COLS + cols, sums, mask=is_col)
             else:
-                _store_row(
-                    dword_ptr, dposition_ptr, dtoken_type_ptr, key, sums, cols, is_col,
-                    n_words, n_positions, n_types, padding_id, N_COLS,
-                )  # fmt: skip
+                _store_row(key, sums, *tables, N_COLS)
             sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
             key = next_key
         row = tl.load(order_ptr + place) % n_rows
         sums += tl.load(dz_ptr + row * N_COLS + cols, mask=is_col, other=0.0).to(tl.float32)
     if key == before:
         tl.store(heads_ptr + chunk * N_COLS + cols, sums, mask=is_col)
+    elif key == after:
+        tl.store(tails_ptr + chunk * N_COLS + cols, sums, mask=is_col)
     else:
-        if key == after:
-            tl.store(tails_ptr + chunk * N_COLS + cols, sums, mask=is_col)
-        else:
-            _store_row(
-                dword_ptr, dposition_ptr, dtoken_type_ptr, key, sums, cols, is_col,
-                n_words, n_positions, n_types, padding_id, N_COLS,
-            )  # fmt: skip
+        _store_row(key, sums, *tables, N_COLS)
 
 
 @kernel(do_not_specialize=["n_keys", "n_words", "n_positions", "n_types", "padding_id"])
@@ -132,8 +129,8 @@ def _join_chunks_kernel(
             goes_on = tl.min(is_same.to(tl.int32))
         tail = tl.load(tails_ptr + chunk * N_COLS + cols, mask=is_col, other=0.0)
         _store_row(
-            dword_ptr, dposition_ptr, dtoken_type_ptr, key, tail + tl.sum(heads, axis=0),
-            cols, is_col, n_words, n_positions, n_types, padding_id, N_COLS,
+            key, tail + tl.sum(heads, axis=0), cols, is_col, dword_ptr, dposition_ptr,
+            dtoken_type_ptr, n_words, n_positions, n_types, padding_id, N_COLS,
         )  # fmt: skip
 
 

@@ -124,7 +124,7 @@ def test_only_hf_imports_transformers():
 
 
 def test_files_and_folders_are_short():
-    for folder, most_lines, most_files in (("fastbert", 300, 15), ("kernels", 350, 19)):
+    for folder, most_lines, most_files in (("fastbert", 300, 15), ("kernels", 350, 17)):
         files = [file for file in FILES.values() if file.is_relative_to(ROOT / folder)]
         lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
         assert not {file: n for file, n in lengths.items() if n > most_lines}

@@ -22,9 +22,7 @@ TILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "attention_single_kernel": (BLOCK_D, ("q_ptr", "k_ptr", "v_ptr", "dout_ptr")),
     "_bias_gelu_fwd_kernel": (ROWS_COLS, ("x_ptr",)),
     "_bias_gelu_bwd_kernel": (ROWS_COLS, ("x_ptr", "dy_ptr")),
-    "_cast_transpose_kernel": (ROWS_COLS, ("x_ptr",)),
-    "_gelu_cast_kernel": (ROWS_COLS, ("x_ptr",)),
-    "_gelu_bwd_cast_kernel": (ROWS_COLS, ("x_ptr", "dy_ptr")),
+    "_cast_transpose_kernel": (ROWS_COLS, ("x_ptr", "dy_ptr")),
     "_compact_kernel": (("BLOCK",), ()),
     "_dropout_kernel": (ROWS_COLS, ("x_ptr",)),
     "_gather_rows_kernel": (ROWS_COLS, ("src_ptr",)),
@@ -98,7 +96,8 @@ def _spills(launch: Launch) -> tuple[int, str]:
             if has_sums and name == "attention_dq_kernel" and values["HEAD_DIM"] > 64:
                 return 6, "three registers for the sums of the bias's gradient"
             return 2, "one register with Triton 3.6"
-    if name == "_gelu_bwd_cast_kernel" and values["x_ptr"].dtype == torch.float32:
+    is_cast = name == "_cast_transpose_kernel" and values["dy_ptr"] is not None
+    if is_cast and values["x_ptr"].dtype == torch.float32:
         return 2, "one register with Triton 3.8"
     if capability == SM100 and values.get("N_COLS") == 768:
         if name == "layer_norm_bwd_kernel" and values["kept_ptr"].dtype == torch.float32:

@@ -89,7 +89,7 @@ class Counter(TorchDispatchMode):
         work.bytes += sum(map(_bytes, inputs + written))
         if func._overloadpacket in flop_registry:
             work.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
-        elif name.startswith(("attention_fwd", "attention_bwd", "attention_qkvpacked")):
+        elif name.startswith(("attention_fwd", "attention_bwd")):
             rows = inputs[0].shape[0] / self.tokens  # the last layer computes fewer rows
             passes = 2.5 if "bwd" in name else 1.0  # 5 products, the forward has 2
             work.flops += passes * rows * self.attention_flops

@@ -21,7 +21,7 @@ PARTS = {
     "bias + GELU, backward": ("bias_gelu_bwd",),
     "dropout + add + LayerNorm, forward": ("layer_norm_fwd",),
     "dropout + add + LayerNorm, backward": ("layer_norm_bwd",),
-    "casts to FP8": ("cast_transpose", "gelu_cast", "gelu_bwd_cast"),
+    "casts to FP8": ("cast_transpose",),
     "AdamW": ("FusedOptimizer",),
     "casts of weights and gradients, QKV packed": ("copy_kernel", "CatArray", "CopyFunctor"),
     "norm of the gradients, clipping": ("LpNorm", "lpnorm", "multi_tensor_apply"),

@@ -189,7 +189,6 @@ Compacted compact_nothing(
 
 Compacted compact_cuda(
     const at::Tensor& values, int64_t ignore_index, std::optional<int64_t> capacity) {
-  check_compact(values, ignore_index, capacity);
   const c10::cuda::CUDAGuard guard(values.device());
   if (values.numel() == 0) {
     return compact_nothing(values, ignore_index, capacity);

@@ -221,15 +221,14 @@ class AttentionFunction(torch.autograd.Function):
         kernels, lengths = ctx.kernels, ctx.lengths
         if words is None:
             words = _drop_words(kernels, lengths, *ctx.drops)
-        options = (ctx.softmax_scale, mask, words, ctx.keep_scale)
-        if len(tensors) == 3:
-            gradients = *kernels.attention_bwd(dout, *tensors, out, lse, *lengths, *options), None
-        else:
-            dqkv, *dbias = kernels.attention_qkvpacked_bwd(
-                dout, *tensors, out, lse, lengths[0], lengths[2], *options, ctx.bias_dtype
-            )
-            gradients = dqkv, None, None, dbias[0] if dbias else None
-        return None, *gradients, None
+        q, k, v = tensors if len(tensors) == 3 else (*tensors, None, None)
+        dq, *others = kernels.attention_bwd(
+            dout, q, k, v, out, lse, *lengths, ctx.softmax_scale, mask, words, ctx.keep_scale,
+            ctx.bias_dtype,
+        )  # fmt: skip
+        dk, dv = (None, None) if k is None else others
+        dbias = others[0] if k is None and others else None
+        return None, dq, dk, dv, dbias, None
 
 
 def _drop_words(

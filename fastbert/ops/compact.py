@@ -108,7 +108,6 @@ def _fused(kernels: Any, call: Call) -> Compacted:
 
 @compact.traces
 def _fake(values: Tensor, ignore_index: int, capacity: int | None = None) -> Compacted:
-    compact.check(values, ignore_index, capacity)  # the extension checks the same when it runs
     room = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
 
     def int32(size: int | torch.SymInt) -> Tensor:

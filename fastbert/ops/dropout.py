@@ -149,6 +149,8 @@ def check_dropout(
             require(False, who, expected, f"{tuple(key.shape)} on {key.device}")
         dtypes = key.dtype, rng.state.dtype
         require(dtypes == (torch.int64,) * 2, who, "an rng of int64 tensors", dtypes)
+        shape = tuple(rng.state.shape)
+        require(shape == (2,), who, "an rng whose state has shape (2,)", shape)
 
 
 def drawn(

@@ -80,5 +80,4 @@ class GatherRowsFunction(torch.autograd.Function):
 
 @gather_rows.traces
 def _fake(src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    gather_rows.check(src, index, inverse)  # the extension checks the same when it runs
     return src.new_empty((index.shape[0], src.shape[1]))

@@ -58,7 +58,7 @@ def test_bytes_are_those_of_inputs_and_results(work):
 
 def test_attention_is_counted_by_the_sequences(work):
     forward = of(work, "attention_fwd")
-    backward = of(work, "attention_qkvpacked_bwd") + of(work, "attention_bwd")
+    backward = of(work, "attention_bwd")
     per_layer = 4 * 768 * sum(n**2 for n in LENGTHS)
     whole = max(forward, key=lambda one: one.flops)
     assert whole.flops == 11 * per_layer

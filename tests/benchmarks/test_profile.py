@@ -21,8 +21,6 @@ KERNELS = {
     "attention_single_kernel": "attention, backward",
     "_bias_gelu_bwd_kernel": "bias + GELU, backward",
     "_cast_transpose_kernel": "casts to FP8",
-    "_gelu_cast_kernel": "casts to FP8",
-    "_gelu_bwd_cast_kernel": "casts to FP8",
     "layer_norm_fwd_kernel": "dropout + add + LayerNorm, forward",
     "void multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>": "AdamW",
     "void multi_tensor_apply_kernel<TensorListMetadata<1>>": "norm of the gradients, clipping",

@@ -62,3 +62,12 @@ def test_a_number_without_a_row_is_refused(p, body, device):
         ValueError, match=r"dropout: expected x of shape \(\.\.\., hidden\), got \(\)"
     ):
         dropout(torch.ones((), device=device), p)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_state_that_is_not_a_seed_and_a_step_is_refused(size, body, device):
+    """The kernels read two numbers, whatever is there."""
+    own = state_of(4, device)
+    wrong = rng.DropoutState(torch.zeros(size, dtype=torch.int64, device=device), own.token_key)
+    with pytest.raises(ValueError, match=rf"an rng whose state has shape \(2,\), got \({size},\)"):
+        dropout(torch.ones(4, 16, device=device), 0.5, wrong)

@@ -58,6 +58,19 @@ def test_padding():
     assert torch.allclose(ours(**batch, **changed).loss, theirs(**batch, **changed).loss)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@point("Padded positions of the output hold zeros")
+def test_padding_of_a_traced_model():
+    theirs, ours, batch, _ = both()
+    traced = torch.jit.trace(ours, example_kwarg_inputs=batch, strict=False)
+    output = traced(**batch)["last_hidden_state"]
+    expected = theirs(**batch).last_hidden_state
+    assert torch.allclose(output, expected)
+    assert not torch.allclose(ours(**batch).last_hidden_state, expected)
+    fastbert.patch(ours, padding="compute")
+    assert torch.allclose(ours(**batch).last_hidden_state, expected)
+
+
 @point("Padded positions of the output hold zeros")
 def test_answers_at_padding():
     _, ours, batch, real = both("ForQuestionAnswering")

@@ -24,8 +24,7 @@ from fastbert.embedding.sentence_files import SentenceFiles
 from fastbert.finetune.features import Feature, WindowEncoder, collate, parts
 from fastbert.finetune.infer import evaluating
 from fastbert.models.bert import BertModel
-from fastbert.modules.products.weight_copies import WeightCopies
-from fastbert.train.precision import LOW_PRECISION, autocast, resolve_precision
+from fastbert.train.precision import autocast, cast_once, resolve_precision
 
 _CHARACTERS = 16  # of a long text to tokenise, for each token that is kept
 _TOKENISED = 2**19  # characters at once: tokenizers takes a hundred times the tokens' memory
@@ -101,7 +100,7 @@ class Embedder:
         self.precision = resolve_precision(precision)
         self.config, self.device = config, device
         self.bert.to(device)
-        WeightCopies(self.bert, LOW_PRECISION.get(self.precision)).attach()
+        cast_once(self.bert, self.precision)
         self.unknown = self.tokens = 0  # counts over all texts so far
 
     def made_from(self) -> dict[str, Any]:

@@ -15,9 +15,8 @@ from fastbert.finetune.infer import TASK_OF, encoder_of, run, warn_of_words
 from fastbert.finetune.metrics import require_metrics
 from fastbert.finetune.task import ALL, Prediction, Refused, Settings, Task
 from fastbert.models.trained import trained
-from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.system.files import output
-from fastbert.train.precision import LOW_PRECISION, autocast, resolve_precision
+from fastbert.train.precision import autocast, cast_once, resolve_precision
 
 
 def predict(
@@ -61,7 +60,7 @@ def predict(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = trained(task.model_class, directory, config).to(device)
     precision = resolve_precision(precision or settings.precision)
-    WeightCopies(loaded, LOW_PRECISION.get(precision)).attach()
+    cast_once(loaded, precision)
     scores = run(task, loaded, features, batch_tokens, device, autocast(precision, device))
     said = iter(task.predict(good, features, scores))
     predictions = [{"error": e.reason} if isinstance(e, Refused) else next(said) for e in examples]

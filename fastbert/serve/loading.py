@@ -25,10 +25,9 @@ from fastbert.models.task_models import (
     BertForTokenClassification,
 )
 from fastbert.models.trained import Headless, trained
-from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.serve.abilities import Embedding, MaskFilling
 from fastbert.serve.predictions import SEQUENCES, SERVED, Prediction
-from fastbert.train.precision import LOW_PRECISION, autocast, resolve_precision
+from fastbert.train.precision import autocast, cast_once, resolve_precision
 
 _MODELS: dict[str, type[BertPreTrainedModel]] = {
     "BertForPreTraining": BertForMaskedLM,
@@ -86,7 +85,7 @@ def load(config: ServeConfig) -> Served:
     precision = resolve_precision(precision)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _model(directory, architecture, bert).to(device)
-    WeightCopies(model, LOW_PRECISION.get(precision)).attach()
+    cast_once(model, precision)
     prediction = None
     if settings is not None and settings.task in SERVED:
         require_metrics(settings.task, to_measure=False)

@@ -1,9 +1,11 @@
 """The precision of a run: autocast and loss scaling."""
 
 import torch
+from torch import nn
 
 from fastbert import backend
 from fastbert.check import InputError
+from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.ops.fp8_linear import multiplies_fp8
 
 # Autocast's dtypes; under "fp8", it is that of all but the encoder's products.
@@ -14,6 +16,11 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context for a precision; autocast is off unless that is "bf16" or "fp16"."""
     dtype = LOW_PRECISION.get(precision, torch.bfloat16)
     return torch.autocast(device.type, dtype, enabled=precision in LOW_PRECISION)
+
+
+def cast_once(model: nn.Module, precision: str) -> None:
+    """Casts an encoder's weights, which will not change, in place of autocast at each batch."""
+    WeightCopies(model, LOW_PRECISION.get(precision)).attach()
 
 
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:

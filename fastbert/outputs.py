@@ -73,6 +73,7 @@ class BaseModelOutputWithPastAndCrossAttentions(ModelOutput):
 
     last_hidden_state: Tensor | None = None
     past_key_values: None = None
+    cache: None = None  # its name in transformers from 5.24 on
     hidden_states: tuple[Tensor | None, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
@@ -82,8 +83,8 @@ class BaseModelOutputWithPastAndCrossAttentions(ModelOutput):
 class BaseModelOutputWithPooling(ModelOutput):
     """last_hidden_state: (B, S, H), or (T, H) packed; pooler_output: (B, H).
 
-    hidden_states: tensors of the first's shape, the embeddings and each layer's output; for a list
-    of layer numbers these layers' outputs, and None for the other layers.
+    hidden_states: tensors of the first's shape, the embeddings and each layer's output, and None
+    for those that output_hidden_states leaves out.
     """
 
     last_hidden_state: Tensor | None = None

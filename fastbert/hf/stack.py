@@ -1,7 +1,7 @@
 """A call of a patched model's layers: whether the packed path computes it, and how."""
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ from fastbert.rng import DropoutState, for_batch
 
 Embed = Callable[[Unpadding, DropoutState | None], Tensor]  # makes the residual stream (T, H)
 States = tuple[Tensor | None, ...] | None
+_CAPTURING = "transformers.utils.output_capturing"
 _LAYOUT = "attention_mask", "position_ids", *DOCUMENTS
 
 
@@ -38,8 +39,8 @@ class Call(NamedTuple):
     """A call of a model or an encoder that the packed path supports, before its mask is read.
 
     given: (B, S, ...); layout: other arguments of `read_layout`; trains: whether a module may drop;
-    assumes: as in `Reading`; wanted: which hidden states; dtype: of the hidden states that Hugging
-    Face would return
+    assumes: as in `Reading`; wanted: as in `wanted_states`, of states from `first_state` on; dtype:
+    of the hidden states that Hugging Face would return
     """
 
     module: Any
@@ -49,7 +50,8 @@ class Call(NamedTuple):
     embed: Embed
     trains: bool
     assumes: bool
-    wanted: bool | Collection[int]
+    wanted: Any
+    first_state: int
     dtype: torch.dtype
 
     @classmethod
@@ -84,9 +86,12 @@ class Call(NamedTuple):
         is_projected = hasattr(module, "embeddings_project")  # ELECTRA's small models
         dtype = boundary_dtype(own, given.device, is_projected=is_projected)
         wanted = asked(config, arguments, "output_hidden_states")
-        if returns_tuples() or not isinstance(wanted, (list, tuple, set)):
-            wanted = bool(wanted)  # layer numbers only on transformers 5
-        return cls(module, reading, given, layout, embed, trains, assumes, wanted, dtype)
+        first = 0
+        if not hasattr(sys.modules.get(_CAPTURING), "resolve_hidden_states_indices"):  # before 5.23
+            if not returns_tuples() and isinstance(wanted, (list, tuple, set)):
+                wanted, first = {number + 1 for number in wanted if number >= 0}, 1  # of layers
+            wanted = wanted if first else bool(wanted)
+        return cls(module, reading, given, layout, embed, trains, assumes, wanted, first, dtype)
 
     def may_replay(self) -> bool:
         """Whether a graph may compute the layers, in inference."""
@@ -127,7 +132,8 @@ class Call(NamedTuple):
             return y if sequences.rows is None else sequences.rows.of(y)
 
         share = share_padded(padding, dtype)
-        return run_stack(self.reading, x, sequences, self.wanted, rows, call, share)
+        x, states = run_stack(self.reading, x, sequences, self.wanted, rows, call, share)
+        return x, states and states[self.first_state :]
 
     def last(self, x: Tensor, padding: Unpadding, states: States) -> Tensor:
         """The last hidden state (B, S, H), of what `run` gives."""

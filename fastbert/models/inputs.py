@@ -35,8 +35,8 @@ class Inputs(NamedTuple):
 class ForwardOptions(TypedDict, total=False):
     """Keyword arguments of every model's forward; for the first three None means the config's.
 
-    output_hidden_states: True for the embeddings and each layer's output, or a list of layer
-        numbers for these layers' outputs with None for the others
+    output_hidden_states: True for the embeddings and each layer's output; places among these, from
+        the end where negative, for some of them with None for the others
     output_attentions: True raises ValueError, because the probabilities are never formed
     return_dict: False for a tuple of the fields that are not None
     num_items_in_batch: the divisor of the summed loss instead of the number of labels in this

@@ -5,7 +5,6 @@ T packed tokens of B sequences, M rows whose output is wanted, H hidden.
 
 import dataclasses
 import sys
-from collections.abc import Collection
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -50,7 +49,7 @@ class BertEncoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         mask: Tensor | None = None,
-        output_hidden_states: bool | Collection[int] = False,
+        output_hidden_states: Any = False,
         rng: DropoutState | None = None,
         rows: Rows | None = None,
         share: Share = share_packed,
@@ -62,8 +61,8 @@ class BertEncoder(nn.Module):
         Hugging Face's cu_seq_lens_q and max_length_q; or packed (T, H), with cu_seqlens (B + 1,)
         int32, max_seqlen and a mask as in `Sequences`. The output is padded or packed like the
         input; padded positions hold zeros.
-        output_hidden_states: True adds the input and the output of each layer; a list of layer
-        numbers adds these layers' outputs, with None for the others. rng: with packed
+        output_hidden_states: True adds the input and the output of each layer; places among them,
+        negative ones from the end, add these, with None for the others. rng: with packed
         hidden_states, the dropout state; None draws one from torch's generator and numbers the
         sequences of the batch. rows: with packed hidden_states, the tokens that the last layer
         computes; last_hidden_state is then (M, H). share: with packed hidden_states, gives the
@@ -104,7 +103,7 @@ class BertEncoder(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None,
-        output_hidden_states: bool | Collection[int],
+        output_hidden_states: Any,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
@@ -114,14 +113,17 @@ class BertEncoder(nn.Module):
         padding, general = read_layout(
             hidden_states, attention_mask, position_ids, hidden_size=size, **documents
         )
-        captured = _captured_around()
-        wanted = output_hidden_states or "hidden_states" in captured
+        captured, first = _captured_around()
+        wanted = captured.get("_hidden_states_layers", "hidden_states" in captured)
+        if first:  # layers' numbers
+            wanted = {number + 1 for number in wanted}
+        wanted = wanted or output_hidden_states
         dtype = stream_dtype(hidden_states.dtype, hidden_states.device, self)
         stream = padding.pack(hidden_states).to(dtype)
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
         share = share_padded(padding, hidden_states.dtype)
         x, states = self._run(stream, sequences, wanted, None, share)
-        captured.get("hidden_states", []).extend(states or ())
+        captured.get("hidden_states", []).extend((states or ())[first:])
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=padding.pad(x.to(hidden_states.dtype)), hidden_states=states
         )
@@ -130,7 +132,7 @@ class BertEncoder(nn.Module):
         self,
         x: Tensor,
         sequences: Sequences,
-        wanted: bool | Collection[int],
+        wanted: Any,
         rows: Rows | None,
         share: Share,
     ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
@@ -155,13 +157,14 @@ class BertEncoder(nn.Module):
 _PLANNER = Planner(parts_of)
 
 
-def _captured_around() -> dict[str, list[Tensor | None]]:
+def _captured_around() -> tuple[dict[str, Any], int]:
     """The lists in which a Hugging Face model around this encoder collects hidden states now.
 
-    transformers 5 fills them by hooks on layers of its own class; this encoder has none of these.
-    Raises ValueError if the model collects attentions.
+    And from which state on. transformers 5 fills them by hooks on layers of its own class; this
+    encoder has none of these. Raises ValueError if the model collects attentions.
     """
     capturing = sys.modules.get("transformers.utils.output_capturing")
-    collected = capturing._active_collector.get() if capturing is not None else None
-    refuse_attentions("attentions" in (collected or {}))
-    return collected or {}
+    collected = (capturing._active_collector.get() if capturing is not None else None) or {}
+    refuse_attentions("attentions" in collected)
+    numbers_layers = not hasattr(capturing, "resolve_hidden_states_indices")  # before 5.23
+    return collected, int("_hidden_states_layers" in collected and numbers_layers)

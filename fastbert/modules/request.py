@@ -3,7 +3,7 @@
 That is every form of attention mask and packed documents that users and Hugging Face pass.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -223,6 +223,21 @@ def asked(config: Any, arguments: Mapping[str, Any], name: str) -> Any:
     """The argument `name` of a call, or where it is None the configuration's value."""
     value = arguments.get(name)
     return getattr(config, name) if value is None else value
+
+
+def wanted_states(wanted: Any, num_layers: int) -> Collection[int] | None:
+    """The places of the wanted ones among `num_layers` + 1 hidden states, the embeddings' first.
+
+    wanted: output_hidden_states: True for all, a place or several, which count from the end where
+    they are negative, and are none of the states' beyond it; anything false, for None.
+    """
+    if not wanted:
+        return None
+    count = num_layers + 1
+    if wanted is True:
+        return range(count)
+    places = [wanted] if isinstance(wanted, int) else wanted
+    return {place % count for place in places if -count <= place < count}
 
 
 def unknown_argument(arguments: dict[str, Any]) -> str | None:

@@ -1,7 +1,7 @@
 """Runs the layers of an encoder, own or patched, in the fastest way that the call allows."""
 
-from collections.abc import Callable, Collection, Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from fastbert.modules.graphs.call import PaddedBatch
 from fastbert.modules.layer import LayerParts, Share, Stream, layers_of, run_layer, run_layers
 from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.plan import Reading
+from fastbert.modules.request import wanted_states
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.ops.unpad import Unpadding
 
@@ -20,7 +21,7 @@ def run_stack(
     reading: Reading,
     x: Tensor,
     sequences: Sequences,
-    wanted_states: bool | Collection[int],
+    output_hidden_states: Any,
     rows: Rows | None,
     call: Callable[[int, Tensor, Sequences], Tensor],
     share: Share,
@@ -28,18 +29,18 @@ def run_stack(
     """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; and hidden states.
 
     The layers run as a CUDA graph, or one by one. x: the residual stream; reading: has each layer's
-    parts, None for a layer that could not be read; wanted_states: True for x and each layer's
-    output, layer numbers for these layers' outputs with None for the others, as in Hugging Face;
-    call(number, x, sequences) calls a layer as a module, as one is that has hooks, is checkpointed,
-    or could not be read, and all behind it if a hook has changed any; share: gives the caller the
-    states. Raises ValueError where `sequences` does not fit x, and if both rows and states are
-    wanted, because the last state would lack tokens.
+    parts, None for a layer that could not be read; output_hidden_states: as in `wanted_states`: the
+    states are x and each layer's output, with None for those that are not wanted; call(number, x,
+    sequences) calls a layer as a module, as one is that has hooks, is checkpointed, or could not be
+    read, and all behind it if a hook has changed any; share: gives the caller the states. Raises
+    ValueError where `sequences` does not fit x, and if both rows and states are wanted, because the
+    last state would lack tokens.
     """
     expected = "no output_hidden_states where only some rows are wanted"
-    require(rows is None or not wanted_states, "BertEncoder", expected, wanted_states)
-    last, reason = len(reading.layers) - 1, ""
-    chosen = range(last + 1) if wanted_states is True else wanted_states or ()
-    states = tuple(number for number in range(last) if number in chosen)
+    require(rows is None or not output_hidden_states, "BertEncoder", expected, output_hidden_states)
+    num_layers, reason = len(reading.layers), ""
+    wanted = wanted_states(output_hidden_states, num_layers)
+    states = tuple(place - 1 for place in range(1, num_layers) if place in (wanted or ()))
     parts = reading.parts
     read = cast(Sequence[LayerParts], parts)
     run, unread = layers_of(read), [number for number, part in enumerate(parts) if part is None]
@@ -58,27 +59,26 @@ def run_stack(
             return Stream(x, x)
 
     sequences.check(x.shape[0])
-    outputs, given = None, x
-    if wanted_states is True:
-        first, x = share(x)
+    outputs, given, of = None, x, dict[int, Tensor]()
+    if wanted and 0 in wanted:
+        of[0], x = share(x)
     if not reading.has_tried_graph:
         outputs = buckets.replayed(reading, x, sequences, states, rows, share, reason)
     reading.settle()  # which the GPU does not wait for
     if reading.parts is not parts:
-        return run_stack(reading, given, sequences, wanted_states, rows, call, share)
+        return run_stack(reading, given, sequences, output_hidden_states, rows, call, share)
     if outputs is None:
         products = vars(reading.layers).get(PRODUCTS)
         if products is not None:
             products.begin(x, reading.layers.training)
-        outputs = run_layers(range(last + 1), x, sequences, states, rows, run, share)
+        outputs = run_layers(range(num_layers), x, sequences, states, rows, run, share)
     x, *shared = outputs
-    if not wanted_states:
+    if wanted is None:
         return x, None
-    of = dict(zip(states, shared, strict=True))
-    if last in chosen:
-        of[last], x = share(x)
-    found = tuple(map(of.get, range(last + 1)))
-    return x, (first, *found) if wanted_states is True else found
+    of |= {number + 1: state for number, state in zip(states, shared, strict=True)}
+    if num_layers and num_layers in wanted:
+        of[num_layers], x = share(x)
+    return x, tuple(map(of.get, range(num_layers + 1)))
 
 
 def share_padded(padding: Unpadding, dtype: torch.dtype) -> Share:

@@ -33,9 +33,13 @@ def test_hidden_states_tuples_and_unknown_arguments(head):
     model, ids = make(name), ids_for(name)
     output = model(ids, output_hidden_states=True, num_items_in_batch=None, seq_idx=torch.ones(1))
     assert [tuple(state.shape[1:]) for state in output.hidden_states] == [(9, 32)] * 3
-    some = model(ids, output_hidden_states=[1])
-    assert some.hidden_states[0] is None
-    torch.testing.assert_close(some.hidden_states[1], output.hidden_states[2])
+    for asked, places in (([1], {1}), (1, {1}), ([0, -1], {0, 2}), ((7, -2), {1}), ({2}, {2})):
+        some = model(ids, output_hidden_states=asked).hidden_states
+        for place, (one, state) in enumerate(zip(some, output.hidden_states, strict=True)):
+            assert (one is None) == (place not in places)
+            torch.testing.assert_close(one, None if one is None else state)
+    for asked in (0, [], None, False):
+        assert model(ids, output_hidden_states=asked).hidden_states is None
     assert type(model(ids, return_dict=False)) is tuple
     for argument in ("head_mask", "labelz", "encoder_hidden_states", "output_attentions"):
         with pytest.raises(ValueError, match=argument) as raised:

@@ -17,7 +17,7 @@ from tests.modules.graphs.case import (
 
 WANTED = [
     *((kind, True) for kind in KINDS),
-    *(("own", numbers) for numbers in ([0], [1], [2], [0, 1], [])),
+    *(("own", numbers) for numbers in ([0], [1], [-1], [0, 2], [])),
 ]
 NUM_LAYERS = {"num_hidden_layers": 3}
 
@@ -153,7 +153,7 @@ def test_states_and_the_last_output_alone_have_graphs_of_their_own(recorder):
     _, model = (model.eval() for model in models("own", "Model", **NUM_LAYERS))
     with torch.no_grad():
         for _ in range(2):
-            for wanted in (False, True, [0]):
+            for wanted in (False, True, [1]):
                 states_of(model, wanted)
     assert recorder.recorded == 3
     assert recorder.replayed == 6

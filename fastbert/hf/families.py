@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert.hf.hooks import PATCHED, has_their, is_hooked, is_theirs, works_by_token
+from fastbert.hf.hooks import PATCHED, THEIRS, has_their, is_hooked, is_theirs, works_by_token
 from fastbert.modules.activations import GELU_TANH, Activation, dense_and_activate
 from fastbert.modules.adapters import read_leaf
 from fastbert.modules.bert_layer import read_parts
@@ -250,7 +250,15 @@ def patched_base(module: nn.Module) -> Any:
 def runs_patched(module: nn.Module) -> bool:
     """Whether a module's forward is the packed one, not one of a user's subclass."""
     base = patched_base(module)
-    return base is not None and type(module).forward is base.forward
+    forward: Any = type(module).forward
+    if base is None:
+        return False
+    # from 5.23 on transformers wraps the forward of each class that derives from a layer's
+    while forward is not base.forward and hasattr(forward, "__wrapped__"):
+        if not is_defined_in(forward, THEIRS):
+            return False
+        forward = forward.__wrapped__
+    return forward is base.forward
 
 
 def keep_padding(module: nn.Module, keeps: bool) -> None:

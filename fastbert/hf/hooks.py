@@ -13,7 +13,7 @@ ORIGINAL = "_fastbert_original_class"  # the class that it replaces
 PATCHED = "_fastbert_patched_class"  # itself
 FAMILY = "_fastbert_family"  # its `Family`
 _CAPTURE = "transformers.utils.output_capturing"
-_THEIRS = "transformers.", "fastbert.hf."
+THEIRS = "transformers.", "fastbert.hf."
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -67,7 +67,7 @@ def has_their(module: nn.Module, method: str) -> bool:
     cls = type(module)
     kinds = cls, getattr(cls, ORIGINAL, cls)
     methods = (getattr(kind, method, None) for kind in kinds)
-    return all(one is None or is_defined_in(one, _THEIRS) for one in methods)
+    return all(one is None or is_defined_in(one, THEIRS) for one in methods)
 
 
 def see_arguments(layers: nn.ModuleList) -> bool:

@@ -86,11 +86,12 @@ class Call(NamedTuple):
         is_projected = hasattr(module, "embeddings_project")  # ELECTRA's small models
         dtype = boundary_dtype(own, given.device, is_projected=is_projected)
         wanted = asked(config, arguments, "output_hidden_states")
-        first = 0
+        first = 0 if layers else 1  # without layers none is collected
         if not hasattr(sys.modules.get(_CAPTURING), "resolve_hidden_states_indices"):  # before 5.23
             if not returns_tuples() and isinstance(wanted, (list, tuple, set)):
                 wanted, first = {number + 1 for number in wanted if number >= 0}, 1  # of layers
-            wanted = wanted if first else bool(wanted)
+            else:
+                wanted, first = bool(wanted), 0
         return cls(module, reading, given, layout, embed, trains, assumes, wanted, first, dtype)
 
     def may_replay(self) -> bool:

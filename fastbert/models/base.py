@@ -154,34 +154,43 @@ class BertPreTrainedModel(nn.Module):
         self.tie_weights()
         return embeddings
 
-    def gradient_checkpointing_enable(
+    def activation_checkpointing_enable(
         self,
-        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
         """Saves only each layer's input for the backward pass, which runs the layer again.
 
-        gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`, by default
+        activation_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`, by default
         use_reentrant=False; every_n_layers: checkpoints the first of every n layers. Dropout is by
         counter, so the second run draws the same masks. Raises ValueError for every_n_layers below
         1, and for offload.
         """
-        who = "gradient_checkpointing_enable"
+        who = "activation_checkpointing_enable"
         require(every_n_layers >= 1, who, "every_n_layers of at least 1", every_n_layers)
         require(not offload, who, "offload=False", offload, "use torch.autograd.graph.save_on_cpu")
-        options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        options = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
         for number, layer in enumerate(self._layers()):
             layer.gradient_checkpointing = number % every_n_layers == 0
             layer._gradient_checkpointing_func = functools.partial(recompute, **options)
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         for layer in self._layers():
             layer.gradient_checkpointing = False
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
+    def is_activation_checkpointing(self) -> bool:
         return any(layer.gradient_checkpointing for layer in self._layers())
+
+    # the names up to transformers 5.23
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    gradient_checkpointing_disable = activation_checkpointing_disable
+    is_gradient_checkpointing = is_activation_checkpointing
 
     def _layers(self) -> list[BertLayer]:
         return [module for module in self.modules() if isinstance(module, BertLayer)]

@@ -48,6 +48,19 @@ def test_every_so_many_layers_are_computed_again():
         model.gradient_checkpointing_enable(offload=True)
 
 
+def test_checkpointing_has_two_names():
+    """Transformers' up to 5.23, and from 5.24 on, of whose Trainer the first get a warning."""
+    model = own()
+    model.activation_checkpointing_enable({"use_reentrant": True}, every_n_layers=2)
+    assert model.is_activation_checkpointing
+    assert model.is_gradient_checkpointing
+    model.gradient_checkpointing_disable()
+    assert not model.is_activation_checkpointing
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.activation_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+
+
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "mat", ".", "##s"]
 LABELS = {
     "id2label": {0: "entailment", 1: "neutral", 2: "contradiction"},

@@ -39,7 +39,7 @@ def require_encoder(
     if _has_any_global_hook():
         raise Unsupported("hooks of all modules")
     if see_arguments(layers):
-        raise Unsupported("a hook that sees the arguments of a layer")
+        raise Unsupported("a hook that sees the arguments of a layer, or a forward given to one")
     if asked(config, arguments, "output_attentions"):
         raise Unsupported("output_attentions: the fused attention never forms the probabilities")
     name = unknown_argument(arguments)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from fastbert import events
 from fastbert.backend import is_transformed
@@ -239,8 +240,8 @@ class Call(NamedTuple):
         trains = any(one.training for one in with_dropout)
         assumes = not trains and may_replay(given.device)
         reading = require_encoder(module.config, layers, arguments, assumes=assumes)
-        if given.is_meta:
-            raise Unsupported("the meta device: a batch is packed by the values of its mask")
+        if given.is_meta or isinstance(given, FakeTensor):
+            raise Unsupported("no values, as on the meta device: a batch is packed by its mask's")
         require_kernels(given.device)
         is_projected = hasattr(module, "embeddings_project")  # ELECTRA's small models
         dtype = boundary_dtype(own, given.device, is_projected=is_projected)

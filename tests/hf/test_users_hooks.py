@@ -59,7 +59,7 @@ def test_a_hook_before_a_layer_sees_and_changes_all_of_its_arguments(family, wit
 
 
 @pytest.mark.parametrize("is_held", [False, True], ids=["given", "given, then hooked"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
 def test_a_forward_that_a_layer_is_given_gets_all_arguments(family, is_held):
     theirs, ours = pair(family)
     found = []

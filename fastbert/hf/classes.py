@@ -7,6 +7,7 @@ module keeps its attributes, parameters and buffers, and this file keeps no othe
 
 import functools
 import inspect
+import types
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -62,7 +63,7 @@ def patch(
     for module in model.modules():
         cls: Any = type(module)
         if _forward_of(cls) is not None:
-            module.__class__ = patched_class(cls)
+            _give_class(module, patched_class(cls))
         if patched_base(module) is not None:
             keep_padding(module, padding == "compute")
     if not is_patched(model):
@@ -83,11 +84,19 @@ def unpatch(model: Model) -> Model:
     for module in model.modules():
         original = vars(type(module)).get(ORIGINAL)
         if original is not None:
-            module.__class__ = original
+            _give_class(module, original)
             keep_padding(module, False)
     allow(model, "auto")
     fp8.disable(model)
     return model
+
+
+def _give_class(module: Any, cls: Any) -> None:
+    """Swaps the class, and its forward where the module holds it, as by accelerate's hooks."""
+    for name in ("forward", "_old_forward"):
+        if getattr(vars(module).get(name), "__func__", None) is type(module).forward:
+            vars(module)[name] = types.MethodType(cls.forward, module)
+    module.__class__ = cls
 
 
 def is_patched(model: nn.Module) -> bool:

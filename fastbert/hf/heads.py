@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from fastbert import events
 from fastbert.backend import is_transformed
@@ -159,7 +160,8 @@ def _score_rows(
     Raises Unsupported if the head has hooks or modules of another library, because hooks must see
     every row.
     """
-    if labels.is_meta or is_transformed():  # vmap's labels have no number, either
+    # vmap's labels have no number, either
+    if labels.is_meta or isinstance(labels, FakeTensor) or is_transformed():
         raise Unsupported("the meta device or torch.func: nothing tells which tokens have a target")
     head = family_of_module(model).head(model)
     leaf(head.decoder)  # raises Unsupported if the decoder must see every token

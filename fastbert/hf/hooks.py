@@ -71,8 +71,13 @@ def has_their(module: nn.Module, method: str) -> bool:
 
 
 def see_arguments(layers: nn.ModuleList) -> bool:
-    """Whether a hook sees all arguments of a layer, which are others in the packed path."""
+    """Whether a hook, or a forward that a layer was given, sees all arguments of the layer, which
+    are others in the packed path."""
     for layer in layers._modules.values():
+        # accelerate's hooks, which pass all arguments on, keep what they call under this name
+        own = vars(layer).get("_old_forward" if "_hf_hook" in vars(layer) else "forward")
+        if own is not None and getattr(own, "__func__", None) is not type(layer).forward:
+            return True
         before, with_kwargs = layer._forward_pre_hooks, layer._forward_hooks_with_kwargs
         if before or with_kwargs:
             hooks = (hook for key, hook in layer._forward_hooks.items() if key in with_kwargs)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert import events
@@ -80,8 +81,8 @@ class Call(NamedTuple):
         _require_supported(config, layers, arguments)
         assumes = not trains and may_replay(given.device)
         reading = Reading(_PLANNER, layers, assumes=assumes)
-        if given.is_meta:
-            raise Unsupported("the meta device: a batch is packed by the values of its mask")
+        if given.is_meta or isinstance(given, FakeTensor):
+            raise Unsupported("no values, as on the meta device: a batch is packed by its mask's")
         require_kernels(given.device)
         is_projected = hasattr(module, "embeddings_project")  # ELECTRA's small models
         dtype = boundary_dtype(own, given.device, is_projected=is_projected)
@@ -175,7 +176,7 @@ def _require_supported(config: Any, layers: nn.ModuleList, arguments: dict[str, 
     if _has_any_global_hook():
         raise Unsupported("hooks of all modules")
     if see_arguments(layers):
-        raise Unsupported("a hook that sees the arguments of a layer")
+        raise Unsupported("a hook that sees the arguments of a layer, or a forward given to one")
     if asked(config, arguments, "output_attentions"):
         raise Unsupported("output_attentions: the fused attention never forms the probabilities")
     name = unknown_argument(arguments)

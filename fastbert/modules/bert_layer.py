@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastbert.check import require
 from fastbert.modules.activations import Activation, activation, dense_and_activate
 from fastbert.modules.adapters import read_leaf
 from fastbert.modules.layer import End, LayerParts, project_and_norm, self_attention
@@ -139,7 +140,19 @@ def parts_of(layer: Any) -> LayerParts | None:
     modules = (attention, this, attention.output, layer.output, layer.intermediate)
     if not all(map(is_plain, modules, _KINDS[1:])):
         return None
-    return read_parts(layer, read_leaf, _dropout_of, lambda function: function)
+    return read_parts(layer, _leaf, _dropout_of, lambda function: function)
+
+
+def _leaf(module: Any, kind: type[nn.Module] = nn.Linear) -> Leaf:
+    """Raises ValueError for Opacus's hooks, whose gradients of samples would be those of tokens."""
+    kinds = (getattr(hook, "__module__", None) or "" for hook in module._forward_hooks.values())
+    require(
+        not any(kind.startswith("opacus.") for kind in kinds),
+        "Opacus",
+        "a Hugging Face model, patched by fastbert.patch or not",
+        "layers of fastbert's own, in which it would take each packed token for a sample",
+    )
+    return read_leaf(module, kind)
 
 
 def read_parts(

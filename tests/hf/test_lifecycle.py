@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from torch._subclasses import FakeTensorMode
 
 import fastbert
 from tests.hf.training_case import SHAPE, assert_same_gradients, gradients, make_batch, make_pair
@@ -80,6 +81,17 @@ def test_on_the_meta_device_shapes_are_hugging_faces():
         assert found.loss.is_meta
         if not training:
             assert found.logits.shape == expected.logits.shape
+
+
+def test_tensors_without_values_give_hugging_faces_shapes():
+    """As where a tool counts memory or operations."""
+    batch, config = make_batch(), make_pair(KIND)[1].config
+    with FakeTensorMode():
+        ours = fastbert.patch(KIND(config)).train()
+        fake = {name: torch.ones(one.shape, dtype=one.dtype) for name, one in batch.items()}
+        ours(**fake).loss.backward()
+        assert all(one.grad.shape == one.shape for one in ours.bert.encoder.parameters())
+        assert ours.eval()(**fake).logits.shape == (*batch["input_ids"].shape, SHAPE["vocab_size"])
 
 
 @pytest.mark.parametrize("order", ["patch, load", "load, patch"])

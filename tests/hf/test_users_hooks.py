@@ -58,6 +58,50 @@ def test_a_hook_before_a_layer_sees_and_changes_all_of_its_arguments(family, wit
     assert any("a hook that sees the arguments" in route.reason for route in told.routes)
 
 
+@pytest.mark.parametrize("is_held", [False, True], ids=["given", "given, then hooked"])
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_a_forward_that_a_layer_is_given_gets_all_arguments(family, is_held):
+    theirs, ours = pair(family)
+    found = []
+    for model in (theirs, ours):
+        seen, own = [], layer(model).forward
+
+        def forward(states, mask, *args, own=own, seen=seen, **options):
+            seen.append((states.shape, mask.shape, options.keys()))
+            return own(states, torch.zeros_like(mask), *args, **options)
+
+        layer(model).forward = forward
+        if is_held:
+            accelerate = pytest.importorskip("accelerate", reason="whose hooks keep a forward")
+            accelerate.hooks.add_hook_to_module(layer(model), accelerate.hooks.ModelHook())
+        model.config._attn_implementation = "eager"  # whose mask is an addend
+        with torch.no_grad():
+            found.append((states(model), seen))
+    assert found[0][1] == found[1][1]
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["hooked", "hooked before"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_accelerates_hooks_call_what_patching_and_unpatching_leave(family, removed):
+    hooks = pytest.importorskip("accelerate", reason="which keeps forwards").hooks
+    theirs, _ = pair(family, "ForSequenceClassification")
+    batch = {"input_ids": ids(), "attention_mask": MASK}
+    with torch.no_grad():
+        expected = theirs(**batch).logits
+        hooks.add_hook_to_module(theirs, hooks.ModelHook())
+        hooks.add_hook_to_module(layer(theirs), hooks.ModelHook())
+        if removed:
+            hooks.remove_hook_from_module(theirs, recurse=True)
+        ours = fastbert.patch(theirs)
+        told = fastbert.explain(ours, **batch, show=False)
+        assert any(row.operator == "attention_qkvpacked" for row in told.rows), told
+        torch.testing.assert_close(ours(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+        labels = torch.tensor([0, 1, 0])
+        assert fastbert.unpatch(ours)(**batch, labels=labels).loss.isfinite()
+        torch.testing.assert_close(ours(**batch).logits, expected)
+
+
 def hook_the_next(model):
     layer(model, 2).register_forward_hook(lambda *_: None)
     layer(model, 3).register_forward_hook(lambda module, args, output: output * 1.5)

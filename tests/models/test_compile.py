@@ -6,9 +6,13 @@ In processes of their own: with an empty cache, and warm. One layer is what the 
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+
+import fastbert
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,3 +100,14 @@ def test_inductor_gives_the_eager_result(device, programs, tmp_path):
         )
         assert done.returncode == 0, f"{name}: {done.stderr}"
     assert any(tmp_path.iterdir())
+
+
+def test_an_own_model_compiles_without_a_warning_of_a_cache():
+    config = fastbert.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    model = torch.compile(fastbert.BertModel(config).eval(), backend="eager")
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lru_cache")
+        model(torch.ones(2, 3, dtype=torch.long))

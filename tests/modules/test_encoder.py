@@ -124,6 +124,21 @@ def test_a_layer_with_a_hook_or_of_another_class_is_called(encoders):
     torch.testing.assert_close(output, theirs(x).last_hidden_state)
 
 
+def test_opacus_is_refused(encoders):
+    """Its hooks would take packed tokens for samples, and clip each by itself."""
+
+    def capture(module, args, output):
+        pass
+
+    capture.__module__ = "opacus.grad_sample.grad_sample_module"
+    x, (ours, theirs) = torch.randn(4, 5, 24), encoders
+    for encoder in encoders:
+        encoder.layer[1].output.LayerNorm.register_forward_hook(capture)
+    assert theirs(x).last_hidden_state.shape == x.shape
+    with pytest.raises(ValueError, match="Opacus: expected a Hugging Face model"):
+        ours(x)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

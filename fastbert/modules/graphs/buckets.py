@@ -55,11 +55,7 @@ def off_by(layers: nn.ModuleList) -> str:
 
 
 def _are_off() -> bool:
-    return _is_off(os.environ.get("FASTBERT_GRAPHS", ""))
-
-
-@functools.cache
-def _is_off(value: str) -> bool:
+    value = os.environ.get("FASTBERT_GRAPHS", "")  # no cache: torch.compile would warn of one
     if value.lower() not in _OFF:
         raise InputError(f'FASTBERT_GRAPHS: expected "auto" or "0", got {value!r}')
     return _OFF[value.lower()]

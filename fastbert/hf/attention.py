@@ -54,10 +54,9 @@ def attention_mask(
             return None
         setattr(keep, _UNPADDING, unpad(keep))  # all layers get this very tensor, and share it
         return keep
+    kwargs |= {"attention_mask": attention_mask, "mask_function": mask_function}
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return masking_utils.sdpa_mask(
-        *args, attention_mask=attention_mask, mask_function=mask_function, **kwargs
-    )
+    return masking_utils.sdpa_mask(*args, **kwargs)
 
 
 def attention_forward(

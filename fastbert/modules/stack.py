@@ -59,7 +59,8 @@ def run_stack(
             return Stream(x, x)
 
     sequences.check(x.shape[0])
-    outputs, given, of = None, x, dict[int, Tensor]()
+    outputs, given = None, x
+    of: dict[int, Tensor] = {}
     if wanted and 0 in wanted:
         of[0], x = share(x)
     if not reading.has_tried_graph:

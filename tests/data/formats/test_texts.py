@@ -12,7 +12,7 @@ from fastbert.check import InputError
 from fastbert.data.formats import texts as module
 from fastbert.data.formats.tables import read_table
 from fastbert.data.formats.texts import BEGINNING, Mark, texts_of
-from fastbert.embedding.array import _texts
+from fastbert.embedding import array
 
 LINES = ["one", "", "two  ", "drei é 北京", "\tfour", "fünf"]
 CSV = 'id,"te\nxt",more\r\n1,"a\nb",x\r\n\r\n2,,y\r\n3,"c ""d""\n\ne",z\r\n4,last,w'
@@ -36,10 +36,12 @@ def files(tmp_path):
     ]
 
 
-def test_they_are_those_of_the_whole_file_and_go_on_from_every_mark(tmp_path):
+def test_they_are_those_of_the_same_stream_and_go_on_from_every_mark(tmp_path, monkeypatch):
+    monkeypatch.setattr(array, "is_stream", lambda path: True)
     for path, column in files(tmp_path):
         found = list(texts_of(path, column).rows())
-        assert [(row.where, row.text) for row in found] == _texts(path, column, None), path
+        read = [(text.where, text.text) for text in array._texts(path, column, None)]
+        assert [(row.where, row.text) for row in found] == read, path
         for number, row in enumerate(found):
             assert list(texts_of(path, column).rows(row.after)) == found[number + 1 :], path
         assert found == list(texts_of(path, column).rows(BEGINNING))
@@ -82,7 +84,6 @@ def test_parquet_in_row_groups(tmp_path):
     for start in (1, 1023, 1024, 1099, 1100, 1101, 2200, 2999, 3000):
         assert list(texts_of(path, "text").rows(Mark(start))) == found[start:]
     assert found[1100].where.endswith("row 1101")
-    assert _texts(path, "text", None) == [(row.where, row.text) for row in found]
     with pytest.raises(InputError, match="no column 'body', only n, text"):
         list(texts_of(path, "body").rows())
     with pytest.raises(InputError, match="row 1: expected a text in column 'n', got 0"):
@@ -120,12 +121,14 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, name, text, message
 
 @pytest.mark.parametrize("blank", [b"", b"\xef\xbb\xbf", b"\n\n", b" \r\n\t\n"])
 @pytest.mark.parametrize("ending", ["txt", "csv", "tsv", "jsonl"])
-def test_a_file_without_text_is_empty(tmp_path, ending, blank):
+def test_a_file_without_text_is_empty(tmp_path, ending, blank, monkeypatch):
     path = tmp_path / f"a.{ending}"
     path.write_bytes(blank)
-    for read in (lambda: list(texts_of(path, "text").rows()), lambda: _texts(path, "text", None)):
-        with pytest.raises(InputError, match=rf"a\.{ending}: is empty"):
-            read()
+    with pytest.raises(InputError, match=rf"a\.{ending}: is empty"):
+        list(texts_of(path, "text").rows())
+    monkeypatch.setattr(array, "is_stream", lambda path: True)
+    with pytest.raises(InputError, match=rf"a\.{ending}: is empty"):
+        array._texts(path, "text", None)
 
 
 def test_blank_lines_at_the_end_are_texts_from_any_mark(tmp_path):
@@ -151,9 +154,9 @@ def test_a_parquet_without_rows(tmp_path):
     pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
     arrow.parquet.write_table(arrow.table({"text": arrow.array([], arrow.string())}), path)
-    for read in (lambda: list(texts_of(path, "text").rows()), lambda: _texts(path, "text", None)):
+    for read in (texts_of(path, "text").rows, lambda: array._texts(path, "text", None)):
         with pytest.raises(InputError, match="has no rows"):
-            read()
+            list(read())
 
 
 def test_a_stream_is_refused():

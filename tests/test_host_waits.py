@@ -174,7 +174,10 @@ def writes_by_a_mask(x, index):
 @pytest.mark.parametrize(
     "work",
     [
-        writes_a_number,
+        pytest.param(
+            writes_a_number,
+            marks=pytest.mark.skipif(torch.__version__ >= (2, 14), reason="copies no number"),
+        ),
         writes_by_a_mask,
         lambda x, index: x[x > 0],
         lambda x, index: x * torch.tensor([1.0, 2.0, 3.0]),

@@ -88,6 +88,10 @@ class PackedBatch:
                     f"{name} of shape (tokens,) = {tuple(tokens)}",
                     tuple(tensor.shape),
                 )
+        state = self.dropout_state
+        if state is not None and (state.shape != (2,) or state.dtype != torch.int64):
+            expected = "a dropout_state (2,) int64, a seed and a step"
+            require(False, "PackedBatch", expected, f"{state.dtype} {tuple(state.shape)}")
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Sequence[int]]) -> "PackedBatch":

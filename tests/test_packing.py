@@ -56,3 +56,11 @@ def test_a_batch_with_nothing_to_predict_is_refused():
     batch = dataclasses.replace(prepared(make_batch([3])), labels=None, num_labels=None)
     with pytest.raises(ValueError, match="labels given"):
         batch.padded_to(BUCKET)
+
+
+@pytest.mark.parametrize("state", [torch.tensor([7]), torch.zeros(3).long(), torch.zeros(2)])
+def test_a_dropout_state_that_is_no_seed_and_step_is_refused(state):
+    """A kernel would read beyond one that is too short."""
+    batch = make_batch([5, 16])
+    with pytest.raises(ValueError, match=r"expected a dropout_state \(2,\) int64, a seed and a"):
+        dataclasses.replace(batch, dropout_state=state)

@@ -31,6 +31,7 @@ class BertPreTrainedModel(nn.Module):
 
     base_model_prefix: ClassVar[str] = "bert"
     supports_gradient_checkpointing: ClassVar[bool] = True
+    _no_split_modules: ClassVar[list[str]] = ["BertEmbeddings", "BertLayer"]  # by accelerate
     # read by transformers' pipelines, and by its Trainer
     input_modalities: ClassVar[str] = "text"
     main_input_name: ClassVar[str] = "input_ids"

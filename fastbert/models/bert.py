@@ -72,7 +72,9 @@ class BertModel(BertPreTrainedModel):
         batch, padding = request.batch, padding or request.padding
         self._check_positions(batch)
         rng = None
-        if self.training:
+        # without a dropout nothing is drawn from torch's generator, as in Hugging Face
+        drops = self.training and (self.embeddings.dropout.p > 0 or self.encoder.drops())
+        if drops:
             rng = for_batch(
                 batch.cu_seqlens,
                 batch.num_tokens,

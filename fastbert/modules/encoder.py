@@ -99,6 +99,10 @@ class BertEncoder(nn.Module):
         x, states = self._run(hidden_states, sequences, output_hidden_states, rows, share)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, hidden_states=states)
 
+    def drops(self) -> bool:
+        """Whether a dropout of the layers, or of their adapters, may be on."""
+        return Reading(_PLANNER, self.layer, assumes=False).drops()
+
     def _forward_padded(
         self,
         hidden_states: Tensor,

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -96,3 +97,14 @@ def test_activation_checkpointing_replays_the_masks():
     torch.manual_seed(99)  # the masks do not come from the generator's state
     for a, b in zip(loss_and_gradients(model, batch), expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("where", [None, "embeddings.dropout", "encoder.layer.1.output.dropout"])
+def test_without_a_dropout_nothing_is_drawn_from_torchs_generator(where):
+    """Whose next numbers are then those that a user gets in Hugging Face's model."""
+    model = make_model(dropout=0.0).train()
+    if where is not None:
+        model.bert.get_submodule(where).p = 0.5
+    before = torch.get_rng_state()
+    model(torch.tensor([[3, 4, 5]]))
+    assert torch.equal(torch.get_rng_state(), before) == (where is None)

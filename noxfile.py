@@ -17,8 +17,8 @@ TESTS = (
     *(
         f"tests/hf/test_{name}.py"
         for name in (
-            *("attention_interface", "contract", "differences", "first_tokens"),
-            *("padding", "patch", "peft", "promises"),
+            *("attention_interface", "contract", "differences", "encoder_swap", "first_tokens"),
+            *("hooks", "padding", "patch", "peft", "precision", "promises"),
             *("users_calls", "users_changes", "users_hooks", "users_tables"),
         )
     ),

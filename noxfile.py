@@ -57,7 +57,7 @@ def newest(session: nox.Session) -> None:
 
 def _test_all(session: nox.Session, *packages: str) -> None:
     environment = {"FASTBERT_BUILD_EXT": "0", "OMP_NUM_THREADS": "1"}
-    session.install("torch", *packages, "setuptools", "setuptools_scm")
+    session.install(*(packages or ("torch",)), "setuptools", "setuptools_scm")
     session.install("--no-build-isolation", "-e", ".[dev]", *packages, env=environment)
     session.run("pip", "check")
     command = ("python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "-m", "not exhaustive")

@@ -22,7 +22,7 @@ test: setup
 test-all: setup
 	$(PYTEST)
 
-# The quick part on each Python that there is, pyenv's too, and on two versions of transformers.
+# The quick part on each Python that there is, pyenv's too, and on three versions of transformers.
 test-matrix: setup
 	PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | grep -E '^3\.1[123]\.' | paste -sd:) $(PY) -m nox
 

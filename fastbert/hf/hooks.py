@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 
 from fastbert.modules.linear import hooks_of, is_defined_in
+from fastbert.modules.request import CAPTURING
 
 # Attributes of a patched class, which those that derive from it have too.
 ORIGINAL = "_fastbert_original_class"  # the class that it replaces
 PATCHED = "_fastbert_patched_class"  # itself
 FAMILY = "_fastbert_family"  # its `Family`
-_CAPTURE = "transformers.utils.output_capturing"
 THEIRS = "transformers.", "fastbert.hf."
 
 
@@ -97,9 +97,9 @@ def _observes(hook: Callable[..., Any]) -> bool:
 
 def _is_awake(hook: Callable[..., Any]) -> bool:
     """Whether a hook is active: transformers 5's capturing hooks stay, but act only when asked."""
-    if _module(hook) != _CAPTURE:
+    if _module(hook) != CAPTURING:
         return True
-    return bool(sys.modules[_CAPTURE]._active_collector.get())
+    return bool(sys.modules[CAPTURING]._active_collector.get())
 
 
 def _is_of_weights(hook: Callable[..., Any]) -> bool:

@@ -23,7 +23,13 @@ from fastbert.hf.hooks import FAMILY, has_their, is_observed, see_arguments
 from fastbert.modules.graphs.buckets import may_replay, refusal_of
 from fastbert.modules.layer import LayerParts, Stream, run_layer
 from fastbert.modules.plan import Planner, Reading
-from fastbert.modules.request import DOCUMENTS, asked, read_layout, unknown_argument
+from fastbert.modules.request import (
+    DOCUMENTS,
+    asked,
+    numbers_layers,
+    read_layout,
+    unknown_argument,
+)
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.stack import run_stack, share_padded
 from fastbert.ops.attention import attention_qkvpacked
@@ -32,7 +38,6 @@ from fastbert.rng import DropoutState, for_batch
 
 Embed = Callable[[Unpadding, DropoutState | None], Tensor]  # makes the residual stream (T, H)
 States = tuple[Tensor | None, ...] | None
-_CAPTURING = "transformers.utils.output_capturing"
 _LAYOUT = "attention_mask", "position_ids", *DOCUMENTS
 
 
@@ -88,7 +93,7 @@ class Call(NamedTuple):
         dtype = boundary_dtype(own, given.device, is_projected=is_projected)
         wanted = asked(config, arguments, "output_hidden_states")
         first = 0 if layers else 1  # without layers none is collected
-        if not hasattr(sys.modules.get(_CAPTURING), "resolve_hidden_states_indices"):  # before 5.23
+        if numbers_layers():
             if not returns_tuples() and isinstance(wanted, (list, tuple, set)):
                 wanted, first = {number + 1 for number in wanted if number >= 0}, 1  # of layers
             else:

@@ -17,7 +17,14 @@ from fastbert.modules.embeddings import stream_dtype
 from fastbert.modules.graphs.buckets import may_replay, off_by
 from fastbert.modules.layer import Share, share_packed
 from fastbert.modules.plan import Planner, Reading
-from fastbert.modules.request import DOCUMENTS, read_layout, refuse_attentions, refuse_unknown
+from fastbert.modules.request import (
+    CAPTURING,
+    DOCUMENTS,
+    numbers_layers,
+    read_layout,
+    refuse_attentions,
+    refuse_unknown,
+)
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.stack import run_stack, share_padded
 from fastbert.outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -167,8 +174,7 @@ def _captured_around() -> tuple[dict[str, Any], int]:
     And from which state on. transformers 5 fills them by hooks on layers of its own class; this
     encoder has none of these. Raises ValueError if the model collects attentions.
     """
-    capturing = sys.modules.get("transformers.utils.output_capturing")
+    capturing = sys.modules.get(CAPTURING)
     collected = (capturing._active_collector.get() if capturing is not None else None) or {}
     refuse_attentions("attentions" in collected)
-    numbers_layers = not hasattr(capturing, "resolve_hidden_states_indices")  # before 5.23
-    return collected, int("_hidden_states_layers" in collected and numbers_layers)
+    return collected, int("_hidden_states_layers" in collected and numbers_layers())

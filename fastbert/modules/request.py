@@ -3,6 +3,7 @@
 That is every form of attention mask and packed documents that users and Hugging Face pass.
 """
 
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ FORBIDDEN = -1e4
 
 # Hugging Face's arguments for the boundaries of documents packed into one row.
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+CAPTURING = "transformers.utils.output_capturing"  # collects hidden states; 4.57 has none
 
 # Accepted, without effect on a bidirectional encoder; the last line's come from tokenizers. The
 # first two have an effect, but callers read or refuse them separately.
@@ -238,6 +241,11 @@ def wanted_states(wanted: Any, num_layers: int) -> Collection[int] | None:
         return range(count)
     places = [wanted] if isinstance(wanted, int) else wanted
     return {place % count for place in places if -count <= place < count}
+
+
+def numbers_layers() -> bool:
+    """Whether lists of transformers' models number layers, not states, as they did before 5.23."""
+    return not hasattr(sys.modules.get(CAPTURING), "resolve_hidden_states_indices")
 
 
 def unknown_argument(arguments: dict[str, Any]) -> str | None:

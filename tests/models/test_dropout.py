@@ -108,3 +108,13 @@ def test_without_a_dropout_nothing_is_drawn_from_torchs_generator(where):
     before = torch.get_rng_state()
     model(torch.tensor([[3, 4, 5]]))
     assert torch.equal(torch.get_rng_state(), before) == (where is None)
+
+
+def test_layers_alone_that_drop_do_so_by_the_state_of_the_batch():
+    model = make_model()
+    model.bert.embeddings.dropout.p = 0.0
+    before = torch.get_rng_state()
+    first, second = (hidden_states(model, make_batch(LENGTHS)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.allclose(first, hidden_states(model.eval(), make_batch(LENGTHS)), atol=1e-3)

@@ -15,7 +15,6 @@ from fastbert.modules.embeddings import Tables, embed, own_dtype, stream_dtype
 from fastbert.modules.graphs.call import PaddedBatch
 from fastbert.modules.linear import Leaf, is_parametrized, is_plain, reads_rows
 from fastbert.modules.plan import Planner
-from fastbert.modules.sequences import pays_to_count
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState, for_batch
 
@@ -131,40 +130,20 @@ def padded_batch(
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
 ) -> PaddedBatch | None:
-    """The batch for a graph that begins with the embeddings; None if it must begin behind them.
+    """The batch for a graph, as by `PaddedBatch.of`.
 
-    The arguments are a call's, None for those that were not given. The host waits for a GPU to
-    count the tokens of a batch for which that pays.
+    The arguments are a call's, None for those that were not given.
     """
-    has_types = family_of_module(model).has_types
-    embeddings, ids = model.embeddings, (mask, token_type_ids if has_types else None, position_ids)
+    embeddings = model.embeddings
     plain, projection = _plain(embeddings), getattr(model, "embeddings_project", None)
     if input_ids is None or plain is None or not (projection is None or is_plain(projection)):
         return None
     tables, dropout_p = plain
+    types = token_type_ids if family_of_module(model).has_types else None
+    has_types = types is not None or tables.types is None or _types_are_zero(embeddings)
+    if dropout_p or not has_types:  # a graph would repeat the mask of a dropout
+        return None
     first, widest, places = _places(model)
-    shape, device = input_ids.shape, input_ids.device
-    given = [one for one in (input_ids, *ids) if one is not None]
-    if (
-        dropout_p  # of which a graph would repeat the mask
-        or not tables.are_one_operator()
-        or not (widest and shape[1] <= widest)
-        or (mask is None and position_ids is not None)  # which may tell documents apart
-        or any(x.shape != shape or x.device != device or x.is_floating_point() for x in given)
-        or not (ids[1] is not None or tables.types is None or _types_are_zero(embeddings))
-    ):
-        return None
-    modules = [one for one in (*tables[:3], projection) if one is not None]
-    read = [*(one.weight for one in modules), tables.norm.weight, tables.norm.bias]
-    read += [] if projection is None or projection.bias is None else [projection.bias]
-    read += [] if places is None else [places]
-    tensors = [(one.data_ptr(), one.dtype, one.shape, one.stride()) for one in read]
-    fixed = *tensors, first, tables.norm.eps
-    num_tokens = shape.numel()  # an upper bound suffices where counting would not pay
-    if mask is not None and pays_to_count(num_tokens, model.config.hidden_size):
-        num_tokens = int(torch.count_nonzero(mask))
-    if not num_tokens:
-        return None
     owner = weakref.ref(model)
 
     def embed(
@@ -172,8 +151,16 @@ def padded_batch(
     ) -> Tensor:
         return embedded(owner(), padding, None, ids, None, positions, types)
 
-    dtype = stream_dtype(own_dtype(embeddings), device, model)
-    return PaddedBatch(input_ids, *ids, num_tokens, widest, embed, fixed, dtype)
+    return PaddedBatch.of(
+        tables,
+        (input_ids, mask, types, position_ids),
+        embed,
+        others=(places, *(getattr(projection, name, None) for name in ("weight", "bias"))),
+        first=first,
+        widest=widest,
+        hidden_size=model.config.hidden_size,
+        dtype=stream_dtype(own_dtype(embeddings), input_ids.device, model),
+    )
 
 
 def require_embeddings(embeddings: nn.Module, device: torch.device) -> None:

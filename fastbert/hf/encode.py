@@ -22,8 +22,8 @@ from fastbert.hf.first_tokens import (
 from fastbert.hf.hooks import has_their, is_hooked, is_theirs
 from fastbert.hf.stack import Call, States, family_of_module, of_transformers, returns_tuples
 from fastbert.modules.embeddings import own_dtype, stream_dtype
+from fastbert.modules.graphs.buckets import may_compute
 from fastbert.modules.graphs.call import PaddedBatch
-from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.request import DOCUMENTS, asked
 from fastbert.modules.sequences import Rows, first_tokens
 from fastbert.modules.stack import replay_padded
@@ -82,14 +82,14 @@ def _for_a_graph(
     model: Any, call: Call, arguments: dict[str, Any], *, has_head: bool
 ) -> PaddedBatch | None:
     """The batch for a graph that packs, embeds and pads it; None where it had better not."""
-    if call.wanted or PRODUCTS in vars(call.reading.layers) or keeps_padding(model):
+    if call.wanted or keeps_padding(model):
         return None
     if any(arguments.get(name) is not None for name in ("inputs_embeds", *DOCUMENTS)):
         return None
     places = call.given.shape[:2].numel()
     if has_head and Rows.pay(places, model.config.hidden_size, call.given.device):
         return None  # the last layer may compute first tokens alone
-    if not call.may_replay():
+    if not may_compute(call.reading):
         return None
     return padded_batch(
         model,

@@ -18,7 +18,7 @@ from fastbert.modules.adapters import read_leaf
 from fastbert.modules.bert_layer import read_parts
 from fastbert.modules.embeddings import normalized
 from fastbert.modules.layer import End, LayerParts
-from fastbert.modules.linear import Leaf, is_defined_in, is_plain
+from fastbert.modules.linear import Leaf, dropout_p_of, is_defined_in, is_plain
 from fastbert.rng import keeps_some
 
 Forward = Callable[..., Any]  # of transformers' modules, or one that replaces it
@@ -47,17 +47,11 @@ def _require_untouched(*modules: nn.Module) -> None:
             raise Unsupported(f"a hook on a {type(module).__name__}")
 
 
-def dropout_of(module: nn.Module, user: nn.Module | None = None) -> float:
-    """The probability of a dropout module, 0 in eval mode; Unsupported for other modules.
-
-    user: a module that reads only `p`, so that its own mode counts in the place of the dropout's
-    """
-    if is_plain(module, nn.Identity):
-        return 0.0
-    if not is_plain(module, nn.Dropout):
+def dropout_of(module: nn.Module, reader: nn.Module | None = None) -> float:
+    """`dropout_p_of`; Unsupported for other modules, and for a dropout of everything."""
+    if not any(is_plain(module, kind) for kind in (nn.Identity, nn.Dropout)):
         raise Unsupported(f"a {type(module).__name__} as dropout, or a hook on it")
-    is_on = (module if user is None else user).training
-    p = float(module.p) if is_on else 0.0  # type: ignore[arg-type]
+    p = dropout_p_of(module, reader)
     if not keeps_some(p):
         raise Unsupported(f"a dropout of {p}, which keeps nothing")
     return p

@@ -20,7 +20,7 @@ from fastbert.hf.families import (
     runs_patched,
 )
 from fastbert.hf.hooks import FAMILY, has_their, is_observed, see_arguments
-from fastbert.modules.graphs.buckets import may_replay, refusal_of
+from fastbert.modules.graphs.buckets import may_compute, may_replay
 from fastbert.modules.layer import LayerParts, Stream, run_layer
 from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.request import (
@@ -45,8 +45,8 @@ class Call(NamedTuple):
     """A call of a model or an encoder that the packed path supports, before its mask is read.
 
     given: (B, S, ...); layout: other arguments of `read_layout`; trains: whether a module may drop;
-    assumes: as in `Reading`; wanted: as in `wanted_states`, of states from `first_state` on; dtype:
-    of the hidden states that Hugging Face would return
+    wanted: as in `wanted_states`, of states from `first_state` on; dtype: of the hidden states that
+    Hugging Face would return
     """
 
     module: Any
@@ -55,7 +55,6 @@ class Call(NamedTuple):
     layout: dict[str, Any]
     embed: Embed
     trains: bool
-    assumes: bool
     wanted: Any
     first_state: int
     dtype: torch.dtype
@@ -84,8 +83,8 @@ class Call(NamedTuple):
             if is_transformed() and torch._C._functorch.is_functorch_wrapped_tensor(mask):
                 raise Unsupported("a mask inside torch.func, whose values may not be read")
         _require_supported(config, layers, arguments)
-        assumes = not trains and may_replay(given.device)
-        reading = Reading(_PLANNER, layers, assumes=assumes)
+        may = not trains and may_replay(given.device)
+        reading = Reading(_PLANNER, layers, may_replay=may)
         if given.is_meta or isinstance(given, FakeTensor):
             raise Unsupported("no values, as on the meta device: a batch is packed by its mask's")
         require_kernels(given.device)
@@ -98,18 +97,14 @@ class Call(NamedTuple):
                 wanted, first = {number + 1 for number in wanted if number >= 0}, 1  # of layers
             else:
                 wanted, first = bool(wanted), 0
-        return cls(module, reading, given, layout, embed, trains, assumes, wanted, first, dtype)
-
-    def may_replay(self) -> bool:
-        """Whether a graph may compute the layers, in inference."""
-        return self.assumes and not (self.reading.called() or refusal_of(self.reading))
+        return cls(module, reading, given, layout, embed, trains, wanted, first, dtype)
 
     def read(self) -> tuple[Unpadding, Tensor | None]:
         """How the batch is packed, and a further mask for `attention`, as by `read_layout`."""
         return read_layout(
             self.given,
             **self.layout,
-            hidden_size=self.module.config.hidden_size if self.may_replay() else None,
+            hidden_size=self.module.config.hidden_size if may_compute(self.reading) else None,
             keeps_padding=keeps_padding(self.module),
         )
 

@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -57,16 +57,13 @@ class BertPreTrainedModel(nn.Module):
         """The output for a request, in its form: padded, or packed as the request's input is."""
         raise NotImplementedError
 
-    def encode(self, request: Request) -> Any:
-        """The bare model's output: last hidden states (T, H), or (M, H) for `request.rows`."""
-        return self.base_model(
-            request.batch,
-            rows=request.rows,
-            padding=request.padding,
-            output_hidden_states=request.output_hidden_states,
-            output_attentions=False,
-            return_dict=True,
-        )
+    def encode(self, request: Request, reads: Literal["packed", "pooled"] = "packed") -> Any:
+        """The bare model's output: last hidden states (T, H), or (M, H) for `request.rows`.
+
+        reads: "pooled" where only the pooled output is read, without which the others may lack.
+        """
+        request.reads = reads
+        return self.base_model(request)
 
     def can_generate(self) -> bool:
         """False, because BERT generates no text; transformers' pipelines ask."""

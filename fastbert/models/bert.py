@@ -1,19 +1,24 @@
 """`BertModel`: embeddings, encoder and pooler."""
 
+import weakref
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor
 
 from fastbert.check import require
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.heads import BertPooler
 from fastbert.models.inputs import ForwardOptions, Inputs, Request
-from fastbert.modules.embeddings import BertEmbeddings, own_dtype
+from fastbert.modules.embeddings import BertEmbeddings, Tables, own_dtype, stream_dtype
 from fastbert.modules.encoder import BertEncoder
+from fastbert.modules.graphs.buckets import may_compute
+from fastbert.modules.graphs.call import PaddedBatch
 from fastbert.modules.layer import Share, share_packed
-from fastbert.modules.linear import is_plain_table
+from fastbert.modules.linear import dropout_p_of, is_plain, is_plain_table
+from fastbert.modules.plan import Reading
 from fastbert.modules.sequences import Rows, first_tokens
-from fastbert.modules.stack import share_padded
+from fastbert.modules.stack import replay_padded, share_padded
 from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.packing import PackedBatch
@@ -32,31 +37,32 @@ class BertModel(BertPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor | PackedBatch | None = None,
+        input_ids: Tensor | PackedBatch | Request | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         *,
         rows: Rows | None = None,
-        padding: Unpadding | None = None,
         **options: Unpack[ForwardOptions],
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
         """Hidden states of every token, and each sequence's pooled first token.
 
-        input_ids: (B, S) int64, or a PackedBatch alone; attention_mask: see `read_mask`;
-        token_type_ids, position_ids: (B, S), by default zeros and the column; inputs_embeds:
-        (B, S, H) instead of input_ids; options: see `ForwardOptions`. Returns last_hidden_state
-        (B, S, H) with zeros at padded positions, or (T, H) for a PackedBatch, and pooler_output
-        (B, H), which reads the first *real* token of each sequence or packed document.
+        input_ids: (B, S) int64, a PackedBatch alone, or a head's request; attention_mask: see
+        `read_mask`; token_type_ids, position_ids: (B, S), by default zeros and the column;
+        inputs_embeds: (B, S, H) instead of input_ids; options: see `ForwardOptions`. Returns
+        last_hidden_state (B, S, H) with zeros at padded positions, or (T, H) for a PackedBatch, and
+        pooler_output (B, H), which reads the first *real* token of each sequence or packed
+        document.
 
         rows: with a PackedBatch, the only tokens that the last layer computes; last_hidden_state is
-        then (M, H). With a pooler, they must include each sequence's first token. padding: with a
-        PackedBatch, the padded form in which hidden_states are returned.
+        then (M, H). With a pooler, they must include each sequence's first token.
 
         Raises ValueError for arguments that do not fit together, unknown ones, and sequences longer
         than max_position_embeddings.
         """
+        if isinstance(input_ids, Request):
+            return self.predict(input_ids)
         require(
             rows is None or isinstance(input_ids, PackedBatch),
             "BertModel",
@@ -64,17 +70,24 @@ class BertModel(BertPreTrainedModel):
             "with padded tensors",
         )
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self.run(inputs, options, rows=rows, padding=padding)
+        return self.run(inputs, options, rows=rows)
 
-    def predict(
-        self, request: Request, rows: Rows | None = None, padding: Unpadding | None = None
-    ) -> BaseModelOutputWithPooling:
-        batch, padding = request.batch, padding or request.padding
+    def predict(self, request: Request, rows: Rows | None = None) -> BaseModelOutputWithPooling:
+        encoder = self.encoder
+        reading = encoder.reading(request.inputs.given.device, drops=self.training)
+        is_read = is_plain(encoder, BertEncoder)  # no hook on it may change its layers
+        found = self._replayed(request, reading) if is_read and reading.may_replay else None
+        if found is not None:
+            last, first = found
+            pooled = None if self.pooler is None else self.pooler(first)
+            return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled)
+        request = request.only(first=True) if request.reads == "pooled" else request
+        batch, padding = request.batch, request.padding
+        rows = request.rows if rows is None else rows
         self._check_positions(batch)
         rng = None
         # without a dropout nothing is drawn from torch's generator, as in Hugging Face
-        drops = self.training and (self.embeddings.dropout.p > 0 or self.encoder.drops())
-        if drops:
+        if dropout_p_of(self.embeddings.dropout) or reading.drops():
             rng = for_batch(
                 batch.cu_seqlens,
                 batch.num_tokens,
@@ -90,7 +103,7 @@ class BertModel(BertPreTrainedModel):
             embeds = padding.pack(words(padding.pad(ids)))
             ids = None
         x = self.embeddings(ids, batch.position_ids, batch.token_type_ids, embeds, rng)
-        encoded = self.encoder(
+        encoded = encoder(
             x,
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
@@ -99,10 +112,11 @@ class BertModel(BertPreTrainedModel):
             rng=rng,
             rows=rows,
             share=share,
+            reading=reading if is_read else None,
         )
         last = x = encoded.last_hidden_state
-        if request.padding is not None:  # who reads the pooled output may read this, too
-            last, x = share(x)
+        if request.reads == "as given" and padding is not None:
+            last, x = share(x)  # who reads the pooled output may read this, too
         pooled = None
         if self.pooler is not None:
             cu_seqlens = batch.cu_seqlens if rows is None else rows.cu_seqlens
@@ -112,6 +126,49 @@ class BertModel(BertPreTrainedModel):
             pooler_output=pooled,
             hidden_states=encoded.hidden_states,
         )
+
+    def _replayed(self, request: Request, reading: Reading) -> tuple[Tensor, Tensor] | None:
+        """The last hidden states (B, S, H) and first tokens (B, H), by a graph of all of it.
+
+        None where a graph had better begin behind the embeddings, or none may run.
+        """
+        inputs, embeddings, size = request.inputs, self.embeddings, request.hidden_size
+        ids = inputs.input_ids
+        others = inputs.inputs_embeds, request.packed, *request.documents.values()
+        if not isinstance(ids, Tensor) or any(one is not None for one in others):
+            return None
+        if request.output_hidden_states or request.reads == "packed":
+            return None
+        if request.reads == "pooled" and Rows.pay(ids.numel(), size, ids.device):
+            return None  # the last layer may compute first tokens alone
+        is_whole = is_plain(embeddings, BertEmbeddings) and not dropout_p_of(embeddings.dropout)
+        if not (is_whole and may_compute(reading)):
+            return None
+        owner = weakref.ref(embeddings)
+
+        def embed(
+            ids: Tensor, types: Tensor | None, positions: Tensor | None, padding: Unpadding
+        ) -> Tensor:
+            if positions is None:
+                positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+            packed = [None if one is None else padding.pack(one) for one in (ids, positions, types)]
+            living: Any = owner()
+            return living(*packed)
+
+        own = own_dtype(embeddings)
+        batch = PaddedBatch.of(
+            Tables.of(embeddings),
+            (ids, inputs.attention_mask, inputs.token_type_ids, inputs.position_ids),
+            embed,
+            widest=self.config.max_position_embeddings,
+            hidden_size=size,
+            dtype=stream_dtype(own, ids.device, embeddings),
+        )
+        outputs = None if batch is None else replay_padded(reading, batch)
+        if outputs is None:
+            return None
+        last, first = outputs
+        return last.to(own), first
 
     def _check_positions(self, batch: PackedBatch) -> None:
         longest = self.config.max_position_embeddings

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any, NamedTuple, Self, TypedDict
+from typing import Any, Literal, NamedTuple, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,16 @@ class Inputs(NamedTuple):
     position_ids: Tensor | None
     inputs_embeds: Tensor | None
 
+    @property
+    def given(self) -> Tensor | PackedBatch:
+        """The tokens or their embeddings; raises ValueError unless exactly one is given."""
+        given = self.input_ids if self.inputs_embeds is None else self.inputs_embeds
+        is_one = (self.input_ids is None) != (self.inputs_embeds is None)
+        expected = "exactly one of input_ids and inputs_embeds"
+        require(is_one, "model", expected, "neither" if given is None else "both")
+        assert given is not None
+        return given
+
 
 class ForwardOptions(TypedDict, total=False):
     """Keyword arguments of every model's forward; for the first three None means the config's.
@@ -55,21 +65,26 @@ class ForwardOptions(TypedDict, total=False):
     max_length_k: int | None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Request:
     """One call of a model. T packed tokens of B sequences, M rows whose output is wanted.
 
-    batch: the tokens; padding: how to restore the padded form, None for packed input and output;
-    output_hidden_states, return_dict, num_items: see `ForwardOptions`; rows: the only tokens whose
-    last hidden state is read, None for all.
+    inputs, documents: as they were given; hidden_size: the model's; has_graphs: whether its layers
+    may replay CUDA graphs; output_hidden_states, return_dict, num_items: see `ForwardOptions`;
+    rows: the only tokens whose last hidden state is read, None for all; reads: what is read of the
+    bare model's output, hidden states in the input's form, packed ones, or pooled ones alone.
     """
 
-    batch: PackedBatch
-    padding: Unpadding | None
+    inputs: Inputs
+    documents: dict[str, Any]
+    hidden_size: int
+    has_graphs: bool
     output_hidden_states: bool | Collection[int]
     return_dict: bool
     num_items: int | Tensor | None
     rows: Rows | None = None
+    reads: Literal["as given", "packed", "pooled"] = "as given"
+    packed: tuple[PackedBatch, Unpadding | None] | None = None  # what `batch` and `padding` give
 
     @classmethod
     def read(cls, model: Any, inputs: Inputs, options: dict[str, Any]) -> Self:
@@ -88,38 +103,57 @@ class Request:
             "`fastbert export` writes files of a model, or use one patched by fastbert.patch",
         )
         return cls(
-            *pack_inputs(inputs, documents, None if off_by(layers) else config.hidden_size),
+            inputs,
+            documents,
+            config.hidden_size,
+            not off_by(layers),
             asked(config, options, "output_hidden_states"),
             asked(config, options, "return_dict"),
             options.get("num_items_in_batch"),
         )
+
+    @property
+    def batch(self) -> PackedBatch:
+        """The tokens, which are packed when they are first read, because a graph may pack them."""
+        return self._packed()[0]
+
+    @property
+    def padding(self) -> Unpadding | None:
+        """How to restore the padded form; None for packed input and output."""
+        return self._packed()[1]
+
+    def _packed(self) -> tuple[PackedBatch, Unpadding | None]:
+        if self.packed is None:
+            size = self.hidden_size if self.has_graphs else None
+            self.packed = pack_inputs(self.inputs, self.documents, size)
+        return self.packed
 
     def labelled(self, labels: Tensor | None) -> Self:
         """This request with `labels` (B, S) packed into the batch, and with num_labels counted.
 
         Labels at padding are dropped. Raises ValueError for labels beside a PackedBatch.
         """
-        batch, num_items = self.batch, self.num_items
+        (batch, padding), num_items = self._packed(), self.num_items
         if labels is not None:
             require(
-                self.padding is not None,
+                padding is not None,
                 "labels",
                 "None beside a PackedBatch, whose labels are a field of it",
                 tuple(labels.shape),
             )
-            assert self.padding is not None
-            shape = self.padding.batch_shape
+            assert padding is not None
+            shape = padding.batch_shape
             require(labels.shape == shape, "labels", f"shape {shape}", tuple(labels.shape))
-            packed = _packed(self.padding, "labels", labels, IGNORE_INDEX)
+            packed = _packed(padding, "labels", labels, IGNORE_INDEX)
             batch = dataclasses.replace(batch, labels=packed)
         if batch.labels is not None and batch.num_labels is None:
             # the only place where the host waits for the number of labels
             count = int((batch.labels != IGNORE_INDEX).sum())
             batch = dataclasses.replace(batch, num_labels=count)
-        is_padded = self.padding is not None and self.padding.slots is not None
+        is_padded = padding is not None and padding.slots is not None
         if labels is not None and is_padded and batch.num_labels is not None:
             num_items = without_padding(num_items, labels, batch.num_labels)
-        return dataclasses.replace(self, batch=batch, num_items=num_items)
+        return dataclasses.replace(self, packed=(batch, padding), num_items=num_items)
 
     def labelled_pairs(self, next_sentence_label: Tensor | None) -> Self:
         """This request with next-sentence labels, (B,) or (B, 1), in its batch.
@@ -134,16 +168,23 @@ class Request:
             "None beside a PackedBatch that has the field",
             tuple(next_sentence_label.shape),
         )
-        batch = dataclasses.replace(self.batch, next_sentence_label=next_sentence_label.view(-1))
-        return dataclasses.replace(self, batch=batch)
+        batch, padding = self._packed()
+        batch = dataclasses.replace(batch, next_sentence_label=next_sentence_label.view(-1))
+        return dataclasses.replace(self, packed=(batch, padding))
 
-    def only(self, hidden_size: int, *, first: bool = False, labelled: bool = False) -> Self:
+    @property
+    def pair_labels(self) -> Tensor | None:
+        """The next-sentence labels of the batch, (B,); None without."""
+        is_packed = self.packed is not None or isinstance(self.inputs.given, PackedBatch)
+        return self.batch.next_sentence_label if is_packed else None
+
+    def only(self, *, first: bool = False, labelled: bool = False) -> Self:
         """This request for the tokens of `wanted_rows` only, where that saves time.
 
         Not where hidden states are wanted.
         """
         batch = self.batch
-        pays = Rows.pay(batch.num_tokens, hidden_size, batch.device, labelled=labelled)
+        pays = Rows.pay(batch.num_tokens, self.hidden_size, batch.device, labelled=labelled)
         if self.output_hidden_states or not pays:
             return self
         return dataclasses.replace(self, rows=wanted_rows(batch, first=first, labelled=labelled))
@@ -199,7 +240,8 @@ def pack_inputs(
     Raises ValueError for inputs that do not fit together.
     """
     input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = inputs
-    if isinstance(input_ids, PackedBatch):
+    given = inputs.given
+    if isinstance(given, PackedBatch):
         require(
             all(other is None for other in (*inputs[1:], *documents.values())),
             "model",
@@ -207,16 +249,8 @@ def pack_inputs(
             "other tensors beside it",
             "they are fields of the batch",
         )
-        return input_ids, None
+        return given, None
 
-    given = input_ids if inputs_embeds is None else inputs_embeds
-    require(
-        given is not None and (input_ids is None or inputs_embeds is None),
-        "model",
-        "exactly one of input_ids and inputs_embeds",
-        "neither" if given is None else "both",
-    )
-    assert given is not None
     require(
         given.ndim == (2 if inputs_embeds is None else 3),
         "model",

@@ -52,7 +52,7 @@ class _PredictsWords(BertPreTrainedModel):
         has_loss = batch.labels is not None and (not with_pairs or pair_labels is not None)
         with_logits = wants_logits(self, has_loss, **asked)
         if has_loss and not with_logits:
-            request = request.only(self.config.hidden_size, first=with_pairs, labelled=True)
+            request = request.only(first=with_pairs, labelled=True)
         encoded = self.encode(request)
         x = encoded.last_hidden_state
         words = score_words(head, masked_rows(x, batch, request.rows)) if has_loss else None

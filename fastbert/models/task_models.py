@@ -61,9 +61,9 @@ class BertForNextSentencePrediction(LabelledModel):
     def predict(
         self, request: Request, labels: Tensor | None = None
     ) -> NextSentencePredictorOutput:
-        request = request.labelled_pairs(labels).only(self.config.hidden_size, first=True)
-        encoded = self.encode(request)
-        logits, labels = self.cls(encoded.pooler_output), request.batch.next_sentence_label
+        request = request.labelled_pairs(labels)
+        encoded = self.encode(request, "pooled")
+        logits, labels = self.cls(encoded.pooler_output), request.pair_labels
         scored = None if labels is None else score_classes(logits, labels)
         return request.output(NextSentencePredictorOutput, encoded, logits, scored)
 
@@ -92,8 +92,7 @@ class BertForSequenceClassification(_Classifier):
         super().__init__(config, config.num_labels)
 
     def predict(self, request: Request, labels: Tensor | None = None) -> SequenceClassifierOutput:
-        request = request.only(self.config.hidden_size, first=True)
-        encoded = self.encode(request)
+        encoded = self.encode(request, "pooled")
         logits, scored = self.classifier(self.dropout(encoded.pooler_output)), None
         if labels is not None:
             scored = score_sequences(logits, labels, self.config.problem_type)
@@ -166,8 +165,7 @@ class BertForMultipleChoice(_Classifier):
     def predict(
         self, request: Request, labels: Tensor | None = None, num_choices: int = 1
     ) -> MultipleChoiceModelOutput:
-        request = request.only(self.config.hidden_size, first=True)
-        encoded = self.encode(request)
+        encoded = self.encode(request, "pooled")
         logits = self.classifier(self.dropout(encoded.pooler_output)).view(-1, num_choices)
         scored = None if labels is None else score_classes(logits, labels)
         return request.output(MultipleChoiceModelOutput, encoded, logits, scored)

@@ -14,7 +14,7 @@ from fastbert.check import require
 from fastbert.modules.activations import Activation, activation, dense_and_activate
 from fastbert.modules.adapters import read_leaf
 from fastbert.modules.layer import End, LayerParts, project_and_norm, self_attention
-from fastbert.modules.linear import Leaf, is_plain
+from fastbert.modules.linear import Leaf, dropout_p_of, is_plain
 from fastbert.modules.sequences import Sequences
 from fastbert.ops.layer_norm import Save
 from fastbert.rng import DropoutState
@@ -38,7 +38,7 @@ class BertSelfAttention(nn.Module):
             wanted,
             (Leaf(self.query), Leaf(self.key), Leaf(self.value)),
             self.num_attention_heads,
-            _dropout_of(self),
+            dropout_p_of(self.dropout, self),
             sequences,
         )
 
@@ -62,7 +62,7 @@ class _ProjectAndNorm(nn.Module):
         self, hidden_states: Tensor, residual: Tensor, rng: DropoutState | None = None
     ) -> Tensor:
         norm = Leaf(self.LayerNorm, nn.LayerNorm)
-        end = End(Leaf(self.dense), _dropout_of(self), norm, self.save)
+        end = End(Leaf(self.dense), dropout_p_of(self.dropout), norm, self.save)
         return project_and_norm(hidden_states, residual, end, rng).residual
 
 
@@ -140,7 +140,11 @@ def parts_of(layer: Any) -> LayerParts | None:
     modules = (attention, this, attention.output, layer.output, layer.intermediate)
     if not all(map(is_plain, modules, _KINDS[1:])):
         return None
-    return read_parts(layer, _leaf, _dropout_of, lambda function: function)
+
+    def dropout(module: Any) -> float:  # Hugging Face's attention reads p alone
+        return dropout_p_of(module.dropout, module if module is this else None)
+
+    return read_parts(layer, _leaf, dropout, lambda function: function)
 
 
 def _leaf(module: Any, kind: type[nn.Module] = nn.Linear) -> Leaf:
@@ -181,10 +185,6 @@ def read_parts(
         activation=function(layer.intermediate.intermediate_act_fn),
         output=end(layer.output),
     )
-
-
-def _dropout_of(module: Any) -> float:
-    return module.dropout.p if module.training else 0.0
 
 
 # The forwards of a layer and of its modules, in the order in which `parts_of` checks these.

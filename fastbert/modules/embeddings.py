@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fastbert.modules.linear import is_parametrized, is_plain, is_plain_table
+from fastbert.modules.linear import dropout_p_of, is_parametrized, is_plain, is_plain_table
 from fastbert.ops.dropout import dropout
 from fastbert.ops.embedding import embedding_layer_norm
 from fastbert.ops.layer_norm import layer_norm
@@ -149,6 +149,7 @@ class BertEmbeddings(nn.Module):
     ) -> Tensor:
         """(...) int64 ids -> (..., H); token_type_ids of None means all zeros."""
         dtype = stream_dtype(own_dtype(self), position_ids.device, self)
-        p = self.dropout.p if self.training else 0.0
         ids = input_ids, position_ids, token_type_ids
-        return embed(Tables.of(self), p, *ids, inputs_embeds, rng, dtype=dtype)
+        return embed(
+            Tables.of(self), dropout_p_of(self.dropout), *ids, inputs_embeds, rng, dtype=dtype
+        )

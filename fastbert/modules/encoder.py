@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from fastbert import events
@@ -60,6 +61,7 @@ class BertEncoder(nn.Module):
         rng: DropoutState | None = None,
         rows: Rows | None = None,
         share: Share = share_packed,
+        reading: Reading | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Runs the layers.
@@ -73,7 +75,8 @@ class BertEncoder(nn.Module):
         hidden_states, the dropout state; None draws one from torch's generator and numbers the
         sequences of the batch. rows: with packed hidden_states, the tokens that the last layer
         computes; last_hidden_state is then (M, H). share: with packed hidden_states, gives the
-        states that are added another form.
+        states that are added another form. reading: with packed hidden_states, of `reading` for
+        this call.
         Raises ValueError for a decoder's arguments, output_attentions, unknown arguments, and
         shapes that do not fit together.
         """
@@ -103,12 +106,14 @@ class BertEncoder(nn.Module):
         assert cu_seqlens is not None
         assert max_seqlen is not None
         sequences = Sequences(cu_seqlens, max_seqlen, mask, rng)
-        x, states = self._run(hidden_states, sequences, output_hidden_states, rows, share)
+        x, states = self._run(hidden_states, sequences, output_hidden_states, rows, share, reading)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, hidden_states=states)
 
-    def drops(self) -> bool:
-        """Whether a dropout of the layers, or of their adapters, may be on."""
-        return Reading(_PLANNER, self.layer, assumes=False).drops()
+    def reading(self, device: torch.device, *, drops: bool = False) -> Reading:
+        """What the layers are in one call of tokens on `device`; drops: whether one has dropout."""
+        trains = self.training or any(layer.training for layer in self.layer)
+        may = not (drops or trains) and may_replay(device)
+        return Reading(_PLANNER, self.layer, may_replay=may)
 
     def _forward_padded(
         self,
@@ -146,13 +151,14 @@ class BertEncoder(nn.Module):
         wanted: Any,
         rows: Rows | None,
         share: Share,
+        reading: Reading | None = None,
     ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
         """Runs the layers over a packed (T, H) residual stream; returns as `run_stack` does."""
         events.packed(self, x)
         layers, has_rng = self.layer, sequences.rng is not None
-        assumes = not (has_rng or self.training) and may_replay(x.device)
-        reading = Reading(_PLANNER, layers, assumes=assumes)
-        if self.training and not has_rng and reading.drops():
+        if reading is None:
+            reading = self.reading(x.device, drops=has_rng)
+        if not has_rng and reading.drops():
             rng = for_batch(sequences.cu_seqlens, x.shape[0])
             sequences = dataclasses.replace(sequences, rng=rng)
 

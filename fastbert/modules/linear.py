@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert.backend import Op, device_type
+from fastbert.check import require
 from fastbert.ops.fused import joined
 from fastbert.rng import DropoutState
 
@@ -245,6 +246,20 @@ def is_plain_table(table: nn.Module) -> bool:
     """Whether `table` is a plain nn.Embedding that only reads rows and has a dense gradient."""
     is_usual_one = is_usual(table._parameters.get("weight"))
     return is_plain(table, nn.Embedding) and reads_rows(table) and is_usual_one
+
+
+def dropout_p_of(module: nn.Module, reader: nn.Module | None = None) -> float:
+    """The probability of a dropout module, 0 in eval mode; ValueError for a module of another kind.
+
+    Its own mode counts, which users switch to sample from a model in eval mode (Gal & Ghahramani
+    2015, https://arxiv.org/abs/1506.02142), or to train without dropout. reader: a module that only
+    reads the probability, so that its mode counts instead.
+    """
+    if isinstance(module, nn.Identity):
+        return 0.0
+    name, expected = type(module).__name__, "a dropout that is an nn.Dropout or an nn.Identity"
+    require(isinstance(module, nn.Dropout), "BertLayer", expected, name)
+    return float(module.p) if (reader or module).training else 0.0  # type: ignore[arg-type]
 
 
 def is_parametrized(module: nn.Module) -> bool:

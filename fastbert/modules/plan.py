@@ -127,35 +127,35 @@ class Planner:
 class Reading:
     """The parts of a list of layers in one call, by `Planner.parts`.
 
-    assumes: whether they may be those of an earlier call, until `settle` looks; has_tried_graph:
-    whether `replay_padded` was asked for the call
+    may_replay: whether a graph may compute the call, and the parts may be those of an earlier one
+    until `settle` looks; has_tried_graph: whether `replay_padded` was asked for the call
     """
 
     has_tried_graph = False
 
-    def __init__(self, planner: Planner, layers: nn.ModuleList, *, assumes: bool) -> None:
-        self.planner, self.layers = planner, layers
-        if events.is_listening():  # who listens hears of each thing once
-            assumes = False
+    def __init__(self, planner: Planner, layers: nn.ModuleList, *, may_replay: bool) -> None:
+        self.planner, self.layers, self.may_replay = planner, layers, may_replay
+        # who listens hears of each thing once
+        assumes = may_replay and not events.is_listening()
         self.assumed = planner.known(layers) if assumes else None
         self.parts = planner.parts(layers) if self.assumed is None else self.assumed.parts
 
     def called(self) -> list[int]:
-        """The layers to call as modules: for hooks, a replaced forward, or checkpointing.
+        """The layers to call as modules: not read, with hooks or a replaced forward, checkpointed.
 
         What is assumed of the layers replaces most of the look; without gradients none of them is
         checkpointed.
         """
         plan, are_all = self.assumed, _has_any_global_hook()
-        if not (plan is None or plan.has_forward or any(plan.own_hooks) or are_all):
-            return []
+        is_seen = plan is None or plan.has_forward or any(plan.own_hooks) or are_all
         numbers = []
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.layers if is_seen else ()):
             own = vars(layer)
             is_checkpointed = own.get("gradient_checkpointing") and own["training"]
             if are_all or is_checkpointed or "forward" in own or any(hooks_of(layer)):
                 numbers.append(number)
-        return numbers
+        unread = [number for number, part in enumerate(self.parts) if part is None]
+        return unread + numbers
 
     def drops(self) -> bool:
         """Whether a dropout of the layers may be on.

@@ -43,8 +43,7 @@ def run_stack(
     states = tuple(place - 1 for place in range(1, num_layers) if place in (wanted or ()))
     parts = reading.parts
     read = cast(Sequence[LayerParts], parts)
-    run, unread = layers_of(read), [number for number, part in enumerate(parts) if part is None]
-    called = unread + reading.called()
+    run, called = layers_of(read), reading.called()
     if called:
         reason = "layers that are called as modules: hooks, checkpointing, or other classes"
         is_known = True  # whether layers are as read: not if a hook of an earlier one changed them
@@ -52,7 +51,7 @@ def run_stack(
         def run(number: int, stream: Stream, sequences: Sequences) -> Stream:
             nonlocal called, is_known
             if number not in called and not is_known:
-                called, is_known = unread + reading.called(), reading.holds()
+                called, is_known = reading.called(), reading.holds()
             if number not in called and is_known:
                 return run_layer(read[number], stream, sequences)
             x, is_known = call(number, stream.residual, sequences), False

@@ -118,3 +118,45 @@ def test_layers_alone_that_drop_do_so_by_the_state_of_the_batch():
     assert torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), before)
     assert not torch.allclose(first, hidden_states(model.eval(), make_batch(LENGTHS)), atol=1e-3)
+
+
+PLACES = "embeddings", "encoder.layer.0.attention.output", "encoder.layer.1.output"
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_the_mode_of_a_dropout_itself_counts(where):
+    """As for Monte Carlo dropout, and for training without it."""
+    model, batch = make_model(dropout=0.5).eval(), make_batch(LENGTHS)
+    batch = dataclasses.replace(batch, dropout_state=None)
+    expected = hidden_states(model, batch)
+    model.bert.get_submodule(where).dropout.train()
+    first, second = (hidden_states(model, batch) for _ in range(2))
+    assert not torch.allclose(first, second, atol=1e-3)
+    assert not torch.allclose(first, expected, atol=1e-3)
+    model.train()
+    for module in model.modules():
+        module.train(not isinstance(module, torch.nn.Dropout))
+    for layer in model.bert.encoder.layer:  # which reads a probability alone, as Hugging Face's
+        layer.attention.self.eval()
+    assert torch.equal(hidden_states(model, batch), expected)
+
+
+@pytest.mark.parametrize("modes", [(True, False), (False, True)], ids=["attention", "dropout"])
+def test_attention_drops_in_its_own_mode(modes):
+    model, batch = make_model(dropout=0.5).eval(), make_batch(LENGTHS)
+    expected = hidden_states(model, batch)
+    attention = model.bert.encoder.layer[0].attention.self
+    attention.training, attention.dropout.training = modes
+    drops = not torch.allclose(hidden_states(model, batch), expected, atol=1e-3)
+    assert drops == attention.training
+
+
+@pytest.mark.parametrize("where", [*PLACES, "encoder.layer.0.attention.self"])
+def test_what_users_put_in_the_place_of_a_dropout_counts_or_is_refused(where):
+    model, batch = make_model(dropout=0.0), make_batch(LENGTHS)
+    expected, owner = hidden_states(model, batch), model.bert.get_submodule(where)
+    owner.dropout = torch.nn.Identity()
+    assert torch.equal(hidden_states(model, batch), expected)
+    owner.dropout = torch.nn.AlphaDropout(0.5)
+    with pytest.raises(ValueError, match=r"an nn.Dropout or an nn.Identity, got AlphaDropout"):
+        hidden_states(model, batch)

@@ -156,6 +156,11 @@ def refusal_of(reading: Reading) -> str:
     return off_by(reading.layers) or _recorded(reading).reason
 
 
+def may_compute(reading: Reading) -> bool:
+    """Whether a graph may compute the layers in this call, as far as is known before it."""
+    return reading.may_replay and not (reading.called() or refusal_of(reading))
+
+
 def _refusal(bucket: Bucket, mask: Tensor | None, layers: nn.ModuleList, lane: Lane) -> str:
     """Why this call may not replay a graph, "" if it may."""
     if mask is not None:

@@ -6,15 +6,16 @@ T packed tokens of B sequences, M wanted rows, H hidden; a bucket has T', B' and
 import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastbert.modules.embeddings import Tables
 from fastbert.modules.layer import LayerParts, layers_of, run_layers
 from fastbert.modules.linear import PRODUCTS
-from fastbert.modules.sequences import Rows, Sequences, first_tokens
+from fastbert.modules.sequences import Rows, Sequences, first_tokens, pays_to_count
 from fastbert.ops.unpad import Unpadding, unpad
 
 
@@ -70,6 +71,47 @@ class PaddedBatch(NamedTuple):
     embed: Callable[[Tensor, Tensor | None, Tensor | None, Unpadding], Tensor]
     fixed: Any
     dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        tables: Tables,
+        given: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+        embed: Callable[[Tensor, Tensor | None, Tensor | None, Unpadding], Tensor],
+        *,
+        others: Iterable[Tensor | None] = (),
+        first: int = 0,
+        widest: int | None,
+        hidden_size: int,
+        dtype: torch.dtype,
+    ) -> "PaddedBatch | None":
+        """The batch of a call; None if its graph must begin behind the embeddings.
+
+        tables: of the embeddings, which have no dropout; given: the first four fields, of any
+        shape; others: what else the embeddings read; first: the first position; widest: None if
+        nothing tells. The host waits for a GPU to count the tokens of a batch for which that pays.
+        """
+        ids, mask, _, positions = given
+        tensors = [one for one in given if one is not None]
+        if (
+            not tables.are_one_operator()
+            or not (ids.ndim == 2 and widest and ids.shape[1] <= widest)
+            or (mask is None and positions is not None)  # which may tell documents apart
+            or any(x.shape != ids.shape or x.device != ids.device for x in tensors)
+            or any(x.is_floating_point() for x in tensors)
+        ):
+            return None
+        norm = tables.norm
+        read = *(getattr(one, "weight", None) for one in tables[:4]), norm.bias, *others
+        known = [
+            None if one is None else (one.data_ptr(), one.dtype, one.shape, one.stride())
+            for one in read
+        ]
+        num_tokens = ids.numel()  # an upper bound suffices where counting would not pay
+        if mask is not None and pays_to_count(num_tokens, hidden_size):
+            num_tokens = int(torch.count_nonzero(mask))
+        fixed = *known, first, norm.eps
+        return cls(*given, num_tokens, widest, embed, fixed, dtype) if num_tokens else None
 
     @property
     def requires_grad(self) -> bool:

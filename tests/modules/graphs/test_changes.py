@@ -174,11 +174,11 @@ def test_training_and_eval_mode_keep_their_graphs(recorder):
 
 
 def test_calls_with_a_dropout_state_and_without_have_their_graphs(recorder):
-    """Without one the layers draw their own, which a graph of given ones would not."""
+    """Embeddings that alone drop have one, which the layers get without a use for it."""
     _, model = models("own")
-    layers_of(model.eval()).train()
+    model.eval()
     for is_given in (True, False, True):
-        model.bert.training = is_given
+        model.bert.embeddings.dropout.training = is_given
         step(model, batch([7, 3]))
     assert recorder.recorded == 4
 

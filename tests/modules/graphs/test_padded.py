@@ -1,4 +1,4 @@
-"""In inference a graph begins with a patched model's ids and mask, where it can pack them."""
+"""In inference a graph begins with a model's ids and mask, where it can pack them."""
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from fastbert.modules.graphs import call
 from tests.modules.graphs.case import MASKS, SHAPE, batch, logits, models, step
 from tests.modules.graphs.padded_case import INPUTS, NARROW, pair
 
-KINDS = ("Bert", "Roberta", "DistilBert", "Electra")
+KINDS = ("own", "Bert", "Roberta", "DistilBert", "Electra")
+BOTH = pytest.mark.parametrize("kind", KINDS[:2])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -26,9 +27,10 @@ def test_a_replay_embeds_without_python(kind, recorder, embedded):
     assert recorder.recorded == 1
 
 
+@BOTH
 @pytest.mark.parametrize("name", ["token_type_ids", "position_ids"])
-def test_ids_that_are_given_are_copied_in(name, recorder, embedded):
-    plain, recorded = pair()
+def test_ids_that_are_given_are_copied_in(kind, name, recorder, embedded):
+    plain, recorded = pair(kind)
     ids = torch.randint(2, INPUTS["input_ids"].shape)
     given = {**INPUTS, name: ids}
     for _ in range(2):
@@ -36,8 +38,9 @@ def test_ids_that_are_given_are_copied_in(name, recorder, embedded):
     assert recorder.recorded == 2  # the defaults have no tensor to copy, so they have another graph
 
 
-def test_states_and_training_have_the_embeddings_outside(recorder, embedded):
-    plain, recorded = pair()
+@BOTH
+def test_states_and_training_have_the_embeddings_outside(kind, recorder, embedded):
+    plain, recorded = pair(kind)
     for _ in range(2):
         embedded.clear()
         with torch.no_grad():
@@ -52,8 +55,9 @@ def test_states_and_training_have_the_embeddings_outside(recorder, embedded):
         torch.testing.assert_close(a, e)
 
 
-def test_embeddings_that_are_given_have_a_graph_of_their_own(recorder):
-    plain, recorded = pair()
+@BOTH
+def test_embeddings_that_are_given_have_a_graph_of_their_own(kind, recorder):
+    plain, recorded = pair(kind)
     embeds = {"inputs_embeds": torch.randn(3, 7, SHAPE["hidden_size"])}
     given = {**embeds, "attention_mask": INPUTS["attention_mask"]}
     for inputs in (given, INPUTS, given):
@@ -85,17 +89,19 @@ def test_every_mask_gives_what_the_packed_path_gives(
     assert recorder.recorded == (mask != "all padding" or not counts)
 
 
+@BOTH
 @pytest.mark.parametrize("counts", [False, True], ids=["", "counted"])
-def test_sequences_one_by_one_have_few_graphs(counts, recorder, monkeypatch):
+def test_sequences_one_by_one_have_few_graphs(kind, counts, recorder, monkeypatch):
     monkeypatch.setattr(sequences, "LEAST_COUNTED", 0 if counts else 2**30)
-    _, recorded = (model.eval() for model in models("Bert", max_position_embeddings=512))
+    _, recorded = (model.eval() for model in models(kind, max_position_embeddings=512))
     for length in range(1, 513, 15):
         logits(recorded, batch([length]))
     assert recorder.recorded == 8
 
 
-def test_the_host_waits_for_no_small_batch(recorder, monkeypatch):
-    plain, recorded = pair()
+@BOTH
+def test_the_host_waits_for_no_small_batch(kind, recorder, monkeypatch):
+    plain, recorded = pair(kind)
     expected = logits(plain, INPUTS)
 
     def waits(*_):
@@ -109,9 +115,10 @@ def test_the_host_waits_for_no_small_batch(recorder, monkeypatch):
     assert recorder.replayed == 2
 
 
-def test_a_large_batch_has_no_more_tokens_computed_than_are_real(recorder, monkeypatch):
+@BOTH
+def test_a_large_batch_has_no_more_tokens_computed_than_are_real(kind, recorder, monkeypatch):
     monkeypatch.setattr(sequences, "LEAST_COUNTED", 0)
-    _, recorded = (model.eval() for model in models("Bert"))
+    _, recorded = (model.eval() for model in models(kind))
     counted = []
     run = call.run_layers
     monkeypatch.setattr(
@@ -123,8 +130,9 @@ def test_a_large_batch_has_no_more_tokens_computed_than_are_real(recorder, monke
     assert set(counted) == {64}
 
 
-def test_sizes_of_a_bucket_share_a_graph_and_no_padding_leaks_in(recorder):
-    plain, recorded = (model.eval() for model in models("Bert"))
+@BOTH
+def test_sizes_of_a_bucket_share_a_graph_and_no_padding_leaks_in(kind, recorder):
+    plain, recorded = (model.eval() for model in models(kind))
     for number, lengths in enumerate([[12, 12, 12], [16, 16], [9, 1, 4, 3], [12, 12, 12]]):
         inputs = batch(lengths, number)
         if number == 1:  # of no mask
@@ -134,7 +142,7 @@ def test_sizes_of_a_bucket_share_a_graph_and_no_padding_leaks_in(recorder):
     assert recorder.replayed == 4
 
 
-@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+@pytest.mark.parametrize("kind", KINDS[:3])
 def test_more_places_than_positions_are_an_error_with_a_graph_as_without(kind, recorder):
     _, recorded = pair(kind)
     longest = SHAPE["max_position_embeddings"] - (2 if kind == "Roberta" else 0)
@@ -142,7 +150,7 @@ def test_more_places_than_positions_are_an_error_with_a_graph_as_without(kind, r
     for _ in range(2):
         logits(recorded, {"input_ids": ids[:, 1:], "attention_mask": torch.ones_like(ids[:, 1:])})
     for given in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
-        with pytest.raises(ValueError, match=f"at most {longest} tokens a sequence"):
+        with pytest.raises(ValueError, match=f"at most .*{longest} tokens"):
             logits(recorded, given)
 
 
@@ -157,13 +165,14 @@ def test_padding_that_is_to_be_computed_is(recorder):
         assert actual[1, 3:].abs().min() > 0
 
 
+@BOTH
 @pytest.mark.parametrize("by", ["positions", "boundaries"])
-def test_documents_in_a_row_are_told_apart(by, recorder):
-    plain, recorded = pair()
+def test_documents_in_a_row_are_told_apart(kind, by, recorder):
+    plain, recorded = pair(kind)
     given = {"input_ids": torch.randint(3, 61, (1, 7))}
     if by == "positions":
         given["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
-    elif returns_tuples():
+    elif kind != "own" and returns_tuples():
         pytest.skip("models of transformers 4.57 take no boundaries")
     else:
         given["cu_seq_lens_q"] = torch.tensor([0, 3, 7], dtype=torch.int32)
@@ -171,8 +180,9 @@ def test_documents_in_a_row_are_told_apart(by, recorder):
         torch.testing.assert_close(logits(recorded, given), logits(plain, given))
 
 
-def test_a_mask_of_other_numbers_is_refused_with_a_graph_as_without(recorder):
-    _, recorded = pair()
+@BOTH
+def test_a_mask_of_other_numbers_is_refused_with_a_graph_as_without(kind, recorder):
+    _, recorded = pair(kind)
     mask = INPUTS["attention_mask"].float()
     for _ in range(2):
         logits(recorded, {**INPUTS, "attention_mask": mask})
@@ -190,8 +200,9 @@ def test_outputs_are_copies():
         assert copied.data_ptr() != state.data_ptr()
 
 
-def test_explain_tells_of_the_graph(recorder):
-    _, recorded = pair()
+@BOTH
+def test_explain_tells_of_the_graph(kind, recorder):
+    _, recorded = pair(kind)
     report = str(fastbert.explain(recorded, **INPUTS))
     assert report.count("CUDA graph") == 1
     assert "of 64 tokens, 4 sequences of up to 64" in report

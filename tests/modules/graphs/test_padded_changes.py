@@ -15,9 +15,12 @@ from tests.hf.changes import ByLength
 from tests.modules.graphs.case import SHAPE, Repeats, logits, models, use
 from tests.modules.graphs.padded_case import INPUTS, NARROW, pair
 
+BOTH = pytest.mark.parametrize("kind", ["own", "Bert"])
 
-def test_tables_that_change_in_place_are_read_anew(recorder):
-    plain, recorded = pair()
+
+@BOTH
+def test_tables_that_change_in_place_are_read_anew(kind, recorder):
+    plain, recorded = pair(kind)
     for model in (plain, recorded):
         with torch.no_grad():
             model.bert.embeddings.word_embeddings.weight.mul_(1.5)
@@ -26,9 +29,10 @@ def test_tables_that_change_in_place_are_read_anew(recorder):
     assert recorder.recorded == 1
 
 
-def test_a_graph_keeps_no_table_that_the_model_has_no_more(monkeypatch):
+@BOTH
+def test_a_graph_keeps_no_table_that_the_model_has_no_more(kind, monkeypatch):
     recorder = use(Repeats(again=False), monkeypatch)
-    _, recorded = pair()
+    _, recorded = pair(kind)
     memory = StorageWeakRef(recorded.get_input_embeddings().weight.untyped_storage())
     recorded.resize_token_embeddings(70, mean_resizing=False)
     logits(recorded, INPUTS)
@@ -37,9 +41,10 @@ def test_a_graph_keeps_no_table_that_the_model_has_no_more(monkeypatch):
     assert memory.expired()
 
 
+@BOTH
 @pytest.mark.parametrize("name", ["word_embeddings", "position_embeddings", "LayerNorm"])
-def test_a_table_in_other_memory_is_recorded_anew(name, recorder):
-    plain, recorded = pair()
+def test_a_table_in_other_memory_is_recorded_anew(kind, name, recorder):
+    plain, recorded = pair(kind)
     for model in (plain, recorded):
         weight = getattr(model.bert.embeddings, name).weight
         weight.data = weight.data * 1.5
@@ -47,9 +52,10 @@ def test_a_table_in_other_memory_is_recorded_anew(name, recorder):
     assert recorder.recorded == 2
 
 
+@BOTH
 @pytest.mark.parametrize("change", ["hook", "scale", "eps", "dtype"])
-def test_other_embeddings_are_computed_before_the_graph_or_recorded_anew(change, recorder):
-    plain, recorded = pair()
+def test_other_embeddings_are_computed_before_the_graph_or_recorded_anew(kind, change, recorder):
+    plain, recorded = pair(kind)
     for model in (plain, recorded):
         embeddings = model.bert.embeddings
         if change == "hook":
@@ -93,9 +99,10 @@ def test_a_projection_of_embeddings_is_that_of_now(change, recorder):
     assert recorder.recorded == 2
 
 
-def test_dropout_that_alone_is_in_training_mode_is_drawn_in_each_call(recorder, embedded):
+@BOTH
+def test_dropout_that_alone_is_in_training_mode_is_drawn_in_each_call(kind, recorder, embedded):
     """As for Monte Carlo dropout. A graph would replay the mask of the call that was recorded."""
-    _, recorded = pair()
+    _, recorded = pair(kind)
     recorded.bert.embeddings.dropout.train().p = 0.5
     embedded.clear()
     torch.manual_seed(1)
@@ -105,9 +112,10 @@ def test_dropout_that_alone_is_in_training_mode_is_drawn_in_each_call(recorder, 
     assert len(embedded) == 2
 
 
+@BOTH
 @pytest.mark.parametrize("changes", ["hook on a layer", "hook on the encoder", "mode", "forward"])
-def test_what_no_graph_computes_is_seen_by_the_next_call(changes, recorder):
-    plain, recorded = pair()
+def test_what_no_graph_computes_is_seen_by_the_next_call(kind, changes, recorder):
+    plain, recorded = pair(kind)
     for model in (plain, recorded):
         layer = model.bert.encoder.layer[1]
         if changes == "hook on a layer":
@@ -123,9 +131,10 @@ def test_what_no_graph_computes_is_seen_by_the_next_call(changes, recorder):
         torch.testing.assert_close(logits(recorded, INPUTS), logits(plain, INPUTS))
 
 
-def test_a_forward_that_a_layer_was_given_runs(recorder):
+@BOTH
+def test_a_forward_that_a_layer_was_given_runs(kind, recorder):
     """Nothing tells before the replay; the layers are then read anew, and called."""
-    plain, recorded = pair()
+    plain, recorded = pair(kind)
     before = logits(recorded, INPUTS)
     for model in (plain, recorded):
         layer = model.bert.encoder.layer[1]

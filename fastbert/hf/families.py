@@ -18,7 +18,7 @@ from fastbert.modules.adapters import read_leaf
 from fastbert.modules.bert_layer import read_parts
 from fastbert.modules.embeddings import normalized
 from fastbert.modules.layer import End, LayerParts
-from fastbert.modules.linear import Leaf, dropout_p_of, is_defined_in, is_plain
+from fastbert.modules.linear import Leaf, dropout_p_of, is_defined_in, is_plain_dropout
 from fastbert.rng import keeps_some
 
 Forward = Callable[..., Any]  # of transformers' modules, or one that replaces it
@@ -49,7 +49,7 @@ def _require_untouched(*modules: nn.Module) -> None:
 
 def dropout_of(module: nn.Module, reader: nn.Module | None = None) -> float:
     """`dropout_p_of`; Unsupported for other modules, and for a dropout of everything."""
-    if not any(is_plain(module, kind) for kind in (nn.Identity, nn.Dropout)):
+    if not is_plain_dropout(module):
         raise Unsupported(f"a {type(module).__name__} as dropout, or a hook on it")
     p = dropout_p_of(module, reader)
     if not keeps_some(p):

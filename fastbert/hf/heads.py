@@ -26,13 +26,13 @@ from fastbert.hf.families import (
 from fastbert.hf.first_tokens import called_by, is_plain_pooler
 from fastbert.hf.hooks import is_hooked
 from fastbert.hf.stack import family_of_module
-from fastbert.models.inputs import wants_logits
 from fastbert.models.losses import (
     Scored,
     pretraining_loss,
     score_classes,
     score_words,
     span_loss,
+    wants_logits,
     without_padding,
 )
 from fastbert.modules.linear import is_plain

@@ -19,6 +19,7 @@ from fastbert.models.arguments import DOWNLOAD, device_of, dtype_of, for_constru
 from fastbert.models.inputs import Inputs, Request
 from fastbert.models.resize import resize
 from fastbert.modules.bert_layer import BertLayer
+from fastbert.modules.linear import has_hooks
 from fastbert.system.files import new_file
 
 
@@ -60,8 +61,10 @@ class BertPreTrainedModel(nn.Module):
     def encode(self, request: Request, reads: Literal["packed", "pooled"] = "packed") -> Any:
         """The bare model's output: last hidden states (T, H), or (M, H) for `request.rows`.
 
-        reads: "pooled" where only the pooled output is read, without which the others may lack.
+        reads: "pooled" where only the pooled output is read; last hidden states may be in any form
         """
+        if has_hooks(self.base_model):  # which see what Hugging Face's do
+            return request.read_from(self.base_model(**request.arguments()))
         request.reads = reads
         return self.base_model(request)
 

@@ -15,7 +15,7 @@ from fastbert.modules.encoder import BertEncoder
 from fastbert.modules.graphs.buckets import may_compute
 from fastbert.modules.graphs.call import PaddedBatch
 from fastbert.modules.layer import Share, share_packed
-from fastbert.modules.linear import dropout_p_of, is_plain, is_plain_table
+from fastbert.modules.linear import dropout_p_of, is_plain, is_plain_dropout, is_plain_table
 from fastbert.modules.plan import Reading
 from fastbert.modules.sequences import Rows, first_tokens
 from fastbert.modules.stack import replay_padded, share_padded
@@ -87,7 +87,7 @@ class BertModel(BertPreTrainedModel):
         self._check_positions(batch)
         rng = None
         # without a dropout nothing is drawn from torch's generator, as in Hugging Face
-        if dropout_p_of(self.embeddings.dropout) or reading.drops():
+        if reading.drops() or any(map(dropout_p_of, self.embeddings.children())):
             rng = for_batch(
                 batch.cu_seqlens,
                 batch.num_tokens,
@@ -97,8 +97,9 @@ class BertModel(BertPreTrainedModel):
         share: Share = share_packed
         if padding is not None:
             share = share_padded(padding, own_dtype(self.embeddings))
-        ids, embeds, words = batch.input_ids, batch.inputs_embeds, self.embeddings.word_embeddings
-        if padding is not None and ids is not None and not is_plain_table(words):
+        ids, embeds = batch.input_ids, batch.inputs_embeds
+        words = getattr(self.embeddings, "word_embeddings", None)
+        if not (padding is None or ids is None or words is None or is_plain_table(words)):
             # a hook, or a module of another library, may read the batch's shape
             embeds = padding.pack(words(padding.pad(ids)))
             ids = None
@@ -141,7 +142,8 @@ class BertModel(BertPreTrainedModel):
             return None
         if request.reads == "pooled" and Rows.pay(ids.numel(), size, ids.device):
             return None  # the last layer may compute first tokens alone
-        is_whole = is_plain(embeddings, BertEmbeddings) and not dropout_p_of(embeddings.dropout)
+        is_whole = is_plain(embeddings, BertEmbeddings) and is_plain_dropout(embeddings.dropout)
+        is_whole = is_whole and not dropout_p_of(embeddings.dropout)
         if not (is_whole and may_compute(reading)):
             return None
         owner = weakref.ref(embeddings)

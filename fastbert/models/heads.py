@@ -75,9 +75,13 @@ class BertOnlyNSPHead(nn.Module):
 
 
 class BertPreTrainingHeads(nn.Module):
-    """The masked-LM head and the next-sentence head, which the model calls."""
+    """The masked-LM head and the next-sentence head."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.predictions = BertLMPredictionHead(config)
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, hidden_states: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, H), (B, H) -> (T, V), (B, 2)"""
+        return self.predictions(hidden_states), self.seq_relationship(pooled)

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from typing import Any, Literal, NamedTuple, Self, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastbert.check import require
 from fastbert.models.losses import Scored, without_padding
@@ -94,6 +94,8 @@ class Request:
         others = {name: x for name, x in options.items() if name not in DOCUMENTS}
         refuse_unknown(type(model).__name__, others)
         refuse_attentions(asked(config, options, "output_attentions"))
+        expected, is_decoder = "a configuration of an encoder", getattr(config, "is_decoder", False)
+        require(not is_decoder, type(model).__name__, expected, "is_decoder=True")
         is_padded = inputs.attention_mask is not None
         require(
             not (torch.jit.is_tracing() or (torch.compiler._is_exporting_flag and is_padded)),
@@ -189,6 +191,20 @@ class Request:
             return self
         return dataclasses.replace(self, rows=wanted_rows(batch, first=first, labelled=labelled))
 
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the bare model for this request, as a user would give them."""
+        kept = {"output_hidden_states": self.output_hidden_states, "return_dict": True}
+        return {**self.inputs._asdict(), **self.documents, **kept}
+
+    def read_from(self, output: Any) -> Any:
+        """The output of a bare model that was called by `arguments`, with the rows of this request.
+
+        Its last hidden states become packed.
+        """
+        x = output.last_hidden_state if self.padding is None else self.padding.pack(output[0])
+        output.last_hidden_state = x if self.rows is None else self.rows.of(x)
+        return output
+
     def output(self, kind: Any, encoded: Any, logits: Tensor | None, scored: Scored | None) -> Any:
         """The output of class `kind`: the loss normalised, None without a score; logits; states."""
         return kind(
@@ -200,21 +216,6 @@ class Request:
     def padded(self, tokens: Tensor) -> Tensor:
         """(T, ...) -> (B, S, ...) with zeros at padding; unchanged if the input was packed."""
         return tokens if self.padding is None else self.padding.pad(tokens)
-
-
-def wants_logits(
-    model: nn.Module, has_loss: bool, return_logits: bool | None, skip_logits: bool | None
-) -> bool:
-    """Whether to return logits over the vocabulary: by default not in training with a loss.
-
-    Raises ValueError if return_logits and skip_logits contradict each other.
-    """
-    agree = None in (return_logits, skip_logits) or return_logits != skip_logits
-    said = f"{return_logits} and {skip_logits}"
-    require(agree, type(model).__name__, "return_logits and skip_logits that agree", said)
-    if skip_logits is not None:
-        return not skip_logits
-    return not (has_loss and model.training) if return_logits is None else return_logits
 
 
 def wanted_rows(batch: PackedBatch, *, first: bool, labelled: bool) -> Rows:

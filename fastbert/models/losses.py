@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbert.check import require
 from fastbert.modules.linear import is_plain, is_usual
@@ -45,6 +45,21 @@ class Scored(NamedTuple):
         """The sums from which metrics are computed; only after counting correct targets."""
         assert self.correct is not None
         return [self.loss_sum, self.correct, self.num_rows]
+
+
+def wants_logits(
+    model: nn.Module, has_loss: bool, return_logits: bool | None, skip_logits: bool | None
+) -> bool:
+    """Whether to return logits over the vocabulary: by default not in training with a loss.
+
+    Raises ValueError if return_logits and skip_logits contradict each other.
+    """
+    agree = None in (return_logits, skip_logits) or return_logits != skip_logits
+    said = f"{return_logits} and {skip_logits}"
+    require(agree, type(model).__name__, "return_logits and skip_logits that agree", said)
+    if skip_logits is not None:
+        return not skip_logits
+    return not (has_loss and model.training) if return_logits is None else return_logits
 
 
 def without_padding(num_items: Count, labels: Tensor, kept: Tensor | int) -> Count:

@@ -7,8 +7,16 @@ from torch import Tensor, nn
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.bert import BertModel
 from fastbert.models.heads import BertOnlyMLMHead, BertPreTrainingHeads
-from fastbert.models.inputs import ForwardOptions, Inputs, Request, wants_logits
-from fastbert.models.losses import Scored, masked_rows, pretraining_loss, score_classes, score_words
+from fastbert.models.inputs import ForwardOptions, Inputs, Request
+from fastbert.models.losses import (
+    Scored,
+    masked_rows,
+    pretraining_loss,
+    score_classes,
+    score_words,
+    wants_logits,
+)
+from fastbert.modules.linear import has_hooks
 from fastbert.outputs import BertForPreTrainingOutput, MaskedLMOutput
 from fastbert.packing import PackedBatch
 
@@ -42,22 +50,35 @@ class _PredictsWords(BertPreTrainedModel):
 
     def _predict_words(
         self, request: Request, with_pairs: bool, **asked: bool | None
-    ) -> tuple[Any, Scored | None, Tensor | None]:
-        """The encoder's output; the masked-LM score, None without a loss; the logits if wanted.
+    ) -> tuple[Any, Scored | None, Tensor | None, Any]:
+        """The encoder's output; the masked-LM score, None without a loss; the words' logits, None
+        unless wanted; those of pairs, None without.
 
         asked: return_logits and skip_logits
         """
         batch, head = request.batch, self.cls.predictions
+        is_called = has_hooks(self.cls) or has_hooks(head)  # which must see every token
         pair_labels = batch.next_sentence_label
         has_loss = batch.labels is not None and (not with_pairs or pair_labels is not None)
         with_logits = wants_logits(self, has_loss, **asked)
-        if has_loss and not with_logits:
+        if has_loss and not (with_logits or is_called):
             request = request.only(first=with_pairs, labelled=True)
         encoded = self.encode(request)
-        x = encoded.last_hidden_state
-        words = score_words(head, masked_rows(x, batch, request.rows)) if has_loss else None
-        whole = head if with_pairs else self.cls
-        return encoded, words, request.padded(whole(x)) if with_logits else None
+        x, words = encoded.last_hidden_state, None
+        logits: Any = None
+        pairs: Any = None
+        if with_logits or is_called:
+            found = self.cls(x, encoded.pooler_output) if with_pairs else (self.cls(x), None)
+            logits, pairs = found
+        elif with_pairs:
+            pairs = self.cls.seq_relationship(encoded.pooler_output)
+        if has_loss:
+            assert batch.labels is not None
+            if is_called:
+                words = score_classes(logits, batch.labels)
+            else:
+                words = score_words(head, masked_rows(x, batch, request.rows))
+        return encoded, words, request.padded(logits) if with_logits else None, pairs
 
 
 class BertForPreTraining(_PredictsWords):
@@ -113,8 +134,8 @@ class BertForPreTraining(_PredictsWords):
         **asked: bool | None,
     ) -> BertForPreTrainingOutput:
         request = request.labelled(labels).labelled_pairs(next_sentence_label)
-        encoded, words, logits = self._predict_words(request, True, **asked)
-        pair_logits, loss = self.cls.seq_relationship(encoded.pooler_output), None
+        encoded, words, logits, pair_logits = self._predict_words(request, True, **asked)
+        loss = None
         if words is not None:
             assert request.batch.next_sentence_label is not None
             pairs = score_classes(pair_logits, request.batch.next_sentence_label)
@@ -176,5 +197,5 @@ class BertForMaskedLM(_PredictsWords):
         **asked: bool | None,
     ) -> MaskedLMOutput:
         request = request.labelled(labels)
-        encoded, words, logits = self._predict_words(request, False, **asked)
+        encoded, words, logits, _ = self._predict_words(request, False, **asked)
         return request.output(MaskedLMOutput, encoded, logits, words)

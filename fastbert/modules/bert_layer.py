@@ -14,7 +14,7 @@ from fastbert.check import require
 from fastbert.modules.activations import Activation, activation, dense_and_activate
 from fastbert.modules.adapters import read_leaf
 from fastbert.modules.layer import End, LayerParts, project_and_norm, self_attention
-from fastbert.modules.linear import Leaf, dropout_p_of, is_plain
+from fastbert.modules.linear import Leaf, dropout_p_of, is_plain, is_plain_dropout
 from fastbert.modules.sequences import Sequences
 from fastbert.ops.layer_norm import Save
 from fastbert.rng import DropoutState
@@ -26,6 +26,7 @@ class BertSelfAttention(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.num_attention_heads = config.num_attention_heads
+        self.attention_head_size = config.hidden_size // config.num_attention_heads
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
@@ -37,7 +38,7 @@ class BertSelfAttention(nn.Module):
             hidden_states,
             wanted,
             (Leaf(self.query), Leaf(self.key), Leaf(self.value)),
-            self.num_attention_heads,
+            _num_heads(self),
             dropout_p_of(self.dropout, self),
             sequences,
         )
@@ -61,6 +62,9 @@ class _ProjectAndNorm(nn.Module):
     def forward(
         self, hidden_states: Tensor, residual: Tensor, rng: DropoutState | None = None
     ) -> Tensor:
+        if not is_plain_dropout(self.dropout):
+            x = self.dropout(self.dense(hidden_states))
+            return self.LayerNorm(residual + x).to(residual.dtype)
         norm = Leaf(self.LayerNorm, nn.LayerNorm)
         end = End(Leaf(self.dense), dropout_p_of(self.dropout), norm, self.save)
         return project_and_norm(hidden_states, residual, end, rng).residual
@@ -136,9 +140,13 @@ def parts_of(layer: Any) -> LayerParts | None:
     is_own = all(kind.forward is forward for kind, forward in _FORWARDS.items())
     if type(layer) is not BertLayer or not is_own:
         return None
-    attention, this = layer.attention, layer.attention.self
-    modules = (attention, this, attention.output, layer.output, layer.intermediate)
-    if not all(map(is_plain, modules, _KINDS[1:])):
+    attention = layer.attention
+    if not is_plain(attention, BertAttention):
+        return None
+    this, ends = attention.self, (attention.output, layer.output)
+    if not all(map(is_plain, (this, *ends, layer.intermediate), _KINDS[2:])):
+        return None
+    if not all(is_plain_dropout(end.dropout) for end in ends):
         return None
 
     def dropout(module: Any) -> float:  # Hugging Face's attention reads p alone
@@ -178,13 +186,19 @@ def read_parts(
 
     return LayerParts(
         projections=(leaf(this.query), leaf(this.key), leaf(this.value)),
-        num_heads=this.num_attention_heads,
+        num_heads=_num_heads(this),
         attention_dropout=dropout(this),
         attention_end=end(attention.output),
         intermediate=leaf(layer.intermediate.dense),
         activation=function(layer.intermediate.intermediate_act_fn),
         output=end(layer.output),
     )
+
+
+def _num_heads(attention: Any) -> int:
+    """As many as the queries have numbers for, as in Hugging Face, of whom users prune some."""
+    size = getattr(attention.query, "out_features", None)
+    return attention.num_attention_heads if size is None else size // attention.attention_head_size
 
 
 # The forwards of a layer and of its modules, in the order in which `parts_of` checks these.

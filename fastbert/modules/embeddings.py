@@ -5,7 +5,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fastbert.modules.linear import dropout_p_of, is_parametrized, is_plain, is_plain_table
+from fastbert.modules.linear import (
+    dropout_p_of,
+    is_parametrized,
+    is_plain,
+    is_plain_dropout,
+    is_plain_table,
+)
 from fastbert.ops.dropout import dropout
 from fastbert.ops.embedding import embedding_layer_norm
 from fastbert.ops.layer_norm import layer_norm
@@ -30,7 +36,7 @@ def stream_dtype(own: torch.dtype, device: torch.device, module: Any) -> torch.d
 
 def own_dtype(embeddings: Any) -> torch.dtype:
     """The dtype of the embeddings' output without autocast."""
-    norm = embeddings.LayerNorm
+    norm = getattr(embeddings, "LayerNorm", embeddings)  # users may wrap all of them
     weight = None if is_parametrized(norm) else getattr(norm, "weight", None)
     return next(embeddings.parameters()).dtype if weight is None else weight.dtype
 
@@ -150,6 +156,6 @@ class BertEmbeddings(nn.Module):
         """(...) int64 ids -> (..., H); token_type_ids of None means all zeros."""
         dtype = stream_dtype(own_dtype(self), position_ids.device, self)
         ids = input_ids, position_ids, token_type_ids
-        return embed(
-            Tables.of(self), dropout_p_of(self.dropout), *ids, inputs_embeds, rng, dtype=dtype
-        )
+        p = dropout_p_of(self.dropout)
+        x = embed(Tables.of(self), p, *ids, inputs_embeds, rng, dtype=dtype)
+        return x if is_plain_dropout(self.dropout) else self.dropout(x)

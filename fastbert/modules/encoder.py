@@ -164,7 +164,7 @@ class BertEncoder(nn.Module):
 
         def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
             layer = cast(BertLayer, layers[number])
-            if layer.gradient_checkpointing and layer.training:
+            if getattr(layer, "gradient_checkpointing", False) and layer.training:
                 return layer._gradient_checkpointing_func(layer.__call__, x, sequences)
             return layer(x, sequences)
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert.backend import Op, device_type
-from fastbert.check import require
 from fastbert.ops.fused import joined
 from fastbert.rng import DropoutState
 
@@ -248,18 +247,21 @@ def is_plain_table(table: nn.Module) -> bool:
     return is_plain(table, nn.Embedding) and reads_rows(table) and is_usual_one
 
 
-def dropout_p_of(module: nn.Module, reader: nn.Module | None = None) -> float:
-    """The probability of a dropout module, 0 in eval mode; ValueError for a module of another kind.
+def dropout_p_of(module: Any, reader: nn.Module | None = None) -> float:
+    """The probability of a plain dropout, 0 in eval mode, and for modules that are called instead.
 
     Its own mode counts, which users switch to sample from a model in eval mode (Gal & Ghahramani
-    2015, https://arxiv.org/abs/1506.02142), or to train without dropout. reader: a module that only
-    reads the probability, so that its mode counts instead.
+    2015, https://arxiv.org/abs/1506.02142), or to train without dropout. reader: attention, which
+    in Hugging Face reads the probability of whatever there is, by its own mode.
     """
-    if isinstance(module, nn.Identity):
-        return 0.0
-    name, expected = type(module).__name__, "a dropout that is an nn.Dropout or an nn.Identity"
-    require(isinstance(module, nn.Dropout), "BertLayer", expected, name)
-    return float(module.p) if (reader or module).training else 0.0  # type: ignore[arg-type]
+    if reader is None:
+        return module.p if module.training and is_plain(module, nn.Dropout) else 0.0
+    return module.p if reader.training and not isinstance(module, nn.Identity) else 0.0
+
+
+def is_plain_dropout(module: nn.Module) -> bool:
+    """Whether operators may do what the module does: nothing, or drop by its probability."""
+    return is_plain(module, nn.Dropout) or is_plain(module, nn.Identity)
 
 
 def is_parametrized(module: nn.Module) -> bool:

@@ -152,11 +152,10 @@ def test_attention_drops_in_its_own_mode(modes):
 
 
 @pytest.mark.parametrize("where", [*PLACES, "encoder.layer.0.attention.self"])
-def test_what_users_put_in_the_place_of_a_dropout_counts_or_is_refused(where):
+def test_what_users_put_in_the_place_of_a_dropout_counts(where):
     model, batch = make_model(dropout=0.0), make_batch(LENGTHS)
     expected, owner = hidden_states(model, batch), model.bert.get_submodule(where)
     owner.dropout = torch.nn.Identity()
     assert torch.equal(hidden_states(model, batch), expected)
     owner.dropout = torch.nn.AlphaDropout(0.5)
-    with pytest.raises(ValueError, match=r"an nn.Dropout or an nn.Identity, got AlphaDropout"):
-        hidden_states(model, batch)
+    assert not torch.allclose(hidden_states(model, batch), expected, atol=1e-3)

@@ -1,0 +1,186 @@
+"""What users put on any module of a model counts as in Hugging Face's, or is called as there."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import fastbert
+
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "num_labels": 2,
+}
+MASK = torch.tensor([[1] * 7, [1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0]])
+IDS = torch.arange(3, 24).view(3, 7) * MASK
+WORDS = torch.tensor([[1, 0, -100, 1, 1, 0, -100], [0, 1, 1] + [-100] * 4, [-100] * 7])
+PAIRS = torch.tensor([0, 1, 1])
+LABELS = {
+    "Model": {},
+    "ForSequenceClassification": {"labels": PAIRS},
+    "ForTokenClassification": {"labels": WORDS},
+    "ForQuestionAnswering": {},  # whose loss differs on purpose
+    "ForMaskedLM": {"labels": WORDS},
+    "ForPreTraining": {"labels": WORDS, "next_sentence_label": PAIRS},
+    "ForNextSentencePrediction": {"labels": PAIRS},
+    "ForMultipleChoice": {"labels": torch.tensor([1])},
+}
+# Whose parts own models read, and of attention's dropout Hugging Face too.
+UNWRAPPED = "bert", "encoder", "cls", "predictions", "attention.self.dropout"
+
+
+def make(head):
+    """Hugging Face's model and fastbert's own, of the same weights."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SHAPE)
+    theirs, own = (getattr(one, f"Bert{head}")(config) for one in (transformers, fastbert))
+    for parameter in theirs.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    own.load_state_dict(theirs.state_dict())
+    return theirs, own
+
+
+def doubled(values):
+    return pytree.tree_map(lambda x: x * 2 if torch.is_tensor(x) and x.is_floating_point() else x,
+                           values)  # fmt: skip
+
+
+def after(module, args, output):
+    if isinstance(output, dict):
+        for name in list(output):
+            output[name] = doubled(output[name])
+        return output
+    return (doubled(output[0]), *output[1:]) if isinstance(output, tuple) else doubled(output)
+
+
+class Around(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return after(self, args, self.inner(*args, **kwargs))
+
+
+def give_a_forward(model, name):
+    module = model.get_submodule(name)
+    own = module.forward
+    module.forward = lambda *args, **kwargs: after(module, args, own(*args, **kwargs))
+
+
+def put_in_another(model, name):
+    owner, _, last = name.rpartition(".")
+    owner = model.get_submodule(owner)
+    setattr(owner, last, Around(getattr(owner, last)))
+
+
+WAYS = {
+    "hook": lambda model, name: model.get_submodule(name).register_forward_hook(after),
+    "hook before": lambda model, name: model.get_submodule(name).register_forward_pre_hook(
+        lambda module, args: doubled(args)
+    ),
+    "forward": give_a_forward,
+    "module": put_in_another,
+    "hook of gradients": lambda model, name: model.get_submodule(name).register_full_backward_hook(
+        lambda module, inputs, outputs: doubled(inputs)
+    ),
+    "hook before gradients": lambda model, name: model.get_submodule(
+        name
+    ).register_full_backward_pre_hook(lambda module, outputs: doubled(outputs)),
+}
+
+
+def results(model, head, *, training):
+    """The loss, or the outputs at real tokens; and the gradients of the parameters."""
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    if head == "ForMultipleChoice":
+        inputs = {name: x[None] for name, x in inputs.items()}
+    output = model.train(training)(**inputs, **(LABELS[head] if training else {}))
+    found, loss = {}, output.get("loss")
+    if loss is None:
+        for name, x in output.items():
+            is_by_token = x.shape[:2] == MASK.shape
+            found[name] = x * MASK.view(*MASK.shape, *[1] * (x.ndim - 2)) if is_by_token else x
+        loss = sum(x.sin().sum() for x in found.values())
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss, **found, **gradients}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("head", LABELS)
+def test_what_users_put_on_any_module_counts(head, way):
+    theirs, own = (dict(model.named_modules()) for model in make(head))
+    names = [name for name in own if name in theirs and not isinstance(own[name], nn.ModuleList)]
+    if head != "ForPreTraining":  # which has all inner modules
+        names = [name for name in names if not name.startswith(("bert.e", "bert.p"))]
+        names = [name for name in names if "layer" not in name]
+    if way == "module":
+        names = [name for name in names if not name.endswith(UNWRAPPED)]
+    for name in filter(None, names):
+        for training in (False, True) if LABELS[head] else (False,):
+            expected, actual = make(head)
+            for model in (expected, actual):
+                WAYS[way](model, name)
+            expected, actual = (
+                results(model, head, training=training) for model in (expected, actual)
+            )
+            for key in expected.keys() & actual.keys():
+                torch.testing.assert_close(
+                    actual[key], expected[key], rtol=1e-3, atol=1e-4,
+                    msg=lambda text, name=name, key=key: f"{name}, {key}: {text}",
+                )  # fmt: skip
+
+
+def test_a_hook_before_the_bare_model_gets_hugging_faces_arguments_and_may_change_them():
+    both, seen = make("ForTokenClassification"), []
+
+    def without_mask(module, args, kwargs):
+        seen.append({name for name, x in kwargs.items() if torch.is_tensor(x)})
+        return args, {**kwargs, "attention_mask": None}
+
+    for model in both:
+        model.eval().bert.register_forward_pre_hook(without_mask, with_kwargs=True)
+    expected, actual = (model(input_ids=IDS, attention_mask=MASK).logits for model in both)
+    torch.testing.assert_close(actual[MASK == 1], expected[MASK == 1])
+    assert seen[0] >= {"attention_mask"} <= seen[1]
+
+
+@pytest.mark.parametrize("returns_rows", [False, True])
+def test_a_hook_behind_the_bare_model_gets_hidden_states_in_their_padded_form(returns_rows):
+    """Those of all tokens too where the loss reads the masked ones alone."""
+    _, own = make("ForMaskedLM")
+    shapes = []
+    own.bert.register_forward_hook(lambda m, args, output: shapes.append(output[0].shape))
+    own.train(returns_rows)(input_ids=IDS, attention_mask=MASK, labels=WORDS)
+    assert shapes == [(3, 7, 32)]
+
+
+def test_heads_that_are_pruned_by_hand_are_counted_by_their_size():
+    both = make("ForSequenceClassification")
+    for model in both:
+        attention = model.eval().bert.encoder.layer[0].attention
+        for linear in (attention.self.query, attention.self.key, attention.self.value):
+            linear.weight, linear.bias = (
+                nn.Parameter(x[:24]) for x in (linear.weight, linear.bias)
+            )
+            linear.out_features = 24
+        end = attention.output.dense
+        end.weight, end.in_features = nn.Parameter(end.weight[:, :24]), 24
+    expected, actual = (model(input_ids=IDS, attention_mask=MASK).logits for model in both)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_configuration_that_has_become_a_decoders_is_refused():
+    _, own = make("ForSequenceClassification")
+    own.config.is_decoder = True
+    with pytest.raises(ValueError, match="a configuration of an encoder, got is_decoder=True"):
+        own(input_ids=IDS)

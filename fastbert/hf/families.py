@@ -106,8 +106,10 @@ def leaf(module: Any, kind: type[nn.Module] = nn.Linear) -> Leaf:
 
 
 def _bert_parts(layer: Any) -> LayerParts:
-    attention, this = layer.attention, layer.attention.self
-    _require_untouched(attention, this, attention.output, layer.intermediate, layer.output)
+    attention = layer.attention
+    _require_untouched(attention)
+    this = attention.self
+    _require_untouched(this, attention.output, layer.intermediate, layer.output)
     if getattr(this, "position_embedding_type", "absolute") != "absolute":
         raise Unsupported("relative positions")
     _require_plain_layer(layer, layer, "feed_forward_chunk")

@@ -1,5 +1,7 @@
 """What users put on any module of a model counts as in Hugging Face's, or is called as there."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -37,13 +39,16 @@ LABELS = {
 UNWRAPPED = "bert", "encoder", "cls", "predictions", "attention.self.dropout"
 
 
-def make(head):
-    """Hugging Face's model and fastbert's own, of the same weights."""
+def make(head, kind="own"):
+    """Hugging Face's model, and fastbert's own of the same weights or the same model patched."""
     torch.manual_seed(0)
     config = transformers.BertConfig(**SHAPE)
-    theirs, own = (getattr(one, f"Bert{head}")(config) for one in (transformers, fastbert))
+    theirs = getattr(transformers, f"Bert{head}")(config)
     for parameter in theirs.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
+    if kind == "patched":
+        return theirs, fastbert.patch(copy.deepcopy(theirs))
+    own = getattr(fastbert, f"Bert{head}")(config)
     own.load_state_dict(theirs.state_dict())
     return theirs, own
 
@@ -116,18 +121,21 @@ def results(model, head, *, training):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("head", LABELS)
-def test_what_users_put_on_any_module_counts(head, way):
+@pytest.mark.parametrize(
+    ("head", "kind"), [*((head, "own") for head in LABELS), ("ForPreTraining", "patched")]
+)
+def test_what_users_put_on_any_module_counts(head, kind, way):
     theirs, own = (dict(model.named_modules()) for model in make(head))
     names = [name for name in own if name in theirs and not isinstance(own[name], nn.ModuleList)]
     if head != "ForPreTraining":  # which has all inner modules
         names = [name for name in names if not name.startswith(("bert.e", "bert.p"))]
         names = [name for name in names if "layer" not in name]
     if way == "module":
-        names = [name for name in names if not name.endswith(UNWRAPPED)]
+        unwrapped = UNWRAPPED if kind == "own" else UNWRAPPED[-1:]
+        names = [name for name in names if not name.endswith(unwrapped)]
     for name in filter(None, names):
         for training in (False, True) if LABELS[head] else (False,):
-            expected, actual = make(head)
+            expected, actual = make(head, kind)
             for model in (expected, actual):
                 WAYS[way](model, name)
             expected, actual = (

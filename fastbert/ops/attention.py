@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastbert.backend import DTYPES, op, place
-from fastbert.check import require
+from fastbert.check import require, require_floats
 from fastbert.ops.attention_plain import Call, attend
-from fastbert.ops.dropout import check_dropout, device_numbers, drawn
-from fastbert.ops.fused import once, require_floats, run
+from fastbert.ops.dropout import checked_rng, device_numbers
+from fastbert.ops.fused import once, run
 from fastbert.rng import DropoutState, keep_scale
 
 MAX_HEAD_DIM = 128  # a limit of the kernels
@@ -117,14 +117,13 @@ def _checked(who: str, call: Call) -> Call:
         if x.dtype != torch.int32 or x.ndim != 1 or x.shape != boundaries[0].shape or not len(x):
             found = f"{x.dtype} {tuple(x.shape)}"
             require(False, who, f"{name} of dtype int32 and shape (batch + 1,)", found)
-    check_dropout(who, len(q), q.device, dropout_p, rng)
     mask = call.mask
     if mask is not None:
         shape = len(boundaries[0]) - 1, q.shape[-2], *call[5:7]
         check_mask(who, mask, shape)
         mask = mask.expand(shape)
     of_q, of_k = (x.contiguous() for x in boundaries)
-    rng = drawn(len(q), q.device, dropout_p, rng)
+    rng = checked_rng(who, len(q), q.device, dropout_p, rng)
     return call._replace(cu_seqlens_q=of_q, cu_seqlens_k=of_k, rng=rng, mask=mask)
 
 

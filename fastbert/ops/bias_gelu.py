@@ -1,5 +1,6 @@
 """GELU (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415) after adding a bias."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -7,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.backend import DTYPES, op, place
-from fastbert.check import require
-from fastbert.ops.fused import as_rows, once, require_floats, run, shaped
+from fastbert.check import require, require_rows
+from fastbert.ops.fused import as_rows, once, run, shaped
 
 
 class Call(NamedTuple):
@@ -29,10 +30,7 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none") -> Call:
     Raises ValueError for other shapes, an x of integers, or another `approximate`.
     """
     who = "bias_gelu"
-    require_floats(who, x=x)
-    require(x.ndim > 0, who, "x of shape (..., hidden)", "()")
-    if bias.shape != x.shape[-1:]:
-        require(False, who, f"bias of shape {tuple(x.shape[-1:])}", tuple(bias.shape))
+    require_rows(who, x, bias=bias)
     require(approximate in ("none", "tanh"), who, 'approximate "none" or "tanh"', approximate)
     return Call(x, bias, approximate)
 
@@ -58,11 +56,6 @@ def _refusal(call: Call) -> str | None:
     return None
 
 
-@bias_gelu.fused
-def _fused(kernels: Any, call: Call) -> Tensor:
-    return run(BiasGeluFunction, kernels, call)
-
-
 class BiasGeluFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: Any, x: Tensor, bias: Tensor, approximate: str) -> Tensor:
@@ -78,3 +71,6 @@ class BiasGeluFunction(torch.autograd.Function):
         rows, bias = ctx.saved_tensors
         dx, dbias = ctx.kernels.bias_gelu_bwd(as_rows(dy), rows, bias, *ctx.options)
         return None, shaped(dx, dy.shape), dbias if len(dbias) else None, None
+
+
+bias_gelu.fused(partial(run, BiasGeluFunction))

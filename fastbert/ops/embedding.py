@@ -1,5 +1,6 @@
 """BERT's input (Devlin et al. 2018, https://arxiv.org/abs/1810.04805): three summed embeddings."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -7,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.backend import DTYPES, op
-from fastbert.check import require
-from fastbert.ops.dropout import check_dropout, device_numbers, drawn, dropped
-from fastbert.ops.fused import as_rows, once, require_floats, run, shaped
+from fastbert.check import require, require_floats, require_shape
+from fastbert.ops.dropout import checked_rng, device_numbers, dropped
+from fastbert.ops.fused import as_rows, once, run, shaped
 from fastbert.ops.layer_norm import plain_layer_norm, refusal
 from fastbert.rng import DropoutState
 
@@ -85,11 +86,10 @@ def embedding_layer_norm(
         size = word.shape[0]
         require(-size <= padding_idx < size, WHO, f"a padding_idx within {size} words", padding_idx)
         padding_idx %= size
-    rows = input_ids.numel()
-    check_dropout(WHO, rows, word.device, dropout_p, rng)
+    rng = checked_rng(WHO, input_ids.numel(), word.device, dropout_p, rng)
     return Call(
         input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps,
-        padding_idx, dropout_p, drawn(rows, word.device, dropout_p, rng), dtype or word.dtype,
+        padding_idx, dropout_p, rng, dtype or word.dtype,
     )  # fmt: skip
 
 
@@ -113,9 +113,7 @@ def _check_tables(
         if table is not None and (table.ndim != 2 or table.shape[1] != hidden):
             expected = f"a {name} table of shape (rows, {hidden})"
             require(False, WHO, expected, tuple(table.shape))
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector.shape != (hidden,):
-            require(False, WHO, f"{name} of shape ({hidden},)", tuple(vector.shape))
+    require_shape(WHO, (hidden,), weight=weight, bias=bias)
 
 
 @embedding_layer_norm.plain
@@ -148,11 +146,6 @@ def _refusal(call: Call) -> str | None:
     return None
 
 
-@embedding_layer_norm.fused
-def _fused(kernels: Any, call: Call) -> Tensor:
-    return run(_EmbeddingLayerNorm, kernels, call)
-
-
 class _EmbeddingLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: Any, *fields: Any) -> Tensor:
@@ -182,3 +175,6 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
         )
         dtypes = dtypes if ctx.has_types else None
         return None, None, None, None, dword, dposition, dtypes, *sums.unbind(), *[None] * 5
+
+
+embedding_layer_norm.fused(partial(run, _EmbeddingLayerNorm))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastbert.backend import DTYPES, is_transformed, op
-from fastbert.check import require
+from fastbert.check import require, require_floats, require_shape
 from fastbert.ops import fp8_plain
-from fastbert.ops.fused import as_rows, once, require_floats, result_dtype, run, without_autocast
+from fastbert.ops.fused import as_rows, once, result_dtype, run, without_autocast
 
 MULTIPLE = 16  # which the kernels want a weight's sizes to be multiples of
 
@@ -63,12 +63,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, am
     that are multiples of 16. Raises ValueError for other shapes and dtypes of scale and amax.
     """
     who = "fp8_linear"
-    require_floats(who, x=x)
-    size = x.shape[-1] if x.ndim else 0
-    is_matrix = weight.ndim == 2 and x.ndim > 0 and weight.shape[1] == size
-    require(is_matrix, who, f"weight of shape (outputs, {size})", tuple(weight.shape))
-    if bias is not None:
-        require(bias.shape == weight.shape[:1], who, "bias of shape (outputs,)", tuple(bias.shape))
+    _check_layer(who, x, weight, bias, "outputs")
     _check_threes(who, scale=scale, amax=amax)
     return Call(x, weight, bias, scale, inverse_of(scale), amax, result_dtype(x))
 
@@ -98,15 +93,8 @@ def fp8_feed_forward(
     The kernels need what those of `fp8_linear` do. Raises ValueError for other shapes and dtypes.
     """
     who = "fp8_feed_forward"
-    require_floats(who, x=x)
-    require(
-        x.ndim > 0 and weight.ndim == 2 and weight.shape[1] == x.shape[-1],
-        who,
-        f"weight of shape (inner, {x.shape[-1] if x.ndim else 0})",
-        tuple(weight.shape),
-    )
+    _check_layer(who, x, weight, bias, "inner")
     inner = weight.shape[:1]
-    require(bias.shape == inner, who, f"bias of shape {tuple(inner)}", tuple(bias.shape))
     is_matrix = output_weight.ndim == 2 and output_weight.shape[1:] == inner
     expected = f"output_weight of shape (outputs, {inner[0]})"
     require(is_matrix, who, expected, tuple(output_weight.shape))
@@ -124,6 +112,14 @@ def inverse_of(scale: Tensor) -> Tensor:
     From version 12.9 on cuBLAS refuses scales at other addresses (CUBLAS_STATUS_NOT_SUPPORTED).
     """
     return scale.reciprocal()[..., None].expand(*scale.shape, 4).contiguous()[..., 0]
+
+
+def _check_layer(who: str, x: Tensor, weight: Tensor, bias: Tensor | None, rows: str) -> None:
+    require_floats(who, x=x)
+    size = x.shape[-1] if x.ndim else 0
+    is_matrix = x.ndim > 0 and weight.ndim == 2 and weight.shape[1] == size
+    require(is_matrix, who, f"weight of shape ({rows}, {size})", tuple(weight.shape))
+    require_shape(who, weight.shape[:1], bias=bias)
 
 
 def _check_threes(who: str, **tensors: Tensor) -> None:

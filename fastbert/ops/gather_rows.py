@@ -1,5 +1,6 @@
 """Gathers rows by an index with a known inverse, so that the gradient is a gather too."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -59,11 +60,6 @@ def _plain(call: Call) -> Tensor:
     return torch.where(is_spare[:, None], rows.new_zeros(()), rows)  # `masked_fill` lacks dtypes
 
 
-@gather_rows.fused
-def _fused(kernels: Any, call: Call) -> Tensor:
-    return run(GatherRowsFunction, kernels, call)
-
-
 class GatherRowsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: Any, src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -75,7 +71,10 @@ class GatherRowsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         index, inverse = ctx.saved_tensors
-        return None, _fused(ctx.kernels, Call(dy, inverse, index)), None, None
+        return None, run(GatherRowsFunction, ctx.kernels, (dy, inverse, index)), None, None
+
+
+gather_rows.fused(partial(run, GatherRowsFunction))
 
 
 @gather_rows.traces

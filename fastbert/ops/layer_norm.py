@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.backend import DTYPES, is_transformed, op, place
-from fastbert.check import require
-from fastbert.ops.dropout import check_dropout, device_numbers, drawn, dropped
-from fastbert.ops.fused import as_rows, once, require_floats, run, shaped
+from fastbert.check import require, require_floats, require_rows, require_shape
+from fastbert.ops.dropout import checked_rng, device_numbers, dropped
+from fastbert.ops.fused import as_rows, once, run, shaped
 from fastbert.rng import DropoutState
 
 Save = Literal["z", "y"]
@@ -46,8 +46,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> C
 
     Raises ValueError for other shapes, and for an x of integers.
     """
-    require_floats("layer_norm", x=x)
-    _check_vectors("layer_norm", x, weight=weight, bias=bias)
+    require_rows("layer_norm", x, weight=weight, bias=bias)
     return Call(x, None, weight, bias, eps)
 
 
@@ -88,24 +87,11 @@ def dropout_add_layer_norm(
     """
     who = "dropout_add_layer_norm"
     require(save in ("z", "y"), who, 'a save of "z" or "y"', repr(save))
-    require_floats(who, x=x, residual=residual)
-    if residual.shape != x.shape:
-        require(False, who, f"residual of shape {tuple(x.shape)}", tuple(residual.shape))
-    _check_vectors(who, x, weight=weight, bias=bias)
-    if x_bias is not None:
-        _check_vectors(who, x, x_bias=x_bias)
-    rows = x.shape[:-1].numel()
-    check_dropout(who, rows, x.device, dropout_p, rng)
-    rng = drawn(rows, x.device, dropout_p, rng)
+    require_rows(who, x, weight=weight, bias=bias, x_bias=x_bias)
+    require_floats(who, residual=residual)
+    require_shape(who, x.shape, residual=residual)
+    rng = checked_rng(who, x.shape[:-1].numel(), x.device, dropout_p, rng)
     return Call(x, residual, weight, bias, eps, x_bias, dropout_p, rng, save)
-
-
-def _check_vectors(who: str, x: Tensor, **vectors: Tensor) -> None:
-    shape = x.shape[-1:]
-    require(len(shape) == 1, who, "x of shape (..., hidden)", "()")
-    for name, vector in vectors.items():
-        if vector.shape != shape:
-            require(False, who, f"{name} of shape {tuple(shape)}", tuple(vector.shape))
 
 
 @layer_norm.plain

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.backend import DTYPES, op
-from fastbert.check import require
-from fastbert.ops.fused import joined, once, product, require_floats, result_dtype, run
+from fastbert.check import require, require_floats, require_shape
+from fastbert.ops.fused import joined, once, product, result_dtype, run
 
 MAX_LOGITS_BYTES = 1 << 30  # more are computed in parts, and again in the backward
 PADDING = 64  # classes are padded to a multiple of it, for wide loads and the tensor cores
@@ -56,13 +56,11 @@ def linear_cross_entropy(
     who = "linear_cross_entropy"
     require_floats(who, hidden=hidden)
     require(hidden.ndim == 2, who, "hidden of shape (rows, hidden)", tuple(hidden.shape))
-    rows, size = hidden.shape
+    size = hidden.shape[1]
     is_weight = weight.ndim == 2 and weight.shape[1] == size and weight.shape[0] > 0
     require(is_weight, who, f"weight of shape (classes, {size})", tuple(weight.shape))
-    classes = weight.shape[0]
-    if bias is not None:
-        require(bias.shape == (classes,), who, f"bias of shape ({classes},)", tuple(bias.shape))
-    require(targets.shape == (rows,), who, f"targets of shape ({rows},)", tuple(targets.shape))
+    require_shape(who, weight.shape[:1], bias=bias)
+    require_shape(who, hidden.shape[:1], targets=targets)
     require(targets.dtype == torch.int64, who, "targets of dtype int64", targets.dtype)
     require(0 <= label_smoothing <= 1, who, "label_smoothing from 0 to 1", label_smoothing)
     require(reduction in ("mean", "sum"), who, 'reduction "mean" or "sum"', reduction)

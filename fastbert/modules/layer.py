@@ -171,14 +171,18 @@ class LayerParts:
 
     def with_leaves(self, change: Callable[[Leaf], Leaf]) -> "LayerParts":
         """The parts with other leaves in the place of theirs."""
-        changed: dict[str, Any] = {
-            "projections": tuple(map(change, self.projections)),
-            "intermediate": change(self.intermediate),
-        }
-        for name in ("attention_end", "output"):
-            end = getattr(self, name)
-            changed[name] = end._replace(dense=change(end.dense), norm=change(end.norm))
-        return dataclasses.replace(self, **changed)
+
+        def end(one: End) -> End:
+            return one._replace(dense=change(one.dense), norm=change(one.norm))
+
+        query, key, value = map(change, self.projections)
+        return dataclasses.replace(
+            self,
+            projections=(query, key, value),
+            attention_end=end(self.attention_end),
+            intermediate=change(self.intermediate),
+            output=end(self.output),
+        )
 
 
 RunLayer = Callable[[int, Stream, Sequences], Stream]  # runs the layer of a number

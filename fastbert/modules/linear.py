@@ -54,25 +54,29 @@ class Products(Protocol):
 
 
 class Leaf:
-    """A leaf module, and whether it is plain: `is_plain`, with its parameters; checked once.
+    """A leaf module, and whether its parameters may be read, `is_read`; checked once.
 
-    A plain module's parameters are read at each use, from its dictionary, because `nn.Module`'s
-    own look-up takes longer. Any other module is called, unless it `is_read` with adapters. given:
-    multiplies for this leaf alone, None for what the module has; place: among a layer's.
+    The parameters are read at each use, from the module's dictionary, because `nn.Module`'s own
+    look-up takes longer. Any other module is called. adapters: `LowRank`s, which add to a linear
+    layer's product; is_plain: whether it is read and has none; given: multiplies for this leaf
+    alone, None for what the module has; place: among a layer's.
     """
 
-    __slots__ = ("given", "is_plain", "is_read", "module", "parameters", "place")
+    __slots__ = ("adapters", "given", "is_plain", "is_read", "module", "parameters", "place")
 
-    def __init__(self, module: nn.Module, kind: type[nn.Module] = nn.Linear) -> None:
-        self.module = module
+    def __init__(
+        self, module: nn.Module, kind: type[nn.Module] = nn.Linear, adapters: Sequence[Any] = ()
+    ) -> None:
+        self.module, self.adapters = module, adapters
         # FSDP1 may take the parameters away and set tensors in the place of them
         has_parameters = module._parameters.keys() >= {"weight", "bias"}
-        self.is_plain = self.is_read = (
+        self.is_read = (
             is_plain(module, kind)
             and has_parameters
             and is_usual(module._parameters["weight"])
             and len(getattr(module, "normalized_shape", (0,))) == 1
         )
+        self.is_plain = self.is_read and not adapters
         self.parameters: dict[str, Any] = module._parameters
         self.given: Products | None = None
         self.place = 0
@@ -80,28 +84,33 @@ class Leaf:
     @property
     def inner(self) -> "list[Leaf]":
         """The leaf, and those of its adapters."""
-        return [self]
+        return [self, *(leaf for one in self.adapters for leaf in (one.down, one.up))]
 
     @property
     def drops(self) -> bool:
         """Whether a dropout of its adapters is on."""
-        return False
+        return any(one.dropout for one in self.adapters)
 
     def adapted(self, y: Tensor, x: Tensor, rng: DropoutState | None) -> Tensor:
         """The layer's product y of x, with what its adapters add."""
-        return y
+        sum_ = y
+        for adapter in self.adapters:
+            sum_ = adapter.added(sum_, x, self.place, rng)
+        return sum_.to(y.dtype)
 
     def with_parameters(self, change: Callable[[Tensor], Tensor], given: Products | None) -> "Leaf":
         """A leaf of the same module that reads other tensors in the place of its parameters."""
         leaf, own = copy.copy(self), self.parameters.items()
         leaf.parameters = {name: None if one is None else change(one) for name, one in own}
         leaf.given = given
+        leaf.adapters = [one.with_parameters(change, given) for one in self.adapters]
         return leaf
 
     def __call__(self, x: Tensor, rng: DropoutState | None = None) -> Tensor:
         """rng: of the layer, for the dropout of adapters."""
-        if self.is_plain and type(self.module) is nn.Linear:
-            return product(x, (self,), biases_of(self))
+        if self.is_read and type(self.module) is nn.Linear:
+            y = product(x, (self,), biases_of(self))
+            return self.adapted(y, x, rng) if self.adapters else y
         return self.module(x)
 
     @property

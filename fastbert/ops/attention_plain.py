@@ -54,27 +54,21 @@ def attend(call: Call) -> Tensor:
 
 
 def _attend_all(call: Call) -> Tensor:
-    q, k, v, *boundaries = call[:5]
+    q, k, v, cu_seqlens_q, cu_seqlens_k = call[:5]
     if call.qkv_bias is not None:  # adds 0, whose derivative by the bias is 1
         bias = call.qkv_bias
         q = q + (bias - bias.detach()).to(q.dtype).view(q.shape[1:])
     tensors = (q,) if k is None or v is None else (q, k, v)
-    has_other_keys = len(tensors) > 1 and not (
-        boundaries[0] is boundaries[1]
-        and call.max_seqlen_q == call.max_seqlen_k
-        and len(q) == len(tensors[-1])
-    )
+    # boundaries, bound of the lengths and tokens: of queries; of keys if theirs are others
+    sides = [(cu_seqlens_q, call.max_seqlen_q, len(q))]
+    if k is not None:
+        keys = cu_seqlens_k, call.max_seqlen_k, len(k)
+        if cu_seqlens_k is not cu_seqlens_q or keys[1:] != sides[0][1:]:
+            sides.append(keys)
     if not reads_lengths(call):
-        paddings = [Unpadding.from_cu_seqlens(boundaries[0], call.max_seqlen_q, len(q))]
-        if has_other_keys:
-            keys = boundaries[1], call.max_seqlen_k, len(tensors[-1])
-            paddings.append(Unpadding.from_cu_seqlens(*keys))
-        return attend_padded(tensors, paddings, call)
-    # of queries; of keys if they have others
-    lengths = [lengths_of(boundaries[0], q, call.max_seqlen_q)]
-    if has_other_keys:
-        lengths.append(lengths_of(boundaries[1], tensors[-1], call.max_seqlen_k))
-    padded = _paddings(lengths, boundaries, call)
+        return attend_padded(tensors, [Unpadding.from_cu_seqlens(*side) for side in sides], call)
+    lengths = [_lengths(*side) for side in sides]
+    padded = _paddings(lengths, [side[0] for side in sides], call)
     if padded is not None:
         return attend_padded(tensors, padded, call)
     return attend_by_sequence(_sequences(tensors, lengths), call)
@@ -89,15 +83,15 @@ def reads_lengths(call: Call) -> bool:
     return call.cu_seqlens_q.is_cpu and not torch.compiler.is_compiling()
 
 
-def lengths_of(cu_seqlens: Tensor, x: Tensor, max_seqlen: int) -> list[int]:
+def _lengths(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> list[int]:
     """The lengths of the sequences, then the number of tokens behind the last one.
 
     Raises ValueError for boundaries that do not rise from 0, or a longer sequence than max_seqlen.
     """
-    bounds = [*cu_seqlens.tolist(), x.shape[0]]
+    bounds = [*cu_seqlens.tolist(), num_tokens]
     lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
     if bounds[0] or min(lengths) < 0:
-        got = f"{bounds[:-1]} for {x.shape[0]} tokens"
+        got = f"{bounds[:-1]} for {num_tokens} tokens"
         require(False, "attention", "cu_seqlens that rise from 0 to at most the tokens", got)
     longest = max(lengths[:-1], default=0)
     if longest > max_seqlen:
@@ -124,7 +118,7 @@ def _paddings(
     if not scores or not pays:
         return None
     found = []
-    for own, most, bounds in zip(lengths, longest, boundaries, strict=False):
+    for own, most, bounds in zip(lengths, longest, boundaries, strict=True):
         if are_dense:
             found.append(Unpadding(None, None, bounds, most, (count, most)))
         else:

@@ -1,8 +1,9 @@
 """Linear layers as parts of fused operators: joined in one product, or with the bias split off."""
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,22 +25,27 @@ _NARROW = (torch.float16, torch.bfloat16)
 _WEIGHTS = Tensor.__torch_function__, torch._C._disabled_torch_function_impl
 
 
-class Products(Protocol):
-    """Multiplies for plain linear layers in place of `F.linear`, in FP8 or by copies of weights.
+class Products:
+    """What multiplies for plain linear layers in place of `F.linear`: in FP8, by copies of weights.
 
-    An encoder's list of layers has the same attribute, whose `begin(x, training)` is called when a
-    forward begins, in a CUDA graph as a part of it, and whose context `undone()` takes back what
-    forwards inside have changed.
+    An attribute of each layer, and of the encoder's list of layers, which is told of forwards.
+    reads_each_bias: whether `product` had better be given each bias by itself than all joined.
     """
 
-    @property
-    def reads_each_bias(self) -> bool:
-        """Whether `product` had better be given each bias by itself than all joined."""
+    reads_each_bias = False
+
+    def begin(self, x: Tensor, training: bool) -> None:
+        """Called when a forward of the encoder begins, in a CUDA graph as a part of it."""
+
+    def undone(self) -> contextlib.AbstractContextManager[None]:
+        """Takes back at its end what forwards inside have changed."""
+        return contextlib.nullcontext()
 
     def product(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     ) -> Tensor | None:
         """`x @ weight.T + bias`, both of tensors side by side; None leaves it to `F.linear`."""
+        return None
 
     def feed_forward(
         self,
@@ -51,6 +57,7 @@ class Products(Protocol):
         approximate: str,
     ) -> Tensor | None:
         """`gelu(x @ weight.T + bias) @ output_weight.T`; None leaves it to `product`."""
+        return None
 
 
 class Leaf:

@@ -9,7 +9,7 @@ Face's keys. Layers in training mode run in FP8, others as without.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ HISTORY = 16  # forward passes whose largest values decide a scale
 ASSUMED = 16.0, 8.0, 1.0  # largest values of input, weight and gradient before any were seen
 
 
-class Scales:
+class Scales(Products):
     """The scales of an encoder's P linear layers: of the input, the weight and the gradient.
 
     history: (P, 3, HISTORY) float32, largest absolute values of earlier passes, the newest first;
@@ -106,15 +106,11 @@ def power_of_two(x: Tensor) -> Tensor:
     return torch.where((x > 0) & x.isfinite(), usual, 1.0)
 
 
-class Slot(NamedTuple):
+class Slot(Products):
     """The place of one linear layer among its encoder's scales."""
 
-    scales: Scales
-    number: int
-
-    @property
-    def reads_each_bias(self) -> bool:
-        return False
+    def __init__(self, scales: Scales, number: int) -> None:
+        self.scales, self.number = scales, number
 
     def product(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]

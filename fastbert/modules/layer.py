@@ -19,10 +19,9 @@ from fastbert.modules.linear import Leaf, fused_linear, split_bias
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.whole_layer import WholeLayer
 from fastbert.ops.attention import attention, attention_qkvpacked
-from fastbert.ops.attention_plain import Call as Attention
+from fastbert.ops.attention_plain import Attention
 from fastbert.ops.dropout import drawn, dropout
-from fastbert.ops.layer_norm import Call as Norm
-from fastbert.ops.layer_norm import Save, dropout_add_layer_norm
+from fastbert.ops.layer_norm import Norm, Save, dropout_add_layer_norm
 from fastbert.rng import DropoutState
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastbert.backend import DTYPES, op, place
 from fastbert.check import require, require_floats
-from fastbert.ops.attention_plain import Call, attend
+from fastbert.ops.attention_plain import Attention, attend
 from fastbert.ops.dropout import checked_rng, device_numbers
 from fastbert.ops.fused import once, run
 from fastbert.rng import DropoutState, keep_scale
@@ -33,7 +33,7 @@ def attention(
     dropout_p: float = 0.0,
     rng: DropoutState | None = None,
     mask: Tensor | None = None,
-) -> Call:
+) -> Attention:
     """Softmax attention of each query to the keys of its own sequence, and to no other key.
 
     q: (T_q, N, D); k, v: (T_k, N, D), of one dtype; cu_seqlens_q, cu_seqlens_k: (B + 1,) int32,
@@ -65,7 +65,7 @@ def attention(
         if x.dtype != q.dtype:
             require(False, who, f"{name} of q's dtype {q.dtype}", x.dtype)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    call = Call(
+    call = Attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         scale, dropout_p, rng, mask,
     )  # fmt: skip
@@ -83,7 +83,7 @@ def attention_qkvpacked(
     rng: DropoutState | None = None,
     mask: Tensor | None = None,
     qkv_bias: Tensor | None = None,
-) -> Call:
+) -> Attention:
     """`attention` where queries, keys and values are projections of the same tokens.
 
     qkv: (T, 3, N, D), queries, keys and values; cu_seqlens: (B + 1,) int32; max_seqlen: an upper
@@ -106,11 +106,11 @@ def attention_qkvpacked(
         got = f"{qkv_bias.dtype} {tuple(qkv_bias.shape)}"
         require(fits, who, f"qkv_bias of a floating dtype and shape ({size},)", got)
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    call = Call(qkv, None, None, *lengths, scale, dropout_p, rng, mask, qkv_bias)
+    call = Attention(qkv, None, None, *lengths, scale, dropout_p, rng, mask, qkv_bias)
     return _checked(who, call)
 
 
-def _checked(who: str, call: Call) -> Call:
+def _checked(who: str, call: Attention) -> Attention:
     """Completes the call for the kernels: contiguous boundaries, dropout state, expanded mask."""
     q, boundaries, dropout_p, rng = call.q, call[3:5], call.dropout_p, call.rng
     for name, x in zip(("cu_seqlens_q", "cu_seqlens_k"), boundaries, strict=True):
@@ -146,7 +146,7 @@ attention_qkvpacked.plain(attend)
 
 @attention.refuses
 @attention_qkvpacked.refuses
-def _refusal(call: Call) -> str | None:
+def _refusal(call: Attention) -> str | None:
     q, k, v, cu_seqlens_q, cu_seqlens_k, _, _, scale, _, _, mask, bias = call
     if q.dtype not in DTYPES:
         return str(q.dtype)
@@ -170,7 +170,7 @@ def _refusal(call: Call) -> str | None:
 
 @attention.describes
 @attention_qkvpacked.describes
-def _variant(kernels: Any, call: Call) -> str:
+def _variant(kernels: Any, call: Attention) -> str:
     longest = max(call.max_seqlen_q, call.max_seqlen_k)
     about = {"mask": call.mask is not None, "dropout": call.rng is not None}
     return kernels.variant(call.q, longest, **about)
@@ -178,7 +178,7 @@ def _variant(kernels: Any, call: Call) -> str:
 
 @attention.fused
 @attention_qkvpacked.fused
-def _fused(kernels: Any, call: Call) -> Tensor:
+def _fused(kernels: Any, call: Attention) -> Tensor:
     # cu_seqlens may occur twice, and torch.compile refuses a Function with a repeated tensor
     return run(AttentionFunction, kernels, (*call[:3], call.qkv_bias, call[3:-1]))
 

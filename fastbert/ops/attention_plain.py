@@ -26,7 +26,7 @@ MASKED = -1e30  # numbers of an additive mask below this mean -inf
 SHORT_ALIKE, SHORT, MANY = 2**15, 2**12, 8
 
 
-class Call(NamedTuple):
+class Attention(NamedTuple):
     """A call of `attention`, or of `attention_qkvpacked` where k and v are None.
 
     q is then qkv (T, 3, N, D), and qkv_bias (3 N D,) a bias that is part of it, for the bias's
@@ -47,13 +47,13 @@ class Call(NamedTuple):
     qkv_bias: Tensor | None = None
 
 
-def attend(call: Call) -> Tensor:
+def attend(call: Attention) -> Tensor:
     """The plain body of both operators."""
     with without_autocast(call.q):  # the result has q's dtype
         return _attend_all(call)
 
 
-def _attend_all(call: Call) -> Tensor:
+def _attend_all(call: Attention) -> Tensor:
     q, k, v, cu_seqlens_q, cu_seqlens_k = call[:5]
     if call.qkv_bias is not None:  # adds 0, whose derivative by the bias is 1
         bias = call.qkv_bias
@@ -74,7 +74,7 @@ def _attend_all(call: Call) -> Tensor:
     return attend_by_sequence(_sequences(tensors, lengths), call)
 
 
-def reads_lengths(call: Call) -> bool:
+def reads_lengths(call: Attention) -> bool:
     """Whether to read the lengths, so that long sequences attend one by one, without padding.
 
     On a CPU reading them is free. On a GPU the host would wait, and only one call for all sequences
@@ -100,7 +100,7 @@ def _lengths(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> list[int]:
 
 
 def _paddings(
-    lengths: list[list[int]], boundaries: list[Tensor], call: Call
+    lengths: list[list[int]], boundaries: list[Tensor], call: Attention
 ) -> list[Unpadding] | None:
     """The padded forms in which a CPU is faster than with one sequence after the other, or None.
 
@@ -145,7 +145,7 @@ def _sequences(tensors: tuple[Tensor, ...], lengths: list[list[int]]) -> list[tu
     return [*found, (q, k[:, :0], v[:, :0])] if q.shape[1] or not found else found
 
 
-def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tensor:
+def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Attention) -> Tensor:
     """Attention of one sequence at a time; sequences: q (N, n_q, D), k and v (N, n_k, D) each."""
     drawn: list[DropoutState] = []
     if call.rng is not None:
@@ -169,7 +169,9 @@ def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tenso
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def attend_padded(tensors: tuple[Tensor, ...], paddings: list[Unpadding], call: Call) -> Tensor:
+def attend_padded(
+    tensors: tuple[Tensor, ...], paddings: list[Unpadding], call: Attention
+) -> Tensor:
     """Attention of all sequences at once; paddings: of queries, and of keys if they have others."""
     of_queries, of_keys = paddings[0], paddings[-1]
     if len(tensors) == 1:
@@ -195,7 +197,7 @@ def attend_padded(tensors: tuple[Tensor, ...], paddings: list[Unpadding], call: 
     return of_queries.pack(out.transpose(1, 2))
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Tensor | None = None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Attention, mask: Tensor | None = None) -> Tensor:
     """PyTorch's own attention, by the body that allows the derivatives that may be asked for."""
     if is_transformed():
         with sdpa_kernel(SDPBackend.MATH):
@@ -231,7 +233,7 @@ class _Sdpa(torch.autograd.Function):
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Tensor | None, keep: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, call: Attention, mask: Tensor | None, keep: Tensor | None
 ) -> Tensor:
     """Softmax attention written out; all tensors have the same leading dimensions."""
     # matmul would reshape its arguments to three dimensions first; bmm takes them as they are

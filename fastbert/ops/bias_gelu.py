@@ -12,7 +12,7 @@ from fastbert.check import require, require_rows
 from fastbert.ops.fused import as_rows, once, run, shaped
 
 
-class Call(NamedTuple):
+class BiasGelu(NamedTuple):
     """A call of `bias_gelu`."""
 
     x: Tensor
@@ -21,7 +21,7 @@ class Call(NamedTuple):
 
 
 @op("triton")
-def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none") -> Call:
+def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none") -> BiasGelu:
     """`gelu(x + bias)`, by the error function or, for approximate="tanh", by the tanh formula.
 
     x: (..., H); bias: (H,) of any floating-point dtype. Computed in float32 or wider without
@@ -32,18 +32,18 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none") -> Call:
     who = "bias_gelu"
     require_rows(who, x, bias=bias)
     require(approximate in ("none", "tanh"), who, 'approximate "none" or "tanh"', approximate)
-    return Call(x, bias, approximate)
+    return BiasGelu(x, bias, approximate)
 
 
 @bias_gelu.plain
-def _plain(call: Call) -> Tensor:
+def _plain(call: BiasGelu) -> Tensor:
     x, bias, approximate = call
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.gelu(x + bias.to(wide), approximate=approximate).to(x.dtype)
 
 
 @bias_gelu.refuses
-def _refusal(call: Call) -> str | None:
+def _refusal(call: BiasGelu) -> str | None:
     x, bias, _ = call
     if x.dtype not in DTYPES:
         return str(x.dtype)

@@ -16,7 +16,7 @@ from fastbert.ops.fused import as_rows, run, shaped
 from fastbert.rng import DropoutState
 
 
-class Call(NamedTuple):
+class KeepMask(NamedTuple):
     """A call of `hidden_keep_mask` or `attention_keep_mask`, with the sizes of the result.
 
     token_key, state, site: the fields of a `DropoutState`
@@ -30,33 +30,35 @@ class Call(NamedTuple):
 
 
 @op("ext")
-def hidden_keep_mask(rng: DropoutState, num_cols: int, dropout_p: float) -> Call:
+def hidden_keep_mask(rng: DropoutState, num_cols: int, dropout_p: float) -> KeepMask:
     """(T, num_cols) bool, True where an element of the residual stream (T, num_cols) is kept.
 
     rng: with T token keys; dropout_p: the probability of a drop. The arguments are not checked.
     """
-    return Call(rng.token_key, rng.state, rng.site, (num_cols,), dropout_p)
+    return KeepMask(rng.token_key, rng.state, rng.site, (num_cols,), dropout_p)
 
 
 @op("ext")
-def attention_keep_mask(rng: DropoutState, num_heads: int, num_keys: int, dropout_p: float) -> Call:
+def attention_keep_mask(
+    rng: DropoutState, num_heads: int, num_keys: int, dropout_p: float
+) -> KeepMask:
     """(N, T, num_keys) bool, True where a query's attention probability for a key is kept.
 
     rng: with T token keys, one a query; keys are counted within a sequence; dropout_p: the
     probability of a drop. The arguments are not checked.
     """
-    return Call(rng.token_key, rng.state, rng.site, (num_heads, num_keys), dropout_p)
+    return KeepMask(rng.token_key, rng.state, rng.site, (num_heads, num_keys), dropout_p)
 
 
 @hidden_keep_mask.plain
 @attention_keep_mask.plain
-def _plain(call: Call) -> Tensor:
+def _plain(call: KeepMask) -> Tensor:
     return _keep_mask(*call[:3], list(call.sizes), call.dropout_p)
 
 
 @hidden_keep_mask.fused
 @attention_keep_mask.fused
-def _fused(kernels: Any, call: Call) -> Tensor:
+def _fused(kernels: Any, call: KeepMask) -> Tensor:
     is_hidden = len(call.sizes) == 1
     mask = kernels.hidden_keep_mask if is_hidden else kernels.attention_keep_mask
     return mask(*call[:3], *call.sizes, random.threshold(call.dropout_p))

@@ -17,7 +17,7 @@ from fastbert.rng import DropoutState
 WHO = "embedding_layer_norm"
 
 
-class Call(NamedTuple):
+class EmbeddingLayerNorm(NamedTuple):
     """A call of `embedding_layer_norm`.
 
     All ids have one shape; padding_idx: counted from 0; rng: None without dropout; dtype: the
@@ -55,7 +55,7 @@ def embedding_layer_norm(
     dropout_p: float = 0.0,
     rng: DropoutState | None = None,
     dtype: torch.dtype | None = None,
-) -> Call:
+) -> EmbeddingLayerNorm:
     """`dropout(layer_norm(word[input_ids] + token_type[token_type_ids] + position[position_ids]))`.
 
     input_ids: (...) int64, usually (T,) packed tokens; position_ids and token_type_ids broadcast to
@@ -87,7 +87,7 @@ def embedding_layer_norm(
         require(-size <= padding_idx < size, WHO, f"a padding_idx within {size} words", padding_idx)
         padding_idx %= size
     rng = checked_rng(WHO, input_ids.numel(), word.device, dropout_p, rng)
-    return Call(
+    return EmbeddingLayerNorm(
         input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps,
         padding_idx, dropout_p, rng, dtype or word.dtype,
     )  # fmt: skip
@@ -117,7 +117,7 @@ def _check_tables(
 
 
 @embedding_layer_norm.plain
-def _plain(call: Call) -> Tensor:
+def _plain(call: EmbeddingLayerNorm) -> Tensor:
     word, weight = call.word, call.weight
     wide = torch.promote_types(word.dtype, torch.float32)
     z = F.embedding(call.input_ids, word, call.padding_idx).to(wide)
@@ -131,7 +131,7 @@ def _plain(call: Call) -> Tensor:
 
 
 @embedding_layer_norm.refuses
-def _refusal(call: Call) -> str | None:
+def _refusal(call: EmbeddingLayerNorm) -> str | None:
     word, tables = call.word, tuple(table for table in call[3:6] if table is not None)
     if reason := refusal(tables, (call.weight, call.bias)):
         return reason
@@ -146,10 +146,10 @@ def _refusal(call: Call) -> str | None:
     return None
 
 
-class _EmbeddingLayerNorm(torch.autograd.Function):
+class EmbeddingLayerNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: Any, *fields: Any) -> Tensor:
-        call = Call(*fields)
+        call = EmbeddingLayerNorm(*fields)
         ids = [None if x is None else x.reshape(-1).contiguous() for x in call[:3]]
         types = call.token_type
         if types is None:  # a row of zeros, so that the kernels have a table
@@ -177,4 +177,4 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
         return None, None, None, None, dword, dposition, dtypes, *sums.unbind(), *[None] * 5
 
 
-embedding_layer_norm.fused(partial(run, _EmbeddingLayerNorm))
+embedding_layer_norm.fused(partial(run, EmbeddingLayerNormFunction))

@@ -16,7 +16,7 @@ from fastbert.ops.fused import as_rows, once, result_dtype, run, without_autocas
 MULTIPLE = 16  # which the kernels want a weight's sizes to be multiples of
 
 
-class Call(NamedTuple):
+class Fp8Linear(NamedTuple):
     """A call of `fp8_linear`; inverse: (3,), by `inverse_of` the scales."""
 
     x: Tensor
@@ -28,7 +28,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
 
 
-class FeedForward(NamedTuple):
+class Fp8FeedForward(NamedTuple):
     """A call of `fp8_feed_forward`, with the inverses of both scales."""
 
     x: Tensor
@@ -46,7 +46,9 @@ class FeedForward(NamedTuple):
 
 
 @op("triton")
-def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, amax: Tensor) -> Call:
+def fp8_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, amax: Tensor
+) -> Fp8Linear:
     """`x @ weight.T + bias`, all of whose products, in the backward too, are of FP8 casts.
 
     x: (..., K); weight: (N, K); bias: (N,) or None; scale: (3,) float32, powers of two by which x,
@@ -65,7 +67,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, am
     who = "fp8_linear"
     _check_layer(who, x, weight, bias, "outputs")
     _check_threes(who, scale=scale, amax=amax)
-    return Call(x, weight, bias, scale, inverse_of(scale), amax, result_dtype(x))
+    return Fp8Linear(x, weight, bias, scale, inverse_of(scale), amax, result_dtype(x))
 
 
 @op("triton")
@@ -80,7 +82,7 @@ def fp8_feed_forward(
     output_amax: Tensor,
     *,
     approximate: str = "none",
-) -> FeedForward:
+) -> Fp8FeedForward:
     """`gelu(x @ weight.T + bias) @ output_weight.T`, all of whose products are of FP8 casts.
 
     x: (..., K); weight: (N, K); bias: (N,); output_weight: (O, N); approximate: as in `bias_gelu`.
@@ -103,7 +105,7 @@ def fp8_feed_forward(
     first = scale, inverse_of(scale), amax
     second = output_scale, inverse_of(output_scale), output_amax
     tensors = x, weight, bias, output_weight
-    return FeedForward(*tensors, *first, *second, approximate, result_dtype(x))
+    return Fp8FeedForward(*tensors, *first, *second, approximate, result_dtype(x))
 
 
 def inverse_of(scale: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ def multiplies_fp8(device: torch.device) -> bool:
 
 @fp8_linear.plain
 @fp8_feed_forward.plain
-def _plain(call: Call | FeedForward) -> Tensor:
+def _plain(call: Fp8Linear | Fp8FeedForward) -> Tensor:
     if is_transformed():  # the tangent of a cast would be a cast, without a scale of its own
         raise RuntimeError(
             "fp8: function transforms (torch.func) and forward-mode AD do not go through casts to "
@@ -146,11 +148,11 @@ def _plain(call: Call | FeedForward) -> Tensor:
 
 @fp8_linear.refuses
 @fp8_feed_forward.refuses
-def _refusal(call: Call | FeedForward) -> str | None:
+def _refusal(call: Fp8Linear | Fp8FeedForward) -> str | None:
     x = call.x
     if any(isinstance(t, Tensor) and t.device != x.device for t in call):
         return "tensors on several devices"
-    weights = [call.weight] if isinstance(call, Call) else [call.weight, call.output_weight]
+    weights = [call.weight] if isinstance(call, Fp8Linear) else [call.weight, call.output_weight]
     for name, found in (
         ("", x.dtype),
         *(("weight of ", weight.dtype) for weight in weights),
@@ -168,8 +170,9 @@ def _refusal(call: Call | FeedForward) -> str | None:
 
 @fp8_linear.fused
 @fp8_feed_forward.fused
-def _fused(kernels: Any, call: Call | FeedForward) -> Tensor:
-    return run(_Fp8Linear if isinstance(call, Call) else _Fp8FeedForward, kernels, call)
+def _fused(kernels: Any, call: Fp8Linear | Fp8FeedForward) -> Tensor:
+    function = Fp8LinearFunction if isinstance(call, Fp8Linear) else Fp8FeedForwardFunction
+    return run(function, kernels, call)
 
 
 def _result(y: Tensor, x: Tensor) -> Tensor:
@@ -179,7 +182,7 @@ def _result(y: Tensor, x: Tensor) -> Tensor:
     return result
 
 
-class _Fp8Linear(torch.autograd.Function):
+class Fp8LinearFunction(torch.autograd.Function):
     """`kernels` is the Triton unit, or `fp8_plain`."""
 
     @staticmethod
@@ -221,7 +224,7 @@ class _Fp8Linear(torch.autograd.Function):
         return None, dx, dweight, dbias, *[None] * 4
 
 
-class _Fp8FeedForward(torch.autograd.Function):
+class Fp8FeedForwardFunction(torch.autograd.Function):
     """`kernels` is the Triton unit, or `fp8_plain`."""
 
     @staticmethod

@@ -11,7 +11,7 @@ from fastbert.check import require
 from fastbert.ops.fused import run
 
 
-class Call(NamedTuple):
+class Gather(NamedTuple):
     """A call of `gather_rows`."""
 
     src: Tensor
@@ -20,7 +20,7 @@ class Call(NamedTuple):
 
 
 @op("ext", "triton")
-def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Call:
+def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Gather:
     """`out[i] = src[index[i]]`, and zeros where index[i] is -1.
 
     src: (R, H) of any dtype; index: (M,) int32 in [-1, R), which names no row twice; inverse: (R,)
@@ -42,7 +42,7 @@ def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Call:
     are_there = index.device == src.device == inverse.device
     got = f"{index.device} and {inverse.device}"
     require(are_there, who, f"index and inverse on {src.device}", got)
-    return Call(src, index, inverse)
+    return Gather(src, index, inverse)
 
 
 def _described(x: Tensor) -> str:
@@ -50,7 +50,7 @@ def _described(x: Tensor) -> str:
 
 
 @gather_rows.plain
-def _plain(call: Call) -> Tensor:
+def _plain(call: Gather) -> Tensor:
     src, index, _ = call
     if src.shape[0] == 0:  # only -1 is in range: it reads a row of zeros, which keeps the graph
         return src.sum(0, keepdim=True).to(src.dtype).index_select(0, index + 1)

@@ -17,7 +17,7 @@ Save = Literal["z", "y"]
 MAX_COLS = 16384  # a limit of the kernels, which hold a row in registers
 
 
-class Call(NamedTuple):
+class Norm(NamedTuple):
     """A call of `dropout_add_layer_norm`, or of `layer_norm` where the residual is None.
 
     rng: None without dropout. branches: the result twice, in x.dtype and in residual.dtype, so that
@@ -38,7 +38,7 @@ class Call(NamedTuple):
 
 
 @op("triton")
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Call:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Norm:
     """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension.
 
     x: (..., H); weight, bias: (H,). The variance is the biased one. Computed in float32 or wider,
@@ -47,7 +47,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> C
     Raises ValueError for other shapes, and for an x of integers.
     """
     require_rows("layer_norm", x, weight=weight, bias=bias)
-    return Call(x, None, weight, bias, eps)
+    return Norm(x, None, weight, bias, eps)
 
 
 @op("triton")
@@ -62,7 +62,7 @@ def dropout_add_layer_norm(
     dropout_p: float = 0.0,
     rng: DropoutState | None = None,
     save: Save = "z",
-) -> Call:
+) -> Norm:
     """`layer_norm(residual + dropout(x + x_bias))`: the end of each half of a BERT layer.
 
     x, residual: (..., H); weight, bias, x_bias: (H,); the result has residual.dtype. x_bias is the
@@ -91,17 +91,17 @@ def dropout_add_layer_norm(
     require_floats(who, residual=residual)
     require_shape(who, x.shape, residual=residual)
     rng = checked_rng(who, x.shape[:-1].numel(), x.device, dropout_p, rng)
-    return Call(x, residual, weight, bias, eps, x_bias, dropout_p, rng, save)
+    return Norm(x, residual, weight, bias, eps, x_bias, dropout_p, rng, save)
 
 
 @layer_norm.plain
 @dropout_add_layer_norm.plain
-def _plain(call: Call) -> Any:
+def _plain(call: Norm) -> Any:
     y = _plain_result(call)
     return (y.to(call.x.dtype), y) if call.branches else y
 
 
-def _plain_result(call: Call) -> Tensor:
+def _plain_result(call: Norm) -> Tensor:
     x, residual, weight, bias, eps, x_bias, dropout_p, rng, save, _ = call
     if residual is None:
         return plain_layer_norm(x, weight, bias, eps)
@@ -156,7 +156,7 @@ class _NormKeepingY(torch.autograd.Function):
 
 @layer_norm.refuses
 @dropout_add_layer_norm.refuses
-def _refusal(call: Call) -> str | None:
+def _refusal(call: Norm) -> str | None:
     x, residual, weight, bias, _, x_bias, *_ = call
     tensors = (x,) if residual is None else (x, residual)
     return refusal(tensors, (weight, bias) if x_bias is None else (weight, bias, x_bias))
@@ -182,7 +182,7 @@ def refusal(tensors: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> str | N
 
 @layer_norm.fused
 @dropout_add_layer_norm.fused
-def _fused(kernels: Any, call: Call) -> Any:
+def _fused(kernels: Any, call: Norm) -> Any:
     if call.branches and torch.compiler.is_compiling():  # a trace takes no two names of one tensor
         y = run(LayerNormFunction, kernels, call._replace(branches=False))
         return y.to(call.x.dtype), y

@@ -19,8 +19,8 @@ from fastbert.check import require
 from fastbert.modules.linear import PRODUCTS, Products, encoders_of
 from fastbert.ops.fp8_linear import (
     MULTIPLE,
-    Call,
-    FeedForward,
+    Fp8FeedForward,
+    Fp8Linear,
     fp8_feed_forward,
     fp8_linear,
     inverse_of,
@@ -120,7 +120,7 @@ class Slot(Products):
         if numbers is None:
             return None
         bias = joined(biases) if biases else None
-        return fp8_linear.run(Call(x, joined(weights), bias, *numbers, result_dtype(x)))
+        return fp8_linear.run(Fp8Linear(x, joined(weights), bias, *numbers, result_dtype(x)))
 
     def feed_forward(
         self,
@@ -142,7 +142,7 @@ class Slot(Products):
         others = output._numbers()
         assert others is not None
         return fp8_feed_forward.run(
-            FeedForward(*tensors, *numbers, *others, approximate, result_dtype(x))
+            Fp8FeedForward(*tensors, *numbers, *others, approximate, result_dtype(x))
         )
 
     def _numbers(self) -> tuple[Tensor, Tensor, Tensor] | None:

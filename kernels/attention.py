@@ -31,19 +31,10 @@ def _fwd_outputs(q, *others):
 @launcher(_fwd_outputs)
 def attention_fwd(
     outputs: list[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-    mask: Tensor | None,
-    drop_words: Tensor | None,
-    keep_scale: float,
-    keep: bool,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, mask: Tensor | None,
+    drop_words: Tensor | None, keep_scale: float, keep: bool,
+) -> None:  # fmt: skip
     """q (T_q, N, D), k and v (T_k, N, D) -> out (T_q, N, D); if `keep`, lse (N, T_q) too.
 
     lse: float32, the log-sum-exp to base 2, for the backward; cu_seqlens_q, cu_seqlens_k: (B + 1,)
@@ -82,22 +73,11 @@ def _bwd_outputs(dout, q, k, v, *others):
 @launcher(_bwd_outputs)
 def attention_bwd(
     outputs: list[Tensor],
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-    mask: Tensor | None,
-    drop_words: Tensor | None,
-    keep_scale: float,
+    dout: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, out: Tensor, lse: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    softmax_scale: float, mask: Tensor | None, drop_words: Tensor | None, keep_scale: float,
     bias_dtype: torch.dtype | None,
-) -> None:
+) -> None:  # fmt: skip
     """dout (T_q, N, D) -> dq (T_q, N, D), dk and dv (T_k, N, D); the rest as in `attention_fwd`.
 
     Where k and v are None, q is qkv (T, 3, N, D), and the result dqkv (T, 3, N, D), without a copy

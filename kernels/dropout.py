@@ -124,16 +124,9 @@ def _words_outputs(token_key, state, cu_q, cu_k, max_seqlen_q, max_seqlen_k, num
 @launcher(_words_outputs)
 def attention_drop_words(
     words: Tensor,
-    token_key: Tensor,
-    state: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    num_heads: int,
-    site: int,
-    threshold: int,
-) -> None:
+    token_key: Tensor, state: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, num_heads: int, site: int, threshold: int,
+) -> None:  # fmt: skip
     """token_key (T_q,), state (2,) int64 -> (N, T_q, W) int32: a bit that is set drops a score.
 
     Bit j of word w belongs to key 32 * w + j of the query's sequence. Words beyond a sequence's

@@ -26,14 +26,12 @@ MOST_ADAPTERS = (2**16 // SITES - 1) // MOST_LINEARS
 
 
 class LowRank(NamedTuple):
-    """`up(down(dropout(x))) * scaling`; dropout: its probability, 0 in eval mode; number: of those
-    on one linear layer."""
+    """`up(down(dropout(x))) * scaling`; dropout: its probability, 0 in eval mode."""
 
     down: Leaf
     up: Leaf
     dropout: float
     scaling: float
-    number: int
 
     def with_parameters(
         self, change: Callable[[Tensor], Tensor], given: Products | None
@@ -41,10 +39,12 @@ class LowRank(NamedTuple):
         down, up = (leaf.with_parameters(change, given) for leaf in (self.down, self.up))
         return self._replace(down=down, up=up)
 
-    def added(self, sum_: Tensor, x: Tensor, place: int, rng: DropoutState | None) -> Tensor:
-        """Adds to the product of x; place: of the linear layer among the layer's."""
+    def added(
+        self, sum_: Tensor, x: Tensor, number: int, place: int, rng: DropoutState | None
+    ) -> Tensor:
+        """Adds to the product of x; number: among the linear layer's adapters; place: as in `Leaf`."""
         if rng is not None:
-            rng = rng.at(SITES * (1 + MOST_LINEARS * self.number + place) + rng.site)
+            rng = rng.at(SITES * (1 + MOST_LINEARS * number + place) + rng.site)
         rows = x.shape[:-1].numel()
         x = dropout.run(Dropout(x, self.dropout, drawn(rows, x.device, self.dropout, rng)))
         if not torch.is_autocast_enabled(device_type(x)):
@@ -80,11 +80,11 @@ def _adapted(module: Any) -> Leaf | None:
     names = [name for name in module.active_adapters if name in module.lora_A]
     if len(names) > MOST_ADAPTERS:
         return None
-    found = [_low_rank(module, name, number) for number, name in enumerate(names)]
+    found = [_low_rank(module, name) for name in names]
     return None if None in found else Leaf(base, adapters=found)
 
 
-def _low_rank(module: Any, name: str, number: int) -> LowRank | None:
+def _low_rank(module: Any, name: str) -> LowRank | None:
     """The layer's adapter of this name; None for a variant, as DoRA is, and unusual parts."""
     down, up = Leaf(module.lora_A[name]), Leaf(module.lora_B[name])
     drops, scaling = module.lora_dropout[name], module.scaling[name]
@@ -94,7 +94,7 @@ def _low_rank(module: Any, name: str, number: int) -> LowRank | None:
     p = drops.p if type(drops) is nn.Dropout and drops.training else 0
     if is_variant or not (is_known and keeps_some(p) and down.is_plain and up.is_plain):
         return None
-    return LowRank(down, up, p, scaling, number)
+    return LowRank(down, up, p, scaling)
 
 
 def _linear(x: Tensor, leaf: Leaf) -> Tensor:

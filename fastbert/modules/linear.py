@@ -101,8 +101,8 @@ class Leaf:
     def adapted(self, y: Tensor, x: Tensor, rng: DropoutState | None) -> Tensor:
         """The layer's product y of x, with what its adapters add."""
         sum_ = y
-        for adapter in self.adapters:
-            sum_ = adapter.added(sum_, x, self.place, rng)
+        for number, adapter in enumerate(self.adapters):
+            sum_ = adapter.added(sum_, x, number, self.place, rng)
         return sum_.to(y.dtype)
 
     def with_parameters(self, change: Callable[[Tensor], Tensor], given: Products | None) -> "Leaf":

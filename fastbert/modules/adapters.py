@@ -42,7 +42,7 @@ class LowRank(NamedTuple):
     def added(
         self, sum_: Tensor, x: Tensor, number: int, place: int, rng: DropoutState | None
     ) -> Tensor:
-        """Adds to the product of x; number: among the linear layer's adapters; place: as in `Leaf`."""
+        """Adds to the product of x; number: among the leaf's adapters; place: the leaf's."""
         if rng is not None:
             rng = rng.at(SITES * (1 + MOST_LINEARS * number + place) + rng.site)
         rows = x.shape[:-1].numel()

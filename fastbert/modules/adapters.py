@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.backend import device_type
-from fastbert.modules.linear import Leaf, Products, biases_of, has_hooks, is_defined_in
+from fastbert.modules.linear import Leaf, biases_of, has_hooks, is_defined_in
+from fastbert.modules.products import Products
 from fastbert.ops.dropout import Dropout, drawn, dropout
 from fastbert.rng import DropoutState, keeps_some
 

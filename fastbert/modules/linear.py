@@ -1,6 +1,5 @@
 """Linear layers as parts of fused operators: joined in one product, or with the bias split off."""
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert.backend import Op, device_type
+from fastbert.modules.products import PRODUCTS as PRODUCTS
+from fastbert.modules.products import Products
 from fastbert.ops.fused import joined
 from fastbert.rng import DropoutState
 
 Hooks = tuple[dict[int, Callable[..., Any]], ...]  # the live dictionaries of modules' hooks
-PRODUCTS = "_fastbert_products"  # attribute of linear layers that holds their `Products`
 # From this hidden size concatenating weights takes longer than two more products of few rows:
 # 16 rows on a CPU take 89 us apart and 71 us joined at 128, 123 us and 131 us at 192.
 SMALL = 160
@@ -23,41 +23,6 @@ _NARROW = (torch.float16, torch.bfloat16)
 # Other kinds of tensors, as quantizing makes, may know no operation but that of their module. Those
 # that leave torch's functions as they are (shards, tensors without data) know all.
 _WEIGHTS = Tensor.__torch_function__, torch._C._disabled_torch_function_impl
-
-
-class Products:
-    """What multiplies for plain linear layers in place of `F.linear`: in FP8, by copies of weights.
-
-    An attribute of each layer, and of the encoder's list of layers, which is told of forwards.
-    reads_each_bias: whether `product` had better be given each bias by itself than all joined.
-    """
-
-    reads_each_bias = False
-
-    def begin(self, x: Tensor, training: bool) -> None:
-        """Called when a forward of the encoder begins, in a CUDA graph as a part of it."""
-
-    def undone(self) -> contextlib.AbstractContextManager[None]:
-        """Takes back at its end what forwards inside have changed."""
-        return contextlib.nullcontext()
-
-    def product(
-        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
-    ) -> Tensor | None:
-        """`x @ weight.T + bias`, both of tensors side by side; None leaves it to `F.linear`."""
-        return None
-
-    def feed_forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        output: "Products",
-        output_weight: Tensor,
-        approximate: str,
-    ) -> Tensor | None:
-        """`gelu(x @ weight.T + bias) @ output_weight.T`; None leaves it to `product`."""
-        return None
 
 
 class Leaf:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.check import require
-from fastbert.modules.linear import PRODUCTS, Products, encoders_of
+from fastbert.modules.linear import encoders_of
+from fastbert.modules.products import PRODUCTS, Products
 from fastbert.ops.fp8_linear import (
     MULTIPLE,
     Fp8FeedForward,

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastbert.modules.linear import PRODUCTS, Products, encoders_of
+from fastbert.modules.linear import encoders_of
+from fastbert.modules.products import PRODUCTS, Products
 from fastbert.ops.fused import as_rows, joined, once, product, result_dtype
 
 ALIGNED = 64  # elements: copies begin at multiples of 128 bytes, which fast products want

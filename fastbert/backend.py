@@ -82,7 +82,7 @@ class Op:
 
     def plain(self, function: Body) -> Body:
         self.plain_body = function
-        result = inspect.signature(function).return_annotation  # `help` shows it instead of Call
+        result = inspect.signature(function).return_annotation  # in `help`, in place of the call
         self.__signature__ = inspect.signature(self.check).replace(return_annotation=result)
         return function
 
@@ -103,14 +103,8 @@ class Op:
             torch.library.register_fake(f"fastbert::{self.name}", function)
         return function
 
-    def choice(self, device: str) -> Choice:
-        """The cached choice for a device type; raises BackendUnavailable if a forced one fails."""
-        if device not in self.choices:
-            self.choices[device] = select(self, device)
-        return self.choices[device]
-
     def chosen(self, device: str) -> Choice:
-        """The cached choice for a device type; made here if there is none.
+        """The cached choice for a device type; raises BackendUnavailable if a forced one fails.
 
         While torch.compile traces, `_choose` always runs first: the trace would not see an entry
         added to the dictionary after it first read that.
@@ -164,7 +158,10 @@ def forced() -> str | None:
 
 
 def _choose(name: str, device: str) -> str:
-    return OPS[name].choice(device).backend
+    operator = OPS[name]
+    if device not in operator.choices:
+        operator.choices[device] = select(operator, device)
+    return operator.choices[device].backend
 
 
 # torch.compile then runs `_choose` at trace time instead of tracing into it. The decorator

@@ -1,7 +1,8 @@
 """Errors about a caller's input, in one form: who refuses it, what was expected, what came."""
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class InputError(ValueError):
@@ -20,6 +21,27 @@ def require(condition: bool, who: str, expected: str, got: object, remedy: str =
     """Raises `ValueError("who: expected ..., got ...; remedy")` unless `condition` holds."""
     if not condition:
         raise ValueError(f"{who}: expected {expected}, got {got}{'; ' if remedy else ''}{remedy}")
+
+
+def require_floats(who: str, **tensors: Any) -> None:
+    """Raises ValueError unless the tensors are floating; integers would be rounded results."""
+    for name, x in tensors.items():
+        if not x.is_floating_point():
+            require(False, who, f"{name} of a floating-point dtype", x.dtype)
+
+
+def require_shape(who: str, shape: Sequence[int], **tensors: Any) -> None:
+    """Raises ValueError unless all of these tensors that are not None have this shape."""
+    for name, x in tensors.items():
+        if x is not None and x.shape != shape:
+            require(False, who, f"{name} of shape {tuple(shape)}", tuple(x.shape))
+
+
+def require_rows(who: str, x: Any, **vectors: Any) -> None:
+    """Raises ValueError unless x is (..., H) of a floating-point dtype, and the vectors (H,)."""
+    require_floats(who, x=x)
+    require(x.ndim > 0, who, "x of shape (..., hidden)", "()")
+    require_shape(who, x.shape[-1:], **vectors)
 
 
 def require_libraries(who: str, names: Iterable[str], extra: str) -> None:

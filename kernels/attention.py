@@ -30,19 +30,11 @@ def _fwd_outputs(q, *others):
 
 @launcher(_fwd_outputs)
 def attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-    mask: Tensor | None,
-    drop_words: Tensor | None,
-    keep_scale: float,
-    keep: bool,
-) -> list[Tensor]:
+    outputs: list[Tensor],
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, mask: Tensor | None,
+    drop_words: Tensor | None, keep_scale: float, keep: bool,
+) -> None:  # fmt: skip
     """q (T_q, N, D), k and v (T_k, N, D) -> out (T_q, N, D); if `keep`, lse (N, T_q) too.
 
     lse: float32, the log-sum-exp to base 2, for the backward; cu_seqlens_q, cu_seqlens_k: (B + 1,)
@@ -51,7 +43,6 @@ def attention_fwd(
     without drop_words. Raises ValueError where the offset of a row within its sequence would reach
     2**31 elements.
     """
-    outputs = _fwd_outputs(q, keep)
     if q.numel():
         out, lse = (*outputs, None)[:2]
         num_rows, num_heads, head_dim = q.shape
@@ -69,7 +60,6 @@ def attention_fwd(
             PRECISION=precision(q.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    return outputs
 
 
 def _bwd_outputs(dout, q, k, v, *others):
@@ -82,22 +72,12 @@ def _bwd_outputs(dout, q, k, v, *others):
 
 @launcher(_bwd_outputs)
 def attention_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-    mask: Tensor | None,
-    drop_words: Tensor | None,
-    keep_scale: float,
+    outputs: list[Tensor],
+    dout: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, out: Tensor, lse: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    softmax_scale: float, mask: Tensor | None, drop_words: Tensor | None, keep_scale: float,
     bias_dtype: torch.dtype | None,
-) -> list[Tensor]:
+) -> None:  # fmt: skip
     """dout (T_q, N, D) -> dq (T_q, N, D), dk and dv (T_k, N, D); the rest as in `attention_fwd`.
 
     Where k and v are None, q is qkv (T, 3, N, D), and the result dqkv (T, 3, N, D), without a copy
@@ -106,18 +86,17 @@ def attention_bwd(
     B sequences of up to S tokens take 4 bytes times 2 N D for each 32 to 128 of B S tokens
     meanwhile.
     """
-    outputs = _bwd_outputs(dout, q, k, v, bias_dtype)
     dbias = None
     if k is None:
-        dqkv, dbias = (*outputs, None)[:2]
-        (q, k, v), (dq, dk, dv) = q.unbind(1), dqkv.unbind(1)
+        dbias = None if bias_dtype is None else outputs[1]
+        (q, k, v), (dq, dk, dv) = q.unbind(1), outputs[0].unbind(1)
     else:
         dq, dk, dv = outputs  # of one row stride, like those of a packed gradient
     num_rows, num_heads, head_dim = q.shape
     if not q.numel() + k.numel():
         if dbias is not None:
             dbias.zero_()
-        return outputs
+        return
     dout = dout.contiguous()
     columns = block_d(head_dim)
     grid = (num_heads, cu_seqlens_q.shape[0])
@@ -142,7 +121,7 @@ def attention_bwd(
         )  # fmt: skip
         if dbias is not None:
             add_partials(sums, dbias.view(3, -1))  # that of the keys becomes 0
-        return outputs
+        return
     delta = torch.empty_like(lse)
     total = torch.empty_like(lse) if q.dtype == torch.float32 else None
     mask, mask_strides = _mask_and_strides(mask)
@@ -170,7 +149,6 @@ def attention_bwd(
     )  # fmt: skip
     if dbias is not None:
         add_partials(sums, dbias.view(3, -1))
-    return outputs
 
 
 def _partial_sums(dbias: Tensor | None, cu_seqlens: Tensor, tiles: int):

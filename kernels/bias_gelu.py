@@ -136,9 +136,8 @@ def _bias_gelu_bwd_kernel(
 
 
 @launcher(lambda x, *_: like(x))
-def bias_gelu_fwd(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
+def bias_gelu_fwd(y: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> None:
     """gelu(x + bias) (M, N) in x.dtype, for x (M, N) with unit column stride and bias (N,)."""
-    y = like(x)
     n_rows, n_cols = x.shape
     rows, cols, num_warps = FWD_BLOCK
     if n_rows:
@@ -148,17 +147,16 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
             N_COLS=n_cols, TANH=tanh, EXACT=x.dtype == torch.float32,
             ROWS=rows, COLS=cols, num_warps=num_warps,
         )  # fmt: skip
-    return y
 
 
-def _bwd_outputs(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool, has_dbias: bool):
+def _bwd_outputs(dy, x, bias, tanh, has_dbias):
     return like(x), like(bias) if has_dbias else bias.new_empty((0,))
 
 
 @launcher(_bwd_outputs)
 def bias_gelu_bwd(
-    dy: Tensor, x: Tensor, bias: Tensor, tanh: bool, has_dbias: bool
-) -> tuple[Tensor, Tensor]:
+    outputs: tuple[Tensor, Tensor], dy: Tensor, x: Tensor, bias: Tensor, tanh: bool, has_dbias: bool
+) -> None:
     """Gradients of `bias_gelu_fwd`: dx (M, N) in x.dtype; dbias (N,) in bias.dtype.
 
     dy (M, N) and x (M, N) have unit column stride; dbias is summed in float32, and empty unless
@@ -170,7 +168,7 @@ def bias_gelu_bwd(
     programs = max(num_sms(x) * WARPS_PER_SM // num_warps // strips, 1)
     rows_per_program = cdiv(cdiv(n_rows, programs), rows) * rows
     parts = cdiv(n_rows, rows_per_program) if n_rows else 0
-    dx, dbias = _bwd_outputs(dy, x, bias, tanh, has_dbias)
+    dx, dbias = outputs
     partials = None
     if has_dbias:
         partials = torch.empty(1, parts, n_cols, dtype=torch.float32, device=x.device)
@@ -184,4 +182,3 @@ def bias_gelu_bwd(
         )  # fmt: skip
     if partials is not None:
         add_partials(partials, dbias)
-    return dx, dbias

@@ -62,10 +62,10 @@ def _outputs(values: Tensor, ignore_index: int, capacity: int) -> list[Tensor]:
 
 
 @launcher(_outputs)
-def compacted(values: Tensor, ignore_index: int, capacity: int) -> list[Tensor]:
+def compacted(outputs: list[Tensor], values: Tensor, ignore_index: int, capacity: int) -> None:
     """values (B, S) of a signed dtype or uint8 -> kept (C,), positions (C,), slots (B S,), offsets
     (B + 1,), as `fastbert.ops.compact` defines them."""
-    kept, positions, slots, offsets = outputs = _outputs(values, ignore_index, capacity)
+    kept, positions, slots, offsets = outputs
     n_values = values.numel()
     if n_values:
         size, num_warps = block(n_values)
@@ -79,7 +79,6 @@ def compacted(values: Tensor, ignore_index: int, capacity: int) -> list[Tensor]:
         kept.fill_(ignore_index)
         positions.fill_(-1)
         offsets.zero_()
-    return outputs
 
 
 def compact(values: Tensor, ignore_index: int, capacity: int | None) -> list[Tensor]:

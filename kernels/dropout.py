@@ -40,9 +40,10 @@ def _dropout_kernel(
 
 
 @launcher(lambda x, *_: like(x))
-def dropout(x: Tensor, state: Tensor, token_key: Tensor, site: int, threshold: int) -> Tensor:
+def dropout(
+    y: Tensor, x: Tensor, state: Tensor, token_key: Tensor, site: int, threshold: int
+) -> None:
     """x (M, N) with unit column stride, its elements dropped or scaled; its own gradient."""
-    y = like(x)
     n_rows, n_cols = x.shape
     rows, cols, num_warps = BLOCK
     if y.numel():
@@ -52,7 +53,6 @@ def dropout(x: Tensor, state: Tensor, token_key: Tensor, site: int, threshold: i
             n_rows, threshold, site, keep_scale(threshold),
             N_COLS=n_cols, ROWS=rows, COLS=cols, num_warps=num_warps,
         )  # fmt: skip
-    return y
 
 
 def words_block(capability: int) -> tuple[int, int, int]:
@@ -116,33 +116,22 @@ def _compare(below, digit, threshold, place: tl.constexpr):
     return (digit & below) | (is_set & (digit | below))
 
 
-def _words_outputs(
-    token_key, state, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads, *_
-):  # fmt: skip
+def _words_outputs(token_key, state, cu_q, cu_k, max_seqlen_q, max_seqlen_k, num_heads, *_):
     row_words = cdiv(max_seqlen_k, 128) * 4  # a multiple of 4, for 16-byte stores
-    return cu_seqlens_q.new_empty((num_heads, token_key.shape[0], row_words))
+    return cu_q.new_empty((num_heads, token_key.shape[0], row_words))
 
 
 @launcher(_words_outputs)
 def attention_drop_words(
-    token_key: Tensor,
-    state: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    num_heads: int,
-    site: int,
-    threshold: int,
-) -> Tensor:
+    words: Tensor,
+    token_key: Tensor, state: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, num_heads: int, site: int, threshold: int,
+) -> None:  # fmt: skip
     """token_key (T_q,), state (2,) int64 -> (N, T_q, W) int32: a bit that is set drops a score.
 
     Bit j of word w belongs to key 32 * w + j of the query's sequence. Words beyond a sequence's
     last key, and words of rows that belong to no sequence, are not written.
     """
-    words = _words_outputs(
-        token_key, state, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads
-    )
     num_sequences = cu_seqlens_q.shape[0] - 1
     if words.numel() and num_sequences and max_seqlen_q:
         block_rows, block_words, num_warps = words_block(capability(token_key))
@@ -153,4 +142,3 @@ def attention_drop_words(
             words.stride(1), token_key.shape[0], site, threshold,
             BLOCK_ROWS=block_rows, BLOCK_WORDS=block_words, num_warps=num_warps,
         )  # fmt: skip
-    return words

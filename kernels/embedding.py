@@ -148,7 +148,8 @@ def _backward_kernel(
     store_partial(partials_ptr, 1, dbias, is_col, N_COLS)
 
 
-def _fwd_outputs(input_ids: Tensor, word: Tensor, dtype: torch.dtype, keep: bool) -> list[Tensor]:
+def _fwd_outputs(input_ids, position_ids, token_type_ids, word, *others):
+    dtype, keep = others[-2:]
     n_rows, device = input_ids.shape[0], word.device
     y = torch.empty(n_rows, word.shape[1], dtype=dtype, device=device)
     if not keep:
@@ -157,20 +158,19 @@ def _fwd_outputs(input_ids: Tensor, word: Tensor, dtype: torch.dtype, keep: bool
     return [y, mean, torch.empty_like(mean)]
 
 
-@launcher(lambda ids, _, __, word, *others: _fwd_outputs(ids, word, *others[-2:]))
+@launcher(_fwd_outputs)
 def embedding_layer_norm_fwd(
-    input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
+    outputs: list[Tensor], input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
     word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor, eps: float,
     state: Tensor | None, token_key: Tensor | None, site: int, threshold: int, dtype: torch.dtype,
     keep: bool,
-) -> list[Tensor]:  # fmt: skip
+) -> None:  # fmt: skip
     """dropout(layer_norm(...)) of the summed embeddings: y (T, N) in `dtype`.
 
     Ids (T,) are contiguous; tables (V, N), (P, N), (S, N) are contiguous and of one dtype. If
     `keep`, also returns mean and rstd (T,) in float32, for the backward. A state of None means no
     dropout.
     """
-    outputs = _fwd_outputs(input_ids, word, dtype, keep)
     y, *statistics = outputs
     n_rows, n_cols = y.shape
     block_m, block_n, num_warps = forward_block(n_cols)
@@ -183,26 +183,25 @@ def embedding_layer_norm_fwd(
             eps, threshold, site, keep_scale(threshold),
             N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
         )  # fmt: skip
-    return outputs
 
 
-def _bwd_outputs(word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor):
-    tables = [torch.zeros_like(table) for table in (word, position, token_type)]
-    return *tables, weight.new_empty((2, weight.shape[0]))
+def _bwd_outputs(*arguments):
+    *tables, weight = arguments[4:8]
+    return *map(torch.zeros_like, tables), weight.new_empty((2, weight.shape[0]))
 
 
-@launcher(lambda *arguments: _bwd_outputs(*arguments[4:8]))
+@launcher(_bwd_outputs)
 def embedding_layer_norm_bwd(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
     dy: Tensor, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
     word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
     state: Tensor | None, token_key: Tensor | None, site: int, threshold: int, padding_id: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> None:  # fmt: skip
     """Dense gradients of the three tables, and of weight and bias (2, N), in their dtypes.
 
     dy: (T, N) with unit column stride. The row `padding_id` of the word table gets no gradient; -1
     if there is no such row.
     """
-    outputs = _bwd_outputs(word, position, token_type, weight)
     dword, dposition, dtoken_type, sums = outputs
     n_rows, n_cols = dy.shape
     sizes = word.shape[0], position.shape[0], token_type.shape[0]
@@ -223,4 +222,3 @@ def embedding_layer_norm_bwd(
         )  # fmt: skip
         add_to_tables(dz, keys, dword, dposition, dtoken_type, padding_id)
     add_partials(partials, sums)
-    return outputs

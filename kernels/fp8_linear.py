@@ -110,15 +110,15 @@ def padded(n: int) -> int:
     return cdiv(n, MULTIPLE) * MULTIPLE
 
 
-def _cast_outputs(x: Tensor, e5m2: bool):
+def _cast_outputs(x: Tensor, e5m2: bool) -> tuple[Tensor, Tensor]:
     dtype = torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
     rows, cols = padded(x.shape[0]), x.shape[1]
     return x.new_empty(rows, cols, dtype=dtype), x.new_empty(cols, rows, dtype=dtype)
 
 
-def _cast(block, x, scale, amax, e5m2, bias=None, tanh=False, dy=None, dbias=None):
-    """Launches the kernel; with dy also fills dbias."""
-    cast, transposed = outputs = _cast_outputs(x, e5m2)
+def _cast(block, outputs, x, scale, amax, e5m2, bias=None, tanh=False, dy=None):
+    """Launches the kernel; with dy the outputs have dbias, too."""
+    cast, transposed, *dbias = outputs
     n_rows, n_cols = x.shape
     rows, cols, num_warps = block
     parts, partials = cdiv(n_rows, rows), None
@@ -133,43 +133,44 @@ def _cast(block, x, scale, amax, e5m2, bias=None, tanh=False, dy=None, dbias=Non
             ROWS=rows, COLS=cols, num_warps=num_warps,
         )  # fmt: skip
     if partials is not None:
-        add_partials(partials, dbias)
-    return outputs
+        add_partials(partials, *dbias)
 
 
 @launcher(lambda x, _, __, e5m2: _cast_outputs(x, e5m2), mutates=("amax",))
-def cast_transpose(x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool) -> tuple[Tensor, Tensor]:
+def cast_transpose(
+    outputs: tuple[Tensor, Tensor], x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool
+) -> None:
     """x (M, N) times `scale`, in FP8: (P, N) and (N, P), where P is M in whole 16s, filled with 0.
 
     x has unit column stride; scale, amax: () float32. E5M2 if `e5m2`, else E4M3, rounded to the
     nearest value, ties to even; what is too large saturates, and what is not finite becomes NaN.
     Raises amax to the largest finite absolute value of x.
     """
-    return _cast(CAST_BLOCK, x, scale, amax, e5m2)
+    _cast(CAST_BLOCK, outputs, x, scale, amax, e5m2)
 
 
 @launcher(lambda x, *_: _cast_outputs(x, False), mutates=("amax",))
 def gelu_cast_transpose(
-    x: Tensor, bias: Tensor, tanh: bool, scale: Tensor, amax: Tensor
-) -> tuple[Tensor, Tensor]:
+    outputs: tuple[Tensor, Tensor], x: Tensor, bias: Tensor, tanh: bool, scale: Tensor, amax: Tensor
+) -> None:
     """gelu(x + bias) in E4M3 as by `cast_transpose`, from float32: (P, N) and (N, P).
 
     x: (M, N) with unit column stride; bias: (N,); scale, amax: () float32.
     """
-    return _cast(GELU_CAST_BLOCK, x, scale, amax, False, bias, tanh)
+    _cast(GELU_CAST_BLOCK, outputs, x, scale, amax, False, bias, tanh)
 
 
 @launcher(lambda dy, x, bias, *_: (*_cast_outputs(x, True), like(bias)), mutates=("amax",))
 def gelu_bwd_cast_transpose(
-    dy: Tensor, x: Tensor, bias: Tensor, tanh: bool, scale: Tensor, amax: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    outputs: tuple[Tensor, Tensor, Tensor],
+    dy: Tensor, x: Tensor, bias: Tensor, tanh: bool, scale: Tensor, amax: Tensor,
+) -> None:  # fmt: skip
     """The gradient of gelu(x + bias) by x, in E5M2 as by `cast_transpose`, and dbias (N,).
 
     dy, x: (M, N) with unit column stride; dbias, in bias.dtype, is summed in float32 before the
     cast. Returns (P, N), (N, P) and (N,).
     """
-    dbias = like(bias)
-    return *_cast(GELU_BWD_CAST_BLOCK, x, scale, amax, True, bias, tanh, dy, dbias), dbias
+    _cast(GELU_BWD_CAST_BLOCK, outputs, x, scale, amax, True, bias, tanh, dy)
 
 
 def product(

@@ -34,17 +34,12 @@ def _gather_rows_kernel(
     tl.store(out_ptr + rows[:, None] * N_COLS + cols[None, :], x, is_row[:, None] & is_col[None, :])
 
 
-def _outputs(src, index, *_):
-    return src.new_empty((index.shape[0], src.shape[1]))
-
-
-@launcher(_outputs)
-def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+@launcher(lambda src, index, _: src.new_empty((index.shape[0], src.shape[1])))
+def gather_rows(out: Tensor, src: Tensor, index: Tensor, inverse: Tensor) -> None:
     """src (R, N), index (M,) int32 -> (M, N): zeros at -1, all bits set beyond the rows of src.
 
     The inverse, which the extension's body takes too, is not read.
     """
-    out = _outputs(src, index)
     if out.numel():
         dtype = _BITS[min(src.element_size(), 8)]  # of 16 bytes, as complex numbers have, two each
         src = src if src.stride(1) == 1 else src.contiguous()
@@ -58,4 +53,3 @@ def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
             bits, index.contiguous(), out.view(dtype), bits.stride(0), len(out), len(src),
             N_COLS=n_cols, ROWS=rows, COLS=cols, num_warps=num_warps,
         )  # fmt: skip
-    return out

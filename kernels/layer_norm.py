@@ -209,10 +209,11 @@ def _fwd_outputs(x, residual, *others):
 
 @launcher(_fwd_outputs)
 def layer_norm_fwd(
+    outputs: list[Tensor],
     x: Tensor, residual: Tensor | None, x_bias: Tensor | None, weight: Tensor, bias: Tensor,
     eps: float, state: Tensor | None, token_key: Tensor | None, site: int, threshold: int,
     keep: str, low: bool,
-) -> list[Tensor]:  # fmt: skip
+) -> None:  # fmt: skip
     """Normalizes z = residual + dropout(x + x_bias), or x where there is no residual.
 
     x, residual: (M, N) with unit column stride; x_bias, weight, bias: (N,). Returns y (M, N) in
@@ -220,7 +221,6 @@ def layer_norm_fwd(
     reads by `keep`: nothing for ""; rstd (M,) float32 for "y"; for "z" rstd, mean (M,) float32 and
     z (M, N), which is left out where it is x. A state of None means no dropout.
     """
-    outputs = _fwd_outputs(x, residual, keep, low)
     y, y_low = outputs[0], outputs[1] if low else None
     rstd, mean, z = (*outputs[1 + low :], None, None, None)[:3]
     n_rows, n_cols = x.shape
@@ -236,22 +236,23 @@ def layer_norm_fwd(
             N_COLS=n_cols, BLOCK_M=block_m, BLOCK_N=block_n, UNIT=unit,
             num_warps=num_warps,
         )  # fmt: skip
-    return outputs
 
 
-def _bwd_outputs(kept, weight, state, x_dtype, num_sums):
+def _bwd_outputs(dy, dy2, kept, weight, bias, mean, rstd, state, *others):
+    x_dtype, num_sums = others[-2:]
     is_same = state is None and x_dtype == kept.dtype
     dx = kept.new_empty((0,), dtype=x_dtype) if is_same else like(kept, x_dtype)
     return like(kept), dx, weight.new_empty((num_sums, weight.shape[0]))
 
 
-@launcher(lambda _, __, kept, weight, *others: _bwd_outputs(kept, weight, others[3], *others[-2:]))
+@launcher(_bwd_outputs)
 def layer_norm_bwd(
+    outputs: tuple[Tensor, Tensor, Tensor],
     dy: Tensor, dy2: Tensor | None, kept: Tensor, weight: Tensor, bias: Tensor | None,
     mean: Tensor | None, rstd: Tensor,
     state: Tensor | None, token_key: Tensor | None, site: int, threshold: int,
     x_dtype: torch.dtype, num_sums: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> None:  # fmt: skip
     """dz (M, N) in kept.dtype, dx (M, N) in x_dtype, and sums (K, N) in weight.dtype.
 
     dy, dy2: (M, N) of the same strides, the gradients of y's two branches, whose sum is y's; dy2 is
@@ -259,7 +260,7 @@ def layer_norm_bwd(
     num_sums: K, 3 for the gradients of weight, bias and x_bias, 2 without the last, 0 for none,
     summed in float32. dx is empty where it equals dz.
     """
-    outputs = dz, dx, sums = _bwd_outputs(kept, weight, state, x_dtype, num_sums)
+    dz, dx, sums = outputs
     n_rows, n_cols = kept.shape
     unit = stride_unit(dy.stride(0), kept.stride(0))
     block_m, block_n, num_warps = block = backward_block(n_cols)
@@ -280,4 +281,3 @@ def layer_norm_bwd(
         )  # fmt: skip
     if partials is not None:
         add_partials(partials, sums)
-    return outputs

@@ -127,9 +127,9 @@ def _fwd_outputs(logits, *others):
 
 @launcher(_fwd_outputs)
 def cross_entropy_fwd(
-    logits: Tensor, targets: Tensor, n_classes: int, ignore_index: int, label_smoothing: float,
-    keep: bool,
-) -> list[Tensor]:  # fmt: skip
+    outputs: list[Tensor], logits: Tensor, targets: Tensor, n_classes: int, ignore_index: int,
+    label_smoothing: float, keep: bool,
+) -> None:  # fmt: skip
     """logits (C, L), targets (C,) int64 -> loss (C,) float32, correct (C,) int32.
 
     If `keep`, also highest and total (C,) float32, for the backward: the largest logit and the sum
@@ -137,7 +137,6 @@ def cross_entropy_fwd(
     have unit column stride. The loss is 0 where the target is ignore_index, and NaN where the
     target is no class.
     """
-    outputs = _fwd_outputs(logits, keep)
     loss, correct, highest, total = (*outputs, None, None)[:4]
     n_rows, n_cols = logits.shape
     depth, lanes, num_warps = FWD_BLOCK
@@ -149,16 +148,15 @@ def cross_entropy_fwd(
             N_CLASSES=n_classes, N_COLS=n_cols, SMOOTH=label_smoothing != 0,
             DEPTH=depth, LANES=lanes, num_warps=num_warps,
         )  # fmt: skip
-    return outputs
 
 
 @launcher(
     lambda logits, *_: logits.new_empty(logits.shape[1], dtype=torch.float32), mutates=("logits",)
 )
 def cross_entropy_bwd(
-    logits: Tensor, targets: Tensor, highest: Tensor, total: Tensor, scale: Tensor,
+    sums: Tensor, logits: Tensor, targets: Tensor, highest: Tensor, total: Tensor, scale: Tensor,
     n_classes: int, ignore_index: int, label_smoothing: float,
-) -> Tensor:  # fmt: skip
+) -> None:  # fmt: skip
     """Overwrites the logits (C, L) with their gradient; returns its column sums (L,) in float32.
 
     highest, total: from `cross_entropy_fwd`; scale: () float32, the gradient of each row's loss.
@@ -169,13 +167,13 @@ def cross_entropy_bwd(
     programs = max(num_sms(logits) * WARPS_PER_SM // num_warps // strips, 1)
     rows_per_program = cdiv(cdiv(n_rows, programs), rows) * rows
     parts = cdiv(n_rows, rows_per_program) if n_rows else 0
-    dbias = torch.empty(parts, n_cols, dtype=torch.float32, device=logits.device)
+    partials = torch.empty(parts, n_cols, dtype=torch.float32, device=logits.device)
     if n_rows:
         _cross_entropy_bwd_kernel(
             (parts * strips,),
-            targets, highest, total, scale, logits, dbias, logits.stride(0),
+            targets, highest, total, scale, logits, partials, logits.stride(0),
             n_rows, rows_per_program, ignore_index, label_smoothing,
             N_CLASSES=n_classes, N_COLS=n_cols,
             ROWS=rows, COLS=cols, num_warps=num_warps,
         )  # fmt: skip
-    return dbias.sum(0)
+    torch.sum(partials, 0, out=sums)

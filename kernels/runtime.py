@@ -211,26 +211,39 @@ _EAGER = frozenset((Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, i
 def launcher(outputs: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Decorates a function that launches kernels, so that torch.compile can trace its calls.
 
+    `outputs` takes the arguments of a call and allocates the results. The function gets these first
+    and fills them, then the arguments; a trace runs `outputs` alone. A call returns the results.
+
     The function is registered as `torch.ops.fastbert_triton.<its name>`, which traced calls run. An
     eager call runs the function itself: torch's dispatcher would take longer than a small kernel.
-
-    `outputs` takes the same arguments and allocates the results; the launcher calls it, and a trace
-    runs nothing else. The schema is read from the annotations; `mutates` names the arguments that
-    the launcher overwrites, of which torch.compile passes copies. The operator has checked the
-    arguments, and wraps the launcher in an autograd Function.
+    The schema is read from the annotations; `mutates` names the arguments that are overwritten, of
+    which torch.compile passes copies. The operator has checked the arguments, and wraps the
+    launcher in an autograd Function.
     """
 
     def register(launch: Callable) -> Callable:
         name = launch.__name__
-        _LIBRARY.define(name + torch.library.infer_schema(launch, mutates_args=mutates))
-        _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastbert_triton::{name}", outputs, lib=_LIBRARY)
-        operator = getattr(torch.ops.fastbert_triton, name).default
+        results, *arguments = inspect.signature(launch).parameters.values()
+        signature = inspect.Signature(arguments, return_annotation=results.annotation)
+
+        def filled(*arguments: Any) -> Any:
+            results = outputs(*arguments)
+            launch(results, *arguments)
+            return results
 
         @functools.wraps(launch)
         def call(*arguments: Any) -> Any:
-            return (operator if is_traced(arguments) else launch)(*arguments)
+            if is_traced(arguments):
+                return operator(*arguments)
+            results = outputs(*arguments)  # as in `filled`, without the time of one more call
+            launch(results, *arguments)
+            return results
 
+        filled.__signature__ = call.__signature__ = signature  # type: ignore[attr-defined]
+        _LIBRARY.define(name + torch.library.infer_schema(filled, mutates_args=mutates))
+        _LIBRARY.impl(name, filled, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastbert_triton::{name}", outputs, lib=_LIBRARY)
+        operator = getattr(torch.ops.fastbert_triton, name).default
         return call
 
     return register

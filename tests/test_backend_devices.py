@@ -49,11 +49,11 @@ NEEDS = "the kernels need compute capability 8.0, and GPU 1, GPU number 1, has 7
 )
 def test_gpus_that_cannot_run_the_kernels_run_the_plain_bodies(capabilities, hip, reason, a_gpu):
     a_gpu(*capabilities, hip=hip)
-    choice = bias_gelu.choice("cuda")
+    choice = bias_gelu.chosen("cuda")
     assert choice.kernels is None
     assert reason in choice.reason
     with backend.use("triton"), pytest.raises(backend.BackendUnavailable, match=reason):
-        bias_gelu.choice("cuda")
+        bias_gelu.chosen("cuda")
 
 
 def test_a_wrong_variable_is_one_line_of_the_command(monkeypatch):
@@ -70,13 +70,13 @@ def test_a_wrong_variable_is_one_line_of_the_command(monkeypatch):
 @pytest.mark.parametrize("capabilities", [((8, 0),), ((8, 9), (12, 0))])
 def test_gpus_from_ampere_on_run_triton(capabilities, a_gpu):
     a_gpu(*capabilities)
-    assert bias_gelu.choice("cuda").backend == "triton"
+    assert bias_gelu.chosen("cuda").backend == "triton"
 
 
 def test_a_machine_on_which_triton_cannot_compile_says_what_it_lacks(a_gpu, monkeypatch):
     monkeypatch.setattr(backend, "INTERPRETED", False)
     a_gpu((8, 0), fault="RuntimeError: no compiler")
-    choice = bias_gelu.choice("cuda")
+    choice = bias_gelu.chosen("cuda")
     assert choice.kernels is None
     assert "Python's headers (gcc and python3-dev): RuntimeError: no compiler" in choice.reason
 

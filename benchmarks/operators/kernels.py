@@ -159,7 +159,7 @@ def add_rows(
     case = {
         "operator": workload.operator.name,
         "size": workload.label,
-        "backend": workload.operator.choice(options.device.type).backend,
+        "backend": workload.operator.chosen(options.device.type).backend,
     }
     for direction, work in (("forward", workload.forward), ("backward", workload.backward)):
         if not work:

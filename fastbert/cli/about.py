@@ -50,7 +50,7 @@ def backends() -> list[tuple[str, ...]]:
     for name, operator in sorted(backend.OPS.items()):
         for device in kinds:
             try:
-                choice = operator.choice(device)
+                choice = operator.chosen(device)
                 rows.append((name, device, choice.backend, choice.reason))
             except backend.BackendUnavailable as refusal:
                 rows.append((name, device, "none", str(refusal)))

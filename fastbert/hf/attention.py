@@ -92,19 +92,16 @@ def attention_forward(
     if key.shape[1] != heads:
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
-    mask = None
-    if attention_mask is None or attention_mask.ndim != 2:
-        mask = attention_mask
-        if mask is None and causal and num_queries > 1:
-            ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
-            mask = ones.tril()
-        padding = Unpadding.dense(batch, num_keys, query.device)
-    elif position_bias is not None or torch.compiler.is_compiling():
-        mask = attention_mask[:, None, None]
-        padding = Unpadding.dense(batch, num_keys, query.device)
-    else:
-        known = getattr(attention_mask, _UNPADDING, None)
-        padding = unpad(attention_mask) if known is None else known
+    mask, padding = attention_mask, None
+    if mask is None and causal and num_queries > 1:
+        ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+        mask = ones.tril()
+    elif mask is not None and mask.ndim == 2:
+        if position_bias is not None or torch.compiler.is_compiling():
+            mask = mask[:, None, None]
+        else:
+            padding, mask = getattr(mask, _UNPADDING, None) or unpad(mask), None
+    padding = padding or Unpadding.dense(batch, num_keys, query.device)
     if position_bias is not None:
         mask = _added(position_bias, mask)
     queries = Unpadding.dense(batch, num_queries, query.device)

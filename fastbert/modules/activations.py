@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastbert.backend import Op
 from fastbert.modules.linear import Leaf, split_bias
-from fastbert.ops.bias_gelu import Call, bias_gelu
+from fastbert.ops.bias_gelu import BiasGelu, bias_gelu
 from fastbert.rng import DropoutState
 
 Activation = Callable[[Tensor], Tensor]  # elementwise
@@ -44,7 +44,7 @@ def dense_and_activate(
     x, bias = split_bias(x, dense, None if approximate is None else bias_gelu, rng)
     if approximate is None or bias is None:
         return function(x)
-    return bias_gelu.run(Call(x, bias, approximate))
+    return bias_gelu.run(BiasGelu(x, bias, approximate))
 
 
 def feed_forward(

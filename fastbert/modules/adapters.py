@@ -13,14 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.backend import device_type
-from fastbert.modules.linear import (
-    Leaf,
-    Products,
-    biases_of,
-    has_hooks,
-    is_defined_in,
-    product,
-)
+from fastbert.modules.linear import Leaf, biases_of, has_hooks, is_defined_in
+from fastbert.modules.products import Products
 from fastbert.ops.dropout import Dropout, drawn, dropout
 from fastbert.rng import DropoutState, keeps_some
 
@@ -33,67 +27,33 @@ MOST_ADAPTERS = (2**16 // SITES - 1) // MOST_LINEARS
 
 
 class LowRank(NamedTuple):
-    """Adds `up(down(dropout(x))) * scaling`; dropout: its probability, 0 in eval mode."""
+    """`up(down(dropout(x))) * scaling`; dropout: its probability, 0 in eval mode."""
 
     down: Leaf
     up: Leaf
     dropout: float
     scaling: float
 
-    def __call__(self, x: Tensor, rng: DropoutState | None) -> Tensor:
+    def with_parameters(
+        self, change: Callable[[Tensor], Tensor], given: Products | None
+    ) -> "LowRank":
+        down, up = (leaf.with_parameters(change, given) for leaf in (self.down, self.up))
+        return self._replace(down=down, up=up)
+
+    def added(
+        self, sum_: Tensor, x: Tensor, number: int, place: int, rng: DropoutState | None
+    ) -> Tensor:
+        """Adds to the product of x; number: among the leaf's adapters; place: the leaf's."""
+        if rng is not None:
+            rng = rng.at(SITES * (1 + MOST_LINEARS * number + place) + rng.site)
         rows = x.shape[:-1].numel()
         x = dropout.run(Dropout(x, self.dropout, drawn(rows, x.device, self.dropout, rng)))
         if not torch.is_autocast_enabled(device_type(x)):
             x = x.to(self.down.weight.dtype)
-        return _linear(_linear(x, self.down), self.up)
-
-
-class Adapted(Leaf):
-    """A plain linear layer with adapters."""
-
-    __slots__ = ("adapters",)
-
-    def __init__(self, base: nn.Linear, adapters: list[LowRank]) -> None:
-        super().__init__(base)
-        self.is_plain, self.adapters = False, adapters
-
-    @property
-    def inner(self) -> list[Leaf]:
-        return [self, *(leaf for one in self.adapters for leaf in (one.down, one.up))]
-
-    @property
-    def drops(self) -> bool:
-        return any(one.dropout for one in self.adapters)
-
-    def with_parameters(
-        self, change: Callable[[Tensor], Tensor], given: Products | None
-    ) -> "Adapted":
-        leaf: Any = super().with_parameters(change, given)
-        leaf.adapters = [
-            one._replace(
-                down=one.down.with_parameters(change, given),
-                up=one.up.with_parameters(change, given),
-            )
-            for one in self.adapters
-        ]
-        return leaf
-
-    def __call__(self, x: Tensor, rng: DropoutState | None = None) -> Tensor:
-        return self.adapted(product(x, (self,), biases_of(self)), x, rng)
-
-    def adapted(self, y: Tensor, x: Tensor, rng: DropoutState | None) -> Tensor:
-        sum_ = y
-        for number, adapter in enumerate(self.adapters):
-            own = None
-            if rng is not None:
-                place = MOST_LINEARS * number + self.place
-                own = rng.at(SITES * (1 + place) + rng.site)
-            more = adapter(x, own)
-            if torch.compiler.is_compiling():  # which leaves out alpha behind a linear layer
-                sum_ = sum_ + more * adapter.scaling
-            else:
-                sum_ = torch.add(sum_, more, alpha=adapter.scaling)
-        return sum_.to(y.dtype)
+        more = _linear(_linear(x, self.down), self.up)
+        if torch.compiler.is_compiling():  # which leaves out alpha behind a linear layer
+            return sum_ + more * self.scaling
+        return torch.add(sum_, more, alpha=self.scaling)
 
 
 def read_leaf(module: Any, kind: type[nn.Module] = nn.Linear) -> Leaf:
@@ -119,9 +79,10 @@ def _adapted(module: Any) -> Leaf | None:
     if not getattr(module, "cast_input_dtype_enabled", True):
         return None
     names = [name for name in module.active_adapters if name in module.lora_A]
-    adapters = [_low_rank(module, name) for name in names[: MOST_ADAPTERS + 1]]
-    found = [one for one in adapters if one is not None]
-    return Adapted(base, found) if len(found) == len(adapters) <= MOST_ADAPTERS else None
+    if len(names) > MOST_ADAPTERS:
+        return None
+    found = [_low_rank(module, name) for name in names]
+    return None if None in found else Leaf(base, adapters=found)
 
 
 def _low_rank(module: Any, name: str) -> LowRank | None:

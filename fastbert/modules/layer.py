@@ -19,10 +19,9 @@ from fastbert.modules.linear import Leaf, fused_linear, split_bias
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.whole_layer import WholeLayer
 from fastbert.ops.attention import attention, attention_qkvpacked
-from fastbert.ops.attention_plain import Call as Attention
+from fastbert.ops.attention_plain import Attention
 from fastbert.ops.dropout import drawn, dropout
-from fastbert.ops.layer_norm import Call as Norm
-from fastbert.ops.layer_norm import Save, dropout_add_layer_norm
+from fastbert.ops.layer_norm import Norm, Save, dropout_add_layer_norm
 from fastbert.rng import DropoutState
 
 
@@ -171,14 +170,18 @@ class LayerParts:
 
     def with_leaves(self, change: Callable[[Leaf], Leaf]) -> "LayerParts":
         """The parts with other leaves in the place of theirs."""
-        changed: dict[str, Any] = {
-            "projections": tuple(map(change, self.projections)),
-            "intermediate": change(self.intermediate),
-        }
-        for name in ("attention_end", "output"):
-            end = getattr(self, name)
-            changed[name] = end._replace(dense=change(end.dense), norm=change(end.norm))
-        return dataclasses.replace(self, **changed)
+
+        def end(one: End) -> End:
+            return one._replace(dense=change(one.dense), norm=change(one.norm))
+
+        query, key, value = map(change, self.projections)
+        return dataclasses.replace(
+            self,
+            projections=(query, key, value),
+            attention_end=end(self.attention_end),
+            intermediate=change(self.intermediate),
+            output=end(self.output),
+        )
 
 
 RunLayer = Callable[[int, Stream, Sequences], Stream]  # runs the layer of a number

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert.backend import Op, device_type
+from fastbert.modules.products import PRODUCTS as PRODUCTS
+from fastbert.modules.products import Products
 from fastbert.ops.fused import joined
 from fastbert.rng import DropoutState
 
 Hooks = tuple[dict[int, Callable[..., Any]], ...]  # the live dictionaries of modules' hooks
-PRODUCTS = "_fastbert_products"  # attribute of linear layers that holds their `Products`
 # From this hidden size concatenating weights takes longer than two more products of few rows:
 # 16 rows on a CPU take 89 us apart and 71 us joined at 128, 123 us and 131 us at 192.
 SMALL = 160
@@ -24,55 +25,30 @@ _NARROW = (torch.float16, torch.bfloat16)
 _WEIGHTS = Tensor.__torch_function__, torch._C._disabled_torch_function_impl
 
 
-class Products(Protocol):
-    """Multiplies for plain linear layers in place of `F.linear`, in FP8 or by copies of weights.
-
-    An encoder's list of layers has the same attribute, whose `begin(x, training)` is called when a
-    forward begins, in a CUDA graph as a part of it, and whose context `undone()` takes back what
-    forwards inside have changed.
-    """
-
-    @property
-    def reads_each_bias(self) -> bool:
-        """Whether `product` had better be given each bias by itself than all joined."""
-
-    def product(
-        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
-    ) -> Tensor | None:
-        """`x @ weight.T + bias`, both of tensors side by side; None leaves it to `F.linear`."""
-
-    def feed_forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        output: "Products",
-        output_weight: Tensor,
-        approximate: str,
-    ) -> Tensor | None:
-        """`gelu(x @ weight.T + bias) @ output_weight.T`; None leaves it to `product`."""
-
-
 class Leaf:
-    """A leaf module, and whether it is plain: `is_plain`, with its parameters; checked once.
+    """A leaf module, and whether its parameters may be read, `is_read`; checked once.
 
-    A plain module's parameters are read at each use, from its dictionary, because `nn.Module`'s
-    own look-up takes longer. Any other module is called, unless it `is_read` with adapters. given:
-    multiplies for this leaf alone, None for what the module has; place: among a layer's.
+    The parameters are read at each use, from the module's dictionary, because `nn.Module`'s own
+    look-up takes longer. Any other module is called. adapters: `LowRank`s, which add to a linear
+    layer's product; is_plain: whether it is read and has none; given: multiplies for this leaf
+    alone, None for what the module has; place: among a layer's.
     """
 
-    __slots__ = ("given", "is_plain", "is_read", "module", "parameters", "place")
+    __slots__ = ("adapters", "given", "is_plain", "is_read", "module", "parameters", "place")
 
-    def __init__(self, module: nn.Module, kind: type[nn.Module] = nn.Linear) -> None:
-        self.module = module
+    def __init__(
+        self, module: nn.Module, kind: type[nn.Module] = nn.Linear, adapters: Sequence[Any] = ()
+    ) -> None:
+        self.module, self.adapters = module, adapters
         # FSDP1 may take the parameters away and set tensors in the place of them
         has_parameters = module._parameters.keys() >= {"weight", "bias"}
-        self.is_plain = self.is_read = (
+        self.is_read = (
             is_plain(module, kind)
             and has_parameters
             and is_usual(module._parameters["weight"])
             and len(getattr(module, "normalized_shape", (0,))) == 1
         )
+        self.is_plain = self.is_read and not adapters
         self.parameters: dict[str, Any] = module._parameters
         self.given: Products | None = None
         self.place = 0
@@ -80,28 +56,33 @@ class Leaf:
     @property
     def inner(self) -> "list[Leaf]":
         """The leaf, and those of its adapters."""
-        return [self]
+        return [self, *(leaf for one in self.adapters for leaf in (one.down, one.up))]
 
     @property
     def drops(self) -> bool:
         """Whether a dropout of its adapters is on."""
-        return False
+        return any(one.dropout for one in self.adapters)
 
     def adapted(self, y: Tensor, x: Tensor, rng: DropoutState | None) -> Tensor:
         """The layer's product y of x, with what its adapters add."""
-        return y
+        sum_ = y
+        for number, adapter in enumerate(self.adapters):
+            sum_ = adapter.added(sum_, x, number, self.place, rng)
+        return sum_.to(y.dtype)
 
     def with_parameters(self, change: Callable[[Tensor], Tensor], given: Products | None) -> "Leaf":
         """A leaf of the same module that reads other tensors in the place of its parameters."""
         leaf, own = copy.copy(self), self.parameters.items()
         leaf.parameters = {name: None if one is None else change(one) for name, one in own}
         leaf.given = given
+        leaf.adapters = [one.with_parameters(change, given) for one in self.adapters]
         return leaf
 
     def __call__(self, x: Tensor, rng: DropoutState | None = None) -> Tensor:
         """rng: of the layer, for the dropout of adapters."""
-        if self.is_plain and type(self.module) is nn.Linear:
-            return product(x, (self,), biases_of(self))
+        if self.is_read and type(self.module) is nn.Linear:
+            y = product(x, (self,), biases_of(self))
+            return self.adapted(y, x, rng) if self.adapters else y
         return self.module(x)
 
     @property

@@ -8,11 +8,9 @@ from torch import Tensor
 
 from fastbert.check import require
 from fastbert.ops.attention import check_mask
-from fastbert.ops.compact import Call as Compaction
-from fastbert.ops.compact import compact
-from fastbert.ops.dropout import check_dropout
-from fastbert.ops.gather_rows import Call as Gather
-from fastbert.ops.gather_rows import gather_rows
+from fastbert.ops.compact import Compaction, compact
+from fastbert.ops.dropout import checked_rng
+from fastbert.ops.gather_rows import Gather, gather_rows
 from fastbert.rng import DropoutState
 
 # From how many tokens times hidden size squared on the last layer computes first tokens alone where
@@ -138,7 +136,7 @@ class Sequences:
             batch, longest = len(cu_seqlens) - 1, self.max_seqlen
             check_mask("attention", mask, (batch, "heads", longest, longest))
         if rng is not None:
-            check_dropout("dropout", num_tokens, cu_seqlens.device, 0.5, rng)
+            checked_rng("dropout", num_tokens, cu_seqlens.device, 0.5, rng)
 
     def at(self, site: int) -> "Sequences":
         """The same sequences, with dropout at another site of the model."""

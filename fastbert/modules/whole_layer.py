@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fastbert import events
 from fastbert.backend import DTYPES, device_type, is_transformed
 from fastbert.modules.activations import approximation
-from fastbert.modules.linear import PRODUCTS, fused_linear
+from fastbert.modules.linear import fused_linear
+from fastbert.modules.products import PRODUCTS
 from fastbert.modules.sequences import Sequences
 from fastbert.ops.attention import (
     MAX_HEAD_DIM,

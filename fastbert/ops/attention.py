@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastbert.backend import DTYPES, op, place
-from fastbert.check import require
-from fastbert.ops.attention_plain import Call, attend
-from fastbert.ops.dropout import check_dropout, device_numbers, drawn
-from fastbert.ops.fused import once, require_floats, run
+from fastbert.check import require, require_floats
+from fastbert.ops.attention_plain import Attention, attend
+from fastbert.ops.dropout import checked_rng, device_numbers
+from fastbert.ops.fused import once, run
 from fastbert.rng import DropoutState, keep_scale
 
 MAX_HEAD_DIM = 128  # a limit of the kernels
@@ -33,7 +33,7 @@ def attention(
     dropout_p: float = 0.0,
     rng: DropoutState | None = None,
     mask: Tensor | None = None,
-) -> Call:
+) -> Attention:
     """Softmax attention of each query to the keys of its own sequence, and to no other key.
 
     q: (T_q, N, D); k, v: (T_k, N, D), of one dtype; cu_seqlens_q, cu_seqlens_k: (B + 1,) int32,
@@ -65,7 +65,7 @@ def attention(
         if x.dtype != q.dtype:
             require(False, who, f"{name} of q's dtype {q.dtype}", x.dtype)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    call = Call(
+    call = Attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         scale, dropout_p, rng, mask,
     )  # fmt: skip
@@ -83,7 +83,7 @@ def attention_qkvpacked(
     rng: DropoutState | None = None,
     mask: Tensor | None = None,
     qkv_bias: Tensor | None = None,
-) -> Call:
+) -> Attention:
     """`attention` where queries, keys and values are projections of the same tokens.
 
     qkv: (T, 3, N, D), queries, keys and values; cu_seqlens: (B + 1,) int32; max_seqlen: an upper
@@ -106,25 +106,24 @@ def attention_qkvpacked(
         got = f"{qkv_bias.dtype} {tuple(qkv_bias.shape)}"
         require(fits, who, f"qkv_bias of a floating dtype and shape ({size},)", got)
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    call = Call(qkv, None, None, *lengths, scale, dropout_p, rng, mask, qkv_bias)
+    call = Attention(qkv, None, None, *lengths, scale, dropout_p, rng, mask, qkv_bias)
     return _checked(who, call)
 
 
-def _checked(who: str, call: Call) -> Call:
+def _checked(who: str, call: Attention) -> Attention:
     """Completes the call for the kernels: contiguous boundaries, dropout state, expanded mask."""
     q, boundaries, dropout_p, rng = call.q, call[3:5], call.dropout_p, call.rng
     for name, x in zip(("cu_seqlens_q", "cu_seqlens_k"), boundaries, strict=True):
         if x.dtype != torch.int32 or x.ndim != 1 or x.shape != boundaries[0].shape or not len(x):
             found = f"{x.dtype} {tuple(x.shape)}"
             require(False, who, f"{name} of dtype int32 and shape (batch + 1,)", found)
-    check_dropout(who, len(q), q.device, dropout_p, rng)
     mask = call.mask
     if mask is not None:
         shape = len(boundaries[0]) - 1, q.shape[-2], *call[5:7]
         check_mask(who, mask, shape)
         mask = mask.expand(shape)
     of_q, of_k = (x.contiguous() for x in boundaries)
-    rng = drawn(len(q), q.device, dropout_p, rng)
+    rng = checked_rng(who, len(q), q.device, dropout_p, rng)
     return call._replace(cu_seqlens_q=of_q, cu_seqlens_k=of_k, rng=rng, mask=mask)
 
 
@@ -147,7 +146,7 @@ attention_qkvpacked.plain(attend)
 
 @attention.refuses
 @attention_qkvpacked.refuses
-def _refusal(call: Call) -> str | None:
+def _refusal(call: Attention) -> str | None:
     q, k, v, cu_seqlens_q, cu_seqlens_k, _, _, scale, _, _, mask, bias = call
     if q.dtype not in DTYPES:
         return str(q.dtype)
@@ -171,7 +170,7 @@ def _refusal(call: Call) -> str | None:
 
 @attention.describes
 @attention_qkvpacked.describes
-def _variant(kernels: Any, call: Call) -> str:
+def _variant(kernels: Any, call: Attention) -> str:
     longest = max(call.max_seqlen_q, call.max_seqlen_k)
     about = {"mask": call.mask is not None, "dropout": call.rng is not None}
     return kernels.variant(call.q, longest, **about)
@@ -179,7 +178,7 @@ def _variant(kernels: Any, call: Call) -> str:
 
 @attention.fused
 @attention_qkvpacked.fused
-def _fused(kernels: Any, call: Call) -> Tensor:
+def _fused(kernels: Any, call: Attention) -> Tensor:
     # cu_seqlens may occur twice, and torch.compile refuses a Function with a repeated tensor
     return run(AttentionFunction, kernels, (*call[:3], call.qkv_bias, call[3:-1]))
 

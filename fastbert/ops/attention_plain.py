@@ -26,7 +26,7 @@ MASKED = -1e30  # numbers of an additive mask below this mean -inf
 SHORT_ALIKE, SHORT, MANY = 2**15, 2**12, 8
 
 
-class Call(NamedTuple):
+class Attention(NamedTuple):
     """A call of `attention`, or of `attention_qkvpacked` where k and v are None.
 
     q is then qkv (T, 3, N, D), and qkv_bias (3 N D,) a bias that is part of it, for the bias's
@@ -47,40 +47,34 @@ class Call(NamedTuple):
     qkv_bias: Tensor | None = None
 
 
-def attend(call: Call) -> Tensor:
+def attend(call: Attention) -> Tensor:
     """The plain body of both operators."""
     with without_autocast(call.q):  # the result has q's dtype
         return _attend_all(call)
 
 
-def _attend_all(call: Call) -> Tensor:
-    q, k, v, *boundaries = call[:5]
+def _attend_all(call: Attention) -> Tensor:
+    q, k, v, cu_seqlens_q, cu_seqlens_k = call[:5]
     if call.qkv_bias is not None:  # adds 0, whose derivative by the bias is 1
         bias = call.qkv_bias
         q = q + (bias - bias.detach()).to(q.dtype).view(q.shape[1:])
     tensors = (q,) if k is None or v is None else (q, k, v)
-    has_other_keys = len(tensors) > 1 and not (
-        boundaries[0] is boundaries[1]
-        and call.max_seqlen_q == call.max_seqlen_k
-        and len(q) == len(tensors[-1])
-    )
+    # boundaries, bound of the lengths and tokens: of queries; of keys if theirs are others
+    sides = [(cu_seqlens_q, call.max_seqlen_q, len(q))]
+    if k is not None:
+        keys = cu_seqlens_k, call.max_seqlen_k, len(k)
+        if cu_seqlens_k is not cu_seqlens_q or keys[1:] != sides[0][1:]:
+            sides.append(keys)
     if not reads_lengths(call):
-        paddings = [Unpadding.from_cu_seqlens(boundaries[0], call.max_seqlen_q, len(q))]
-        if has_other_keys:
-            keys = boundaries[1], call.max_seqlen_k, len(tensors[-1])
-            paddings.append(Unpadding.from_cu_seqlens(*keys))
-        return attend_padded(tensors, paddings, call)
-    # of queries; of keys if they have others
-    lengths = [lengths_of(boundaries[0], q, call.max_seqlen_q)]
-    if has_other_keys:
-        lengths.append(lengths_of(boundaries[1], tensors[-1], call.max_seqlen_k))
-    padded = _paddings(lengths, boundaries, call)
+        return attend_padded(tensors, [Unpadding.from_cu_seqlens(*side) for side in sides], call)
+    lengths = [_lengths(*side) for side in sides]
+    padded = _paddings(lengths, [side[0] for side in sides], call)
     if padded is not None:
         return attend_padded(tensors, padded, call)
     return attend_by_sequence(_sequences(tensors, lengths), call)
 
 
-def reads_lengths(call: Call) -> bool:
+def reads_lengths(call: Attention) -> bool:
     """Whether to read the lengths, so that long sequences attend one by one, without padding.
 
     On a CPU reading them is free. On a GPU the host would wait, and only one call for all sequences
@@ -89,15 +83,15 @@ def reads_lengths(call: Call) -> bool:
     return call.cu_seqlens_q.is_cpu and not torch.compiler.is_compiling()
 
 
-def lengths_of(cu_seqlens: Tensor, x: Tensor, max_seqlen: int) -> list[int]:
+def _lengths(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> list[int]:
     """The lengths of the sequences, then the number of tokens behind the last one.
 
     Raises ValueError for boundaries that do not rise from 0, or a longer sequence than max_seqlen.
     """
-    bounds = [*cu_seqlens.tolist(), x.shape[0]]
+    bounds = [*cu_seqlens.tolist(), num_tokens]
     lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
     if bounds[0] or min(lengths) < 0:
-        got = f"{bounds[:-1]} for {x.shape[0]} tokens"
+        got = f"{bounds[:-1]} for {num_tokens} tokens"
         require(False, "attention", "cu_seqlens that rise from 0 to at most the tokens", got)
     longest = max(lengths[:-1], default=0)
     if longest > max_seqlen:
@@ -106,7 +100,7 @@ def lengths_of(cu_seqlens: Tensor, x: Tensor, max_seqlen: int) -> list[int]:
 
 
 def _paddings(
-    lengths: list[list[int]], boundaries: list[Tensor], call: Call
+    lengths: list[list[int]], boundaries: list[Tensor], call: Attention
 ) -> list[Unpadding] | None:
     """The padded forms in which a CPU is faster than with one sequence after the other, or None.
 
@@ -124,7 +118,7 @@ def _paddings(
     if not scores or not pays:
         return None
     found = []
-    for own, most, bounds in zip(lengths, longest, boundaries, strict=False):
+    for own, most, bounds in zip(lengths, longest, boundaries, strict=True):
         if are_dense:
             found.append(Unpadding(None, None, bounds, most, (count, most)))
         else:
@@ -151,7 +145,7 @@ def _sequences(tensors: tuple[Tensor, ...], lengths: list[list[int]]) -> list[tu
     return [*found, (q, k[:, :0], v[:, :0])] if q.shape[1] or not found else found
 
 
-def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tensor:
+def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Attention) -> Tensor:
     """Attention of one sequence at a time; sequences: q (N, n_q, D), k and v (N, n_k, D) each."""
     drawn: list[DropoutState] = []
     if call.rng is not None:
@@ -175,7 +169,9 @@ def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Call) -> Tenso
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def attend_padded(tensors: tuple[Tensor, ...], paddings: list[Unpadding], call: Call) -> Tensor:
+def attend_padded(
+    tensors: tuple[Tensor, ...], paddings: list[Unpadding], call: Attention
+) -> Tensor:
     """Attention of all sequences at once; paddings: of queries, and of keys if they have others."""
     of_queries, of_keys = paddings[0], paddings[-1]
     if len(tensors) == 1:
@@ -201,7 +197,7 @@ def attend_padded(tensors: tuple[Tensor, ...], paddings: list[Unpadding], call: 
     return of_queries.pack(out.transpose(1, 2))
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Tensor | None = None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Attention, mask: Tensor | None = None) -> Tensor:
     """PyTorch's own attention, by the body that allows the derivatives that may be asked for."""
     if is_transformed():
         with sdpa_kernel(SDPBackend.MATH):
@@ -237,7 +233,7 @@ class _Sdpa(torch.autograd.Function):
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Tensor | None, keep: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, call: Attention, mask: Tensor | None, keep: Tensor | None
 ) -> Tensor:
     """Softmax attention written out; all tensors have the same leading dimensions."""
     # matmul would reshape its arguments to three dimensions first; bmm takes them as they are

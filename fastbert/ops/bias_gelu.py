@@ -1,5 +1,6 @@
 """GELU (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415) after adding a bias."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -7,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.backend import DTYPES, op, place
-from fastbert.check import require
-from fastbert.ops.fused import as_rows, once, require_floats, run, shaped
+from fastbert.check import require, require_rows
+from fastbert.ops.fused import as_rows, once, run, shaped
 
 
-class Call(NamedTuple):
+class BiasGelu(NamedTuple):
     """A call of `bias_gelu`."""
 
     x: Tensor
@@ -20,7 +21,7 @@ class Call(NamedTuple):
 
 
 @op("triton")
-def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none") -> Call:
+def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none") -> BiasGelu:
     """`gelu(x + bias)`, by the error function or, for approximate="tanh", by the tanh formula.
 
     x: (..., H); bias: (H,) of any floating-point dtype. Computed in float32 or wider without
@@ -29,23 +30,20 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none") -> Call:
     Raises ValueError for other shapes, an x of integers, or another `approximate`.
     """
     who = "bias_gelu"
-    require_floats(who, x=x)
-    require(x.ndim > 0, who, "x of shape (..., hidden)", "()")
-    if bias.shape != x.shape[-1:]:
-        require(False, who, f"bias of shape {tuple(x.shape[-1:])}", tuple(bias.shape))
+    require_rows(who, x, bias=bias)
     require(approximate in ("none", "tanh"), who, 'approximate "none" or "tanh"', approximate)
-    return Call(x, bias, approximate)
+    return BiasGelu(x, bias, approximate)
 
 
 @bias_gelu.plain
-def _plain(call: Call) -> Tensor:
+def _plain(call: BiasGelu) -> Tensor:
     x, bias, approximate = call
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.gelu(x + bias.to(wide), approximate=approximate).to(x.dtype)
 
 
 @bias_gelu.refuses
-def _refusal(call: Call) -> str | None:
+def _refusal(call: BiasGelu) -> str | None:
     x, bias, _ = call
     if x.dtype not in DTYPES:
         return str(x.dtype)
@@ -56,11 +54,6 @@ def _refusal(call: Call) -> str | None:
     if place(bias) != place(x):
         return f"x on {x.device} and bias on {bias.device}"
     return None
-
-
-@bias_gelu.fused
-def _fused(kernels: Any, call: Call) -> Tensor:
-    return run(BiasGeluFunction, kernels, call)
 
 
 class BiasGeluFunction(torch.autograd.Function):
@@ -78,3 +71,6 @@ class BiasGeluFunction(torch.autograd.Function):
         rows, bias = ctx.saved_tensors
         dx, dbias = ctx.kernels.bias_gelu_bwd(as_rows(dy), rows, bias, *ctx.options)
         return None, shaped(dx, dy.shape), dbias if len(dbias) else None, None
+
+
+bias_gelu.fused(partial(run, BiasGeluFunction))

@@ -26,7 +26,7 @@ class Compacted(NamedTuple):
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
-class Call(NamedTuple):
+class Compaction(NamedTuple):
     """A call of `compact`; is_exact: whether `capacity` is the count of kept entries."""
 
     values: Tensor
@@ -36,7 +36,7 @@ class Call(NamedTuple):
 
 
 @op("ext", "triton")
-def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> Call:
+def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> Compaction:
     """Keeps the entries that differ from `ignore_index`, in row-major order.
 
     values: (B, S) of any integer dtype or bool. capacity: the number of places C in the result.
@@ -58,11 +58,11 @@ def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> C
     require(fits, who, f"an ignore_index that {dtype} can hold", ignore_index)
     require(values.numel() < 2**31, who, "at most 2^31 - 1 values", values.numel())
     require(capacity is None or capacity >= 0, who, "a capacity of at least 0", capacity)
-    return Call(values, ignore_index, capacity)
+    return Compaction(values, ignore_index, capacity)
 
 
 @compact.plain
-def _plain(call: Call) -> Compacted:
+def _plain(call: Compaction) -> Compacted:
     values, ignore_index = _signed(call)
     dtype, capacity, is_exact = call.values.dtype, call.capacity, call.is_exact
     entries, (batch, seqlen) = values.flatten(), values.shape
@@ -86,7 +86,7 @@ def _plain(call: Call) -> Compacted:
     return Compacted(kept.view(dtype), positions, slots, offsets)
 
 
-def _signed(call: Call) -> tuple[Tensor, int]:
+def _signed(call: Compaction) -> tuple[Tensor, int]:
     """The values and ignore_index as the same bits of a signed dtype, where PyTorch does not index
     tensors of their own on a GPU."""
     values, ignore_index = call[:2]
@@ -98,7 +98,7 @@ def _signed(call: Call) -> tuple[Tensor, int]:
 
 
 @compact.fused
-def _fused(kernels: Any, call: Call) -> Compacted:
+def _fused(kernels: Any, call: Compaction) -> Compacted:
     values, ignore_index = _signed(call)
     if values.dtype == torch.bool:
         values = values.view(torch.int8)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fastbert import rng as random
 from fastbert.backend import DTYPES, op
-from fastbert.check import require
-from fastbert.ops.fused import as_rows, require_floats, run, shaped
+from fastbert.check import require, require_rows
+from fastbert.ops.fused import as_rows, run, shaped
 from fastbert.rng import DropoutState
 
 
-class Call(NamedTuple):
+class KeepMask(NamedTuple):
     """A call of `hidden_keep_mask` or `attention_keep_mask`, with the sizes of the result.
 
     token_key, state, site: the fields of a `DropoutState`
@@ -30,38 +30,38 @@ class Call(NamedTuple):
 
 
 @op("ext")
-def hidden_keep_mask(rng: DropoutState, num_cols: int, dropout_p: float) -> Call:
+def hidden_keep_mask(rng: DropoutState, num_cols: int, dropout_p: float) -> KeepMask:
     """(T, num_cols) bool, True where an element of the residual stream (T, num_cols) is kept.
 
     rng: with T token keys; dropout_p: the probability of a drop. The arguments are not checked.
     """
-    return Call(rng.token_key, rng.state, rng.site, (num_cols,), dropout_p)
+    return KeepMask(rng.token_key, rng.state, rng.site, (num_cols,), dropout_p)
 
 
 @op("ext")
-def attention_keep_mask(rng: DropoutState, num_heads: int, num_keys: int, dropout_p: float) -> Call:
+def attention_keep_mask(
+    rng: DropoutState, num_heads: int, num_keys: int, dropout_p: float
+) -> KeepMask:
     """(N, T, num_keys) bool, True where a query's attention probability for a key is kept.
 
     rng: with T token keys, one a query; keys are counted within a sequence; dropout_p: the
     probability of a drop. The arguments are not checked.
     """
-    return Call(rng.token_key, rng.state, rng.site, (num_heads, num_keys), dropout_p)
+    return KeepMask(rng.token_key, rng.state, rng.site, (num_heads, num_keys), dropout_p)
 
 
 @hidden_keep_mask.plain
 @attention_keep_mask.plain
-def _plain(call: Call) -> Tensor:
+def _plain(call: KeepMask) -> Tensor:
     return _keep_mask(*call[:3], list(call.sizes), call.dropout_p)
 
 
 @hidden_keep_mask.fused
-def _hidden_fused(kernels: Any, call: Call) -> Tensor:
-    return kernels.hidden_keep_mask(*call[:3], *call.sizes, random.threshold(call.dropout_p))
-
-
 @attention_keep_mask.fused
-def _attention_fused(kernels: Any, call: Call) -> Tensor:
-    return kernels.attention_keep_mask(*call[:3], *call.sizes, random.threshold(call.dropout_p))
+def _fused(kernels: Any, call: KeepMask) -> Tensor:
+    is_hidden = len(call.sizes) == 1
+    mask = kernels.hidden_keep_mask if is_hidden else kernels.attention_keep_mask
+    return mask(*call[:3], *call.sizes, random.threshold(call.dropout_p))
 
 
 class Dropout(NamedTuple):
@@ -80,11 +80,9 @@ def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Dro
     Returns x.dtype; x itself where dropout_p is 0. Raises ValueError for an x without dimensions or
     of integers, a dropout_p outside [0, 4095/4096], or an rng of another size, device or dtype.
     """
-    require_floats("dropout", x=x)
-    require(x.ndim > 0, "dropout", "x of shape (..., hidden)", "()")
-    rows = x.shape[:-1].numel()
-    check_dropout("dropout", rows, x.device, dropout_p, rng)
-    return Dropout(x, dropout_p, drawn(rows, x.device, dropout_p, rng))
+    require_rows("dropout", x)
+    rng = checked_rng("dropout", x.shape[:-1].numel(), x.device, dropout_p, rng)
+    return Dropout(x, dropout_p, rng)
 
 
 @dropout.plain
@@ -136,10 +134,13 @@ def kept(x: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
     return x * keep * random.keep_scale(dropout_p)
 
 
-def check_dropout(
+def checked_rng(
     who: str, num_rows: int, device: torch.device, dropout_p: float, rng: DropoutState | None
-) -> None:
-    """Raises ValueError unless dropout_p is valid and `rng` fits `num_rows` rows on `device`."""
+) -> DropoutState | None:
+    """`drawn`, of arguments of a user's.
+
+    Raises ValueError unless dropout_p is valid and `rng` fits `num_rows` rows on `device`.
+    """
     keeps_some = dropout_p < 1 and random.keeps_some(dropout_p)
     require(keeps_some, who, "a dropout_p in [0, 4095/4096]", dropout_p)
     if rng is not None and random.threshold(dropout_p):
@@ -151,6 +152,7 @@ def check_dropout(
         require(dtypes == (torch.int64,) * 2, who, "an rng of int64 tensors", dtypes)
         shape = tuple(rng.state.shape)
         require(shape == (2,), who, "an rng whose state has shape (2,)", shape)
+    return drawn(num_rows, device, dropout_p, rng)
 
 
 def drawn(

@@ -1,5 +1,6 @@
 """BERT's input (Devlin et al. 2018, https://arxiv.org/abs/1810.04805): three summed embeddings."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -7,16 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.backend import DTYPES, op
-from fastbert.check import require
-from fastbert.ops.dropout import check_dropout, device_numbers, drawn, dropped
-from fastbert.ops.fused import as_rows, once, require_floats, run, shaped
+from fastbert.check import require, require_floats, require_shape
+from fastbert.ops.dropout import checked_rng, device_numbers, dropped
+from fastbert.ops.fused import as_rows, once, run, shaped
 from fastbert.ops.layer_norm import plain_layer_norm, refusal
 from fastbert.rng import DropoutState
 
 WHO = "embedding_layer_norm"
 
 
-class Call(NamedTuple):
+class EmbeddingLayerNorm(NamedTuple):
     """A call of `embedding_layer_norm`.
 
     All ids have one shape; padding_idx: counted from 0; rng: None without dropout; dtype: the
@@ -54,7 +55,7 @@ def embedding_layer_norm(
     dropout_p: float = 0.0,
     rng: DropoutState | None = None,
     dtype: torch.dtype | None = None,
-) -> Call:
+) -> EmbeddingLayerNorm:
     """`dropout(layer_norm(word[input_ids] + token_type[token_type_ids] + position[position_ids]))`.
 
     input_ids: (...) int64, usually (T,) packed tokens; position_ids and token_type_ids broadcast to
@@ -85,11 +86,10 @@ def embedding_layer_norm(
         size = word.shape[0]
         require(-size <= padding_idx < size, WHO, f"a padding_idx within {size} words", padding_idx)
         padding_idx %= size
-    rows = input_ids.numel()
-    check_dropout(WHO, rows, word.device, dropout_p, rng)
-    return Call(
+    rng = checked_rng(WHO, input_ids.numel(), word.device, dropout_p, rng)
+    return EmbeddingLayerNorm(
         input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps,
-        padding_idx, dropout_p, drawn(rows, word.device, dropout_p, rng), dtype or word.dtype,
+        padding_idx, dropout_p, rng, dtype or word.dtype,
     )  # fmt: skip
 
 
@@ -113,13 +113,11 @@ def _check_tables(
         if table is not None and (table.ndim != 2 or table.shape[1] != hidden):
             expected = f"a {name} table of shape (rows, {hidden})"
             require(False, WHO, expected, tuple(table.shape))
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector.shape != (hidden,):
-            require(False, WHO, f"{name} of shape ({hidden},)", tuple(vector.shape))
+    require_shape(WHO, (hidden,), weight=weight, bias=bias)
 
 
 @embedding_layer_norm.plain
-def _plain(call: Call) -> Tensor:
+def _plain(call: EmbeddingLayerNorm) -> Tensor:
     word, weight = call.word, call.weight
     wide = torch.promote_types(word.dtype, torch.float32)
     z = F.embedding(call.input_ids, word, call.padding_idx).to(wide)
@@ -133,7 +131,7 @@ def _plain(call: Call) -> Tensor:
 
 
 @embedding_layer_norm.refuses
-def _refusal(call: Call) -> str | None:
+def _refusal(call: EmbeddingLayerNorm) -> str | None:
     word, tables = call.word, tuple(table for table in call[3:6] if table is not None)
     if reason := refusal(tables, (call.weight, call.bias)):
         return reason
@@ -148,15 +146,10 @@ def _refusal(call: Call) -> str | None:
     return None
 
 
-@embedding_layer_norm.fused
-def _fused(kernels: Any, call: Call) -> Tensor:
-    return run(_EmbeddingLayerNorm, kernels, call)
-
-
-class _EmbeddingLayerNorm(torch.autograd.Function):
+class EmbeddingLayerNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: Any, *fields: Any) -> Tensor:
-        call = Call(*fields)
+        call = EmbeddingLayerNorm(*fields)
         ids = [None if x is None else x.reshape(-1).contiguous() for x in call[:3]]
         types = call.token_type
         if types is None:  # a row of zeros, so that the kernels have a table
@@ -182,3 +175,6 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
         )
         dtypes = dtypes if ctx.has_types else None
         return None, None, None, None, dword, dposition, dtypes, *sums.unbind(), *[None] * 5
+
+
+embedding_layer_norm.fused(partial(run, EmbeddingLayerNormFunction))

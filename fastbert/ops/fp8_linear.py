@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from fastbert.backend import DTYPES, is_transformed, op
-from fastbert.check import require
+from fastbert.check import require, require_floats, require_shape
 from fastbert.ops import fp8_plain
-from fastbert.ops.fused import as_rows, once, require_floats, result_dtype, run, without_autocast
+from fastbert.ops.fused import as_rows, once, result_dtype, run, without_autocast
 
 MULTIPLE = 16  # which the kernels want a weight's sizes to be multiples of
 
 
-class Call(NamedTuple):
+class Fp8Linear(NamedTuple):
     """A call of `fp8_linear`; inverse: (3,), by `inverse_of` the scales."""
 
     x: Tensor
@@ -28,7 +28,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
 
 
-class FeedForward(NamedTuple):
+class Fp8FeedForward(NamedTuple):
     """A call of `fp8_feed_forward`, with the inverses of both scales."""
 
     x: Tensor
@@ -46,7 +46,9 @@ class FeedForward(NamedTuple):
 
 
 @op("triton")
-def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, amax: Tensor) -> Call:
+def fp8_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, amax: Tensor
+) -> Fp8Linear:
     """`x @ weight.T + bias`, all of whose products, in the backward too, are of FP8 casts.
 
     x: (..., K); weight: (N, K); bias: (N,) or None; scale: (3,) float32, powers of two by which x,
@@ -63,14 +65,9 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, am
     that are multiples of 16. Raises ValueError for other shapes and dtypes of scale and amax.
     """
     who = "fp8_linear"
-    require_floats(who, x=x)
-    size = x.shape[-1] if x.ndim else 0
-    is_matrix = weight.ndim == 2 and x.ndim > 0 and weight.shape[1] == size
-    require(is_matrix, who, f"weight of shape (outputs, {size})", tuple(weight.shape))
-    if bias is not None:
-        require(bias.shape == weight.shape[:1], who, "bias of shape (outputs,)", tuple(bias.shape))
+    _check_layer(who, x, weight, bias, "outputs")
     _check_threes(who, scale=scale, amax=amax)
-    return Call(x, weight, bias, scale, inverse_of(scale), amax, result_dtype(x))
+    return Fp8Linear(x, weight, bias, scale, inverse_of(scale), amax, result_dtype(x))
 
 
 @op("triton")
@@ -85,7 +82,7 @@ def fp8_feed_forward(
     output_amax: Tensor,
     *,
     approximate: str = "none",
-) -> FeedForward:
+) -> Fp8FeedForward:
     """`gelu(x @ weight.T + bias) @ output_weight.T`, all of whose products are of FP8 casts.
 
     x: (..., K); weight: (N, K); bias: (N,); output_weight: (O, N); approximate: as in `bias_gelu`.
@@ -98,15 +95,8 @@ def fp8_feed_forward(
     The kernels need what those of `fp8_linear` do. Raises ValueError for other shapes and dtypes.
     """
     who = "fp8_feed_forward"
-    require_floats(who, x=x)
-    require(
-        x.ndim > 0 and weight.ndim == 2 and weight.shape[1] == x.shape[-1],
-        who,
-        f"weight of shape (inner, {x.shape[-1] if x.ndim else 0})",
-        tuple(weight.shape),
-    )
+    _check_layer(who, x, weight, bias, "inner")
     inner = weight.shape[:1]
-    require(bias.shape == inner, who, f"bias of shape {tuple(inner)}", tuple(bias.shape))
     is_matrix = output_weight.ndim == 2 and output_weight.shape[1:] == inner
     expected = f"output_weight of shape (outputs, {inner[0]})"
     require(is_matrix, who, expected, tuple(output_weight.shape))
@@ -115,7 +105,7 @@ def fp8_feed_forward(
     first = scale, inverse_of(scale), amax
     second = output_scale, inverse_of(output_scale), output_amax
     tensors = x, weight, bias, output_weight
-    return FeedForward(*tensors, *first, *second, approximate, result_dtype(x))
+    return Fp8FeedForward(*tensors, *first, *second, approximate, result_dtype(x))
 
 
 def inverse_of(scale: Tensor) -> Tensor:
@@ -124,6 +114,14 @@ def inverse_of(scale: Tensor) -> Tensor:
     From version 12.9 on cuBLAS refuses scales at other addresses (CUBLAS_STATUS_NOT_SUPPORTED).
     """
     return scale.reciprocal()[..., None].expand(*scale.shape, 4).contiguous()[..., 0]
+
+
+def _check_layer(who: str, x: Tensor, weight: Tensor, bias: Tensor | None, rows: str) -> None:
+    require_floats(who, x=x)
+    size = x.shape[-1] if x.ndim else 0
+    is_matrix = x.ndim > 0 and weight.ndim == 2 and weight.shape[1] == size
+    require(is_matrix, who, f"weight of shape ({rows}, {size})", tuple(weight.shape))
+    require_shape(who, weight.shape[:1], bias=bias)
 
 
 def _check_threes(who: str, **tensors: Tensor) -> None:
@@ -139,7 +137,7 @@ def multiplies_fp8(device: torch.device) -> bool:
 
 @fp8_linear.plain
 @fp8_feed_forward.plain
-def _plain(call: Call | FeedForward) -> Tensor:
+def _plain(call: Fp8Linear | Fp8FeedForward) -> Tensor:
     if is_transformed():  # the tangent of a cast would be a cast, without a scale of its own
         raise RuntimeError(
             "fp8: function transforms (torch.func) and forward-mode AD do not go through casts to "
@@ -150,11 +148,11 @@ def _plain(call: Call | FeedForward) -> Tensor:
 
 @fp8_linear.refuses
 @fp8_feed_forward.refuses
-def _refusal(call: Call | FeedForward) -> str | None:
+def _refusal(call: Fp8Linear | Fp8FeedForward) -> str | None:
     x = call.x
     if any(isinstance(t, Tensor) and t.device != x.device for t in call):
         return "tensors on several devices"
-    weights = [call.weight] if isinstance(call, Call) else [call.weight, call.output_weight]
+    weights = [call.weight] if isinstance(call, Fp8Linear) else [call.weight, call.output_weight]
     for name, found in (
         ("", x.dtype),
         *(("weight of ", weight.dtype) for weight in weights),
@@ -172,8 +170,9 @@ def _refusal(call: Call | FeedForward) -> str | None:
 
 @fp8_linear.fused
 @fp8_feed_forward.fused
-def _fused(kernels: Any, call: Call | FeedForward) -> Tensor:
-    return run(_Fp8Linear if isinstance(call, Call) else _Fp8FeedForward, kernels, call)
+def _fused(kernels: Any, call: Fp8Linear | Fp8FeedForward) -> Tensor:
+    function = Fp8LinearFunction if isinstance(call, Fp8Linear) else Fp8FeedForwardFunction
+    return run(function, kernels, call)
 
 
 def _result(y: Tensor, x: Tensor) -> Tensor:
@@ -183,7 +182,7 @@ def _result(y: Tensor, x: Tensor) -> Tensor:
     return result
 
 
-class _Fp8Linear(torch.autograd.Function):
+class Fp8LinearFunction(torch.autograd.Function):
     """`kernels` is the Triton unit, or `fp8_plain`."""
 
     @staticmethod
@@ -225,7 +224,7 @@ class _Fp8Linear(torch.autograd.Function):
         return None, dx, dweight, dbias, *[None] * 4
 
 
-class _Fp8FeedForward(torch.autograd.Function):
+class Fp8FeedForwardFunction(torch.autograd.Function):
     """`kernels` is the Triton unit, or `fp8_plain`."""
 
     @staticmethod

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastbert.check import require
-
 REFERENCE = 'run its forward inside `with fastbert.backend.use("reference"):`'
 
 
@@ -70,13 +68,6 @@ class _Refusal(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         raise RuntimeError(ctx.message)
-
-
-def require_floats(who: str, **tensors: Tensor) -> None:
-    """Raises ValueError unless the tensors are floating; integers would be rounded results."""
-    for name, x in tensors.items():
-        if not x.is_floating_point():
-            require(False, who, f"{name} of a floating-point dtype", x.dtype)
 
 
 def as_rows(x: Tensor) -> Tensor:

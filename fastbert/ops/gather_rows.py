@@ -1,5 +1,6 @@
 """Gathers rows by an index with a known inverse, so that the gradient is a gather too."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from fastbert.check import require
 from fastbert.ops.fused import run
 
 
-class Call(NamedTuple):
+class Gather(NamedTuple):
     """A call of `gather_rows`."""
 
     src: Tensor
@@ -19,7 +20,7 @@ class Call(NamedTuple):
 
 
 @op("ext", "triton")
-def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Call:
+def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Gather:
     """`out[i] = src[index[i]]`, and zeros where index[i] is -1.
 
     src: (R, H) of any dtype; index: (M,) int32 in [-1, R), which names no row twice; inverse: (R,)
@@ -41,7 +42,7 @@ def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Call:
     are_there = index.device == src.device == inverse.device
     got = f"{index.device} and {inverse.device}"
     require(are_there, who, f"index and inverse on {src.device}", got)
-    return Call(src, index, inverse)
+    return Gather(src, index, inverse)
 
 
 def _described(x: Tensor) -> str:
@@ -49,7 +50,7 @@ def _described(x: Tensor) -> str:
 
 
 @gather_rows.plain
-def _plain(call: Call) -> Tensor:
+def _plain(call: Gather) -> Tensor:
     src, index, _ = call
     if src.shape[0] == 0:  # only -1 is in range: it reads a row of zeros, which keeps the graph
         return src.sum(0, keepdim=True).to(src.dtype).index_select(0, index + 1)
@@ -57,11 +58,6 @@ def _plain(call: Call) -> Tensor:
     is_spare = index == -1
     rows = src.index_select(0, index.masked_fill(is_spare, 0))
     return torch.where(is_spare[:, None], rows.new_zeros(()), rows)  # `masked_fill` lacks dtypes
-
-
-@gather_rows.fused
-def _fused(kernels: Any, call: Call) -> Tensor:
-    return run(GatherRowsFunction, kernels, call)
 
 
 class GatherRowsFunction(torch.autograd.Function):
@@ -75,7 +71,10 @@ class GatherRowsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         index, inverse = ctx.saved_tensors
-        return None, _fused(ctx.kernels, Call(dy, inverse, index)), None, None
+        return None, run(GatherRowsFunction, ctx.kernels, (dy, inverse, index)), None, None
+
+
+gather_rows.fused(partial(run, GatherRowsFunction))
 
 
 @gather_rows.traces

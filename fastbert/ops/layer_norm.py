@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.backend import DTYPES, is_transformed, op, place
-from fastbert.check import require
-from fastbert.ops.dropout import check_dropout, device_numbers, drawn, dropped
-from fastbert.ops.fused import as_rows, once, require_floats, run, shaped
+from fastbert.check import require, require_floats, require_rows, require_shape
+from fastbert.ops.dropout import checked_rng, device_numbers, dropped
+from fastbert.ops.fused import as_rows, once, run, shaped
 from fastbert.rng import DropoutState
 
 Save = Literal["z", "y"]
@@ -17,7 +17,7 @@ Save = Literal["z", "y"]
 MAX_COLS = 16384  # a limit of the kernels, which hold a row in registers
 
 
-class Call(NamedTuple):
+class Norm(NamedTuple):
     """A call of `dropout_add_layer_norm`, or of `layer_norm` where the residual is None.
 
     rng: None without dropout. branches: the result twice, in x.dtype and in residual.dtype, so that
@@ -38,7 +38,7 @@ class Call(NamedTuple):
 
 
 @op("triton")
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Call:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> Norm:
     """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension.
 
     x: (..., H); weight, bias: (H,). The variance is the biased one. Computed in float32 or wider,
@@ -46,9 +46,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-12) -> C
 
     Raises ValueError for other shapes, and for an x of integers.
     """
-    require_floats("layer_norm", x=x)
-    _check_vectors("layer_norm", x, weight=weight, bias=bias)
-    return Call(x, None, weight, bias, eps)
+    require_rows("layer_norm", x, weight=weight, bias=bias)
+    return Norm(x, None, weight, bias, eps)
 
 
 @op("triton")
@@ -63,7 +62,7 @@ def dropout_add_layer_norm(
     dropout_p: float = 0.0,
     rng: DropoutState | None = None,
     save: Save = "z",
-) -> Call:
+) -> Norm:
     """`layer_norm(residual + dropout(x + x_bias))`: the end of each half of a BERT layer.
 
     x, residual: (..., H); weight, bias, x_bias: (H,); the result has residual.dtype. x_bias is the
@@ -88,34 +87,21 @@ def dropout_add_layer_norm(
     """
     who = "dropout_add_layer_norm"
     require(save in ("z", "y"), who, 'a save of "z" or "y"', repr(save))
-    require_floats(who, x=x, residual=residual)
-    if residual.shape != x.shape:
-        require(False, who, f"residual of shape {tuple(x.shape)}", tuple(residual.shape))
-    _check_vectors(who, x, weight=weight, bias=bias)
-    if x_bias is not None:
-        _check_vectors(who, x, x_bias=x_bias)
-    rows = x.shape[:-1].numel()
-    check_dropout(who, rows, x.device, dropout_p, rng)
-    rng = drawn(rows, x.device, dropout_p, rng)
-    return Call(x, residual, weight, bias, eps, x_bias, dropout_p, rng, save)
-
-
-def _check_vectors(who: str, x: Tensor, **vectors: Tensor) -> None:
-    shape = x.shape[-1:]
-    require(len(shape) == 1, who, "x of shape (..., hidden)", "()")
-    for name, vector in vectors.items():
-        if vector.shape != shape:
-            require(False, who, f"{name} of shape {tuple(shape)}", tuple(vector.shape))
+    require_rows(who, x, weight=weight, bias=bias, x_bias=x_bias)
+    require_floats(who, residual=residual)
+    require_shape(who, x.shape, residual=residual)
+    rng = checked_rng(who, x.shape[:-1].numel(), x.device, dropout_p, rng)
+    return Norm(x, residual, weight, bias, eps, x_bias, dropout_p, rng, save)
 
 
 @layer_norm.plain
 @dropout_add_layer_norm.plain
-def _plain(call: Call) -> Any:
+def _plain(call: Norm) -> Any:
     y = _plain_result(call)
     return (y.to(call.x.dtype), y) if call.branches else y
 
 
-def _plain_result(call: Call) -> Tensor:
+def _plain_result(call: Norm) -> Tensor:
     x, residual, weight, bias, eps, x_bias, dropout_p, rng, save, _ = call
     if residual is None:
         return plain_layer_norm(x, weight, bias, eps)
@@ -170,7 +156,7 @@ class _NormKeepingY(torch.autograd.Function):
 
 @layer_norm.refuses
 @dropout_add_layer_norm.refuses
-def _refusal(call: Call) -> str | None:
+def _refusal(call: Norm) -> str | None:
     x, residual, weight, bias, _, x_bias, *_ = call
     tensors = (x,) if residual is None else (x, residual)
     return refusal(tensors, (weight, bias) if x_bias is None else (weight, bias, x_bias))
@@ -196,7 +182,7 @@ def refusal(tensors: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> str | N
 
 @layer_norm.fused
 @dropout_add_layer_norm.fused
-def _fused(kernels: Any, call: Call) -> Any:
+def _fused(kernels: Any, call: Norm) -> Any:
     if call.branches and torch.compiler.is_compiling():  # a trace takes no two names of one tensor
         y = run(LayerNormFunction, kernels, call._replace(branches=False))
         return y.to(call.x.dtype), y

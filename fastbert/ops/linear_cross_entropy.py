@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.backend import DTYPES, op
-from fastbert.check import require
-from fastbert.ops.fused import joined, once, product, require_floats, result_dtype, run
+from fastbert.check import require, require_floats, require_shape
+from fastbert.ops.fused import joined, once, product, result_dtype, run
 
 MAX_LOGITS_BYTES = 1 << 30  # more are computed in parts, and again in the backward
 PADDING = 64  # classes are padded to a multiple of it, for wide loads and the tensor cores
 
 
-class Call(NamedTuple):
+class LinearCrossEntropy(NamedTuple):
     """A call of `linear_cross_entropy`."""
 
     hidden: Tensor
@@ -38,7 +38,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     return_correct: bool = False,
-) -> Call:
+) -> LinearCrossEntropy:
     """Cross-entropy of `hidden @ weight.T + bias`, averaged or summed over rows with a target.
 
     hidden: (C, H); weight: (V, H); bias: (V,) or None; targets: (C,) int64, a class, or
@@ -56,22 +56,20 @@ def linear_cross_entropy(
     who = "linear_cross_entropy"
     require_floats(who, hidden=hidden)
     require(hidden.ndim == 2, who, "hidden of shape (rows, hidden)", tuple(hidden.shape))
-    rows, size = hidden.shape
+    size = hidden.shape[1]
     is_weight = weight.ndim == 2 and weight.shape[1] == size and weight.shape[0] > 0
     require(is_weight, who, f"weight of shape (classes, {size})", tuple(weight.shape))
-    classes = weight.shape[0]
-    if bias is not None:
-        require(bias.shape == (classes,), who, f"bias of shape ({classes},)", tuple(bias.shape))
-    require(targets.shape == (rows,), who, f"targets of shape ({rows},)", tuple(targets.shape))
+    require_shape(who, weight.shape[:1], bias=bias)
+    require_shape(who, hidden.shape[:1], targets=targets)
     require(targets.dtype == torch.int64, who, "targets of dtype int64", targets.dtype)
     require(0 <= label_smoothing <= 1, who, "label_smoothing from 0 to 1", label_smoothing)
     require(reduction in ("mean", "sum"), who, 'reduction "mean" or "sum"', reduction)
     options = (ignore_index, float(label_smoothing), reduction, return_correct)
-    return Call(hidden, weight, bias, targets, *options)
+    return LinearCrossEntropy(hidden, weight, bias, targets, *options)
 
 
 @linear_cross_entropy.plain
-def _plain(call: Call) -> Tensor | tuple[Tensor, Tensor]:
+def _plain(call: LinearCrossEntropy) -> Tensor | tuple[Tensor, Tensor]:
     hidden, weight, bias, targets, ignore_index, label_smoothing, reduction, wants_correct = call
     dtype = hidden.dtype
     logits = F.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -91,7 +89,7 @@ def _plain(call: Call) -> Tensor | tuple[Tensor, Tensor]:
 
 
 @linear_cross_entropy.refuses
-def _refusal(call: Call) -> str | None:
+def _refusal(call: LinearCrossEntropy) -> str | None:
     hidden = call.hidden
     if hidden.dtype not in DTYPES:
         return str(hidden.dtype)
@@ -105,13 +103,13 @@ def _refusal(call: Call) -> str | None:
 
 
 @linear_cross_entropy.fused
-def _fused(kernels: Any, call: Call) -> Tensor | tuple[Tensor, Tensor]:
+def _fused(kernels: Any, call: LinearCrossEntropy) -> Tensor | tuple[Tensor, Tensor]:
     call = call._replace(hidden=call.hidden.to(result_dtype(call.hidden)))
-    loss, correct = run(_LinearCrossEntropy, kernels, call)
+    loss, correct = run(LinearCrossEntropyFunction, kernels, call)
     return (loss, correct) if call.return_correct else loss
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class LinearCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: Any, *fields: Any) -> tuple[Tensor, Tensor]:
         hidden, weight, bias, targets, ignore_index, label_smoothing, reduction, _ = fields

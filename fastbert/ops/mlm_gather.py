@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastbert.check import require
 from fastbert.ops.compact import compact
-from fastbert.ops.gather_rows import Call, gather_rows
+from fastbert.ops.gather_rows import Gather, gather_rows
 from fastbert.packing import IGNORE_INDEX
 
 
@@ -44,5 +44,5 @@ def mlm_gather(
     is_integer = not (labels.is_floating_point() or labels.is_complex())
     require(is_integer, who, "labels of an integer dtype", labels.dtype)
     targets, positions, slots, offsets = compact(labels[None], ignore_index, capacity)
-    rows = gather_rows.run(Call(hidden, positions, slots))
+    rows = gather_rows.run(Gather(hidden, positions, slots))
     return MaskedRows(rows, targets, positions, count=offsets[-1])

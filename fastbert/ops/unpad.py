@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from fastbert.check import require
-from fastbert.ops.compact import Call, compact
-from fastbert.ops.gather_rows import Call as Gather
-from fastbert.ops.gather_rows import gather_rows
+from fastbert.ops.compact import Compaction, compact
+from fastbert.ops.gather_rows import Gather, gather_rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,7 +120,7 @@ def unpad(attention_mask: Tensor, capacity: int | None = None) -> Unpadding:
     batch, seqlen = attention_mask.shape
     is_token = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
     if capacity is not None:
-        _, positions, slots, cu_seqlens = compact.run(Call(is_token, 0, capacity))
+        _, positions, slots, cu_seqlens = compact.run(Compaction(is_token, 0, capacity))
         return Unpadding(positions, slots, cu_seqlens, seqlen, (batch, seqlen), has_filler=True)
     lengths = is_token.sum(1)
     if torch.compiler.is_compiling():  # two numbers, not one for each sequence
@@ -133,5 +132,5 @@ def unpad(attention_mask: Tensor, capacity: int | None = None) -> Unpadding:
     total, longest = sum(on_host), max(on_host, default=0)
     if 0 < total == batch * seqlen:
         return Unpadding.dense(batch, seqlen, attention_mask.device)
-    _, positions, slots, cu_seqlens = compact.run(Call(is_token, 0, total, is_exact=True))
+    _, positions, slots, cu_seqlens = compact.run(Compaction(is_token, 0, total, is_exact=True))
     return Unpadding(positions, slots, cu_seqlens, longest, (batch, seqlen))

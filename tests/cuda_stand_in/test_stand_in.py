@@ -68,7 +68,7 @@ library.stand_in_counts(counts)
 print([after - then for then, after in zip(before, counts)][:4])
 
 from fastbert.ops.bias_gelu import bias_gelu
-print(bias_gelu.choice("cuda").backend)
+print(bias_gelu.chosen("cuda").backend)
 x = torch.ones(4, 64, device="cuda")
 library.stand_in_counts(counts)
 before = list(counts)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.compiling.cases import CAPABILITIES, ROWS, SM90, Case, dropout_of, floats
-from fastbert.ops.layer_norm import Call, dropout_add_layer_norm, layer_norm
+from fastbert.ops.layer_norm import Norm, dropout_add_layer_norm, layer_norm
 
 
 def cases() -> Iterator[Case]:
@@ -45,7 +45,7 @@ def _add(
 
     def call(x: Tensor, residual: Tensor, *trained: Tensor) -> Any:
         weight, bias, x_bias = trained or parameters
-        call = Call(x, residual, weight, bias, x_bias=x_bias, **options)
+        call = Norm(x, residual, weight, bias, x_bias=x_bias, **options)
         return dropout_add_layer_norm.run(call)
 
     activations = tuple(floats(ROWS, columns, dtype=one) for one in (dtype, stream or dtype))

@@ -9,18 +9,19 @@ Face's keys. Layers in training mode run in FP8, others as without.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastbert import backend
 from fastbert.check import require
-from fastbert.modules.linear import PRODUCTS, Products, encoders_of
+from fastbert.modules.linear import encoders_of
+from fastbert.modules.products import PRODUCTS, Products
 from fastbert.ops.fp8_linear import (
     MULTIPLE,
-    Call,
-    FeedForward,
+    Fp8FeedForward,
+    Fp8Linear,
     fp8_feed_forward,
     fp8_linear,
     inverse_of,
@@ -33,7 +34,7 @@ HISTORY = 16  # forward passes whose largest values decide a scale
 ASSUMED = 16.0, 8.0, 1.0  # largest values of input, weight and gradient before any were seen
 
 
-class Scales:
+class Scales(Products):
     """The scales of an encoder's P linear layers: of the input, the weight and the gradient.
 
     history: (P, 3, HISTORY) float32, largest absolute values of earlier passes, the newest first;
@@ -106,15 +107,11 @@ def power_of_two(x: Tensor) -> Tensor:
     return torch.where((x > 0) & x.isfinite(), usual, 1.0)
 
 
-class Slot(NamedTuple):
+class Slot(Products):
     """The place of one linear layer among its encoder's scales."""
 
-    scales: Scales
-    number: int
-
-    @property
-    def reads_each_bias(self) -> bool:
-        return False
+    def __init__(self, scales: Scales, number: int) -> None:
+        self.scales, self.number = scales, number
 
     def product(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
@@ -124,7 +121,7 @@ class Slot(NamedTuple):
         if numbers is None:
             return None
         bias = joined(biases) if biases else None
-        return fp8_linear.run(Call(x, joined(weights), bias, *numbers, result_dtype(x)))
+        return fp8_linear.run(Fp8Linear(x, joined(weights), bias, *numbers, result_dtype(x)))
 
     def feed_forward(
         self,
@@ -146,7 +143,7 @@ class Slot(NamedTuple):
         others = output._numbers()
         assert others is not None
         return fp8_feed_forward.run(
-            FeedForward(*tensors, *numbers, *others, approximate, result_dtype(x))
+            Fp8FeedForward(*tensors, *numbers, *others, approximate, result_dtype(x))
         )
 
     def _numbers(self) -> tuple[Tensor, Tensor, Tensor] | None:

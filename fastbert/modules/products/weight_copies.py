@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastbert.modules.linear import PRODUCTS, encoders_of
+from fastbert.modules.linear import encoders_of
+from fastbert.modules.products import PRODUCTS, Products
 from fastbert.ops.fused import as_rows, joined, once, product, result_dtype
 
 ALIGNED = 64  # elements: copies begin at multiples of 128 bytes, which fast products want
 
 
-class WeightCopies:
+class WeightCopies(Products):
     """Copies in `dtype` of the weights and biases of plain linear layers in the model's encoders.
 
     Of those in float32, and of those in `dtype`, which only have to be joined; biases' are read
@@ -90,13 +91,6 @@ class WeightCopies:
             for module in self.modules:
                 vars(module).pop(PRODUCTS, None)
 
-    def begin(self, x: Tensor, training: bool) -> None:
-        """Does nothing: a step makes the copies, before its forwards."""
-
-    def undone(self) -> contextlib.AbstractContextManager[None]:
-        """Takes nothing back."""
-        return contextlib.nullcontext()
-
     def product(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     ) -> Tensor | None:
@@ -123,9 +117,6 @@ class WeightCopies:
         if places[1:] == ends[:-1]:
             return self._copy(places[0], sum(map(len, tensors)), *tensors[0].shape[1:])
         return joined([self._copy(at, *one.shape) for at, one in zip(places, tensors, strict=True)])
-
-    def feed_forward(self, *_: Any) -> None:
-        """Leaves both products of a feed-forward to `product`."""
 
 
 def _memory_of(tensor: Tensor) -> tuple[Any, ...]:

@@ -175,7 +175,7 @@ def test_steps_whose_operators_are_kernels(kind, recorder, monkeypatch):
     monkeypatch.setitem(backend.PREFERENCE, "cpu", backend.PREFERENCE["cuda"])
     with backend.use(None):  # so that choices of before are forgotten
         plain, recorded = (model.train() for model in models(kind, num_hidden_layers=1))
-        assert attention_qkvpacked.choice("cpu").backend == "triton"
+        assert attention_qkvpacked.chosen("cpu").backend == "triton"
         for number, lengths in enumerate([[7, 3], [6, 5]]):
             inputs = batch(lengths, number)
             assert_same(step(recorded, inputs), step(plain, inputs))

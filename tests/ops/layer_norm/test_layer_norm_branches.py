@@ -6,7 +6,7 @@ import torch
 from fastbert import BertConfig, BertEncoder, backend
 from fastbert.modules import layer
 from fastbert.modules.whole_layer import WholeLayer
-from fastbert.ops.layer_norm import Call, dropout_add_layer_norm
+from fastbert.ops.layer_norm import Norm, dropout_add_layer_norm
 from tests.ops.layer_norm.case import SUM_NAMES, sum_inputs
 from tests.oracle import assert_as_accurate, gradients
 
@@ -17,7 +17,7 @@ def branched(case, *, dropout_p=0.0, save="z", eps=0.5):
     def function(x, residual, weight, bias, x_bias):
         rng = case.rng if dropout_p else None
         return dropout_add_layer_norm.run(
-            Call(x, residual, weight, bias, eps, x_bias, dropout_p, rng, save, branches=True)
+            Norm(x, residual, weight, bias, eps, x_bias, dropout_p, rng, save, branches=True)
         )
 
     return function

@@ -130,17 +130,17 @@ def _run_spans(
     Zeros as hidden states would score all padding by the head's bias, above most tokens, and fill
     the best places of a list of answers.
     """
-    columns = [arguments.get(name) for name in ("start_positions", "end_positions")]
-    rest = _without(arguments, ("start_positions", "end_positions", "return_dict"))
-    output = original(**rest, return_dict=True)
+    names = ("start_positions", "end_positions")
+    starts, ends = map(arguments.get, names)
+    output = original(**_without(arguments, (*names, "return_dict")), return_dict=True)
     is_real, scores = _real_tokens(model, arguments), [output.start_logits, output.end_logits]
     if is_real is not None:
         is_real = is_real.to(scores[0].device).expand_as(scores[0])
         if not makes_a_file():
             scores = [x.masked_fill(~is_real, torch.finfo(x.dtype).min) for x in scores]
     fields = {**output, "start_logits": scores[0], "end_logits": scores[1]}
-    if all(column is not None for column in columns):
-        fields["loss"] = span_loss(scores, columns, is_real, num_items)
+    if starts is not None and ends is not None:
+        fields["loss"] = span_loss(scores, (starts, ends), is_real, num_items)
     return _returned(model, type(output)(**fields), arguments)
 
 

@@ -230,6 +230,7 @@ class BertPreTrainedModel(nn.Module):
         elif changes:
             config = changed(copy.copy(config), **changes)
         model = cls(config, **options)
+        model.name_or_path = str(name_or_directory)  # peft writes it beside adapters
         weights = checkpoint.read_weights(directory)
         absent = checkpoint.load_weights(
             model, weights, directory, ignore_mismatched_sizes=ignore_mismatched_sizes

@@ -38,6 +38,7 @@ class BertPreTrainedModel(nn.Module):
     _tied_weights_keys: ClassVar[dict[str, str]] = {}  # read by peft: further names, and the first
     _keys_to_ignore_on_save: ClassVar[list[str] | None] = None  # by Trainer: what files may lack
     config: Any
+    name_or_path: str = ""  # where from_pretrained read it; peft writes it beside adapters
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -230,7 +231,7 @@ class BertPreTrainedModel(nn.Module):
         elif changes:
             config = changed(copy.copy(config), **changes)
         model = cls(config, **options)
-        model.name_or_path = str(name_or_directory)  # peft writes it beside adapters
+        model.name_or_path = str(name_or_directory)
         weights = checkpoint.read_weights(directory)
         absent = checkpoint.load_weights(
             model, weights, directory, ignore_mismatched_sizes=ignore_mismatched_sizes

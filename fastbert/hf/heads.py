@@ -25,7 +25,7 @@ from fastbert.hf.families import (
 )
 from fastbert.hf.first_tokens import called_by, is_plain_pooler
 from fastbert.hf.hooks import is_hooked
-from fastbert.hf.stack import family_of_module
+from fastbert.hf.stack import family_of_module, makes_a_file
 from fastbert.models.losses import (
     Scored,
     pretraining_loss,
@@ -123,18 +123,25 @@ def run_head(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
 def _run_spans(
     model: Any, original: Forward, arguments: dict[str, Any], num_items: Tensor | int | None
 ) -> Any:
-    """The patched forward of `BertForQuestionAnswering`, ...: Hugging Face's logits, and a loss
-    that normalises starts and ends separately, because only one of them may be at padding."""
+    """The patched forward of `BertForQuestionAnswering`, ...: Hugging Face's logits, the lowest
+    number at padding, and a loss that normalises starts and ends separately, because only one of
+    them may be at padding.
+
+    Zeros as hidden states would score all padding by the head's bias, above most tokens, and fill
+    the best places of a list of answers.
+    """
     names = ("start_positions", "end_positions")
-    if any(arguments.get(name) is None for name in names):
-        return original(**arguments)
+    starts, ends = map(arguments.get, names)
     output = original(**_without(arguments, (*names, "return_dict")), return_dict=True)
-    is_real, scores = _real_tokens(model, arguments), (output.start_logits, output.end_logits)
+    is_real, scores = _real_tokens(model, arguments), [output.start_logits, output.end_logits]
     if is_real is not None:
         is_real = is_real.to(scores[0].device).expand_as(scores[0])
-    columns = [arguments[name] for name in names]
-    loss = span_loss(scores, columns, is_real, num_items)
-    return _returned(model, type(output)(loss=loss, **output), arguments)
+        if not makes_a_file():
+            scores = [x.masked_fill(~is_real, torch.finfo(x.dtype).min) for x in scores]
+    fields = {**output, "start_logits": scores[0], "end_logits": scores[1]}
+    if starts is not None and ends is not None:
+        fields["loss"] = span_loss(scores, (starts, ends), is_real, num_items)
+    return _returned(model, type(output)(**fields), arguments)
 
 
 def _score(

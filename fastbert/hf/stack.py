@@ -185,9 +185,14 @@ def _require_supported(config: Any, layers: nn.ModuleList, arguments: dict[str, 
     attention = getattr(config, "_attn_implementation", None) or "eager"
     if not is_built_in(attention):
         raise Unsupported(f"attn_implementation={attention!r}, an attention of the user's own")
-    # `is_exporting()` is True in all that torch.compile of torch 2.11 traces
-    if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
+    if makes_a_file():
         raise Unsupported("tracing or export, which would fix the lengths of this batch")
+
+
+def makes_a_file() -> bool:
+    """Whether the call is traced or exported, not run."""
+    # `is_exporting()` is True in all that torch.compile of torch 2.11 traces
+    return torch.jit.is_tracing() or torch.compiler._is_exporting_flag
 
 
 def require_kernels(device: torch.device) -> None:

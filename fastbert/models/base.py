@@ -39,6 +39,7 @@ class BertPreTrainedModel(nn.Module):
     _tied_weights_keys: ClassVar[dict[str, str]] = {}  # read by peft: further names, and the first
     _keys_to_ignore_on_save: ClassVar[list[str] | None] = None  # by Trainer: what files may lack
     config: Any
+    name_or_path: str = ""  # where from_pretrained read it; peft writes it beside adapters
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -132,28 +133,27 @@ class BertPreTrainedModel(nn.Module):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Embedding:
-        """Gives the word embeddings, and the decoder, `new_num_tokens` rows; see `resize`.
-
-        The configuration gets the new vocab_size: Hugging Face's is changed in place, and a
-        `fastbert.BertConfig`, which is frozen, is replaced by a new one.
-        """
+        """Gives word embeddings, decoder and configuration `new_num_tokens` rows; see `resize`."""
         embeddings, decoder = self.get_input_embeddings(), self.get_output_embeddings()
         count = embeddings.num_embeddings if new_num_tokens is None else new_num_tokens
         count += -count % (pad_to_multiple_of or 1)
         if count == embeddings.num_embeddings:
             return embeddings
         std = None if mean_resizing else self.config.initializer_range
-        config = changed(self.config, vocab_size=count)
         resize(embeddings, count, std)
         if decoder is not None:
             resize(decoder, count, std)
             self.set_output_embeddings(decoder)
-        for module in self.modules():
-            if getattr(module, "config", None) is self.config and module is not self:
-                module.config = config
-        self.config = config
+        self._reconfigure(vocab_size=count)
         self.tie_weights()
         return embeddings
+
+    def _reconfigure(self, **changes: Any) -> None:
+        """Changes Hugging Face's configuration in place; a `BertConfig` is replaced everywhere."""
+        old, new = self.config, changed(self.config, **changes)
+        for module in self.modules():
+            if getattr(module, "config", None) is old:
+                module.config = new
 
     def activation_checkpointing_enable(
         self,
@@ -231,6 +231,7 @@ class BertPreTrainedModel(nn.Module):
         elif changes:
             config = changed(copy.copy(config), **changes)
         model = cls(config, **options)
+        model.name_or_path = str(name_or_directory)
         weights = checkpoint.read_weights(directory)
         absent = checkpoint.load_weights(
             model, weights, directory, ignore_mismatched_sizes=ignore_mismatched_sizes

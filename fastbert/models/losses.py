@@ -161,18 +161,22 @@ def span_loss(
     return (losses[0] + losses[1]) / 2
 
 
-def score_sequences(logits: Tensor, labels: Tensor, problem_type: str | None) -> Scored:
+def problem_type_of(labels: Tensor, num_labels: int) -> str:
+    """What labels of sequences are, as Hugging Face infers it without a problem_type: regression
+    for one number each, otherwise single label for integers and multi-label for floats."""
+    if num_labels == 1:
+        return "regression"
+    kind = "single" if labels.dtype in (torch.int64, torch.int32) else "multi"
+    return f"{kind}_label_classification"
+
+
+def score_sequences(logits: Tensor, labels: Tensor, problem_type: str) -> Scored:
     """Squared error, cross-entropy or binary cross-entropies of logits (B, L).
 
     labels: (B,) classes for single_label_classification; (B, L) numbers for regression and for
-    multi_label_classification. A problem_type of None is inferred as Hugging Face does: regression
-    for L = 1, otherwise single label for integers and multi-label for floats. As there, the losses
-    of regression and multi-label are means over all B * L numbers. Raises ValueError for labels of
-    another size.
+    multi_label_classification. As in Hugging Face, the losses of regression and multi-label are
+    means over all B * L numbers. Raises ValueError for labels of another size.
     """
-    if problem_type is None:
-        kind = "single" if labels.dtype in (torch.int64, torch.int32) else "multi"
-        problem_type = "regression" if logits.shape[1] == 1 else f"{kind}_label_classification"
     shape, is_single = tuple(logits.shape), problem_type == "single_label_classification"
     require(
         labels.numel() == logits.shape[0] * (1 if is_single else logits.shape[1]),

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.check import require
+from fastbert.config.bert import BertConfig
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.bert import BertModel
 from fastbert.models.heads import BertOnlyNSPHead
 from fastbert.models.inputs import ForwardOptions, Inputs, Request
-from fastbert.models.losses import score_classes, score_sequences, span_loss
+from fastbert.models.losses import problem_type_of, score_classes, score_sequences, span_loss
 from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import (
     MultipleChoiceModelOutput,
@@ -85,7 +86,9 @@ class BertForSequenceClassification(_Classifier):
     """BERT with a classifier of whole sequences, as in Hugging Face; logits (B, num_labels).
 
     labels: by config.problem_type (B,) classes, (B, num_labels) numbers, or (B, num_labels) floats
-    0 and 1; `score_sequences` has the details, and what a problem_type of None means.
+    0 and 1; see `score_sequences`. A problem_type of None becomes that of the first labels, in the
+    configuration too, where pipelines read whether scores are of a softmax or sigmoids (under
+    torch.compile in Hugging Face's configuration alone; a `BertConfig` is frozen).
     """
 
     def __init__(self, config: Any) -> None:
@@ -95,7 +98,12 @@ class BertForSequenceClassification(_Classifier):
         encoded = self.encode(request, "pooled")
         logits, scored = self.classifier(self.dropout(encoded.pooler_output)), None
         if labels is not None:
-            scored = score_sequences(logits, labels, self.config.problem_type)
+            problem = self.config.problem_type or problem_type_of(labels, self.num_labels)
+            scored = score_sequences(logits, labels, problem)
+            # a trace cannot make another frozen configuration
+            is_fixed = isinstance(self.config, BertConfig) and torch.compiler.is_compiling()
+            if self.config.problem_type is None and not is_fixed:
+                self._reconfigure(problem_type=problem)
         return request.output(SequenceClassifierOutput, encoded, logits, scored)
 
 

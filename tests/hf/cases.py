@@ -208,7 +208,7 @@ def is_comparable(case: Case) -> bool:
     if case.side == "left" and skips and case.kind == "Model" and not case.return_dict:
         return False  # its pooler's output has no name to be left out by
     if "QuestionAnswering" in case.kind and skips:
-        return False  # its softmax runs over the padded places too
+        return False  # Hugging Face's softmax runs over the padded places too
     if IS_V4 and (
         case.leftover or case.mask in MASKS[4:] or (case.positions and case.family == "DistilBert")
     ):

@@ -121,19 +121,14 @@ class Subject:
         return [nll(logits, labels)]
 
     def span_term(self, scores, name):
-        """Own models' padding has no part in the softmax; patched models score it by the bias."""
+        """The answers at real tokens; padding has no part in the softmax."""
         found = []
-        place = {"start": 0, "end": 1}[name]
         for row, column in enumerate(self.targets[f"{name}_positions"].clamp(min=0)):
             if column >= WIDTH or not self.real[row, column]:
                 continue
-            filler = self.theirs.qa_outputs.bias[place].expand(WIDTH - LENGTHS[row])
-            parts = [scores[row][f"{name}_logits"][0]]
-            if self.kind == "patched":
-                parts = [*parts, filler] if self.side == "right" else [filler, *parts]
-            elif self.side == "left":
+            if self.side == "left":
                 column = column - (WIDTH - LENGTHS[row])
-            found.append(-torch.cat(parts).log_softmax(0)[column])
+            found.append(-scores[row][f"{name}_logits"][0].log_softmax(0)[column])
         return torch.stack(found)
 
     def expected(self, terms, num_items=None) -> torch.Tensor:

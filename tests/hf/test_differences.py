@@ -69,19 +69,27 @@ def test_padding_of_a_traced_model():
     assert not torch.allclose(ours(**batch).last_hidden_state, expected)
     fastbert.patch(ours, padding="compute")
     assert torch.allclose(ours(**batch).last_hidden_state, expected)
+    theirs, ours, batch, _ = both("ForQuestionAnswering")
+    traced = torch.jit.trace(ours, example_kwarg_inputs=batch, strict=False)
+    assert torch.allclose(traced(**batch)["start_logits"], theirs(**batch).start_logits)
 
 
 @point("Padded positions of the output hold zeros")
 def test_answers_at_padding():
-    _, ours, batch, real = both("ForQuestionAnswering")
+    theirs, ours, batch, real = both("ForQuestionAnswering")
     one = {"start_positions": ANSWERS, "end_positions": torch.tensor([2, 1, 4])}
     other = {"start_positions": ANSWERS, "end_positions": torch.tensor([2, 6, 4])}
     loss = ours(**batch, **one).loss
     assert not torch.equal(loss, ours(**batch, **other).loss)
     at_padding = {"start_positions": ANSWERS, "end_positions": torch.tensor([2, 5, 4])}
     assert torch.equal(ours(**batch, **other).loss, ours(**batch, **at_padding).loss)
-    bias = ours.qa_outputs.bias[0]
-    assert torch.allclose(ours(**batch).start_logits[~real], bias)
+    found, expected = ours(**batch), theirs(**batch)
+    for name in ("start_logits", "end_logits"):
+        assert torch.allclose(found[name][real], expected[name][real])
+        assert (found[name][~real] == torch.finfo(torch.float64).min).all()
+        assert (expected[name][~real] > -10).all()
+    fastbert.patch(ours, padding="compute")
+    assert torch.allclose(ours(**batch).start_logits, expected.start_logits)
 
 
 @point("The pooler reads each sequence's first *real* token")

@@ -144,3 +144,40 @@ def test_a_state_has_hugging_faces_names_and_each_tensor_its_own_memory():
     assert len(set(memory)) == len(memory)
     for name, tensor in model.state_dict(keep_vars=True).items():
         assert tensor is dict(model.named_parameters(remove_duplicate=False))[name]
+
+
+@pytest.mark.parametrize("kind", ["a BertConfig", "Hugging Face's configuration"])
+@pytest.mark.parametrize(
+    ("num_labels", "labels", "problem"),
+    [
+        (1, torch.tensor([0.5, 2.0]), "regression"),
+        (3, torch.tensor([2, 0]), "single_label_classification"),
+        (3, torch.eye(3)[:2], "multi_label_classification"),
+    ],
+)
+def test_the_problem_that_labels_tell_is_kept_for_pipelines(
+    kind, num_labels, labels, problem, tmp_path
+):
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    tokenizer = transformers.BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    torch.manual_seed(0)
+    shape = SHAPE | {"vocab_size": len(WORDS), "num_labels": num_labels}
+    config = transformers.BertConfig(**shape)
+    theirs = transformers.BertForSequenceClassification(config).eval()
+    theirs.save_pretrained(tmp_path)
+    given = None if kind == "a BertConfig" else copy.deepcopy(config)
+    ours = fastbert.BertForSequenceClassification.from_pretrained(tmp_path, config=given)
+    assert ours.config.problem_type is None
+    scores = []
+    for model in (theirs, ours):
+        model(torch.tensor([[2, 5, 3], [2, 6, 3]]), labels=labels)
+        assert model.config.problem_type == problem
+        assert model.bert.config is model.config
+        pipeline = transformers.pipeline(
+            "text-classification", model=model, tokenizer=tokenizer, top_k=None, device="cpu"
+        )
+        scores.append(numbers(pipeline(["the cat", "mats on the mat ."])))
+    assert scores[1] == pytest.approx(scores[0], abs=1e-4)
+    ours.save_pretrained(tmp_path / "saved")
+    saved = transformers.AutoConfig.from_pretrained(tmp_path / "saved")
+    assert saved.problem_type == problem

@@ -109,3 +109,14 @@ def test_adapters_drop_the_same_where_the_last_layer_computes_some_rows_alone(mo
         found.append((loss.detach(), gradients(model)))
     torch.testing.assert_close(found[0][0], found[1][0])
     assert_same_gradients(found[0][1], found[1][1])
+
+
+def test_an_adapters_file_names_the_checkpoint_below_it(tmp_path):
+    make_model(transformers.BertForMaskedLM).save_pretrained(tmp_path / "below")
+    said = []
+    for library in (transformers, fastbert):
+        model = library.BertForMaskedLM.from_pretrained(tmp_path / "below")
+        adapter = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
+        adapter.save_pretrained(tmp_path / "adapter")
+        said.append(peft.PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path)
+    assert said == [str(tmp_path / "below")] * 2

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
+from triton.runtime.errors import InterpreterError
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastbert import backend
@@ -151,6 +152,31 @@ def test_an_interpreted_launch_leaves_the_language_as_it_was():
         before = [dict(vars(place)) for place in places]
         dropout_add_layer_norm(x, x, weight, weight)
     assert [dict(vars(place)) for place in places] == before
+
+
+def copy(x_ptr, y_ptr, x_stride, y_stride):
+    program = tl.program_id(0)
+    tl.store(y_ptr + program * y_stride, tl.load(x_ptr + program * x_stride))
+
+
+@pytest.mark.skipif(not runtime.IS_INTERPRETED, reason="kernels are compiled here")
+@pytest.mark.parametrize(
+    ("x_stride", "y_stride", "in_place", "message"),
+    [
+        (2, 1, False, r"\(2, 0, 0\) loads outside"),
+        (1, -1, False, r"\(1, 0, 0\) stores outside"),
+        (1, 0, False, r"\(1, 0, 0\) stores what another one stores"),
+        (0, 1, True, r"\(1, 0, 0\) loads what another one stores"),
+    ],
+)
+def test_the_interpreter_refuses_what_a_gpu_may_let_pass(x_stride, y_stride, in_place, message):
+    launch = Kernel(copy, [])
+    x, y = torch.arange(12.0)[4:8], torch.zeros(12)[4:8]
+    launch((4,), x, y, 1, 1)
+    launch((4,), x, x, 1, 1)
+    assert torch.equal(x, y)
+    with pytest.raises(InterpreterError, match=message):
+        launch((4,), x, x if in_place else y, x_stride, y_stride)
 
 
 def test_a_launch_passes_what_tritons_own_passes(kernel, driver, monkeypatch):

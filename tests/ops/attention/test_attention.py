@@ -78,6 +78,35 @@ def test_keys_of_no_query_have_no_gradient(body, device):
     assert dk.abs().max() == dv.abs().max() == 0
 
 
+def test_nothing_attends_to_nothing(body, device):
+    qkv = torch.randn(0, 3, 2, 16, device=device)
+    cu = boundaries([], device)
+    out, dqkv = gradients(lambda t: attention_qkvpacked(t, cu, 0), qkv, dy=qkv[:, 0])
+    assert (out.shape, dqkv.shape) == ((0, 2, 16), (0, 3, 2, 16))
+
+
+def test_queries_without_a_key_beside_others(body, device):
+    q, k = torch.randn(10, 2, 16, device=device), torch.randn(9, 2, 16, device=device)
+    cu_q, cu_k = boundaries([3, 2, 4], device), boundaries([0, 2, 5], device)
+    found = gradients(lambda *t: attention(*t, cu_q, cu_k, 4, 5), q, k, k.flip(0), dy=q)
+    assert all(x.isfinite().all() for x in found)
+    out, dq, *_ = found
+    assert out[:3].abs().max() == dq[:3].abs().max() == out[9].abs().max() == 0
+    assert out[3:9].abs().min() > 0
+
+
+def test_rows_behind_the_last_sequence_may_differ_in_number(body, device):
+    q, k = torch.randn(8, 2, 16, device=device), torch.randn(11, 2, 16, device=device)
+    cu = boundaries([2, 5], device)
+    found = gradients(lambda *t: attention(*t, cu, cu, 5, 5), q, k, k.flip(0), dy=q)
+    alone = gradients(
+        lambda *t: attention(*t, cu, cu, 5, 5), q[:7], k[:7], k.flip(0)[:7], dy=q[:7]
+    )
+    for a, e in zip(found, alone, strict=True):
+        torch.testing.assert_close(a[:7], e)
+        assert a[7:].abs().max() == 0
+
+
 def test_boundaries_that_lie_apart(body, device):
     qkv = torch.randn(75, 3, 1, 16, device=device)
     cu = boundaries([5, 70], device)
@@ -209,6 +238,13 @@ def test_a_forced_backend_names_what_it_cannot_do(device, triton):
         "head_dim 160": lambda: attention_qkvpacked(qkv.repeat(1, 1, 1, 10), cu, 4),
         "head_dim 0": lambda: attention_qkvpacked(qkv[..., :0], cu, 4, softmax_scale=1.0),
         "softmax_scale -1": lambda: attention_qkvpacked(qkv, cu, 4, softmax_scale=-1.0),
+        "softmax_scale 0": lambda: attention_qkvpacked(qkv, cu, 4, softmax_scale=0.0),
+        "on different devices": lambda: attention_qkvpacked(
+            qkv, cu, 4, mask=mask.detach().to("meta")
+        ),
+        "tensors on different devices": lambda: attention_qkvpacked(
+            qkv, cu, 4, qkv_bias=torch.zeros(48, device="meta")
+        ),
         "gradient of the mask": lambda: attention_qkvpacked(qkv, cu, 4, mask=mask),
         "65535 sequences": lambda: attention_qkvpacked(qkv, cu[:1].expand(65536), 4),
     }.items():
@@ -284,6 +320,10 @@ def test_under_autocast_the_result_has_the_dtype_of_q(low, dropout_p, body, devi
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, e)
+    if body == "triton" or not dropout_p:  # PyTorch's own backward of a product is under autocast
+        with torch.autocast(device, low):
+            whole = gradients(lambda *t: function(*t, autocast=True), *tensors, dy=dout)
+        assert all(torch.equal(w, e) for w, e in zip(whole, expected, strict=True))
 
 
 @pytest.mark.parametrize("far", range(3))

@@ -56,6 +56,25 @@ def test_a_row_of_one_number_becomes_the_bias(device):
 
 
 @pytest.mark.usefixtures("body")
+def test_only_the_whole_sum_is_rounded(device):
+    """x + x_bias would be 2048 + 1 = 2048 in half precision, of which the residual leaves 0."""
+    numbers = torch.arange(1.0, 17.0, device=device).half()
+    x, one = torch.full((3, 16), 2048.0, device=device).half(), torch.ones(16, device=device)
+    y = dropout_add_layer_norm(x, -x, one, 0 * one, x_bias=numbers.float())
+    torch.testing.assert_close(y, layer_norm(numbers.expand(3, 16), one, 0 * one))
+
+
+@pytest.mark.parametrize("place", [1, 2], ids=["weight", "bias"])
+def test_the_reference_takes_one_parameter_of_another_dtype(place):
+    x, *parameters, _ = inputs((3, 8), torch.float32, "cpu")
+    tensors = [x, *parameters]
+    tensors[place] = tensors[place].half()
+    with backend.use("reference"):
+        y = layer_norm(*tensors)
+        torch.testing.assert_close(y, layer_norm(*(t.float() for t in tensors)))
+
+
+@pytest.mark.usefixtures("body")
 def test_what_is_normed_is_the_rounded_sum_that_the_backward_reads(device):
     x, residual, weight, bias, _ = sum_inputs((5, 64), torch.float16, device).tensors
     rounded = (x.float() + residual.float()).half()

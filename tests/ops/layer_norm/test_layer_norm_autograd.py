@@ -44,6 +44,18 @@ def test_the_backward_gives_the_same_bits_each_time(dropout_p, device):
     assert_as_accurate(first, case.plain(dropout_p=dropout_p), truth, names=SUM_NAMES)
 
 
+@pytest.mark.parametrize("place", range(5), ids=SUM_NAMES[1:])
+@pytest.mark.parametrize("save", ["z", "y"])
+@pytest.mark.usefixtures("body")
+def test_each_gradient_may_be_wanted_alone(save, place, device):
+    case = sum_inputs((5, 40), torch.float32, device)
+    expected = case.results(save=save)[1 + place]
+    tensors = [x.clone().requires_grad_(number == place) for number, x in enumerate(case.tensors)]
+    y = dropout_add_layer_norm(*tensors[:4], x_bias=tensors[4], save=save)
+    (alone,) = torch.autograd.grad(y, tensors[place], case.dy)
+    torch.testing.assert_close(alone, expected)
+
+
 @pytest.mark.usefixtures("body")
 def test_gradients_of_both_inputs_share_no_memory(device):
     """Without dropout they are one tensor in the backward, and leaves must get one each."""

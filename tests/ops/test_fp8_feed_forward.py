@@ -147,6 +147,42 @@ def test_leading_dimensions_autocast_and_frozen_weights():
     assert not numbers[1][2]  # nothing behind GELU wants a gradient
 
 
+@pytest.mark.parametrize("place", range(4), ids=["x", "weight", "bias", "output_weight"])
+def test_each_gradient_may_be_wanted_alone(place, body):
+    given = tensors()
+    expected, _ = run(fused("none"), *given)
+    leaves = [t.clone().requires_grad_(number == place) for number, t in enumerate(given[:4])]
+    numbers = [torch.tensor(SCALE), torch.zeros(3), torch.tensor(OUTPUT_SCALE), torch.zeros(3)]
+    y = fp8_feed_forward(*leaves, *numbers)
+    (alone,) = torch.autograd.grad(y, leaves[place], given[4])
+    assert torch.equal(alone, expected[1 + place])
+
+
+def test_reads_tensors_as_they_lie(body):
+    *given, dy = tensors()
+    expected, _ = run(fused("none"), *given, dy)
+    x, weight, bias, output_weight = given
+    apart = [t.t().contiguous().t() for t in (x, weight, output_weight)]
+    apart.insert(2, torch.stack([bias] * 2, 1)[:, 0])
+    leaves = [t.requires_grad_() for t in apart]
+    numbers = [torch.tensor(SCALE), torch.zeros(3), torch.tensor(OUTPUT_SCALE), torch.zeros(3)]
+    y = fp8_feed_forward(*leaves, *numbers)
+    actual = [y, *torch.autograd.grad(y, leaves, dy.t().contiguous().t())]
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_a_forced_backend_never_falls_back():
+    x, weight, bias, output_weight, _ = tensors()
+    numbers = [torch.tensor(SCALE), torch.zeros(3), torch.tensor(OUTPUT_SCALE), torch.zeros(3)]
+    for wrong, message in (
+        (output_weight.double(), "weight of torch.float64"),
+        (output_weight[:15], r"a weight of \(15, 48\), whose sizes are not multiples of 16"),
+        (output_weight.to("meta"), "tensors on several devices"),
+    ):
+        with backend.use("triton"), pytest.raises(backend.BackendUnavailable, match=message):
+            fp8_feed_forward(x, weight, bias, wrong, *numbers)
+
+
 def test_refuses_other_shapes_and_a_second_derivative():
     x, weight, bias, output_weight, _ = tensors()
     numbers = [torch.tensor(SCALE), torch.zeros(3), torch.tensor(OUTPUT_SCALE), torch.zeros(3)]

@@ -174,14 +174,39 @@ def test_refuses_other_shapes_and_a_second_derivative():
         fp8_linear(x, weight.t(), bias, scale, amax)
     with pytest.raises(ValueError, match=r"bias of shape \(outputs,\)"):
         fp8_linear(x, weight, bias[:3], scale, amax)
-    with pytest.raises(ValueError, match="scale of 3 float32"):
-        fp8_linear(x, weight, bias, scale[:2], amax)
+    for wrong in (scale[:2], scale.double()):
+        with pytest.raises(ValueError, match="scale of 3 float32"):
+            fp8_linear(x, weight, bias, wrong, amax)
     x.requires_grad_()
     (dx,) = torch.autograd.grad(
         fp8_linear(x, weight, bias, scale, amax).square().sum(), x, create_graph=True
     )
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         dx.sum().backward()
+
+
+def test_a_forced_backend_never_falls_back():
+    x, weight, bias, _ = tensors()
+    for arguments, message in (
+        ((x.double(), weight, bias), "torch.float64"),
+        ((x, weight.double(), bias), "weight of torch.float64"),
+        ((x, weight[:47], None), r"a weight of \(47, 32\), whose sizes are not multiples of 16"),
+        ((x[:, :31], weight[:, :31], bias), r"a weight of \(48, 31\)"),
+        ((x, weight[:0], None), r"a weight of \(0, 32\)"),
+        ((x, weight, bias.to("meta")), "tensors on several devices"),
+    ):
+        with backend.use("triton"), pytest.raises(backend.BackendUnavailable, match=message):
+            fp8_linear(*arguments, torch.tensor(SCALE), torch.zeros(3))
+
+
+def test_reads_tensors_as_they_lie(body):
+    x, weight, bias, dy = tensors()
+    expected, _ = run(x, weight, bias, dy)
+    apart = x.t().contiguous().t(), weight.t().contiguous().t(), torch.stack([bias] * 2, 1)[:, 0]
+    leaves = [t.requires_grad_() for t in apart]
+    y = fp8_linear(*leaves, torch.tensor(SCALE), torch.zeros(3))
+    actual = [y, *torch.autograd.grad(y, leaves, dy.t().contiguous().t())]
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("rows", [16, 5])

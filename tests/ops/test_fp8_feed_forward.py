@@ -158,6 +158,17 @@ def test_each_gradient_may_be_wanted_alone(place, body):
     assert torch.equal(alone, expected[1 + place])
 
 
+def test_a_wide_biases_gradient_is_summed_in_float32(body):
+    """In half precision 1024 + 1024 + 1 would be 2048; GELU has the slope 1 here."""
+    x, weight, identity = torch.zeros(3, 16).half(), torch.ones(16, 16), torch.eye(16)
+    bias = torch.full((16,), 40.0, requires_grad=True)
+    numbers = [torch.ones(3), torch.zeros(3)] * 2
+    y = fp8_feed_forward(x, weight, bias, identity, *numbers)
+    dy = torch.tensor([1024.0, 1024.0, 1.0])[:, None].expand(3, 16)
+    (dbias,) = torch.autograd.grad(y, bias, dy.half())
+    assert dbias.tolist() == [2049.0] * 16
+
+
 def test_reads_tensors_as_they_lie(body):
     *given, dy = tensors()
     expected, _ = run(fused("none"), *given, dy)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastbert import backend
-from fastbert.ops.fp8_linear import fp8_linear
+from fastbert.ops.fp8_linear import fp8_linear, multiplies_fp8
 from fastbert.ops.fp8_plain import E4M3, E5M2, LARGEST, cast_transpose, quantised
 
 FORMATS = pytest.mark.parametrize("format", [E4M3, E5M2], ids=["E4M3", "E5M2"])
@@ -197,6 +197,25 @@ def test_a_forced_backend_never_falls_back():
     ):
         with backend.use("triton"), pytest.raises(backend.BackendUnavailable, match=message):
             fp8_linear(*arguments, torch.tensor(SCALE), torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("capability", "multiplies"), [((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)]
+)
+def test_which_gpus_multiply_fp8(capability, multiplies, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert multiplies_fp8(torch.device("cuda")) == multiplies
+    assert not multiplies_fp8(torch.device("cpu"))
+
+
+def test_a_wide_biases_gradient_is_summed_in_float32(body):
+    """In half precision 1024 + 1024 + 1 would be 2048."""
+    x, weight = torch.ones(3, 16).half(), torch.ones(16, 16)
+    bias = torch.zeros(16, requires_grad=True)
+    y = fp8_linear(x, weight, bias, torch.ones(3), torch.zeros(3))
+    dy = torch.tensor([1024.0, 1024.0, 1.0])[:, None].expand(3, 16)
+    (dbias,) = torch.autograd.grad(y, bias, dy.half())
+    assert dbias.tolist() == [2049.0] * 16
 
 
 def test_reads_tensors_as_they_lie(body):

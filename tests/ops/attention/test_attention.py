@@ -99,9 +99,7 @@ def test_rows_behind_the_last_sequence_may_differ_in_number(body, device):
     q, k = torch.randn(8, 2, 16, device=device), torch.randn(11, 2, 16, device=device)
     cu = boundaries([2, 5], device)
     found = gradients(lambda *t: attention(*t, cu, cu, 5, 5), q, k, k.flip(0), dy=q)
-    alone = gradients(
-        lambda *t: attention(*t, cu, cu, 5, 5), q[:7], k[:7], k.flip(0)[:7], dy=q[:7]
-    )
+    alone = gradients(lambda *t: attention(*t, cu, cu, 5, 5), q[:7], k[:7], k.flip(0)[:7], dy=q[:7])
     for a, e in zip(found, alone, strict=True):
         torch.testing.assert_close(a[:7], e)
         assert a[7:].abs().max() == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastbert import backend
-from fastbert.ops.fp8_linear import fp8_linear, multiplies_fp8
+from fastbert.ops.fp8_linear import fp8_linear, inverse_of, multiplies_fp8
 from fastbert.ops.fp8_plain import E4M3, E5M2, LARGEST, cast_transpose, quantised
 
 FORMATS = pytest.mark.parametrize("format", [E4M3, E5M2], ids=["E4M3", "E5M2"])
@@ -206,6 +206,25 @@ def test_which_gpus_multiply_fp8(capability, multiplies, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert multiplies_fp8(torch.device("cuda")) == multiplies
     assert not multiplies_fp8(torch.device("cpu"))
+
+
+def test_inverses_lie_where_cublas_takes_them():
+    inverse = inverse_of(torch.tensor(SCALE))
+    assert inverse.tolist() == [1 / scale for scale in SCALE]
+    assert [x.data_ptr() % 16 for x in inverse] == [0, 0, 0]
+
+
+def test_the_largest_values_are_raised_alone(body):
+    leaf = torch.ones(3, 16, requires_grad=True)
+    amax = torch.tensor([9.0, 0.5, 9.0])
+    fp8_linear(leaf, torch.ones(16, 16), None, torch.ones(3), amax).sum().backward()
+    assert amax.tolist() == [9.0, 1.0, 9.0]
+
+
+def test_no_rows(body):
+    (y, dx, dweight, dbias), amax = run(*tensors(0))
+    assert (y.shape, dx.shape) == ((0, 48), (0, 32))
+    assert dweight.abs().max() == dbias.abs().max() == amax[0] == amax[2] == 0
 
 
 def test_a_wide_biases_gradient_is_summed_in_float32(body):

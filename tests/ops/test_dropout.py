@@ -12,7 +12,9 @@ from fastbert.ops.dropout import dropout
 
 def state_of(rows, device):
     torch.manual_seed(3)
-    return rng.fresh(rows, torch.device(device)).at(5)
+    sequences = torch.randint(2**31, (rows,), device=device) << 32
+    fresh = rng.fresh(rows, torch.device(device)).at(5)
+    return dataclasses.replace(fresh, token_key=fresh.token_key | sequences)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.75])

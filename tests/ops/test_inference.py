@@ -116,6 +116,14 @@ def test_a_second_derivative_is_refused_where_nothing_is_saved_as_it_was_given(d
         slope.sum().backward()
 
 
+@pytest.mark.usefixtures("triton")
+def test_a_trace_computes_with_other_numbers(device):
+    x, other = torch.randn(2, 3, 8, device=device)
+    one = torch.ones(8, device=device)
+    traced = torch.jit.trace(lambda x: layer_norm(x, one, one), x, check_trace=False)
+    assert torch.equal(traced(other), layer_norm(other, one, one))
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 8), (6, 8), (8,)], ids=str)
 @pytest.mark.usefixtures("triton")
 def test_results_of_any_shape_may_be_changed_in_place(shape, device):

@@ -201,11 +201,12 @@ def test_a_launch_passes_what_tritons_own_passes(kernel, driver, monkeypatch):
     assert len(runtime.HANDLES) == 3
 
 
-def test_a_profiler_sees_launches_with_their_names(kernel, driver):
+@pytest.mark.parametrize(("hook", "place"), [("launch_enter_hook", -9), ("launch_exit_hook", -8)])
+def test_a_profiler_sees_launches_with_their_names(hook, place, kernel, driver):
     seen = []
     arguments, constants = (torch.zeros(16), None, 1, 5, 0.5), {"COLS": 16, "TWICE": False}
     kernel((1,), *arguments, **constants)
-    hooks = triton.knobs.runtime.launch_enter_hook
+    hooks = getattr(triton.knobs.runtime, hook)
     hooks.add(seen.append)
     try:
         kernel((1,), *arguments, **constants)
@@ -214,9 +215,8 @@ def test_a_profiler_sees_launches_with_their_names(kernel, driver):
     kernel((1,), *arguments, **constants)
     before, during, after = driver.launched
     assert before == after
-    *_, metadata, enter, _, _, _, _, _, _, _, _ = during
-    assert metadata.get()["name"] == "scale"
-    assert enter is hooks
+    assert during[-10].get()["name"] == "scale"
+    assert during[place] is hooks
 
 
 def test_a_kernel_runs_on_the_device_of_its_tensors(kernel, monkeypatch):
@@ -250,6 +250,14 @@ def test_each_device_has_its_own_kernel(kernel, monkeypatch):
         monkeypatch.setattr(runtime, "current_device", lambda device=device: device)
         kernel((1,), torch.zeros(1).as_subclass(On), None, 1, 1, 1.0, COLS=16, TWICE=False)
     assert len(made) == len(runtime.HANDLES) == 2
+
+
+def test_equal_values_of_other_constants_have_a_kernel_of_their_own(kernel, monkeypatch):
+    monkeypatch.setattr(Kernel, "compiled", lambda *_: Handle(lambda *a: None, None, None, ()))
+    for name in ("num_warps", "num_stages"):
+        options = {"COLS": 16, "TWICE": False, name: 2}
+        kernel((1,), torch.zeros(1), None, 1, 1, 1.0, **options)
+    assert len(runtime.HANDLES) == 2
 
 
 def test_handles_are_bounded(kernel, monkeypatch):

@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 import torch
 
-from tests.interpreter import patch_once_a_launch
+from tests.interpreter import patch_once_a_launch, patch_watched_memory
 from tests.pairs import mark_the_rest
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -15,6 +15,7 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
     if importlib.util.find_spec("triton"):
         patch_once_a_launch()
+        patch_watched_memory()
 
 # Time limits are pytest-timeout's; an example may compile. The same examples come on every run.
 hypothesis.settings.register_profile(

@@ -120,15 +120,12 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         bias = None if bias is None else _padded(bias, hidden.dtype)
         rows = _rows_of_a_part(hidden, weight)
         parts = []
-        with torch.autocast(hidden.device.type, enabled=False):
-            for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-                logits = None  # frees the previous part's logits before the next are computed
-                logits = _scores(some, weight, bias)
-                parts.append(
-                    kernels.cross_entropy_fwd(
-                        logits, wanted.contiguous(), *options, ctx is not None
-                    )
-                )
+        for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = None  # frees the previous part's logits before the next are computed
+            logits = _scores(some, weight, bias)
+            parts.append(
+                kernels.cross_entropy_fwd(logits, wanted.contiguous(), *options, ctx is not None)
+            )
         losses, correct, *statistics = map(joined, zip(*parts, strict=True))
         loss, count = losses.sum(), None
         if reduction == "mean":

@@ -1,13 +1,15 @@
 """What `fastbert export` writes beside a model, says, and refuses."""
 
 import json
+import logging
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastbert import cli
+from fastbert import BertConfig, cli
 from fastbert.check import InputError
 from fastbert.export import command, formats
 from tests.export.case import padded
@@ -60,12 +62,32 @@ def test_what_cannot_be_exported_is_refused_at_once(saved, tmp_path, options, me
     assert not out.exists()
 
 
-def test_a_checkpoint_that_names_no_head(saved, tmp_path):
+@pytest.mark.parametrize(
+    ("names", "told"), [(["Mine"], "Mine"), (["BertModel", "Mine"], "BertModel"), ([], "no archi")]
+)
+def test_a_checkpoint_that_names_no_head(saved, tmp_path, names, told):
     directory = saved("BertModel")
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"architectures": ["Mine"]}))
-    with pytest.raises(InputError, match=r"names Mine, which is no head known here; give --head"):
+    (directory / "config.json").write_text(json.dumps(config | {"architectures": names}))
+    with pytest.raises(InputError, match=rf"names {told}.*, which is no head known here; give --h"):
         command.export(directory, tmp_path / "out", to="torch")
+
+
+def test_what_cannot_be_written_is_refused(saved, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file is no directory"):
+        command.export(saved("BertModel"), tmp_path / "file" / "a.pt2", to="torch")
+
+
+def test_a_stream_is_refused(saved):
+    with pytest.raises(InputError, match="--out /dev/stdout: is a stream"):
+        command.export(saved("BertModel"), Path("/dev/stdout"))
+
+
+@pytest.mark.parametrize("name", ["a.onnx", "a.v2", "a"])
+def test_a_directory_may_have_any_name(tmp_path, name):
+    (tmp_path / name).mkdir()
+    assert command._file(tmp_path / name, ".onnx") == tmp_path / name / "model.onnx"
 
 
 @pytest.mark.parametrize("name", ["run.json", "latest"])
@@ -88,6 +110,10 @@ def test_files_of_another_model_are_left_alone(saved, tmp_path):
     with pytest.raises(InputError, match=r"config\.json is that of another model"):
         command.export(directory, out, to="torch")
     assert [path.name for path in out.iterdir()] == ["config.json"]
+    (out / "config.json").unlink()
+    (out / "finetune.json").write_text("{}")  # which this model does not have
+    with pytest.raises(InputError, match=r"finetune\.json is that of another model"):
+        command.export(directory, out, to="torch")
     command.export(directory, directory, to="torch")  # its own directory is as good as any
     assert (directory / "model.pt2").is_file()
 
@@ -123,6 +149,24 @@ def test_the_largest_weights_that_onnx_holds(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "_LARGEST", 1000)
     with pytest.raises(InputError, match=r"an ONNX file holds 2 GB"):
         command.export(directory, tmp_path / "out")
+
+
+def test_halves_of_weights_count_half(saved, tmp_path, monkeypatch):
+    directory = saved("BertModel")
+    _, traced = command.load(directory, BertConfig.from_pretrained(directory))
+    half = 2 * sum(x.numel() for x in traced.state_dict().values())
+    monkeypatch.setattr(formats, "_LARGEST", half)
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: 1 / 0)  # behind the check
+    with pytest.raises(ZeroDivisionError):
+        formats.write_onnx(None, traced.half(), tmp_path / "half.onnx")
+
+
+def test_only_an_export_is_quiet():
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    with formats._quietly():
+        assert logger.level == logging.ERROR
+    assert logger.level == before != logging.ERROR
 
 
 def test_a_run_is_exported_with_its_settings(saved, tmp_path):

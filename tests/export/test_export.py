@@ -158,6 +158,57 @@ def test_the_check_finds_what_is_wrong():
     assert right.found == 0
 
 
+def test_the_checks_batches_are_padded_on_each_side_and_have_all_types():
+    *_, batch, _ = check.batches(fastbert.BertConfig(**SIZES), has_choices=False)
+    padding = [(0, 0), (8, 0), (0, 16), (4, 8), (0, 0)]
+    expected = [[0] * left + [1] * (33 - left - right) + [0] * right for left, right in padding]
+    assert batch["attention_mask"].tolist() == expected
+    assert batch["token_type_ids"].unique().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("wanted", "error"), [(5.0, 8e-4), (0.1, 2e-4)])
+def test_an_error_is_relative_to_a_large_number_and_absolute_beside_a_small_one(wanted, error):
+    batch = {"input_ids": torch.zeros(1, 1)}
+    answer = {"logits": torch.tensor([wanted])}
+    check.compare(
+        "file", lambda _: {"logits": answer["logits"] + error / 4}, lambda _: answer, batch
+    )
+    with pytest.raises(InputError, match="differs"):
+        check.compare(
+            "file", lambda _: {"logits": answer["logits"] + error}, lambda _: answer, batch
+        )
+
+
+def test_in_fp16_the_output_nearest_to_its_own_tolerance_is_told():
+    """The tolerance is in units of an output's root mean square, of 1 for smaller ones."""
+    allowed = check.fp16_tolerance(1)
+    answer = {"a": torch.full((4,), 10.0), "b": torch.full((4,), 0.01)}
+    errors = {"a": 5 * allowed, "b": 0.9 * allowed}
+    got = {name: x + errors[name] for name, x in answer.items()}
+    batch = {"input_ids": torch.zeros(1, 1)}
+    worst = check.compare("file", lambda _: got, lambda _: answer, batch, fp16_layers=1)
+    assert worst.allowed == allowed
+    assert worst.found == pytest.approx(0.9 * allowed, rel=1e-3)
+    assert check.fp16_tolerance(12) == pytest.approx(0.036, rel=0.01)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_pooled_models_answer_alike(saved, pooling):
+    directory = saved("BertModel")
+    config = fastbert.BertConfig.from_pretrained(directory)
+    own, traced = command.load(directory, config, pooling=pooling)
+    wanted = command._answers(own, traced.outputs, pooling)
+    check.compare("plain", lambda x: traced(**x), wanted, *check.batches(config, False))
+
+
+def test_a_mean_of_fp16_does_not_overflow_and_that_of_no_token_is_zero():
+    hidden = torch.full((2, 1000, 3), 100.0).half()
+    is_real = torch.ones(2, 1000, dtype=torch.bool)
+    is_real[1], hidden[1] = False, 0
+    _, mean = plain.MeanEmbedding.read(None, (hidden, is_real))
+    assert mean.tolist() == [[100.0] * 3, [0.0] * 3]
+
+
 def test_every_model_has_a_plain_one():
     assert plain.HEADS.keys() == set(models.__all__)
     assert all(callable(kind) for kind in plain.EMBEDDINGS.values())

@@ -121,7 +121,9 @@ def test_compact_of_unsigned_types(implementation, device, dtype):
     [
         (torch.zeros(4, dtype=torch.int64), 0, None, r"values of shape \(batch, seqlen\), got .*4"),
         (torch.zeros(1, 4), 0, None, "values of an integer dtype or bool, got .*[Ff]loat"),
+        (torch.zeros(1, 4).cfloat(), 0, None, "values of an integer dtype or bool, got .*omplex"),
         (torch.zeros(1, 4, dtype=torch.bool), -100, None, "an ignore_index that .* can hold"),
+        (torch.zeros(1, 4, dtype=torch.bool), 2, None, "an ignore_index that .* can hold, got 2"),
         (torch.zeros(1, 4, dtype=torch.uint8), 256, None, "an ignore_index that .* can hold"),
         (
             torch.zeros(1, 4, dtype=torch.uint8),
@@ -136,7 +138,9 @@ def test_compact_of_unsigned_types(implementation, device, dtype):
     ids=[
         "1-D",
         "float",
+        "complex",
         "bool",
+        "bool of 2",
         "uint8",
         "negative uint8",
         "int8",

@@ -1,5 +1,7 @@
 """Dropout by itself; `tests/test_rng.py` has the random bits."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,7 +12,9 @@ from fastbert.ops.dropout import dropout
 
 def state_of(rows, device):
     torch.manual_seed(3)
-    return rng.fresh(rows, torch.device(device)).at(5)
+    sequences = torch.randint(2**31, (rows,), device=device) << 32
+    fresh = rng.fresh(rows, torch.device(device)).at(5)
+    return dataclasses.replace(fresh, token_key=fresh.token_key | sequences)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.75])
@@ -71,3 +75,24 @@ def test_a_state_that_is_not_a_seed_and_a_step_is_refused(size, body, device):
     wrong = rng.DropoutState(torch.zeros(size, dtype=torch.int64, device=device), own.token_key)
     with pytest.raises(ValueError, match=rf"an rng whose state has shape \(2,\), got \({size},\)"):
         dropout(torch.ones(4, 16, device=device), 0.5, wrong)
+
+
+@pytest.mark.parametrize("p", [1.0, -0.1, float("inf"), float("nan")])
+def test_what_is_no_probability_is_refused(p, body, device):
+    with pytest.raises(ValueError, match=rf"a dropout_p in \[0, 4095/4096\], got {p}"):
+        dropout(torch.ones(4, 16, device=device), p)
+
+
+@pytest.mark.parametrize("name", ["state", "token_key"])
+def test_a_state_of_another_dtype_is_refused(name, body, device):
+    own = state_of(4, device)
+    wrong = dataclasses.replace(own, **{name: getattr(own, name).int()})
+    with pytest.raises(ValueError, match="an rng of int64 tensors"):
+        dropout(torch.ones(4, 16, device=device), 0.5, wrong)
+
+
+@pytest.mark.parametrize("name", ["state", "token_key"])
+def test_a_state_that_lies_apart(name, body, device):
+    own, x = state_of(5, device), torch.ones(5, 64, device=device)
+    apart = dataclasses.replace(own, **{name: torch.stack([getattr(own, name)] * 2, 1)[:, 0]})
+    assert torch.equal(dropout(x, 0.5, apart), dropout(x, 0.5, own))

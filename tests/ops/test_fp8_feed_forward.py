@@ -93,7 +93,7 @@ def test_a_kernels_casts_are_of_gelu_and_its_gradient(device, tanh, shape):
 
     torch.manual_seed(1)
     x, dy = (3 * torch.randn(shape, device=device) for _ in range(2))
-    dy = 1e-4 * dy
+    dy = F.pad(1e-4 * dy, (0, 3))[:, : shape[1]]  # its rows lie farther apart than those of x
     bias = 1 + torch.randn(shape[1], device=device)
     x[0, :2] = torch.tensor([torch.nan, 300.0])
     dy[1, 5] = -torch.inf
@@ -145,6 +145,53 @@ def test_leading_dimensions_autocast_and_frozen_weights():
     y.sum().backward()
     assert output_weight.grad is not None
     assert not numbers[1][2]  # nothing behind GELU wants a gradient
+
+
+@pytest.mark.parametrize("place", range(4), ids=["x", "weight", "bias", "output_weight"])
+def test_each_gradient_may_be_wanted_alone(place, body):
+    given = tensors()
+    expected, _ = run(fused("none"), *given)
+    leaves = [t.clone().requires_grad_(number == place) for number, t in enumerate(given[:4])]
+    numbers = [torch.tensor(SCALE), torch.zeros(3), torch.tensor(OUTPUT_SCALE), torch.zeros(3)]
+    y = fp8_feed_forward(*leaves, *numbers)
+    (alone,) = torch.autograd.grad(y, leaves[place], given[4])
+    assert torch.equal(alone, expected[1 + place])
+
+
+def test_a_wide_biases_gradient_is_summed_in_float32(body):
+    """In half precision 1024 + 1024 + 1 would be 2048; GELU has the slope 1 here."""
+    x, weight, identity = torch.zeros(3, 16).half(), torch.ones(16, 16), torch.eye(16)
+    bias = torch.full((16,), 40.0, requires_grad=True)
+    numbers = [torch.ones(3), torch.zeros(3)] * 2
+    y = fp8_feed_forward(x, weight, bias, identity, *numbers)
+    dy = torch.tensor([1024.0, 1024.0, 1.0])[:, None].expand(3, 16)
+    (dbias,) = torch.autograd.grad(y, bias, dy.half())
+    assert dbias.tolist() == [2049.0] * 16
+
+
+def test_reads_tensors_as_they_lie(body):
+    *given, dy = tensors()
+    expected, _ = run(fused("none"), *given, dy)
+    x, weight, bias, output_weight = given
+    apart = [t.t().contiguous().t() for t in (x, weight, output_weight)]
+    apart.insert(2, torch.stack([bias] * 2, 1)[:, 0])
+    leaves = [t.requires_grad_() for t in apart]
+    numbers = [torch.tensor(SCALE), torch.zeros(3), torch.tensor(OUTPUT_SCALE), torch.zeros(3)]
+    y = fp8_feed_forward(*leaves, *numbers)
+    actual = [y, *torch.autograd.grad(y, leaves, dy.t().contiguous().t())]
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_a_forced_backend_never_falls_back():
+    x, weight, bias, output_weight, _ = tensors()
+    numbers = [torch.tensor(SCALE), torch.zeros(3), torch.tensor(OUTPUT_SCALE), torch.zeros(3)]
+    for wrong, message in (
+        (output_weight.double(), "weight of torch.float64"),
+        (output_weight[:15], r"a weight of \(15, 48\), whose sizes are not multiples of 16"),
+        (output_weight.to("meta"), "tensors on several devices"),
+    ):
+        with backend.use("triton"), pytest.raises(backend.BackendUnavailable, match=message):
+            fp8_feed_forward(x, weight, bias, wrong, *numbers)
 
 
 def test_refuses_other_shapes_and_a_second_derivative():

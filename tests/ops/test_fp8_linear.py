@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastbert import backend
-from fastbert.ops.fp8_linear import fp8_linear
+from fastbert.ops.fp8_linear import fp8_linear, inverse_of, multiplies_fp8
 from fastbert.ops.fp8_plain import E4M3, E5M2, LARGEST, cast_transpose, quantised
 
 FORMATS = pytest.mark.parametrize("format", [E4M3, E5M2], ids=["E4M3", "E5M2"])
@@ -174,14 +174,77 @@ def test_refuses_other_shapes_and_a_second_derivative():
         fp8_linear(x, weight.t(), bias, scale, amax)
     with pytest.raises(ValueError, match=r"bias of shape \(48,\)"):
         fp8_linear(x, weight, bias[:3], scale, amax)
-    with pytest.raises(ValueError, match="scale of 3 float32"):
-        fp8_linear(x, weight, bias, scale[:2], amax)
+    for wrong in (scale[:2], scale.double()):
+        with pytest.raises(ValueError, match="scale of 3 float32"):
+            fp8_linear(x, weight, bias, wrong, amax)
     x.requires_grad_()
     (dx,) = torch.autograd.grad(
         fp8_linear(x, weight, bias, scale, amax).square().sum(), x, create_graph=True
     )
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         dx.sum().backward()
+
+
+def test_a_forced_backend_never_falls_back():
+    x, weight, bias, _ = tensors()
+    for arguments, message in (
+        ((x.double(), weight, bias), "torch.float64"),
+        ((x, weight.double(), bias), "weight of torch.float64"),
+        ((x, weight[:47], None), r"a weight of \(47, 32\), whose sizes are not multiples of 16"),
+        ((x[:, :31], weight[:, :31], bias), r"a weight of \(48, 31\)"),
+        ((x, weight[:0], None), r"a weight of \(0, 32\)"),
+        ((x, weight, bias.to("meta")), "tensors on several devices"),
+    ):
+        with backend.use("triton"), pytest.raises(backend.BackendUnavailable, match=message):
+            fp8_linear(*arguments, torch.tensor(SCALE), torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("capability", "multiplies"), [((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)]
+)
+def test_which_gpus_multiply_fp8(capability, multiplies, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert multiplies_fp8(torch.device("cuda")) == multiplies
+    assert not multiplies_fp8(torch.device("cpu"))
+
+
+def test_inverses_lie_where_cublas_takes_them():
+    inverse = inverse_of(torch.tensor(SCALE))
+    assert inverse.tolist() == [1 / scale for scale in SCALE]
+    assert [x.data_ptr() % 16 for x in inverse] == [0, 0, 0]
+
+
+def test_the_largest_values_are_raised_alone(body):
+    leaf = torch.ones(3, 16, requires_grad=True)
+    amax = torch.tensor([9.0, 0.5, 9.0])
+    fp8_linear(leaf, torch.ones(16, 16), None, torch.ones(3), amax).sum().backward()
+    assert amax.tolist() == [9.0, 1.0, 9.0]
+
+
+def test_no_rows(body):
+    (y, dx, dweight, dbias), amax = run(*tensors(0))
+    assert (y.shape, dx.shape) == ((0, 48), (0, 32))
+    assert dweight.abs().max() == dbias.abs().max() == amax[0] == amax[2] == 0
+
+
+def test_a_wide_biases_gradient_is_summed_in_float32(body):
+    """In half precision 1024 + 1024 + 1 would be 2048."""
+    x, weight = torch.ones(3, 16).half(), torch.ones(16, 16)
+    bias = torch.zeros(16, requires_grad=True)
+    y = fp8_linear(x, weight, bias, torch.ones(3), torch.zeros(3))
+    dy = torch.tensor([1024.0, 1024.0, 1.0])[:, None].expand(3, 16)
+    (dbias,) = torch.autograd.grad(y, bias, dy.half())
+    assert dbias.tolist() == [2049.0] * 16
+
+
+def test_reads_tensors_as_they_lie(body):
+    x, weight, bias, dy = tensors()
+    expected, _ = run(x, weight, bias, dy)
+    apart = x.t().contiguous().t(), weight.t().contiguous().t(), torch.stack([bias] * 2, 1)[:, 0]
+    leaves = [t.requires_grad_() for t in apart]
+    y = fp8_linear(*leaves, torch.tensor(SCALE), torch.zeros(3))
+    actual = [y, *torch.autograd.grad(y, leaves, dy.t().contiguous().t())]
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("rows", [16, 5])

@@ -165,6 +165,17 @@ def test_gather_refuses(implementation, device, src, index, inverse, message):
         gather_rows(src.to(device), index.to(device), inverse.to(device))
 
 
+@pytest.mark.parametrize("implementation", ["triton", "reference"], indirect=True)
+@pytest.mark.parametrize("place", [0, 1], ids=["index", "inverse"])
+def test_a_tensor_on_another_device_is_refused(implementation, device, place):
+    others = [INDEX.to(device), INVERSE.to(device)]
+    others[place] = others[place].to("meta")
+    with pytest.raises(
+        ValueError, match=r"gather_rows: expected index and inverse on .*, got .*meta"
+    ):
+        gather_rows(torch.zeros(3, 4, device=device), *others)
+
+
 @pytest.mark.parametrize("entry", [-2, 3, 2**31 - 1])
 @pytest.mark.parametrize("implementation", ["ext", "reference"], indirect=True)
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)  # on a GPU an assertion ends the process

@@ -87,15 +87,16 @@ def test_the_result_is_that_of_training(name, dtype, device):
         assert not actual.requires_grad
 
 
-@pytest.mark.parametrize("power", [1, 2], ids=["constant-gradient", "gradient-of-the-result"])
+@pytest.mark.parametrize("dy", ["constant-gradient", "gradient-of-the-result"])
 @pytest.mark.parametrize("name", sorted(calls("cpu", torch.float32).keys() - {"dropout"}))
 @pytest.mark.usefixtures("triton")
-def test_a_second_derivative_is_refused_of_whatever_gradient(name, power, device):
+def test_a_second_derivative_is_refused_of_whatever_gradient(name, dy, device):
     """Also where the first gradient is a constant, which no graph leads to."""
     function, tensors = calls(device, torch.float32)[name]
     leaves = [t.clone().requires_grad_() for t in tensors]
     y = function(*leaves)
-    slopes = torch.autograd.grad((y**power).sum(), leaves, create_graph=True)
+    of = y if dy == "constant-gradient" else y.square()
+    slopes = torch.autograd.grad(of.sum(), leaves, create_graph=True)
     assert all(slope.requires_grad for slope in slopes)
     total = sum(slope.square().sum() for slope in slopes)
     refused = r'cannot be differentiated again; .*with fastbert\.backend\.use\("reference"\)'
@@ -103,6 +104,24 @@ def test_a_second_derivative_is_refused_of_whatever_gradient(name, power, device
         torch.autograd.grad(total, leaves, retain_graph=True)
     with pytest.raises(RuntimeError, match=refused):
         total.backward()
+
+
+@pytest.mark.usefixtures("triton")
+def test_a_second_derivative_is_refused_where_nothing_is_saved_as_it_was_given(device):
+    """A padded copy of the weight is."""
+    hidden, weight = torch.randn(4, 8, device=device), torch.randn(11, 8, device=device)
+    loss = linear_cross_entropy(hidden, weight.requires_grad_(), None, torch.arange(4).to(device))
+    (slope,) = torch.autograd.grad(loss, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        slope.sum().backward()
+
+
+@pytest.mark.usefixtures("triton")
+def test_a_trace_computes_with_other_numbers(device):
+    x, other = torch.randn(2, 3, 8, device=device)
+    one = torch.ones(8, device=device)
+    traced = torch.jit.trace(lambda x: layer_norm(x, one, one), x, check_trace=False)
+    assert torch.equal(traced(other), layer_norm(other, one, one))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8), (6, 8), (8,)], ids=str)

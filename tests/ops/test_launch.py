@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
+from triton.runtime.errors import InterpreterError
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastbert import backend
@@ -153,6 +154,31 @@ def test_an_interpreted_launch_leaves_the_language_as_it_was():
     assert [dict(vars(place)) for place in places] == before
 
 
+def copy(x_ptr, y_ptr, x_stride, y_stride):
+    program = tl.program_id(0)
+    tl.store(y_ptr + program * y_stride, tl.load(x_ptr + program * x_stride))
+
+
+@pytest.mark.skipif(not runtime.IS_INTERPRETED, reason="kernels are compiled here")
+@pytest.mark.parametrize(
+    ("x_stride", "y_stride", "in_place", "message"),
+    [
+        (2, 1, False, r"\(2, 0, 0\) loads outside"),
+        (1, -1, False, r"\(1, 0, 0\) stores outside"),
+        (1, 0, False, r"\(1, 0, 0\) stores what another one stores"),
+        (0, 1, True, r"\(1, 0, 0\) loads what another one stores"),
+    ],
+)
+def test_the_interpreter_refuses_what_a_gpu_may_let_pass(x_stride, y_stride, in_place, message):
+    launch = Kernel(copy, [])
+    x, y = torch.arange(12.0)[4:8], torch.zeros(12)[4:8]
+    launch((4,), x, y, 1, 1)
+    launch((4,), x, x, 1, 1)
+    assert torch.equal(x, y)
+    with pytest.raises(InterpreterError, match=message):
+        launch((4,), x, x if in_place else y, x_stride, y_stride)
+
+
 def test_a_launch_passes_what_tritons_own_passes(kernel, driver, monkeypatch):
     x, y = torch.zeros(4, 16), torch.zeros(16)
     calls = [
@@ -175,11 +201,12 @@ def test_a_launch_passes_what_tritons_own_passes(kernel, driver, monkeypatch):
     assert len(runtime.HANDLES) == 3
 
 
-def test_a_profiler_sees_launches_with_their_names(kernel, driver):
+@pytest.mark.parametrize(("hook", "place"), [("launch_enter_hook", -9), ("launch_exit_hook", -8)])
+def test_a_profiler_sees_launches_with_their_names(hook, place, kernel, driver):
     seen = []
     arguments, constants = (torch.zeros(16), None, 1, 5, 0.5), {"COLS": 16, "TWICE": False}
     kernel((1,), *arguments, **constants)
-    hooks = triton.knobs.runtime.launch_enter_hook
+    hooks = getattr(triton.knobs.runtime, hook)
     hooks.add(seen.append)
     try:
         kernel((1,), *arguments, **constants)
@@ -188,9 +215,8 @@ def test_a_profiler_sees_launches_with_their_names(kernel, driver):
     kernel((1,), *arguments, **constants)
     before, during, after = driver.launched
     assert before == after
-    *_, metadata, enter, _, _, _, _, _, _, _, _ = during
-    assert metadata.get()["name"] == "scale"
-    assert enter is hooks
+    assert during[-10].get()["name"] == "scale"
+    assert during[place] is hooks
 
 
 def test_a_kernel_runs_on_the_device_of_its_tensors(kernel, monkeypatch):
@@ -224,6 +250,14 @@ def test_each_device_has_its_own_kernel(kernel, monkeypatch):
         monkeypatch.setattr(runtime, "current_device", lambda device=device: device)
         kernel((1,), torch.zeros(1).as_subclass(On), None, 1, 1, 1.0, COLS=16, TWICE=False)
     assert len(made) == len(runtime.HANDLES) == 2
+
+
+def test_equal_values_of_other_constants_have_a_kernel_of_their_own(kernel, monkeypatch):
+    monkeypatch.setattr(Kernel, "compiled", lambda *_: Handle(lambda *a: None, None, None, ()))
+    for name in ("num_warps", "num_stages"):
+        options = {"COLS": 16, "TWICE": False, name: 2}
+        kernel((1,), torch.zeros(1), None, 1, 1, 1.0, **options)
+    assert len(runtime.HANDLES) == 2
 
 
 def test_handles_are_bounded(kernel, monkeypatch):

@@ -140,8 +140,9 @@ def test_mlm_gather_compiles_whole(implementation, device, compiler):
         ),
         (torch.zeros(4, 2), torch.zeros(4, device="meta").long(), "labels on cpu, where hidden is"),
         (torch.zeros(4, 2), torch.zeros(4), "labels of an integer dtype, got torch.float32"),
+        (torch.zeros(4, 2), torch.zeros(4).cfloat(), "labels of an integer dtype, got torch.c"),
     ],
-    ids=["1-D", "short labels", "devices", "numbers"],
+    ids=["1-D", "short labels", "devices", "numbers", "complex"],
 )
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)
 def test_mlm_gather_refuses(implementation, device, hidden, labels, message):

@@ -1,5 +1,7 @@
 """The sums of partial sums, and who asks for them."""
 
+import threading
+
 import pytest
 import torch
 
@@ -42,6 +44,18 @@ def test_together_all_of_them_are_added_at_the_end(number, device, monkeypatch):
     for _, sums, expected in cases:
         torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-4)
     assert launches == [4] * (number // 4) + [number % 4] * bool(number % 4)
+
+
+def test_another_thread_waits_for_nothing(device):
+    """Autograd runs the backwards of several devices at once, each in a thread of its own."""
+    from fastbert.kernels import partial_sums
+
+    partials, sums, expected = case(2, 9, 40, device)
+    with partial_sums.together():
+        thread = threading.Thread(target=partial_sums.add_partials, args=(partials, sums))
+        thread.start()
+        thread.join()
+        torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_after_an_error_nothing_waits(device):

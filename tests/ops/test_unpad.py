@@ -1,3 +1,4 @@
+import dataclasses
 import warnings
 
 import pytest
@@ -119,6 +120,13 @@ def test_a_dense_batch_is_only_reshaped(device):
     assert (padding.cu_seqlens.tolist(), padding.max_seqlen) == ([0, 3, 6], 3)
 
 
+def test_a_row_is_a_sequence_unless_documents_share_it():
+    padding = Unpadding.dense(2, 4)
+    documents = torch.tensor([0, 1, 4, 8], dtype=torch.int32)
+    assert padding.is_by_row
+    assert not dataclasses.replace(padding, cu_seqlens=documents).is_by_row
+
+
 @pytest.mark.parametrize("lengths", [[2, 0, 3], [2, 1], [0, 0], []], ids=str)
 @pytest.mark.parametrize("extra", [0, 2], ids=["longest", "upper bound"])
 def test_from_cu_seqlens_agrees_with_a_mask(implementation, device, lengths, extra):
@@ -146,6 +154,21 @@ def test_from_cu_seqlens_agrees_with_a_mask(implementation, device, lengths, ext
 def test_unpad_refuses(mask, got):
     with pytest.raises(ValueError, match=f"unpad: expected attention_mask .* integer, got {got}"):
         unpad(mask)
+
+
+@pytest.mark.parametrize("rows", [MASKS["holes"], MASKS["no token"], MASKS["no padding"]], ids=str)
+def test_places_beyond_the_tokens_hold_filler(implementation, device, rows):
+    mask = torch.tensor(rows, device=device)
+    count = int(mask.sum())
+    padding = unpad(mask, count + 2)
+    assert padding.has_filler
+    assert padding.num_tokens == count + 2
+    ids = torch.arange(1, 1 + mask.numel(), device=device).view(mask.shape)
+    for numbers in (ids, ids.float()):
+        expected = numbers[mask != 0].tolist()
+        assert padding.pack(numbers).tolist() == [*expected, 0, 0]
+        assert padding.pack(numbers, 7).tolist() == [*expected, 7, 7]
+        assert torch.equal(padding.pad(padding.pack(numbers, 7)), numbers * mask)
 
 
 def test_unpad_refuses_a_negative_capacity(implementation, device):

@@ -52,17 +52,75 @@ def test_a_packed_tensor_gives_one_gradient(longest, dtype, device, triton):
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("place", [0, 1, 2], ids=["q", "k", "v"])
-def test_what_is_not_finite_spreads_as_in_pytorch(place, number, dtype, device, triton):
+@pytest.mark.parametrize(
+    ("token", "head_dim"), [(2, 16), (12, 24)], ids=["last-tile", "behind-a-head-of-a-whole-tile"]
+)
+def test_what_is_not_finite_spreads_as_in_pytorch(
+    token, head_dim, place, number, dtype, device, triton
+):
     lengths = [5, 0, 70]
-    *tensors, dout = inputs(lengths, lengths, 2, 16, dtype, device)
-    tensors[place][2, 0, 3] = number
+    *tensors, dout = inputs(lengths, lengths, 2, head_dim, dtype, device)
+    tensors[place][token, 0, 3] = number
     cu = boundaries(lengths, device)
     actual = gradients(lambda *t: attention(*t, cu, cu, 70, 70), *tensors, dy=dout)
-    expected = plain(attend, tensors, dout, lengths, lengths, 0.25)
+    expected = plain(attend, tensors, dout, lengths, lengths, head_dim**-0.5)
     for a, e in zip(actual, expected, strict=True):
         # of the sequences: `attend` adds sums of all, for a graph even without sequences
         assert torch.equal(a[:75, :1].isnan().any(-1), e[:75, :1].isnan().any(-1))
         assert a[:, 1:].isfinite().all()
+
+
+def test_keys_of_no_query_have_no_gradient(body, device):
+    q, k, v = (torch.randn(n, 2, 16, device=device) for n in (0, 3, 3))
+    none, keys = boundaries([0], device), boundaries([3], device)
+    out, dq, dk, dv = gradients(lambda *t: attention(*t, none, keys, 0, 3), q, k, v, dy=q)
+    assert out.shape == dq.shape == q.shape
+    assert dk.abs().max() == dv.abs().max() == 0
+
+
+def test_nothing_attends_to_nothing(body, device):
+    qkv = torch.randn(0, 3, 2, 16, device=device)
+    cu = boundaries([], device)
+    out, dqkv = gradients(lambda t: attention_qkvpacked(t, cu, 0), qkv, dy=qkv[:, 0])
+    assert (out.shape, dqkv.shape) == ((0, 2, 16), (0, 3, 2, 16))
+
+
+def test_queries_without_a_key_beside_others(body, device):
+    q, k = torch.randn(10, 2, 16, device=device), torch.randn(9, 2, 16, device=device)
+    cu_q, cu_k = boundaries([3, 2, 4], device), boundaries([0, 2, 5], device)
+    found = gradients(lambda *t: attention(*t, cu_q, cu_k, 4, 5), q, k, k.flip(0), dy=q)
+    assert all(x.isfinite().all() for x in found)
+    out, dq, *_ = found
+    assert out[:3].abs().max() == dq[:3].abs().max() == out[9].abs().max() == 0
+    assert out[3:9].abs().min() > 0
+
+
+def test_rows_behind_the_last_sequence_may_differ_in_number(body, device):
+    q, k = torch.randn(8, 2, 16, device=device), torch.randn(11, 2, 16, device=device)
+    cu = boundaries([2, 5], device)
+    found = gradients(lambda *t: attention(*t, cu, cu, 5, 5), q, k, k.flip(0), dy=q)
+    alone = gradients(lambda *t: attention(*t, cu, cu, 5, 5), q[:7], k[:7], k.flip(0)[:7], dy=q[:7])
+    for a, e in zip(found, alone, strict=True):
+        torch.testing.assert_close(a[:7], e)
+        assert a[7:].abs().max() == 0
+
+
+def test_boundaries_that_lie_apart(body, device):
+    qkv = torch.randn(75, 3, 1, 16, device=device)
+    cu = boundaries([5, 70], device)
+    apart = torch.stack([cu, torch.full_like(cu, 9)], 1)[:, 0]
+    expected = attention_qkvpacked(qkv, cu, 70)
+    torch.testing.assert_close(attention_qkvpacked(qkv, apart, 70), expected)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize(("longest", "is_one_tile"), [(128, True), (129, False)])
+def test_the_variant_names_the_backward(longest, is_one_tile, mask, device, triton):
+    from fastbert.kernels import attention as kernels
+
+    q = torch.empty(9, 1, 64, dtype=torch.float16, device=device)
+    named = kernels.variant(q, longest, mask=mask, dropout=False)
+    assert ("backward in one tile" in named) == (is_one_tile and not mask)
 
 
 @pytest.mark.parametrize("longest", [20, 200])
@@ -176,7 +234,15 @@ def test_a_forced_backend_names_what_it_cannot_do(device, triton):
     for message, call in {
         "float64": lambda: attention_qkvpacked(qkv.double(), cu, 4),
         "head_dim 160": lambda: attention_qkvpacked(qkv.repeat(1, 1, 1, 10), cu, 4),
+        "head_dim 0": lambda: attention_qkvpacked(qkv[..., :0], cu, 4, softmax_scale=1.0),
         "softmax_scale -1": lambda: attention_qkvpacked(qkv, cu, 4, softmax_scale=-1.0),
+        "softmax_scale 0": lambda: attention_qkvpacked(qkv, cu, 4, softmax_scale=0.0),
+        "on different devices": lambda: attention_qkvpacked(
+            qkv, cu, 4, mask=mask.detach().to("meta")
+        ),
+        "tensors on different devices": lambda: attention_qkvpacked(
+            qkv, cu, 4, qkv_bias=torch.zeros(48, device="meta")
+        ),
         "gradient of the mask": lambda: attention_qkvpacked(qkv, cu, 4, mask=mask),
         "65535 sequences": lambda: attention_qkvpacked(qkv, cu[:1].expand(65536), 4),
     }.items():
@@ -193,6 +259,7 @@ def test_wrong_arguments_are_named(body, device):
         r"expected v of shape": lambda: attention(q, q, q[:3], cu, cu, 4, 4),
         r"k of q's dtype": lambda: attention(q, q.half(), q, cu, cu, 4, 4),
         r"cu_seqlens_q of dtype int32": lambda: attention_qkvpacked(qkv, cu.long(), 4),
+        r"cu_seqlens_q of .*\(batch \+ 1,\)": lambda: attention_qkvpacked(qkv, cu[:0], 4),
         r"cu_seqlens_k of .*\(batch \+ 1,\)": lambda: attention(q, q, q, cu, cu[:1], 4, 4),
         r"dropout_p in \[0, 4095/4096\], got 1.0": lambda: attention_qkvpacked(
             qkv, cu, 4, dropout_p=1.0
@@ -200,6 +267,9 @@ def test_wrong_arguments_are_named(body, device):
         r"mask of dtype bool": lambda: attention_qkvpacked(qkv, cu, 4, mask=cu),
         r"broadcasting to \(1, 3, 4, 4\)": lambda: attention_qkvpacked(
             qkv, cu, 4, mask=torch.ones(5, 4, device=device)
+        ),
+        r"a mask of .*\(1, 1, 3, 4, 4\)": lambda: attention_qkvpacked(
+            qkv, cu, 4, mask=torch.ones(1, 1, 3, 4, 4, device=device)
         ),
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -248,6 +318,10 @@ def test_under_autocast_the_result_has_the_dtype_of_q(low, dropout_p, body, devi
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, e)
+    if body == "triton" or not dropout_p:  # PyTorch's own backward of a product is under autocast
+        with torch.autocast(device, low):
+            whole = gradients(lambda *t: function(*t, autocast=True), *tensors, dy=dout)
+        assert all(torch.equal(w, e) for w, e in zip(whole, expected, strict=True))
 
 
 @pytest.mark.parametrize("far", range(3))

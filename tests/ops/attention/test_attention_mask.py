@@ -64,15 +64,15 @@ def test_bounds_may_differ_for_queries_and_keys_of_the_same_sequences(
         torch.testing.assert_close(actual, truth)
 
 
-@pytest.mark.parametrize("kind", ["boolean", "addends"])
-def test_a_row_without_a_key_gives_zeros(kind, body, device):
+@pytest.mark.parametrize("low", [None, float("-inf"), -1.001e30], ids=str)
+def test_a_row_without_a_key_gives_zeros(low, body, device):
     qkv = torch.randn(75, 3, 2, 16, device=device)
     dout, cu = torch.randn(75, 2, 16, device=device), boundaries([5, 70], device)
     mask = torch.ones(2, 1, 70, 70, dtype=torch.bool, device=device)
     mask[0, :, 2] = False
     mask[1, :, :, 7] = False
-    if kind == "addends":
-        mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, float("-inf"))
+    if low is not None:
+        mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, low)
     out, dqkv = gradients(lambda t: attention_qkvpacked(t, cu, 70, mask=mask), qkv, dy=dout)
     assert out[2].abs().max() == 0
     assert dqkv[2, 0].abs().max() == 0  # its query
@@ -106,13 +106,24 @@ def test_a_row_of_large_addends_attends_to_all_its_keys(number, dtype, body, dev
     qkv = torch.randn(75, 3, 2, 16, device=device).to(dtype)
     cu, dout = boundaries([5, 70], device), torch.zeros(75, 2, 16, device=device, dtype=dtype)
     mask = torch.zeros(2, 1, 70, 70, device=device)
-    mask[1, :, 2] = number
-    dout[7] = 1
+    mask[:, :, 2] = number
+    dout[[2, 7]] = 1
     out, dqkv = gradients(lambda t: attention_qkvpacked(t, cu, 70, mask=mask), qkv, dy=dout)
     assert torch.isfinite(out).all()
-    assert out[7].abs().max() > 0
+    assert out[[2, 7]].abs().amax((1, 2)).min() > 0
     # its probabilities add up to 1, in the backward too
-    torch.testing.assert_close(dqkv[:, 2].float().sum(0), dout[7].float(), atol=0.01, rtol=0)
+    for rows in (slice(5), slice(5, 75)):
+        total = dqkv[rows, 2].float().sum(0)
+        torch.testing.assert_close(total, torch.ones_like(total), atol=0.01, rtol=0)
+
+
+def test_large_addends_differ_down_to_65536(body, device):
+    qkv = torch.zeros(70, 3, 1, 16, device=device)
+    qkv[:, 2] = torch.randn(70, 1, 16, device=device)
+    mask = torch.full((70, 70), -65535.0, device=device)
+    mask[:, 9] = -65515.0
+    out = attention_qkvpacked(qkv, boundaries([70], device), 70, mask=mask)
+    torch.testing.assert_close(out, qkv[9:10, 2].expand(70, 1, 16))
 
 
 def test_a_mask_that_was_changed_before_the_backward_is_refused(device, triton):

@@ -11,7 +11,7 @@ from tests.ops.layer_norm.case import SUM_NAMES, inputs, native, sum_inputs
 from tests.oracle import assert_as_accurate, gradients
 
 SHAPES = [(3, 7), (2, 3, 768), (257, 100), (2, 1024), (17, 96), (2, 2060), (0, 16)]
-SUM_SHAPES = [(3, 7), (2, 3, 768), (51, 312), (35, 128), (3, 770), (2, 2060), (0, 16)]
+SUM_SHAPES = [(3, 7), (5, 3), (2, 3, 768), (51, 312), (35, 128), (2, 2060), (2, 8200), (0, 16)]
 NAMES = ("y", "dx", "dweight", "dbias")
 
 
@@ -53,6 +53,25 @@ def test_a_row_of_one_number_becomes_the_bias(device):
     torch.testing.assert_close(dbias, case.dy.sum(0))
     for zero in (dx, dweight):
         torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("body")
+def test_only_the_whole_sum_is_rounded(device):
+    """x + x_bias would be 2048 + 1 = 2048 in half precision, of which the residual leaves 0."""
+    numbers = torch.arange(1.0, 17.0, device=device).half()
+    x, one = torch.full((3, 16), 2048.0, device=device).half(), torch.ones(16, device=device)
+    y = dropout_add_layer_norm(x, -x, one, 0 * one, x_bias=numbers.float())
+    torch.testing.assert_close(y, layer_norm(numbers.expand(3, 16), one, 0 * one))
+
+
+@pytest.mark.parametrize("place", [1, 2], ids=["weight", "bias"])
+def test_the_reference_takes_one_parameter_of_another_dtype(place):
+    x, *parameters, _ = inputs((3, 8), torch.float32, "cpu")
+    tensors = [x, *parameters]
+    tensors[place] = tensors[place].half()
+    with backend.use("reference"):
+        y = layer_norm(*tensors)
+        torch.testing.assert_close(y, layer_norm(*(t.float() for t in tensors)))
 
 
 @pytest.mark.usefixtures("body")
@@ -131,11 +150,11 @@ def test_dtypes_may_differ(x_dtype, residual_dtype, vector_dtype, dropout_p, dev
     assert_as_accurate(actual, expected, truth, names=SUM_NAMES)
 
 
+@pytest.mark.parametrize("gap", [24, 3])
 @pytest.mark.usefixtures("body")
-def test_reads_rows_that_lie_apart_and_mixed_dtypes(device):
-    wide = torch.randn(9, 64, device=device)
-    x, dy = wide[:, :40].half(), torch.randn(9, 40, device=device).half()
-    x = torch.nn.functional.pad(x, (0, 24))[:, :40]
+def test_reads_rows_that_lie_apart_and_mixed_dtypes(gap, device):
+    x, dy = (torch.randn(9, 40, device=device).half() for _ in range(2))
+    x = F.pad(x, (0, gap))[:, :40]
     assert not x.is_contiguous()
     weight, bias = torch.randn(2, 40, device=device)
     leaf = x.detach().requires_grad_()  # a clone would lie together

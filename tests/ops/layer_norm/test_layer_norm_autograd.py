@@ -34,6 +34,19 @@ def test_gradients_of_wide_parameters_are_summed_in_float32(device):
     assert dx_bias < 0.02  # of rounded gradients, 300 rows miss about 0.1
 
 
+@pytest.mark.usefixtures("triton")
+def test_the_gradient_of_x_bias_is_of_gradients_that_are_not_rounded_yet(device):
+    """Sums of small whole numbers are not rounded, so that the dtype of the rows matters alone."""
+    x, residual = torch.randint(-8, 9, (2, 300, 24), device=device).float()
+    weight, bias, dy = inputs((300, 24), torch.float32, device)[1:]
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        x_bias = torch.zeros(24, device=device, requires_grad=True)
+        y = dropout_add_layer_norm(x.to(dtype), residual.to(dtype), weight, bias, x_bias=x_bias)
+        found += torch.autograd.grad(y, x_bias, dy.half().to(dtype))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.usefixtures("body")
 def test_the_backward_gives_the_same_bits_each_time(dropout_p, device):
@@ -42,6 +55,18 @@ def test_the_backward_gives_the_same_bits_each_time(dropout_p, device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     truth = case.plain(torch.double, dropout_p=dropout_p)
     assert_as_accurate(first, case.plain(dropout_p=dropout_p), truth, names=SUM_NAMES)
+
+
+@pytest.mark.parametrize("place", range(5), ids=SUM_NAMES[1:])
+@pytest.mark.parametrize("save", ["z", "y"])
+@pytest.mark.usefixtures("body")
+def test_each_gradient_may_be_wanted_alone(save, place, device):
+    case = sum_inputs((5, 40), torch.float32, device)
+    expected = case.results(save=save)[1 + place]
+    tensors = [x.clone().requires_grad_(number == place) for number, x in enumerate(case.tensors)]
+    y = dropout_add_layer_norm(*tensors[:4], x_bias=tensors[4], save=save)
+    (alone,) = torch.autograd.grad(y, tensors[place], case.dy)
+    torch.testing.assert_close(alone, expected)
 
 
 @pytest.mark.usefixtures("body")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from fastbert import BertConfig, BertEncoder
+from fastbert import BertConfig, BertEncoder, backend
 from fastbert.ops.layer_norm import dropout_add_layer_norm
 from tests.ops.layer_norm.case import SUM_NAMES, sum_inputs
 from tests.oracle import assert_as_accurate, gradients
@@ -117,6 +117,19 @@ def test_a_result_that_was_changed_since_is_an_error(device):
     y.detach().mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_function_transforms_go_through_the_reference():
+    case = sum_inputs((3, 8), torch.float64, "cpu")
+    x, residual, weight, bias, _ = case.tensors
+
+    def summed(x, save):
+        y = dropout_add_layer_norm(x, residual, weight, bias, save=save)
+        return (y * case.dy).sum()
+
+    with backend.use("reference"):
+        from_y, from_z = (torch.func.grad(summed)(x, save) for save in "yz")
+        torch.testing.assert_close(from_y, from_z)
 
 
 def test_a_second_derivative_is_refused(body, device):

@@ -93,6 +93,16 @@ def test_under_autocast_the_product_is_in_its_dtype(device):
         torch.testing.assert_close(a, e, rtol=0.02, atol=2e-3)
 
 
+def test_a_backward_under_autocast_is_that_without(device, triton):
+    tensors, targets = inputs(12, 24, 200, torch.float32, device)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    expected = torch.autograd.grad(linear_cross_entropy(*leaves, targets), leaves)
+    loss = linear_cross_entropy(*leaves, targets)
+    with torch.autocast(device, torch.bfloat16):
+        actual = torch.autograd.grad(loss, leaves)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
 @pytest.mark.parametrize("ignore_index", [-100, 3])
 @pytest.mark.usefixtures("body")
 def test_rows_that_do_not_count_add_nothing(ignore_index, device):
@@ -240,8 +250,12 @@ def test_a_forced_backend_never_falls_back():
             linear_cross_entropy(hidden.double(), weight, bias, targets)
         with pytest.raises(backend.BackendUnavailable, match=r"a weight of torch.float64"):
             linear_cross_entropy(hidden, weight.double(), bias, targets)
+        with pytest.raises(backend.BackendUnavailable, match=r"a bias of torch.float64"):
+            linear_cross_entropy(hidden, weight, bias.double(), targets)
         with pytest.raises(backend.BackendUnavailable, match=r"hidden on cpu and bias on meta"):
             linear_cross_entropy(hidden, weight, bias.to("meta"), targets)
+        with pytest.raises(backend.BackendUnavailable, match=r"hidden on cpu and targets on meta"):
+            linear_cross_entropy(hidden, weight, bias, targets.to("meta"))
 
 
 @pytest.mark.usefixtures("body")
@@ -250,6 +264,7 @@ def test_wrong_arguments_are_named(device):
     for arguments, options, message in (
         ((hidden[0], weight, bias, targets), {}, r"hidden of shape \(rows, hidden\), got \(8,\)"),
         ((hidden, weight[:, :7], bias, targets), {}, r"weight of shape \(classes, 8\), got \(9, 7"),
+        ((hidden, weight[:0], bias[:0], targets), {}, r"weight of shape \(classes, 8\), got"),
         ((hidden, weight, bias[:8], targets), {}, r"bias of shape \(9,\), got \(8,\)"),
         ((hidden, weight, bias, targets[:2]), {}, r"targets of shape \(3,\), got \(2,\)"),
         ((hidden, weight, bias, targets.int()), {}, r"targets of dtype int64, got torch.int32"),

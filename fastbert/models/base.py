@@ -16,6 +16,7 @@ from fastbert import checkpoint
 from fastbert.check import require
 from fastbert.config.bert import BertConfig, changed, check_config
 from fastbert.models.arguments import DOWNLOAD, device_of, dtype_of, for_constructor
+from fastbert.models.drawing import draw, undrawn
 from fastbert.models.inputs import Inputs, Request
 from fastbert.models.resize import resize
 from fastbert.modules.bert_layer import BertLayer
@@ -100,13 +101,7 @@ class BertPreTrainedModel(nn.Module):
 
     def initialize(self) -> None:
         """Draws weights with std `initializer_range`, zeros biases, and ties the decoder."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                nn.init.zeros_(module.weight[module.padding_idx])
+        draw(self)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -230,12 +225,14 @@ class BertPreTrainedModel(nn.Module):
             config = BertConfig.from_pretrained(source, **changes)
         elif changes:
             config = changed(copy.copy(config), **changes)
-        model = cls(config, **options)
+        with undrawn(cls):
+            model = cls(config, **options)
         model.name_or_path = str(name_or_directory)
         weights = checkpoint.read_weights(directory)
         absent = checkpoint.load_weights(
             model, weights, directory, ignore_mismatched_sizes=ignore_mismatched_sizes
         )
+        draw(model, absent)
         model.to(device=device_of(device_map), dtype=dtype_of(dtype, weights))
         if absent:
             warnings.warn(

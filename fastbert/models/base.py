@@ -20,7 +20,7 @@ from fastbert.models.drawing import draw, undrawn
 from fastbert.models.inputs import Inputs, Request
 from fastbert.models.resize import resize
 from fastbert.modules.bert_layer import BertLayer
-from fastbert.modules.linear import has_hooks
+from fastbert.modules.linear import is_plain
 from fastbert.system.files import new_file
 
 
@@ -65,10 +65,11 @@ class BertPreTrainedModel(nn.Module):
 
         reads: "pooled" where only the pooled output is read; last hidden states may be in any form
         """
-        if has_hooks(self.base_model):  # which see what Hugging Face's do
-            return request.read_from(self.base_model(**request.arguments()))
+        bare = self.base_model
+        if not is_plain(bare, type(bare)):  # hooks and a user's forward see what Hugging Face's do
+            return request.read_from(bare(request.inputs.input_ids, **request.arguments()))
         request.reads = reads
-        return self.base_model(request)
+        return bare(request)
 
     def can_generate(self) -> bool:
         """False, because BERT generates no text; transformers' pipelines ask."""

@@ -1,5 +1,6 @@
 """Shared by all models: the call, initialization, tied weights, loading, saving, checkpointing."""
 
+import contextlib
 import copy
 import functools
 import json
@@ -16,11 +17,11 @@ from fastbert import checkpoint
 from fastbert.check import require
 from fastbert.config.bert import BertConfig, changed, check_config
 from fastbert.models.arguments import DOWNLOAD, device_of, dtype_of, for_constructor
-from fastbert.models.drawing import draw, undrawn
+from fastbert.models.drawing import Undrawn, draw
 from fastbert.models.inputs import Inputs, Request
 from fastbert.models.resize import resize
 from fastbert.modules.bert_layer import BertLayer
-from fastbert.modules.linear import has_hooks
+from fastbert.modules.linear import is_plain
 from fastbert.system.files import new_file
 
 
@@ -65,10 +66,11 @@ class BertPreTrainedModel(nn.Module):
 
         reads: "pooled" where only the pooled output is read; last hidden states may be in any form
         """
-        if has_hooks(self.base_model):  # which see what Hugging Face's do
-            return request.read_from(self.base_model(**request.arguments()))
+        bare = self.base_model
+        if not is_plain(bare, type(bare)):  # hooks and a user's forward see what Hugging Face's do
+            return request.read_from(bare(request.inputs.input_ids, **request.arguments()))
         request.reads = reads
-        return self.base_model(request)
+        return bare(request)
 
     def can_generate(self) -> bool:
         """False, because BERT generates no text; transformers' pipelines ask."""
@@ -225,14 +227,17 @@ class BertPreTrainedModel(nn.Module):
             config = BertConfig.from_pretrained(source, **changes)
         elif changes:
             config = changed(copy.copy(config), **changes)
-        with undrawn(cls):
+        # a user's class may draw otherwise than BERT's, and what no checkpoint has
+        is_ours = cls.__module__.startswith("fastbert.")
+        with Undrawn() if is_ours else contextlib.nullcontext():
             model = cls(config, **options)
         model.name_or_path = str(name_or_directory)
         weights = checkpoint.read_weights(directory)
         absent = checkpoint.load_weights(
             model, weights, directory, ignore_mismatched_sizes=ignore_mismatched_sizes
         )
-        draw(model, absent)
+        if is_ours:
+            draw(model, absent)
         model.to(device=device_of(device_map), dtype=dtype_of(dtype, weights))
         if absent:
             warnings.warn(

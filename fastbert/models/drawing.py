@@ -1,6 +1,5 @@
 """The random numbers that a model's weights begin with."""
 
-import contextlib
 from collections.abc import Collection
 from typing import Any
 
@@ -25,16 +24,12 @@ def draw(model: Any, names: Collection[str] | None = None) -> None:
             nn.init.zeros_(module.bias)
 
 
-def undrawn(cls: type) -> contextlib.AbstractContextManager[Any]:
-    """A context in which the constructor of a model draws nothing, because weights follow.
+class Undrawn(TorchFunctionMode):
+    """Has the constructor of a model draw nothing, because weights follow.
 
-    Drawing those of a BERT takes longer than reading them. A user's own class does draw: it may
-    draw what no checkpoint has.
+    Drawing those of a BERT takes longer than reading them.
     """
-    return _Undrawn() if cls.__module__.startswith("fastbert.") else contextlib.nullcontext()
 
-
-class _Undrawn(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -192,18 +192,18 @@ class Request:
         return dataclasses.replace(self, rows=wanted_rows(batch, first=first, labelled=labelled))
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of the bare model for this request, as a user would give them."""
-        kept = {"output_hidden_states": self.output_hidden_states, "return_dict": True}
-        return {**self.inputs._asdict(), **self.documents, **kept}
+        """The named arguments, behind the ids, with which Hugging Face's heads call the bare model,
+        and those for documents in a row."""
+        named = {**self.inputs._asdict(), **self.documents}
+        del named["input_ids"]
+        return {**named, "output_hidden_states": self.output_hidden_states, "return_dict": True}
 
     def read_from(self, output: Any) -> Any:
-        """The output of a bare model that was called by `arguments`, with the rows of this request.
-
-        Its last hidden states become packed.
-        """
+        """The output of a bare model that was called by `arguments`, but with packed last hidden
+        states, of this request's rows. A hook may have kept the output, so it is left as it is."""
         x = output.last_hidden_state if self.padding is None else self.padding.pack(output[0])
-        output.last_hidden_state = x if self.rows is None else self.rows.of(x)
-        return output
+        x = x if self.rows is None else self.rows.of(x)
+        return dataclasses.replace(output, last_hidden_state=x)
 
     def output(self, kind: Any, encoded: Any, logits: Tensor | None, scored: Scored | None) -> Any:
         """The output of class `kind`: the loss normalised, None without a score; logits; states."""

@@ -14,6 +14,8 @@ class WithOwn(fastbert.BertForSequenceClassification):
 
     def __init__(self, config):
         super().__init__(config)
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.ones_(self.classifier.bias)
         self.register_buffer("directions", torch.zeros(4).normal_(), persistent=False)
 
 
@@ -52,9 +54,12 @@ def test_a_head_that_a_checkpoint_lacks_is_drawn_as_in_training_from_scratch(dir
 
 @pytest.mark.filterwarnings("ignore:.*drawn anew")
 def test_a_users_own_class_draws_what_is_its_own(directory):
-    directions = [WithOwn.from_pretrained(directory).directions for _ in range(2)]
+    models = [WithOwn.from_pretrained(directory) for _ in range(2)]
+    directions = [model.directions for model in models]
     assert directions[0].any()
     assert not torch.equal(*directions)
+    assert not models[0].classifier.weight.any()
+    assert models[0].classifier.bias.all()
 
 
 def test_a_bias_that_is_read_stays_where_its_weight_is_drawn():

@@ -152,6 +152,7 @@ def test_a_hook_before_the_bare_model_gets_hugging_faces_arguments_and_may_chang
     both, seen = make("ForTokenClassification"), []
 
     def without_mask(module, args, kwargs):
+        assert args == (IDS,)
         seen.append({name for name, x in kwargs.items() if torch.is_tensor(x)})
         return args, {**kwargs, "attention_mask": None}
 
@@ -170,6 +171,35 @@ def test_a_hook_behind_the_bare_model_gets_hidden_states_in_their_padded_form(re
     own.bert.register_forward_hook(lambda m, args, output: shapes.append(output[0].shape))
     own.train(returns_rows)(input_ids=IDS, attention_mask=MASK, labels=WORDS)
     assert shapes == [(3, 7, 32)]
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
+def test_an_output_that_a_hook_of_the_bare_model_keeps_stays_as_it_was(head):
+    """As of those who take features of a model with a head."""
+    kept = []
+    for model in make(head):
+        model.eval().bert.register_forward_hook(lambda m, args, output: kept.append(output))
+        model(input_ids=IDS, attention_mask=MASK)
+    expected, actual = (output.last_hidden_state * MASK[..., None] for output in kept)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_bare_model_of_a_users_class_gets_hugging_faces_arguments():
+    def scaled(kind):
+        class Scaled(kind):
+            def forward(self, input_ids, attention_mask=None, **others):
+                output = super().forward(input_ids, attention_mask=attention_mask, **others)
+                scale = 1 + (input_ids * attention_mask)[..., None] / 10
+                output.last_hidden_state = output.last_hidden_state * scale
+                return output
+
+        return Scaled
+
+    both = make("ForTokenClassification")
+    for model in both:
+        model.eval().bert.__class__ = scaled(type(model.bert))
+    expected, actual = (model(input_ids=IDS, attention_mask=MASK).logits for model in both)
+    torch.testing.assert_close(actual[MASK == 1], expected[MASK == 1])
 
 
 def test_heads_that_are_pruned_by_hand_are_counted_by_their_size():

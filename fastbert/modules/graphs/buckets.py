@@ -77,7 +77,8 @@ def pool_of(device: torch.device) -> Pool | None:
 
 def may_replay(device: torch.device) -> bool:
     """Whether a call without gradients may replay a graph."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or pool_of(device) is None)
+    is_seen = torch.compiler.is_compiling() or backend.is_transformed()
+    return not (torch.is_grad_enabled() or is_seen or pool_of(device) is None)
 
 
 def replayed(

@@ -28,6 +28,7 @@ REFUSALS = {
     "a dispatch mode without hooks": lambda model, inputs: _dispatched(model, inputs),
     "anomaly mode": lambda model, inputs: _watched(model, inputs),
     "a replica": lambda model, inputs: _replicated(model, inputs),
+    "parameters of several models": lambda model, inputs: _together(model, inputs),
 }
 
 
@@ -51,6 +52,17 @@ class Watch(TorchDispatchMode):
 def _dispatched(model, inputs):
     with Watch():
         return model(**inputs).logits
+
+
+def _together(model, inputs):
+    several = {name: torch.stack([p, p]) for name, p in model.named_parameters()}
+    inputs = {"input_ids": inputs["input_ids"]}  # the values of a mask may not be read there
+
+    def logits_of(parameters):
+        return torch.func.functional_call(model, parameters, (), inputs).logits
+
+    with torch.no_grad():
+        return torch.func.vmap(logits_of)(several)
 
 
 def _watched(model, inputs):

@@ -21,7 +21,7 @@ from fastbert.models.drawing import Undrawn, draw
 from fastbert.models.inputs import Inputs, Request
 from fastbert.models.resize import resize
 from fastbert.modules.bert_layer import BertLayer
-from fastbert.modules.linear import is_plain
+from fastbert.modules.linear import has_own_hooks, is_defined_in
 from fastbert.system.files import new_file
 
 
@@ -67,7 +67,8 @@ class BertPreTrainedModel(nn.Module):
         reads: "pooled" where only the pooled output is read; last hidden states may be in any form
         """
         bare = self.base_model
-        if not is_plain(bare, type(bare)):  # hooks and a user's forward see what Hugging Face's do
+        is_ours = is_defined_in(type(bare).forward, ("fastbert.",))
+        if not is_ours or has_own_hooks(bare):  # which see what Hugging Face's do
             return request.read_from(bare(request.inputs.input_ids, **request.arguments()))
         request.reads = reads
         return bare(request)
@@ -141,16 +142,13 @@ class BertPreTrainedModel(nn.Module):
         if decoder is not None:
             resize(decoder, count, std)
             self.set_output_embeddings(decoder)
-        self._reconfigure(vocab_size=count)
-        self.tie_weights()
-        return embeddings
-
-    def _reconfigure(self, **changes: Any) -> None:
-        """Changes Hugging Face's configuration in place; a `BertConfig` is replaced everywhere."""
-        old, new = self.config, changed(self.config, **changes)
+        # Hugging Face's is changed in place, a `BertConfig` is replaced
+        old, new = self.config, changed(self.config, vocab_size=count)
         for module in self.modules():
             if getattr(module, "config", None) is old:
                 module.config = new
+        self.tie_weights()
+        return embeddings
 
     def activation_checkpointing_enable(
         self,

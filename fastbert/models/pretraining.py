@@ -16,7 +16,7 @@ from fastbert.models.losses import (
     score_words,
     wants_logits,
 )
-from fastbert.modules.linear import has_hooks
+from fastbert.modules.linear import has_own_hooks
 from fastbert.outputs import BertForPreTrainingOutput, MaskedLMOutput
 from fastbert.packing import PackedBatch
 
@@ -57,7 +57,7 @@ class _PredictsWords(BertPreTrainedModel):
         asked: return_logits and skip_logits
         """
         batch, head = request.batch, self.cls.predictions
-        is_called = has_hooks(self.cls) or has_hooks(head)  # which must see every token
+        is_called = has_own_hooks(self.cls) or has_own_hooks(head)  # which must see every token
         pair_labels = batch.next_sentence_label
         has_loss = batch.labels is not None and (not with_pairs or pair_labels is not None)
         with_logits = wants_logits(self, has_loss, **asked)

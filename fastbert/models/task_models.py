@@ -88,7 +88,7 @@ class BertForSequenceClassification(_Classifier):
     labels: by config.problem_type (B,) classes, (B, num_labels) numbers, or (B, num_labels) floats
     0 and 1; see `score_sequences`. A problem_type of None becomes that of the first labels, in the
     configuration too, where pipelines read whether scores are of a softmax or sigmoids (under
-    torch.compile in Hugging Face's configuration alone; a `BertConfig` is frozen).
+    torch.compile in Hugging Face's configuration alone).
     """
 
     def __init__(self, config: Any) -> None:
@@ -100,10 +100,10 @@ class BertForSequenceClassification(_Classifier):
         if labels is not None:
             problem = self.config.problem_type or problem_type_of(labels, self.num_labels)
             scored = score_sequences(logits, labels, problem)
-            # a trace cannot make another frozen configuration
+            # a trace cannot change fastbert's own configuration, which checks what it is given
             is_fixed = isinstance(self.config, BertConfig) and torch.compiler.is_compiling()
             if self.config.problem_type is None and not is_fixed:
-                self._reconfigure(problem_type=problem)
+                self.config.problem_type = problem
         return request.output(SequenceClassifierOutput, encoded, logits, scored)
 
 

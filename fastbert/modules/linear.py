@@ -261,7 +261,12 @@ def has_hooks(layer: nn.Module) -> bool:
     Accelerate's offloading and older transformers' output capture set such a forward. Hooks of all
     modules count too.
     """
-    return any(hooks_of(layer)) or "forward" in vars(layer) or _has_any_global_hook()
+    return has_own_hooks(layer) or _has_any_global_hook()
+
+
+def has_own_hooks(layer: nn.Module) -> bool:
+    """The same, but for hooks of all modules: counters of FLOPs and memory are to see what runs."""
+    return any(hooks_of(layer)) or "forward" in vars(layer)
 
 
 def hooks_of(module: nn.Module) -> Hooks:

@@ -78,7 +78,7 @@ def subclass(layer, x, sequences):
 
 
 def wide(layer, x, sequences):
-    layer.attention.self.num_attention_heads = 1
+    layer.attention.self.attention_head_size = 136
     for linear in (
         layer.attention.self.query,
         layer.attention.self.key,
@@ -86,6 +86,7 @@ def wide(layer, x, sequences):
     ):
         linear.weight = nn.Parameter(torch.randn(136, 32) / 6)
         linear.bias = nn.Parameter(torch.randn(136))
+        linear.out_features = 136
     layer.attention.output.dense.weight = nn.Parameter(torch.randn(32, 136) / 12)
 
 

@@ -66,8 +66,7 @@ def _run(model: Any, arguments: dict[str, Any], head: Any) -> tuple[Tensor, Tens
         first = first_tokens(x, rows.cu_seqlens)
         return first_column(first, padding), first, states
     # a batch without padding has each sequence's first token in column 0
-    is_dense = padding.slots is None and padding.is_by_row
-    if is_dense or not is_plain_pooler(pooler):
+    if padding.seqlen or not is_plain_pooler(pooler):
         return call.last(x, padding, states), None, states
     if not call.wanted and reads_pooler(head, padding):
         leading = first_tokens(x, padding.cu_seqlens)

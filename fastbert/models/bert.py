@@ -120,8 +120,9 @@ class BertModel(BertPreTrainedModel):
             last, x = share(x)  # who reads the pooled output may read this, too
         pooled = None
         if self.pooler is not None:
-            cu_seqlens = batch.cu_seqlens if rows is None else rows.cu_seqlens
-            pooled = self.pooler(first_tokens(x, cu_seqlens))
+            bounds = batch if rows is None else rows
+            seqlen = padding.seqlen if padding is not None and rows is None else 0
+            pooled = self.pooler(first_tokens(x, bounds.cu_seqlens, seqlen))
         return BaseModelOutputWithPooling(
             last_hidden_state=last,
             pooler_output=pooled,

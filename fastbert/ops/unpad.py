@@ -68,6 +68,11 @@ class Unpadding:
         """Whether each row is a sequence; documents share a row."""
         return self.cu_seqlens.shape[0] - 1 == self.batch_shape[0]
 
+    @property
+    def seqlen(self) -> int:
+        """The length of all sequences, which fill the rows; 0 where they differ."""
+        return self.batch_shape[1] if self.slots is None and self.is_by_row else 0
+
     def pack(self, padded: Tensor, spare: int = 0) -> Tensor:
         """(B, S, ...) -> (T, ...), of any dtype; raises ValueError for another shape.
 

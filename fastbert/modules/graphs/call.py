@@ -169,7 +169,7 @@ class PaddedBatch(NamedTuple):
         x = self.embed(ids, types, positions, padding)
         sequences = Sequences(padding.cu_seqlens, seqlen)
         (x,) = run_layers(numbers, x, sequences, (), None, layers_of(parts))
-        return [padding.pad(x), first_tokens(x, padding.cu_seqlens)]
+        return [padding.pad(x), first_tokens(x, padding.cu_seqlens, padding.seqlen)]
 
     def own(self, outputs: list[Tensor]) -> list[Tensor]:
         """Copies of a graph's outputs for this batch."""

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert.backend import Op, device_type
-from fastbert.modules.products import PRODUCTS as PRODUCTS
-from fastbert.modules.products import Products
+from fastbert.modules.products import PRODUCTS, Products
 from fastbert.ops.fused import joined
 from fastbert.rng import DropoutState
 

@@ -10,8 +10,8 @@ from fastbert.check import require
 from fastbert.modules.graphs import buckets
 from fastbert.modules.graphs.call import PaddedBatch
 from fastbert.modules.layer import LayerParts, Share, Stream, layers_of, run_layer, run_layers
-from fastbert.modules.linear import PRODUCTS
 from fastbert.modules.plan import Reading
+from fastbert.modules.products import PRODUCTS
 from fastbert.modules.request import wanted_states
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.ops.unpad import Unpadding

@@ -13,7 +13,7 @@ from fastbert.data.formats.texts import Mark, Text
 from fastbert.embedding import model as embedder_module
 from fastbert.embedding import shards
 from fastbert.embedding.model import Embedder
-from fastbert.modules.linear import PRODUCTS
+from fastbert.modules.products import PRODUCTS
 from fastbert.modules.products.weight_copies import WeightCopies
 from tests.embedding.shards_case import OPTIONS, WORDS
 

@@ -12,7 +12,7 @@ import transformers
 from fastbert.check import InputError
 from fastbert.config.serve import ServeConfig
 from fastbert.embedding.array import embed
-from fastbert.modules.linear import PRODUCTS
+from fastbert.modules.products import PRODUCTS
 from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.serve.loading import load
 from tests.serve.running import running

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastbert.modules.embeddings import Tables
 from fastbert.modules.layer import LayerParts, layers_of, run_layers
-from fastbert.modules.linear import PRODUCTS
+from fastbert.modules.products import PRODUCTS
 from fastbert.modules.sequences import Rows, Sequences, first_tokens, pays_to_count
 from fastbert.ops.unpad import Unpadding, unpad
 

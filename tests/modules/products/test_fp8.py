@@ -10,8 +10,7 @@ import transformers
 
 import fastbert
 from fastbert import backend
-from fastbert.modules.linear import PRODUCTS
-from fastbert.modules.products import fp8
+from fastbert.modules.products import PRODUCTS, fp8
 from fastbert.ops import fp8_plain
 from fastbert.ops.fp8_linear import fp8_feed_forward, fp8_linear
 from fastbert.ops.fp8_plain import E4M3, E5M2, LARGEST

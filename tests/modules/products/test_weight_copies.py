@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fastbert.modules.graphs import buckets
-from fastbert.modules.linear import PRODUCTS, Leaf, biases_of, fused_linear, product
-from fastbert.modules.products import fp8
+from fastbert.modules.linear import Leaf, biases_of, fused_linear, product
+from fastbert.modules.products import PRODUCTS, fp8
 from fastbert.modules.products.weight_copies import WeightCopies
 from tests.modules.graphs.case import Counter, Repeats, batch, layers_of, logits, models, step, use
 

@@ -44,9 +44,8 @@ _LAYOUT = "attention_mask", "position_ids", *DOCUMENTS
 class Call(NamedTuple):
     """A call of a model or an encoder that the packed path supports, before its mask is read.
 
-    given: (B, S, ...); layout: other arguments of `read_layout`; trains: whether a module may drop;
-    wanted: as in `wanted_states`, of states from `first_state` on; dtype: of the hidden states that
-    Hugging Face would return
+    given: (B, S, ...); layout: other arguments of `read_layout`; wanted: as in `wanted_states`, of
+    states from `first_state` on; dtype: of the hidden states that Hugging Face would return
     """
 
     module: Any
@@ -54,7 +53,6 @@ class Call(NamedTuple):
     given: Tensor
     layout: dict[str, Any]
     embed: Embed
-    trains: bool
     wanted: Any
     first_state: int
     dtype: torch.dtype
@@ -73,7 +71,8 @@ class Call(NamedTuple):
     ) -> "Call":
         """Reads the arguments besides the tokens; raises Unsupported, as `run` may.
 
-        own: the dtype of the residual stream without autocast
+        own: the dtype of the residual stream without autocast; trains: whether a module is in
+        training mode
         """
         layout = {name: arguments.pop(name, None) for name in _LAYOUT}
         mask, config = layout["attention_mask"], module.config
@@ -97,7 +96,7 @@ class Call(NamedTuple):
                 wanted, first = {number + 1 for number in wanted if number >= 0}, 1  # of layers
             else:
                 wanted, first = bool(wanted), 0
-        return cls(module, reading, given, layout, embed, trains, wanted, first, dtype)
+        return cls(module, reading, given, layout, embed, wanted, first, dtype)
 
     def read(self) -> tuple[Unpadding, Tensor | None]:
         """How the batch is packed, and a further mask for `attention`, as by `read_layout`."""
@@ -117,7 +116,7 @@ class Call(NamedTuple):
         (B, S, H).
         """
         layers, dtype = self.reading.layers, self.dtype
-        drops = self.trains and self.reading.drops()
+        drops = self.reading.drops()
         rng = for_batch(padding.cu_seqlens, padding.num_tokens) if drops else None
         x = self.embed(padding, rng)
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, mask, rng)

@@ -225,8 +225,7 @@ class BertPreTrainedModel(nn.Module):
             config = BertConfig.from_pretrained(source, **changes)
         elif changes:
             config = changed(copy.copy(config), **changes)
-        # a user's class may draw otherwise than BERT's, and what no checkpoint has
-        is_ours = cls.__module__.startswith("fastbert.")
+        is_ours = cls.__module__.startswith("fastbert.")  # a user's class draws in its own way
         with Undrawn() if is_ours else contextlib.nullcontext():
             model = cls(config, **options)
         model.name_or_path = str(name_or_directory)
@@ -234,8 +233,7 @@ class BertPreTrainedModel(nn.Module):
         absent = checkpoint.load_weights(
             model, weights, directory, ignore_mismatched_sizes=ignore_mismatched_sizes
         )
-        if is_ours:
-            draw(model, absent)
+        draw(model, absent if is_ours else ())
         model.to(device=device_of(device_map), dtype=dtype_of(dtype, weights))
         if absent:
             warnings.warn(

@@ -83,7 +83,7 @@ class BertModel(BertPreTrainedModel):
             return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled)
         request = request.only(first=True) if request.reads == "pooled" else request
         batch, padding = request.batch, request.padding
-        rows = request.rows if rows is None else rows
+        rows = rows or request.rows
         self._check_positions(batch)
         rng = None
         # without a dropout nothing is drawn from torch's generator, as in Hugging Face
@@ -134,20 +134,20 @@ class BertModel(BertPreTrainedModel):
 
         None where a graph had better begin behind the embeddings, or none may run.
         """
-        inputs, embeddings, size = request.inputs, self.embeddings, request.hidden_size
-        ids = inputs.input_ids
-        others = inputs.inputs_embeds, request.packed, *request.documents.values()
+        ids, mask, types, positions, embeds = request.inputs
+        others = embeds, request.packed, *request.documents.values()
         if not isinstance(ids, Tensor) or any(one is not None for one in others):
             return None
         if request.output_hidden_states or request.reads == "packed":
             return None
+        embeddings, size = self.embeddings, request.hidden_size
         if request.reads == "pooled" and Rows.pay(ids.numel(), size, ids.device):
             return None  # the last layer may compute first tokens alone
-        is_whole = is_plain(embeddings, BertEmbeddings) and is_plain_dropout(embeddings.dropout)
-        is_whole = is_whole and not dropout_p_of(embeddings.dropout)
-        if not (is_whole and may_compute(reading)):
+        if not (is_plain(embeddings, BertEmbeddings) and is_plain_dropout(embeddings.dropout)):
             return None
-        owner = weakref.ref(embeddings)
+        if dropout_p_of(embeddings.dropout) or not may_compute(reading):
+            return None
+        owner: Any = weakref.ref(embeddings)
 
         def embed(
             ids: Tensor, types: Tensor | None, positions: Tensor | None, padding: Unpadding
@@ -155,13 +155,12 @@ class BertModel(BertPreTrainedModel):
             if positions is None:
                 positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
             packed = [None if one is None else padding.pack(one) for one in (ids, positions, types)]
-            living: Any = owner()
-            return living(*packed)
+            return owner()(*packed)
 
         own = own_dtype(embeddings)
         batch = PaddedBatch.of(
             Tables.of(embeddings),
-            (ids, inputs.attention_mask, inputs.token_type_ids, inputs.position_ids),
+            (ids, mask, types, positions),
             embed,
             widest=self.config.max_position_embeddings,
             hidden_size=size,

@@ -117,14 +117,15 @@ class Request:
     @property
     def batch(self) -> PackedBatch:
         """The tokens, which are packed when they are first read, because a graph may pack them."""
-        return self._packed()[0]
+        return self._layout[0]
 
     @property
     def padding(self) -> Unpadding | None:
         """How to restore the padded form; None for packed input and output."""
-        return self._packed()[1]
+        return self._layout[1]
 
-    def _packed(self) -> tuple[PackedBatch, Unpadding | None]:
+    @property
+    def _layout(self) -> tuple[PackedBatch, Unpadding | None]:
         if self.packed is None:
             size = self.hidden_size if self.has_graphs else None
             self.packed = pack_inputs(self.inputs, self.documents, size)
@@ -135,7 +136,7 @@ class Request:
 
         Labels at padding are dropped. Raises ValueError for labels beside a PackedBatch.
         """
-        (batch, padding), num_items = self._packed(), self.num_items
+        (batch, padding), num_items = self._layout, self.num_items
         if labels is not None:
             require(
                 padding is not None,
@@ -164,13 +165,13 @@ class Request:
         """
         if next_sentence_label is None:
             return self
+        batch, padding = self._layout
         require(
-            self.batch.next_sentence_label is None,
+            batch.next_sentence_label is None,
             "next_sentence_label",
             "None beside a PackedBatch that has the field",
             tuple(next_sentence_label.shape),
         )
-        batch, padding = self._packed()
         batch = dataclasses.replace(batch, next_sentence_label=next_sentence_label.view(-1))
         return dataclasses.replace(self, packed=(batch, padding))
 

@@ -57,27 +57,26 @@ class _PredictsWords(BertPreTrainedModel):
         asked: return_logits and skip_logits
         """
         batch, head = request.batch, self.cls.predictions
-        is_called = has_own_hooks(self.cls) or has_own_hooks(head)  # which must see every token
+        has_hook = has_own_hooks(self.cls) or has_own_hooks(head)  # which must see every token
+        labels: Any = batch.labels
         pair_labels = batch.next_sentence_label
-        has_loss = batch.labels is not None and (not with_pairs or pair_labels is not None)
+        has_loss = labels is not None and (not with_pairs or pair_labels is not None)
         with_logits = wants_logits(self, has_loss, **asked)
-        if has_loss and not (with_logits or is_called):
+        if has_loss and not (with_logits or has_hook):
             request = request.only(first=with_pairs, labelled=True)
         encoded = self.encode(request)
-        x, words = encoded.last_hidden_state, None
+        x, pooled = encoded.last_hidden_state, encoded.pooler_output
+        words: Scored | None = None
         logits: Any = None
         pairs: Any = None
-        if with_logits or is_called:
-            found = self.cls(x, encoded.pooler_output) if with_pairs else (self.cls(x), None)
-            logits, pairs = found
+        if with_logits or has_hook:
+            logits, pairs = self.cls(x, pooled) if with_pairs else (self.cls(x), None)
         elif with_pairs:
-            pairs = self.cls.seq_relationship(encoded.pooler_output)
-        if has_loss:
-            assert batch.labels is not None
-            if is_called:
-                words = score_classes(logits, batch.labels)
-            else:
-                words = score_words(head, masked_rows(x, batch, request.rows))
+            pairs = self.cls.seq_relationship(pooled)
+        if has_loss and has_hook:
+            words = score_classes(logits, labels)
+        elif has_loss:
+            words = score_words(head, masked_rows(x, batch, request.rows))
         return encoded, words, request.padded(logits) if with_logits else None, pairs
 
 

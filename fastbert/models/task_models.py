@@ -98,7 +98,7 @@ class BertForSequenceClassification(_Classifier):
         encoded = self.encode(request, "pooled")
         logits, scored = self.classifier(self.dropout(encoded.pooler_output)), None
         if labels is not None:
-            problem = self.config.problem_type or problem_type_of(labels, self.num_labels)
+            problem = self.config.problem_type or problem_type_of(labels, logits.shape[1])
             scored = score_sequences(logits, labels, problem)
             # a trace cannot change fastbert's own configuration, which checks what it is given
             is_fixed = isinstance(self.config, BertConfig) and torch.compiler.is_compiling()

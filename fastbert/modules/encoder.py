@@ -3,7 +3,6 @@
 T packed tokens of B sequences, M rows whose output is wanted, H hidden.
 """
 
-import dataclasses
 import sys
 from typing import Any, cast
 
@@ -29,7 +28,7 @@ from fastbert.modules.request import (
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.stack import run_stack, share_padded
 from fastbert.outputs import BaseModelOutputWithPastAndCrossAttentions
-from fastbert.rng import DropoutState, for_batch
+from fastbert.rng import DropoutState
 
 
 class BertEncoder(nn.Module):
@@ -155,12 +154,9 @@ class BertEncoder(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
         """Runs the layers over a packed (T, H) residual stream; returns as `run_stack` does."""
         events.packed(self, x)
-        layers, has_rng = self.layer, sequences.rng is not None
+        layers = self.layer
         if reading is None:
-            reading = self.reading(x.device, drops=has_rng)
-        if not has_rng and reading.drops():
-            rng = for_batch(sequences.cu_seqlens, x.shape[0])
-            sequences = dataclasses.replace(sequences, rng=rng)
+            reading = self.reading(x.device, drops=sequences.rng is not None)
 
         def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
             layer = cast(BertLayer, layers[number])

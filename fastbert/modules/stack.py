@@ -1,5 +1,6 @@
 """Runs the layers of an encoder, own or patched, in the fastest way that the call allows."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from fastbert.modules.products import PRODUCTS
 from fastbert.modules.request import wanted_states
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.ops.unpad import Unpadding
+from fastbert.rng import for_batch
 
 
 def run_stack(
@@ -28,7 +30,8 @@ def run_stack(
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
     """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; and hidden states.
 
-    The layers run as a CUDA graph, or one by one. x: the residual stream; reading: has each layer's
+    The layers run as a CUDA graph, or one by one; without a dropout state they get a fresh one, if
+    any drops. x: the residual stream; reading: has each layer's
     parts, None for a layer that could not be read; output_hidden_states: as in `wanted_states`: the
     states are x and each layer's output, with None for those that are not wanted; call(number, x,
     sequences) calls a layer as a module, as one is that has hooks, is checkpointed, or could not be
@@ -58,6 +61,8 @@ def run_stack(
             return Stream(x, x)
 
     sequences.check(x.shape[0])
+    if sequences.rng is None and reading.drops():
+        sequences = dataclasses.replace(sequences, rng=for_batch(sequences.cu_seqlens, x.shape[0]))
     outputs, given = None, x
     of: dict[int, Tensor] = {}
     if wanted and 0 in wanted:
@@ -105,4 +110,4 @@ def replay_padded(reading: Reading, batch: PaddedBatch) -> list[Tensor] | None:
     reading.settle()  # which the GPU does not wait for
     if reading.parts is parts:
         return outputs
-    return None if reading.called() else buckets.replayed(reading, batch, None)
+    return buckets.replayed(reading, batch, None) if buckets.may_compute(reading) else None

@@ -180,6 +180,15 @@ def test_labels_that_do_not_fit_are_refused():
         ours(**make_inputs(), labels=WORDS["labels"][:1])  # of one sequence, for all of them
 
 
+def test_a_classifier_of_one_output_that_a_user_puts_in_is_scored_as_one():
+    """By the squared error, whatever the configuration says of the classifier of before."""
+    _, ours = make_models("single label")
+    ours.config.problem_type, ours.classifier = None, torch.nn.Linear(32, 1)
+    labels = torch.tensor([0.5, 2.0, 0.0, 1.0])
+    output = ours.eval()(**make_inputs(), labels=labels)
+    torch.testing.assert_close(output.loss, (output.logits[:, 0] - labels).square().mean())
+
+
 @pytest.fixture
 def process_group():
     """Of this process alone."""

@@ -158,8 +158,12 @@ def refusal_of(reading: Reading) -> str:
 
 
 def may_compute(reading: Reading) -> bool:
-    """Whether a graph may compute the layers in this call, as far as is known before it."""
-    return reading.may_replay and not (reading.called() or refusal_of(reading))
+    """Whether a graph may begin with the batch in this call, as far as is known before it.
+
+    Not with dropout, whose masks are those of the batch: its state is drawn outside of graphs.
+    """
+    is_outside = reading.called() or reading.drops() or refusal_of(reading)
+    return reading.may_replay and not is_outside
 
 
 def _refusal(bucket: Bucket, mask: Tensor | None, layers: nn.ModuleList, lane: Lane) -> str:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from fastbert.hf import encode
 from fastbert.modules.graphs import buckets
 from tests.hf.changes import ByLength
-from tests.modules.graphs.case import SHAPE, Repeats, logits, models, use
+from tests.modules.graphs.case import SHAPE, Repeats, layers_of, logits, models, use
 from tests.modules.graphs.padded_case import INPUTS, NARROW, pair
 
 BOTH = pytest.mark.parametrize("kind", ["own", "Bert"])
@@ -110,6 +110,24 @@ def test_dropout_that_alone_is_in_training_mode_is_drawn_in_each_call(kind, reco
         first, second = (recorded(**INPUTS).logits for _ in range(2))
     assert not torch.equal(first, second)
     assert len(embedded) == 2
+
+
+@BOTH
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
+def test_dropouts_of_layers_in_training_mode_draw_alike_with_a_graph_and_without(
+    kind, head, recorder
+):
+    """The first call still assumes the layers of before; a recording must draw nothing either."""
+    both = [model.eval() for model in models(kind, head)]
+    logits(both[1], INPUTS)
+    for model in both:
+        for one in layers_of(model).modules():
+            one.training = isinstance(one, nn.Dropout)
+    found = [[logits(model, INPUTS) for _ in range(3)] for model in both]
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)
+    with torch.no_grad():
+        assert not torch.equal(both[1](**INPUTS).logits, both[1](**INPUTS).logits)
 
 
 @BOTH

@@ -207,21 +207,13 @@ def new_directory(path: str | Path) -> Iterator[Path]:
             file.chmod((0o777 if file.is_dir() else 0o666) & allowed)
         _take_the_place(beside, target)
     except (OSError, SafetensorError, RuntimeError, Unwritable) as error:
-        if not is_of_writing(error):
+        # torch's writer of archives hides the system's error behind a RuntimeError of its own
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         raise Unwritable.because(path, error) from error
     finally:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
-
-
-def is_of_writing(error: BaseException) -> bool:
-    """Whether an error says that files cannot be written.
-
-    torch's writer of archives hides the system's error behind a RuntimeError of its own.
-    """
-    kinds = (OSError, SafetensorError, Unwritable)
-    return isinstance(error, kinds) or "inline_container" in str(error)
 
 
 def _umask() -> int:

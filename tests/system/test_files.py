@@ -275,6 +275,16 @@ def test_what_an_encoding_lacks_is_printed_by_its_number(encoding, monkeypatch):
     assert "\\ud800" in said
 
 
+def test_a_full_disk_under_torchs_archive_is_told_as_a_failed_write(tmp_path):
+    hidden = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+    with (
+        pytest.raises(files.Unwritable, match=r"model: cannot be written \(.*unexpected pos"),
+        files.new_directory(tmp_path / "model"),
+    ):
+        raise hidden
+    assert not list(tmp_path.iterdir())
+
+
 def test_errors_of_other_things_are_not_told_as_a_failed_write(tmp_path):
     for error in (RuntimeError("CUDA error: an illegal memory access"), MemoryError()):
         with pytest.raises(type(error)) as raised, files.new_directory(tmp_path / "model"):

@@ -1,5 +1,7 @@
 """What writes and who may: nothing that is there is lost, whatever the output is."""
 
+import errno
+import fcntl
 import io
 import os
 import pickle
@@ -9,6 +11,7 @@ import sys
 import threading
 import time
 
+import filelock
 import pytest
 from rich.console import Console
 from rich.table import Table
@@ -238,7 +241,34 @@ def test_who_waits_for_a_lock_gets_it_when_it_is_free(tmp_path):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
-    assert not locks._held
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOTSUP", "ENOLCK"])
+def test_a_file_system_without_locks_is_told_and_no_hindrance(name, tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(getattr(errno, name), "No locks")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.warns(UserWarning, match="the file system has no locks"), locks.claimed(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_waits_survives_that_the_directory_is_removed(tmp_path, monkeypatch):
+    """By a claim that ends, and leaves its directory empty."""
+    out, made = tmp_path / "out", []
+    acquire = filelock.FileLock.acquire
+
+    def beaten(self, *arguments, **options):
+        made.append(self)
+        if len(made) == 1:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(out))
+        return acquire(self, *arguments, **options)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", beaten)
+    with locks.claimed(out):
+        assert (out / locks.LOCK).exists()
+    assert len(made) == 2
 
 
 class Full(io.StringIO):

@@ -186,6 +186,24 @@ def write_json(path: str | Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The contents of a JSON file, None if there is no file.
+
+    kind: dict or list, which the contents must be. Raises InputError for a file that cannot be read
+    or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text("utf-8-sig"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(values, kind):
+        name = "object" if kind is dict else kind.__name__
+        raise InputError(f"{path}: expected a JSON {name}, got {type(values).__name__}")
+    return values
+
+
 @contextlib.contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
     """A temporary directory for the block to fill, which then replaces `path` atomically.

@@ -19,7 +19,7 @@ from fastbert.config.pretrain import PretrainConfig
 from fastbert.data.text.encoding import warn_of_unknown
 from fastbert.data.text.files import Corpus, describe
 from fastbert.data.tokenized.cache import locked, require_same
-from fastbert.data.tokenized.corpus import read_json
+from fastbert.data.tokenized.corpus import read_record
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 from fastbert.system.console import console
 from fastbert.system.files import write_json
@@ -185,7 +185,7 @@ def _tokenizer(config: PretrainConfig, source: _Source, directory: Path) -> Toke
     with locked(directory):
         if (directory / "tokenizer.json").is_file():
             # records of earlier versions, without strip_accents, were made with None
-            require_same(made_from, {"strip_accents": None} | read_json(record), directory)
+            require_same(made_from, {"strip_accents": None} | read_record(record), directory)
             return data.load_tokenizer(directory)
         sentences = itertools.chain.from_iterable(source.documents())
         tokenizer = data.train_tokenizer(

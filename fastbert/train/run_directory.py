@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from fastbert.check import InputError, Stopped
 from fastbert.checkpoint import RUN
 from fastbert.config.pretrain import AUTO, PretrainConfig
 from fastbert.data import Interrupted, OtherCache
-from fastbert.system.files import Unwritable, write_json
+from fastbert.system.files import Unwritable, read_json, write_json
 from fastbert.train.prepare import TEXT
 from fastbert.train.recipe import Recipe
 
@@ -58,11 +57,10 @@ def precision_of(config: PretrainConfig, out: Path, *, resume: bool) -> str:
 def read_run(out: Path, kind: type[Config]) -> Config | None:
     """The options of the run in `out`, None if there is none; InputError if they are not `kind`."""
     path = out / RUN
-    if not path.exists():
-        return None
+    values = read_json(path)
     try:
-        return kind.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return None if values is None else kind.from_json(values)
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: not a run's options ({error})") from None
 
 

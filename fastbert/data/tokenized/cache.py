@@ -21,7 +21,7 @@ from fastbert.data.text.corpus import Meter
 from fastbert.data.text.encoding import DocumentEncoder
 from fastbert.data.text.segment import Segmenter, name_of
 from fastbert.data.tokenized import parts, workers
-from fastbert.data.tokenized.corpus import ARRAYS, FORMAT, TokenizedCorpus, open_cache, read_json
+from fastbert.data.tokenized.corpus import ARRAYS, FORMAT, TokenizedCorpus, open_cache, read_record
 from fastbert.data.tokenized.parts import Part
 from fastbert.data.tokenized.workers import Batch, Foreign, Interrupted, foreign
 from fastbert.system import locks
@@ -77,7 +77,7 @@ def tokenize_corpus(
     }
     try:
         with locked(directory):
-            require_same(made_from, read_json(directory / "manifest.json"), directory)
+            require_same(made_from, read_record(directory / "manifest.json"), directory)
             if corpus := open_cache(directory):
                 return corpus
             work = _Work(documents, meter or Meter(), progress or (lambda *_: None))
@@ -196,7 +196,7 @@ def _kept(partial: Path, made_from: dict[str, str], cut: dict[str, int]) -> dict
     Raises OtherCache for parts of another corpus, tokenizer or segmenter.
     """
     owner = partial / "made_from.json"
-    found = read_json(owner)
+    found = read_record(owner)
     kept = parts.complete_parts(partial)
     if kept:
         require_same(made_from, found, partial.parent)

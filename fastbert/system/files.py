@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Self
 
 from safetensors import SafetensorError
 
-from fastbert.check import InputError
+from fastbert.check import InputError, first_line
 
 STANDARD = "-"  # the file name that means standard input or output
 _DESCRIPTORS = re.compile(r"/proc/\d+(/task/\d+)?/fd")
@@ -47,7 +47,7 @@ class Unwritable(InputError):
             return cls(path, error.reason)
         if isinstance(error, OSError) and error.strerror:
             return cls(path, error.strerror)
-        return cls(path, (str(error).strip() or type(error).__name__).splitlines()[0])
+        return cls(path, first_line(error))
 
 
 def is_stream(path: str | Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastbert import checkpoint
-from fastbert.check import InputError, Stopped
+from fastbert.check import InputError, stopping
 from fastbert.checkpoint import RUN
 from fastbert.config.pretrain import AUTO, PretrainConfig
 from fastbert.data import Interrupted, OtherCache
@@ -71,13 +71,16 @@ def stoppable(recipe: Recipe, out: Path) -> Iterator[None]:
     The OSErrors that name a file are raised as they are. The death of a loader's process is an
     InputError.
     """
-    try:
-        yield
-    except KeyboardInterrupt:
+
+    def said() -> str:
         kept = checkpoint.latest(out)
         what = "no checkpoint is written yet" if kept is None else f"{kept.name} is kept"
         again = shlex.join(["fastbert", recipe.command, "--resume", "--out", str(out)])
-        raise Stopped(f"{out}: {what}; go on with: {again}") from None
+        return f"{out}: {what}; go on with: {again}"
+
+    try:
+        with stopping(said):
+            yield
     except (ConnectionError, RuntimeError) as error:
         # torch's handler of a child's death, or its queue if that is read first
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):

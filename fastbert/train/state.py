@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from fastbert import checkpoint
-from fastbert.check import InputError
+from fastbert.check import InputError, first_line
 from fastbert.data import save_tokenizer
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.modules.products import fp8
@@ -143,10 +143,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
-    reason = str(error).strip().split("\n")[0]
     directory = path.parent
     return InputError(
-        f"{path}: truncated or corrupt ({reason}); remove {directory} and point "
+        f"{path}: truncated or corrupt ({first_line(error)}); remove {directory} and point "
         f"{directory.parent}/{checkpoint.LATEST} to an older checkpoint"
     )
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, normalizers
 
-from fastbert.check import InputError
+from fastbert.check import InputError, first_line
 from fastbert.system.files import read_json
 
 # BERT's tokenizer, under the names that transformers has given it.
@@ -69,10 +69,9 @@ class TokenizerConfig:
         except InputError:
             raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
             raise InputError(
                 f"{self.file}: the added tokens of this file, or of those beside it, are not "
-                f"written as transformers does it: {reason}"
+                f"written as transformers does it: {first_line(error)}"
             ) from error
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         tokenizer.add_tokens([token for token, _ in tokens if token.content not in known])

@@ -116,10 +116,10 @@ def _set_up(
     parallel: str,
 ) -> _Run:
     """Sets up a new run, or restores it from its last checkpoint."""
-    begun = checkpoint.latest(out)
+    begun = checkpoint.latest(out)  # not the link itself, which may change before all is read
     model = recipe.make_model(text.tokenizer.get_vocab_size()).to(ranks.device)
     if begun is not None:
-        run_state.load_weights(begun, model)
+        checkpoint.load_weights(model, checkpoint.read_weights(begun), begun)
     if config.precision == "fp8":
         fp8.enable(model)
     objective = distributed.parallelised(recipe.make_objective(model), parallel, ranks)

@@ -81,15 +81,6 @@ def save(
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_weights(directory: Path, model: BertPreTrainedModel) -> None:
-    """Restores the weights of a checkpoint; called before FSDP shards the model.
-
-    directory: the checkpoint's directory, not the link `latest`, which may change before `load`.
-    Raises InputError for weights that are missing or do not match the model.
-    """
-    checkpoint.load_weights(model, checkpoint.read_weights(directory), directory)
-
-
 def load(
     directory: Path,
     model: BertPreTrainedModel,

@@ -30,16 +30,7 @@ def claimed(out: Path) -> Iterator[None]:
     out = Path(os.path.realpath(out))
     made = [place for place in (out, *out.parents) if not place.exists()]
     try:
-        with contextlib.ExitStack() as held:
-            try:
-                held.enter_context(locked(out / LOCK, wait=False))
-            except filelock.Timeout:
-                raise InputError(
-                    f"--out {out}: another process is writing there; wait until it ends, or name "
-                    "another directory"
-                ) from None
-            except OSError as error:
-                raise Unwritable.because(f"--out {out}", error) from None
+        with locked(out / LOCK, f"--out {out}", wait=False):
             try:
                 yield
             finally:  # while the lock is held, or another process's lock file could be removed
@@ -51,11 +42,11 @@ def claimed(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[None]:
+def locked(path: Path, whose: str, *, wait: bool) -> Iterator[None]:
     """Holds a lock on the file `path`, which is made with its directory if missing, and kept.
 
-    wait: whether to wait for another process that holds the lock; if not, raises filelock.Timeout.
-    Raises OSError if the file cannot be made or locked.
+    whose: what the lock is of, for messages; wait: whether to wait for another process that holds
+    it; if not, raises InputError. Raises Unwritable if the file cannot be made or locked.
     """
     with contextlib.ExitStack() as held:
         while True:
@@ -66,9 +57,14 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
                 break
             except FileNotFoundError:  # another process has just removed the directory
                 continue
+            except filelock.Timeout:
+                raise InputError(
+                    f"{whose}: another process is writing there; wait until it ends, or name "
+                    "another directory"
+                ) from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
-                    raise
+                    raise Unwritable.because(whose, error) from error
                 warnings.warn(
                     f"{path.parent}: the file system has no locks; nothing keeps a second process "
                     "from writing there",

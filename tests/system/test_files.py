@@ -231,10 +231,10 @@ def test_who_waits_for_a_lock_gets_it_when_it_is_free(tmp_path):
     order = []
 
     def wait():
-        with locks.locked(tmp_path / "lock", wait=True):
+        with locks.locked(tmp_path / "lock", "it", wait=True):
             order.append("second")
 
-    with locks.locked(tmp_path / "lock", wait=True):
+    with locks.locked(tmp_path / "lock", "it", wait=True):
         thread = threading.Thread(target=wait)
         thread.start()
         time.sleep(0.1)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbert import check
 from fastbert.modules.graphs.recorder import WARM_UP, CudaGraphs, Work
 
 FLUSH_BYTES = 256 << 20  # overwritten before each measurement: larger than any cache
@@ -96,7 +97,7 @@ def why_not_recorded(error: BaseException) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 200 characters."""
-    return str(error).strip().partition("\n")[0][:200] or repr(error)
+    return check.first_line(error)[:200]
 
 
 def summarize(seconds: list[float]) -> dict[str, Any]:

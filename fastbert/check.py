@@ -1,7 +1,8 @@
 """Errors about a caller's input, in one form: who refuses it, what was expected, what came."""
 
+import contextlib
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 
@@ -15,6 +16,20 @@ class InputError(ValueError):
 
 class Stopped(Exception):
     """The user stopped a command with Ctrl-C; the message says what is saved and how to resume."""
+
+
+@contextlib.contextmanager
+def stopping(said: Callable[[], str]) -> Iterator[None]:
+    """Turns Ctrl-C into `Stopped`; said: makes its message."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(said()) from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the error's class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def require(condition: bool, who: str, expected: str, got: object, remedy: str = "") -> None:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastbert.check import InputError
+from fastbert.check import InputError, first_line
 from fastbert.system.files import new_file
 
 WEIGHTS = "model.safetensors"
@@ -75,9 +75,9 @@ def resolve(name_or_directory: str | Path, subfolder: str = "", **download: Any)
         found = snapshot_download(str(name_or_directory), allow_patterns=wanted, **download)
         return Path(found, subfolder)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{name_or_directory}: neither a directory nor a model that the hub gives ({reason})"
+            f"{name_or_directory}: neither a directory nor a model that the hub gives "
+            f"({first_line(error)})"
         ) from None
 
 
@@ -155,8 +155,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         if "allocate memory" in str(error):  # not a matter of the file
             raise
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path}: truncated or corrupt ({reason})") from None
+        raise InputError(f"{path}: truncated or corrupt ({first_line(error)})") from None
 
 
 def load_weights(

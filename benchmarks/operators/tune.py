@@ -33,7 +33,7 @@ from benchmarks.operators.candidates import TABLES, Table
 from benchmarks.operators.kernels import measure
 from benchmarks.operators.workloads import workloads
 from benchmarks.results import FASTBERT
-from benchmarks.timing import flush_for, summarize
+from benchmarks.timing import first_line, flush_for, summarize
 from benchmarks.workloads import sequence_lengths
 from fastbert import backend
 from fastbert.check import InputError
@@ -110,7 +110,7 @@ def sweep(
                 else:
                     row["refused"] = "wrong result"
         except Exception as error:  # a block that does not fit is a result too
-            row["refused"] = str(error).strip().partition("\n")[0] or repr(error)
+            row["refused"] = first_line(error)
         yield row
 
 

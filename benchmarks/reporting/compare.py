@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.reporting.cells import is_one_round, seconds
+from benchmarks.reporting.console import console
 from benchmarks.results import Row, read
-
-console = Console(highlight=False, markup=False, width=120)
 
 ENVIRONMENT = ("device", "threads", "torch", "triton", "transformers", "driver", "precision")
 

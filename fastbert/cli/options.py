@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from fastbert.check import Stopped
+from fastbert.check import stopping
 from fastbert.config.options import GROUPS, OUTPUT
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -32,10 +32,8 @@ class Command(TyperCommand):
                 formatter.write_dl(groups[name], col_max=_NAMES)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with stopping(lambda: "nothing was written"):
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise Stopped("nothing was written") from None
 
 
 SETTINGS = {"max_content_width": _WIDTH}  # settings of click's context

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fastbert.check import InputError, require
+from fastbert.system.files import read_json
 
 # those of `fastbert.modules.activations`, which may not be imported here
 ACTIVATIONS = (
@@ -228,14 +229,9 @@ class BertConfig:
         Raises InputError if the file is missing, is not JSON or has an unsupported value.
         """
         path = Path(directory) / "config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{directory}: no config.json there, so it is no model") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not readable as JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        values = read_json(path)
+        if values is None:
+            raise InputError(f"{directory}: no config.json there, so it is no model")
         # new labels replace those of the checkpoint's classifier
         if changes.keys() & {"num_labels", "id2label"}:
             values = {k: v for k, v in values.items() if k not in ("id2label", "label2id")}

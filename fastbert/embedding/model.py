@@ -24,6 +24,7 @@ from fastbert.embedding.sentence_files import SentenceFiles
 from fastbert.finetune.features import Feature, WindowEncoder, collate, parts
 from fastbert.finetune.infer import evaluating
 from fastbert.models.bert import BertModel
+from fastbert.models.trained import fingerprint
 from fastbert.train.precision import autocast, cast_once, resolve_precision
 
 _CHARACTERS = 16  # of a long text to tokenise, for each token that is kept
@@ -98,7 +99,7 @@ class Embedder:
         self.pooling, self.batch_tokens = pooling or files.pooling or "mean", batch_tokens
         self.normalize = files.normalizes if normalize is None else normalize
         self.precision = resolve_precision(precision)
-        self.config, self.device = config, device
+        self.device = device
         self.bert.to(device)
         cast_once(self.bert, self.precision)
         self.unknown = self.tokens = 0  # counts over all texts so far
@@ -108,15 +109,9 @@ class Embedder:
 
         The weights, the configuration and the tokenizer are in one SHA-256.
         """
-        digest = hashlib.sha256(self.tokenizer.to_str().encode())
-        digest.update(
-            repr(sorted(self.config.to_dict().items(), key=lambda item: item[0])).encode()
-        )
-        for name, tensor in self.bert.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().numpy().data)
+        both = self.tokenizer.to_str() + fingerprint(self.bert)
         return {
-            "model_sha256": digest.hexdigest(),
+            "model_sha256": hashlib.sha256(both.encode()).hexdigest(),
             "pooling": self.pooling,
             "normalize": self.normalize,
             "prompt": self.prompt,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +9,7 @@ from typing import Any, Self
 from fastbert._version import __version__
 from fastbert.check import InputError
 from fastbert.data.formats.texts import BEGINNING, Mark, Texts
-from fastbert.system.files import write_json
+from fastbert.system.files import read_json, write_json
 
 PLAN, MANIFEST = "plan.json", "manifest.json"
 _VERSION = 1  # of both files, and of how rows are grouped into batches
@@ -110,13 +109,8 @@ _SAID = {"model_sha256": "model", "input_bytes": "input", "input_sha256": "input
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(values, dict) or values.get("version") != _VERSION:
+    values: dict[str, Any] | None = read_json(path)
+    if values is not None and values.get("version") != _VERSION:
         raise InputError(f"{path}: not of this version of fastbert embed; name another directory")
     return values
 

@@ -2,10 +2,9 @@
 
 import time
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from fastbert.system.console import console
 from fastbert.train.distributed import Ranks
+from fastbert.train.report import bar
 
 _SECONDS = 10  # between two plain lines
 
@@ -14,19 +13,11 @@ class RowsReporter:
     """Shows how many rows the first rank has embedded; each other rank has about as many."""
 
     def __init__(self, rows: int, ranks: Ranks) -> None:
-        self.live = console.is_terminal and ranks.is_first
+        self.live = console.is_terminal
         self.others = f" on each of {ranks.size} ranks" if ranks.size > 1 else ""
         self.rows, self.done = rows, 0
-        self.progress = Progress(
-            TextColumn("embedding"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not self.live,
-        )
-        self.task = self.progress.add_task("", total=rows, speed="")
+        self.progress = bar("embedding {task.completed:,.0f}/{task.total:,.0f}")
+        self.task = self.progress.add_task("", total=rows, line="")
 
     def __enter__(self) -> "RowsReporter":
         self.started = self.shown = time.perf_counter()
@@ -41,7 +32,7 @@ class RowsReporter:
         self.done += rows
         now = time.perf_counter()
         speed = f"{self.done / max(now - self.started, 1e-9):,.0f} rows/s{self.others}"
-        self.progress.update(self.task, completed=self.done, speed=speed)
+        self.progress.update(self.task, completed=self.done, line=speed)
         if not self.live and now - self.shown > _SECONDS:
             self.shown = now
             console.print(f"{self.done:,} of {self.rows:,} rows, {speed}")

@@ -1,12 +1,12 @@
 """Reads the files of sentence-transformers that say how a model's texts become vectors."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastbert.check import InputError
 from fastbert.config.options import POOLINGS
+from fastbert.system.files import read_json
 
 _KNOWN = ("Transformer", "Pooling", "Normalize")  # modules that fastbert computes
 _NO_LIMIT = 1e30  # tokens; transformers writes it where a tokenizer has no limit
@@ -32,7 +32,7 @@ class SentenceFiles(NamedTuple):
         file = directory / "modules.json"
         if not file.is_file():
             return cls()
-        modules = _json(file, list)
+        modules = read_json(file, list)
         pooling, pools, normalizes = None, False, False
         for module in modules:
             if not isinstance(module, dict):
@@ -49,8 +49,8 @@ class SentenceFiles(NamedTuple):
         max_seq_len = _max_seq_len(directory)
         if not pools:
             return cls(max_seq_len=max_seq_len)  # a cross-encoder has no pooling
-        about = _json(directory / "sentence_bert_config.json", dict)
-        prompts = _json(directory / "config_sentence_transformers.json", dict)
+        about = read_json(directory / "sentence_bert_config.json") or {}
+        prompts = read_json(directory / "config_sentence_transformers.json") or {}
         if about.get("do_lower_case"):
             raise InputError(
                 f"{directory}: do_lower_case in sentence_bert_config.json is not computed here; "
@@ -66,26 +66,13 @@ class SentenceFiles(NamedTuple):
         return cls(pooling, normalizes, max_seq_len, named, default)
 
 
-def _json(file: Path, kind: type) -> Any:
-    """The file's contents; an empty `kind` if there is no file."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return kind()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(value, kind):
-        raise InputError(f"{file}: expected a JSON {kind.__name__}, got {type(value).__name__}")
-    return value
-
-
 def _max_seq_len(directory: Path) -> int | None:
     """The limit of a model's texts; sentence-transformers 6 keeps it with the tokenizer only."""
     for name, key in (
         ("sentence_bert_config.json", "max_seq_length"),
         ("tokenizer_config.json", "model_max_length"),
     ):
-        limit = _json(directory / name, dict).get(key)
+        limit = (read_json(directory / name) or {}).get(key)
         if limit is None:
             continue
         if type(limit) not in (int, float) or not limit >= 3:  # `not`: for NaN, too
@@ -95,7 +82,7 @@ def _max_seq_len(directory: Path) -> int | None:
 
 
 def _pooling(file: Path) -> str:
-    config = _json(file, dict)
+    config: Any = read_json(file) or {}
     found = config.get("pooling_mode")
     modes: list[str] = found if isinstance(found, list) else [found]
     if found is None:

@@ -7,13 +7,12 @@ run that was killed continues with the shards that are missing, with any number 
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from fastbert.check import InputError, Stopped
+from fastbert.check import InputError, stopping
 from fastbert.data.formats.texts import Text, Texts, pyarrow_of, texts_of
 from fastbert.embedding.model import Embedder
 from fastbert.embedding.plan import MANIFEST, PLAN, Plan, identity, require_same, sha256
@@ -63,7 +62,8 @@ def embed_corpus(
             "shard_size": shard_size,
             "format": format,
         }
-        with ranks.claimed(out), _stoppable(out):
+        kept = f"the shards in {out} are kept; the same command makes the rest"
+        with ranks.claimed(out), stopping(lambda: kept):
             before = os.stat(source)
             plan, missing = _from_first(ranks, lambda: _prepare(texts, out, made_from, embedder))
             own = missing[ranks.rank :: ranks.size]
@@ -189,11 +189,3 @@ def _from_first(ranks: Ranks, make: Callable[[], T]) -> T:
 
 def _changed(before: os.stat_result, after: os.stat_result) -> bool:
     return (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
-
-
-@contextmanager
-def _stoppable(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Stopped(f"the shards in {out} are kept; the same command makes the rest") from None

@@ -20,6 +20,7 @@ from fastbert.finetune.features import Feature, WindowEncoder
 from fastbert.finetune.metrics import Report
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.packing import IGNORE_INDEX, PackedBatch
+from fastbert.system.files import read_json
 
 SETTINGS = "finetune.json"
 ALL = "*"  # all columns, for --copy
@@ -67,14 +68,14 @@ class Settings(NamedTuple):
     def load(cls, directory: Path) -> Self:
         """Reads a model's directory; raises InputError if it has no settings or unreadable ones."""
         path = directory / SETTINGS
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**values | {"choice_column": tuple(values["choice_column"])})
-        except FileNotFoundError:
+        values = read_json(path)
+        if values is None:
             raise InputError(
                 f"{directory}: no {SETTINGS} there; `fastbert finetune` makes a model that has one"
-            ) from None
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            )
+        try:
+            return cls(**values | {"choice_column": tuple(values["choice_column"])})
+        except (TypeError, KeyError) as error:
             raise InputError(f"{path}: not the settings of a fine-tuned model ({error})") from None
 
     def save(self, directory: Path) -> None:

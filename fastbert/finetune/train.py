@@ -1,13 +1,12 @@
 """Fine-tuning: from a pre-trained BERT and labelled examples to the best epoch's checkpoint."""
 
-import contextlib
 import dataclasses
 import math
 import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from fastbert import checkpoint
-from fastbert.check import InputError, Stopped
+from fastbert.check import InputError, stopping
 from fastbert.checkpoint import RUN
 from fastbert.config.bert import BertConfig
 from fastbert.config.finetune import FinetuneConfig
@@ -61,7 +60,7 @@ def finetune(config: FinetuneConfig, out: Path, *, overwrite: bool = False) -> d
     require_metrics(config.task)
     directory = checkpoint.resolve(config.model)
     require_apart("--out", out, (), (Path(config.model), directory))
-    with locks.claimed(out), _stoppable(out):
+    with locks.claimed(out), stopping(lambda: _kept(out)):
         if (out / RUN).exists() and not overwrite:
             held = "a run already" if (out / SUMMARY).exists() else "a run that was not finished"
             raise InputError(
@@ -71,15 +70,11 @@ def finetune(config: FinetuneConfig, out: Path, *, overwrite: bool = False) -> d
         return _run(config, out, directory)
 
 
-@contextlib.contextmanager
-def _stoppable(out: Path) -> Iterator[None]:
-    """Turns Ctrl-C into a `Stopped` that says what is kept."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        kept = sorted(path.name for path in out.glob("checkpoint-*"))
-        what = f"{kept[0]}, the best epoch so far, is kept" if kept else "no checkpoint is written"
-        raise Stopped(f"{out}: {what}; the same command with --overwrite begins anew") from None
+def _kept(out: Path) -> str:
+    """What Ctrl-C leaves, for the user."""
+    kept = sorted(path.name for path in out.glob("checkpoint-*"))
+    what = f"{kept[0]}, the best epoch so far, is kept" if kept else "no checkpoint is written"
+    return f"{out}: {what}; the same command with --overwrite begins anew"
 
 
 def _run(config: FinetuneConfig, out: Path, directory: Path) -> dict[str, Any]:

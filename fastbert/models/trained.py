@@ -1,7 +1,11 @@
-"""Reads models for use, none of whose parameters may be drawn anew."""
+"""Reads models for use, none of whose parameters may be drawn anew, and tells them apart."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from fastbert import checkpoint
 from fastbert.check import InputError
@@ -29,3 +33,13 @@ def trained(kind: type[Model], directory: Path, config: Any, **options: Any) -> 
             "train it, or name another model"
         )
     return model.eval()
+
+
+def fingerprint(model: BertPreTrainedModel) -> str:
+    """SHA-256 of a model's configuration and weights, in hexadecimal digits."""
+    shape = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    digest = hashlib.sha256(shape.encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Self
 
 from safetensors import SafetensorError
 
-from fastbert.check import InputError
+from fastbert.check import InputError, first_line
 
 STANDARD = "-"  # the file name that means standard input or output
 _DESCRIPTORS = re.compile(r"/proc/\d+(/task/\d+)?/fd")
@@ -47,7 +47,7 @@ class Unwritable(InputError):
             return cls(path, error.reason)
         if isinstance(error, OSError) and error.strerror:
             return cls(path, error.strerror)
-        return cls(path, (str(error).strip() or type(error).__name__).splitlines()[0])
+        return cls(path, first_line(error))
 
 
 def is_stream(path: str | Path) -> bool:
@@ -186,6 +186,24 @@ def write_json(path: str | Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The contents of a JSON file, None if there is no file.
+
+    kind: dict or list, which the contents must be. Raises InputError for a file that cannot be read
+    or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text("utf-8-sig"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(values, kind):
+        name = "object" if kind is dict else kind.__name__
+        raise InputError(f"{path}: expected a JSON {name}, got {type(values).__name__}")
+    return values
+
+
 @contextlib.contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
     """A temporary directory for the block to fill, which then replaces `path` atomically.
@@ -207,21 +225,13 @@ def new_directory(path: str | Path) -> Iterator[Path]:
             file.chmod((0o777 if file.is_dir() else 0o666) & allowed)
         _take_the_place(beside, target)
     except (OSError, SafetensorError, RuntimeError, Unwritable) as error:
-        if not is_of_writing(error):
+        # torch's writer of archives hides the system's error behind a RuntimeError of its own
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         raise Unwritable.because(path, error) from error
     finally:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
-
-
-def is_of_writing(error: BaseException) -> bool:
-    """Whether an error says that files cannot be written.
-
-    torch's writer of archives hides the system's error behind a RuntimeError of its own.
-    """
-    kinds = (OSError, SafetensorError, Unwritable)
-    return isinstance(error, kinds) or "inline_container" in str(error)
 
 
 def _umask() -> int:

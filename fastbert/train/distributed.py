@@ -16,12 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-)
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -30,7 +24,6 @@ from fastbert.check import InputError
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.system import locks
 from fastbert.system.console import console
-from fastbert.system.files import Unwritable, is_of_writing, new_directory
 from fastbert.train.objective import PretrainingObjective
 
 KINDS = ("ddp", "fsdp")
@@ -70,24 +63,19 @@ class Ranks:
         if self.size > 1 and self.is_first:
             dist.barrier(self.patient)
 
+    def whole(self, tensor: Any) -> Any:
+        """The whole tensor of a shard, on the first rank's CPU; else the argument as it is.
+
+        None on the other ranks. A collective call if the tensor is a shard.
+        """
+        if not isinstance(tensor, DTensor):
+            return tensor
+        found = tensor.full_tensor()
+        return found.cpu() if self.is_first else None
+
     def claimed(self, out: Path) -> contextlib.AbstractContextManager[None]:
         """`locks.claimed` by the first process for all of them; no lock in the others."""
         return locks.claimed(out) if self.is_first else contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def new_directory(self, path: Path) -> Iterator[Path]:
-        """`files.new_directory` for all processes to write into; nothing remains after a failure.
-
-        The block must end with a collective call. Otherwise the first process may rename the
-        directory while others still write.
-        """
-        with contextlib.ExitStack() as stack:
-            writing = [path]
-            if self.is_first:
-                writing = [stack.enter_context(new_directory(path))]
-            if self.size > 1:
-                dist.broadcast_object_list(writing, src=0)
-            yield writing[0]
 
 
 @contextlib.contextmanager
@@ -128,7 +116,7 @@ def joined() -> Iterator[Ranks]:
         with contextlib.suppress(RuntimeError):  # the process that has the store may be gone
             store.set(_FAILED, "")
         raise
-    except (RuntimeError, dcp.api.CheckpointException):  # perhaps a lost connection to that process
+    except RuntimeError:  # perhaps a lost connection to that process
         if _has_failed(store):
             raise SystemExit(2) from None
         raise
@@ -197,45 +185,19 @@ def reshard(module: nn.Module) -> None:
         module.reshard()
 
 
-def whole_weights(model: BertPreTrainedModel) -> dict[str, Tensor]:
-    """The whole parameters by name, on the first rank's CPU; empty on the other ranks.
-
-    A tied parameter is included once. A collective call.
-    """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights: dict[str, Any] = get_model_state_dict(model, options=options)
-    names = dict(model.named_parameters())
-    return {name: tensor for name, tensor in weights.items() if name in names}
+def whole_weights(model: BertPreTrainedModel, ranks: Ranks) -> dict[str, Tensor]:
+    """The whole parameters by name, on the first rank; a tied one once. A collective call."""
+    return {name: ranks.whole(p.detach()) for name, p in model.named_parameters()}
 
 
-def save_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Writes each rank's shard of the optimizer's tensors. A collective call.
-
-    Raises Unwritable if a rank's files cannot be written, CheckpointException for other failures.
-    """
-    state = get_optimizer_state_dict(model, optimizer)["state"]
-    try:
-        dcp.save(state, checkpoint_id=directory)
-    except dcp.api.CheckpointException as error:
-        for failure, _ in error.failures.values():
-            if is_of_writing(failure):
-                raise Unwritable.because(directory, failure) from None
-        raise
-
-
-def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Reads into the optimizer what any number of ranks have saved. A collective call.
-
-    Raises ValueError if the files cannot be read, OutOfMemoryError for a lack of memory.
-    """
-    state = get_optimizer_state_dict(model, optimizer)["state"]  # the optimizer's own, not copies
-    try:
-        dcp.load(state, checkpoint_id=directory)
-    except dcp.api.CheckpointException as error:
-        for failure, _ in error.failures.values():
-            if isinstance(failure, torch.OutOfMemoryError | MemoryError):
-                raise failure from None
-        raise ValueError(_reason(error)) from None
+def whole_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any]:
+    """The optimizer's state_dict of whole tensors, on the first rank. A collective call."""
+    saved = optimizer.state_dict()
+    states = {
+        number: {name: ranks.whole(value) for name, value in state.items()}
+        for number, state in saved["state"].items()
+    }
+    return saved | {"state": states}
 
 
 def shard_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
@@ -253,8 +215,3 @@ def shard_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict
                         src_data_rank=None,
                     )
     return saved
-
-
-def _reason(error: dcp.api.CheckpointException) -> str:
-    first, _ = next(iter(error.failures.values()))
-    return str(first).strip().partition("\n")[0]

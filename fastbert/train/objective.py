@@ -1,5 +1,6 @@
 """The pre-training loss of one micro-batch, and the sums from which metrics are computed."""
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from fastbert.packing import PackedBatch
 
 
 class Result(NamedTuple):
-    """loss: (), for backward; sums: (6,) float32, the first six of `Metrics`, on the device."""
+    """loss: (), for backward; sums: (6,) float32, those of `Metrics`, on the device."""
 
     loss: Tensor
     sums: Tensor
@@ -24,31 +25,39 @@ class Result(NamedTuple):
         return cls(loss, torch.stack([value.float() for value in sums]))
 
 
-class Metrics(NamedTuple):
-    """Sums over masked tokens and sentence pairs; the properties are their means, losses in nats.
+@dataclasses.dataclass(frozen=True)
+class MaskedMetrics:
+    """Sums over masked tokens, with which those of every objective begin.
 
-    skipped_steps: steps whose gradients were not finite, which the sums do not include
+    The properties are means, losses in nats. skipped_steps: steps whose gradients were not finite,
+    which the sums do not include
     """
 
     mlm_loss_sum: float = 0.0
     mlm_correct: float = 0.0
     num_targets: float = 0.0
-    nsp_loss_sum: float = 0.0
-    nsp_correct: float = 0.0
-    num_pairs: float = 0.0
-    skipped_steps: float = 0.0
+    skipped_steps: float = dataclasses.field(default=0.0, kw_only=True)
 
     @property
     def mlm_loss(self) -> float:
         return self.mlm_loss_sum / max(self.num_targets, 1)
 
     @property
-    def nsp_loss(self) -> float:
-        return self.nsp_loss_sum / max(self.num_pairs, 1)
-
-    @property
     def mlm_accuracy(self) -> float:
         return self.mlm_correct / max(self.num_targets, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics(MaskedMetrics):
+    """Sums over masked tokens and sentence pairs."""
+
+    nsp_loss_sum: float = 0.0
+    nsp_correct: float = 0.0
+    num_pairs: float = 0.0
+
+    @property
+    def nsp_loss(self) -> float:
+        return self.nsp_loss_sum / max(self.num_pairs, 1)
 
     @property
     def nsp_accuracy(self) -> float:

@@ -18,11 +18,12 @@ from fastbert.checkpoint import LATEST
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.data.text.encoding import warn_of_unknown
 from fastbert.data.text.files import Corpus, describe
-from fastbert.data.tokenized.cache import locked, require_same
-from fastbert.data.tokenized.corpus import read_json
+from fastbert.data.tokenized.cache import LOCK, require_same
+from fastbert.data.tokenized.corpus import read_record
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 from fastbert.system.console import console
 from fastbert.system.files import write_json
+from fastbert.system.locks import locked
 from fastbert.train.report import TokenizingReporter
 
 TEXT = "text"  # directory in a run for tokenizer and cache, unless --cache names another
@@ -182,10 +183,10 @@ def _tokenizer(config: PretrainConfig, source: _Source, directory: Path) -> Toke
         "strip_accents": config.strip_accents,
     }
     record = directory / "trained_on.json"
-    with locked(directory):
+    with locked(directory / LOCK, f"cache {directory}", wait=True):
         if (directory / "tokenizer.json").is_file():
             # records of earlier versions, without strip_accents, were made with None
-            require_same(made_from, {"strip_accents": None} | read_json(record), directory)
+            require_same(made_from, {"strip_accents": None} | read_record(record), directory)
             return data.load_tokenizer(directory)
         sentences = itertools.chain.from_iterable(source.documents())
         tokenizer = data.train_tokenizer(

@@ -116,10 +116,10 @@ def _set_up(
     parallel: str,
 ) -> _Run:
     """Sets up a new run, or restores it from its last checkpoint."""
-    begun = checkpoint.latest(out)
+    begun = checkpoint.latest(out)  # not the link itself, which may change before all is read
     model = recipe.make_model(text.tokenizer.get_vocab_size()).to(ranks.device)
     if begun is not None:
-        run_state.load_weights(begun, model)
+        checkpoint.load_weights(model, checkpoint.read_weights(begun), begun)
     if config.precision == "fp8":
         fp8.enable(model)
     objective = distributed.parallelised(recipe.make_objective(model), parallel, ranks)
@@ -152,7 +152,7 @@ def _train(run: _Run, *, eager: bool, profile: bool) -> None:
         pin_memory=device.type == "cuda",
     )
     # since the last report: the sums, and the most skipped steps in a row
-    totals = torch.zeros(len(recipe.metrics._fields) + 1, device=device)
+    totals = torch.zeros(len(dataclasses.fields(recipe.metrics)) + 1, device=device)
     sums, longest = totals[:-1], totals[-1]
     in_a_row = torch.zeros_like(longest)  # skipped steps, up to now
     tokens = 0
@@ -180,8 +180,9 @@ def _train(run: _Run, *, eager: bool, profile: bool) -> None:
             if saving or state.step % config.log_every == 0:
                 ranks.sum(sums[:-1])  # not the last, skipped steps: all ranks skip the same ones
                 tokens = int(ranks.sum(torch.tensor(tokens, device=device)))
-                *values, skipped_in_a_row = totals.tolist()  # only here the host waits for the GPU
-                metrics = recipe.metrics(*values)
+                # only here the host waits for the GPU
+                *values, skipped, skipped_in_a_row = totals.tolist()
+                metrics = recipe.metrics(*values, skipped_steps=skipped)
                 now = time.perf_counter()
                 row = training_row(recipe, state.step, metrics, tokens / (now - reported))
                 if skipped_in_a_row >= MOST_SKIPPED:

@@ -10,7 +10,7 @@ from fastbert.config.pretrain import PRESETS, PretrainConfig
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
 from fastbert.packing import PackedBatch
 from fastbert.train.distributed import Ranks
-from fastbert.train.objective import Metrics, PretrainingObjective
+from fastbert.train.objective import MaskedMetrics, Metrics, PretrainingObjective
 
 
 class Verdict(NamedTuple):
@@ -28,14 +28,13 @@ class Verdict(NamedTuple):
 class Recipe(abc.ABC):
     """A kind of run, which `pretrain.carry_out` executes.
 
-    title: title of the plot; command: name of the command; metrics: named tuple of the objective's
-    sums, with the skipped steps last; teacher: fingerprint of the teacher model, None without one;
-    directory: the teacher's directory
+    title: title of the plot; command: name of the command; metrics: class of the objective's sums;
+    teacher: fingerprint of the teacher model, None without one; directory: the teacher's directory
     """
 
     title: ClassVar[str]
     command: ClassVar[str]
-    metrics: ClassVar[Any]
+    metrics: ClassVar[type[MaskedMetrics]]
     teacher: str | None = None
     directory: Path | None = None
     config: PretrainConfig

@@ -28,6 +28,22 @@ def tracked(items: Sequence[T], doing: str) -> Iterable[T]:
     return track(items, doing, console=console, transient=True, disable=not console.is_terminal)
 
 
+def bar(what: str) -> Progress:
+    """A live bar behind a text and before its task's field `line`, if the output is a terminal.
+
+    what: the text, in which rich fills in fields as "{task.completed}"
+    """
+    return Progress(
+        TextColumn(what),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[line]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+        console=console,
+        disable=console.quiet or not console.is_terminal,
+    )
+
+
 class Reporter:
     """Shows a run's progress on one live line, or on plain lines if the output is not a terminal.
 
@@ -42,15 +58,7 @@ class Reporter:
         self.steps = steps
         self.live = console.is_terminal
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
-        self.progress = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[line]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
-            console=console,
-            disable=not self.live,
-        )
+        self.progress = bar("step {task.completed:.0f}/{task.total:.0f}")
         self.task = self.progress.add_task("", total=steps, completed=start, line="")
 
     def __enter__(self) -> "Reporter":
@@ -100,14 +108,7 @@ class TokenizingReporter:
     def __init__(self, bytes_total: int) -> None:
         self.bytes_total = bytes_total
         self.live = console.is_terminal
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[line]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not self.live,
-        )
+        self.progress = bar("tokenising")
         self.line = self.printed = ""
 
     def __enter__(self) -> "TokenizingReporter":
@@ -125,7 +126,7 @@ class TokenizingReporter:
             self.tokens_before = tokens
             self.progress.start()
             total = self.bytes_total or None
-            self.task = self.progress.add_task("tokenising", total=total, line="")
+            self.task = self.progress.add_task("", total=total, line="")
         line = f"{documents:,} documents, {tokens:,} tokens"
         if self.bytes_total:
             line += f", {bytes_read / self.bytes_total:.0%} of {self.bytes_total / 1e6:,.1f} MB"

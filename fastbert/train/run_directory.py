@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastbert import checkpoint
-from fastbert.check import InputError, Stopped
+from fastbert.check import InputError, stopping
 from fastbert.checkpoint import RUN
 from fastbert.config.pretrain import AUTO, PretrainConfig
 from fastbert.data import Interrupted, OtherCache
-from fastbert.system.files import Unwritable, write_json
+from fastbert.system.files import Unwritable, read_json, write_json
 from fastbert.train.prepare import TEXT
 from fastbert.train.recipe import Recipe
 
@@ -58,11 +57,10 @@ def precision_of(config: PretrainConfig, out: Path, *, resume: bool) -> str:
 def read_run(out: Path, kind: type[Config]) -> Config | None:
     """The options of the run in `out`, None if there is none; InputError if they are not `kind`."""
     path = out / RUN
-    if not path.exists():
-        return None
+    values = read_json(path)
     try:
-        return kind.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return None if values is None else kind.from_json(values)
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: not a run's options ({error})") from None
 
 
@@ -73,13 +71,16 @@ def stoppable(recipe: Recipe, out: Path) -> Iterator[None]:
     The OSErrors that name a file are raised as they are. The death of a loader's process is an
     InputError.
     """
-    try:
-        yield
-    except KeyboardInterrupt:
+
+    def said() -> str:
         kept = checkpoint.latest(out)
         what = "no checkpoint is written yet" if kept is None else f"{kept.name} is kept"
         again = shlex.join(["fastbert", recipe.command, "--resume", "--out", str(out)])
-        raise Stopped(f"{out}: {what}; go on with: {again}") from None
+        return f"{out}: {what}; go on with: {again}"
+
+    try:
+        with stopping(said):
+            yield
     except (ConnectionError, RuntimeError) as error:
         # torch's handler of a child's death, or its queue if that is read first
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):

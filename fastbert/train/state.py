@@ -1,8 +1,7 @@
 """Checkpoints from which a run is resumed: a model's directory that also has the training state.
 
-The file STATE has the state of the run. It includes the optimizer's state if there is one process.
-Several processes write the optimizer's state together, by torch.distributed.checkpoint, into the
-directory OPTIMIZER. Any number of processes can resume from either.
+The file STATE has the state of the run and of its optimizer, in whole tensors, so that any number
+of processes can resume from it.
 """
 
 import dataclasses
@@ -15,15 +14,15 @@ import torch
 from tokenizers import Tokenizer
 
 from fastbert import checkpoint
-from fastbert.check import InputError
+from fastbert.check import InputError, first_line
 from fastbert.data import save_tokenizer
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.modules.products import fp8
+from fastbert.system.files import new_directory
 from fastbert.train import distributed
 from fastbert.train.distributed import Ranks
 
 STATE = "training_state.pt"
-OPTIMIZER = "optimizer"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -57,40 +56,29 @@ def save(
 ) -> None:
     """Writes run/checkpoint-STEP atomically, points run/latest to it, and keeps one other.
 
-    A collective call; all ranks write into the same file system. Raises Unwritable.
+    A collective call, in which the first rank writes. Raises Unwritable.
     """
     directory = run / f"checkpoint-{state.step}"
-    weights = distributed.whole_weights(model) if ranks.size > 1 else None
+    weights = distributed.whole_weights(model, ranks)
     saved = {
         "state": dataclasses.asdict(state),
         "scaler": scaler.state_dict(),
         "fp8": fp8.state(model),
         "rng": _rng_states(),
+        "optimizer": distributed.whole_state(optimizer, ranks),
     }
-    with ranks.new_directory(directory) as writing:
-        if ranks.is_first:
-            model.save_pretrained(writing, state_dict=weights)
-            save_tokenizer(tokenizer, writing, max_length=model.config.max_position_embeddings)
-            alone = {"optimizer": optimizer.state_dict()} if ranks.size == 1 else {}
-            torch.save(saved | alone, writing / STATE)
-        if ranks.size > 1:
-            distributed.save_optimizer(writing / OPTIMIZER, model, optimizer)
-    if ranks.is_first:
-        checkpoint.point_latest(directory)
-        # those of a run that began again, without its link, may have higher numbers than this one
-        others = [path for path in _checkpoints(run) if path != directory]
-        for old in others[:-1]:
-            # a reader on a network file system may keep it from going, until the next checkpoint
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def load_weights(directory: Path, model: BertPreTrainedModel) -> None:
-    """Restores the weights of a checkpoint; called before FSDP shards the model.
-
-    directory: the checkpoint's directory, not the link `latest`, which may change before `load`.
-    Raises InputError for weights that are missing or do not match the model.
-    """
-    checkpoint.load_weights(model, checkpoint.read_weights(directory), directory)
+    if not ranks.is_first:
+        return
+    with new_directory(directory) as writing:
+        model.save_pretrained(writing, state_dict=weights)
+        save_tokenizer(tokenizer, writing, max_length=model.config.max_position_embeddings)
+        torch.save(saved, writing / STATE)
+    checkpoint.point_latest(directory)
+    # those of a run that began again, without its link, may have higher numbers than this one
+    others = [path for path in _checkpoints(run) if path != directory]
+    for old in others[:-1]:
+        # a reader on a network file system may keep it from going, until the next checkpoint
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def load(
@@ -101,19 +89,16 @@ def load(
 ) -> TrainingState:
     """Restores the optimizer, the scaler, the random generators and the state from a checkpoint.
 
-    A collective call; the number of ranks may differ from the number that saved the checkpoint.
-    Raises InputError for a file that is missing or damaged. Other errors, such as a lack of memory
-    on the device, pass as they are.
+    The number of ranks may differ from the number that saved the checkpoint. Raises InputError for
+    a file that is missing or damaged. Other errors, such as a lack of memory on the device, pass as
+    they are.
     """
     path = directory / STATE
     saved = _read(path)
     try:
         state = TrainingState(**saved["state"])
         cpu, cuda = saved["rng"]["cpu"], saved["rng"].get("cuda", [])
-        if "optimizer" in saved:
-            optimizer.load_state_dict(distributed.shard_state(optimizer, saved["optimizer"]))
-        else:
-            distributed.load_optimizer(path.with_name(OPTIMIZER), model, optimizer)
+        optimizer.load_state_dict(distributed.shard_state(optimizer, saved["optimizer"]))
     except _DAMAGE as error:
         raise _damaged(path, error) from None
     try:
@@ -149,10 +134,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
-    reason = str(error).strip().split("\n")[0]
     directory = path.parent
     return InputError(
-        f"{path}: truncated or corrupt ({reason}); remove {directory} and point "
+        f"{path}: truncated or corrupt ({first_line(error)}); remove {directory} and point "
         f"{directory.parent}/{checkpoint.LATEST} to an older checkpoint"
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastbert.check import first_line
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import GlobalCounts, PretrainingData
 from fastbert.modules.graphs import buckets
@@ -152,7 +153,7 @@ class GraphedStep:
                 self.replay = self.graphs.record(self._work)
             except RuntimeError as error:
                 self.eager.optimizer.zero_grad()
-                self._say("steps run without a CUDA graph", str(error).strip().partition("\n")[0])
+                self._say("steps run without a CUDA graph", first_line(error))
                 return self.eager(number, parts, counts)
         return self.graphs.warm_up(self._work) if self.replay is None else self.replay()
 

@@ -118,9 +118,10 @@ def test_an_index_reads_no_file_outside_its_directory(saved, tmp_path):
     [
         (PermissionError(13, "Permission denied"), InputError, r"cannot be read \(Permission de"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError, "^DefaultCPU"),
+        (EOFError(), InputError, r"truncated or corrupt \(EOFError\)"),
     ],
 )
-def test_a_file_that_is_whole_is_not_called_truncated(saved, monkeypatch, error, kind, message):
+def test_what_a_file_suffers_from_is_told(saved, monkeypatch, error, kind, message):
     def fail(*_):
         raise error
 

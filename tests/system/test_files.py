@@ -1,5 +1,7 @@
 """What writes and who may: nothing that is there is lost, whatever the output is."""
 
+import errno
+import fcntl
 import io
 import os
 import pickle
@@ -9,6 +11,7 @@ import sys
 import threading
 import time
 
+import filelock
 import pytest
 from rich.console import Console
 from rich.table import Table
@@ -228,17 +231,44 @@ def test_who_waits_for_a_lock_gets_it_when_it_is_free(tmp_path):
     order = []
 
     def wait():
-        with locks.locked(tmp_path / "lock", wait=True):
+        with locks.locked(tmp_path / "lock", "it", wait=True):
             order.append("second")
 
-    with locks.locked(tmp_path / "lock", wait=True):
+    with locks.locked(tmp_path / "lock", "it", wait=True):
         thread = threading.Thread(target=wait)
         thread.start()
         time.sleep(0.1)
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
-    assert not locks._held
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOTSUP", "ENOLCK"])
+def test_a_file_system_without_locks_is_told_and_no_hindrance(name, tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(getattr(errno, name), "No locks")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.warns(UserWarning, match="the file system has no locks"), locks.claimed(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_waits_survives_that_the_directory_is_removed(tmp_path, monkeypatch):
+    """By a claim that ends, and leaves its directory empty."""
+    out, made = tmp_path / "out", []
+    acquire = filelock.FileLock.acquire
+
+    def beaten(self, *arguments, **options):
+        made.append(self)
+        if len(made) == 1:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(out))
+        return acquire(self, *arguments, **options)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", beaten)
+    with locks.claimed(out):
+        assert (out / locks.LOCK).exists()
+    assert len(made) == 2
 
 
 class Full(io.StringIO):
@@ -273,6 +303,16 @@ def test_what_an_encoding_lacks_is_printed_by_its_number(encoding, monkeypatch):
     said = raw.getvalue().decode(encoding)
     assert ("İyi" if encoding == "utf-8" else "\\u0130yi") in said
     assert "\\ud800" in said
+
+
+def test_a_full_disk_under_torchs_archive_is_told_as_a_failed_write(tmp_path):
+    hidden = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+    with (
+        pytest.raises(files.Unwritable, match=r"model: cannot be written \(.*unexpected pos"),
+        files.new_directory(tmp_path / "model"),
+    ):
+        raise hidden
+    assert not list(tmp_path.iterdir())
 
 
 def test_errors_of_other_things_are_not_told_as_a_failed_write(tmp_path):

@@ -97,7 +97,7 @@ def train(ranks: Ranks, kind: str, objective: PretrainingObjective | None = None
             exchanged.append(sent.call_count)
         ranks.sum(sums[:-1])
         rows.append(sums)
-    weights = distributed.whole_weights(model) if ranks.size > 1 else dict(model.named_parameters())
+    weights = distributed.whole_weights(model, ranks)
     return {"rows": torch.stack(rows), "weights": weights, "exchanged": exchanged}
 
 

@@ -5,12 +5,10 @@ import os
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.data import train_tokenizer
-from fastbert.system.files import Unwritable
 from fastbert.train import distributed, state
 from fastbert.train.optimizer import make_optimizer
 from tests.models.pretraining_case import make_model
@@ -128,7 +126,7 @@ def test_a_truncated_file_is_damaged(parts, directory, size):
         ("rng", "cpu"),
         ("optimizer", "param_groups"),
         ("optimizer", "param_groups", 0),
-        ("optimizer",),  # and there is no directory of shards
+        ("optimizer",),
     ],
 )
 def test_a_file_without_some_values_is_damaged(parts, directory, names):
@@ -178,31 +176,3 @@ def test_a_file_that_cannot_be_read_or_is_missing_is_told(parts, directory, monk
     (directory / state.STATE).unlink()
     with pytest.raises(InputError, match="missing, so this checkpoint cannot be resumed"):
         state.load(directory, *parts)
-
-
-def test_memory_that_shards_lack_is_told_as_such(parts, monkeypatch, tmp_path):
-    model, optimizer, _ = parts
-    for error, kind in ((torch.OutOfMemoryError("CUDA"), torch.OutOfMemoryError),
-                        (EOFError("Ran out of input"), ValueError)):  # fmt: skip
-        wrapped = dcp.api.CheckpointException("load", {0: (error, None)})
-        monkeypatch.setattr(dcp, "load", failing(wrapped))
-        with pytest.raises(kind, match=r"CUDA|Ran out"):
-            distributed.load_optimizer(tmp_path, model, optimizer)
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), Unwritable),
-        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), Unwritable),
-        (RuntimeError("[gloo] Connection reset by peer"), dcp.api.CheckpointException),
-    ],
-)
-def test_only_shards_that_cannot_be_written_are_told_as_such(
-    error, kind, parts, monkeypatch, tmp_path
-):
-    model, optimizer, _ = parts
-    failure = dcp.api.CheckpointException("save", {1: (error, None)})
-    monkeypatch.setattr(dcp, "save", failing(failure))
-    with pytest.raises(kind, match=r"No space|unexpected pos|Connection reset"):
-        distributed.save_optimizer(tmp_path, model, optimizer)

@@ -137,11 +137,10 @@ def delimited_rows(
     skipped after the header, which the line numbers of messages include. Raises InputError as
     `read_table` does, for two columns of the same name, and for a blank header.
     """
-    csv.field_size_limit(longest)
     reader = csv.reader(lines, **dialect(kind, delimiter))
     start = 1  # first line of the row that is being read, for messages
     try:
-        header = [name.strip(_BLANKS) for name in next(reader, [])]
+        header = [name.strip(_BLANKS) for name in _next(reader, longest) or ()]
         if not any(header):
             raise InputError(f"{path}, line 1: is blank; the first line names the columns")
         _check_columns(header, columns, f"{path}", _hint(header))
@@ -149,7 +148,7 @@ def delimited_rows(
             raise InputError(f"{path}: two columns have the same name, of {', '.join(header)}")
         while True:
             start = reader.line_num + 1 + lines_before
-            fields = next(reader, None)
+            fields = _next(reader, longest)
             if fields is None:
                 return
             if not fields:  # a blank line
@@ -172,6 +171,15 @@ def delimited_rows(
             f"{path}, line {start}: {error}: a quotation mark opens a field of the row that begins "
             f"here{goes_on}, and is not closed; double a mark that is meant as text"
         ) from None
+
+
+def _next(reader: Iterator[list[str]], longest: int) -> list[str] | None:
+    """The fields of the next row, None behind the last, under a limit that is the process's."""
+    before = csv.field_size_limit(longest)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _hint(header: list[str]) -> str:

@@ -20,7 +20,7 @@ from tokenizers import (
     trainers,
 )
 
-from fastbert.check import InputError
+from fastbert.check import InputError, first_line
 from fastbert.data.text.tokenizer_config import TokenizerConfig
 from fastbert.system.files import Unwritable, write_text
 
@@ -223,8 +223,7 @@ def _from_json(file: Path, config: TokenizerConfig) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(text.decode("utf-8-sig"))
     except Exception as error:  # the library raises no narrower class
-        reason = str(error).splitlines()[0]
-        raise InputError(f"tokenizer {file}: not a tokenizer.json: {reason}") from error
+        raise InputError(f"tokenizer {file}: not a tokenizer.json: {first_line(error)}") from error
     if not isinstance(tokenizer.model, models.WordPiece):
         kind = type(tokenizer.model).__name__
         raise InputError(f"tokenizer {file}: expected a WordPiece tokenizer, got {kind}")

@@ -1,12 +1,12 @@
 """Reads the files of Hugging Face beside a vocabulary that say how its tokenizer treats a text."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, normalizers
 
-from fastbert.check import InputError
+from fastbert.check import InputError, first_line
+from fastbert.system.files import read_json
 
 # BERT's tokenizer, under the names that transformers has given it.
 _BERT = tuple(
@@ -29,8 +29,8 @@ class TokenizerConfig:
 
     def __init__(self, directory: Path) -> None:
         self.file = directory / "tokenizer_config.json"
-        self.settings = _object(self.file)
-        of_model = _object(directory / "config.json").get("tokenizer_class")
+        self.settings = read_json(self.file) or {}
+        of_model = (read_json(directory / "config.json") or {}).get("tokenizer_class")
         kind = self.settings.get("tokenizer_class") or of_model or _BERT[0]
         if not isinstance(kind, str):
             raise InputError(f"{self.file}: tokenizer_class: expected a name, got {kind!r}")
@@ -69,10 +69,9 @@ class TokenizerConfig:
         except InputError:
             raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
             raise InputError(
                 f"{self.file}: the added tokens of this file, or of those beside it, are not "
-                f"written as transformers does it: {reason}"
+                f"written as transformers does it: {first_line(error)}"
             ) from error
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         tokenizer.add_tokens([token for token, _ in tokens if token.content not in known])
@@ -92,14 +91,15 @@ class TokenizerConfig:
             numbered = {int(number): AddedToken(**token) for number, token in listed}
             special = _special(said)
         else:  # files of transformers before 4.34
-            more = _object(self.file.with_name("special_tokens_map.json"))
+            more = read_json(self.file.with_name("special_tokens_map.json")) or {}
             special = _special(said) | _special(more)
             named = [value for key, value in (said | more).items() if key.endswith("_token")]
             named = [value["content"] if isinstance(value, dict) else value for value in named]
             is_special = {*named, *special}
+            added = read_json(self.file.with_name("added_tokens.json")) or {}
             numbered = {
                 number: AddedToken(token, special=token in is_special)
-                for token, number in _object(self.file.with_name("added_tokens.json")).items()
+                for token, number in added.items()
             }
         rest = special.keys() - {token.content for token in numbered.values()}
         return [
@@ -122,16 +122,3 @@ def _special(said: dict[str, Any]) -> dict[str, AddedToken]:
             options.pop("__type", None)
             found[options["content"]] = AddedToken(**options | {"special": True})
     return found
-
-
-def _object(file: Path) -> dict[str, Any]:
-    """A JSON object; an empty one if there is no file."""
-    try:
-        value = json.loads(file.read_text("utf-8-sig"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer {file}: not a JSON object") from error
-    if not isinstance(value, dict):
-        raise InputError(f"tokenizer {file}: not a JSON object")
-    return value

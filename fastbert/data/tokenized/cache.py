@@ -21,13 +21,15 @@ from fastbert.data.text.corpus import Meter
 from fastbert.data.text.encoding import DocumentEncoder
 from fastbert.data.text.segment import Segmenter, name_of
 from fastbert.data.tokenized import parts, workers
-from fastbert.data.tokenized.corpus import ARRAYS, FORMAT, TokenizedCorpus, open_cache, read_json
+from fastbert.data.tokenized.corpus import ARRAYS, FORMAT, TokenizedCorpus, open_cache, read_record
 from fastbert.data.tokenized.parts import Part
 from fastbert.data.tokenized.workers import Batch, Foreign, Interrupted, foreign
-from fastbert.system import locks
 from fastbert.system.files import Unwritable, write_json
+from fastbert.system.locks import locked
 
 Progress = Callable[[int, int, int], None]
+
+LOCK = "lock"  # of a cache's directory
 
 
 class OtherCache(InputError):
@@ -76,8 +78,8 @@ def tokenize_corpus(
         "segmenter": name_of(segmenter),
     }
     try:
-        with locked(directory):
-            require_same(made_from, read_json(directory / "manifest.json"), directory)
+        with locked(directory / LOCK, f"cache {directory}", wait=True):
+            require_same(made_from, read_record(directory / "manifest.json"), directory)
             if corpus := open_cache(directory):
                 return corpus
             work = _Work(documents, meter or Meter(), progress or (lambda *_: None))
@@ -196,7 +198,7 @@ def _kept(partial: Path, made_from: dict[str, str], cut: dict[str, int]) -> dict
     Raises OtherCache for parts of another corpus, tokenizer or segmenter.
     """
     owner = partial / "made_from.json"
-    found = read_json(owner)
+    found = read_record(owner)
     kept = parts.complete_parts(partial)
     if kept:
         require_same(made_from, found, partial.parent)
@@ -206,17 +208,3 @@ def _kept(partial: Path, made_from: dict[str, str], cut: dict[str, int]) -> dict
         write_json(owner, made_from | cut)
         return {}
     return kept
-
-
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Waits for the lock of a cache's directory, and holds it; makes the directory if missing.
-
-    Raises Unwritable if the directory cannot be written.
-    """
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(locks.locked(directory / "lock", wait=True))
-        except OSError as error:
-            raise Unwritable.because(f"cache {directory}", error) from error
-        yield

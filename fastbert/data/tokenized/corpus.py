@@ -1,7 +1,6 @@
 """A tokenised corpus: four memory-mapped arrays and a manifest in a directory."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from fastbert.check import InputError
 from fastbert.data.streams import Purpose, stream
+from fastbert.system.files import read_json
 
 ARRAYS = ("tokens", "word_starts", "sentence_offsets", "document_offsets")
 FORMAT = 2  # version of the arrays and the manifest
@@ -105,7 +105,7 @@ class TokenizedCorpus:
 
 def open_cache(directory: Path) -> TokenizedCorpus | None:
     """The cache in a directory; None if it is incomplete or its files have other sizes."""
-    manifest = read_json(directory / "manifest.json")
+    manifest = read_record(directory / "manifest.json")
     files = {name: directory / f"{name}.npy" for name in ARRAYS}
     try:
         if manifest["format"] != FORMAT:
@@ -124,10 +124,9 @@ def open_cache(directory: Path) -> TokenizedCorpus | None:
         return None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty dict if the file is missing or damaged."""
     try:
-        values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        return read_json(path) or {}
+    except InputError:
         return {}
-    return values if isinstance(values, dict) else {}

@@ -1,5 +1,6 @@
 """The loss of distillation: distances to a teacher's logits and hidden states, and the MLM loss."""
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -10,31 +11,19 @@ from fastbert.models.losses import cosine_loss, masked_rows, score_classes, soft
 from fastbert.models.pretraining import BertForMaskedLM
 from fastbert.modules.sequences import Rows
 from fastbert.packing import IGNORE_INDEX, PackedBatch
-from fastbert.train.objective import PretrainingObjective, Result
+from fastbert.train.objective import MaskedMetrics, PretrainingObjective, Result
 
 
-class DistillationMetrics(NamedTuple):
-    """Sums over masked tokens, except cosine_loss_sum, which is over all tokens.
+@dataclasses.dataclass(frozen=True)
+class DistillationMetrics(MaskedMetrics):
+    """Sums over masked tokens, except cosine_loss_sum, a distance, which is over all tokens.
 
-    The counterpart of `Metrics`, with as many fields; the properties are means, losses in nats
-    except the cosine distance.
+    It has as many fields as `Metrics`.
     """
 
-    mlm_loss_sum: float = 0.0
-    mlm_correct: float = 0.0
-    num_targets: float = 0.0
     soft_loss_sum: float = 0.0
     cosine_loss_sum: float = 0.0
     num_tokens: float = 0.0
-    skipped_steps: float = 0.0
-
-    @property
-    def mlm_loss(self) -> float:
-        return self.mlm_loss_sum / max(self.num_targets, 1)
-
-    @property
-    def mlm_accuracy(self) -> float:
-        return self.mlm_correct / max(self.num_targets, 1)
 
     @property
     def soft_loss(self) -> float:

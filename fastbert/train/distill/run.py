@@ -1,11 +1,7 @@
 """Distillation from raw text: a student is trained on a teacher's predictions."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fastbert import checkpoint
 from fastbert.config.bert import BertConfig
@@ -13,7 +9,7 @@ from fastbert.config.distill import DistillConfig
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import load_tokenizer
 from fastbert.models.pretraining import BertForMaskedLM
-from fastbert.models.trained import trained
+from fastbert.models.trained import fingerprint, trained
 from fastbert.packing import PackedBatch
 from fastbert.train.distill.objective import (
     DistillationMetrics,
@@ -68,7 +64,7 @@ class Distillation(Recipe):
         load_tokenizer(directory, model_vocab_size=shape.vocab_size)
         self.directory = directory
         self.model = trained(BertForMaskedLM, directory, shape)
-        self.teacher = _fingerprint(self.model)
+        self.teacher = fingerprint(self.model)
 
     def name(self) -> str:
         student = self.config.student(self.model.config)
@@ -147,13 +143,3 @@ def copy_layers(teacher: BertForMaskedLM, student: BertForMaskedLM) -> None:
     pairs += [(theirs[n], own[i]) for i, n in enumerate(layers_to_copy(len(theirs), len(own)))]
     for source, copy in pairs:
         copy.load_state_dict(source.state_dict())
-
-
-def _fingerprint(model: BertForMaskedLM) -> str:
-    """SHA-256 of a model's configuration and weights."""
-    shape = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
-    digest = hashlib.sha256(shape.encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()

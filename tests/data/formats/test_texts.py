@@ -119,6 +119,15 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, name, text, message
         list(texts_of(path, "text").rows())
 
 
+def test_the_process_keeps_its_own_limit_of_a_fields_length(tmp_path):
+    """All of its modules read with that one, importlib.metadata too."""
+    path, before = write(tmp_path / "a.csv", CSV), csv.field_size_limit()
+    for _ in texts_of(path, "te\nxt").rows():
+        assert csv.field_size_limit() == before
+    read_table(path, ["id"])
+    assert csv.field_size_limit() == before
+
+
 @pytest.mark.parametrize("blank", [b"", b"\xef\xbb\xbf", b"\n\n", b" \r\n\t\n"])
 @pytest.mark.parametrize("ending", ["txt", "csv", "tsv", "jsonl"])
 def test_a_file_without_text_is_empty(tmp_path, ending, blank, monkeypatch):

@@ -210,7 +210,7 @@ def test_bad_paths_and_options(tmp_path, trained):
         save_tokenizer(trained, tmp_path / "file")
     (tmp_path / "vocab.txt").write_text(vocab_text(*SPECIAL))
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(InputError, match=r"tokenizer_config.json: not a JSON object"):
+    with pytest.raises(InputError, match=r"_config.json: expected a JSON object, got list"):
         load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="--vocab-size: expected more than the 5 special tokens"):
         train_tokenizer(sentences(), 5)

@@ -119,7 +119,7 @@ def test_added_tokens_count_as_entries_of_the_vocabulary(write_files):
         ({"added_tokens": {"[E1]": 5}}, rf"'\[E1\]' the id 5, but it is {V} by the vocabulary"),
         ({"added_tokens": {"[E1]": V, "[E2]": "a"}}, "added tokens"),
         ({"special_tokens_map": {"extra_special_tokens": [{}]}}, "added tokens"),
-        ({"added_tokens": []}, "^tokenizer .*added_tokens.json: not a JSON object"),
+        ({"added_tokens": []}, "added_tokens.json: expected a JSON object, got list"),
         ({"config": {"tokenizer_class": "BertJapaneseTokenizer"}}, "to a BertJapaneseTokenizer"),
     ],
     ids=str,

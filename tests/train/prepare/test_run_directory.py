@@ -134,14 +134,15 @@ def test_weights_and_state_are_of_one_checkpoint(config, tmp_path, monkeypatch):
     out = tmp_path / "run"
     pretrain(dataclasses.replace(config, steps=2, save_every=1), out)
     read = []
-    load_weights, load = run_state.load_weights, run_state.load
+    read_weights, load = checkpoint.read_weights, run_state.load
 
-    def moved(directory, model):
+    def moved(directory):
         read.append(directory)
-        load_weights(directory, model)
+        weights = read_weights(directory)
         checkpoint.point_latest(out / "checkpoint-1")
+        return weights
 
-    monkeypatch.setattr(run_state, "load_weights", moved)
+    monkeypatch.setattr(checkpoint, "read_weights", moved)
     monkeypatch.setattr(run_state, "load", lambda d, *a: read.append(d) or load(d, *a))
     pretrain(dataclasses.replace(config, steps=2, save_every=1), out, resume=True)
     assert read == [out / "checkpoint-2"] * 2

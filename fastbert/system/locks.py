@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 
@@ -17,6 +18,11 @@ from fastbert.check import InputError
 from fastbert.system.files import Unwritable
 
 LOCK = ".lock"
+# A lock by the file's mere existence would outlive a kill. The filelock of a machine that has
+# fastbert without installing it may be older than 3.30, which knows no such locks.
+_HARD: dict[str, Any] = {}
+if hasattr(filelock.FileLock, "fallback_to_soft"):
+    _HARD["fallback_to_soft"] = False
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # errors of file systems without locks
 
 
@@ -51,8 +57,7 @@ def locked(path: Path, whose: str, *, wait: bool) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         while True:
             try:
-                # a lock by the file's mere existence would outlive a kill
-                lock = filelock.FileLock(path, blocking=wait, fallback_to_soft=False)
+                lock = filelock.FileLock(path, blocking=wait, **_HARD)
                 held.enter_context(lock)
                 break
             except FileNotFoundError:  # another process has just removed the directory

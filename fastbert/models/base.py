@@ -66,11 +66,9 @@ class BertPreTrainedModel(nn.Module):
 
         reads: "pooled" where only the pooled output is read; last hidden states may be in any form
         """
-        bare = self.base_model
-        if not is_plain(bare, type(bare)):  # hooks and a user's forward see what Hugging Face's do
-            return request.read_from(bare(request.inputs.input_ids, **request.arguments()))
-        request.reads = reads
-        return bare(request)
+        bare, request.reads = self.base_model, reads
+        # hooks and a user's forward see what Hugging Face's do
+        return bare(request) if is_plain(bare, type(bare)) else request.asked_of(bare)
 
     def can_generate(self) -> bool:
         """False, because BERT generates no text; transformers' pipelines ask."""

@@ -66,12 +66,11 @@ class BertPreTrainedModel(nn.Module):
 
         reads: "pooled" where only the pooled output is read; last hidden states may be in any form
         """
-        bare = self.base_model
+        bare, request.reads = self.base_model, reads
         is_ours = is_defined_in(type(bare).forward, ("fastbert.",))
-        if not is_ours or has_own_hooks(bare):  # which see what Hugging Face's do
-            return request.read_from(bare(request.inputs.input_ids, **request.arguments()))
-        request.reads = reads
-        return bare(request)
+        if is_ours and not has_own_hooks(bare):
+            return bare(request)
+        return request.asked_of(bare)  # hooks and a user's forward see what Hugging Face's do
 
     def can_generate(self) -> bool:
         """False, because BERT generates no text; transformers' pipelines ask."""

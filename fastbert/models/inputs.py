@@ -192,16 +192,19 @@ class Request:
             return self
         return dataclasses.replace(self, rows=wanted_rows(batch, first=first, labelled=labelled))
 
-    def arguments(self) -> dict[str, Any]:
-        """The named arguments, behind the ids, with which Hugging Face's heads call the bare model,
-        and those for documents in a row."""
-        named = {**self.inputs._asdict(), **self.documents}
-        del named["input_ids"]
-        return {**named, "output_hidden_states": self.output_hidden_states, "return_dict": True}
+    def asked_of(self, bare: Any) -> Any:
+        """The output of a bare model that is called as Hugging Face's heads call theirs.
 
-    def read_from(self, output: Any) -> Any:
-        """The output of a bare model that was called by `arguments`, but with packed last hidden
-        states, of this request's rows. A hook may have kept the output, so it is left as it is."""
+        Last hidden states, if they are read, become packed ones of this request's rows; a hook may
+        have kept the output, so that stays as it is.
+        """
+        ids, *others = self.inputs
+        named = dict(zip(self.inputs._fields[1:], others, strict=True))
+        named |= {name: x for name, x in self.documents.items() if x is not None}
+        states = self.output_hidden_states
+        output = bare(ids, **named, output_hidden_states=states, return_dict=True)
+        if self.reads == "pooled":
+            return output
         x = output.last_hidden_state if self.padding is None else self.padding.pack(output[0])
         x = x if self.rows is None else self.rows.of(x)
         return dataclasses.replace(output, last_hidden_state=x)

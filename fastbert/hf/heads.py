@@ -137,7 +137,8 @@ def _run_spans(
     if is_real is not None:
         is_real = is_real.to(scores[0].device).expand_as(scores[0])
         if not makes_a_file():
-            scores = [x.masked_fill(~is_real, torch.finfo(x.dtype).min) for x in scores]
+            is_padding = ~is_real
+            scores = [x.masked_fill(is_padding, torch.finfo(x.dtype).min) for x in scores]
     fields = {**output, "start_logits": scores[0], "end_logits": scores[1]}
     if starts is not None and ends is not None:
         fields["loss"] = span_loss(scores, (starts, ends), is_real, num_items)

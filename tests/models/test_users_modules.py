@@ -211,6 +211,9 @@ def test_heads_that_are_pruned_by_hand_are_counted_by_their_size():
                 nn.Parameter(x[:24]) for x in (linear.weight, linear.bias)
             )
             linear.out_features = 24
+        attention.self.all_head_size = 24  # transformers 4.57 reads both of these
+        if model is both[0]:
+            attention.self.num_attention_heads = 3
         end = attention.output.dense
         end.weight, end.in_features = nn.Parameter(end.weight[:, :24]), 24
     expected, actual = (model(input_ids=IDS, attention_mask=MASK).logits for model in both)

@@ -74,7 +74,7 @@ class BertModel(BertPreTrainedModel):
 
     def predict(self, request: Request, rows: Rows | None = None) -> BaseModelOutputWithPooling:
         encoder = self.encoder
-        reading = encoder.reading(request.inputs.given.device, drops=self.training)
+        reading = encoder.reading(request.inputs.given.device, trains=self.training)
         is_read = is_plain(encoder, BertEncoder)  # no hook on it may change its layers
         found = self._replayed(request, reading) if is_read and reading.may_replay else None
         if found is not None:

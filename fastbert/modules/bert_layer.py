@@ -62,7 +62,7 @@ class _ProjectAndNorm(nn.Module):
     def forward(
         self, hidden_states: Tensor, residual: Tensor, rng: DropoutState | None = None
     ) -> Tensor:
-        if not is_plain_dropout(self.dropout):
+        if not is_plain_dropout(self.dropout):  # it sees packed tokens, as all hooks in a layer do
             x = self.dropout(self.dense(hidden_states))
             return self.LayerNorm(residual + x).to(residual.dtype)
         norm = Leaf(self.LayerNorm, nn.LayerNorm)

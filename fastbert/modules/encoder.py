@@ -108,10 +108,13 @@ class BertEncoder(nn.Module):
         x, states = self._run(hidden_states, sequences, output_hidden_states, rows, share, reading)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, hidden_states=states)
 
-    def reading(self, device: torch.device, *, drops: bool = False) -> Reading:
-        """What the layers are in one call of tokens on `device`; drops: whether one has dropout."""
-        trains = self.training or any(layer.training for layer in self.layer)
-        may = not (drops or trains) and may_replay(device)
+    def reading(self, device: torch.device, *, trains: bool = False) -> Reading:
+        """What the layers are in one call of tokens on `device`.
+
+        trains: whether the model around them does, or a dropout state is given
+        """
+        trains = trains or self.training or any(layer.training for layer in self.layer)
+        may = not trains and may_replay(device)
         return Reading(_PLANNER, self.layer, may_replay=may)
 
     def _forward_padded(
@@ -156,7 +159,7 @@ class BertEncoder(nn.Module):
         events.packed(self, x)
         layers = self.layer
         if reading is None:
-            reading = self.reading(x.device, drops=sequences.rng is not None)
+            reading = self.reading(x.device, trains=sequences.rng is not None)
 
         def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
             layer = cast(BertLayer, layers[number])

@@ -264,7 +264,10 @@ def has_hooks(layer: nn.Module) -> bool:
 
 
 def has_own_hooks(layer: nn.Module) -> bool:
-    """The same, but for hooks of all modules: counters of FLOPs and memory are to see what runs."""
+    """`has_hooks` without those of all modules, by which counters of FLOPs and memory watch.
+
+    What they count is to be what runs without them.
+    """
     return any(hooks_of(layer)) or "forward" in vars(layer)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import fastbert
 from fastbert.packing import PackedBatch
+from fastbert.train.distill.objective import DistillationMetrics
 from fastbert.train.objective import Metrics, PretrainingObjective
 from fastbert.train.optimizer import linear_schedule, make_optimizer
 
@@ -152,3 +153,11 @@ def test_without_pairs_it_is_the_masked_lm_loss():
 
 def test_without_numbers_of_sequences_every_token_is_real():
     assert PackedBatch.from_sequences([[1, 2], [3]]).is_real().tolist() == [True] * 3
+
+
+@pytest.mark.parametrize("kind", [Metrics, DistillationMetrics])
+def test_metrics_of_words_are_means_over_them(kind):
+    """An untrained model, as above, hits none of them, so that any divisor would do."""
+    metrics = kind(mlm_loss_sum=6.0, mlm_correct=3.0, num_targets=4.0)
+    assert (metrics.mlm_loss, metrics.mlm_accuracy) == (1.5, 0.75)
+    assert (kind().mlm_loss, kind().mlm_accuracy) == (0.0, 0.0)

@@ -28,7 +28,7 @@ ELSEWHERE = {
     "finetune/test_reading.py": "finetune/sequences.py finetune/task.py",
     "finetune/test_tasks.py": "finetune/infer.py finetune/predict.py finetune/report.py",
     "hf/test_attention_interface.py": "hf/attention.py",
-    "hf/test_contract.py": "models/inputs.py",
+    "hf/test_contract.py": "models/inputs.py models/request.py",
     "hf/test_differences.py": "hf/stack.py",
     "hf/test_lifecycle.py": "hf/classes.py",
     "hf/test_patch.py": "hf/encode.py hf/families.py hf/heads.py",

@@ -79,7 +79,7 @@ def is_plain_pooler(pooler: nn.Module | None) -> bool:
 
 def first_column(first: Tensor, padding: Unpadding) -> Tensor:
     """First tokens (B, H) -> (B, 1, H), the first column of the padded form: zeros at padding."""
-    if padding.slots is not None:
-        is_token = padding.slots.view(padding.batch_shape)[:, :1] >= 0
-        first = torch.where(is_token, first, 0.0)
+    is_real = padding.is_real
+    if is_real is not None:
+        first = torch.where(is_real[:, :1], first, 0.0)
     return first[:, None]

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from fastbert.check import require
 from fastbert.config.bert import BertConfig, changed, check_config
 from fastbert.models.arguments import DOWNLOAD, device_of, dtype_of, for_constructor
 from fastbert.models.drawing import Undrawn, draw
-from fastbert.models.inputs import Inputs, Request
+from fastbert.models.inputs import Inputs
+from fastbert.models.request import Request
 from fastbert.models.resize import resize
 from fastbert.modules.bert_layer import BertLayer
 from fastbert.modules.linear import has_own_hooks, is_defined_in
@@ -61,12 +62,14 @@ class BertPreTrainedModel(nn.Module):
         """The output for a request, in its form: padded, or packed as the request's input is."""
         raise NotImplementedError
 
-    def encode(self, request: Request, reads: Literal["packed", "pooled"] = "packed") -> Any:
-        """The bare model's output: last hidden states (T, H), or (M, H) for `request.rows`.
+    def encode(self, request: Request, *readers: nn.Module) -> Any:
+        """The bare model's output, of which `readers` read the last hidden states.
 
-        reads: "pooled" where only the pooled output is read; last hidden states may be in any form
+        These are (T, H), (M, H) for `request.rows`, or (B, S, H): `request.padded` gives what is
+        made of them their padded form. Without readers only the pooled output is read.
         """
-        bare, request.reads = self.base_model, reads
+        bare, request.readers = self.base_model, readers
+        request.reads = "packed" if readers else "pooled"
         is_ours = is_defined_in(type(bare).forward, ("fastbert.",))
         if is_ours and not has_own_hooks(bare):
             return bare(request)

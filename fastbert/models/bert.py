@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fastbert.check import require
 from fastbert.models.base import BertPreTrainedModel
-from fastbert.models.heads import BertPooler
-from fastbert.models.inputs import ForwardOptions, Inputs, Request
+from fastbert.models.heads import BertPooler, maps_rows
+from fastbert.models.inputs import ForwardOptions, Inputs
+from fastbert.models.request import Request
 from fastbert.modules.embeddings import BertEmbeddings, Tables, own_dtype, stream_dtype
 from fastbert.modules.encoder import BertEncoder
 from fastbert.modules.graphs.buckets import may_compute
@@ -17,7 +18,7 @@ from fastbert.modules.graphs.call import PaddedBatch
 from fastbert.modules.layer import Share, share_packed
 from fastbert.modules.linear import dropout_p_of, is_plain, is_plain_dropout, is_plain_table
 from fastbert.modules.plan import Reading
-from fastbert.modules.sequences import Rows, first_tokens
+from fastbert.modules.sequences import Rows, first_tokens, pays_to_count
 from fastbert.modules.stack import replay_padded, share_padded
 from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import BaseModelOutputWithPooling
@@ -138,9 +139,13 @@ class BertModel(BertPreTrainedModel):
         others = embeds, request.packed, *request.documents.values()
         if not isinstance(ids, Tensor) or any(one is not None for one in others):
             return None
-        if request.output_hidden_states or request.reads == "packed":
+        if request.output_hidden_states:
             return None
         embeddings, size = self.embeddings, request.hidden_size
+        if request.reads == "packed" and (
+            pays_to_count(ids.numel(), size) or not maps_rows(request.readers)
+        ):
+            return None  # a head computes padding too, or cannot read it
         if request.reads == "pooled" and Rows.pay(ids.numel(), size, ids.device):
             return None  # the last layer may compute first tokens alone
         if not (is_plain(embeddings, BertEmbeddings) and is_plain_dropout(embeddings.dropout)):

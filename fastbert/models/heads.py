@@ -6,7 +6,16 @@ from torch import Tensor, nn
 
 from fastbert.modules.activations import activation, dense_and_activate
 from fastbert.modules.embeddings import normalized
-from fastbert.modules.linear import Leaf
+from fastbert.modules.linear import Leaf, is_plain
+
+
+def maps_rows(modules: tuple[nn.Module, ...]) -> bool:
+    """Whether the modules of a head compute each token by itself, (T, H) as well as (B, S, H).
+
+    Not if there are none, or a hook sees what they read.
+    """
+    every = [inner for module in modules for inner in module.modules()]
+    return bool(every) and all(type(m) in _BY_ROW and is_plain(m, type(m)) for m in every)
 
 
 class BertPooler(nn.Module):
@@ -85,3 +94,9 @@ class BertPreTrainingHeads(nn.Module):
     def forward(self, hidden_states: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """(T, H), (B, H) -> (T, V), (B, 2)"""
         return self.predictions(hidden_states), self.seq_relationship(pooled)
+
+
+_BY_ROW = {
+    *(nn.Linear, nn.LayerNorm, nn.Dropout),
+    *(BertPredictionHeadTransform, BertLMPredictionHead, BertOnlyMLMHead, BertPreTrainingHeads),
+}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.bert import BertModel
 from fastbert.models.heads import BertOnlyMLMHead, BertPreTrainingHeads
-from fastbert.models.inputs import ForwardOptions, Inputs, Request
+from fastbert.models.inputs import ForwardOptions, Inputs
 from fastbert.models.losses import (
     Scored,
     masked_rows,
@@ -16,6 +16,7 @@ from fastbert.models.losses import (
     score_words,
     wants_logits,
 )
+from fastbert.models.request import Request
 from fastbert.modules.linear import has_own_hooks
 from fastbert.outputs import BertForPreTrainingOutput, MaskedLMOutput
 from fastbert.packing import PackedBatch
@@ -56,15 +57,13 @@ class _PredictsWords(BertPreTrainedModel):
 
         asked: return_logits and skip_logits
         """
-        batch, head = request.batch, self.cls.predictions
+        labels, head = request.labels, self.cls.predictions
         has_hook = has_own_hooks(self.cls) or has_own_hooks(head)  # which must see every token
-        labels: Any = batch.labels
-        pair_labels = batch.next_sentence_label
-        has_loss = labels is not None and (not with_pairs or pair_labels is not None)
+        has_loss = labels is not None and not (with_pairs and request.pair_labels is None)
         with_logits = wants_logits(self, has_loss, **asked)
         if has_loss and not (with_logits or has_hook):
             request = request.only(first=with_pairs, labelled=True)
-        encoded = self.encode(request)
+        encoded = self.encode(request, self.cls)
         x, pooled = encoded.last_hidden_state, encoded.pooler_output
         words: Scored | None = None
         logits: Any = None
@@ -73,10 +72,12 @@ class _PredictsWords(BertPreTrainedModel):
             logits, pairs = self.cls(x, pooled) if with_pairs else (self.cls(x), None)
         elif with_pairs:
             pairs = self.cls.seq_relationship(pooled)
-        if has_loss and has_hook:
-            words = score_classes(logits, labels)
-        elif has_loss:
-            words = score_words(head, masked_rows(x, batch, request.rows))
+        if labels is not None and has_loss:
+            words = (
+                score_classes(logits, labels)
+                if has_hook
+                else score_words(head, masked_rows(x, request.batch, request.rows))
+            )
         return encoded, words, request.padded(logits) if with_logits else None, pairs
 
 
@@ -136,8 +137,8 @@ class BertForPreTraining(_PredictsWords):
         encoded, words, logits, pair_logits = self._predict_words(request, True, **asked)
         loss = None
         if words is not None:
-            assert request.batch.next_sentence_label is not None
-            pairs = score_classes(pair_logits, request.batch.next_sentence_label)
+            assert request.pair_labels is not None
+            pairs = score_classes(pair_logits, request.pair_labels)
             loss = pretraining_loss(words, pairs, request.num_items)
         return BertForPreTrainingOutput(
             loss=loss,

@@ -10,8 +10,9 @@ from fastbert.config.bert import BertConfig
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.bert import BertModel
 from fastbert.models.heads import BertOnlyNSPHead
-from fastbert.models.inputs import ForwardOptions, Inputs, Request
+from fastbert.models.inputs import ForwardOptions, Inputs
 from fastbert.models.losses import problem_type_of, score_classes, score_sequences, span_loss
+from fastbert.models.request import Request
 from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import (
     MultipleChoiceModelOutput,
@@ -63,7 +64,7 @@ class BertForNextSentencePrediction(LabelledModel):
         self, request: Request, labels: Tensor | None = None
     ) -> NextSentencePredictorOutput:
         request = request.labelled_pairs(labels)
-        encoded = self.encode(request, "pooled")
+        encoded = self.encode(request)
         logits, labels = self.cls(encoded.pooler_output), request.pair_labels
         scored = None if labels is None else score_classes(logits, labels)
         return request.output(NextSentencePredictorOutput, encoded, logits, scored)
@@ -95,7 +96,7 @@ class BertForSequenceClassification(_Classifier):
         super().__init__(config, config.num_labels)
 
     def predict(self, request: Request, labels: Tensor | None = None) -> SequenceClassifierOutput:
-        encoded = self.encode(request, "pooled")
+        encoded = self.encode(request)
         logits, scored = self.classifier(self.dropout(encoded.pooler_output)), None
         if labels is not None:
             problem = self.config.problem_type or problem_type_of(labels, logits.shape[1])
@@ -119,9 +120,8 @@ class BertForTokenClassification(_Classifier):
 
     def predict(self, request: Request, labels: Tensor | None = None) -> TokenClassifierOutput:
         request = request.labelled(labels)
-        encoded = self.encode(request)
-        logits = self.classifier(self.dropout(encoded.last_hidden_state))
-        labels = request.batch.labels
+        encoded = self.encode(request, self.dropout, self.classifier)
+        logits, labels = self.classifier(self.dropout(encoded.last_hidden_state)), request.labels
         scored = None if labels is None else score_classes(logits, labels)
         return request.output(TokenClassifierOutput, encoded, request.padded(logits), scored)
 
@@ -173,7 +173,7 @@ class BertForMultipleChoice(_Classifier):
     def predict(
         self, request: Request, labels: Tensor | None = None, num_choices: int = 1
     ) -> MultipleChoiceModelOutput:
-        encoded = self.encode(request, "pooled")
+        encoded = self.encode(request)
         logits = self.classifier(self.dropout(encoded.pooler_output)).view(-1, num_choices)
         scored = None if labels is None else score_classes(logits, labels)
         return request.output(MultipleChoiceModelOutput, encoded, logits, scored)
@@ -229,27 +229,19 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
     ) -> QuestionAnsweringModelOutput:
-        encoded = self.encode(request)
-        logits = self.qa_outputs(encoded.last_hidden_state)  # (T, 2)
-        batch, padding = request.batch, request.padding
-        by_row = None if padding is None else _by_column(logits, padding)
-        loss = None
+        encoded = self.encode(request, self.qa_outputs)
+        tokens, loss = self.qa_outputs(encoded.last_hidden_state), None
+        lowest = torch.finfo(tokens.dtype).min
+        logits = request.padded(tokens, lowest)
         if start_positions is not None and end_positions is not None:
-            by_sequence = by_row
-            if by_sequence is None or (padding is not None and not padding.is_by_row):
+            columns, scores, is_real = (start_positions, end_positions), logits, request.is_real
+            if request.is_packed and not (request.padding and request.padding.is_by_row):
+                batch = request.batch
                 sizes = batch.cu_seqlens, batch.max_seqlen, batch.num_tokens
-                by_sequence = _by_column(logits, Unpadding.from_cu_seqlens(*sizes))
-            *scores, is_real = by_sequence
-            loss = span_loss(scores, (start_positions, end_positions), is_real, request.num_items)
-        starts, ends = logits.unbind(-1) if by_row is None else by_row[:2]
+                sequences = Unpadding.from_cu_seqlens(*sizes)
+                scores, is_real = sequences.pad(tokens, lowest), sequences.is_real
+            loss = span_loss(scores.unbind(-1), columns, is_real, request.num_items)
+        starts, ends = logits.unbind(-1)
         return QuestionAnsweringModelOutput(
             loss=loss, start_logits=starts, end_logits=ends, hidden_states=encoded.hidden_states
         )
-
-
-def _by_column(logits: Tensor, padding: Unpadding) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, 2) -> start and end logits (B, S), lowest at padding, and is_real (B, S) bool."""
-    is_real = padding.pad(torch.ones_like(logits[:, 0], dtype=torch.bool))
-    scores = padding.pad(logits).masked_fill(~is_real[..., None], torch.finfo(logits.dtype).min)
-    starts, ends = scores.unbind(-1)
-    return starts, ends, is_real

@@ -88,12 +88,26 @@ class Unpadding:
             packed = packed.masked_fill(self.positions < 0, spare)
         return packed
 
-    def pad(self, packed: Tensor) -> Tensor:
-        """(T, ...) -> (B, S, ...), zeros at padding; raises ValueError for another shape."""
+    @property
+    def is_real(self) -> Tensor | None:
+        """(B, S) bool, False at padding; None where there is none."""
+        return None if self.slots is None else (self.slots >= 0).view(self.batch_shape)
+
+    def pad(self, packed: Tensor, spare: float = 0.0) -> Tensor:
+        """(T, ...) -> (B, S, ...), `spare` at padding; raises ValueError for another shape."""
         if packed.shape[:1] != (self.num_tokens,):
             expected = f"shape {(self.num_tokens,)} and further dimensions"
             require(False, "Unpadding.pad", expected, tuple(packed.shape))
-        return _move(packed, self.slots, self.positions).unflatten(0, self.batch_shape)
+        padded = _move(packed, self.slots, self.positions).unflatten(0, self.batch_shape)
+        return filled(padded, self.is_real, spare) if spare else padded
+
+
+def filled(padded: Tensor, is_real: Tensor | None, spare: float) -> Tensor:
+    """(B, S, ...) with `spare` where is_real (B, S) bool is False; None where it is True."""
+    if is_real is None:
+        return padded
+    is_padding = (~is_real).view(is_real.shape + (1,) * (padded.ndim - 2))
+    return padded.masked_fill(is_padding, spare)
 
 
 def _move(tokens: Tensor, index: Tensor | None, inverse: Tensor | None) -> Tensor:

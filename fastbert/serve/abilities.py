@@ -20,7 +20,7 @@ from fastbert.embedding.model import pool
 from fastbert.fill_mask import filled
 from fastbert.finetune.features import Feature, TooLong, WindowEncoder, collate
 from fastbert.finetune.task import to_host
-from fastbert.models.inputs import wanted_rows
+from fastbert.models.request import wanted_rows
 from fastbert.packing import IGNORE_INDEX
 from fastbert.serve.refusal import Refusal
 

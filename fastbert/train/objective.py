@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastbert.models.inputs import wanted_rows
 from fastbert.models.losses import masked_rows, score_classes, score_words
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
+from fastbert.models.request import wanted_rows
 from fastbert.packing import PackedBatch
 
 

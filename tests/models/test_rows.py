@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fastbert
-from fastbert.models.inputs import wanted_rows
 from fastbert.models.losses import score_classes, score_sequences
+from fastbert.models.request import wanted_rows
 from fastbert.modules import sequences
 from fastbert.modules.sequences import Rows
 from fastbert.packing import IGNORE_INDEX

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastbert.models.inputs import wanted_rows
 from fastbert.models.losses import cosine_loss, masked_rows, score_classes, soft_target_loss
 from fastbert.models.pretraining import BertForMaskedLM
+from fastbert.models.request import wanted_rows
 from fastbert.modules.sequences import Rows
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 from fastbert.train.objective import MaskedMetrics, PretrainingObjective, Result

@@ -217,8 +217,8 @@ def test_layers_in_fp8_have_the_same_scales_and_steps(kind, exact, recorder):
         assert_same([logits(recorded.eval(), inputs)], [logits(plain.eval(), inputs)])
         for optimizer in optimizers:
             optimizer.step()
-    # of three buckets; in inference patched models' graphs begin with the batch, and have two
-    assert recorder.recorded == 2 * 3 + (3 if kind == "own" else 2)
+    # of three buckets; in inference, where graphs begin with the batch, of two
+    assert recorder.recorded == 2 * 3 + 2
     assert recorder.replayed == 4 * 3
 
 

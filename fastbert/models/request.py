@@ -1,0 +1,214 @@
+"""One call of a model: what is asked, and what of the bare model's output is read."""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.check import require
+from fastbert.models.inputs import Inputs, pack_inputs, packed
+from fastbert.models.losses import Scored, without_padding
+from fastbert.modules.graphs.buckets import off_by
+from fastbert.modules.request import DOCUMENTS, asked, refuse_attentions, refuse_unknown
+from fastbert.modules.sequences import Rows
+from fastbert.ops.unpad import Unpadding, filled
+from fastbert.packing import IGNORE_INDEX, PackedBatch
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """One call of a model. T packed tokens of B sequences, M rows whose output is wanted.
+
+    inputs, documents: as they were given; hidden_size: the model's; has_graphs: whether its layers
+    may replay CUDA graphs; output_hidden_states, return_dict, num_items: see `ForwardOptions`;
+    rows: the only tokens whose last hidden state is read, None for all; reads: what is read of the
+    bare model's output, hidden states in the input's form, packed ones, or pooled ones alone;
+    readers: the modules that read the packed ones, which may get padded ones from a graph; packed:
+    what `batch` and `padding` give, None before anybody asks.
+    """
+
+    inputs: Inputs
+    documents: dict[str, Any]
+    hidden_size: int
+    has_graphs: bool
+    output_hidden_states: bool | Collection[int]
+    return_dict: bool
+    num_items: int | Tensor | None
+    rows: Rows | None = None
+    reads: Literal["as given", "packed", "pooled"] = "as given"
+    readers: tuple[nn.Module, ...] = ()
+    packed: tuple[PackedBatch, Unpadding | None] | None = None
+
+    @classmethod
+    def read(cls, model: Any, inputs: Inputs, options: dict[str, Any]) -> Self:
+        """Reads a call; raises ValueError for arguments that do not fit together or are unknown."""
+        config, layers = model.config, model.base_model.encoder.layer
+        documents = {name: options.get(name) for name in DOCUMENTS}
+        others = {name: x for name, x in options.items() if name not in DOCUMENTS}
+        refuse_unknown(type(model).__name__, others)
+        refuse_attentions(asked(config, options, "output_attentions"))
+        expected, is_decoder = "a configuration of an encoder", getattr(config, "is_decoder", False)
+        require(not is_decoder, type(model).__name__, expected, "is_decoder=True")
+        is_padded = inputs.attention_mask is not None
+        require(
+            not (torch.jit.is_tracing() or (torch.compiler._is_exporting_flag and is_padded)),
+            type(model).__name__,
+            "a call with values, as the lengths of a batch are read",
+            "one that is traced or exported",
+            "`fastbert export` writes files of a model, or use one patched by fastbert.patch",
+        )
+        return cls(
+            inputs,
+            documents,
+            config.hidden_size,
+            not off_by(layers),
+            asked(config, options, "output_hidden_states"),
+            asked(config, options, "return_dict"),
+            options.get("num_items_in_batch"),
+        )
+
+    @property
+    def batch(self) -> PackedBatch:
+        """The tokens, which are packed when they are first read, because a graph may pack them."""
+        return self._layout[0]
+
+    @property
+    def padding(self) -> Unpadding | None:
+        """How to restore the padded form; None for packed input and output."""
+        return self._layout[1]
+
+    @property
+    def _layout(self) -> tuple[PackedBatch, Unpadding | None]:
+        if self.packed is None:
+            size = self.hidden_size if self.has_graphs else None
+            self.packed = pack_inputs(self.inputs, self.documents, size)
+        return self.packed
+
+    def labelled(self, labels: Tensor | None) -> Self:
+        """This request with `labels` (B, S) packed into the batch, and with num_labels counted.
+
+        Labels at padding are dropped. Raises ValueError for labels beside a PackedBatch.
+        """
+        if labels is None and not self.is_packed:
+            return self
+        (batch, padding), num_items = self._layout, self.num_items
+        if labels is not None:
+            require(
+                padding is not None,
+                "labels",
+                "None beside a PackedBatch, whose labels are a field of it",
+                tuple(labels.shape),
+            )
+            assert padding is not None
+            shape = padding.batch_shape
+            require(labels.shape == shape, "labels", f"shape {shape}", tuple(labels.shape))
+            own = packed(padding, "labels", labels, IGNORE_INDEX)
+            batch = dataclasses.replace(batch, labels=own)
+        if batch.labels is not None and batch.num_labels is None:
+            # the only place where the host waits for the number of labels
+            count = int((batch.labels != IGNORE_INDEX).sum())
+            batch = dataclasses.replace(batch, num_labels=count)
+        is_padded = padding is not None and padding.slots is not None
+        if labels is not None and is_padded and batch.num_labels is not None:
+            num_items = without_padding(num_items, labels, batch.num_labels)
+        return dataclasses.replace(self, packed=(batch, padding), num_items=num_items)
+
+    def labelled_pairs(self, next_sentence_label: Tensor | None) -> Self:
+        """This request with next-sentence labels, (B,) or (B, 1), in its batch.
+
+        Raises ValueError if the batch has some already.
+        """
+        if next_sentence_label is None:
+            return self
+        batch, padding = self._layout
+        require(
+            batch.next_sentence_label is None,
+            "next_sentence_label",
+            "None beside a PackedBatch that has the field",
+            tuple(next_sentence_label.shape),
+        )
+        batch = dataclasses.replace(batch, next_sentence_label=next_sentence_label.view(-1))
+        return dataclasses.replace(self, packed=(batch, padding))
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the tokens are packed; without labels a graph may do that."""
+        return self.packed is not None or isinstance(self.inputs.given, PackedBatch)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The labels of the tokens, (T,); None without."""
+        return self.batch.labels if self.is_packed else None
+
+    @property
+    def pair_labels(self) -> Tensor | None:
+        """The next-sentence labels of the batch, (B,); None without."""
+        return self.batch.next_sentence_label if self.is_packed else None
+
+    def only(self, *, first: bool = False, labelled: bool = False) -> Self:
+        """This request for the tokens of `wanted_rows` only, where that saves time.
+
+        Not where hidden states are wanted.
+        """
+        batch = self.batch
+        pays = Rows.pay(batch.num_tokens, self.hidden_size, batch.device, labelled=labelled)
+        if self.output_hidden_states or not pays:
+            return self
+        return dataclasses.replace(self, rows=wanted_rows(batch, first=first, labelled=labelled))
+
+    def asked_of(self, bare: Any) -> Any:
+        """The output of a bare model that is called as Hugging Face's heads call theirs.
+
+        Last hidden states, if they are read, become packed ones of this request's rows; a hook may
+        have kept the output, so that stays as it is.
+        """
+        ids, *others = self.inputs
+        named = dict(zip(self.inputs._fields[1:], others, strict=True))
+        named |= {name: x for name, x in self.documents.items() if x is not None}
+        states = self.output_hidden_states
+        output = bare(ids, **named, output_hidden_states=states, return_dict=True)
+        if self.reads == "pooled":
+            return output
+        x = output.last_hidden_state if self.padding is None else self.padding.pack(output[0])
+        x = x if self.rows is None else self.rows.of(x)
+        return dataclasses.replace(output, last_hidden_state=x)
+
+    def output(self, kind: Any, encoded: Any, logits: Tensor | None, scored: Scored | None) -> Any:
+        """The output of class `kind`: the loss normalised, None without a score; logits; states."""
+        return kind(
+            loss=None if scored is None else scored.loss(self.num_items),
+            logits=logits,
+            hidden_states=encoded.hidden_states,
+        )
+
+    def padded(self, tokens: Tensor, spare: float = 0.0) -> Tensor:
+        """(T, ...) -> (B, S, ...) with `spare` at padding; unchanged if the input was packed.
+
+        tokens: (B, S, ...) where a graph has packed the batch
+        """
+        if not self.is_packed:
+            return filled(tokens, self.is_real, spare)
+        return tokens if self.padding is None else self.padding.pad(tokens, spare)
+
+    @property
+    def is_real(self) -> Tensor | None:
+        """(B, S) bool, False at padding; None without padding, and for packed input."""
+        if self.is_packed:
+            return None if self.padding is None else self.padding.is_real
+        mask = self.inputs.attention_mask
+        return None if mask is None else mask != 0
+
+
+def wanted_rows(batch: PackedBatch, *, first: bool, labelled: bool) -> Rows:
+    """The rows for the last layer: each sequence's first token, the labelled tokens, or both.
+
+    The host does not wait if the batch has num_labels.
+    """
+    has_label, num_labels = None, 0
+    if labelled:
+        assert batch.labels is not None
+        has_label = batch.labels != IGNORE_INDEX
+        num_labels = int(has_label.sum()) if batch.num_labels is None else batch.num_labels
+    return Rows.read_by_losses(batch, first=first, has_label=has_label, num_labels=num_labels)

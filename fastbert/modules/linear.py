@@ -82,6 +82,8 @@ class Leaf:
         if self.is_read and type(self.module) is nn.Linear:
             y = product(x, (self,), biases_of(self))
             return self.adapted(y, x, rng) if self.adapters else y
+        if self.products is not None:
+            self.products.left_out(self.module)
         return self.module(x)
 
     @property

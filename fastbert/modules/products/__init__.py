@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 PRODUCTS = "_fastbert_products"  # attribute that holds a module's `Products`
 
@@ -42,3 +42,6 @@ class Products:
     ) -> Tensor | None:
         """`gelu(x @ weight.T + bias) @ output_weight.T`; None leaves it to `product`."""
         return None
+
+    def left_out(self, module: nn.Module) -> None:
+        """Called where the layer `module` multiplies by itself, as its weight may not be read."""

@@ -146,6 +146,14 @@ class Slot(Products):
             Fp8FeedForward(*tensors, *numbers, *others, approximate, result_dtype(x))
         )
 
+    def left_out(self, module: nn.Module) -> None:
+        """Raises RuntimeError if the weight is no parameter of the module, as under FSDP1."""
+        if self.scales.scale is not None and module._parameters.get("weight") is None:
+            raise RuntimeError(
+                'precision="fp8": the weight of a linear layer is no parameter of it, as under '
+                "FSDP1 or while it is pruned; shard by `fully_shard`, and prune before or after"
+            )
+
     def _numbers(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """This layer's scales, their inverses, and largest values; None where it is not in FP8."""
         scales, number = self.scales, self.number
@@ -160,12 +168,19 @@ def enable(model: nn.Module) -> None:
     """Has the linear layers of the model's encoders run in FP8 while they train.
 
     Those of heads, embeddings and poolers do not, nor those with sizes that are not multiples of
-    16. Raises ValueError if no encoder has any.
+    16, nor adapters, whichever is there first. Raises ValueError if no encoder has any.
     """
     found = False
     for layers in encoders_of(model):
-        plain = (module for module in layers.modules() if type(module) is nn.Linear)
-        linears = [one for one in plain if not any(size % MULTIPLE for size in one.weight.shape)]
+        # peft has the adapters of a layer by their names
+        groups = [module for module in layers.modules() if isinstance(module, nn.ModuleDict)]
+        adapters = {inner for group in groups for inner in group.modules()}
+        plain = [module for module in layers.modules() if type(module) is nn.Linear]
+        linears = [
+            one
+            for one in plain
+            if one not in adapters and not any(size % MULTIPLE for size in one.weight.shape)
+        ]
         if linears:
             scales = Scales(len(linears))
             vars(layers)[PRODUCTS] = scales

@@ -1,12 +1,15 @@
 """FP8 in the encoders of own and patched models: which products, which scales, and what is kept."""
 
+import contextlib
 import copy
 import math
 import pickle
 
 import pytest
 import torch
+import torch.nn.utils.prune
 import transformers
+from torch.distributed.fsdp import fully_shard
 
 import fastbert
 from fastbert import backend
@@ -243,6 +246,75 @@ def test_sizes_that_the_products_do_not_take_stay_as_they_are():
     ]
     assert len(marked) == 2 * 4
     assert not any("intermediate" in name for name in marked)
+
+
+def test_an_adapter_is_in_no_fp8_whichever_is_there_first():
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+
+    def adapted(model):
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=16, target_modules=["query"], init_lora_weights=False)
+        return peft.get_peft_model(model, config)
+
+    losses = []
+    for order in ("before", "after"):
+        model = patched() if order == "before" else fastbert.unpatch(patched())
+        model = adapted(model)
+        if order == "after":
+            fastbert.patch(model, precision="fp8")
+        losses.append(model.train()(IDS, labels=IDS).loss.item())
+        assert len(fp8.scales_of(model)[0].history) == 2 * PER_LAYER
+    assert losses[0] == losses[1]
+
+
+@KINDS
+@pytest.mark.parametrize("by", ["fsdp1", "prune"])
+def test_a_weight_that_is_no_parameter_is_refused(make, by):
+    """The layer would multiply by itself, without FP8."""
+    model = make()
+    linear = next(m for m in model.modules() if PRODUCTS in vars(m) and hasattr(m, "weight"))
+    if by == "prune":
+        torch.nn.utils.prune.l1_unstructured(linear, "weight", 0.5)
+    else:  # as FullyShardedDataParallel does; a model wrapped by it spoils later torch.compile's
+        linear.weight = linear._parameters.pop("weight").detach()
+    with pytest.raises(RuntimeError, match="no parameter of it, as under FSDP1"):
+        model(IDS)
+    model.eval()(IDS)
+    if by == "prune":
+        torch.nn.utils.prune.remove(linear, "weight")
+        model.train()(IDS)
+
+
+@KINDS
+def test_shards_that_a_layer_gathers_itself_train_alike(make):
+    whole, sharded = make(), make()
+    with one_process():
+        for layer in next(m for m in sharded.modules() if isinstance(m, torch.nn.ModuleList)):
+            fully_shard(layer)
+        fully_shard(sharded)
+        for _ in range(3):
+            losses = []
+            for model in (whole, sharded):
+                loss = model(IDS, labels=IDS).loss
+                loss.backward()
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter -= 0.1 * parameter.grad
+                        parameter.grad = None
+                losses.append(loss.item())
+            assert losses[0] == losses[1]
+    (own,), (others) = fp8.scales_of(whole), fp8.scales_of(sharded)
+    assert torch.equal(own.history, others[0].history)
+
+
+@contextlib.contextmanager
+def one_process():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.exhaustive

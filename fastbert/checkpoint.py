@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub  # which imports its parts, for a tenth of a second, where they are used
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -72,9 +71,10 @@ def resolve(name_or_directory: str | Path, subfolder: str = "", **download: Any)
         raise InputError(f"{name_or_directory}: no such directory{_meant(directory)}")
     try:
         wanted = [str(Path(subfolder, pattern)) for pattern in DOWNLOADS]
-        found = snapshot_download(str(name_or_directory), allow_patterns=wanted, **download)
+        name = str(name_or_directory)
+        found = huggingface_hub.snapshot_download(name, allow_patterns=wanted, **download)
         return Path(found, subfolder)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (OSError, ValueError) as error:  # of which those of huggingface_hub are
         raise InputError(
             f"{name_or_directory}: neither a directory nor a model that the hub gives "
             f"({first_line(error)})"

@@ -6,6 +6,8 @@ A room is a folder, or a file beside the folders. The rooms of `data` are told a
 import ast
 import collections
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,11 @@ def test_files_and_folders_are_short():
         assert not {file: n for file, n in lengths.items() if n > most_lines}
         counts = collections.Counter(file.parent for file in files)
         assert not {place: n for place, n in counts.items() if n > most_files}
+
+
+def test_what_takes_long_is_imported_where_it_is_used():
+    """Half of the time of `import fastbert` beyond torch's, which every command pays."""
+    slow = "torch.distributed.tensor", "huggingface_hub.file_download", "transformers", "typer"
+    code = f"import fastbert, sys; print([name for name in {slow} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

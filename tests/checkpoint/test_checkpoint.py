@@ -4,6 +4,7 @@ import json
 import resource
 import signal
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -166,7 +167,7 @@ def test_downloads_include_shards_and_their_index(monkeypatch):
 
     asked = {}
     monkeypatch.setattr(
-        checkpoint, "snapshot_download", lambda name, allow_patterns: asked.setdefault(
+        huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.setdefault(
             name, allow_patterns
         ) and "there"
     )  # fmt: skip

@@ -85,7 +85,7 @@ def test_options_of_a_download_are_the_hubs(monkeypatch, directory):
         asked.update(options, name=name)
         return str(directory.parent)
 
-    monkeypatch.setattr("fastbert.checkpoint.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     fastbert.BertModel.from_pretrained(
         "some/model", subfolder=directory.name, revision="v2", cache_dir="/somewhere"
     )

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fastbert.modules.linear import encoders_of
 from fastbert.modules.products import PRODUCTS, Products
@@ -40,7 +39,8 @@ class WeightCopies(Products):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         def is_copied(tensor: Any) -> bool:
-            is_whole = tensor is not None and not isinstance(tensor, DTensor)
+            # not of a DTensor, whose module takes as long to import as all of fastbert
+            is_whole = tensor is not None and not hasattr(tensor, "device_mesh")
             return is_whole and tensor.dtype in (torch.float32, dtype)
 
         self.modules: list[nn.Module] = []  # the linear layers, and the lists of layers around them

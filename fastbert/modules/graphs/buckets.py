@@ -162,8 +162,9 @@ def may_compute(reading: Reading) -> bool:
 
     Not with dropout, whose masks are those of the batch: its state is drawn outside of graphs.
     """
-    is_outside = reading.called() or reading.drops() or refusal_of(reading)
-    return reading.may_replay and not is_outside
+    if not reading.may_replay:  # asked first, as torch.compile cannot trace what follows
+        return False
+    return not (reading.called() or reading.drops() or refusal_of(reading))
 
 
 def _refusal(bucket: Bucket, mask: Tensor | None, layers: nn.ModuleList, lane: Lane) -> str:

@@ -171,13 +171,7 @@ def losses_and_gradients(model, run, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "training",
-    [
-        pytest.param(False, id="eval", marks=pytest.mark.exhaustive),
-        pytest.param(True, id="training"),
-    ],
-)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_packed_documents_compile_to_one_graph(training):
     dropout = 0.2 if training else 0.0
     ours, _ = make_pair(transformers.BertModel, dropout=dropout, num_hidden_layers=1)

@@ -162,7 +162,7 @@ def may_compute(reading: Reading) -> bool:
 
     Not with dropout, whose masks are those of the batch: its state is drawn outside of graphs.
     """
-    if not reading.may_replay:
+    if not reading.may_replay:  # asked first, as torch.compile cannot trace what follows
         return False
     return not (reading.called() or reading.drops() or refusal_of(reading))
 

@@ -71,8 +71,8 @@ def main(modules: tuple[str, ...]) -> None:
         [sentence for sentence in document if letters(sentence) not in all_kept_back]
         for document in python_documents()
     ]
-    text = "\n\n".join("\n".join(document) for document in documents if document)
-    Path("corpus.txt").write_text(text + "\n", encoding="utf-8")
+    text = "\n\n".join("\n".join(document) for document in documents if document) + "\n"
+    Path("corpus.txt").write_text(text, encoding="utf-8")
     print(f"corpus.txt: {text.count(chr(10)):,} lines, {len(text) / 1e6:.1f} MB")
 
 

@@ -196,8 +196,10 @@ def is_loaded(backend: str, op: str, device: str = "cpu") -> bool:
 def _load_extension(op: str, device: str) -> Any:
     try:
         importlib.import_module("fastbert._C")
+    except ModuleNotFoundError:
+        raise BackendUnavailable("the C++/CUDA extension is not built") from None
     except ImportError as error:
-        raise BackendUnavailable(f"the C++/CUDA extension is not built ({error})") from error
+        raise BackendUnavailable(f"the C++/CUDA extension cannot be loaded ({error})") from error
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastbert::{op}", device.upper()):
         raise BackendUnavailable(f"the C++/CUDA extension was built without {device} code")
     return torch.ops.fastbert

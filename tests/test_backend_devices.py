@@ -67,6 +67,17 @@ def test_a_wrong_variable_is_one_line_of_the_command(monkeypatch):
     assert (status, said) == (2, f"fastbert: error: {expected}\n")
 
 
+def test_a_forced_backend_that_cannot_run_is_one_line_of_the_command(monkeypatch, tmp_path):
+    fastbert.BertForMaskedLM(fastbert.BertConfig(**SHAPE)).save_pretrained(tmp_path)
+    words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a")
+    (tmp_path / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    with backend.use("triton"):
+        status, _, said = command_line.call("fill-mask", "--model", tmp_path, "a [MASK]")
+    expected = "Triton runs on CPU tensors only under TRITON_INTERPRET=1"
+    assert (status, said) == (2, f"fastbert: error: FASTBERT_BACKEND: {expected}\n")
+
+
 @pytest.mark.parametrize("capabilities", [((8, 0),), ((8, 9), (12, 0))])
 def test_gpus_from_ampere_on_run_triton(capabilities, a_gpu):
     a_gpu(*capabilities)

@@ -11,6 +11,7 @@ import pytest
 
 import fastbert
 from fastbert.backend import OPS
+from fastbert.config.pretrain import PRESETS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
@@ -66,6 +67,16 @@ def test_every_variable_of_the_code_is_on_its_page():
     found = set(re.findall(r"""environ(?:\.get\(|\.setdefault\(|\[)"(\w+)""", text))
     assert {"FASTBERT_BACKEND", "FASTBERT_GRAPHS", "FASTBERT_BUILD_EXT"} <= found
     assert {name for name in found if f"`{name}" not in page} <= NO_OPTIONS
+
+
+def test_the_presets_are_those_of_the_code():
+    page = (ROOT / "docs/pretraining.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` ((?:\| [\d.]+ ){6})\|$", page, flags=re.MULTILINE)
+    assert {name: [float(cell) for cell in cells.split("|")[1:]] for name, cells in rows} == {
+        name: [preset.shape["num_hidden_layers"], preset.shape["hidden_size"], preset.max_seq_len,
+               preset.learning_rate, preset.dropout, preset.nsp_weight]
+        for name, preset in PRESETS.items()
+    }  # fmt: skip
 
 
 def test_the_version_is_the_same_everywhere():

@@ -7,6 +7,7 @@ import sys
 import warnings
 from typing import Any
 
+from fastbert.backend import BackendUnavailable
 from fastbert.check import InputError, Stopped
 from fastbert.cli import training, use
 from fastbert.cli.app import app
@@ -18,8 +19,9 @@ COMMANDS = training, use  # modules whose import adds their commands to the app
 def main() -> None:
     """Runs the command line and ends the process with its exit status.
 
-    A mistake of the user's (InputError, OSError) prints one line to stderr, with status 2. Ctrl-C
-    prints one line that says what is kept, with status 130.
+    A mistake of the user's (InputError, OSError, a backend that FASTBERT_BACKEND forces and that
+    cannot run) prints one line to stderr, with status 2. Ctrl-C prints one line that says what is
+    kept, with status 130.
     """
     warnings.filterwarnings("default", category=UserWarning, module="fastbert")
     warnings.showwarning = _warn
@@ -34,6 +36,8 @@ def main() -> None:
         status = end.code
     except InputError as error:
         status = _say("error", error, 2)
+    except BackendUnavailable as error:  # which the variable alone forces here
+        status = _say("error", f"FASTBERT_BACKEND: {error}", 2)
     except Stopped as error:
         status = _say("stopped", error, 130)
     except OSError as error:

@@ -69,7 +69,7 @@ def predict(
     refused = [row["error"] for row in predictions if "error" in row]
     if refused:
         warnings.warn(f"{len(refused)} row(s) have an error, as: {refused[0]}", stacklevel=2)
-    console.print(f"{len(predictions)} predictions are in {out}")
+    _say_where(out, f"{len(predictions)} predictions")
 
 
 @app.command(
@@ -141,7 +141,7 @@ def embed(
     _open_output(out, source, model)
     embeddings = array.embed(model, source, **options)
     array.write_npy(out, embeddings)
-    console.print(f"embeddings {embeddings.shape} are in {out}")
+    _say_where(out, f"embeddings {embeddings.shape}")
 
 
 def _open_output(out: Path, source: Path, model: str) -> None:
@@ -149,6 +149,12 @@ def _open_output(out: Path, source: Path, model: str) -> None:
     files.require_output(out, source, model)
     if files.is_stream(out):  # the stream is for the rows only
         leave_standard_output()
+
+
+def _say_where(out: Path, what: str) -> None:
+    """Says that rows are in a file; the reader of a stream has them."""
+    if not files.is_stream(out):
+        console.print(f"{what} are in {out}")
 
 
 @app.command(

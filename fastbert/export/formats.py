@@ -1,6 +1,7 @@
 """The two formats: how a file is written, and how its own runtime runs it."""
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -72,8 +73,10 @@ def run_onnx(path: Path) -> Runner:
 
 def write_torch(program: ExportedProgram, model: Plain, path: Path) -> None:
     """Writes a .pt2 file, which `torch.export.load` reads."""
-    with _quietly(), path.open("wb") as file:
-        torch.export.save(program, file)
+    archive = io.BytesIO()  # torch ends the process where a file does not take all of it
+    with _quietly():
+        torch.export.save(program, archive)
+    path.write_bytes(archive.getbuffer())
 
 
 def run_torch(path: Path) -> Runner:

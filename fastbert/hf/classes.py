@@ -57,6 +57,8 @@ def patch(
     Raises TypeError, naming the class, if the model contains nothing to patch, and ValueError for
     another `graphs`, `padding` or `precision`.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch: expected a model, got {type(model).__name__}")
     require(precision in ("auto", "fp8"), "precision", '"auto" or "fp8"', repr(precision))
     is_known = padding in ("skip", "compute")
     require(is_known, "padding", '"skip" or "compute"', repr(padding))

@@ -225,9 +225,10 @@ def new_directory(path: str | Path) -> Iterator[Path]:
             file.chmod((0o777 if file.is_dir() else 0o666) & allowed)
         _take_the_place(beside, target)
     except (OSError, SafetensorError, RuntimeError, Unwritable) as error:
-        # torch's writer of archives hides the system's error behind a RuntimeError of its own
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise
+        if isinstance(error, RuntimeError):  # torch.save's own, while it handles that of a file
+            if not isinstance(error.__context__, OSError):
+                raise
+            error = error.__context__
         raise Unwritable.because(path, error) from error
     finally:
         if beside is not None:

@@ -105,7 +105,7 @@ def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> Prepa
     lost = np.maximum(lengths - config.max_seq_len, 0).sum() / lengths.sum()
     if pairs and lost > _MUCH_LOST:
         warnings.warn(
-            f"--corpus: more than {lost:.0%} of its tokens are not read, because its sentences are "
+            f"--corpus: at least {int(100 * lost)}% of its tokens are not read, as sentences are "
             f"cut to --max-seq-len, {config.max_seq_len}; put a sentence on a line, raise "
             "--max-seq-len, or take --objective mlm, which reads a long one in parts",
             stacklevel=2,

@@ -72,7 +72,8 @@ def save(
     with new_directory(directory) as writing:
         model.save_pretrained(writing, state_dict=weights)
         save_tokenizer(tokenizer, writing, max_length=model.config.max_position_embeddings)
-        torch.save(saved, writing / STATE)
+        with (writing / STATE).open("wb") as file:  # by a name, torch hides what the system says
+            torch.save(saved, file)
     checkpoint.point_latest(directory)
     # those of a run that began again, without its link, may have higher numbers than this one
     others = [path for path in _checkpoints(run) if path != directory]

@@ -1,6 +1,12 @@
-"""A small model's sizes, and batches with padding for it."""
+"""A small model's sizes, batches with padding for it, and an export onto a full disk."""
+
+import resource
+from pathlib import Path
 
 import torch
+
+from fastbert.check import InputError
+from fastbert.export import command
 
 SIZES = {
     "vocab_size": 60,
@@ -25,3 +31,12 @@ def padded(side: str, *lead: int, length: int = 13, types: int = 2) -> dict[str,
         "attention_mask": (column < lengths[..., None]).long(),
         "token_type_ids": torch.randint(types, shape, generator=generator),
     }
+
+
+def export_to_a_full_disk(directory: Path, out: Path) -> None:
+    """In a process of its own, which the limit and a failing destructor of torch's may end."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    try:
+        command.export(directory, out, to="torch")
+    except InputError as error:
+        print(error)

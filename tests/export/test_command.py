@@ -12,7 +12,8 @@ import torch
 from fastbert import BertConfig, cli
 from fastbert.check import InputError
 from fastbert.export import command, formats
-from tests.export.case import padded
+from tests import processes
+from tests.export.case import export_to_a_full_disk, padded
 
 pytest.importorskip("onnxruntime", reason="the extra [export] is needed")
 
@@ -77,6 +78,13 @@ def test_what_cannot_be_written_is_refused(saved, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file is no directory"):
         command.export(saved("BertModel"), tmp_path / "file" / "a.pt2", to="torch")
+
+
+def test_a_full_disk_is_told_and_ends_no_process(saved, tmp_path):
+    status, said = processes.run(export_to_a_full_disk, saved("BertModel"), tmp_path / "out")
+    said = "\n".join(line for line in said.splitlines() if "warn" not in line.lower())
+    assert (status, said) == (0, f"{tmp_path}/out/model.pt2: cannot be written (File too large)")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_stream_is_refused(saved):

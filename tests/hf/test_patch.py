@@ -119,6 +119,8 @@ def test_a_model_without_such_an_encoder_is_refused_by_name():
         fastbert.patch(other)
     with pytest.raises(TypeError, match=r"linear\.Linear, which has none"):
         fastbert.patch(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="patch: expected a model, got str"):
+        fastbert.patch("bert-base-uncased")
 
 
 def test_a_decoder_runs_as_before():

@@ -157,8 +157,18 @@ def test_a_forced_extension_never_falls_back(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastbert._C", None)
     with (
         backend.use("ext"),
-        pytest.raises(backend.BackendUnavailable, match="extension is not built"),
+        pytest.raises(backend.BackendUnavailable, match=r"extension is not built$"),
     ):
+        compact(torch.tensor([[1, 0]]), 0)
+
+
+def test_an_extension_of_another_torch_is_said_to_be_there(monkeypatch):
+    def fail(name):
+        raise ImportError("undefined symbol: at::of_another_release")
+
+    monkeypatch.setattr(backend.importlib, "import_module", fail)
+    refusal = r"extension cannot be loaded \(undefined symbol: at::of_another_release\)"
+    with backend.use("ext"), pytest.raises(backend.BackendUnavailable, match=refusal):
         compact(torch.tensor([[1, 0]]), 0)
 
 

@@ -13,6 +13,7 @@ import time
 
 import filelock
 import pytest
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -305,13 +306,25 @@ def test_what_an_encoding_lacks_is_printed_by_its_number(encoding, monkeypatch):
     assert "\\ud800" in said
 
 
+class NearlyFull(io.BytesIO):
+    """Has room for an archive's first bytes."""
+
+    def write(self, data):
+        if len(data) > 1000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
 def test_a_full_disk_under_torchs_archive_is_told_as_a_failed_write(tmp_path):
-    hidden = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        torch.save({"weight": torch.zeros(1000)}, NearlyFull())
     with (
-        pytest.raises(files.Unwritable, match=r"model: cannot be written \(.*unexpected pos"),
+        pytest.raises(
+            files.Unwritable, match=r"model: cannot be written \(No space left on device"
+        ),
         files.new_directory(tmp_path / "model"),
     ):
-        raise hidden
+        torch.save({"weight": torch.zeros(1000)}, NearlyFull())
     assert not list(tmp_path.iterdir())
 
 

@@ -254,7 +254,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(copied):
     for limit in (size // 2, size * 3 // 2):  # fails while writing the model, then the optimizer
         with small_files(limit):
             done = fastbert_cli("pretrain", "--out", copied, "--resume")
-        assert_one_clear_line(done, "checkpoint-9: cannot be written")
+        assert_one_clear_line(done, r"checkpoint-9: cannot be written \(.*File too large")
         assert (copied / "latest").resolve().name == "checkpoint-6"
         assert not [path for path in copied.iterdir() if "checkpoint-9" in path.name]
     fastbert.BertForPreTraining.from_pretrained(copied)

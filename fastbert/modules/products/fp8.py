@@ -187,7 +187,8 @@ def enable(model: nn.Module) -> None:
             for number, linear in enumerate(linears):
                 vars(linear)[PRODUCTS] = Slot(scales, number)
             found = True
-    require(found, "fp8", "a model with layers in an nn.ModuleList", type(model).__name__)
+    expected = f"an encoder with linear layers whose sizes are multiples of {MULTIPLE}"
+    require(found, "fp8", expected, type(model).__name__)
 
 
 def disable(model: nn.Module) -> None:

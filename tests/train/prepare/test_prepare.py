@@ -161,12 +161,13 @@ def test_pairs_that_are_all_random_are_said_to_be(text, config, corpus, tmp_path
 @pytest.mark.parametrize("objective", ["mlm+nsp", "mlm"])
 def test_long_lines_of_which_most_is_not_read_are_said_to_be(objective, config, corpus, tmp_path):
     """As in a corpus with a paragraph or a document on a line."""
-    corpus.write_text(("The list holds a number. " * 20 + "\n\nIt is an object.\n\n") * 4)
+    corpus.write_text(("The list holds a number. " * 3000 + "\n\nIt is an object.\n\n") * 4)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         prepare.prepare_text(dataclasses.replace(config, objective=objective), tmp_path / "run")
     said = [str(one.message) for one in caught if "tokens are not read" in str(one.message)]
     assert len(said) == (objective == "mlm+nsp")  # without pairs, long lines are read in parts
+    assert all("--corpus: at least 99% of its tokens" in one for one in said)
 
 
 def test_one_document_lacks_no_next_sentences_where_none_are_wanted(config, corpus, tmp_path):

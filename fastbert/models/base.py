@@ -20,8 +20,8 @@ from fastbert.models.arguments import DOWNLOAD, device_of, dtype_of, for_constru
 from fastbert.models.drawing import Undrawn, draw
 from fastbert.models.inputs import Inputs, Request
 from fastbert.models.resize import resize
+from fastbert.models.users import ask, may_be_left_out
 from fastbert.modules.bert_layer import BertLayer
-from fastbert.modules.linear import has_own_hooks, is_defined_in
 from fastbert.system.files import new_file
 
 
@@ -67,10 +67,9 @@ class BertPreTrainedModel(nn.Module):
         reads: "pooled" where only the pooled output is read; last hidden states may be in any form
         """
         bare, request.reads = self.base_model, reads
-        is_ours = is_defined_in(type(bare).forward, ("fastbert.",))
-        if is_ours and not has_own_hooks(bare):
+        if may_be_left_out(bare):
             return bare(request)
-        return request.asked_of(bare)  # hooks and a user's forward see what Hugging Face's do
+        return ask(bare, request)  # hooks and a user's forward see what Hugging Face's do
 
     def can_generate(self) -> bool:
         """False, because BERT generates no text; transformers' pipelines ask."""

@@ -10,6 +10,7 @@ from fastbert.check import require
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.heads import BertPooler
 from fastbert.models.inputs import ForwardOptions, Inputs, Request
+from fastbert.models.users import predict_in_rows, takes_tokens
 from fastbert.modules.embeddings import BertEmbeddings, Tables, own_dtype, stream_dtype
 from fastbert.modules.encoder import BertEncoder
 from fastbert.modules.graphs.buckets import may_compute
@@ -73,6 +74,9 @@ class BertModel(BertPreTrainedModel):
         return self.run(inputs, options, rows=rows)
 
     def predict(self, request: Request, rows: Rows | None = None) -> BaseModelOutputWithPooling:
+        if not takes_tokens(self):
+            self._check_positions(request.batch)
+            return predict_in_rows(self, request, rows)
         encoder = self.encoder
         reading = encoder.reading(request.inputs.given.device, trains=self.training)
         is_read = is_plain(encoder, BertEncoder)  # no hook on it may change its layers
@@ -103,7 +107,7 @@ class BertModel(BertPreTrainedModel):
             # a hook, or a module of another library, may read the batch's shape
             embeds = padding.pack(words(padding.pad(ids)))
             ids = None
-        x = self.embeddings(ids, batch.position_ids, batch.token_type_ids, embeds, rng)
+        x = self.embeddings(ids, batch.token_type_ids, batch.position_ids, embeds, rng=rng)
         encoded = encoder(
             x,
             cu_seqlens=batch.cu_seqlens,
@@ -154,7 +158,7 @@ class BertModel(BertPreTrainedModel):
         ) -> Tensor:
             if positions is None:
                 positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-            packed = [None if one is None else padding.pack(one) for one in (ids, positions, types)]
+            packed = [None if one is None else padding.pack(one) for one in (ids, types, positions)]
             return owner()(*packed)
 
         own = own_dtype(embeddings)

@@ -89,7 +89,8 @@ class Request:
     @classmethod
     def read(cls, model: Any, inputs: Inputs, options: dict[str, Any]) -> Self:
         """Reads a call; raises ValueError for arguments that do not fit together or are unknown."""
-        config, layers = model.config, model.base_model.encoder.layer
+        config = model.config
+        layers = getattr(getattr(model.base_model, "encoder", None), "layer", None)
         documents = {name: options.get(name) for name in DOCUMENTS}
         others = {name: x for name, x in options.items() if name not in DOCUMENTS}
         refuse_unknown(type(model).__name__, others)
@@ -108,7 +109,7 @@ class Request:
             inputs,
             documents,
             config.hidden_size,
-            not off_by(layers),
+            layers is not None and not off_by(layers),  # None inside a wrapper
             asked(config, options, "output_hidden_states"),
             asked(config, options, "return_dict"),
             options.get("num_items_in_batch"),
@@ -191,23 +192,6 @@ class Request:
         if self.output_hidden_states or not pays:
             return self
         return dataclasses.replace(self, rows=wanted_rows(batch, first=first, labelled=labelled))
-
-    def asked_of(self, bare: Any) -> Any:
-        """The output of a bare model that is called as Hugging Face's heads call theirs.
-
-        Last hidden states, if they are read, become packed ones of this request's rows; a hook may
-        have kept the output, so that stays as it is.
-        """
-        ids, *others = self.inputs
-        named = dict(zip(self.inputs._fields[1:], others, strict=True))
-        named |= {name: x for name, x in self.documents.items() if x is not None}
-        states = self.output_hidden_states
-        output = bare(ids, **named, output_hidden_states=states, return_dict=True)
-        if self.reads == "pooled":
-            return output
-        x = output.last_hidden_state if self.padding is None else self.padding.pack(output[0])
-        x = x if self.rows is None else self.rows.of(x)
-        return dataclasses.replace(output, last_hidden_state=x)
 
     def output(self, kind: Any, encoded: Any, logits: Tensor | None, scored: Scored | None) -> Any:
         """The output of class `kind`: the loss normalised, None without a score; logits; states."""

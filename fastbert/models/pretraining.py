@@ -16,7 +16,7 @@ from fastbert.models.losses import (
     score_words,
     wants_logits,
 )
-from fastbert.modules.linear import has_own_hooks
+from fastbert.models.users import may_be_left_out
 from fastbert.outputs import BertForPreTrainingOutput, MaskedLMOutput
 from fastbert.packing import PackedBatch
 
@@ -56,8 +56,12 @@ class _PredictsWords(BertPreTrainedModel):
 
         asked: return_logits and skip_logits
         """
-        batch, head = request.batch, self.cls.predictions
-        has_hook = has_own_hooks(self.cls) or has_own_hooks(head)  # which must see every token
+        batch, head = request.batch, self.cls
+        # hooks, and a forward of a user's, must see every token
+        has_hook = not may_be_left_out(head)
+        if not has_hook:
+            head = head.predictions
+            has_hook = not may_be_left_out(head)
         labels: Any = batch.labels
         pair_labels = batch.next_sentence_label
         has_loss = labels is not None and (not with_pairs or pair_labels is not None)

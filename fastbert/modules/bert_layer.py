@@ -15,6 +15,7 @@ from fastbert.modules.activations import Activation, activation, dense_and_activ
 from fastbert.modules.adapters import read_leaf
 from fastbert.modules.layer import End, LayerParts, project_and_norm, self_attention
 from fastbert.modules.linear import Leaf, dropout_p_of, is_plain, is_plain_dropout
+from fastbert.modules.request import read_layout, refuse_unknown
 from fastbert.modules.sequences import Sequences
 from fastbert.ops.layer_norm import Save
 from fastbert.rng import DropoutState
@@ -125,11 +126,34 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config)
 
-    def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
-        """(T, H) -> (T, H) or (M, H); the three dropouts use three sites from rng.site on."""
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Sequences | Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """(T, H) -> (T, H) or (M, H); the three dropouts use three sites from rng.site on.
+
+        attention_mask: the sequences of packed tokens; or of hidden states (B, S, H), which are
+        returned in that form, a mask as in `read_mask`, in a call like Hugging Face's. Raises
+        ValueError for other arguments.
+        """
+        if not isinstance(attention_mask, Sequences):
+            return self._forward_padded(hidden_states, attention_mask, kwargs)
+        sequences = attention_mask
         hidden_states = self.attention(hidden_states, sequences)
         intermediate = self.intermediate(hidden_states)
         return self.output(intermediate, hidden_states, sequences.wanted_rng(2))
+
+    def _forward_padded(
+        self, hidden_states: Tensor, mask: Tensor | None, others: dict[str, Any]
+    ) -> Tensor:
+        refuse_unknown("BertLayer", others)
+        padding, general = read_layout(hidden_states, mask, None, hidden_size=None)
+        sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
+        x = padding.pack(hidden_states)
+        if self.gradient_checkpointing and self.training:
+            x = self._gradient_checkpointing_func(self.forward, x, sequences)
+        else:
+            x = self.forward(x, sequences)
+        return padding.pad(x)
 
 
 def parts_of(layer: Any) -> LayerParts | None:

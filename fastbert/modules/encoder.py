@@ -16,6 +16,7 @@ from fastbert.modules.bert_layer import BertLayer, parts_of
 from fastbert.modules.embeddings import stream_dtype
 from fastbert.modules.graphs.buckets import may_replay, off_by
 from fastbert.modules.layer import Share, share_packed
+from fastbert.modules.linear import is_defined_in
 from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.request import (
     CAPTURING,
@@ -27,6 +28,7 @@ from fastbert.modules.request import (
 )
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.stack import run_stack, share_padded
+from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import BaseModelOutputWithPastAndCrossAttentions
 from fastbert.rng import DropoutState
 
@@ -165,12 +167,22 @@ class BertEncoder(nn.Module):
             layer = cast(BertLayer, layers[number])
             if getattr(layer, "gradient_checkpointing", False) and layer.training:
                 return layer._gradient_checkpointing_func(layer.__call__, x, sequences)
-            return layer(x, sequences)
+            if is_defined_in(type(layer).forward, ("fastbert.", "torch.")):  # its wrappers pass on
+                return layer(x, sequences)
+            return _in_rows(layer, x, sequences)
 
         return run_stack(reading, x, sequences, wanted, rows, call, share)
 
 
 _PLANNER = Planner(parts_of)
+
+
+def _in_rows(layer: nn.Module, x: Tensor, sequences: Sequences) -> Tensor:
+    """(T, H) -> (T, H) or (M, H) by a layer of a user's class, called as Hugging Face calls it."""
+    rows = Unpadding.from_cu_seqlens(sequences.cu_seqlens, sequences.max_seqlen, len(x))
+    output = layer(rows.pad(x), rows.mask if sequences.mask is None else sequences.mask)
+    y = rows.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
+    return y if sequences.rows is None else sequences.rows.of(y)
 
 
 def _captured_around() -> tuple[dict[str, Any], int]:

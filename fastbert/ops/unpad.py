@@ -73,6 +73,13 @@ class Unpadding:
         """The length of all sequences, which fill the rows; 0 where they differ."""
         return self.batch_shape[1] if self.slots is None and self.is_by_row else 0
 
+    @property
+    def mask(self) -> Tensor | None:
+        """(B, 1, 1, S) bool, True at tokens, for attention; None for a batch without padding."""
+        if self.slots is None:
+            return None
+        return (self.slots >= 0).view(self.batch_shape)[:, None, None]
+
     def pack(self, padded: Tensor, spare: int = 0) -> Tensor:
         """(B, S, ...) -> (T, ...), of any dtype; raises ValueError for another shape.
 

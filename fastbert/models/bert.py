@@ -9,7 +9,7 @@ from torch import Tensor
 from fastbert.check import require
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.heads import BertPooler
-from fastbert.models.inputs import ForwardOptions, Inputs, Request
+from fastbert.models.inputs import ForwardOptions, Inputs, Request, drawn
 from fastbert.models.users import predict_in_rows, takes_tokens
 from fastbert.modules.embeddings import BertEmbeddings, Tables, own_dtype, stream_dtype
 from fastbert.modules.encoder import BertEncoder
@@ -23,7 +23,6 @@ from fastbert.modules.stack import replay_padded, share_padded
 from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.packing import PackedBatch
-from fastbert.rng import for_batch
 
 
 class BertModel(BertPreTrainedModel):
@@ -92,12 +91,7 @@ class BertModel(BertPreTrainedModel):
         rng = None
         # without a dropout nothing is drawn from torch's generator, as in Hugging Face
         if reading.drops() or any(map(dropout_p_of, self.embeddings.children())):
-            rng = for_batch(
-                batch.cu_seqlens,
-                batch.num_tokens,
-                sequence_ids=batch.sequence_ids,
-                state=batch.dropout_state,
-            )
+            rng = drawn(batch)
         share: Share = share_packed
         if padding is not None:
             share = share_padded(padding, own_dtype(self.embeddings))

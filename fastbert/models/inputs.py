@@ -20,6 +20,7 @@ from fastbert.modules.request import (
 from fastbert.modules.sequences import Rows
 from fastbert.ops.unpad import Unpadding
 from fastbert.packing import IGNORE_INDEX, PackedBatch
+from fastbert.rng import DropoutState, for_batch
 
 
 class Inputs(NamedTuple):
@@ -204,6 +205,16 @@ class Request:
     def padded(self, tokens: Tensor) -> Tensor:
         """(T, ...) -> (B, S, ...) with zeros at padding; unchanged if the input was packed."""
         return tokens if self.padding is None else self.padding.pad(tokens)
+
+
+def drawn(batch: PackedBatch) -> DropoutState:
+    """The dropout state of a batch, its own or one from torch's generator."""
+    return for_batch(
+        batch.cu_seqlens,
+        batch.num_tokens,
+        sequence_ids=batch.sequence_ids,
+        state=batch.dropout_state,
+    )
 
 
 def wanted_rows(batch: PackedBatch, *, first: bool, labelled: bool) -> Rows:

@@ -74,7 +74,10 @@ class _PredictsWords(BertPreTrainedModel):
         logits: Any = None
         pairs: Any = None
         if with_logits or has_hook:
-            logits, pairs = self.cls(x, pooled) if with_pairs else (self.cls(x), None)
+            rows = request.padded(x) if has_hook else x
+            logits, pairs = self.cls(rows, pooled) if with_pairs else (self.cls(rows), None)
+            if has_hook and request.padding is not None:
+                logits = request.padding.pack(logits)
         elif with_pairs:
             pairs = self.cls.seq_relationship(pooled)
         if has_loss and has_hook:

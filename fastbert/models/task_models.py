@@ -12,6 +12,7 @@ from fastbert.models.bert import BertModel
 from fastbert.models.heads import BertOnlyNSPHead
 from fastbert.models.inputs import ForwardOptions, Inputs, Request
 from fastbert.models.losses import problem_type_of, score_classes, score_sequences, span_loss
+from fastbert.models.users import through
 from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import (
     MultipleChoiceModelOutput,
@@ -120,7 +121,8 @@ class BertForTokenClassification(_Classifier):
     def predict(self, request: Request, labels: Tensor | None = None) -> TokenClassifierOutput:
         request = request.labelled(labels)
         encoded = self.encode(request)
-        logits = self.classifier(self.dropout(encoded.last_hidden_state))
+        x = through(self.dropout, encoded.last_hidden_state, request)
+        logits = through(self.classifier, x, request)
         labels = request.batch.labels
         scored = None if labels is None else score_classes(logits, labels)
         return request.output(TokenClassifierOutput, encoded, request.padded(logits), scored)
@@ -230,7 +232,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         end_positions: Tensor | None = None,
     ) -> QuestionAnsweringModelOutput:
         encoded = self.encode(request)
-        logits = self.qa_outputs(encoded.last_hidden_state)  # (T, 2)
+        logits = through(self.qa_outputs, encoded.last_hidden_state, request)  # (T, 2)
         batch, padding = request.batch, request.padding
         by_row = None if padding is None else _by_column(logits, padding)
         loss = None

@@ -127,27 +127,37 @@ class BertLayer(nn.Module):
         self.output = BertOutput(config)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Sequences | Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Sequences | Tensor | None = None,
+        *,
+        sequences: Sequences | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """(T, H) -> (T, H) or (M, H); the three dropouts use three sites from rng.site on.
 
         attention_mask: the sequences of packed tokens; or of hidden states (B, S, H), which are
-        returned in that form, a mask as in `read_mask`, in a call like Hugging Face's. Raises
-        ValueError for other arguments.
+        returned in that form, a mask as in `read_mask`, in a call like Hugging Face's; sequences:
+        those of the rows of such hidden states. Raises ValueError for other arguments.
         """
         if not isinstance(attention_mask, Sequences):
-            return self._forward_padded(hidden_states, attention_mask, kwargs)
+            return self._forward_padded(hidden_states, attention_mask, sequences, kwargs)
         sequences = attention_mask
         hidden_states = self.attention(hidden_states, sequences)
         intermediate = self.intermediate(hidden_states)
         return self.output(intermediate, hidden_states, sequences.wanted_rng(2))
 
     def _forward_padded(
-        self, hidden_states: Tensor, mask: Tensor | None, others: dict[str, Any]
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        sequences: Sequences | None,
+        others: dict[str, Any],
     ) -> Tensor:
         refuse_unknown("BertLayer", others)
         padding, general = read_layout(hidden_states, mask, None, hidden_size=None)
-        sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
+        if sequences is None:
+            sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
         x = padding.pack(hidden_states)
         if self.gradient_checkpointing and self.training:
             x = self._gradient_checkpointing_func(self.forward, x, sequences)

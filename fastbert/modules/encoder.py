@@ -16,7 +16,7 @@ from fastbert.modules.bert_layer import BertLayer, parts_of
 from fastbert.modules.embeddings import stream_dtype
 from fastbert.modules.graphs.buckets import may_replay, off_by
 from fastbert.modules.layer import Share, share_packed
-from fastbert.modules.linear import is_defined_in
+from fastbert.modules.linear import is_defined_in, is_watched
 from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.request import (
     CAPTURING,
@@ -72,9 +72,9 @@ class BertEncoder(nn.Module):
         int32, max_seqlen and a mask as in `Sequences`. The output is padded or packed like the
         input; padded positions hold zeros.
         output_hidden_states: True adds the input and the output of each layer; places among them,
-        negative ones from the end, add these, with None for the others. rng: with packed
-        hidden_states, the dropout state; None draws one from torch's generator and numbers the
-        sequences of the batch. rows: with packed hidden_states, the tokens that the last layer
+        negative ones from the end, add these, with None for the others. rng: the dropout state of
+        the packed tokens; None draws one from torch's generator and numbers the sequences of the
+        batch. rows: with packed hidden_states, the tokens that the last layer
         computes; last_hidden_state is then (M, H). share: with packed hidden_states, gives the
         states that are added another form. reading: with packed hidden_states, of `reading` for
         this call.
@@ -88,7 +88,7 @@ class BertEncoder(nn.Module):
         }
         if hidden_states.ndim == 3:
             return self._forward_padded(
-                hidden_states, attention_mask, output_hidden_states, **kwargs
+                hidden_states, attention_mask, output_hidden_states, rng, **kwargs
             )
         require(
             hidden_states.ndim == 2 and cu_seqlens is not None and max_seqlen is not None,
@@ -124,6 +124,7 @@ class BertEncoder(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         output_hidden_states: Any,
+        rng: DropoutState | None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
@@ -140,7 +141,7 @@ class BertEncoder(nn.Module):
         wanted = wanted or output_hidden_states
         dtype = stream_dtype(hidden_states.dtype, hidden_states.device, self)
         stream = padding.pack(hidden_states).to(dtype)
-        sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
+        sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
         share = share_padded(padding, hidden_states.dtype)
         x, states = self._run(stream, sequences, wanted, None, share)
         captured.get("hidden_states", []).extend((states or ())[first:])
@@ -165,11 +166,12 @@ class BertEncoder(nn.Module):
 
         def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
             layer = cast(BertLayer, layers[number])
+            passes_on = is_defined_in(type(layer).forward, ("fastbert.", "torch."))  # its wrappers
+            if is_watched(layer) or not passes_on:
+                return _in_rows(layer, x, sequences)
             if getattr(layer, "gradient_checkpointing", False) and layer.training:
                 return layer._gradient_checkpointing_func(layer.__call__, x, sequences)
-            if is_defined_in(type(layer).forward, ("fastbert.", "torch.")):  # its wrappers pass on
-                return layer(x, sequences)
-            return _in_rows(layer, x, sequences)
+            return layer(x, sequences)
 
         return run_stack(reading, x, sequences, wanted, rows, call, share)
 
@@ -178,9 +180,12 @@ _PLANNER = Planner(parts_of)
 
 
 def _in_rows(layer: nn.Module, x: Tensor, sequences: Sequences) -> Tensor:
-    """(T, H) -> (T, H) or (M, H) by a layer of a user's class, called as Hugging Face calls it."""
+    """(T, H) -> (T, H) or (M, H) by a call like Hugging Face's, for hooks and users' classes."""
     rows = Unpadding.from_cu_seqlens(sequences.cu_seqlens, sequences.max_seqlen, len(x))
-    output = layer(rows.pad(x), rows.mask if sequences.mask is None else sequences.mask)
+    mask = rows.mask if sequences.mask is None else sequences.mask
+    is_own = is_defined_in(type(layer).forward, ("fastbert.",))
+    named = {"sequences": sequences.only(None)} if is_own else {}  # for the same dropout
+    output = layer(rows.pad(x), mask, **named)
     y = rows.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
     return y if sequences.rows is None else sequences.rows.of(y)
 

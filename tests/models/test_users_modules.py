@@ -371,3 +371,44 @@ def test_a_configuration_that_has_become_a_decoders_is_refused():
     own.config.is_decoder = True
     with pytest.raises(ValueError, match="a configuration of an encoder, got is_decoder=True"):
         own(input_ids=IDS)
+
+
+SEEN = {
+    "ForPreTraining": ("bert.embeddings", "bert.encoder", "bert.encoder.layer.0", "cls"),
+    "ForMaskedLM": ("cls.predictions",),
+    "ForTokenClassification": ("dropout", "classifier"),
+    "ForQuestionAnswering": ("qa_outputs",),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("head", "name"), [(h, name) for h, some in SEEN.items() for name in some])
+def test_a_hook_sees_the_hidden_states_that_hugging_faces_does(head, name, training):
+    both, seen = make(head), []
+
+    def see(module, args, kwargs, output):
+        states = args[0] if args and args[0].is_floating_point() else None
+        output = output[0] if isinstance(output, (tuple, dict)) else output
+        seen.append([x[MASK == 1] for x in (states, output) if x is not None])
+
+    for model in both:
+        model.get_submodule(name).register_forward_hook(see, with_kwargs=True)
+        model.train(training)(
+            input_ids=IDS, attention_mask=MASK, **(LABELS[head] if training else {})
+        )
+    expected, actual = seen
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["embeddings", "encoder", "encoder.layer.0"])
+@pytest.mark.parametrize("mask", [MASK, None])
+def test_a_hook_that_only_looks_changes_no_dropout(name, mask):
+    torch.manual_seed(0)
+    dropouts = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
+    model = fastbert.BertModel(fastbert.BertConfig(**(SHAPE | dropouts))).train()
+    found = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        found.append(model(IDS, mask).last_hidden_state)
+        model.get_submodule(name).register_forward_hook(lambda module, args, output: None)
+    torch.testing.assert_close(found[1], found[0])

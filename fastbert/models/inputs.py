@@ -16,6 +16,7 @@ from fastbert.modules.request import (
     read_layout,
     refuse_attentions,
     refuse_unknown,
+    require_values,
 )
 from fastbert.modules.sequences import Rows
 from fastbert.ops.unpad import Unpadding
@@ -153,6 +154,7 @@ class Request:
             batch = dataclasses.replace(batch, labels=packed)
         if batch.labels is not None and batch.num_labels is None:
             # the only place where the host waits for the number of labels
+            require_values("labels", batch.labels)
             count = int((batch.labels != IGNORE_INDEX).sum())
             batch = dataclasses.replace(batch, num_labels=count)
         is_padded = padding is not None and padding.slots is not None

@@ -4,6 +4,7 @@ T packed tokens, M rows whose output is wanted, H hidden. The modules pass each 
 tensor and its `Sequences`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -140,30 +141,20 @@ class BertLayer(nn.Module):
         returned in that form, a mask as in `read_mask`, in a call like Hugging Face's; sequences:
         those of the rows of such hidden states. Raises ValueError for other arguments.
         """
-        if not isinstance(attention_mask, Sequences):
-            return self._forward_padded(hidden_states, attention_mask, sequences, kwargs)
-        sequences = attention_mask
-        hidden_states = self.attention(hidden_states, sequences)
-        intermediate = self.intermediate(hidden_states)
-        return self.output(intermediate, hidden_states, sequences.wanted_rng(2))
-
-    def _forward_padded(
-        self,
-        hidden_states: Tensor,
-        mask: Tensor | None,
-        sequences: Sequences | None,
-        others: dict[str, Any],
-    ) -> Tensor:
-        refuse_unknown("BertLayer", others)
-        padding, general = read_layout(hidden_states, mask, None, hidden_size=None)
-        if sequences is None:
+        refuse_unknown("BertLayer", kwargs)
+        if isinstance(attention_mask, Sequences):
+            return self._run(hidden_states, attention_mask)
+        padding, general = read_layout(hidden_states, attention_mask, None, hidden_size=None)
+        x, run = padding.pack(hidden_states), self._run
+        if sequences is None:  # called by hand, or by a module around it
             sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
-        x = padding.pack(hidden_states)
-        if self.gradient_checkpointing and self.training:
-            x = self._gradient_checkpointing_func(self.forward, x, sequences)
-        else:
-            x = self.forward(x, sequences)
-        return padding.pad(x)
+            if self.gradient_checkpointing and self.training:
+                run = functools.partial(self._gradient_checkpointing_func, run)
+        return padding.pad(run(x, sequences))
+
+    def _run(self, x: Tensor, sequences: Sequences) -> Tensor:
+        x = self.attention(x, sequences)
+        return self.output(self.intermediate(x), x, sequences.wanted_rng(2))
 
 
 def parts_of(layer: Any) -> LayerParts | None:

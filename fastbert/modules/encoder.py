@@ -3,6 +3,7 @@
 T packed tokens of B sequences, M rows whose output is wanted, H hidden.
 """
 
+import functools
 import sys
 from typing import Any, cast
 
@@ -166,17 +167,22 @@ class BertEncoder(nn.Module):
 
         def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
             layer = cast(BertLayer, layers[number])
-            passes_on = is_defined_in(type(layer).forward, ("fastbert.", "torch."))  # its wrappers
-            if is_watched(layer) or not passes_on:
-                return _in_rows(layer, x, sequences)
+            run = layer.__call__
+            if is_watched(layer) or not takes_sequences(layer):
+                run = functools.partial(_in_rows, layer)
             if getattr(layer, "gradient_checkpointing", False) and layer.training:
-                return layer._gradient_checkpointing_func(layer.__call__, x, sequences)
-            return layer(x, sequences)
+                return layer._gradient_checkpointing_func(run, x, sequences)
+            return run(x, sequences)
 
         return run_stack(reading, x, sequences, wanted, rows, call, share)
 
 
 _PLANNER = Planner(parts_of)
+
+
+def takes_sequences(layer: nn.Module) -> bool:
+    """Whether it is a `BertLayer`, or one of torch's wrappers, which pass all arguments on."""
+    return isinstance(layer, BertLayer) or is_defined_in(type(layer).forward, ("torch.",))
 
 
 def _in_rows(layer: nn.Module, x: Tensor, sequences: Sequences) -> Tensor:

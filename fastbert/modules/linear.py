@@ -282,10 +282,8 @@ def hooks_of(module: nn.Module) -> Hooks:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks see what the module gets or gives, or a forward set on the instance does."""
+    """Whether hooks see what the module gets or gives."""
     hooks = hooks_of(module)
-    if "forward" in vars(module):
-        return True
     return any(hooks) and not all(is_of_weights(hook) for some in hooks for hook in some.values())
 
 

@@ -40,7 +40,7 @@ class BertSelfAttention(nn.Module):
             hidden_states,
             wanted,
             (Leaf(self.query), Leaf(self.key), Leaf(self.value)),
-            _num_heads(self),
+            self.attention_head_size,
             dropout_p_of(self.dropout, self),
             sequences,
         )
@@ -211,19 +211,13 @@ def read_parts(
 
     return LayerParts(
         projections=(leaf(this.query), leaf(this.key), leaf(this.value)),
-        num_heads=_num_heads(this),
+        head_dim=this.attention_head_size,
         attention_dropout=dropout(this),
         attention_end=end(attention.output),
         intermediate=leaf(layer.intermediate.dense),
         activation=function(layer.intermediate.intermediate_act_fn),
         output=end(layer.output),
     )
-
-
-def _num_heads(attention: Any) -> int:
-    """As many as the queries have numbers for, as in Hugging Face, of whom users prune some."""
-    size = getattr(attention.query, "out_features", None)
-    return attention.num_attention_heads if size is None else size // attention.attention_head_size
 
 
 # The forwards of a layer and of its modules, in the order in which `parts_of` checks these.

@@ -366,6 +366,31 @@ def test_heads_that_are_pruned_by_hand_are_counted_by_their_size():
     torch.testing.assert_close(actual, expected)
 
 
+class Share(nn.Linear):
+    """As torch's tensor parallelism has it: features of a part of the heads, said to be all."""
+
+    def forward(self, x):
+        return super().forward(x)[..., :16] if x.shape[-1] == 32 else self.of_share(x)
+
+    def of_share(self, x):
+        return nn.functional.linear(x, self.weight[:, :16], self.bias)
+
+
+@pytest.mark.parametrize("kind", ["own", "encoder"])
+def test_a_rank_with_a_share_of_the_heads_attends_by_heads_of_their_size(kind):
+    both = make("ForSequenceClassification")
+    if kind == "encoder":
+        encoder, swapped = both[1].bert.encoder, copy.deepcopy(both[0])
+        swapped.bert.encoder = encoder
+        both = both[0], swapped
+    for model in both:
+        attention = model.eval().bert.encoder.layer[0].attention
+        for linear in (*list(attention.self.children())[:3], attention.output.dense):
+            linear.__class__ = Share
+    expected, actual = (model(input_ids=IDS, attention_mask=MASK).logits for model in both)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_a_configuration_that_has_become_a_decoders_is_refused():
     _, own = make("ForSequenceClassification")
     own.config.is_decoder = True

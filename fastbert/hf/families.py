@@ -128,7 +128,7 @@ def _distilbert_parts(layer: Any) -> LayerParts:
     _require_usual_scores(attention, attention.q_lin, attention.n_heads)
     return LayerParts(
         projections=(leaf(attention.q_lin), leaf(attention.k_lin), leaf(attention.v_lin)),
-        num_heads=attention.n_heads,
+        head_dim=attention.dim // attention.n_heads,
         attention_dropout=_attention_dropout(attention),
         attention_end=End(leaf(attention.out_lin), 0.0, leaf(layer.sa_layer_norm, nn.LayerNorm)),
         intermediate=leaf(ffn.lin1),

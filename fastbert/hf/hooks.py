@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fastbert.modules.linear import hooks_of, is_defined_in
+from fastbert.modules.linear import hooks_of, is_defined_in, is_of_weights, module_of_hook
 from fastbert.modules.request import CAPTURING
 
 # Attributes of a patched class, which those that derive from it have too.
@@ -92,22 +92,11 @@ def _hooks(module: nn.Module) -> Iterable[Callable[..., Any]]:
 
 
 def _observes(hook: Callable[..., Any]) -> bool:
-    return _is_awake(hook) and not _is_of_weights(hook)
+    return _is_awake(hook) and not is_of_weights(hook)
 
 
 def _is_awake(hook: Callable[..., Any]) -> bool:
     """Whether a hook is active: transformers 5's capturing hooks stay, but act only when asked."""
-    if _module(hook) != CAPTURING:
+    if module_of_hook(hook) != CAPTURING:
         return True
     return bool(sys.modules[CAPTURING]._active_collector.get())
-
-
-def _is_of_weights(hook: Callable[..., Any]) -> bool:
-    """Whether a hook only touches weights: FSDP's hooks move parameters, those of pruning and
-    weight norms compute them. `enable_input_require_grads` only sets a flag, so it counts too."""
-    is_flag = getattr(hook, "__name__", "") == "make_inputs_require_grads"
-    return is_flag or _module(hook).startswith(("torch.distributed.", "torch.nn.utils."))
-
-
-def _module(hook: Callable[..., Any]) -> str:
-    return getattr(hook, "__module__", None) or type(hook).__module__

@@ -21,8 +21,9 @@ from fastbert.models.drawing import Undrawn, draw
 from fastbert.models.inputs import Inputs
 from fastbert.models.request import Request
 from fastbert.models.resize import resize
+from fastbert.models.tied import set_apart, tie_again
+from fastbert.models.users import ask, may_be_left_out
 from fastbert.modules.bert_layer import BertLayer
-from fastbert.modules.linear import has_own_hooks, is_defined_in
 from fastbert.system.files import new_file
 
 
@@ -49,8 +50,8 @@ class BertPreTrainedModel(nn.Module):
         check_config(config)
         self.config = config
         # load_state_dict(assign=True) replaces tied parameters by separate ones
-        self.register_load_state_dict_post_hook(_tie_again)  # type: ignore[no-untyped-call]
-        self.register_state_dict_post_hook(_set_apart)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(tie_again)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(set_apart)  # type: ignore[no-untyped-call]
 
     def run(self, inputs: Inputs, options: Any, **targets: Any) -> Any:
         """Reads the arguments, predicts, and returns the output, or a tuple of it, as asked."""
@@ -70,10 +71,9 @@ class BertPreTrainedModel(nn.Module):
         """
         bare, request.readers = self.base_model, readers
         request.reads = "packed" if readers else "pooled"
-        is_ours = is_defined_in(type(bare).forward, ("fastbert.",))
-        if is_ours and not has_own_hooks(bare):
+        if may_be_left_out(bare):
             return bare(request)
-        return request.asked_of(bare)  # hooks and a user's forward see what Hugging Face's do
+        return ask(bare, request)  # hooks and a user's forward see what Hugging Face's do
 
     def can_generate(self) -> bool:
         """False, because BERT generates no text; transformers' pipelines ask."""
@@ -190,6 +190,18 @@ class BertPreTrainedModel(nn.Module):
     gradient_checkpointing_disable = activation_checkpointing_disable
     is_gradient_checkpointing = is_activation_checkpointing
 
+    def enable_input_require_grads(self) -> None:
+        """Gives frozen embeddings' output a gradient, which reentrant checkpointing needs."""
+
+        def make_inputs_require_grads(module: Any, args: Any, output: Tensor) -> None:
+            output.requires_grad_()
+
+        words = self.get_input_embeddings()
+        self._require_grads_hook = words.register_forward_hook(make_inputs_require_grads)
+
+    def disable_input_require_grads(self) -> None:
+        self._require_grads_hook.remove()
+
     def _layers(self) -> list[BertLayer]:
         return [module for module in self.modules() if isinstance(module, BertLayer)]
 
@@ -278,23 +290,3 @@ class BertPreTrainedModel(nn.Module):
 
 
 _WRITING = {"save_function", "safe_serialization", "max_shard_size"}
-
-
-def _set_apart(
-    model: BertPreTrainedModel, state: dict[str, Any], prefix: str, metadata: Any
-) -> None:
-    """Copies tied parameters under their further names in a state dict: Trainer saves with
-    safetensors, which refuses tensors that share memory."""
-    seen = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tensor = state.get(prefix + name)
-        if parameter in seen and tensor is not None and not isinstance(tensor, nn.Parameter):
-            state[prefix + name] = tensor.clone()
-        seen.add(parameter)
-
-
-def _tie_again(model: BertPreTrainedModel, _: Any) -> None:
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    pairs = model._tied_weights_keys
-    if names.issuperset([*pairs, *pairs.values()]):  # else another library has wrapped a module
-        model.tie_weights()

@@ -10,7 +10,8 @@ from fastbert.check import require
 from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.heads import BertPooler, maps_rows
 from fastbert.models.inputs import ForwardOptions, Inputs
-from fastbert.models.request import Request
+from fastbert.models.request import Request, drawn
+from fastbert.models.users import predict_in_rows, takes_tokens
 from fastbert.modules.embeddings import BertEmbeddings, Tables, own_dtype, stream_dtype
 from fastbert.modules.encoder import BertEncoder
 from fastbert.modules.graphs.buckets import may_compute
@@ -23,7 +24,6 @@ from fastbert.modules.stack import replay_padded, share_padded
 from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.packing import PackedBatch
-from fastbert.rng import for_batch
 
 
 class BertModel(BertPreTrainedModel):
@@ -74,6 +74,9 @@ class BertModel(BertPreTrainedModel):
         return self.run(inputs, options, rows=rows)
 
     def predict(self, request: Request, rows: Rows | None = None) -> BaseModelOutputWithPooling:
+        if not takes_tokens(self):
+            self._check_positions(request.batch)
+            return predict_in_rows(self, request, rows)
         encoder = self.encoder
         reading = encoder.reading(request.inputs.given.device, trains=self.training)
         is_read = is_plain(encoder, BertEncoder)  # no hook on it may change its layers
@@ -89,12 +92,7 @@ class BertModel(BertPreTrainedModel):
         rng = None
         # without a dropout nothing is drawn from torch's generator, as in Hugging Face
         if reading.drops() or any(map(dropout_p_of, self.embeddings.children())):
-            rng = for_batch(
-                batch.cu_seqlens,
-                batch.num_tokens,
-                sequence_ids=batch.sequence_ids,
-                state=batch.dropout_state,
-            )
+            rng = drawn(batch)
         share: Share = share_packed
         if padding is not None:
             share = share_padded(padding, own_dtype(self.embeddings))
@@ -104,7 +102,7 @@ class BertModel(BertPreTrainedModel):
             # a hook, or a module of another library, may read the batch's shape
             embeds = padding.pack(words(padding.pad(ids)))
             ids = None
-        x = self.embeddings(ids, batch.position_ids, batch.token_type_ids, embeds, rng)
+        x = self.embeddings(ids, batch.token_type_ids, batch.position_ids, embeds, rng=rng)
         encoded = encoder(
             x,
             cu_seqlens=batch.cu_seqlens,
@@ -159,7 +157,7 @@ class BertModel(BertPreTrainedModel):
         ) -> Tensor:
             if positions is None:
                 positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-            packed = [None if one is None else padding.pack(one) for one in (ids, positions, types)]
+            packed = [None if one is None else padding.pack(one) for one in (ids, types, positions)]
             return owner()(*packed)
 
         own = own_dtype(embeddings)

@@ -26,9 +26,11 @@ class BertPooler(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.activation = nn.Tanh()
 
-    def forward(self, first_tokens: Tensor) -> Tensor:
-        """(B, H), the first real token of each sequence -> (B, H)"""
-        return self.activation(self.dense(first_tokens))
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, H), the first real token of each sequence, or all tokens (B, S, H), -> (B, H)"""
+        if hidden_states.ndim == 3:
+            hidden_states = hidden_states[:, 0]
+        return self.activation(self.dense(hidden_states))
 
 
 class BertPredictionHeadTransform(nn.Module):

@@ -17,7 +17,7 @@ from fastbert.models.losses import (
     wants_logits,
 )
 from fastbert.models.request import Request
-from fastbert.modules.linear import has_own_hooks
+from fastbert.models.users import may_be_left_out
 from fastbert.outputs import BertForPreTrainingOutput, MaskedLMOutput
 from fastbert.packing import PackedBatch
 
@@ -57,8 +57,12 @@ class _PredictsWords(BertPreTrainedModel):
 
         asked: return_logits and skip_logits
         """
-        labels, head = request.labels, self.cls.predictions
-        has_hook = has_own_hooks(self.cls) or has_own_hooks(head)  # which must see every token
+        labels, head = request.labels, self.cls
+        # hooks, and a forward of a user's, must see every token
+        has_hook = not may_be_left_out(head)
+        if not has_hook:
+            head = head.predictions
+            has_hook = not may_be_left_out(head)
         has_loss = labels is not None and not (with_pairs and request.pair_labels is None)
         with_logits = wants_logits(self, has_loss, **asked)
         if has_loss and not (with_logits or has_hook):
@@ -69,7 +73,10 @@ class _PredictsWords(BertPreTrainedModel):
         logits: Any = None
         pairs: Any = None
         if with_logits or has_hook:
-            logits, pairs = self.cls(x, pooled) if with_pairs else (self.cls(x), None)
+            rows = request.padded(x) if has_hook else x
+            logits, pairs = self.cls(rows, pooled) if with_pairs else (self.cls(rows), None)
+            if has_hook and request.padding is not None:
+                logits = request.padding.pack(logits)
         elif with_pairs:
             pairs = self.cls.seq_relationship(pooled)
         if labels is not None and has_loss:

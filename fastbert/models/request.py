@@ -11,10 +11,17 @@ from fastbert.check import require
 from fastbert.models.inputs import Inputs, pack_inputs, packed
 from fastbert.models.losses import Scored, without_padding
 from fastbert.modules.graphs.buckets import off_by
-from fastbert.modules.request import DOCUMENTS, asked, refuse_attentions, refuse_unknown
+from fastbert.modules.request import (
+    DOCUMENTS,
+    asked,
+    refuse_attentions,
+    refuse_unknown,
+    require_values,
+)
 from fastbert.modules.sequences import Rows
 from fastbert.ops.unpad import Unpadding, filled
 from fastbert.packing import IGNORE_INDEX, PackedBatch
+from fastbert.rng import DropoutState, for_batch
 
 
 @dataclasses.dataclass(eq=False)
@@ -44,7 +51,8 @@ class Request:
     @classmethod
     def read(cls, model: Any, inputs: Inputs, options: dict[str, Any]) -> Self:
         """Reads a call; raises ValueError for arguments that do not fit together or are unknown."""
-        config, layers = model.config, model.base_model.encoder.layer
+        config = model.config
+        layers = getattr(getattr(model.base_model, "encoder", None), "layer", None)
         documents = {name: options.get(name) for name in DOCUMENTS}
         others = {name: x for name, x in options.items() if name not in DOCUMENTS}
         refuse_unknown(type(model).__name__, others)
@@ -63,7 +71,7 @@ class Request:
             inputs,
             documents,
             config.hidden_size,
-            not off_by(layers),
+            layers is not None and not off_by(layers),  # None inside a wrapper
             asked(config, options, "output_hidden_states"),
             asked(config, options, "return_dict"),
             options.get("num_items_in_batch"),
@@ -108,6 +116,7 @@ class Request:
             batch = dataclasses.replace(batch, labels=own)
         if batch.labels is not None and batch.num_labels is None:
             # the only place where the host waits for the number of labels
+            require_values("labels", batch.labels)
             count = int((batch.labels != IGNORE_INDEX).sum())
             batch = dataclasses.replace(batch, num_labels=count)
         is_padded = padding is not None and padding.slots is not None
@@ -158,23 +167,6 @@ class Request:
             return self
         return dataclasses.replace(self, rows=wanted_rows(batch, first=first, labelled=labelled))
 
-    def asked_of(self, bare: Any) -> Any:
-        """The output of a bare model that is called as Hugging Face's heads call theirs.
-
-        Last hidden states, if they are read, become packed ones of this request's rows; a hook may
-        have kept the output, so that stays as it is.
-        """
-        ids, *others = self.inputs
-        named = dict(zip(self.inputs._fields[1:], others, strict=True))
-        named |= {name: x for name, x in self.documents.items() if x is not None}
-        states = self.output_hidden_states
-        output = bare(ids, **named, output_hidden_states=states, return_dict=True)
-        if self.reads == "pooled":
-            return output
-        x = output.last_hidden_state if self.padding is None else self.padding.pack(output[0])
-        x = x if self.rows is None else self.rows.of(x)
-        return dataclasses.replace(output, last_hidden_state=x)
-
     def output(self, kind: Any, encoded: Any, logits: Tensor | None, scored: Scored | None) -> Any:
         """The output of class `kind`: the loss normalised, None without a score; logits; states."""
         return kind(
@@ -199,6 +191,16 @@ class Request:
             return None if self.padding is None else self.padding.is_real
         mask = self.inputs.attention_mask
         return None if mask is None else mask != 0
+
+
+def drawn(batch: PackedBatch) -> DropoutState:
+    """The dropout state of a batch, its own or one from torch's generator."""
+    return for_batch(
+        batch.cu_seqlens,
+        batch.num_tokens,
+        sequence_ids=batch.sequence_ids,
+        state=batch.dropout_state,
+    )
 
 
 def wanted_rows(batch: PackedBatch, *, first: bool, labelled: bool) -> Rows:

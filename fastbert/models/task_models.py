@@ -13,6 +13,7 @@ from fastbert.models.heads import BertOnlyNSPHead
 from fastbert.models.inputs import ForwardOptions, Inputs
 from fastbert.models.losses import problem_type_of, score_classes, score_sequences, span_loss
 from fastbert.models.request import Request
+from fastbert.models.users import through
 from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import (
     MultipleChoiceModelOutput,
@@ -121,7 +122,8 @@ class BertForTokenClassification(_Classifier):
     def predict(self, request: Request, labels: Tensor | None = None) -> TokenClassifierOutput:
         request = request.labelled(labels)
         encoded = self.encode(request, self.dropout, self.classifier)
-        logits, labels = self.classifier(self.dropout(encoded.last_hidden_state)), request.labels
+        x = through(self.dropout, encoded.last_hidden_state, request)
+        logits, labels = through(self.classifier, x, request), request.labels
         scored = None if labels is None else score_classes(logits, labels)
         return request.output(TokenClassifierOutput, encoded, request.padded(logits), scored)
 
@@ -230,7 +232,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         end_positions: Tensor | None = None,
     ) -> QuestionAnsweringModelOutput:
         encoded = self.encode(request, self.qa_outputs)
-        tokens, loss = self.qa_outputs(encoded.last_hidden_state), None
+        tokens, loss = through(self.qa_outputs, encoded.last_hidden_state, request), None
         lowest = torch.finfo(tokens.dtype).min
         logits = request.padded(tokens, lowest)
         if start_positions is not None and end_positions is not None:

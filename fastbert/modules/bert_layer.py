@@ -4,6 +4,7 @@ T packed tokens, M rows whose output is wanted, H hidden. The modules pass each 
 tensor and its `Sequences`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastbert.modules.activations import Activation, activation, dense_and_activ
 from fastbert.modules.adapters import read_leaf
 from fastbert.modules.layer import End, LayerParts, project_and_norm, self_attention
 from fastbert.modules.linear import Leaf, dropout_p_of, is_plain, is_plain_dropout
+from fastbert.modules.request import read_layout, refuse_unknown
 from fastbert.modules.sequences import Sequences
 from fastbert.ops.layer_norm import Save
 from fastbert.rng import DropoutState
@@ -38,7 +40,7 @@ class BertSelfAttention(nn.Module):
             hidden_states,
             wanted,
             (Leaf(self.query), Leaf(self.key), Leaf(self.value)),
-            _num_heads(self),
+            self.attention_head_size,
             dropout_p_of(self.dropout, self),
             sequences,
         )
@@ -125,11 +127,34 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config)
 
-    def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
-        """(T, H) -> (T, H) or (M, H); the three dropouts use three sites from rng.site on."""
-        hidden_states = self.attention(hidden_states, sequences)
-        intermediate = self.intermediate(hidden_states)
-        return self.output(intermediate, hidden_states, sequences.wanted_rng(2))
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Sequences | Tensor | None = None,
+        *,
+        sequences: Sequences | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(T, H) -> (T, H) or (M, H); the three dropouts use three sites from rng.site on.
+
+        attention_mask: the sequences of packed tokens; or of hidden states (B, S, H), which are
+        returned in that form, a mask as in `read_mask`, in a call like Hugging Face's; sequences:
+        those of the rows of such hidden states. Raises ValueError for other arguments.
+        """
+        refuse_unknown("BertLayer", kwargs)
+        if isinstance(attention_mask, Sequences):
+            return self._run(hidden_states, attention_mask)
+        padding, general = read_layout(hidden_states, attention_mask, None, hidden_size=None)
+        x, run = padding.pack(hidden_states), self._run
+        if sequences is None:  # called by hand, or by a module around it
+            sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
+            if self.gradient_checkpointing and self.training:
+                run = functools.partial(self._gradient_checkpointing_func, run)
+        return padding.pad(run(x, sequences))
+
+    def _run(self, x: Tensor, sequences: Sequences) -> Tensor:
+        x = self.attention(x, sequences)
+        return self.output(self.intermediate(x), x, sequences.wanted_rng(2))
 
 
 def parts_of(layer: Any) -> LayerParts | None:
@@ -186,19 +211,13 @@ def read_parts(
 
     return LayerParts(
         projections=(leaf(this.query), leaf(this.key), leaf(this.value)),
-        num_heads=_num_heads(this),
+        head_dim=this.attention_head_size,
         attention_dropout=dropout(this),
         attention_end=end(attention.output),
         intermediate=leaf(layer.intermediate.dense),
         activation=function(layer.intermediate.intermediate_act_fn),
         output=end(layer.output),
     )
-
-
-def _num_heads(attention: Any) -> int:
-    """As many as the queries have numbers for, as in Hugging Face, of whom users prune some."""
-    size = getattr(attention.query, "out_features", None)
-    return attention.num_attention_heads if size is None else size // attention.attention_head_size
 
 
 # The forwards of a layer and of its modules, in the order in which `parts_of` checks these.

@@ -147,13 +147,21 @@ class BertEmbeddings(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor | None,
-        position_ids: Tensor,
+        input_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        *,
         rng: DropoutState | None = None,
     ) -> Tensor:
-        """(...) int64 ids -> (..., H); token_type_ids of None means all zeros."""
+        """(...) int64 ids, or (..., H) embeddings, -> (..., H).
+
+        token_type_ids of None means all zeros; position_ids of None the column, of ids (B, S).
+        """
+        if position_ids is None:
+            given: Any = input_ids if inputs_embeds is None else inputs_embeds
+            position_ids = torch.arange(given.shape[1], device=given.device)
+            position_ids = position_ids.expand(given.shape[:2])
         dtype = stream_dtype(own_dtype(self), position_ids.device, self)
         ids = input_ids, position_ids, token_type_ids
         p = dropout_p_of(self.dropout)

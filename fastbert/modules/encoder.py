@@ -3,6 +3,7 @@
 T packed tokens of B sequences, M rows whose output is wanted, H hidden.
 """
 
+import functools
 import sys
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from fastbert.modules.bert_layer import BertLayer, parts_of
 from fastbert.modules.embeddings import stream_dtype
 from fastbert.modules.graphs.buckets import may_replay, off_by
 from fastbert.modules.layer import Share, share_packed
+from fastbert.modules.linear import is_defined_in, is_watched
 from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.request import (
     CAPTURING,
@@ -27,6 +29,7 @@ from fastbert.modules.request import (
 )
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.stack import run_stack, share_padded
+from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import BaseModelOutputWithPastAndCrossAttentions
 from fastbert.rng import DropoutState
 
@@ -70,9 +73,9 @@ class BertEncoder(nn.Module):
         int32, max_seqlen and a mask as in `Sequences`. The output is padded or packed like the
         input; padded positions hold zeros.
         output_hidden_states: True adds the input and the output of each layer; places among them,
-        negative ones from the end, add these, with None for the others. rng: with packed
-        hidden_states, the dropout state; None draws one from torch's generator and numbers the
-        sequences of the batch. rows: with packed hidden_states, the tokens that the last layer
+        negative ones from the end, add these, with None for the others. rng: the dropout state of
+        the packed tokens; None draws one from torch's generator and numbers the sequences of the
+        batch. rows: with packed hidden_states, the tokens that the last layer
         computes; last_hidden_state is then (M, H). share: with packed hidden_states, gives the
         states that are added another form. reading: with packed hidden_states, of `reading` for
         this call.
@@ -86,7 +89,7 @@ class BertEncoder(nn.Module):
         }
         if hidden_states.ndim == 3:
             return self._forward_padded(
-                hidden_states, attention_mask, output_hidden_states, **kwargs
+                hidden_states, attention_mask, output_hidden_states, rng, **kwargs
             )
         require(
             hidden_states.ndim == 2 and cu_seqlens is not None and max_seqlen is not None,
@@ -122,6 +125,7 @@ class BertEncoder(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         output_hidden_states: Any,
+        rng: DropoutState | None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
@@ -138,7 +142,7 @@ class BertEncoder(nn.Module):
         wanted = wanted or output_hidden_states
         dtype = stream_dtype(hidden_states.dtype, hidden_states.device, self)
         stream = padding.pack(hidden_states).to(dtype)
-        sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
+        sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
         share = share_padded(padding, hidden_states.dtype)
         x, states = self._run(stream, sequences, wanted, None, share)
         captured.get("hidden_states", []).extend((states or ())[first:])
@@ -163,14 +167,33 @@ class BertEncoder(nn.Module):
 
         def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
             layer = cast(BertLayer, layers[number])
+            run = layer.__call__
+            if is_watched(layer) or not takes_sequences(layer):
+                run = functools.partial(_in_rows, layer)
             if getattr(layer, "gradient_checkpointing", False) and layer.training:
-                return layer._gradient_checkpointing_func(layer.__call__, x, sequences)
-            return layer(x, sequences)
+                return layer._gradient_checkpointing_func(run, x, sequences)
+            return run(x, sequences)
 
         return run_stack(reading, x, sequences, wanted, rows, call, share)
 
 
 _PLANNER = Planner(parts_of)
+
+
+def takes_sequences(layer: nn.Module) -> bool:
+    """Whether it is a `BertLayer`, or one of torch's wrappers, which pass all arguments on."""
+    return isinstance(layer, BertLayer) or is_defined_in(type(layer).forward, ("torch.",))
+
+
+def _in_rows(layer: nn.Module, x: Tensor, sequences: Sequences) -> Tensor:
+    """(T, H) -> (T, H) or (M, H) by a call like Hugging Face's, for hooks and users' classes."""
+    rows = Unpadding.from_cu_seqlens(sequences.cu_seqlens, sequences.max_seqlen, len(x))
+    mask = rows.mask if sequences.mask is None else sequences.mask
+    is_own = is_defined_in(type(layer).forward, ("fastbert.",))
+    named = {"sequences": sequences.only(None)} if is_own else {}  # for the same dropout
+    output = layer(rows.pad(x), mask, **named)
+    y = rows.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
+    return y if sequences.rows is None else sequences.rows.of(y)
 
 
 def _captured_around() -> tuple[dict[str, Any], int]:

@@ -45,7 +45,7 @@ def self_attention(
     x: Tensor,
     wanted: Tensor,
     projections: tuple[Leaf, Leaf, Leaf],
-    num_heads: int,
+    head_dim: int,
     dropout_p: float,
     sequences: Sequences,
 ) -> Tensor:
@@ -58,7 +58,7 @@ def self_attention(
     if rows is None:
         qkv, bias = fused_linear(x, projections, attention_qkvpacked, sequences.rng)
         num_tokens, size = qkv.shape
-        head_dim = size // (3 * num_heads)
+        num_heads = size // (3 * head_dim)  # users prune some, and tensor parallelism has a share
         qkv = qkv.view(num_tokens, 3, num_heads, head_dim)
         mask, rng = sequences.mask, sequences.rng
         boundaries, longest = sequences.cu_seqlens, sequences.max_seqlen
@@ -70,9 +70,11 @@ def self_attention(
         call = Attention(qkv, None, None, *lengths, scale, dropout_p, rng, mask, bias)
         context = attention_qkvpacked.run(call)
     else:
-        q = projections[0](wanted, sequences.rows_rng).unflatten(-1, (num_heads, -1))
+        q = projections[0](wanted, sequences.rows_rng)
+        num_heads = q.shape[-1] // head_dim
+        q = q.unflatten(-1, (num_heads, head_dim))
         kv, _ = fused_linear(x, projections[1:], None, sequences.rng)
-        k, v = kv.unflatten(-1, (2, num_heads, -1)).unbind(1)
+        k, v = kv.unflatten(-1, (2, num_heads, head_dim)).unbind(1)
         context = attention(
             q,
             k,
@@ -145,7 +147,7 @@ class LayerParts:
     """
 
     projections: tuple[Leaf, Leaf, Leaf]
-    num_heads: int
+    head_dim: int
     attention_dropout: float
     attention_end: End
     intermediate: Leaf
@@ -209,7 +211,7 @@ def run_layer(parts: LayerParts, stream: Stream, sequences: Sequences) -> Stream
         stream.read_by(*parts.projections),
         wanted,
         parts.projections,
-        parts.num_heads,
+        parts.head_dim,
         parts.attention_dropout,
         sequences,
     )

@@ -39,16 +39,16 @@ class Leaf:
         self, module: nn.Module, kind: type[nn.Module] = nn.Linear, adapters: Sequence[Any] = ()
     ) -> None:
         self.module, self.adapters = module, adapters
-        # FSDP1 may take the parameters away and set tensors in the place of them
-        has_parameters = module._parameters.keys() >= {"weight", "bias"}
+        self.parameters: dict[str, Any] = module._parameters
+        if "weight" not in module._parameters:  # FSDP1 sets tensors in the place of parameters
+            self.parameters = vars(module)
         self.is_read = (
             is_plain(module, kind)
-            and has_parameters
-            and is_usual(module._parameters["weight"])
+            and self.parameters.keys() >= {"weight", "bias"}
+            and is_usual(self.parameters["weight"])
             and len(getattr(module, "normalized_shape", (0,))) == 1
         )
         self.is_plain = self.is_read and not adapters
-        self.parameters: dict[str, Any] = module._parameters
         self.given: Products | None = None
         self.place = 0
 
@@ -281,3 +281,20 @@ def hooks_of(module: nn.Module) -> Hooks:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks see what the module gets or gives."""
+    hooks = hooks_of(module)
+    return any(hooks) and not all(is_of_weights(hook) for some in hooks for hook in some.values())
+
+
+def is_of_weights(hook: Callable[..., Any]) -> bool:
+    """Whether a hook only touches weights: FSDP's hooks move parameters, those of pruning and
+    weight norms compute them. `enable_input_require_grads` only sets a flag, so it counts too."""
+    is_flag = getattr(hook, "__name__", "") == "make_inputs_require_grads"
+    return is_flag or module_of_hook(hook).startswith(("torch.distributed.", "torch.nn.utils."))
+
+
+def module_of_hook(hook: Callable[..., Any]) -> str:
+    return getattr(hook, "__module__", None) or type(hook).__module__

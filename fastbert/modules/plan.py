@@ -55,7 +55,9 @@ class Plan:
         self.classes = [vars(kind) for kind in kinds for _ in _OF_CLASSES]
         self.methods = list(_OF_CLASSES) * len(kinds)
         self.methods_then = list(map(MappingProxyType.get, self.classes, self.methods))
-        self.parameters = [module._parameters for module in every if module._parameters]
+        # FSDP1 takes parameters away, and gives them back
+        owners = [module for module in every if module._parameters or "weight" in vars(module)]
+        self.parameters = [module._parameters for module in owners]
         self.counts = list(map(len, self.parameters))
         self.children = [module._modules for module in every if module._modules]
         self.children_then = [dict(children) for children in self.children]

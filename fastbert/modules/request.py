@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
+from fastbert.backend import is_transformed
 from fastbert.check import require
 from fastbert.modules.sequences import pays_to_count
 from fastbert.ops.unpad import Unpadding, unpad
@@ -49,6 +51,8 @@ def read_layout(
     arguments that do not fit together.
     """
     batch, seqlen = given.shape[:2]
+    if attention_mask is not None:
+        require_values("attention_mask", attention_mask)
     boundaries = document_boundaries(
         batch, seqlen, attention_mask, position_ids=position_ids, **documents
     )
@@ -72,6 +76,19 @@ def _waits(device: torch.device, num_places: int, hidden_size: int | None) -> bo
     if hidden_size is None:  # layers without a graph take the host longer than a GPU
         return True
     return not num_places or pays_to_count(num_places, hidden_size)
+
+
+def require_values(name: str, tensor: Tensor) -> None:
+    """Raises ValueError for a tensor whose values Python cannot read."""
+    if torch.compiler.is_compiling():
+        return
+    is_without = tensor.is_meta or isinstance(tensor, FakeTensor) or torch.jit.is_tracing()
+    while is_transformed() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        is_without |= torch._C._functorch.is_batchedtensor(tensor)
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    expected, got = "values, by which tokens are packed", "a tensor of a trace, vmap or meta"
+    remedy = "leave it out, or use a model patched by fastbert.patch"
+    require(not is_without, name, expected, got, remedy)
 
 
 class Mask(NamedTuple):

@@ -45,7 +45,7 @@ class WholeLayer:
 
     def __init__(self, parts: Any, approximate: str) -> None:
         self.ends = ends = parts.attention_end, parts.output
-        self.num_heads, self.attention_dropout = parts.num_heads, parts.attention_dropout
+        self.head_dim, self.attention_dropout = parts.head_dim, parts.attention_dropout
         self.approximate = approximate
         self.projections = parts.projections
         self.projects = all(leaf.is_plain for leaf in self.projections)
@@ -112,7 +112,7 @@ class WholeLayer:
         w_out, w_up, w_down, b_out, b_up, b_down, *norms_and_projections = parameters
         own, shape, device = w_out.dtype, x.shape[1:], x.get_device()
         size = w_out.shape[1]  # of the queries, of the keys, and of the values
-        head_dim, rest = divmod(size, self.num_heads)
+        head_dim, rest = self.head_dim, size % self.head_dim
         # the kernels read these vectors by the stream's width
         vectors = b_out, b_down, *norms_and_projections[:4]
         return bool(
@@ -208,7 +208,7 @@ class _Layer(torch.autograd.Function):
             b_key = projections[4] if ctx is not None and attention.trains else None
             w_qkv, b_qkv = low(torch.cat(projections[:3])), low(torch.cat(projections[3:]))
             qkv = F.linear(low_x, w_qkv, b_qkv)
-        qkv = qkv.view(count, 3, layer.num_heads, -1)
+        qkv = qkv.unflatten(1, (3, -1, layer.head_dim))
         boundaries, longest = sequences.cu_seqlens, sequences.max_seqlen
         p = layer.attention_dropout
         options = qkv.shape[-1] ** -0.5, p, rng_of(p, 0), None

@@ -179,8 +179,7 @@ def attend_padded(
     else:
         q = of_queries.pad(tensors[0]).transpose(1, 2)
         k, v = (of_keys.pad(x).transpose(1, 2) for x in tensors[1:])
-    is_real = of_keys.is_real
-    mask = None if is_real is None else is_real[:, None, None]
+    mask = of_keys.mask
     if call.mask is None and call.rng is None and of_queries is of_keys:
         out = _sdpa(q, k, v, call, mask)  # here only padding has no key, and `pack` drops that
     else:

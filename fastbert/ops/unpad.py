@@ -73,6 +73,16 @@ class Unpadding:
         """The length of all sequences, which fill the rows; 0 where they differ."""
         return self.batch_shape[1] if self.slots is None and self.is_by_row else 0
 
+    @property
+    def is_real(self) -> Tensor | None:
+        """(B, S) bool, False at padding; None where there is none."""
+        return None if self.slots is None else (self.slots >= 0).view(self.batch_shape)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(B, 1, 1, S) bool, True at tokens, for attention; None for a batch without padding."""
+        return None if self.is_real is None else self.is_real[:, None, None]
+
     def pack(self, padded: Tensor, spare: int = 0) -> Tensor:
         """(B, S, ...) -> (T, ...), of any dtype; raises ValueError for another shape.
 
@@ -87,11 +97,6 @@ class Unpadding:
         if spare and self.has_filler and self.positions is not None:
             packed = packed.masked_fill(self.positions < 0, spare)
         return packed
-
-    @property
-    def is_real(self) -> Tensor | None:
-        """(B, S) bool, False at padding; None where there is none."""
-        return None if self.slots is None else (self.slots >= 0).view(self.batch_shape)
 
     def pad(self, packed: Tensor, spare: float = 0.0) -> Tensor:
         """(T, ...) -> (B, S, ...), `spare` at padding; raises ValueError for another shape."""

@@ -48,6 +48,19 @@ def test_every_so_many_layers_are_computed_again():
         model.gradient_checkpointing_enable(offload=True)
 
 
+def test_adapters_train_under_reentrant_checkpointing_of_frozen_embeddings():
+    """Whose output has no gradient unless it is asked for, as peft and trl ask."""
+    model = fastbert.BertModel(fastbert.BertConfig(**SHAPE)).train().requires_grad_(False)
+    hooks = model.embeddings.word_embeddings._forward_hooks
+    model.encoder.layer[-1].output.dense.weight.requires_grad_()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    model(torch.ones(2, 7, dtype=torch.int64))[0].sum().backward()
+    assert model.encoder.layer[-1].output.dense.weight.grad is not None
+    model.disable_input_require_grads()
+    assert not hooks
+
+
 def test_checkpointing_has_two_names():
     """Transformers' up to 5.23, and from 5.24 on, of whose Trainer the first get a warning."""
     model = own()
@@ -133,6 +146,34 @@ def test_a_call_that_is_traced_or_exported_is_refused():
     ):
         with pytest.raises(ValueError, match=r"a call with values.*patched by fastbert\.patch"):
             call()
+
+
+def test_a_tensor_without_values_of_its_own_is_refused_by_name():
+    """Values are what a batch is packed by; those of torch.func.grad are there."""
+    model = masked_lm().eval()
+    ids, mask = torch.ones(2, 2, 7, dtype=torch.int64)
+    hidden = torch.ones(2, 7, model.config.hidden_size)
+    expected = r"expected values.*got a tensor of a trace, vmap or meta; leave it out"
+
+    def loss(ids, mask=None, labels=None):
+        output = model(ids[None], None if mask is None else mask[None], labels=labels)
+        return output.logits.sum() if labels is None else output.loss
+
+    with pytest.raises(ValueError, match=f"attention_mask: {expected}"):
+        torch.func.vmap(loss)(ids, mask)
+    with pytest.raises(ValueError, match=f"labels: {expected}"):
+        torch.func.vmap(lambda ids: loss(ids, labels=ids[None]))(ids)
+    with pytest.raises(ValueError, match=f"attention_mask: {expected}"):
+        fastbert.BertModel(model.config).to("meta")(ids.to("meta"), mask.to("meta"))
+    with pytest.raises(ValueError, match=f"attention_mask: {expected}"):
+        torch.jit.trace(lambda x, mask: model.bert.encoder(x, mask)[0], (hidden, mask))
+    embeds = model.get_input_embeddings()(ids[0]).detach()
+
+    def of_embeds(embeds, mask):
+        return model(None, mask[None], inputs_embeds=embeds[None]).logits.sum()
+
+    expected = torch.autograd.functional.jacobian(lambda x: of_embeds(x, mask[0]), embeds)
+    torch.testing.assert_close(torch.func.grad(of_embeds)(embeds, mask[0]), expected)
 
 
 def test_a_state_has_hugging_faces_names_and_each_tensor_its_own_memory():

@@ -4,11 +4,18 @@ Hugging Face's model runs the right-padded batch; ours the same sequences padded
 packed. Its pooler and its span scores would read padding, which ours never do.
 """
 
+import copy
+import functools
 import inspect
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 
 from fastbert.modules.sequences import Rows
@@ -205,6 +212,27 @@ def test_trains_under_ddp_without_unused_parameters(name, process_group):
     given, _ = in_form("right", name, make_inputs(), CASES[name][2])
     for _ in range(2):  # the second step raises if a parameter had no gradient in the first
         wrapped(**given).loss.backward()
+
+
+def test_fsdp_of_torch_1_computes_layers_again_as_at_first(process_group):
+    """Its parameters are tensors in forwards, and others of another place in backwards."""
+    _, ours = make_models("pre-training")
+    given, _ = in_form("right", "pre-training", make_inputs(), CASES["pre-training"][2])
+    plain = copy.deepcopy(ours)
+    kind = type(ours.bert.encoder.layer[0])
+    policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={kind})
+    wrapped = FullyShardedDataParallel(
+        ours, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    apply_activation_checkpointing(wrapped, check_fn=lambda module: isinstance(module, kind))
+    for model in (plain, wrapped):
+        model(**given).loss.backward()
+    found = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in wrapped.named_parameters()}
+    for name, parameter in plain.named_parameters():
+        parts = name.split(".")
+        if "layer" in parts:
+            parts.insert(parts.index("layer") + 2, "_checkpoint_wrapped_module")
+        torch.testing.assert_close(found[".".join(parts)].grad, parameter.grad)
 
 
 def test_the_last_layer_computes_only_what_is_read(monkeypatch):

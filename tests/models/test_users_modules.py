@@ -1,6 +1,7 @@
 """What users put on any module of a model counts as in Hugging Face's, or is called as there."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -35,8 +36,7 @@ LABELS = {
     "ForNextSentencePrediction": {"labels": PAIRS},
     "ForMultipleChoice": {"labels": torch.tensor([1])},
 }
-# Whose parts own models read, and of attention's dropout Hugging Face too.
-UNWRAPPED = "bert", "encoder", "cls", "predictions", "attention.self.dropout"
+UNWRAPPED = "attention.self.dropout"  # whose probability Hugging Face reads
 
 
 def make(head, kind="own"):
@@ -131,8 +131,7 @@ def test_what_users_put_on_any_module_counts(head, kind, way):
         names = [name for name in names if not name.startswith(("bert.e", "bert.p"))]
         names = [name for name in names if "layer" not in name]
     if way == "module":
-        unwrapped = UNWRAPPED if kind == "own" else UNWRAPPED[-1:]
-        names = [name for name in names if not name.endswith(unwrapped)]
+        names = [name for name in names if not name.endswith(UNWRAPPED)]
     for name in filter(None, names):
         for training in (False, True) if LABELS[head] else (False,):
             expected, actual = make(head, kind)
@@ -202,6 +201,153 @@ def test_a_bare_model_of_a_users_class_gets_hugging_faces_arguments():
     torch.testing.assert_close(actual[MASK == 1], expected[MASK == 1])
 
 
+def along_the_sequence(hidden_states, mask):
+    """What no module could compute of packed tokens."""
+    kept = torch.ones_like(hidden_states[..., :1]) if mask is None else mask[:, 0, 0, :, None]
+    return (hidden_states * kept).cumsum(1).tanh()
+
+
+class Encoder(nn.Module):
+    def forward(self, hidden_states, attention_mask=None, **others):
+        x = along_the_sequence(hidden_states, attention_mask)
+        kind = transformers.modeling_outputs.BaseModelOutputWithPastAndCrossAttentions
+        return kind(last_hidden_state=x)
+
+
+class Layer(nn.Module):
+    def forward(self, hidden_states, attention_mask=None, *args, **others):
+        return along_the_sequence(hidden_states, attention_mask)
+
+
+class Pooler(nn.Module):
+    def forward(self, hidden_states):
+        return hidden_states[:, :2].flatten(1)[:, :32].tanh() + hidden_states[:, 1]
+
+
+class Embeddings(transformers.models.bert.modeling_bert.BertEmbeddings):
+    def forward(self, input_ids=None, token_type_ids=None, **others):
+        x = super().forward(input_ids, token_type_ids, **others)
+        before = nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+        return x + before * (token_type_ids[..., None] + 1)
+
+
+def with_embeddings(model):
+    of = Embeddings(model.config)
+    of.load_state_dict(model.bert.embeddings.state_dict())
+    model.bert.embeddings = of
+
+
+USERS = {
+    "embeddings": with_embeddings,
+    "encoder": lambda model: setattr(model.bert, "encoder", Encoder()),
+    "layer": lambda model: model.bert.encoder.layer.append(Layer()),
+    "pooler": lambda model: setattr(model.bert, "pooler", Pooler()),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("part", USERS)
+@pytest.mark.parametrize("head", ["ForPreTraining", "ForNextSentencePrediction"])
+def test_parts_of_a_users_classes_are_called_as_hugging_faces_are(head, part, training):
+    both = make(head)
+    for model in both:
+        USERS[part](model.train(training))
+    labels = LABELS[head] if training else {}
+    inputs = {"input_ids": IDS, "attention_mask": MASK, "token_type_ids": IDS % 2 * MASK}
+    expected, actual = (model(**inputs, **labels) for model in both)
+    for key in expected.keys() & actual.keys():
+        x, y = expected[key], actual[key]
+        if x.shape[:2] == MASK.shape:
+            x, y = x[MASK == 1], y[MASK == 1]
+        torch.testing.assert_close(y, x, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("form", "part"),
+    # padding on the left is seen by who reads columns, or the one before
+    [*itertools.product(["packed", "documents"], USERS), ("left", "encoder"), ("left", "layer")],
+)
+def test_parts_of_a_users_classes_get_a_row_for_each_sequence(form, part):
+    """However these are given, hidden states included."""
+    _, model = make("ForPreTraining")
+    USERS[part](model.eval())
+    bare, types = model.bert, IDS % 2 * MASK
+    options = {"output_hidden_states": part != "encoder"}
+    expected = bare(IDS, MASK, types, **options)
+    kept = [torch.cat([x[row][MASK[row] == 1] for row in range(3)]) for x in (IDS, types)]
+    bounds = torch.tensor([0, 7, 10, 15], dtype=torch.int32)
+    ids, types = kept
+    places = torch.cat([torch.arange(n) for n in (7, 3, 5)])
+    if form == "packed":
+        batch = fastbert.PackedBatch(
+            input_ids=ids, token_type_ids=types, position_ids=places, cu_seqlens=bounds,
+            max_seqlen=7,
+        )  # fmt: skip
+        actual = bare(batch, **options)
+    elif form == "documents":
+        documents = {"cu_seq_lens_q": bounds, "max_length_q": 7}
+        actual = bare(ids[None], token_type_ids=types[None], **documents, **options)
+    else:
+        left = MASK.flip(1)
+        columns = (left.cumsum(1) - 1).clamp(min=0)
+        ids, types = (torch.zeros_like(IDS).masked_scatter(left == 1, x) for x in kept)
+        actual = bare(ids, left, types, columns, **options)
+    torch.testing.assert_close(actual.pooler_output, expected.pooler_output)
+    for x, y in zip(
+        (expected.last_hidden_state, *(expected.hidden_states or ())),
+        (actual.last_hidden_state, *(actual.hidden_states or ())),
+        strict=True,
+    ):
+        y = y[MASK.flip(1) == 1] if form == "left" else y.flatten(0, -2)
+        torch.testing.assert_close(y, x[MASK == 1])
+
+
+def test_a_layer_is_called_by_hand_as_hugging_faces():
+    """With its mask in every form, and computed again in the backward pass where that is asked."""
+    both = make("Model")
+    x = torch.randn(3, 7, 32, requires_grad=True)
+    mask = MASK[:, None, None].bool()
+    for model in both:
+        model.activation_checkpointing_enable()
+    expected, actual = (model.train().encoder.layer[0](x, mask) for model in both)
+    torch.testing.assert_close(actual[MASK == 1], expected[MASK == 1])
+    grads = [torch.autograd.grad(y[MASK == 1].sin().sum(), x)[0] for y in (expected, actual)]
+    torch.testing.assert_close(grads[1], grads[0])
+    with pytest.raises(ValueError, match=r"BertLayer: expected only arguments .* got cache"):
+        both[1].encoder.layer[0](x, mask, cache=1)
+
+
+def test_embeddings_and_a_pooler_are_called_by_hand_as_hugging_faces():
+    both = make("Model")
+    expected, actual = (model.embeddings(IDS, IDS % 2) for model in both)
+    torch.testing.assert_close(actual, expected)
+    found = [model.embeddings(inputs_embeds=actual) for model in both]
+    torch.testing.assert_close(found[1], found[0])
+    found = [model.pooler(actual) for model in both]
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_head_of_a_users_class_is_called_in_training_too():
+    """Not the transform and the decoder inside it alone."""
+
+    def scaled(kind):
+        class Scaled(kind):
+            def forward(self, *args):
+                return super().forward(*args) * 2
+
+        return Scaled
+
+    for where in ("cls", "cls.predictions"):
+        both = make("ForMaskedLM")
+        for model in both:
+            head = model.train().get_submodule(where)
+            head.__class__ = scaled(type(head))
+        expected, actual = (
+            model(input_ids=IDS, attention_mask=MASK, labels=WORDS).loss for model in both
+        )
+        torch.testing.assert_close(actual, expected)
+
+
 def test_heads_that_are_pruned_by_hand_are_counted_by_their_size():
     both = make("ForSequenceClassification")
     for model in both:
@@ -220,8 +366,74 @@ def test_heads_that_are_pruned_by_hand_are_counted_by_their_size():
     torch.testing.assert_close(actual, expected)
 
 
+class Share(nn.Linear):
+    """As torch's tensor parallelism has it: features of a part of the heads, said to be all."""
+
+    def forward(self, x):
+        return super().forward(x)[..., :16] if x.shape[-1] == 32 else self.of_share(x)
+
+    def of_share(self, x):
+        return nn.functional.linear(x, self.weight[:, :16], self.bias)
+
+
+@pytest.mark.parametrize("kind", ["own", "encoder"])
+def test_a_rank_with_a_share_of_the_heads_attends_by_heads_of_their_size(kind):
+    both = make("ForSequenceClassification")
+    if kind == "encoder":
+        encoder, swapped = both[1].bert.encoder, copy.deepcopy(both[0])
+        swapped.bert.encoder = encoder
+        both = both[0], swapped
+    for model in both:
+        attention = model.eval().bert.encoder.layer[0].attention
+        for linear in (*list(attention.self.children())[:3], attention.output.dense):
+            linear.__class__ = Share
+    expected, actual = (model(input_ids=IDS, attention_mask=MASK).logits for model in both)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_a_configuration_that_has_become_a_decoders_is_refused():
     _, own = make("ForSequenceClassification")
     own.config.is_decoder = True
     with pytest.raises(ValueError, match="a configuration of an encoder, got is_decoder=True"):
         own(input_ids=IDS)
+
+
+SEEN = {
+    "ForPreTraining": ("bert.embeddings", "bert.encoder", "bert.encoder.layer.0", "cls"),
+    "ForMaskedLM": ("cls.predictions",),
+    "ForTokenClassification": ("dropout", "classifier"),
+    "ForQuestionAnswering": ("qa_outputs",),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("head", "name"), [(h, name) for h, some in SEEN.items() for name in some])
+def test_a_hook_sees_the_hidden_states_that_hugging_faces_does(head, name, training):
+    both, seen = make(head), []
+
+    def see(module, args, kwargs, output):
+        states = args[0] if args and args[0].is_floating_point() else None
+        output = output[0] if isinstance(output, (tuple, dict)) else output
+        seen.append([x[MASK == 1] for x in (states, output) if x is not None])
+
+    for model in both:
+        model.get_submodule(name).register_forward_hook(see, with_kwargs=True)
+        model.train(training)(
+            input_ids=IDS, attention_mask=MASK, **(LABELS[head] if training else {})
+        )
+    expected, actual = seen
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["embeddings", "encoder", "encoder.layer.0"])
+@pytest.mark.parametrize("mask", [MASK, None])
+def test_a_hook_that_only_looks_changes_no_dropout(name, mask):
+    torch.manual_seed(0)
+    dropouts = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
+    model = fastbert.BertModel(fastbert.BertConfig(**(SHAPE | dropouts))).train()
+    found = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        found.append(model(IDS, mask).last_hidden_state)
+        model.get_submodule(name).register_forward_hook(lambda module, args, output: None)
+    torch.testing.assert_close(found[1], found[0])

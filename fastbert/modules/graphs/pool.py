@@ -184,7 +184,10 @@ class Recorded:
         self.trained: list[Tensor] | None = None  # None before a call with gradients
         self.changes = 0
         leaves = [leaf for part in parts for leaf in part.leaves]
-        others = [type(leaf.module).__name__ for leaf in leaves if not leaf.is_read]
+        own = [leaf.is_read and leaf.parameters is leaf.module._parameters for leaf in leaves]
+        others = [
+            type(one.module).__name__ for one, is_own in zip(leaves, own, strict=True) if not is_own
+        ]
         functions = [part.activation for part in parts]
         others += [type(one).__name__ for one in functions if isinstance(one, nn.Module)]
         self.reason = f"a {others[0]} in the layers" if others else ""

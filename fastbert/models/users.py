@@ -1,0 +1,114 @@
+"""Calls modules of a user's in a model as Hugging Face calls them: with a padded batch."""
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastbert.models.request import Request, drawn
+from fastbert.modules.embeddings import own_dtype
+from fastbert.modules.linear import dropout_p_of, has_own_hooks, is_defined_in, is_watched
+from fastbert.modules.sequences import Rows, first_tokens
+from fastbert.ops.unpad import Unpadding
+from fastbert.outputs import BaseModelOutputWithPooling
+
+_OWN = ("fastbert.",)
+_OWN_OR_WRAPPED = (*_OWN, "torch.")
+_OF_EMBEDDINGS = "input_ids", "token_type_ids", "position_ids", "inputs_embeds"
+
+
+def may_be_left_out(module: Any) -> bool:
+    """Whether a call of the module does what fastbert's own forward does, and nothing else."""
+    return is_defined_in(type(module).forward, _OWN) and not has_own_hooks(module)
+
+
+def takes_tokens(bare: Any) -> bool:
+    """Whether the parts of a bare model take packed tokens, as none is hooked or of a user's class.
+
+    torch's wrappers of the embeddings pass all arguments on; hooks of a pooler see first tokens.
+    """
+    embeddings, encoder, pooler = bare.embeddings, bare.encoder, bare.pooler
+    return (
+        is_defined_in(type(embeddings).forward, _OWN_OR_WRAPPED)
+        and is_defined_in(type(encoder).forward, _OWN)
+        and (pooler is None or is_defined_in(type(pooler).forward, _OWN))
+        and not (is_watched(embeddings) or is_watched(encoder))
+    )
+
+
+def through(module: Any, x: Tensor, request: Request) -> Tensor:
+    """What a module of a head makes of tokens x (T, H); a user's, or one with hooks, gets rows."""
+    is_plain_one = type(module) in (nn.Linear, nn.Dropout) and not is_watched(module)
+    if is_plain_one or request.padding is None:
+        return module(x)
+    return request.padding.pack(module(request.padded(x)))
+
+
+def predict_in_rows(bare: Any, request: Request, wanted: Rows | None) -> BaseModelOutputWithPooling:
+    """What `BertModel.predict` returns, by calls of its parts that are Hugging Face's.
+
+    Each part gets one sequence in a row: ids and hidden states of (B, S), and a mask (B, 1, 1, S)
+    bool, or a general one. fastbert's own parts drop as without hooks, but users' by themselves.
+    """
+    batch, padding = request.batch, request.padding
+    rows, is_by_row = padding, True
+    if rows is None or not rows.is_by_row:
+        sizes = batch.cu_seqlens, batch.max_seqlen, batch.num_tokens
+        rows, is_by_row = Unpadding.from_cu_seqlens(*sizes), False
+    mask = rows.mask if batch.attention_mask is None else batch.attention_mask
+
+    def of_embeddings(name: str) -> Tensor | None:
+        if is_by_row:  # at padding too as given
+            return getattr(request.inputs, name)
+        tokens = getattr(batch, name)
+        return None if tokens is None else rows.pad(tokens)
+
+    def in_form(states: Tensor | None) -> Any:
+        """As the batch was given; zeros at padding."""
+        return None if states is None else request.padded(rows.pack(states))
+
+    embeddings, encoder, pooler = bare.embeddings, bare.encoder, bare.pooler
+    ids: dict[str, Any] = {name: of_embeddings(name) for name in _OF_EMBEDDINGS}
+    asked: dict[str, Any] = {}
+    if request.output_hidden_states:
+        asked["output_hidden_states"] = request.output_hidden_states
+    is_own = is_defined_in(type(encoder).forward, _OWN)
+    drops = is_own and encoder.reading(batch.device, trains=bare.training).drops()
+    if batch.num_tokens and (drops or any(map(dropout_p_of, embeddings.children()))):
+        rng = drawn(batch)
+        if is_own:
+            asked["rng"] = rng
+        if is_defined_in(type(embeddings).forward, _OWN):
+            ids["rng"] = rng if rows.slots is None else rng.rows(rows.slots)
+    x = embeddings(**ids).to(own_dtype(embeddings))  # also under autocast
+    encoded = encoder(x, attention_mask=mask, **asked)
+    tokens, pooled = rows.pack(encoded[0]), None
+    if pooler is not None:
+        is_own = is_defined_in(type(pooler).forward, _OWN)
+        pooled = pooler(first_tokens(tokens, batch.cu_seqlens) if is_own else rows.pad(tokens))
+    wanted = wanted or request.rows
+    last = tokens if wanted is None else wanted.of(tokens)
+    states = getattr(encoded, "hidden_states", None)
+    return BaseModelOutputWithPooling(
+        last_hidden_state=request.padded(last) if request.reads == "as given" else last,
+        pooler_output=pooled,
+        hidden_states=None if states is None else tuple(map(in_form, states)),
+    )
+
+
+def ask(bare: Any, request: Request) -> Any:
+    """The output of a bare model that is called as Hugging Face's heads call theirs.
+
+    Last hidden states, if they are read, become packed ones of the request's rows; a hook may have
+    kept the output, so that stays as it is.
+    """
+    ids, *others = request.inputs
+    named = dict(zip(request.inputs._fields[1:], others, strict=True))
+    named |= {name: x for name, x in request.documents.items() if x is not None}
+    states = request.output_hidden_states
+    output = bare(ids, **named, output_hidden_states=states, return_dict=True)
+    if request.reads == "pooled":
+        return output
+    padding, rows = request.padding, request.rows
+    x = output.last_hidden_state if padding is None else padding.pack(output[0])
+    return dataclasses.replace(output, last_hidden_state=x if rows is None else rows.of(x))

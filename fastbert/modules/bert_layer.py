@@ -19,6 +19,7 @@ from fastbert.modules.linear import Leaf, dropout_p_of, is_plain, is_plain_dropo
 from fastbert.modules.request import read_layout, refuse_unknown
 from fastbert.modules.sequences import Sequences
 from fastbert.ops.layer_norm import Save
+from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState
 
 
@@ -132,25 +133,27 @@ class BertLayer(nn.Module):
         hidden_states: Tensor,
         attention_mask: Sequences | Tensor | None = None,
         *,
-        sequences: Sequences | None = None,
+        packed: tuple[Unpadding, Sequences] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """(T, H) -> (T, H) or (M, H); the three dropouts use three sites from rng.site on.
 
         attention_mask: the sequences of packed tokens; or of hidden states (B, S, H), which are
-        returned in that form, a mask as in `read_mask`, in a call like Hugging Face's; sequences:
-        those of the rows of such hidden states. Raises ValueError for other arguments.
+        returned in that form, a mask as in `read_mask`, in a call like Hugging Face's; packed: how
+        such hidden states are packed, if that is known. Raises ValueError for other arguments.
         """
         refuse_unknown("BertLayer", kwargs)
         if isinstance(attention_mask, Sequences):
             return self._run(hidden_states, attention_mask)
-        padding, general = read_layout(hidden_states, attention_mask, None, hidden_size=None)
-        x, run = padding.pack(hidden_states), self._run
-        if sequences is None:  # called by hand, or by a module around it
+        run = self._run
+        if packed is not None:
+            padding, sequences = packed
+        else:  # called by hand, or by a module around it
+            padding, general = read_layout(hidden_states, attention_mask, None, hidden_size=None)
             sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
             if self.gradient_checkpointing and self.training:
                 run = functools.partial(self._gradient_checkpointing_func, run)
-        return padding.pad(run(x, sequences))
+        return padding.pad(run(padding.pack(hidden_states), sequences))
 
     def _run(self, x: Tensor, sequences: Sequences) -> Tensor:
         x = self.attention(x, sequences)

@@ -74,8 +74,8 @@ class BertEncoder(nn.Module):
         input; padded positions hold zeros.
         output_hidden_states: True adds the input and the output of each layer; places among them,
         negative ones from the end, add these, with None for the others. rng: the dropout state of
-        the packed tokens; None draws one from torch's generator and numbers the sequences of the
-        batch. rows: with packed hidden_states, the tokens that the last layer
+        the tokens, padding included; None draws one from torch's generator and numbers the
+        sequences of the batch. rows: with packed hidden_states, the tokens that the last layer
         computes; last_hidden_state is then (M, H). share: with packed hidden_states, gives the
         states that are added another form. reading: with packed hidden_states, of `reading` for
         this call.
@@ -142,6 +142,8 @@ class BertEncoder(nn.Module):
         wanted = wanted or output_hidden_states
         dtype = stream_dtype(hidden_states.dtype, hidden_states.device, self)
         stream = padding.pack(hidden_states).to(dtype)
+        if rng is not None and padding.positions is not None:
+            rng = rng.rows(padding.positions)
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
         share = share_padded(padding, hidden_states.dtype)
         x, states = self._run(stream, sequences, wanted, None, share)
@@ -190,7 +192,7 @@ def _in_rows(layer: nn.Module, x: Tensor, sequences: Sequences) -> Tensor:
     rows = Unpadding.from_cu_seqlens(sequences.cu_seqlens, sequences.max_seqlen, len(x))
     mask = rows.mask if sequences.mask is None else sequences.mask
     is_own = is_defined_in(type(layer).forward, ("fastbert.",))
-    named = {"sequences": sequences.only(None)} if is_own else {}  # for the same dropout
+    named = {"packed": (rows, sequences.only(None))} if is_own else {}  # for the same dropout
     output = layer(rows.pad(x), mask, **named)
     y = rows.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
     return y if sequences.rows is None else sequences.rows.of(y)

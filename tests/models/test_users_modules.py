@@ -426,14 +426,18 @@ def test_a_hook_sees_the_hidden_states_that_hugging_faces_does(head, name, train
 
 
 @pytest.mark.parametrize("name", ["embeddings", "encoder", "encoder.layer.0"])
-@pytest.mark.parametrize("mask", [MASK, None])
-def test_a_hook_that_only_looks_changes_no_dropout(name, mask):
+@pytest.mark.parametrize("form", ["padded", "full", "packed"])
+def test_a_hook_that_only_looks_changes_no_dropout(name, form):
+    batch = {"input_ids": IDS, "attention_mask": MASK if form == "padded" else None}
+    if form == "packed":
+        texts = [row[:count].tolist() for row, count in zip(IDS, (7, 3, 5), strict=True)]
+        batch = {"input_ids": fastbert.PackedBatch.from_sequences(texts)}
     torch.manual_seed(0)
     dropouts = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
     model = fastbert.BertModel(fastbert.BertConfig(**(SHAPE | dropouts))).train()
     found = []
     for _ in range(2):
         torch.manual_seed(1)
-        found.append(model(IDS, mask).last_hidden_state)
+        found.append(model(**batch).last_hidden_state)
         model.get_submodule(name).register_forward_hook(lambda module, args, output: None)
     torch.testing.assert_close(found[1], found[0])

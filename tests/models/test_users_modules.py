@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fastbert
+from tests.versions import IS_V4
 
 SHAPE = {
     "vocab_size": 61,
@@ -203,8 +204,10 @@ def test_a_bare_model_of_a_users_class_gets_hugging_faces_arguments():
 
 def along_the_sequence(hidden_states, mask):
     """What no module could compute of packed tokens."""
-    kept = torch.ones_like(hidden_states[..., :1]) if mask is None else mask[:, 0, 0, :, None]
-    return (hidden_states * kept).cumsum(1).tanh()
+    if mask is not None:
+        keys = mask[:, 0, 0, :, None]
+        hidden_states = hidden_states * (keys == (0 if keys.is_floating_point() else 1))
+    return hidden_states.cumsum(1).tanh()
 
 
 class Encoder(nn.Module):
@@ -216,7 +219,8 @@ class Encoder(nn.Module):
 
 class Layer(nn.Module):
     def forward(self, hidden_states, attention_mask=None, *args, **others):
-        return along_the_sequence(hidden_states, attention_mask)
+        x = along_the_sequence(hidden_states, attention_mask)
+        return (x,) if IS_V4 else x
 
 
 class Pooler(nn.Module):
@@ -237,10 +241,15 @@ def with_embeddings(model):
     model.bert.embeddings = of
 
 
+def with_another_layer(model):
+    model.bert.encoder.layer.append(Layer())
+    model.config.num_hidden_layers += 1
+
+
 USERS = {
     "embeddings": with_embeddings,
     "encoder": lambda model: setattr(model.bert, "encoder", Encoder()),
-    "layer": lambda model: model.bert.encoder.layer.append(Layer()),
+    "layer": with_another_layer,
     "pooler": lambda model: setattr(model.bert, "pooler", Pooler()),
 }
 
@@ -307,9 +316,9 @@ def test_a_layer_is_called_by_hand_as_hugging_faces():
     both = make("Model")
     x = torch.randn(3, 7, 32, requires_grad=True)
     mask = MASK[:, None, None].bool()
-    for model in both:
-        model.activation_checkpointing_enable()
+    both[1].activation_checkpointing_enable()
     expected, actual = (model.train().encoder.layer[0](x, mask) for model in both)
+    expected = expected[0] if IS_V4 else expected
     torch.testing.assert_close(actual[MASK == 1], expected[MASK == 1])
     grads = [torch.autograd.grad(y[MASK == 1].sin().sum(), x)[0] for y in (expected, actual)]
     torch.testing.assert_close(grads[1], grads[0])
@@ -387,6 +396,8 @@ def test_a_rank_with_a_share_of_the_heads_attends_by_heads_of_their_size(kind):
         attention = model.eval().bert.encoder.layer[0].attention
         for linear in (*list(attention.self.children())[:3], attention.output.dense):
             linear.__class__ = Share
+        if model is both[0]:  # transformers 4.57 reads both of these
+            attention.self.num_attention_heads, attention.self.all_head_size = 2, 16
     expected, actual = (model(input_ids=IDS, attention_mask=MASK).logits for model in both)
     torch.testing.assert_close(actual, expected)
 

@@ -223,6 +223,11 @@ class Layer(nn.Module):
         return (x,) if IS_V4 else x
 
 
+class Attention(Layer):
+    def forward(self, hidden_states, attention_mask=None, *args, **others):
+        return along_the_sequence(hidden_states, attention_mask), None
+
+
 class Pooler(nn.Module):
     def forward(self, hidden_states):
         return hidden_states[:, :2].flatten(1)[:, :32].tanh() + hidden_states[:, 1]
@@ -250,6 +255,8 @@ USERS = {
     "embeddings": with_embeddings,
     "encoder": lambda model: setattr(model.bert, "encoder", Encoder()),
     "layer": with_another_layer,
+    "attention": lambda model: setattr(model.bert.encoder.layer[0], "attention", Attention()),
+    "self": lambda model: setattr(model.bert.encoder.layer[0].attention, "self", Attention()),
     "pooler": lambda model: setattr(model.bert, "pooler", Pooler()),
 }
 
@@ -274,7 +281,10 @@ def test_parts_of_a_users_classes_are_called_as_hugging_faces_are(head, part, tr
 @pytest.mark.parametrize(
     ("form", "part"),
     # padding on the left is seen by who reads columns, or the one before
-    [*itertools.product(["packed", "documents"], USERS), ("left", "encoder"), ("left", "layer")],
+    [
+        *itertools.product(["packed", "documents"], USERS),
+        *(("left", part) for part in ("encoder", "layer", "attention", "self")),
+    ],
 )
 def test_parts_of_a_users_classes_get_a_row_for_each_sequence(form, part):
     """However these are given, hidden states included."""
@@ -324,6 +334,17 @@ def test_a_layer_is_called_by_hand_as_hugging_faces():
     torch.testing.assert_close(grads[1], grads[0])
     with pytest.raises(ValueError, match=r"BertLayer: expected only arguments .* got cache"):
         both[1].encoder.layer[0](x, mask, cache=1)
+
+
+def test_attention_is_called_by_hand_as_hugging_faces():
+    both, x = make("Model"), torch.randn(3, 7, 32)
+    for name in ("attention", "attention.self"):
+        for mask in (None, MASK[:, None, None].bool()):
+            expected, actual = (
+                model.encoder.layer[0].get_submodule(name)(x, attention_mask=mask)[0]
+                for model in both
+            )
+            torch.testing.assert_close(actual[MASK == 1], expected[MASK == 1])
 
 
 def test_embeddings_and_a_pooler_are_called_by_hand_as_hugging_faces():
@@ -410,7 +431,10 @@ def test_a_configuration_that_has_become_a_decoders_is_refused():
 
 
 SEEN = {
-    "ForPreTraining": ("bert.embeddings", "bert.encoder", "bert.encoder.layer.0", "cls"),
+    "ForPreTraining": ("bert.embeddings", "bert.encoder", "cls"),
+    "ForNextSentencePrediction": [
+        f"bert.encoder.layer.0{name}" for name in ("", ".attention", ".attention.self")
+    ],
     "ForMaskedLM": ("cls.predictions",),
     "ForTokenClassification": ("dropout", "classifier"),
     "ForQuestionAnswering": ("qa_outputs",),
@@ -436,7 +460,9 @@ def test_a_hook_sees_the_hidden_states_that_hugging_faces_does(head, name, train
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("name", ["embeddings", "encoder", "encoder.layer.0"])
+@pytest.mark.parametrize(
+    "name", ["embeddings", "encoder", *(f"encoder.layer.0{x}" for x in ("", ".attention.self"))]
+)
 @pytest.mark.parametrize("form", ["padded", "full", "packed"])
 def test_a_hook_that_only_looks_changes_no_dropout(name, form):
     batch = {"input_ids": IDS, "attention_mask": MASK if form == "padded" else None}

@@ -38,7 +38,7 @@ ELSEWHERE = {
     "models/test_forward_options.py": "models/resize.py models/tied.py",
     "models/test_from_pretrained.py": "models/arguments.py",
     "models/test_rows.py": "models/losses.py modules/sequences.py",
-    "models/test_users_modules.py": "models/users.py",
+    "models/test_users_modules.py": "models/users.py modules/users.py",
     "modules/graphs/test_buckets.py": "modules/graphs/call.py modules/graphs/replays.py"
     " modules/stack.py",
     "modules/test_encoder.py": "modules/layer.py",

@@ -76,10 +76,11 @@ def predict_in_rows(bare: Any, request: Request, wanted: Rows | None) -> BaseMod
     drops = is_own and encoder.reading(batch.device, trains=bare.training).drops()
     if batch.num_tokens and (drops or any(map(dropout_p_of, embeddings.children()))):
         rng = drawn(batch)
+        rng = rng if rows.slots is None else rng.rows(rows.slots)
         if is_own:
             asked["rng"] = rng
         if is_defined_in(type(embeddings).forward, _OWN):
-            ids["rng"] = rng if rows.slots is None else rng.rows(rows.slots)
+            ids["rng"] = rng
     x = embeddings(**ids).to(own_dtype(embeddings))  # also under autocast
     encoded = encoder(x, attention_mask=mask, **asked)
     tokens, pooled = rows.pack(encoded[0]), None

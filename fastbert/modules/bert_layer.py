@@ -16,8 +16,8 @@ from fastbert.modules.activations import Activation, activation, dense_and_activ
 from fastbert.modules.adapters import read_leaf
 from fastbert.modules.layer import End, LayerParts, project_and_norm, self_attention
 from fastbert.modules.linear import Leaf, dropout_p_of, is_plain, is_plain_dropout
-from fastbert.modules.request import read_layout, refuse_unknown
 from fastbert.modules.sequences import Sequences
+from fastbert.modules.users import Packed, in_rows, read_rows, takes_tokens
 from fastbert.ops.layer_norm import Save
 from fastbert.rng import DropoutState
 
@@ -34,8 +34,27 @@ class BertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, wanted: Tensor, sequences: Sequences) -> Tensor:
-        """(T, H), and of them the wanted rows (M, H) -> (M, H)."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        wanted: Tensor | None = None,
+        sequences: Sequences | None = None,
+        *,
+        packed: Packed | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """(T, H), and of them the wanted rows (M, H) -> (M, H).
+
+        In a call like Hugging Face's, with a mask in the second place, (B, S, H), in a tuple.
+        """
+        if sequences is None or wanted is None:
+            mask = kwargs.pop("attention_mask", wanted)
+            padding, sequences = read_rows(self, hidden_states, mask, packed, kwargs)
+            x = padding.pack(hidden_states)
+            return padding.pad(self._run(x, x, sequences)), None
+        return self._run(hidden_states, wanted, sequences)
+
+    def _run(self, hidden_states: Tensor, wanted: Tensor, sequences: Sequences) -> Tensor:
         return self_attention(
             hidden_states,
             wanted,
@@ -94,10 +113,26 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertSelfOutput(config)
 
-    def forward(self, hidden_states: Tensor, sequences: Sequences) -> Tensor:
-        """(T, H) -> (T, H), or (M, H) for sequences.rows."""
-        wanted = sequences.wanted(hidden_states)
-        context = self.self(hidden_states, wanted, sequences)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Sequences | Tensor | None = None,
+        *,
+        packed: Packed | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """(T, H) -> (T, H), or (M, H) for sequences.rows; as `BertLayer`, but rows in a tuple."""
+        if isinstance(attention_mask, Sequences):
+            return self._run(hidden_states, attention_mask)
+        padding, sequences = read_rows(self, hidden_states, attention_mask, packed, kwargs)
+        return padding.pad(self._run(padding.pack(hidden_states), sequences)), None
+
+    def _run(self, x: Tensor, sequences: Sequences) -> Tensor:
+        wanted = sequences.wanted(x)
+        if takes_tokens(self.self, BertSelfAttention):
+            context = self.self(x, wanted, sequences)
+        else:
+            context = in_rows(self.self, x, sequences)
         return self.output(context, wanted, sequences.wanted_rng(1))
 
 
@@ -132,28 +167,30 @@ class BertLayer(nn.Module):
         hidden_states: Tensor,
         attention_mask: Sequences | Tensor | None = None,
         *,
-        sequences: Sequences | None = None,
+        packed: Packed | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """(T, H) -> (T, H) or (M, H); the three dropouts use three sites from rng.site on.
 
         attention_mask: the sequences of packed tokens; or of hidden states (B, S, H), which are
-        returned in that form, a mask as in `read_mask`, in a call like Hugging Face's; sequences:
-        those of the rows of such hidden states. Raises ValueError for other arguments.
+        returned in that form, a mask as in `read_mask`, in a call like Hugging Face's; packed: how
+        such hidden states are packed, if that is known. Raises ValueError for other arguments.
         """
-        refuse_unknown("BertLayer", kwargs)
         if isinstance(attention_mask, Sequences):
             return self._run(hidden_states, attention_mask)
-        padding, general = read_layout(hidden_states, attention_mask, None, hidden_size=None)
-        x, run = padding.pack(hidden_states), self._run
-        if sequences is None:  # called by hand, or by a module around it
-            sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general)
-            if self.gradient_checkpointing and self.training:
-                run = functools.partial(self._gradient_checkpointing_func, run)
-        return padding.pad(run(x, sequences))
+        padding, sequences = read_rows(self, hidden_states, attention_mask, packed, kwargs)
+        run = self._run
+        # called by hand, or by a module around it
+        if packed is None and self.gradient_checkpointing and self.training:
+            run = functools.partial(self._gradient_checkpointing_func, run)
+        return padding.pad(run(padding.pack(hidden_states), sequences))
 
     def _run(self, x: Tensor, sequences: Sequences) -> Tensor:
-        x = self.attention(x, sequences)
+        attention = self.attention
+        if takes_tokens(attention, BertAttention):
+            x = attention(x, sequences)
+        else:
+            x = in_rows(attention, x, sequences)
         return self.output(self.intermediate(x), x, sequences.wanted_rng(2))
 
 

@@ -17,7 +17,6 @@ from fastbert.modules.bert_layer import BertLayer, parts_of
 from fastbert.modules.embeddings import stream_dtype
 from fastbert.modules.graphs.buckets import may_replay, off_by
 from fastbert.modules.layer import Share, share_packed
-from fastbert.modules.linear import is_defined_in, is_watched
 from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.request import (
     CAPTURING,
@@ -29,7 +28,7 @@ from fastbert.modules.request import (
 )
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.stack import run_stack, share_padded
-from fastbert.ops.unpad import Unpadding
+from fastbert.modules.users import in_rows, takes_tokens
 from fastbert.outputs import BaseModelOutputWithPastAndCrossAttentions
 from fastbert.rng import DropoutState
 
@@ -74,8 +73,8 @@ class BertEncoder(nn.Module):
         input; padded positions hold zeros.
         output_hidden_states: True adds the input and the output of each layer; places among them,
         negative ones from the end, add these, with None for the others. rng: the dropout state of
-        the packed tokens; None draws one from torch's generator and numbers the sequences of the
-        batch. rows: with packed hidden_states, the tokens that the last layer
+        the tokens, padding included; None draws one from torch's generator and numbers the
+        sequences of the batch. rows: with packed hidden_states, the tokens that the last layer
         computes; last_hidden_state is then (M, H). share: with packed hidden_states, gives the
         states that are added another form. reading: with packed hidden_states, of `reading` for
         this call.
@@ -142,6 +141,8 @@ class BertEncoder(nn.Module):
         wanted = wanted or output_hidden_states
         dtype = stream_dtype(hidden_states.dtype, hidden_states.device, self)
         stream = padding.pack(hidden_states).to(dtype)
+        if rng is not None and padding.positions is not None:
+            rng = rng.rows(padding.positions)
         sequences = Sequences(padding.cu_seqlens, padding.max_seqlen, general, rng)
         share = share_padded(padding, hidden_states.dtype)
         x, states = self._run(stream, sequences, wanted, None, share)
@@ -168,8 +169,8 @@ class BertEncoder(nn.Module):
         def call(number: int, x: Tensor, sequences: Sequences) -> Tensor:
             layer = cast(BertLayer, layers[number])
             run = layer.__call__
-            if is_watched(layer) or not takes_sequences(layer):
-                run = functools.partial(_in_rows, layer)
+            if not takes_tokens(layer, BertLayer):
+                run = functools.partial(in_rows, layer)
             if getattr(layer, "gradient_checkpointing", False) and layer.training:
                 return layer._gradient_checkpointing_func(run, x, sequences)
             return run(x, sequences)
@@ -178,22 +179,6 @@ class BertEncoder(nn.Module):
 
 
 _PLANNER = Planner(parts_of)
-
-
-def takes_sequences(layer: nn.Module) -> bool:
-    """Whether it is a `BertLayer`, or one of torch's wrappers, which pass all arguments on."""
-    return isinstance(layer, BertLayer) or is_defined_in(type(layer).forward, ("torch.",))
-
-
-def _in_rows(layer: nn.Module, x: Tensor, sequences: Sequences) -> Tensor:
-    """(T, H) -> (T, H) or (M, H) by a call like Hugging Face's, for hooks and users' classes."""
-    rows = Unpadding.from_cu_seqlens(sequences.cu_seqlens, sequences.max_seqlen, len(x))
-    mask = rows.mask if sequences.mask is None else sequences.mask
-    is_own = is_defined_in(type(layer).forward, ("fastbert.",))
-    named = {"sequences": sequences.only(None)} if is_own else {}  # for the same dropout
-    output = layer(rows.pad(x), mask, **named)
-    y = rows.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
-    return y if sequences.rows is None else sequences.rows.of(y)
 
 
 def _captured_around() -> tuple[dict[str, Any], int]:

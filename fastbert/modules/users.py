@@ -1,0 +1,47 @@
+"""Calls in Hugging Face's form, of hooked modules and of users' in the place of fastbert's own.
+
+B sequences of T packed tokens are rows (B, S) for modules that know nothing of packed ones.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastbert.modules.linear import is_defined_in, is_watched
+from fastbert.modules.request import read_layout, refuse_unknown
+from fastbert.modules.sequences import Sequences
+from fastbert.ops.unpad import Unpadding
+
+Packed = tuple[Unpadding, Sequences]  # how rows are packed
+
+
+def takes_tokens(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it is of fastbert's class, or one of torch's wrappers, which pass all arguments on,
+    without hooks that see what they are given."""
+    is_known = isinstance(module, kind) or is_defined_in(type(module).forward, ("torch.",))
+    return is_known and not is_watched(module)
+
+
+def in_rows(module: nn.Module, x: Tensor, sequences: Sequences) -> Tensor:
+    """(T, H) -> (T, H) or (M, H) by a call like Hugging Face's of a layer, or of an attention."""
+    rows = Unpadding.from_cu_seqlens(sequences.cu_seqlens, sequences.max_seqlen, len(x))
+    mask = rows.mask if sequences.mask is None else sequences.mask
+    is_own = is_defined_in(type(module).forward, ("fastbert.",))
+    named = {"packed": (rows, sequences.only(None))} if is_own else {}  # for the same dropout
+    output = module(rows.pad(x), mask, **named)
+    y = rows.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
+    return y if sequences.rows is None else sequences.rows.of(y)
+
+
+def read_rows(
+    module: nn.Module, x: Tensor, mask: Tensor | None, packed: Packed | None, others: dict[str, Any]
+) -> Packed:
+    """How hidden states x (B, S, H) of such a call are packed, by a mask as in `read_mask`.
+
+    Raises ValueError for other arguments.
+    """
+    refuse_unknown(type(module).__name__, others)
+    if packed is not None:
+        return packed
+    padding, general = read_layout(x, mask, None, hidden_size=None)
+    return padding, Sequences(padding.cu_seqlens, padding.max_seqlen, general)

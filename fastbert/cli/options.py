@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -15,6 +16,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 _WIDTH = 100  # characters of a line of the help
 _NAMES = 30  # characters of the column of option names, at most
+_REPEATED = re.compile(r"<list\[(\w+)\]>")  # how typer says that an option may be given again
 
 
 class Command(TyperCommand):
@@ -26,7 +28,8 @@ class Command(TyperCommand):
             record = parameter.get_help_record(ctx)
             if record is not None:
                 group = getattr(parameter, "rich_help_panel", None) or OUTPUT
-                groups.setdefault(group, []).append((record[0].replace(" / ", "/"), record[1]))
+                names = _REPEATED.sub(lambda kind: f"<{kind[1].lower()}>...", record[0])
+                groups.setdefault(group, []).append((names.replace(" / ", "/"), record[1]))
         for name in sorted(groups, key=lambda name: GROUPS.index(name)):
             with formatter.section(name):
                 formatter.write_dl(groups[name], col_max=_NAMES)

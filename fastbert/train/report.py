@@ -183,7 +183,9 @@ def plot_losses(
         axes.plot(steps, [row["nsp_loss"] for row in pairs], line, label="NSP, training")
     for (name, level), style in zip(levels.items(), itertools.cycle(("--", ":"))):
         axes.axhline(level, color="gray", linestyle=style, label=f"{name}, held out")
-    axes.set(xlabel="step", ylabel="loss (nats)", title=title, ylim=(0, None))
+    axes.set(xlabel="step", ylabel="loss (nats)", title=title)
+    if pairs:  # whose loss is the only one near 0
+        axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -103,6 +103,7 @@ def test_the_help_has_at_most_two_screens(command, monkeypatch, capsys):
     assert end.value.code == 0
     assert len(lines) <= 80
     assert max(map(len, lines)) <= 100
+    assert not any("list[" in line for line in lines)  # Python's name for what may be repeated
     groups = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
     if command in ("pretrain", "distill", "finetune"):
         assert groups == ["Data:", "Model:", "Optimisation:", "Run and output:"]

@@ -1,4 +1,4 @@
-"""What is shown while a corpus is tokenised."""
+"""What is shown while a corpus is tokenised, and the plot of a run."""
 
 import io
 
@@ -54,3 +54,24 @@ def test_a_finished_cache_and_an_unknown_size_are_shown_too(shown):
         reporter(3, 500, 0)
     assert "%" not in out.getvalue()
     assert out.getvalue().startswith("tokenised 3 documents, 500 tokens")
+
+
+@pytest.mark.parametrize("pairs", [{"nsp_loss": 0.7}, {}], ids=["pairs", "words"])
+def test_a_plot_has_room_around_its_curves(pairs, tmp_path, monkeypatch):
+    """From 0 only where the loss of pairs is drawn: losses of words alone lie close together."""
+    import matplotlib.pyplot as plt
+
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    history = [
+        {"step": 20, "loss": 6.2, "mlm_loss": 6.2, **pairs},
+        {"step": 40, "loss": 6.1, "mlm_loss": 6.1, **pairs},
+        {"step": 40, "heldout_mlm_loss": 6.33},
+    ]
+    report.plot_losses(history, {"teacher": 6.36}, tmp_path / "loss.png", "Distillation")
+    monkeypatch.undo()
+    low, high = kept[0].axes[0].get_ylim()
+    plt.close(kept[0])
+    assert (low == 0) == bool(pairs)
+    assert high - 6.36 > 0.03 * (high - low)
+    assert low == 0 or 6.1 - low > 0.03 * (high - low)

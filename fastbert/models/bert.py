@@ -11,7 +11,7 @@ from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.heads import BertPooler, maps_rows
 from fastbert.models.inputs import ForwardOptions, Inputs
 from fastbert.models.request import Request, drawn
-from fastbert.models.users import predict_in_rows, takes_tokens
+from fastbert.models.users import all_take_tokens, predict_in_rows
 from fastbert.modules.embeddings import BertEmbeddings, Tables, own_dtype, stream_dtype
 from fastbert.modules.encoder import BertEncoder
 from fastbert.modules.graphs.buckets import may_compute
@@ -74,7 +74,7 @@ class BertModel(BertPreTrainedModel):
         return self.run(inputs, options, rows=rows)
 
     def predict(self, request: Request, rows: Rows | None = None) -> BaseModelOutputWithPooling:
-        if not takes_tokens(self):
+        if not all_take_tokens(self):
             self._check_positions(request.batch)
             return predict_in_rows(self, request, rows)
         encoder = self.encoder

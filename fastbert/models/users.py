@@ -22,7 +22,7 @@ def may_be_left_out(module: Any) -> bool:
     return is_defined_in(type(module).forward, _OWN) and not has_own_hooks(module)
 
 
-def takes_tokens(bare: Any) -> bool:
+def all_take_tokens(bare: Any) -> bool:
     """Whether the parts of a bare model take packed tokens, as none is hooked or of a user's class.
 
     torch's wrappers of the embeddings pass all arguments on; hooks of a pooler see first tokens.

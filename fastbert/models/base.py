@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -63,14 +63,13 @@ class BertPreTrainedModel(nn.Module):
         """The output for a request, in its form: padded, or packed as the request's input is."""
         raise NotImplementedError
 
-    def encode(self, request: Request, *readers: nn.Module) -> Any:
-        """The bare model's output, of which `readers` read the last hidden states.
+    def encode(self, request: Request, reads: Literal["packed", "pooled"] = "packed") -> Any:
+        """The bare model's output: last hidden states (T, H), or (M, H) for `request.rows`.
 
-        These are (T, H), (M, H) for `request.rows`, or (B, S, H): `request.padded` gives what is
-        made of them their padded form. Without readers only the pooled output is read.
+        A graph of the whole batch gives (B, S, H), which `through` and `request.padded` take too.
+        reads: "pooled" where only that is read; last hidden states may be in any form then.
         """
-        bare, request.readers = self.base_model, readers
-        request.reads = "packed" if readers else "pooled"
+        bare, request.reads = self.base_model, reads
         if may_be_left_out(bare):
             return bare(request)
         return ask(bare, request)  # hooks and a user's forward see what Hugging Face's do

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastbert.check import require
 from fastbert.models.base import BertPreTrainedModel
-from fastbert.models.heads import BertPooler, maps_rows
+from fastbert.models.heads import BertPooler
 from fastbert.models.inputs import ForwardOptions, Inputs
 from fastbert.models.request import Request, drawn
 from fastbert.models.users import all_take_tokens, predict_in_rows
@@ -140,10 +140,8 @@ class BertModel(BertPreTrainedModel):
         if request.output_hidden_states:
             return None
         embeddings, size = self.embeddings, request.hidden_size
-        if request.reads == "packed" and (
-            pays_to_count(ids.numel(), size) or not maps_rows(request.readers)
-        ):
-            return None  # a head computes padding too, or cannot read it
+        if request.reads == "packed" and pays_to_count(ids.numel(), size):
+            return None  # a head would compute padding, too
         if request.reads == "pooled" and Rows.pay(ids.numel(), size, ids.device):
             return None  # the last layer may compute first tokens alone
         if not (is_plain(embeddings, BertEmbeddings) and is_plain_dropout(embeddings.dropout)):

@@ -9,13 +9,9 @@ from fastbert.modules.embeddings import normalized
 from fastbert.modules.linear import Leaf, is_plain
 
 
-def maps_rows(modules: tuple[nn.Module, ...]) -> bool:
-    """Whether the modules of a head compute each token by itself, (T, H) as well as (B, S, H).
-
-    Not if there are none, or a hook sees what they read.
-    """
-    every = [inner for module in modules for inner in module.modules()]
-    return bool(every) and all(type(m) in _BY_ROW and is_plain(m, type(m)) for m in every)
+def maps_rows(head: nn.Module) -> bool:
+    """Whether a head's modules compute each token by itself, and no hook sees what they read."""
+    return all(type(m) in _BY_ROW and is_plain(m, type(m)) for m in head.modules())
 
 
 class BertPooler(nn.Module):

@@ -17,7 +17,7 @@ from fastbert.models.losses import (
     wants_logits,
 )
 from fastbert.models.request import Request
-from fastbert.models.users import may_be_left_out
+from fastbert.models.users import may_be_left_out, through
 from fastbert.outputs import BertForPreTrainingOutput, MaskedLMOutput
 from fastbert.packing import PackedBatch
 
@@ -67,16 +67,14 @@ class _PredictsWords(BertPreTrainedModel):
         with_logits = wants_logits(self, has_loss, **asked)
         if has_loss and not (with_logits or has_hook):
             request = request.only(first=with_pairs, labelled=True)
-        encoded = self.encode(request, self.cls)
+        encoded = self.encode(request)
         x, pooled = encoded.last_hidden_state, encoded.pooler_output
         words: Scored | None = None
         logits: Any = None
         pairs: Any = None
         if with_logits or has_hook:
-            rows = request.padded(x) if has_hook else x
-            logits, pairs = self.cls(rows, pooled) if with_pairs else (self.cls(rows), None)
-            if has_hook and request.padding is not None:
-                logits = request.padding.pack(logits)
+            logits = through(self.cls, x, request, *([pooled] if with_pairs else []))
+            logits, pairs = logits if with_pairs else (logits, None)
         elif with_pairs:
             pairs = self.cls.seq_relationship(pooled)
         if labels is not None and has_loss:

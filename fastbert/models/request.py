@@ -5,7 +5,7 @@ from collections.abc import Collection
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastbert.check import require
 from fastbert.models.inputs import Inputs, pack_inputs, packed
@@ -32,8 +32,7 @@ class Request:
     may replay CUDA graphs; output_hidden_states, return_dict, num_items: see `ForwardOptions`;
     rows: the only tokens whose last hidden state is read, None for all; reads: what is read of the
     bare model's output, hidden states in the input's form, packed ones, or pooled ones alone;
-    readers: the modules that read the packed ones, which may get padded ones from a graph; packed:
-    what `batch` and `padding` give, None before anybody asks.
+    packed: what `batch` and `padding` give, None before anybody asks.
     """
 
     inputs: Inputs
@@ -45,7 +44,6 @@ class Request:
     num_items: int | Tensor | None
     rows: Rows | None = None
     reads: Literal["as given", "packed", "pooled"] = "as given"
-    readers: tuple[nn.Module, ...] = ()
     packed: tuple[PackedBatch, Unpadding | None] | None = None
 
     @classmethod

@@ -65,7 +65,7 @@ class BertForNextSentencePrediction(LabelledModel):
         self, request: Request, labels: Tensor | None = None
     ) -> NextSentencePredictorOutput:
         request = request.labelled_pairs(labels)
-        encoded = self.encode(request)
+        encoded = self.encode(request, "pooled")
         logits, labels = self.cls(encoded.pooler_output), request.pair_labels
         scored = None if labels is None else score_classes(logits, labels)
         return request.output(NextSentencePredictorOutput, encoded, logits, scored)
@@ -97,7 +97,7 @@ class BertForSequenceClassification(_Classifier):
         super().__init__(config, config.num_labels)
 
     def predict(self, request: Request, labels: Tensor | None = None) -> SequenceClassifierOutput:
-        encoded = self.encode(request)
+        encoded = self.encode(request, "pooled")
         logits, scored = self.classifier(self.dropout(encoded.pooler_output)), None
         if labels is not None:
             problem = self.config.problem_type or problem_type_of(labels, logits.shape[1])
@@ -121,7 +121,7 @@ class BertForTokenClassification(_Classifier):
 
     def predict(self, request: Request, labels: Tensor | None = None) -> TokenClassifierOutput:
         request = request.labelled(labels)
-        encoded = self.encode(request, self.dropout, self.classifier)
+        encoded = self.encode(request)
         x = through(self.dropout, encoded.last_hidden_state, request)
         logits, labels = through(self.classifier, x, request), request.labels
         scored = None if labels is None else score_classes(logits, labels)
@@ -175,7 +175,7 @@ class BertForMultipleChoice(_Classifier):
     def predict(
         self, request: Request, labels: Tensor | None = None, num_choices: int = 1
     ) -> MultipleChoiceModelOutput:
-        encoded = self.encode(request)
+        encoded = self.encode(request, "pooled")
         logits = self.classifier(self.dropout(encoded.pooler_output)).view(-1, num_choices)
         scored = None if labels is None else score_classes(logits, labels)
         return request.output(MultipleChoiceModelOutput, encoded, logits, scored)
@@ -231,7 +231,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
     ) -> QuestionAnsweringModelOutput:
-        encoded = self.encode(request, self.qa_outputs)
+        encoded = self.encode(request)
         tokens, loss = through(self.qa_outputs, encoded.last_hidden_state, request), None
         lowest = torch.finfo(tokens.dtype).min
         logits = request.padded(tokens, lowest)

@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastbert.models.heads import maps_rows
 from fastbert.models.request import Request, drawn
 from fastbert.modules.embeddings import own_dtype
 from fastbert.modules.linear import dropout_p_of, has_own_hooks, is_defined_in, is_watched
@@ -36,12 +37,17 @@ def all_take_tokens(bare: Any) -> bool:
     )
 
 
-def through(module: Any, x: Tensor, request: Request) -> Tensor:
-    """What a module of a head makes of tokens x (T, H); a user's, or one with hooks, gets rows."""
-    is_plain_one = type(module) in (nn.Linear, nn.Dropout) and not is_watched(module)
-    if is_plain_one or request.padding is None:
-        return module(x)
-    return request.padding.pack(module(request.padded(x)))
+def through(module: Any, x: Tensor, request: Request, *others: Any) -> Any:
+    """What a module of a head makes of tokens x (T, H), and of what else its forward takes.
+
+    A user's, or one with hooks, gets rows, and so does any where x is (B, S, H), from a graph.
+    """
+    if not request.is_packed or request.padding is None or maps_rows(module):
+        return module(x, *others)
+    found = module(request.padded(x), *others)
+    tokens, *rest = found if isinstance(found, tuple) else (found,)
+    tokens = request.padding.pack(tokens)
+    return (tokens, *rest) if rest else tokens
 
 
 def predict_in_rows(bare: Any, request: Request, wanted: Rows | None) -> BaseModelOutputWithPooling:

@@ -106,19 +106,20 @@ def test_a_head_of_plain_modules_reads_all_places(head, recorder, read):
 
 @EVERY
 @pytest.mark.parametrize("by", ["hook", "class"])
-def test_a_head_of_a_users_own_reads_one_form(head, by, recorder, read):
-    """Always, and not only in the first call of a size, which runs without a graph."""
-    _, recorded = pair(head)
-    _, reader = list(recorded.named_children())[-1]
-    if by == "hook":
-        inner = list(reader.modules())[-1]
-        inner.register_forward_pre_hook(lambda *_: None)
-    else:
-        reader.__class__ = type("Another", (type(reader),), {})
-    for _ in range(3):
-        outputs(recorded, batch([7, 3, 5]))
-    assert len(read[id(last_weight(recorded))]) == 3
-    assert len(set(read[id(last_weight(recorded))])) == 1
+def test_a_head_of_a_users_own_reads_all_places_with_a_graph_and_without(head, by, recorder, read):
+    both = pair(head)
+    for model in both:
+        _, reader = list(model.named_children())[-1]
+        if by == "hook":
+            inner = list(reader.modules())[-1]
+            inner.register_forward_pre_hook(lambda *_: None)
+        else:
+            reader.__class__ = type("Another", (type(reader),), {})
+    for _ in range(2):
+        plain, recorded = (outputs(model, batch([7, 3, 5])) for model in both)
+        assert_equal(recorded, plain)
+    for model in both:
+        assert read[id(last_weight(model))] == [(3, 7)] * 2
     assert recorder.recorded == 1
 
 

@@ -1,7 +1,6 @@
 """Tokenising by several processes: the same bytes, whatever is killed and in whatever order."""
 
 import multiprocessing
-import os
 import pickle
 import subprocess
 import sys

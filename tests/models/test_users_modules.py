@@ -308,7 +308,7 @@ def test_a_layer_is_called_by_hand_as_hugging_faces():
     x = torch.randn(3, 7, 32, requires_grad=True)
     mask = MASK[:, None, None].bool()
     for model in both:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     expected, actual = (model.train().encoder.layer[0](x, mask) for model in both)
     torch.testing.assert_close(actual[MASK == 1], expected[MASK == 1])
     grads = [torch.autograd.grad(y[MASK == 1].sin().sum(), x)[0] for y in (expected, actual)]

@@ -225,10 +225,11 @@ def new_directory(path: str | Path) -> Iterator[Path]:
             file.chmod((0o777 if file.is_dir() else 0o666) & allowed)
         _take_the_place(beside, target)
     except (OSError, SafetensorError, RuntimeError, Unwritable) as error:
-        if isinstance(error, RuntimeError):  # torch.save's own, while it handles that of a file
-            if not isinstance(error.__context__, OSError):
+        if isinstance(error, RuntimeError):
+            if "inline_container" not in str(error):  # of torch's archives
                 raise
-            error = error.__context__
+            if isinstance(error.__context__, OSError):  # where torch writes by a file's own methods
+                error = error.__context__
         raise Unwritable.because(path, error) from error
     finally:
         if beside is not None:

@@ -147,11 +147,11 @@ class Slot(Products):
         )
 
     def left_out(self, module: nn.Module) -> None:
-        """Raises RuntimeError if the weight is no parameter of the module, as under FSDP1."""
+        """Raises RuntimeError if the weight is no parameter of the module, as of a pruned one."""
         if self.scales.scale is not None and module._parameters.get("weight") is None:
             raise RuntimeError(
-                'precision="fp8": the weight of a linear layer is no parameter of it, as under '
-                "FSDP1 or while it is pruned; shard by `fully_shard`, and prune before or after"
+                'precision="fp8": the weight of a linear layer is no parameter of it, as while it '
+                "is pruned: call `torch.nn.utils.prune.remove` first"
             )
 
     def _numbers(self) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -1,7 +1,6 @@
 """Tokenising by several processes: the same bytes, whatever is killed and in whatever order."""
 
 import multiprocessing
-import os
 import pickle
 import subprocess
 import sys
@@ -25,7 +24,7 @@ def obedient(sentence):
     if not (here / "harmless").exists():
         if "sleep" in words:
             (here / f"pid{os.getpid()}").touch()
-            time.sleep(100)
+            time.sleep(1000)  # longer than pytest-timeout lets a test take
         if "die" in words:
             os.kill(os.getpid(), signal.SIGKILL)
         if "lie" in words:
@@ -135,7 +134,8 @@ def test_goes_on_after_a_kill_with_the_parts_that_are_missing(
     program.write_text(PROGRAM)
     with subprocess.Popen([sys.executable, program, job]) as process:
         try:
-            wait_for(lambda: len(stamps(out)) >= 3)
+            wait_for(lambda: len(stamps(out)) >= 3 or process.poll() is not None)
+            assert process.returncode is None, "it ended before it was killed"
         finally:
             process.kill()
     assert (tmp_path / "runs").read_text() == "run"  # the processes have not run the script
@@ -157,27 +157,28 @@ def test_goes_on_after_a_kill_with_the_parts_that_are_missing(
     assert corpus.num_documents == 81
 
 
-def wait_for(condition, seconds=40):
-    end = time.monotonic() + seconds
+def wait_for(condition):
+    """As long as pytest-timeout lets it: on a busy machine Python takes a minute to start."""
     while not condition():
-        assert time.monotonic() < end, "nothing happened"
         time.sleep(0.02)
 
 
 def is_running(pid):
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):  # before it is opened, or before it is read
         return False
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.parametrize("where", ["reading", "showing"])
 def test_ctrl_c_ends_the_processes(documents, tokenizer, tmp_path, obedient, where):
+    pressed = []
+
     def ctrl_c(at):
         if at == where:
             wait_for(lambda: list(tmp_path.glob("pid*")))
+            pressed.append(time.monotonic())
             raise KeyboardInterrupt
 
     def texts():
@@ -190,12 +191,11 @@ def test_ctrl_c_ends_the_processes(documents, tokenizer, tmp_path, obedient, whe
         if seen:
             ctrl_c("showing")
 
-    started = time.monotonic()
     options = {"fingerprint": "f", "segmenter": obedient, "processes": 2, "progress": show}
     with pytest.raises(KeyboardInterrupt):
         tokenize_corpus(texts(), tokenizer, tmp_path / "out", **options)
     assert not multiprocessing.active_children()
-    assert time.monotonic() - started < 50
+    assert time.monotonic() - pressed[0] < 50  # and not until a process has slept enough
 
 
 def test_an_error_in_a_process_arrives_as_itself(documents, tokenizer, tmp_path, obedient):

@@ -268,21 +268,35 @@ def test_an_adapter_is_in_no_fp8_whichever_is_there_first():
 
 
 @KINDS
-@pytest.mark.parametrize("by", ["fsdp1", "prune"])
-def test_a_weight_that_is_no_parameter_is_refused(make, by):
-    """The layer would multiply by itself, without FP8."""
+def test_a_pruned_layer_is_refused(make):
+    """It would multiply by itself, without FP8."""
     model = make()
     linear = next(m for m in model.modules() if PRODUCTS in vars(m) and hasattr(m, "weight"))
-    if by == "prune":
-        torch.nn.utils.prune.l1_unstructured(linear, "weight", 0.5)
-    else:  # as FullyShardedDataParallel does; a model wrapped by it spoils later torch.compile's
-        linear.weight = linear._parameters.pop("weight").detach()
-    with pytest.raises(RuntimeError, match="no parameter of it, as under FSDP1"):
+    torch.nn.utils.prune.l1_unstructured(linear, "weight", 0.5)
+    with pytest.raises(RuntimeError, match=r"as while it is pruned: call .*prune\.remove"):
         model(IDS)
     model.eval()(IDS)
-    if by == "prune":
-        torch.nn.utils.prune.remove(linear, "weight")
-        model.train()(IDS)
+    torch.nn.utils.prune.remove(linear, "weight")
+    model.train()(IDS)
+
+
+@KINDS
+def test_tensors_in_the_place_of_parameters_train_alike(make):
+    """As FSDP1 sets them; a model wrapped by it spoils later calls of torch.compile."""
+    usual, sharded = make(), make()
+    expected, tensors = step(usual)[1], {}
+    for name, module in sharded.named_modules():
+        if type(module) is torch.nn.Linear:
+            for own in ("weight", "bias"):
+                tensor = module._parameters.pop(own).detach().requires_grad_()
+                setattr(module, own, tensor)
+                tensors[f"{name}.{own}"] = tensor
+    sharded(IDS, labels=IDS).loss.backward()
+    for name, tensor in tensors.items():
+        if name in expected:  # a tied table is an embedding's parameter
+            assert torch.equal(tensor.grad, expected[name]), name
+    (own,), (others,) = fp8.scales_of(usual), fp8.scales_of(sharded)
+    assert torch.equal(own.amax, others.amax)
 
 
 @KINDS

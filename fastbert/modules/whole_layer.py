@@ -208,7 +208,7 @@ class _Layer(torch.autograd.Function):
             b_key = projections[4] if ctx is not None and attention.trains else None
             w_qkv, b_qkv = low(torch.cat(projections[:3])), low(torch.cat(projections[3:]))
             qkv = F.linear(low_x, w_qkv, b_qkv)
-        qkv = qkv.unflatten(1, (3, -1, layer.head_dim))
+        qkv = qkv.view(count, 3, -1, layer.head_dim)
         boundaries, longest = sequences.cu_seqlens, sequences.max_seqlen
         p = layer.attention_dropout
         options = qkv.shape[-1] ** -0.5, p, rng_of(p, 0), None

@@ -163,6 +163,15 @@ def test_a_hook_before_the_bare_model_gets_hugging_faces_arguments_and_may_chang
     assert seen[0] >= {"attention_mask"} <= seen[1]
 
 
+def test_a_hook_of_the_bare_model_keeps_documents_apart():
+    _, own = make("ForTokenClassification")
+    bounds = torch.tensor([0, 9, 21], dtype=torch.int32)
+    given = {"input_ids": IDS.view(1, -1), "cu_seq_lens_q": bounds, "max_length_q": 12}
+    expected = own.eval()(**given).logits
+    own.bert.register_forward_hook(lambda module, args, output: None)
+    torch.testing.assert_close(own(**given).logits, expected)
+
+
 @pytest.mark.parametrize("returns_rows", [False, True])
 def test_a_hook_behind_the_bare_model_gets_hidden_states_in_their_padded_form(returns_rows):
     """Those of all tokens too where the loss reads the masked ones alone."""

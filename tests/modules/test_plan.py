@@ -121,6 +121,24 @@ def watch(model):
     return model
 
 
+@pytest.mark.parametrize("kind", ["patched", "own"])
+def test_parameters_that_are_given_back_are_read(kind):
+    """FSDP1 has tensors in the place of all of a layer's parameters while it computes."""
+    model = build(kind)
+    before, modules = result(model), list(model.encoder.layer.modules())
+    parameters = [dict(module._parameters) for module in modules]
+    for module, own in zip(modules, parameters, strict=True):
+        module._parameters.clear()
+        for name, parameter in own.items():
+            setattr(module, name, parameter.detach() * 2)
+    assert not torch.allclose(result(model), before, atol=1e-4)
+    for module, own in zip(modules, parameters, strict=True):
+        for name in own:
+            delattr(module, name)
+        module._parameters.update(own)
+    assert torch.equal(result(model), before)
+
+
 @pytest.mark.parametrize("is_watched", [False, True])
 @pytest.mark.parametrize("kind", ["patched", "own"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)

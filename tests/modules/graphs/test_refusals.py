@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastbert import backend
 from fastbert.modules.graphs import replays
 from fastbert.modules.graphs.call import Precision
-from tests.modules.graphs.case import batch, layers_of, models, step
+from tests.modules.graphs.case import batch, layers_of, logits, models, step
 
 
 def test_a_recording_neither_reads_nor_keeps_the_copies_that_autocast_makes():
@@ -119,3 +119,21 @@ def test_a_recording_reads_aliases_of_the_parameters(kind, recorder, monkeypatch
     aliases = [one for one in met if one.data_ptr() in own]
     assert {one.data_ptr() for one in aliases} == set(own)
     assert not any(one is own[one.data_ptr()] for one in aliases)
+
+
+@pytest.mark.parametrize("kind", ["own", "Bert"])
+def test_tensors_in_the_place_of_parameters_have_no_graph(kind, recorder):
+    """FSDP1 sets others in each forward, of which a recording would know nothing."""
+    plain, recorded = (model.eval() for model in models(kind))
+    inputs = batch([7, 3])
+    for _ in range(2):
+        for model in (plain, recorded):
+            for module in layers_of(model).modules():
+                for name in [*module._parameters] or [
+                    n for n in ("weight", "bias") if n in vars(module)
+                ]:
+                    value = getattr(module, name).detach() * 1.1
+                    module._parameters.pop(name, None)
+                    setattr(module, name, value)
+        torch.testing.assert_close(logits(recorded, inputs), logits(plain, inputs))
+    assert recorder.recorded == 0

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from fastbert.modules.graphs import buckets
 from fastbert.modules.linear import Leaf, biases_of, fused_linear, product
@@ -281,6 +282,24 @@ def test_the_graphs_of_copies_go_with_their_model(monkeypatch):
     del model, copies
     gc.collect()
     assert gone() is None
+
+
+def test_shards_have_no_copies():
+    _, model = models("own")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        first, second = layers_of(model)
+        fully_shard(first)
+        copies = WeightCopies(model, BF16)
+        assert set(copies.starts) == {*second.parameters()} - norms_of(second)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def norms_of(layer):
+    norms = [module for module in layer.modules() if isinstance(module, nn.LayerNorm)]
+    return {parameter for norm in norms for parameter in norm.parameters()}
 
 
 @pytest.mark.gpu

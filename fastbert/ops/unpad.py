@@ -81,7 +81,8 @@ class Unpadding:
     @property
     def mask(self) -> Tensor | None:
         """(B, 1, 1, S) bool, True at tokens, for attention; None for a batch without padding."""
-        return None if self.is_real is None else self.is_real[:, None, None]
+        is_real = self.is_real
+        return None if is_real is None else is_real[:, None, None]
 
     def pack(self, padded: Tensor, spare: int = 0) -> Tensor:
         """(B, S, ...) -> (T, ...), of any dtype; raises ValueError for another shape.

@@ -336,11 +336,14 @@ def test_a_layer_is_called_by_hand_as_hugging_faces():
     x = torch.randn(3, 7, 32, requires_grad=True)
     mask = MASK[:, None, None].bool()
     both[1].gradient_checkpointing_enable()  # the name of transformers 5.17 and 4.57 too
+    runs = []
+    both[1].encoder.layer[0].output.register_forward_pre_hook(lambda *_: runs.append(1))
     expected, actual = (model.train().encoder.layer[0](x, mask) for model in both)
     expected = expected[0] if IS_V4 else expected
     torch.testing.assert_close(actual[MASK == 1], expected[MASK == 1])
     grads = [torch.autograd.grad(y[MASK == 1].sin().sum(), x)[0] for y in (expected, actual)]
     torch.testing.assert_close(grads[1], grads[0])
+    assert len(runs) == 2
     with pytest.raises(ValueError, match=r"BertLayer: expected only arguments .* got cache"):
         both[1].encoder.layer[0](x, mask, cache=1)
 

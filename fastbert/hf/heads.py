@@ -36,9 +36,10 @@ from fastbert.models.losses import (
     without_padding,
 )
 from fastbert.modules.linear import is_plain
-from fastbert.modules.request import asked, real_tokens
+from fastbert.modules.masks import real_tokens
+from fastbert.modules.request import asked
 from fastbert.modules.sequences import Rows, first_tokens
-from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
+from fastbert.ops.mlm_gather import MaskedRows, count_labels, mlm_gather
 from fastbert.packing import IGNORE_INDEX
 
 _LOGIT_OPTIONS = ("return_logits", "skip_logits")
@@ -175,7 +176,7 @@ def _score_rows(
     leaf(head.decoder)  # raises Unsupported if the decoder must see every token
     base = getattr(model, model.base_model_prefix)
     rest = _without(arguments, _HEADS_OWN)
-    num_labels = int((labels != IGNORE_INDEX).sum())  # the host waits here, before anything runs
+    num_labels = count_labels(labels)  # the host waits here, before anything runs
     found, fields = None, {}
     if runs_patched(base) and not is_hooked(base):
         try:

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert import events
-from fastbert.backend import is_transformed
+from fastbert.backend import is_one_graph, is_transformed
 from fastbert.hf.attention import attention_forward
 from fastbert.hf.families import (
     Family,
@@ -84,6 +84,9 @@ class Call(NamedTuple):
         _require_supported(config, layers, arguments)
         may = not trains and may_replay(given.device)
         reading = Reading(_PLANNER, layers, may_replay=may)
+        told = [name for name in _LAYOUT[:3] if layout[name] is not None]
+        if len(given) == 1 and told == ["position_ids"] and is_one_graph():
+            raise Unsupported("position_ids that may tell documents apart, in one graph")
         if given.is_meta or isinstance(given, FakeTensor):
             raise Unsupported("no values, as on the meta device: a batch is packed by its mask's")
         require_kernels(given.device)

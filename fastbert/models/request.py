@@ -19,6 +19,7 @@ from fastbert.modules.request import (
     require_values,
 )
 from fastbert.modules.sequences import Rows
+from fastbert.ops.mlm_gather import count_labels
 from fastbert.ops.unpad import Unpadding, filled
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 from fastbert.rng import DropoutState, for_batch
@@ -113,13 +114,12 @@ class Request:
             own = packed(padding, "labels", labels, IGNORE_INDEX)
             batch = dataclasses.replace(batch, labels=own)
         if batch.labels is not None and batch.num_labels is None:
-            # the only place where the host waits for the number of labels
             require_values("labels", batch.labels)
-            count = int((batch.labels != IGNORE_INDEX).sum())
-            batch = dataclasses.replace(batch, num_labels=count)
+            batch = dataclasses.replace(batch, num_labels=count_labels(batch.labels))
         is_padded = padding is not None and padding.slots is not None
-        if labels is not None and is_padded and batch.num_labels is not None:
-            num_items = without_padding(num_items, labels, batch.num_labels)
+        if labels is not None and is_padded and num_items is not None:
+            assert batch.labels is not None
+            num_items = without_padding(num_items, labels, (batch.labels != IGNORE_INDEX).sum())
         return dataclasses.replace(self, packed=(batch, padding), num_items=num_items)
 
     def labelled_pairs(self, next_sentence_label: Tensor | None) -> Self:
@@ -210,5 +210,6 @@ def wanted_rows(batch: PackedBatch, *, first: bool, labelled: bool) -> Rows:
     if labelled:
         assert batch.labels is not None
         has_label = batch.labels != IGNORE_INDEX
-        num_labels = int(has_label.sum()) if batch.num_labels is None else batch.num_labels
+        known = batch.num_labels
+        num_labels = count_labels(batch.labels) if known is None else known
     return Rows.read_by_losses(batch, first=first, has_label=has_label, num_labels=num_labels)

@@ -1,23 +1,21 @@
 """Reads the arguments of a call, for models, encoders and patched modules alike.
 
-That is every form of attention mask and packed documents that users and Hugging Face pass.
+The layout of a batch comes from its attention mask, or from boundaries of packed documents.
 """
 
 import sys
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from fastbert.backend import is_transformed
+from fastbert.backend import is_one_graph, is_transformed
 from fastbert.check import require
+from fastbert.modules.masks import read_mask
 from fastbert.modules.sequences import pays_to_count
 from fastbert.ops.unpad import Unpadding, unpad
-
-# Additive masks use finfo.min, -inf, or in older scripts -10000: each makes the probability 0.
-FORBIDDEN = -1e4
 
 # Hugging Face's arguments for the boundaries of documents packed into one row.
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -62,16 +60,20 @@ def read_layout(
     if padding is None:
         return Unpadding.dense(batch, seqlen, given.device), general
     padding = padding.to(given.device)
-    waits = keeps_padding or _waits(given.device, batch * seqlen, hidden_size)
-    real = unpad(padding, None if waits else batch * seqlen)
-    if keeps_padding and real.num_tokens < batch * seqlen:
-        return Unpadding.dense(batch, seqlen, given.device), padding[:, None, None]
-    return real, None
+    if keeps_padding:
+        is_full = not is_one_graph() and bool(padding.all())
+        return Unpadding.dense(batch, seqlen, given.device), (
+            None if is_full else padding[:, None, None]
+        )
+    waits = _waits(given.device, batch * seqlen, hidden_size)
+    return unpad(padding, None if waits else batch * seqlen), None
 
 
 def _waits(device: torch.device, num_places: int, hidden_size: int | None) -> bool:
     """Whether the host learns how many tokens are real."""
-    if device.type == "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return not is_one_graph()
+    if device.type == "cpu" or torch.is_grad_enabled():
         return True
     if hidden_size is None:  # layers without a graph take the host longer than a GPU
         return True
@@ -89,90 +91,6 @@ def require_values(name: str, tensor: Tensor) -> None:
     expected, got = "values, by which tokens are packed", "a tensor of a trace, vmap or meta"
     remedy = "leave it out, or use a model patched by fastbert.patch"
     require(not is_without, name, expected, got, remedy)
-
-
-class Mask(NamedTuple):
-    """A mask as padding or as a general mask, for B sequences of S places; at most one is set.
-
-    padding: (B, S) bool, True at real tokens; general: bool, True = attend, or additive, broadcasts
-    to (B, heads, S, S); both None where every token attends to every other.
-    """
-
-    padding: Tensor | None = None
-    general: Tensor | None = None
-
-
-def read_mask(mask: Tensor | None, batch_size: int, seqlen: int) -> Mask:
-    """Reads a mask in any form that Hugging Face's encoder takes.
-
-    mask: None; (B, S) bool or 0/1; (B or 1, heads or 1, S or 1, S) bool, True = attend, or float,
-    added to the scores. A 4-D mask that is the same for every query and head is padding. To find
-    that out its values are read, for which the host waits for a GPU; while torch.compile traces,
-    only the shape is looked at. Raises ValueError for other shapes, for a float 2-D mask with other
-    values than 0 and 1, and for an integer 4-D mask, which is ambiguous: Hugging Face's eager
-    attention would add its zeros and ones to the scores.
-    """
-    if mask is None:
-        return Mask()
-    who, shape = "attention_mask", (batch_size, seqlen)
-    if mask.ndim == 2:
-        require(mask.shape == shape, who, f"shape {shape}", tuple(mask.shape))
-        if mask.is_floating_point():
-            is_binary = bool(((mask == 0) | (mask == 1)).all())
-            expected = "zeros and ones in a mask of shape (batch, seqlen)"
-            got, remedy = "other floating-point values", "an additive mask has four dimensions"
-            require(is_binary, who, expected, got, remedy)
-        return Mask(padding=mask != 0)
-    require(
-        mask.ndim == 4
-        and mask.shape[0] in (1, batch_size)
-        and mask.shape[2] in (1, seqlen)
-        and mask.shape[3] == seqlen,
-        who,
-        f"shape {shape} or {(batch_size, '1 or heads', '1 or seqlen', seqlen)}",
-        tuple(mask.shape),
-    )
-    is_clear = mask.dtype == torch.bool or mask.is_floating_point()
-    expected = "a 4-D mask of dtype bool (True = attend) or float (added to the scores)"
-    require(is_clear, who, expected, mask.dtype, "pass mask.bool()")
-    return _read_general(mask, batch_size, seqlen)
-
-
-def _read_general(mask: Tensor, batch_size: int, seqlen: int) -> Mask:
-    if mask.dtype == torch.bool and mask.shape[1:3] == (1, 1):
-        return Mask(padding=mask[:, 0, 0].expand(batch_size, seqlen))
-    if mask.requires_grad or torch.compiler.is_compiling():
-        return Mask(general=mask)
-    keep, is_general = _common_keys(mask)
-    if bool(is_general):
-        return Mask(general=mask)
-    return Mask(padding=keep.expand(batch_size, seqlen))
-
-
-def _common_keys(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys of the first query under a 4-D mask, (B or 1, S) bool; and whether the mask is more
-    than that, because other queries have other keys or a score gets another number, () bool."""
-    first = mask[:, :1, :1]
-    is_general = (mask != first).any()
-    keep = first
-    if mask.dtype != torch.bool:
-        keep = first > FORBIDDEN
-        is_general |= (keep & (first != 0)).any()
-    return keep[:, 0, 0], is_general
-
-
-def real_tokens(mask: Tensor | None) -> Tensor | None:
-    """(B or 1, S) bool, True at tokens that `read_mask` does not take for padding; no host wait.
-
-    Labels are read only there. None without a mask, and for one of another rank, with a gradient,
-    or of another class, as flex attention's.
-    """
-    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4) or mask.requires_grad:
-        return None
-    if mask.ndim == 2:
-        return mask != 0
-    keep, is_general = _common_keys(mask)
-    return keep | is_general
 
 
 def document_boundaries(
@@ -197,6 +115,8 @@ def document_boundaries(
     if cu_seq_lens_q is None and cu_seq_lens_k is None:
         if batch_size != 1 or attention_mask is not None or position_ids is None:
             return None
+        expected = "cu_seq_lens_q in place of position_ids under torch.compile(fullgraph=True)"
+        require(not is_one_graph(), "position_ids", expected, "a batch of 1 without a mask")
         return _restarts(position_ids.expand(1, seqlen)[0])
     require(
         cu_seq_lens_q is not None and batch_size == 1 and attention_mask is None,

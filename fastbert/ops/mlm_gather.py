@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fastbert.backend import is_one_graph
 from fastbert.check import require
 from fastbert.ops.compact import compact
 from fastbert.ops.gather_rows import Gather, gather_rows
@@ -46,3 +47,11 @@ def mlm_gather(
     targets, positions, slots, offsets = compact(labels[None], ignore_index, capacity)
     rows = gather_rows.run(Gather(hidden, positions, slots))
     return MaskedRows(rows, targets, positions, count=offsets[-1])
+
+
+def count_labels(labels: Tensor) -> int:
+    """How many labels there are, for which the host waits for a GPU.
+
+    Where torch.compile traces one graph, which reads no values: how many there may be.
+    """
+    return labels.numel() if is_one_graph() else int((labels != IGNORE_INDEX).sum())

@@ -82,7 +82,7 @@ class Op:
 
     def plain(self, function: Body) -> Body:
         self.plain_body = function
-        result = inspect.signature(function).return_annotation  # in `help`, in place of the call
+        result = inspect.signature(function).return_annotation  # `help` shows it, not the call
         self.__signature__ = inspect.signature(self.check).replace(return_annotation=result)
         return function
 

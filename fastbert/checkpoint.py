@@ -53,7 +53,7 @@ def latest(run: Path) -> Path | None:
 def resolve(name_or_directory: str | Path, subfolder: str = "", **download: Any) -> Path:
     """A model's directory: a run's newest checkpoint, the directory named, or a hub download.
 
-    subfolder: where inside the model is; download: options of `huggingface_hub.snapshot_download`,
+    subfolder: the model's folder inside; download: options of `huggingface_hub.snapshot_download`,
     such as revision and cache_dir. Raises InputError if there is no such directory, no config.json
     in it, or no such model.
     """

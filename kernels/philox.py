@@ -1,4 +1,4 @@
-"""The random bits of dropout on a GPU: the same as those of `fastbert.rng`, which explains them.
+"""The random bits of dropout on a GPU: the same as in `fastbert.rng`, which explains them.
 
 Philox4x32-7 with the seed as the key and the counter (sequence, position << 16 | place,
 site << 16 | head, step).

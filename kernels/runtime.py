@@ -261,7 +261,7 @@ def is_traced(arguments: tuple[Any, ...]) -> bool:
 
 
 def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty contiguous tensor like x; `torch.empty` of a shape takes the host twice as long."""
+    """An uninitialized contiguous tensor like x; `torch.empty` of a shape takes twice as long."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 

@@ -15,7 +15,7 @@ class Gather(NamedTuple):
     """A call of `gather_rows`."""
 
     src: Tensor
-    index: Tensor  # type: ignore[assignment]  # in place of tuple.index, which nobody needs here
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which is not needed here
     inverse: Tensor
 
 

@@ -16,7 +16,7 @@ class MaskedRows(NamedTuple):
     rows: Tensor
     targets: Tensor
     positions: Tensor
-    count: Tensor  # type: ignore[assignment]  # in place of tuple.count, which nobody needs here
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which is not needed here
 
 
 def mlm_gather(

@@ -28,7 +28,7 @@ def run(function: type[Function], kernels: Any, call: tuple[Any, ...]) -> Any:
 def applied(function: type[Function], *arguments: Any) -> Any:
     """`function.apply` without its search of the arguments for leftovers of function transforms.
 
-    With many arguments the search takes most of the host time. No transform may be active.
+    With many arguments the search takes most of the call's time. No transform may be active.
     """
     return super(Function, function).apply(*arguments)  # type: ignore[misc]
 

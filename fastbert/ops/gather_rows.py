@@ -52,7 +52,7 @@ def _described(x: Tensor) -> str:
 @gather_rows.plain
 def _plain(call: Gather) -> Tensor:
     src, index, _ = call
-    if src.shape[0] == 0:  # only -1 is in range; it reads a row of zeros that autograd connects
+    if src.shape[0] == 0:  # only -1 is in range: it reads a row of zeros that depends on src
         return src.sum(0, keepdim=True).to(src.dtype).index_select(0, index + 1)
     # autograd's own gradient is right: zero for rows left out, one row for each of the others
     is_spare = index == -1

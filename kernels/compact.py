@@ -1,7 +1,7 @@
 """Stream compaction in one launch, without atomics, so entries keep their order.
 
-Each program compacts a block of entries. It first reads all earlier entries to count the kept ones:
-a batch has so few entries that this takes less time than a second launch.
+Each program compacts a block of entries. It first reads all earlier ones to count those kept: a
+batch has so few entries that this takes less time than a second launch.
 """
 
 import torch

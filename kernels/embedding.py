@@ -199,8 +199,7 @@ def embedding_layer_norm_bwd(
 ) -> None:  # fmt: skip
     """Dense gradients of the three tables, and of weight and bias (2, N), in their dtypes.
 
-    dy: (T, N) with unit column stride; padding_id: the row of the word table that gets no gradient,
-    or -1.
+    dy: (T, N) with unit column stride; padding_id: the word whose row gets no gradient, or -1.
     """
     dword, dposition, dtoken_type, sums = outputs
     n_rows, n_cols = dy.shape

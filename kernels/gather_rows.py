@@ -29,7 +29,7 @@ def _gather_rows_kernel(
     is_source = (sources >= 0) & (sources < n_sources)
     places = src_ptr + sources[:, None] * src_row_stride + cols[None, :]
     x = tl.load(places, mask=is_source[:, None] & is_col[None, :], other=0)
-    # an index out of range sets all bits of its row, because raising would make the host wait
+    # all bits set for an index out of range, because raising would make the host wait
     x = tl.where((is_source | (sources == -1))[:, None], x, -1)
     tl.store(out_ptr + rows[:, None] * N_COLS + cols[None, :], x, is_row[:, None] & is_col[None, :])
 

@@ -63,7 +63,8 @@ class Kernel:
     The function's parameters must come in this order: pointers, whose names end in "_ptr" and which
     take tensors or None (the first always a tensor); numbers, with those of `do_not_specialize`
     last; `tl.constexpr` parameters, for whose values Triton compiles anew. Keywords also set
-    Triton's options, such as `num_warps`. The first tensor's current stream runs the kernel.
+    Triton's options, such as `num_warps`. The kernel runs on the first tensor's device, in its
+    current stream.
     """
 
     def __init__(self, function: Callable[..., Any], do_not_specialize: Iterable[str]) -> None:

@@ -77,8 +77,7 @@ def _attend_all(call: Attention) -> Tensor:
 def reads_lengths(call: Attention) -> bool:
     """Whether to read the lengths, so that long sequences attend one by one, without padding.
 
-    On a CPU reading them is free. On a GPU the host would wait, and one call for all sequences is
-    needed to keep the GPU busy.
+    That is free on a CPU. A GPU would make the host wait, and is not kept busy by one sequence.
     """
     return call.cu_seqlens_q.is_cpu and not torch.compiler.is_compiling()
 

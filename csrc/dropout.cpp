@@ -1,4 +1,4 @@
-// Dropout masks on the CPU; fastbert/rng.py defines their random bits and gives the reasons.
+// Dropout masks on the CPU; fastbert/rng.py defines and explains their random bits.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -21,7 +21,7 @@ constexpr int64_t kVector = 16;  // 32-bit words in the widest vector register
 
 using Words = std::array<std::array<uint32_t, kLanes>, 4>;
 
-// Key and counter of a row's random numbers, without the place in the row.
+// Philox's key and counter for a row, without the place in the row.
 struct Row {
   uint64_t seed;
   // position is in the upper half of its word; head also has the dropout's site in the upper half
@@ -69,7 +69,7 @@ void philox(const Row& row, uint32_t first, uint32_t stride, int64_t lanes, Word
   }
 }
 
-// kept[j] is whether bit j of the word is clear.
+// Sets kept[j] to 1 if bit j of the word is clear, else to 0.
 FASTBERT_VECTOR_CLONES
 void kept_of(uint32_t word, std::array<uint8_t, kBits>& kept) {
   for (uint32_t j = 0; j < kBits; ++j) {
@@ -136,8 +136,8 @@ at::Tensor attention_keep_mask_cpu(
 
   at::parallel_for(0, num_heads * tokens, 16, [&](int64_t begin, int64_t end) {
     Words digits;
-    // Bit j is set if the word's key j is dropped: if its random 12-bit number, whose inverted
-    // binary digits are in 12 words, is below the threshold.
+    // Bit j is set if the word's key j is dropped, that is if its random 12-bit number, whose
+    // inverted binary digits are in 12 words, is below the threshold.
     std::array<uint32_t, kLanes> below;
     std::array<uint8_t, kBits> kept;
     for (int64_t r = begin; r < end; ++r) {

@@ -1,4 +1,4 @@
-// Gathers rows on the CPU, by one memcpy or memset for each row, for all dtypes.
+// Gathers rows on the CPU, with one memcpy or memset for each row, for all dtypes.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>

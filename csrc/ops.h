@@ -47,7 +47,7 @@ auto for_entry_size(const at::Tensor& values, const Body& body) {
   }
 }
 
-// A copy of `src` unless each row is contiguous; rows may have gaps between them, as in a slice.
+// `src` itself if each row is contiguous (with gaps between rows, as in a slice), else a copy.
 inline at::Tensor with_unit_column_stride(const at::Tensor& src) {
   return src.size(1) <= 1 || src.stride(1) == 1 ? src : src.contiguous();
 }

@@ -1,7 +1,7 @@
-"""Picks which implementation of an operator runs; no other file asks what is installed.
+"""Picks which implementation of an operator runs; no other file checks what is installed.
 
-An operator is a function that checks its arguments, and its reference body in plain PyTorch. A
-backend is a namespace of faster bodies under fixed names: `torch.ops.fastbert` (the C++/CUDA
+An operator has a function that checks its arguments, and a reference body in plain PyTorch. A
+backend is a namespace with faster bodies under fixed names: `torch.ops.fastbert` (the C++/CUDA
 extension) or a module of Triton launchers. The first usable backend of `PREFERENCE` runs.
 `FASTBERT_BACKEND`, or a `with backend.use(...)` block, forces one backend for the operators that
 have a body in it; these raise if it cannot run. The other operators keep the default.
@@ -26,10 +26,10 @@ from fastbert.check import InputError
 BACKENDS = ("ext", "triton", "reference")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Triton's interpreter takes milliseconds a row, so on a CPU it runs only where a test forces it.
+# Triton's interpreter takes milliseconds per row, so on a CPU it runs only if a test forces it.
 PREFERENCE = {"cuda": ("ext", "triton", "reference"), "cpu": ("ext", "reference")}
 
-LEAST_CAPABILITY = 8, 0  # of a GPU that runs Triton's kernels
+LEAST_CAPABILITY = 8, 0  # the lowest compute capability that runs Triton's kernels
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # the dtypes that Triton's kernels take
 
 OPS: dict[str, "Op"] = {}
@@ -54,17 +54,17 @@ class Op:
     """A callable operator: the check of its arguments, its bodies, and the choice among them.
 
     `@op("triton")` decorates the public function. That function raises ValueError for wrong
-    arguments and returns valid ones, with defaults filled in, as a named tuple, the call. The
-    call's first field is a tensor. Models, whose calls are valid by
-    construction, pass them to `run` without the check. Calling an operator, or `run`, raises
-    BackendUnavailable where a forced backend cannot run the call. The other decorators:
+    arguments and returns valid ones, with defaults filled in, as a named tuple, the call, whose
+    first field is a tensor. Models, whose calls are valid by construction, pass them to `run`
+    without the check. Calling an operator, or `run`, raises BackendUnavailable if a forced backend
+    cannot run the call. The other decorators take these functions:
 
-    `@name.plain` of `(call)`: the operator in plain PyTorch. `@name.fused` of `(kernels, call)`: a
-    backend's kernels, with gradients. `@name.refuses` of `(call)`: why the kernels cannot take the
-    call, None if they can; the plain body runs refused calls. `@name.describes` of
-    `(kernels, call)`: the names of the kernels that run, for `fastbert.explain`. `@name.traces` of
-    the arguments of the extension's body: its outputs without values, for torch.compile; does
-    nothing where the extension is not built.
+    `@name.plain`, `(call)`: the operator in plain PyTorch. `@name.fused`, `(kernels, call)`: the
+    same with a backend's kernels, and with gradients. `@name.refuses`, `(call)`: why the kernels
+    cannot take the call, None if they can; refused calls run the plain body. `@name.describes`,
+    `(kernels, call)`: the names of the kernels that run, for `fastbert.explain`. `@name.traces`,
+    with the arguments of the extension's body: its outputs without values, for torch.compile; it
+    has no effect if the extension is not built.
     """
 
     plain_body: Callable[..., Any]
@@ -82,7 +82,7 @@ class Op:
 
     def plain(self, function: Body) -> Body:
         self.plain_body = function
-        result = inspect.signature(function).return_annotation  # in `help`, in place of the call
+        result = inspect.signature(function).return_annotation  # `help` shows it, not the call
         self.__signature__ = inspect.signature(self.check).replace(return_annotation=result)
         return function
 
@@ -106,8 +106,8 @@ class Op:
     def chosen(self, device: str) -> Choice:
         """The cached choice for a device type; raises BackendUnavailable if a forced one fails.
 
-        While torch.compile traces, `_choose` always runs first: the trace would not see an entry
-        added to the dictionary after it first read that.
+        While torch.compile traces, `_choose` always runs first, because a trace does not see
+        entries added to a dictionary after it has first read it.
         """
         if torch.compiler.is_compiling() or device not in self.choices:
             _choose(self.name, device)
@@ -138,7 +138,7 @@ class Op:
 
 
 def device_type(x: Any) -> str:
-    """The type of x's device; for the usual ones faster than `x.device.type`."""
+    """The type of x's device, for the usual ones faster than `x.device.type`."""
     return "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
 
 
@@ -158,7 +158,7 @@ def is_one_graph() -> bool:
 
 
 def forced() -> str | None:
-    """The backend that the user forces, by `use` or FASTBERT_BACKEND; None without one."""
+    """The backend that the user forces, with `use` or FASTBERT_BACKEND; None if there is none."""
     return _forced
 
 
@@ -169,8 +169,8 @@ def _choose(name: str, device: str) -> str:
     return operator.choices[device].backend
 
 
-# torch.compile then runs `_choose` at trace time instead of tracing into it. The decorator
-# `torch.compiler.assume_constant_result` only sets this attribute, but imports Dynamo and Triton.
+# This makes torch.compile run `_choose` at trace time instead of tracing into it. The decorator
+# `torch.compiler.assume_constant_result` does no more, but imports Dynamo and Triton.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -228,7 +228,7 @@ def _load_triton(op: str, device: str) -> Any:
     fault = "" if INTERPRETED else importlib.import_module("fastbert.kernels.runtime").fault()
     if fault:
         raise BackendUnavailable(
-            "Triton cannot compile here, for which it needs a C compiler and Python's headers (gcc "
+            "Triton cannot compile a kernel here; it needs a C compiler and Python's headers (gcc "
             f"and python3-dev): {fault}"
         )
     # kernels/x.py holds the bodies of all the operators of fastbert/ops/x.py
@@ -246,13 +246,14 @@ def _require_gpus() -> None:
             least, own = (".".join(map(str, one)) for one in (LEAST_CAPABILITY, found))
             raise BackendUnavailable(
                 f"the kernels need compute capability {least}, and GPU {number}, "
-                f"{torch.cuda.get_device_name(number)}, has {own}; CUDA_VISIBLE_DEVICES hides GPUs"
+                f"{torch.cuda.get_device_name(number)}, has {own}; hide it with "
+                "CUDA_VISIBLE_DEVICES"
             )
 
 
 def select(op: Op, device: str) -> Choice:
     """Chooses a backend for `op`: the forced one, or the first usable one of `PREFERENCE`."""
-    # the variable is checked here and not at import, where the command line could not catch that
+    # the variable is checked here, not at import, so that the command line catches the error
     wanted = _checked(_forced, "FASTBERT_BACKEND")
     if wanted is not None and wanted in op.backends:
         return Choice(wanted, load(wanted, op.name, device), "forced", forced=True)
@@ -279,7 +280,7 @@ def _checked(backend: str | None, who: str = "backend") -> str | None:
 def use(backend: str | None) -> Iterator[None]:
     """Forces one backend inside a `with` block, for the operators that have a body in it.
 
-    backend: "ext", "triton" or "reference"; None lifts a forced one. Raises ValueError for others.
+    backend: "ext", "triton" or "reference"; None forces none. Raises ValueError for others.
     """
     global _forced
     previous, _forced = _forced, _checked(backend)

@@ -1,4 +1,4 @@
-"""Errors about a caller's input, in one form: who refuses it, what was expected, what came."""
+"""Errors about a caller's input, in one form: who refuses it, what was expected, what was got."""
 
 import contextlib
 import importlib
@@ -20,7 +20,7 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stopping(said: Callable[[], str]) -> Iterator[None]:
-    """Turns Ctrl-C into `Stopped`; said: makes its message."""
+    """Turns Ctrl-C into `Stopped`; said: returns its message."""
     try:
         yield
     except KeyboardInterrupt:
@@ -39,7 +39,7 @@ def require(condition: bool, who: str, expected: str, got: object, remedy: str =
 
 
 def require_floats(who: str, **tensors: Any) -> None:
-    """Raises ValueError unless the tensors are floating; integers would be rounded results."""
+    """Raises ValueError unless the tensors are floating: results in integers would be rounded."""
     for name, x in tensors.items():
         if not x.is_floating_point():
             require(False, who, f"{name} of a floating-point dtype", x.dtype)
@@ -62,7 +62,7 @@ def require_rows(who: str, x: Any, **vectors: Any) -> None:
 def require_libraries(who: str, names: Iterable[str], extra: str) -> None:
     """Raises InputError, which begins with `who`, unless these modules can be imported.
 
-    extra: of fastbert, which installs them
+    extra: the extra of fastbert that installs them
     """
     for name in names:
         try:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub  # which imports its parts, for a tenth of a second, where they are used
+import huggingface_hub  # loads its parts, which takes a tenth of a second, when they are used
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,21 +21,21 @@ from fastbert.system.files import new_file
 
 WEIGHTS = "model.safetensors"
 LEGACY_WEIGHTS = "pytorch_model.bin"
-INDEX = ".index.json"  # suffix of either name, where the weights are in several files
-LATEST, RUN = "latest", "run.json"  # of the directory of a run
+INDEX = ".index.json"  # suffix of either name, if the weights are in several files
+LATEST, RUN = "latest", "run.json"  # in the directory of a run
 DOWNLOADS = ["*.json", "*.txt", "model*.safetensors", "pytorch_model*.bin"]
 
 # Task heads and the pooler: a checkpoint may have them where the model does not, and vice versa.
 _TASK_HEADS = re.compile(r"^(cls|classifier|qa_outputs|score)\.")
 _HEADS = re.compile(r"^(cls|classifier|qa_outputs|score|(bert\.)?pooler)\.")
 _RENAMED = {"gamma": "weight", "beta": "bias"}
-_BUFFERS = re.compile(r"(^|\.)embeddings\.(position_ids|token_type_ids)$")  # of older transformers
+_BUFFERS = re.compile(r"(^|\.)embeddings\.(position_ids|token_type_ids)$")  # older transformers'
 
 
 def latest(run: Path) -> Path | None:
     """The checkpoint that run/latest points to now; None if the run has none yet.
 
-    Files that belong together are read from the directory returned, because the link may point to
+    Read files that belong together from the directory returned, because the link may point to
     another one a second later. Raises InputError if the link's target is gone.
     """
     link = run / LATEST
@@ -44,23 +44,23 @@ def latest(run: Path) -> Path | None:
     directory = link.resolve()
     if not directory.is_dir():
         raise InputError(
-            f"{link}: holds neither {WEIGHTS} nor {LEGACY_WEIGHTS}, for {directory.name} is gone; "
-            "point the link to another checkpoint"
+            f"{link}: points to {directory.name}, which is gone; point the link to another "
+            "checkpoint"
         )
     return directory
 
 
 def resolve(name_or_directory: str | Path, subfolder: str = "", **download: Any) -> Path:
-    """A model's directory: a run's newest checkpoint, the one named, or a download from the hub.
+    """A model's directory: a run's newest checkpoint, the directory named, or a hub download.
 
-    subfolder: where the model is inside; download: options of `huggingface_hub.snapshot_download`,
+    subfolder: the model's folder inside; download: options of `huggingface_hub.snapshot_download`,
     such as revision and cache_dir. Raises InputError if there is no such directory, no config.json
     in it, or no such model.
     """
     directory = Path(name_or_directory, subfolder)
     for candidate in (directory / LATEST, directory):
         if (candidate / "config.json").is_file():
-            # a link may point to another model a second later
+            # resolved, because a link may point to another model a second later
             return candidate.resolve() if candidate.is_symlink() else candidate
     if directory.exists():
         raise InputError(
@@ -74,9 +74,9 @@ def resolve(name_or_directory: str | Path, subfolder: str = "", **download: Any)
         name = str(name_or_directory)
         found = huggingface_hub.snapshot_download(name, allow_patterns=wanted, **download)
         return Path(found, subfolder)
-    except (OSError, ValueError) as error:  # of which those of huggingface_hub are
+    except (OSError, ValueError) as error:  # huggingface_hub's errors are subclasses of these
         raise InputError(
-            f"{name_or_directory}: neither a directory nor a model that the hub gives "
+            f"{name_or_directory}: neither a directory nor a model that the hub provides "
             f"({first_line(error)})"
         ) from None
 
@@ -110,7 +110,7 @@ def _meant(directory: Path) -> str:
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
     """The tensors of model.safetensors, or of a legacy pytorch_model.bin, by name, on the CPU.
 
-    Either may be in several files, which its index (model.safetensors.index.json) lists. Raises
+    Either may be split into files that an index (model.safetensors.index.json) lists. Raises
     InputError if a file is missing or corrupt, or a legacy file holds more than tensors.
     """
     directory = Path(directory)
@@ -131,7 +131,7 @@ def _shards(index: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         shards = [index.parent / Path(name).name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{index}: not an index of weights, which has a weight_map") from None
+        raise InputError(f"{index}: not an index of weights with a weight_map") from None
     for shard in shards:
         if not shard.is_file():
             raise InputError(
@@ -149,11 +149,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             raise TypeError
         return weights
     except (pickle.UnpicklingError, TypeError):
-        raise InputError(f"{path}: truncated, corrupt, or not tensors by name alone") from None
+        raise InputError(f"{path}: truncated, corrupt, or not a dictionary of tensors") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        if "allocate memory" in str(error):  # not a matter of the file
+        if "allocate memory" in str(error):  # the file is not at fault
             raise
         raise InputError(f"{path}: truncated or corrupt ({first_line(error)})") from None
 
@@ -168,9 +168,9 @@ def load_weights(
     """Copies `weights` into `model`; returns the model's parameters that `weights` lacks.
 
     Only parameters of heads and the pooler may be absent. Names are Hugging Face's, with or without
-    the `bert.` prefix; the heads of other models are ignored, and the LayerNorm.gamma/beta of the
-    first releases are known. With ignore_mismatched_sizes, a task head of another shape counts as
-    absent. Raises InputError for other weights that are missing, unknown or of another shape.
+    the `bert.` prefix; the first releases' LayerNorm.gamma/beta are renamed, and heads of other
+    models are ignored. With ignore_mismatched_sizes, a task head of another shape counts as absent.
+    Raises InputError for other weights that are missing, unknown or of another shape.
     """
     own = model.state_dict()
     weights = _with_prefix_of(own, {_modern(name): tensor for name, tensor in weights.items()})
@@ -222,7 +222,7 @@ def _remedy(model: Any, name: str, count: int) -> str:
 def save_weights(
     model: nn.Module, directory: str | Path, weights: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Writes model.safetensors; a tied parameter once, unless transformers 5 has two of it.
+    """Writes model.safetensors, with a tied parameter once, unless transformers 5 has it twice.
 
     weights: written instead of the model's parameters, for models that hold only shards
     """
@@ -246,7 +246,7 @@ def point_latest(directory: Path) -> None:
 
 
 def _modern(name: str) -> str:
-    """The name today of a parameter in a checkpoint that may be of 2018."""
+    """The current name of a parameter, whose checkpoint may be from 2018."""
     return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{_RENAMED[m[1]]}", name)
 
 
@@ -269,7 +269,7 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def _is_apart(model: Any, alias: str) -> bool:
-    """Whether transformers 5 has a parameter of its own there, and computes with no other."""
+    """Whether transformers 5 has a separate parameter under this name and computes with it."""
     return alias.endswith("decoder.bias") and not model.config.tie_word_embeddings
 
 

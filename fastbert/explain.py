@@ -15,9 +15,9 @@ from fastbert.rng import threshold
 class Row(NamedTuple):
     """One line of the table of operators: `calls` calls of one operator that ran the same way.
 
-    kernel: names of the kernels, for operators with several; shape, dtype: those of the call's
-    first tensor; dropout: its probability and where the masks are made, "" without dropout; note:
-    why no faster body ran.
+    kernel: names of the kernels, for operators with several; shape, dtype: of the call's first
+    tensor; dropout: its probability and where the masks are made, "" without dropout; note: why no
+    faster body ran.
     """
 
     operator: str
@@ -56,7 +56,7 @@ class Explanation(NamedTuple):
 def explain(model: nn.Module, /, *args: Any, show: bool = True, **batch: Any) -> Explanation:
     """Reports how each operator of `model` runs on this batch; prints it, unless show=False.
 
-    Calls model(*args, **batch) once without gradients, in the model's present mode (training or
+    Calls model(*args, **batch) once without gradients, in the model's current mode (training or
     eval) and under the caller's autocast, and restores torch's generators. An operator's backward
     runs on the backend of its forward. Raises ValueError if the model runs no operator of fastbert.
     """

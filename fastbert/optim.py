@@ -29,26 +29,26 @@ class Lamb(torch.optim.Optimizer):
     apex/optimizers/fused_lamb.py and csrc/multi_tensor_lamb.cu). It differs in two points:
 
     - First the gradients are divided by max(1, |g| / max_grad_norm), where |g| is the norm over all
-      parameters of all groups; in place, but for groups with 16-bit ones. The paper's algorithm
+      parameters of all groups; in place, except in groups with 16-bit ones. The paper's algorithm
       does not clip. With max_grad_norm=None nothing is clipped here, for callers who clip the
       gradients themselves.
     - Groups with weight_decay = 0, usually biases and LayerNorm, have no ratio: they take an Adam
-      step. In the paper every tensor has a ratio, even the keys' biases in attention, whose
-      gradient is 0 but for rounding: the ratio turns that noise into full steps. (FusedLAMB with
+      step. In the paper every tensor has a ratio, even the key biases of attention, whose gradient
+      is 0 except for rounding: the ratio turns that noise into full steps. (FusedLAMB with
       use_nvlamb=True gives all groups a ratio: variant="paper" after clipping to norm 1.)
 
-    Both share bias correction (absent from the paper's first version), weight decay inside the
+    Both have bias correction (absent from the paper's first version), weight decay inside the
     ratio, gradient averaging (1 - beta1, not 1), eps outside the root, and ratio 1 for norm 0.
 
-    params: parameters or groups of any floating dtype, each group on one device, and all of them
-        where "nvidia" clips. Moments, updates and norms are in float32, in float64 for float64, so
-        that a step rounds 16-bit parameters once. Shards of FSDP2 (DTensor) use the norms of the
-        whole tensors, which costs one small all-reduce per group.
+    params: parameters or groups of any floating dtype. Each group is on one device, and all groups
+        are on the same one if "nvidia" clips. Moments, updates and norms are in float32 (float64
+        for float64), so that a step rounds 16-bit parameters once. Shards of FSDP2 (DTensor) use
+        the norms of the whole tensors, which costs one small all-reduce per group.
     lr: a number, or a tensor on the device, whose current value each replay of a CUDA graph reads.
 
     The host never waits in `step`, and step counts are on the device, so that a CUDA graph can
-    record it. As in torch's fused optimizers, `found_inf`, a float32 tensor (), skips the update on
-    the device where it is 1, and gradients are divided by `grad_scale`; GradScaler sets both.
+    record it. As in torch's fused optimizers, if `found_inf`, a float32 tensor (), is 1, the update
+    is skipped on the device, and gradients are divided by `grad_scale`; GradScaler sets both.
     Raises ValueError for sparse gradients, options out of range, and groups or loaded states with
     another variant or max_grad_norm than the optimizer's.
     """
@@ -85,7 +85,7 @@ class Lamb(torch.optim.Optimizer):
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
-            # torch leaves "step" on its saved device, and rounds the moments to 16-bit parameters'
+            # torch leaves "step" on its saved device, and rounds moments of 16-bit parameters
             for name, saved in state_dict["state"].get(number, {}).items():
                 dtype = saved.dtype if name == "step" else _wide_dtype(parameter)
                 self.state[parameter][name] = saved.to(parameter.device, dtype)
@@ -93,7 +93,7 @@ class Lamb(torch.optim.Optimizer):
     def _check(self, group: dict[str, Any]) -> None:
         """Raises ValueError for a group's options out of range, or other than the optimizer's."""
         options = self.defaults | group
-        for name in ("variant", "max_grad_norm"):  # of all gradients together
+        for name in ("variant", "max_grad_norm"):  # these apply to all gradients together
             value, own = options[name], self.defaults[name]
             require(value == own, "Lamb", f"one {name} for all groups, {own!r}", repr(value))
         betas = options["betas"]
@@ -104,7 +104,7 @@ class Lamb(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates the parameters that have a `grad`; returns the closure's loss, None without."""
+        """Updates parameters that have a `grad`; returns the closure's loss, None without one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -124,7 +124,7 @@ class Lamb(torch.optim.Optimizer):
     def _prepare(
         self, gradients: list[Tensor], parameters: list[Tensor], found_inf: Tensor | None
     ) -> None:
-        """Unscales and clips the gradients in place, and zeros those of a skipped step."""
+        """Unscales and clips the gradients in place, and zeros them if the step is skipped."""
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             torch._foreach_div_(gradients, scale)
@@ -211,7 +211,7 @@ def _wide_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _wide(tensors: list[Tensor]) -> list[Tensor]:
-    """The list itself; copies in float32 or wider where one of the tensors has 16 bits."""
+    """The list itself, or copies in float32 or wider if one of the tensors has 16 bits."""
     if all(tensor.dtype.itemsize >= 4 for tensor in tensors):
         return tensors
     copies = [torch.empty_like(tensor, dtype=_wide_dtype(tensor)) for tensor in tensors]
@@ -226,7 +226,7 @@ def _squares(tensors: list[Tensor]) -> Tensor:
 
 
 def _sum_over_shards(squares: Tensor, parameters: list[Tensor]) -> Tensor:
-    """Adds sums over local shards, one row a parameter, over all ranks: (N, ...) -> (N, ...)."""
+    """Adds up sums (N, ...) over local shards, one row per parameter, over all ranks."""
     rows: dict[dist.ProcessGroup, list[int]] = {}
     for row, parameter in enumerate(parameters):
         if isinstance(parameter, DTensor):
@@ -237,7 +237,7 @@ def _sum_over_shards(squares: Tensor, parameters: list[Tensor]) -> Tensor:
         if len(mine) == len(squares):
             dist.all_reduce(squares, group=group)
         else:
-            views = [squares[row] for row in mine]  # an index list would be copied from the host
+            views = [squares[row] for row in mine]  # indexing by a list copies it from the host
             part = torch.stack(views)
             dist.all_reduce(part, group=group)
             torch._foreach_copy_(views, list(part))

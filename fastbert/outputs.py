@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 class ModelOutput(OrderedDict[str, Any]):
     """Base of the outputs; subclasses are dataclasses whose fields default to None.
 
-    Raises TypeError where a field is deleted or popped, or the mapping is updated.
+    Raises TypeError if a field is deleted or popped, or the mapping is updated.
     """
 
     def __init_subclass__(cls) -> None:
@@ -49,7 +49,7 @@ class ModelOutput(OrderedDict[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         setattr(self, name, value)
         if name not in self.__dataclass_fields__:  # type: ignore[attr-defined]
-            super().__setitem__(name, value)  # joins the mapping, in Hugging Face's too
+            super().__setitem__(name, value)  # joins the mapping, as in Hugging Face's class
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
@@ -69,7 +69,7 @@ class ModelOutput(OrderedDict[str, Any]):
 
 @dataclasses.dataclass
 class BaseModelOutputWithPastAndCrossAttentions(ModelOutput):
-    """As `BaseModelOutputWithPooling`, with the fields of a decoder, which stay None."""
+    """`BaseModelOutputWithPooling` without the pooler's field, but with a decoder's, all None."""
 
     last_hidden_state: Tensor | None = None
     past_key_values: None = None
@@ -83,7 +83,7 @@ class BaseModelOutputWithPastAndCrossAttentions(ModelOutput):
 class BaseModelOutputWithPooling(ModelOutput):
     """last_hidden_state: (B, S, H), or (T, H) packed; pooler_output: (B, H).
 
-    hidden_states: tensors of the first's shape, the embeddings and each layer's output, and None
+    hidden_states: the embeddings and each layer's output, in last_hidden_state's shape, and None
     for those that output_hidden_states leaves out.
     """
 

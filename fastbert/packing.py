@@ -11,7 +11,6 @@ from fastbert.check import require
 
 IGNORE_INDEX = -100  # the label of a position without a prediction target, as in PyTorch
 
-
 # Dropout id reserved for filler sequences; no example has it.
 SPARE_SEQUENCE = 2**31 - 1
 
@@ -29,7 +28,7 @@ class Bucket(NamedTuple):
 class PackedBatch:
     """B sequences with T tokens in all, end to end.
 
-    input_ids: (T,) int64, or None where inputs_embeds is given
+    input_ids: (T,) int64, or None if inputs_embeds is given
     inputs_embeds: (T, H), word embeddings to use instead of looking up input_ids, or None
     cu_seqlens: (B + 1,) int32, where each sequence begins, and T at the end
     max_seqlen: length of the longest sequence, or an upper bound of it
@@ -37,18 +36,18 @@ class PackedBatch:
     position_ids: (T,) int64, usually each token's position in its own sequence
     labels: (T,) int64, the token to predict or -100; None without labels
     num_labels: how many labels are not -100, counted on the host so that no step waits for the
-        device; None counts them on the device, which makes the host wait once
+        device; if None, they are counted on the device, and the host waits once
     next_sentence_label: (B,) int64, 0 where the second segment follows the first, 1 where it is
         a random one, or None
-    attention_mask: limits attention within each sequence, bool or additive, broadcasts to
-        (B, heads, max_seqlen, max_seqlen), see `attention`; None where every token may attend to
-        its whole sequence
+    attention_mask: limits attention within each sequence; bool or additive, broadcasts to
+        (B, heads, max_seqlen, max_seqlen), see `attention`; None if every token may attend to its
+        whole sequence
     sequence_ids: (B,) int64, dropout ids: dropout depends on the example, not on the batch it is
         in; None numbers the sequences of this batch
     dropout_state: (2,) int64, seed and step of dropout; None draws them from torch's generator
 
     Raises ValueError unless exactly one of input_ids and inputs_embeds is given, for a cu_seqlens
-    of another dtype, of another rank or empty, and for ids or labels of another shape.
+    that is empty or of another dtype or rank, and for ids or labels of another shape.
     """
 
     input_ids: Tensor | None = None
@@ -112,7 +111,7 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
-        """T, with filler tokens."""
+        """T, filler tokens included."""
         return self._tokens.shape[0]
 
     @property
@@ -121,7 +120,7 @@ class PackedBatch:
 
     @property
     def num_sequences(self) -> int:
-        """B, with filler sequences."""
+        """B, filler sequences included."""
         return self.cu_seqlens.shape[0] - 1
 
     def misfit(self, bucket: Bucket) -> str | None:
@@ -151,7 +150,8 @@ class PackedBatch:
         for name, wanted in (("labels", True), ("num_labels", True), ("input_ids", True),
                              ("attention_mask", False)):  # fmt: skip
             has = getattr(self, name) is not None
-            require(has == wanted, "padded_to", f"{name} {'given' if wanted else 'None'}", has)
+            expected = f"a batch {'with' if wanted else 'without'} {name}"
+            require(has == wanted, "padded_to", expected, "none" if wanted else "one with it")
         tokens = bucket.num_tokens - self.num_tokens
         spare = _num_spare(self, bucket)
         empty = bucket.num_sequences - self.num_sequences - spare

@@ -1,4 +1,4 @@
-"""BERT as the paper writes it (Devlin et al. 2018): padded, unfused, any dtype. The tests' oracle.
+"""BERT as in the paper (Devlin et al. 2018): padded, unfused, in any dtype. The tests' oracle.
 
 B sequences padded to S tokens, H hidden, N heads, D head size, V vocabulary. Parameter names are
 Hugging Face's, so weights move between this model and the packed ones. Read it top to bottom; it

@@ -2,10 +2,10 @@
 
 The coordinates are (seed, step, site, sequence, row, column, head); the site numbers the dropouts
 of a model. Their random bits are Philox4x32-7 (Salmon et al. 2011, "Parallel random numbers: as
-easy as 1, 2, 3"). So no mask is stored for a second use, and a sequence gets the same masks padded,
-packed, reordered, recomputed under activation checkpointing, in plain PyTorch and in a kernel.
-Probabilities are multiples of 1/4096, and kept elements are scaled by the exact inverse of the
-probability of being kept.
+easy as 1, 2, 3"). So no mask has to be stored, and a sequence gets the same masks whether it is
+padded, packed, reordered, or recomputed under activation checkpointing, in plain PyTorch and in a
+kernel. Probabilities are multiples of 1/4096, and kept elements are scaled by the exact inverse of
+the probability of being kept.
 
 This file is the definition; `kernels/philox.py` gives the same bits on a GPU.
 """
@@ -75,7 +75,7 @@ def for_batch(
 def opaque(fake: Callable[..., Tensor]) -> Callable[[Function], Function]:
     """Decorates a function into which torch.compile must not trace.
 
-    A traced call is one of a custom operator, whose outputs without values are made by `fake`. An
+    A traced call becomes a call of a custom operator; `fake` makes its outputs without values. An
     eager call runs the function itself: the operator would take tens of microseconds more.
     """
 
@@ -107,7 +107,7 @@ def token_keys(cu_seqlens: Tensor, num_tokens: int, sequence_ids: Tensor | None 
     sequences of this batch.
     """
     places = torch.arange(num_tokens, device=cu_seqlens.device)
-    # filler tokens behind the last sequence of a fixed-size batch count as one more sequence
+    # filler tokens after the last sequence of a fixed-size batch count as one more sequence
     numbers = torch.searchsorted(cu_seqlens[1:], places, right=True)
     positions = places - cu_seqlens.take(numbers)
     if sequence_ids is not None:
@@ -140,7 +140,7 @@ def keeps_some(dropout_p: float) -> bool:
 
 
 def keep_scale(dropout_p: float) -> float:
-    """The factor of kept elements: the exact inverse of the probability of being kept."""
+    """The factor that scales kept elements: the exact inverse of the probability of keeping."""
     return RESOLUTION / (RESOLUTION - threshold(dropout_p))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Applied in order; other names of google-research/bert differ from Hugging Face's by separators.
+# Applied in order; other names of google-research/bert differ from HF's only by separators.
 _FROM_TENSORFLOW = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (

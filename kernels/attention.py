@@ -1,7 +1,7 @@
-"""Launchers of variable-length attention; the kernels are in `attention_fwd` and its siblings.
+"""Launchers of variable-length attention; the kernels are in the other files `attention_*.py`.
 
-The host never waits for the device: grids follow from upper bounds of the lengths, programs without
-work return at once, and one more slice of the grid writes zeros behind the last sequence.
+The host never waits for the device: upper bounds of the lengths size the grids, programs without
+work return at once, and an extra slice of the grid zeros the rows after the last sequence.
 """
 
 import torch
@@ -40,7 +40,7 @@ def attention_fwd(
     lse: float32, the log-sum-exp to base 2, for the backward; cu_seqlens_q, cu_seqlens_k: (B + 1,)
     int32; mask: (B, N, max_seqlen_q, max_seqlen_k), boolean or floating, with strides of 0 in
     expanded dimensions; drop_words: (N, T_q, W) int32, from `attention_drop_words`; keep_scale: 1
-    without drop_words. Raises ValueError where the offset of a row within its sequence would reach
+    without drop_words. Raises ValueError if the offset of a row within its sequence could reach
     2**31 elements.
     """
     if q.numel():
@@ -80,18 +80,17 @@ def attention_bwd(
 ) -> None:  # fmt: skip
     """dout (T_q, N, D) -> dq (T_q, N, D), dk and dv (T_k, N, D); the rest as in `attention_fwd`.
 
-    Where k and v are None, q is qkv (T, 3, N, D), and the result dqkv (T, 3, N, D), without a copy
-    to join three tensors; with a bias_dtype, dbias (3 N D,) of this dtype too, the gradient of a
-    bias that is part of qkv: the column sums of dqkv; those for the keys are 0 exactly. The sums of
-    B sequences of up to S tokens take 4 bytes times 2 N D for each 32 to 128 of B S tokens
-    meanwhile.
+    If k and v are None, q is qkv (T, 3, N, D) and the result dqkv (T, 3, N, D), which the kernels
+    fill without a copy. With a bias_dtype, dbias (3 N D,) in that dtype is returned too, the
+    gradient of a bias that is part of qkv: the column sums of dqkv, exactly 0 for the keys. The
+    partial sums temporarily take 2 N D float32 numbers for every 32 to 128 of the B S places.
     """
     dbias = None
     if k is None:
         dbias = None if bias_dtype is None else outputs[1]
         (q, k, v), (dq, dk, dv) = q.unbind(1), outputs[0].unbind(1)
     else:
-        dq, dk, dv = outputs  # of one row stride, like those of a packed gradient
+        dq, dk, dv = outputs  # all with the same row stride, like the parts of a packed gradient
     num_rows, num_heads, head_dim = q.shape
     if not q.numel() + k.numel():
         if dbias is not None:
@@ -120,7 +119,7 @@ def attention_bwd(
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if dbias is not None:
-            add_partials(sums, dbias.view(3, -1))  # that of the keys becomes 0
+            add_partials(sums, dbias.view(3, -1))  # the row for the keys becomes 0
         return
     delta = torch.empty_like(lse)
     total = torch.empty_like(lse) if q.dtype == torch.float32 else None
@@ -130,7 +129,7 @@ def attention_bwd(
     tile_k = dkdv_tile(gpu, q.itemsize, columns, mask=has_mask)
     tiles = max(cdiv(max_seqlen_q, tile.block_m), 1)
     tiles_k = max(cdiv(max_seqlen_k, tile_k.block_n), 1)
-    if dbias is not None:  # both kernels store as many sums
+    if dbias is not None:  # both kernels must store the same number of partial sums
         tiles = tiles_k = max(tiles, tiles_k)
     sums = _partial_sums(dbias, cu_seqlens_q, tiles)
     attention_dq_kernel(
@@ -152,7 +151,7 @@ def attention_bwd(
 
 
 def _partial_sums(dbias: Tensor | None, cu_seqlens: Tensor, tiles: int):
-    """Memory for the column sums of dq and of dv, a row for each tile of each sequence."""
+    """Memory for the column sums of dq and dv: a row for each tile of each sequence."""
     if dbias is None:
         return None
     rows = tiles * (cu_seqlens.shape[0] - 1)

@@ -6,12 +6,12 @@ dQ = scale dS K; dK = scale dS^T Q. The kernels apply the factor c at the end, a
 instead of delta. One kernel computes dQ and delta, a second one dK and dV.
 
 In float32 the scores may differ from the forward's in the last bit, because the tiles differ. Then
-rows of P do not sum to 1, nor rows of dS to 0, as exactly as PyTorch's do. So the dQ kernel also
+rows of P sum to 1, and rows of dS to 0, less exactly than in PyTorch. So the dQ kernel also
 computes these sums, t = rowsum(P) and e = rowsum(dS), and both kernels use P / t and delta + e / t:
-dQ = scale (dS K - e / t P K) / t. In 16 bits P and dS are rounded anyway.
+dQ = scale (dS K - e / t P K) / t. In 16 bits this is not done: P and dS are rounded anyway.
 
 For the gradient of a bias that is part of Q, K and V, each program stores the column sums of its
-rows of dQ or of dV. Those of dK would add up to 0, as each row of dS does.
+rows of dQ or dV. The column sums of dK add up to 0, because each row of dS does.
 """
 
 import triton
@@ -41,29 +41,29 @@ def dq_tile(capability: int, itemsize: int, block_d: int, *, dropout: bool, mask
     if block_d == 128:
         return Tile(128, 32 if gpu == 80 else 64, 8, 2)
     if gpu == 90 and block_d == 64 and not mask:
-        # H200, bf16, 47 sequences of 512, whole backward: 484 us, and 530 with (64, 64, 4, 2); with
-        # dropout 653 us, and 735. Four programs fit a multiprocessor up to 128 registers; Triton
-        # 3.6 takes 133 where the bias's sums are wanted too: 213 us a layer of a step, in place of
-        # 179 without them
+        # H200, bf16, 47 sequences of 512, whole backward: 484 us, against 530 with (64, 64, 4, 2);
+        # with dropout 653 us, against 735. Up to 128 registers, four programs are resident. With
+        # the bias's sums, Triton 3.6 would take 133: 213 us per layer of a step, against 179
+        # without the sums
         return Tile(64, 32, 4, 3, maxnreg=128) if dropout else Tile(64, 64, 4, 3)
     if gpu == 80 and (dropout or mask):
         return Tile(64, 32, 4, 2)
-    # with a head size this small, a second pipeline stage makes ptxas spill on sm_100
+    # on sm_100, a second pipeline stage makes ptxas spill if the head size is this small
     return Tile(64, 64, 4, 1 if gpu == 100 and block_d <= 32 else 2)
 
 
 def dkdv_tile(capability: int, itemsize: int, block_d: int, *, mask: bool) -> Tile:
-    """The tile of the dK/dV kernel, with one stage: occupancy beats pipelining.
+    """The tile of the dK/dV kernel, with one pipeline stage, because occupancy gains more.
 
-    On sm_90, where tiles were measured, three stages are faster.
+    On sm_90, the only one where tiles were measured, three stages are faster.
     """
     if itemsize == 4:
         return Tile(32, 32, 8, 1)
     if block_d == 128:
         return Tile(64 if generation(capability) == 80 else 128, 64, 8, 1)
     if capability == 90 and block_d == 64 and not mask:
-        # H200, bf16, 47 sequences of 512, whole backward: 503 us, and 528 with (64, 64, 4, 1); with
-        # dropout 592 us, and 736
+        # H200, bf16, 47 sequences of 512, whole backward: 503 us, against 528 with (64, 64, 4, 1);
+        # with dropout 592 us, against 736
         return Tile(64, 64, 4, 3)
     return Tile(64, 64, 4, 1)
 
@@ -75,7 +75,7 @@ def attention_dq_kernel(
     cu_q_ptr, cu_k_ptr,  # (B + 1,) each
     mask_ptr, words_ptr,  # (B, N, S_q, S_k) or None, (N, T_q, W) or None
     dq_ptr, delta_ptr, total_ptr,  # (T_q, N, D), (N, T_q), (N, T_q) or None
-    sums_ptr,  # (2, B * P, N, D) or None: of dQ and of dV, a row for each tile of each sequence
+    sums_ptr,  # (2, B * P, N, D) or None: column sums of dQ and dV, a row for each of P tiles
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     mask_batch_stride, mask_head_stride, mask_row_stride, mask_col_stride,
     words_row_stride, out_row_stride, dq_row_stride,
@@ -90,7 +90,7 @@ def attention_dq_kernel(
     sequence = tl.program_id(2).to(tl.int64)
     dq_ptr += head * HEAD_DIM
     q_first = tl.load(cu_q_ptr + sequence).to(tl.int64)
-    if sequence == tl.num_programs(2) - 1:  # not a sequence: the rows behind the last one
+    if sequence == tl.num_programs(2) - 1:  # not a sequence, but the rows after the last one
         zero_rows(dq_ptr, dq_row_stride, q_first, n_rows, HEAD_DIM, BLOCK_D, BLOCK_M)
         return
     n_queries = (tl.load(cu_q_ptr + sequence + 1) - q_first).to(tl.int32)
@@ -179,7 +179,7 @@ def _dq_step(
     p = tl.exp2(s * scale - lse[:, None])
     if WITH_SUMS:
         total += tl.sum(p, axis=1)
-        # tf32 is precise enough, because pk is multiplied by `excess`, which is rounding error
+        # tf32 is precise enough, because pk is multiplied by `excess`, which is a rounding error
         pk = tl.dot(p, k, pk, input_precision="tf32")
     kept = p
     if word_ptrs is not None:
@@ -214,7 +214,7 @@ def attention_dkdv_kernel(
     dk_ptr += head * HEAD_DIM
     dv_ptr += head * HEAD_DIM
     k_first = tl.load(cu_k_ptr + sequence).to(tl.int64)
-    if sequence == tl.num_programs(2) - 1:  # not a sequence: the rows behind the last one
+    if sequence == tl.num_programs(2) - 1:  # not a sequence, but the rows after the last one
         zero_rows(dk_ptr, dk_row_stride, k_first, n_key_rows, HEAD_DIM, BLOCK_D, BLOCK_N)
         zero_rows(dv_ptr, dk_row_stride, k_first, n_key_rows, HEAD_DIM, BLOCK_D, BLOCK_N)
         return
@@ -280,7 +280,7 @@ def _dkdv_step(
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, IS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds one tile of queries to dk and dv; rows are queries, so that lse goes along the rows.
+    """Adds what one tile of queries contributes to dk and dv; rows of the scores are queries.
 
     Keys beyond the end are not masked: they only reach rows of dk and dv that are neither stored
     nor summed. A query beyond the end has lse = inf, so its probabilities are zero.
@@ -301,7 +301,7 @@ def _dkdv_step(
         cols = first_col + tl.arange(0, BLOCK_N)
         s = add_mask(s, mask_ptrs, mask_col_stride, cols, rows_in, cols_in, mask_scale, True)
     p = tl.exp2(s * scale - lse[:, None])
-    if total_ptrs is not None:  # div_rn, because Triton does not round `/` exactly: t / t must be 1
+    if total_ptrs is not None:  # div_rn, as t / t must be 1 and Triton does not round `/` exactly
         total = tl.load(total_ptrs + start, mask=rows_in, other=1.0)
         p = tl.div_rn(p, total[:, None])
     kept = p

@@ -1,7 +1,7 @@
-"""Shared by the attention kernels: tiles, loads with padding, the mask and the drop words.
+"""What the attention kernels share: tiles, loads with padding, the mask and the drop words.
 
 B sequences, T packed tokens, N heads, D head size, S the longest sequence. Queries and keys may be
-packed differently: sequence b has the rows cu[b] to cu[b + 1] of each tensor, by its own cu.
+packed differently, each with its own cu_seqlens `cu`: sequence b has the rows cu[b] to cu[b + 1].
 """
 
 import functools
@@ -13,23 +13,23 @@ import triton.language as tl
 
 from fastbert.kernels.runtime import IS_INTERPRETED
 
-# Matrix products of float32: three tf32 products, which run on the tensor cores and together are
-# as accurate as one in float32. Tests may set "ieee". Other dtypes have only one precision.
+# A float32 matrix product is computed as three tf32 products, which run on the tensor cores and
+# together are as accurate. Tests may set "ieee". Other dtypes have only one precision.
 FLOAT32_PRECISION = "tf32x3"
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MASKED = tl.constexpr(-1.0e30)  # numbers of an additive mask below this mean -inf
-# Others below this count as this: no probability shows the difference, and a row of nothing else
-# keeps the digits of its scores, on which the backward's probabilities depend.
+# Other numbers below this are raised to it. No probability shows the difference, and in a row of
+# only such numbers the scores keep their digits, on which the backward's probabilities depend.
 FAR = tl.constexpr(-65536.0)
-LOWEST = tl.constexpr(-1.0e30)  # start of a running maximum; finite, as -inf - -inf would be NaN
+LOWEST = tl.constexpr(-1.0e30)  # start of a running maximum; finite, because -inf - -inf is NaN
 _HAS_ASM = tl.constexpr(not IS_INTERPRETED)
 
 
 class Tile(NamedTuple):
-    """Queries (block_m) and keys (block_n) of a program's step, its warps and pipeline stages.
+    """Queries (block_m) and keys (block_n) that a program's step computes, warps, pipeline stages.
 
-    maxnreg: the most registers of a thread, None for as many as the compiler likes
+    maxnreg: a limit on the registers of a thread; None leaves their number to the compiler
     """
 
     block_m: int
@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 
 
 def generation(capability: int) -> int:
-    """Generation of the tensor cores: 80, 90 or 100; small Blackwells, sm_120, have Ampere's."""
+    """Generation of the tensor cores: 80, 90 or 100; sm_120 (small Blackwells) counts as 80."""
     if 100 <= capability < 120:
         return 100
     return 90 if capability == 90 else 80
@@ -48,15 +48,15 @@ def generation(capability: int) -> int:
 
 @functools.cache
 def block_d(head_dim: int) -> int:
-    """Columns of a tile: a power of two, at least 16 because a matrix product needs as many."""
+    """Columns of a tile: a power of two, and at least 16, the least that a matrix product takes."""
     return max(triton.next_power_of_2(head_dim), 16)
 
 
 def sums_by_dot(capability: int, itemsize: int, block_d: int) -> bool:
-    """Whether `store_sums` adds up a tile by a product, where that takes fewer registers.
+    """Whether `store_sums` adds up a tile with a matrix product, which saves registers.
 
-    For Ampere Triton arranges the products of a loop in another way where one more comes behind,
-    and spills.
+    Not on Ampere: there, a product after the loop changes how Triton lays out the products in the
+    loop, and registers spill.
     """
     gpu = generation(capability)
     return itemsize == 2 and gpu >= 90 and (gpu == 90 or block_d > 32)
@@ -69,10 +69,10 @@ def precision(dtype: torch.dtype) -> str:
 
 @triton.jit
 def tile_ptrs(
-    ptr, row_stride, rows,  # the first row, head included; rows [R]
+    ptr, row_stride, rows,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Pointers [R, BLOCK_D] to the given rows; `ptr` includes the head."""
+    """Pointers [R, BLOCK_D] to `rows` [R]; `ptr` points to row 0, at the head's first column."""
     return ptr + rows[:, None] * row_stride + tl.arange(0, BLOCK_D)[None, :]
 
 
@@ -127,7 +127,7 @@ def store_sums(ptr, k, tile, HEAD_DIM: tl.constexpr, BY_DOT: tl.constexpr):
     cols = tl.arange(0, tile.shape[1])
     if not BY_DOT:
         tl.store(ptr + first + cols, tl.sum(tile.to(tl.float32), axis=0), mask=cols < HEAD_DIM)
-    else:  # by a product with ones, whose rows are alike: a sum along rows takes more instructions
+    else:  # a product with ones, whose 16 result rows are alike: tl.sum takes more instructions
         alike = tl.arange(0, 16)[:, None]
         sums = tl.dot(tl.full((16, tile.shape[0]), 1.0, tile.dtype), tile)
         ptrs = ptr + first + cols[None, :] + alike * 0
@@ -139,7 +139,7 @@ def add_mask(
     scores, mask_ptrs, mask_col_stride, cols, rows_in, cols_in, mask_scale,
     MASK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """Applies a mask to raw scores [M, N]: booleans, True = attend, or numbers to add.
+    """Applies a mask to raw scores [M, N]: booleans (True = attend) or numbers to add.
 
     mask_ptrs: [M, 1], the first column of each row. An additive mask is meant for scores times
     softmax_scale, so it is multiplied by `mask_scale` = 1 / softmax_scale for the raw scores.
@@ -176,7 +176,7 @@ def load_words(word_ptrs, rows_in, start, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def drop(p, words):
-    """`p` with zeros where a bit of its words [M, N] is set: one LOP3 and one FSEL a score."""
+    """`p` with zeros where the bit in `words` [M, N] is set: one LOP3 and one FSEL per score."""
     bits = (1 << (tl.arange(0, p.shape[1]) & 31))[None, :]
     if _HAS_ASM:  # tl.where would compile to up to five instructions
         kept = tl.inline_asm_elementwise(

@@ -1,8 +1,8 @@
 """Attention, forward: one program computes a tile of queries of one head of one sequence.
 
 FlashAttention-2 (Dao 2023, https://arxiv.org/abs/2307.08691): a running maximum and sum over tiles
-of keys, so that no score goes to memory. The maximum is of raw scores, so that the softmax's scale
-folds into the exponent's multiply-add; only the last tile masks keys beyond the sequence's end.
+of keys, so that no score is written to memory. The maximum is taken of raw scores, so that the
+scale folds into the exponent's multiply-add. Only the last tile masks keys beyond the sequence.
 """
 
 import triton
@@ -25,10 +25,10 @@ from fastbert.kernels.runtime import begin, kernel
 
 
 def fwd_tile(capability: int, itemsize: int, block_d: int, *, dropout: bool, mask: bool) -> Tile:
-    """The largest tile without spills that leaves room for two programs a multiprocessor.
+    """The largest tile without spills that leaves room for two programs per multiprocessor.
 
-    Dropout and a mask take registers. float32 spills at every useful size. On sm_90, where tiles
-    were measured, the fastest one.
+    Dropout and a mask take registers, and float32 spills at every useful size. On sm_90, the only
+    one where tiles were measured, it is the fastest.
     """
     gpu = generation(capability)
     if itemsize == 4 and gpu == 90 and block_d <= 64:
@@ -38,8 +38,8 @@ def fwd_tile(capability: int, itemsize: int, block_d: int, *, dropout: bool, mas
     if block_d == 128:
         return Tile(128, 32 if gpu == 80 else 64, 8, 2)
     if gpu == 90 and block_d == 64 and not mask:
-        # H200, bf16, 47 sequences of 512: 147 us, and 191 with (128, 64, 4, 2); with dropout
-        # 226 us, and 253 with (64, 64, 4, 2)
+        # H200, bf16, 47 sequences of 512: 147 us, against 191 with (128, 64, 4, 2); with dropout
+        # 226 us, against 253 with (64, 64, 4, 2)
         return Tile(64, 64, 4, 3)
     return Tile(64 if mask or (dropout and gpu != 100) else 128, 64, 4, 2)
 
@@ -63,7 +63,7 @@ def attention_fwd_kernel(
     sequence = tl.program_id(2).to(tl.int64)
     out_ptr += head * HEAD_DIM
     q_first = tl.load(cu_q_ptr + sequence).to(tl.int64)
-    if sequence == tl.num_programs(2) - 1:  # not a sequence: the rows behind the last one
+    if sequence == tl.num_programs(2) - 1:  # not a sequence, but the rows after the last one
         zero_rows(out_ptr, out_row_stride, q_first, n_rows, HEAD_DIM, BLOCK_D, BLOCK_M)
         return
     n_queries = (tl.load(cu_q_ptr + sequence + 1) - q_first).to(tl.int32)
@@ -106,8 +106,8 @@ def attention_fwd_kernel(
             out, total, peak, n_full, *inputs, HEAD_DIM, BLOCK_N, PRECISION, True
         )
 
-    # a query without a key gives zeros, and lse = inf makes the backward's probabilities zero too;
-    # a total of NaN is not 0, so that all of its row's probabilities are NaN there, as in PyTorch
+    # a query without a key gives zeros, and lse = inf makes its probabilities zero in the backward;
+    # a total of NaN is not 0, so its row's probabilities are NaN in the backward, as in PyTorch
     has_key = total != 0.0
     if lse_ptr is not None:
         lse = tl.where(has_key, peak * scale + tl.log2(total), float("inf"))

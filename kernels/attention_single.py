@@ -1,7 +1,7 @@
-"""Attention, backward, of a sequence that is a single tile: one kernel reads each tensor once.
+"""Attention, backward, for sequences that fit in one tile: one kernel reads each tensor once.
 
-`attention_bwd` has the formulas, and computes the scores and their gradients twice, once for dQ and
-once for dK and dV. Here both are computed once, by five matrix products in place of seven.
+`attention_bwd` has the formulas; it computes the scores and their gradients twice, once for dQ and
+once for dK and dV. Here both are computed once, with five matrix products instead of seven.
 """
 
 import triton.language as tl
@@ -25,7 +25,7 @@ from fastbert.kernels.runtime import TRITON_VERSION, begin, kernel
 def single_tile(
     capability: int, itemsize: int, block_d: int, max_seqlen: int, *, dropout: bool
 ) -> Tile | None:
-    """A tile that holds the longest sequence; None where registers would not hold it."""
+    """A tile that holds the longest sequence; None if it does not fit in registers."""
     if generation(capability) == 80 or itemsize == 4 or block_d > 64 or max_seqlen > 128:
         return None
     if dropout and max_seqlen > 64 and TRITON_VERSION >= (3, 9):
@@ -33,7 +33,7 @@ def single_tile(
     if max_seqlen <= 64:
         return Tile(64, 64, 4, 1)
     # H200, bf16, 188 sequences of 128, Triton 3.6: 172 us with 4 warps, despite 114 spills, and 203
-    # with 8; with dropout 276 and 207. Triton 3.9 with 4 warps spills 482 times, and was not timed.
+    # with 8; with dropout 276 and 207. Triton 3.9 spills 482 times with 4 warps and was not timed.
     is_measured = capability == 90 and block_d == 64 and TRITON_VERSION < (3, 9)
     return Tile(128, 128, 4 if is_measured and not dropout else 8, 1)
 
@@ -44,7 +44,7 @@ def attention_single_kernel(
     out_ptr, dout_ptr, lse_ptr,  # (T_q, N, D), (T_q, N, D), (N, T_q)
     cu_q_ptr, cu_k_ptr, words_ptr,  # (B + 1,), (B + 1,), (N, T_q, W) or None
     dq_ptr, dk_ptr, dv_ptr,  # (T_q, N, D), (T_k, N, D), (T_k, N, D)
-    sums_ptr,  # (2, B, N, D) or None: of dQ and of dV, a row for each sequence
+    sums_ptr,  # (2, B, N, D) or None: column sums of dQ and dV, a row for each sequence
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     words_row_stride, out_row_stride, grad_row_stride,
     n_rows, n_key_rows,  # T_q, T_k
@@ -61,7 +61,7 @@ def attention_single_kernel(
     dv_ptr += head * HEAD_DIM
     q_first = tl.load(cu_q_ptr + sequence).to(tl.int64)
     k_first = tl.load(cu_k_ptr + sequence).to(tl.int64)
-    if sequence == tl.num_programs(2) - 1:  # not a sequence: the rows behind the last one
+    if sequence == tl.num_programs(2) - 1:  # not a sequence, but the rows after the last one
         zero_rows(dq_ptr, grad_row_stride, q_first, n_rows, HEAD_DIM, BLOCK_D, BLOCK)
         zero_rows(dk_ptr, grad_row_stride, k_first, n_key_rows, HEAD_DIM, BLOCK_D, BLOCK)
         zero_rows(dv_ptr, grad_row_stride, k_first, n_key_rows, HEAD_DIM, BLOCK_D, BLOCK)

@@ -1,12 +1,12 @@
-"""Bias and GELU in one pass, and their backward, which computes the activation again.
+"""Bias and GELU in one pass, and their backward, which recomputes the activation.
 
-M rows, N columns. A program works on ROWS x COLS tiles of the matrix; in the backward it walks down
-a strip of COLS columns and keeps the strip's share of the bias gradient in registers, so that this
-gradient needs no pass of its own. All arithmetic is in float32.
+M rows, N columns. A program works on ROWS x COLS tiles of the matrix. In the backward it walks down
+a strip of COLS columns and keeps its part of the bias gradient in registers, so that this gradient
+needs no pass of its own. All arithmetic is in float32.
 
 GELU is x * gate(x), where the gate is the normal distribution function or a sigmoid. In half
-precision the gate takes one reciprocal and one exponential, so that the kernels stay bound by
-memory; the erf is formula 7.1.26 of Abramowitz and Stegun (error below 1.5e-7).
+precision the gate takes one reciprocal and one exponential, so that the kernels stay memory-bound;
+the erf is formula 7.1.26 of Abramowitz and Stegun (error below 1.5e-7).
 """
 
 import torch
@@ -27,10 +27,10 @@ from fastbert.kernels.runtime import (
 )
 
 FWD_BLOCK = 8, 256, 4  # rows and columns of a tile, and warps
-# For the backward: up to 64 registers a thread, 32 warps are resident at once. sm_90's block takes
-# up to 128 registers, which leaves room for half of the warps.
+# For the backward: with up to 64 registers a thread, 32 warps are resident at once. sm_90's block
+# takes up to 128 registers, so that half as many are.
 WARPS_PER_SM = 32
-# Of the backward's loop, as in `layer_norm`; 2 takes fewer registers of sm_90's block, 80 to 94.
+# Stages of the backward's loop, as in `layer_norm`; with 2, sm_90's block takes 80 to 94 registers.
 STAGES = 1
 
 _INTERPRETED = tl.constexpr(IS_INTERPRETED)
@@ -41,7 +41,7 @@ _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 def backward_block(capability: int, itemsize: int) -> tuple[int, int, int]:
     """Rows and columns of a tile, and warps; 4 x 256 in bf16 takes 48 registers a thread."""
-    # H200, bf16, 24152 x 4096: 171 us, and 190 with (4, 256, 4)
+    # H200, bf16, 24152 x 4096: 171 us, against 190 with (4, 256, 4)
     return (4, 512, 2) if capability == 90 and itemsize == 2 else (4, 256, 4)
 
 
@@ -103,7 +103,7 @@ def _bias_gelu_fwd_kernel(
 @kernel(do_not_specialize=["n_rows", "rows_per_program"])
 def _bias_gelu_bwd_kernel(
     dy_ptr, x_ptr, bias_ptr,  # (M, N), (M, N), (N,)
-    dx_ptr, dbias_ptr,  # (M, N), (P, N) or None: one partial sum from each program of a strip
+    dx_ptr, dbias_ptr,  # (M, N), (P, N) or None: a partial sum from each of a strip's P programs
     dy_row_stride, x_row_stride, dx_row_stride,
     n_rows, rows_per_program,
     N_COLS: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,

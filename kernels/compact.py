@@ -1,7 +1,7 @@
 """Stream compaction in one launch, without atomics, so entries keep their order.
 
-Each program compacts a block of entries, and counts those that are kept before it by reading them:
-a batch's entries are few enough for that to take less than a second launch.
+Each program compacts a block of entries. It first reads all earlier ones to count those kept: a
+batch has so few entries that this takes less time than a second launch.
 """
 
 import torch
@@ -12,7 +12,7 @@ from fastbert.kernels.runtime import begin, cdiv, kernel, launcher
 
 
 def block(n_values: int) -> tuple[int, int]:
-    """Entries of a block and warps: small blocks for up to 16 programs, large ones for more."""
+    """Entries of a block, and warps: small blocks if 16 of them suffice, else large ones."""
     return (1024, 4) if n_values <= 16384 else (4096, 8)
 
 
@@ -82,7 +82,7 @@ def compacted(outputs: list[Tensor], values: Tensor, ignore_index: int, capacity
 
 
 def compact(values: Tensor, ignore_index: int, capacity: int | None) -> list[Tensor]:
-    """`compacted`; without a capacity the host waits for the count."""
+    """Calls `compacted`; if capacity is None, the host waits for the number of kept entries."""
     if capacity is None:
         capacity = int((values != ignore_index).sum())
     return compacted(values, ignore_index, capacity)

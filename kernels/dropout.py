@@ -1,10 +1,10 @@
-"""Dropout of the residual stream by itself, and the drop mask of attention.
+"""Dropout of the residual stream as an operator of its own, and the drop mask of attention.
 
-Other kernels have dropout as a part of them. Attention's mask, one bit a score, the same as
-`fastbert.rng.attention_drop_words`, is drawn once and read by the forward and both kernels of the
-backward, because drawing the bits in those would cost several times the matrix products. 32 bits
-are drawn together: twelve random words are the inverted binary digits, lowest first, of 32 numbers,
-and one majority of bits per digit compares all 32 numbers with the threshold.
+Other kernels fuse dropout. Attention's mask has one bit per score, the same as in
+`fastbert.rng.attention_drop_words`. It is drawn once and read by the forward and by both kernels of
+the backward: drawing the bits inside them would take several times as long as the matrix products.
+32 bits are drawn together: twelve random words hold the inverted binary digits, lowest first, of 32
+numbers, and one bitwise majority per digit compares all 32 numbers with the threshold.
 """
 
 import triton
@@ -43,7 +43,7 @@ def _dropout_kernel(
 def dropout(
     y: Tensor, x: Tensor, state: Tensor, token_key: Tensor, site: int, threshold: int
 ) -> None:
-    """x (M, N) with unit column stride, its elements dropped or scaled; its own gradient."""
+    """x (M, N) with unit column stride -> y (M, N): elements dropped or scaled; of dy, gives dx."""
     n_rows, n_cols = x.shape
     rows, cols, num_warps = BLOCK
     if y.numel():
@@ -57,8 +57,8 @@ def dropout(
 
 def words_block(capability: int) -> tuple[int, int, int]:
     """Rows of a tile, words of each row, and warps."""
-    # H200, forward of 126 sequences of Wikipedia's lengths: 271 us, and 276 with (64, 8, 4), which
-    # took 111 us for 188 x 128 where (32, 16, 4) took 131
+    # H200, forward of 126 sequences of Wikipedia's lengths: 271 us; 276 us with (64, 8, 4), which
+    # for 188 sequences of 128 took 111 us, against 131 us with (32, 16, 4)
     return (64, 4, 2) if capability == 90 else (32, 16, 4)
 
 
@@ -89,7 +89,7 @@ def attention_drop_words_kernel(
     number = zero + (key >> 32).to(tl.uint32)[:, None]
     position = (key.to(tl.uint32) << 16)[:, None]
     site_and_head = zero + (site << 16 | head).to(tl.uint32)
-    row_stride = words_row_stride // 4 * 4  # shows the compiler a multiple of 4: 16-byte stores
+    row_stride = words_row_stride // 4 * 4  # tells the compiler that 16-byte stores are aligned
     row_ptrs = words_ptr + (head.to(tl.int64) * n_rows + q_first + rows) * row_stride
 
     for first in range(0, tl.cdiv(n_keys, 32), BLOCK_WORDS):
@@ -127,7 +127,7 @@ def attention_drop_words(
     token_key: Tensor, state: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     max_seqlen_q: int, max_seqlen_k: int, num_heads: int, site: int, threshold: int,
 ) -> None:  # fmt: skip
-    """token_key (T_q,), state (2,) int64 -> (N, T_q, W) int32: a bit that is set drops a score.
+    """token_key (T_q,), state (2,) int64 -> (N, T_q, W) int32: each bit that is set drops a score.
 
     Bit j of word w belongs to key 32 * w + j of the query's sequence. Words beyond a sequence's
     last key, and words of rows that belong to no sequence, are not written.

@@ -1,8 +1,8 @@
 """Word, position and token type embeddings, LayerNorm of their sum, and dropout, in one pass.
 
-T tokens, N columns; tables of V words, P positions and S types. The backward gathers the summed
-embeddings again, which moves less memory than saving them, and computes their gradient dz (T, N),
-which `table_gradients` adds to the gradients of the tables.
+T tokens, N columns; tables of V words, P positions and S types. The backward gathers and sums the
+embeddings again, which moves less memory than saving the sums. It computes their gradient dz
+(T, N), which `table_gradients` adds to the gradients of the tables.
 """
 
 import functools
@@ -33,7 +33,7 @@ def forward_block(n_cols: int) -> tuple[int, int, int]:
 
 @triton.jit
 def _load_ids(ids_ptr, rows, is_row, n_ids):
-    """int64 ids [R], all 0 without a pointer, and which of them are inside the table."""
+    """int64 ids [R], all 0 if the pointer is None, and which of them are inside the table."""
     ids = tl.zeros_like(rows)
     if ids_ptr is not None:
         ids = tl.load(ids_ptr + rows, mask=is_row, other=0).to(tl.int64)
@@ -71,7 +71,7 @@ def _forward_kernel(
     z += _gather(token_type_ptr, types, mask, N_COLS, BLOCK_N)
     z += _gather(position_ptr, positions, mask, N_COLS, BLOCK_N)
 
-    # an id outside its table is never read; its row becomes NaN, which costs nothing extra
+    # nothing is read for an id outside its table; its row becomes NaN, which costs nothing extra
     row_eps = tl.where(is_known, eps, float("nan"))
     z_hat, mean, rstd = standardize(z, is_col, row_eps, N_COLS)
     weight = tl.load(weight_ptr + cols, mask=is_col, other=0.0).to(tl.float32)
@@ -199,8 +199,7 @@ def embedding_layer_norm_bwd(
 ) -> None:  # fmt: skip
     """Dense gradients of the three tables, and of weight and bias (2, N), in their dtypes.
 
-    dy: (T, N) with unit column stride. The row `padding_id` of the word table gets no gradient; -1
-    if there is no such row.
+    dy: (T, N) with unit column stride; padding_id: the word whose row gets no gradient, or -1.
     """
     dword, dposition, dtoken_type, sums = outputs
     n_rows, n_cols = dy.shape

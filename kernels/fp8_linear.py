@@ -1,10 +1,10 @@
 """Casts to FP8, each with its transposed copy, and the product of two casts.
 
 A product reads both operands along its inner dimension, so the three products of a linear layer
-(forward, and two in the backward) read each operand once as it lies and once transposed. One kernel
-writes both copies and the largest absolute value in one pass over the operand, as NVIDIA's
-TransformerEngine does. GELU and its backward cast what they compute themselves, so that it is never
-in memory in more than FP8. The products are cuBLAS's, by `torch._scaled_mm`.
+(one in the forward, two in the backward) read each operand once as it is and once transposed. One
+kernel writes both copies and the largest absolute value in one pass over the operand, as NVIDIA's
+TransformerEngine does. GELU and its backward cast their own results, which reach memory only in
+FP8. The products are cuBLAS's, through `torch._scaled_mm`.
 """
 
 import torch
@@ -16,12 +16,12 @@ from fastbert.kernels.bias_gelu import gelu_gate
 from fastbert.kernels.partial_sums import add_partials
 from fastbert.kernels.runtime import IS_INTERPRETED, begin, cdiv, kernel, launcher, like
 
-# Rows and columns of a tile, and warps; by registers, as no GPU has swept them since the kernels
-# transpose words. Of each column the transposed copy gets 64 bytes at once.
+# Rows and columns of a tile, and warps. Chosen by register use: they have not been swept on a GPU
+# since the kernels transpose words. The transposed copy gets 64 bytes of each column at once.
 CAST_BLOCK = 64, 128, 8
 GELU_CAST_BLOCK = 64, 128, 8
 GELU_BWD_CAST_BLOCK = 64, 128, 8
-MULTIPLE = 16  # cuBLAS wants inner dimensions that are multiples of it; the operator refuses others
+MULTIPLE = 16  # cuBLAS needs inner dimensions to be multiples of it; the operator refuses others
 
 _INTERPRETED = tl.constexpr(IS_INTERPRETED)
 _INF = tl.constexpr(float("inf"))
@@ -29,15 +29,15 @@ _INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def _rounded(y, E5M2: tl.constexpr):
-    """To the nearest FP8 value, ties to even, in float32; what is too large, to the largest.
+    """y rounded to the nearest FP8 value, ties to even, in float32; too large values saturate.
 
-    Only the interpreter needs it, whose casts to FP8 do neither.
+    Only the interpreter needs this: its casts to FP8 do neither.
     """
     LARGEST: tl.constexpr = 57344.0 if E5M2 else 448.0
     y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
     DROPPED: tl.constexpr = 21 if E5M2 else 20  # mantissa bits that FP8 lacks
-    LEAST: tl.constexpr = 6.103515625e-05 if E5M2 else 0.015625  # the least normal number
-    MAGIC: tl.constexpr = 192.0 if E5M2 else 24576.0  # whose last bit is the least subnormal one
+    LEAST: tl.constexpr = 6.103515625e-05 if E5M2 else 0.015625  # the smallest normal number
+    MAGIC: tl.constexpr = 192.0 if E5M2 else 24576.0  # its last bit is the smallest subnormal
     bits = y.to(tl.int32, bitcast=True)
     bits = (bits + ((1 << (DROPPED - 1)) - 1) + ((bits >> DROPPED) & 1)) & (-(1 << DROPPED))
     normal = bits.to(tl.float32, bitcast=True)
@@ -54,11 +54,11 @@ def _cast_transpose_kernel(
     N_COLS: tl.constexpr, E5M2: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Casts x; with a bias GELU of both; with dy, the gradient of GELU's result, that by x.
+    """Casts x; with a bias, gelu(x + bias); with dy too, the gradient dy * gelu'(x + bias).
 
-    A transposed copy byte by byte took longer than all else: a thread has bytes of one row, and has
-    to write those of one column. Four rows at once make words of four bytes, of which a quarter as
-    many go through shared memory.
+    Transposing byte by byte took longer than everything else, because a thread holds bytes of one
+    row and has to write bytes of one column. So four rows are packed into words of four bytes, and
+    a quarter as many elements go through shared memory.
     """
     begin()
     strips: tl.constexpr = (N_COLS + COLS - 1) // COLS
@@ -78,8 +78,8 @@ def _cast_transpose_kernel(
             z = y + tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
             gate, slope = gelu_gate(z, TANH, EXACT)
             if dy_ptr is None:
-                y = tl.where(mask, z * gate, 0.0)  # the bias alone has a GELU too
-            else:  # 0 where the load of dy is masked
+                y = tl.where(mask, z * gate, 0.0)  # gelu(bias) is not 0 in rows beyond the end
+            else:  # 0 beyond the end, because dy is
                 dy = dy_ptr + rows[:, None] * dy_row_stride + cols[None, :]
                 dy = tl.load(dy, mask=mask, other=0.0).to(tl.float32)
                 y = dy * (gate + z * slope)
@@ -88,7 +88,7 @@ def _cast_transpose_kernel(
         y *= tl.load(scale_ptr)
         if _INTERPRETED:
             y = _rounded(y, E5M2)
-        cast = y.to(tl.float8e5) if E5M2 else y.to(tl.float8e4nv)  # which saturates
+        cast = y.to(tl.float8e5) if E5M2 else y.to(tl.float8e4nv)  # both casts saturate
         cast = cast.to(tl.uint8, bitcast=True)
         # an infinite gradient must not become a finite one; 0x7F is NaN in both formats
         cast = tl.where(size < _INF, cast, 0x7F).to(tl.uint8)
@@ -98,7 +98,7 @@ def _cast_transpose_kernel(
         most = tl.maximum(most, tl.where(size < _INF, size, 0.0))
     if dbias_ptr is not None:
         tl.store(dbias_ptr + part * N_COLS + cols, tl.sum(dbias, axis=0), mask=in_row)
-    # the maximum does not depend on the order in which programs arrive
+    # this atomic is deterministic: a maximum does not depend on the order of the programs
     tl.atomic_max(amax_ptr, tl.max(most), sem="relaxed")
     place = cols[:, None].to(tl.int64) * (n_padded // 4) + (fours // 4)[None, :]
     out = in_row[:, None] & (fours < n_padded)[None, :]
@@ -106,7 +106,7 @@ def _cast_transpose_kernel(
 
 
 def padded(n: int) -> int:
-    """The least multiple of 16 that is not below n."""
+    """n rounded up to a multiple of 16."""
     return cdiv(n, MULTIPLE) * MULTIPLE
 
 
@@ -117,7 +117,7 @@ def _cast_outputs(x: Tensor, e5m2: bool) -> tuple[Tensor, Tensor]:
 
 
 def _cast(block, outputs, x, scale, amax, e5m2, bias=None, tanh=False, dy=None):
-    """Launches the kernel; with dy the outputs have dbias, too."""
+    """Launches the kernel; with dy, `outputs` has dbias too."""
     cast, transposed, *dbias = outputs
     n_rows, n_cols = x.shape
     rows, cols, num_warps = block
@@ -140,11 +140,12 @@ def _cast(block, outputs, x, scale, amax, e5m2, bias=None, tanh=False, dy=None):
 def cast_transpose(
     outputs: tuple[Tensor, Tensor], x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool
 ) -> None:
-    """x (M, N) times `scale`, in FP8: (P, N) and (N, P), where P is M in whole 16s, filled with 0.
+    """x (M, N) times `scale`, cast to FP8, and its transpose: (P, N) and (N, P).
 
-    x has unit column stride; scale, amax: () float32. E5M2 if `e5m2`, else E4M3, rounded to the
-    nearest value, ties to even; what is too large saturates, and what is not finite becomes NaN.
-    Raises amax to the largest finite absolute value of x.
+    P is M rounded up to a multiple of 16; the added rows are 0. x has unit column stride; scale,
+    amax: () float32. The format is E5M2 if `e5m2`, else E4M3. Rounds to the nearest value, ties to
+    even; too large values saturate, and values that are not finite become NaN. Sets amax to the
+    largest finite absolute value of x if that is larger.
     """
     _cast(CAST_BLOCK, outputs, x, scale, amax, e5m2)
 
@@ -153,9 +154,9 @@ def cast_transpose(
 def gelu_cast_transpose(
     outputs: tuple[Tensor, Tensor], x: Tensor, bias: Tensor, tanh: bool, scale: Tensor, amax: Tensor
 ) -> None:
-    """gelu(x + bias) in E4M3 as by `cast_transpose`, from float32: (P, N) and (N, P).
+    """gelu(x + bias), computed in float32 and cast to E4M3 by `cast_transpose`'s rules.
 
-    x: (M, N) with unit column stride; bias: (N,); scale, amax: () float32.
+    x: (M, N) with unit column stride; bias: (N,); scale, amax: () float32. Returns (P, N), (N, P).
     """
     _cast(GELU_CAST_BLOCK, outputs, x, scale, amax, False, bias, tanh)
 
@@ -165,7 +166,7 @@ def gelu_bwd_cast_transpose(
     outputs: tuple[Tensor, Tensor, Tensor],
     dy: Tensor, x: Tensor, bias: Tensor, tanh: bool, scale: Tensor, amax: Tensor,
 ) -> None:  # fmt: skip
-    """The gradient of gelu(x + bias) by x, in E5M2 as by `cast_transpose`, and dbias (N,).
+    """The gradient dx of gelu(x + bias), cast to E5M2 by `cast_transpose`'s rules, and dbias.
 
     dy, x: (M, N) with unit column stride; dbias, in bias.dtype, is summed in float32 before the
     cast. Returns (P, N), (N, P) and (N,).
@@ -176,19 +177,19 @@ def gelu_bwd_cast_transpose(
 def product(
     a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """a (M, K) b (N, K)^T / (scales) + bias: (M, N) in `dtype`.
+    """`a @ b.T * of_a * of_b + bias`: (M, N) in `dtype`.
 
-    a, b: casts; of_a, of_b: () float32, one over each cast's scale, each at an address that is a
-    multiple of 16, without which cuBLAS refuses; bias: (N,) in `dtype`, or None
+    a (M, K), b (N, K): casts; of_a, of_b: () float32, one over each cast's scale, at addresses that
+    are multiples of 16, as cuBLAS requires; bias: (N,) in `dtype`, or None
     """
     if not a.is_cuda or not a.numel():
         y = (a.float() @ b.float().t()) * (of_a * of_b)
         return (y if bias is None else y + bias.float()).to(dtype)
-    is_wide = dtype == torch.float32  # to which cuBLAS adds no bias
+    is_wide = dtype == torch.float32  # cuBLAS adds no bias to a float32 result
     if bias is not None and bias.data_ptr() % MULTIPLE:
         bias = bias.clone()
     y = torch._scaled_mm(
         a, b.t(), scale_a=of_a, scale_b=of_b, bias=None if is_wide else bias, out_dtype=dtype,
-        use_fast_accum=a.dtype == b.dtype,  # in the forward, as TransformerEngine does
+        use_fast_accum=a.dtype == b.dtype,  # only in the forward, as in TransformerEngine
     )  # fmt: skip
     return y + bias if is_wide and bias is not None else y

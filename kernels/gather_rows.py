@@ -29,19 +29,19 @@ def _gather_rows_kernel(
     is_source = (sources >= 0) & (sources < n_sources)
     places = src_ptr + sources[:, None] * src_row_stride + cols[None, :]
     x = tl.load(places, mask=is_source[:, None] & is_col[None, :], other=0)
-    # raising would make the host wait
+    # all bits set for an index out of range, because raising would make the host wait
     x = tl.where((is_source | (sources == -1))[:, None], x, -1)
     tl.store(out_ptr + rows[:, None] * N_COLS + cols[None, :], x, is_row[:, None] & is_col[None, :])
 
 
 @launcher(lambda src, index, _: src.new_empty((index.shape[0], src.shape[1])))
 def gather_rows(out: Tensor, src: Tensor, index: Tensor, inverse: Tensor) -> None:
-    """src (R, N), index (M,) int32 -> (M, N): zeros at -1, all bits set beyond the rows of src.
+    """src (R, N), index (M,) int32 -> (M, N): zeros for -1, all bits set for an index out of range.
 
-    The inverse, which the extension's body takes too, is not read.
+    `inverse` is not read; the body in the extension has the same arguments.
     """
     if out.numel():
-        dtype = _BITS[min(src.element_size(), 8)]  # of 16 bytes, as complex numbers have, two each
+        dtype = _BITS[min(src.element_size(), 8)]  # 16 bytes (complex128) are copied as two of 8
         src = src if src.stride(1) == 1 else src.contiguous()
         bits = src.view(dtype)
         n_cols = bits.shape[1]

@@ -1,9 +1,9 @@
 """Layer normalization of x, or of residual + dropout(x + bias): each pass goes over memory once.
 
-M rows, N columns. A program holds BLOCK_M whole rows in registers; that of the backward walks down
-the matrix, and where parameters are trained, stores one row of partial sums for their gradients,
-which `add_partials` adds up in a fixed order. Row strides are passed divided by UNIT, which tells
-the compiler that each row starts at a multiple of UNIT elements.
+M rows, N columns. A program holds BLOCK_M whole rows in registers. In the backward it walks down
+the matrix and, if parameters are trained, stores one row of partial sums of their gradients, which
+`add_partials` adds up in a fixed order. Row strides are passed divided by UNIT, which tells the
+compiler that each row starts at a multiple of UNIT elements.
 """
 
 import functools
@@ -18,8 +18,8 @@ from fastbert.kernels.partial_sums import together as together
 from fastbert.kernels.philox import keep_mask, keep_scale
 from fastbert.kernels.runtime import begin, cdiv, kernel, launcher, like, num_sms, stride_unit
 
-# Of the backward's loop: a program loads its next rows while it computes these, in as many
-# registers. H200, 32,199 rows of 1,024 with dropout: 78 us, and 91 with 2 stages, 94 with one.
+# Pipeline stages of the backward's loop: a program loads its next rows while it computes, with no
+# more registers. H200, 32,199 rows of 1,024 with dropout: 78 us; 91 with 2 stages, 94 with one.
 STAGES = 3
 
 
@@ -92,8 +92,8 @@ def layer_norm_fwd_kernel(
 def backward_block(n_cols: int) -> tuple[int, int, int]:
     """BLOCK_M, BLOCK_N and warps, with 256 elements a warp, because each column needs three sums.
 
-    In very long rows a warp takes 512: more than 16 warps would leave each too few registers. Of
-    short ones it takes 128, as the sums of one row after the other would spill with 256.
+    In very long rows a warp takes 512, because more than 16 warps would have too few registers
+    each. In short rows it takes 128, because the sums would spill with 256.
     """
     block_n = max(triton.next_power_of_2(n_cols), 8)
     block_m = min(max(1024 // block_n, 1), 16)
@@ -104,7 +104,7 @@ def backward_block(n_cols: int) -> tuple[int, int, int]:
 def backward_programs(
     x: Tensor, n_rows: int, block: tuple[int, int, int], *, from_y: bool = False
 ) -> int:
-    """As many programs as are resident at once, by the registers in the compile report."""
+    """As many programs as are resident at once, according to registers in the compile report."""
     block_m, block_n, num_warps = block
     from_z_or_y = (24, 20) if block_n <= 2048 else (16, 8)
     warps_per_sm = from_z_or_y[from_y]
@@ -113,7 +113,7 @@ def backward_programs(
 
 @triton.jit
 def standardize_gradient(dz_hat, z_hat, rstd, N_COLS: tl.constexpr):
-    """dz = rstd * (dz_hat - mean(dz_hat) - z_hat * mean(dz_hat * z_hat)), by rows [R, C].
+    """dz = rstd * (dz_hat - mean(dz_hat) - z_hat * mean(dz_hat * z_hat)), for rows [R, C].
 
     dz_hat is 0 in masked columns, so z_hat may be anything there.
     """
@@ -137,9 +137,9 @@ def layer_norm_bwd_kernel(
     N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
     K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Computes z_hat, which all gradients need, from z and the mean, or from y with a bias.
+    """Recomputes z_hat, which all gradients need, from z and the mean, or from y and the bias.
 
-    K: 3 sums, 2 without that for x_bias, 0 for none.
+    K: 3 sums, 2 without the sum for x_bias, 0 if no parameters are trained.
     """
     begin()
     program, n_programs = tl.program_id(0), tl.num_programs(0)
@@ -214,12 +214,12 @@ def layer_norm_fwd(
     eps: float, state: Tensor | None, token_key: Tensor | None, site: int, threshold: int,
     keep: str, low: bool,
 ) -> None:  # fmt: skip
-    """Normalizes z = residual + dropout(x + x_bias), or x where there is no residual.
+    """Normalizes z = residual + dropout(x + x_bias), or x if there is no residual.
 
     x, residual: (M, N) with unit column stride; x_bias, weight, bias: (N,). Returns y (M, N) in
-    residual.dtype (x.dtype without a residual), if `low` again in x.dtype, and what the backward
-    reads by `keep`: nothing for ""; rstd (M,) float32 for "y"; for "z" rstd, mean (M,) float32 and
-    z (M, N), which is left out where it is x. A state of None means no dropout.
+    residual.dtype (x.dtype without a residual); if `low`, y again in x.dtype; and for the backward,
+    by `keep`: nothing for ""; rstd (M,) float32 for "y"; rstd, mean (M,) float32 and z (M, N) for
+    "z", without z if it is x. A state of None means no dropout.
     """
     y, y_low = outputs[0], outputs[1] if low else None
     rstd, mean, z = (*outputs[1 + low :], None, None, None)[:3]
@@ -253,12 +253,12 @@ def layer_norm_bwd(
     state: Tensor | None, token_key: Tensor | None, site: int, threshold: int,
     x_dtype: torch.dtype, num_sums: int,
 ) -> None:  # fmt: skip
-    """dz (M, N) in kept.dtype, dx (M, N) in x_dtype, and sums (K, N) in weight.dtype.
+    """Gradients dz (M, N) in kept.dtype, dx (M, N) in x_dtype, and sums (K, N) in weight.dtype.
 
-    dy, dy2: (M, N) of the same strides, the gradients of y's two branches, whose sum is y's; dy2 is
-    None without a second. kept: z, with the mean and no bias, or y, with the bias and no mean.
-    num_sums: K, 3 for the gradients of weight, bias and x_bias, 2 without the last, 0 for none,
-    summed in float32. dx is empty where it equals dz.
+    dy, dy2: (M, N) of the same strides; their sum is the gradient of y; dy2 is None unless y has
+    two branches. kept: z, with the mean and no bias, or y, with the bias and no mean. num_sums: K,
+    3 for the gradients of weight, bias and x_bias, 2 without x_bias, 0 for none; summed in float32.
+    dx is empty if it equals dz.
     """
     dz, dx, sums = outputs
     n_rows, n_cols = kept.shape

@@ -1,6 +1,6 @@
 """Cross-entropy over a matrix of logits: each row's loss, and the gradient written over the logits.
 
-C rows, V classes in rows of L >= V columns: the columns from V on pad the rows to a multiple of 16
+C rows of L >= V columns for V classes: the columns from V on pad the rows to a multiple of 16
 bytes, are left out of the softmax and get the gradient 0. All arithmetic is in float32.
 
 The forward reads a row once. Each of LANES positions keeps its own maximum and sum of exponentials
@@ -46,7 +46,7 @@ def _cross_entropy_fwd_kernel(
     total = tl.full((LANES,), 0.0, dtype=tl.float32)  # the sum of exp(x - top)
     linear = tl.full((LANES,), 0.0, dtype=tl.float32)  # the sum of x, for label smoothing
     for start in range(0, N_COLS, DEPTH * LANES):
-        # masking by N_COLS, a multiple of 16, not by N_CLASSES keeps the loads 16 bytes wide
+        # masking by N_COLS, a multiple of 16, instead of N_CLASSES keeps the loads 16 bytes wide
         x = tl.load(row_ptr + start + cols, mask=start + cols < N_COLS, other=0.0).to(tl.float32)
         in_row = start + cols < N_CLASSES
         if SMOOTH:
@@ -66,7 +66,7 @@ def _cross_entropy_fwd_kernel(
     if highest_ptr is not None:
         tl.store(highest_ptr + row, highest)
     if total_ptr is not None:
-        # an impossible target makes the gradient NaN too
+        # a target that is no class makes the gradient NaN too
         tl.store(total_ptr + row, tl.where(is_counted & (is_class == 0), float("nan"), total))
 
     # the first of equal scores wins, as in argmax, so the columns before the target are read again

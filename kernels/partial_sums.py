@@ -15,7 +15,7 @@ from torch import Tensor
 from fastbert.kernels.runtime import begin, cdiv, is_traced, kernel
 
 ADD_BLOCK = 512, 16, 8  # partial sums, columns (two sectors of memory), warps
-MOST = 4  # that one launch adds up
+MOST = 4  # tensors of partial sums that one launch adds up
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -34,7 +34,7 @@ def _add_up(
     K: tl.constexpr, ROWS: tl.constexpr, N_COLS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of one row of sums (ROWS, N) from partials (K, P, N)."""
+    """Stores one strip of one row of sums (ROWS, N), added up from partials (K, P, N)."""
     if partials_ptr is not None:
         strips: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
         row = program // strips
@@ -54,7 +54,7 @@ def _add_up(
 
 @kernel(do_not_specialize=["p0", "p1", "p2", "p3"])
 def add_partials_kernel(
-    partials0_ptr, partials1_ptr, partials2_ptr, partials3_ptr,  # (K, P, N) each, None behind some
+    partials0_ptr, partials1_ptr, partials2_ptr, partials3_ptr,  # (K, P, N); None if unused
     sums0_ptr, sums1_ptr, sums2_ptr, sums3_ptr,  # (ROWS, N) each
     p0, p1, p2, p3,
     K0: tl.constexpr, ROWS0: tl.constexpr, N0: tl.constexpr,
@@ -63,7 +63,7 @@ def add_partials_kernel(
     K3: tl.constexpr, ROWS3: tl.constexpr, N3: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds up one tensor after the other, with a program for each strip of columns of a row."""
+    """Adds up to four tensors of partial sums; each program computes one strip of one row."""
     begin()
     program = tl.program_id(0)
     end0: tl.constexpr = ROWS0 * ((N0 + BLOCK_N - 1) // BLOCK_N)
@@ -82,8 +82,8 @@ def add_partials_kernel(
 def add_partials(partials: Tensor, sums: Tensor) -> None:
     """Sums (K, P, N) float32 over P, in a fixed order, into `sums` (K, N), or (N,) if K is 1.
 
-    Where `sums` has three rows for K = 2, the one in the middle is filled with zeros. Inside
-    `together` they are added up at its end.
+    If K is 2 and `sums` has three rows, the middle row is filled with zeros. Inside `together` the
+    sums are computed at the end of its block.
     """
     waiting = getattr(_WAITING, "pairs", None)
     if waiting is None:
@@ -94,9 +94,9 @@ def add_partials(partials: Tensor, sums: Tensor) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Adds up at its end, in one launch for up to `MOST`, what `add_partials` is given inside.
+    """Postpones the `add_partials` of its block to the end of the block, `MOST` in one launch.
 
-    Not where a tracer or a mode looks at operators, each of which has to be complete.
+    Under a tracer or a dispatch mode, which need each operator complete, nothing is postponed.
     """
     before = getattr(_WAITING, "pairs", None)
     pairs: Pairs | None = None if is_traced(()) else []
@@ -110,7 +110,7 @@ def together() -> Iterator[None]:
         _launch(pairs[first : first + MOST])
 
 
-_WAITING = threading.local()  # autograd runs backwards in threads of its own
+_WAITING = threading.local()  # autograd runs backwards in its own threads
 
 
 def _launch(pairs: Pairs) -> None:
@@ -130,7 +130,7 @@ def _launch(pairs: Pairs) -> None:
 def _constants(
     shapes: tuple[tuple[int, int, int], ...], block: tuple[int, int, int]
 ) -> tuple[tuple[int], dict[str, int]]:
-    """The grid, and the compile-time arguments; shapes: K, numbers in the sums and N of each."""
+    """The grid and the compile-time arguments; shapes: (K, elements of the sums, N) of each."""
     block_m, block_n, num_warps = block
     constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps}
     programs = 0

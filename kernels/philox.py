@@ -1,14 +1,14 @@
-"""The random bits of dropout on a GPU, the same bits as `fastbert.rng`, which has the method.
+"""The random bits of dropout on a GPU: the same as in `fastbert.rng`, which explains them.
 
-Philox4x32-7, keyed by the seed; the counter is (sequence, position << 16 | place, site << 16 |
-head, step).
+Philox4x32-7 with the seed as the key and the counter (sequence, position << 16 | place,
+site << 16 | head, step).
 """
 
 import triton
 import triton.language as tl
 
 ROUNDS = tl.constexpr(7)
-GROUP = tl.constexpr(8)  # columns that share a call, 16 bits each, of which 12 are compared
+GROUP = tl.constexpr(8)  # columns per Philox call: each gets 16 bits, of which 12 are compared
 
 
 @triton.jit
@@ -47,5 +47,5 @@ def _high(word):
 
 
 def keep_scale(threshold: int) -> float:
-    """The factor of kept elements, for a threshold from `fastbert.rng.threshold`."""
+    """The factor that scales kept elements, for a threshold from `fastbert.rng.threshold`."""
     return 4096 / (4096 - threshold)

@@ -1,8 +1,8 @@
-"""Shared by all launchers: launches, their registration with torch, the device and its properties.
+"""What all launchers share: kernel launches, their registration with torch, properties of the GPU.
 
-Triton binds and classifies the arguments of every launch in Python, which takes the host longer
-than a small batch takes the GPU. A `Kernel` looks a compiled kernel up by what Triton compiles for,
-and hands the arguments to its launcher, whose interface has been the same from Triton 3.6 to 3.9.
+Triton binds and classifies the arguments of every launch in Python. For a small batch that takes
+the host longer than the kernel takes the GPU. So a `Kernel` looks up the compiled kernel itself and
+calls Triton's compiled launcher, whose interface is the same from Triton 3.6 to 3.9.
 """
 
 import functools
@@ -26,26 +26,26 @@ TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 IS_INTERPRETED = triton.knobs.runtime.interpret
 
-# Programmatic dependent launch: a GPU from Hopper on launches a kernel while those before it in the
-# stream are running, and the kernel waits in `begin`. Not measured yet, so not the default.
+# Programmatic dependent launch: GPUs from Hopper on launch a kernel while earlier kernels of the
+# stream still run, and the kernel waits for them in `begin`. Off by default, as not measured yet.
 _PDL = os.environ.get("FASTBERT_PDL", "")
 if _PDL not in ("", "0", "1"):
     raise ValueError(f'FASTBERT_PDL: expected "0" or "1", got {_PDL!r}')
 STARTS_EARLY = tl.constexpr(_PDL == "1" and not IS_INTERPRETED)
 
-# Fixed for all launches, so that a new default of Triton changes nothing.
+# Set for all launches, so that a new default of Triton changes no results.
 OPTIONS = {"enable_fp_fusion": True}
 
-# By kernel, device, dtypes of tensors, whether their addresses are multiples of 16, numbers that
-# Triton specializes on, the width of the others, constants and options.
+# Keys have all that Triton compiles for: kernel, device, dtypes of tensors, whether their addresses
+# are multiples of 16, numbers that it specializes on, types and widths of all, constants, options.
 HANDLES: dict[Any, "Handle"] = {}
-MAX_HANDLES = 4096  # a program has dozens, unless strides vary without end
+MAX_HANDLES = 4096  # a program needs dozens, unless its strides keep changing
 _KNOBS = triton.knobs.runtime
 _IS_KNOWN = (3, 6) <= TRITON_VERSION <= (3, 9)
 
 
 class Handle(NamedTuple):
-    """A compiled kernel: Triton's launcher, what it takes first, and the compile-time arguments.
+    """A compiled kernel: Triton's launcher, its first arguments, and the compile-time arguments.
 
     kernel: Triton's own object, kept because Triton unloads a kernel that nothing refers to.
     """
@@ -60,10 +60,11 @@ class Handle(NamedTuple):
 class Kernel:
     """A kernel, called with its grid, its arguments, and compile-time arguments by keyword.
 
-    The function's parameters are pointers, which end in "_ptr" and take tensors or None, the first
-    a tensor; then numbers, last those of `do_not_specialize`; then those of type `tl.constexpr`,
-    for which Triton compiles anew. The keywords also name Triton's options, such as `num_warps`.
-    The kernel runs on the first tensor's device and its current stream.
+    The function's parameters must come in this order: pointers, whose names end in "_ptr" and which
+    take tensors or None (the first always a tensor); numbers, with those of `do_not_specialize`
+    last; `tl.constexpr` parameters, for whose values Triton compiles anew. Keywords also set
+    Triton's options, such as `num_warps`. The kernel runs on the first tensor's device, in its
+    current stream.
     """
 
     def __init__(self, function: Callable[..., Any], do_not_specialize: Iterable[str]) -> None:
@@ -100,9 +101,9 @@ class Kernel:
     def _found(
         self, device: int, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict
     ) -> tuple[Handle, list[Any]]:
-        """The compiled kernel, and what its launcher takes: addresses and numbers."""
+        """The compiled kernel, and the arguments of its launcher: addresses and numbers."""
         values: list[Any] = []
-        tensors: list[Any] = []  # what Triton specializes on: dtypes, and which are aligned
+        tensors: list[Any] = []  # each tensor's part of the key: its dtype and its alignment
         for x in arguments[: self.num_tensors]:
             if x is None:
                 values.append(0)
@@ -141,20 +142,20 @@ class Kernel:
 
 
 def kernel(*, do_not_specialize: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Kernel]:
-    """Decorates the function of a kernel that the host launches, in place of `triton.jit`.
+    """Decorates the function of a kernel that the host launches, instead of `triton.jit`.
 
-    do_not_specialize: integers for which Triton does not compile anew where they are 1 or a
-    multiple of 16, and floats, for which it never does.
+    do_not_specialize: names of all float parameters, and of the integers for which Triton shall not
+    compile anew when they are 1 or a multiple of 16.
     """
     return lambda function: Kernel(function, do_not_specialize)
 
 
 @triton.jit
 def begin():
-    """What each kernel does first: it waits until those before it in the stream have ended.
+    """Waits for the earlier kernels of the stream, then lets the next one be launched.
 
-    Then the next one may be launched, to wait in turn. A kernel launched early that read or wrote
-    memory before its wait would race with the others.
+    Every kernel calls this first: one that was launched early and read or wrote memory before its
+    wait would race with the earlier ones.
     """
     if STARTS_EARLY and cuda_capability_geq(9, 0):
         gdc_wait()
@@ -168,10 +169,10 @@ def _nothing():
 
 @functools.cache
 def fault() -> str:
-    """Why Triton cannot compile a kernel here, "" if it can; it tries once."""
+    """Why Triton cannot compile a kernel on this machine, "" if it can; tried once."""
     try:
         _nothing.warmup(grid=(1,), **OPTIONS)
-    except Exception as error:  # of Triton, its tools, the driver, or a full disk
+    except Exception as error:  # from Triton, its tools, the driver, or a full disk
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return ""
 
@@ -192,33 +193,34 @@ def current_stream(device: int) -> int:
 
 
 def _is_hooked() -> bool:
-    """Whether a profiler listens to launches, of which Triton's own path tells it."""
+    """Whether a profiler has hooks on launches, which only Triton's own launch path calls."""
     enter, leave = _KNOBS.launch_enter_hook, _KNOBS.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _widths(numbers: tuple[Any, ...]) -> Any:
-    """True where all integers have 32 bits, else what of each is beyond."""
+    """True if all numbers fit 32 bits, else the bits of each integer above its lowest 31."""
     if not numbers or (min(numbers) >= -(2**31) and max(numbers) < 2**31):
         return True
     return tuple([n >> 31 if type(n) is int else None for n in numbers])
 
 
-# An argument of any other type, such as a fake or functional tensor, means a call being traced.
+# An argument of any other type, such as a fake or functional tensor, means that a call is traced.
 _EAGER = frozenset((Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, str))
 
 
 def launcher(outputs: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Decorates a function that launches kernels, so that torch.compile can trace its calls.
 
-    `outputs` takes the arguments of a call and allocates the results. The function gets these first
-    and fills them, then the arguments; a trace runs `outputs` alone. A call returns the results.
+    `outputs` takes the arguments of a call and allocates the results. The decorated function takes
+    the results, then the arguments, and fills the results; a trace runs only `outputs`. Callers
+    pass the arguments alone and get the results.
 
     The function is registered as `torch.ops.fastbert_triton.<its name>`, which traced calls run. An
-    eager call runs the function itself: torch's dispatcher would take longer than a small kernel.
-    The schema is read from the annotations; `mutates` names the arguments that are overwritten, of
-    which torch.compile passes copies. The operator has checked the arguments, and wraps the
-    launcher in an autograd Function.
+    eager call runs the function directly: torch's dispatcher would take longer than a small kernel.
+    The schema is read from the annotations; `mutates` names the arguments that are overwritten, so
+    that torch.compile passes copies of them. The operator that calls a launcher checks the
+    arguments and provides the autograd Function.
     """
 
     def register(launch: Callable) -> Callable:
@@ -235,7 +237,7 @@ def launcher(outputs: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Call
         def call(*arguments: Any) -> Any:
             if is_traced(arguments):
                 return operator(*arguments)
-            results = outputs(*arguments)  # as in `filled`, without the time of one more call
+            results = outputs(*arguments)  # as `filled` does, without the time of one more call
             launch(results, *arguments)
             return results
 
@@ -260,7 +262,7 @@ def is_traced(arguments: tuple[Any, ...]) -> bool:
 
 
 def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Contiguous memory of x's shape and device; `torch.empty` of a shape takes twice as long."""
+    """An uninitialized contiguous tensor like x; `torch.empty` of a shape takes twice as long."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
@@ -271,20 +273,20 @@ def cdiv(a: int, b: int) -> int:
 
 @functools.cache
 def _gpu(device: torch.device) -> tuple[int, int]:
-    """Compute capability and number of multiprocessors; what the interpreter reports on a CPU."""
+    """Compute capability and number of multiprocessors, as if of a small Hopper on a CPU."""
     if device.type != "cuda":
-        return 90, 4  # few multiprocessors, for short loops
+        return 90, 4  # few multiprocessors, for short loops in the interpreter
     found = torch.cuda.get_device_properties(device)
     return 10 * found.major + found.minor, found.multi_processor_count
 
 
 def capability(x: Tensor) -> int:
-    """Compute capability 80, 90, 100, ..., which sets block shapes; the interpreter reports 90."""
+    """Compute capability 80, 90, 100, ..., by which blocks are chosen; 90 in the interpreter."""
     return _gpu(x.device)[0]
 
 
 def num_sms(x: Tensor) -> int:
-    """Streaming multiprocessors of the device; the interpreter reports 4."""
+    """Number of streaming multiprocessors of x's device; 4 in the interpreter."""
     return _gpu(x.device)[1]
 
 

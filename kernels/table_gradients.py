@@ -1,8 +1,8 @@
 """The gradients of the three embedding tables: sums of the rows of dz (T, N) that share an id.
 
-The ids get keys, consecutive over all three tables, which are sorted once. Runs of equal keys are
-summed in that order, chunk by chunk. So there are no atomics, the host reads no ids, and repeated
-runs give the same bits, however many tokens share an id.
+Each id has a key, numbered consecutively over all three tables. The keys are sorted once, and runs
+of equal keys are summed in that order, chunk by chunk. So there are no atomics, the host reads no
+ids, and repeated runs give the same bits, however many tokens share an id.
 """
 
 import functools
@@ -19,7 +19,7 @@ JOIN_BLOCK = 16, 256, 8  # chunks and columns that a program of the join adds at
 
 def chunk_size(capability: int) -> int:
     """How many sorted keys one program sums."""
-    # H200, bf16, 24152 x 1024, backward of the embeddings: 239 us, and 268 with 32
+    # H200, bf16, 24152 x 1024, backward of the embeddings: 239 us; 268 us with 32
     return 64 if capability == 90 else 32
 
 
@@ -39,7 +39,7 @@ def _store_row(
     word = key.to(tl.int64)
     position = word - n_words
     token_type = position - n_positions
-    # branches, as the interpreter of Triton 3.9 cannot mask by a block and a number together
+    # branches, because the interpreter of Triton 3.9 cannot combine a block and a number in a mask
     if position < 0:
         if word != padding_id:
             tl.store(dword_ptr + word * N_COLS + cols, sums, mask=is_col)
@@ -60,8 +60,8 @@ def _sum_chunks_kernel(
 ):  # fmt: skip
     """Sums the runs of equal keys in one chunk of sorted keys.
 
-    The sum of a run that began in an earlier chunk is stored as the chunk's head, that of a run
-    that continues in the next chunk as its tail, and that of a run inside the chunk in its table.
+    If a run began in an earlier chunk, its sum is stored as this chunk's head; if it begins here
+    and continues in the next chunk, as this chunk's tail; otherwise in its table.
     """
     begin()
     chunk = tl.program_id(0).to(tl.int64)
@@ -103,7 +103,7 @@ def _join_chunks_kernel(
     n_keys, n_words, n_positions, n_types, padding_id,
     N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """If a run starts in this chunk and continues, adds the heads of later chunks to the tail."""
+    """If a run starts in this chunk and continues, stores its tail plus the heads that follow."""
     begin()
     chunk = tl.program_id(0).to(tl.int64)
     first = chunk * CHUNK
@@ -137,9 +137,9 @@ def _join_chunks_kernel(
 def add_to_tables(
     dz: Tensor, keys: Tensor, dword: Tensor, dposition: Tensor, dtoken_type: Tensor, padding_id: int
 ) -> None:
-    """Fills the tables' gradients, which are zero before, with sums of rows of dz (T, N).
+    """Fills the tables' gradients, which must be zero before, with sums of rows of dz (T, N).
 
-    keys: (3, T) int32, each token's word id, position id + V, and type id + V + P. Keys past the
+    keys: (3, T) int32, each token's word id, position id + V, and type id + V + P. Keys beyond the
     last table and the word `padding_id` are left out.
     """
     n_rows, n_cols = dz.shape

@@ -37,7 +37,7 @@ def a_gpu(monkeypatch):
     backend._forget()
 
 
-NEEDS = "the kernels need compute capability 8.0, and GPU 1, GPU number 1, has 7.5; CUDA_VISIBLE"
+NEEDS = "the kernels need compute capability 8.0, and GPU 1, GPU number 1, has 7.5; hide it with C"
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_a_batch_that_does_not_fit_is_refused(lengths, name):
 
 def test_a_batch_with_nothing_to_predict_is_refused():
     batch = dataclasses.replace(prepared(make_batch([3])), labels=None, num_labels=None)
-    with pytest.raises(ValueError, match="labels given"):
+    with pytest.raises(ValueError, match="padded_to: expected a batch with labels, got none"):
         batch.padded_to(BUCKET)
 
 

@@ -1,5 +1,4 @@
-// Gathers rows on the GPU by copying bytes, so one kernel serves all dtypes, in the widest vectors
-// that fit.
+// Gathers rows on the GPU by copying bytes, in the widest vectors that fit; this serves all dtypes.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

@@ -43,15 +43,15 @@ def attention(
     dropout_p: probability of dropping an attention probability, rounded to a multiple of 1/4096;
     rng: the dropout state, with a token key for each query; None draws one from torch's generator.
 
-    mask: broadcasts to (B, N, max_seqlen_q, max_seqlen_k); boolean, True where a query attends to a
-    key, or floating, added to the scaled scores, where numbers below -1e30 mean -inf, and others
-    below -65536 count in the kernels as that. Rows and columns are positions within a sequence.
+    mask: broadcasts to (B, N, max_seqlen_q, max_seqlen_k). It is boolean, True where a query
+    attends to a key, or floating, added to the scaled scores. Numbers below -1e30 mean -inf; the
+    kernels take others below -65536 as -65536. Rows and columns are positions within a sequence.
 
-    Returns (T_q, N, D) in q.dtype; zeros for queries without a key or behind the last sequence.
-    Sequences of length 0 are legal. Raises ValueError for other shapes and dtypes, and for a
-    dropout_p outside [0, 4095/4096]; the plain body on a CPU also for boundaries that do not rise
-    from 0, or bounds below a length. On a GPU, where to read these would make the host wait, they
-    have to be right: results are undefined otherwise.
+    Returns (T_q, N, D) in q.dtype, with zeros for queries that have no key or follow the last
+    sequence. Sequences of length 0 are legal. Raises ValueError for other shapes and dtypes, and
+    for a dropout_p outside [0, 4095/4096]; on a CPU the plain body also for cu_seqlens that do not
+    rise from 0 and for a max_seqlen below a length. On a GPU these are not checked, because reading
+    them would make the host wait: if they are wrong, results are undefined.
     """
     who = "attention"
     require_floats(who, q=q)
@@ -84,16 +84,16 @@ def attention_qkvpacked(
     mask: Tensor | None = None,
     qkv_bias: Tensor | None = None,
 ) -> Attention:
-    """`attention` where queries, keys and values are projections of the same tokens.
+    """`attention` for queries, keys and values that are projections of the same tokens.
 
     qkv: (T, 3, N, D), queries, keys and values; cu_seqlens: (B + 1,) int32; max_seqlen: an upper
     bound of the lengths. The other arguments are those of `attention`. Returns (T, N, D) in
     qkv.dtype. Raises ValueError as `attention` does.
 
-    qkv_bias: (3 N D,), the bias of the product that made qkv, if that got it detached: its values
-    are part of qkv already and are not read, and its gradient, the sum of qkv's over the tokens, is
-    a by-product of the kernels. For the keys they return the exact value of that sum, 0: a bias of
-    all keys adds the same to all scores of a query, which no softmax sees.
+    qkv_bias: (3 N D,), the bias of the linear layer that made qkv, if that layer got it detached.
+    Its values are part of qkv already and are not read. Its gradient, the sum of qkv's gradient
+    over the tokens, is a by-product of the kernels. For the keys they return its exact value, 0: a
+    bias of all keys adds the same number to all scores of a query, which changes no probability.
     """
     who = "attention_qkvpacked"
     require_floats(who, qkv=qkv)
@@ -128,7 +128,7 @@ def _checked(who: str, call: Attention) -> Attention:
 
 
 def check_mask(who: str, mask: Tensor, shape: tuple[int | str, ...]) -> None:
-    """Raises ValueError unless the mask broadcasts to `shape`, in which a name is of any size."""
+    """Raises ValueError unless the mask broadcasts to `shape`, where a str stands for any size."""
     sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
     require(
         mask.ndim <= 4
@@ -179,14 +179,14 @@ def _variant(kernels: Any, call: Attention) -> str:
 @attention.fused
 @attention_qkvpacked.fused
 def _fused(kernels: Any, call: Attention) -> Tensor:
-    # cu_seqlens may occur twice, and torch.compile refuses a Function with a repeated tensor
+    # call[3:] as a tuple: it may have cu_seqlens twice, and torch.compile refuses repeated tensors
     return run(AttentionFunction, kernels, (*call[:3], call.qkv_bias, call[3:-1]))
 
 
 class AttentionFunction(torch.autograd.Function):
     """Attention of q, k and v, or of a packed qkv (k and v None), whose gradient is packed too.
 
-    bias: None, or that of a packed qkv, for its gradient.
+    bias: the bias of a packed qkv, passed only to get its gradient; or None.
     """
 
     @staticmethod

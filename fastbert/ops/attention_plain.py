@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch: the reference of the kernels of `fastbert.ops.attention`.
+"""Attention in plain PyTorch: the reference for the kernels of `fastbert.ops.attention`.
 
 B sequences, T packed tokens, N heads, D head size, S the longest sequence.
 """
@@ -20,17 +20,17 @@ from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState
 
 MASKED = -1e30  # numbers of an additive mask below this mean -inf
-# On a CPU sequences attend all at once, padded, if they are short: their operators take longer to
-# call than to compute. By measurement with one thread that is for up to so many scores a sequence,
-# all heads together, where all are of one length, or where there are so many of unequal lengths.
+# On a CPU, short sequences are padded and attend all at once, because calling operators for each
+# would take longer than computing them. With one thread this was faster for up to SHORT_ALIKE
+# scores per sequence (of all heads) if lengths are equal, else up to SHORT, from MANY sequences on.
 SHORT_ALIKE, SHORT, MANY = 2**15, 2**12, 8
 
 
 class Attention(NamedTuple):
-    """A call of `attention`, or of `attention_qkvpacked` where k and v are None.
+    """A call of `attention`, or, if k and v are None, of `attention_qkvpacked`.
 
-    q is then qkv (T, 3, N, D), and qkv_bias (3 N D,) a bias that is part of it, for the bias's
-    gradient alone. rng: None without dropout; mask: (B, N, S_q, S_k).
+    In the latter q is qkv (T, 3, N, D), and qkv_bias (3 N D,) a bias that is part of it already,
+    passed only to get its gradient. rng: None without dropout; mask: (B, N, S_q, S_k).
     """
 
     q: Tensor
@@ -55,11 +55,11 @@ def attend(call: Attention) -> Tensor:
 
 def _attend_all(call: Attention) -> Tensor:
     q, k, v, cu_seqlens_q, cu_seqlens_k = call[:5]
-    if call.qkv_bias is not None:  # adds 0, whose derivative by the bias is 1
+    if call.qkv_bias is not None:  # adds 0, with the derivative 1 with respect to the bias
         bias = call.qkv_bias
         q = q + (bias - bias.detach()).to(q.dtype).view(q.shape[1:])
     tensors = (q,) if k is None or v is None else (q, k, v)
-    # boundaries, bound of the lengths and tokens: of queries; of keys if theirs are others
+    # cu_seqlens, max_seqlen and number of tokens: of queries, then of keys if theirs differ
     sides = [(cu_seqlens_q, call.max_seqlen_q, len(q))]
     if k is not None:
         keys = cu_seqlens_k, call.max_seqlen_k, len(k)
@@ -77,16 +77,15 @@ def _attend_all(call: Attention) -> Tensor:
 def reads_lengths(call: Attention) -> bool:
     """Whether to read the lengths, so that long sequences attend one by one, without padding.
 
-    On a CPU reading them is free. On a GPU the host would wait, and only one call for all sequences
-    keeps the GPU busy.
+    That is free on a CPU. A GPU would make the host wait, and is not kept busy by one sequence.
     """
     return call.cu_seqlens_q.is_cpu and not torch.compiler.is_compiling()
 
 
 def _lengths(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> list[int]:
-    """The lengths of the sequences, then the number of tokens behind the last one.
+    """The lengths of the sequences, then the number of tokens after the last one.
 
-    Raises ValueError for boundaries that do not rise from 0, or a longer sequence than max_seqlen.
+    Raises ValueError for boundaries that do not rise from 0, or a sequence above max_seqlen.
     """
     bounds = [*cu_seqlens.tolist(), num_tokens]
     lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
@@ -102,9 +101,9 @@ def _lengths(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> list[int]:
 def _paddings(
     lengths: list[list[int]], boundaries: list[Tensor], call: Attention
 ) -> list[Unpadding] | None:
-    """The padded forms in which a CPU is faster than with one sequence after the other, or None.
+    """The padded forms of queries and keys, or None if one sequence at a time is faster.
 
-    That is for short ones, and for those of one length where PyTorch has a fused kernel.
+    Padding is faster for short sequences, and for equal lengths if PyTorch has a fused kernel.
     """
     count = len(lengths[0]) - 1
     if count < 2:
@@ -127,9 +126,9 @@ def _paddings(
 
 
 def _sequences(tensors: tuple[Tensor, ...], lengths: list[list[int]]) -> list[tuple[Tensor, ...]]:
-    """q, k and v (N, n, D) of each sequence; tokens behind the last are one without keys."""
+    """q, k and v (N, n, D) of each sequence; tokens after the last form one more, without keys."""
     found: list[tuple[Tensor, ...]]
-    # one split, whose backward is one concatenation: slices would each zero a whole gradient
+    # one split, whose backward is one concatenation: each slice's would zero a whole gradient
     if len(tensors) > 1:
         sizes = lengths[0], lengths[-1], lengths[-1]
         rows = zip(tensors, sizes, strict=True)
@@ -155,7 +154,7 @@ def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Attention) -> 
     for number, (q, k, v) in enumerate(sequences):
         num_queries, num_keys = q.shape[1], k.shape[1]
         if num_keys and call.mask is None and not drawn:
-            # PyTorch takes its fused kernel only for four dimensions
+            # PyTorch uses its fused kernel only for four dimensions
             out = _sdpa(q[None], k[None], v[None], call)[0]
         else:
             keep = None
@@ -172,7 +171,7 @@ def attend_by_sequence(sequences: list[tuple[Tensor, ...]], call: Attention) -> 
 def attend_padded(
     tensors: tuple[Tensor, ...], paddings: list[Unpadding], call: Attention
 ) -> Tensor:
-    """Attention of all sequences at once; paddings: of queries, and of keys if they have others."""
+    """Attention of all sequences at once; paddings: of queries, then of keys if theirs differ."""
     of_queries, of_keys = paddings[0], paddings[-1]
     if len(tensors) == 1:
         q, k, v = of_queries.pad(tensors[0]).permute(2, 0, 3, 1, 4).unbind()  # (B, N, S, D)
@@ -181,7 +180,7 @@ def attend_padded(
         k, v = (of_keys.pad(x).transpose(1, 2) for x in tensors[1:])
     mask = of_keys.mask
     if call.mask is None and call.rng is None and of_queries is of_keys:
-        out = _sdpa(q, k, v, call, mask)  # here only padding has no key, and `pack` drops that
+        out = _sdpa(q, k, v, call, mask)  # only padding has no key here, and `pack` drops padding
     else:
         keep = None
         if call.rng is not None:
@@ -196,7 +195,7 @@ def attend_padded(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Attention, mask: Tensor | None = None) -> Tensor:
-    """PyTorch's own attention, by the body that allows the derivatives that may be asked for."""
+    """PyTorch's own attention, in the implementation that has the derivatives it may need."""
     if is_transformed():
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, mask, scale=call.softmax_scale)
@@ -206,7 +205,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Attention, mask: Tensor | None 
 
 
 class _Sdpa(torch.autograd.Function):
-    """PyTorch's attention, twice differentiable; its fast kernels are only once."""
+    """PyTorch's attention, twice differentiable; PyTorch's fast kernels are only once."""
 
     @staticmethod
     def forward(

@@ -22,7 +22,7 @@ class BiasGelu(NamedTuple):
 
 @op("triton")
 def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none") -> BiasGelu:
-    """`gelu(x + bias)`, by the error function or, for approximate="tanh", by the tanh formula.
+    """`gelu(x + bias)`, with the error function or, for approximate="tanh", the tanh formula.
 
     x: (..., H); bias: (H,) of any floating-point dtype. Computed in float32 or wider without
     rounding the sum, returned in x.dtype. The kernels save only x and the bias for the backward.

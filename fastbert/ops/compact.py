@@ -1,4 +1,4 @@
-"""Stream compaction: keeps the marked entries in order, with their sources and destinations."""
+"""Stream compaction: keeps some entries in order, and says where each came from and went to."""
 
 from typing import Any, NamedTuple
 
@@ -41,8 +41,8 @@ def compact(values: Tensor, ignore_index: int, capacity: int | None = None) -> C
 
     values: (B, S) of any integer dtype or bool. capacity: the number of places C in the result.
     Places without an entry, the filler, hold ignore_index. If more than C entries are kept, only
-    the first C get a place, but offsets[B] is still the true count. None makes C that count, for
-    which the host waits for a GPU once; with a capacity it never waits.
+    the first C get a place, but offsets[B] is still the true count. If capacity is None, C is that
+    count, for which the host waits for a GPU once; with a capacity it never waits.
 
     Raises ValueError if values is not 2-D, has a floating-point dtype or more than 2^31 - 1
     entries, if its dtype cannot hold ignore_index, or if capacity is negative.
@@ -87,8 +87,8 @@ def _plain(call: Compaction) -> Compacted:
 
 
 def _signed(call: Compaction) -> tuple[Tensor, int]:
-    """The values and ignore_index as the same bits of a signed dtype, where PyTorch does not index
-    tensors of their own on a GPU."""
+    """The values and ignore_index; unsigned ones of over 8 bits, which PyTorch cannot index on a
+    GPU, as the same bits of a signed dtype."""
     values, ignore_index = call[:2]
     if values.dtype in _SIGNED:
         values = values.view(_SIGNED[values.dtype])

@@ -1,7 +1,7 @@
 """Dropout (Srivastava et al. 2014) by counter: `fastbert.rng` defines the random bits.
 
-The masks here are for plain PyTorch; Triton's kernels draw the bits where they use them, most as
-a part of other operators.
+The masks here are for plain PyTorch. The Triton kernels draw the bits where they use them, mostly
+fused into other operators.
 """
 
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ class KeepMask(NamedTuple):
 def hidden_keep_mask(rng: DropoutState, num_cols: int, dropout_p: float) -> KeepMask:
     """(T, num_cols) bool, True where an element of the residual stream (T, num_cols) is kept.
 
-    rng: with T token keys; dropout_p: the probability of a drop. The arguments are not checked.
+    rng: with T token keys; dropout_p: the probability of dropping. Arguments are not checked.
     """
     return KeepMask(rng.token_key, rng.state, rng.site, (num_cols,), dropout_p)
 
@@ -44,8 +44,8 @@ def attention_keep_mask(
 ) -> KeepMask:
     """(N, T, num_keys) bool, True where a query's attention probability for a key is kept.
 
-    rng: with T token keys, one a query; keys are counted within a sequence; dropout_p: the
-    probability of a drop. The arguments are not checked.
+    rng: with T token keys, one per query; keys are counted within a sequence; dropout_p: the
+    probability of dropping. Arguments are not checked.
     """
     return KeepMask(rng.token_key, rng.state, rng.site, (num_heads, num_keys), dropout_p)
 
@@ -65,7 +65,7 @@ def _fused(kernels: Any, call: KeepMask) -> Tensor:
 
 
 class Dropout(NamedTuple):
-    """A call of `dropout`; rng: None where nothing is dropped."""
+    """A call of `dropout`; rng: None if nothing is dropped."""
 
     x: Tensor
     dropout_p: float
@@ -74,11 +74,11 @@ class Dropout(NamedTuple):
 
 @op("triton")
 def dropout(x: Tensor, dropout_p: float, rng: DropoutState | None = None) -> Dropout:
-    """Zeros elements of x (..., H) with probability dropout_p and scales the others to make up.
+    """Zeros elements of x (..., H) with probability dropout_p and scales up the others.
 
     rng: with a token key for each row of x; None draws a fresh state from torch's generator.
-    Returns x.dtype; x itself where dropout_p is 0. Raises ValueError for an x without dimensions or
-    of integers, a dropout_p outside [0, 4095/4096], or an rng of another size, device or dtype.
+    Returns x.dtype; x itself if dropout_p is 0. Raises ValueError for an x without dimensions or of
+    integers, a dropout_p outside [0, 4095/4096], or an rng of another size, device or dtype.
     """
     require_rows("dropout", x)
     rng = checked_rng("dropout", x.shape[:-1].numel(), x.device, dropout_p, rng)
@@ -105,7 +105,7 @@ def _dropout_fused(kernels: Any, call: Dropout) -> Tensor:
 
 
 class DropoutFunction(torch.autograd.Function):
-    """Linear in x, so its gradient is the same of dy, and can be differentiated again."""
+    """Linear in x: its gradient is the same function of dy, and can be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, kernels: Any, x: Tensor, *numbers: Any) -> Tensor:
@@ -121,7 +121,7 @@ class DropoutFunction(torch.autograd.Function):
 
 
 def dropped(x: Tensor, dropout_p: float, rng: DropoutState) -> Tensor:
-    """`dropout` with arguments that were checked."""
+    """`dropout` without a check of the arguments."""
     keep = hidden_keep_mask(rng, x.shape[-1], dropout_p)
     return kept(x, keep if x.ndim == 2 else keep.view(x.shape), dropout_p)
 
@@ -137,7 +137,7 @@ def kept(x: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
 def checked_rng(
     who: str, num_rows: int, device: torch.device, dropout_p: float, rng: DropoutState | None
 ) -> DropoutState | None:
-    """`drawn`, of arguments of a user's.
+    """`drawn`, after a check of the user's arguments.
 
     Raises ValueError unless dropout_p is valid and `rng` fits `num_rows` rows on `device`.
     """
@@ -181,8 +181,8 @@ def _fake(token_key: Tensor, state: Tensor, site: int, *sizes_and_limit: int) ->
     return token_key.new_empty((*heads, token_key.shape[0], num_cols), dtype=torch.bool)
 
 
-# Opaque, because the inductor of torch 2.13 computes other bits on a CPU where it fuses several of
-# these masks into one loop.
+# Opaque, because torch 2.13's inductor computes other bits on a CPU if it fuses several of these
+# masks into one loop.
 @random.opaque(lambda token_key, state, site, sizes, _: _fake(token_key, state, site, *sizes, 0))
 def _keep_mask(
     token_key: Tensor, state: Tensor, site: int, sizes: list[int], dropout_p: float

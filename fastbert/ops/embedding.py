@@ -20,8 +20,8 @@ WHO = "embedding_layer_norm"
 class EmbeddingLayerNorm(NamedTuple):
     """A call of `embedding_layer_norm`.
 
-    All ids have one shape; padding_idx: counted from 0; rng: None without dropout; dtype: the
-    result's.
+    All ids have the same shape. padding_idx: not negative; rng: None without dropout; dtype: of the
+    result.
     """
 
     input_ids: Tensor
@@ -62,7 +62,7 @@ def embedding_layer_norm(
     it, and token_type_ids of None means all zeros; word: (V, H); position: (P, H); token_type:
     (S, H), None for models without types; weight, bias: (H,). The result (..., H) has `dtype`, by
     default the word table's; sums and statistics are in float32 or wider. The row `padding_idx` of
-    the word table gets no gradient, as in torch.nn.Embedding; negative ones count from the end.
+    the word table gets no gradient, as in torch.nn.Embedding; a negative one counts from the end.
     dropout_p and rng are as in `dropout_add_layer_norm`.
 
     Gradients are dense; the kernels sum them in float32 and always in the same order.

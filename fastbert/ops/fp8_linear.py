@@ -1,6 +1,6 @@
 """Linear layers whose products are in FP8 (Micikevicius et al. 2022, arXiv:2209.05433).
 
-One alone, and the two of a feed-forward with GELU between them, which then casts its own results.
+One layer alone, and the two of a feed-forward, with a GELU between them that casts its results.
 """
 
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ from fastbert.check import require, require_floats, require_shape
 from fastbert.ops import fp8_plain
 from fastbert.ops.fused import as_rows, once, result_dtype, run, without_autocast
 
-MULTIPLE = 16  # which the kernels want a weight's sizes to be multiples of
+MULTIPLE = 16  # the kernels need a weight's sizes to be multiples of it
 
 
 class Fp8Linear(NamedTuple):
-    """A call of `fp8_linear`; inverse: (3,), by `inverse_of` the scales."""
+    """A call of `fp8_linear`; inverse: (3,), `inverse_of` the scale."""
 
     x: Tensor
     weight: Tensor
@@ -49,17 +49,17 @@ class Fp8FeedForward(NamedTuple):
 def fp8_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, amax: Tensor
 ) -> Fp8Linear:
-    """`x @ weight.T + bias`, all of whose products, in the backward too, are of FP8 casts.
+    """`x @ weight.T + bias`, whose products, including the backward's, multiply casts to FP8.
 
     x: (..., K); weight: (N, K); bias: (N,) or None; scale: (3,) float32, powers of two by which x,
     the weight and the gradient of the result are multiplied before their casts; amax: (3,) float32,
-    which is raised to the largest absolute values of these three (of the third in the backward).
-    Returns (..., N) in autocast's dtype, or x.dtype without autocast.
+    the largest absolute values of these three so far: the forward updates the first two, the
+    backward the third. Returns (..., N) in autocast's dtype, or x.dtype without autocast.
 
     x and the weight are cast to E4M3, the gradient of the result to E5M2, to the nearest value,
-    ties to even. Values beyond a format saturate; values that are not finite become NaN, so that a
-    step with infinite gradients is still seen. Products are summed in float32, gradients are in the
-    dtypes of x and of the weight, and the bias's is summed from the gradient before its cast.
+    ties to even. Values beyond a format saturate; values that are not finite become NaN, so that
+    infinite gradients are still noticed. Products are summed in float32. Gradients have the dtypes
+    of x and of the weight; the bias's is summed from the result's gradient before its cast.
 
     The plain body emulates the casts exactly; the kernels need compute capability 8.9, and K and N
     that are multiples of 16. Raises ValueError for other shapes and dtypes of scale and amax.
@@ -83,16 +83,16 @@ def fp8_feed_forward(
     *,
     approximate: str = "none",
 ) -> Fp8FeedForward:
-    """`gelu(x @ weight.T + bias) @ output_weight.T`, all of whose products are of FP8 casts.
+    """`gelu(x @ weight.T + bias) @ output_weight.T`, whose products multiply casts to FP8.
 
     x: (..., K); weight: (N, K); bias: (N,); output_weight: (O, N); approximate: as in `bias_gelu`.
-    Returns (..., O) in autocast's dtype, or x.dtype without autocast. scale, amax are those of the
-    first product and output_scale, output_amax those of the second, as in `fp8_linear`, whose casts
-    and gradients these are. GELU is computed in float32 from the first product in the result's
-    dtype, and cast without another rounding between; so is its gradient. Neither is in memory in
-    more than FP8, which saves writing and reading 8 bytes an element in bf16.
+    Returns (..., O) in autocast's dtype, or x.dtype without autocast. scale and amax belong to the
+    first layer, output_scale and output_amax to the second; they, the casts and the gradients are
+    as in `fp8_linear`. GELU is computed in float32 from the first product, which has the result's
+    dtype, and then cast directly; so is its gradient. Both are in memory only in FP8, which in bf16
+    saves writing and reading 8 bytes per element.
 
-    The kernels need what those of `fp8_linear` do. Raises ValueError for other shapes and dtypes.
+    The kernels need the same as for `fp8_linear`. Raises ValueError for other shapes and dtypes.
     """
     who = "fp8_feed_forward"
     _check_layer(who, x, weight, bias, "inner")
@@ -109,9 +109,9 @@ def fp8_feed_forward(
 
 
 def inverse_of(scale: Tensor) -> Tensor:
-    """One over each scale, exact for powers of two; each lies at a multiple of 16 bytes.
+    """One over each scale, exact for powers of two; the address of each is a multiple of 16.
 
-    From version 12.9 on cuBLAS refuses scales at other addresses (CUBLAS_STATUS_NOT_SUPPORTED).
+    From version 12.9 on cuBLAS refuses other addresses (CUBLAS_STATUS_NOT_SUPPORTED).
     """
     return scale.reciprocal()[..., None].expand(*scale.shape, 4).contiguous()[..., 0]
 
@@ -138,10 +138,10 @@ def multiplies_fp8(device: torch.device) -> bool:
 @fp8_linear.plain
 @fp8_feed_forward.plain
 def _plain(call: Fp8Linear | Fp8FeedForward) -> Tensor:
-    if is_transformed():  # the tangent of a cast would be a cast, without a scale of its own
+    if is_transformed():  # a tangent would need a cast too, and has no scale
         raise RuntimeError(
             "fp8: function transforms (torch.func) and forward-mode AD do not go through casts to "
-            "FP8; use torch.autograd, or no FP8"
+            "FP8; use torch.autograd, or turn FP8 off"
         )
     return _fused(fp8_plain, call)
 
@@ -176,14 +176,14 @@ def _fused(kernels: Any, call: Fp8Linear | Fp8FeedForward) -> Tensor:
 
 
 def _result(y: Tensor, x: Tensor) -> Tensor:
-    """y (P, N), whose rows behind x's are filler, as (..., N): no view, as users may change it."""
+    """y (P, N) as (..., N), without filler rows; for autograd no view, as users may change it."""
     shape = x.shape[:-1]
     result: Tensor = torch.ops.aten._unsafe_view.default(y[: shape.numel()], (*shape, y.shape[1]))
     return result
 
 
 class Fp8LinearFunction(torch.autograd.Function):
-    """`kernels` is the Triton unit, or `fp8_plain`."""
+    """`kernels` is the module of Triton launchers, or `fp8_plain`."""
 
     @staticmethod
     def forward(
@@ -201,7 +201,7 @@ class Fp8LinearFunction(torch.autograd.Function):
         if ctx is None:
             return y
         ctx.save_for_backward(x8_t, w8_t, scale, of)
-        ctx.amax = amax  # which the backward writes to and does not read
+        ctx.amax = amax  # the backward writes to it and does not read it
         ctx.kernels, ctx.bias_dtype = kernels, None if bias is None else bias.dtype
         ctx.dtypes = x.dtype, weight.dtype
         return y
@@ -225,7 +225,7 @@ class Fp8LinearFunction(torch.autograd.Function):
 
 
 class Fp8FeedForwardFunction(torch.autograd.Function):
-    """`kernels` is the Triton unit, or `fp8_plain`."""
+    """`kernels` is the module of Triton launchers, or `fp8_plain`."""
 
     @staticmethod
     def forward(
@@ -252,7 +252,7 @@ class Fp8FeedForwardFunction(torch.autograd.Function):
         ctx.save_for_backward(
             x8_t, w8_t, inner, bias, g8_t, v8_t, scale, of, output_scale, output_of
         )
-        ctx.amax, ctx.output_amax = amax, output_amax  # which the backward writes to
+        ctx.amax, ctx.output_amax = amax, output_amax  # the backward writes to them
         ctx.kernels, ctx.tanh = kernels, tanh
         ctx.dtypes = x.dtype, weight.dtype, output_weight.dtype
         return y

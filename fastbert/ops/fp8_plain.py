@@ -1,6 +1,6 @@
 """The launchers of kernels/fp8_linear.py in plain PyTorch, for any device and size.
 
-The casts give bit by bit what the hardware's do.
+The casts give the same bits as the hardware's.
 """
 
 import torch
@@ -14,7 +14,7 @@ LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 
 
 def cast_transpose(x: Tensor, scale: Tensor, amax: Tensor, e5m2: bool) -> tuple[Tensor, Tensor]:
-    """x (M, N) times `scale` in FP8, (M, N), and transposed; raises amax to x's largest."""
+    """x (M, N) times `scale` in FP8, (M, N) and (N, M); updates amax with x's largest magnitude."""
     cast = quantised(x, scale, E5M2 if e5m2 else E4M3)
     if x.numel():
         size = x.detach().abs().float()
@@ -34,7 +34,7 @@ def gelu_cast_transpose(
 def gelu_bwd_cast_transpose(
     dy: Tensor, x: Tensor, bias: Tensor, tanh: bool, scale: Tensor, amax: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`cast_transpose` of the gradient by x, in E5M2, and its column sums in bias.dtype."""
+    """`cast_transpose` of the gradient of x, in E5M2, and its column sums in bias.dtype."""
     z = x.float() + bias.float()
     approximate = "tanh" if tanh else "none"
     dx = torch.ops.aten.gelu_backward(dy.float(), z, approximate=approximate)
@@ -44,14 +44,14 @@ def gelu_bwd_cast_transpose(
 def product(
     a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """a (M, K) b (N, K)^T times both factors, plus the bias, summed in float32."""
+    """`a @ b.T * of_a * of_b + bias`, for a (M, K) and b (N, K), summed in float32."""
     with without_autocast(a):
         y = F.linear(a.float(), b.float()) * (of_a * of_b)
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
 def quantised(x: Tensor, scale: Tensor, format: torch.dtype) -> Tensor:
-    """x times `scale` in an FP8 format: to the nearest value, ties to even.
+    """x times `scale`, cast to an FP8 format: to the nearest value, ties to even.
 
     Values beyond the format saturate; values that are not finite become NaN.
     """

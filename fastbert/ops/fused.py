@@ -1,4 +1,4 @@
-"""Shared by operators: calls with and without autograd, first derivatives only, rows, products."""
+"""What operators share: how autograd Functions run and refuse, shapes, dtypes, products."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ REFERENCE = 'run its forward inside `with fastbert.backend.use("reference"):`'
 def run(function: type[Function], kernels: Any, call: tuple[Any, ...]) -> Any:
     """Applies the Function to the kernels and the call's fields.
 
-    Where no gradient is wanted, runs only the Function's forward, with None as `ctx`, so that it
-    saves nothing for a backward.
+    If no gradient is needed, only the Function's forward runs, with None as `ctx`, so that it saves
+    nothing for a backward.
     """
     if torch.is_grad_enabled():
         for x in call:
@@ -26,15 +26,15 @@ def run(function: type[Function], kernels: Any, call: tuple[Any, ...]) -> Any:
 
 
 def applied(function: type[Function], *arguments: Any) -> Any:
-    """`function.apply`, without its look at each argument for what function transforms have left.
+    """`function.apply` without its search of the arguments for leftovers of function transforms.
 
-    For many arguments that takes the host longer than the rest. No transform may be active.
+    With many arguments the search takes most of the call's time. No transform may be active.
     """
     return super(Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates a Function's backward: differentiating its gradients raises a RuntimeError."""
+    """Decorates a Function's backward: differentiating its gradients again is a RuntimeError."""
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
@@ -42,8 +42,8 @@ def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable[..., Any]], Ca
             if not torch.is_grad_enabled():
                 return backward(ctx, *gradients)
             message = f"{who}: its gradients cannot be differentiated again; {remedy}"
-            # They depend on the inputs too. Where none of these is saved as it was given, and the
-            # incoming gradients are constants, a tensor of nobody's has the graph go on.
+            # The gradients depend on the inputs too. If no input was saved as it was given, and the
+            # incoming gradients are constants, a dummy tensor continues the graph to the refusal.
             sources = [x for x in (*gradients, *ctx.saved_tensors) if x is not None]
             sources = [x for x in sources if x.requires_grad]
             sources = sources or [torch.zeros((), requires_grad=True)]
@@ -57,11 +57,11 @@ def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable[..., Any]], Ca
 
 
 class _Refusal(Function):
-    """Passes on the gradients that a backward computed of `count` sources, whose own it refuses."""
+    """Returns the gradients that a backward computed; differentiating these again raises."""
 
     @staticmethod
     def forward(ctx: Any, message: str, count: int, *tensors: Tensor | None) -> Any:
-        """tensors: the sources, and behind them the gradients."""
+        """tensors: `count` tensors that the gradients depend on, then the gradients."""
         ctx.message = message
         return tuple(None if x is None else x.view_as(x) for x in tensors[count:])
 
@@ -72,14 +72,14 @@ class _Refusal(Function):
 
 def as_rows(x: Tensor) -> Tensor:
     """(..., H) -> (M, H) with unit column stride, a view where possible."""
-    if x.ndim == 2 and x.is_contiguous():  # as in models; the rest takes microseconds
+    if x.ndim == 2 and x.is_contiguous():  # the case of models; the rest takes microseconds
         return x
     rows = torch.atleast_2d(x).flatten(0, -2)
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """A result (M, H) in another shape (..., H), for autograd no view: users may change it."""
+    """A result (M, H) as (..., H); for autograd no view, because users may change it in place."""
     if len(shape) == 2:
         return rows
     result: Tensor = torch.ops.aten._unsafe_view.default(rows, shape)
@@ -87,28 +87,28 @@ def shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors side by side, along the first dimension."""
+    """The tensors concatenated along the first dimension; a single one is not copied."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a product of x: autocast's, or that of x."""
+    """The dtype of matrix products with x: autocast's, or x.dtype without autocast."""
     return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
 
 
 def is_autocast(x: Tensor) -> bool:
-    """Whether autocast is on for x's device; PyTorch has none for tensors without values."""
+    """Whether autocast is on for x's device; PyTorch has none for meta tensors."""
     kind = x.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Products of x inside keep its dtype: a backward may run under autocast as well."""
+    """A context in which products keep x's dtype, as a backward may run under autocast too."""
     return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`; on a GPU a float32 product of half-precision factors is not rounded."""
+    """a @ b in `dtype`; on a GPU, half-precision factors give a float32 product unrounded."""
     if a.is_cuda and dtype == torch.float32 != a.dtype:
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)

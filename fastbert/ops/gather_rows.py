@@ -15,7 +15,7 @@ class Gather(NamedTuple):
     """A call of `gather_rows`."""
 
     src: Tensor
-    index: Tensor  # type: ignore[assignment]  # in place of tuple.index, which nobody needs here
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which is not needed here
     inverse: Tensor
 
 
@@ -30,7 +30,7 @@ def gather_rows(src: Tensor, index: Tensor, inverse: Tensor) -> Gather:
 
     Raises ValueError for a wrong shape, dtype or device. For an entry of index outside [-1, R) it
     raises IndexError on a CPU and fails a device assertion on a GPU; Triton's kernel, for which
-    raising would make the host wait, returns a row of NaN, of -1 for integers.
+    raising would make the host wait, returns a row of NaN, or of -1 for integers.
     """
     who = "gather_rows"
     require(src.ndim == 2, who, "src of shape (rows, hidden)", tuple(src.shape))
@@ -52,12 +52,12 @@ def _described(x: Tensor) -> str:
 @gather_rows.plain
 def _plain(call: Gather) -> Tensor:
     src, index, _ = call
-    if src.shape[0] == 0:  # only -1 is in range: it reads a row of zeros, which keeps the graph
+    if src.shape[0] == 0:  # only -1 is in range: it reads a row of zeros that depends on src
         return src.sum(0, keepdim=True).to(src.dtype).index_select(0, index + 1)
-    # autograd's own gradient is right: zero for rows left out, and one row each for the others
+    # autograd's own gradient is right: zero for rows left out, one row for each of the others
     is_spare = index == -1
     rows = src.index_select(0, index.masked_fill(is_spare, 0))
-    return torch.where(is_spare[:, None], rows.new_zeros(()), rows)  # `masked_fill` lacks dtypes
+    return torch.where(is_spare[:, None], rows.new_zeros(()), rows)  # masked_fill lacks some dtypes
 
 
 class GatherRowsFunction(torch.autograd.Function):

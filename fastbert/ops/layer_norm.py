@@ -18,11 +18,11 @@ MAX_COLS = 16384  # a limit of the kernels, which hold a row in registers
 
 
 class Norm(NamedTuple):
-    """A call of `dropout_add_layer_norm`, or of `layer_norm` where the residual is None.
+    """A call of `dropout_add_layer_norm`, or of `layer_norm` if the residual is None.
 
-    rng: None without dropout. branches: the result twice, in x.dtype and in residual.dtype, so that
-    the backward gets the gradients of both apart, and adds them as it reads them; as tensors of one
-    memory where both dtypes are the same.
+    rng: None without dropout. branches: whether to return the result twice, in x.dtype and in
+    residual.dtype, so that the backward gets two gradients and adds them as it reads them; if both
+    dtypes are the same, both results share one memory.
     """
 
     x: Tensor
@@ -66,21 +66,21 @@ def dropout_add_layer_norm(
     """`layer_norm(residual + dropout(x + x_bias))`: the end of each half of a BERT layer.
 
     x, residual: (..., H); weight, bias, x_bias: (H,); the result has residual.dtype. x_bias is the
-    bias of the linear layer before, added here so that its gradient is a by-product. The sum is
-    computed in float32 or wider, rounded to residual.dtype, and normalized as by `layer_norm`.
+    bias of the preceding linear layer, added here so that its gradient is a by-product. The sum is
+    computed in float32 or wider, rounded to residual.dtype, and normalized as in `layer_norm`.
     Dropout (Srivastava et al. 2014) is by counter, as `fastbert.rng` defines it: `rng` has a token
     key for each row of the flattened leading dimensions, and None draws a fresh state from torch's
     generator.
 
-    save: what the forward saves for the backward; the result is the same, but for the last bit on a
-    GPU, where each choice has its own kernel. "z" saves the rounded sum. "y" saves the result, as
-    Apex's `memory_efficient=True` does, and the backward recovers the normalized values as
-    `(y - bias) / weight`. The next linear layer saves that tensor anyway, so "y" saves the memory
-    of x.numel() elements. It suits weights of absolute value 0.1 or more, because the division
-    magnifies the rounding of y; most trained weights are, but not all (in all-MiniLM-L6-v2's last
-    layer, 3 of 384 are smaller). Where all weights are 0.1, the RMS error of their gradient is up
-    to 3.6 times plain PyTorch's; where they are normally distributed, up to 11 times. A weight of 0
-    makes dx NaN. The weights are not checked, because that would make the host wait.
+    save: what the forward saves for the backward; the result is the same, except for the last bit
+    on a GPU, where each choice has its own kernel. "z" saves the rounded sum. "y" saves the result,
+    as Apex's `memory_efficient=True` does, and the backward recovers the normalized values as
+    `(y - bias) / weight`. The next linear layer saves y anyway, so "y" needs x.numel() elements
+    less memory. It suits weights of absolute value 0.1 or more, because the division magnifies the
+    rounding of y. Most trained weights are that large, but not all (in all-MiniLM-L6-v2's last
+    layer, 3 of 384 are smaller). If all weights are 0.1, the RMS error of their gradient is up to
+    3.6 times plain PyTorch's; if they are normally distributed, up to 11 times. A weight of 0 makes
+    dx NaN. The weights are not checked, because that would make the host wait.
 
     Raises ValueError for other shapes, integers, a dropout_p outside [0, 4095/4096], or another
     `save`.
@@ -123,13 +123,13 @@ _WIDE = (torch.float32, torch.float64)
 def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`F.layer_norm` in float32 or wider, even under autocast."""
     if x.dtype in _WIDE and x.dtype == weight.dtype == bias.dtype:
-        return torch.layer_norm(x, weight.shape, weight, bias, eps)  # which `F.layer_norm` calls
+        return torch.layer_norm(x, weight.shape, weight, bias, eps)  # what `F.layer_norm` calls
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps).to(x.dtype)
 
 
 class _NormKeepingY(torch.autograd.Function):
-    """The reference of layer_norm with save="y": its backward reads y instead of z."""
+    """The reference for save="y": a layer norm whose backward reads y instead of z."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -137,13 +137,13 @@ class _NormKeepingY(torch.autograd.Function):
         y, _, rstd = torch.native_layer_norm(
             z.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps
         )
-        if y.dtype != z.dtype:  # else torch.compile of torch 2.11 gives wrong gradients
+        if y.dtype != z.dtype:  # without the test, torch 2.11's torch.compile gets gradients wrong
             y = y.to(z.dtype)
         ctx.save_for_backward(y, weight, bias, rstd)
         return y
 
     @staticmethod
-    @once('dropout_add_layer_norm(save="y")', 'save="z" can')
+    @once('dropout_add_layer_norm(save="y")', 'use save="z"')
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         kept, gamma, beta, rstd = ctx.saved_tensors
         dy, y, weight, bias = (t.to(rstd.dtype) for t in (dy, kept, gamma, beta))
@@ -183,7 +183,7 @@ def refusal(tensors: tuple[Tensor, ...], vectors: tuple[Tensor, ...]) -> str | N
 @layer_norm.fused
 @dropout_add_layer_norm.fused
 def _fused(kernels: Any, call: Norm) -> Any:
-    if call.branches and torch.compiler.is_compiling():  # a trace takes no two names of one tensor
+    if call.branches and torch.compiler.is_compiling():  # traced outputs may not be one tensor
         y = run(LayerNormFunction, kernels, call._replace(branches=False))
         return y.to(call.x.dtype), y
     return run(LayerNormFunction, kernels, call)
@@ -219,7 +219,7 @@ class LayerNormFunction(torch.autograd.Function):
         ctx.num_sums = 2 + (x_bias is not None) if are_trained else 0
         if not branches:
             return y
-        ctx.set_materialize_grads(False)  # a branch that nothing uses has no gradient
+        ctx.set_materialize_grads(False)  # the gradient of an unused branch is None
         return low, y if has_low else y.detach()
 
     @staticmethod

@@ -10,7 +10,7 @@ from fastbert.backend import DTYPES, op
 from fastbert.check import require, require_floats, require_shape
 from fastbert.ops.fused import joined, once, product, result_dtype, run
 
-MAX_LOGITS_BYTES = 1 << 30  # more are computed in parts, and again in the backward
+MAX_LOGITS_BYTES = 1 << 30  # larger logits are computed in parts, and again in the backward
 PADDING = 64  # classes are padded to a multiple of it, for wide loads and the tensor cores
 
 
@@ -47,11 +47,11 @@ def linear_cross_entropy(
     Returns the loss, () in float32 or wider, and for return_correct=True also the number of rows
     whose target has the highest logit (the first of equal ones), () int64 without a gradient.
 
-    The product is in hidden.dtype, or autocast's dtype; the softmax in float32 or wider. A target
+    The product is in hidden.dtype or autocast's dtype, the softmax in float32 or wider. A target
     out of range raises an IndexError on a CPU; the kernels, which cannot raise, make the loss NaN.
-    The kernels keep the logits in the product's dtype, and the backward overwrites them: a second
-    backward through the same graph raises a RuntimeError. Raises ValueError for other shapes,
-    targets of another dtype, a label_smoothing outside [0, 1], or another reduction.
+    The kernels keep the logits in the product's dtype, and the backward overwrites them, so that a
+    second backward through the same graph raises a RuntimeError. Raises ValueError for other
+    shapes, targets of another dtype, a label_smoothing outside [0, 1], or another reduction.
     """
     who = "linear_cross_entropy"
     require_floats(who, hidden=hidden)
@@ -116,7 +116,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         options = weight.shape[0], ignore_index, label_smoothing
         dtypes = weight.dtype, None if bias is None else bias.dtype
         weight = _padded(weight, hidden.dtype)
-        # the product's epilogue adds the bias for free; otherwise two kernels would have to read it
+        # the product's epilogue adds the bias for free; else both kernels would have to read it
         bias = None if bias is None else _padded(bias, hidden.dtype)
         rows = _rows_of_a_part(hidden, weight)
         parts = []
@@ -197,7 +197,7 @@ def _padded(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _rows_of_a_part(hidden: Tensor, weight: Tensor) -> int:
-    """Rows of a part: the fewest parts within MAX_LOGITS_BYTES, of nearly equal size."""
+    """Rows per part, for the fewest parts of nearly equal size within MAX_LOGITS_BYTES."""
     most = max(MAX_LOGITS_BYTES // (weight.shape[0] * weight.element_size()), 1)
     parts = max(-(-hidden.shape[0] // most), 1)
     return max(-(-hidden.shape[0] // parts), 1)

@@ -1,4 +1,4 @@
-"""Picks the tokens that have a label, so that the masked-LM head runs on no others."""
+"""Picks the tokens that have a label, so that the masked-LM head runs only on them."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ class MaskedRows(NamedTuple):
     rows: Tensor
     targets: Tensor
     positions: Tensor
-    count: Tensor  # type: ignore[assignment]  # in place of tuple.count, which nobody needs here
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which is not needed here
 
 
 def mlm_gather(
@@ -29,10 +29,10 @@ def mlm_gather(
 ) -> MaskedRows:
     """The rows of `hidden` whose label is not `ignore_index`, with their labels.
 
-    hidden: (T, H); labels: (T,) of an integer dtype. C is `capacity`, or the exact count if None,
-    for which the host waits for a GPU. Filler rows are zeros with the target ignore_index, so they
-    add nothing to a loss or a gradient. `count` is the true count, even if it exceeds the capacity
-    and only the first C rows are returned. positions: each row's token.
+    hidden: (T, H); labels: (T,) of an integer dtype. C is `capacity`, or if that is None the exact
+    count, for which the host waits for a GPU. Filler rows are zeros with the target ignore_index,
+    so they add nothing to a loss or a gradient. `count` is the true count, even if it exceeds the
+    capacity and only the first C rows are returned. positions: the token that each row is from.
 
     Raises ValueError for other shapes, labels of another dtype or device, or a negative capacity.
     """

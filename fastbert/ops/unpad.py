@@ -1,4 +1,4 @@
-"""Converts between a padded batch (B, S, ...) and its T real tokens end to end (T, ...)."""
+"""Converts between a padded batch (B, S, ...) and its T real tokens packed end to end (T, ...)."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ class Unpadding:
     each place of the batch, -1 at padding; both None for a batch without padding, whose packed and
     padded forms are the same memory. cu_seqlens: (B + 1,) int32, where each sequence begins, and T
     at the end; max_seqlen: length of the longest sequence, or an upper bound of it; batch_shape:
-    (B, S); has_filler: whether some of the T tokens belong to no place, and have position -1.
+    (B, S); has_filler: whether some of the T tokens may be filler, with no place and position -1.
     """
 
     positions: Tensor | None
@@ -33,7 +33,7 @@ class Unpadding:
     @classmethod
     def dense(cls, batch: int, seqlen: int, device: torch.device | str | None = None) -> Self:
         """A batch without padding, for which `pack` and `pad` only reshape."""
-        if seqlen:  # one launch on a GPU, in place of two
+        if seqlen:  # one launch on a GPU instead of two
             end = batch * seqlen + 1
             cu_seqlens = torch.arange(0, end, seqlen, dtype=torch.int32, device=device)
         else:
@@ -44,9 +44,9 @@ class Unpadding:
     def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Self:
         """The padded form (B, max_seqlen) of sequences that are already packed.
 
-        cu_seqlens: (B + 1,) int32; num_tokens: at least its last entry; the tokens behind it are
-        left out of the padded form, and `pack` gives zeros for them. The caller gives all sizes, so
-        the host does not wait.
+        cu_seqlens: (B + 1,) int32; num_tokens: at least its last entry. Tokens from that entry on
+        are left out of the padded form, and `pack` gives zeros for them. The caller gives all
+        sizes, so the host does not wait.
         """
         ends = cu_seqlens[1:]
         batch = ends.shape[0]
@@ -65,17 +65,17 @@ class Unpadding:
 
     @property
     def is_by_row(self) -> bool:
-        """Whether each row is a sequence; documents share a row."""
+        """Whether each row is one sequence; False if documents share rows."""
         return self.cu_seqlens.shape[0] - 1 == self.batch_shape[0]
 
     @property
     def seqlen(self) -> int:
-        """The length of all sequences, which fill the rows; 0 where they differ."""
+        """The length of all sequences if each fills a row, else 0."""
         return self.batch_shape[1] if self.slots is None and self.is_by_row else 0
 
     @property
     def is_real(self) -> Tensor | None:
-        """(B, S) bool, False at padding; None where there is none."""
+        """(B, S) bool, False at padding; None for a batch without padding."""
         return None if self.slots is None else (self.slots >= 0).view(self.batch_shape)
 
     @property
@@ -87,13 +87,13 @@ class Unpadding:
     def pack(self, padded: Tensor, spare: int = 0) -> Tensor:
         """(B, S, ...) -> (T, ...), of any dtype; raises ValueError for another shape.
 
-        spare: of filler tokens, for numbers (B, S).
+        spare: the number that filler tokens get, for `padded` of shape (B, S).
         """
         if padded.shape[:2] != self.batch_shape:
             expected = f"shape {self.batch_shape} and further dimensions"
             require(False, "Unpadding.pack", expected, tuple(padded.shape))
         if self.positions is not None and not (self.has_filler or padded.is_floating_point()):
-            return padded.flatten(0, 1).index_select(0, self.positions)  # a launch in place of four
+            return padded.flatten(0, 1).index_select(0, self.positions)  # one launch, not four
         packed = _move(padded.flatten(0, 1), self.positions, self.slots)
         if spare and self.has_filler and self.positions is not None:
             packed = packed.masked_fill(self.positions < 0, spare)
@@ -109,7 +109,7 @@ class Unpadding:
 
 
 def filled(padded: Tensor, is_real: Tensor | None, spare: float) -> Tensor:
-    """(B, S, ...) with `spare` where is_real (B, S) bool is False; None where it is True."""
+    """(B, S, ...) with `spare` where is_real (B, S) bool is False; None means no padding."""
     if is_real is None:
         return padded
     is_padding = (~is_real).view(is_real.shape + (1,) * (padded.ndim - 2))
@@ -130,9 +130,9 @@ def unpad(attention_mask: Tensor, capacity: int | None = None) -> Unpadding:
 
     attention_mask: (B, S) bool or of an integer dtype. Padding may be on either side or between
     tokens, and a row may be all padding; a batch without padding needs no copy. The host waits for
-    a GPU once; with a `capacity`, at least the number of real tokens, it does not: that is then T,
-    with filler behind the real tokens. Raises ValueError for another shape or dtype, or a negative
-    capacity.
+    a GPU once. With a `capacity`, which must be at least the number of real tokens, it does not: T
+    is then the capacity, with filler after the real tokens. Raises ValueError for another shape or
+    dtype, or a negative capacity.
     """
     is_integer = not (attention_mask.is_floating_point() or attention_mask.is_complex())
     require(
@@ -148,7 +148,7 @@ def unpad(attention_mask: Tensor, capacity: int | None = None) -> Unpadding:
         _, positions, slots, cu_seqlens = compact.run(Compaction(is_token, 0, capacity))
         return Unpadding(positions, slots, cu_seqlens, seqlen, (batch, seqlen), has_filler=True)
     lengths = is_token.sum(1)
-    if torch.compiler.is_compiling():  # two numbers, not one for each sequence
+    if torch.compiler.is_compiling():  # read two numbers, not one for each sequence
         lengths = torch.cat([lengths, lengths.new_zeros(1)])  # max() needs an element if B is 0
         total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
         _, positions, slots, cu_seqlens = compact(attention_mask, 0, attention_mask.numel())

@@ -51,7 +51,7 @@ def test_a_pickle_of_something_else_is_named(saved, found):
     _, directory = saved
     (directory / checkpoint.WEIGHTS).unlink()
     torch.save(found, directory / checkpoint.LEGACY_WEIGHTS)
-    with pytest.raises(InputError, match=r"pytorch_model\.bin: .* not tensors by name alone"):
+    with pytest.raises(InputError, match=r"pytorch_model\.bin: .* not a dictionary of tensors"):
         fastbert.BertModel.from_pretrained(directory)
 
 

@@ -133,7 +133,7 @@ def test_function_transforms_go_through_the_reference():
 
 
 def test_a_second_derivative_is_refused(body, device):
-    remedy = "run its forward inside" if body == "triton" else 'save="z" can'
+    remedy = "run its forward inside" if body == "triton" else 'use save="z"'
     x, _, weight, bias, _ = sum_inputs((3, 8), torch.float32, device).tensors
     y = dropout_add_layer_norm(x.requires_grad_(), x, weight, bias, save="y")
     dy = torch.ones_like(y, requires_grad=True)

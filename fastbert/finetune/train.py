@@ -87,7 +87,7 @@ def _run(config: FinetuneConfig, out: Path, directory: Path) -> dict[str, Any]:
 
     torch.manual_seed(config.seed)
     with warnings.catch_warnings():  # that the checkpoint lacks the head is expected
-        warnings.filterwarnings("ignore", message=".*drawn anew", category=UserWarning)
+        warnings.filterwarnings("ignore", message=".*newly initialized", category=UserWarning)
         model = task.model_class.from_pretrained(
             directory, ignore_mismatched_sizes=True, **task.model_options()
         ).to(device)

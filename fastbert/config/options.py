@@ -103,7 +103,7 @@ def check_options(config: Any) -> None:
             _check_number(name, value, bounds)
         choices = field.metadata["choices"]
         if choices and value is not None and value not in choices:
-            raise InputError(f"{name}: one of {', '.join(choices)}, got {value!r}")
+            raise InputError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
         if only is not None and value != field.default:
             beside = getattr(config, only.other)
             if beside not in only.values and not field.metadata["shown"]["hidden"]:

@@ -70,7 +70,7 @@ class Embedder:
         precision: str = "auto",
     ) -> None:
         if pooling not in (None, *POOLINGS):
-            raise InputError(f"--pooling: one of {', '.join(POOLINGS)}, got {pooling!r}")
+            raise InputError(f"--pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
         directory = checkpoint.resolve(model)
         files = SentenceFiles.read(directory)
         config = BertConfig.from_pretrained(directory)

@@ -49,7 +49,7 @@ def embed_corpus(
     meanwhile and for an `out` with other contents, Stopped at Ctrl-C.
     """
     if format not in WRITERS:
-        raise InputError(f"--format: one of {', '.join(WRITERS)}, got {format!r}")
+        raise InputError(f"--format: expected one of {', '.join(WRITERS)}, got {format!r}")
     if format == "parquet":
         pyarrow_of("--format parquet")
     texts = texts_of(source, text_column, delimiter)

@@ -47,7 +47,7 @@ def export(
     """
     form = format_of(to)
     if precision not in PRECISIONS:
-        raise InputError(f"--precision: one of {', '.join(PRECISIONS)}, got {precision!r}")
+        raise InputError(f"--precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     if is_stream(out):
         raise InputError(f"--out {out}: is a stream; name a file or a directory")
     directory = checkpoint.resolve(model)
@@ -82,12 +82,14 @@ def load(
     head, because they would be random.
     """
     if pooling is not None and pooling not in plain.EMBEDDINGS:
-        raise InputError(f"--pooling: one of {', '.join(plain.EMBEDDINGS)}, got {pooling!r}")
+        raise InputError(
+            f"--pooling: expected one of {', '.join(plain.EMBEDDINGS)}, got {pooling!r}"
+        )
     if pooling is not None and head not in (None, "BertModel"):
         raise InputError(f"--pooling: only for the bare BertModel, not for {head}")
     named = head or ("BertModel" if pooling else _named_head(directory, config))
     if named not in plain.HEADS:
-        raise InputError(f"--head: one of {', '.join(plain.HEADS)}, got {named!r}")
+        raise InputError(f"--head: expected one of {', '.join(plain.HEADS)}, got {named!r}")
     weights = checkpoint.read_weights(directory)
     has_pooler = pooling is None and any(".pooler." in f".{name}" for name in weights)
     if named == "BertModel":

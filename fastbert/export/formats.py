@@ -110,7 +110,7 @@ FORMATS = {
 def format_of(name: str) -> Format:
     """The format named; InputError if there is none, or if its packages are not installed."""
     if name not in FORMATS:
-        raise InputError(f"--to: one of {', '.join(FORMATS)}, got {name!r}")
+        raise InputError(f"--to: expected one of {', '.join(FORMATS)}, got {name!r}")
     require_libraries(f"--to {name}", FORMATS[name].needs, "export")
     return FORMATS[name]
 

@@ -116,7 +116,9 @@ def _read(config: FinetuneConfig, tokenizer: Tokenizer, longest: int) -> tuple[T
         raise InputError(f"--max-seq-len: the model reads at most {longest}, got {max_seq_len}")
     task = TASK_OF[config.task](Settings.of(config, max_seq_len))
     if config.metric is not None and config.metric not in task.metrics:
-        raise InputError(f"--metric: one of {', '.join(task.metrics)}, got {config.metric!r}")
+        raise InputError(
+            f"--metric: expected one of {', '.join(task.metrics)}, got {config.metric!r}"
+        )
     train, dev = _examples(task, config)
     test = [] if config.test is None else task.read(config.test)
     task.learn(train if config.dev is not None else [*train, *dev])

@@ -15,10 +15,10 @@ BASE = BertConfig()
     ("options", "message"),
     [
         ({"teacher": None}, "--teacher: missing"),
-        ({"preset": "huge"}, "--preset: one of tiny"),
+        ({"preset": "huge"}, "--preset: expected one of tiny"),
         ({"preset": "mini", "layers": 2}, "--layers: .* leave it or --preset out"),
         ({"layers": 0}, "--layers: at least 1, got 0"),
-        ({"init": "warm"}, "--init: one of teacher, random, got 'warm'"),
+        ({"init": "warm"}, "--init: expected one of teacher, random, got 'warm'"),
         ({"temperature": 0.0}, "--temperature: above 0, got 0"),
         ({"temperature": float("nan")}, "--temperature: above 0, got nan"),
         ({"mlm_weight": -1.0}, "--mlm-weight: at least 0, got -1"),

@@ -48,10 +48,10 @@ def test_another_head_than_the_checkpoints(saved, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "tflite"}, "--to: one of onnx, torch, got 'tflite'"),
-        ({"precision": "bf16"}, "--precision: one of fp32, fp16"),
-        ({"head": "BertForNothing"}, "--head: one of BertModel, "),
-        ({"pooling": "max"}, "--pooling: one of mean, cls"),
+        ({"to": "tflite"}, "--to: expected one of onnx, torch, got 'tflite'"),
+        ({"precision": "bf16"}, "--precision: expected one of fp32, fp16"),
+        ({"head": "BertForNothing"}, "--head: expected one of BertModel, "),
+        ({"pooling": "max"}, "--pooling: expected one of mean, cls"),
         ({"out": "model.bin"}, r"expected a name that ends in \.onnx, or a directory"),
     ],
 )

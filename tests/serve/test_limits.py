@@ -221,7 +221,7 @@ def test_a_key_that_cannot_be_one_is_an_error(model, tmp_path, key):
         ("max_queue", 0, "--max-queue: at least 1, got 0"),
         ("timeout", 0.0, "--timeout: above 0"),
         ("timeout", float("nan"), "--timeout: above 0"),
-        ("pooling", "max", "--pooling: one of mean, cls, got 'max'"),
+        ("pooling", "max", "--pooling: expected one of mean, cls, got 'max'"),
         ("max_seq_len", 2, "--max-seq-len: at least 3"),
         ("tokenize_threads", 1000, "--tokenize-threads"),
     ],

@@ -163,7 +163,7 @@ def test_a_run_too_short_to_profile_says_so(corpus, tmp_path):
     arguments = ["--corpus", corpus, "--out", out, *SMALL, "--steps", "2", "--profile"]
     done = fastbert_cli("pretrain", *arguments)
     assert done.returncode == 0, done.stderr
-    assert "--profile: needs 10 steps, and 2 are left; no trace is written" in done.stdout
+    assert "--profile: needs 10 steps, but 2 are left; no trace is written" in done.stdout
     assert not (out / "profile").exists()
 
 
@@ -197,10 +197,10 @@ def test_info_names_every_operator():
     [
         (["--corpus", "no/such/file"], "no/such/file: no such file"),
         (["--steps", "0"], "--steps: at least 1"),
-        (["--preset", "huge"], "--preset: one of tiny"),
+        (["--preset", "huge"], "--preset: expected one of tiny"),
         (["--batch-tokens", "16"], "--batch-tokens"),
         (["--accumulation", "100"], "--batch-tokens.*100 micro-batch"),
-        (["--parallel", "tensor"], "--parallel: one of ddp, fsdp, got 'tensor'"),
+        (["--parallel", "tensor"], "--parallel: expected one of ddp, fsdp, got 'tensor'"),
         (["--tokenizer", "no/vocab.txt", "--vocab-size", "8192"], "no/vocab.txt"),
         (["--out", "/dev/null/run"], "/dev/null/run"),
     ],

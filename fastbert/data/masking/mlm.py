@@ -75,7 +75,7 @@ SCHEMES = ("bert", "whole-word", "span", "blank", "unigram", "bigram-kn")
 def require_scheme(scheme: str) -> None:
     """Raises InputError for a masking that is not in SCHEMES."""
     if scheme not in SCHEMES:
-        raise InputError(f"--masking: one of {', '.join(SCHEMES)}, got {scheme!r}")
+        raise InputError(f"--masking: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
 
 
 def make_masking(

@@ -33,7 +33,7 @@ def make_segmenter(name: str) -> Segmenter | None:
     if name == "jieba":
         require_libraries("--segmenter jieba", ("jieba",), "chinese")
         return _by_jieba
-    raise InputError(f"--segmenter: one of {', '.join(SEGMENTERS)}, got {name!r}")
+    raise InputError(f"--segmenter: expected one of {', '.join(SEGMENTERS)}, got {name!r}")
 
 
 def _by_jieba(sentence: str) -> list[str]:

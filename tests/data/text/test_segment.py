@@ -117,7 +117,7 @@ def test_jieba_divides_real_sentences(tokenizer, tmp_path):
 
 
 def test_an_unknown_segmenter_is_refused():
-    with pytest.raises(InputError, match="--segmenter: one of characters, spaces, jieba"):
+    with pytest.raises(InputError, match="--segmenter: expected one of characters, spaces, jieba"):
         make_segmenter("words")
 
 

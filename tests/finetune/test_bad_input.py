@@ -43,7 +43,7 @@ CASES = {
         *("classification", "text,label\na,b\n", GOOD, []), "two labels or more, got only b",
     ),
     "long": ("classification", GOOD + LONG + ",pos\n", GOOD, [], "line 4: 62 tokens.*48.*--stride"),
-    "metric": ("classification", GOOD, GOOD, ["--metric", "bleu"], "--metric: expected one of accuracy"),
+    "metric": ("classification", GOOD, GOOD, ["--metric", "bleu"], "expected one of accuracy"),
     "weight": ("classification", GOOD, GOOD, ["--class-weight", "odd=2"], "'odd' does not occur"),
     "weight form": (
         *("classification", GOOD, GOOD, ["--class-weight", "pos"]), "LABEL=WEIGHT, got 'pos'",
@@ -136,7 +136,7 @@ def test_bad_test_data_are_refused_before_training(
 @pytest.mark.parametrize(
     ("command", "source", "out", "options", "pattern"),
     [
-        ("predict", "text\na\n", "x.jsonl", [], "no finetune.json there"),
+        ("predict", "text\na\n", "x.jsonl", [], "has no finetune.json"),
         (
             "embed",
             "text\na\n",

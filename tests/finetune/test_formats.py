@@ -214,7 +214,7 @@ def test_labels_are_compared_as_composed(write):
 
 def test_labels_alike_but_for_case_are_named_once():
     task = make_task("classification")
-    with pytest.warns(UserWarning, match="labels 'Pos' and 'pos' differ in case alone") as said:
+    with pytest.warns(UserWarning, match="labels 'Pos' and 'pos' differ only in case") as said:
         task.learn([TextExample("x", ("a",), label) for label in ("pos", "Pos", "neg", "pos")])
     assert len(said) == 1
     assert task.labels == ["Pos", "neg", "pos"]

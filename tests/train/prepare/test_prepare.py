@@ -64,7 +64,7 @@ def test_a_corpus_that_changes_is_an_error(config, corpus, tmp_path):
     corpus.write_text(TEXT + "One more.\n")
     with pytest.raises(OtherCache, match="cache: was made with another corpus; remove"):
         pretrain(config, tmp_path / "shared", resume=True)
-    with pytest.raises(InputError, match="own: the corpus or the tokenizer has changed since"):
+    with pytest.raises(InputError, match=r"own: the corpus .* has changed since"):
         pretrain(own, tmp_path / "own", resume=True)
 
 

@@ -78,7 +78,7 @@ def load(config: ServeConfig) -> Served:
     settings = _settings(directory, architecture, bert, config.max_seq_len or limit)
     max_seq_len = config.max_seq_len or (limit if settings is None else settings.max_seq_len)
     if not 3 <= max_seq_len <= longest:
-        raise InputError(f"--max-seq-len: between 3 and the model's {longest}, got {max_seq_len}")
+        raise InputError(f"--max-seq-len: expected 3 to the model's {longest}, got {max_seq_len}")
     if settings is not None:
         settings = _with_length(settings, max_seq_len)
     precision = config.precision or (settings.precision if settings else "auto")

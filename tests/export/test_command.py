@@ -70,7 +70,7 @@ def test_a_checkpoint_that_names_no_head(saved, tmp_path, names, told):
     directory = saved("BertModel")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"architectures": names}))
-    with pytest.raises(InputError, match=rf"names {told}.*, which is no head known here; give --h"):
+    with pytest.raises(InputError, match=rf"names {told}.*, which is not a known head; give --h"):
         command.export(directory, tmp_path / "out", to="torch")
 
 
@@ -115,12 +115,12 @@ def test_files_of_another_model_are_left_alone(saved, tmp_path):
     directory, out = saved("BertModel"), tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"config\.json is that of another model"):
+    with pytest.raises(InputError, match=r"config\.json belongs to another model"):
         command.export(directory, out, to="torch")
     assert [path.name for path in out.iterdir()] == ["config.json"]
     (out / "config.json").unlink()
     (out / "finetune.json").write_text("{}")  # which this model does not have
-    with pytest.raises(InputError, match=r"finetune\.json is that of another model"):
+    with pytest.raises(InputError, match=r"finetune\.json belongs to another model"):
         command.export(directory, out, to="torch")
     command.export(directory, directory, to="torch")  # its own directory is as good as any
     assert (directory / "model.pt2").is_file()

@@ -118,6 +118,6 @@ def test_ctrl_c_says_what_is_kept(model, corpus, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shards, "_describe", stop)
-    with pytest.raises(Stopped, match="are kept; the same command makes the rest"):
+    with pytest.raises(Stopped, match="are kept; the same command makes the missing ones"):
         embed_corpus(model, corpus, tmp_path / "out", shard_size=50, **OPTIONS)
     assert len(list((tmp_path / "out").glob("shard-*"))) == 3

@@ -217,12 +217,12 @@ def test_a_key_that_cannot_be_one_is_an_error(model, tmp_path, key):
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("port", 65536, "--port: between 0 and 65535, got 65536"),
-        ("max_queue", 0, "--max-queue: at least 1, got 0"),
-        ("timeout", 0.0, "--timeout: above 0"),
-        ("timeout", float("nan"), "--timeout: above 0"),
+        ("port", 65536, "--port: expected between 0 and 65535, got 65536"),
+        ("max_queue", 0, "--max-queue: expected at least 1, got 0"),
+        ("timeout", 0.0, "--timeout: expected above 0"),
+        ("timeout", float("nan"), "--timeout: expected above 0"),
         ("pooling", "max", "--pooling: expected one of mean, cls, got 'max'"),
-        ("max_seq_len", 2, "--max-seq-len: at least 3"),
+        ("max_seq_len", 2, "--max-seq-len: expected at least 3"),
         ("tokenize_threads", 1000, "--tokenize-threads"),
     ],
 )

@@ -44,7 +44,7 @@ def test_sequences(learn, task):
         )
         raw = server.answer("/predict", inputs=TEXTS[0], raw_scores=True)
         about = server.client.get("/info").json()
-        assert "expected one text, got 2 texts; a list" in server.refusal(
+        assert "expected one text, got 2 texts; write a list" in server.refusal(
             "/predict", 422, inputs=TEXTS[:2]
         )
         assert "cannot rerank" in server.refusal("/rerank", 424, query="a", texts=["b"])

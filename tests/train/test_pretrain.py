@@ -196,7 +196,7 @@ def test_info_names_every_operator():
     ("options", "pattern"),
     [
         (["--corpus", "no/such/file"], "no/such/file: no such file"),
-        (["--steps", "0"], "--steps: at least 1"),
+        (["--steps", "0"], "--steps: expected at least 1"),
         (["--preset", "huge"], "--preset: expected one of tiny"),
         (["--batch-tokens", "16"], "--batch-tokens"),
         (["--accumulation", "100"], "--batch-tokens.*100 micro-batch"),

@@ -186,8 +186,8 @@ def test_one_document_lacks_no_next_sentences_where_none_are_wanted(config, corp
     [
         ({"masking": "words"}, "masking: expected one of bert, whole-word, span"),
         ({"masking": "span", "segmenter": "words"}, "--segmenter: expected one of characters"),
-        ({"mlm_probability": 1.0}, "--mlm-probability: above 0 and below 1, got 1.0"),
-        ({"heldout_fraction": 0.0}, "--heldout-fraction: above 0 and below 1, got 0.0"),
+        ({"mlm_probability": 1.0}, "--mlm-probability: expected above 0 and below 1, got 1.0"),
+        ({"heldout_fraction": 0.0}, "--heldout-fraction: expected above 0 and below 1, got 0.0"),
         ({"batch_tokens": 31}, "--batch-tokens: expected at least --max-seq-len, 32, got 31"),
     ],
 )

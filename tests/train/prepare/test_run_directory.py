@@ -74,7 +74,7 @@ def test_a_new_run_that_cannot_be_set_up_leaves_nothing(config, tmp_path, monkey
 
 
 def test_more_steps_say_what_to_do():
-    with pytest.raises(InputError, match=r"--steps 20: .* started with 9; its learning rate falls"):
+    with pytest.raises(InputError, match=r"--steps 20: .* started with 9; the learning rate falls"):
         PretrainConfig(steps=9).same_run(steps=20)
 
 

@@ -28,7 +28,7 @@ def test_the_command_says_how_near_it_is(saved, tmp_path, monkeypatch, capsys):
         cli.main()
     assert exit.value.code == 0
     said = capsys.readouterr()
-    assert "answers as the model does: the largest difference is" in said.out
+    assert "agrees with the model: the largest difference is" in said.out
     assert said.err == ""
     for name in ("config.json", "tokenizer.json", "vocab.txt", "added_tokens.json"):
         assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
@@ -76,7 +76,7 @@ def test_a_checkpoint_that_names_no_head(saved, tmp_path, names, told):
 
 def test_what_cannot_be_written_is_refused(saved, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file is no directory"):
+    with pytest.raises(InputError, match=r"file is not a directory"):
         command.export(saved("BertModel"), tmp_path / "file" / "a.pt2", to="torch")
 
 

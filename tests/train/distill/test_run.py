@@ -188,7 +188,7 @@ def test_the_command_line_resumes_with_the_runs_own_options(halfway, finished, c
     [
         (["--tokenizer", "t.json"], "--tokenizer: the student uses the teacher's"),
         (["--vocab-size", 500], "--vocab-size: the student has the teacher's vocabulary"),
-        (["--objective", "mlm+nsp"], "--objective: there is no next-sentence loss"),
+        (["--objective", "mlm+nsp"], "--objective: distillation has no next-sentence loss"),
         (["--preset", "mini", "--init", "teacher"], "--init teacher: .* teacher's width, 128,"),
         (["--preset", "mini", "--cosine-weight", 1], "--cosine-weight 1: .* 256, the teacher's 12"),
         (["--layers", 3], "--layers 3: more than the teacher's 2"),

@@ -128,7 +128,7 @@ def test_a_corpus_says_what_was_read(config, tmp_path, capsys):
     pretrain(dataclasses.replace(config, corpus=(directory,)), tmp_path / "run")
     said = capsys.readouterr().out
     assert "corpus: 1 file(s), 40 documents" in said
-    assert "passed over, the ending .pdf: " in said
+    assert "skipped, the ending .pdf: " in said
 
 
 def vocabulary(path, *words):
@@ -177,7 +177,7 @@ def test_one_document_lacks_no_next_sentences_where_none_are_wanted(config, corp
     corpus.write_text(("It is an object of a class.\n" * 40 + "\n") * 2)
     other = dataclasses.replace(config, cache=tmp_path / "other")
     pretrain(dataclasses.replace(other, objective="mlm"), tmp_path / "two")
-    with pytest.raises(InputError, match="gives no random next sentence"):
+    with pytest.raises(InputError, match="a random next sentence is from another"):
         pretrain(other, tmp_path / "run")
 
 
@@ -188,7 +188,7 @@ def test_one_document_lacks_no_next_sentences_where_none_are_wanted(config, corp
         ({"masking": "span", "segmenter": "words"}, "--segmenter: expected one of characters"),
         ({"mlm_probability": 1.0}, "--mlm-probability: expected above 0 and below 1, got 1.0"),
         ({"heldout_fraction": 0.0}, "--heldout-fraction: expected above 0 and below 1, got 0.0"),
-        ({"batch_tokens": 31}, "--batch-tokens: expected at least --max-seq-len, 32, got 31"),
+        ({"batch_tokens": 31}, "--batch-tokens: expected at least --max-seq-len = 32, got 31"),
     ],
 )
 def test_bad_options_are_refused_before_the_corpus_is_read(

@@ -30,7 +30,7 @@ CASES = {
         *("classification", "text,y\na,b\n", GOOD, []), "no column 'label', only text, y",
     ),
     "empty": ("classification", "", GOOD, [], "train.csv: is empty"),
-    "no rows": ("classification", "text,label\n", GOOD, [], "header and no rows"),
+    "no rows": ("classification", "text,label\n", GOOD, [], "header but no rows"),
     "fields": (
         *("classification", "text,label\na,b,c\n", GOOD, []), "line 2: expected 2 fields.*got 3",
     ),

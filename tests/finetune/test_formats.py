@@ -132,7 +132,7 @@ def test_tables_with_another_delimiter(write):
     for given in ("\\t", "tab", "\t"):
         assert read_delimiter(given) == "\t"
     for given in ("", ";;", '"', "\n"):
-        with pytest.raises(InputError, match="--delimiter: one character"):
+        with pytest.raises(InputError, match="--delimiter: expected a character"):
             read_delimiter(given)
 
 
@@ -150,12 +150,12 @@ def test_blanks_in_cells_stay_and_around_names_go(write):
 
 def test_a_table_without_a_header_is_refused(write, tmp_path):
     for text, message in (
-        ("\ntext\na\n", "line 1: is blank"),
+        ("\ntext\na\n", "line 1: expected the names of the columns"),
         ("text\n", "has a header but no rows"),
     ):
         with pytest.raises(InputError, match=message):
             read_table(write("a.csv", text), ["text"])
-    with pytest.raises(InputError, match="line 1: is blank"):
+    with pytest.raises(InputError, match="line 1: expected the names of the columns"):
         list(delimited_rows([], tmp_path / "a.csv", ["text"], ".csv", longest=9))
 
 

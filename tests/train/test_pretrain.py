@@ -217,7 +217,7 @@ def test_bad_options_are_one_clear_line(options, pattern, corpus, tmp_path):
     [
         (b"", "no text"),
         (b"caf\xe9 noir\n", "not UTF-8"),
-        (b"One document.\nIt has two sentences.\n", "no random next sentence.*blank line"),
+        (b"One document.\nIt has two sentences.\n", "random next sentence.*blank line"),
     ],
     ids=["empty", "latin-1", "one document"],
 )
@@ -282,7 +282,7 @@ def test_a_vocabulary_of_another_checkpoint_is_one_clear_line(copied):
     vocabulary["model"]["vocab"] = dict(list(words.items())[:-70])
     (copied / "latest" / "tokenizer.json").write_text(json.dumps(vocabulary))
     done = fastbert_cli("fill-mask", "--model", copied, "a [MASK]")
-    assert_one_clear_line(done, r"vocabulary has \d+ entries, the checkpoint \d+")
+    assert_one_clear_line(done, r"vocabulary has \d+ entries, but the checkpoint has \d+")
 
 
 def test_fill_mask_without_a_mask_is_one_clear_line(finished):

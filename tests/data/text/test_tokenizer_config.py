@@ -98,7 +98,7 @@ def test_added_tokens_count_as_entries_of_the_vocabulary(write_files):
     directory = write_files("vocab.txt", {}, added_tokens=ADDED)
     assert load_tokenizer(directory, model_vocab_size=V + 65).get_vocab_size() == V + 2
     for size in (V + 1, V + 66):
-        with pytest.raises(InputError, match=f"has {V + 2} entries, the checkpoint {size}"):
+        with pytest.raises(InputError, match=f"has {V + 2} entries, but the checkpoint has {size}"):
             load_tokenizer(directory, model_vocab_size=size)
 
 

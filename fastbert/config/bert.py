@@ -47,7 +47,7 @@ class BertConfig:
         (as Trainer sets use_cache), and are written back unchanged.
 
     Raises TypeError for an unknown option, ValueError for an unsupported value, and
-    FrozenInstanceError if a field on which parameters depend is assigned another value.
+    FrozenInstanceError if a field that a model only reads when it is made gets another value.
     """
 
     vocab_size: int = 30522

@@ -18,7 +18,7 @@ _WITHOUT_EFFECT = {"low_cpu_mem_usage", "use_safetensors", "weights_only", "trus
 def for_constructor(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a model class's constructor takes: all of them if it has `**kwargs`.
 
-    Options that are None, False or without effect are dropped; any other raises ValueError.
+    Other options are dropped if they are None, False or without effect, else raise ValueError.
     """
     parameters = inspect.signature(kind).parameters
     takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters.values())

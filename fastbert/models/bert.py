@@ -129,7 +129,7 @@ class BertModel(BertPreTrainedModel):
         )
 
     def _replayed(self, request: Request, reading: Reading) -> tuple[Tensor, Tensor] | None:
-        """Last hidden states (B, S, H) and first tokens (B, H) from a CUDA graph of it all.
+        """Last hidden states (B, S, H) and first tokens (B, H), from one CUDA graph of the call.
 
         None if no graph may run, or if one that begins after the embeddings is faster.
         """

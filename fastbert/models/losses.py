@@ -50,7 +50,7 @@ class Scored(NamedTuple):
 def wants_logits(
     model: nn.Module, has_loss: bool, return_logits: bool | None, skip_logits: bool | None
 ) -> bool:
-    """Whether to return logits over the vocabulary; by default all but training with a loss does.
+    """Whether to return logits over the vocabulary; by default not in training with a loss.
 
     Raises ValueError if return_logits and skip_logits contradict each other.
     """

@@ -18,8 +18,8 @@ from fastbert.check import InputError
 from fastbert.system.files import Unwritable
 
 LOCK = ".lock"
-# A "soft" lock, the mere existence of a file, would outlive a kill. On a machine where fastbert is
-# not installed, filelock may be older than 3.30, which has no fallback to soft locks.
+# A "soft" lock, the mere existence of a file, would outlive a kill. If fastbert runs without being
+# installed, filelock may be older than 3.30, when it never fell back to soft locks.
 _HARD: dict[str, Any] = {}
 if hasattr(filelock.FileLock, "fallback_to_soft"):
     _HARD["fallback_to_soft"] = False

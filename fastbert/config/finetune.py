@@ -102,7 +102,7 @@ class FinetuneConfig:
     )
     null_threshold: float = of_model(
         0.0,
-        "qa gives no answer if that scores more than this above the best answer.",
+        "qa predicts no answer if that beats the best answer's score by more than this.",
         bounds=ANY,
         only=Only("task", ("qa",)),
     )

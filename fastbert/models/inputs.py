@@ -71,7 +71,7 @@ def pack_inputs(
             all(other is None for other in (*inputs[1:], *documents.values())),
             "model",
             "a PackedBatch without other tensors",
-            "other tensors beside it",
+            "one with other tensors",
             "make them fields of the batch",
         )
         return given, None

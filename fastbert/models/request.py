@@ -104,7 +104,7 @@ class Request:
             require(
                 padding is not None,
                 "labels",
-                "None beside a PackedBatch, whose labels are a field of it",
+                "None with a PackedBatch, which has labels as a field",
                 tuple(labels.shape),
             )
             assert padding is not None
@@ -133,7 +133,7 @@ class Request:
         require(
             batch.next_sentence_label is None,
             "next_sentence_label",
-            "None beside a PackedBatch that has the field",
+            "None with a PackedBatch that has the field",
             tuple(next_sentence_label.shape),
         )
         batch = dataclasses.replace(batch, next_sentence_label=next_sentence_label.view(-1))

@@ -165,7 +165,7 @@ class BertForMultipleChoice(_Classifier):
         require(
             num_choices is not None,
             "BertForMultipleChoice",
-            "num_choices beside a PackedBatch",
+            "num_choices with a PackedBatch",
             None,
         )
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)

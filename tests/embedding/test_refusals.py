@@ -91,9 +91,7 @@ def test_a_plan_of_another_version_is_refused(model, corpus, tmp_path):
     embed_corpus(model, corpus, tmp_path, **OPTIONS)
     plan = tmp_path / "plan.json"
     plan.write_text(plan.read_text().replace('"version": 1', '"version": 0'))
-    with pytest.raises(
-        InputError, match=r"plan\.json: written by another version of fastbert embed"
-    ):
+    with pytest.raises(InputError, match=r"plan\.json: written by another version of fastbert"):
         embed_corpus(model, corpus, tmp_path, **OPTIONS)
 
 

@@ -137,13 +137,7 @@ def test_bad_test_data_are_refused_before_training(
     ("command", "source", "out", "options", "pattern"),
     [
         ("predict", "text\na\n", "x.jsonl", [], "has no finetune.json"),
-        (
-            "embed",
-            "text\na\n",
-            "x.npy",
-            ["--pooling", "max"],
-            "--pooling: expected one of mean, cls",
-        ),
+        ("embed", "text\na\n", "x.npy", ["--pooling", "max"], "expected one of mean, cls"),
         ("embed", "words\na\n", "x.npy", [], "no column 'text', only words"),
         ("embed", f"text\n{LONG}\n", "x.npy", [], "line 2: 62 tokens"),
         ("embed", "text\na\n", "x.txt", [], "ends in .npy"),

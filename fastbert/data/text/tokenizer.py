@@ -31,7 +31,7 @@ _LONG_WORD = re.compile(
     "[^\\s!-/:-@\\[-`{-~\u2000-\u206f\u3000-\u303f\uff00-\uffef\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     f"\U00020000-\U0002fa1f]{{{_LONGEST_WORD + 1},}}"
 )
-_PREFIX = "##"  # of every piece that does not begin its word
+_PREFIX = "##"  # begins every piece except a word's first
 
 
 class SpecialTokens(NamedTuple):
@@ -181,7 +181,7 @@ def load_tokenizer(path: str | Path, *, model_vocab_size: int | None = None) -> 
         vocabularies are padded for speed
 
     Raises InputError if a file cannot be read, is not a WordPiece, lacks a special token or has ids
-    other than 0 to V - 1, if V does not match model_vocab_size, and for settings of wrong type.
+    other than 0 to V - 1, if V does not match model_vocab_size, and if a setting has a wrong type.
     """
     path = file = Path(path)
     if path.is_dir():

@@ -120,10 +120,7 @@ def test_added_tokens_count_as_entries_of_the_vocabulary(write_files):
         ({"added_tokens": {"[E1]": V, "[E2]": "a"}}, "added tokens"),
         ({"special_tokens_map": {"extra_special_tokens": [{}]}}, "added tokens"),
         ({"added_tokens": []}, "added_tokens.json: expected a JSON object, got list"),
-        (
-            {"config": {"tokenizer_class": "BertJapaneseTokenizer"}},
-            "got one of a BertJapaneseTokenizer",
-        ),
+        ({"config": {"tokenizer_class": "BertJapaneseTokenizer"}}, "of a BertJapaneseTokenizer"),
     ],
     ids=str,
 )
@@ -137,10 +134,7 @@ def test_files_that_say_nothing_sensible_are_an_error(write_files, files, said):
 
 @pytest.mark.parametrize(
     ("lines", "said"),
-    [
-        ([*VOCAB, "man"], "remove duplicate lines"),
-        (VOCAB[2:], r"expected \[UNK\] in the vocabulary"),
-    ],
+    [([*VOCAB, "man"], "remove duplicate lines"), (VOCAB[2:], r"\[UNK\] in the vocabulary, got")],
 )
 def test_added_tokens_mend_no_vocabulary(tmp_path, lines, said):
     (tmp_path / "vocab.txt").write_text("\n".join(lines), "utf-8")

@@ -38,9 +38,7 @@ def test_a_run_goes_on_from_anywhere(config, corpus, tmp_path, monkeypatch):
         kept.same_run(corpus=(other,))
     corpus.rename(tmp_path / "moved.txt")
     moved = kept.same_run(corpus=(tmp_path / "moved.txt",))
-    with pytest.raises(
-        InputError, match=r"the corpus \(or its files.* names\) or the tokenizer has changed"
-    ):
+    with pytest.raises(InputError, match=r"the corpus \(or its files.*\) or the tokenizer has ch"):
         pretrain(moved, tmp_path / "run", resume=True)  # its name is a part of it
     # or the run would keep the refused path, and refuse the right one as another
     assert read_run(tmp_path / "run", PretrainConfig).corpus == (corpus,)

@@ -46,7 +46,7 @@ class TokenizerConfig:
             )
 
     def normalizer(self) -> normalizers.BertNormalizer:
-        """The normalizer of transformers' BertTokenizer; InputError if a setting's type is wrong."""
+        """The normalizer of transformers' BertTokenizer; InputError for a wrong setting."""
         return normalizers.BertNormalizer(
             lowercase=self._flag("do_lower_case", True),
             strip_accents=self._flag("strip_accents", None),

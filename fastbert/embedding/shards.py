@@ -179,7 +179,7 @@ def _gather(ranks: Ranks, own: T) -> list[T]:
 
 
 def _from_first(ranks: Ranks, make: Callable[[], T]) -> T:
-    """Calls `make` on the first rank and returns its result on every rank, which wait for it."""
+    """The result of `make`, called on the first rank, on every rank; the others wait for it."""
     made: list[Any] = [make() if ranks.is_first else None]
     if ranks.size > 1:
         dist.broadcast_object_list(made, src=0, group=ranks.patient)

@@ -36,7 +36,7 @@ def fp16_tolerance(num_layers: int) -> float:
 
 
 def batches(config: BertConfig, has_choices: bool, seed: int = 0) -> Iterator[Inputs]:
-    """Random batches of four sizes, none the traced one; rows padded left, right, on both or not.
+    """Random batches of four sizes, none the traced one; padded left, right, on both sides or not.
 
     has_choices: inputs are (B, 4, S), else (B, S); all are int64
     """

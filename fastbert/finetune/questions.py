@@ -109,7 +109,7 @@ class Answering(Task):
         else:
             shares = softmax(np.array([score for score, _, _ in candidates]))
         best, start, end = candidates[0]
-        # a tokenizer that strips accents omits a combining accent at the end from the offsets
+        # a tokenizer that strips accents leaves a word's last combining mark out of its offsets
         while unicodedata.category(example.context[end : end + 1] or " ")[0] == "M":
             end += 1
         prediction: Prediction = {

@@ -8,7 +8,7 @@ from fastbert.check import InputError
 from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.ops.fp8_linear import multiplies_fp8
 
-# Autocast's dtypes; with "fp8", autocast computes all but the encoder's matrix products.
+# Autocast's dtypes; with "fp8", this dtype is for all but the encoder's matrix products.
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 

@@ -154,7 +154,7 @@ def _train(run: _Run, *, eager: bool, profile: bool) -> None:
     # since the last report: the sums, and the longest series of skipped steps
     totals = torch.zeros(len(dataclasses.fields(recipe.metrics)) + 1, device=device)
     sums, longest = totals[:-1], totals[-1]
-    in_a_row = torch.zeros_like(longest)  # the skipped steps directly before now
+    in_a_row = torch.zeros_like(longest)  # the current series of skipped steps
     tokens = 0
     before = state.seconds
     started = reported = time.perf_counter()
@@ -175,8 +175,8 @@ def _train(run: _Run, *, eager: bool, profile: bool) -> None:
             reporter.advance()
             done = state.step == config.steps
             saving = done or state.step % config.save_every == 0
-            # a report before each checkpoint keeps the sums out of it, and a resumed run's logs
-            # match
+            # report before each checkpoint, so that the sums need not be saved and the logs of a
+            # resumed run match
             if saving or state.step % config.log_every == 0:
                 ranks.sum(sums[:-1])  # not the skipped steps, because all ranks skip the same ones
                 tokens = int(ranks.sum(torch.tensor(tokens, device=device)))

@@ -54,7 +54,7 @@ def save(
     state: TrainingState,
     ranks: Ranks,
 ) -> None:
-    """Writes run/checkpoint-STEP atomically, points run/latest to it, and keeps one older one.
+    """Writes run/checkpoint-STEP atomically, points run/latest to it, and keeps one other.
 
     A collective call, in which the first rank writes. Raises Unwritable.
     """

@@ -78,7 +78,7 @@ class Replace(NamedTuple):
 
 
 def unigram(gamma: float, counts: NgramCounts, specials: SpecialTokens) -> Replace:
-    """Unigram noising: replaces a token with probability gamma from the unigram distribution.
+    """Unigram noising: with probability gamma, a draw from the unigrams replaces the token.
 
     Raises InputError if the corpus has no ordinary token.
     """

@@ -94,7 +94,7 @@ class DocumentEncoder:
             return tokens, ~self.continuing[tokens], lengths  # type: ignore[index]
         words = flat((encoding.word_ids for encoding in encodings), np.int64)
         starts = np.diff(words, prepend=-1) != 0
-        # word ids restart at 0 in each sentence, so two sentences of one word would seem one word
+        # word ids restart at 0 in each sentence, so a one-word sentence would run into the next
         starts[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
         if self.segmenter is not None:
             goes_on = _continue_words(sentences, encodings, self.segmenter)

@@ -19,15 +19,15 @@ COMMANDS = training, use  # modules whose import adds their commands to the app
 def main() -> None:
     """Runs the command line and ends the process with its exit status.
 
-    A mistake of the user's (InputError, OSError, a backend that FASTBERT_BACKEND forces and that
-    cannot run) prints one line to stderr, with status 2. Ctrl-C prints one line that says what is
-    kept, with status 130.
+    A user's mistake (InputError, OSError, a backend that FASTBERT_BACKEND forces but that cannot
+    run) prints one line to stderr, with status 2. Ctrl-C prints one line that says what is kept,
+    with status 130.
     """
     warnings.filterwarnings("default", category=UserWarning, module="fastbert")
     warnings.showwarning = _warn
     _warn_once.cache_clear()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # escapes characters that the encoding lacks
+        if isinstance(stream, io.TextIOWrapper):  # escape characters that the encoding lacks
             stream.reconfigure(errors="backslashreplace")
     status: str | int | None = 0
     try:
@@ -36,12 +36,12 @@ def main() -> None:
         status = end.code
     except InputError as error:
         status = _say("error", error, 2)
-    except BackendUnavailable as error:  # which the variable alone forces here
+    except BackendUnavailable as error:  # in a command, only the variable can force a backend
         status = _say("error", f"FASTBERT_BACKEND: {error}", 2)
     except Stopped as error:
         status = _say("stopped", error, 130)
     except OSError as error:
-        # a file that the user named, or a full disk: not a bug, so no traceback
+        # an unusable file or a full disk is not a bug, so there is no traceback
         where = error.filename or "standard output, or a temporary file"
         status = _say("error", f"{where}: {error.strerror or error}", 2)
     close_standard_streams()
@@ -54,7 +54,7 @@ def _say(kind: str, message: object, status: int = 0) -> int:
     return status
 
 
-@functools.cache  # options may be checked twice, but each warning is printed once
+@functools.cache  # prints each warning once, though options may be checked twice
 def _warn_once(message: str) -> None:
     _say("warning", message)
 

@@ -1,4 +1,4 @@
-"""`python -m fastbert.cli`: the command `fastbert` where it is not installed."""
+"""`python -m fastbert.cli` runs the command `fastbert` without installing it."""
 
 from fastbert.cli import main
 

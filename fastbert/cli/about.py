@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "triton", "tokenizers", "safetensors", "transformers", "nu
 
 
 def versions() -> list[tuple[str, ...]]:
-    """(name, version) of fastbert and of the software that its speed and numerics depend on."""
+    """(name, version) of fastbert and of the software that affects its speed and numerics."""
     rows: list[tuple[str, ...]] = [
         ("fastbert", fastbert.__version__),
         ("python", platform.python_version()),

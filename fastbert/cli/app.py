@@ -1,4 +1,4 @@
-"""The typer application to which the modules of commands add their commands."""
+"""The typer application to which the commands' modules add their commands."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Makes options of the command line from dataclasses, and formats their help."""
+"""Makes command-line options from dataclasses, and formats their help."""
 
 import dataclasses
 import inspect
@@ -14,9 +14,9 @@ from fastbert.config.options import GROUPS, OUTPUT
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_WIDTH = 100  # characters of a line of the help
-_NAMES = 30  # characters of the column of option names, at most
-_REPEATED = re.compile(r"<list\[(\w+)\]>")  # how typer says that an option may be given again
+_WIDTH = 100  # the most characters in a line of the help
+_NAMES = 30  # the most characters in the column of option names
+_REPEATED = re.compile(r"<list\[(\w+)\]>")  # how typer shows an option that may be repeated
 
 
 class Command(TyperCommand):
@@ -45,14 +45,14 @@ SETTINGS = {"max_content_width": _WIDTH}  # settings of click's context
 def options_of(config: type) -> Callable[[Function], Function]:
     """A decorator that gives a command an option for each field of the dataclass `config`.
 
-    Name, type, default and help come from the field, which `config.options.option` makes. They
+    Each field, made with `config.options.option`, has the name, type, default and help. The options
     replace the command's `**options`.
     """
 
     def decorate(command: Function) -> Function:
         hints = get_type_hints(config)
         parameters = []
-        own = inspect.get_annotations(config)  # the help shows them before a base class's fields
+        own = inspect.get_annotations(config)  # shown in the help before a base class's fields
         for field in sorted(dataclasses.fields(config), key=lambda field: field.name not in own):
             hint, default = hints[field.name], field.default
             if isinstance(default, tuple):  # typer represents repeated options as lists

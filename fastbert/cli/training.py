@@ -15,29 +15,29 @@ from fastbert.config.pretrain import PretrainConfig
 
 
 def _add(name: str, kind: type[PretrainConfig], about: str, example: str) -> None:
-    """Adds the command `name`, which trains on a corpus by the options of `kind`."""
+    """Adds the command `name`, which trains on a corpus with the options of `kind`."""
 
     @app.command(name, cls=Command, help=about, epilog=f"Example: fastbert {name} {example}")
     @options_of(kind)
     def command(
         context: typer.Context,
         paths: Annotated[
-            list[Path] | None, typer.Argument(help="More of --corpus, as in --corpus a.txt b.txt.")
+            list[Path] | None, typer.Argument(help="More texts, as in --corpus a.txt b.txt.")
         ] = None,
         *,
         out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs", name),
         resume: Annotated[
-            bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")
+            bool, typer.Option("--resume", help="Continue a run that is in --out.")
         ] = False,
         profile: Annotated[
-            bool, typer.Option("--profile", help="Write a profiler's trace of a few steps.")
+            bool, typer.Option("--profile", help="Write a profiler trace of a few steps.")
         ] = False,
         eager: Annotated[
-            bool, typer.Option("--eager", help="On a GPU, run steps without a CUDA graph.")
+            bool, typer.Option("--eager", help="On a GPU, run steps without CUDA graphs.")
         ] = False,
         parallel: Annotated[
             str,
-            typer.Option(help="Under torchrun: ddp (whole weights on each GPU) or fsdp (shards)."),
+            typer.Option(help="Under torchrun: ddp (all weights on each GPU) or fsdp (shards)."),
         ] = "ddp",
         **options: Any,
     ) -> None:
@@ -52,13 +52,13 @@ def _add(name: str, kind: type[PretrainConfig], about: str, example: str) -> Non
 _add(
     "pretrain",
     PretrainConfig,
-    "Pre-train a BERT on text. By masked LM and next-sentence prediction, or the first alone.",
+    "Pre-train BERT on text. With masked LM and next-sentence prediction, or masked LM only.",
     "--corpus wiki/ --out runs/wiki --preset base",
 )
 _add(
     "distill",
     DistillConfig,
-    "Train a smaller BERT to predict what a teacher predicts. On text, by DistilBERT's losses.",
+    "Train a smaller BERT on a teacher's predictions. On text, with DistilBERT's losses.",
     "--teacher runs/wiki --corpus wiki/ --out runs/small",
 )
 
@@ -73,13 +73,13 @@ def _config_of_run(
 ) -> PretrainConfig:
     """The options of a new run, or of the resumed run in `out` with the given changes.
 
-    Raises InputError for an option that a resumed run must not change, and for a stray argument.
+    Raises InputError for a path without --corpus, or if a resumed run must not change an option.
     """
     from fastbert.train.run_directory import read_run
 
     options["corpus"] = (*options["corpus"], *(paths or ()))
     if paths and len(options["corpus"]) == len(paths):
-        raise InputError(f"{paths[0]}: a stray argument; text to train on is named by --corpus")
+        raise InputError(f"{paths[0]}: unexpected argument; name texts with --corpus")
     earlier = read_run(out, kind) if resume else None
     if earlier is None:
         return kind(**options)
@@ -98,11 +98,11 @@ def finetune(
     *,
     out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/finetune"),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Begin the run in --out anew, if there is one.")
+        bool, typer.Option("--overwrite", help="Replace a run that is in --out.")
     ] = False,
     **options: Any,
 ) -> None:
-    """Train a BERT for a task on labelled examples. The best epoch is kept."""
+    """Fine-tune BERT for a task on labelled examples. Keeps the best epoch."""
     config = FinetuneConfig(**options)
     from fastbert.finetune import train  # slow to import: torch
 

@@ -1,4 +1,4 @@
-"""Commands that use a model: `predict`, `embed`, `fill-mask`, `export`, `serve`; and `info`."""
+"""Commands that use a model (`predict`, `embed`, `fill-mask`, `export`, `serve`), and `info`."""
 
 import warnings
 from pathlib import Path
@@ -14,16 +14,16 @@ from fastbert.config.serve import ServeConfig
 from fastbert.system import files
 from fastbert.system.console import console, leave_standard_output
 
-_MODEL = typer.Option(help="Directory of a model or of a run, or a hub name.")
+_MODEL = typer.Option(help="Directory of a model or a run, or a hub name.")
 _INPUT = typer.Option(
-    "--input", help="File to read; - is standard input: JSON Lines, or with --delimiter a table."
+    "--input", help="File to read; - reads JSON Lines (with --delimiter, a table) from stdin."
 )
 _TEXTS = typer.Option(
-    "--input", help="File to read; - is standard input: a text a line, or with --delimiter a table."
+    "--input", help="File to read; - reads lines (with --delimiter, a table) from stdin."
 )
-_DELIMITER = typer.Option(help="Between the columns of a table, in place of , or a tab.")
-_PRECISION = "auto, bf16, fp16 or fp32; auto is bf16 autocast where it is fast"
-_BATCH_TOKENS = typer.Option(help="Tokens computed at once.", min=1)
+_DELIMITER = typer.Option(help="Character between columns of a table, instead of , or a tab.")
+_PRECISION = "auto, bf16, fp16 or fp32; auto is bf16 autocast if the hardware has it, else fp32"
+_BATCH_TOKENS = typer.Option(help="The most tokens in a batch.", min=1)
 
 
 @app.command(
@@ -33,14 +33,14 @@ _BATCH_TOKENS = typer.Option(help="Tokens computed at once.", min=1)
 def predict(
     model: Annotated[str, typer.Option(help="Directory of a fine-tuning run.")],
     source: Annotated[Path, _INPUT],
-    out: Annotated[Path, typer.Option(help="JSON Lines to write, a row an example; - prints.")],
+    out: Annotated[Path, typer.Option(help="JSON Lines to write, one per example; - prints.")],
     copy: Annotated[
         list[str] | None,
-        typer.Option(help="A column of the table to copy into the rows, once for each; '*': all."),
+        typer.Option(help="Column of the table to copy into the output; repeatable; '*': all."),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(help="Reads longer texts in windows that share this many tokens.", min=0),
+        typer.Option(help="Read longer texts in windows that share this many tokens.", min=0),
     ] = None,
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut longer texts off instead of refusing them.")
@@ -48,10 +48,10 @@ def predict(
     delimiter: Annotated[str | None, _DELIMITER] = None,
     batch_tokens: Annotated[int, _BATCH_TOKENS] = 4096,
     precision: Annotated[
-        str | None, typer.Option(help=f"{_PRECISION}; by default that of the training.")
+        str | None, typer.Option(help=f"{_PRECISION}; by default the training's.")
     ] = None,
 ) -> None:
-    """Run a fine-tuned model on a file. Its format is that of the training."""
+    """Run a fine-tuned model on a file. The file has the format of the training data."""
     from fastbert.finetune import predict as inference
 
     _open_output(out, source, model)
@@ -68,7 +68,7 @@ def predict(
     inference.write_json_lines(out, predictions)
     refused = [row["error"] for row in predictions if "error" in row]
     if refused:
-        warnings.warn(f"{len(refused)} row(s) have an error, as: {refused[0]}", stacklevel=2)
+        warnings.warn(f"{len(refused)} row(s) have an error; the first: {refused[0]}", stacklevel=2)
     _say_where(out, f"{len(predictions)} predictions")
 
 
@@ -82,13 +82,13 @@ def embed(
     out: Annotated[
         Path,
         typer.Option(
-            help="The .npy to write, (texts, width) float32; - prints. A directory is for shards: "
-            "inputs of any size, resumed after a kill, on all of torchrun's processes."
+            help="The .npy to write, (texts, width) float32; - prints. A directory gets shards, "
+            "for inputs of any size, resumable, with all processes of torchrun."
         ),
     ],
     pooling: Annotated[
         str | None,
-        typer.Option(help="mean of all tokens, or cls; by default as the model's files say."),
+        typer.Option(help="mean of all tokens, or cls; by default as in the model's files."),
     ] = None,
     normalize: Annotated[
         bool | None,
@@ -107,11 +107,11 @@ def embed(
     precision: Annotated[str, typer.Option(help=f"{_PRECISION}.")] = "auto",
     delimiter: Annotated[str | None, _DELIMITER] = None,
     shard_size: Annotated[
-        int | None, typer.Option(help="Rows of a shard, by default 65536.", min=1)
+        int | None, typer.Option(help="Rows per shard, by default 65536.", min=1)
     ] = None,
-    format: Annotated[str | None, typer.Option(help="Of shards: npy (default), parquet.")] = None,
+    format: Annotated[str | None, typer.Option(help="Shards: npy (default), parquet.")] = None,
 ) -> None:
-    """Write an embedding for each text of a file. A text is a line of a .txt, or a table's row."""
+    """Write an embedding for each text of a file. A text is a line, or a row of a table."""
     options: dict[str, Any] = {
         "text_column": text_of(text_column, "--text-column"),
         "pooling": pooling,
@@ -134,8 +134,8 @@ def embed(
 
     if shard_size is not None or format is not None:
         raise InputError(
-            f"--out {out}: a file has no shards; name a directory, or leave out "
-            "--shard-size and --format"
+            f"--out {out}: a file has no shards; name a directory, or omit --shard-size and "
+            "--format"
         )
     array.require_npy(out)
     _open_output(out, source, model)
@@ -145,14 +145,14 @@ def embed(
 
 
 def _open_output(out: Path, source: Path, model: str) -> None:
-    """Raises InputError, before the work, if the output cannot be written or is an input."""
+    """Raises InputError before the work begins, if the output cannot be written or is an input."""
     files.require_output(out, source, model)
-    if files.is_stream(out):  # the stream is for the rows only
+    if files.is_stream(out):  # only rows may go to the stream
         leave_standard_output()
 
 
 def _say_where(out: Path, what: str) -> None:
-    """Says that rows are in a file; the reader of a stream has them."""
+    """Prints that rows are in a file, unless the output is a stream."""
     if not files.is_stream(out):
         console.print(f"{what} are in {out}")
 
@@ -163,11 +163,11 @@ def _say_where(out: Path, what: str) -> None:
     epilog='Example: fastbert fill-mask --model runs/demo "a [MASK] of text"',
 )
 def fill_mask(
-    text: Annotated[str, typer.Argument(help="Text with one or more [MASK]; - reads it.")],
+    text: Annotated[str, typer.Argument(help="Text with [MASK]; - reads it from stdin.")],
     model: Annotated[str, _MODEL],
-    top: Annotated[int, typer.Option(help="How many words to show.", min=1)] = 5,
+    top: Annotated[int, typer.Option(help="Number of words to show.", min=1)] = 5,
 ) -> None:
-    """Show the likeliest words for each [MASK] of a text. With their probabilities."""
+    """Show the likeliest words for each [MASK] of a text. Also shows their probabilities."""
     from rich.console import Console
     from rich.table import Table
 
@@ -192,31 +192,31 @@ def export(
     model: Annotated[str, _MODEL],
     out: Annotated[Path, typer.Option(help="The .onnx or .pt2 to write, or its directory.")],
     to: Annotated[str, typer.Option(help="onnx, or torch for a torch.export program.")] = "onnx",
-    precision: Annotated[str, typer.Option(help="Of weights and products: fp32, fp16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="Precision of the file: fp32, fp16.")] = "fp32",
     head: Annotated[
         str | None,
-        typer.Option(help="Class of the model, as BertForMaskedLM; by default config.json's."),
+        typer.Option(help="The model's class, such as BertForMaskedLM; by default config.json's."),
     ] = None,
     pooling: Annotated[
-        str | None, typer.Option(help="mean or cls: the bare model, with sentence embeddings.")
+        str | None, typer.Option(help="Export sentence embeddings, mean or cls, of the bare model.")
     ] = None,
 ) -> None:
-    """Write a model as a file for other runtimes. It is kept if it answers as the model does."""
+    """Write a model as a file for other runtimes. Keeps the file if it agrees with the model."""
     from fastbert.export import command
 
     path, difference = command.export(
         model, out, to=to, precision=precision, head=head, pooling=pooling
     )
     console.print(
-        f"{path} answers as the model does: the largest difference is {difference.found:.1e}, "
-        f"of {difference.allowed:.1e} allowed"
+        f"{path} agrees with the model: the largest difference is {difference.found:.1e}, "
+        f"{difference.allowed:.1e} is allowed"
     )
 
 
 @app.command(cls=Command, epilog="Example: fastbert serve --model runs/demo --port 8080")
 @options_of(ServeConfig)
 def serve(**options: Any) -> None:
-    """Serve a model over HTTP. Embeddings, ranking, predictions, and words for [MASK]."""
+    """Serve a model over HTTP. For embeddings, ranking, predictions, and words for [MASK]."""
     config = ServeConfig(**options)
     from fastbert import serve as serving  # slow to import: torch, FastAPI
 
@@ -225,7 +225,7 @@ def serve(**options: Any) -> None:
 
 @app.command(cls=Command, epilog="Example: fastbert info")
 def info() -> None:
-    """Show versions, devices and backends. Which one each operator takes, and why."""
+    """Show versions, devices and backends. Also which backend each operator takes, and why."""
     from rich.console import Console
     from rich.table import Table
 

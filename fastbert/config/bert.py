@@ -10,14 +10,14 @@ from typing import Any, Self
 from fastbert.check import InputError, require
 from fastbert.system.files import read_json
 
-# those of `fastbert.modules.activations`, which may not be imported here
+# the names in `fastbert.modules.activations`, which this layer may not import
 ACTIVATIONS = (
     *("gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
     *("relu", "silu", "swish", "tanh"),
 )
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-# Keys of config.json that change the mathematics, with the only value that this model supports.
+# Keys of config.json that change the mathematics, with the only value that fastbert supports.
 _ONLY = {
     "model_type": "bert",
     "position_embedding_type": "absolute",
@@ -27,7 +27,7 @@ _ONLY = {
     "pruned_heads": {},
     "quantization_config": None,
 }
-# Fields that no parameter depends on: a model reads them at each call, so they may be set later.
+# Fields on which no parameter depends: a model reads them at each call, so they may be set later.
 _SETTABLE = {
     *("output_hidden_states", "output_attentions", "return_dict", "residual_in_fp32"),
     *("problem_type", "id2label", "label2id"),
@@ -36,18 +36,18 @@ _SETTABLE = {
 
 @dataclasses.dataclass(kw_only=True)
 class BertConfig:
-    """The shape of a BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805), by default base.
+    """The shape of BERT (Devlin et al. 2018, https://arxiv.org/abs/1810.04805), by default base.
 
     Names, defaults and meanings are those of Hugging Face's `BertConfig`. A classifier's labels
-    follow from num_labels (2 unless given) or from id2label, whose length is num_labels.
+    follow from num_labels (2 by default) or from id2label, whose length is num_labels.
 
     residual_in_fp32: whether the residual stream is in float32 under autocast; None means only in
         eval mode (see `fastbert.modules.embeddings.stream_dtype`)
-    extra: the keys of a config.json that this model does not use. They are attributes too, may be
-        set, as transformers does (Trainer: use_cache), and are written back unchanged.
+    extra: the keys of a config.json that fastbert does not use. They are attributes too, can be set
+        (as Trainer sets use_cache), and are written back unchanged.
 
-    Raises TypeError for an unknown option, ValueError for a value that the model does not support,
-    and FrozenInstanceError if a field that a model was made from is later given another value.
+    Raises TypeError for an unknown option, ValueError for an unsupported value, and
+    FrozenInstanceError if a field that a model only reads when it is made gets another value.
     """
 
     vocab_size: int = 30522
@@ -86,7 +86,7 @@ class BertConfig:
             if name not in _SETTABLE:
                 remedy = "use dataclasses.replace before the model is made"
                 raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}; {remedy}")
-            value = getattr(dataclasses.replace(self, **{name: value}), name)  # checked
+            value = getattr(dataclasses.replace(self, **{name: value}), name)  # checks the value
         # a copy, so that later settings do not change the caller's dictionary
         object.__setattr__(self, name, dict(value) if name == "extra" else value)
 
@@ -126,7 +126,7 @@ class BertConfig:
         )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, name)
-            # as `fastbert.rng` draws it
+            # the probabilities that `fastbert.rng` can draw
             is_possible = hasattr(value, "__float__") and 0 <= value <= 4095 / 4096
             require(is_possible, "BertConfig", f"{name} in [0, 4095/4096]", repr(value))
         for name in ("layer_norm_eps", "initializer_range"):
@@ -152,7 +152,7 @@ class BertConfig:
             "BertConfig",
             f"num_labels = {len(names)}, the number of names in id2label",
             count,
-            "beside a new id2label give num_labels=None",
+            "with a new id2label, pass num_labels=None",
         )
         numbers = self.label2id
         if numbers is None or given is None or len(given) != len(names):
@@ -172,7 +172,7 @@ class BertConfig:
         require(
             self.problem_type != "single_label_classification" or self.num_labels > 1,
             "BertConfig",
-            "num_labels of at least 2 for single_label_classification, whose loss is else always 0",
+            "num_labels of at least 2 for single_label_classification, or the loss is always 0",
             self.num_labels,
         )
         p = self.classifier_dropout
@@ -180,10 +180,10 @@ class BertConfig:
 
     @property
     def labels(self) -> list[str]:
-        """The names of the classes, in order; InputError if id2label does not number from 0."""
+        """The names of the classes, in order; InputError if id2label is not numbered from 0."""
         if sorted(self.id2label) != [*range(self.num_labels)]:
             numbers = sorted(self.id2label)
-            raise InputError(f"config.json: id2label numbers {numbers}, expected them from 0")
+            raise InputError(f"config.json: id2label: expected numbers from 0, got {numbers}")
         return [self.id2label[number] for number in range(self.num_labels)]
 
     @classmethod
@@ -194,7 +194,7 @@ class BertConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "BertConfig":
         """A configuration from the contents of a config.json; unknown keys are kept in `extra`.
 
-        Raises InputError for a value that would change the mathematics of the model.
+        Raises InputError for an unsupported value that would change the mathematics of the model.
         """
         for key, only in _ONLY.items():
             value = values.get(key, only)
@@ -206,7 +206,7 @@ class BertConfig:
         act = values.get("hidden_act", "gelu")
         if act not in ACTIVATIONS and not callable(act):
             raise InputError(
-                f"config.json: hidden_act = {act!r} is not known; only {', '.join(ACTIVATIONS)} are"
+                f"config.json: hidden_act: expected one of {', '.join(ACTIVATIONS)}, got {act!r}"
             )
         known = cls.field_names() - {"extra"}
         own = {key: value for key, value in values.items() if key in known}
@@ -214,7 +214,7 @@ class BertConfig:
         return cls(**own, extra=rest)
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of a config.json: fields and `extra`; id2label stands for num_labels."""
+        """The contents of a config.json: all fields but num_labels, and `extra`."""
         own = {name: getattr(self, name) for name in self.field_names()}
         # as in Hugging Face's config.json, num_labels is the length of id2label
         del own["extra"], own["num_labels"]
@@ -231,7 +231,7 @@ class BertConfig:
         path = Path(directory) / "config.json"
         values = read_json(path)
         if values is None:
-            raise InputError(f"{directory}: no config.json there, so it is no model")
+            raise InputError(f"{directory}: has no config.json, so it is not a model")
         # new labels replace those of the checkpoint's classifier
         if changes.keys() & {"num_labels", "id2label"}:
             values = {k: v for k, v in values.items() if k not in ("id2label", "label2id")}
@@ -243,9 +243,9 @@ class BertConfig:
             raise InputError(f"{path}: {error}") from None
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """The text of a config.json, whole either way; ValueError if hidden_act is a function."""
+        """The text of a config.json, always whole; ValueError if hidden_act is a function."""
         if callable(self.hidden_act):
-            raise ValueError("BertConfig: a function as hidden_act has no form in config.json")
+            raise ValueError("BertConfig: config.json cannot hold a function as hidden_act")
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -253,7 +253,7 @@ class BertConfig:
         (Path(directory) / "config.json").write_text(self.to_json_string(), encoding="utf-8")
 
     def get_text_config(self, **_: Any) -> Self:
-        """The configuration itself, as in Hugging Face's models of text alone; peft asks."""
+        """The configuration itself, as in Hugging Face's text-only models; peft calls this."""
         return self
 
 
@@ -262,7 +262,7 @@ def _default_names(count: int) -> dict[int, str]:
 
 
 def changed(config: Any, **changes: Any) -> Any:
-    """The configuration with other values: a copy of a `BertConfig`, or else the same object."""
+    """The configuration with other values: a copy of a `BertConfig`, else the same object."""
     if isinstance(config, BertConfig):
         padding, count = config.pad_token_id, changes.get("vocab_size", config.vocab_size)
         if padding is not None and padding >= count:  # its row is gone
@@ -276,7 +276,7 @@ def changed(config: Any, **changes: Any) -> Any:
 def check_config(config: Any) -> None:
     """Raises ValueError for values that the packed model does not support.
 
-    config: a `BertConfig`, or a configuration of Hugging Face
+    config: a `BertConfig`, or Hugging Face's configuration
     """
     require(
         config.hidden_size % config.num_attention_heads == 0,

@@ -15,7 +15,7 @@ WEIGHTS = ("soft_weight", "mlm_weight", "cosine_weight")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig(PretrainConfig):
-    """All that determines a distillation; the command line's options are these fields.
+    """Everything that determines a distillation; its fields are the command line's options.
 
     Defaults are those of DistilBERT (Sanh et al. 2019, https://arxiv.org/abs/1910.01108) and of
     pre-training. An option that is None gets its value from the teacher, see `fitted_to`. Raises
@@ -24,89 +24,88 @@ class DistillConfig(PretrainConfig):
 
     teacher: str = of_model(
         None,
-        "Directory of a model or of a run, or a hub name; with a masked-LM head.",
+        "Directory of a model or a run, or a hub name; the model needs a masked-LM head.",
     )
     preset: str = of_model(
         None,
-        f"Architecture of the student: {', '.join(PRESETS)}; by default the teacher's with half "
-        "the layers.",
+        f"Architecture of the student: {', '.join(PRESETS)}; by default half the teacher's layers.",
         choices=PRESETS,
     )
     layers: int = of_model(
         None,
-        "Layers of a student of the teacher's width; by default half the teacher's.",
+        "Layers of a student as wide as the teacher; by default half the teacher's.",
         bounds=at_least(1),
     )
     init: str = of_model(
         None,
-        "teacher: begins with copies of its layers; random. By default teacher, where the student "
-        "has its width.",
+        "teacher (copies of its layers) or random; by default teacher, if the student is as wide "
+        "and not deeper.",
         choices=("teacher", "random"),
     )
     temperature: float = of_training(
-        2.0, "That both scores are divided by for the soft targets.", bounds=POSITIVE
+        2.0, "Divisor of both models' logits for the soft targets.", bounds=POSITIVE
     )
     soft_weight: float = of_training(
-        5.0, "Of the loss against the teacher's probabilities.", bounds=at_least(0)
+        5.0, "Weight of the loss against the teacher's probabilities.", bounds=at_least(0)
     )
-    mlm_weight: float = of_training(2.0, "Of the masked-LM loss.", bounds=at_least(0))
+    mlm_weight: float = of_training(2.0, "Weight of the masked-LM loss.", bounds=at_least(0))
     cosine_weight: float = of_training(
         None,
-        "Of the cosine distance between the hidden states; by default 1, 0 for another width.",
+        "Weight of the hidden states' cosine distance; by default 1, or 0 for another width.",
         bounds=at_least(0),
     )
     max_seq_len: int = option(
         None,
-        "Longest example, in tokens; by default that of the preset nearest in width.",
+        "Longest example, in tokens; by default from the preset nearest in width.",
         bounds=at_least(8),
     )
     learning_rate: float = of_training(
         None,
-        "Peak learning rate; by default that of the preset nearest in width.",
+        "Peak learning rate; by default from the preset nearest in width.",
         bounds=at_least(0),
     )
     dropout: float = of_model(
         None,
-        "Of hidden states and attention; by default that of the preset nearest in width.",
+        "Dropout of hidden states and attention; by default from the preset nearest in width.",
         bounds=BELOW_ONE,
     )
-    # options of pre-training that the teacher decides: setting one is an InputError
-    tokenizer: Path | None = option(None, "the student reads with the teacher's", hidden=True)
+    # options of pre-training that the teacher determines; setting one raises InputError
+    tokenizer: Path | None = option(None, "the student uses the teacher's tokenizer", hidden=True)
     vocab_size: int = option(None, "the student has the teacher's vocabulary", hidden=True)
-    lowercase: bool = option(None, "the student reads with the teacher's tokenizer", hidden=True)
+    lowercase: bool = option(None, "the student uses the teacher's tokenizer", hidden=True)
     strip_accents: bool | None = option(
-        None, "the student reads with the teacher's tokenizer", hidden=True
+        None, "the student uses the teacher's tokenizer", hidden=True
     )
-    objective: str = option("mlm", "there is no next-sentence loss in distillation", hidden=True)
-    nsp_weight: float = option(None, "there is no next-sentence loss in distillation", hidden=True)
+    objective: str = option("mlm", "distillation has no next-sentence loss", hidden=True)
+    nsp_weight: float = option(None, "distillation has no next-sentence loss", hidden=True)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             shown = field.metadata["shown"]
             if shown["hidden"] and getattr(self, field.name) != field.default:
                 name = field.name.replace("_", "-")
-                raise InputError(f"--{name}: {shown['help']}; leave the option out")
+                raise InputError(f"--{name}: {shown['help']}; omit the option")
         if self.teacher is None:
             raise InputError("--teacher: missing")
         super().__post_init__()
         if self.preset is not None and self.layers is not None:
             raise InputError(
-                "--layers: of a student of the teacher's width; leave it or --preset out"
+                "--layers: not with --preset, which has its own number of layers; omit one of them"
             )
         if all(getattr(self, name) == 0 for name in WEIGHTS):
             raise InputError("--soft-weight: all three weights are 0, so there is nothing to learn")
 
     def _complete(self) -> None:
-        """Leaves options that are None to `fitted_to`, instead of taking the preset's values."""
+        """Does not take the preset's values: `fitted_to` replaces the options that are None."""
 
     def placed(self) -> Self:
-        """As `PretrainConfig.placed`; the path of a teacher that is on disk is absolute too."""
+        """As `PretrainConfig.placed`, with an absolute path of a teacher on disk."""
         if not Path(self.teacher).exists():  # a name on the hub
             return super().placed()
         return dataclasses.replace(super().placed(), teacher=os.path.abspath(self.teacher))
 
     def fitted_to(self, teacher: BertConfig) -> Self:
-        """A copy in which the options that are None have the values that suit the teacher.
+        """A copy in which values that suit the teacher replace the options that are None.
 
         Raises InputError for an option that this teacher does not allow.
         """
@@ -116,21 +115,21 @@ class DistillConfig(PretrainConfig):
             layers = max(-(-depth // 2), 1)
         student = dataclasses.replace(teacher, **self._shape(teacher, layers))
         if self.preset is None and student.num_hidden_layers > depth:
-            raise InputError(f"--layers {layers}: more than the teacher's {depth}")
+            raise InputError(f"--layers {layers}: more than the teacher's {depth}; lower it")
         alike = ("hidden_size", "num_attention_heads", "intermediate_size")
         copies = student.num_hidden_layers <= depth and all(
             getattr(student, name) == getattr(teacher, name) for name in alike
         )
         if self.init == "teacher" and not copies:
             raise InputError(
-                f"--init teacher: layers can be copied into a student of the teacher's width, "
-                f"{width}, and of at most its {depth} layers; give --layers in place of --preset"
+                f"--init teacher: only a student of the teacher's width, {width}, and at most its "
+                f"{depth} layers can copy layers; give --layers instead of --preset"
             )
         as_wide = student.hidden_size == width
         if self.cosine_weight and not as_wide:
             raise InputError(
-                f"--cosine-weight {self.cosine_weight:g}: compares hidden states of one width, and "
-                f"the student's is {student.hidden_size}, the teacher's {width}; leave it out"
+                f"--cosine-weight {self.cosine_weight:g}: compares hidden states of one width, but "
+                f"the student's is {student.hidden_size}, the teacher's {width}; omit it"
             )
         near = PRESETS[self.preset or _nearest(student.hidden_size)]
         longest = teacher.max_position_embeddings
@@ -147,7 +146,7 @@ class DistillConfig(PretrainConfig):
         )
         if fitted.max_seq_len > longest:
             raise InputError(
-                f"--max-seq-len {fitted.max_seq_len}: the teacher reads {longest} tokens at most"
+                f"--max-seq-len {fitted.max_seq_len}: the teacher reads at most {longest} tokens"
             )
         return fitted
 
@@ -162,7 +161,7 @@ class DistillConfig(PretrainConfig):
         )
 
     def reading(self, tokenizer: Path) -> PretrainConfig:
-        """The options of pre-training by which the corpus is read.
+        """The options of pre-training for reading the corpus.
 
         tokenizer: the teacher's, a file or a directory
         """

@@ -24,7 +24,7 @@ _LARGEST = 2**31 - 1  # the largest integer for an option without an upper bound
 
 
 class Bounds(NamedTuple):
-    """An interval of finite numbers; `said` describes it in messages, an open end is excluded."""
+    """An interval of finite numbers; `said` describes it in messages; an open end is excluded."""
 
     said: str
     low: float = -math.inf
@@ -72,8 +72,8 @@ def option(
     """A dataclass field of a run's options.
 
     text: help of the command line; group: heading in the help, one of GROUPS; bounds: allowed
-    numbers; choices: allowed texts; only: when the option has an effect; hidden: whether the help
-    leaves the option out
+    numbers; choices: allowed texts; only: the condition for an effect; hidden: omits the option
+    from the help
     """
     shown = {"help": text, "hidden": hidden, "rich_help_panel": group}
     checked = {"bounds": bounds, "choices": tuple(choices), "only": only}
@@ -90,11 +90,11 @@ of_limits = functools.partial(option, group=LIMITS)
 def check_options(config: Any) -> None:
     """Raises InputError for a value that is not allowed, and warns of an option without effect.
 
-    Replaces texts that the system's encoding could not decode, as under LC_ALL=C, by `text_of`.
+    `text_of` decodes texts again that the system's encoding could not decode, as under LC_ALL=C.
     """
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"--{dashed(field.name)}"
-        # model and teacher may be paths, which the system reads with the undecoded bytes
+        # model and teacher may be paths, for which the system needs the undecoded bytes
         if isinstance(value, str) and field.name not in ("model", "teacher"):
             value = text_of(value, name)
             object.__setattr__(config, field.name, value)
@@ -103,16 +103,16 @@ def check_options(config: Any) -> None:
             _check_number(name, value, bounds)
         choices = field.metadata["choices"]
         if choices and value is not None and value not in choices:
-            raise InputError(f"{name}: one of {', '.join(choices)}, got {value!r}")
+            raise InputError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
         if only is not None and value != field.default:
             beside = getattr(config, only.other)
             if beside not in only.values and not field.metadata["shown"]["hidden"]:
                 known = ", ".join(str(known) for known in only.values if known is not None)
                 other = dashed(only.other)
-                # only a path's last part: the same message for its absolute path is not repeated
+                # only a path's last part, so that its absolute path does not repeat the message
                 warnings.warn(
-                    f"{name} {value} has no effect beside --{other} {Path(str(beside)).name}"
-                    f"{known and f'; it is for --{other} {known}'}",
+                    f"{name} {value} has no effect with --{other} {Path(str(beside)).name}"
+                    f"{known and f', only with --{other} {known}'}",
                     stacklevel=4,
                 )
 
@@ -120,9 +120,9 @@ def check_options(config: Any) -> None:
 def _check_number(name: str, value: Any, bounds: Bounds) -> None:
     if not bounds.hold(value):
         finite = " and finite" if value == math.inf else ""
-        raise InputError(f"{name}: {bounds.said}{finite}, got {value}")
+        raise InputError(f"{name}: expected {bounds.said}{finite}, got {value}")
     if isinstance(value, int) and bounds.high == math.inf and value > _LARGEST:
-        raise InputError(f"{name}: at most {_LARGEST}, got {value}")
+        raise InputError(f"{name}: expected at most {_LARGEST}, got {value}")
 
 
 def text_of(value: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""`PretrainConfig`: the options of a pre-training run, and the presets of their defaults."""
+"""`PretrainConfig`: the options of a pre-training run, and presets with their defaults."""
 
 import dataclasses
 import os
@@ -27,9 +27,8 @@ from fastbert.config.options import (
 class Preset(NamedTuple):
     """A named architecture, with training options that suit it.
 
-    The small presets are for runs of minutes on a few million tokens. These are too few to need
-    dropout or to learn from long contexts, and a next-sentence loss at full weight adds too much
-    noise to them.
+    The small presets are for runs of minutes on a few million tokens. Such runs need no dropout,
+    cannot learn from long contexts, and a next-sentence loss at full weight adds too much noise.
     """
 
     shape: dict[str, Any]
@@ -40,7 +39,7 @@ class Preset(NamedTuple):
 
 
 def _shape(layers: int, hidden: int) -> dict[str, Any]:
-    # every published BERT has heads of size 64 and a feed-forward layer four times as wide
+    # every published BERT has a head_dim of 64 and a feed-forward layer four times as wide
     return {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -57,21 +56,21 @@ PRESETS = {
 }
 
 
-AUTO = "auto"  # a run keeps the precision that this means where it begins
+AUTO = "auto"  # is resolved when a run begins, and the run keeps the resulting precision
 
-# Options that do not change the results of a run, so they may change when it is resumed.
+# Options that do not change a run's results, so a resumed run may change them.
 _FREE = ("workers", "tokenize_workers", "cache", "log_every")
 _PATHS = ("corpus", "tokenizer", "teacher")
 _WAY_OUT = {
-    "steps": "its learning rate falls to 0 by then, so that other steps are another run: leave the "
-    "option out to end this one",
+    "steps": "the learning rate falls to 0 at the last step, so another number is another run: "
+    "omit the option to finish this run",
 }
 _NO_TOKENIZER = Only("tokenizer", (None,))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """All that determines a pre-training run; the command line's options are these fields.
+    """Everything that determines a pre-training run; its fields are the command line's options.
 
     An option that is None takes the preset's value, if the preset has one. Raises InputError, which
     names the option, for an unknown value or a value out of range.
@@ -79,21 +78,21 @@ class PretrainConfig:
 
     corpus: tuple[Path, ...] = option(
         (),
-        "Text files or directories: a sentence a line, a blank line between documents; JSON Lines "
-        "with a `text`; WikiExtractor's; packed or not. Default: Python's own documentation.",
+        "Text files or directories: one sentence per line, a blank line between documents; JSON "
+        "Lines with a `text`; WikiExtractor's; also compressed. Default: Python's documentation.",
     )
     tokenizer: Path | None = option(
-        None, "A tokenizer.json or vocab.txt; by default one is trained on the corpus."
+        None, "A tokenizer.json or vocab.txt; by default, one is trained on the corpus."
     )
     cache: Path | None = option(
-        None, "Directory of the tokenised corpus, which runs may share; by default OUT/text."
+        None, "Directory for the tokenised corpus, which runs may share; by default OUT/text."
     )
     vocab_size: int = option(
         8192, "Size of the vocabulary to train.", bounds=at_least(100), only=_NO_TOKENIZER
     )
     lowercase: bool = option(True, "Lower-case the text.", only=_NO_TOKENIZER)
     strip_accents: bool | None = option(
-        None, "Strip accents; by default where the text is lower-cased.", only=_NO_TOKENIZER
+        None, "Strip accents; by default if the text is lower-cased.", only=_NO_TOKENIZER
     )
     max_seq_len: int = option(
         None,
@@ -102,81 +101,81 @@ class PretrainConfig:
     )
     short_seq_prob: float = option(
         0.1,
-        "Share of sentence pairs made shorter on purpose.",
+        "Share of sentence pairs that are shortened on purpose.",
         bounds=SHARE,
         only=Only("objective", ("mlm+nsp",)),
     )
     objective: str = option(
         "mlm+nsp",
-        "mlm+nsp: sentence pairs and both losses; mlm: full sentences, as RoBERTa.",
+        "mlm+nsp: sentence pairs and both losses; mlm: full sentences, as in RoBERTa.",
         choices=("mlm+nsp", "mlm"),
     )
     mlm_probability: float = option(0.15, "Share of tokens to predict.", bounds=INSIDE)
     masking: str = option(
         "bert",
-        "What is predicted: bert, whole-word, span (80/10/10 of tokens, words, spans), blank, "
-        "unigram, bigram-kn (Xie et al. 2017).",
+        "What to mask: bert, whole-word or span (tokens, words or spans, 80/10/10), or the noise "
+        "blank, unigram or bigram-kn (Xie et al. 2017).",
     )
     gamma: float = option(
         0.8,
-        "Of blank and unigram: share of the predicted that is changed; of bigram-kn a factor.",
+        "For blank and unigram, share of predicted tokens that change; for bigram-kn, a factor.",
         bounds=POSITIVE,
         only=Only("masking", ("blank", "unigram", "bigram-kn")),
     )
     segmenter: str = option(
         "characters",
-        "Chinese words, for whole-word and span: characters, spaces or jieba.",
+        "How whole-word and span find Chinese words: characters, spaces or jieba.",
         only=Only("masking", ("whole-word", "span")),
     )
     heldout_fraction: float = option(
-        0.05, "Share of the documents held out for validation.", bounds=INSIDE
+        0.05, "Share of documents held out for validation.", bounds=INSIDE
     )
-    workers: int = option(0, "Processes that prepare batches; 0: this one.", bounds=at_least(0))
+    workers: int = option(0, "Processes that prepare batches; 0: the main one.", bounds=at_least(0))
     tokenize_workers: int | None = option(
         None,
-        "Processes that tokenise; 0: this one; by default all cores if the corpus is large.",
+        "Processes that tokenise; 0: the main one; by default, all cores for a large corpus.",
         bounds=at_least(0),
     )
     preset: str = of_model("mini", f"Architecture: {', '.join(PRESETS)}.", choices=PRESETS)
     dropout: float = of_model(
-        None, "Of hidden states and attention; by default the preset's.", bounds=BELOW_ONE
+        None, "Dropout of hidden states and attention; by default the preset's.", bounds=BELOW_ONE
     )
     residual_in_fp32: bool = of_model(
-        False, "Under autocast, keep the residual stream in float32: slower."
+        False, "Under autocast, keep the residual stream in float32 (slower)."
     )
     steps: int = of_training(3000, "Optimizer steps.", bounds=at_least(1))
-    batch_tokens: int = of_training(1024, "Tokens in the batch of one step.", bounds=at_least(1))
+    batch_tokens: int = of_training(1024, "Tokens in one step's batch.", bounds=at_least(1))
     accumulation: int = of_training(
-        1, "Parts that a batch is run in, to save memory.", bounds=at_least(1)
+        1, "Micro-batches per step (gradient accumulation), to save memory.", bounds=at_least(1)
     )
     optimizer: str = of_training(
         "adamw",
-        "adamw, or lamb for large batches, with a rate of its own.",
+        "adamw, or lamb for large batches, which needs another learning rate.",
         choices=("adamw", "lamb"),
     )
     learning_rate: float = of_training(
         None, "Peak learning rate; by default the preset's.", bounds=at_least(0)
     )
     nsp_weight: float = of_training(
-        None, "Of the next-sentence loss; by default the preset's.", bounds=at_least(0)
+        None, "Weight of the next-sentence loss; by default the preset's.", bounds=at_least(0)
     )
     warmup_ratio: float = of_training(
         0.1, "Share of the steps in which the learning rate rises.", bounds=SHARE
     )
-    weight_decay: float = of_training(0.01, "On all but biases and LayerNorm.", bounds=at_least(0))
-    max_grad_norm: float = of_training(
-        1.0, "Gradients are scaled down to this norm.", bounds=POSITIVE
+    weight_decay: float = of_training(
+        0.01, "Weight decay, except on biases and LayerNorm.", bounds=at_least(0)
     )
+    max_grad_norm: float = of_training(1.0, "Clips gradients to this norm.", bounds=POSITIVE)
     precision: str = of_training(
         "auto",
-        "auto, bf16, fp16, fp32 or fp8; auto is bf16 autocast where it is fast, fp8 is bf16 with "
-        "the encoder's products in FP8.",
+        "auto, bf16, fp16, fp32 or fp8; auto is bf16 autocast if the hardware has it, else fp32; "
+        "fp8 is bf16 with the encoder's matrix products in FP8.",
         choices=(AUTO, "bf16", "fp16", "fp32", "fp8"),
     )
     seed: int = of_training(0, "Seed of weights, order, masks and dropout.", bounds=SEED)
     eval_every: int = of_output(100, "Steps between validations.", bounds=at_least(1))
     eval_batches: int = of_output(
-        32, "Held-out batches that a validation reads at most.", bounds=at_least(1)
+        32, "The most held-out batches in a validation.", bounds=at_least(1)
     )
     save_every: int = of_output(100, "Steps between checkpoints.", bounds=at_least(1))
     log_every: int = of_output(20, "Steps between reports.", bounds=at_least(1))
@@ -185,10 +184,10 @@ class PretrainConfig:
         check_options(self)
         self._complete()
         if self.gamma > 1 and self.masking != "bigram-kn":
-            raise InputError(f"--gamma: above 0 and at most 1, got {self.gamma}")
+            raise InputError(f"--gamma: expected above 0 and at most 1, got {self.gamma}")
         if self.max_seq_len is not None and self.batch_tokens < self.max_seq_len:
             raise InputError(
-                f"--batch-tokens: expected at least --max-seq-len, {self.max_seq_len}, "
+                f"--batch-tokens: expected at least --max-seq-len = {self.max_seq_len}, "
                 f"got {self.batch_tokens}"
             )
 
@@ -201,9 +200,9 @@ class PretrainConfig:
     def same_run(self, **changes: Any) -> Self:
         """This run with changed options, which must not change its results.
 
-        Raises InputError for an option that would make it another run. A path may have another name
-        for the same file, or be another path if the old one is gone: the contents are compared when
-        they are read, see `prepare.CHANGED`. A precision of "auto" is the one that the run has.
+        Raises InputError for an option that would make it another run. A path may be another name
+        of the same file, or any path if the old one is gone, because the contents are compared when
+        they are read (see `prepare.CHANGED`). A precision of "auto" means the run's precision.
         """
         if changes.get("precision") == AUTO:
             changes["precision"] = self.precision
@@ -214,13 +213,12 @@ class PretrainConfig:
             got, had = (_shown(v) for v in (value, earlier))
             raise InputError(
                 f"--{dashed(name)} {got}: the run was started with {had}; "
-                f"{_WAY_OUT.get(name, 'leave the option out')}, or start a new run in another "
-                "directory"
+                f"{_WAY_OUT.get(name, 'omit the option')}, or start a new run in another directory"
             )
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        """The options as JSON values, paths as strings; `from_json` reads them."""
+        """The options as JSON values, with paths as strings; `from_json` reads them."""
         values = dataclasses.asdict(self)
         values["corpus"] = [str(path) for path in self.corpus]
         for name in ("tokenizer", "cache"):

@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Purpose(enum.IntEnum):
-    """What a stream is used for; the numbers must not change, or runs would draw other data."""
+    """The use of a stream; the numbers must not change, or runs would draw other data."""
 
     SPLIT = 0
     PAIRS = 1
@@ -18,7 +18,7 @@ def stream(seed: int, purpose: Purpose, epoch: int = 0, index: int = 0) -> np.ra
     """The random generator for one purpose, epoch and document index, and any 64-bit `seed`.
 
     Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") can start anywhere in
-    its sequence: the streams of one seed and epoch start at least 2**128 blocks apart.
+    its sequence, and the streams of one seed and epoch start at least 2**128 blocks apart.
     """
     key = np.array([seed % 2**64, epoch], np.uint64)
     counter = np.array([0, 0, index, purpose], np.uint64)

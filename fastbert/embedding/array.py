@@ -1,4 +1,4 @@
-"""`fastbert embed` into one .npy: memory holds everything, and input and output may be pipes."""
+"""`fastbert embed` into one .npy: everything is in memory; input and output may be pipes."""
 
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ def embed(
 ) -> NDArray[np.float32]:
     """Embeddings (N, hidden_size) float32 of the texts of a file, in order.
 
-    source: a .txt with one text per line, a table, or a stream of either; text_column: of a table;
-    options: those of `Embedder`. All texts are read and tokenised before the model runs. Raises
-    InputError for a file that cannot be read and for a text that is too long.
+    source: a .txt with one text per line, a table, or a stream of either; text_column: a table's
+    column with the texts; options: `Embedder`'s. All texts are read and tokenised before the model
+    runs. Raises InputError for a file that cannot be read and for a text that is too long.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     embedder = Embedder(model, device, **options)
@@ -39,7 +39,7 @@ def embed(
 
 
 def _texts(source: Path, column: str, delimiter: str | None) -> list[Text]:
-    """The texts of a file, or of a stream's lines or, if it is a table, of its rows.
+    """The texts of a file or a stream, one for each line, or for each row of a table.
 
     Empty texts are kept, so that each line or row has its embedding.
     """
@@ -57,13 +57,13 @@ def _texts(source: Path, column: str, delimiter: str | None) -> list[Text]:
 
 
 def write_npy(path: str | Path, array: NDArray[Any]) -> None:
-    """Writes the array; the file, whose name must end in .npy, appears whole or not at all."""
+    """Writes the array to a name that ends in .npy; the file appears whole or not at all."""
     require_npy(path)
     array = np.ascontiguousarray(array)
     with output(path) as file:
         header = np.lib.format.header_data_from_array_1_0(array)
         np.lib.format.write_array_header_1_0(file, header)
-        file.write(array.data)  # np.save calls tell, which fails on a pipe
+        file.write(array.data)  # not np.save, which calls `tell` and fails on a pipe
 
 
 def require_npy(path: str | Path) -> None:

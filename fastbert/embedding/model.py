@@ -1,4 +1,4 @@
-"""Embeds texts: sorts them by length and packs them into batches of limited token counts."""
+"""Embeds texts: sorts them by length and packs them into batches with a limited token count."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -27,8 +27,8 @@ from fastbert.models.bert import BertModel
 from fastbert.models.trained import fingerprint
 from fastbert.train.precision import autocast, cast_once, resolve_precision
 
-_CHARACTERS = 16  # of a long text to tokenise, for each token that is kept
-_TOKENISED = 2**19  # characters at once: tokenizers takes a hundred times the tokens' memory
+_CHARACTERS = 16  # how much of a long text is tokenised, for each token that is kept
+_TOKENISED = 2**19  # characters at once, because tokenizers needs a hundred times the ids' memory
 
 
 def pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
@@ -43,18 +43,18 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
 
 
 class Embedder:
-    """Embeds texts by a BERT without a head and its tokenizer.
+    """Embeds texts with a BERT without a head and its tokenizer.
 
     pooling: "mean" of the last hidden states of all tokens, [CLS] and [SEP] included, as in
     Sentence-BERT (Reimers & Gurevych 2019), or "cls", the last hidden state of [CLS]; normalize:
     scales vectors to length 1; max_seq_len: in tokens, special tokens included; truncate: cuts
-    longer texts off instead of refusing them; batch_tokens: the most tokens computed at once;
-    precision: auto, bf16, fp16 or fp32.
+    longer texts off instead of refusing them; batch_tokens: the most tokens in a batch; precision:
+    auto, bf16, fp16 or fp32.
 
-    None for pooling, normalize or max_seq_len takes what the model's files of sentence-transformers
-    say; without such files, these are "mean", no scaling and the model's length. Their default
+    If pooling, normalize or max_seq_len is None, the model's files of sentence-transformers give
+    it; without such files, they are "mean", no scaling and the model's length. The files' default
     prompt is put before each text. Raises InputError for other values, for a model that cannot be
-    read, and for a pipeline of sentence-transformers that has other modules.
+    read, and for a pipeline of sentence-transformers with other modules.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class Embedder:
         precision: str = "auto",
     ) -> None:
         if pooling not in (None, *POOLINGS):
-            raise InputError(f"--pooling: one of {', '.join(POOLINGS)}, got {pooling!r}")
+            raise InputError(f"--pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
         directory = checkpoint.resolve(model)
         files = SentenceFiles.read(directory)
         config = BertConfig.from_pretrained(directory)
         longest = config.max_position_embeddings
         if max_seq_len is not None and not 3 <= max_seq_len <= longest:
             raise InputError(
-                f"--max-seq-len: between 3 and the model's {longest}, got {max_seq_len}"
+                f"--max-seq-len: expected 3 to the model's {longest}, got {max_seq_len}"
             )
         self.tokenizer = load_tokenizer(directory, model_vocab_size=config.vocab_size)
         self.encoder = WindowEncoder(
@@ -105,9 +105,9 @@ class Embedder:
         self.unknown = self.tokens = 0  # counts over all texts so far
 
     def made_from(self) -> dict[str, Any]:
-        """All that decides the embedding of a text, as JSON values: equal ones mean equal vectors.
+        """Everything that determines a text's embedding, as JSON values.
 
-        The weights, the configuration and the tokenizer are in one SHA-256.
+        One SHA-256 covers the weights, the configuration and the tokenizer.
         """
         both = self.tokenizer.to_str() + fingerprint(self.bert)
         return {
@@ -163,10 +163,9 @@ class Embedder:
         return features
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without those that truncation would remove.
+        """Token ids of each text, without the ones that truncation would remove.
 
-        Only the beginning of a long text is tokenised, and all of it only if the beginning has too
-        few tokens.
+        Only the beginning of a long text is tokenised, unless it has too few tokens.
         """
         beginnings = [text[: self._end(text)] for text in texts]
         found = self._encode(beginnings)
@@ -182,7 +181,7 @@ class Embedder:
         return [encoding.ids for encoding in encoded]
 
     def _end(self, text: str) -> int | None:
-        """Where the beginning of a long text ends: before a blank, where BERT splits it anyway."""
+        """The end of a long text's beginning: before a blank, where BERT splits text anyway."""
         enough = _CHARACTERS * (self.kept or 0)
         if not self.divides_at_blanks or len(text) <= enough:
             return None

@@ -1,4 +1,4 @@
-"""Which rows of a corpus go into which shard, and the plan and manifest of a directory."""
+"""The plan of a directory, with the rows of each shard, and its manifest."""
 
 import dataclasses
 import hashlib
@@ -17,10 +17,10 @@ _VERSION = 1  # of both files, and of how rows are grouped into batches
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the shards of a directory are made from, and where each begins.
+    """What the shards of a directory are made from, and where each shard begins.
 
-    made_from: the input's identity, the model and the options, which decide every number in the
-    shards; rows: how many the input has; marks: place in the input of each shard's first row
+    made_from: the input's identity, the model and the options, which determine every number in the
+    shards; rows: the input's number of rows; marks: place in the input of each shard's first row
     """
 
     made_from: dict[str, Any]
@@ -44,7 +44,7 @@ class Plan:
 
     @classmethod
     def of(cls, texts: Texts, made_from: dict[str, Any]) -> Self:
-        """Reads all of the input first: InputError for a bad row comes before hours of work."""
+        """Reads all of the input, so that a bad row raises InputError before hours of work."""
         marks, rows, mark = [], 0, BEGINNING
         for text in texts.rows():
             if rows % made_from["shard_size"] == 0:
@@ -60,7 +60,7 @@ class Plan:
 
     @classmethod
     def read(cls, directory: Path) -> Self | None:
-        """The plan of a directory, None if it has none; InputError if it is another version's."""
+        """The plan of a directory or None; raises InputError for another version's plan."""
         values = _read(directory / PLAN)
         if values is None:
             return None
@@ -88,10 +88,10 @@ class Plan:
 
 
 def require_same(directory: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises InputError unless this run may add shards to those of an earlier run.
+    """Raises InputError unless this run may add shards to an earlier run's.
 
     there, wanted: `made_from` of the earlier run and of this one. Only --truncate may be added,
-    because no text of the shards that exist was too long.
+    because no text in the existing shards was too long.
     """
     if not there["truncate"]:
         there = there | {"truncate": wanted["truncate"]}
@@ -100,8 +100,8 @@ def require_same(directory: Path, there: dict[str, Any], wanted: dict[str, Any])
         said = [_SAID.get(name, f"--{name.replace('_', '-')}") for name in others]
         names = ", ".join(dict.fromkeys(said))
         raise InputError(
-            f"--out {directory}: holds embeddings of another run, with other {names}; name another "
-            "directory, or run it as before"
+            f"--out {directory}: holds embeddings of a run with another {names}; name another "
+            "directory, or use the earlier options"
         )
 
 
@@ -111,7 +111,9 @@ _SAID = {"model_sha256": "model", "input_bytes": "input", "input_sha256": "input
 def _read(path: Path) -> dict[str, Any] | None:
     values: dict[str, Any] | None = read_json(path)
     if values is not None and values.get("version") != _VERSION:
-        raise InputError(f"{path}: not of this version of fastbert embed; name another directory")
+        raise InputError(
+            f"{path}: written by another version of fastbert embed; name another directory"
+        )
     return values
 
 

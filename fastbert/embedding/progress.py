@@ -1,4 +1,4 @@
-"""Progress of `fastbert embed`: a live bar on a terminal, elsewhere a line now and then."""
+"""Progress of `fastbert embed`: a live bar on a terminal, otherwise a line every ten seconds."""
 
 import time
 
@@ -10,7 +10,7 @@ _SECONDS = 10  # between two plain lines
 
 
 class RowsReporter:
-    """Shows how many rows the first rank has embedded; each other rank has about as many."""
+    """Shows how many rows the first rank has embedded; every other rank has about as many."""
 
     def __init__(self, rows: int, ranks: Ranks) -> None:
         self.live = console.is_terminal
@@ -28,7 +28,7 @@ class RowsReporter:
         self.progress.stop()
 
     def advance(self, rows: int) -> None:
-        """Counts `rows` more as embedded; off a terminal, prints a line now and then."""
+        """Counts `rows` more embedded rows, and prints a line from time to time off a terminal."""
         self.done += rows
         now = time.perf_counter()
         speed = f"{self.done / max(now - self.started, 1e-9):,.0f} rows/s{self.others}"

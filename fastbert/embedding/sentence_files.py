@@ -1,4 +1,4 @@
-"""Reads the files of sentence-transformers that say how a model's texts become vectors."""
+"""Reads the files of sentence-transformers that define how a model's texts become vectors."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,15 +9,15 @@ from fastbert.config.options import POOLINGS
 from fastbert.system.files import read_json
 
 _KNOWN = ("Transformer", "Pooling", "Normalize")  # modules that fastbert computes
-_NO_LIMIT = 1e30  # tokens; transformers writes it where a tokenizer has no limit
+_NO_LIMIT = 1e30  # tokens; transformers writes this number if a tokenizer has no limit
 _LEGACY = "pooling_mode_"  # prefix of a mode in files of older releases
 _LEGACY_NAMES = {"cls_token": "cls", "mean_tokens": "mean"}
 
 
 class SentenceFiles(NamedTuple):
-    """pooling: one of POOLINGS, None if no file says it; normalizes: whether vectors are scaled to
-    length 1; max_seq_len: in tokens, or None; it may be more than the model computes; prompts:
-    texts to put before a text, by name; default_prompt: name of the one used by default, or None.
+    """pooling: one of POOLINGS, None if no file has it; normalizes: whether vectors are scaled to
+    length 1; max_seq_len: in tokens, perhaps more than the model's limit, or None; prompts: what to
+    put before a text, by name; default_prompt: name of the default prompt, or None.
     """
 
     pooling: str | None = None
@@ -28,7 +28,7 @@ class SentenceFiles(NamedTuple):
 
     @classmethod
     def read(cls, directory: Path) -> "SentenceFiles":
-        """Reads a model's directory; InputError for a pipeline that fastbert does not compute."""
+        """Reads a model's directory; InputError for a pipeline that fastbert cannot compute."""
         file = directory / "modules.json"
         if not file.is_file():
             return cls()
@@ -40,7 +40,7 @@ class SentenceFiles(NamedTuple):
             kind = str(module.get("type")).rpartition(".")[2]
             if kind not in _KNOWN:
                 raise InputError(
-                    f"{file}: the model has a {kind} module, which fastbert does not compute"
+                    f"{file}: the model has a {kind} module, which fastbert cannot compute"
                 )
             normalizes |= kind == "Normalize"
             if kind == "Pooling":
@@ -53,8 +53,8 @@ class SentenceFiles(NamedTuple):
         prompts = read_json(directory / "config_sentence_transformers.json") or {}
         if about.get("do_lower_case"):
             raise InputError(
-                f"{directory}: do_lower_case in sentence_bert_config.json is not computed here; "
-                "let the tokenizer lower-case"
+                f"{directory}: do_lower_case in sentence_bert_config.json is not supported; "
+                "use a tokenizer that lower-cases"
             )
         default = prompts.get("default_prompt_name")
         named = prompts.get("prompts") or {}
@@ -67,7 +67,7 @@ class SentenceFiles(NamedTuple):
 
 
 def _max_seq_len(directory: Path) -> int | None:
-    """The limit of a model's texts; sentence-transformers 6 keeps it with the tokenizer only."""
+    """The most tokens of a text; sentence-transformers 6 only writes it to the tokenizer's file."""
     for name, key in (
         ("sentence_bert_config.json", "max_seq_length"),
         ("tokenizer_config.json", "model_max_length"),
@@ -92,9 +92,9 @@ def _pooling(file: Path) -> str:
         modes = [_LEGACY_NAMES.get(name, name) for name in names] or ["mean"]
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise InputError(
-            f"{file}: the model pools by {' and '.join(map(str, modes))}; fastbert computes "
-            f"{' or '.join(POOLINGS)}"
+            f"{file}: the model uses the pooling {' and '.join(map(str, modes))}; fastbert "
+            f"computes {' or '.join(POOLINGS)}"
         )
     if config.get("include_prompt", True) is False:
-        raise InputError(f"{file}: include_prompt = false is not computed here")
+        raise InputError(f"{file}: include_prompt = false is not supported")
     return modes[0]

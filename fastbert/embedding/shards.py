@@ -1,7 +1,7 @@
-"""`fastbert embed` into a directory: shard by shard, by one process or by all of torchrun's.
+"""`fastbert embed` into a directory, shard by shard, in one process or in all of torchrun's.
 
 A shard appears whole or not at all, and depends only on its rows, the model and the options. So a
-run that was killed continues with the shards that are missing, with any number of processes.
+run that was killed continues with the missing shards, with any number of processes.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from fastbert.system.files import new_file, require_apart
 from fastbert.train.distributed import Ranks, joined
 
 SHARD_SIZE = 65_536
-_WINDOW_ROWS, _WINDOW_CHARACTERS = 8192, 2**22  # of texts that are in memory and sorted together
+_WINDOW_ROWS, _WINDOW_CHARACTERS = 8192, 2**22  # limits of texts in memory, sorted together
 
 T = TypeVar("T")
 
@@ -43,13 +43,13 @@ def embed_corpus(
 
     source: .txt, .csv, .tsv, .jsonl or .parquet, of any size; out: a directory that is new or holds
     the same run; format: npy, (rows, width) float32, or parquet, with columns `row`, int64, and
-    `embedding`, float32; options: those of `Embedder`. Called again after a kill, it makes only the
-    missing shards; the manifest is written last. Under torchrun, rank r of W makes every W-th
-    missing shard, from the r-th on. Raises InputError for input that cannot be read or changes
-    meanwhile and for an `out` with other contents, Stopped at Ctrl-C.
+    `embedding`, float32; options: `Embedder`'s. A call after a kill makes only the missing shards;
+    the manifest is written last. Under torchrun, rank r of W makes every W-th missing shard, from
+    the r-th on. Raises InputError for input that cannot be read or changes meanwhile and for an
+    `out` with other contents, Stopped after Ctrl-C.
     """
     if format not in WRITERS:
-        raise InputError(f"--format: one of {', '.join(WRITERS)}, got {format!r}")
+        raise InputError(f"--format: expected one of {', '.join(WRITERS)}, got {format!r}")
     if format == "parquet":
         pyarrow_of("--format parquet")
     texts = texts_of(source, text_column, delimiter)
@@ -62,7 +62,7 @@ def embed_corpus(
             "shard_size": shard_size,
             "format": format,
         }
-        kept = f"the shards in {out} are kept; the same command makes the rest"
+        kept = f"the shards in {out} are kept; the same command makes the missing ones"
         with ranks.claimed(out), stopping(lambda: kept):
             before = os.stat(source)
             plan, missing = _from_first(ranks, lambda: _prepare(texts, out, made_from, embedder))
@@ -73,14 +73,14 @@ def embed_corpus(
             embedder.warn_of_words(source)
             shards = _describe(plan, out, embedder.width, ranks)
             if _changed(before, os.stat(source)):
-                raise InputError(f"{source}: was changed while it was read; embed it anew")
+                raise InputError(f"{source}: was changed while it was read; use a new --out")
             return _from_first(ranks, lambda: plan.finish(out, model, source, shards))
 
 
 def _prepare(
     texts: Texts, out: Path, made_from: dict[str, Any], embedder: Embedder
 ) -> tuple[Plan, list[int]]:
-    """The plan, made or read, and the numbers of the missing shards."""
+    """The new or existing plan, and the numbers of the missing shards."""
     made_from = made_from | identity(texts.path)
     plan = Plan.read(out)
     if plan is None:
@@ -94,7 +94,7 @@ def _prepare(
             plan = Plan(made_from, plan.rows, plan.marks)
             plan.write(out)
     for name in ("shard-*", PLAN, MANIFEST):
-        for rest in out.glob(f".{name}.*"):  # half-written, by a run that was killed
+        for rest in out.glob(f".{name}.*"):  # partly written by a run that was killed
             rest.unlink()
     missing = [
         number
@@ -104,7 +104,7 @@ def _prepare(
     if missing:
         (out / MANIFEST).unlink(missing_ok=True)  # because a manifest says that all shards exist
     console.print(
-        f"{plan.rows:,} rows in {len(plan.marks)} shard(s), of which {len(missing)} are to be made"
+        f"{plan.rows:,} rows in {len(plan.marks)} shard(s), of which {len(missing)} are missing"
     )
     return plan, missing
 
@@ -155,7 +155,7 @@ def _describe(plan: Plan, out: Path, width: int, ranks: Ranks) -> list[dict[str,
     for number in range(len(plan.marks))[ranks.rank :: ranks.size]:
         path, rows = out / plan.file_of(number), plan.rows_of(number)
         if not holds(path, len(rows), width):
-            raise InputError(f"{path}: was taken away or changed by another process")
+            raise InputError(f"{path}: removed or changed by another process; run it again")
         own.append(
             {
                 "file": path.name,
@@ -170,7 +170,7 @@ def _describe(plan: Plan, out: Path, width: int, ranks: Ranks) -> list[dict[str,
 
 
 def _gather(ranks: Ranks, own: T) -> list[T]:
-    """The values that all ranks pass, in order; it waits for every rank."""
+    """The values that all ranks pass, in order of rank. Waits for every rank."""
     if ranks.size == 1:
         return [own]
     everyones: list[Any] = [None] * ranks.size
@@ -179,7 +179,7 @@ def _gather(ranks: Ranks, own: T) -> list[T]:
 
 
 def _from_first(ranks: Ranks, make: Callable[[], T]) -> T:
-    """What `make` returns on the first rank, handed to every rank; the others wait for it."""
+    """The result of `make`, called on the first rank, on every rank; the others wait for it."""
     made: list[Any] = [make() if ranks.is_first else None]
     if ranks.size > 1:
         dist.broadcast_object_list(made, src=0, group=ranks.patient)

@@ -41,8 +41,8 @@ def _parquet(path: Path, rows: range, width: int) -> Iterator[Write]:
         yield write
 
 
-# Each opens a shard, of the rows with these numbers in the input and of vectors of this width; the
-# block passes its rows, in order, to the function that it gets.
+# Each opens a shard for the input's rows `rows` and vectors of this width, and yields a function to
+# which the block passes the vectors, in order.
 WRITERS = {"npy": _npy, "parquet": _parquet}
 
 

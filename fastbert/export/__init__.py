@@ -1,1 +1,1 @@
-"""Models as files that other runtimes run: ONNX, and programs of torch.export."""
+"""Exports models to files for other runtimes: ONNX and torch.export programs."""

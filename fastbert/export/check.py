@@ -1,4 +1,4 @@
-"""Compares what an exported file answers with what the model answers."""
+"""Compares the outputs of an exported file with the model's."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,12 +13,12 @@ from fastbert.export.formats import Inputs, Runner
 
 TOLERANCE = 1e-4  # in float32: absolute up to 1, relative above
 _UNIT = 2.0**-11  # relative error of one rounding to fp16
-_PER_LAYER, _AROUND = 12, 4  # fp16 roundings that reach the residual stream: in a layer, outside
+_PER_LAYER, _AROUND = 12, 4  # fp16 roundings that reach the residual stream: per layer, elsewhere
 _SIGMAS = 6  # a bound for the largest of a million independent errors
 
 
 class Difference(NamedTuple):
-    """found: the largest error; allowed: the tolerance for it, in the same unit."""
+    """found: the largest error; allowed: its tolerance, in the same unit."""
 
     found: float
     allowed: float
@@ -27,7 +27,7 @@ class Difference(NamedTuple):
 def fp16_tolerance(num_layers: int) -> float:
     """How far fp16 may be from float32, in units of the root mean square of an output.
 
-    Each rounding errs by at most 2^-11, relative and independently of the others. About twelve in a
+    Each rounding has a relative error of at most 2^-11, independent of the others. About twelve per
     layer reach the residual stream, whose scale LayerNorm keeps, so their sum grows with the square
     root of their number. That is 0.036 at twelve layers; measured errors are a tenth to a third of
     the tolerance (docs/export.md).
@@ -36,7 +36,7 @@ def fp16_tolerance(num_layers: int) -> float:
 
 
 def batches(config: BertConfig, has_choices: bool, seed: int = 0) -> Iterator[Inputs]:
-    """Random batches of four sizes other than the traced one, padded left, right, both and not.
+    """Random batches of four sizes, none the traced one; padded left, right, on both sides or not.
 
     has_choices: inputs are (B, 4, S), else (B, S); all are int64
     """
@@ -67,9 +67,9 @@ def compare(
     *inputs: Inputs,
     fp16_layers: int | None = None,
 ) -> Difference:
-    """The difference closest to its tolerance, over all outputs and batches.
+    """The difference that is closest to its tolerance, over all outputs and batches.
 
-    run: computes the outputs to check; wanted: computes the right ones; fp16_layers: number of
+    run: computes the outputs to check; wanted: computes the expected ones; fp16_layers: number of
     layers of a model in fp16, None in float32. Raises InputError, which begins with `who`, if an
     output's name or shape is wrong, or a number differs by more than its tolerance or is NaN.
     """
@@ -87,15 +87,15 @@ def compare(
             difference = _difference(got[name], expected, fp16_layers)
             if not difference.found <= difference.allowed:  # NaN too
                 raise InputError(
-                    f"{where} differs from the model's by {difference.found:.2e}, more than "
-                    f"{difference.allowed:.2e}; the file was not kept"
+                    f"{where} differs from the model's by {difference.found:.2e}, more than the "
+                    f"allowed {difference.allowed:.2e}; no file is kept"
                 )
             worst = max(worst, difference, key=lambda one: one.found / one.allowed)
     return worst
 
 
 def _difference(got: Tensor, wanted: Tensor, fp16_layers: int | None) -> Difference:
-    lowest = torch.finfo(torch.float32).min  # question answering's logits at padding; must be equal
+    lowest = torch.finfo(torch.float32).min  # a span logit at padding, which must be equal
     is_number = wanted != lowest
     if not torch.equal(is_number, got != lowest):
         return Difference(math.inf, TOLERANCE)

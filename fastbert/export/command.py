@@ -15,7 +15,7 @@ from fastbert.export.formats import Inputs, format_of, trace
 from fastbert.system.files import is_stream, new_file, output, require_output
 
 PRECISIONS = ("fp32", "fp16")
-# Copied to the file's directory, as far as the model has them: its user reads them too.
+# Copied to the file's directory if the model has them, because users of the file need them too.
 BESIDE = (
     "config.json",
     "tokenizer.json",
@@ -36,18 +36,18 @@ def export(
     head: str | None = None,
     pooling: str | None = None,
 ) -> tuple[Path, check.Difference]:
-    """Exports a model; returns the file's path and how far its answers are from the model's.
+    """Exports a model; returns the file's path and the difference of its outputs from the model's.
 
-    to: onnx or torch (torch.export); precision: fp32 or fp16; out: a file with the format's ending
-    (.onnx, .pt2), or a directory, which gets a file `model` with that ending; head: a class of
+    to: onnx or torch (torch.export); precision: fp32 or fp16; out: a file name that ends in .onnx
+    or .pt2, or a directory, which gets a file `model` with that ending; head: a class of
     `fastbert.models`, by default the one that config.json names; pooling: mean or cls, for sentence
-    embeddings of the bare model. The file appears only after its answers agreed with the model's
-    (`check.compare`). Raises InputError if they do not, for other options, a missing library and an
-    `out` that belongs to another model.
+    embeddings of the bare model. The file appears only if its outputs agree with the model's
+    (`check.compare`). Raises InputError if they do not, for other options, a missing library, and
+    an `out` that belongs to another model.
     """
     form = format_of(to)
     if precision not in PRECISIONS:
-        raise InputError(f"--precision: one of {', '.join(PRECISIONS)}, got {precision!r}")
+        raise InputError(f"--precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     if is_stream(out):
         raise InputError(f"--out {out}: is a stream; name a file or a directory")
     directory = checkpoint.resolve(model)
@@ -76,18 +76,20 @@ def export(
 def load(
     directory: Path, config: BertConfig, head: str | None = None, pooling: str | None = None
 ) -> tuple[Any, plain.Plain]:
-    """The packed model of a checkpoint and the plain one, in eval mode, with the same weights.
+    """The packed and the plain model of a checkpoint, in eval mode, with the same weights.
 
     Raises InputError for an unknown head or pooling, and if the checkpoint lacks parameters of the
     head, because they would be random.
     """
     if pooling is not None and pooling not in plain.EMBEDDINGS:
-        raise InputError(f"--pooling: one of {', '.join(plain.EMBEDDINGS)}, got {pooling!r}")
+        raise InputError(
+            f"--pooling: expected one of {', '.join(plain.EMBEDDINGS)}, got {pooling!r}"
+        )
     if pooling is not None and head not in (None, "BertModel"):
         raise InputError(f"--pooling: only for the bare BertModel, not for {head}")
     named = head or ("BertModel" if pooling else _named_head(directory, config))
     if named not in plain.HEADS:
-        raise InputError(f"--head: one of {', '.join(plain.HEADS)}, got {named!r}")
+        raise InputError(f"--head: expected one of {', '.join(plain.HEADS)}, got {named!r}")
     weights = checkpoint.read_weights(directory)
     has_pooler = pooling is None and any(".pooler." in f".{name}" for name in weights)
     if named == "BertModel":
@@ -98,7 +100,7 @@ def load(
     if absent:
         raise InputError(
             f"{directory}: the checkpoint has no {', '.join(absent)}, which {named} needs; train "
-            "it, or name another --head"
+            "it first, or name another --head"
         )
     kind = plain.HEADS[named]
     if named == "BertModel":
@@ -114,8 +116,8 @@ def _named_head(directory: Path, config: BertConfig) -> str:
     if len(names) == 1 and names[0] in plain.HEADS:
         return names[0]
     raise InputError(
-        f"{directory}/config.json: names {names[0] if names else 'no architecture'}, which is no "
-        f"head known here; give --head, one of {', '.join(plain.HEADS)}"
+        f"{directory}/config.json: names {names[0] if names else 'no architecture'}, which is not "
+        f"a known head; give --head, one of {', '.join(plain.HEADS)}"
     )
 
 
@@ -147,9 +149,9 @@ def _file(out: Path, suffix: str) -> Path:
 
 
 def _beside(directory: Path, place: Path) -> dict[str, bytes]:
-    """Contents, by name, of the files that still have to be copied beside the exported file.
+    """Contents by name of the files to copy beside the exported file, without existing ones.
 
-    Raises InputError if one of another model is there already, and for a run's directory.
+    Raises InputError if another model's file is there already, and for a run's directory.
     """
     if any((place / name).exists() for name in (checkpoint.RUN, checkpoint.LATEST)):
         raise InputError(f"--out {place}: is the directory of a run; name another one")
@@ -158,7 +160,7 @@ def _beside(directory: Path, place: Path) -> dict[str, bytes]:
         source, target = directory / name, place / name
         contents = source.read_bytes() if source.is_file() else None
         if target.exists() and target.read_bytes() != contents:
-            raise InputError(f"--out: {target} is that of another model; name another directory")
+            raise InputError(f"--out: {target} belongs to another model; name another directory")
         if contents is not None and not target.exists():
             copies[name] = contents
     return copies

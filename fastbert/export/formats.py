@@ -1,4 +1,4 @@
-"""The two formats: how a file is written, and how its own runtime runs it."""
+"""The two formats: writing a file, and running it in its own runtime."""
 
 import contextlib
 import io
@@ -15,16 +15,16 @@ from torch.export import Dim, ExportedProgram
 from fastbert.check import InputError, require_libraries
 from fastbert.export.plain import INPUTS, Plain
 
-Inputs = dict[str, Tensor]  # by the names of INPUTS, int64
+Inputs = dict[str, Tensor]  # int64 tensors, by the names in INPUTS
 Runner = Callable[[Inputs], dict[str, Tensor]]  # computes a file's outputs, by name
 
 _LARGEST = 2**31 - 2**20  # bytes of weights in an ONNX file, which is one protobuf message
 
 
 def trace(model: Plain, longest: int) -> ExportedProgram:
-    """Traces the model by torch.export; batch, choices and length (up to `longest`) are dynamic."""
+    """Traces the model; batch, choices and length (up to `longest`) are dynamic."""
     lead = (2, 3) if model.has_choices else (2,)
-    # separate tensors: the exporter would merge inputs that are the same tensor
+    # separate tensors, because the exporter would merge inputs that are one tensor
     inputs = {name: torch.ones(*lead, min(8, longest), dtype=torch.int64) for name in INPUTS}
     length = Dim("length", max=longest) if longest > 1 else Dim.STATIC
     axes = {0: Dim("batch"), len(lead): length} | ({1: Dim("choices")} if model.has_choices else {})
@@ -39,7 +39,7 @@ def write_onnx(program: ExportedProgram, model: Plain, path: Path) -> None:
     size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
     if size > _LARGEST:
         raise InputError(
-            f"--to onnx: an ONNX file holds 2 GB and the weights are {size / 1e9:.1f} GB; take "
+            f"--to onnx: an ONNX file holds 2 GB, but the weights have {size / 1e9:.1f} GB; use "
             "--precision fp16, or --to torch"
         )
     with _quietly():
@@ -73,14 +73,14 @@ def run_onnx(path: Path) -> Runner:
 
 def write_torch(program: ExportedProgram, model: Plain, path: Path) -> None:
     """Writes a .pt2 file, which `torch.export.load` reads."""
-    archive = io.BytesIO()  # torch ends the process where a file does not take all of it
+    archive = io.BytesIO()  # if a disk is full, torch would end the process
     with _quietly():
         torch.export.save(program, archive)
     path.write_bytes(archive.getbuffer())
 
 
 def run_torch(path: Path) -> Runner:
-    """Loads a .pt2 file by `torch.export.load`."""
+    """Loads a .pt2 file with `torch.export.load`."""
     with _quietly(), path.open("rb") as file:
         module = torch.export.load(file).module()
 
@@ -93,7 +93,7 @@ def run_torch(path: Path) -> Runner:
 
 
 class Format(NamedTuple):
-    """suffix: of a file's name; write, run: functions above; needs: packages that they import."""
+    """suffix: end of a file's name; write, run: functions above; needs: packages for them."""
 
     suffix: str
     write: Callable[[ExportedProgram, Plain, Path], None]
@@ -108,16 +108,16 @@ FORMATS = {
 
 
 def format_of(name: str) -> Format:
-    """The format named; InputError if there is none, or if its packages are not installed."""
+    """The format `name`; InputError if it is unknown or its packages are not installed."""
     if name not in FORMATS:
-        raise InputError(f"--to: one of {', '.join(FORMATS)}, got {name!r}")
+        raise InputError(f"--to: expected one of {', '.join(FORMATS)}, got {name!r}")
     require_libraries(f"--to {name}", FORMATS[name].needs, "export")
     return FORMATS[name]
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Silences the warnings and logs of exporters, which speak of their own internals."""
+    """Silences the exporters' warnings and logs, which are about their own internals."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
     levels = [logger.level for logger in loggers]
     try:

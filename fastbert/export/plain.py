@@ -1,9 +1,9 @@
-"""Every model of fastbert as a plain padded one, which an exporter can trace.
+"""Every model of fastbert as a plain padded model that an exporter can trace.
 
-Encoder and heads are built of `fastbert/reference.py`'s modules, with Hugging Face's names, so that
-a model's state_dict loads unchanged. Outputs equal the packed model's: zeros at padding, the lowest
-float32 for start and end logits there, and a pooler that reads the first real token. B sequences
-padded to S tokens, H hidden, V vocabulary, L labels, C choices.
+Encoder and heads use the modules of `fastbert/reference.py` and Hugging Face's names, so a model's
+state_dict loads unchanged. Outputs equal the packed model's: zeros at padding, the lowest float32
+for start and end logits there, and a pooler that reads the first real token. B sequences padded to
+S tokens, H hidden, V vocabulary, L labels, C choices.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class Plain(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        # by name the reference knows fewer activations than models, so it gets the function
+        # the reference knows fewer names of activations than models do, so it gets the function
         config = dataclasses.replace(config, hidden_act=activation(config.hidden_act))
         self.bert = Trunk(config, self.has_pooler)
 
@@ -106,7 +106,7 @@ class MeanEmbedding(Plain):
 
     def read(self, encoded: Encoded) -> tuple[Tensor, ...]:
         hidden, is_real = encoded
-        total = hidden.float().sum(1)  # fp16 would overflow over a long text
+        total = hidden.float().sum(1)  # the sum over a long text would overflow fp16
         return hidden, total / is_real.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -127,7 +127,7 @@ class _Heads(nn.Module):
 
 
 class _Words(Plain):
-    """A model with a masked-LM head, whose decoder is tied to the word embeddings if configured."""
+    """A model with a masked-LM head; its decoder is tied to the word embeddings if configured."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
@@ -182,7 +182,7 @@ class NextSentence(Plain):
 
 
 class SequenceClassification(Plain):
-    """Classification with one label or several, and regression: the logits are the same for all."""
+    """`BertForSequenceClassification`, whose logits are the same for every problem_type."""
 
     outputs = ("logits",)  # (B, L)
     has_pooler = True

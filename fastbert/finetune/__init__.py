@@ -1,1 +1,1 @@
-"""Fine-tuning: reading, training, measuring and running a BERT with a task's head."""
+"""Fine-tuning: reads examples, then trains, measures and runs BERT with a task's head."""

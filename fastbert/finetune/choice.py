@@ -1,7 +1,7 @@
 """Multiple choice: which of several texts continues or answers a first one (SWAG, RACE, C3).
 
-Each choice is a sequence of its own, [CLS] text [SEP] choice [SEP]; the model gives each one score,
-and a softmax over a question's choices makes probabilities (Devlin et al. 2018, section 4.4).
+Each choice becomes a sequence [CLS] text [SEP] choice [SEP], for which the model has one score. A
+softmax over a question's choices gives probabilities (Devlin et al. 2018, section 4.4).
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ from fastbert.packing import PackedBatch
 class ChoiceExample(NamedTuple):
     """A first text, its choices, and the index of the right choice.
 
-    where: file and line, for error messages; choices: each already has the text of --pair-column
-    in front; target: None for unlabelled input
+    where: file and line, for error messages; choices: each begins with the text of --pair-column;
+    target: None for unlabelled input
     """
 
     where: str
@@ -86,7 +86,7 @@ class Choice(Task):
         self.labels = []
 
     def model_options(self) -> dict[str, Any]:
-        return {"num_labels": 2, "problem_type": None}  # as Hugging Face's; the head has 1 output
+        return {"num_labels": 2, "problem_type": None}  # as in Hugging Face; the head has 1 output
 
     def features(self, examples: Sequence[ChoiceExample], encoder: WindowEncoder) -> list[Feature]:
         features = []
@@ -101,7 +101,7 @@ class Choice(Task):
         return features
 
     def forward(self, model: Any, batch: PackedBatch, features: Sequence[Feature]) -> Any:
-        """The model's output with one score a sequence: questions may differ in their choices."""
+        """The output, one score per sequence: questions may differ in their number of choices."""
         return model(batch, num_choices=1)
 
     def summed_loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
@@ -116,7 +116,7 @@ class Choice(Task):
     def prediction(
         self, example: ChoiceExample, features: list[Feature], scores: Scores
     ) -> Prediction:
-        """choice: index of the likeliest choice; text: that choice; probabilities: of every one."""
+        """choice: index of the likeliest choice; text: that choice; probabilities: of all."""
         (row,) = scores
         best = int(row.argmax())
         return {"choice": best, "text": example.choices[best], "probabilities": softmax(row)}

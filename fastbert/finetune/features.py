@@ -1,4 +1,4 @@
-"""Turns texts into the token sequences that a model reads; long texts become several windows."""
+"""Turns texts into token sequences for a model; a long text becomes several windows."""
 
 import bisect
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ class TooLong(InputError):
 class Window(NamedTuple):
     """One sequence, [CLS] A [SEP] or [CLS] A [SEP] B [SEP].
 
-    Its tokens from position `prefix` on are tokens `begin` to `end`, exclusive, of the last text:
-    of B if there are two texts, else of A.
+    From position `prefix` on it has the tokens `begin` to `end`, exclusive, of its last text: B if
+    there are two texts, else A.
     """
 
     input_ids: list[int]
@@ -34,8 +34,8 @@ class Window(NamedTuple):
 class Feature(NamedTuple):
     """What the model scores together: one sequence, or all choices of a question.
 
-    example: index of its example in the task's list; windows: its sequences, of which only multiple
-    choice has more than one; target: labels or positions in the text, in a form of the task's own
+    example: index of its example in the task's list; windows: its sequences, more than one only in
+    multiple choice; target: labels or positions in the text, in a form that the task chooses
     """
 
     example: int
@@ -52,8 +52,8 @@ class WindowEncoder:
 
     stride: how many tokens neighbouring windows of a long text share, None to refuse long texts;
     truncate: cuts tokens off the end of the longer of two texts until both fit; advice: the remedy
-    that the error message ends with, and advice_on_stride where windows have no room for the tokens
-    that they share; max_windows: the most windows of a text, None for no limit.
+    at the end of the error message; advice_on_stride: the same for windows that have no room for
+    the tokens to share; max_windows: the most windows of a text, None for no limit.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class WindowEncoder:
         self.specials = special_tokens(tokenizer)
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens, as Hugging Face's BertTokenizer has them."""
+        """Token ids of a text without special tokens, equal to those of HF's BertTokenizer."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def windows(
         self, where: str, first: Sequence[int], second: Sequence[int] | None = None
     ) -> list[Window]:
-        """The sequences of one text, or of two texts of which the second is read in windows.
+        """The sequences of one text, or of two texts; the last one is read in windows.
 
         first, second: token ids; where: begins the error message. Raises `TooLong` if the texts do
         not fit and neither stride nor truncate is set, if the windows would have no room for more
@@ -125,11 +125,10 @@ def cut(length: int, room: int, shared: int) -> list[tuple[int, int]]:
 
 
 def best_window(place: int, windows: Sequence[Window]) -> int:
-    """Index of the window that shows most context around the token at `place` of the text.
+    """Index of the window with the most context around the token at `place` in the text.
 
-    Context is counted on the side that has less of it: the "max context" rule of BERT's
-    run_squad.py, without its term for the window's length. windows: all windows of one text, in
-    order.
+    The side with less context counts: the "max context" rule of BERT's run_squad.py, without its
+    term for the window's length. windows: all windows of one text, in order.
     """
     last = bisect.bisect_right(windows, place, key=lambda window: window.begin)
     first = last - 1
@@ -142,8 +141,8 @@ def best_window(place: int, windows: Sequence[Window]) -> int:
 def collate(features: Sequence[Feature], numbers: Sequence[int] | None = None) -> PackedBatch:
     """Packs the features' sequences end to end into one batch, on the CPU.
 
-    numbers: index of each feature among all training features. Dropout draws its masks from these,
-    so that they depend on the example, not on how a step is split; None numbers the sequences of
+    numbers: index of each feature among all training features. Dropout draws its masks with these,
+    so the masks depend on the example, not on how a step is split. None numbers the sequences of
     this batch instead.
     """
     windows = [window for feature in features for window in feature.windows]
@@ -165,7 +164,7 @@ def collate(features: Sequence[Feature], numbers: Sequence[int] | None = None) -
 
 
 def parts(sizes: Sequence[int], limit: int) -> list[range]:
-    """Ranges of consecutive indices whose sizes sum to at most `limit`, or that have one member."""
+    """Ranges of consecutive indices whose sizes sum to at most `limit`, or with one index only."""
     groups, begin, used = [], 0, 0
     for number, size in enumerate(sizes):
         if number > begin and used + size > limit:

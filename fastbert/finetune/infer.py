@@ -1,4 +1,4 @@
-"""Runs a model over features; `TASK_OF` has the class of each --task."""
+"""Runs a model on features; `TASK_OF` has the class of each --task."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ TASK_OF: dict[str, type[Task]] = {
 
 
 def encoder_of(settings: Settings, tokenizer: Tokenizer) -> WindowEncoder:
-    """An encoder with the settings of a task; its advice names only options that the task has."""
+    """An encoder with a task's settings; its advice names only options that the task has."""
     advice = []
     if settings.task in WINDOWS:
         advice.append("read it in windows with --stride")
@@ -54,7 +54,7 @@ def warn_of_words(what: str, features: Sequence[Feature], encoder: WindowEncoder
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switches dropout and gradients off, and afterwards restores the mode that the model had."""
+    """Switches dropout and gradients off in the block, and then restores the model's mode."""
     was_training = model.training
     model.eval()
     try:
@@ -72,9 +72,9 @@ def run(
     device: torch.device,
     autocast: contextlib.AbstractContextManager[Any],
 ) -> list[NDArray[np.float32]]:
-    """The task's scores of each feature, in order; shapes are those of `Task.scores`.
+    """The task's scores of each feature, in order; for their shapes see `Task.scores`.
 
-    batch_tokens: the most tokens computed at once; a longer feature is a batch of its own
+    batch_tokens: the most tokens in a batch; a longer feature is a batch by itself
     """
     scores: list[NDArray[np.float32]] = []
     with evaluating(model):

@@ -1,4 +1,4 @@
-"""Metrics by the field's definitions, computed by scikit-learn, SciPy and seqeval."""
+"""The standard metrics, computed with scikit-learn, SciPy and seqeval."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ _LIBRARIES = {
 
 
 class Table(NamedTuple):
-    """A table that is printed and kept in summary.json; each row begins with its name."""
+    """A table to print and to keep in summary.json; each row begins with its name."""
 
     title: str
     header: tuple[str, ...]
@@ -29,7 +29,7 @@ class Table(NamedTuple):
 
 
 class Report(NamedTuple):
-    """metrics: figures over all examples, by name; tables: figures of each label."""
+    """metrics: figures for all examples, by name; tables: figures for each label."""
 
     metrics: dict[str, float]
     tables: tuple[Table, ...] = ()
@@ -38,8 +38,8 @@ class Report(NamedTuple):
 def require_metrics(task: str, *, to_measure: bool = True) -> None:
     """Raises InputError unless the task's libraries, of the extra `finetune`, are installed.
 
-    to_measure: False if the task only predicts, for which only NER needs its library: seqeval finds
-    the entities.
+    to_measure: False if the task only predicts; then only NER needs its library, seqeval, which
+    finds the entities.
     """
     names = _LIBRARIES.get(task, ()) if to_measure or task == "ner" else ()
     require_libraries(f"--task {task}", names, "finetune")
@@ -49,7 +49,7 @@ def classification(truth: Sequence[str], predicted: Sequence[str], labels: list[
     """Accuracy, macro F1 and Matthews' correlation; a table by label and the confusion matrix.
 
     truth, predicted: the label of each example; labels: all labels, in the order of the tables.
-    Where both are one and the same label, the correlation is undefined and is reported as 0.
+    If only one label occurs in both, the correlation is undefined and is reported as 0.
     """
     from sklearn import metrics
 
@@ -78,7 +78,7 @@ def classification(truth: Sequence[str], predicted: Sequence[str], labels: list[
 def multilabel(
     truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], labels: list[str]
 ) -> Report:
-    """Micro and macro F1 over labels, and the share of examples whose labels are all right."""
+    """Micro and macro F1 over labels, and the share of examples with all labels right."""
     from sklearn import metrics
 
     y, z = _indicators(truth, labels), _indicators(predicted, labels)
@@ -113,10 +113,10 @@ def regression(truth: Sequence[float], predicted: Sequence[float]) -> Report:
 
 
 def entities(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> Report:
-    """Precision, recall and F1 of whole entities, as conlleval counts, and words' accuracy.
+    """Precision, recall and F1 of whole entities, as conlleval counts, and accuracy of words.
 
-    truth, predicted: the labels of each sentence's words. Without any entity on either side, the
-    first three are 0.
+    truth, predicted: the labels of each sentence's words. If neither has an entity, the first
+    three are 0.
     """
     from seqeval.metrics import sequence_labeling as metrics
 
@@ -138,11 +138,11 @@ def entities(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]])
 
 
 def as_iobes(labels: Sequence[str]) -> list[str]:
-    """Translates the prefixes of BILOU, BMES and BMEWO to those of IOBES, which seqeval reads.
+    """Translates the prefixes of BILOU, BMES and BMEWO to IOBES, which seqeval reads.
 
     An entity's last word, L, becomes E; its only word, U or W, becomes S; a middle word, M, becomes
-    I. So does a word whose label has no prefix, such as a part of speech of a checkpoint from
-    elsewhere: its neighbours of the same label are one with it, as in Hugging Face's pipeline.
+    I. A label without a prefix, such as a part of speech from somebody else's checkpoint, becomes I
+    too, so that neighbours with the same label form one entity, as in Hugging Face's pipeline.
     """
     return [
         _PREFIXES.get(label[:2], label[:2]) + label[2:] if LABEL.fullmatch(label) else f"I-{label}"
@@ -151,7 +151,7 @@ def as_iobes(labels: Sequence[str]) -> list[str]:
 
 
 def _by_label(labels: Sequence[str], *scores: np.ndarray) -> Table:
-    """The table of `scores`, of which each array is (labels,)."""
+    """The table of `scores`, each an array (labels,)."""
     rows = list(zip(labels, *(score.tolist() for score in scores), strict=True))
     return Table("by label", ("label", *_SCORES), rows)
 

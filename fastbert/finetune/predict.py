@@ -1,4 +1,4 @@
-"""Runs fine-tuned models on new input, and writes their predictions."""
+"""Runs fine-tuned models on new input and writes their predictions."""
 
 import json
 from collections.abc import Sequence
@@ -32,20 +32,20 @@ def predict(
 ) -> list[Prediction]:
     """Predictions of a fine-tuned model for the examples of a file, in order.
 
-    model: a fine-tuning run, its checkpoint, or a hub name; source: has the format and the columns
-    that the model was trained with; labels are not read. A table's row that cannot become an
-    example, for example because it has no text, gets {"error": why}.
+    model: a fine-tuning run, its checkpoint, or a hub name; source: a file with the format and the
+    columns of the training data; labels are not read. A table's row that cannot become an example,
+    for instance because it has no text, gets {"error": why}.
 
-    batch_tokens: the most tokens computed at once; precision: auto, bf16, fp16 or fp32, None for
-    the training's; stride, truncate, delimiter: replace those of the training; copy: columns of the
-    table to copy into the predictions, "*" for all; a column with the name of one of a prediction's
-    fields becomes input_NAME. Raises InputError for an option that the task does not have, a model
-    that is not fine-tuned, and a file that cannot be read.
+    batch_tokens: the most tokens in a batch; precision: auto, bf16, fp16 or fp32, None for the
+    training's; stride, truncate, delimiter: replace the training's; copy: columns of the table to
+    copy into the predictions, "*" for all; a column named like a field of a prediction becomes
+    input_NAME. Raises InputError for an option that the task does not have, a model that is not
+    fine-tuned, and a file that cannot be read.
     """
     directory = checkpoint.resolve(model)
     settings = _settings(Settings.load(directory), stride, truncate, delimiter)
     if copy and settings.task not in TABLES:
-        raise InputError(f"--copy: only for tables, and {settings.task} reads none")
+        raise InputError(f"--copy: only for tasks that read tables, and {settings.task} does not")
     config = BertConfig.from_pretrained(directory)
     tokenizer = load_tokenizer(directory, model_vocab_size=config.vocab_size)
     labels = config.labels
@@ -70,7 +70,7 @@ def predict(
 def _settings(
     settings: Settings, stride: int | None, truncate: bool, delimiter: str | None
 ) -> Settings:
-    """The training's settings, with the options that are given in their place."""
+    """The training's settings, replaced by the options that are given."""
     check_length(settings.task, stride, truncate)
     if stride is not None or truncate:
         settings = settings._replace(stride=stride, truncate=truncate)
@@ -80,7 +80,7 @@ def _settings(
 
 
 def _with_copies(predictions: list[Prediction], task: Task) -> list[Prediction]:
-    """Each prediction, preceded by the columns of its row that --copy names, None where missing."""
+    """Each prediction after the columns of its row that --copy names, None if one is missing."""
     said = {name for prediction in predictions for name in prediction}
     rows = []
     for row, prediction in zip(task.rows, predictions, strict=True):
@@ -91,9 +91,9 @@ def _with_copies(predictions: list[Prediction], task: Task) -> list[Prediction]:
 
 
 def write_json_lines(path: str | Path, values: list[Prediction]) -> None:
-    """Writes one JSON object a line, in UTF-8; the file appears whole or not at all."""
+    """Writes one JSON object per line in UTF-8; the file appears whole or not at all."""
     with output(path) as file:
         for value in values:
-            # half a surrogate pair is not UTF-8; Python's escape for it is JSON's too
+            # a lone surrogate cannot be UTF-8; Python's escape for it is valid JSON too
             line = json.dumps(value, ensure_ascii=False) + "\n"
             file.write(line.encode("utf-8", "backslashreplace"))

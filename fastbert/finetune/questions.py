@@ -19,15 +19,15 @@ from fastbert.finetune.task import Prediction, Scores, Task, softmax, to_host
 from fastbert.models.task_models import BertForQuestionAnswering
 from fastbert.packing import PackedBatch
 
-_BEST = 20  # starts and ends of a window, and answers of a question, that are ranked
+_BEST = 20  # the number of starts and ends per window, and of answers per question, to rank
 
 
 class Span(NamedTuple):
     """The target of a window.
 
-    start, end: positions of the answer's first and last token in the sequence, both 0, which is
-    [CLS], if the window does not hold it; offsets: (start, end) of each of the window's context
-    tokens, in characters of the context
+    start, end: positions of the answer's first and last token in the sequence, or both 0, the
+    position of [CLS], if the window does not contain the answer; offsets: (start, end) of each of
+    the window's context tokens, in characters of the context
     """
 
     start: int
@@ -89,17 +89,17 @@ class Answering(Task):
     def prediction(self, example: Question, features: list[Feature], scores: Scores) -> Prediction:
         """id, answer; start, end: in characters of the context; probability.
 
-        The answer is the best of all windows, or none: the text "", and None as start and end. No
-        answer scores as much as [CLS] in the window where [CLS] scores least; it is predicted if it
-        beats the best answer by more than `null_threshold`. Where training had questions without an
-        answer, there is also null_score_difference: how much more it scores than the best answer.
+        The answer is the best one of all windows, or none: the text "", with start and end None.
+        "No answer" has the lowest score of [CLS] in any window. It is predicted if that exceeds the
+        best answer's score by more than `null_threshold`. If training had questions without an
+        answer, the prediction also has the difference of both scores, null_score_difference.
         """
         found = [
             candidate
             for feature, own in zip(features, scores, strict=True)
             for candidate in _candidates(feature, own, self.settings.max_answer_tokens)
         ]
-        # an answer in several windows is one, with its best score: `dict` keeps the last
+        # an answer found in several windows has its best score, because `dict` keeps the last
         places = {(start, end): score for score, start, end in sorted(found)}
         best_first = sorted(places.items(), key=lambda place: -place[1])[:_BEST]
         candidates = [(score, *place) for place, score in best_first]
@@ -109,7 +109,7 @@ class Answering(Task):
         else:
             shares = softmax(np.array([score for score, _, _ in candidates]))
         best, start, end = candidates[0]
-        # a tokenizer that strips accents leaves a word's last one out of its place in the text
+        # a tokenizer that strips accents leaves a word's last combining mark out of its offsets
         while unicodedata.category(example.context[end : end + 1] or " ")[0] == "M":
             end += 1
         prediction: Prediction = {
@@ -170,5 +170,5 @@ def _candidates(
     ]
     if found:
         return found
-    best = int(inside.sum(1).argmax())  # no end follows its start: the best answer of one token
+    best = int(inside.sum(1).argmax())  # no end is after its start: the best one-token answer
     return [(float(inside[best].sum()), *offsets[best])]

@@ -7,11 +7,11 @@ from rich.table import Table as Printed
 from fastbert.finetune.metrics import Report
 from fastbert.system.console import console
 
-_WIDEST = 12  # columns that fit a terminal
+_WIDEST = 12  # the most columns that fit a terminal
 
 
 def print_report(report: Report) -> None:
-    """Prints the report's tables; a table with too many columns is only in summary.json."""
+    """Prints the report's tables; a table too wide for a terminal is only in summary.json."""
     for table in report.tables:
         if len(table.header) > _WIDEST:
             console.print(f"{table.title}: {len(table.rows)} labels, see summary.json")

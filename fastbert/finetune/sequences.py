@@ -30,8 +30,8 @@ _LARGEST = torch.finfo(torch.float32).max
 class TextExample(NamedTuple):
     """One text or two, with their target.
 
-    where: file and line, for error messages; target: a label, a tuple of labels or a number, None
-    for unlabelled input
+    where: file and line, for error messages; target: a label, a tuple of labels or a number, or
+    None for unlabelled input
     """
 
     where: str
@@ -62,7 +62,7 @@ class _SequenceTask(Task):
         return row.label(self.settings.label_column) if labelled else None
 
     def number(self, target: Any) -> Any:
-        """The target as the loss takes it: an index, a list of 0.0 and 1.0, or a number."""
+        """The target in the form of the loss: an index, a list of 0.0 and 1.0, or a number."""
         return self.labels.index(target)
 
     def features(self, examples: Sequence[TextExample], encoder: WindowEncoder) -> list[Feature]:
@@ -89,14 +89,14 @@ class _SequenceTask(Task):
 
     @abc.abstractmethod
     def said(self, scores: NDArray[np.float32]) -> Prediction:
-        """The prediction of (L,) scores."""
+        """The prediction from (L,) scores."""
 
     def model_options(self) -> dict[str, Any]:
         return super().model_options() | {"problem_type": self.problem_type}
 
 
 class Classification(_SequenceTask):
-    """One label per text; the prediction is the likeliest."""
+    """One label per text; the prediction is the likeliest label."""
 
     metrics = ("accuracy", "macro_f1", "mcc")
     problem_type = "single_label_classification"
@@ -108,7 +108,7 @@ class Classification(_SequenceTask):
         return 1.0 if self.weights is None else self.weights[feature.target].item()
 
     def said(self, scores: NDArray[np.float32]) -> Prediction:
-        """label: the likeliest; probability: its own; probabilities: of each label by name."""
+        """label: the likeliest; probability: of that label; probabilities: of all by name."""
         by_label = dict(zip(self.labels, softmax(scores), strict=True))
         best = self.labels[int(scores.argmax())]
         return {"label": best, "probability": by_label[best], "probabilities": by_label}
@@ -125,7 +125,7 @@ class MultiLabel(_SequenceTask):
     problem_type = "multi_label_classification"
 
     def target(self, row: Row, labelled: bool) -> tuple[str, ...] | None:
-        """The labels in a JSON list, or in a text that --label-separator divides; none if empty."""
+        """The labels from a JSON list, or from a text split at --label-separator; none if empty."""
         if not labelled:
             return None
         s = self.settings
@@ -147,7 +147,7 @@ class MultiLabel(_SequenceTask):
     def balanced(self, examples: Sequence[TextExample]) -> list[float]:
         """For each label, the number of examples without it over the number of examples with it.
 
-        A label that none or all of them have gets 1: there is nothing to balance.
+        A label that no example or every example has gets 1: there is nothing to balance.
         """
         have = np.array([self.number(example.target) for example in examples]).sum(0)
         lack = len(examples) - have

@@ -26,21 +26,21 @@ SETTINGS = "finetune.json"
 ALL = "*"  # all columns, for --copy
 
 Prediction = dict[str, Any]
-Scores = list[NDArray[np.float32]]  # of each feature
+Scores = list[NDArray[np.float32]]  # one array for each feature
 Example = TypeVar("Example")
 
 
 class Refused(NamedTuple):
-    """Stands for a row that cannot become an example, in prediction; reason says why it cannot."""
+    """In prediction, replaces a row that cannot become an example; reason says why it cannot."""
 
     where: str
     reason: str
 
 
 class Settings(NamedTuple):
-    """What a fine-tuned model must know of its training to read new input.
+    """The training options that a fine-tuned model needs to read new input.
 
-    Kept as finetune.json beside the weights; all fields but the last are those of FinetuneConfig.
+    They are in finetune.json beside the weights; all fields but the last are FinetuneConfig's.
     """
 
     task: str
@@ -54,24 +54,24 @@ class Settings(NamedTuple):
     truncate: bool
     max_answer_tokens: int
     null_threshold: float
-    precision: str  # in which the model was trained and measured
+    precision: str  # of training and evaluation
     delimiter: str | None = None
     may_be_impossible: bool = False  # qa: the training data had questions without an answer
 
     @classmethod
     def of(cls, config: FinetuneConfig, max_seq_len: int) -> Self:
-        """The settings of a training run; max_seq_len: the length that it used."""
+        """The settings of a training run; max_seq_len: the length that the run used."""
         values = {k: getattr(config, k) for k in cls._fields if k != "may_be_impossible"}
         return cls(**values | {"max_seq_len": max_seq_len})
 
     @classmethod
     def load(cls, directory: Path) -> Self:
-        """Reads a model's directory; raises InputError if it has no settings or unreadable ones."""
+        """Reads a model's directory; raises InputError if its settings are missing or damaged."""
         path = directory / SETTINGS
         values = read_json(path)
         if values is None:
             raise InputError(
-                f"{directory}: no {SETTINGS} there; `fastbert finetune` makes a model that has one"
+                f"{directory}: has no {SETTINGS}; give a model that `fastbert finetune` trained"
             )
         try:
             return cls(**values | {"choice_column": tuple(values["choice_column"])})
@@ -85,10 +85,10 @@ class Settings(NamedTuple):
 
 
 class Task(abc.ABC):
-    """The base of the tasks that `--task` names.
+    """Base class of the tasks that `--task` names.
 
-    Each task has its own type of example; all have a field `where`, file and line, for error
-    messages. labels: the names of the model's outputs, in order; empty if the task has none.
+    Each task has its own type of example, with a field `where`, file and line, for error messages.
+    labels: the names of the model's outputs, in order; empty if the task has none.
     """
 
     model_class: ClassVar[type[BertPreTrainedModel]]
@@ -99,23 +99,23 @@ class Task(abc.ABC):
         self.labels = list(labels)
         self.weights: Tensor | None = None  # (labels,) float32, weights of the labels in the loss
         self.copied: tuple[str, ...] = ()  # columns to copy into the predictions
-        self.rows: list[Row] = []  # of the table that was read last
+        self.rows: list[Row] = []  # of the most recently read table
 
     @abc.abstractmethod
     def read(self, path: Path, *, labelled: bool = True) -> list[Any]:
         """The examples of a file; raises InputError for a row that cannot become one.
 
-        labelled: False to predict: labels are not read, and a table's row that cannot become an
-        example becomes a `Refused`
+        labelled: False for prediction, which does not read labels and replaces a table's row that
+        cannot become an example with a `Refused`
         """
 
     def from_table(
         self, path: Path, columns: Sequence[str], labelled: bool, make: Callable[[Row], Example]
     ) -> list[Example]:
-        """The examples that `make` makes of a table's rows; the table must have the columns.
+        """The examples that `make` makes from a table's rows; the table must have the columns.
 
-        labelled: as in `read`; it requires the column of the label too, and every column in every
-        row of JSON Lines
+        labelled: as in `read`; True also requires the label column, and every column in every row
+        of JSON Lines
         """
         columns = [*columns, self.settings.label_column] if labelled else list(columns)
         columns += [column for column in self.copied if column != ALL]
@@ -141,7 +141,7 @@ class Task(abc.ABC):
     ) -> Tensor:
         """The summed loss of these features over `total`: their share of the step's mean loss.
 
-        total: the sum of `count` over all features of the step, of which these may be a part
+        total: the sum of `count` over all features of the step, which may include others
         """
         logits = self.forward(model, batch, features).logits.float()
         targets = torch.tensor(self.targets(features), device=logits.device)
@@ -149,7 +149,7 @@ class Task(abc.ABC):
         return self.summed_loss(logits, targets, weights) / total
 
     def targets(self, features: Sequence[Feature]) -> list[Any]:
-        """The numbers of which `loss` makes a tensor."""
+        """The targets as numbers, which `loss` turns into a tensor."""
         return [feature.target for feature in features]
 
     def summed_loss(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
@@ -158,7 +158,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def scores(self, output: Any, features: Sequence[Feature]) -> list[NDArray[np.float32]]:
-        """The model's scores of each feature, float32 arrays in a shape of the task's own."""
+        """The model's scores of each feature, a float32 array whose shape the task chooses."""
 
     def predict(
         self,
@@ -204,7 +204,7 @@ class Task(abc.ABC):
                     )
 
     def weigh(self, config: FinetuneConfig, examples: Sequence[Any]) -> None:
-        """Sets the labels' weights by --class-weight; raises InputError for an unknown label."""
+        """Sets the labels' weights from --class-weight; raises InputError for an unknown label."""
         if not config.class_weight:
             return
         if config.class_weight == (BALANCED,):
@@ -217,10 +217,10 @@ class Task(abc.ABC):
         self.weights = torch.tensor([given.get(label, 1.0) for label in self.labels])
 
     def balanced(self, examples: Sequence[Any]) -> list[float]:
-        """Weights with which all labels count alike in sum (scikit-learn's "balanced").
+        """Weights that make each label's total weight equal (scikit-learn's "balanced").
 
         A label that occurs c times among n gets n / (number of labels that occur * c). A label that
-        occurs only in the share to measure by gets 1, which no training example meets.
+        only the examples for evaluation have gets 1, which no training example uses.
         """
         from sklearn.utils.class_weight import compute_class_weight
 
@@ -231,7 +231,7 @@ class Task(abc.ABC):
         return [weights.get(label, 1.0) for label in self.labels]
 
     def model_options(self) -> dict[str, Any]:
-        """Fields of the model's configuration that replace those of the checkpoint."""
+        """Fields of the model's configuration that replace the checkpoint's."""
         return {
             "num_labels": None,
             "id2label": dict(enumerate(self.labels)),
@@ -257,8 +257,8 @@ def _warn_of_alike(labels: Sequence[str]) -> None:
         other = seen.setdefault(label.casefold(), label)
         if other != label:
             warnings.warn(
-                f"--train: the labels {other!r} and {label!r} differ in case alone, and are two "
-                "labels; spell them alike if they mean the same",
+                f"--train: the labels {other!r} and {label!r} differ only in case, but count as "
+                "two labels; spell them identically if they mean the same",
                 stacklevel=2,
             )
 

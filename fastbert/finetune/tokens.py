@@ -16,7 +16,7 @@ from fastbert.packing import IGNORE_INDEX
 
 
 class WordPlaces(NamedTuple):
-    """The target of a window: what is labelled at each of its tokens.
+    """The target of a window: for each of its tokens, the word to label there, if any.
 
     words: index of the word in its sentence, or -100; labels: index of the word's label, or -100
     """
@@ -28,8 +28,8 @@ class WordPlaces(NamedTuple):
 class Entities(Task):
     """Labels each word at its first token (Devlin et al. 2018, section 5.3).
 
-    Where windows overlap, a word is labelled only in the one that shows most context on both sides
-    of it (`best_window`). A feature's target is a `WordPlaces`.
+    Where windows overlap, a word is labelled only in the window with the most context on both
+    sides of the word (`best_window`). A feature's target is a `WordPlaces`.
     """
 
     model_class = BertForTokenClassification
@@ -56,7 +56,7 @@ class Entities(Task):
         for token, word in zip(encoded.ids, encoded.word_ids, strict=True):
             assert word is not None  # there are no special tokens
             by_word[word].append(token)
-        # a word that the normaliser deletes (a control character) still needs a token for its label
+        # a word that the normaliser deletes (a control character) needs some token for its label
         by_word = [tokens or [encoder.specials.unk] for tokens in by_word]
         starts = np.cumsum([0, *map(len, by_word)])[:-1].tolist()
         windows = encoder.windows(example.where, [token for word in by_word for token in word])

@@ -1,4 +1,4 @@
-"""Fine-tuning: from a pre-trained BERT and labelled examples to the best epoch's checkpoint."""
+"""Fine-tuning, from a pre-trained BERT and labelled examples to the best epoch's checkpoint."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ SUMMARY = "summary.json"
 
 
 class _Labelled(NamedTuple):
-    """Examples, and the features that were made of them."""
+    """Examples, and the features that were made from them."""
 
     examples: list[Any]
     features: list[Feature]
@@ -51,11 +51,11 @@ class _Data(NamedTuple):
 def finetune(config: FinetuneConfig, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Runs the fine-tuning that `config` describes in the directory `out`.
 
-    Leaves `out`/latest, the best epoch's checkpoint with its tokenizer and finetune.json, which
-    Hugging Face loads too, and summary.json, which is returned. Both come last: a run that was
-    stopped has only checkpoints. The same config gives the same run, bit for bit on a CPU at the
-    same number of threads. Raises InputError for unusable data and options, Stopped at Ctrl-C.
-    overwrite: replaces a run that `out` holds, which is removed once the data are read
+    Writes `out`/latest, the best epoch's checkpoint with its tokenizer and finetune.json, which
+    Hugging Face loads too, and summary.json, which is returned. Both are written last: a stopped
+    run has only checkpoints. The same config gives the same run, bit for bit on a CPU with the same
+    number of threads. overwrite: replaces a run in `out`, which is removed once the data are read.
+    Raises InputError for unusable data and options, Stopped after Ctrl-C.
     """
     require_metrics(config.task)
     directory = checkpoint.resolve(config.model)
@@ -64,17 +64,17 @@ def finetune(config: FinetuneConfig, out: Path, *, overwrite: bool = False) -> d
         if (out / RUN).exists() and not overwrite:
             held = "a run already" if (out / SUMMARY).exists() else "a run that was not finished"
             raise InputError(
-                f"--out {out}: holds {held}; name another directory, or begin it anew with "
+                f"--out {out}: holds {held}; name another directory, or replace the run with "
                 "--overwrite"
             )
         return _run(config, out, directory)
 
 
 def _kept(out: Path) -> str:
-    """What Ctrl-C leaves, for the user."""
+    """Tells the user what is left after Ctrl-C."""
     kept = sorted(path.name for path in out.glob("checkpoint-*"))
     what = f"{kept[0]}, the best epoch so far, is kept" if kept else "no checkpoint is written"
-    return f"{out}: {what}; the same command with --overwrite begins anew"
+    return f"{out}: {what}; the same command with --overwrite starts again"
 
 
 def _run(config: FinetuneConfig, out: Path, directory: Path) -> dict[str, Any]:
@@ -86,8 +86,8 @@ def _run(config: FinetuneConfig, out: Path, directory: Path) -> dict[str, Any]:
     task, data = _read(config, tokenizer, shape.max_position_embeddings)
 
     torch.manual_seed(config.seed)
-    with warnings.catch_warnings():  # that the checkpoint lacks the head is expected
-        warnings.filterwarnings("ignore", message=".*drawn anew", category=UserWarning)
+    with warnings.catch_warnings():  # the checkpoint is expected to lack the head
+        warnings.filterwarnings("ignore", message=".*newly initialized", category=UserWarning)
         model = task.model_class.from_pretrained(
             directory, ignore_mismatched_sizes=True, **task.model_options()
         ).to(device)
@@ -95,7 +95,7 @@ def _run(config: FinetuneConfig, out: Path, directory: Path) -> dict[str, Any]:
     write_json(out / RUN, config.to_json())
     console.print(
         f"{config.task}: {len(data.train.features)} training sequences, "
-        f"{len(data.dev.features)} to choose the epoch by, on {device.type} in {config.precision}"
+        f"{len(data.dev.features)} to choose the best epoch, on {device.type} in {config.precision}"
     )
     trainer = _Trainer(config, out, task, model, tokenizer, data, device)
     trainer.train()
@@ -116,7 +116,9 @@ def _read(config: FinetuneConfig, tokenizer: Tokenizer, longest: int) -> tuple[T
         raise InputError(f"--max-seq-len: the model reads at most {longest}, got {max_seq_len}")
     task = TASK_OF[config.task](Settings.of(config, max_seq_len))
     if config.metric is not None and config.metric not in task.metrics:
-        raise InputError(f"--metric: one of {', '.join(task.metrics)}, got {config.metric!r}")
+        raise InputError(
+            f"--metric: expected one of {', '.join(task.metrics)}, got {config.metric!r}"
+        )
     train, dev = _examples(task, config)
     test = [] if config.test is None else task.read(config.test)
     task.learn(train if config.dev is not None else [*train, *dev])
@@ -131,7 +133,7 @@ def _read(config: FinetuneConfig, tokenizer: Tokenizer, longest: int) -> tuple[T
 
 
 def _examples(task: Task, config: FinetuneConfig) -> tuple[list[Any], list[Any]]:
-    """Examples to train on and to measure by; --dev-share draws the latter from --train."""
+    """Examples for training and for evaluation; --dev-share draws the latter from --train."""
     train = task.read(config.train)
     if config.dev is not None:
         return train, task.read(config.dev)
@@ -139,8 +141,8 @@ def _examples(task: Task, config: FinetuneConfig) -> tuple[list[Any], list[Any]]
     count = round(len(train) * config.dev_share)
     if not 0 < count < len(train):
         raise InputError(
-            f"--dev-share {config.dev_share:g}: of the {len(train)} example(s) of {config.train} "
-            f"that is {count}; give another share, or a file by --dev"
+            f"--dev-share {config.dev_share:g}: takes {count} of the {len(train)} example(s) in "
+            f"{config.train}; give another share, or a file with --dev"
         )
     order = stream(config.seed, Purpose.SPLIT).permutation(len(train))
     chosen = set(order[:count].tolist())
@@ -194,7 +196,7 @@ class _Trainer:
                 break
 
     def _value(self, report: Report) -> float:
-        """The metric to maximise: errors, which should fall, change their sign."""
+        """The metric to maximise; error metrics are negated, because they should fall."""
         return report.metrics[self.metric] * (-1 if self.metric in ("mse", "mae") else 1)
 
     def _epoch(self, epoch: int) -> float:
@@ -233,7 +235,7 @@ class _Trainer:
             group["lr"] = rate * group["share"]
         parameters = self.model.parameters()
         skipped = clipped_step(self.optimizer, parameters, self.config.max_grad_norm)
-        return loss.masked_fill(skipped.bool(), math.nan)  # `train` ends the run, then
+        return loss.masked_fill(skipped.bool(), math.nan)  # NaN makes `train` end the run
 
     def _evaluate(self, model: torch.nn.Module, data: _Labelled) -> Report:
         limit = self.config.batch_tokens
@@ -242,7 +244,7 @@ class _Trainer:
         return self.task.evaluate(data.examples, predictions)
 
     def _save(self, epoch: int) -> None:
-        """Writes the checkpoint of the best epoch so far and removes the one before."""
+        """Writes the checkpoint of the best epoch so far and removes the previous one."""
         directory = self.out / f"checkpoint-{epoch}"
         with new_directory(directory) as writing:
             self.model.save_pretrained(writing)

@@ -1,4 +1,4 @@
-"""BERT with its task heads, computed over packed batches."""
+"""BERT and its task heads, computed on packed batches."""
 
 from fastbert.models.bert import BertModel
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining

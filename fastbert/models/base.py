@@ -1,4 +1,4 @@
-"""Shared by all models: the call, initialization, tied weights, loading, saving, checkpointing."""
+"""The base of all models: calls, initialization, tied weights, loading, saving, checkpointing."""
 
 import contextlib
 import copy
@@ -28,46 +28,46 @@ from fastbert.system.files import new_file
 
 
 class BertPreTrainedModel(nn.Module):
-    """Base of the models.
+    """Base class of the models.
 
-    `config` is a `fastbert.BertConfig` or Hugging Face's configuration, kept by reference. A
-    model's `forward` has Hugging Face's arguments and calls `run`; its `predict` computes.
+    `config` is a `fastbert.BertConfig` or Hugging Face's configuration, and is not copied. A
+    model's `forward` has Hugging Face's arguments and calls `run`, which calls `predict`.
     """
 
     base_model_prefix: ClassVar[str] = "bert"
     supports_gradient_checkpointing: ClassVar[bool] = True
-    _no_split_modules: ClassVar[list[str]] = ["BertEmbeddings", "BertLayer"]  # by accelerate
-    # read by transformers' pipelines, and by its Trainer
+    _no_split_modules: ClassVar[list[str]] = ["BertEmbeddings", "BertLayer"]  # for accelerate
+    # read by transformers' pipelines and its Trainer
     input_modalities: ClassVar[str] = "text"
     main_input_name: ClassVar[str] = "input_ids"
-    _tied_weights_keys: ClassVar[dict[str, str]] = {}  # read by peft: further names, and the first
-    _keys_to_ignore_on_save: ClassVar[list[str] | None] = None  # by Trainer: what files may lack
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}  # for peft: from a second name to the first
+    _keys_to_ignore_on_save: ClassVar[list[str] | None] = None  # for Trainer: files may lack these
     config: Any
-    name_or_path: str = ""  # where from_pretrained read it; peft writes it beside adapters
+    name_or_path: str = ""  # the source of from_pretrained; peft writes it beside adapters
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         check_config(config)
         self.config = config
-        # load_state_dict(assign=True) replaces tied parameters by separate ones
+        # load_state_dict(assign=True) would replace tied parameters with separate ones
         self.register_load_state_dict_post_hook(tie_again)  # type: ignore[no-untyped-call]
         self.register_state_dict_post_hook(set_apart)  # type: ignore[no-untyped-call]
 
     def run(self, inputs: Inputs, options: Any, **targets: Any) -> Any:
-        """Reads the arguments, predicts, and returns the output, or a tuple of it, as asked."""
+        """Reads the arguments and predicts; returns a tuple if return_dict is False."""
         request = Request.read(self, inputs, options)
         output = self.predict(request, **targets)
         return output if request.return_dict else output.to_tuple()
 
     def predict(self, request: Request) -> Any:
-        """The output for a request, in its form: padded, or packed as the request's input is."""
+        """The output for a request, padded or packed as the request's input is."""
         raise NotImplementedError
 
     def encode(self, request: Request, reads: Literal["packed", "pooled"] = "packed") -> Any:
         """The bare model's output: last hidden states (T, H), or (M, H) for `request.rows`.
 
-        A graph of the whole batch gives (B, S, H), which `through` and `request.padded` take too.
-        reads: "pooled" where only that is read; last hidden states may be in any form then.
+        They are (B, S, H) from a CUDA graph of the whole batch; `through` and `request.padded` take
+        both. reads: "pooled" if only pooler_output is read; hidden states may then have any form.
         """
         bare, request.reads = self.base_model, reads
         if may_be_left_out(bare):
@@ -75,7 +75,7 @@ class BertPreTrainedModel(nn.Module):
         return ask(bare, request)  # hooks and a user's forward see what Hugging Face's do
 
     def can_generate(self) -> bool:
-        """False, because BERT generates no text; transformers' pipelines ask."""
+        """False, because BERT generates no text; transformers' pipelines call this."""
         return False
 
     @property
@@ -89,7 +89,7 @@ class BertPreTrainedModel(nn.Module):
         return next(self.parameters()).dtype
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the parameters hold, a tied one once; Trainer asks."""
+        """The number of parameter elements, tied ones counted once; Trainer calls this."""
         tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
         return sum(
             parameter.numel()
@@ -143,7 +143,7 @@ class BertPreTrainedModel(nn.Module):
         if decoder is not None:
             resize(decoder, count, std)
             self.set_output_embeddings(decoder)
-        # Hugging Face's is changed in place, a `BertConfig` is replaced
+        # `changed` edits Hugging Face's configuration in place and replaces a `BertConfig`
         old, new = self.config, changed(self.config, vocab_size=count)
         for module in self.modules():
             if getattr(module, "config", None) is old:
@@ -157,12 +157,12 @@ class BertPreTrainedModel(nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Saves only each layer's input for the backward pass, which runs the layer again.
+        """Keeps only each layer's input for the backward pass, which runs the layer again.
 
         activation_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`, by default
-        use_reentrant=False; every_n_layers: checkpoints the first of every n layers. Dropout is by
-        counter, so the second run draws the same masks. Raises ValueError for every_n_layers below
-        1, and for offload.
+        use_reentrant=False; every_n_layers: checkpoints the first of every n layers. Dropout uses
+        a counter-based generator, so the second run draws the same masks. Raises ValueError for
+        every_n_layers below 1, and for offload=True.
         """
         who = "activation_checkpointing_enable"
         require(every_n_layers >= 1, who, "every_n_layers of at least 1", every_n_layers)
@@ -180,7 +180,7 @@ class BertPreTrainedModel(nn.Module):
     def is_activation_checkpointing(self) -> bool:
         return any(layer.gradient_checkpointing for layer in self._layers())
 
-    # the names up to transformers 5.23
+    # transformers' names up to 5.23
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
@@ -190,7 +190,7 @@ class BertPreTrainedModel(nn.Module):
     is_gradient_checkpointing = is_activation_checkpointing
 
     def enable_input_require_grads(self) -> None:
-        """Gives frozen embeddings' output a gradient, which reentrant checkpointing needs."""
+        """Makes the embeddings' output require gradients, as reentrant checkpointing needs."""
 
         def make_inputs_require_grads(module: Any, args: Any, output: Tensor) -> None:
             output.requires_grad_()
@@ -216,17 +216,18 @@ class BertPreTrainedModel(nn.Module):
         subfolder: str | None = None,
         **options: Any,
     ) -> Self:
-        """A model in eval mode, with the weights of a Hugging Face directory, a run, or a hub name.
+        """A model in eval mode with the weights of a Hugging Face directory, a run, or a hub name.
 
-        config: used instead of the checkpoint's, or the directory or hub name to read it from;
-        dtype, or torch_dtype: of the parameters, a dtype, its name, or "auto" for the checkpoint's,
-        by default float32; device_map: a device, or "auto" for the GPU if there is one; subfolder:
-        where the checkpoint is inside; revision, cache_dir, token, local_files_only,
-        force_download: for a download. `options` that are fields of `BertConfig`, such as
-        num_labels, override the config's; the others go to the constructor. Head parameters that
-        the checkpoint lacks, or with ignore_mismatched_sizes has in another shape, are initialized,
-        with a warning. Raises InputError for anything else that is missing or does not fit,
-        ValueError for another dtype or device_map, and for options that have no effect here.
+        config: replaces the checkpoint's configuration, or names the directory or hub model to
+        read it from; dtype (or torch_dtype): the parameters' dtype, its name, or "auto" for the
+        checkpoint's, by default float32; device_map: a device, or "auto" for the GPU if there is
+        one; subfolder: the folder in it that holds the checkpoint; revision, cache_dir, token,
+        local_files_only, force_download: for the download. `options` that are fields of
+        `BertConfig`, such as num_labels, override the config's; the others go to the constructor.
+        Head parameters that the checkpoint lacks are initialized with a warning, and so are those
+        of another shape with ignore_mismatched_sizes. Raises InputError for anything else that is
+        missing or does not fit; ValueError for a wrong dtype or device_map, and for options that
+        have no effect here.
         """
         download = {name: options.pop(name) for name in options.keys() & DOWNLOAD}
         directory = checkpoint.resolve(name_or_directory, subfolder or "", **download)
@@ -238,7 +239,7 @@ class BertPreTrainedModel(nn.Module):
             config = BertConfig.from_pretrained(source, **changes)
         elif changes:
             config = changed(copy.copy(config), **changes)
-        is_ours = cls.__module__.startswith("fastbert.")  # a user's class draws in its own way
+        is_ours = cls.__module__.startswith("fastbert.")  # a user's class initializes itself
         with Undrawn() if is_ours else contextlib.nullcontext():
             model = cls(config, **options)
         model.name_or_path = str(name_or_directory)
@@ -250,8 +251,8 @@ class BertPreTrainedModel(nn.Module):
         model.to(device=device_of(device_map), dtype=dtype_of(dtype, weights))
         if absent:
             warnings.warn(
-                f"{directory}: {', '.join(absent)} not in the checkpoint, so drawn anew: train "
-                "before use",
+                f"{directory}: the checkpoint has no matching {', '.join(absent)}, which are "
+                "newly initialized; train the model before you use it",
                 stacklevel=2,
             )
         return model.eval()
@@ -267,10 +268,10 @@ class BertPreTrainedModel(nn.Module):
 
         Each file replaces an older one atomically.
 
-        is_main_process: False writes nothing; state_dict: written instead of the parameters, of
-        which this process may have only a shard; others: Hugging Face's arguments for how files
-        are written (save_function, safe_serialization=True, max_shard_size), which are ignored.
-        Raises ValueError for other arguments.
+        is_main_process: False writes nothing; state_dict: written instead of the model's own
+        parameters, which may be only this process's shard; others: Hugging Face's arguments for
+        how files are written (save_function, safe_serialization=True, max_shard_size), which are
+        ignored. Raises ValueError for other arguments.
         """
         asked = {name for name, value in others.items() if value is not None and value is not False}
         is_known = asked <= _WRITING and others.get("safe_serialization", True)
@@ -282,7 +283,7 @@ class BertPreTrainedModel(nn.Module):
         checkpoint.save_weights(self, directory, state_dict)
         with new_file(directory / "config.json") as path:
             values = self.config.to_dict() | {"architectures": [type(self).__name__]}
-            # of the checkpoint that was read; transformers 5 would load the weights in it
+            # a config's dtype is its source checkpoint's; transformers 5 would load weights in it
             dtypes = {name for name in ("dtype", "torch_dtype") if values.get(name) is not None}
             values |= dict.fromkeys(dtypes, str(self.dtype).removeprefix("torch."))
             path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

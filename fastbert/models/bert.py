@@ -49,18 +49,18 @@ class BertModel(BertPreTrainedModel):
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
         """Hidden states of every token, and each sequence's pooled first token.
 
-        input_ids: (B, S) int64, a PackedBatch alone, or a head's request; attention_mask: see
-        `read_mask`; token_type_ids, position_ids: (B, S), by default zeros and the column;
-        inputs_embeds: (B, S, H) instead of input_ids; options: see `ForwardOptions`. Returns
-        last_hidden_state (B, S, H) with zeros at padded positions, or (T, H) for a PackedBatch, and
-        pooler_output (B, H), which reads the first *real* token of each sequence or packed
+        input_ids: (B, S) int64, a PackedBatch without other tensors, or a head's request;
+        attention_mask: see `read_mask`; token_type_ids, position_ids: (B, S), by default zeros and
+        the column; inputs_embeds: (B, S, H) instead of input_ids; options: see `ForwardOptions`.
+        Returns last_hidden_state (B, S, H) with zeros at padding, or (T, H) for a PackedBatch, and
+        pooler_output (B, H), computed from the first *real* token of each sequence or packed
         document.
 
-        rows: with a PackedBatch, the only tokens that the last layer computes; last_hidden_state is
-        then (M, H). With a pooler, they must include each sequence's first token.
+        rows: with a PackedBatch, the only M tokens that the last layer computes; last_hidden_state
+        is then (M, H). A model with a pooler needs each sequence's first token among them.
 
-        Raises ValueError for arguments that do not fit together, unknown ones, and sequences longer
-        than max_position_embeddings.
+        Raises ValueError for arguments that are unknown or do not fit together, and for sequences
+        longer than max_position_embeddings.
         """
         if isinstance(input_ids, Request):
             return self.predict(input_ids)
@@ -79,7 +79,7 @@ class BertModel(BertPreTrainedModel):
             return predict_in_rows(self, request, rows)
         encoder = self.encoder
         reading = encoder.reading(request.inputs.given.device, trains=self.training)
-        is_read = is_plain(encoder, BertEncoder)  # no hook on it may change its layers
+        is_read = is_plain(encoder, BertEncoder)  # otherwise a hook on it may change its layers
         found = self._replayed(request, reading) if is_read and reading.may_replay else None
         if found is not None:
             last, first = found
@@ -90,7 +90,7 @@ class BertModel(BertPreTrainedModel):
         rows = rows or request.rows
         self._check_positions(batch)
         rng = None
-        # without a dropout nothing is drawn from torch's generator, as in Hugging Face
+        # as in Hugging Face, a model without dropout leaves torch's generator alone
         if reading.drops() or any(map(dropout_p_of, self.embeddings.children())):
             rng = drawn(batch)
         share: Share = share_packed
@@ -99,7 +99,7 @@ class BertModel(BertPreTrainedModel):
         ids, embeds = batch.input_ids, batch.inputs_embeds
         words = getattr(self.embeddings, "word_embeddings", None)
         if not (padding is None or ids is None or words is None or is_plain_table(words)):
-            # a hook, or a module of another library, may read the batch's shape
+            # a hook, or another library's module, expects the padded batch's shape
             embeds = padding.pack(words(padding.pad(ids)))
             ids = None
         x = self.embeddings(ids, batch.token_type_ids, batch.position_ids, embeds, rng=rng)
@@ -116,7 +116,7 @@ class BertModel(BertPreTrainedModel):
         )
         last = x = encoded.last_hidden_state
         if request.reads == "as given" and padding is not None:
-            last, x = share(x)  # who reads the pooled output may read this, too
+            last, x = share(x)  # a caller may read both this and the pooled output
         pooled = None
         if self.pooler is not None:
             bounds = batch if rows is None else rows
@@ -129,9 +129,9 @@ class BertModel(BertPreTrainedModel):
         )
 
     def _replayed(self, request: Request, reading: Reading) -> tuple[Tensor, Tensor] | None:
-        """The last hidden states (B, S, H) and first tokens (B, H), by a graph of all of it.
+        """Last hidden states (B, S, H) and first tokens (B, H), from one CUDA graph of the call.
 
-        None where a graph had better begin behind the embeddings, or none may run.
+        None if no graph may run, or if one that begins after the embeddings is faster.
         """
         ids, mask, types, positions, embeds = request.inputs
         others = embeds, request.packed, *request.documents.values()
@@ -141,9 +141,9 @@ class BertModel(BertPreTrainedModel):
             return None
         embeddings, size = self.embeddings, request.hidden_size
         if request.reads == "packed" and pays_to_count(ids.numel(), size):
-            return None  # a head would compute padding, too
+            return None  # the head would compute padding as well
         if request.reads == "pooled" and Rows.pay(ids.numel(), size, ids.device):
-            return None  # the last layer may compute first tokens alone
+            return None  # the last layer may skip all but the first tokens
         if not (is_plain(embeddings, BertEmbeddings) and is_plain_dropout(embeddings.dropout)):
             return None
         if dropout_p_of(embeddings.dropout) or not may_compute(reading):
@@ -175,7 +175,7 @@ class BertModel(BertPreTrainedModel):
 
     def _check_positions(self, batch: PackedBatch) -> None:
         longest = self.config.max_position_embeddings
-        # positions are read, which makes the host wait, only if a sequence seems too long
+        # reading positions makes the host wait for the GPU, so only if a sequence seems too long
         require(
             batch.max_seqlen <= longest or int(batch.position_ids.max()) < longest,
             "BertModel",

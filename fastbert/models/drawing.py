@@ -1,4 +1,4 @@
-"""The random numbers that a model's weights begin with."""
+"""The random initialization of a model's weights."""
 
 from collections.abc import Collection
 from typing import Any
@@ -8,9 +8,9 @@ from torch.overrides import TorchFunctionMode
 
 
 def draw(model: Any, names: Collection[str] | None = None) -> None:
-    """Draws weights with std `initializer_range`, and zeros biases, as BERT's begin.
+    """Initializes as BERT does: normal weights with std `initializer_range`, and zero biases.
 
-    names: of the only parameters to be drawn, None for those of all linear layers and embeddings
+    names: the parameters to initialize; None for those of all linear layers and embeddings
     """
     for owner, module in model.named_modules():
         if not isinstance(module, (nn.Linear, nn.Embedding)):
@@ -25,9 +25,9 @@ def draw(model: Any, names: Collection[str] | None = None) -> None:
 
 
 class Undrawn(TorchFunctionMode):
-    """Has the constructor of a model draw nothing, because weights follow.
+    """Skips the random initialization in a model's constructor, because weights are loaded next.
 
-    Drawing those of a BERT takes longer than reading them.
+    Drawing BERT's weights takes longer than reading them.
     """
 
     def __torch_function__(
@@ -39,5 +39,5 @@ class Undrawn(TorchFunctionMode):
         return function(*args, **named)
 
 
-_INIT = nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_  # which torch's layers call
+_INIT = nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_  # called by torch's layers
 _DRAWING = *_INIT, Tensor.normal_, Tensor.uniform_

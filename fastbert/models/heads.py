@@ -10,7 +10,7 @@ from fastbert.modules.linear import Leaf, is_plain
 
 
 def maps_rows(head: nn.Module) -> bool:
-    """Whether a head's modules compute each token by itself, and no hook sees what they read."""
+    """Whether a head's modules compute each token independently, and no hook sees their input."""
     return all(type(m) in _BY_ROW and is_plain(m, type(m)) for m in head.modules())
 
 
@@ -23,14 +23,14 @@ class BertPooler(nn.Module):
         self.activation = nn.Tanh()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, H), the first real token of each sequence, or all tokens (B, S, H), -> (B, H)"""
+        """(B, H) first real token of each sequence, or (B, S, H) all tokens, -> (B, H)"""
         if hidden_states.ndim == 3:
             hidden_states = hidden_states[:, 0]
         return self.activation(self.dense(hidden_states))
 
 
 class BertPredictionHeadTransform(nn.Module):
-    """The part of the masked-LM head before the decoder: linear, activation, LayerNorm."""
+    """The masked-LM head before its decoder: linear, activation, LayerNorm."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class BertPredictionHeadTransform(nn.Module):
 
 
 class BertLMPredictionHead(nn.Module):
-    """Rows to logits over the vocabulary; the model ties `decoder.weight`, this head the bias."""
+    """Maps rows to logits over the vocabulary; the model ties `decoder.weight`."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class BertLMPredictionHead(nn.Module):
 
 
 class BertOnlyMLMHead(nn.Module):
-    """The masked-LM head, under the name that Hugging Face gives it alone."""
+    """The masked-LM head under Hugging Face's name for it without a next-sentence head."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()

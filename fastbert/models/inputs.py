@@ -1,4 +1,4 @@
-"""The arguments of a model's forward, in Hugging Face's form, and the batch that they make."""
+"""The arguments of a model's forward, in Hugging Face's form, and their packed batch."""
 
 from collections.abc import Collection
 from typing import Any, NamedTuple, TypedDict
@@ -33,16 +33,16 @@ class Inputs(NamedTuple):
 
 
 class ForwardOptions(TypedDict, total=False):
-    """Keyword arguments of every model's forward; for the first three None means the config's.
+    """Keyword arguments of every model's forward; None in the first three means the config's.
 
-    output_hidden_states: True for the embeddings and each layer's output; places among these, from
-        the end where negative, for some of them with None for the others
+    output_hidden_states: True for the embeddings and each layer's output; or indices of these,
+        negative ones counted from the end, for some of them and None for the others
     output_attentions: True raises ValueError, because the probabilities are never formed
     return_dict: False for a tuple of the fields that are not None
-    num_items_in_batch: the divisor of the summed loss instead of the number of labels in this
+    num_items_in_batch: what the summed loss is divided by, instead of the number of labels in this
         batch: the number in all batches of an optimizer step, as Hugging Face's Trainer counts it
     cu_seq_lens_q, max_length_q: boundaries (documents + 1,) int32 and longest length of the
-        documents in the one row of a batch (1, S); _k: the same values, or None
+        documents packed into the one row of a batch (1, S); _k: the same values, or None
     """
 
     output_hidden_states: bool | Collection[int] | None
@@ -61,7 +61,7 @@ def pack_inputs(
     """The batch without its padding, and how to restore the padded form (None for a PackedBatch).
 
     Without position_ids, a token's position is its column, as in Hugging Face, even if the padding
-    is on the left; where a row holds several documents, it is the place in the token's document.
+    is on the left; if a row holds several documents, positions begin at 0 in each document.
     Raises ValueError for inputs that do not fit together.
     """
     input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = inputs
@@ -70,9 +70,9 @@ def pack_inputs(
         require(
             all(other is None for other in (*inputs[1:], *documents.values())),
             "model",
-            "a PackedBatch alone",
-            "other tensors beside it",
-            "they are fields of the batch",
+            "a PackedBatch without other tensors",
+            "one with other tensors",
+            "make them fields of the batch",
         )
         return given, None
 
@@ -100,7 +100,7 @@ def pack_inputs(
 
 
 def _positions(padding: Unpadding, given: Tensor) -> Tensor:
-    """(S,): each token's column, or its place in its own document."""
+    """(S,): each token's column, or its index in its own document."""
     seqlen = given.shape[1]
     columns = torch.arange(seqlen, device=given.device)
     if padding.is_by_row:
@@ -110,7 +110,7 @@ def _positions(padding: Unpadding, given: Tensor) -> Tensor:
 
 
 def packed(padding: Unpadding, name: str, tensor: Any, spare: int = 0) -> Any:
-    """(B, S), or what broadcasts to it, -> (T,); None stays None. spare: of filler tokens."""
+    """(B, S), or what broadcasts to it, -> (T,), with `spare` for filler; None stays None."""
     if tensor is None:
         return None
     try:

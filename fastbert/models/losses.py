@@ -1,4 +1,4 @@
-"""Losses as sums with counts, so that an optimizer step can normalise them over all its batches.
+"""Losses as sums and counts, so that an optimizer step can normalise them over all its batches.
 
 B sequences, T tokens, L labels.
 """
@@ -17,14 +17,14 @@ from fastbert.ops.linear_cross_entropy import linear_cross_entropy
 from fastbert.ops.mlm_gather import MaskedRows, mlm_gather
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 
-Count = Tensor | int | None  # the labels of a whole optimizer step, by which sums are divided
+Count = Tensor | int | None  # the number of labels in a whole optimizer step, which divides sums
 
 
 class Scored(NamedTuple):
-    """The summed loss of the labelled rows and their number; each field is a ().
+    """The summed loss of the labelled rows, and their number; each field has shape ().
 
-    loss_sum: in float32 or wider, 0 without labelled rows; num_rows: how many rows have a label;
-    correct: how many targets have the highest logit, None if they were not counted.
+    loss_sum: float32 or wider, 0 without labelled rows; num_rows: the number of labelled rows;
+    correct: the number of rows whose target has the highest logit, None if it was not counted.
     """
 
     loss_sum: Tensor
@@ -32,17 +32,17 @@ class Scored(NamedTuple):
     correct: Tensor | None = None
 
     def loss(self, num_items: Count = None) -> Tensor:
-        """loss_sum / num_rows, or / num_items; a finite 0 with zero gradients without labels."""
+        """loss_sum / num_rows, or / num_items; 0 with zero gradients if there are no labels."""
         count = self.num_rows if num_items is None else num_items
         if isinstance(count, Tensor):
             count = count.to(self.loss_sum.device).clamp(min=1)
-            # a fraction, of `without_padding`, is in float64, and would widen the loss
+            # `without_padding` returns a float64 fraction, which would widen the loss
             count = count.to(self.loss_sum.dtype) if count.is_floating_point() else count
             return self.loss_sum / count
         return self.loss_sum / max(count, 1)
 
     def sums(self) -> list[Tensor]:
-        """The sums from which metrics are computed; only after counting correct targets."""
+        """The sums for metrics: loss, correct targets (which must be counted), labelled rows."""
         assert self.correct is not None
         return [self.loss_sum, self.correct, self.num_rows]
 
@@ -50,7 +50,7 @@ class Scored(NamedTuple):
 def wants_logits(
     model: nn.Module, has_loss: bool, return_logits: bool | None, skip_logits: bool | None
 ) -> bool:
-    """Whether to return logits over the vocabulary: by default not in training with a loss.
+    """Whether to return logits over the vocabulary; by default not in training with a loss.
 
     Raises ValueError if return_logits and skip_logits contradict each other.
     """
@@ -63,9 +63,9 @@ def wants_logits(
 
 
 def without_padding(num_items: Count, labels: Tensor, kept: Tensor | int) -> Count:
-    """A step's number of labels as Trainer counts them, less the share that is at padding.
+    """A step's number of labels as Trainer counts them, without the share that is at padding.
 
-    labels: of this batch, -100 for none; kept: how many of them count, as they are not at padding
+    labels: this batch's, with -100 for no label; kept: the number of its labels not at padding
     """
     if num_items is None:
         return None
@@ -80,9 +80,9 @@ def without_padding(num_items: Count, labels: Tensor, kept: Tensor | int) -> Cou
 def pretraining_loss(words: Scored, pairs: Scored, num_items: Count = None) -> Tensor:
     """The masked-LM loss plus the next-sentence loss.
 
-    num_items: the number of masked tokens in an optimizer step. The token losses' sum is divided by
-    it, and the mean of the pair losses is weighted by this batch's share of the step's masked
-    tokens. Without it, both losses are means.
+    num_items: the number of masked tokens in an optimizer step. It divides the sum of the token
+    losses, and the mean of the pair losses is weighted with this batch's share of it. Without it,
+    both losses are means.
     """
     pair_loss = pairs.loss()
     if num_items is not None:
@@ -91,7 +91,7 @@ def pretraining_loss(words: Scored, pairs: Scored, num_items: Count = None) -> T
 
 
 def score_words(head: Any, masked: MaskedRows, count_correct: bool = False) -> Scored:
-    """Runs a masked-LM head, which has `transform` and `decoder`, on the rows of `masked`."""
+    """Runs a masked-LM head with a `transform` and a `decoder` on the rows of `masked`."""
     rows, decoder = head.transform(masked.rows), head.decoder
     if not (is_plain(decoder) and is_usual(decoder.weight)):
         return score_classes(decoder(rows), masked.targets, count_correct)
@@ -118,8 +118,8 @@ def soft_target_loss(
 ) -> Tensor:
     """KL divergence from a teacher's probabilities, summed over rows, times temperature^2.
 
-    logits, teacher_logits: (C, L), each divided by the temperature (Hinton et al. 2015,
-    https://arxiv.org/abs/1503.02531); counts: (C,) bool, True for rows to sum. Returns () in
+    logits, teacher_logits: (C, L), divided by the temperature here (Hinton et al. 2015,
+    https://arxiv.org/abs/1503.02531); counts: (C,) bool, True for the rows to sum. Returns () in
     float32 or wider.
     """
     own, taught = (
@@ -130,13 +130,13 @@ def soft_target_loss(
 
 
 def cosine_loss(hidden_states: Tensor, teacher_states: Tensor, counts: Tensor) -> Tensor:
-    """Sum of 1 - cosine similarity over rows of (T, H) states where (T,) bool `counts` is True."""
+    """Sum of 1 - cosine similarity over the rows of (T, H) states where (T,) `counts` is True."""
     cosine = F.cosine_similarity(_wide(hidden_states), _wide(teacher_states), dim=-1)
     return (1 - cosine).masked_fill(~counts, 0).sum()
 
 
 def score_classes(logits: Tensor, targets: Tensor, count_correct: bool = False) -> Scored:
-    """Cross-entropy of logits (T, L) with targets (T,); rows with the target -100 are left out."""
+    """Cross-entropy of logits (T, L) and targets (T,); rows with the target -100 are left out."""
     targets = targets.to(logits.device, torch.int64)
     loss_sum = F.cross_entropy(_wide(logits), targets, ignore_index=IGNORE_INDEX, reduction="sum")
     correct = (logits.argmax(-1) == targets).sum() if count_correct else None
@@ -146,10 +146,10 @@ def score_classes(logits: Tensor, targets: Tensor, count_correct: bool = False) 
 def span_loss(
     scores: Sequence[Tensor], columns: Sequence[Tensor], is_real: Tensor | None, num_items: Count
 ) -> Tensor:
-    """The mean of the losses of starts and ends: logits (B, S) and columns (B,) or (B, 1) of each.
+    """The mean of start loss and end loss: for each, logits (B, S) and columns (B,) or (B, 1).
 
-    Columns below 0 count as 0, as in Hugging Face. Columns beyond the end, and those where is_real
-    (B, S) bool is False, are left out.
+    Columns below 0 count as 0, as in Hugging Face. Columns beyond the end are left out, and so are
+    those where is_real (B, S) bool is False.
     """
     losses = []
     for each, places in zip(scores, columns, strict=True):
@@ -162,8 +162,8 @@ def span_loss(
 
 
 def problem_type_of(labels: Tensor, num_labels: int) -> str:
-    """What labels of sequences are, as Hugging Face infers it without a problem_type: regression
-    for one number each, otherwise single label for integers and multi-label for floats."""
+    """The problem_type that Hugging Face infers from labels of sequences: regression for one
+    number each, otherwise single label for integers and multi-label for floats."""
     if num_labels == 1:
         return "regression"
     kind = "single" if labels.dtype in (torch.int64, torch.int32) else "multi"
@@ -171,11 +171,11 @@ def problem_type_of(labels: Tensor, num_labels: int) -> str:
 
 
 def score_sequences(logits: Tensor, labels: Tensor, problem_type: str) -> Scored:
-    """Squared error, cross-entropy or binary cross-entropies of logits (B, L).
+    """Squared error, cross-entropy or binary cross-entropy of logits (B, L).
 
     labels: (B,) classes for single_label_classification; (B, L) numbers for regression and for
-    multi_label_classification. As in Hugging Face, the losses of regression and multi-label are
-    means over all B * L numbers. Raises ValueError for labels of another size.
+    multi_label_classification. As in Hugging Face, regression and multi-label losses are means
+    over all B * L numbers. Raises ValueError for labels of another size.
     """
     shape, is_single = tuple(logits.shape), problem_type == "single_label_classification"
     require(

@@ -1,4 +1,4 @@
-"""The models of pre-training: masked language modelling, alone or with next-sentence prediction."""
+"""The pre-training models: masked language modelling, alone or with next-sentence prediction."""
 
 from typing import Any, ClassVar, Unpack
 
@@ -25,10 +25,10 @@ from fastbert.packing import PackedBatch
 class _PredictsWords(BertPreTrainedModel):
     """A model with a decoder to the vocabulary, tied to the word embeddings.
 
-    In training mode with labels, its head runs on the masked positions alone, and no logits are
-    returned. `return_logits=True` returns them even then; `return_logits=False`, or
-    `skip_logits=True`, never does. Without logits and hidden states, the last layer computes only
-    the tokens that the losses read.
+    In training mode with labels, the head runs on the masked positions only, and no logits are
+    returned. `return_logits=True` always returns them; `return_logits=False` or `skip_logits=True`
+    never does. If neither logits nor hidden states are requested, the last layer computes only the
+    tokens that the losses read.
     """
 
     cls: Any
@@ -52,13 +52,13 @@ class _PredictsWords(BertPreTrainedModel):
     def _predict_words(
         self, request: Request, with_pairs: bool, **asked: bool | None
     ) -> tuple[Any, Scored | None, Tensor | None, Any]:
-        """The encoder's output; the masked-LM score, None without a loss; the words' logits, None
-        unless wanted; those of pairs, None without.
+        """The encoder's output; the masked-LM score, None without a loss; the word logits, None if
+        they are not wanted; the pair logits, None without pairs.
 
         asked: return_logits and skip_logits
         """
         labels, head = request.labels, self.cls
-        # hooks, and a forward of a user's, must see every token
+        # a hook, or a user's own forward, must see every token
         has_hook = not may_be_left_out(head)
         if not has_hook:
             head = head.predictions
@@ -87,7 +87,7 @@ class _PredictsWords(BertPreTrainedModel):
 
 
 class BertForPreTraining(_PredictsWords):
-    """BERT with both heads of its pre-training (Devlin et al. 2018), as in Hugging Face."""
+    """BERT with both pre-training heads (Devlin et al. 2018), as in Hugging Face."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -111,14 +111,14 @@ class BertForPreTraining(_PredictsWords):
     ) -> BertForPreTrainingOutput | tuple[Any, ...]:
         """The sum of both losses if both labels are given, and the heads' logits.
 
-        labels: (B, S) int64, the token to predict or -100; next_sentence_label: (B,) int64, 0
-        where the second segment follows the first; the other arguments as in `BertModel`. Returns
-        prediction_logits (B, S, V), or (T, V) for a PackedBatch, None in training with both labels
-        unless return_logits=True; and seq_relationship_logits (B, 2).
+        labels: (B, S) int64, the token to predict or -100; next_sentence_label: (B,) int64, 0 if
+        the second segment follows the first; for the other arguments see `BertModel`. Returns
+        prediction_logits (B, S, V), or (T, V) for a PackedBatch, or None in training with both
+        labels unless return_logits=True; and seq_relationship_logits (B, 2).
 
-        num_items_in_batch: the number of masked tokens in an optimizer step. The sum of both mean
-        losses is weighted by this batch's share of them. The step's masked-LM loss is then the mean
-        over all its masked tokens, and its next-sentence loss a mean of its batches' losses with
+        num_items_in_batch: the number of masked tokens in an optimizer step. This batch's share of
+        them weights the sum of both mean losses. The step's masked-LM loss is then the mean over
+        all its masked tokens, and its next-sentence loss is the mean of its batches' losses with
         the same weights.
         """
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
@@ -154,7 +154,7 @@ class BertForPreTraining(_PredictsWords):
 
 
 class BertForMaskedLM(_PredictsWords):
-    """BERT with the masked-language-modelling head alone, as in Hugging Face."""
+    """BERT with the masked-LM head only, as in Hugging Face."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -179,8 +179,8 @@ class BertForMaskedLM(_PredictsWords):
     ) -> MaskedLMOutput | tuple[Any, ...]:
         """The masked-LM loss if labels are given, and the logits; see `BertForPreTraining`.
 
-        encoder_hidden_states, encoder_attention_mask: a decoder's arguments, only there for Hugging
-        Face's order of arguments; raises ValueError unless they are None.
+        encoder_hidden_states, encoder_attention_mask: arguments of a decoder, which only keep
+        Hugging Face's order of arguments; raises ValueError unless they are None.
         """
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         decoding = {

@@ -1,4 +1,4 @@
-"""One call of a model: what is asked, and what of the bare model's output is read."""
+"""One call of a model: its arguments, and what its head reads of the bare model's output."""
 
 import dataclasses
 from collections.abc import Collection
@@ -27,13 +27,13 @@ from fastbert.rng import DropoutState, for_batch
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """One call of a model. T packed tokens of B sequences, M rows whose output is wanted.
+    """One call of a model, with T packed tokens of B sequences and M rows whose output is wanted.
 
-    inputs, documents: as they were given; hidden_size: the model's; has_graphs: whether its layers
-    may replay CUDA graphs; output_hidden_states, return_dict, num_items: see `ForwardOptions`;
-    rows: the only tokens whose last hidden state is read, None for all; reads: what is read of the
-    bare model's output, hidden states in the input's form, packed ones, or pooled ones alone;
-    packed: what `batch` and `padding` give, None before anybody asks.
+    inputs, documents: as the caller passed them; hidden_size: the model's; has_graphs: whether its
+    layers may replay CUDA graphs; output_hidden_states, return_dict, num_items: see
+    `ForwardOptions`; rows: the only tokens whose last hidden state is read, None for all; reads:
+    what the head reads of the bare model's output: hidden states in the input's form, packed ones,
+    or only the pooled ones; packed: `batch` and `padding`, None until one of them is first read.
     """
 
     inputs: Inputs
@@ -62,15 +62,15 @@ class Request:
         require(
             not (torch.jit.is_tracing() or (torch.compiler._is_exporting_flag and is_padded)),
             type(model).__name__,
-            "a call with values, as the lengths of a batch are read",
+            "a call with values, because the model reads the lengths of the batch",
             "one that is traced or exported",
-            "`fastbert export` writes files of a model, or use one patched by fastbert.patch",
+            "use `fastbert export`, or a Hugging Face model patched by fastbert.patch",
         )
         return cls(
             inputs,
             documents,
             config.hidden_size,
-            layers is not None and not off_by(layers),  # None inside a wrapper
+            layers is not None and not off_by(layers),  # None if a wrapper hides the layers
             asked(config, options, "output_hidden_states"),
             asked(config, options, "return_dict"),
             options.get("num_items_in_batch"),
@@ -78,12 +78,12 @@ class Request:
 
     @property
     def batch(self) -> PackedBatch:
-        """The tokens, which are packed when they are first read, because a graph may pack them."""
+        """The tokens, packed only when first read, because a CUDA graph may pack them instead."""
         return self._layout[0]
 
     @property
     def padding(self) -> Unpadding | None:
-        """How to restore the padded form; None for packed input and output."""
+        """How to restore the padded form; None if input and output are packed."""
         return self._layout[1]
 
     @property
@@ -96,7 +96,7 @@ class Request:
     def labelled(self, labels: Tensor | None) -> Self:
         """This request with `labels` (B, S) packed into the batch, and with num_labels counted.
 
-        Labels at padding are dropped. Raises ValueError for labels beside a PackedBatch.
+        Labels at padding are dropped. Raises ValueError for labels in addition to a PackedBatch.
         """
         if labels is None and not self.is_packed:
             return self
@@ -105,7 +105,7 @@ class Request:
             require(
                 padding is not None,
                 "labels",
-                "None beside a PackedBatch, whose labels are a field of it",
+                "None with a PackedBatch, which has labels as a field",
                 tuple(labels.shape),
             )
             assert padding is not None
@@ -125,7 +125,7 @@ class Request:
     def labelled_pairs(self, next_sentence_label: Tensor | None) -> Self:
         """This request with next-sentence labels, (B,) or (B, 1), in its batch.
 
-        Raises ValueError if the batch has some already.
+        Raises ValueError if the batch already has them.
         """
         if next_sentence_label is None:
             return self
@@ -133,7 +133,7 @@ class Request:
         require(
             batch.next_sentence_label is None,
             "next_sentence_label",
-            "None beside a PackedBatch that has the field",
+            "None with a PackedBatch that has the field",
             tuple(next_sentence_label.shape),
         )
         batch = dataclasses.replace(batch, next_sentence_label=next_sentence_label.view(-1))
@@ -141,23 +141,23 @@ class Request:
 
     @property
     def is_packed(self) -> bool:
-        """Whether the tokens are packed; without labels a graph may do that."""
+        """Whether the tokens are packed already; without labels a CUDA graph may pack them."""
         return self.packed is not None or isinstance(self.inputs.given, PackedBatch)
 
     @property
     def labels(self) -> Tensor | None:
-        """The labels of the tokens, (T,); None without."""
+        """The labels of the tokens, (T,), or None."""
         return self.batch.labels if self.is_packed else None
 
     @property
     def pair_labels(self) -> Tensor | None:
-        """The next-sentence labels of the batch, (B,); None without."""
+        """The next-sentence labels of the batch, (B,), or None."""
         return self.batch.next_sentence_label if self.is_packed else None
 
     def only(self, *, first: bool = False, labelled: bool = False) -> Self:
-        """This request for the tokens of `wanted_rows` only, where that saves time.
+        """This request for the tokens of `wanted_rows` only, if that saves time.
 
-        Not where hidden states are wanted.
+        Unchanged if hidden states are requested, which need every token.
         """
         batch = self.batch
         pays = Rows.pay(batch.num_tokens, self.hidden_size, batch.device, labelled=labelled)
@@ -166,7 +166,7 @@ class Request:
         return dataclasses.replace(self, rows=wanted_rows(batch, first=first, labelled=labelled))
 
     def output(self, kind: Any, encoded: Any, logits: Tensor | None, scored: Scored | None) -> Any:
-        """The output of class `kind`: the loss normalised, None without a score; logits; states."""
+        """The output of class `kind`: normalised loss (None without a score), logits, states."""
         return kind(
             loss=None if scored is None else scored.loss(self.num_items),
             logits=logits,
@@ -176,7 +176,7 @@ class Request:
     def padded(self, tokens: Tensor, spare: float = 0.0) -> Tensor:
         """(T, ...) -> (B, S, ...) with `spare` at padding; unchanged if the input was packed.
 
-        tokens: (B, S, ...) where a graph has packed the batch
+        tokens: (B, S, ...) if a CUDA graph packed the batch
         """
         if not self.is_packed:
             return filled(tokens, self.is_real, spare)
@@ -184,7 +184,7 @@ class Request:
 
     @property
     def is_real(self) -> Tensor | None:
-        """(B, S) bool, False at padding; None without padding, and for packed input."""
+        """(B, S) bool, False at padding; None if there is no padding or the input is packed."""
         if self.is_packed:
             return None if self.padding is None else self.padding.is_real
         mask = self.inputs.attention_mask
@@ -192,7 +192,7 @@ class Request:
 
 
 def drawn(batch: PackedBatch) -> DropoutState:
-    """The dropout state of a batch, its own or one from torch's generator."""
+    """The dropout state of a batch: its own, or one drawn from torch's generator."""
     return for_batch(
         batch.cu_seqlens,
         batch.num_tokens,
@@ -204,7 +204,7 @@ def drawn(batch: PackedBatch) -> DropoutState:
 def wanted_rows(batch: PackedBatch, *, first: bool, labelled: bool) -> Rows:
     """The rows for the last layer: each sequence's first token, the labelled tokens, or both.
 
-    The host does not wait if the batch has num_labels.
+    The host waits for the GPU only if labelled rows are wanted and the batch has no num_labels.
     """
     has_label, num_labels = None, 0
     if labelled:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 def resize(table: nn.Embedding | nn.Linear, count: int, std: float | None) -> None:
     """Gives an embedding, or a decoder, `count` rows in new parameters; old rows keep their values.
 
-    New rows are drawn around 0 with the given std. With a std of None they are drawn close to the
-    mean of the old rows, so that a decoder's probabilities hardly change at first (Hewitt 2021,
+    New rows are drawn around 0 with the given std. If std is None, they are drawn close to the mean
+    of the old rows, so that a decoder's probabilities hardly change at first (Hewitt 2021,
     https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
     table.weight = _resized(table.weight, count, std)

@@ -1,4 +1,4 @@
-"""The models of tasks: of sequences, pairs, tokens, a question's choices, and answers in a text."""
+"""The task models: sequence, pair and token classification, multiple choice, extractive answers."""
 
 from typing import Any, Unpack
 
@@ -38,7 +38,7 @@ class LabelledModel(BertPreTrainedModel):
         labels: Tensor | None = None,
         **options: Unpack[ForwardOptions],
     ) -> Any:
-        """The loss if labels are given, and the logits; for the labels see the class.
+        """The loss if labels are given, and the logits; the class describes its labels.
 
         input_ids: (B, S) int64, or a PackedBatch; attention_mask: see `read_mask`; token_type_ids,
         position_ids: (B, S), by default zeros and the column; inputs_embeds: (B, S, H) instead of
@@ -49,9 +49,9 @@ class LabelledModel(BertPreTrainedModel):
 
 
 class BertForNextSentencePrediction(LabelledModel):
-    """BERT with the next-sentence head alone, as in Hugging Face.
+    """BERT with the next-sentence head only, as in Hugging Face.
 
-    labels: (B,) int64, 0 where the second segment follows the first, 1 where it is a random one; by
+    labels: (B,) int64, 0 if the second segment follows the first, 1 if it is a random one; by
     default a PackedBatch's next_sentence_label. Logits are (B, 2).
     """
 
@@ -87,10 +87,10 @@ class _Classifier(LabelledModel):
 class BertForSequenceClassification(_Classifier):
     """BERT with a classifier of whole sequences, as in Hugging Face; logits (B, num_labels).
 
-    labels: by config.problem_type (B,) classes, (B, num_labels) numbers, or (B, num_labels) floats
-    0 and 1; see `score_sequences`. A problem_type of None becomes that of the first labels, in the
-    configuration too, where pipelines read whether scores are of a softmax or sigmoids (under
-    torch.compile in Hugging Face's configuration alone).
+    labels: depending on config.problem_type, (B,) classes, (B, num_labels) numbers, or
+    (B, num_labels) floats 0 and 1; see `score_sequences`. If problem_type is None, it is inferred
+    from the first labels and written to the configuration, where pipelines read whether to apply a
+    softmax or sigmoids (under torch.compile only to Hugging Face's configuration).
     """
 
     def __init__(self, config: Any) -> None:
@@ -102,7 +102,7 @@ class BertForSequenceClassification(_Classifier):
         if labels is not None:
             problem = self.config.problem_type or problem_type_of(labels, logits.shape[1])
             scored = score_sequences(logits, labels, problem)
-            # a trace cannot change fastbert's own configuration, which checks what it is given
+            # a trace cannot change a `BertConfig`, which validates each assignment
             is_fixed = isinstance(self.config, BertConfig) and torch.compiler.is_compiling()
             if self.config.problem_type is None and not is_fixed:
                 self.config.problem_type = problem
@@ -148,24 +148,24 @@ class BertForMultipleChoice(_Classifier):
     ) -> MultipleChoiceModelOutput | tuple[Any, ...]:
         """The loss if labels are given, and the logits (B, C) of C choices.
 
-        input_ids and the other inputs: as in `BertModel`, but (B, C, S), inputs_embeds
-        (B, C, S, H); or a PackedBatch of B * C sequences, each question's choices one after the
-        other, with num_choices = C. labels: (B,) int64, the right choice or -100. Raises ValueError
-        for other shapes, and for a PackedBatch without num_choices.
+        input_ids and the other inputs: as in `BertModel`, but of shape (B, C, S), inputs_embeds
+        (B, C, S, H); or a PackedBatch of B * C sequences, in which the choices of a question follow
+        each other, with num_choices = C. labels: (B,) int64, the right choice or -100. Raises
+        ValueError for other shapes, and for a PackedBatch without num_choices.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
         if isinstance(given, Tensor):
             require(
                 given.ndim == (3 if inputs_embeds is None else 4),
                 "BertForMultipleChoice",
-                "input_ids (batch, choices, seqlen) or inputs_embeds of one dimension more",
+                "input_ids (batch, choices, seqlen) or inputs_embeds with one more dimension",
                 tuple(given.shape),
             )
             num_choices = given.shape[1]
         require(
             num_choices is not None,
             "BertForMultipleChoice",
-            "num_choices beside a PackedBatch",
+            "num_choices with a PackedBatch",
             None,
         )
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
@@ -185,8 +185,8 @@ class BertForQuestionAnswering(BertPreTrainedModel):
     """BERT with logits for where an answer begins and ends, as in Hugging Face.
 
     The softmax is over the real tokens of a sequence. In Hugging Face's model it includes padding,
-    so that the loss depends on the width of the batch; here the logits of padding are the dtype's
-    lowest number, which adds nothing to a softmax and is never the argmax.
+    so the loss depends on the width of the batch. Here the logits at padding are the dtype's lowest
+    number, which adds nothing to the softmax and is never the argmax.
     """
 
     def __init__(self, config: Any) -> None:
@@ -213,11 +213,11 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         end_positions: Tensor | None = None,
         **options: Unpack[ForwardOptions],
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
-        """The mean of the losses of start and end if both positions are given, and their logits.
+        """The mean of start and end loss if both positions are given, and both logits.
 
         start_positions, end_positions: (B,) int64, a column of the batch, or for packed input the
         position in the sequence or document. Negative positions count as 0, as in Hugging Face;
-        positions at padding or beyond the end are left out of the loss. The other arguments as in
+        positions at padding or beyond the end are left out of the loss. For the other arguments see
         `BertModel`. Returns start_logits and end_logits, (B, S), or (T,) for a PackedBatch.
         """
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)

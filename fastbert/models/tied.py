@@ -1,4 +1,4 @@
-"""Keeps tied parameters tied as states are loaded, and apart in those that are saved."""
+"""Ties parameters again after a state dict was loaded, and separates them in one to be saved."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def set_apart(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Copies tied parameters under their further names in a state dict: Trainer saves with
+    """Copies tied parameters in a state dict, all but the first name's, because Trainer saves with
     safetensors, which refuses tensors that share memory."""
     seen = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -19,5 +19,5 @@ def set_apart(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> 
 def tie_again(model: Any, _: Any) -> None:
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     pairs = model._tied_weights_keys
-    if names.issuperset([*pairs, *pairs.values()]):  # else another library has wrapped a module
+    if names.issuperset([*pairs, *pairs.values()]):  # otherwise another library wrapped a module
         model.tie_weights()

@@ -1,4 +1,4 @@
-"""Reads models for use, none of whose parameters may be drawn anew, and tells them apart."""
+"""Loads trained models, with no newly initialized parameters, and fingerprints them."""
 
 import hashlib
 import json
@@ -13,24 +13,24 @@ from fastbert.models.base import BertPreTrainedModel
 
 
 class Headless(InputError):
-    """A checkpoint lacks parameters of the head that a model is read for."""
+    """A checkpoint lacks parameters of the head that is needed."""
 
 
 Model = TypeVar("Model", bound=BertPreTrainedModel)
 
 
 def trained(kind: type[Model], directory: Path, config: Any, **options: Any) -> Model:
-    """A model of class `kind` in eval mode, with the directory's weights; options: the class's.
+    """A model of class `kind` in eval mode with the directory's weights.
 
-    Raises InputError where `from_pretrained` does, and Headless for parameters that it would draw
-    anew.
+    options: for the class's constructor. Raises InputError as `from_pretrained` does, and Headless
+    where `from_pretrained` would newly initialize parameters.
     """
     model = kind(config, **options)
     absent = checkpoint.load_weights(model, checkpoint.read_weights(directory), directory)
     if absent:
         raise Headless(
             f"{directory}: the checkpoint has no {', '.join(absent)}, which {kind.__name__} needs; "
-            "train it, or name another model"
+            "train it first, or name another model"
         )
     return model.eval()
 

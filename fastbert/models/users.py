@@ -1,4 +1,4 @@
-"""Calls modules of a user's in a model as Hugging Face calls them: with a padded batch."""
+"""Calls a user's modules inside a model as Hugging Face calls them: with a padded batch."""
 
 import dataclasses
 from typing import Any
@@ -19,14 +19,14 @@ _OF_EMBEDDINGS = "input_ids", "token_type_ids", "position_ids", "inputs_embeds"
 
 
 def may_be_left_out(module: Any) -> bool:
-    """Whether a call of the module does what fastbert's own forward does, and nothing else."""
+    """Whether a call of the module only runs fastbert's own forward, which can be inlined."""
     return is_defined_in(type(module).forward, _OWN) and not has_own_hooks(module)
 
 
 def all_take_tokens(bare: Any) -> bool:
-    """Whether the parts of a bare model take packed tokens, as none is hooked or of a user's class.
+    """Whether the parts of a bare model take packed tokens: none has hooks or is a user's class.
 
-    torch's wrappers of the embeddings pass all arguments on; hooks of a pooler see first tokens.
+    torch's wrappers of the embeddings pass all arguments on; a pooler's hooks see first tokens.
     """
     embeddings, encoder, pooler = bare.embeddings, bare.encoder, bare.pooler
     return (
@@ -38,9 +38,9 @@ def all_take_tokens(bare: Any) -> bool:
 
 
 def through(module: Any, x: Tensor, request: Request, *others: Any) -> Any:
-    """What a module of a head makes of tokens x (T, H), and of what else its forward takes.
+    """The output of a head's module for tokens x (T, H) and the other arguments of its forward.
 
-    A user's, or one with hooks, gets rows, and so does any where x is (B, S, H), from a graph.
+    A user's module, or one with hooks, gets them padded, as all do if a graph gave x (B, S, H).
     """
     if not request.is_packed or request.padding is None or maps_rows(module):
         return module(x, *others)
@@ -51,10 +51,10 @@ def through(module: Any, x: Tensor, request: Request, *others: Any) -> Any:
 
 
 def predict_in_rows(bare: Any, request: Request, wanted: Rows | None) -> BaseModelOutputWithPooling:
-    """What `BertModel.predict` returns, by calls of its parts that are Hugging Face's.
+    """What `BertModel.predict` returns, with the parts called as Hugging Face calls them.
 
-    Each part gets one sequence in a row: ids and hidden states of (B, S), and a mask (B, 1, 1, S)
-    bool, or a general one. fastbert's own parts drop as without hooks, but users' by themselves.
+    Each part gets one sequence per row: ids (B, S), hidden states (B, S, H), and a mask bool
+    (B, 1, 1, S), or a general one. fastbert's parts draw the same dropout masks as without hooks.
     """
     batch, padding = request.batch, request.padding
     rows, is_by_row = padding, True
@@ -64,13 +64,13 @@ def predict_in_rows(bare: Any, request: Request, wanted: Rows | None) -> BaseMod
     mask = rows.mask if batch.attention_mask is None else batch.attention_mask
 
     def of_embeddings(name: str) -> Tensor | None:
-        if is_by_row:  # at padding too as given
+        if is_by_row:  # with the caller's values at padding too
             return getattr(request.inputs, name)
         tokens = getattr(batch, name)
         return None if tokens is None else rows.pad(tokens)
 
     def in_form(states: Tensor | None) -> Any:
-        """As the batch was given; zeros at padding."""
+        """The states in the input's form, with zeros at padding."""
         return None if states is None else request.padded(rows.pack(states))
 
     embeddings, encoder, pooler = bare.embeddings, bare.encoder, bare.pooler
@@ -87,7 +87,7 @@ def predict_in_rows(bare: Any, request: Request, wanted: Rows | None) -> BaseMod
             asked["rng"] = rng
         if is_defined_in(type(embeddings).forward, _OWN):
             ids["rng"] = rng
-    x = embeddings(**ids).to(own_dtype(embeddings))  # also under autocast
+    x = embeddings(**ids).to(own_dtype(embeddings))  # autocast may have changed the dtype
     encoded = encoder(x, attention_mask=mask, **asked)
     tokens, pooled = rows.pack(encoded[0]), None
     if pooler is not None:
@@ -104,10 +104,10 @@ def predict_in_rows(bare: Any, request: Request, wanted: Rows | None) -> BaseMod
 
 
 def ask(bare: Any, request: Request) -> Any:
-    """The output of a bare model that is called as Hugging Face's heads call theirs.
+    """The output of a bare model, called as Hugging Face's heads call theirs.
 
-    Last hidden states, if they are read, become packed ones of the request's rows; a hook may have
-    kept the output, so that stays as it is.
+    If the last hidden states are read, they are packed and reduced to the request's rows, in a copy
+    of the output, because a hook may have kept the original.
     """
     ids, *others = request.inputs
     named = dict(zip(request.inputs._fields[1:], others, strict=True))

@@ -5,7 +5,7 @@ from fastbert.config.serve import ServeConfig
 
 
 def run(config: ServeConfig) -> None:
-    """Serves until a signal stops it; InputError if a library of the extra `serve` is missing."""
+    """Serves until a signal; raises InputError if a library of the extra `serve` is missing."""
     require_libraries("fastbert serve", ("fastapi", "uvicorn", "prometheus_client"), "serve")
     from fastbert.serve.server import serve
 

@@ -1,6 +1,6 @@
 """The abilities of a served model: texts to sequences, sequences to scores, scores to answers.
 
-The first step and the last run in the tokenizer's threads, the second in the model's one thread.
+The first and the last step run in the tokenizer's threads, the second in the model's only thread.
 """
 
 import abc
@@ -28,11 +28,11 @@ CUT = 'cut it off with "truncate": true'
 
 Likeliest = tuple[NDArray[np.float32], NDArray[np.int64]]  # probabilities and word ids
 
-_GAPS = 256  # [MASK] positions whose vocabulary scores are computed at once
+_GAPS = 256  # how many [MASK] positions have their vocabulary scores computed at once
 
 
 class Tokens:
-    """A tokenizer whose `encode` lets other threads run, which only batch encoding does."""
+    """A tokenizer whose `encode` uses batch encoding, because only that lets other threads run."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -47,8 +47,8 @@ class Tokens:
 class Ability(abc.ABC):
     """One kind of request that a model can answer.
 
-    cuts: whether long texts may be cut off; where not, --truncate does not reach a request, and one
-    that asks for it is refused.
+    cuts: whether long texts may be cut off; if not, --truncate has no effect, and a request with
+    "truncate" is refused.
     """
 
     cuts = True
@@ -63,7 +63,7 @@ class Ability(abc.ABC):
 
 
 def windows_or_refusal(make: Any, *arguments: Any) -> Any:
-    """What `make` returns; its InputError becomes a `Refusal`, 413 for a text that is too long."""
+    """Calls `make`; turns its InputError into a `Refusal`, 413 for a text that is too long."""
     try:
         return make(*arguments)
     except InputError as error:
@@ -71,7 +71,7 @@ def windows_or_refusal(make: Any, *arguments: Any) -> Any:
 
 
 class Embedding(Ability):
-    """Embeds texts; scores: vectors (hidden_size,) float32, not normalised."""
+    """Embeds texts; its scores are vectors (hidden_size,) float32, not normalised."""
 
     def __init__(self, tokenizer: Tokenizer, max_seq_len: int, pooling: str) -> None:
         self.tokenizer, self.pooling = tokenizer, pooling
@@ -88,7 +88,7 @@ class Embedding(Ability):
         ]
 
     def full(self, num_tokens: int) -> list[Feature]:
-        """Features of about `num_tokens` tokens, in the longest sequences, to warm a model up."""
+        """Features with about `num_tokens` tokens in the longest sequences, for a warm-up."""
         encoder = self.encoders[True]
         size = min(encoder.max_seq_len, max(num_tokens, 3))
         (window,) = encoder.windows("", [encoder.specials.unk] * (size - 2))
@@ -104,7 +104,7 @@ class Embedding(Ability):
 
     @staticmethod
     def vectors(scores: Sequence[NDArray[np.float32]], normalize: bool) -> NDArray[np.float32]:
-        """(N, hidden_size) float32; scaled to length 1 if `normalize`, as by F.normalize."""
+        """(N, hidden_size) float32; scaled to length 1 if `normalize`, as F.normalize does."""
         vectors = np.stack(scores)
         if normalize:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -112,12 +112,12 @@ class Embedding(Ability):
 
 
 class MaskFilling(Ability):
-    """Fills [MASK] tokens in texts; scores: the likeliest words of each, with probabilities.
+    """Fills [MASK] tokens in texts; scores: the likeliest words for each, with probabilities.
 
     A feature's target is the list of its [MASK] positions.
     """
 
-    MOST = 100  # words for a [MASK], and the largest top_k of a request
+    MOST = 100  # the number of words kept for a [MASK], and the largest top_k of a request
     cuts = False
 
     def __init__(self, tokenizer: Tokenizer, max_seq_len: int) -> None:
@@ -127,7 +127,7 @@ class MaskFilling(Ability):
 
     def features(self, inputs: Sequence[str], truncate: bool) -> list[Feature]:
         if truncate:
-            raise Refusal(422, "truncate: not for /fill-mask, where it could cut off a [MASK]")
+            raise Refusal(422, "truncate: not for /fill-mask, because it could cut off a [MASK]")
         encoder = WindowEncoder(self.tokenizer, self.max_seq_len, None, False, "shorten it")
         features = []
         encodings = self.tokenizer.encode_batch_fast(list(inputs), add_special_tokens=False)
@@ -140,11 +140,11 @@ class MaskFilling(Ability):
         return features
 
     def scores(self, model: Any, features: Sequence[Feature]) -> list[Likeliest]:
-        """Probabilities and word ids (its [MASK]s, MOST) of each feature, the likeliest first."""
+        """For each feature, probabilities and word ids ([MASK]s, MOST), the likeliest first."""
         batch = collate(features).to(model.device)
         gaps = [len(feature.target) for feature in features]
         ids = batch.input_ids
-        assert ids is not None  # the batch was made of token ids
+        assert ids is not None  # the batch was made from token ids
         labels = torch.full_like(ids, IGNORE_INDEX).masked_fill(ids == self.mask, 0)
         labelled = dataclasses.replace(batch, labels=labels, num_labels=sum(gaps))
         rows = wanted_rows(labelled, first=False, labelled=True)

@@ -18,13 +18,13 @@ from fastbert.serve.metrics import Metrics
 from fastbert.serve.refusal import Refusal, json_response, too_large
 from fastbert.serve.service import Service
 
-_SHOWN = 3  # reasons for refusing a request, at most
+_SHOWN = 3  # the most reasons in a refusal
 
 
 def make_app(
     served: Served, batcher: Batcher, config: ServeConfig, metrics: Metrics
 ) -> tuple[ASGIApp, Gate]:
-    """The ASGI application behind its gate, and the gate, through which the server drains."""
+    """The ASGI application behind its gate, and the gate, with which the server drains."""
     app = FastAPI(
         title="fastbert",
         version=__version__,
@@ -59,17 +59,17 @@ def make_app(
         reasons = {
             400: "the body: not JSON in UTF-8, nested too deep, or with a number too long to read",
             404: f"no such route: {request.url.path}",
-            405: f"not by {request.method}",
+            405: f"this route does not accept {request.method}",
             413: too_large(config.max_body).reason,
         }
         reason = reasons.get(status, str(error.detail))
         response = Refusal(422 if status == 400 else status, reason).response(request.url.path)
-        response.headers.update(error.headers or {})  # a 405's names the methods that there are
+        response.headers.update(error.headers or {})  # a 405 lists the allowed methods
         return response
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        reason = f"the server failed: {type(error).__name__}; its log says more"
+        reason = f"the server failed: {type(error).__name__}; see its log"
         return Refusal(500, reason).response(request.url.path)
 
     gate = Gate(config, app.openapi()["paths"], metrics)

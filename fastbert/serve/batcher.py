@@ -1,8 +1,8 @@
-"""The queue in front of the model, and the thread that takes batches from it.
+"""The queue before the model, and the thread that takes batches from it.
 
-A batch holds whole sequences end to end, up to a number of tokens, without padding; it does not
-wait to become full. Requests take turns, one sequence each, so that a request of many texts does
-not hold up the others. Sequences whose client has left are dropped before the model runs.
+A batch packs whole sequences without padding, up to a number of tokens; it does not wait to become
+full. Requests take turns, one sequence each, so a request with many texts does not delay the
+others. Sequences whose client has left are dropped before the model runs.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Job:
-    """The sequences of one request, answered together."""
+    """The sequences of one request, which are answered together."""
 
     def __init__(self, ability: Ability, features: Sequence[Feature]) -> None:
         self.ability, self.features = ability, features
@@ -55,10 +55,10 @@ class Job:
 
 
 class Batcher:
-    """Runs a model in one thread, on batches of the sequences that wait.
+    """Runs a model in one thread, on batches of waiting sequences.
 
-    batch_tokens: most tokens of a batch; a longer sequence is a batch of its own; max_queue: most
-    sequences that wait; autocast: the context that the model computes in
+    batch_tokens: the most tokens of a batch; a longer sequence is a batch by itself; max_queue: the
+    most waiting sequences; autocast: the context in which the model computes
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class Batcher:
             if self.num_sequences + count > self.max_queue:
                 raise Refusal(
                     429,
-                    f"{self.num_sequences} sequences wait for the model, and {count} more would be "
-                    f"over its {self.max_queue}; try again later",
+                    f"{self.num_sequences} sequences wait for the model, and {count} more would "
+                    f"exceed the limit of {self.max_queue}; try again later",
                     self.wait_s(),
                 )
             self.jobs.append(job)
@@ -126,7 +126,7 @@ class Batcher:
             self.changed.notify()
 
     def _drop(self, job: Job) -> None:
-        """Takes the remaining sequences of a request that nobody waits for out of the queue."""
+        """Removes the remaining sequences of a request from the queue, if its client has left."""
         with self.changed:
             if job in self.jobs:
                 self.jobs.remove(job)
@@ -160,7 +160,7 @@ class Batcher:
     def _take(self) -> list[tuple[Job, int]]:
         """The next batch: pairs of a request and the index of one of its sequences.
 
-        All have the ability of the first request in the queue.
+        All of them need the same ability as the first request in the queue.
         """
         batch: list[tuple[Job, int]] = []
         passed_over, used = [], 0

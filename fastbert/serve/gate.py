@@ -1,4 +1,4 @@
-"""Checks around every route: the key, the limits, the time, and whether the client still waits."""
+"""Checks around every route: the key, the limits, the time, and whether the client has left."""
 
 import asyncio
 import contextlib
@@ -14,18 +14,18 @@ from fastbert.config.serve import ServeConfig
 from fastbert.serve.metrics import Metrics
 from fastbert.serve.refusal import Refusal, too_large
 
-OPEN = ("/health",)  # needs no key; also while the server is full or draining
-ALWAYS = (*OPEN, "/metrics")  # also while the server is full or draining
+OPEN = ("/health",)  # answered without a key
+ALWAYS = (*OPEN, "/metrics")  # answered even while the server is full or draining
 
-_DISCARDED = 16_000_000  # bytes of a body too large, at most, that are read for its 413 to arrive
+_DISCARDED = 16_000_000  # the largest refused body, in bytes, that is read so that its 413 arrives
 
 
 class Gate:
     """ASGI middleware that admits requests, limits their time and counts them.
 
-    While it drains, requests that were admitted are answered and further ones refused (503). A
-    client that disconnects cancels its request. paths: the routes that metrics name; others are
-    counted together
+    While it drains, it answers the admitted requests and refuses further ones (503). A client that
+    disconnects cancels its request. paths: the routes that metrics name; all others are counted
+    together
     """
 
     def __init__(self, config: ServeConfig, paths: Collection[str], metrics: Metrics) -> None:
@@ -54,7 +54,7 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if self.is_draining:  # so that the client's next request goes to another server
+                if self.is_draining:  # makes the client's next request go to another server
                     message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
             await send(message)
 
@@ -93,15 +93,15 @@ class Gate:
             raise Refusal(503, "the server is shutting down", 1)
         if self.num_open > self.config.max_requests:
             raise Refusal(
-                429, f"{self.config.max_requests} requests are being answered; try again later", 1
+                429, f"{self.config.max_requests} requests are in progress; try again later", 1
             )
         if _length(headers) > self.config.max_body:  # before the body is read
             raise too_large(self.config.max_body)
 
     async def _discard(self, scope: Scope, receive: Receive) -> None:
-        """Reads a body that `_admit` refused, unless it is huge or the client asked about sending.
+        """Reads a body that `_admit` refused, unless it is huge or "Expect" held the body back.
 
-        A connection that is closed before its body is read is reset, and the answer lost.
+        A connection that closes before its body is read is reset, and the answer is lost.
         """
         headers = Headers(scope=scope)
         if "expect" in headers or _length(headers) > _DISCARDED:
@@ -112,7 +112,7 @@ class Gate:
                     pass
 
     async def _answer(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs the app until it has answered, the client has left or the time is over (504)."""
+        """Runs the app until it has answered, the client has left, or the time is over (504)."""
         task: Any = asyncio.current_task()
         watcher: asyncio.Task[None] | None = None
         has_left = False
@@ -144,7 +144,7 @@ class Gate:
         except TimeoutError:
             raise Refusal(
                 504,
-                f"no answer within {self.config.timeout:g} seconds; try fewer texts, or later",
+                f"no answer within {self.config.timeout:g} seconds; send fewer texts, or try later",
                 1,
             ) from None
         finally:
@@ -155,6 +155,6 @@ class Gate:
 
 
 def _length(headers: Headers) -> int:
-    """The bytes of the body as the headers have it; 0 if they do not say."""
+    """The body's size in bytes from the headers, 0 if they do not have it."""
     size = headers.get("content-length", "")
     return int(size[:19]) if size.isdecimal() else 0  # int() refuses thousands of digits

@@ -1,4 +1,4 @@
-"""Loads a checkpoint, and finds out which kinds of request it can answer."""
+"""Loads a checkpoint and determines which kinds of requests it can answer."""
 
 import contextlib
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ class Served(NamedTuple):
     """A loaded model and its abilities; prediction, mask_filling: None if it lacks the head.
 
     name: as given to --model; precision: fp32, bf16 or fp16 (autocast); batch_tokens, max_seq_len:
-    in tokens; reranks: whether the model scores a pair of texts by one number; prompts,
+    in tokens; reranks: whether the model gives one score to a pair of texts; prompts,
     default_prompt: see `SentenceFiles`
     """
 
@@ -78,7 +78,7 @@ def load(config: ServeConfig) -> Served:
     settings = _settings(directory, architecture, bert, config.max_seq_len or limit)
     max_seq_len = config.max_seq_len or (limit if settings is None else settings.max_seq_len)
     if not 3 <= max_seq_len <= longest:
-        raise InputError(f"--max-seq-len: between 3 and the model's {longest}, got {max_seq_len}")
+        raise InputError(f"--max-seq-len: expected 3 to the model's {longest}, got {max_seq_len}")
     if settings is not None:
         settings = _with_length(settings, max_seq_len)
     precision = config.precision or (settings.precision if settings else "auto")
@@ -120,15 +120,15 @@ def _model(directory: Path, architecture: str, bert: BertConfig) -> BertPreTrain
     except Headless:
         if kind is not BertForMaskedLM:
             raise
-    return trained(BertModel, directory, bert, add_pooling_layer=False)  # to embed
+    return trained(BertModel, directory, bert, add_pooling_layer=False)  # it can still embed
 
 
 def _settings(
     directory: Path, architecture: str, bert: BertConfig, max_seq_len: int
 ) -> Settings | None:
-    """Settings of the fine-tuning; for checkpoints of other origin, those that config.json implies.
+    """Settings of the fine-tuning, or those that another tool's config.json implies.
 
-    max_seq_len: of those. None if the checkpoint is not fine-tuned.
+    max_seq_len: for implied settings. None if the checkpoint is not fine-tuned.
     """
     if (directory / SETTINGS).is_file():
         return Settings.load(directory)
@@ -157,20 +157,20 @@ def _settings(
 
 
 def _with_length(settings: Settings, max_seq_len: int) -> Settings:
-    """The settings with that length; InputError if the windows of the training do not fit it."""
+    """The settings with this length; InputError if the training's windows do not fit it."""
     if settings.stride is not None and max_seq_len < settings.max_seq_len:
         num_special = 3 if settings.task == "qa" or settings.pair_column is not None else 2
         least = num_special + settings.stride + 1
         if max_seq_len < least:
             raise InputError(
-                f"--max-seq-len: at least {least}, for the model reads windows that share "
-                f"{settings.stride} tokens, got {max_seq_len}"
+                f"--max-seq-len: expected at least {least}, because the model reads windows that "
+                f"share {settings.stride} tokens, got {max_seq_len}"
             )
     return settings._replace(max_seq_len=max_seq_len)
 
 
 def _num_texts(settings: Settings, is_ours: bool) -> tuple[int, ...]:
-    """How many texts an input may have; for sequences, only our own checkpoints say how many."""
+    """How many texts an input may have; for sequences, only fastbert's checkpoints define it."""
     if settings.task in ("ner", "qa"):
         return (1,) if settings.task == "ner" else (2,)
     if not is_ours:

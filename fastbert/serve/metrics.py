@@ -20,7 +20,7 @@ _TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 class Metrics:
-    """The metrics of one server, in a registry of its own; times are in seconds."""
+    """The metrics of one server, in its own registry; times are in seconds."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -29,7 +29,7 @@ class Metrics:
             Counter, "requests", "Answers, by route and status.", ("route", "status")
         )
         self.request_seconds = self._make(
-            Histogram, "request_seconds", "From a request's headers to its answer.", ("route",),
+            Histogram, "request_seconds", "Time from a request's headers to its end.", ("route",),
             buckets=_SECONDS,
         )  # fmt: skip
         self.open_requests = self._make(Gauge, "open_requests", "Requests being answered.")
@@ -37,26 +37,26 @@ class Metrics:
         self.queue_sequences = self._make(
             Gauge, "queue_sequences", "Sequences that wait for the model."
         )
-        self.queue_tokens = self._make(Gauge, "queue_tokens", "Their tokens.")
+        self.queue_tokens = self._make(Gauge, "queue_tokens", "Tokens that wait for the model.")
         self.queue_seconds = self._make(
-            Histogram, "queue_seconds", "From the queue to the model, of a first sequence.",
+            Histogram, "queue_seconds", "Time that a request's first sequence waits for the model.",
             buckets=_SECONDS,
         )  # fmt: skip
         self.dropped = self._make(
-            Counter, "dropped_sequences", "Sequences dropped because nobody waited any more."
+            Counter, "dropped_sequences", "Sequences dropped because their client had left."
         )
         self.batch_sequences = self._make(
-            Histogram, "batch_sequences", "Sequences of a batch.", buckets=_SIZES
+            Histogram, "batch_sequences", "Sequences in a batch.", buckets=_SIZES
         )
         self.batch_tokens = self._make(
-            Histogram, "batch_tokens", "Tokens of a batch; the sum is all that were computed.",
+            Histogram, "batch_tokens", "Tokens in a batch; the sum counts all computed tokens.",
             buckets=_TOKENS,
         )  # fmt: skip
         self.batch_seconds = self._make(
             Histogram, "batch_seconds", "The model's time for a batch.", buckets=_SECONDS
         )
         self.failed_batches = self._make(
-            Counter, "failed_batches", "Batches that the model failed on."
+            Counter, "failed_batches", "Batches on which the model failed."
         )
 
     def _make(

@@ -20,11 +20,9 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/embeddings")
     async def embeddings(body: OpenAIBody) -> Response:
-        """An embedding of each text, of length 1, as OpenAI's are."""
+        """An embedding of each text, scaled to length 1 as OpenAI's are."""
         if body.dimensions is not None:
-            raise Refusal(
-                422, "dimensions: the model's vectors have one width and are not cut; leave it out"
-            )
+            raise Refusal(422, "dimensions: the model's vectors have a fixed width; omit the field")
         texts = service.prompted(service.texts(_texts(body.input)), None)
         features, scores = await service.read(service.served.embedding, texts, body.truncate)
         tokens = sum(feature.num_tokens for feature in features)
@@ -40,7 +38,7 @@ def _texts(given: Any) -> list[str]:
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         hint = ""
         if isinstance(texts, list) and texts and isinstance(texts[0], int | list):
-            hint = ", not tokens, which would be of another vocabulary"
+            hint = ", not tokens, whose vocabulary would be another model's"
         raise Refusal(422, f"input: expected a text or a list of texts{hint}")
     return texts
 

@@ -1,4 +1,4 @@
-"""Predictions of fine-tuned models: classes, numbers, entities and answers."""
+"""Predictions from fine-tuned models: classes, numbers, entities and answers."""
 
 import re
 import unicodedata
@@ -23,9 +23,9 @@ from fastbert.serve.refusal import Refusal
 SEQUENCES = ("classification", "multilabel", "regression")
 SERVED = (*SEQUENCES, "ner", "qa")
 
-# A word: one Chinese character; letters and digits, joined by marks (U.S, e-mail); or one mark.
-# An accent, which stands for all combining marks, belongs to what it stands on; so does a soft
-# hyphen, which stands for all invisible characters, but alone it is no word.
+# A word is one Chinese character, letters and digits joined with marks (U.S, e-mail), or one mark.
+# An accent (here: any combining mark) belongs to the character before it. So does a soft hyphen
+# (here: any invisible character), but without a character it is no word.
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
 _ACCENT, _HIDDEN = "\u0301", "\u00ad"
 _ON = f"[{_ACCENT}{_HIDDEN}]"
@@ -37,8 +37,8 @@ class Prediction(Ability):
     """Runs the task that the model was fine-tuned for.
 
     An input is a tuple of texts: one or two, for qa (question, context), for ner (text,). settings:
-    of the fine-tuning; labels: names of the model's outputs, in order; num_texts: how many texts an
-    input may have; max_sequences: most windows of a request
+    the fine-tuning's; labels: names of the model's outputs, in order; num_texts: how many texts an
+    input may have; max_sequences: the most windows of a request
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Prediction(Ability):
         features: Sequence[Feature],
         scores: Sequence[NDArray[np.float32]],
     ) -> list[NDArray[np.float32]]:
-        """(L,) scores of each input: the mean over its windows. For tasks in SEQUENCES only."""
+        """(L,) scores of each input, the mean over its windows; only for tasks in SEQUENCES."""
         task: Any = self.task
         means: list[NDArray[np.float32]] = task.means(inputs, features, scores)
         return means
@@ -143,7 +143,7 @@ def word_places(text: str) -> list[tuple[int, int]]:
     """Start and end of each word, in characters of the text.
 
     Invisible characters are Unicode's format characters, such as the zero-width joiners inside
-    words of Persian and Hindi; of them the zero-width space divides words (Unicode's UAX 29).
+    words of Persian and Hindi. Only the zero-width space divides words (Unicode's UAX 29).
     """
     kinds = {one: unicodedata.category(one) for one in set(text)}
     table: dict[int, str] = {
@@ -155,7 +155,7 @@ def word_places(text: str) -> list[tuple[int, int]]:
 
 
 def _answer(said: dict[str, Any]) -> dict[str, Any]:
-    """With the fields of Hugging Face's pipeline; start and end in characters of the context."""
+    """The answer in the fields of Hugging Face's pipeline; places in characters of the context."""
     names = {"answer": "answer", "score": "probability", "start": "start", "end": "end"}
     return {name: said[own] for name, own in names.items()}
 
@@ -163,7 +163,7 @@ def _answer(said: dict[str, Any]) -> dict[str, Any]:
 def _word_probabilities(
     examples: Sequence[Sentence], features: Sequence[Feature], scores: Sequence[NDArray[np.float32]]
 ) -> list[list[float]]:
-    """The probability of the label predicted for each word."""
+    """The probability of each word's predicted label."""
     sure = [[0.0] * len(example.words) for example in examples]
     for feature, own in zip(features, scores, strict=True):
         for word, row in zip(feature.target.words, own, strict=True):

@@ -1,11 +1,11 @@
-"""Errors for clients: an HTTP status, and the reason in one sentence."""
+"""Errors for clients: an HTTP status, and a reason in one sentence."""
 
 from typing import Any
 
 from pydantic_core import to_json
 from starlette.responses import Response
 
-OPENAI = "/v1/"  # routes below it report errors in OpenAI's form
+OPENAI = "/v1/"  # prefix of the routes that report errors in OpenAI's form
 
 # text-embeddings-inference's names for the kinds of errors, by status.
 _KINDS = {
@@ -17,12 +17,12 @@ _KINDS = {
     503: "Unhealthy",
     504: "Overloaded",
 }
-_LONGEST = 500  # characters of a reason, which may quote the request
+_LONGEST = 500  # the most characters of a reason, which may quote the request
 _OPENAI_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class Refusal(Exception):
-    """Ends a request with an HTTP status; retry_after: seconds, for the header Retry-After."""
+    """Ends a request with an HTTP status; retry_after: seconds for the header Retry-After."""
 
     def __init__(self, status: int, reason: str, retry_after: int | None = None) -> None:
         super().__init__(reason)
@@ -50,4 +50,4 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 
 def too_large(max_body: int) -> Refusal:
     """The 413 for a body of more than `max_body` bytes."""
-    return Refusal(413, f"a request of more than {max_body:,} bytes; send fewer texts in each")
+    return Refusal(413, f"the request has more than {max_body:,} bytes; send fewer texts in each")

@@ -1,4 +1,4 @@
-"""The bodies of requests; unknown fields and values of another type are refused."""
+"""The bodies of requests."""
 
 from typing import Annotated, Any, Literal
 
@@ -13,14 +13,14 @@ Direction = Literal["Right", "right"]
 
 
 class Body(BaseModel):
-    """Base of the bodies: unknown fields and values of another type are refused."""
+    """Base class of the bodies, which refuses unknown fields and values of another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class EmbedBody(Body):
-    """normalize: to length 1; prompt_name: which prompt of the model's files precedes each text;
-    truncate: None for the server's --truncate."""
+    """normalize: scale to length 1; prompt_name: the prompt from the model's files to put before
+    each text; truncate: by default the server's --truncate."""
 
     inputs: Text
     normalize: bool = True
@@ -42,7 +42,7 @@ class RerankBody(Body):
 
 
 class QuestionBody(Body):
-    """A question, and the context that its answer is a part of."""
+    """A question, and the context that contains its answer."""
 
     question: str
     context: str
@@ -50,8 +50,8 @@ class QuestionBody(Body):
 
 class PredictBody(Body):
     """inputs: for sequences a text, a pair of texts, or a list of lists of one or two texts; for
-    entities a text or a list of lists of one text; for reading comprehension a question with its
-    context, or a list of them."""
+    entities a text, or a list of lists of one text; for reading comprehension a question with its
+    context, or a list of such questions."""
 
     inputs: (
         str
@@ -66,7 +66,7 @@ class PredictBody(Body):
 
 
 class FillMaskBody(Body):
-    """inputs: texts with [MASK] tokens; top_k: how many words for each."""
+    """inputs: texts with [MASK] tokens; top_k: the number of words for each [MASK]."""
 
     inputs: Text
     top_k: Annotated[int, Field(ge=1, le=MaskFilling.MOST)] = 5
@@ -84,7 +84,7 @@ class TokenizeBody(Body):
 class OpenAIBody(Body):
     """OpenAI's fields, and truncate as in `EmbedBody`.
 
-    model and user are accepted, without effect: a server has one model.
+    model and user have no effect, because a server has one model.
     """
 
     input: Any

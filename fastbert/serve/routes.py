@@ -1,4 +1,4 @@
-"""The routes of text-embeddings-inference, and /fill-mask beside them."""
+"""The routes of text-embeddings-inference, and /fill-mask."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,13 +20,13 @@ from fastbert.serve.requests import (
 )
 from fastbert.serve.service import Service
 
-CANNOT = 424  # text-embeddings-inference's status for a model of another kind
+CANNOT = 424  # text-embeddings-inference's status if the model is of another kind
 
 _MOST_FILLED = 20_000_000  # characters of an answer, which repeats a text for each filled-in word
 
 
 def routes(service: Service, metrics: Metrics) -> APIRouter:
-    """All routes but OpenAI's."""
+    """All routes except OpenAI's."""
     router = APIRouter()
     served = service.served
 
@@ -34,7 +34,7 @@ def routes(service: Service, metrics: Metrics) -> APIRouter:
     async def embed(body: EmbedBody) -> Response:
         """A vector for each text."""
         if body.dimensions is not None:
-            raise Refusal(422, "dimensions: the model's vectors have one width; leave it out")
+            raise Refusal(422, "dimensions: the model's vectors have a fixed width; omit the field")
         texts = service.prompted(service.texts(body.inputs), body.prompt_name)
         _, scores = await service.read(served.embedding, texts, body.truncate)
         return await service.in_thread(_vectors, scores, body.normalize)
@@ -45,7 +45,7 @@ def routes(service: Service, metrics: Metrics) -> APIRouter:
         if served.prediction is None or not served.reranks:
             raise Refusal(
                 CANNOT,
-                f"{served.name} cannot rerank: it does not score pairs of texts by one number",
+                f"{served.name} cannot rerank: it does not give one score to a pair of texts",
             )
         (query,), texts = service.texts(body.query), service.texts(body.texts)
         pairs = [(query, text) for text in texts]
@@ -86,8 +86,8 @@ def routes(service: Service, metrics: Metrics) -> APIRouter:
         if size > _MOST_FILLED:
             raise Refusal(
                 413,
-                f"an answer of {size:,} characters, more than {_MOST_FILLED:,}; lower top_k or "
-                "send fewer texts",
+                f"the answer would have {size:,} characters, more than {_MOST_FILLED:,}; lower "
+                "top_k or send fewer texts",
             )
         _, scores = await service.read(ability, texts, body.truncate)
         pairs = zip(texts, scores, strict=True)
@@ -131,7 +131,7 @@ def _inputs(
         raise Refusal(422, f"raw_scores: not for {task}, whose scores are probabilities")
     if isinstance(inputs[0], QuestionBody) != (task == "qa"):
         form = '{"question": ..., "context": ...}' if task == "qa" else "texts"
-        raise Refusal(422, f"inputs: expected {form}, for the model's task is {task}")
+        raise Refusal(422, f"inputs: expected {form}, because the model's task is {task}")
     found = []
     for number, one in enumerate(inputs):
         texts = [one] if isinstance(one, str) else one
@@ -141,8 +141,8 @@ def _inputs(
             wanted = " or ".join("a pair" if n == 2 else "one text" for n in ability.num_texts)
             raise Refusal(
                 422,
-                f"input {number}: expected {wanted}, got {len(texts)} texts; a list of inputs is "
-                'written as [["a"], ["b"]]',
+                f"input {number}: expected {wanted}, got {len(texts)} texts; write a list of "
+                'inputs as [["a"], ["b"]]',
             )
         found.append(tuple(service.texts(texts)))
     return is_batch, found

@@ -1,4 +1,4 @@
-"""Runs the application under uvicorn, from binding the port to the last answer."""
+"""Runs the application with uvicorn, from binding the port to the last answer."""
 
 import signal
 import socket
@@ -31,15 +31,15 @@ _OPTIONS: dict[str, Any] = {
 
 
 def serve(config: ServeConfig) -> None:
-    """Serves until SIGTERM or Ctrl-C, then answers the requests that it has accepted.
+    """Serves until SIGTERM or Ctrl-C, and then answers the accepted requests.
 
     Raises InputError for an address that cannot be bound and a model that cannot be served.
     """
     listener = bind(config.host, config.port)
     if config.api_key() is None and not config.host.startswith(_LOOPBACK):
         warnings.warn(
-            f"--host {config.host}: whoever reaches this machine can use the server; give it a key "
-            "by --api-key-file",
+            f"--host {config.host}: anybody who reaches this machine can use the server; set a key "
+            "with --api-key-file",
             stacklevel=2,
         )
     server = Server(config)
@@ -50,11 +50,11 @@ def serve(config: ServeConfig) -> None:
 
 
 class Server(uvicorn.Server):
-    """A model behind uvicorn.
+    """A model served by uvicorn.
 
-    The first signal drains it, a second one ends it at once. uvicorn's own shutdown would close
-    connections on which a request may just be arriving; here they stay open until all requests are
-    answered, and further requests get 503.
+    The first signal drains the server, a second one ends it at once. uvicorn's own shutdown would
+    close connections on which a request may be arriving; here they stay open until all requests
+    are answered, and further requests get 503.
     """
 
     def __init__(self, config: ServeConfig) -> None:
@@ -88,7 +88,7 @@ class Server(uvicorn.Server):
         self.should_exit = self.force_exit = self.gate.is_draining
         self.gate.is_draining = True
         if not self.force_exit:
-            console.print(f"{signal.Signals(sig).name}: answering what was accepted")
+            console.print(f"{signal.Signals(sig).name}: answering the accepted requests")
 
     async def on_tick(self, counter: int) -> bool:
         if self.gate.is_draining and not self.gate.num_open:
@@ -97,7 +97,7 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet; bound early, so that InputError precedes the loading."""
+    """A bound socket that does not listen yet; an unusable address fails before the model loads."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -111,9 +111,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 @torch.inference_mode()
 def _warm_up(served: Served) -> None:
-    """Computes the largest batch and a small one before there are clients.
+    """Computes the largest batch and a small one before clients connect.
 
-    Kernels are compiled then, and a lack of memory shows.
+    This compiles kernels, and a lack of memory is noticed early.
     """
     with served.autocast:
         for num_tokens in (served.batch_tokens, 16):

@@ -1,4 +1,4 @@
-"""The way of a request: tokenising in threads, the queue of the model, and the answer."""
+"""The path of a request: tokenising in threads, the model's queue, and the answer."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 class Service:
     """What all routes share: limits, prompts, threads and the queue.
 
-    `texts` replaces halves of surrogate pairs, so that its texts can be tokenised and written.
+    `texts` replaces lone surrogates, which can be neither tokenised nor written.
     """
 
     def __init__(self, served: Served, batcher: Batcher, config: ServeConfig) -> None:
@@ -44,8 +44,8 @@ class Service:
         if name is None:
             return texts
         if name not in prompts:
-            known = ", ".join(prompts) or "the model has none"
-            raise Refusal(422, f"prompt_name: no prompt {encodable(name)!r}; known are: {known}")
+            known = ", ".join(prompts) or "none, because the model has no prompts"
+            raise Refusal(422, f"prompt_name: no prompt {encodable(name)!r}, expected: {known}")
         return [prompts[name] + text for text in texts]
 
     async def read(
@@ -53,13 +53,13 @@ class Service:
     ) -> tuple[list[Feature], list[Any]]:
         """The features of the inputs, and the model's scores.
 
-        truncate: None for --truncate, where the ability may cut texts off
+        truncate: None uses --truncate, if the ability may cut texts off
         """
         cut = ability.cuts and self.config.truncate if truncate is None else truncate
         features = await self.in_thread(ability.features, inputs, cut)
         return features, await self.batcher.scores(ability, features)
 
     async def in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """What the function returns, called in one of the tokenizer's threads."""
+        """Calls the function in one of the tokenizer's threads, and returns its result."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.threads, function, *arguments)

@@ -1,4 +1,4 @@
-"""The console of all commands, whose failures to print never end a run."""
+"""The console of all commands; a failure to print never ends a run."""
 
 import contextlib
 import os
@@ -9,10 +9,10 @@ from rich.console import Console
 
 
 class _Forgiving:
-    """The present standard output or error, as a file that never fails.
+    """The current standard output or error, as a file that never fails.
 
-    A character that its encoding lacks is written as a backslash escape. Output that it no longer
-    takes (a closed pipe, a full disk) is dropped, because a run's results are in files.
+    A character that the encoding lacks is written as a backslash escape. If output fails (a closed
+    pipe, a full disk), it is dropped, because a run's results are in files.
     """
 
     on_error = False  # whether to write to standard error
@@ -47,14 +47,14 @@ console = Console(file=_output, soft_wrap=True, highlight=False, markup=False)  
 
 
 def leave_standard_output() -> None:
-    """Sends later messages to standard error, if a command writes its rows to standard output."""
+    """Sends later messages to standard error, for a command that writes rows to standard output."""
     _output.on_error = True
 
 
 def close_standard_streams() -> None:
-    """Flushes standard output and error, and drops what they do not take.
+    """Flushes standard output and error, and drops what cannot be written.
 
-    Otherwise Python would fail to flush them at exit, and print a message and change the status.
+    Otherwise Python's flush at exit would fail, print a message and change the exit status.
     """
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -1,8 +1,8 @@
-"""The one place that writes what a user keeps: files and directories, atomically.
+"""Writes everything that a user keeps, files and directories, atomically.
 
-A file or a directory is written beside its place and renamed, so that a kill or a full disk leaves
-what was there before. Streams (a FIFO, a device, standard output), which cannot be renamed, are
-written to directly.
+A file or a directory is written beside its place and then renamed, so a kill or a full disk leaves
+the earlier one. Streams (a FIFO, a device, standard output) cannot be renamed and are written
+directly.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Unwritable(InputError):
     """
 
     def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(path, reason)  # `args`, from which pickle makes it again in a process
+        super().__init__(path, reason)  # the `args` from which pickle rebuilds it in a process
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ def is_stream(path: str | Path) -> bool:
 
 
 def _is_descriptor(path: Path) -> bool:
-    """Whether the links of `path`, such as /dev/stdout, lead to an open file of a process."""
+    """Whether the links at `path`, such as /dev/stdout, lead to an open file of a process."""
     for _ in range(40):  # Linux follows at most 40 links
         if _DESCRIPTORS.fullmatch(os.path.realpath(path.parent)):
             return True
@@ -75,7 +75,7 @@ def require_output(path: str | Path, *inputs: str | Path) -> None:
     """Raises InputError if the file `path` cannot be written, or would overwrite an input.
 
     Commands call this before they compute. inputs: files, or directories whose files count as
-    inputs; compared by device and inode, so that another name of the same file is recognised.
+    inputs; compared by device and inode, to recognise another name of the same file.
     """
     if str(path) != STANDARD and Path(path).is_dir():
         raise InputError(f"--out {path}: is a directory; name a file")
@@ -89,7 +89,7 @@ def require_output(path: str | Path, *inputs: str | Path) -> None:
     target = Path(os.path.realpath(path))
     place = next(p for p in (target, *target.parents) if p.exists())
     if place != target and not place.is_dir():
-        raise InputError(f"--out {path}: {place} is no directory")
+        raise InputError(f"--out {path}: {place} is not a directory")
     for one in {place, place if place.is_dir() else place.parent}:
         if not os.access(one, os.W_OK):
             raise Unwritable(f"--out {path}", os.strerror(errno.EACCES))
@@ -101,7 +101,7 @@ def require_apart(
     """Raises InputError if the output `directory` is an input, or lies below a directory of texts.
 
     option: the option that names `directory`, for the message; texts: files, and directories that
-    are read with everything below them; models: directories, which are read without subdirectories
+    are read with their subdirectories; models: directories that are read without subdirectories
     """
     place = Path(os.path.realpath(directory))
     read = [(given, True) for given in texts] + [(given, False) for given in models]
@@ -130,7 +130,7 @@ def _identity(path: str | Path, standard: Any) -> tuple[int, int] | None:
 def output(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file to write to, which appears at `path` complete or not at all.
 
-    Missing parent directories are made. A stream (see `is_stream`) is written to directly. Raises
+    Missing parent directories are made. A stream (see `is_stream`) is written directly. Raises
     BrokenPipeError if the reader of a stream is gone, Unwritable for every other failure.
     """
     if not is_stream(path):
@@ -143,7 +143,7 @@ def output(path: str | Path) -> Iterator[BinaryIO]:
             yield sys.stdout.buffer
             sys.stdout.buffer.flush()
         else:
-            with open(path, "ab") as stream:  # appends, so that a shell's >> keeps its file
+            with open(path, "ab") as stream:  # "ab", because a shell's >> must keep its file
                 yield stream
     except BrokenPipeError:
         raise
@@ -163,7 +163,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield beside
-        # some libraries make files that only their owner can read
+        # some libraries create files that only the owner can read
         beside.chmod(stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask())
         _sync(beside)
         beside.replace(target)
@@ -171,7 +171,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise Unwritable.because(path, error) from error
     finally:
-        with contextlib.suppress(OSError):  # it was renamed, or never made
+        with contextlib.suppress(OSError):  # the file was renamed, or never made
             beside.unlink()
 
 
@@ -187,10 +187,10 @@ def write_json(path: str | Path, values: dict[str, Any]) -> None:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """The contents of a JSON file, None if there is no file.
+    """The contents of a JSON file, or None if there is no file.
 
-    kind: dict or list, which the contents must be. Raises InputError for a file that cannot be read
-    or holds something else.
+    kind: the type of the contents, dict or list. Raises InputError for a file that cannot be read
+    or has other contents.
     """
     try:
         values = json.loads(path.read_text("utf-8-sig"))
@@ -210,7 +210,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
 
     It lies beside `path`, is renamed when the block ends, and is removed if the block raises.
     A failed write, for example on a full disk, raises an Unwritable that names `path`. So does a
-    file at `path`, before the block begins: it stays as it is. Other errors of the block pass.
+    file at `path`, before the block begins; the file stays. Other errors of the block pass.
     """
     target, beside = Path(os.path.realpath(path)), None
     try:
@@ -221,14 +221,14 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         allowed = ~_umask()
         for file in (beside, *beside.rglob("*")):
             _sync(file)
-            # only the owner can read what mkdtemp and some libraries make
+            # mkdtemp and some libraries create files that only the owner can read
             file.chmod((0o777 if file.is_dir() else 0o666) & allowed)
         _take_the_place(beside, target)
     except (OSError, SafetensorError, RuntimeError, Unwritable) as error:
         if isinstance(error, RuntimeError):
-            if "inline_container" not in str(error):  # of torch's archives
+            if "inline_container" not in str(error):  # torch's archive writer
                 raise
-            if isinstance(error.__context__, OSError):  # where torch writes by a file's own methods
+            if isinstance(error.__context__, OSError):  # if torch called a Python file's `write`
                 error = error.__context__
         raise Unwritable.because(path, error) from error
     finally:
@@ -237,8 +237,8 @@ def new_directory(path: str | Path) -> Iterator[Path]:
 
 
 def _umask() -> int:
-    """What new files are not to allow."""
-    with contextlib.suppress(OSError, StopIteration):  # by Linux, or else by a change
+    """The process's umask: the permissions that new files do not get."""
+    with contextlib.suppress(OSError, StopIteration):  # other systems only return it on a change
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
     found = os.umask(0o077)
@@ -247,8 +247,8 @@ def _umask() -> int:
 
 
 def _take_the_place(beside: Path, target: Path) -> None:
-    """Renames a directory to `target`; an old directory there is removed only after that."""
-    _require_no_file(target)  # which may have come while the directory was filled
+    """Renames a directory to `target`, and then removes an old directory that was there."""
+    _require_no_file(target)  # a file may have appeared while the directory was filled
     if not target.exists():
         beside.rename(target)
     else:

@@ -1,7 +1,7 @@
-"""Locks by which only one process at a time writes into a directory.
+"""Locks that let only one process at a time write into a directory.
 
-A lock is the operating system's, taken by `filelock`: it ends with the process that holds it, even
-by a kill, and forked processes do not keep it. A lock file that nobody has locked means nothing.
+`filelock` takes locks of the operating system. They end with the process that holds them, even
+after a kill, and forked processes do not keep them. An unlocked lock file has no meaning.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from fastbert.check import InputError
 from fastbert.system.files import Unwritable
 
 LOCK = ".lock"
-# A lock by the file's mere existence would outlive a kill. The filelock of a machine that has
-# fastbert without installing it may be older than 3.30, which knows no such locks.
+# A "soft" lock, the mere existence of a file, would outlive a kill. If fastbert runs without being
+# installed, filelock may be older than 3.30, when it never fell back to soft locks.
 _HARD: dict[str, Any] = {}
 if hasattr(filelock.FileLock, "fallback_to_soft"):
     _HARD["fallback_to_soft"] = False
@@ -31,7 +31,7 @@ def claimed(out: Path) -> Iterator[None]:
     """Locks the directory `out` of a run for this process, until the block ends.
 
     The directory is made if missing, and removed again if the block leaves it empty. Raises
-    InputError if another process holds it, or it cannot be written.
+    InputError if another process holds the lock, or the directory cannot be written.
     """
     out = Path(os.path.realpath(out))
     made = [place for place in (out, *out.parents) if not place.exists()]
@@ -39,20 +39,20 @@ def claimed(out: Path) -> Iterator[None]:
         with locked(out / LOCK, f"--out {out}", wait=False):
             try:
                 yield
-            finally:  # while the lock is held, or another process's lock file could be removed
+            finally:  # still under the lock, to remove no other process's lock file
                 (out / LOCK).unlink(missing_ok=True)
     finally:
         for place in made:
-            with contextlib.suppress(OSError):  # it is not empty
+            with contextlib.suppress(OSError):  # the directory is not empty
                 place.rmdir()
 
 
 @contextlib.contextmanager
 def locked(path: Path, whose: str, *, wait: bool) -> Iterator[None]:
-    """Holds a lock on the file `path`, which is made with its directory if missing, and kept.
+    """Holds a lock on the file `path`, which is made with its directory if missing, and is kept.
 
-    whose: what the lock is of, for messages; wait: whether to wait for another process that holds
-    it; if not, raises InputError. Raises Unwritable if the file cannot be made or locked.
+    whose: what the lock protects, for messages; wait: whether to wait for another process that
+    holds the lock, or to raise InputError. Raises Unwritable if the file cannot be made or locked.
     """
     with contextlib.ExitStack() as held:
         while True:
@@ -71,8 +71,8 @@ def locked(path: Path, whose: str, *, wait: bool) -> Iterator[None]:
                 if error.errno not in _NO_LOCKS:
                     raise Unwritable.because(whose, error) from error
                 warnings.warn(
-                    f"{path.parent}: the file system has no locks; nothing keeps a second process "
-                    "from writing there",
+                    f"{path.parent}: the file system has no locks; make sure that no second "
+                    "process writes there",
                     stacklevel=2,
                 )
                 break

@@ -1,8 +1,8 @@
-"""Training of one model by the processes that torchrun starts, with DDP or FSDP2.
+"""Training of one model in the processes that torchrun starts, with DDP or FSDP2.
 
 `PretrainingData.batch(rank=, world_size=)` divides the batches, and losses are divided by the
-counts of the whole batch, so gradients must be summed over the ranks. Both wrappers average them
-instead, so `EagerStep` multiplies each loss by the number of ranks.
+counts of the whole batch, so gradients must be summed over the ranks. Both wrappers average them,
+so `EagerStep` multiplies each loss by the number of ranks.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
-        """The first process runs the block, then the others, which can read what it has written."""
+        """Runs the block in the first process, then in the others, which can read its files."""
         if self.size > 1 and not self.is_first:
             dist.barrier(self.patient)
         yield
@@ -64,9 +64,9 @@ class Ranks:
             dist.barrier(self.patient)
 
     def whole(self, tensor: Any) -> Any:
-        """The whole tensor of a shard, on the first rank's CPU; else the argument as it is.
+        """A sharded tensor as a whole on the first rank's CPU, None on the other ranks.
 
-        None on the other ranks. A collective call if the tensor is a shard.
+        Any other argument is returned as it is. A collective call if the tensor is sharded.
         """
         if not isinstance(tensor, DTensor):
             return tensor
@@ -83,7 +83,7 @@ def joined() -> Iterator[Ranks]:
     """Joins the process group of torchrun's environment variables; without them, a single process.
 
     Each process has its own GPU and uses NCCL, or gloo on CPUs. Only the first one prints. After an
-    InputError or OSError of one process, others that wait for it raise SystemExit(2). Raises
+    InputError or OSError in one process, the processes that wait for it raise SystemExit(2). Raises
     InputError if only some of the variables are set.
     """
     on_gpu = torch.cuda.is_available()
@@ -94,8 +94,8 @@ def joined() -> Iterator[Ranks]:
     wanted = ("RANK", "MASTER_ADDR", "MASTER_PORT", *["LOCAL_RANK"] * on_gpu)
     if missing := [name for name in wanted if name not in os.environ]:
         raise InputError(
-            f"WORLD_SIZE={size}: {', '.join(missing)} not set; start the processes by torchrun, "
-            "which sets them all, or unset WORLD_SIZE"
+            f"WORLD_SIZE={size}: {', '.join(missing)} not set; start the processes with torchrun, "
+            "which sets all of them, or unset WORLD_SIZE"
         )
     device = torch.device("cpu")
     if on_gpu:
@@ -120,23 +120,23 @@ def joined() -> Iterator[Ranks]:
         if _has_failed(store):
             raise SystemExit(2) from None
         raise
-    dist.destroy_process_group()  # not after an error: the other processes do not know of it
+    dist.destroy_process_group()  # not after an error, which the other processes do not know of
 
 
 def _has_failed(store: dist.Store) -> bool:
-    """Whether a process has said in the store that its error ends the run."""
+    """Whether a process has recorded in the store that its error ends the run."""
     with contextlib.suppress(RuntimeError):
         return store.check([_FAILED])
     return False
 
 
 def _store() -> dist.Store:
-    """torchrun's store, with keys that are separate for each restart of the processes.
+    """torchrun's store, with separate keys for each restart of the processes.
 
     The store keeps the keys of earlier processes
-    (https://github.com/pytorch/pytorch/issues/135712), so that restarted ones would connect to
-    addresses of dead processes. Nodes count their restarts independently, so a run on several nodes
-    needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment instead.
+    (https://github.com/pytorch/pytorch/issues/135712), so restarted ones would connect to addresses
+    of dead processes. Nodes count their restarts independently, so a run on several nodes needs
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment instead.
     """
     store: dist.Store
     store, _, size = next(dist.rendezvous("env://"))
@@ -146,18 +146,19 @@ def _store() -> dist.Store:
 
 
 def require_kind(kind: str, precision: str, ranks: Ranks) -> None:
-    """Raises InputError for a `kind` not in KINDS, or in which `precision` cannot be trained."""
+    """Raises InputError if `kind` is not in KINDS, or cannot train in this precision."""
     if kind not in KINDS:
-        raise InputError(f"--parallel: one of {', '.join(KINDS)}, got {kind!r}")
+        raise InputError(f"--parallel: expected one of {', '.join(KINDS)}, got {kind!r}")
     if kind == "fsdp" and precision == "fp8" and ranks.size > 1:
-        raise InputError("--precision fp8: not with --parallel fsdp, which shards the weights")
+        raise InputError(
+            "--precision fp8: does not work with --parallel fsdp, which shards the weights; use ddp"
+        )
 
 
 def parallelised(objective: PretrainingObjective, kind: str, ranks: Ranks) -> nn.Module:
-    """The objective as this rank runs it: wrapped by "ddp" or "fsdp" if there are several ranks.
+    """The objective as this rank runs it, wrapped for "ddp" or "fsdp" if there are several ranks.
 
-    FSDP2 shards each encoder layer, and the rest (embeddings and tied heads) as one more unit, in
-    place.
+    FSDP2 shards in place: each encoder layer, and the rest (embeddings, tied heads) as one unit.
     """
     if ranks.size == 1:
         return objective
@@ -171,7 +172,7 @@ def parallelised(objective: PretrainingObjective, kind: str, ranks: Ranks) -> nn
 
 @contextlib.contextmanager
 def exchange(module: nn.Module, wanted: bool) -> Iterator[None]:
-    """A forward and backward in the block exchange gradients between ranks only if `wanted`."""
+    """Makes a forward and backward in the block exchange gradients only if `wanted`."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(wanted)
     waits = isinstance(module, DistributedDataParallel) and not wanted
@@ -180,18 +181,18 @@ def exchange(module: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def reshard(module: nn.Module) -> None:
-    """Frees the whole parameters that FSDP2 has gathered for a forward without a backward."""
+    """Frees the whole parameters that FSDP2 gathered for a forward without a backward."""
     if isinstance(module, FSDPModule):
         module.reshard()
 
 
 def whole_weights(model: BertPreTrainedModel, ranks: Ranks) -> dict[str, Tensor]:
-    """The whole parameters by name, on the first rank; a tied one once. A collective call."""
+    """The unsharded parameters by name, on the first rank, tied ones once. A collective call."""
     return {name: ranks.whole(p.detach()) for name, p in model.named_parameters()}
 
 
 def whole_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any]:
-    """The optimizer's state_dict of whole tensors, on the first rank. A collective call."""
+    """The optimizer's state_dict with unsharded tensors, on the first rank. A collective call."""
     saved = optimizer.state_dict()
     states = {
         number: {name: ranks.whole(value) for name, value in state.items()}
@@ -201,7 +202,7 @@ def whole_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any
 
 
 def shard_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-    """A state_dict of whole tensors, sharded like the parameters of `optimizer`, in place."""
+    """Shards a state_dict of whole tensors in place, like the parameters of `optimizer`."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, state in saved["state"].items():
         parameter = parameters[number]

@@ -23,7 +23,7 @@ def evaluate(
     found = []
     for first in range(0, len(batches), ranks.size):
         mine = first + ranks.rank
-        # each rank runs as many batches, because FSDP ranks exchange weights; surplus is dropped
+        # every rank runs equally many batches, because FSDP exchanges weights; surplus is dropped
         batch = batches[mine % len(batches)]
         with autocast(precision, ranks.device):
             sums = objective(batch.to(ranks.device), 1, 1).sums

@@ -13,7 +13,7 @@ from fastbert.packing import PackedBatch
 
 
 class Result(NamedTuple):
-    """loss: (), for backward; sums: (6,) float32, those of `Metrics`, on the device."""
+    """loss: (), for backward; sums: (6,) float32 on the device, the fields of `Metrics`."""
 
     loss: Tensor
     sums: Tensor
@@ -27,7 +27,7 @@ class Result(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MaskedMetrics:
-    """Sums over masked tokens, with which those of every objective begin.
+    """Sums over masked tokens, which are the first sums of every objective.
 
     The properties are means, losses in nats. skipped_steps: steps whose gradients were not finite,
     which the sums do not include
@@ -71,7 +71,7 @@ class Metrics(MaskedMetrics):
 
 
 class PretrainingObjective(nn.Module):
-    """MLM loss, and NSP loss if there are pairs, of a micro-batch (Devlin et al. 2018).
+    """MLM loss of a micro-batch, and NSP loss if it has pairs (Devlin et al. 2018).
 
     Each loss is divided by the count of the whole batch, so the losses of the micro-batches add up
     to the loss of the batch, however it is divided and the masked tokens are distributed.
@@ -96,7 +96,7 @@ class PretrainingObjective(nn.Module):
         """The losses of `batch`, a micro-batch with labels.
 
         num_targets, num_pairs, num_tokens: counts of the whole batch, as numbers or tensors of
-        shape (); num_tokens is used by objectives that have a loss over all tokens
+        shape (); only objectives with a loss over all tokens use num_tokens
         """
         pair_labels = batch.next_sentence_label
         rows = wanted_rows(batch, first=pair_labels is not None, labelled=True)

@@ -16,7 +16,7 @@ _LAYER = re.compile(r"(?:^|\.)encoder\.layer\.(\d+)\.")
 def make_optimizer(
     model: nn.Module, weight_decay: float, name: str = "adamw"
 ) -> torch.optim.Optimizer:
-    """The optimizer `name`, with weight decay on everything but biases and LayerNorm.
+    """The optimizer `name`, with weight decay on all parameters but biases and LayerNorm's.
 
     The learning rate is 0 until a step sets it. "adamw" is torch's (Loshchilov & Hutter 2017,
     https://arxiv.org/abs/1711.05101), with RoBERTa's second beta of 0.98 (Liu et al. 2019): with
@@ -38,12 +38,12 @@ def make_optimizer(
 def clipped_step(
     optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], max_norm: float
 ) -> Tensor:
-    """Updates the parameters by gradients clipped to a norm of `max_norm`, then drops them.
+    """Updates the parameters with gradients clipped to a norm of `max_norm`, and drops gradients.
 
-    optimizer: of this module, which itself scales the gradients, so that no pass over them is
-    needed. Returns a float32 tensor (): 1 where the gradients were not finite and so neither
-    weights nor state were changed, else 0. The host does not wait. The clipped gradients are those
-    of `nn.utils.clip_grad_norm_`, as Pascanu et al. 2013 define them (arXiv:1211.5063).
+    optimizer: one from this module; it scales the gradients itself, which saves a pass over them.
+    Returns a float32 tensor (): 1 if the gradients were not finite, so that neither weights nor
+    state changed, else 0. The host does not wait. The clipped gradients equal those of
+    `nn.utils.clip_grad_norm_`, as Pascanu et al. 2013 define them (arXiv:1211.5063).
     """
     scaled: Any = optimizer
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -51,7 +51,7 @@ def clipped_step(
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     skipped = (~norm.isfinite()).float()
-    # a GradScaler sets these two, by which an optimizer divides gradients and skips an update
+    # the attributes of a GradScaler: the optimizer divides by the first, skips if the second is 1
     scaled.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1).float()
     scaled.found_inf = skipped
     optimizer.step()
@@ -66,9 +66,9 @@ def finetuning_optimizer(
     """AdamW with layer-wise learning rates (Howard & Ruder 2018, section 3.2).
 
     The head and the pooler have the full learning rate. Each of the `num_layers` layers, from the
-    last to the first, has `layer_decay` times the rate of the one above it, and so have the
-    embeddings below the first layer. Each parameter group has its factor under "share", by which
-    the caller multiplies each step's learning rate. Biases and LayerNorm have no weight decay.
+    last to the first, has `layer_decay` times the rate of the layer above it, and so have the
+    embeddings below the first layer. The caller multiplies each step's learning rate with the
+    factor "share" of each parameter group. Biases and LayerNorm have no weight decay.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -8,39 +8,39 @@ from fastbert.check import InputError
 from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.ops.fp8_linear import multiplies_fp8
 
-# Autocast's dtypes; under "fp8", it is that of all but the encoder's products.
+# Autocast's dtypes; with "fp8", this dtype is for all but the encoder's matrix products.
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The context for a precision; autocast is off unless that is "bf16" or "fp16"."""
+    """The autocast context for a precision, disabled for "fp32"."""
     dtype = LOW_PRECISION.get(precision, torch.bfloat16)
     return torch.autocast(device.type, dtype, enabled=precision in LOW_PRECISION)
 
 
 def cast_once(model: nn.Module, precision: str) -> None:
-    """Casts an encoder's weights, which will not change, in place of autocast at each batch."""
+    """Casts an encoder's fixed weights once, which autocast would do at every batch."""
     WeightCopies(model, LOW_PRECISION.get(precision)).attach()
 
 
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Scales the loss against underflow of fp16 gradients; does nothing in another precision."""
+    """A scaler of the loss against underflow of fp16 gradients; disabled in other precisions."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def resolve_precision(wanted: str, *, trains: bool = False) -> str:
-    """The precision that is meant: "auto" is bf16 if the hardware multiplies in it, else fp32.
+    """The precision to use: "auto" becomes bf16 if the hardware multiplies in it, else fp32.
 
-    trains: "fp8" is meant too. Raises InputError for an unknown precision, and for FP8 on hardware
-    that does not multiply it, unless the reference backend is forced, which emulates it.
+    trains: allows "fp8". Raises InputError for an unknown precision, and for FP8 on hardware
+    without it, unless the reference backend is forced, which emulates it.
     """
     known = ("auto", "bf16", "fp16", "fp32", *(("fp8",) if trains else ()))
     if wanted not in known:
-        raise InputError(f"--precision: one of {', '.join(known)}, got {wanted!r}")
+        raise InputError(f"--precision: expected one of {', '.join(known)}, got {wanted!r}")
     if wanted == "fp8" and not _has_fp8() and backend.forced() != "reference":
         raise InputError(
             "--precision fp8: needs a GPU that multiplies FP8 (compute capability 8.9 or later); "
-            "bf16 runs here, and FASTBERT_BACKEND=reference emulates FP8, slowly"
+            "use bf16, or set FASTBERT_BACKEND=reference to emulate FP8 slowly"
         )
     if wanted != "auto":
         return wanted

@@ -27,11 +27,11 @@ from fastbert.system.locks import locked
 from fastbert.train.report import TokenizingReporter
 
 TEXT = "text"  # directory in a run for tokenizer and cache, unless --cache names another
-CHANGED = "{}: the corpus or the tokenizer has changed since the run began; files' names count, too"
-_NEARLY_ALL = 0.95  # share of random pairs above which a warning is given
-_MUCH_LOST = 0.25  # share of the tokens behind --max-seq-len of their sentences, likewise
-_SENTENCES = 1_000_000  # by which it is estimated
-LARGE = 100 << 20  # bytes of a corpus that is worth several processes, which start in seconds
+CHANGED = "{}: the corpus (or its files' names) or the tokenizer has changed since the run began"
+_NEARLY_ALL = 0.95  # warns if the share of random pairs is larger
+_MUCH_LOST = 0.25  # warns if a larger share of tokens is beyond --max-seq-len in its sentence
+_SENTENCES = 1_000_000  # number of sentences from which that share is estimated
+LARGE = 100 << 20  # bytes of a corpus for which starting several processes, in seconds, pays off
 
 
 class PreparedText(NamedTuple):
@@ -51,9 +51,9 @@ class PreparedText(NamedTuple):
 def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> PreparedText:
     """Tokenises the corpus into the cache, or finds it there, and splits its documents.
 
-    Raises InputError: data.OtherCache and data.Interrupted leave a cache that is worth keeping.
+    Raises InputError; if it is data.OtherCache or data.Interrupted, the cache is worth keeping.
     """
-    data.require_scheme(config.masking)  # before a large corpus is read, which takes hours
+    data.require_scheme(config.masking)  # checked first, because reading the corpus may take hours
     segmenter = data.make_segmenter(config.segmenter)
     source = _Source(config)
     try:
@@ -96,18 +96,18 @@ def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> Prepa
     training.require_examples(num_ranks, config.accumulation)
     if (share := training.random_share) is not None and share > _NEARLY_ALL:
         warnings.warn(
-            f"--objective mlm+nsp: {share:.0%} of the pairs have a random second sentence, so that "
-            "there is nothing to learn of next sentences: documents of one sentence, or sentences "
-            "longer than --max-seq-len, give no others; --objective mlm leaves the pairs out",
+            f"--objective mlm+nsp: {share:.0%} of the pairs have a random second sentence, so the "
+            "model cannot learn next-sentence prediction, because most documents have one sentence "
+            "or sentences longer than --max-seq-len; use --objective mlm",
             stacklevel=2,
         )
     lengths = np.diff(corpus.sentence_offsets[:_SENTENCES])
     lost = np.maximum(lengths - config.max_seq_len, 0).sum() / lengths.sum()
     if pairs and lost > _MUCH_LOST:
         warnings.warn(
-            f"--corpus: at least {int(100 * lost)}% of its tokens are not read, as sentences are "
-            f"cut to --max-seq-len, {config.max_seq_len}; put a sentence on a line, raise "
-            "--max-seq-len, or take --objective mlm, which reads a long one in parts",
+            f"--corpus: at least {int(100 * lost)}% of its tokens are not read, because sentences "
+            f"are cut to --max-seq-len {config.max_seq_len}; put one sentence on each line, raise "
+            "--max-seq-len, or use --objective mlm, which reads long sentences in parts",
             stacklevel=2,
         )
     batches = list(
@@ -121,12 +121,12 @@ def prepare_text(config: PretrainConfig, out: Path, num_ranks: int = 1) -> Prepa
 
 
 def _check_words(counts: NDArray[np.int64], specials: data.SpecialTokens) -> None:
-    """Raises InputError if no word of the text is in the vocabulary; warns if many are not."""
+    """Raises InputError if no word of the text is in the vocabulary; warns if many are missing."""
     total, unknown = int(counts.sum()), int(counts[specials.unk])
     if total == int(counts[list(specials)].sum()):
         raise InputError(
-            "--tokenizer: its vocabulary holds no word of the corpus, all is [UNK], so there is "
-            "nothing to learn; name another one, or leave the option out to train one"
+            "--tokenizer: its vocabulary holds no word of the corpus, so every token is [UNK]; "
+            "name another one, or omit the option to train one"
         )
     warn_of_unknown("--corpus", unknown, total)
 
@@ -173,7 +173,7 @@ def _tokenised(
 
 
 def _tokenizer(config: PretrainConfig, source: _Source, directory: Path) -> Tokenizer:
-    """The user's tokenizer, or the one that was trained on the corpus, kept in `directory`."""
+    """The user's tokenizer, or one trained on the corpus and kept in `directory`."""
     if config.tokenizer is not None:
         return data.load_tokenizer(config.tokenizer)
     made_from = {
@@ -185,7 +185,7 @@ def _tokenizer(config: PretrainConfig, source: _Source, directory: Path) -> Toke
     record = directory / "trained_on.json"
     with locked(directory / LOCK, f"cache {directory}", wait=True):
         if (directory / "tokenizer.json").is_file():
-            # records of earlier versions, without strip_accents, were made with None
+            # earlier versions did not record strip_accents, which was None
             require_same(made_from, {"strip_accents": None} | read_record(record), directory)
             return data.load_tokenizer(directory)
         sentences = itertools.chain.from_iterable(source.documents())

@@ -43,19 +43,19 @@ def pretrain(
     profile: bool = False,
     parallel: str = "ddp",
 ) -> dict[str, Any]:
-    """Runs, or with `resume` continues, the pre-training that `config` describes, in `out`.
+    """Runs the pre-training that `config` describes in the directory `out`; `resume` continues it.
 
     Writes out/latest, a checkpoint that Hugging Face loads, loss.png, summary.json (whose contents
     are returned) and TensorBoard's files. The same config gives the same run, even after kills and
     resumptions: bit for bit on a CPU with the same number of threads. On a GPU, steps are replayed
     as a CUDA graph unless `eager`; `profile` writes out/profile, see `profiling`.
 
-    Under torchrun each process trains on its share of each batch, by `parallel` "ddp" or "fsdp";
-    `out` must be a directory that all of them see. The number of processes may change when a run is
-    resumed; it changes the losses by rounding only.
+    Under torchrun each process trains on its share of each batch, with `parallel` "ddp" or "fsdp";
+    all processes must see the directory `out`. A run may be resumed with another number of
+    processes, which changes the losses by rounding only.
 
-    Raises InputError for options or a corpus that cannot be used, for an `out` that has a run
-    already, and after 20 steps in a row whose gradients are not finite; Stopped after Ctrl-C.
+    Raises InputError for options or a corpus that cannot be used, for an `out` that already has a
+    run, and after 20 steps in a row whose gradients are not finite; Stopped after Ctrl-C.
     """
     return carry_out(
         Pretraining(config), out, resume=resume, eager=eager, profile=profile, parallel=parallel
@@ -90,9 +90,9 @@ def carry_out(
 
 
 class _Run(NamedTuple):
-    """A run that is set up; from `model` on, what a checkpoint restores.
+    """A run that is set up; a checkpoint restores the fields from `model` on.
 
-    config: the recipe's, with the precision that the run has; DDP or FSDP may wrap `objective`
+    config: the recipe's, with the resolved precision; DDP or FSDP may wrap `objective`
     """
 
     recipe: Recipe
@@ -116,7 +116,7 @@ def _set_up(
     parallel: str,
 ) -> _Run:
     """Sets up a new run, or restores it from its last checkpoint."""
-    begun = checkpoint.latest(out)  # not the link itself, which may change before all is read
+    begun = checkpoint.latest(out)  # not the link, which may change before everything is read
     model = recipe.make_model(text.tokenizer.get_vocab_size()).to(ranks.device)
     if begun is not None:
         checkpoint.load_weights(model, checkpoint.read_weights(begun), begun)
@@ -151,10 +151,10 @@ def _train(run: _Run, *, eager: bool, profile: bool) -> None:
         workers=config.workers,
         pin_memory=device.type == "cuda",
     )
-    # since the last report: the sums, and the most skipped steps in a row
+    # since the last report: the sums, and the longest series of skipped steps
     totals = torch.zeros(len(dataclasses.fields(recipe.metrics)) + 1, device=device)
     sums, longest = totals[:-1], totals[-1]
-    in_a_row = torch.zeros_like(longest)  # skipped steps, up to now
+    in_a_row = torch.zeros_like(longest)  # the current series of skipped steps
     tokens = 0
     before = state.seconds
     started = reported = time.perf_counter()
@@ -178,9 +178,9 @@ def _train(run: _Run, *, eager: bool, profile: bool) -> None:
             # report before each checkpoint, so that the sums need not be saved and the logs of a
             # resumed run match
             if saving or state.step % config.log_every == 0:
-                ranks.sum(sums[:-1])  # not the last, skipped steps: all ranks skip the same ones
+                ranks.sum(sums[:-1])  # not the skipped steps, because all ranks skip the same ones
                 tokens = int(ranks.sum(torch.tensor(tokens, device=device)))
-                # only here the host waits for the GPU
+                # only here does the host wait for the GPU
                 *values, skipped, skipped_in_a_row = totals.tolist()
                 metrics = recipe.metrics(*values, skipped_steps=skipped)
                 now = time.perf_counter()
@@ -212,7 +212,7 @@ def _train(run: _Run, *, eager: bool, profile: bool) -> None:
 
 
 def _finish(run: _Run) -> dict[str, Any]:
-    """Writes the plot and the summary of a finished run, prints its result, returns the summary."""
+    """Writes plot and summary of a finished run, prints its result, and returns the summary."""
     text, out, ranks, state = run.text, run.out, run.ranks, run.state
     heldout = next(row for row in reversed(state.history) if "heldout_mlm_loss" in row)
     verdict = run.recipe.verdict(run.model, heldout, text.heldout, ranks)

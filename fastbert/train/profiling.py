@@ -19,13 +19,13 @@ LINES = 10
 def profiling(out: Path, steps: int, device: torch.device) -> Iterator[profile | Nothing]:
     """A profiler of training that writes out/profile/trace.json.gz.
 
-    The caller calls the profiler's `step` after each training step. The trace opens in Perfetto or
-    chrome://tracing. The most expensive operators are also printed. If `steps`, the number of steps
-    that are left, is below 10, no trace is written.
+    The caller calls the profiler's `step` after each training step. Perfetto or chrome://tracing
+    open the trace. The most expensive operators are also printed. No trace is written if `steps`,
+    the number of remaining steps, is below 10.
     """
     needed = SKIPPED + WARM_UP + RECORDED
     if steps < needed:
-        console.print(f"--profile: needs {needed} steps, and {steps} are left; no trace is written")
+        console.print(f"--profile: needs {needed} steps, but {steps} are left; no trace is written")
         yield Nothing()
         return
     path = out / "profile" / "trace.json.gz"

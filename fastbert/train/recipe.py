@@ -1,4 +1,4 @@
-"""What differs between kinds of runs: the model, its objective, and what is reported."""
+"""Where kinds of runs differ: the model, its objective, and the reported numbers."""
 
 import abc
 import math
@@ -16,8 +16,8 @@ from fastbert.train.objective import MaskedMetrics, Metrics, PretrainingObjectiv
 class Verdict(NamedTuple):
     """What a finished run reports in addition to its own losses.
 
-    figures: entries for summary.json; levels: other held-out losses, by name, as lines of the plot;
-    said: a line to print, including its newline, or empty
+    figures: entries for summary.json; levels: other held-out losses by name, drawn as lines in the
+    plot; said: a line to print, including its newline, or empty
     """
 
     figures: dict[str, Any]
@@ -29,7 +29,7 @@ class Recipe(abc.ABC):
     """A kind of run, which `pretrain.carry_out` executes.
 
     title: title of the plot; command: name of the command; metrics: class of the objective's sums;
-    teacher: fingerprint of the teacher model, None without one; directory: the teacher's directory
+    teacher, directory: fingerprint and directory of the teacher model, None without one
     """
 
     title: ClassVar[str]
@@ -44,7 +44,7 @@ class Recipe(abc.ABC):
         """A short name of the model, for messages."""
 
     def reading(self) -> PretrainConfig:
-        """The options by which the corpus becomes batches."""
+        """The options that determine how the corpus becomes batches."""
         return self.config
 
     @abc.abstractmethod
@@ -56,11 +56,11 @@ class Recipe(abc.ABC):
 
     @abc.abstractmethod
     def make_objective(self, model: BertForPreTraining | BertForMaskedLM) -> PretrainingObjective:
-        """The objective of training; in eval mode its sums must be those of `Metrics`."""
+        """The training objective; in eval mode its sums must be the fields of `Metrics`."""
 
     @abc.abstractmethod
     def losses(self, metrics: Any) -> dict[str, float]:
-        """The means that are reported for training steps, "loss" first."""
+        """The means to report for training steps, with "loss" first."""
 
     def verdict(
         self,

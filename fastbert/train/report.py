@@ -1,4 +1,4 @@
-"""The reports of a run: one live line, TensorBoard scalars, and a plot of the losses."""
+"""The reports on a run: one live line, TensorBoard scalars, and a plot of the losses."""
 
 import contextlib
 import itertools
@@ -29,9 +29,9 @@ def tracked(items: Sequence[T], doing: str) -> Iterable[T]:
 
 
 def bar(what: str) -> Progress:
-    """A live bar behind a text and before its task's field `line`, if the output is a terminal.
+    """A live bar between a text and its task's field `line`, shown if the output is a terminal.
 
-    what: the text, in which rich fills in fields as "{task.completed}"
+    what: the text, in which rich fills in fields such as "{task.completed}"
     """
     return Progress(
         TextColumn(what),
@@ -47,9 +47,9 @@ def bar(what: str) -> Progress:
 class Reporter:
     """Shows a run's progress on one live line, or on plain lines if the output is not a terminal.
 
-    Scalars are also written for TensorBoard; those of an earlier process after step `start`, whose
-    own were written before its checkpoint, are discarded. `training` takes a `recipe.training_row`,
-    `validation` the result of `evaluate`.
+    Scalars are also written for TensorBoard. What an earlier process wrote after step `start`, its
+    last checkpoint, is discarded. `training` takes a `recipe.training_row`, `validation` the result
+    of `evaluate`.
     """
 
     def __init__(self, run: Path, start: int, steps: int) -> None:
@@ -141,7 +141,7 @@ class TokenizingReporter:
 
 
 class Nothing(contextlib.nullcontext[Any]):
-    """Stands for a reporter or a profiler where none is wanted: its methods do nothing."""
+    """Replaces a reporter or a profiler if none is wanted: its methods do nothing."""
 
     def __enter__(self) -> "Nothing":
         return self
@@ -168,7 +168,7 @@ def plot_losses(
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     train = [row for row in history if "loss" in row]
     heldout = [row for row in history if "heldout_mlm_loss" in row]
-    line = "." if len(train) == 1 else "-"  # a line through one point would not be seen
+    line = "." if len(train) == 1 else "-"  # a line through one point is invisible
     steps = [row["step"] for row in train]
     axes.plot(steps, [row["mlm_loss"] for row in train], line, label="MLM, training")
     axes.plot(
@@ -184,7 +184,7 @@ def plot_losses(
     for (name, level), style in zip(levels.items(), itertools.cycle(("--", ":"))):
         axes.axhline(level, color="gray", linestyle=style, label=f"{name}, held out")
     axes.set(xlabel="step", ylabel="loss (nats)", title=title)
-    if pairs:  # whose loss is the only one near 0
+    if pairs:  # their loss is the only one near 0
         axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)

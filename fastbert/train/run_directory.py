@@ -1,4 +1,4 @@
-"""The directory of a run: the options that it was started with, and how it is interrupted."""
+"""The directory of a run: the options that it was started with, and its interruption."""
 
 import contextlib
 import dataclasses
@@ -24,9 +24,9 @@ SUMMARY = "summary.json"
 
 @contextlib.contextmanager
 def opened(config: PretrainConfig, out: Path, *, resume: bool) -> Iterator[None]:
-    """Writes the options into `out`; if the block refuses a new run, removes them and its text.
+    """Writes the options into `out`; removes them and the text if the block refuses a new run.
 
-    The text stays if it is worth keeping, and so do the options of a resumed run that the block
+    A text that is worth keeping stays, and so do the options of a resumed run that the block
     refuses. Raises InputError if `out` has a run and `resume` is False, or if the options would
     change the results of that run.
     """
@@ -49,7 +49,7 @@ def opened(config: PretrainConfig, out: Path, *, resume: bool) -> Iterator[None]
 
 
 def precision_of(config: PretrainConfig, out: Path, *, resume: bool) -> str:
-    """The precision that the options ask for; "auto" for a resumed run is the one that it has."""
+    """The requested precision; for a resumed run, "auto" is the precision that the run has."""
     earlier = read_run(out, type(config)) if resume and config.precision == AUTO else None
     return config.precision if earlier is None else earlier.precision
 
@@ -66,11 +66,8 @@ def read_run(out: Path, kind: type[Config]) -> Config | None:
 
 @contextlib.contextmanager
 def stoppable(recipe: Recipe, out: Path) -> Iterator[None]:
-    """Turns Ctrl-C into `Stopped`, which says what is kept, and a nameless OSError into Unwritable.
-
-    The OSErrors that name a file are raised as they are. The death of a loader's process is an
-    InputError.
-    """
+    """Turns Ctrl-C into `Stopped`, an OSError without a file name into Unwritable, and the death of
+    a data loader's process into InputError. An OSError that names a file passes unchanged."""
 
     def said() -> str:
         kept = checkpoint.latest(out)
@@ -82,12 +79,12 @@ def stoppable(recipe: Recipe, out: Path) -> Iterator[None]:
         with stopping(said):
             yield
     except (ConnectionError, RuntimeError) as error:
-        # torch's handler of a child's death, or its queue if that is read first
+        # RuntimeError from torch's handler of a child's death; ConnectionError from its queue
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
             raise
         raise InputError(
-            f"{out}: a process that prepares batches was killed, perhaps for want of memory; go on "
-            "with --resume, and with fewer --workers if need be"
+            f"{out}: a process that prepares batches was killed, perhaps because memory ran out; "
+            "continue with --resume, and with fewer --workers if it happens again"
         ) from error
     except OSError as error:
         if error.filename is None:  # from a library that does not name the file

@@ -1,7 +1,7 @@
-"""Checkpoints from which a run is resumed: a model's directory that also has the training state.
+"""Checkpoints to resume a run from: a model's directory that also has the training state.
 
-The file STATE has the state of the run and of its optimizer, in whole tensors, so that any number
-of processes can resume from it.
+The file STATE has the state of the run and of its optimizer in unsharded tensors, so that any
+number of processes can resume from it.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 @dataclasses.dataclass
 class TrainingState:
-    """The state of a run that a checkpoint keeps in addition to tensors.
+    """The state of a run that a checkpoint keeps in addition to its tensors.
 
     text: fingerprint of the corpus and the tokenizer; teacher: fingerprint of the teacher model,
-    None without one; step: optimizer steps done, which is also the position in the data; seconds:
-    training time so far; real_tokens: tokens read so far, without padding; skipped_steps: steps
-    skipped so far because their gradients were not finite; history: rows that were reported
+    None without one; step: finished optimizer steps, which is also the position in the data;
+    seconds: training time so far; real_tokens: tokens read so far, without padding; skipped_steps:
+    steps skipped so far because their gradients were not finite; history: the reported rows
     """
 
     text: str
@@ -72,13 +72,13 @@ def save(
     with new_directory(directory) as writing:
         model.save_pretrained(writing, state_dict=weights)
         save_tokenizer(tokenizer, writing, max_length=model.config.max_position_embeddings)
-        with (writing / STATE).open("wb") as file:  # by a name, torch hides what the system says
+        with (writing / STATE).open("wb") as file:  # given a path, torch hides the system's error
             torch.save(saved, file)
     checkpoint.point_latest(directory)
-    # those of a run that began again, without its link, may have higher numbers than this one
+    # the others may have higher numbers, if the run lost its link `latest` and began again
     others = [path for path in _checkpoints(run) if path != directory]
     for old in others[:-1]:
-        # a reader on a network file system may keep it from going, until the next checkpoint
+        # a reader on a network file system may block the removal; the next checkpoint retries it
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -91,8 +91,7 @@ def load(
     """Restores the optimizer, the scaler, the random generators and the state from a checkpoint.
 
     The number of ranks may differ from the number that saved the checkpoint. Raises InputError for
-    a file that is missing or damaged. Other errors, such as a lack of memory on the device, pass as
-    they are.
+    a missing or damaged file. Other errors, such as too little device memory, are not converted.
     """
     path = directory / STATE
     saved = _read(path)
@@ -106,14 +105,14 @@ def load(
         scaler.load_state_dict(saved.get("scaler", {}))
         fp8.load(model, saved.get("fp8", []))
         torch.set_rng_state(cpu)
-    except (*_DAMAGE, RuntimeError) as error:  # neither of them needs memory of a device
+    except (*_DAMAGE, RuntimeError) as error:  # these three allocate no device memory
         raise _damaged(path, error) from None
     if torch.cuda.is_available() and cuda:
         torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
     return state
 
 
-# What values of another form raise. A RuntimeError may as well come from a device.
+# Raised by values of a wrong form. RuntimeError is not here, because a device raises it too.
 _DAMAGE = (KeyError, IndexError, ValueError, TypeError, AttributeError)
 
 
@@ -123,7 +122,7 @@ def _read(path: Path) -> dict[str, Any]:
         saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return saved
     except FileNotFoundError:
-        raise InputError(f"{path}: missing, so this checkpoint cannot be resumed") from None
+        raise InputError(f"{path}: missing, so the run cannot resume from it") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except MemoryError:

@@ -1,11 +1,11 @@
 """One optimizer step of pre-training, run eagerly or replayed as one CUDA graph.
 
 A step whose gradients are not finite changes neither weights nor the optimizer's state, and is
-counted. This is decided on the device, so that the host does not wait.
+counted. The device decides this, so the host does not wait.
 
 A graph's kernels always run on the same addresses and sizes. So batches are padded to fixed sizes
-with filler sequences, which have no labels, and are copied into buffers. What changes from step to
-step (learning rate, dropout state, the counts that losses are divided by) is in device memory.
+with filler sequences, which have no labels, and are copied into buffers. The values that change
+from step to step (learning rate, dropout state, counts of the whole batch) are in device memory.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ class EagerStep:
     """A step run eagerly: forward and backward of each micro-batch, clipping, optimizer.
 
     A call takes the step's number, its micro-batches and the counts of the whole batch, and returns
-    the sums of `compute`. objective: a `PretrainingObjective`, as `distributed.parallelised`
-    returns it for `num_ranks`; scaler: by default a new one for the precision of `config`
+    the sums from `compute`. objective: a `PretrainingObjective` as `distributed.parallelised`
+    wraps it for `num_ranks`; scaler: by default a new one for the precision of `config`
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class EagerStep:
         self.device, self.num_ranks = device, num_ranks
         self.scaler = make_scaler(config.precision, device) if scaler is None else scaler
         self.rate: Tensor | None = None
-        for group in optimizer.param_groups:  # a checkpoint of a graphed run has it set
+        for group in optimizer.param_groups:  # a checkpoint of a graphed run has True
             group["capturable"] = False
         self.warmup = round(config.steps * config.warmup_ratio)
         self.autocast = autocast(config.precision, device)
@@ -62,9 +62,9 @@ class EagerStep:
         return self.compute(parts, *counts)
 
     def numbered(self, number: int, parts: list[PackedBatch]) -> list[PackedBatch]:
-        """The micro-batches with the dropout state of the step.
+        """The micro-batches with the step's dropout state.
 
-        Dropout depends on the example, not on how the batch is split.
+        Dropout masks depend on the example, not on how the batch is split.
         """
         state = torch.tensor([self.config.seed, number])
         return [dataclasses.replace(part, dropout_state=state) for part in parts]
@@ -86,9 +86,9 @@ class EagerStep:
             group["lr"], group["capturable"] = self.rate, True
 
     def compute(self, parts: list[PackedBatch], *counts: int | Tensor) -> Tensor:
-        """Does a step; returns (7,) float32 on the device: the objective's six sums and `skipped`.
+        """Runs a step; returns (7,) float32 on the device: the objective's six sums, and `skipped`.
 
-        `skipped` is 1 and the sums are 0 if the gradients are not finite. The host does not wait.
+        If the gradients are not finite, `skipped` is 1 and the sums are 0. The host does not wait.
 
         counts: the values of `GlobalCounts`, as numbers or tensors of shape ()
         """
@@ -115,10 +115,10 @@ class EagerStep:
 
 
 def as_graph(step: EagerStep, data: PretrainingData) -> "EagerStep | GraphedStep":
-    """The step as a CUDA graph on a single GPU, elsewhere as it is; data: what it trains on."""
+    """The step as a CUDA graph on a single GPU, otherwise unchanged; data: the training data."""
     if step.device.type != "cuda" or step.num_ranks > 1:
         return step
-    # the graph includes the layers, whose own graphs would only take memory
+    # this graph includes the layers, so graphs of their own would only take memory
     buckets.allow(step.objective, False)
     return GraphedStep(step, data.bucket(step.config.accumulation), CudaGraphs())
 
@@ -126,8 +126,8 @@ def as_graph(step: EagerStep, data: PretrainingData) -> "EagerStep | GraphedStep
 class GraphedStep:
     """A step recorded as a CUDA graph after a few warm-up steps, and replayed from then on.
 
-    A batch larger than the bucket runs eagerly, and so do all batches if recording fails. Each
-    fallback is reported once.
+    A batch that does not fit the bucket runs eagerly, and so do all batches if recording fails.
+    Each fallback is reported once.
     """
 
     def __init__(self, eager: EagerStep, bucket: Bucket, graphs: CudaGraphs) -> None:

@@ -75,7 +75,7 @@ def test_other_libraries_find_what_they_read():
     assert ours.model_type == theirs.model_type
     assert ours.get_text_config(decoder=False) is ours
     assert json.loads(ours.to_json_string()) == json.loads(json.dumps(ours.to_dict()))
-    with pytest.raises(ValueError, match="a function as hidden_act has no form"):
+    with pytest.raises(ValueError, match="cannot hold a function as hidden_act"):
         BertConfig(hidden_act=abs).to_json_string()
 
 

@@ -50,19 +50,19 @@ def test_every_number_has_bounds(config, name, value):
 
 def test_gamma_is_a_share_but_of_one_scheme():
     assert PretrainConfig(masking="bigram-kn", gamma=4.0).gamma == 4.0
-    with pytest.raises(InputError, match="--gamma: above 0 and at most 1, got 1000000000"):
+    with pytest.raises(InputError, match="--gamma: expected above 0 and at most 1, got 1000000000"):
         PretrainConfig(masking="blank", gamma=1e9)
 
 
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        (PretrainConfig, {"gamma": 0.5}, "--gamma 0.5 has no effect beside --masking bert"),
+        (PretrainConfig, {"gamma": 0.5}, "--gamma 0.5 has no effect with --masking bert"),
         (DistillConfig, {"short_seq_prob": 0.5}, "--short-seq-prob 0.5 has no effect"),
         (PretrainConfig, {"segmenter": "spaces"}, "--segmenter spaces has no effect"),
         (PretrainConfig, {"tokenizer": "t", "vocab_size": 400}, "--vocab-size 400 has no effect"),
         (FinetuneConfig, {"label_separator": "|"}, "--label-separator | has no effect"),
-        (FinetuneConfig, {"delimiter": ";"}, "--delimiter ; has no effect beside --task qa"),
+        (FinetuneConfig, {"delimiter": ";"}, "--delimiter ; has no effect with --task qa"),
     ],
 )
 def test_what_has_no_effect_is_said(config, options, message):

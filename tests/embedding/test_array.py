@@ -78,7 +78,7 @@ def test_standard_input_is_a_text_a_line_and_the_help_says_so(model, write, monk
         given = embed(model, Path("-"), precision="fp32")
     assert np.array_equal(given, embed(model, lines, precision="fp32"))
     cli_run(monkeypatch, "embed", "--help")
-    assert "- is standard input: a text a line" in " ".join(capsys.readouterr().out.split())
+    assert "- reads lines (with --delimiter, a table)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_array_in_another_order_of_memory_is_written_as_it_reads(tmp_path):

@@ -24,7 +24,7 @@ def test_another_run_may_not_write_there(model, corpus, tmp_path, change, named)
     out = tmp_path / "out"
     embed_corpus(model, corpus, out, **OPTIONS | {"shard_size": 20})
     before = contents(out)
-    with pytest.raises(InputError, match=f"with other {named}; name another directory"):
+    with pytest.raises(InputError, match=f"with another {named}; name another directory"):
         embed_corpus(model, corpus, out, **OPTIONS | {"shard_size": 20} | change)
     assert contents(out) == before
 
@@ -35,7 +35,7 @@ def test_another_input_or_model_may_not_either(model, corpus, tmp_path):
     embed_corpus(model, source, out, **OPTIONS)
     for other in ("bal\nban\n", "bal\n"):  # of the same size and of another one
         source.write_text(other)
-        with pytest.raises(InputError, match="with other input; name"):
+        with pytest.raises(InputError, match="with another input; name"):
             embed_corpus(model, source, out, **OPTIONS)
     source.write_text("bal\nbam\n")
     other = fastbert.BertModel.from_pretrained(model)
@@ -43,7 +43,7 @@ def test_another_input_or_model_may_not_either(model, corpus, tmp_path):
         other.encoder.layer[1].output.dense.bias[3] += 1e-6
     other.save_pretrained(tmp_path / "other")
     save_tokenizer(load_tokenizer(model), tmp_path / "other")
-    with pytest.raises(InputError, match="with other model; name"):
+    with pytest.raises(InputError, match="with another model; name"):
         embed_corpus(str(tmp_path / "other"), source, out, **OPTIONS)
 
 
@@ -58,7 +58,7 @@ def test_a_long_text_ends_a_run_that_goes_on_with_truncate(model, tmp_path):
     embed_corpus(model, source, out, **options | {"truncate": True})
     embed_corpus(model, source, tmp_path / "anew", **options | {"truncate": True})
     assert contents(out) == contents(tmp_path / "anew")
-    with pytest.raises(InputError, match="with other --truncate"):
+    with pytest.raises(InputError, match="with another --truncate"):
         embed_corpus(model, source, out, **options)
 
 
@@ -91,7 +91,7 @@ def test_a_plan_of_another_version_is_refused(model, corpus, tmp_path):
     embed_corpus(model, corpus, tmp_path, **OPTIONS)
     plan = tmp_path / "plan.json"
     plan.write_text(plan.read_text().replace('"version": 1', '"version": 0'))
-    with pytest.raises(InputError, match=r"plan\.json: not of this version of fastbert embed"):
+    with pytest.raises(InputError, match=r"plan\.json: written by another version of fastbert"):
         embed_corpus(model, corpus, tmp_path, **OPTIONS)
 
 
@@ -116,6 +116,6 @@ def test_ctrl_c_says_what_is_kept(model, corpus, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shards, "_describe", stop)
-    with pytest.raises(Stopped, match="are kept; the same command makes the rest"):
+    with pytest.raises(Stopped, match="are kept; the same command makes the missing ones"):
         embed_corpus(model, corpus, tmp_path / "out", shard_size=50, **OPTIONS)
     assert len(list((tmp_path / "out").glob("shard-*"))) == 3

@@ -52,9 +52,9 @@ def test_the_files_say_what_the_user_does_not(model, texts, write, tmp_path):
     ("options", "said"),
     [
         ({"modules": ("Transformer", "Pooling", "Dense")}, "a Dense module"),
-        ({"pooling": {"pooling_mode_max_tokens": True}}, "pools by max_tokens"),
-        ({"pooling": {"pooling_mode": ["mean", "cls"]}}, "pools by mean and cls"),
-        ({"pooling": {"pooling_mode": "lasttoken"}}, "pools by lasttoken"),
+        ({"pooling": {"pooling_mode_max_tokens": True}}, "uses the pooling max_tokens"),
+        ({"pooling": {"pooling_mode": ["mean", "cls"]}}, "uses the pooling mean and cls"),
+        ({"pooling": {"pooling_mode": "lasttoken"}}, "uses the pooling lasttoken"),
         ({"pooling": {"pooling_mode": "mean", "include_prompt": False}}, "include_prompt"),
         ({"prompts": {"default_prompt_name": "query"}}, "has no prompt 'query'"),
         ({"do_lower_case": True}, "do_lower_case"),

@@ -125,9 +125,9 @@ def test_the_command(model, corpus, tmp_path, call):
     np.testing.assert_allclose(rows_of(tmp_path / "out"), embed(model, corpus), atol=1e-5)
     for options, message in (
         (["--out", tmp_path / "a.npy", "--shard-size", 9], "a file has no shards"),
-        (["--out", tmp_path / "a", "--format", "hdf5"], "--format: one of npy, parquet"),
-        (["--out", tmp_path / "a", "--pooling", "max"], "--pooling: one of mean, cls"),
-        (["--out", tmp_path / "a", "--max-seq-len", 99], "--max-seq-len: between 3 and"),
+        (["--out", tmp_path / "a", "--format", "hdf5"], "--format: expected one of npy, parquet"),
+        (["--out", tmp_path / "a", "--pooling", "max"], "--pooling: expected one of mean, cls"),
+        (["--out", tmp_path / "a", "--max-seq-len", 99], "--max-seq-len: expected 3 to"),
     ):
         status, _, error = call(*given, *options)
         assert status == 2

@@ -28,7 +28,7 @@ def test_the_command_says_how_near_it_is(saved, tmp_path, monkeypatch, capsys):
         cli.main()
     assert exit.value.code == 0
     said = capsys.readouterr()
-    assert "answers as the model does: the largest difference is" in said.out
+    assert "agrees with the model: the largest difference is" in said.out
     assert said.err == ""
     for name in ("config.json", "tokenizer.json", "vocab.txt", "added_tokens.json"):
         assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
@@ -48,10 +48,10 @@ def test_another_head_than_the_checkpoints(saved, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "tflite"}, "--to: one of onnx, torch, got 'tflite'"),
-        ({"precision": "bf16"}, "--precision: one of fp32, fp16"),
-        ({"head": "BertForNothing"}, "--head: one of BertModel, "),
-        ({"pooling": "max"}, "--pooling: one of mean, cls"),
+        ({"to": "tflite"}, "--to: expected one of onnx, torch, got 'tflite'"),
+        ({"precision": "bf16"}, "--precision: expected one of fp32, fp16"),
+        ({"head": "BertForNothing"}, "--head: expected one of BertModel, "),
+        ({"pooling": "max"}, "--pooling: expected one of mean, cls"),
         ({"out": "model.bin"}, r"expected a name that ends in \.onnx, or a directory"),
     ],
 )
@@ -70,13 +70,13 @@ def test_a_checkpoint_that_names_no_head(saved, tmp_path, names, told):
     directory = saved("BertModel")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"architectures": names}))
-    with pytest.raises(InputError, match=rf"names {told}.*, which is no head known here; give --h"):
+    with pytest.raises(InputError, match=rf"names {told}.*, which is not a known head; give --h"):
         command.export(directory, tmp_path / "out", to="torch")
 
 
 def test_what_cannot_be_written_is_refused(saved, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file is no directory"):
+    with pytest.raises(InputError, match=r"file is not a directory"):
         command.export(saved("BertModel"), tmp_path / "file" / "a.pt2", to="torch")
 
 
@@ -115,12 +115,12 @@ def test_files_of_another_model_are_left_alone(saved, tmp_path):
     directory, out = saved("BertModel"), tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"config\.json is that of another model"):
+    with pytest.raises(InputError, match=r"config\.json belongs to another model"):
         command.export(directory, out, to="torch")
     assert [path.name for path in out.iterdir()] == ["config.json"]
     (out / "config.json").unlink()
     (out / "finetune.json").write_text("{}")  # which this model does not have
-    with pytest.raises(InputError, match=r"finetune\.json is that of another model"):
+    with pytest.raises(InputError, match=r"finetune\.json belongs to another model"):
         command.export(directory, out, to="torch")
     command.export(directory, directory, to="torch")  # its own directory is as good as any
     assert (directory / "model.pt2").is_file()

@@ -30,7 +30,7 @@ CASES = {
         *("classification", "text,y\na,b\n", GOOD, []), "no column 'label', only text, y",
     ),
     "empty": ("classification", "", GOOD, [], "train.csv: is empty"),
-    "no rows": ("classification", "text,label\n", GOOD, [], "header and no rows"),
+    "no rows": ("classification", "text,label\n", GOOD, [], "header but no rows"),
     "fields": (
         *("classification", "text,label\na,b,c\n", GOOD, []), "line 2: expected 2 fields.*got 3",
     ),
@@ -43,7 +43,7 @@ CASES = {
         *("classification", "text,label\na,b\n", GOOD, []), "two labels or more, got only b",
     ),
     "long": ("classification", GOOD + LONG + ",pos\n", GOOD, [], "line 4: 62 tokens.*48.*--stride"),
-    "metric": ("classification", GOOD, GOOD, ["--metric", "bleu"], "--metric: one of accuracy"),
+    "metric": ("classification", GOOD, GOOD, ["--metric", "bleu"], "expected one of accuracy"),
     "weight": ("classification", GOOD, GOOD, ["--class-weight", "odd=2"], "'odd' does not occur"),
     "weight form": (
         *("classification", GOOD, GOOD, ["--class-weight", "pos"]), "LABEL=WEIGHT, got 'pos'",
@@ -58,7 +58,7 @@ CASES = {
         "no column 'text', only batch_size, label_column",
     ),
     "number": ("regression", "text,label\na,b\n", GOOD, [], "expected a number in column 'label'"),
-    "task": ("poetry", GOOD, GOOD, [], "--task: one of classification.*'poetry'"),
+    "task": ("poetry", GOOD, GOOD, [], "--task: expected one of classification.*'poetry'"),
     "kind of file": ("classification", None, GOOD, [], "train.csv: cannot be read"),
     "conll fields": (
         *("ner", CONLL + "a b c\n", CONLL, []), "line 3: expected 2 fields, got 3: a b c",
@@ -136,8 +136,8 @@ def test_bad_test_data_are_refused_before_training(
 @pytest.mark.parametrize(
     ("command", "source", "out", "options", "pattern"),
     [
-        ("predict", "text\na\n", "x.jsonl", [], "no finetune.json there"),
-        ("embed", "text\na\n", "x.npy", ["--pooling", "max"], "--pooling: one of mean, cls"),
+        ("predict", "text\na\n", "x.jsonl", [], "has no finetune.json"),
+        ("embed", "text\na\n", "x.npy", ["--pooling", "max"], "expected one of mean, cls"),
         ("embed", "words\na\n", "x.npy", [], "no column 'text', only words"),
         ("embed", f"text\n{LONG}\n", "x.npy", [], "line 2: 62 tokens"),
         ("embed", "text\na\n", "x.txt", [], "ends in .npy"),

@@ -64,10 +64,10 @@ def test_a_share_of_the_training_file_measures(place, tmp_path):
     base[base.index("--dev") : base.index("--dev") + 2] = ["--dev-share", 0.5]
     status, said, error = call(*base, "--out", tmp_path / "run")
     assert status == 0, error
-    assert "1 training sequences, 1 to choose the epoch by" in said
+    assert "1 training sequences, 1 to choose the best epoch" in said
     base[base.index("--dev-share") + 1] = 0.1
     status, _, error = call(*base, "--out", tmp_path / "other")
-    assert (status, "--dev-share 0.1: of the 2 example(s)" in error) == (2, True)
+    assert (status, "--dev-share 0.1: takes 0 of the 2 example(s)" in error) == (2, True)
     assert not (tmp_path / "other").exists()
 
 

@@ -78,7 +78,7 @@ def test_null_stands_for_a_value_that_is_missing(write):
     assert [q.id for q in found] == ["1", "q", "3"]
     assert [q.is_impossible for q in found] == [False, False, True]
     rows[1] = FLAT | {"id": 3, "answers": answers}
-    with pytest.raises(InputError, match="question 3: the id stands there twice; a question with"):
+    with pytest.raises(InputError, match="question 3: its id occurs twice; a question with"):
         read_squad(write("a.json", json.dumps(rows)))
 
 
@@ -132,7 +132,7 @@ def test_tables_with_another_delimiter(write):
     for given in ("\\t", "tab", "\t"):
         assert read_delimiter(given) == "\t"
     for given in ("", ";;", '"', "\n"):
-        with pytest.raises(InputError, match="--delimiter: one character"):
+        with pytest.raises(InputError, match="--delimiter: expected a character"):
             read_delimiter(given)
 
 
@@ -150,12 +150,12 @@ def test_blanks_in_cells_stay_and_around_names_go(write):
 
 def test_a_table_without_a_header_is_refused(write, tmp_path):
     for text, message in (
-        ("\ntext\na\n", "line 1: is blank"),
-        ("text\n", "has a header and no rows"),
+        ("\ntext\na\n", "line 1: expected the names of the columns"),
+        ("text\n", "has a header but no rows"),
     ):
         with pytest.raises(InputError, match=message):
             read_table(write("a.csv", text), ["text"])
-    with pytest.raises(InputError, match="line 1: is blank"):
+    with pytest.raises(InputError, match="line 1: expected the names of the columns"):
         list(delimited_rows([], tmp_path / "a.csv", ["text"], ".csv", longest=9))
 
 
@@ -170,7 +170,7 @@ def test_a_field_may_be_as_long_as_it_is(write):
 
 def test_an_unclosed_quote_is_reported_where_it_opens(write):
     lines = ["text,label", "a,x", '"two', 'lines",x', '"b,x', *["c,x"] * 50]
-    with pytest.raises(InputError, match=r"line 5: .*which goes on to line 55, and is not closed"):
+    with pytest.raises(InputError, match=r"line 5: .*which goes on to line 55, but no mark closes"):
         read_table(write("a.csv", "\n".join(lines) + "\n"), ["text"])
     lines[-1] = 'a "quoted" word,x'
     with pytest.raises(InputError, match=r"line 5: .*goes on to line"):
@@ -214,7 +214,7 @@ def test_labels_are_compared_as_composed(write):
 
 def test_labels_alike_but_for_case_are_named_once():
     task = make_task("classification")
-    with pytest.warns(UserWarning, match="labels 'Pos' and 'pos' differ in case alone") as said:
+    with pytest.warns(UserWarning, match="labels 'Pos' and 'pos' differ only in case") as said:
         task.learn([TextExample("x", ("a",), label) for label in ("pos", "Pos", "neg", "pos")])
     assert len(said) == 1
     assert task.labels == ["Pos", "neg", "pos"]

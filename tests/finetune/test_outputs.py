@@ -144,7 +144,7 @@ def test_an_interrupted_run_does_not_look_finished(place, tmp_path, monkeypatch)
         status, _, error = call(*arguments, "--out", out)
     assert status == 130
     assert "the best epoch so far, is kept" in error
-    assert "--overwrite begins anew" in error
+    assert "--overwrite starts again" in error
     assert not (out / "latest").exists()
     status, _, error = call("predict", "--model", out, "--input", place / "train.csv", "--out",
                             tmp_path / "x.jsonl")  # fmt: skip

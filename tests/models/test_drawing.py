@@ -37,7 +37,7 @@ def test_a_checkpoint_that_is_whole_leaves_the_generator_alone(directory):
     assert min(parameter.mean() for parameter in model.parameters()) > 0.5
 
 
-@pytest.mark.filterwarnings("ignore:.*drawn anew")
+@pytest.mark.filterwarnings("ignore:.*newly initialized")
 def test_a_head_that_a_checkpoint_lacks_is_drawn_as_in_training_from_scratch(directory):
     found = []
     for _ in range(2):
@@ -52,7 +52,7 @@ def test_a_head_that_a_checkpoint_lacks_is_drawn_as_in_training_from_scratch(dir
     assert first.bert.embeddings.word_embeddings.weight.mean() > 0.5
 
 
-@pytest.mark.filterwarnings("ignore:.*drawn anew")
+@pytest.mark.filterwarnings("ignore:.*newly initialized")
 def test_a_users_own_class_draws_what_is_its_own(directory):
     models = [WithOwn.from_pretrained(directory) for _ in range(2)]
     directions = [model.directions for model in models]

@@ -181,7 +181,7 @@ def test_labels_that_do_not_fit_are_refused():
         ours(**make_inputs(), labels=torch.ones(4, 3, dtype=torch.long))
     _, ours = make_models("words")
     given, _ = in_form("packed", "words", make_inputs(), WORDS)
-    with pytest.raises(ValueError, match="labels: expected None beside a PackedBatch"):
+    with pytest.raises(ValueError, match="labels: expected None with a PackedBatch"):
         ours(**given, labels=WORDS["labels"])
     with pytest.raises(ValueError, match=r"labels: expected shape .*, got \(1, "):
         ours(**make_inputs(), labels=WORDS["labels"][:1])  # of one sequence, for all of them

@@ -122,8 +122,8 @@ def test_openais_route_takes_the_advice_that_it_gives(minilm_server):
         ({"inputs": "a", "truncate": "yes"}, "truncate: Input should be a valid boolean"),
         ({"inputs": "a", "normalise": True}, "normalise: Extra inputs are not permitted"),
         ({"inputs": "a", "truncation_direction": "Left"}, "truncation_direction"),
-        ({"inputs": "a", "prompt_name": "query"}, "no prompt 'query'; known are: the model has"),
-        ({"inputs": "a", "dimensions": 64}, "dimensions: the model's vectors have one width"),
+        ({"inputs": "a", "prompt_name": "query"}, "no prompt 'query', expected: none, because"),
+        ({"inputs": "a", "dimensions": 64}, "dimensions: the model's vectors have a fixed width"),
     ],
 )
 def test_what_is_wrong_with_a_request_is_said(minilm_server, body, said):
@@ -176,7 +176,7 @@ def test_the_checkpoint_says_how_its_texts_are_read(pipeline, server):
         assert by_default == own.answer("/embed", inputs="good : film", prompt_name="none")
         assert by_default != own.answer("/embed", inputs="film", prompt_name="none")
         said = own.refusal("/embed", 422, inputs="film", prompt_name="odd")
-        assert said == "prompt_name: no prompt 'odd'; known are: query, none"
+        assert said == "prompt_name: no prompt 'odd', expected: query, none"
 
 
 def test_a_pipeline_that_is_not_computed_here_is_an_error(pipeline):

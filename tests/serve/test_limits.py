@@ -24,7 +24,7 @@ from tests.serve.running import Held, running
 
 def test_a_request_of_ten_megabytes_is_refused(server):
     said = server.refusal("/embed", 413, inputs=["a" * 10_000_000])
-    assert said == "a request of more than 2,000,000 bytes; send fewer texts in each"
+    assert said == "the request has more than 2,000,000 bytes; send fewer texts in each"
 
     def pieces():  # without a length in the headers
         yield b'{"inputs": "'
@@ -132,7 +132,7 @@ def test_too_many_requests_at_a_time_are_refused(held):
     response = server.post("/tokenize", inputs="d")
     assert response.status_code == 429
     assert response.headers["retry-after"] == "1"
-    assert "4 requests are being answered" in response.json()["error"]
+    assert "4 requests are in progress" in response.json()["error"]
     assert server.client.get("/metrics").status_code == 200
     hold.free.set()
     assert all(done.result().status_code == 200 for done in waiting)
@@ -217,12 +217,12 @@ def test_a_key_that_cannot_be_one_is_an_error(model, tmp_path, key):
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("port", 65536, "--port: between 0 and 65535, got 65536"),
-        ("max_queue", 0, "--max-queue: at least 1, got 0"),
-        ("timeout", 0.0, "--timeout: above 0"),
-        ("timeout", float("nan"), "--timeout: above 0"),
-        ("pooling", "max", "--pooling: one of mean, cls, got 'max'"),
-        ("max_seq_len", 2, "--max-seq-len: at least 3"),
+        ("port", 65536, "--port: expected between 0 and 65535, got 65536"),
+        ("max_queue", 0, "--max-queue: expected at least 1, got 0"),
+        ("timeout", 0.0, "--timeout: expected above 0"),
+        ("timeout", float("nan"), "--timeout: expected above 0"),
+        ("pooling", "max", "--pooling: expected one of mean, cls, got 'max'"),
+        ("max_seq_len", 2, "--max-seq-len: expected at least 3"),
         ("tokenize_threads", 1000, "--tokenize-threads"),
     ],
 )

@@ -79,7 +79,7 @@ def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(model):
     # the others were refused, or found no server any more
     others = [outcome for outcome in answers.values() if not isinstance(outcome, list)]
     assert all(outcome == 503 or isinstance(outcome, httpx.TransportError) for outcome in others)
-    assert "SIGTERM: answering what was accepted" in said
+    assert "SIGTERM: answering the accepted requests" in said
     assert f"{good} requests were answered" in said
 
 

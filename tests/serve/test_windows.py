@@ -37,7 +37,7 @@ def test_what_is_read_in_windows_is_not_cut(kind, inputs, elsewhere):
 def test_a_length_in_which_the_windows_of_the_training_do_not_fit_is_an_error(learn):
     conll = "john B-PER\nlives O\nin O\nparis B-LOC\n\n"
     run, _ = learn("ner", "words.conll", conll, max_seq_len=16, stride=8)
-    with pytest.raises(InputError, match=r"--max-seq-len: at least 11, .* share 8 tokens, got 10"):
+    with pytest.raises(InputError, match=r"-len: expected at least 11, .* share 8 tokens, got 10"):
         load(ServeConfig(model=str(run), max_seq_len=10))
     with running(run, max_seq_len=11) as server:
         assert len(server.answer("/predict", inputs="john lives " * 20)["words"]) == 40

@@ -65,10 +65,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(config, tmp_path, monkey
 def test_shards_are_refused():
     two = Ranks(torch.device("cpu"), size=2)
     require_kind("ddp", "fp8", two)
-    with pytest.raises(InputError, match="--precision fp8: not with --parallel fsdp"):
+    with pytest.raises(InputError, match="--precision fp8: does not work with --parallel fsdp"):
         require_kind("fsdp", "fp8", two)
 
 
 def test_hardware_without_it_is_one_clear_sentence(config, tmp_path):
-    with pytest.raises(InputError, match=r"fp8: needs a GPU that multiplies FP8.*bf16 runs here"):
+    with pytest.raises(InputError, match=r"fp8: needs a GPU that multiplies FP8.*use bf16"):
         pretrain(config, tmp_path / "run")

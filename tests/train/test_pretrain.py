@@ -163,7 +163,7 @@ def test_a_run_too_short_to_profile_says_so(corpus, tmp_path):
     arguments = ["--corpus", corpus, "--out", out, *SMALL, "--steps", "2", "--profile"]
     done = fastbert_cli("pretrain", *arguments)
     assert done.returncode == 0, done.stderr
-    assert "--profile: needs 10 steps, and 2 are left; no trace is written" in done.stdout
+    assert "--profile: needs 10 steps, but 2 are left; no trace is written" in done.stdout
     assert not (out / "profile").exists()
 
 
@@ -196,11 +196,11 @@ def test_info_names_every_operator():
     ("options", "pattern"),
     [
         (["--corpus", "no/such/file"], "no/such/file: no such file"),
-        (["--steps", "0"], "--steps: at least 1"),
-        (["--preset", "huge"], "--preset: one of tiny"),
+        (["--steps", "0"], "--steps: expected at least 1"),
+        (["--preset", "huge"], "--preset: expected one of tiny"),
         (["--batch-tokens", "16"], "--batch-tokens"),
         (["--accumulation", "100"], "--batch-tokens.*100 micro-batch"),
-        (["--parallel", "tensor"], "--parallel: one of ddp, fsdp, got 'tensor'"),
+        (["--parallel", "tensor"], "--parallel: expected one of ddp, fsdp, got 'tensor'"),
         (["--tokenizer", "no/vocab.txt", "--vocab-size", "8192"], "no/vocab.txt"),
         (["--out", "/dev/null/run"], "/dev/null/run"),
     ],
@@ -217,7 +217,7 @@ def test_bad_options_are_one_clear_line(options, pattern, corpus, tmp_path):
     [
         (b"", "no text"),
         (b"caf\xe9 noir\n", "not UTF-8"),
-        (b"One document.\nIt has two sentences.\n", "no random next sentence.*blank line"),
+        (b"One document.\nIt has two sentences.\n", "random next sentence.*blank line"),
     ],
     ids=["empty", "latin-1", "one document"],
 )
@@ -282,7 +282,7 @@ def test_a_vocabulary_of_another_checkpoint_is_one_clear_line(copied):
     vocabulary["model"]["vocab"] = dict(list(words.items())[:-70])
     (copied / "latest" / "tokenizer.json").write_text(json.dumps(vocabulary))
     done = fastbert_cli("fill-mask", "--model", copied, "a [MASK]")
-    assert_one_clear_line(done, r"vocabulary has \d+ entries, the checkpoint \d+")
+    assert_one_clear_line(done, r"vocabulary has \d+ entries, but the checkpoint has \d+")
 
 
 def test_fill_mask_without_a_mask_is_one_clear_line(finished):

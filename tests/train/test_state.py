@@ -174,5 +174,5 @@ def test_a_file_that_cannot_be_read_or_is_missing_is_told(parts, directory, monk
         with pytest.raises(InputError, match=r"state\.pt: cannot be read \(Permission denied\)$"):
             state.load(directory, *parts)
     (directory / state.STATE).unlink()
-    with pytest.raises(InputError, match="missing, so this checkpoint cannot be resumed"):
+    with pytest.raises(InputError, match="missing, so the run cannot resume from it"):
         state.load(directory, *parts)

@@ -1,1 +1,1 @@
-"""The examples of an epoch, and the packed, masked batches that they are put into."""
+"""The examples of an epoch, and their packed, masked batches."""

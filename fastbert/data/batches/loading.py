@@ -24,10 +24,10 @@ def loader(
     """A DataLoader of `data.batch(step, ...)` for each global step from `start` to `stop - 1`.
 
     rank, world_size, micro_batches: as in `PretrainingData.batch`, whose InputError the iterator
-        raises where a batch has too few examples
+        raises if a batch has too few examples
     workers: processes that make batches ahead of time; 0 makes them in this process. The batches do
-        not depend on their number.
-    pin_memory: whether tensors are in page-locked host memory, from which copies to a GPU are
+        not depend on the number of workers.
+    pin_memory: whether tensors are in pinned host memory, from which copies to a GPU are
         asynchronous
     """
     if start < stop:
@@ -35,13 +35,13 @@ def loader(
     batch = functools.partial(
         data.batch, rank=rank, world_size=world_size, micro_batches=micro_batches
     )
-    steps: Any = range(start, stop)  # a dataset of numbers, each of which `batch` makes a batch of
+    steps: Any = range(start, stop)  # a dataset of numbers, which `batch` turns into batches
     return DataLoader(
         steps,
         batch_size=None,
         collate_fn=batch,
         num_workers=workers,
         pin_memory=pin_memory,
-        # without its own generator, the loader would draw a seed from torch's global one
+        # without a generator, the loader would draw a seed from torch's global one
         generator=torch.Generator(),
     )

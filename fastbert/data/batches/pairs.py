@@ -1,6 +1,6 @@
 """Plans the examples of an epoch as spans of tokens: sentence pairs, or full sentences.
 
-The sentences of a document lie end to end in the corpus, so an example is two spans of the corpus,
+A document's sentences follow each other in the corpus, so an example is two spans of the corpus,
 and planning does not read tokens. The procedure is BERT's (Devlin et al. 2018,
 https://arxiv.org/abs/1810.04805, and create_pretraining_data.py in
 https://github.com/google-research/bert), except that every epoch has new pairs.
@@ -27,7 +27,7 @@ class PairPlan:
 
     spans: (E, 4) int64: a_start, a_end, b_start, b_end, indices into `TokenizedCorpus.tokens`. A is
         never empty. B is empty only in a plan without pairs, whose examples are [CLS] A [SEP].
-    is_random: (E,) bool, True where B is from another document than A; None without pairs
+    is_random: (E,) bool, True if B is from another document than A; None without pairs
     """
 
     spans: NDArray[np.int64]
@@ -35,7 +35,7 @@ class PairPlan:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """(E,) int64: number of tokens of each example, including [CLS] and every [SEP]."""
+        """(E,) int64: number of tokens in each example, including [CLS] and every [SEP]."""
         a_start, a_end, b_start, b_end = self.spans.T
         special = NUM_SPECIAL - (self.is_random is None)
         lengths: NDArray[np.int64] = (a_end - a_start) + (b_end - b_start) + special
@@ -59,16 +59,16 @@ def plan_pairs(
     `short_seq_prob`, a uniformly drawn smaller one. (The target is drawn for each example. The
     original draws it for each document, which turns some documents into very many very short
     examples.) A random number of these sentences becomes A. With probability 1/2, and always if
-    there is only one sentence, B is a random span of another document of `docs`, and the sentences
-    after A are used for the next example; otherwise they are B. An example that is longer than
+    there is only one sentence, B is a random span from another document of `docs`, and the next
+    example begins with the sentences after A; otherwise they are B. An example that is longer than
     max_seq_len loses single tokens of its longer span, each at the front or the back at random.
 
     Raises InputError for fewer than two documents or an option out of range.
     """
     if len(docs) < 2:
         raise InputError(
-            f"--corpus: {len(docs)} document(s), and one gives no random next sentence; separate "
-            "documents by blank lines"
+            f"--corpus: {len(docs)} document(s), but a random next sentence needs two; separate "
+            "documents with blank lines"
         )
     if max_seq_len < NUM_SPECIAL + 2:
         raise InputError(f"--max-seq-len: expected at least {NUM_SPECIAL + 2}, got {max_seq_len}")
@@ -104,12 +104,12 @@ def plan_pairs(
 def plan_sentences(
     corpus: TokenizedCorpus, docs: NDArray[np.int64], *, max_seq_len: int
 ) -> PairPlan:
-    """Plans examples of as many consecutive sentences of one document as fit, without pairs.
+    """Plans examples without pairs: as many consecutive sentences of one document as fit.
 
     This is DOC-SENTENCES of Liu et al. 2019 (https://arxiv.org/abs/1907.11692), who found it
     slightly better than examples that cross documents, but used the latter to keep the batch size
-    constant; packed batches do not need that. A sentence longer than an example is cut into several
-    examples. The plan is the same in every epoch; only the masks change.
+    constant, which packed batches do not need. A sentence longer than an example is cut into
+    several examples. The plan is the same in every epoch; only the masks change.
 
     docs: (D,) indices of documents. Raises InputError for a max_seq_len below 3.
     """
@@ -156,7 +156,7 @@ def _random_spans(
     draws: NDArray[np.float64],
     wanted: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(starts, ends) of random spans of whole sentences, as segments B of N examples.
+    """(starts, ends) of random spans of whole sentences, the segments B of N examples.
 
     A span has `wanted` tokens or more, or ends with its document. Its document is drawn uniformly
     from `docs` without `docs[numbers]`, the document of segment A. draws: (N, 2) uniform numbers
@@ -175,8 +175,8 @@ def _truncate(spans: NDArray[np.int64], room: int, generator: np.random.Generato
     """Shortens A and B, in place, until together they have at most `room` tokens."""
     lengths = spans[:, 1::2] - spans[:, ::2]  # (E, 2)
     total = np.minimum(lengths.sum(axis=1), room)
-    # Taking tokens one by one from the longer segment ends with both at half of the room, unless
-    # one of them is shorter than that and stays whole.
+    # Dropping tokens one by one from the longer segment leaves each half of the room, unless one of
+    # them is shorter than that and stays whole.
     keep_a = np.minimum(lengths[:, 0], np.maximum(total - lengths[:, 1], total - total // 2))
     keep = np.stack([keep_a, total - keep_a], axis=1)
     spans[:, ::2] += generator.binomial(lengths - keep, 0.5)

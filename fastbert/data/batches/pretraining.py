@@ -1,7 +1,7 @@
 """Packed, masked batches; the position in the data is one integer, the global step.
 
-The examples of a global batch and their masks depend on (seed, step) alone. Ranks and micro-batches
-only divide the batch among themselves.
+The examples of a global batch and their masks depend only on (seed, step). Ranks and micro-batches
+divide the batch.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from fastbert.data.text.tokenizer import SpecialTokens
 from fastbert.data.tokenized.corpus import TokenizedCorpus
 from fastbert.packing import Bucket, PackedBatch
 
-TOKENS_OF_A_BUCKET = 128  # a bucket's tokens are a multiple of it, for fast matrix products
+TOKENS_OF_A_BUCKET = 128  # a bucket's tokens are a multiple of this, for fast matrix products
 
 
 class GlobalCounts(NamedTuple):
-    """The counts that the losses of a global batch are divided by, the same on every rank."""
+    """The counts that divide the losses of a global batch, the same on every rank."""
 
     masked_tokens: int
     pairs: int
@@ -58,7 +58,7 @@ class PretrainingData:
     ) -> None:
         if batch_tokens < max_seq_len:
             raise InputError(
-                f"--batch-tokens: expected at least --max-seq-len, {max_seq_len}, "
+                f"--batch-tokens: expected at least --max-seq-len = {max_seq_len}, "
                 f"got {batch_tokens}"
             )
         self.corpus = corpus
@@ -75,7 +75,7 @@ class PretrainingData:
 
     @property
     def random_share(self) -> float | None:
-        """The share of pairs, in the current epoch, whose B is random; None without pairs."""
+        """The share of the current epoch's pairs whose B is random; None without pairs."""
         is_random = self._epoch.plan.is_random
         return None if is_random is None else float(is_random.mean())
 
@@ -102,13 +102,13 @@ class PretrainingData:
         return GlobalCounts(masked, len(rows.begins) - 1 if self.pairs else 0, len(rows.in_b))
 
     def bucket(self, micro_batches: int = 1) -> Bucket:
-        """Sizes that nearly every micro-batch fits, estimated from the current epoch's batches."""
+        """Sizes into which nearly every micro-batch fits, estimated from the current epoch."""
         examples = -(-max(np.diff(self._epoch.bounds)) // micro_batches)
         tokens = -(-self.batch_tokens // micro_batches)
         if micro_batches > 1:  # micro-batches differ by about one example
             tokens += self.max_seq_len
         tokens += -tokens % TOKENS_OF_A_BUCKET
-        # batches of other epochs may have more examples, and the padding is filler sequences
+        # batches of other epochs may have more examples, and filler sequences are added
         sequences = int(1.1 * examples) + 8
         # `+ sequences`: each example predicts at least one token
         labels = int(np.ceil(self.masking.probability * tokens)) + sequences
@@ -117,7 +117,7 @@ class PretrainingData:
     def batch(
         self, step: int, rank: int = 0, world_size: int = 1, micro_batches: int = 1
     ) -> list[PackedBatch]:
-        """A rank's share of a global batch: micro-batches of nearly equal numbers of tokens.
+        """A rank's share of a global batch: micro-batches with nearly equal numbers of tokens.
 
         Raises InputError if the batch has fewer examples than world_size * micro_batches.
         """
@@ -132,7 +132,7 @@ class PretrainingData:
     def require_examples(self, world_size: int, micro_batches: int) -> None:
         """Raises the InputError of `batch` if a batch of the current epoch has too few examples.
 
-        A run's number of micro-batches is fixed, so one that stops at such a batch cannot go on.
+        A run's number of micro-batches is fixed, so a run could not continue after such a batch.
         """
         fewest = min(np.diff(self._epoch.bounds)[: self._epoch.num_batches - 1 or 1])
         self._require(fewest, world_size, micro_batches)
@@ -140,9 +140,9 @@ class PretrainingData:
     def _require(self, examples: int, world_size: int, micro_batches: int) -> None:
         if examples < world_size * micro_batches:
             raise InputError(
-                f"--batch-tokens: a batch of {self.batch_tokens} tokens holds {examples} "
-                f"example(s), too few for {world_size} rank(s) x {micro_batches} micro-batch(es); "
-                "raise it, or name a larger corpus"
+                f"--batch-tokens: a batch of {self.batch_tokens} tokens has {examples} example(s), "
+                f"too few for {world_size} rank(s) x {micro_batches} micro-batch(es); raise it, or "
+                "name a larger corpus"
             )
 
     def _plan(self, number: int) -> "_Epoch":
@@ -168,7 +168,7 @@ class PretrainingData:
         return _Epoch(number, plan, lengths, order, _cut(lengths[order], self.batch_tokens))
 
     def _rows(self, epoch: "_Epoch", examples: NDArray[np.int64]) -> "_Rows":
-        """The tokens of the examples, end to end, each [CLS] A [SEP] B [SEP] or [CLS] A [SEP]."""
+        """The packed tokens of the examples, each [CLS] A [SEP] B [SEP] or [CLS] A [SEP]."""
         a_start, a_end, b_start, _ = epoch.plan.spans[examples].T
         lengths = epoch.lengths[examples]
         begins = np.append(0, np.cumsum(lengths))
@@ -185,7 +185,7 @@ class PretrainingData:
         ids = self.corpus.tokens[source].astype(np.int64)
         ids[cls] = self.specials.cls
         ids[sep] = self.specials.sep
-        maskable = ~np.isin(ids, self.specials)  # [UNK] too: it is no word to predict
+        maskable = ~np.isin(ids, self.specials)  # not [UNK] either, which is no word to predict
         starts = self.corpus.word_starts[source]
         tokens = Tokens(ids, examples[number], position, maskable, starts)
         return _Rows(tokens, begins, in_b)
@@ -221,7 +221,7 @@ class _Epoch:
 
     @property
     def num_batches(self) -> int:
-        """The number of batches, including the last, smaller one."""
+        """The number of batches, including the last one, which is smaller."""
         return len(self.bounds) - 1
 
     def batch(self, index: int) -> NDArray[np.int64]:
@@ -240,7 +240,7 @@ class _Rows(NamedTuple):
 
 
 def _cut(lengths: NDArray[np.int64], batch_tokens: int) -> list[int]:
-    """Where each batch begins, and E: each takes as many examples as fit into batch_tokens.
+    """Where each batch begins, and E; a batch takes as many examples as fit into batch_tokens.
 
     No example may be longer than batch_tokens.
     """
@@ -253,9 +253,9 @@ def _cut(lengths: NDArray[np.int64], batch_tokens: int) -> list[int]:
 
 
 def _shares(lengths: NDArray[np.int64], parts: int) -> list[NDArray[np.int64]]:
-    """Splits examples into `parts` index arrays of nearly equal numbers of tokens.
+    """Splits examples into `parts` index arrays with nearly equal numbers of tokens.
 
-    Examples are dealt out, the longest first, to the parts in order and then in reverse order.
+    The parts get examples in turn, the longest first, in order and then in reverse order.
     """
     order = np.argsort(-lengths, kind="stable")
     turn = np.arange(len(order)) % (2 * parts)
@@ -264,7 +264,7 @@ def _shares(lengths: NDArray[np.int64], parts: int) -> list[NDArray[np.int64]]:
 
 
 def heldout_batches(data: PretrainingData) -> Iterator[PackedBatch]:
-    """Each batch of epoch 0 once, including the last, smaller one."""
+    """Each batch of epoch 0 once, including the last one, which is smaller."""
     epoch = data._plan(0)
     for index in range(epoch.num_batches):
         yield data._pack(epoch, epoch.batch(index))
@@ -273,9 +273,9 @@ def heldout_batches(data: PretrainingData) -> Iterator[PackedBatch]:
 def unigram_baseline(counts: NDArray[np.int64], targets: Tensor | NDArray[np.int64]) -> float:
     """Mean negative log-likelihood of `targets`, in nats, under the unigram distribution `counts`.
 
-    A model that has learnt anything from context has a lower loss. counts: (V,), how often each
-    token occurs in the training text, smoothed here by adding 1/2; targets: (N,) integers, the
-    masked tokens of the held-out text.
+    A model that has learnt anything from context has a lower loss. counts: (V,), each token's
+    occurrences in the training text, to which 1/2 is added here for smoothing; targets: (N,)
+    integers, the masked tokens of the held-out text.
     """
     probability = (counts + 0.5) / (counts.sum() + 0.5 * len(counts))
     return float(-np.log(probability[np.asarray(targets)]).mean())

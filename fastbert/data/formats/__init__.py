@@ -1,1 +1,1 @@
-"""Readers of labelled examples and of texts: tables, CoNLL, SQuAD, lines of text."""
+"""Readers of labelled examples and texts: tables, CoNLL, SQuAD, lines of text."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from fastbert.check import InputError
 from fastbert.data.formats.tables import clean_label, read_text
 
-_SPACES = re.compile(r"[ \t]+")  # only these, because an ideographic space may be a word
+_SPACES = re.compile(r"[ \t]+")  # no others, because an ideographic space may be a word
 _COMMENT = re.compile(r"#+ ")
 _SURE_COMMENT = re.compile(r"# \S+ = ")
 LABEL = re.compile(r"O|[BIESLUMW]-.+")  # BIO, IOBES, BILOU, BMES and BMEWO
@@ -25,12 +25,12 @@ class Sentence(NamedTuple):
 
 
 def read_conll(path: Path, *, labelled: bool = True) -> list[Sentence]:
-    """The sentences of a file that has one word a line, with its label in the last field.
+    """The sentences of a file with one word per line, and its label in the last field.
 
     Blank lines end sentences. `-DOCSTART-` lines and CoNLL-U comments (`# text = ...`) are skipped.
-    Raises InputError for a file that cannot be read, for a line that has another number of fields
-    than the first, for a label that is neither O nor a prefix, a hyphen and a type (B-PER), and for
-    a file without words.
+    Raises InputError for a file that cannot be read or has no words, for a line whose number of
+    fields differs from the first line's, and for a label that is neither O nor a prefix, a hyphen
+    and a type (B-PER).
     """
     sentences: list[Sentence] = []
     rows: list[list[str]] = []
@@ -61,7 +61,7 @@ def read_conll(path: Path, *, labelled: bool = True) -> list[Sentence]:
 
 
 def _is_comment(line: str, fields: list[str], width: int | None) -> bool:
-    """Whether a line is a comment, not the word "#", which has a label or the usual `width`."""
+    """Whether a line is a comment; a line with the word "#" has a label or the usual `width`."""
     if not _COMMENT.match(line):
         return False
     is_word = len(fields) == width or LABEL.fullmatch(fields[-1]) is not None

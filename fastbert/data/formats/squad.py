@@ -1,4 +1,4 @@
-"""Questions about texts, in the JSON formats of SQuAD v1.1 and v2.0 and of CMRC 2018."""
+"""Questions about texts, in the JSON formats of SQuAD v1.1, SQuAD v2.0 and CMRC 2018."""
 
 import contextlib
 import json
@@ -22,8 +22,8 @@ class Answer(NamedTuple):
 class Question(NamedTuple):
     """A question about a context.
 
-    where: file and question, for messages; answers: empty for an impossible question, and where
-    the file has no labels
+    where: file and question, for messages; answers: empty for an impossible question, and if the
+    file has no labels
     """
 
     where: str
@@ -35,18 +35,18 @@ class Question(NamedTuple):
 
 
 def read_squad(path: Path, *, labelled: bool = True) -> list[Question]:
-    """All questions of a file that has one of the three known forms.
+    """All questions of a file in one of three forms.
 
     SQuAD's {"data": [{"paragraphs": [{"context": ..., "qas": [...]}]}]} (Rajpurkar et al. 2016,
     https://arxiv.org/abs/1606.05250, and 2018, https://arxiv.org/abs/1806.03822); CMRC 2018's list
     [{"context_text": ..., "qas": [{"query_id": ..., "query_text": ..., "answers": ["..."]}]}]
     (Cui et al. 2019, https://arxiv.org/abs/1810.07366); flat rows of Hugging Face's `datasets`, in
-    a list, under "data" or one a line: {"id", "context", "question", "answers": {"text": [...],
-    "answer_start": [...]}}. A question whose id is missing or null gets its number as its id.
+    a list, under "data" or one per line: {"id", "context", "question", "answers": {"text": [...],
+    "answer_start": [...]}}. A question whose id is missing or null has its number as id.
 
     Raises InputError for a file that cannot be read, for JSON of another form, for an id that
     occurs twice, for an answer that is not at its answer_start, and, if `labelled`, for a question
-    that has no answer and is not marked is_impossible.
+    without an answer that is not marked is_impossible.
     """
     contents = _json(path)
     if isinstance(contents, dict):
@@ -62,8 +62,8 @@ def read_squad(path: Path, *, labelled: bool = True) -> list[Question]:
     for question in questions:
         if question.id in seen:
             raise InputError(
-                f"{question.where}: the id stands there twice; a question without one has its "
-                "number as its id"
+                f"{question.where}: its id occurs twice; a question without an id has its number "
+                "as id"
             )
         seen.add(question.id)
     return questions
@@ -102,7 +102,7 @@ def _items(path: Path, contents: list[Any]) -> Iterator[tuple[dict[str, Any], An
                 )
             for item in qas:
                 if not isinstance(item, dict):
-                    raise InputError(f"{where}: not in SQuAD's form: a question is no object")
+                    raise InputError(f"{where}: not in SQuAD's form: a question is not an object")
                 yield item, context
 
 
@@ -127,7 +127,7 @@ def _question(
     marked = item.get("is_impossible")
     if marked not in (None, True, False):  # "false" would count as true
         raise InputError(f"{where}: expected true or false as is_impossible, got {marked!r}")
-    # flat rows have no is_impossible; there, an empty list means that the question is impossible
+    # flat rows have no is_impossible; their empty list means that the question is impossible
     is_impossible = bool(flat and not answers if marked is None else marked)
     found = () if is_impossible else tuple(_answer(where, one, context) for one in answers)
     if labelled and not found and not is_impossible:
@@ -142,7 +142,7 @@ def _require_texts(where: str, question: Any, context: Any) -> None:
 
 
 def _answer(where: str, given: Any, context: str) -> Answer:
-    """The answer of one entry; CMRC 2018 gives only its text, which is searched in the context."""
+    """The answer in an entry; CMRC 2018 gives only its text, which is searched in the context."""
     if isinstance(given, str):
         given = {"text": given, "answer_start": max(context.find(encodable(given)), 0)}
     if not isinstance(given, dict) or not isinstance(given.get("text"), str):

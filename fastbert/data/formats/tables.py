@@ -19,7 +19,7 @@ _FORMATS: dict[str, dict[str, Any]] = {
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
 _JSON_LINES = ".jsonl"
-_BLANKS = string.whitespace + "\u00a0\u2007\u202f\u3000\u200b\ufeff"  # also no-break spaces
+_BLANKS = string.whitespace + "\u00a0\u2007\u202f\u3000\u200b\ufeff"  # with no-break spaces
 
 
 class Row(NamedTuple):
@@ -49,18 +49,18 @@ class Row(NamedTuple):
 
 
 def encodable(text: str) -> str:
-    """The text with "?" for each lone surrogate, which JSON can spell and UTF-8 cannot encode."""
+    """The text with "?" for each lone surrogate, which JSON can have but UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def clean_label(value: Any) -> str:
-    """A label as text, without blanks around it, in Unicode's NFC so that equal labels match."""
+    """A label as text, without surrounding blanks, in Unicode's NFC so that equal labels match."""
     text = value if isinstance(value, str) else json.dumps(value)
     return unicodedata.normalize("NFC", encodable(text).strip(_BLANKS))
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with its line ends as they are, without a byte-order mark.
+    """The text of a UTF-8 file, with unchanged line ends, without a byte-order mark.
 
     The path "-" is standard input. Raises InputError for a file that cannot be read, is not UTF-8
     or is blank.
@@ -84,14 +84,14 @@ def read_text(path: Path) -> str:
 def read_table(
     path: Path, columns: Sequence[str], delimiter: str | None = None, *, in_every_row: bool = True
 ) -> list[Row]:
-    """The rows of a .csv, .tsv or .jsonl file, each of which has the named columns.
+    """The rows of a .csv, .tsv or .jsonl file, each with the named columns.
 
-    A .csv is quoted as in RFC 4180. A .tsv is not quoted, like the files of GLUE: a quotation mark
-    is an ordinary character. A stream, such as standard input, is read as .csv if a delimiter is
-    given, otherwise as JSON Lines.
+    A .csv is quoted as in RFC 4180. A .tsv is not quoted, like GLUE's files: a quotation mark is an
+    ordinary character. A stream, such as standard input, is read as .csv if a delimiter is given,
+    otherwise as JSON Lines.
 
     delimiter: one character to use instead of the comma or the tab; in_every_row: False if it is
-    enough that some row of JSON Lines has a column
+    enough that one row of JSON Lines has a column
 
     Raises InputError for another kind of file, for a file that cannot be read or has no rows, for a
     row with more or fewer fields than the header, and for a missing column.
@@ -108,11 +108,11 @@ def read_table(
             dict.fromkeys(name for row in rows for name in row.values), columns, f"{path}"
         )
     else:
-        # no limit of a field's length: the whole text is in memory already
+        # no limit on a field's length, because the whole text is in memory
         lines = io.StringIO(text, newline="")
         rows = list(delimited_rows(lines, path, columns, kind, delimiter, longest=sys.maxsize))
     if not rows:
-        raise InputError(f"{path}: has a header and no rows")
+        raise InputError(f"{path}: has a header but no rows")
     return rows
 
 
@@ -133,8 +133,8 @@ def delimited_rows(
 ) -> Iterator[Row]:
     """The rows of a .csv or .tsv whose header is first in `lines`; never reads beyond a row's end.
 
-    kind: .csv or .tsv; longest: most characters of a field; lines_before: lines that the caller has
-    skipped after the header, which the line numbers of messages include. Raises InputError as
+    kind: .csv or .tsv; longest: the most characters of a field; lines_before: lines that the caller
+    skipped after the header, which messages include in their line numbers. Raises InputError as
     `read_table` does, for two columns of the same name, and for a blank header.
     """
     reader = csv.reader(lines, **dialect(kind, delimiter))
@@ -142,10 +142,10 @@ def delimited_rows(
     try:
         header = [name.strip(_BLANKS) for name in _next(reader, longest) or ()]
         if not any(header):
-            raise InputError(f"{path}, line 1: is blank; the first line names the columns")
+            raise InputError(f"{path}, line 1: expected the names of the columns, got a blank line")
         _check_columns(header, columns, f"{path}", _hint(header))
         if len(set(header)) < len(header):
-            raise InputError(f"{path}: two columns have the same name, of {', '.join(header)}")
+            raise InputError(f"{path}: two columns have the same name, in {', '.join(header)}")
         while True:
             start = reader.line_num + 1 + lines_before
             fields = _next(reader, longest)
@@ -160,21 +160,21 @@ def delimited_rows(
                 )
             yield Row(where, dict(zip(header, fields, strict=True)))
     except csv.Error as error:
-        if str(error).startswith("new-line character"):  # `lines` are divided at \n alone
+        if str(error).startswith("new-line character"):  # `lines` are divided only at \n
             raise InputError(
-                f"{path}, line {start}: a carriage return (\\r) stands inside the line; end lines "
-                "with \\n or \\r\\n, and quote a field that contains one"
+                f"{path}, line {start}: a carriage return (\\r) inside the line; end lines with "
+                "\\n or \\r\\n, and quote a field that contains one"
             ) from None
         last = reader.line_num + lines_before
         goes_on = "" if last <= start else f", which goes on to line {last}"
         raise InputError(
             f"{path}, line {start}: {error}: a quotation mark opens a field of the row that begins "
-            f"here{goes_on}, and is not closed; double a mark that is meant as text"
+            f"here{goes_on}, but no mark closes it; double a mark that is part of the text"
         ) from None
 
 
 def _next(reader: Iterator[list[str]], longest: int) -> list[str] | None:
-    """The fields of the next row, None behind the last, under a limit that is the process's."""
+    """The fields of the next row, None after the last; the limit is a setting of the process."""
     before = csv.field_size_limit(longest)
     try:
         return next(reader, None)
@@ -183,17 +183,17 @@ def _next(reader: Iterator[list[str]], longest: int) -> list[str] | None:
 
 
 def _hint(header: list[str]) -> str:
-    """Advice to name the delimiter if the header is one column and contains a likely delimiter."""
+    """Advice to name the delimiter, if the header is one column with a likely delimiter in it."""
     for character, name in ((";", "';'"), ("\t", "'\\t'"), ("|", "'|'"), (",", "','")):
         if len(header) == 1 and character in header[0]:
-            return f"; if the columns are divided by {name}, give --delimiter {name}"
+            return f"; if {name} divides the columns, give --delimiter {name}"
     return ""
 
 
 def json_rows(
     lines: Iterable[str], path: Path, columns: Sequence[str], lines_before: int = 0
 ) -> Iterator[Row]:
-    """The row of each line that is not blank; lines_before as in `delimited_rows`.
+    """The row in each line that is not blank; lines_before as in `delimited_rows`.
 
     Raises InputError for a line that is not a JSON object or lacks a column.
     """

@@ -1,4 +1,4 @@
-"""Streams the texts of a file that may be larger than memory, from any earlier place on.
+"""Streams the texts of a file that may be larger than memory, from any known place on.
 
 A .txt file has a text in each line; a .csv, .tsv, .jsonl or .parquet has one in a column of each
 row. Memory holds one row at a time, or about a thousand rows of a .parquet.
@@ -18,7 +18,7 @@ from fastbert.system.files import is_stream
 
 LONGEST = 2**22  # bytes of a line, characters of a text; tokenising takes 100 times the memory
 _ROWS = 1024  # rows of a .parquet that are decoded at once
-_HEADER = 100  # a header, whose quoted names may contain line ends, has at most so many lines
+_HEADER = 100  # the most lines of a header, whose quoted names may contain line ends
 
 
 class Mark(NamedTuple):
@@ -35,7 +35,7 @@ BEGINNING = Mark()
 
 
 class Text(NamedTuple):
-    """One text of a file. where: file and line, for messages; after: the place behind its row."""
+    """One text of a file. where: file and line, for messages; after: the place after its row."""
 
     where: str
     text: str
@@ -43,23 +43,23 @@ class Text(NamedTuple):
 
 
 class Texts(abc.ABC):
-    """The texts of one file; `texts_of` makes the subclass that reads it."""
+    """The texts of one file; `texts_of` chooses the subclass."""
 
     def __init__(self, path: Path, column: str, delimiter: str | None) -> None:
         self.path, self.column, self.delimiter = path, column, delimiter
 
     @abc.abstractmethod
     def rows(self, start: Mark = BEGINNING) -> Iterator[Text]:
-        """Yields the texts after a mark; empty texts too, so there is one for each line or row.
+        """Yields the texts after a mark, including empty ones: one for each line or row.
 
-        Raises InputError, which names the line, for what cannot be read, and for a file that is
-        empty or holds only blanks.
+        Raises InputError, which names the line, for a line that cannot be read, and for a file that
+        is empty or blank.
         """
 
     def text(self, row: Row) -> str:
         """A row's text, which may be "".
 
-        Raises InputError for a blank one, a value that is no string, or over LONGEST characters.
+        Raises InputError if it is blank, not a string, or longer than LONGEST characters.
         """
         text = "" if row.values[self.column] == "" else row.text(self.column)
         if len(text) > LONGEST:
@@ -68,7 +68,7 @@ class Texts(abc.ABC):
 
 
 class _Lines:
-    """Iterates over lines as text, with their line ends; `mark` is behind the latest line."""
+    """Iterates over lines as text, with their line ends; `mark` is after the latest line."""
 
     def __init__(self, path: Path, file: BinaryIO, mark: Mark = BEGINNING) -> None:
         self.path, self.file, self.mark = path, file, mark
@@ -85,7 +85,7 @@ class _Lines:
         if len(data) > LONGEST:
             hint = " (lines end with \\n or \\r\\n, not with \\r)" if b"\r" in data else ""
             raise InputError(
-                f"{self.path}, line {number}: is longer than {LONGEST:,} bytes; divide it{hint}"
+                f"{self.path}, line {number}: longer than {LONGEST:,} bytes; divide it{hint}"
             )
         try:
             text = data.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -98,7 +98,7 @@ class _Lines:
 
 
 def _lines(path: Path, file: BinaryIO, start: Mark) -> _Lines:
-    """The lines after a mark; InputError at the beginning of a file in which all are blank."""
+    """The lines after a mark; at the beginning, InputError if all lines of the file are blank."""
     if start == BEGINNING and not any(map(str.strip, _Lines(path, file))):
         raise InputError(f"{path}: is empty")
     return _Lines(path, file, start)
@@ -161,7 +161,7 @@ class _Parquet(Texts):
         import pyarrow
 
         try:
-            # without pre_buffer, pages are streamed: a whole row group may not fit into memory
+            # pre_buffer=False streams pages, because a whole row group may not fit into memory
             with parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
                 self._check(file)
                 groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
@@ -207,7 +207,7 @@ def texts_of(path: Path, column: str, delimiter: str | None = None) -> Texts:
     unknown ending, and for a stream, which cannot be read again.
     """
     if is_stream(path):
-        raise InputError(f"--input {path}: a stream cannot be read again from a place; name a file")
+        raise InputError(f"--input {path}: a stream can be read only once; name a file")
     kind = path.suffix.lower()
     if delimiter is not None and kind in (".txt", ""):
         kind = ".csv"
@@ -219,7 +219,7 @@ def texts_of(path: Path, column: str, delimiter: str | None = None) -> Texts:
 def pyarrow_of(option: str) -> Any:
     """The pyarrow package with its parquet module; InputError if it is not installed.
 
-    option: the option of the command line that the message begins with
+    option: the command-line option with which the message begins
     """
     require_libraries(f"{option}: .parquet", ("pyarrow.parquet",), "embed")
     import pyarrow

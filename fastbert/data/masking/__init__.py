@@ -1,1 +1,1 @@
-"""Masked language modelling: which tokens are predicted, and what replaces them in the input."""
+"""Masked language modelling: choosing the tokens to predict, and replacing them in the input."""

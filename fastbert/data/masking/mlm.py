@@ -1,7 +1,7 @@
 """Masked language modelling: chooses and replaces tokens, differently in each epoch.
 
-Every random number is Philox of the token's place (position, example, epoch), so an example gets
-the same masks in every batch, rank and worker process.
+Philox draws every random number from the token's place (position, example, epoch), so an example
+gets the same masks in every batch, rank and worker process.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ from fastbert.data.text.tokenizer import SpecialTokens
 from fastbert.data.tokenized.ngrams import NgramCounts
 from fastbert.packing import IGNORE_INDEX
 
-_STREAM = 0  # last word of the Philox counter; other values are free for other uses of a token
+_STREAM = 0  # last word of the Philox counter; other values are free for other uses
 
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
     """A masking scheme.
 
-    choose: chooses the tokens to predict, about the share `probability` of all; corrupt: replaces
-    them in the input. Raises InputError for a probability that is not between 0 and 1.
+    choose: chooses the tokens to predict, about the share `probability`; corrupt: replaces them in
+    the input. Raises InputError for a probability that is not between 0 and 1.
     """
 
     choose: Choose
@@ -58,8 +58,8 @@ class Masking:
         return masked, labels
 
     def num_targets(self, tokens: Tokens, *, seed: int, epoch: int) -> int:
-        """How many tokens of the batch are predicted."""
-        # the number of single tokens is known without drawing them
+        """The number of tokens to predict in the batch."""
+        # the number of single tokens is known without a draw
         if self.choose is selection.choose_tokens:
             return int(selection.examples_of(tokens, self.probability).wanted.sum())
         return len(self._choose(tokens, seed, epoch)[0].targets)
@@ -75,7 +75,7 @@ SCHEMES = ("bert", "whole-word", "span", "blank", "unigram", "bigram-kn")
 def require_scheme(scheme: str) -> None:
     """Raises InputError for a masking that is not in SCHEMES."""
     if scheme not in SCHEMES:
-        raise InputError(f"--masking: one of {', '.join(SCHEMES)}, got {scheme!r}")
+        raise InputError(f"--masking: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
 
 
 def make_masking(
@@ -87,14 +87,14 @@ def make_masking(
     gamma: float = 0.8,
     counts: Callable[[], NgramCounts] | None = None,
 ) -> Masking:
-    """The masking of a name in SCHEMES.
+    """The masking with a name in SCHEMES.
 
     "bert": single tokens, 80/10/10 (see `noising.BertNoise`); "whole-word" and "span": the same for
     whole words and for spans of words (see `selection`); "blank", "unigram" and "bigram-kn": single
     tokens, replaced as in Xie et al. 2017 (https://arxiv.org/abs/1703.02573), see `noising`.
 
-    gamma: noise parameter of Xie et al.; counts: returns the counts of the corpus, called only for
-    "unigram" and "bigram-kn", which need it
+    gamma: noise parameter of Xie et al.; counts: returns the corpus's counts, called only for
+    "unigram" and "bigram-kn"
 
     Raises InputError for another scheme, or for a probability or gamma out of range.
     """

@@ -1,4 +1,4 @@
-"""What replaces the tokens to predict in the model's input."""
+"""Replaces the tokens to predict in the model's input."""
 
 from typing import NamedTuple, Protocol
 
@@ -13,15 +13,15 @@ from fastbert.data.tokenized.ngrams import NgramCounts
 
 
 class Corrupt(Protocol):
-    """A function that replaces the chosen tokens in the input, by [MASK] or other tokens."""
+    """A function that replaces the chosen tokens in the input with [MASK] or other tokens."""
 
     def __call__(
         self, ids: NDArray[np.int64], choice: NDArray[np.uint64], draws: Draws
     ) -> NDArray[np.int64]:
-        """(N,) int64: what replaces the chosen tokens `ids`, (N,).
+        """(N,) int64: the replacements of the chosen tokens `ids`, (N,).
 
-        choice: (N,) 32-bit words that decide how; tokens of one span share one. draws: independent
-        32-bit words for each of the N tokens
+        choice: (N,) 32-bit words that decide the kind of replacement, the same for all tokens of a
+        span; draws: independent 32-bit words for each of the N tokens
         """
         ...
 
@@ -62,7 +62,7 @@ class Blank(NamedTuple):
 
 
 class Replace(NamedTuple):
-    """Replaces a token w, with probability[w], by one drawn from a fixed distribution.
+    """Replaces a token w, with probability[w], with one drawn from a fixed distribution.
 
     probability: (V,) float64; cumulative: (V,) float64, cumulative distribution of the replacements
     """
@@ -78,7 +78,7 @@ class Replace(NamedTuple):
 
 
 def unigram(gamma: float, counts: NgramCounts, specials: SpecialTokens) -> Replace:
-    """Unigram noising: with probability gamma, a token drawn from the unigram distribution.
+    """Unigram noising: with probability gamma, a draw from the unigrams replaces the token.
 
     Raises InputError if the corpus has no ordinary token.
     """
@@ -91,8 +91,8 @@ def bigram_kneser_ney(gamma: float, counts: NgramCounts, specials: SpecialTokens
 
     The probability is at most 1, and the replacement is drawn in proportion to N1+(., w). N1+(w, .)
     is the number of different tokens that follow w in the corpus, N1+(., w) the number of different
-    tokens that precede it, and c(w) how often it occurs. So tokens with many different successors
-    are replaced more often, by tokens with many different predecessors, as in Kneser-Ney smoothing.
+    tokens that precede it, and c(w) the number of its occurrences. As in Kneser-Ney smoothing,
+    tokens with many successors are replaced more often, with tokens that have many predecessors.
 
     Raises InputError if the corpus is too small to have replacements.
     """
@@ -106,7 +106,7 @@ def _cumulative_shares(weights: NDArray[np.int64], specials: SpecialTokens) -> N
     if not weights.any():
         raise InputError("--masking: the corpus is too small to draw replacements from")
     shares = np.cumsum(weights / weights.sum())
-    # exactly 1 in spite of rounding, so that no token after the last one with a weight is drawn
+    # exactly 1 despite rounding, so that no token after the last one with a weight is drawn
     shares[np.flatnonzero(weights)[-1] :] = 1.0
     return shares
 

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: each is a function of its counter and the key, not of the order.
+"""Counter-based random numbers: functions of the counter and the key, not of the order of draws.
 
 Philox4x32-10 of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """

@@ -13,11 +13,11 @@ _LENGTHS_REACHED = np.cumsum(_SHARES / _SHARES.sum())[:-1]
 
 
 class Tokens(NamedTuple):
-    """T tokens of whole examples laid end to end; each array is (T,).
+    """T packed tokens of whole examples; each array is (T,).
 
     ids: int64; example: int64, index of the token's example in its epoch, different in adjacent
-    examples; position: int64, of the token in its example; maskable: bool, whether the token may be
-    predicted; word_starts: bool, whether the token begins a word
+    examples; position: int64, the token's position in its example; maskable: bool, whether the
+    token may be predicted; word_starts: bool, whether the token begins a word
     """
 
     ids: NDArray[np.int64]
@@ -58,9 +58,9 @@ Choose = Callable[[Tokens, Draws, float], Chosen]
 
 
 def num_targets(maskable: NDArray[np.int64], share: float) -> NDArray[np.int64]:
-    """How many tokens each example predicts: a share of its maskable tokens, at least one.
+    """The number of tokens to predict in each example: a share of its maskable ones, at least one.
 
-    maskable: (B,) number of maskable tokens of each example; an example without any predicts none
+    maskable: (B,) number of maskable tokens in each example; an example without any predicts none
     """
     wanted = np.maximum(np.rint(share * maskable).astype(np.int64), 1)
     counts: NDArray[np.int64] = np.minimum(wanted, maskable)
@@ -80,7 +80,7 @@ class Examples(NamedTuple):
 
 
 def examples_of(tokens: Tokens, share: float) -> Examples:
-    """Where each example of the batch begins, and how many of its tokens to predict."""
+    """Each example's first token, and the number of its tokens to predict."""
     begins = np.flatnonzero(np.diff(tokens.example, prepend=-1))
     sizes = np.diff(begins, append=len(tokens.ids))
     maskable = np.add.reduceat(tokens.maskable, begins, dtype=np.int64)
@@ -90,8 +90,8 @@ def examples_of(tokens: Tokens, share: float) -> Examples:
 def _at_random(number: NDArray[np.int64], key: NDArray[np.uint64]) -> NDArray[np.int64]:
     """(N,) int64: the order that sorts by `number`, then by `key`, and keeps the order of ties.
 
-    number: (N,) sorted example numbers; key: (N,) random keys of at most 2**32. Sorting integers is
-    several times faster than argsort, so each integer carries its index in its low bits.
+    number: (N,) sorted example numbers; key: (N,) random keys of at most 2**32. Each sorted integer
+    has its index in the low bits, because sorting integers is several times faster than argsort.
     """
     high = number.astype(np.uint64) << np.uint64(33) | key
     bits = len(key).bit_length()
@@ -145,8 +145,8 @@ def _ranges(
 def choose_words(tokens: Tokens, draws: Draws, share: float) -> Chosen:
     """Chooses whole words in random order, skipping words that no longer fit into the share.
 
-    The first word of each example is chosen even if it is longer than the share. Order and rule are
-    those of whole-word masking in https://github.com/google-research/bert.
+    The first word of each example is chosen even if it is longer than the share. Order and rule
+    follow whole-word masking in https://github.com/google-research/bert.
     """
     examples = examples_of(tokens, share)
     words = _words(tokens, examples)
@@ -164,12 +164,12 @@ def choose_words(tokens: Tokens, draws: Draws, share: float) -> Chosen:
 def _that_fit(
     number: NDArray[np.int64], size: NDArray[np.int64], room: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Indices of the words taken, if each word in turn is taken when it fits into its example.
+    """Indices of the taken words, if each word in turn is taken when it fits into its example.
 
     number: (W,) sorted, the word's example; size: (W,) tokens of the word; room: (B,) tokens that
     each example may take. In each round every example takes its words up to the first that does not
-    fit, then drops the words that are larger than its remaining room. So there are at most as many
-    rounds as different sizes, and few words are left after the first.
+    fit, then drops the words that exceed its remaining room. So there are at most as many rounds as
+    different sizes, and few words are left after the first.
     """
     room, taken = room.copy(), []
     waiting = np.arange(len(number))
@@ -186,11 +186,11 @@ def _that_fit(
 
 
 def choose_spans(tokens: Tokens, draws: Draws, share: float) -> Chosen:
-    """Chooses spans of whole words until the share is reached, where the last span is cut.
+    """Chooses spans of whole words until the share is reached, and cuts the last span there.
 
     SpanBERT's masking (Joshi et al. 2020, https://arxiv.org/abs/1907.10529): a span begins with a
     random word that is in no earlier span, and its length in words is geometric with p = 0.2,
-    truncated at 10 and renormalised. A span ends early at the end of its segment. All tokens of a
+    truncated at 10 and renormalised. A span ends at the latest with its segment. All tokens of a
     span are replaced in the same way. Each round of the loop adds one span to every example that
     still needs tokens.
     """
@@ -199,7 +199,7 @@ def choose_spans(tokens: Tokens, draws: Draws, share: float) -> Chosen:
     order = _at_random(words.number, draws.key[words.first])
     segment_end = _segment_ends(words)
     free = np.ones(len(order), bool)
-    # for each example with words: its next word and the end of its words in `order`, and how many
+    # for each example with words: its next word and its last word's end in `order`, and how many
     # tokens it still needs
     place = np.flatnonzero(np.diff(words.number, prepend=-1))
     end = np.append(place[1:], len(order))
@@ -228,7 +228,7 @@ def choose_spans(tokens: Tokens, draws: Draws, share: float) -> Chosen:
 
 
 def _segment_ends(words: _Words) -> NDArray[np.int64]:
-    """(W,) for each word, the end of its run of words that follow each other without a gap.
+    """(W,) the end of each word's run of words without a gap.
 
     Special tokens and the ends of examples are gaps, so that a span does not cross segments.
     """

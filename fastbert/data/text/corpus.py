@@ -1,6 +1,6 @@
 """The user's text as a stream of documents, and fingerprints that identify a corpus.
 
-A document is a list of sentences. Memory never holds more than one document.
+A document is a list of sentences. Only one document at a time is in memory.
 """
 
 import dataclasses
@@ -15,30 +15,30 @@ from fastbert.check import InputError
 from fastbert.data.text.files import find_files, format_of, opened
 from fastbert.data.text.sentences import split_sentences
 
-_FIRST = 1024  # bytes that are read to recognise the format of a file without an ending
-_READER_VERSION = 2  # increase it when the same files begin to give other documents
+_FIRST = 1024  # bytes that are read to detect the format of a file without an ending
+_READER_VERSION = 2  # increase it when a change gives other documents from the same files
 
 
 @dataclasses.dataclass
 class Meter:
-    """How much of a corpus has been read, in bytes on disk; compressed files count as they are."""
+    """How much of a corpus has been read, in bytes on disk (compressed, if the files are)."""
 
     bytes_read: int = 0
     bytes_total: int = 0
 
 
 def read_documents(paths: Sequence[str | Path], meter: Meter | None = None) -> Iterator[list[str]]:
-    """Yields the documents of files and directories, in the order given, directories by name.
+    """Yields the documents of files and directories in the given order, directories by name.
 
-    A text file has one sentence a line and a blank line between documents, as in
+    A text file has one sentence per line and a blank line between documents, as in
     https://github.com/google-research/bert. A `.jsonl`, `.ndjson` or `.json` file has one JSON
-    object a line, whose string `text` is a document, which `split_sentences` divides. A file
+    object per line, whose string `text` is a document, which `split_sentences` divides. A file
     without an ending may have either format, or WikiExtractor's: a document between `<doc ...>` and
-    `</doc>`, a paragraph a line. Each may be compressed (`.gz`, `.bz2`, `.xz`). `find_files` says
-    which files of a directory are read; a file that is named itself and has another ending is read
-    as text.
+    `</doc>`, one paragraph per line. Each may be compressed (`.gz`, `.bz2`, `.xz`). `find_files`
+    defines which files of a directory are read; a file that is itself named and has another ending
+    is read as text.
 
-    meter: updated while reading, every few hundred lines
+    meter: updated every few hundred lines
 
     Raises InputError at once if a path is missing or a directory has no such file, and while
     reading if a file cannot be read or the whole corpus is empty.
@@ -105,7 +105,7 @@ def _json_documents(file: Path, meter: Meter) -> Iterator[list[str]]:
             raise InputError(
                 f'--corpus {file}, line {number}: expected one JSON object with a string "text"'
             )
-        # JSON can spell a lone surrogate, which is not a character and cannot be encoded
+        # JSON can have a lone surrogate, which is not a character and cannot be encoded
         yield split_sentences(text.encode("utf-8", "ignore").decode("utf-8"))
 
 

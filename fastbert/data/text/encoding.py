@@ -13,19 +13,19 @@ from tokenizers import Encoding, Tokenizer
 from fastbert.data.text.segment import Segmenter, continuations
 
 _PREFIX = "##"
-_BATCH = 4096  # sentences encoded at once: encodings take 100 times the memory of their tokens
-_MANY_UNKNOWN = 0.1  # share of all tokens
+_BATCH = 4096  # sentences encoded at once, because encodings take 100 times their tokens' memory
+_MANY_UNKNOWN = 0.1  # warns if a larger share of all tokens is [UNK]
 
 
 def warn_of_unknown(what: str, unknown: int, total: int) -> None:
-    """Warns if many tokens of a text are [UNK], because its vocabulary is probably a wrong one.
+    """Warns if many tokens of a text are [UNK], because its vocabulary is probably wrong.
 
-    what: the text, as the message calls it; unknown, total: numbers of tokens
+    what: the text's name in the message; unknown, total: numbers of tokens
     """
     if unknown > _MANY_UNKNOWN * total:
         warnings.warn(
-            f"{what}: {unknown / total:.0%} of its tokens are [UNK], words that the vocabulary "
-            "does not have; take a tokenizer or a model of the text's language",
+            f"{what}: {unknown / total:.0%} of its tokens are [UNK], because the vocabulary lacks "
+            "these words; use a tokenizer or a model for the text's language",
             stacklevel=2,
         )
 
@@ -46,7 +46,7 @@ class EncodedDocuments(NamedTuple):
 class DocumentEncoder:
     """Encodes documents with a tokenizer, without truncation, padding and special tokens.
 
-    tokenizer: as the JSON of `tokenizers.Tokenizer.to_str`; segmenter: divides Chinese into words,
+    tokenizer: the JSON from `tokenizers.Tokenizer.to_str`; segmenter: divides Chinese into words,
     see `segment`; by default every Chinese character is a word
     """
 
@@ -63,7 +63,7 @@ class DocumentEncoder:
         return DocumentEncoder, self.made_from
 
     def encode(self, documents: list[list[str]]) -> EncodedDocuments:
-        """Encodes documents, without sentences that have no tokens and documents left empty.
+        """Encodes documents; drops sentences without tokens, and documents that are then empty.
 
         Raises InputError if the segmenter returns a word that is not in the sentence.
         """
@@ -94,7 +94,7 @@ class DocumentEncoder:
             return tokens, ~self.continuing[tokens], lengths  # type: ignore[index]
         words = flat((encoding.word_ids for encoding in encodings), np.int64)
         starts = np.diff(words, prepend=-1) != 0
-        # word ids restart at 0 in each sentence, so adjacent sentences may seem one word
+        # word ids restart at 0 in each sentence, so a one-word sentence would run into the next
         starts[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
         if self.segmenter is not None:
             goes_on = _continue_words(sentences, encodings, self.segmenter)
@@ -103,7 +103,7 @@ class DocumentEncoder:
 
 
 def continuing_tokens(tokenizer: Tokenizer) -> NDArray[np.bool_] | None:
-    """(V,) bool: whether a token continues a word; None if the token alone does not tell.
+    """(V,) bool: whether a token continues a word; None if that depends on more than the token.
 
     WordPiece looks up the first piece of a word as it is, and the others with the prefix "##". The
     first piece cannot begin with "##" itself if the pre-tokenizer splits at the punctuation "#", as
@@ -131,7 +131,7 @@ def continuing_tokens(tokenizer: Tokenizer) -> NDArray[np.bool_] | None:
 def _continue_words(
     sentences: list[str], encodings: list[Encoding], segmenter: Segmenter
 ) -> Iterator[bool]:
-    """Yields for each token whether the segmenter puts it into the word of the token before."""
+    """Yields for each token whether the segmenter puts it into the previous token's word."""
     for sentence, encoding in zip(sentences, encodings, strict=True):
         inside = continuations(sentence, segmenter)
         for begin, _ in encoding.offsets:

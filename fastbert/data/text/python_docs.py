@@ -1,6 +1,6 @@
 """The default corpus: Python's own language reference and the standard library's docstrings.
 
-About 2 MB of English prose about programming: small, but on every machine without a download.
+About 2 MB of English prose about programming: small, but available without a download.
 """
 
 import ast
@@ -15,7 +15,7 @@ from pathlib import Path
 from fastbert.check import InputError
 from fastbert.data.text.sentences import split_sentences
 
-_READER_VERSION = 2  # increase it when the same files begin to give other documents
+_READER_VERSION = 2  # increase it when a change gives other documents from the same files
 
 # Tests, vendored and generated code, and packages that are not part of the standard library.
 _SKIPPED = {
@@ -35,8 +35,8 @@ _SKIPPED = {
 def python_documents() -> Iterator[list[str]]:
     """Yields the documents (lists of sentences) of the running Python, always in the same order.
 
-    First each topic of `pydoc_data.topics`, then the docstrings of each module of the standard
-    library, read from the source without importing it. Raises InputError if the installation has
+    First come the topics of `pydoc_data.topics`, then the docstrings of the standard library's
+    modules, read from the source without imports. Raises InputError if the installation has
     neither.
     """
     empty = True
@@ -45,7 +45,7 @@ def python_documents() -> Iterator[list[str]]:
             empty = False
             yield sentences
     if empty:
-        raise InputError("default corpus: this Python ships no sources; name a corpus of your own")
+        raise InputError("--corpus: missing, and this Python has no sources for the default corpus")
 
 
 def fingerprint_python() -> str:
@@ -59,7 +59,7 @@ def fingerprint_python() -> str:
 
 
 def _topics() -> list[str]:
-    if importlib.util.find_spec("pydoc_data") is None:  # some distributions leave it out
+    if importlib.util.find_spec("pydoc_data") is None:  # some distributions omit it
         return []
     from pydoc_data.topics import topics
 
@@ -74,7 +74,7 @@ def _modules() -> list[Path]:
 
 def _docstrings(file: Path) -> str:
     try:
-        # the standard library's strings may have invalid escapes, of which the parser warns
+        # the parser warns of invalid escapes in the standard library's strings
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):  # a template or a test file that is not valid Python
@@ -91,9 +91,9 @@ def _docstrings_below(node: ast.AST) -> Iterator[str]:
             yield from _docstrings_below(child)
 
 
-# Lines and paragraphs that are not prose, and the markup around words of prose.
+# Lines and paragraphs that are not prose, and markup in prose.
 _RULE = re.compile(r"^[\s=\-~^*#+|.`\"']*$", re.MULTILINE)  # underlines, table borders
-# interactive sessions, shell commands and directives, with the rest of their paragraph
+# interactive sessions, shell commands and directives, up to the end of the paragraph
 _SESSION = re.compile(r"^\s*(?:>>>|\$ |\.\. ).*", re.MULTILINE | re.DOTALL)
 _BULLET = re.compile(r"^\s*(?:[*+-]|\d+\.)\s+", re.MULTILINE)
 _HYPHENATED = re.compile(r"(?<=\w-)\n\s*(?=\w)")

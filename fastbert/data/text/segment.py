@@ -6,11 +6,11 @@ from typing import Any
 
 from fastbert.check import InputError, require_libraries
 
-# Gives the words of a sentence, in order; what lies between them is left out, or a word too.
+# Returns the words of a sentence in order; it may omit the text between words.
 Segmenter = Callable[[str], Iterable[str]]
 
 SEGMENTERS = ("characters", "spaces", "jieba")
-LONGEST = 10  # characters of a word; a longer "word" is text that the segmenter could not divide
+LONGEST = 10  # characters; a longer "word" is text that the segmenter could not divide
 
 # First and last code point of each block of characters that BERT's tokenizers take as single words
 # (_is_chinese_char in tokenization.py of https://github.com/google-research/bert).
@@ -21,10 +21,10 @@ _BLOCKS = (
 
 
 def make_segmenter(name: str) -> Segmenter | None:
-    """The segmenter of a name in SEGMENTERS; None for "characters", where every one is a word.
+    """The segmenter of a name in SEGMENTERS; None for "characters": each character is a word.
 
-    "spaces" takes the words that the text divides by spaces, "jieba" those of
-    https://github.com/fxsjy/jieba. Raises InputError for another name, or if jieba is missing.
+    "spaces" divides words at the text's spaces, "jieba" as https://github.com/fxsjy/jieba does.
+    Raises InputError for another name, or if jieba is missing.
     """
     if name == "characters":
         return None
@@ -33,11 +33,11 @@ def make_segmenter(name: str) -> Segmenter | None:
     if name == "jieba":
         require_libraries("--segmenter jieba", ("jieba",), "chinese")
         return _by_jieba
-    raise InputError(f"--segmenter: one of {', '.join(SEGMENTERS)}, got {name!r}")
+    raise InputError(f"--segmenter: expected one of {', '.join(SEGMENTERS)}, got {name!r}")
 
 
 def _by_jieba(sentence: str) -> list[str]:
-    """A function of this module, because jieba's own cannot be pickled for another process."""
+    """Calls jieba, whose own function cannot be pickled for another process."""
     words: list[str] = _jieba().lcut(sentence)
     return words
 
@@ -55,7 +55,7 @@ def _between_spaces(sentence: str) -> list[str]:
 
 
 def name_of(segmenter: Segmenter | None) -> str:
-    """The segmenter's name in a cache's manifest, which tells it from other segmenters."""
+    """The segmenter's name in a cache's manifest, to distinguish it from other segmenters."""
     if segmenter is None:
         return ""
     return f"{segmenter.__module__}.{segmenter.__qualname__}"
@@ -64,7 +64,7 @@ def name_of(segmenter: Segmenter | None) -> str:
 def continuations(sentence: str, segmenter: Segmenter) -> set[int]:
     """Indices of the Chinese characters that continue the word of the character before them.
 
-    Words in other scripts are left to the tokenizer. A "word" of more than LONGEST characters is
+    The tokenizer divides words in other scripts. A "word" of more than LONGEST characters is
     ignored, because it is text that the segmenter did not divide. Raises InputError for a word that
     is not in the sentence.
     """
@@ -74,7 +74,7 @@ def continuations(sentence: str, segmenter: Segmenter) -> set[int]:
         begin = sentence.find(word, end)
         if begin < 0:
             raise InputError(
-                f"--segmenter: gave the word {word!r}, which is not in {sentence[:60]!r}"
+                f"--segmenter: returned the word {word!r}, which is not in {sentence[:60]!r}"
             )
         end = begin + len(word)
         if len(word) <= LONGEST:
@@ -84,5 +84,5 @@ def continuations(sentence: str, segmenter: Segmenter) -> set[int]:
 
 
 def is_chinese(character: str) -> bool:
-    """Whether BERT's tokenizers take the character as a word of its own."""
+    """Whether BERT's tokenizers take the character as a word by itself."""
     return any(first <= ord(character) <= last for first, last in _BLOCKS)

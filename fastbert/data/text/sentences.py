@@ -1,18 +1,18 @@
-"""Splits English and Chinese text into sentences by rules, without a model."""
+"""Splits English and Chinese text into sentences with rules, without a model."""
 # ruff: noqa: RUF001, SIM905 -- Chinese stops and quotes are meant; a list of words reads as words
 
 import re
 
-# Abbreviations, without their full stop, which does not end a sentence. Some of them can end one
-# ("Inc."), but in pre-training two joined sentences do no harm, and a sentence cut in two does.
-# "etc." is not among them: before a capital letter it ends nearly every sentence that it is in.
+# Abbreviations whose full stop does not end a sentence, written without it. Some can end one
+# ("Inc."), but for pre-training two joined sentences do no harm, and a sentence cut in two does.
+# "etc." is not here, because before a capital letter it nearly always ends its sentence.
 _ABBREVIATIONS = frozenset(
     "al approx apr asst aug ave blvd ca capt cf ch co col corp dec dept dr ed eds eq eqs est feb "
     "fig figs gen gov hon inc jan jr jul jun lt ltd maj mar messrs mr mrs ms mt no nos nov oct op "
     "p pp prof rd ref refs rep resp rev sec sen sep sept sgt sr st univ viz vol vols vs".split()
 )
 
-# A Chinese stop always ends a sentence; a Latin one only before white space, so that 3.14, os.path
+# A Chinese stop always ends a sentence, a Latin one only before white space, so that 3.14, os.path
 # and example.com stay whole.
 _STOP = re.compile(
     r"""(?: [。！？；…]+ [”’」』）】》〉"']* \s* )
@@ -23,7 +23,7 @@ _STOP = re.compile(
 # J, and parts of one or two letters with stops between them: e.g, U.S, Ph.D, M.Sc.
 _INITIALS = re.compile(r"[^\W\d_]|[^\W\d_]{1,2}(?:\.[^\W\d_]{1,2})+")
 
-_LOOK_BACK = 24  # characters before a full stop in which an abbreviation is looked for
+_LOOK_BACK = 24  # characters before a full stop that are searched for an abbreviation
 
 
 def split_sentences(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""BERT's WordPiece tokenizer: trained or loaded, and saved in the files of Hugging Face."""
+"""BERT's WordPiece tokenizer: training, loading, and saving in Hugging Face's files."""
 
 import contextlib
 import json
@@ -26,12 +26,12 @@ from fastbert.system.files import Unwritable, write_text
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _LONGEST_WORD = 100  # characters; WordPiece turns a longer word into [UNK]
-# longer runs that BERT's pre-tokenizer does not split: no blanks, punctuation or Chinese in them
+# longer runs without blanks, punctuation or Chinese, which BERT's pre-tokenizer does not split
 _LONG_WORD = re.compile(
     "[^\\s!-/:-@\\[-`{-~\u2000-\u206f\u3000-\u303f\uff00-\uffef\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     f"\U00020000-\U0002fa1f]{{{_LONGEST_WORD + 1},}}"
 )
-_PREFIX = "##"  # begins every piece that does not begin its word
+_PREFIX = "##"  # begins every piece except a word's first
 
 
 class SpecialTokens(NamedTuple):
@@ -65,17 +65,17 @@ def train_tokenizer(
     """Trains a WordPiece tokenizer on sentences.
 
     WordPiece is by Schuster & Nakajima 2012 and Wu et al. 2016, https://arxiv.org/abs/1609.08144.
-    The special tokens have the ids 0 to 4. The same sentences give the same vocabulary, of at most
-    `vocab_size` entries: fewer if the text is too small to fill it.
+    The special tokens have the ids 0 to 4. The same sentences give the same vocabulary, with at
+    most `vocab_size` entries, fewer if the text is small.
 
     strip_accents: None strips accents if `lowercase`. Raises InputError for a vocab_size of 5 or
-    less, and if there is no text; Unwritable if a copy of it does not fit into TMPDIR.
+    less, and if there is no text; Unwritable if a copy of the text does not fit into TMPDIR.
 
     The library's trainer numbers the pieces `##x` in the order of a randomly seeded hash map, and
     breaks ties between merges by number, so two runs would give two vocabularies. Naming these
     pieces first fixes their order. It also gives every known letter a piece inside words, so that
     no word of known letters becomes [UNK]. This needs the alphabet before the training, hence two
-    passes over the sentences, which are kept in a temporary file.
+    passes over the sentences, which a temporary file keeps.
     """
     if vocab_size <= len(_SPECIAL):
         raise InputError(
@@ -92,8 +92,8 @@ def train_tokenizer(
                 sentence = _LONG_WORD.sub(" ", sentence)
             spool.write(sentence + "\n")
         spool.seek(0)
-        # at most half of the vocabulary is letters: Chinese needs thousands, but stray emoji must
-        # not leave a text without words
+        # letters get at most half of the vocabulary: Chinese needs thousands, but stray emoji must
+        # not crowd out words
         alphabet, inner = _alphabet(tokenizer, characters, (vocab_size - len(_SPECIAL) + 1) // 2)
         if not alphabet:
             raise InputError("--tokenizer: there is no text to train on")
@@ -102,7 +102,7 @@ def train_tokenizer(
             min_frequency=2,
             initial_alphabet=alphabet,
             limit_alphabet=len(alphabet),
-            special_tokens=[*_SPECIAL, *inner],  # only so that they get the first ids, in order
+            special_tokens=[*_SPECIAL, *inner],  # gives them the first ids, in order
             continuing_subword_prefix=_PREFIX,
             show_progress=False,
         )
@@ -113,12 +113,12 @@ def train_tokenizer(
 
 @contextlib.contextmanager
 def _temporary_file() -> Iterator[TextIO]:
-    """A file that is gone after the block; raises Unwritable if its disk is full."""
+    """A file that is removed after the block; raises Unwritable if its disk is full."""
     try:
         with tempfile.TemporaryFile("w+", encoding="utf-8") as spool:
             yield spool
     except OSError as error:
-        if error.filename is not None:  # of the text
+        if error.filename is not None:  # a file of the text failed, not the temporary file
             raise
         reason = f"{error.strerror}; TMPDIR can name another directory"
         raise Unwritable(tempfile.gettempdir(), reason) from error
@@ -127,9 +127,9 @@ def _temporary_file() -> Iterator[TextIO]:
 def _alphabet(
     tokenizer: Tokenizer, characters: Counter[str], room: int
 ) -> tuple[list[str], list[str]]:
-    """The most frequent normalised characters, and the pieces `##x` of those that words contain.
+    """The most frequent normalised characters, and pieces `##x` of those that occur inside words.
 
-    room: how many entries both lists together may have
+    room: the most entries of both lists together
     """
     counts: Counter[str] = Counter()
     for character, count in characters.items():
@@ -138,7 +138,7 @@ def _alphabet(
     alphabet: list[str] = []
     inner: list[str] = []
     for character in sorted(counts, key=lambda c: (-counts[c], c)):
-        # punctuation and Chinese characters are words of their own, so they need no piece `##x`
+        # punctuation and Chinese characters are words by themselves, so they need no piece `##x`
         alone = len(tokenizer.pre_tokenizer.pre_tokenize_str("a" + character)) > 1
         alone = alone or " " in tokenizer.normalizer.normalize_str(character)
         if len(alphabet) + len(inner) + (1 if alone else 2) > room:
@@ -150,7 +150,7 @@ def _alphabet(
 
 
 def _wordpiece(vocab: dict[str, int], normalizer: normalizers.BertNormalizer) -> Tokenizer:
-    """BERT's tokenizer around a vocabulary, built like Hugging Face's BertTokenizer."""
+    """BERT's tokenizer for a vocabulary, built like Hugging Face's BertTokenizer."""
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -159,7 +159,7 @@ def _wordpiece(vocab: dict[str, int], normalizer: normalizers.BertNormalizer) ->
 
 
 def _with_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """Registers the special tokens, and makes a pair [CLS] A [SEP] B [SEP]; in place."""
+    """Registers the special tokens and the form [CLS] A [SEP] B [SEP] of a pair, in place."""
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _SPECIAL])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
@@ -172,16 +172,16 @@ def _with_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
 def load_tokenizer(path: str | Path, *, model_vocab_size: int | None = None) -> Tokenizer:
     """Loads a tokenizer from a `tokenizer.json`, a `vocab.txt`, or a directory with either.
 
-    A directory's tokenizer.json takes precedence. What transformers reads beside the file counts
-    here, too: the tokens that `tokenizer_config.json` or `added_tokens.json` adds and, for a
+    A directory's tokenizer.json takes precedence. Like transformers, this also reads the files
+    beside it: the tokens that `tokenizer_config.json` or `added_tokens.json` adds and, for a
     vocab.txt or a BertTokenizer, whether to lower-case (by default), to strip accents and to
     divide Chinese characters.
 
-    model_vocab_size: entries of the embedding table of the model that the tokenizer is for; it may
-        have up to 63 spare rows, because vocabularies are padded for speed
+    model_vocab_size: rows of the model's embedding table, of which up to 63 may be spare, because
+        vocabularies are padded for speed
 
     Raises InputError if a file cannot be read, is not a WordPiece, lacks a special token or has ids
-    other than 0 to V - 1, if V does not match model_vocab_size, and for settings of wrong type.
+    other than 0 to V - 1, if V does not match model_vocab_size, and if a setting has a wrong type.
     """
     path = file = Path(path)
     if path.is_dir():
@@ -199,19 +199,19 @@ def load_tokenizer(path: str | Path, *, model_vocab_size: int | None = None) -> 
     if len(vocab) != 1 + max(vocab.values(), default=-1):
         raise InputError(
             f"tokenizer {file}: {len(vocab)} different tokens but ids up to {max(vocab.values())}; "
-            "remove doubled lines or gaps"
+            "remove duplicate lines or gaps"
         )
     config.add_tokens(tokenizer)
     vocab = tokenizer.get_vocab()
     _require_special_tokens(vocab, f"tokenizer {file}")
     if (unknown := tokenizer.model.unk_token) not in tokenizer.get_vocab(with_added_tokens=False):
         raise InputError(
-            f"tokenizer {file}: {unknown} is an added token only; expected it in vocab"
+            f"tokenizer {file}: expected {unknown} in the vocabulary, got it as an added token only"
         )
     if model_vocab_size is not None and not len(vocab) <= model_vocab_size < len(vocab) + 64:
         raise InputError(
-            f"{path}: the vocabulary has {len(vocab)} entries, the checkpoint "
-            f"{model_vocab_size}: they do not belong together"
+            f"{path}: the vocabulary has {len(vocab)} entries, but the checkpoint has "
+            f"{model_vocab_size}; use the tokenizer of the same model"
         )
     tokenizer.no_truncation()  # a saved tokenizer may have truncation, which would cut the corpus
     tokenizer.no_padding()
@@ -250,8 +250,8 @@ def save_tokenizer(
     These are tokenizer.json, tokenizer_config.json, special_tokens_map.json and vocab.txt. Each is
     written atomically. Raises Unwritable if one cannot be written.
 
-    max_length: tokens that the model computes, to which transformers cuts texts if it is asked to;
-        None for no limit
+    max_length: the most tokens that the model computes, to which transformers truncates texts on
+        request; None for no limit
     """
     state = json.loads(tokenizer.to_str())
     normalizer = state["normalizer"] or {}
@@ -267,11 +267,11 @@ def save_tokenizer(
             "strip_accents": normalizer["strip_accents"],
             "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
         }
-    else:  # BertTokenizer would replace another normalizer by its own
+    else:  # BertTokenizer would replace another normalizer with its own
         config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
         config |= {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
     vocab = tokenizer.get_vocab(with_added_tokens=False)
-    if len(vocab) != 1 + max(vocab.values(), default=0):  # a line's number is its token's id
+    if len(vocab) != 1 + max(vocab.values(), default=0):  # a line's number must be its token's id
         vocab = tokenizer.get_vocab()
     contents = {
         "vocab.txt": "".join(f"{token}\n" for token in sorted(vocab, key=vocab.__getitem__)),

@@ -1,4 +1,4 @@
-"""Reads the files of Hugging Face beside a vocabulary that say how its tokenizer treats a text."""
+"""Reads Hugging Face's files beside a vocabulary that define how its tokenizer treats a text."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from fastbert.check import InputError, first_line
 from fastbert.system.files import read_json
 
-# BERT's tokenizer, under the names that transformers has given it.
+# The names that transformers has given BERT's tokenizer.
 _BERT = tuple(
     f"{name}Tokenizer"
     for name in (
@@ -16,14 +16,14 @@ _BERT = tuple(
         *("DPRReader", "Electra", "LayoutLM", "Lxmert", "MobileBert", "RetriBert", "SqueezeBert"),
     )
 )
-_ANY = ("PreTrainedTokenizer", "TokenizersBackend")  # a tokenizer.json says what these do
+_ANY = ("PreTrainedTokenizer", "TokenizersBackend")  # a tokenizer.json defines what these do
 _LISTS = ("extra_special_tokens", "additional_special_tokens")
 
 
 class TokenizerConfig:
     """What transformers reads beside a tokenizer.json or a vocab.txt, in `directory`.
 
-    is_berts: whether transformers takes BERT's settings from here, and not from a tokenizer.json.
+    is_berts: whether transformers takes BERT's settings from here instead of a tokenizer.json.
     Raises InputError for files that are not JSON objects.
     """
 
@@ -38,15 +38,15 @@ class TokenizerConfig:
         self.is_berts = self.kind in _BERT and self.file.is_file()
 
     def require_wordpiece(self, file: Path) -> None:
-        """Raises InputError for a vocab.txt of a tokenizer that divides words in another way."""
+        """Raises InputError for a vocab.txt whose tokenizer divides words in another way."""
         if self.kind not in (*_BERT, *_ANY):
             raise InputError(
-                f"tokenizer {file}: belongs to a {self.kind}, which is not known to divide texts "
-                "as BERT's does; expected the vocab.txt of a BertTokenizer"
+                f"tokenizer {file}: expected the vocab.txt of a BertTokenizer, got one of a "
+                f"{self.kind}, which may divide texts in another way"
             )
 
     def normalizer(self) -> normalizers.BertNormalizer:
-        """The one that transformers' BertTokenizer makes; InputError for settings of wrong type."""
+        """The normalizer of transformers' BertTokenizer; InputError for a wrong setting."""
         return normalizers.BertNormalizer(
             lowercase=self._flag("do_lower_case", True),
             strip_accents=self._flag("strip_accents", None),
@@ -60,9 +60,9 @@ class TokenizerConfig:
         return value
 
     def add_tokens(self, tokenizer: Tokenizer) -> None:
-        """Adds the tokens that transformers adds; in place. Those that it has stay as they are.
+        """Adds the tokens that transformers adds, in place; existing ones do not change.
 
-        Raises InputError for tokens that are none, and if an id is not that of the files.
+        Raises InputError for malformed tokens, and if a token's id differs from the files'.
         """
         try:
             tokens = self._tokens()
@@ -70,8 +70,8 @@ class TokenizerConfig:
             raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(
-                f"{self.file}: the added tokens of this file, or of those beside it, are not "
-                f"written as transformers does it: {first_line(error)}"
+                f"{self.file}: the added tokens in this file, or in the files beside it, do not "
+                f"have transformers' form: {first_line(error)}"
             ) from error
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         tokenizer.add_tokens([token for token, _ in tokens if token.content not in known])
@@ -80,17 +80,17 @@ class TokenizerConfig:
             if number not in (None, got):
                 raise InputError(
                     f"{self.file}: it or added_tokens.json gives {token.content!r} the id {number},"
-                    f" but it is {got} by the vocabulary; expected files that were saved together"
+                    f" but the vocabulary gives {got}; use files that were saved together"
                 )
 
     def _tokens(self) -> list[tuple[AddedToken, int | None]]:
-        """The tokens that the files list, with the ids that they give, lowest first."""
+        """The tokens that the files list, with their ids if given, the lowest id first."""
         said = self.settings
         if "added_tokens_decoder" in said:
             listed = said["added_tokens_decoder"].items()
             numbered = {int(number): AddedToken(**token) for number, token in listed}
             special = _special(said)
-        else:  # files of transformers before 4.34
+        else:  # files from transformers before 4.34
             more = read_json(self.file.with_name("special_tokens_map.json")) or {}
             special = _special(said) | _special(more)
             named = [value for key, value in (said | more).items() if key.endswith("_token")]
@@ -109,14 +109,14 @@ class TokenizerConfig:
 
 
 def _special(said: dict[str, Any]) -> dict[str, AddedToken]:
-    """Special tokens of a file besides the named ones ([CLS] etc.), by content."""
+    """A file's special tokens besides the named ones ([CLS] etc.), by content."""
     found = {}
     for name in _LISTS:
         tokens = said.get(name) or []
         if isinstance(tokens, dict):  # by name
             tokens = list(tokens.values())
         if not isinstance(tokens, list):
-            raise TypeError(f"{name} is no list")
+            raise TypeError(f"{name} is not a list")
         for token in tokens:
             options = {"content": token} if isinstance(token, str) else dict(token)
             options.pop("__type", None)

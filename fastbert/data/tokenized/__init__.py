@@ -1,1 +1,1 @@
-"""A tokenised corpus: how it is built, its files, and the counts of its tokens and bigrams."""
+"""A tokenised corpus: building it, its files, and the counts of its tokens and bigrams."""

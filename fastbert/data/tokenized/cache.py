@@ -1,8 +1,8 @@
-"""Tokenises a corpus once, into memory-mapped arrays that every later run and worker shares.
+"""Tokenises a corpus once, into memory-mapped arrays that all later runs and workers share.
 
-While a cache is built, its complete parts are kept in `partial/`, so that a killed run continues
-where it was. `manifest.json` is written last and records the corpus, tokenizer and segmenter: a
-directory without it is not a cache, and a cache with other ones is never overwritten.
+While a cache is built, its complete parts are in `partial/`, so that a killed run can continue.
+`manifest.json` is written last and records the corpus, tokenizer and segmenter. A directory without
+it is not a cache, and a cache made from something else is never overwritten.
 """
 
 import contextlib
@@ -47,21 +47,21 @@ def tokenize_corpus(
     meter: Meter | None = None,
     progress: Progress | None = None,
 ) -> TokenizedCorpus:
-    """The tokenised corpus in `directory`, which is built unless it is complete already.
+    """The tokenised corpus in `directory`, which is built unless it is already complete.
 
     documents: lists of sentences, the same in the same order whenever `fingerprint` is the same;
         not read if the cache is complete. They are streamed: memory holds a few parts of 4 million
         characters for each process, and the longest document.
     fingerprint: identifies the documents, see `fingerprint_files`
     segmenter: divides Chinese into words, see `segment`; by default every character is a word
-    processes: how many processes encode while this one reads; with 0 or 1, this one does both, on
-        the library's threads. The result is the same, byte for byte.
+    processes: how many processes encode while this one reads; with 0 or 1, this process does both,
+        on the library's threads. The result is the same, byte for byte.
     meter: the meter of `read_documents`, if `documents` come from there
     progress: called with the totals (documents, tokens, bytes read according to `meter`), first
-        with what an earlier run has completed, then after each part
+        with what an earlier run completed, then after each part
 
     Sentences without tokens and documents without sentences are dropped. Only one process at a time
-    builds a cache; another one that asks for the same directory waits for it.
+    builds a cache; others wait for it.
 
     Raises InputError if no tokens are left; OtherCache if the directory holds a cache, or parts of
     one, of another corpus, tokenizer or segmenter; Interrupted if a process is killed or the
@@ -69,7 +69,7 @@ def tokenize_corpus(
     An error that `documents`, the segmenter or `progress` raises passes unchanged.
     """
     if processes < 0:
-        raise InputError(f"processes: at least 0, got {processes}")
+        raise InputError(f"processes: expected at least 0, got {processes}")
     directory = Path(directory)
     encoder = DocumentEncoder(tokenizer.to_str(), segmenter)
     made_from = {
@@ -94,7 +94,7 @@ def tokenize_corpus(
 
 
 def require_same(wanted: dict[str, Any], found: dict[str, Any], directory: Path) -> None:
-    """Raises OtherCache if `found`, the record of a directory, has other values than `wanted`.
+    """Raises OtherCache if `found`, a directory's record, has other values than `wanted`.
 
     A name that the record lacks counts as equal.
     """
@@ -122,7 +122,7 @@ class _Work:
         self.done = [0, 0, 0]  # documents, tokens, bytes
 
     def keep(self, kept: dict[int, Part]) -> None:
-        """Takes over the complete parts of an earlier run."""
+        """Uses the complete parts of an earlier run."""
         self.parts = kept
         self._count(sum(p.documents_read for p in kept.values()), self.tokens, 0)
 
@@ -171,7 +171,7 @@ def _build(
 
     vocab_size = encoder.tokenizer.get_vocab_size()
     ordered = [part for _, part in sorted(work.parts.items())]
-    for half in directory.glob(".*.npy.*"):  # half-written files of a run that was killed
+    for half in directory.glob(".*.npy.*"):  # partly written by a run that was killed
         half.unlink()
     parts.merge(ordered, directory, np.uint16 if vocab_size <= 2**16 else np.uint32)
     identity = json.dumps([FORMAT, made_from])
@@ -183,7 +183,7 @@ def _build(
         "documents": sum(part.documents for part in ordered),
         "sentences": sum(part.sentences for part in ordered),
         "tokens": work.tokens,
-        # sizes reveal a truncated file; hashes would take minutes at each start of a run
+        # sizes reveal truncated files; hashes would take minutes at every start of a run
         "bytes": {name: (directory / f"{name}.npy").stat().st_size for name in ARRAYS},
     }
     write_json(directory / "manifest.json", manifest)

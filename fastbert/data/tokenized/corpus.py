@@ -21,13 +21,13 @@ class TokenizedCorpus:
     """T tokens in S sentences in D documents, without special tokens.
 
     tokens: (T,) uint16, or uint32 for a vocabulary of more than 65,536 entries
-    word_starts: (T,) bool, True where the token begins a word
+    word_starts: (T,) bool, True if the token begins a word
     sentence_offsets: (S + 1,) int64, where each sentence begins in `tokens`, and T
     document_offsets: (D + 1,) int64, where each document begins in `sentence_offsets`, and S
-    identity: a hash of the corpus, tokenizer and segmenter that it was made from
+    identity: a hash of the corpus, tokenizer and segmenter from which it was made
 
     No sentence and no document is empty. The arrays are read-only and memory-mapped from
-    `directory`, so pickling a corpus, for example for a loader's workers, sends only the path.
+    `directory`; pickling, for example for a loader's workers, sends only the path.
     """
 
     directory: Path
@@ -43,7 +43,7 @@ class TokenizedCorpus:
         """The complete cache in `directory`; InputError if there is none or it is damaged."""
         corpus = open_cache(Path(directory))
         if corpus is None:
-            raise InputError(f"cache {directory}: not complete; tokenize the corpus again")
+            raise InputError(f"cache {directory}: incomplete; tokenize the corpus again")
         return corpus
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -79,10 +79,10 @@ class TokenizedCorpus:
         if count < (4 if pairs else 2):
             each = "one each"
             if pairs:
-                each = "two each, because one document gives no random next sentence"
+                each = "two each, because a random next sentence is from another document"
             raise InputError(
                 f"--corpus: {count} document(s), but training and held-out text need {each}; "
-                "separate documents by blank lines"
+                "separate documents with blank lines"
             )
         least = 2 if count >= 4 else 1
         heldout = min(max(round(count * heldout_fraction), least), count - least)
@@ -104,7 +104,7 @@ class TokenizedCorpus:
 
 
 def open_cache(directory: Path) -> TokenizedCorpus | None:
-    """The cache in a directory; None if it is incomplete or its files have other sizes."""
+    """The cache in a directory; None if it is incomplete or its files have wrong sizes."""
     manifest = read_record(directory / "manifest.json")
     files = {name: directory / f"{name}.npy" for name in ARRAYS}
     try:
@@ -112,7 +112,7 @@ def open_cache(directory: Path) -> TokenizedCorpus | None:
             return None
         if manifest["bytes"] != {name: file.stat().st_size for name, file in files.items()}:
             return None
-        # plain arrays over the map: a slice of np.memmap costs several times as much
+        # plain arrays on the map, because a slice of np.memmap costs several times as much
         arrays = {n: np.asarray(np.load(file, mmap_mode="r")) for n, file in files.items()}
         corpus = TokenizedCorpus(
             directory, int(manifest["vocab_size"]), **arrays, identity=manifest["fingerprint"]

@@ -1,4 +1,4 @@
-"""Counts of unigrams and distinct bigrams of a tokenised corpus, stored beside it."""
+"""Counts of unigrams and distinct bigrams in a tokenised corpus, stored beside it."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from fastbert.data.tokenized.corpus import TokenizedCorpus
 from fastbert.system.files import output
 
 FILE = "ngrams.npz"
-LARGEST = 2**16  # entries of a vocabulary: one bit for each pair then takes 512 MB
+LARGEST = 2**16  # entries of a vocabulary, for which one bit per pair takes 512 MB
 _CHUNK = 1 << 22  # tokens at a time
 
 
@@ -34,8 +34,8 @@ def ngram_counts(corpus: TokenizedCorpus) -> NgramCounts:
     """
     if corpus.vocab_size > LARGEST:
         raise InputError(
-            f"--masking: counts pairs of tokens in vocabularies of up to {LARGEST:,}, "
-            f"and this one has {corpus.vocab_size:,}"
+            f"--masking: unigram and bigram-kn need a vocabulary of at most {LARGEST:,} tokens, "
+            f"got {corpus.vocab_size:,}"
         )
     path = corpus.directory / FILE
     try:

@@ -1,4 +1,4 @@
-"""The parts of a cache that is being built, and how they are merged into its arrays."""
+"""The parts of a cache during its construction, and merging them into its arrays."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from fastbert.data.text.encoding import EncodedDocuments
 from fastbert.system.files import output
 
-PART_CHARACTERS = 4_000_000  # characters of a part: takes seconds and about 100 MB to encode
+PART_CHARACTERS = 4_000_000  # characters of a part; encoding it takes seconds and about 100 MB
 
 
 class Part(NamedTuple):
     """A file of `EncodedDocuments`, and its counts.
 
-    documents_read: documents of the corpus, including those without tokens, which are left out
+    documents_read: documents of the corpus, including the omitted ones without tokens
     """
 
     path: Path
@@ -55,7 +55,7 @@ def write_part(path: Path, documents_read: int, encoded: EncodedDocuments) -> Pa
 
 
 def complete_parts(directory: Path) -> dict[int, Part]:
-    """The readable parts by number; damaged ones, for example after a power cut, are ignored."""
+    """The readable parts by number; damaged parts, for example after a power cut, are ignored."""
     parts = {}
     for path in directory.glob("[0-9]*.npz"):
         try:

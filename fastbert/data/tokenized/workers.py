@@ -20,7 +20,7 @@ from fastbert.data.text.encoding import DocumentEncoder
 from fastbert.data.tokenized.parts import Part, write_part
 from fastbert.system.files import Unwritable
 
-_UNDER_WAY = 2  # batches for each process, so that none waits while the next batch is read
+_UNDER_WAY = 2  # batches for each process, so that no process waits for the next batch
 
 
 class Interrupted(InputError):
@@ -28,16 +28,16 @@ class Interrupted(InputError):
 
 
 class Foreign(Exception):
-    """Carries an error of the caller's own code past handlers that are for errors of the cache."""
+    """Carries an error from the caller's code past the handlers for errors of the cache."""
 
     def __init__(self, error: Exception) -> None:
-        super().__init__(error)  # `args`, from which pickle makes it again in a process
+        super().__init__(error)  # the `args` from which pickle rebuilds it in a process
         self.error = error
 
 
 @contextlib.contextmanager
 def foreign() -> Iterator[None]:
-    """Runs code that the caller gave: its documents, its progress, its segmenter."""
+    """Runs the caller's code: its documents, its progress, its segmenter."""
     try:
         yield
     except (OSError, Unwritable) as error:
@@ -84,13 +84,13 @@ def write_parts(
                 yield from _done(under_way)
         except BrokenProcessPool:
             raise Interrupted(
-                "a process that tokenised was killed, perhaps for want of memory; run again to go "
-                "on where it was, with fewer processes if need be"
+                "a process that tokenised was killed, perhaps because memory ran out; run again to "
+                "continue, with fewer processes if it happens again"
             ) from None
 
 
 def _done(under_way: dict[Future[Part], int]) -> Iterator[tuple[int, Part]]:
-    """Waits until at least one batch is done, and yields those that are."""
+    """Waits until at least one batch is done, and yields all finished batches."""
     for future in wait(under_way, return_when=FIRST_COMPLETED).done:
         yield under_way.pop(future), future.result()
 
@@ -106,19 +106,19 @@ def _require_portable(encoder: DocumentEncoder) -> None:
     try:
         pickle.dumps(segmenter)
         portable = getattr(segmenter, "__module__", None) != "__main__"
-    except Exception:  # pickle raises three classes, and an object's __reduce__ any
+    except Exception:  # pickle raises three classes, and an object's __reduce__ any class
         portable = False
     if not portable:
         raise InputError(
-            f"segmenter {segmenter!r}: several processes need a function of a module that they can "
-            "import; move it to one, or tokenise with processes=1"
+            f"segmenter {segmenter!r}: several processes need a function from a module that they "
+            "can import; move it to a module, or tokenise with processes=1"
         )
 
 
 @contextlib.contextmanager
 def _pool(encoder: DocumentEncoder, processes: int) -> Iterator[ProcessPoolExecutor]:
     """A pool whose processes end with the block, and at once if it fails or this one is killed."""
-    # A fork server imports fastbert once, which saves each process seconds and the memory of torch.
+    # A fork server imports fastbert once, which saves each process seconds and torch's memory.
     # Forking this process instead would copy locks that its threads hold.
     has_server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if has_server else "spawn")
@@ -128,7 +128,7 @@ def _pool(encoder: DocumentEncoder, processes: int) -> Iterator[ProcessPoolExecu
     with (
         alive,
         ProcessPoolExecutor(processes, context, _begin, (encoder, threads, alive)) as pool,
-        end,  # closed before the pool waits for its processes, which end when it is closed
+        end,  # closed before the pool waits, because closing it ends the processes
     ):
         yield pool
         pool.shutdown()
@@ -136,9 +136,9 @@ def _pool(encoder: DocumentEncoder, processes: int) -> Iterator[ProcessPoolExecu
 
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
-    """Keeps processes that are started in the block from importing the running script.
+    """Keeps processes that start in the block from importing the running script.
 
-    They do not need it, and it would run again if it has no `if __name__ == "__main__"`.
+    They do not need it, and a script without `if __name__ == "__main__"` would run again.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -152,7 +152,7 @@ _encoder: DocumentEncoder  # set in each process of the pool
 
 
 def _begin(encoder: DocumentEncoder, threads: int, alive: Connection) -> None:
-    """Initialises a process of the pool."""
+    """Initialises a process in the pool."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     # the tokenizers library reads these when it first encodes

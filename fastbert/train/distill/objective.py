@@ -1,4 +1,4 @@
-"""The loss of distillation: distances to a teacher's logits and hidden states, and the MLM loss."""
+"""The distillation loss: distances to a teacher's logits and hidden states, and the MLM loss."""
 
 import dataclasses
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from fastbert.train.objective import MaskedMetrics, PretrainingObjective, Result
 
 @dataclasses.dataclass(frozen=True)
 class DistillationMetrics(MaskedMetrics):
-    """Sums over masked tokens, except cosine_loss_sum, a distance, which is over all tokens.
+    """Sums over masked tokens, except cosine_loss_sum, a distance summed over all tokens.
 
     It has as many fields as `Metrics`.
     """
@@ -57,8 +57,8 @@ class Answer(NamedTuple):
 class Teacher:
     """The teacher model, in eval mode and without gradients.
 
-    It is not an nn.Module, so that an objective that holds it leaves it out of its parameters,
-    shards and checkpoints, and does not change its mode.
+    It is not an nn.Module, so an objective that holds it leaves it out of its parameters, shards
+    and checkpoints, and does not change its mode.
     """
 
     def __init__(self, model: BertForMaskedLM) -> None:
@@ -71,7 +71,7 @@ class Teacher:
 
 
 def answer(model: BertForMaskedLM, batch: PackedBatch, rows: Rows | None) -> Answer:
-    """Hidden states of all tokens or of `rows` only, and the MLM logits at the masked positions."""
+    """Hidden states of all tokens or only of `rows`, and the MLM logits at the masked positions."""
     hidden_states = model.bert(batch, rows=rows).last_hidden_state
     masked = masked_rows(hidden_states, batch, rows)
     return Answer(hidden_states, model.cls.predictions(masked.rows), masked.targets)
@@ -83,9 +83,9 @@ class DistillationObjective(PretrainingObjective):
     At the masked positions, the KL divergence from the teacher's probabilities, both softened by
     `temperature`, and the MLM loss; at all tokens, the cosine distance of the last hidden states.
     Losses are divided by the counts of the whole batch, as in `PretrainingObjective`. In eval mode
-    it is a `PretrainingObjective`, so that held-out metrics are those of the MLM loss.
+    it acts as a `PretrainingObjective`, so held-out metrics are those of the MLM loss.
 
-    Memory holds both models' logits at the masked positions at the same time, also in float32.
+    Both models' logits at the masked positions are in memory at the same time, also in float32.
     """
 
     model: BertForMaskedLM
@@ -111,7 +111,7 @@ class DistillationObjective(PretrainingObjective):
     ) -> Result:
         """The weighted sum of the three losses; in eval mode the result of `PretrainingObjective`.
 
-        The last three sums are those of the soft-target and the cosine loss, and the tokens.
+        The last three sums are the soft-target loss, the cosine loss, and the number of tokens.
         """
         if not self.training:
             return super().forward(batch, num_targets, num_pairs, num_tokens)

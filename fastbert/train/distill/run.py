@@ -34,7 +34,7 @@ def distill(
     profile: bool = False,
     parallel: str = "ddp",
 ) -> dict[str, Any]:
-    """Runs, or with `resume` continues, the distillation that `config` describes, in `out`.
+    """Runs the distillation that `config` describes in the directory `out`; `resume` continues it.
 
     Arguments, files and errors are those of `pretrain`. The model is a BertForMaskedLM, and
     summary.json also has the teacher's loss and accuracy on the same held-out batches.
@@ -45,9 +45,9 @@ def distill(
 
 
 class Distillation(Recipe):
-    """The recipe of a student that `DistillConfig` describes, with `DistillationObjective`.
+    """The recipe for a student that `DistillConfig` describes, with `DistillationObjective`.
 
-    Raises InputError for a teacher that cannot be read, has no masked-LM head or does not suit the
+    Raises InputError for a teacher that cannot be read, has no masked-LM head or does not fit the
     options. Each process holds the whole teacher in memory, in float32.
     """
 
@@ -124,9 +124,9 @@ class Distillation(Recipe):
 
 
 def layers_to_copy(depth: int, layers: int) -> list[int]:
-    """Indices of the teacher's `depth` layers from which a student of `layers` layers starts.
+    """Which of the teacher's `depth` layers initialize the `layers` layers of a student.
 
-    They are evenly spaced from the first to the last: 0, 2, 4, 7, 9, 11 for 6 of 12, as in
+    The indices are evenly spaced from the first to the last: 0, 2, 4, 7, 9, 11 for 6 of 12, as in
     DistilBERT. A single layer is the first one.
     """
     gaps = max(layers - 1, 1)

@@ -207,7 +207,7 @@ def test_random_partners_stay_in_the_split(numbered):
 def test_bad_options(numbered):
     corpus = numbered([[3], [4], [5]])
     docs = np.arange(3)
-    with pytest.raises(InputError, match=r"1 document\(s\), and one gives no random next sentence"):
+    with pytest.raises(InputError, match=r"1 document\(s\), but a random next sentence needs"):
         plan_pairs(corpus, docs[:1], seed=0, epoch=0, max_seq_len=20)
     with pytest.raises(InputError, match="--max-seq-len: expected at least 5, got 4"):
         plan_pairs(corpus, docs, seed=0, epoch=0, max_seq_len=4)

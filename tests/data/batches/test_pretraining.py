@@ -163,10 +163,10 @@ def test_unigram_baseline():
 
 def test_bad_options(make, data, corpus, tokenizer):
     with pytest.raises(
-        InputError, match="--batch-tokens: expected at least --max-seq-len, 64, got 63"
+        InputError, match="--batch-tokens: expected at least --max-seq-len = 64, got 63"
     ):
         make(batch_tokens=63)
-    with pytest.raises(InputError, match=r"1 document\(s\), and one gives no random next"):
+    with pytest.raises(InputError, match=r"1 document\(s\), but a random next sentence needs"):
         make(np.array([0]))
     with pytest.raises(InputError, match=r"too few for 8 rank\(s\) x 4 micro-batch\(es\); raise"):
         data.batch(0, world_size=8, micro_batches=4)
@@ -180,7 +180,7 @@ def test_every_batch_must_have_an_example_for_each_part(make):
             break
     data.require_examples(1, min(others))
     data.batch(0, micro_batches=first)
-    with pytest.raises(InputError, match=f"holds {min(others)} example"):
+    with pytest.raises(InputError, match=f"has {min(others)} example"):
         data.require_examples(1, first)
     make(np.array([0, 1]), batch_tokens=100_000).require_examples(1, 2)  # one batch, not full
 

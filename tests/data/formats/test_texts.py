@@ -97,16 +97,16 @@ def test_parquet_in_row_groups(tmp_path):
     ("name", "text", "message"),
     [
         ("a.txt", b"a\nb\xff\n", "line 2: not UTF-8"),
-        ("a.txt", b"a\n" + b"x" * 101, "line 2: is longer than 100 bytes"),
+        ("a.txt", b"a\n" + b"x" * 101, "line 2: longer than 100 bytes"),
         ("a.jsonl", b'{"text": "a"}\n{"text": 1}\n', "line 2: expected a text in column 'text'"),
         ("a.jsonl", b'{"text": "a"}\n{"body": 1}\n', "line 2: no column 'text', only body"),
         ("a.jsonl", b'{"text": "a"}\n\n{', "line 3: not JSON"),
         ("a.csv", b"text,b\na,b\nc\n", "line 3: expected 2 fields"),
         ("a.csv", b"text\n" + b'"' + b"x y\n" * 40, "line 2: .* a quotation mark opens a field"),
         ("a.csv", b"body\na\n", "no column 'text', only body"),
-        ("a.csv", b"\n\ntext\na\n", "line 1: is blank; the first line names the columns"),
-        ("a.csv", b"text,b\ra,1\rb,2\r", r"line 1: a carriage return \(\\r\) stands inside"),
-        ("a.tsv", b"text\tb\na\rb\t1\n", r"line 2: a carriage return \(\\r\) stands inside"),
+        ("a.csv", b"\n\ntext\na\n", "line 1: expected the names of the columns"),
+        ("a.csv", b"text,b\ra,1\rb,2\r", r"line 1: a carriage return \(\\r\) inside the line"),
+        ("a.tsv", b"text\tb\na\rb\t1\n", r"line 2: a carriage return \(\\r\) inside the line"),
         ("a.csv", b"text\r" + b"a\r" * 50, r"longer than 100 bytes; .* not with \\r"),
         ("a.bin", b"a", r"expected one of \.txt, .*, got '\.bin'"),
     ],
@@ -169,5 +169,5 @@ def test_a_parquet_without_rows(tmp_path):
 
 
 def test_a_stream_is_refused():
-    with pytest.raises(InputError, match="a stream cannot be read again"):
+    with pytest.raises(InputError, match="a stream can be read only once"):
         texts_of(module.Path("-"), "text")

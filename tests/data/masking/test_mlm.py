@@ -195,7 +195,7 @@ def test_an_example_of_special_tokens_only_has_no_targets():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scheme": "words"}, "masking: one of bert, whole-word, span, blank, unigram, bigram-kn"),
+        ({"scheme": "words"}, "expected one of bert, whole-word, span, blank, unigram, bigram-kn"),
         ({"probability": 0.0}, "--mlm-probability: expected a number between 0 and 1"),
         ({"gamma": 0.0}, "gamma: expected a number above 0"),
         ({"scheme": "blank", "gamma": 1.5}, "gamma: expected a probability for blank"),

@@ -74,7 +74,7 @@ def test_chinese_characters_are_those_that_berts_tokenizer_divides():
 
 
 def test_a_word_that_is_not_in_the_sentence_is_an_error():
-    with pytest.raises(InputError, match="segmenter: gave the word '不'"):
+    with pytest.raises(InputError, match="segmenter: returned the word '不'"):
         continuations("知道", lambda s: ["不", "知道"])
 
 
@@ -117,7 +117,7 @@ def test_jieba_divides_real_sentences(tokenizer, tmp_path):
 
 
 def test_an_unknown_segmenter_is_refused():
-    with pytest.raises(InputError, match="--segmenter: one of characters, spaces, jieba"):
+    with pytest.raises(InputError, match="--segmenter: expected one of characters, spaces, jieba"):
         make_segmenter("words")
 
 

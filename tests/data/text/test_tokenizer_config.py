@@ -98,7 +98,7 @@ def test_added_tokens_count_as_entries_of_the_vocabulary(write_files):
     directory = write_files("vocab.txt", {}, added_tokens=ADDED)
     assert load_tokenizer(directory, model_vocab_size=V + 65).get_vocab_size() == V + 2
     for size in (V + 1, V + 66):
-        with pytest.raises(InputError, match=f"has {V + 2} entries, the checkpoint {size}"):
+        with pytest.raises(InputError, match=f"has {V + 2} entries, but the checkpoint has {size}"):
             load_tokenizer(directory, model_vocab_size=size)
 
 
@@ -113,14 +113,14 @@ def test_added_tokens_count_as_entries_of_the_vocabulary(write_files):
         ({"config": {"added_tokens_decoder": {"a": E1}}}, "added tokens"),
         ({"config": {"added_tokens_decoder": {"5": {"content": 5}}}}, "added tokens"),
         ({"config": {"added_tokens_decoder": {"5": "[E1]"}}}, "added tokens"),
-        ({"config": {"extra_special_tokens": "[E1]"}}, "extra_special_tokens is no list"),
+        ({"config": {"extra_special_tokens": "[E1]"}}, "extra_special_tokens is not a list"),
         ({"config": {"additional_special_tokens": [5]}}, "added tokens"),
         ({"special_tokens_map": {"extra_special_tokens": [{"lstrip": 1}]}}, "added tokens"),
-        ({"added_tokens": {"[E1]": 5}}, rf"'\[E1\]' the id 5, but it is {V} by the vocabulary"),
+        ({"added_tokens": {"[E1]": 5}}, rf"'\[E1\]' the id 5, but the vocabulary gives {V}"),
         ({"added_tokens": {"[E1]": V, "[E2]": "a"}}, "added tokens"),
         ({"special_tokens_map": {"extra_special_tokens": [{}]}}, "added tokens"),
         ({"added_tokens": []}, "added_tokens.json: expected a JSON object, got list"),
-        ({"config": {"tokenizer_class": "BertJapaneseTokenizer"}}, "to a BertJapaneseTokenizer"),
+        ({"config": {"tokenizer_class": "BertJapaneseTokenizer"}}, "of a BertJapaneseTokenizer"),
     ],
     ids=str,
 )
@@ -134,7 +134,7 @@ def test_files_that_say_nothing_sensible_are_an_error(write_files, files, said):
 
 @pytest.mark.parametrize(
     ("lines", "said"),
-    [([*VOCAB, "man"], "remove doubled lines"), (VOCAB[2:], r"\[UNK\] is an added token only")],
+    [([*VOCAB, "man"], "remove duplicate lines"), (VOCAB[2:], r"\[UNK\] in the vocabulary, got")],
 )
 def test_added_tokens_mend_no_vocabulary(tmp_path, lines, said):
     (tmp_path / "vocab.txt").write_text("\n".join(lines), "utf-8")
@@ -155,7 +155,7 @@ def test_the_models_file_may_name_the_class(write_files):
     """As that of cl-tohoku/bert-base-japanese does."""
     directory = write_files("vocab.txt", {"do_lower_case": False})
     (directory / "config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}')
-    with pytest.raises(InputError, match="belongs to a BertJapaneseTokenizer"):
+    with pytest.raises(InputError, match="got one of a BertJapaneseTokenizer"):
         load_tokenizer(directory)
 
 

@@ -169,7 +169,7 @@ def test_a_damaged_cache_is_rebuilt(documents, tokenizer, tmp_path, damage):
     whole = tokenize_corpus(documents, tokenizer, tmp_path / "a", fingerprint="f")
     tokenize_corpus(documents, tokenizer, tmp_path / "b", fingerprint="f")
     damage(tmp_path / "b")
-    with pytest.raises(InputError, match="not complete; tokenize the corpus again"):
+    with pytest.raises(InputError, match="incomplete; tokenize the corpus again"):
         TokenizedCorpus.open(tmp_path / "b")
     assert_same(tokenize_corpus(documents, tokenizer, tmp_path / "b", fingerprint="f"), whole)
 
@@ -186,7 +186,7 @@ def test_bad_corpora_and_directories(tokenizer, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file: cannot be written: "):
         tokenize_corpus([["ba"]], tokenizer, tmp_path / "file", fingerprint="f")
-    with pytest.raises(InputError, match="nowhere: not complete"):
+    with pytest.raises(InputError, match="nowhere: incomplete"):
         TokenizedCorpus.open(tmp_path / "nowhere")
 
 

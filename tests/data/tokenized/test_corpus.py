@@ -22,7 +22,7 @@ def test_split(corpus):
 
 
 def test_split_refuses_what_it_cannot_split(numbered, corpus):
-    with pytest.raises(InputError, match="one document gives no random next sentence; separate"):
+    with pytest.raises(InputError, match="next sentence is from another document; separate"):
         numbered([[3], [4], [5]]).split(0.1, seed=0)
     assert [len(part) for part in numbered([[3]] * 4).split(0.1, seed=0)] == [2, 2]
     with pytest.raises(InputError, match="--heldout-fraction: expected a number between 0 and 1"):

@@ -200,7 +200,7 @@ def test_ctrl_c_ends_the_processes(documents, tokenizer, tmp_path, obedient, whe
 
 def test_an_error_in_a_process_arrives_as_itself(documents, tokenizer, tmp_path, obedient):
     texts = [*documents[:20], ["ba lie ke"], *documents[20:]]
-    with pytest.raises(InputError, match=r"^--segmenter: gave the word 'truth', which is not in"):
+    with pytest.raises(InputError, match=r"^--segmenter: returned the word 'truth', which is not"):
         tokenize_corpus(
             texts, tokenizer, tmp_path, fingerprint="f", segmenter=obedient, processes=2
         )
@@ -215,9 +215,9 @@ def test_a_segmenter_that_cannot_travel_is_one_line(tokenizer, tmp_path, monkeyp
     monkeypatch.setattr(sys.modules["__main__"], "of_the_script", of_the_script, raising=False)
     assert pickle.dumps(of_the_script)  # but another process has another script
     for segmenter in (lambda sentence: [], of_the_script):
-        with pytest.raises(InputError, match=r"segmenter .*function of a module.* processes=1"):
+        with pytest.raises(InputError, match=r"segmenter .*function from a module.* processes=1"):
             tokenize_corpus(
                 [["ba"]], tokenizer, tmp_path, fingerprint="f", segmenter=segmenter, processes=2
             )
-    with pytest.raises(InputError, match="processes: at least 0, got -1"):
+    with pytest.raises(InputError, match="processes: expected at least 0, got -1"):
         tokenize_corpus([["ba"]], tokenizer, tmp_path, fingerprint="f", processes=-1)

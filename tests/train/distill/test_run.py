@@ -186,13 +186,13 @@ def test_the_command_line_resumes_with_the_runs_own_options(halfway, finished, c
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tokenizer", "t.json"], "--tokenizer: the student reads with the teacher's"),
+        (["--tokenizer", "t.json"], "--tokenizer: the student uses the teacher's"),
         (["--vocab-size", 500], "--vocab-size: the student has the teacher's vocabulary"),
-        (["--objective", "mlm+nsp"], "--objective: there is no next-sentence loss"),
+        (["--objective", "mlm+nsp"], "--objective: distillation has no next-sentence loss"),
         (["--preset", "mini", "--init", "teacher"], "--init teacher: .* teacher's width, 128,"),
         (["--preset", "mini", "--cosine-weight", 1], "--cosine-weight 1: .* 256, the teacher's 12"),
         (["--layers", 3], "--layers 3: more than the teacher's 2"),
-        (["--max-seq-len", 600], "--max-seq-len 600: the teacher reads 512 tokens at most"),
+        (["--max-seq-len", 600], "--max-seq-len 600: the teacher reads at most 512 tokens"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -64,7 +64,7 @@ def test_a_corpus_that_changes_is_an_error(config, corpus, tmp_path):
     corpus.write_text(TEXT + "One more.\n")
     with pytest.raises(OtherCache, match="cache: was made with another corpus; remove"):
         pretrain(config, tmp_path / "shared", resume=True)
-    with pytest.raises(InputError, match="own: the corpus or the tokenizer has changed since"):
+    with pytest.raises(InputError, match=r"own: the corpus .* has changed since"):
         pretrain(own, tmp_path / "own", resume=True)
 
 
@@ -128,7 +128,7 @@ def test_a_corpus_says_what_was_read(config, tmp_path, capsys):
     pretrain(dataclasses.replace(config, corpus=(directory,)), tmp_path / "run")
     said = capsys.readouterr().out
     assert "corpus: 1 file(s), 40 documents" in said
-    assert "passed over, the ending .pdf: " in said
+    assert "skipped, the ending .pdf: " in said
 
 
 def vocabulary(path, *words):
@@ -177,18 +177,18 @@ def test_one_document_lacks_no_next_sentences_where_none_are_wanted(config, corp
     corpus.write_text(("It is an object of a class.\n" * 40 + "\n") * 2)
     other = dataclasses.replace(config, cache=tmp_path / "other")
     pretrain(dataclasses.replace(other, objective="mlm"), tmp_path / "two")
-    with pytest.raises(InputError, match="gives no random next sentence"):
+    with pytest.raises(InputError, match="a random next sentence is from another"):
         pretrain(other, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"masking": "words"}, "masking: one of bert, whole-word, span"),
-        ({"masking": "span", "segmenter": "words"}, "--segmenter: one of characters"),
-        ({"mlm_probability": 1.0}, "--mlm-probability: above 0 and below 1, got 1.0"),
-        ({"heldout_fraction": 0.0}, "--heldout-fraction: above 0 and below 1, got 0.0"),
-        ({"batch_tokens": 31}, "--batch-tokens: expected at least --max-seq-len, 32, got 31"),
+        ({"masking": "words"}, "masking: expected one of bert, whole-word, span"),
+        ({"masking": "span", "segmenter": "words"}, "--segmenter: expected one of characters"),
+        ({"mlm_probability": 1.0}, "--mlm-probability: expected above 0 and below 1, got 1.0"),
+        ({"heldout_fraction": 0.0}, "--heldout-fraction: expected above 0 and below 1, got 0.0"),
+        ({"batch_tokens": 31}, "--batch-tokens: expected at least --max-seq-len = 32, got 31"),
     ],
 )
 def test_bad_options_are_refused_before_the_corpus_is_read(

@@ -38,7 +38,7 @@ def test_a_run_goes_on_from_anywhere(config, corpus, tmp_path, monkeypatch):
         kept.same_run(corpus=(other,))
     corpus.rename(tmp_path / "moved.txt")
     moved = kept.same_run(corpus=(tmp_path / "moved.txt",))
-    with pytest.raises(InputError, match=r"the corpus or the tokenizer has changed.*names count"):
+    with pytest.raises(InputError, match=r"the corpus \(or its files.*\) or the tokenizer has ch"):
         pretrain(moved, tmp_path / "run", resume=True)  # its name is a part of it
     # or the run would keep the refused path, and refuse the right one as another
     assert read_run(tmp_path / "run", PretrainConfig).corpus == (corpus,)
@@ -72,7 +72,7 @@ def test_a_new_run_that_cannot_be_set_up_leaves_nothing(config, tmp_path, monkey
 
 
 def test_more_steps_say_what_to_do():
-    with pytest.raises(InputError, match=r"--steps 20: .* started with 9; its learning rate falls"):
+    with pytest.raises(InputError, match=r"--steps 20: .* started with 9; the learning rate falls"):
         PretrainConfig(steps=9).same_run(steps=20)
 
 

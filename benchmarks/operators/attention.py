@@ -133,8 +133,7 @@ class Sequences:
         return tuple(self.normal(3, 1, self.heads, self.total, HEAD_DIM).unbind())
 
     def _flex(self) -> Callable[..., Tensor]:
-        """Attention over sequences as documents of one row; block mask and compiled function are
-        made once."""
+        """Sequences are documents of one row; block mask and compiled function are made once."""
         made: list = []
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -87,10 +87,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
 
 def block(results: Path, name: str, part: str) -> str:
-    """A part's table, with a line that says where and how it was measured.
-
-    Raises InputError for an unknown part.
-    """
+    """A part's table, and where and how it was measured; InputError for an unknown part."""
     path, file = results / name, f"`benchmarks/results/{name}`"
     parts = (*PARTS, TARGETS, HEADLINES)
     if part not in parts:

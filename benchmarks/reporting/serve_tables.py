@@ -33,6 +33,4 @@ def serve_latency(rows: list[Row]) -> Table:
         for what, (name, timing) in once(about, row["timings"].items()):
             median, tail = seconds(timing["median_s"]), seconds(timing["p99_s"])
             lines.append((*what, name, f"{timing['rate']:,.1f}", median, tail))
-    return Table(
-        ("share of its throughput", "server", "requests/s", "median", "99 % within"), lines
-    )
+    return Table(("load", "server", "requests/s", "median", "99 % within"), lines)

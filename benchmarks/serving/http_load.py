@@ -30,11 +30,8 @@ class Request(NamedTuple):
 
 
 class Load(NamedTuple):
-    """The result of a run.
-
-    seconds: from the first request to the last answer; latencies: seconds of each request since it
-    was due; answers: the responses' bodies, if they were to be kept
-    """
+    """The result. seconds: from the first request to the last answer; latencies: seconds of each
+    request since it was due; answers: the responses' bodies, if they were to be kept."""
 
     seconds: float
     latencies: list[float]

@@ -62,10 +62,7 @@ def main(
         plain: bool = False,
         drops: bool = True,
     ) -> None:
-        """Prints both losses and the margins of a batch.
-
-        wide: residual stream in float32; low: products in bf16; plain: no kernels
-        """
+        """Prints a batch's losses; wide: fp32 stream; low: products in bf16; plain: no kernels."""
         usual = model.config.residual_in_fp32
         vars(model.config)["residual_in_fp32"] = wide or usual
         model.train(drops)

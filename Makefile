@@ -12,24 +12,24 @@ setup: $(VENV)/.installed $(VENV)/.extension
 pretrain: setup
 	$(VENV)/bin/fastbert pretrain --out $(OUT) --resume
 
-# Most tests are too small to share among threads: processes of a thread each do more. Files come
-# in the order of tests/conftest.py, the longest first, and not by their number of tests.
+# Most tests are too small for several threads, so each process has one thread. Files run in the
+# order of tests/conftest.py, the longest first, not by their number of tests.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: setup
 	$(PYTEST) -m "not exhaustive"
 
-# With the tests that say the same of more cases.
+# Also runs the tests marked exhaustive, which repeat others for more cases.
 test-all: setup
 	$(PYTEST)
 
-# The quick part on each Python that there is, pyenv's too, and on three versions of transformers.
+# Runs the quick tests on each Python found, pyenv's too, and on three versions of transformers.
 test-matrix: setup
 	PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | grep -E '^3\.1[123]\.' | paste -sd:) $(PY) -m nox
 
 bench: setup
 	$(PY) -m benchmarks
 
-# With the machine's own Python, as it is: nothing is installed. ONLY="a b" runs these parts.
+# Uses the machine's own Python and installs nothing. ONLY="a b" runs these parts only.
 gpu-check:
 	$(PYTHON) -m benchmarks gpu-check $(OUT) $(ONLY:%=--only %)
 
@@ -38,7 +38,7 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# The site, in site/: a link that leads nowhere is an error.
+# Builds the site in site/; a broken link is an error.
 docs: $(VENV)/.docs
 	$(VENV)/bin/zensical build --clean --strict -f mkdocs.yml
 
@@ -54,8 +54,8 @@ $(PY):
 		PYTHONPATH=$(VENV)-bootstrap $(PYTHON) -m virtualenv -q $(VENV); \
 		status=$$?; rm -rf $(VENV)-bootstrap; exit $$status; }
 
-# The extension is built apart, below, so that pip does not hide what becomes of it; setuptools_scm
-# is what seqeval is built with.
+# The extension is built separately, below, because pip would hide whether that succeeds; seqeval's
+# build needs setuptools_scm.
 $(VENV)/.installed: constraints.txt pyproject.toml | $(PY)
 	$(PIP) install -q -c constraints.txt setuptools setuptools_scm torch numpy
 	FASTBERT_BUILD_EXT=0 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'

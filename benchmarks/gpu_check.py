@@ -1,16 +1,16 @@
 """`make gpu-check OUT=DIR`: tests and measures a GPU machine within ten minutes.
 
-It builds the extension, runs the tests that need a GPU, then steps and small batches beside Hugging
-Face's, then profiles a step, with the Python that runs it and the packages installed there; it
-needs no network. Each part is a process of its own with a time limit, so that a failure ends no
-other part. DIR gets results.jsonl, which grows as parts finish, log.txt, and one trace. Without a
-GPU, the same runs at small sizes.
+It builds the extension, runs the tests that need a GPU, times steps and small batches beside
+Hugging Face's, and profiles a step. It uses the Python that runs it and the packages installed
+there, and needs no network. Each part is a separate process with a time limit, so that a failure
+ends no other part. DIR gets results.jsonl, which grows as parts finish, log.txt, and one trace.
+Without a GPU the same parts run at small sizes.
 
-Other parts run only if `--only` names them. A second run of ten minutes has room for `make
+Other parts run only if `--only` names them. In a second run of ten minutes there is time for `make
 gpu-check OUT=DIR ONLY="extension once memcheck racecheck kernels ablation"`: NVIDIA's
-compute-sanitizer over every operator, and each operator beside its alternatives; a third for
-`ONLY="extension convergence"`, BERT-base trained in bf16, in FP8 and by Hugging Face; a fourth for
-`ONLY="extension compiled_host"`: small batches beside torch.compile's too.
+compute-sanitizer over every operator, and each operator beside its alternatives. A third run,
+`ONLY="extension convergence"`, trains BERT-base in bf16, in FP8 and with Hugging Face. A fourth,
+`ONLY="extension compiled_host"`, times small batches beside torch.compile's too.
 """
 
 import contextlib
@@ -56,21 +56,21 @@ def benchmark(name: str, seconds: int, *options: str, called: str = "") -> Part:
 def tests(seconds: int) -> Part:
     """Runs tests in parallel if pytest-xdist is installed: most of their time is compilation."""
     many = ("-n", "12", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
-    # each test on a line, so that a run that is cut off has told which failed
+    # each test on a line, so that the log of a run that is cut off names the failed tests
     options = ("-m", "gpu", "-vv", "-p", "no:cacheprovider", *many)
     return Part("tests", ("-m", "pytest", *options), seconds)
 
 
 def sanitizer(tool: str, seconds: int) -> Part:
-    # PyTorch's caching allocator hands out parts of large blocks, so that an access past the end of
-    # a tensor would still be inside valid memory
+    # without PyTorch's caching allocator, which hands out parts of large blocks: an access past the
+    # end of a tensor would still be inside valid memory
     under = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", tool)
     return Part(
         tool, ("-m", "benchmarks", "once"), seconds, under=(*under, "--error-exitcode", "9")
     )
 
 
-# An H200 took 32, 184, 158, 70 (without Trainer's steps) and 25 seconds.
+# An H200 needed 32, 184, 158, 70 (without Trainer's steps) and 25 seconds.
 PARTS = (
     Part("extension", ("setup.py", "-q", "build_ext", "--inplace"), 60),
     tests(230),
@@ -86,15 +86,15 @@ SECOND = (
     benchmark("ablation", 50, "--quick"),
 )
 THIRD = (benchmark("convergence", 550),)
-FOURTH = (benchmark("host", 550, called="compiled_host"),)  # torch.compile takes a minute a batch
+FOURTH = (benchmark("host", 550, called="compiled_host"),)  # torch.compile takes a minute per batch
 NAMED = SECOND + THIRD + FOURTH
 
 
 def main(
-    out: Annotated[Path, typer.Argument(help="Directory for what is found.")],
+    out: Annotated[Path, typer.Argument(help="Directory for the results.")],
     only: Annotated[list[str] | None, typer.Option(help="Parts, by name.")] = None,
 ) -> None:
-    """Run every part, whatever becomes of the others, and end with a line for each."""
+    """Run every part, even if others fail, and end with a line for each."""
     known = {part.name: part for part in PARTS + NAMED}
     for name in only or ():
         if name not in known:
@@ -153,14 +153,14 @@ def _run_process(command: list[str], log, seconds: int) -> str:
 
 
 def _rows(path: Path) -> Iterator[dict]:
-    """The rows that a part measured, without its environment, which is that of this process."""
+    """The rows that a part measured, without its environment, which is this process's too."""
     for line in path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else ():
         with contextlib.suppress(ValueError):  # half a line of a part that was stopped
             yield json.loads(line)
 
 
 def _failed_tests(path: Path) -> list[str]:
-    """The names of the tests that the log says have failed, each once."""
+    """The names of the failed tests in the log, each once."""
     log = path.read_text(encoding="utf-8", errors="replace")
     return sorted(set(re.findall(r"^(?:\[gw.*\] )?(?:FAILED|ERROR) (tests/\S+)", log, re.M)))
 

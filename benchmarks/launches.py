@@ -1,6 +1,6 @@
-"""Launches that do not reach a GPU: operators on CPU tensors run as on one, up to the launch.
+"""Launches that do not reach a GPU: operators on CPU tensors run as on a GPU, up to the launch.
 
-Results are memory as it was.
+Results are uninitialised memory.
 """
 
 import contextlib
@@ -14,16 +14,18 @@ from fastbert import backend, kernels
 from fastbert.kernels import runtime
 from fastbert.kernels.runtime import Handle, Kernel
 
-for _unit in pkgutil.iter_modules(kernels.__path__):  # their constants are made of IS_INTERPRETED,
-    importlib.import_module(f"fastbert.kernels.{_unit.name}")  # which is another in `given_to`
+for _unit in pkgutil.iter_modules(kernels.__path__):  # before `given_to` changes IS_INTERPRETED,
+    importlib.import_module(f"fastbert.kernels.{_unit.name}")  # from which they make constants
 
-# GPUs by their compute capability, and how many multiprocessors an A100, an H100 and a B200 have.
+# The multiprocessors of an A100, an H100 and a B200, by compute capability.
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 
 class Launch(NamedTuple):
-    """capability: of the GPU, 80 for sm_80; values: of the kernel's arguments and of Triton's
-    options, by name.
+    """A launch of a kernel.
+
+    capability: of the GPU, 80 for sm_80; values: of the kernel's arguments and of Triton's options,
+    by name
     """
 
     capability: int
@@ -33,21 +35,21 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    """In the block operators on CPU tensors take the backends that a GPU has."""
+    """In the block, operators on CPU tensors use the backends that a GPU has."""
     with (
         mock.patch.dict(backend.PREFERENCE, cpu=backend.PREFERENCE["cuda"]),
-        mock.patch.object(backend, "INTERPRETED", True),  # which lets Triton have CPU tensors
-        backend.use(None),  # so that choices of before are forgotten, and then those of here
+        mock.patch.object(backend, "INTERPRETED", True),  # so that Triton gets CPU tensors
+        backend.use(None),  # forgets the choices made before and, at its end, those made here
     ):
         yield
 
 
 @contextlib.contextmanager
 def given_to(run: Callable[..., None]) -> Iterator[None]:
-    """In the block kernels are not compiled, and `run` is called in place of Triton's launcher.
+    """In the block, kernels are not compiled, and `run` is called instead of Triton's launcher.
 
-    run: of the grid's three sizes, the stream, five things that are None here, then the kernel's
-    addresses and numbers.
+    run: takes the grid's three sizes, the stream, five arguments that are None here, then the
+    kernel's addresses and numbers.
     """
     handle = Handle(run, None, None, ())
     with (
@@ -62,7 +64,7 @@ def given_to(run: Callable[..., None]) -> Iterator[None]:
         yield
 
 
-# Functions, because a `Mock`, which counts its calls, takes longer than a launch.
+# Functions, because a `Mock` counts its calls, which takes longer than a launch.
 def _cpu() -> int:
     return -1  # the device of a CPU tensor
 
@@ -73,7 +75,7 @@ def _stream(device: int) -> int:
 
 @contextlib.contextmanager
 def recorded(capability: int) -> Iterator[list[Launch]]:
-    """The launches of the block, as they are on a GPU of this compute capability."""
+    """Records the launches of the block, as a GPU of this compute capability would make them."""
     launches: list[Launch] = []
 
     def record(kernel: Kernel, grid: Any, *arguments: Any, **constants: Any) -> None:

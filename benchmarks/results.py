@@ -1,9 +1,9 @@
 """Results as JSON Lines, written row by row as soon as they are measured.
 
 The first row is the environment; it has `changes` if the code differed from the commit. Every other
-row has its `part`, as `case` what was measured, and `timings`: for each candidate its `median_s`
-and its `spread` (`timing.summarize`); fastbert's are under FASTBERT. A part's other figures are
-further fields of the row.
+row has its `part`; `case`, which says what was measured; and `timings`, with the `median_s` and the
+`spread` of each candidate (`timing.summarize`). fastbert is the candidate FASTBERT. A part's other
+figures are further fields of the row.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ import torch
 from fastbert.check import InputError
 from fastbert.train.report import environment
 
-# Candidates that a step is timed beside; operators are timed beside others.
+# Candidates for whole steps and calls; operators have candidates of their own.
 FASTBERT, FP8 = "fastbert", "FP8 (fastbert)"
 EAGER, SDPA, COMPILED = (f"Hugging Face ({how})" for how in ("eager", "SDPA", "torch.compile"))
-# Of forward passes, without autocast.
+# Only for forward passes; runs without autocast.
 LOW = "Hugging Face (SDPA, bf16 weights)"
-# Calls of small batches are also timed beside a compiled model that replays CUDA graphs.
+# A compiled model that replays CUDA graphs, for calls with small batches.
 REDUCED = "Hugging Face (torch.compile, reduce-overhead)"
 PATCHED, PATCHED_GRAPHS = "patched", "patched (CUDA graphs)"
 
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 class Options:
     """How to run the parts of the suite.
 
-    precision: fp32, or bf16 by autocast; quick: small sizes, minutes on 2 CPU cores
+    precision: fp32, or bf16 with autocast; quick: small sizes, which take minutes on 2 CPU cores
     """
 
     device: torch.device
@@ -51,7 +51,7 @@ class Options:
 
 
 class Results:
-    """Collects rows, and appends each to the file `path`, if given, which is emptied first.
+    """Collects rows and, if `path` is given, appends each to that file, which is emptied first.
 
     Raises InputError if the file cannot be written.
     """
@@ -104,7 +104,7 @@ def read(path: Path) -> list[Row]:
 
 
 def _wrong(row: Any) -> str:
-    """What a row that is no environment lacks; empty if nothing."""
+    """What a row after the environment lacks; empty if nothing."""
     if not isinstance(row, dict):
         return "no row"
     for name, kind in (("part", str), ("case", dict), ("timings", dict)):
@@ -129,14 +129,14 @@ def describe(options: Options) -> Row:
 
 
 def _variables() -> list[str]:
-    """The variables that change what is measured, as a shell sets them for a command."""
+    """The set variables that change what is measured, as a shell sets them before a command."""
     names = [f"FASTBERT_{name}" for name in ("BACKEND", "GRAPHS", "PDL")]
     found = {name: os.environ.get(name) for name in [*names, "CUBLAS_WORKSPACE_CONFIG"]}
     return [f"{name}={value}" for name, value in found.items() if value]
 
 
 def _program() -> str:
-    """The module that `python -m` runs: the suite, or one part alone."""
+    """The module that `python -m` runs: the suite or a single part."""
     spec = sys.modules["__main__"].__spec__
     return "benchmarks" if spec is None else spec.name.removesuffix(".__main__")
 

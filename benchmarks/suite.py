@@ -1,4 +1,4 @@
-"""The commands of `python -m benchmarks`; without a command it measures PARTS, into a file."""
+"""The commands of `python -m benchmarks`; without a command it measures PARTS."""
 
 import importlib
 import os
@@ -22,8 +22,8 @@ from benchmarks.steps import floor
 from benchmarks.training import jump
 from fastbert.check import InputError
 
-# A part is a module with run(options, results). Those of LONG take hours or need another server
-# installed, and run only if --only names them.
+# A part is a module with run(options, results). The parts in LONG take hours or need another
+# server installed, so they run only if --only names them.
 PARTS = {
     "kernels": "operators.kernels",
     "steps": "steps.steps",
@@ -64,12 +64,12 @@ for name, command in COMMANDS.items():
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
-    quick: Annotated[bool, typer.Option("--quick", help="Minutes, at small sizes.")] = False,
-    only: Annotated[list[str] | None, typer.Option(help=f"Of {NAMES}.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Take minutes, with small sizes.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help=f"Parts: {NAMES}.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (autocast).")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="JSON Lines file, written as it goes.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON Lines file, written row by row.")] = None,
 ) -> None:
-    """Time fastbert against what else there is, all in turns; without a command, everything."""
+    """Time fastbert and its alternatives in turns; without a command, all parts."""
     if context.invoked_subcommand is not None:
         return
     for name in only or ():
@@ -90,7 +90,7 @@ def run_parts(names: tuple[str, ...], options: Options, results: Results) -> lis
     failed = []
     for name in names:
         started, before = time.perf_counter(), len(results.rows)
-        # only `host` lets models record graphs: others measure launches or record steps themselves
+        # only `host` lets models record graphs; other parts measure launches or record steps
         graphs = {"FASTBERT_GRAPHS": "auto" if name == "host" else "0"}
         try:
             with mock.patch.dict(os.environ, graphs):

@@ -1,4 +1,4 @@
-"""Timing side by side: candidates take turns, so that other load of the machine hits them all."""
+"""Timing in turns, so that other load on the machine affects all candidates."""
 
 import contextlib
 import statistics
@@ -21,7 +21,7 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each of `rounds` calls per candidate, after one unmeasured call to warm up.
 
-    every: n for candidates that take part in every n-th round only
+    every: n for a candidate that takes part in every n-th round only
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds + 1):
@@ -40,8 +40,8 @@ def interleaved(
 def timed(flush: Tensor, work: Callable, *arguments: Any) -> tuple[Any, Callable[[], float]]:
     """Runs `work`; returns its result, and a function that reads its seconds on the device.
 
-    On a GPU the work is queued behind a sleep and a flush of the cache, so that no launch gap is
-    timed; the caller synchronises before it reads the seconds.
+    On a GPU the work is queued after a sleep and a flush of the cache, so that no launch gap is
+    timed; the caller must synchronise before it reads the seconds.
     """
     if not flush.is_cuda:
         before = time.perf_counter()
@@ -64,7 +64,7 @@ def flush_for(device: torch.device) -> Tensor:
 
 
 def recorded(work: Work) -> tuple[Work, str | None]:
-    """The work as a CUDA graph and None; or unchanged, and the reason why recording failed."""
+    """(the work as a CUDA graph, None), or (the work, the reason why recording failed)."""
     graphs = CudaGraphs()
     for _ in range(WARM_UP):
         graphs.warm_up(work)
@@ -79,7 +79,7 @@ def recorded(work: Work) -> tuple[Work, str | None]:
 def generators_kept() -> Iterator[None]:
     """Restores the state of PyTorch's GPU generators if a recording in the block fails.
 
-    After a failed recording they still count as being recorded and refuse to draw.
+    After a failed recording the generators would still count as being recorded and refuse to draw.
     """
     states = [generator.clone_state() for generator in torch.cuda.default_generators]
     try:
@@ -91,7 +91,7 @@ def generators_kept() -> Iterator[None]:
 
 
 def why_not_recorded(error: BaseException) -> str:
-    """The reason: the error's context, because a failed recording raises again when it is ended."""
+    """The reason: the error's context, because ending a failed recording raises another error."""
     return first_line(error.__context__ or error)
 
 
@@ -101,9 +101,9 @@ def first_line(error: BaseException) -> str:
 
 
 def summarize(seconds: list[float]) -> dict[str, Any]:
-    """median_s in seconds, rounds, and spread: the interquartile range over the median.
+    """median_s in seconds, rounds, and spread: the interquartile range divided by the median.
 
-    The spread of one round is not known: None.
+    With one round the spread is None.
     """
     median, spread = statistics.median(seconds), None
     if len(seconds) > 1:

@@ -1,4 +1,4 @@
-"""Batches to measure: sequence lengths as in pre-training, the same tokens padded and packed."""
+"""Batches to measure, with sequence lengths as in pre-training, padded and packed."""
 
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ from fastbert.packing import IGNORE_INDEX, PackedBatch
 MAX_SEQLEN = 512
 VOCAB_SIZE = 30522
 
-# Share of sequences with a length in each eighth of 512 tokens. Half of a padded batch is padding,
-# as in phase 2 of MLPerf's BERT data (254 real tokens per sequence). The shape is our assumption:
-# many short sequences, and a peak at the longest.
+# The share of sequences whose length is in each eighth of 512 tokens. Half of a padded batch is
+# padding, as in phase 2 of MLPerf's BERT data (254 real tokens per sequence). The shape is our
+# assumption: many short sequences, and a peak at the longest.
 WIKIPEDIA = (0.12, 0.17, 0.14, 0.12, 0.10, 0.08, 0.07, 0.20)
 
 
@@ -35,10 +35,10 @@ class Batch(NamedTuple):
 def sequence_lengths(distribution: str, count: int) -> list[int]:
     """`count` lengths, in tokens, at equally spaced quantiles of a distribution.
 
-    distribution: "wikipedia"; "uniform", up to 512, both the longest first, as `fastbert pretrain`
-    packs its batches; "serving", uniform from a fifth of 512 on, so that 60 % of a padded batch is
-    filled, the shortest first; "full", all 512; or a number, the length of all. Raises KeyError for
-    another name.
+    distribution: "wikipedia" and "uniform" have up to 512, longest first, as `fastbert pretrain`
+    packs its batches; "serving" is uniform from a fifth of 512 on, so that 60 % of a padded batch
+    is filled, shortest first; "full" has 512 for all; a number is the length of all. Raises
+    KeyError for another name.
     """
     if distribution.isdigit():
         return [int(distribution)] * count

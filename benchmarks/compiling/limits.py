@@ -1,4 +1,4 @@
-"""What the code of each kernel must keep to: wide loads, tensor cores, and no spills but a few."""
+"""The limits for the code of each kernel: wide loads, tensor cores, and few or no spills."""
 
 import math
 from typing import NamedTuple
@@ -13,7 +13,7 @@ ROWS_COLS, M_N, M_D = ("ROWS", "COLS"), ("BLOCK_M", "BLOCK_N"), ("BLOCK_M", "BLO
 N_D, BLOCK_D = ("BLOCK_N", "BLOCK_D"), ("BLOCK", "BLOCK_D")
 
 # By kernel: the constants that are the sides of its tile, and the tensors that it reads by tiles,
-# each time that it does. A thread reads its share of each by loads of 16 bytes.
+# once for each read. A thread reads its share of each with loads of 16 bytes.
 TILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "attention_drop_words_kernel": (("BLOCK_ROWS", "BLOCK_WORDS"), ()),
     "attention_fwd_kernel": (N_D, ("k_ptr", "v_ptr")),
@@ -38,15 +38,17 @@ TILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-# Bytes of shared memory that a program may have: for sm_80 those of sm_86, 89 and 120, whose tables
-# are the same and which have less.
+# Bytes of shared memory that a program may have. sm_80's entry is that of sm_86, 89 and 120, which
+# have less and use the same tables.
 SHARED = {80: 101376, 90: 232448, 100: 232448}
 
 
 class Limits(NamedTuple):
-    """wide_loads: 16-byte global loads that the code must have at least; shared: bytes of shared
-    memory at most; dots: whether it must use the tensor cores; spills: spilled loads and stores
-    allowed; reason: why any are.
+    """The limits for a launch's code.
+
+    wide_loads: the least number of 16-byte global loads; shared: the most bytes of shared memory;
+    dots: whether it must use the tensor cores; spills: spilled loads and stores allowed; reason:
+    why any are
     """
 
     wide_loads: int
@@ -59,22 +61,22 @@ class Limits(NamedTuple):
 def limits_of(launch: Launch) -> Limits:
     values, (sides, tensors) = launch.values, TILES[launch.kernel.__name__]
     element_bytes = sum(values[name].itemsize for name in tensors if values[name] is not None)
-    is_column = values.get("COLS") == 1  # whose rows are apart
+    is_column = values.get("COLS") == 1  # its elements are not adjacent
     tile_bytes = 0 if is_column else element_bytes * math.prod(values[side] for side in sides)
     wide_loads = tile_bytes // (16 * 32 * values["num_warps"])
-    has_dots = "PRECISION" in values  # which only a product has
+    has_dots = "PRECISION" in values  # only kernels with a matrix product have it
     return Limits(wide_loads, SHARED[launch.capability], has_dots, *_spills(launch))
 
 
 def block_of(launch: Launch) -> str:
-    """The sides of its tile, and warps."""
+    """The sides of the launch's tile and its warps, as text."""
     sides, _ = TILES[launch.kernel.__name__]
     sizes = " x ".join(str(launch.values[side]) for side in sides)
     return f"{sizes}, {launch.values['num_warps']} warps"
 
 
 def _spills(launch: Launch) -> tuple[int, str]:
-    """How many are allowed, and why."""
+    """How many spills are allowed, and why."""
     capability, kernel, values = launch
     name = kernel.__name__
     if "PRECISION" in values:
@@ -86,10 +88,10 @@ def _spills(launch: Launch) -> tuple[int, str]:
             most = 210 if has_sums and name == "attention_dq_kernel" else 200
             return most, "three tf32 products for one in float32"
         if values.get("BLOCK") == 128 and values["num_warps"] == 4:
-            return 115, "faster than 8 warps without"
+            return 115, "faster than 8 warps without spills"
         is_large = capability == SM100 and values["HEAD_DIM"] > 64
         if has_dropout and has_sums and is_large and name == "attention_dkdv_kernel":
-            return 20, "ten registers with Triton 3.9, spilled before the loop and read behind it"
+            return 20, "ten registers with Triton 3.9, spilled before the loop and read after it"
         if has_dropout and (is_pipelined or is_large):
             return 4, "two registers with Triton 3.9"
         if has_dropout and capability == SM80:

@@ -1,8 +1,8 @@
-"""`python -m benchmarks compile`: what Triton makes of each kernel, for GPUs not here.
+"""`python -m benchmarks compile`: compiles each Triton kernel for GPUs that are not present.
 
 Compiles every launch of `benchmarks.compiling.cases` ahead of time for sm_80, sm_90 and sm_100 and
 reads registers, memory, tensor-core instructions and load widths from the binaries with the tools
-that Triton ships. Exits with 1 where a kernel exceeds its limits, `benchmarks.compiling.limits`.
+that Triton ships. Exits with 1 if a kernel exceeds its limits, `benchmarks.compiling.limits`.
 """
 
 import re
@@ -40,12 +40,12 @@ class Report(NamedTuple):
 
 
 class Gpu(NamedTuple):
-    """Triton's driver of a GPU that is not here: kernels are compiled for it, and none can run."""
+    """Triton's driver for a GPU that is not present: kernels compile for it, but none can run."""
 
     capability: int
 
     def get_current_device(self) -> int:
-        return self.capability  # of each device Triton keeps what was compiled for it
+        return self.capability  # because Triton caches compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -55,9 +55,9 @@ class Gpu(NamedTuple):
 
 
 def compile_for_its_gpu(launch: Launch) -> CompiledKernel:
-    """What Triton would compile for this launch, for its arguments' types, alignment and ones.
+    """The kernel as Triton compiles it for this launch's types, alignment and arguments equal to 1.
 
-    From then on the process has no GPU of its own.
+    After that the process cannot use a GPU of its own.
     """
     triton.runtime.driver.set_active(Gpu(launch.capability))
     return launch.kernel.jit.warmup(grid=(1,), **launch.values, **OPTIONS)
@@ -82,14 +82,14 @@ def disassembled(compiled: CompiledKernel) -> Report:
 
 
 def faults(limits: Limits, report: Report) -> list[str]:
-    """What in the code is beyond the limits."""
+    """The limits that the code exceeds."""
     found = []
     if report.spills > limits.spills:
         found.append(f"{report.spills} spills, {limits.spills} allowed")
     if (report.stack or report.local) and not limits.spills:
         found.append(f"{report.stack + report.local} bytes of local memory")
     if report.wide_loads < limits.wide_loads:
-        found.append(f"{report.wide_loads} loads of 16 bytes, {limits.wide_loads} wanted")
+        found.append(f"{report.wide_loads} loads of 16 bytes, {limits.wide_loads} required")
     if report.shared > limits.shared:
         found.append(f"{report.shared} bytes of shared memory, {limits.shared} allowed")
     if limits.dots and not report.matrix_products:
@@ -104,10 +104,10 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="Only the representative part.")] = False,
+    quick: Annotated[bool, typer.Option(help="Only a representative part.")] = False,
     only: Annotated[str, typer.Option(help=f"One unit: {', '.join(UNITS)}.")] = "",
 ) -> None:
-    """Compiles every kernel for every GPU and prints what became of it."""
+    """Compile every kernel for every GPU, and print what its code uses."""
     if only not in ("", *UNITS):
         raise typer.BadParameter(f"--only: one of {', '.join(UNITS)}, got {only}")
     table = Table("kernel", "case", "block", "GPU", *Report._fields, "verdict")
@@ -117,7 +117,7 @@ def main(
         for capability in case.quick if quick else CAPABILITIES:
             for launch in case.launches(capability):
                 compiled = compile_for_its_gpu(launch)
-                if compiled.hash in seen:  # another case launched the very same
+                if compiled.hash in seen:  # another case launched the same kernel
                     continue
                 seen.add(compiled.hash)
                 limits, report = limits_of(launch), disassembled(compiled)

@@ -33,8 +33,8 @@ Work = Callable[[], Any]
 class Case(NamedTuple):
     """A kind of call (INFERENCE, STEP, STATES, CONTRASTIVE or LORA), a model and a batch.
 
-    sequences: how many, of up to `length` tokens; is_full: all have that length, else half of it on
-    average; has_mask: whether an attention_mask is passed
+    sequences: their number, with up to `length` tokens each; is_full: whether all have that length;
+    otherwise half of it on average; has_mask: whether an attention_mask is passed
     """
 
     of: str
@@ -48,7 +48,7 @@ class Case(NamedTuple):
 def batch_of(case: Case, device: torch.device, shape: dict) -> dict[str, Tensor]:
     shares = (torch.arange(case.sequences) + 0.5) / case.sequences
     lengths = (shares * case.length).round().clamp(min=1)
-    lengths[-1] = case.length  # the batch is as wide as its longest
+    lengths[-1] = case.length  # the batch is as wide as its longest sequence
     if case.is_full:
         lengths[:] = case.length
     is_real = torch.arange(case.length) < lengths[:, None]
@@ -81,7 +81,7 @@ def models(case: Case, shape: dict, names: list[str], device: torch.device) -> d
 
 
 def adapted(model: nn.Module) -> nn.Module:
-    """The model with LoRA (Hu et al. 2021) on queries and values, the only weights that train."""
+    """The model with LoRA (Hu et al. 2021) on queries and values; only the adapters train."""
     import peft
 
     torch.manual_seed(0)
@@ -114,7 +114,7 @@ def own_loss(run: Callable, batch: dict[str, Tensor]) -> Tensor:
 
 
 def contrastive_loss(run: Callable, batch: dict[str, Tensor]) -> Tensor:
-    """InfoNCE (van den Oord et al. 2018) of two forwards, with dropout of their own: SimCSE's."""
+    """SimCSE's loss: InfoNCE (van den Oord et al. 2018) of two forwards with different dropout."""
     first, second = (F.normalize(run(**batch).last_hidden_state[:, 0]) for _ in range(2))
     return F.cross_entropy(20 * first @ second.t(), torch.arange(len(first), device=first.device))
 

@@ -1,10 +1,10 @@
 """Host time of layers and operators, measured without a GPU: kernel launches do nothing.
 
-Tensors are on the CPU, and operators run their launchers, as on a GPU, up to the call of Triton's
-compiled launcher, which returns at once; it and the driver, which would follow, are not counted.
-PyTorch's own operators run on the CPU, so that CUDA's dispatch, allocator and launches are not
-counted either. A layer's four matrix products do run; their time is measured beside it.
-Outputs of kernels are uninitialised memory.
+Tensors are on the CPU. Operators run their launchers as on a GPU, up to the call of Triton's
+compiled launcher, which returns at once; the real launcher and the driver are not counted. PyTorch
+runs its own operators on the CPU, so CUDA's dispatch, allocator and launches are not counted
+either. A layer's four matrix products do run; their time is also measured alone. Outputs of kernels
+are uninitialised memory.
 
 The parts are "host_layers", with the small models of `benchmarks.host.host`, and "host_operators".
 """
@@ -28,7 +28,7 @@ from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.embedding import embedding_layer_norm
 from fastbert.ops.layer_norm import dropout_add_layer_norm, layer_norm
 
-DEPTHS = 2, 12  # a layer's time is the difference of both models over that of their depths
+DEPTHS = 2, 12  # a layer's time: the difference of both models' times / that of their depths
 CALLS = 50  # calls of an operator that are timed together
 MODES = "without gradients", "with gradients", "forward and backward"
 
@@ -41,9 +41,9 @@ def run(options: Options, results: Results) -> None:
 
 @contextlib.contextmanager
 def in_place() -> Iterator[None]:
-    """Operators on CPU tensors choose the backends that a GPU has, and no Triton kernel runs."""
+    """In the block, operators on CPU tensors use a GPU's backends, and no Triton kernel runs."""
     with launches.given_to(lambda *arguments: launch(*arguments)):
-        # much uninitialised memory reads as denormal numbers, with which a CPU is slow
+        # uninitialised memory often holds denormal numbers, with which a CPU is slow
         torch.set_flush_denormal(True)
         try:
             yield
@@ -52,7 +52,7 @@ def in_place() -> Iterator[None]:
 
 
 def launch(*arguments: Any) -> None:
-    """Stands for the launch of a kernel, and does nothing."""
+    """Replaces the launch of a kernel, and does nothing."""
 
 
 def time_layers(options: Options, rounds: int, results: Results) -> None:
@@ -76,7 +76,7 @@ def time_layers(options: Options, rounds: int, results: Results) -> None:
 
 
 def products(is_step: bool) -> Work:
-    """The four matrix products of a layer by PyTorch, `CALLS` times; a step has their gradients."""
+    """A layer's four matrix products in PyTorch, `CALLS` times; in a step with gradients."""
     hidden, wide = SMALL["hidden_size"], SMALL["intermediate_size"]
     calls = []
     for n, m in ((hidden, 3 * hidden), (hidden, hidden), (hidden, wide), (wide, hidden)):
@@ -97,7 +97,7 @@ class Operator(NamedTuple):
 
 
 def operators() -> list[Operator]:
-    """The operators of a layer and of the embeddings, with tensors as in the small models."""
+    """The operators of a layer and of the embeddings, with tensors of the small models' sizes."""
     heads, hidden, wide = (
         SMALL[name] for name in ("num_attention_heads", "hidden_size", "intermediate_size")
     )

@@ -1,11 +1,11 @@
-"""The cost of Python around the kernels: calls so small that their arithmetic hardly counts.
+"""Host time, the cost of Python around the kernels, in calls that have hardly any arithmetic.
 
 The part "host" times whole calls of fastbert's own, patched and Hugging Face's models in turns,
-with the same weights and batch. On every machine it runs on the CPU with one thread: 12 layers of
-width 32 and one sequence of 16 tokens, in a step four too, in float32. On a GPU it also runs
-BERT-base: inference with weights in the precision that is measured, with all hidden states too, and
-fine-tuning steps under autocast, of a classifier, also by Hugging Face's Trainer or with LoRA, and
-of a contrastive loss. There, patched models also run with CUDA graphs, and Hugging Face's with
+with the same weights and batch. On every machine it runs on the CPU in float32 with one thread: 12
+layers of width 32 and one sequence of 16 tokens, in training steps also four. On a GPU it also runs
+BERT-base: inference with weights in the measured precision, also with all hidden states, and
+fine-tuning steps under autocast, of a classifier (also by Hugging Face's Trainer and with LoRA) and
+with a contrastive loss. On a GPU, patched models also run with CUDA graphs, and Hugging Face's with
 torch.compile.
 
 Then `empty_launches` measures single layers and operators as they run on a GPU.
@@ -37,7 +37,7 @@ from benchmarks.results import FASTBERT, PATCHED, PATCHED_GRAPHS, REDUCED, SDPA,
 from benchmarks.timing import first_line, interleaved, summarize
 from fastbert.config.pretrain import PRESETS
 
-WARM_UP = 4  # runs in which torch.compile compiles and records; patched models may record
+WARM_UP = 4  # runs in which torch.compile compiles and records, and patched models may record
 
 CPU_CASES = (
     *(Case(INFERENCE, model, has_mask=m) for model in (ENCODER, CLASSIFIER) for m in (True, False)),
@@ -47,7 +47,7 @@ CPU_CASES = (
 )
 BATCHES = ((1, 16, True), (1, 128, True), (32, 128, True), (32, 128, False), (32, 512, False))
 COMPILED_CASES = tuple(Case(of, CLASSIFIER, *b) for of in (INFERENCE, STEP) for b in BATCHES)
-# torch.compile takes a minute per model, so it is left out for these batches.
+# Batches that are not measured with torch.compile, which takes a minute per model.
 OTHER_CASES = (
     Case(INFERENCE, CLASSIFIER, 8, 128, False),
     Case(INFERENCE, CLASSIFIER, 128, 256, False),
@@ -105,7 +105,7 @@ def compare(
             for _ in range(WARM_UP):
                 work()
             works[name] = work
-        except Exception as error:  # out of memory, no compiler: the others are still worth timing
+        except Exception as error:  # out of memory, no compiler: still time the others
             refused[name] = first_line(error)
     timings = {name: summarize(times) for name, times in interleaved(works, rounds).items()}
     about = {"device": options.device.type, "preset": preset, **case._asdict()}

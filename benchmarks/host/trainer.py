@@ -1,7 +1,7 @@
 """A fine-tuning step by Hugging Face's Trainer, end to end.
 
-That is its loop with the data loader, autocast, clipping and the optimizer. The models take turns,
-run by run, and keep what they have recorded. Rows are of the part "host".
+The time includes its loop with data loader, autocast, clipping and optimizer. The models take turns
+run by run, and keep the graphs that they have recorded. Rows belong to the part "host".
 """
 
 import tempfile
@@ -17,11 +17,11 @@ from benchmarks.results import PATCHED, PATCHED_GRAPHS, SDPA, Options, Results
 from benchmarks.timing import summarize
 
 TRAINER = "Trainer's step"
-STEPS, WARM_UP = 30, 5  # of a run, and how many of them are not timed
+STEPS, WARM_UP = 30, 5  # steps of a run, and how many of them are not timed
 
 
 class Clock(transformers.TrainerCallback):
-    """The times at which the warm-up and the last step end, with the device's work done."""
+    """Records the times at which the warm-up and the last step end, after the device's work."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -38,7 +38,7 @@ def compare(
 ) -> None:
     """Times a step of all candidates, and adds a row; the first run of each is not timed.
 
-    Sequences have the case's length, or are as likely to have any length up to it.
+    If the case is full, all sequences have its length; otherwise lengths are uniform up to it.
     """
     torch.manual_seed(0)
     words = shape.get("vocab_size", transformers.BertConfig().vocab_size)
@@ -94,7 +94,7 @@ def seconds_a_step(model: nn.Module, case: Case, rows: list[dict], options: Opti
 
 
 def padded(rows: list[dict]) -> dict[str, Tensor]:
-    """As transformers' DataCollatorWithPadding does, for which there is no tokenizer."""
+    """Pads as transformers' DataCollatorWithPadding does, which would need a tokenizer."""
     ids = [row["input_ids"] for row in rows]
     pad = torch.nn.utils.rnn.pad_sequence
     return {

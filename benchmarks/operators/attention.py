@@ -1,4 +1,4 @@
-"""Attention over packed sequences, and the alternatives that a user has for the same sequences."""
+"""Attention over packed sequences, and users' alternatives for the same sequences."""
 
 from collections.abc import Callable, Iterator
 
@@ -29,7 +29,7 @@ def attention_workloads(
     for seqlen in (128, 512):
         count = max(tokens // seqlen, 1)
         cases.append((f"{count} x {seqlen}", [seqlen] * count))
-    count = max(tokens // 254, 1)  # tokens of a sequence, on average
+    count = max(tokens // 254, 1)  # 254 tokens per sequence on average
     cases.append((f"{count} wikipedia", sequence_lengths("wikipedia", count)))
     for name, lengths in cases:
         for dropout_p in (0.0, 0.1):
@@ -38,7 +38,7 @@ def attention_workloads(
 
 
 class Sequences:
-    """Inputs and bodies for B sequences of T tokens in all, with N heads of size D.
+    """Inputs and bodies for B sequences with T tokens in total and N heads of size D.
 
     Packed tensors are (T, N, D), padded ones (B, N, S, D); S is the longest sequence.
     """
@@ -79,7 +79,7 @@ class Sequences:
         )
 
     def alternatives(self) -> dict[str, Body]:
-        """Other functions; those for padded tensors get them padded, as their users have them."""
+        """Other functions; those that take padded tensors get them already padded."""
         bodies = {EAGER: Body(self.plain, waits=self.is_padded)}
         for name, backend in SDPA_BACKENDS.items():
             bodies[name] = Body(self._sdpa(backend), self._padded_inputs)
@@ -88,7 +88,7 @@ class Sequences:
         return bodies
 
     def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Pads, calls PyTorch's scaled_dot_product_attention and unpads by a mask.
+        """Pads, calls PyTorch's scaled_dot_product_attention and unpads with a mask.
 
         Indexing by the mask makes the host wait for its sum.
         """
@@ -133,7 +133,7 @@ class Sequences:
         return tuple(self.normal(3, 1, self.heads, self.total, HEAD_DIM).unbind())
 
     def _flex(self) -> Callable[..., Tensor]:
-        """Sequences as documents of one row; the block mask and compiled function are made once."""
+        """Sequences are documents of one row; block mask and compiled function are made once."""
         made: list = []
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ EAGER = "PyTorch eager"
 class Body(NamedTuple):
     """One way to compute a workload; `run` may raise if it cannot run on this machine.
 
-    make: draws its inputs, None for the workload's own; waits: whether the host waits for the GPU,
-    so that no CUDA graph can be recorded
+    make: draws its inputs; None if it takes the workload's; waits: whether the host waits for the
+    GPU, so that no CUDA graph can be recorded
     """
 
     run: Callable[..., Tensor]
@@ -25,9 +25,9 @@ class Body(NamedTuple):
 class Workload(NamedTuple):
     """An operator with inputs of one size.
 
-    make: draws the inputs, of which floating-point ones get gradients; fused: calls fastbert's
-    operator; alternatives: EAGER, which takes the same inputs, and others; forward, backward: bytes
-    that must be moved, or floating-point operations if `is_product`; backward 0: no gradient
+    make: draws the inputs; floating-point inputs get gradients; fused: calls fastbert's operator;
+    alternatives: EAGER, which takes the same inputs, and others; forward, backward: the bytes that
+    must be moved, or the floating-point operations if `is_product`; backward 0: no gradient
     """
 
     operator: backend.Op

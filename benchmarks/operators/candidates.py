@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 
 class Table(NamedTuple):
-    """A table of block shapes, and what to try in its place.
+    """A table of block shapes, and the entries to try instead.
 
-    unit, name: the attribute of a module of fastbert.kernels; backward: which pass it is for;
-    candidates: of the rows' width, the entries to try; where: in the label of workloads that use
-    the table, as short and long sequences have kernels of their own.
+    unit, name: the attribute of a module of fastbert.kernels; backward: whether it is for the
+    backward; candidates: returns the entries to try for a row width; where: text in the labels of
+    the workloads that use the table, because short and long sequences have different kernels.
     """
 
     unit: str
@@ -33,34 +33,34 @@ def sum_rows(columns: int) -> Iterator[tuple[int, int]]:
 
 
 def casts(columns: int) -> Iterator[tuple[int, ...]]:
-    """Candidates of the kernels that cast to FP8."""
+    """Candidates for the kernels that cast to FP8."""
     return itertools.product((64, 128, 256), (32, 64, 128), (4, 8))
 
 
 def grid(*choices: Iterable[int]) -> Callable[[int], Iterator[tuple[int, ...]]]:
-    """Candidates that are all combinations, whatever the rows' width."""
+    """All combinations as candidates, for any row width."""
     return lambda columns: itertools.product(*choices)
 
 
 def stages(columns: int) -> Iterator[int]:
-    """Candidates for loops without a product, which Triton pipelines only where it is told to."""
+    """Candidates for loops without a matrix product, which Triton pipelines only on request."""
     yield from (1, 2, 3, 4)
 
 
 def tiles(columns: int) -> Iterator[Any]:
-    """Stages too, because Triton pipelines loops with a product."""
+    """Also varies the stages, because Triton pipelines loops with a matrix product."""
     from fastbert.kernels.attention_common import Tile
 
     for rows, cols in itertools.product((64, 128), (32, 64, 128)):
         for warps, stages in itertools.product((4, 8), (1, 2, 3, 4, 5)):
-            doubles_work = warps == 8 and rows == 64  # of each score
-            fills_memory = stages > 3 and cols == 128  # the shared one, 32 KiB a stage
+            doubles_work = warps == 8 and rows == 64  # for each score
+            fills_memory = stages > 3 and cols == 128  # shared memory, 32 KiB a stage
             if not (doubles_work or fills_memory):
                 yield Tile(rows, cols, warps, stages)
 
 
 def dq_tiles(columns: int) -> Iterator[Any]:
-    """Also with as few registers as let four programs or five share a multiprocessor."""
+    """Also varies maxnreg, so that four or five programs share a multiprocessor."""
     for tile in tiles(columns):
         yield tile
         if tile[:1] + tile[2:4] == (64, 4, 3):

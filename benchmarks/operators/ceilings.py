@@ -1,4 +1,4 @@
-"""Ceilings of this machine, measured in the same run: a large matrix product and a large copy."""
+"""Ceilings of this machine, measured in each run: rates of a large matrix product and copy."""
 
 from collections.abc import Iterator
 

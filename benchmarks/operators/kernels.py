@@ -1,9 +1,8 @@
 """Times each operator of fastbert beside the alternatives that a user has, forward and backward.
 
-On a GPU, CUDA events time the replay of a graph behind a full queue, so that no launch gap counts;
+On a GPU, CUDA events time the replay of a graph after a full queue, so that no launch gap counts;
 inputs alternate and the cache is flushed. A rate is given as a share of the ceiling that the same
-run measures: of a copy for operators bound by memory, of a matrix product for those bound by
-arithmetic.
+run measures: a copy's rate for memory-bound operators, a matrix product's for compute-bound ones.
 """
 
 from collections.abc import Callable
@@ -45,7 +44,7 @@ class Passes(NamedTuple):
 def run(options: Options, results: Results, only: str = "") -> None:
     """Measures the parts "ceilings" and "kernels"; only: the name of one operator."""
     device, on_gpu = options.device, options.device.type == "cuda"
-    # quick: about as many tokens as the batch of a step in benchmarks/steps
+    # with --quick about as many tokens as a step's batch in benchmarks/steps
     tokens = (24576 if options.quick else 32768) if on_gpu else 512 if options.quick else 2048
     rounds = (12 if options.quick else 30) if on_gpu else 4 if options.quick else 10
     torch.manual_seed(0)
@@ -54,7 +53,7 @@ def run(options: Options, results: Results, only: str = "") -> None:
         for workload in workloads(preset, tokens, device.type, options.dtype):
             if only in ("", workload.operator.name):
                 bodies = {FASTBERT: Body(workload.fused), **workload.alternatives}
-                if options.quick:  # leaves out what takes long to compile
+                if options.quick:  # leaves out bodies that take long to compile
                     bodies.pop("flex attention", None)
                 else:
                     plain = workload.alternatives[EAGER]
@@ -66,9 +65,9 @@ def run(options: Options, results: Results, only: str = "") -> None:
 def measure(
     workload: Workload, bodies: dict[str, Body], rounds: int, flush: Tensor
 ) -> tuple[Times, dict[str, str]]:
-    """Seconds of forward and backward of the bodies, in turns, after two rounds to warm up.
+    """Times forward and backward of the bodies in turns, after two rounds to warm up.
 
-    A body that fails is dropped; the second result has the reasons by name.
+    Returns the seconds, and by name the reasons why bodies failed; these are dropped.
     """
     own = [_with_gradients(workload.make()) for _ in range(SETS)]
     passes: dict[str, list[Passes]] = {}
@@ -103,7 +102,7 @@ def measure(
 
 
 def direct(workload: Workload, body: Body, tensors: tuple[Tensor, ...]) -> Passes:
-    """Both directions without a graph. Runs forward once, which compiles kernels."""
+    """Both directions without a graph. Runs the forward once, which compiles kernels."""
     leaves = [tensor for tensor in tensors if tensor.requires_grad]
     y = body.run(*tensors)
     dy = torch.randn_like(y) if workload.backward else y
@@ -128,7 +127,7 @@ def recorded(workload: Workload, passes: Passes) -> Passes:
         forward = graphs.record(passes.forward)
         if not workload.backward:
             return Passes(forward, passes.backward)
-        y = forward()  # keeps what backward reads, in the first graph's memory
+        y = forward()  # keeps what the backward reads, in the first graph's memory
         backward = graphs.record(lambda: passes.backward(y))
     return Passes(forward, lambda _: backward())
 
@@ -173,9 +172,9 @@ def add_rows(
 
 
 def main(
-    only: Annotated[str, typer.Option(help="One operator, by name; by default all.")] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, less compiled.")] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON Lines file, written as it goes.")] = None,
+    only: Annotated[str, typer.Option(help="Name of one operator; by default all.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, less compilation.")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON Lines file, written row by row.")] = None,
 ) -> None:
     """Time the operators alone, at the sizes of BERT-base and BERT-large."""
     if only not in ("", *backend.OPS):

@@ -1,4 +1,4 @@
-"""`python -m benchmarks once`: every operator once, forward and backward, at small, odd sizes.
+"""`python -m benchmarks once`: runs every operator forward and backward at small, odd sizes.
 
 `make gpu-check ONLY="once memcheck racecheck"` runs it under compute-sanitizer. It needs an NVIDIA
 GPU; with TRITON_INTERPRET=1 it runs anywhere, at the first size of each operator.
@@ -13,7 +13,7 @@ TOKENS = {"cuda": 389, "cpu": 41}
 
 
 def main() -> None:
-    """Run every operator that has kernels, and say which did."""
+    """Run every operator that has kernels once, and print their names."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float32,)
     names = []

@@ -1,14 +1,14 @@
-"""`python -m benchmarks tune --op X`: times block shapes of its kernels, for their tables.
+"""`python -m benchmarks tune --op X`: times block shapes of the operator's kernels.
 
-A table of block shapes is an attribute of the module that launches the kernel, a constant or a
-function; a sweep puts each candidate in its place. Every candidate is compared with the reference
-before it is timed, and the fastest are printed as the entry to commit, beside the present one.
+A table of block shapes is an attribute, constant or function, of the module that launches the
+kernel; a sweep replaces it with each candidate. Every candidate is compared with the reference
+before it is timed. The fastest are printed as entries to commit, beside the present one.
 
-Most of a sweep would be Triton's compiling, so processes of their own run each candidate once
-before any is timed; what they compile lies in Triton's cache from then on.
+Triton would spend most of a sweep compiling, so separate processes first run each candidate once,
+which leaves the compiled kernels in Triton's cache.
 
-Needs an NVIDIA GPU. With TRITON_INTERPRET=1 it runs anywhere, which shows that it works, and times
-nothing worth knowing.
+Needs an NVIDIA GPU. With TRITON_INTERPRET=1 it runs anywhere, to show that it works; its times then
+mean nothing.
 """
 
 import contextlib
@@ -40,8 +40,8 @@ from fastbert.check import InputError
 from fastbert.config.pretrain import PRESETS
 from fastbert.train.report import environment
 
-AHEAD_TOKENS = 4096  # of what is run to be compiled, by many processes on one GPU
-TOLERANCE = 0.05  # of the largest element: no rounding of bfloat16 comes near, no wrong block stays
+AHEAD_TOKENS = 4096  # of a run that only compiles; many processes share one GPU
+TOLERANCE = 0.05  # of the largest element: above bfloat16's rounding, below any wrong block's error
 
 PROCESSES = min(os.cpu_count() or 1, 8)
 
@@ -50,7 +50,7 @@ console = Console(highlight=False, width=110, soft_wrap=True)
 
 @contextlib.contextmanager
 def forced(table: Table, entry: Any) -> Iterator[None]:
-    """`entry` in the place of whatever the table says; None leaves the table as it is."""
+    """In the block, the table has only `entry`; None leaves the table as it is."""
     module = importlib.import_module(f"fastbert.kernels.{table.unit}")
     original = getattr(module, table.name)
     if entry is not None:
@@ -73,7 +73,7 @@ class Check:
             self.expected = self.gradients(y)
 
     def gradients(self, y: Tensor) -> list[Tensor]:
-        if self.dy is None:  # numbers of rows, which have no gradients
+        if self.dy is None:  # row numbers, which have no gradients
             return [y]
         leaves = [t for t in self.tensors if t.requires_grad]
         return [y.detach(), *torch.autograd.grad(y, leaves, self.dy)]
@@ -89,7 +89,7 @@ class Check:
 def sweep(
     workload: Workload, table: Table, entries: Iterable[Any], rounds: int, flush: Tensor
 ) -> Iterator[dict]:
-    """A row for each entry: its time, or why it was refused."""
+    """Yields a row for each entry: its time, or why it was refused."""
     check = Check(workload)
     direction = "backward" if table.backward else "forward"
     for entry in entries:
@@ -115,7 +115,7 @@ def sweep(
 
 
 class Sizes(NamedTuple):
-    """What `workloads` is asked for."""
+    """The arguments of `workloads`."""
 
     preset: str
     tokens: int
@@ -124,9 +124,9 @@ class Sizes(NamedTuple):
 
 
 def compile_ahead(pool: Executor, sizes: Sizes, number: int, place: int, count: int) -> None:
-    """Has the candidates of a table compiled: those of its operator's `place`-th.
+    """Compiles the candidates of a table, the `place`-th of its operator, in the pool.
 
-    number: of the workload among those of these sizes; count: how many candidates there are.
+    number: the workload's, among those of these sizes; count: the number of candidates.
     """
     few = sizes._replace(tokens=min(sizes.tokens, AHEAD_TOKENS))
     list(pool.map(_run_once, *zip(*((few, number, place, n) for n in range(count)), strict=True)))
@@ -135,7 +135,7 @@ def compile_ahead(pool: Executor, sizes: Sizes, number: int, place: int, count: 
 def _run_once(sizes: Sizes, number: int, place: int, candidate: int) -> None:
     check, table = _check(sizes, number), TABLES[_name(sizes, number)][place]
     entry = list(table.candidates(columns_of(check.workload)))[candidate]
-    # what fails here fails again where it is measured, and is told there
+    # a candidate that fails here fails again when it is measured, where the reason is reported
     with contextlib.suppress(Exception), backend.use("triton"), forced(table, entry):
         check.passes()
 
@@ -150,7 +150,7 @@ def _name(sizes: Sizes, number: int) -> str:
 
 
 def describe(rows: list[dict], best: int = 3) -> Iterator[str]:
-    """The fastest entries, as they would be committed, and the present one's time."""
+    """Lines with the fastest entries, as they would be committed, and the present one's time."""
     present, timed = rows[0], [row for row in rows if "median_s" in row]
     for row in sorted(timed, key=lambda row: row["median_s"])[:best]:
         entry = "as it is" if row["entry"] is None else repr(row["entry"])
@@ -163,17 +163,19 @@ def describe(rows: list[dict], best: int = 3) -> Iterator[str]:
 
 
 def main(
-    op: Annotated[str, typer.Option(help=f"One of {', '.join(TABLES)}; all by default.")] = "",
+    op: Annotated[str, typer.Option(help=f"One of {', '.join(TABLES)}; by default all.")] = "",
     table: Annotated[
-        list[str] | None, typer.Option(help="A table, as it is printed: unit.name. Repeatable.")
+        list[str] | None, typer.Option(help="A table to sweep, as printed: unit.name. Repeatable.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="tiny, mini, base, large; base and large.")] = "",
-    sequences: Annotated[int, typer.Option(help="In the packed batch.", min=1)] = 128,
+    preset: Annotated[
+        str, typer.Option(help="tiny, mini, base, large; by default the last two.")
+    ] = "",
+    sequences: Annotated[int, typer.Option(help="Sequences in the packed batch.", min=1)] = 128,
     rounds: Annotated[int, typer.Option(help="Timed runs of each entry.", min=2)] = 20,
-    processes: Annotated[int, typer.Option(help="That compile ahead.", min=1)] = PROCESSES,
+    processes: Annotated[int, typer.Option(help="They compile ahead.", min=1)] = PROCESSES,
     out: Annotated[Path | None, typer.Option(help="JSON Lines file, appended to.")] = None,
 ) -> None:
-    """Sweeps the tables of block shapes, at the sizes of BERT-base and BERT-large."""
+    """Sweep the tables of block shapes, at the sizes of BERT-base and BERT-large."""
     if op and op not in TABLES:
         raise typer.BadParameter(f"expected one of {', '.join(TABLES)}, got {op!r}")
     if preset and preset not in PRESETS:
@@ -184,13 +186,13 @@ def main(
             raise InputError(f"--table: one of {', '.join(sorted(known))}, got {name!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not backend.INTERPRETED:
-        console.print("tune: needs an NVIDIA GPU, and PyTorch finds none")
+        console.print("tune: needs an NVIDIA GPU, but PyTorch finds none")
         raise typer.Exit(2)
     torch.manual_seed(0)
     write = functools.partial(_append, out)
     write({"environment": environment(torch.device(device))})
     flush = flush_for(torch.device(device))
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # which the interpreter has not
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # the interpreter has no bfloat16
     tokens = sum(sequence_lengths("wikipedia", sequences))
     spawn = multiprocessing.get_context("spawn")  # a process that has used the GPU cannot fork
     with ProcessPoolExecutor(processes, spawn) as pool:
@@ -211,9 +213,9 @@ def main(
 def chosen(
     sizes: Sizes, op: str, names: Collection[str]
 ) -> Iterator[tuple[int, Workload, int, Table]]:
-    """Workloads with the tables that they are for; each with its number.
+    """(number, workload, place, table) for each workload and each table that it measures.
 
-    op: "" for all; names: of tables, none for all.
+    op: an operator, "" for all; names: of tables, empty for all.
     """
     for number, workload in enumerate(workloads(*sizes)):
         operator = workload.operator.name
@@ -224,7 +226,7 @@ def chosen(
 
 
 def columns_of(workload: Workload) -> int:
-    """The width of a row that a table is asked for: the first input's."""
+    """The row width for which a table is read: the first input's."""
     return workload.make()[0].shape[-1]
 
 

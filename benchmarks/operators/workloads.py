@@ -1,4 +1,4 @@
-"""Operators to measure at a preset's sizes, each with the plain PyTorch that it replaces."""
+"""Operators to measure at a preset's sizes, each with the plain PyTorch code that it replaces."""
 
 from collections.abc import Iterator
 
@@ -27,7 +27,7 @@ def workloads(
 ) -> Iterator[Workload]:
     """Operators with a faster body, at the sizes of a preset's model, over `tokens` tokens.
 
-    The comments beside forward and backward name the tensors that are read, then those written.
+    The comments beside `forward` and `backward` name the tensors read; the tensors written.
     """
     hidden = PRESETS[preset].shape["hidden_size"]
     inner, vocab = PRESETS[preset].shape["intermediate_size"], 30522

@@ -1,4 +1,4 @@
-"""A table of text, and how figures are written in the console, in files and in the README."""
+"""A table of text, and the format of figures in the console, in files and in the README."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +16,7 @@ class Table(NamedTuple):
 
 
 def seconds(value: float) -> str:
-    """Three digits, in s, ms or us."""
+    """A time with three digits, in s, ms or us."""
     for scale, unit in ((1, "s"), (1e-3, "ms")):
         if value >= scale:
             return f"{value / scale:.3g} {unit}" if value < 1000 * scale else f"{value:,.0f} s"
@@ -29,14 +29,14 @@ def time_of(timing: dict[str, Any]) -> str:
 
 
 def spread_of(timing: dict[str, Any]) -> str:
-    """What stands after a timing's figure: its spread, or nothing if it is not known."""
+    """A timing's spread, to be written after its figure; empty if it is not known."""
     if "spread" not in timing or is_one_round(timing):
         return ""
     return f" ±{timing['spread']:.0%}"
 
 
 def is_one_round(timing: dict[str, Any]) -> bool:
-    """Whether a timing is of one round; older results have 0 as the spread of one."""
+    """Whether a timing has one round only; older results give such a timing a spread of 0."""
     return timing.get("rounds") == 1 or timing.get("spread", 0.0) is None
 
 

@@ -18,8 +18,8 @@ ENVIRONMENT = ("device", "threads", "torch", "triton", "transformers", "driver",
 class Change(NamedTuple):
     """One timing in A and B.
 
-    before, after: medians in seconds; ratio: after over before; noise: the sum of both spreads,
-    each a share of its median, or None if either is of one round, whose noise is not known
+    before, after: medians in seconds; ratio: after / before; noise: the sum of both spreads, each
+    relative to its median, or None if either has only one round, whose noise is not known
     """
 
     part: str
@@ -46,7 +46,7 @@ def main(
     a: Annotated[Path, typer.Argument(help="Results to compare with.")],
     b: Annotated[Path, typer.Argument(help="Results to judge.")],
 ) -> None:
-    """Tell what got slower from A to B, as ratios; exit code 1 if anything did beyond the noise."""
+    """Show what became slower from A to B; exit code 1 if anything did, beyond the noise."""
     before, after = read(a), read(b)
     for name in ENVIRONMENT:
         old, new = before[0].get(name), after[0].get(name)

@@ -1,4 +1,4 @@
-"""The README's five figures, one line each, picked from the committed results.
+"""The README's five figures, one line each, taken from the committed results.
 
 `python -m benchmarks report` writes them into the README's block "headlines", whose file is `.`,
 the folder of all results.
@@ -12,7 +12,7 @@ from benchmarks.results import FASTBERT, PATCHED_GRAPHS, SDPA, Row, read
 
 
 class Headline(NamedTuple):
-    """A figure, and its place: the row of `part` in `file` whose case has the items of `case`."""
+    """A figure, from the first row of `part` in `file` whose case has the items of `case`."""
 
     what: str
     machine: str
@@ -78,7 +78,7 @@ def table(results: Path) -> Table:
         ours, theirs = (timings[name]["median_s"] for name in (headline.ours, headline.other))
         measured = (seconds(ours), seconds(theirs), f"{theirs / ours:.2f}x")
         lines.append((headline.what, headline.machine, *measured))
-    return Table(("what", "on", "fastbert", "Hugging Face", "ratio"), lines)
+    return Table(("what", "machine", "fastbert", "Hugging Face", "ratio"), lines)
 
 
 def _row(results: Path, headline: Headline) -> Row:

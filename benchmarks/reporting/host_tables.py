@@ -7,7 +7,8 @@ from benchmarks.results import FASTBERT, SDPA, Row
 
 
 def host(rows: list[Row]) -> Table:
-    header = ("model", "of", "batch", "mask", "filled", "by", "time", "times Hugging Face's")
+    header = ("model", "call", "batch", "mask", "filled", "run by", "time",
+              "time relative to Hugging Face")  # fmt: skip
     lines = []
     for row in rows:
         case, theirs = row["case"], row["timings"].get(SDPA)
@@ -31,7 +32,7 @@ def host_layers(rows: list[Row]) -> Table:
         for what, (name, timing) in once((row["case"]["of"],), row["timings"].items()):
             rest = seconds(timing["median_s"] - products)
             lines.append((*what, name, time_of(timing), seconds(products), rest))
-    header = ("of", "by", "a layer without kernels", "its products alone", "the rest")
+    header = ("call", "run by", "a layer without kernels", "its matrix products", "the rest")
     return Table(header, lines)
 
 

@@ -1,10 +1,10 @@
 """`python -m benchmarks report`: tables, plots and the documents' figures, from committed results.
 
 A results file NAME.jsonl gets NAME.md and NAME-PART.png beside it. In the README and three pages
-of docs/, a pair of comments names the file and the part whose table goes between them; this command
-writes the table, and a test checks that it still agrees with the file. The part "targets" also
-takes a folder: of the files that measured a target, the last by name counts. The part "headlines"
-is the README's table, with `.`, the folder of all results, as its file:
+of docs/, a pair of comments names a file and a part; this command writes the part's table between
+them, and a test checks that the table still agrees with the file. The part "targets" also takes a
+folder: if several files measured a target, the last by name counts. The part "headlines" is the
+README's table; its file is `.`, the folder of all results:
 
     <!-- benchmarks: cpu/steps.jsonl steps -->
     <!-- end -->
@@ -38,14 +38,15 @@ BLOCK = re.compile(r"(<!-- benchmarks: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.
 
 def main(
     files: Annotated[
-        list[Path] | None, typer.Argument(help="Results; by default all that are committed.")
+        list[Path] | None, typer.Argument(help="Results files; by default all that are committed.")
     ] = None,
     document: Annotated[
-        list[Path] | None, typer.Option(help="Where to fill in tables; the README and docs/.")
+        list[Path] | None,
+        typer.Option(help="Where to fill in tables; by default the README and docs/."),
     ] = None,
 ) -> None:
     """Write tables (Markdown) and plots (PNG) beside results, and the tables of documents."""
-    # all is read before anything is written
+    # everything is read before anything is written
     runs = {path: read(path) for path in files or sorted(RESULTS.glob("*/*.jsonl"))}
     pages = {path: _of(path, markdown, rows) for path, rows in runs.items()}
     texts = {path: filled(_text(path)) for path in document or DOCUMENTS}
@@ -86,11 +87,11 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
 
 def block(results: Path, name: str, part: str) -> str:
-    """A part's table, with a line on where and how it was measured; InputError for another part."""
+    """A part's table, and where and how it was measured; InputError for an unknown part."""
     path, file = results / name, f"`benchmarks/results/{name}`"
     parts = (*PARTS, TARGETS, HEADLINES)
     if part not in parts:
-        raise InputError(f"a block for {part!r}, expected one of {', '.join(parts)}")
+        raise InputError(f"a block names the part {part!r}, expected one of {', '.join(parts)}")
     if not path.exists():
         return "\nNot measured yet.\n\n"
     if part == HEADLINES:

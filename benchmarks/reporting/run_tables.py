@@ -7,9 +7,10 @@ from benchmarks.results import FASTBERT, Row
 
 
 def convergence(rows: list[Row]) -> Table:
-    """A line for each run and candidate compared with, and one for all seeds if there are several.
+    """A line for each run and each candidate that fastbert is compared with; with several seeds,
+    also a line for all of them.
 
-    A curve's final loss is the mean of its last tenth. A difference that is no larger than its
+    A curve's final loss is the mean of its last tenth. A difference that does not exceed its
     standard deviation over seeds is noise.
     """
     lines = []
@@ -27,8 +28,8 @@ def convergence(rows: list[Row]) -> Table:
             difference = f"{statistics.fmean(apart):+.4f} ±{statistics.stdev(apart):.4f}"
             about = ("", "", "", f"all {len(runs)}", name)
             lines.append((*about, *(f"{mean:.4f}" for mean in means), difference, ""))
-    header = ("model", "steps", "dropout", "seed", "compared with", "final loss", "its final loss",
-              "difference", "largest gap of a step")  # fmt: skip
+    header = ("model", "steps", "dropout", "seed", "compared with", "fastbert's final loss",
+              "the other's final loss", "difference", "largest gap at a step")  # fmt: skip
     return Table(header, lines)
 
 
@@ -50,7 +51,7 @@ def noising(rows: list[Row]) -> Table:
                 f"{statistics.fmean(run['seconds'] for run in runs):.0f} s",
             )
         )
-    header = ("masking", "gamma", "seeds", "held-out loss (nats)", "smallest to largest", "a run")
+    header = ("masking", "gamma", "seeds", "held-out loss (nats)", "range", "time per run")
     return Table(header, lines)
 
 
@@ -71,7 +72,7 @@ def chain(rows: list[Row]) -> Table:
     lines.append(("the most frequent module", "", f"{rows[0]['majority']:.1%}", "", ""))
     took = rows[0]["seconds"]
     lines += [(f"time: {name}", "", seconds(took[name]), "", "") for name in took]
-    return Table(("model", "seeds", "right on test.csv", "from, to", "macro F1"), lines)
+    return Table(("model", "seeds", "accuracy on test.csv", "range", "macro F1"), lines)
 
 
 def large_batch(rows: list[Row]) -> Table:
@@ -122,7 +123,7 @@ def distillation(rows: list[Row]) -> Table:
             )
         )
     header = ("model", "parameters", "steps", "seeds", "held-out loss (nats)",
-              "smallest to largest", "right", "a run")  # fmt: skip
+              "range", "accuracy", "time per run")  # fmt: skip
     return Table(header, lines)
 
 
@@ -146,5 +147,5 @@ def pretraining(rows: list[Row]) -> Table:
         for row in rows
     ]
     return Table(
-        ("steps", "time", "held-out MLM loss (nats)", "unigram baseline", "below it"), lines
+        ("steps", "time", "held-out MLM loss (nats)", "unigram baseline", "difference"), lines
     )

@@ -21,7 +21,8 @@ def serve(rows: list[Row]) -> Table:
                     f"{row['largest_difference'][name]:.0e}",
                 )
             )
-    header = ("requests", "by", "requests/s", "tokens/s", "fastbert's over it", "vectors differ by")
+    header = ("requests", "server", "requests/s", "tokens/s", "fastbert's speedup over it",
+              "vectors differ by")  # fmt: skip
     return Table(header, lines)
 
 
@@ -32,4 +33,4 @@ def serve_latency(rows: list[Row]) -> Table:
         for what, (name, timing) in once(about, row["timings"].items()):
             median, tail = seconds(timing["median_s"]), seconds(timing["p99_s"])
             lines.append((*what, name, f"{timing['rate']:,.1f}", median, tail))
-    return Table(("of its throughput", "by", "requests/s", "median", "99 % within"), lines)
+    return Table(("load", "server", "requests/s", "median", "99 % within"), lines)

@@ -1,7 +1,7 @@
 """Rows of results as tables of text, for the console, the Markdown files and the README alike.
 
-Ratios are a candidate's median over fastbert's: how many times as long it takes; ratios of host
-time are over Hugging Face's.
+A ratio is a candidate's median time divided by fastbert's; for host time, divided by Hugging
+Face's.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from benchmarks.reporting.run_tables import (
 from benchmarks.reporting.serve_tables import serve, serve_latency
 from benchmarks.results import FASTBERT, Row
 
-# What is measured of a step on a GPU besides time: the column's title, and how it is written.
+# What a step on a GPU costs besides time: the column's title, and the format of its figures.
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "memory_held_bytes": ("memory held", lambda size: f"{size / 2**30:.2f} GiB"),
     "host_waits": ("host waits", str),
@@ -30,8 +30,8 @@ COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 def steps(rows: list[Row]) -> Table:
     costs = tuple(name for name in COSTS if any(name in t for r in rows for t in _timings(r)))
-    header = ("model", "lengths", "filled", "by", "time", "real tokens/s", "MFU",
-              *(COSTS[name][0] for name in costs), "over fastbert's")  # fmt: skip
+    header = ("model", "lengths", "filled", "run by", "time", "real tokens/s", "MFU",
+              *(COSTS[name][0] for name in costs), "time relative to fastbert")  # fmt: skip
     lines = []
     for row in rows:
         case = row["case"]
@@ -56,7 +56,7 @@ def steps(rows: list[Row]) -> Table:
 
 
 def ablation(rows: list[Row]) -> Table:
-    """A line for each trick; the last is Hugging Face's step, which has none of them."""
+    """A line for each optimization; the last is Hugging Face's step, which has none of them."""
     full = _median(rows, "nothing")
     lines = []
     for row in rows:
@@ -64,7 +64,7 @@ def ablation(rows: list[Row]) -> Table:
         what = name if name != FASTBERT else f"without {without}"
         what = "fastbert" if without == "nothing" else what
         lines.append((what, time_of(timing), f"{timing['median_s'] / full:.2f}x"))
-    return Table(("step", "time", "times fastbert's"), lines)
+    return Table(("step", "time", "time relative to fastbert"), lines)
 
 
 def sentence_encode(rows: list[Row]) -> Table:
@@ -82,7 +82,7 @@ def masking(rows: list[Row]) -> Table:
         timing = row["timings"][FASTBERT]
         rate = f"{timing['tokens_per_second'] / 1e6:.1f} M"
         lines.append((row["case"]["scheme"], str(row["case"]["length"]), time_of(timing), rate))
-    return Table(("masking", "tokens a sequence", "time of a batch", "tokens/s"), lines)
+    return Table(("masking", "tokens per sequence", "time per batch", "tokens/s"), lines)
 
 
 def tokenizing(rows: list[Row]) -> Table:
@@ -95,7 +95,7 @@ def tokenizing(rows: list[Row]) -> Table:
             if name.startswith("hash"):  # a hash makes no tokens
                 figures = ("-", "-")
             lines.append((*what, name, time_of(timing), f"{rates[0]:,.2f} MB/s", *figures))
-    header = ("corpus", "cores", "by", "time", "text", "tokens/s", "of encode_batch")
+    header = ("corpus", "cores", "run by", "time", "text", "tokens/s", "rate over encode_batch's")
     return Table(header, lines)
 
 
@@ -105,7 +105,7 @@ def tokenizing_memory(rows: list[Row]) -> Table:
         size, memory = row["case"]["bytes"] / 1e6, row["peak_memory_bytes"] / 2**20
         processes = str(row["case"]["processes"])
         lines.append((f"{size:,.0f} MB", processes, f"{memory:,.0f} MiB", seconds(row["seconds"])))
-    return Table(("corpus", "processes", "peak memory, all", "time from cold"), lines)
+    return Table(("corpus", "processes", "peak memory of all", "time from a cold start"), lines)
 
 
 def ceilings(rows: list[Row]) -> Table:
@@ -117,7 +117,8 @@ def ceilings(rows: list[Row]) -> Table:
 
 
 def kernels(rows: list[Row]) -> Table:
-    header = ("operator", "size", "pass", "by", "time", "rate", "of ceiling", "over fastbert's")
+    header = ("operator", "size", "pass", "run by", "time", "rate", "share of ceiling",
+              "time relative to fastbert")  # fmt: skip
     lines = []
     for row in rows:
         case = row["case"]

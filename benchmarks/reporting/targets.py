@@ -1,6 +1,6 @@
-"""The project's performance targets, and what the results say of each.
+"""The project's performance targets, and whether the results meet them.
 
-They derive from NVIDIA's MLPerf submission for BERT-large on an H200 (packed, Wikipedia-like
+The targets derive from NVIDIA's MLPerf submission for BERT-large on an H200 (packed, Wikipedia-like
 lengths), from FasterTransformer's successors for inference, from memory bandwidth for operators
 that only move bytes, and from Hugging Face's BERT on the same batches.
 """
@@ -18,8 +18,8 @@ BYTES = ("dropout_add_layer_norm", "bias_gelu", "embedding_layer_norm", "gather_
 class Target(NamedTuple):
     """One target.
 
-    goal: the least value, or the largest if `is_limit`, in `unit`; measured: finds the values in a
-    file's rows, none if it did not measure them
+    goal: the least value, or the largest if `is_limit`, in `unit`; measured: yields the values in a
+    file's rows, none if the file did not measure them
     """
 
     what: str
@@ -40,7 +40,7 @@ class Target(NamedTuple):
 
 
 def times(part: str, one: str, other: str, **case: Any) -> Callable:
-    """The time of a candidate over that of another, on the same batches."""
+    """The time of candidate `one` divided by that of `other`, on the same batches."""
 
     def measured(rows: list[Row]) -> Iterable[float]:
         for row in _of(rows, part, **case):
@@ -51,7 +51,7 @@ def times(part: str, one: str, other: str, **case: Any) -> Callable:
 
 
 def step(lengths: str, other: str) -> Callable:
-    """The time of another's pre-training step over fastbert's."""
+    """The time of another candidate's pre-training step divided by fastbert's."""
     return times("steps", other, FASTBERT, lengths=lengths, preset=BOTH)
 
 
@@ -63,7 +63,7 @@ def memory(rows: list[Row]) -> Iterable[float]:
 
 
 def timing(part: str, lengths: str, preset: str, key: str, by: str = FASTBERT) -> Callable:
-    """A figure of fastbert's timing, the best of with and without a CUDA graph."""
+    """A figure of fastbert's timing, the better one of with and without a CUDA graph."""
 
     def measured(rows: list[Row]) -> Iterable[float]:
         for row in _of(rows, part, lengths=lengths, preset=preset):
@@ -75,7 +75,7 @@ def timing(part: str, lengths: str, preset: str, key: str, by: str = FASTBERT) -
 
 
 def share(direction: str) -> Callable:
-    """The share of a copy's bandwidth in the same run, for operators that only move bytes."""
+    """The bandwidth of operators that only move bytes, as a share of a copy's in the same run."""
 
     def measured(rows: list[Row]) -> Iterable[float]:
         for row in _of(rows, "kernels", operator=BYTES, direction=direction):
@@ -86,7 +86,7 @@ def share(direction: str) -> Callable:
 
 
 def attention(direction: str) -> Callable:
-    """The time of the fastest alternative, packed or padded, over fastbert's attention."""
+    """The time of the fastest alternative, packed or padded, divided by fastbert's attention's."""
 
     def measured(rows: list[Row]) -> Iterable[float]:
         for row in _of(rows, "kernels", operator="attention", direction=direction):
@@ -102,7 +102,7 @@ def encoding(route: str) -> Callable:
 
 
 def served(other: str) -> Callable:
-    """How many times the requests a second of another server, on the same requests."""
+    """fastbert's requests per second divided by another server's, on the same requests."""
     return times("serve", other, FASTBERT)
 
 
@@ -113,24 +113,24 @@ def sequences_a_second(rows: list[Row]) -> Iterable[float]:
 
 
 def on_host(by: str, of: str) -> Callable:
-    """The share of Hugging Face's time that a call takes on the CPU with hardly any arithmetic."""
+    """The time of a call on the CPU with hardly any arithmetic, divided by Hugging Face's."""
     return times("host", by, SDPA, device="cpu", of=of)
 
 
 def patched(by: str, **case: Any) -> Callable:
-    """Hugging Face's time over a patched model's, of calls on a GPU."""
+    """Hugging Face's time divided by a patched model's, for calls on a GPU."""
     return times("host", SDPA, by, device="cuda", **case)
 
 
 def layer_on_host(rows: list[Row]) -> Iterable[float]:
-    """Seconds of a layer in inference without kernels and products, of own and patched models."""
+    """Seconds of a layer in inference, without kernels and matrix products, own and patched."""
     for row in _of(rows, "host_layers", of="inference"):
         for timing in row["timings"].values():
             yield timing["median_s"] - row["products"]["median_s"]
 
 
 def _of(rows: list[Row], part: str, **case: Any) -> Iterable[Row]:
-    """The rows of a part whose case has these values; a tuple stands for any of its own."""
+    """The rows of a part whose case has these values; a tuple allows any of its values."""
     wanted = {name: one if isinstance(one, tuple) else (one,) for name, one in case.items()}
     for row in rows:
         if row["part"] == part and all(row["case"].get(n) in some for n, some in wanted.items()):
@@ -141,55 +141,60 @@ def _median(row: Row, name: str) -> float:
     return row["timings"][name]["median_s"]
 
 
+OVER_SDPA = "speedup over Hugging Face (SDPA)"
 GPU = (
-    Target("BERT-large, bf16, real tokens a second", 280e3, "tokens/s",
+    Target("BERT-large, bf16, real tokens per second", 280e3, "tokens/s",
            timing("steps", "wikipedia", LARGE, "real_tokens_per_second")),
-    Target("BERT-large, FP8, real tokens a second", 350e3, "tokens/s",
+    Target("BERT-large, FP8, real tokens per second", 350e3, "tokens/s",
            timing("steps", "wikipedia", LARGE, "real_tokens_per_second", FP8)),
-    Target("step over Hugging Face's (SDPA)", 5, "x", step("wikipedia", SDPA)),
-    Target("step over torch.compile's", 3, "x", step("wikipedia", COMPILED)),
-    Target("step without padding over Hugging Face's (SDPA)", 1.6, "x", step("full", SDPA)),
-    Target("step without padding over torch.compile's", 1.25, "x", step("full", COMPILED)),
-    Target("memory held for a step, of Hugging Face's (SDPA)", 0.4, "x", memory, is_limit=True),
-    Target("attention forward over PyTorch's fastest", 1, "x", attention("forward")),
-    Target("attention backward over PyTorch's fastest", 1, "x", attention("backward")),
-    Target("forward of what moves bytes, of a copy's rate", 0.85, "", share("forward")),
-    Target("backward of what moves bytes, of a copy's rate", 0.80, "", share("backward")),
+    Target(f"pre-training step, {OVER_SDPA}", 5, "x", step("wikipedia", SDPA)),
+    Target("pre-training step, speedup over torch.compile", 3, "x", step("wikipedia", COMPILED)),
+    Target(f"pre-training step without padding, {OVER_SDPA}", 1.6, "x", step("full", SDPA)),
+    Target("pre-training step without padding, speedup over torch.compile", 1.25, "x",
+           step("full", COMPILED)),
+    Target("memory held for a step, relative to Hugging Face (SDPA)", 0.4, "x", memory,
+           is_limit=True),
+    Target("attention forward, speedup over PyTorch's fastest", 1, "x", attention("forward")),
+    Target("attention backward, speedup over PyTorch's fastest", 1, "x", attention("backward")),
+    Target("forward of operators that only move bytes, share of a copy's rate", 0.85, "",
+           share("forward")),
+    Target("backward of operators that only move bytes, share of a copy's rate", 0.80, "",
+           share("backward")),
     Target("BERT-base forward, 16 sequences of 512, 60 % filled", 3.7e-3, "s",
            timing("inference", "serving", BASE, "median_s"), is_limit=True),
     Target("BERT-base forward, 1 sequence of 128", 0.6e-3, "s",
            timing("inference", "128", BASE, "median_s"), is_limit=True),
-    Target("BERT-large forward, sequences of 384 a second", 2050, "sequences/s",
+    Target("BERT-large forward, sequences of 384 per second", 2050, "sequences/s",
            sequences_a_second),
-    Target("patched BERT-base without graphs, over Hugging Face's", 1, "x", patched(PATCHED)),
-    Target("patched, inference of 1 x 128", 5, "x",
+    Target(f"patched BERT-base without graphs, {OVER_SDPA}", 1, "x", patched(PATCHED)),
+    Target(f"patched, inference of 1 x 128, {OVER_SDPA}", 5, "x",
            patched(PATCHED_GRAPHS, of="inference", sequences=1, length=128)),
-    Target("patched, fine-tuning step of 32 x 128", 1.5, "x",
+    Target(f"patched, fine-tuning step of 32 x 128, {OVER_SDPA}", 1.5, "x",
            patched(PATCHED_GRAPHS, of="training step", sequences=32, length=128)),
-    Target("patched, fine-tuning step of 32 x 512, half full", 2.5, "x",
+    Target(f"patched, fine-tuning step of 32 x 512, half full, {OVER_SDPA}", 2.5, "x",
            patched(PATCHED_GRAPHS, of="training step", sequences=32, length=512)),
-    Target("patched, Trainer's step of 32 x 128", 1.5, "x",
+    Target(f"patched, Trainer's step of 32 x 128, {OVER_SDPA}", 1.5, "x",
            patched(PATCHED_GRAPHS, of="Trainer's step", sequences=32, length=128)),
-    Target("patched, Trainer's step of 32 x 512, half full", 2.5, "x",
+    Target(f"patched, Trainer's step of 32 x 512, half full, {OVER_SDPA}", 2.5, "x",
            patched(PATCHED_GRAPHS, of="Trainer's step", sequences=32, length=512)),
 )  # fmt: skip
 CPU = (
-    Target("step over Hugging Face's (SDPA)", 3, "x", step("wikipedia", SDPA)),
-    Target("step without padding over Hugging Face's (SDPA)", 1.25, "x", step("full", SDPA)),
-    Target("sentence embeddings over a loop of mixed lengths", 3, "x",
+    Target(f"pre-training step, {OVER_SDPA}", 3, "x", step("wikipedia", SDPA)),
+    Target(f"pre-training step without padding, {OVER_SDPA}", 1.25, "x", step("full", SDPA)),
+    Target("sentence embeddings in a loop of mixed lengths, speedup over unpatched", 3, "x",
            encoding("loop over batches of 32 as they come")),
-    Target("sentence embeddings over sentence-transformers", 1.8, "x",
+    Target("sentence embeddings by sentence-transformers, speedup over unpatched", 1.8, "x",
            encoding("sentence-transformers' `encode`")),
-    Target("requests a second over infinity-emb", 1.5, "x", served("infinity-emb")),
-    Target("requests a second over a route around `encode`", 3, "x",
+    Target("requests per second, relative to infinity-emb", 1.5, "x", served("infinity-emb")),
+    Target("requests per second, relative to a route around `encode`", 3, "x",
            served("a route around `encode`")),
     *(
-        Target(f"{of} of a tiny model, {by}, of Hugging Face's time", goal, "x",
+        Target(f"{of} of a tiny model, {by}, time relative to Hugging Face", goal, "x",
                on_host(by, of), is_limit=True)
         for of, by, goal in (("inference", PATCHED, 1.0), ("training step", PATCHED, 1.1),
                              ("inference", FASTBERT, 0.8), ("training step", FASTBERT, 1.0))
     ),
-    Target("a layer in inference without kernels and products", 80e-6, "s", layer_on_host,
+    Target("a layer in inference, without kernels and matrix products", 80e-6, "s", layer_on_host,
            is_limit=True),
 )  # fmt: skip
 
@@ -200,7 +205,7 @@ def targets_of(rows: list[Row]) -> tuple[Target, ...]:
 
 
 def table(*runs: list[Row]) -> Table:
-    """The targets beside what was measured by the last of the runs that has it.
+    """The targets, each beside its value in the last run that measured it.
 
     A run is all rows of a file, its environment first.
     """
@@ -215,7 +220,7 @@ def table(*runs: list[Row]) -> Table:
             measured = _figure(value, target.unit)
             verdict = "met" if target.is_met(value) else "not met"
         lines.append((target.what, wanted, measured, verdict))
-    return Table(("target", "wanted", "measured", ""), lines)
+    return Table(("target", "goal", "measured", ""), lines)
 
 
 def _figure(value: float, unit: str) -> str:

@@ -1,9 +1,9 @@
 """`python -m benchmarks embed-kills`: embeds a corpus of 1 GB, and embeds it again under kills.
 
-The model is tiny and random, so that it takes minutes. `fastbert embed` is killed (SIGKILL) at
-random moments, spread over all of its work, and started again; the last run may end. Its files must
-be those of the undisturbed run, bit for bit. Prints seconds, peak memory (in MiB) and the result as
-JSON; exits with 1 if files differ.
+The model is tiny and random, so that this takes minutes. `fastbert embed` is killed (SIGKILL) at
+random moments, spread over all of its work, and started again; the last run may finish. Its files
+must equal those of the undisturbed run, bit for bit. Prints seconds, peak memory (in MiB) and the
+result as JSON; exits with 1 if files differ.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ WATCHED = 0.01  # seconds between two looks at a run
 
 
 class Moment(NamedTuple):
-    """When a run is killed: `seconds` after `shards` files of shards are there."""
+    """When a run is killed: `seconds` after it has `shards` files of shards."""
 
     shards: int
     seconds: float
@@ -78,7 +78,7 @@ def command(model: Path, corpus: Path, out: Path, shard_size: int) -> list[str]:
 
 
 def run(arguments: list[str], out: Path, kill: Moment | None = None) -> tuple[int, float, float]:
-    """Exit status (-9 if killed), seconds, and peak memory in MiB of a run that writes to `out`."""
+    """(exit status, -9 if killed; seconds; peak memory in MiB) of a run that writes to `out`."""
     start, end, peak = time.perf_counter(), float("inf"), 0.0
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
     while True:
@@ -96,7 +96,7 @@ def run(arguments: list[str], out: Path, kill: Moment | None = None) -> tuple[in
 def peak_mib(process: int) -> float:
     """Peak memory of a process so far; 0 once it has ended.
 
-    By Linux' own account of the program, as that of `wait4` includes the process that started it.
+    It comes from /proc, because `wait4` also counts the process that started this one.
     """
     found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     return int(found[1]) / 1024 if found else 0.0
@@ -107,7 +107,7 @@ def shards(out: Path) -> list[Path]:
 
 
 def seconds_of_a_shard(out: Path) -> float:
-    """The mean time between two shards of a run that was not disturbed; 0 for a single shard."""
+    """The mean time between two shards of an undisturbed run; 0 for a single shard."""
     ends = [path.stat().st_mtime for path in shards(out)]
     return (ends[-1] - ends[0]) / max(len(ends) - 1, 1)
 
@@ -163,11 +163,11 @@ def measure(
 
 def main(
     place: Annotated[Path, typer.Option(help="An empty directory, for 3 GB.")],
-    megabytes: Annotated[int, typer.Option(help="Of text.", min=1)] = 1000,
+    megabytes: Annotated[int, typer.Option(help="Size of the text.", min=1)] = 1000,
     kills: Annotated[int, typer.Option(min=1)] = 20,
-    seed: Annotated[int, typer.Option(help="Of the text and of the moments.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the text and of the kills.")] = 0,
 ) -> None:
-    """Embed a large corpus, and again under kills; exit code 1 where the two differ."""
+    """Embed a large corpus, and again under kills; exit code 1 if the files differ."""
     place.mkdir(parents=True, exist_ok=True)
     found = measure(place, megabytes * 10**6, kills, seed)
     print(json.dumps(found))

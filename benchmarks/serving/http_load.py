@@ -1,6 +1,6 @@
-"""Load for a server from many clients: as fast as it answers, or at a rate of the clients' own.
+"""Load for a server from many clients: as fast as it answers, or at a fixed rate.
 
-The clients run in a process of their own, so that they take equal CPU time from every server.
+The clients run in a separate process, so that they take equal CPU time from every server.
 """
 
 import http.client
@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-IDLE_S = 1  # a client reconnects after this, before the server closes the connection
+IDLE_S = 1  # an idle client reconnects after this, before the server closes the connection
 ANSWER_S = 120  # a request that takes longer fails the measurement
 
 
@@ -30,8 +30,8 @@ class Request(NamedTuple):
 
 
 class Load(NamedTuple):
-    """seconds: from the first request to the last answer; latencies: seconds of each request, from
-    when it was due; answers: the responses' bodies, if they were to be kept."""
+    """The result. seconds: from the first request to the last answer; latencies: seconds of each
+    request since it was due; answers: the responses' bodies, if they were to be kept."""
 
     seconds: float
     latencies: list[float]
@@ -44,7 +44,7 @@ def closed(port: int, requests: Sequence[Request], clients: int, keep: bool = Fa
 
 
 def opened(port: int, requests: Sequence[Request], rate: float, clients: int) -> Load:
-    """An open loop: requests arrive as a Poisson process, whether earlier ones are answered or not.
+    """An open loop: requests arrive as a Poisson process, even if earlier ones are not answered.
 
     rate: requests per second; clients: the most requests in flight
     """
@@ -64,7 +64,7 @@ def _elsewhere(port: int, *arguments: Any) -> Load:
 def _send(
     port: int, requests: Sequence[Request], moments: Sequence[float], clients: int, keep: bool
 ) -> Load:
-    """Runs the clients. moments: seconds after which each request is due; 0 for at once."""
+    """Runs the clients; moments: the seconds after which each request is due, 0 for at once."""
     waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     latencies, answers = [0.0] * len(requests), [b""] * len(requests)
     failures: list[Exception] = []

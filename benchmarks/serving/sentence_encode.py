@@ -24,7 +24,7 @@ UNPATCHED = "unpatched"
 
 
 def passages(number: int) -> list[str]:
-    """Passages of one to twelve sentences, mostly one, in random order; the same at each call."""
+    """Passages of one to twelve sentences, mostly one, in random order, the same in each call."""
     draw = random.Random(0)
     texts = []
     for sentences in python_documents():

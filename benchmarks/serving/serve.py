@@ -1,9 +1,9 @@
 """Embedding servers side by side: requests per second, and latency under load.
 
 Each request has one passage of Python's documentation, of mixed lengths, for all-MiniLM-L6-v2 in
-float32, over HTTP on loopback. fastbert is compared with infinity-emb, which runs from an
-environment of its own (INFINITY_EMB names its program), and with a route around
-sentence-transformers' `encode`.
+float32, over HTTP on loopback. fastbert is compared with infinity-emb, which runs from its own
+environment (INFINITY_EMB names its program), and with a route around sentence-transformers'
+`encode`.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ START_S = 120
 class Candidate(NamedTuple):
     """A server to measure.
 
-    command: that starts it, by model and port; ready: a path that answers once it has started;
-    request: makes the request for a text; vector: takes the embedding from an answer
+    command: the command that starts it for a model and a port; ready: a path that answers once it
+    has started; request: makes the request for a text; vector: takes the embedding from an answer
     """
 
     command: Callable[[Path, int], list[str]]
@@ -89,7 +89,7 @@ def run(options: Options, results: Results) -> None:
 def measure(results: Results, number: int, rounds: int, open_number: int) -> None:
     """Starts all servers, and measures their throughput and then their latency.
 
-    number: requests of a server in each round, in which all servers take turns; open_number:
+    number: requests to each server in a round, in which all servers take turns; open_number:
     requests at each rate
     """
     texts = passages(number)
@@ -99,7 +99,7 @@ def measure(results: Results, number: int, rounds: int, open_number: int) -> Non
         for name, candidate in CANDIDATES.items():
             try:
                 ports[name] = stack.enter_context(_started(candidate, model))
-            except (OSError, RuntimeError) as error:  # not installed: the others are worth timing
+            except (OSError, RuntimeError) as error:  # not installed: still time the others
                 refused[name] = str(error)
         requests = {name: [CANDIDATES[name].request(text) for text in texts] for name in ports}
         loads: dict[str, list[Load]] = {name: [] for name in ports}
@@ -139,7 +139,7 @@ def _started(candidate: Candidate, model: Path) -> Iterator[int]:
         port = free.getsockname()[1]
     command = candidate.command(model, port)
     if shutil.which(command[0]) is None:
-        raise RuntimeError(f"no {command[0]}; {PROGRAM} names it")
+        raise RuntimeError(f"no program {command[0]}; the variable {PROGRAM} names it")
     offline = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"}
     silent = subprocess.DEVNULL
     with subprocess.Popen(
@@ -171,6 +171,6 @@ def _vectors(name: str, load: Load) -> np.ndarray:
 
 
 def _count_tokens(model: Path, texts: list[str]) -> int:
-    """Tokens that the servers compute, without padding; a text is cut at the model's 256 tokens."""
+    """Tokens that the servers compute, without padding; texts are cut at the model's 256 tokens."""
     encodings = load_tokenizer(model).encode_batch_fast(texts)
     return sum(min(len(encoding), 256) for encoding in encodings)

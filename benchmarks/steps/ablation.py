@@ -1,8 +1,8 @@
-"""Switches off each trick of a pre-training step alone, then all, and compares Hugging Face's step.
+"""Switches off each optimization of a pre-training step alone, then all, beside Hugging Face's.
 
-A trick is a property of the batch or of one function, so it is switched off from outside: the batch
-is padded, or the function is replaced by plain PyTorch. With all of them off, the step computes
-what Hugging Face's does, without that model's overheads.
+An optimization ("trick") is a property of the batch or of one function, so it is switched off from
+outside: the batch is padded, or plain PyTorch replaces the function. With all of them off, the step
+computes what Hugging Face's does, without that model's overheads.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def run(options: Options, results: Results) -> None:
 def ablated(
     model: fastbert.BertForPreTraining, batch: Batch, without: tuple[str, ...], options: Options
 ) -> Work:
-    """A pre-training step without the tricks named in `without`; a CUDA graph can record it."""
+    """A pre-training step, which a CUDA graph can record, without the tricks in `without`."""
     packed = at_fixed_places(padded(batch) if "unpadding" in without else batch.packed)
     loss_of = _loss
     if "masked-only head" in without:
@@ -92,7 +92,7 @@ def ablated(
 
 
 def padded(batch: Batch) -> PackedBatch:
-    """The batch with padding as tokens of its sequences, masked out in attention."""
+    """The batch with its padding as tokens, which attention masks out."""
     inputs = batch.padded
     count = len(batch.lengths)
     places = torch.arange(MAX_SEQLEN, device=batch.packed.device)
@@ -120,7 +120,7 @@ def _loss_after_every_row(model: fastbert.BertForPreTraining, batch: PackedBatch
 
 
 def _loss_of_every_position(model: fastbert.BertForPreTraining, batch: PackedBatch) -> Tensor:
-    """Scores every position, which needs every row of the last layer too."""
+    """Scores every position, for which the last layer must compute every row."""
     encoded = model.bert(batch)
     logits = model.cls.predictions(encoded.last_hidden_state)
     words = F.cross_entropy(logits.float(), batch.labels)
@@ -133,7 +133,7 @@ def _pair_loss(model: fastbert.BertForPreTraining, pooled: Tensor, batch: Packed
 
 @contextlib.contextmanager
 def _by_data() -> Iterator[None]:
-    """For tricks that no function stands for: the batch, the loss or the caller leaves them out."""
+    """For tricks that are not in a function: the batch, the loss or the caller leaves them out."""
     yield
 
 
@@ -162,7 +162,7 @@ def _plain_norm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_branch() -> Iterator[None]:
-    """The residual is what the linear layers read, so that autograd adds the two gradients."""
+    """Makes the residual the linear layers' input too, so that autograd adds the two gradients."""
     stream = layer.Stream
     with mock.patch.object(layer, "Stream", lambda x, _: stream(x, x)):
         yield

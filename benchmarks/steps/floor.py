@@ -1,9 +1,9 @@
 """`python -m benchmarks floor`: the least time of a pre-training step, operator by operator.
 
-A step runs over fake tensors, which have shapes but no data, and counts each operator: the bytes of
-its inputs and outputs, and the FLOPs of its products. At the rates of a large copy and of a large
-product, the longer of the two times is the operator's floor. This needs neither a GPU nor memory,
-and shows what a step reads and writes more often than it must. The kernels are those for a GPU.
+A step runs over fake tensors, which have shapes but no data, and counts for each operator the bytes
+of its inputs and outputs and the FLOPs of its matrix products. An operator's floor is the longer of
+the two times at the rates of a large copy and of a large product. This needs neither a GPU nor
+memory, and shows what a step reads and writes more often than it must. The kernels are a GPU's.
 """
 
 import collections
@@ -36,8 +36,8 @@ from fastbert.config.pretrain import PRESETS
 from fastbert.kernels import fp8_linear
 from fastbert.modules.products import fp8, weight_copies
 
-# FLOP/s and B/s measured on an H200: a product of 8192 x 8192 bf16 matrices, and a copy, whose
-# reads and writes both count; the fastest FP8 product of a layer's size reached 1274 TFLOP/s.
+# Measured on an H200: FLOP/s of a product of 8192 x 8192 bf16 matrices, and B/s of a copy, with
+# reads and writes. The fastest FP8 product of a layer's size reached 1274 TFLOP/s.
 PRODUCT, COPY = 790e12, 4.3e12
 FP8, FP8_RATIO = "_scaled_mm", 1274 / 790
 NAMED = "wikipedia, full, uniform, serving"
@@ -53,19 +53,19 @@ class Kind(NamedTuple):
 
 @dataclasses.dataclass
 class Work:
-    """What calls of one kind add up to: their number, bytes moved and floating-point operations."""
+    """The number of calls of one kind, the bytes that they move, and their FLOPs."""
 
     calls: int = 0
     bytes: float = 0.0
     flops: float = 0.0
 
     def floor(self, product: float = PRODUCT, copy: float = COPY) -> float:
-        """Seconds at these rates (FLOP/s, B/s); calls of a kind have one size, hence one bound."""
+        """Seconds at these rates (FLOP/s, B/s); all calls of a kind have the same bound."""
         return max(self.flops / product, self.bytes / copy)
 
 
 class Counter(TorchDispatchMode):
-    """Counts the Work of each Kind; attention_flops: of one layer's forward over all rows."""
+    """Counts the Work of each Kind; attention_flops: those of one layer's forward, all rows."""
 
     def __init__(self, batch: Batch, hidden: int) -> None:
         super().__init__()
@@ -91,12 +91,12 @@ class Counter(TorchDispatchMode):
             work.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
         elif name.startswith(("attention_fwd", "attention_bwd")):
             rows = inputs[0].shape[0] / self.tokens  # the last layer computes fewer rows
-            passes = 2.5 if "bwd" in name else 1.0  # 5 products, the forward has 2
+            passes = 2.5 if "bwd" in name else 1.0  # it has 5 products, the forward 2
             work.flops += passes * rows * self.attention_flops
 
 
 class Kept(saved_tensors_hooks):
-    """Counts the bytes that the forward keeps for the backward, without the tensors in `anyway`."""
+    """Counts the bytes that the forward keeps for the backward, except the tensors in `anyway`."""
 
     def __init__(self, anyway: Iterable[Tensor]) -> None:
         super().__init__(self._keep, lambda tensor: tensor)
@@ -115,7 +115,7 @@ class Kept(saved_tensors_hooks):
 
 
 class Count(NamedTuple):
-    """work: by operator, of a step; kept_bytes: what its forward keeps for its backward."""
+    """A step's work by kind of operator, and the bytes that its forward keeps for its backward."""
 
     work: dict[Kind, Work]
     kept_bytes: int
@@ -130,7 +130,7 @@ def count(
 ) -> Count:
     """Counts a step of BERT in bf16 with dropout: forward, backward, clipping and AdamW.
 
-    lengths: of the batch's sequences, in tokens; in_fp8: with the encoder's products in FP8
+    lengths: of the batch's sequences, in tokens; in_fp8: whether the encoder multiplies in FP8
     """
     batch = pretraining_batch(lengths)
     kernels = ("triton", "ext", "reference")
@@ -158,7 +158,7 @@ def count(
 
 
 def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """A product as a GPU computes it, which writes float32 without a cast."""
+    """A product as on a GPU, which writes float32 without a cast."""
     return torch.mm(a, b, out_dtype=dtype)
 
 
@@ -208,8 +208,8 @@ def _rate(value: float) -> float:
 
 def main(
     preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "large",
-    lengths: Annotated[str, typer.Option(help=f"{NAMED} or a number.")] = "wikipedia",
-    sequences: Annotated[int, typer.Option(help="In the batch.", min=1)] = 96,
+    lengths: Annotated[str, typer.Option(help=f"Of sequences: {NAMED} or a number.")] = "wikipedia",
+    sequences: Annotated[int, typer.Option(help="Sequences in the batch.", min=1)] = 96,
     product: Annotated[float, typer.Option(help="TFLOP/s of a large product.", callback=_rate)] = (
         PRODUCT / 1e12
     ),
@@ -217,10 +217,10 @@ def main(
         COPY / 1e12
     ),
     rows: Annotated[int, typer.Option(help="Operators to show.", min=1)] = 40,
-    residual_in_fp32: Annotated[bool, typer.Option(help="With a float32 residual stream.")] = False,
-    in_fp8: Annotated[bool, typer.Option("--fp8", help="The encoder's products in FP8.")] = False,
+    residual_in_fp32: Annotated[bool, typer.Option(help="Use a float32 residual stream.")] = False,
+    in_fp8: Annotated[bool, typer.Option("--fp8", help="Multiply in FP8 in the encoder.")] = False,
 ) -> None:
-    """The floor of a pre-training step, costliest operators first."""
+    """Print the floor of a pre-training step, costliest operators first."""
     if preset not in PRESETS:
         raise typer.BadParameter(f"preset: one of {', '.join(PRESETS)}, got {preset!r}")
     try:
@@ -252,6 +252,6 @@ def main(
     console.print(
         f"{preset}, {sum(found):,} real tokens: floor {seconds(total)}, "
         f"{sum(found) / total:,.0f} tokens/s; {calls:,} operators\n"
-        f"the products alone, in bf16, {seconds(needed)}; "
+        f"the matrix products alone, in bf16, {seconds(needed)}; "
         f"kept for the backward {kept_bytes / 1e9:.2f} GB"
     )

@@ -1,4 +1,4 @@
-"""What a step costs besides time: FLOPs, memory, launches, graph nodes, and waits of the host."""
+"""A step's cost besides time: FLOPs, memory, launches, graph nodes, and waits of the host."""
 
 import gc
 import warnings
@@ -12,10 +12,10 @@ from fastbert.config.pretrain import PRESETS
 
 
 def model_flops(preset: str, batch: Batch, *, training: bool) -> float:
-    """FLOPs that the result needs: only real tokens, and vocabulary scores of masked tokens only.
+    """FLOPs that the result needs, for real tokens and for vocabulary scores of masked tokens only.
 
-    training: counts forward and backward, the backward as twice the forward, else the encoder's
-    forward. As usual, only matrix products count.
+    training: counts forward and backward (twice the forward); otherwise only the encoder's forward.
+    As usual, only matrix products count.
     """
     shape = PRESETS[preset].shape
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
@@ -33,7 +33,7 @@ class Memory:
     """Measures GPU memory held for a candidate: model, optimizer, graph, and what a run needs.
 
     It measures the memory that PyTorch has reserved, because allocated memory does not include the
-    pool of a CUDA graph. Create it before the candidate, so that other memory does not count.
+    pool of a CUDA graph. Create it before the candidate, so that other memory is not counted.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,10 +41,10 @@ class Memory:
         self.before = self._reserved() if self.is_measured else 0
 
     def of(self, work: Callable[[], object]) -> dict[str, float]:
-        """memory_held_bytes at the peak of a run of `work`; empty on a CPU."""
+        """{"memory_held_bytes": ...} at the peak of a run of `work`; empty on a CPU."""
         if not self.is_measured:
             return {}
-        self._reserved()  # frees what only making and recording the candidate needed
+        self._reserved()  # frees what was only needed to make and record the candidate
         torch.cuda.reset_peak_memory_stats()
         work()
         torch.cuda.synchronize()
@@ -73,22 +73,22 @@ def of(work: Callable[[], object], device: torch.device) -> dict[str, float]:
     with torch.profiler.profile(activities=activities) as profile:
         work()
         torch.cuda.synchronize()
-    # switching the mode on itself warns that it does not detect all synchronizing operations
+    # switching the mode on also warns, that it does not detect all synchronizing operations
     waits = sum("called a synchronizing" in str(warning.message) for warning in told)
     return {"host_waits": waits, **launches(profile.key_averages())}
 
 
 def ran_on_gpu(event: Any) -> bool:
-    """Whether a profiler event is work of the GPU, not the span of an annotated region."""
+    """Whether a profiler event is work on the GPU, not the span of an annotated region."""
     on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
     return on_gpu and not event.is_user_annotation
 
 
 def launches(events: Iterable[Any]) -> dict[str, int]:
-    """kernel_launches by the host, and graph_nodes if graphs are all that it launched.
+    """kernel_launches by the host, and graph_nodes if it launched nothing but graphs.
 
-    events: of the profiler, summed by name. A graph is one launch; its nodes are the kernels,
-    copies and fills that ran on the GPU.
+    events: the profiler's, summed by name. A graph is one launch; its nodes are the kernels, copies
+    and fills that ran on the GPU.
     """
     graphs = kernels = nodes = 0
     for event in events:

@@ -1,4 +1,4 @@
-"""Profiles a pre-training step: its costliest operators or kernels, and a trace."""
+"""Profiles a pre-training step: finds its costliest operators or kernels, and writes a trace."""
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -34,8 +34,8 @@ OTHERS = "all else"
 def run(options: Options, results: Results) -> None:
     """Measures the parts "profile" and, on a GPU, "step_parts", in seconds per step.
 
-    On a GPU the time of kernels counts, on a CPU that of PyTorch's operators, each without those
-    that it calls. A trace is written beside the results file.
+    On a GPU the kernels' time counts; on a CPU the time of PyTorch's operators, without the
+    operators that they call. A trace is written beside the results file.
     """
     on_gpu = options.device.type == "cuda"
     preset, sequences = ("large", 96) if on_gpu else ("mini" if options.quick else "base", 4)
@@ -73,7 +73,7 @@ def run(options: Options, results: Results) -> None:
 
 
 def parts(seconds: dict[str, float]) -> dict[str, float]:
-    """Sums kernels' seconds by part of the step, in the order of PARTS, with OTHERS last."""
+    """The kernels' seconds summed by part of the step, in the order of PARTS, with OTHERS last."""
     found = dict.fromkeys((*PARTS, OTHERS), 0.0)
     for kernel, time in seconds.items():
         names = (part for part, marks in PARTS.items() if any(mark in kernel for mark in marks))

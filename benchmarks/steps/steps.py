@@ -3,8 +3,8 @@
 A step is MLM + NSP with dropout 0.1, clipping and AdamW. Hugging Face's BERT runs with eager
 attention, with SDPA, and with torch.compile. On a GPU fastbert's step is a CUDA graph, as in
 `fastbert pretrain`, and so is its forward pass, whose weights are cast once, as in `fastbert
-serve`; both are also timed without a graph, the step in FP8 where the GPU has it, and Hugging
-Face's forward pass with weights in bf16. All take turns in one process.
+serve`. Both are also timed without a graph, the step also in FP8 if the GPU has it, and Hugging
+Face's forward pass also with weights in bf16. All take turns in one process.
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ OURS = (FASTBERT, WITHOUT_GRAPH, FP8)
 class Case(NamedTuple):
     """A model and a batch.
 
-    lengths: of `sequence_lengths`; few: candidates besides fastbert and Hugging Face's SDPA, which
-    are timed only in every fourth round
+    lengths: a distribution of `sequence_lengths`; few: candidates besides fastbert and Hugging
+    Face's SDPA that are timed only in every fourth round
     """
 
     preset: str
@@ -91,12 +91,12 @@ def run(options: Options, results: Results) -> None:
 
 
 def compare(part: str, case: Case, options: Options, results: Results) -> Row:
-    """Times fastbert and the others on one batch, and adds a row with what each costs."""
+    """Times fastbert and the others on one batch, and adds a row with the costs of each."""
     torch.manual_seed(0)
     lengths = sequence_lengths(case.lengths, case.sequences)
     width = MAX_SEQLEN if part == "steps" else max(lengths)
     batch = pretraining_batch(lengths, width).to(options.device)
-    with options.device:  # a GPU draws a large model's weights fast
+    with options.device:  # a GPU draws a large model's weights faster
         weights = make_model(FASTBERT, case.preset).state_dict()
     candidates: dict[str, Work] = {}
     refused: dict[str, str] = {}
@@ -116,7 +116,7 @@ def compare(part: str, case: Case, options: Options, results: Results) -> Row:
             candidates[name] = work
             if reason:
                 refused[GRAPH] = reason
-        except Exception as error:  # out of memory, no compiler: the others are still worth timing
+        except Exception as error:  # out of memory, no compiler: still time the others
             refused[name] = first_line(error)
         work = None  # so that a failed candidate holds no memory while the next is made
     seconds = interleaved(candidates, case.rounds, dict.fromkeys(case.few, 4))
@@ -136,7 +136,7 @@ def compare(part: str, case: Case, options: Options, results: Results) -> Row:
 def candidate(
     part: str, name: str, preset: str, weights: dict[str, Tensor], batch: Batch, options: Options
 ) -> tuple[Work, str | None]:
-    """A candidate's work, after one run; and why it is no graph, if recording it failed."""
+    """A candidate's work, after one run, and why it is not a graph, if recording it failed."""
     with options.device:
         model = make_model(name, preset)
     model.load_state_dict(weights)
@@ -177,7 +177,7 @@ def training_step(name: str, model: nn.Module, batch: Batch, options: Options) -
 
 
 def graphed_step(model: nn.Module, batch: Batch, options: Options) -> tuple[Work, str | None]:
-    """fastbert's step as a graph, on a batch padded to fixed sizes; and why, if it is no graph."""
+    """fastbert's step as a graph, on a batch filled to fixed sizes, and why, if it is not one."""
     packed = at_fixed_places(batch.packed.padded_to(bucket_of(batch.packed)))
     return recorded(
         optimizer_step(model.train(), lambda: model(packed).loss, options, capturable=True)
@@ -193,7 +193,7 @@ def bucket_of(batch: PackedBatch) -> Bucket:
 
 
 def at_fixed_places(batch: PackedBatch) -> PackedBatch:
-    """The batch with its dropout state in a tensor, whose address a graph can read."""
+    """The batch with its dropout state in a tensor, which a graph reads at a fixed address."""
     state = torch.zeros(2, dtype=torch.int64, device=batch.device)
     return dataclasses.replace(batch, dropout_state=state)
 
@@ -243,7 +243,7 @@ def forward_pass(name: str, model: nn.Module, batch: Batch, options: Options) ->
 
 
 def low_precision(options: Options) -> torch.dtype | None:
-    """The dtype of autocast, None without it."""
+    """The dtype of autocast; None without autocast."""
     return torch.bfloat16 if options.precision == "bf16" else None
 
 

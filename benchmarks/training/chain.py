@@ -61,7 +61,7 @@ def run(options: Options, results: Results) -> None:
 
 
 def timed(directory: Path, *command: str) -> float:
-    """Runs a command in a directory, and returns its seconds; its output is shown."""
+    """Runs a command in a directory, shows its output, and returns its seconds."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     started = time.perf_counter()
     subprocess.run(command, cwd=directory, env=os.environ | {"PYTHONPATH": path}, check=True)

@@ -2,8 +2,8 @@
 
 All read the same real text in the same batches, with the same initial weights and optimizer. On a
 CPU there is no dropout, so loss curves differ only by rounding. On a GPU they train BERT-base with
-dropout, whose masks differ. Runs of several seeds show how far apart two runs may end. With
-`--precision bf16` fastbert trains in FP8 too, which a CPU emulates.
+dropout, whose masks differ. Several seeds show how far apart two runs may end. With `--precision
+bf16` fastbert also trains in FP8, which a CPU emulates.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def run(options: Options, results: Results) -> None:
 def compare(
     config: PretrainConfig, vocab_size: int, batches: list[PackedBatch], options: Options
 ) -> dict[str, list[float]]:
-    """The loss curve of each candidate; the reference takes part only without dropout."""
+    """The loss curve of each candidate; the reference runs only without dropout."""
     is_cpu = options.device.type == "cpu"
     ours = initial(config, vocab_size)
     theirs = transformers.BertForPreTraining(
@@ -99,7 +99,7 @@ def compare(
 
 
 def shape_of(config: PretrainConfig, vocab_size: int) -> dict[str, Any]:
-    """The fields of the models' BertConfig, which are also those of Hugging Face's."""
+    """The fields of the models' BertConfig, which Hugging Face's has too."""
     return {
         **PRESETS[config.preset].shape,
         "vocab_size": vocab_size,
@@ -122,13 +122,13 @@ def train(
     options: Options,
     before: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
-    """Trains on the batches, the first of `config.steps`; returns the loss of each.
+    """Trains on the batches, of which there may be fewer than `config.steps`; returns their losses.
 
-    They are read from the device only at the end. before: called with the number of each step.
+    The losses are read from the device only at the end. before: called with each step's number.
     """
     model.to(options.device).train()
     optimizer = make_optimizer(model, config.weight_decay)
-    copies = WeightCopies(model, low_precision(options))  # which other models do not read
+    copies = WeightCopies(model, low_precision(options))  # only fastbert's models read them
     losses = []
     for step, batch in enumerate(batches):
         before(step)

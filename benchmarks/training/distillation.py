@@ -1,6 +1,6 @@
-"""A student of half the layers, distilled and trained without a teacher, on the same batches.
+"""A student with half the layers, distilled and trained without a teacher, on the same batches.
 
-Each seed has a teacher of its own, because the seed decides which documents are held out.
+Each seed has its own teacher, because the seed decides which documents are held out.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ PLAIN = "student, masked LM alone, begun at random"
 
 
 class Plain(Pretraining):
-    """Pre-trains a model of the given shape by masked LM, as the student without a teacher."""
+    """Pre-trains a model of the given shape by masked LM: the student without a teacher."""
 
     def __init__(self, config: PretrainConfig, shape: BertConfig) -> None:
         super().__init__(config)
@@ -55,7 +55,7 @@ def run(options: Options, results: Results) -> None:
 
 
 def _compare(teacher: PretrainConfig, steps: int, directory: Path, results: Results) -> None:
-    """One seed: trains the teacher, then each student."""
+    """Trains the teacher and then each student, for one seed."""
     _measure(Pretraining(teacher), TEACHER, directory / "teacher", results)
     same = {
         name: getattr(teacher, name)

@@ -1,10 +1,10 @@
 """`python -m benchmarks jump`: the losses around one step of `convergence`, in several ways.
 
 On an H200 single losses of fastbert's runs jump, as at step 103 of seed 1, and are back at the next
-step. This trains, and looks at the weights before that step, a step earlier and a step later: at
-the step's batch with the same dropout masks and with others, with the residual stream or everything
-in float32, by plain bodies in the place of kernels, without dropout; and at other batches. A jump
-that all of these share is one of the weights.
+step. This trains up to that step. With the weights before it, a step earlier and a step later it
+computes the loss of the step's batch with the same dropout masks and with others, with the residual
+stream or everything in float32, with plain bodies instead of kernels, and without dropout; and the
+loss of other batches. If all of these jump, the weights do.
 """
 
 import contextlib
@@ -35,17 +35,17 @@ WAYS: dict[str, dict[str, bool]] = {
 
 
 def main(
-    seed: Annotated[int, typer.Option(help="Of the run.", min=min(SEEDS), max=max(SEEDS))] = 1,
-    step: Annotated[int, typer.Option(help="Whose loss it is, from 0.", min=1)] = 103,
+    seed: Annotated[int, typer.Option(help="Seed of the run.", min=min(SEEDS), max=max(SEEDS))] = 1,
+    step: Annotated[int, typer.Option(help="Step whose loss it is, from 0.", min=1)] = 103,
     quick: Annotated[bool, typer.Option("--quick", help="A small model, on a CPU.")] = False,
 ) -> None:
-    """Print the losses around a step of pre-training, and their parts, in several ways."""
+    """Print both losses around a step of pre-training, computed in several ways."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = Options(device, "bf16" if device.type == "cuda" else "fp32", quick)
     config = next(one for one in cases(options) if one.seed == seed)
     if step + 2 > config.steps:
         raise typer.BadParameter(
-            f"one with a step behind it, of the run's {config.steps}, got {step}",
+            f"expected at most {config.steps - 2}, as the run has {config.steps} steps, got {step}",
             param_hint="--step",
         )
     with tempfile.TemporaryDirectory() as directory:
@@ -62,7 +62,7 @@ def main(
         plain: bool = False,
         drops: bool = True,
     ) -> None:
-        """wide: the residual stream in float32; low: products in bf16; plain: no kernels."""
+        """Prints a batch's losses; wide: fp32 stream; low: products in bf16; plain: no kernels."""
         usual = model.config.residual_in_fp32
         vars(model.config)["residual_in_fp32"] = wide or usual
         model.train(drops)
@@ -72,7 +72,8 @@ def main(
             backend.use("reference") if plain else contextlib.nullcontext(),
         ):
             words, pairs, margins = parts(batch.to(device))
-        vars(model.config)["residual_in_fp32"] = usual  # a model in use refuses a usual change
+        # by `vars`, because a model in use refuses to have its configuration changed
+        vars(model.config)["residual_in_fp32"] = usual
         model.train()
         print(
             f"{name:<42}words {words:8.4f}, pairs {pairs:8.4f}, "
@@ -80,7 +81,7 @@ def main(
         )
 
     def parts(batch: PackedBatch) -> tuple[float, float, Tensor]:
-        """Both losses, and the difference of the logits of each pair."""
+        """Both losses, and for each pair its margin, the difference of its logits."""
         encoded = model.bert(batch)
         masked = masked_rows(encoded.last_hidden_state, batch)
         words = score_words(model.cls.predictions, masked)
@@ -92,7 +93,7 @@ def main(
         if not step - 1 <= number <= step + 1:
             return
         print(f"\nThe weights before step {number}")
-        with torch.random.fork_rng():  # training goes on with the masks that it would have had
+        with torch.random.fork_rng():  # so that training continues with its own masks
             for name, how in WAYS.items():
                 with torch.random.fork_rng():
                     tell(f"batch {number}, {name}", batches[number], **how)
@@ -103,4 +104,4 @@ def main(
 
     losses = train(model, lambda one: model(one).loss, batches, config, options, look)
     last = ", ".join(f"{loss:.4f}" for loss in losses[-6:])
-    print(f"\nThe losses of training, the last of step {step + 1}: {last}")
+    print(f"\nThe last losses of training, up to step {step + 1}: {last}")

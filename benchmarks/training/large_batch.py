@@ -1,4 +1,4 @@
-"""LAMB and AdamW at sixteen times the default batch: a tiny BERT, five learning rates each."""
+"""LAMB and AdamW with sixteen times the default batch: a tiny BERT, five learning rates each."""
 
 import dataclasses
 import tempfile

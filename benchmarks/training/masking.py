@@ -15,7 +15,7 @@ SPECIALS = SpecialTokens(pad=0, unk=100, cls=101, sep=102, mask=103)
 def run(options: Options, results: Results) -> None:
     """Measures the part "masking": batches of sequences of 128 and of 512 tokens.
 
-    Three of four tokens begin a word. NumPy uses one core, even if the machine has more.
+    Three of four tokens begin a word. NumPy uses only one core.
     """
     counts = NgramCounts(*np.random.default_rng(0).integers(1, 1000, (3, VOCAB_SIZE)))
     for length in (128, 512):

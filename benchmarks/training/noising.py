@@ -17,8 +17,8 @@ from fastbert.train.pretrain import pretrain
 
 SCHEMES = ("bert", "blank", "unigram", "bigram-kn")
 
-# The share of targets that is changed; for bigram-kn a factor, with which 72 % of them are changed
-# on the default corpus of Python 3.11.
+# The share of targets that is changed; for bigram-kn a factor, which changes 72 % of them on the
+# default corpus of Python 3.11.
 GAMMA = {"blank": 0.8, "unigram": 0.8, "bigram-kn": 4.0}
 
 

@@ -1,4 +1,4 @@
-"""Time and memory that a corpus file takes to become a cache, beside the tokenizer alone."""
+"""Time and memory of making a cache from a corpus file, beside the tokenizer alone."""
 
 import contextlib
 import itertools
@@ -66,9 +66,9 @@ def write_corpus(path: Path, sentences: list[str], size: int) -> Path:
 def throughput(
     tokenizer: Tokenizer, corpus: Path, place: Path, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate. fastbert's reads, encodes, writes and merges.
+    """Seconds of each candidate; fastbert reads, encodes, writes and merges.
 
-    The hash of the files is timed by itself, because a run needs it even if there is a cache.
+    The hash of the files is timed separately, because a run needs it even if there is a cache.
     """
     sentences = list(itertools.chain.from_iterable(data.read_documents([corpus])))
     cores = data.available_cores()
@@ -101,7 +101,7 @@ def end_to_end(tokenizer: Tokenizer, corpus: Path, directory: Path, processes: i
 def peak_memory(corpus: Path, place: Path, processes: int) -> None:
     """Prints the peak memory of this process and its descendants as JSON; shared pages count once.
 
-    A fork server starts them, so `resource.getrusage` does not count them as children.
+    A fork server starts the descendants, so `resource.getrusage` does not count them as children.
     """
     own, peak, done = psutil.Process(), 0, threading.Event()
 
@@ -123,7 +123,7 @@ def peak_memory(corpus: Path, place: Path, processes: int) -> None:
 
 
 def memory(process: psutil.Process) -> int:
-    """Bytes of a process's memory, as Linux's Pss: n processes count 1/n of a shared page each."""
+    """A process's bytes of memory, as Linux's Pss: n processes count 1/n of a shared page each."""
     with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
         return process.memory_full_info().pss
     return 0

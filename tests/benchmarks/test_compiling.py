@@ -71,7 +71,7 @@ def test_a_tiles_limit_on_registers_reaches_its_launch():
     ("change", "fault"),
     [
         ({"spills": 3}, "3 spills, 2 allowed"),
-        ({"wide_loads": 3}, "3 loads of 16 bytes, 4 wanted"),
+        ({"wide_loads": 3}, "3 loads of 16 bytes, 4 required"),
         ({"matrix_products": 0}, "no tensor-core instruction"),
         ({"shared": 101}, "101 bytes of shared memory, 100 allowed"),
     ],

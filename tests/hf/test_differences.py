@@ -111,7 +111,7 @@ def test_the_pooler():
     assert torch.allclose(ours(**batch).logits, ours.classifier(states))
 
 
-@point("Packed documents do not see each other")
+@point("Packed documents do not attend to each other")
 def test_documents():
     theirs, ours, batch, _ = both()
     ids = batch["input_ids"][:1]
@@ -135,7 +135,7 @@ def test_a_fully_masked_row():
     assert theirs(**batch).last_hidden_state[1].any()
 
 
-@point("Where nothing is to be predicted, the loss is 0 with zero gradients, not NaN")
+@point("If there is nothing to predict, the loss is 0 with zero gradients, not NaN")
 def test_nothing_to_predict():
     theirs, ours, batch, _ = both("ForMaskedLM")
     labels = torch.full_like(batch["input_ids"], -100)
@@ -167,7 +167,7 @@ def test_num_items_in_batch():
     assert pair_loss > 0
 
 
-@point("In training mode with labels, the MLM head runs on the masked positions alone")
+@point("In training mode with labels, the masked-LM head runs on the masked positions only")
 def test_logits():
     theirs, ours, batch, _ = both("ForMaskedLM", training=True)
     labels = {"labels": batch["input_ids"]}
@@ -212,7 +212,7 @@ def test_the_residual_stream(monkeypatch):
     assert stream(labels=batch["input_ids"])[0].loss.dtype == torch.float32
 
 
-@point("Dropout masks are others than PyTorch's, though drawn from its seed")
+@point("Dropout masks differ from PyTorch's, though they are drawn from its seed")
 def test_dropout():
     config = transformers.BertConfig(
         vocab_size=37,
@@ -235,7 +235,7 @@ def test_dropout():
     assert not torch.allclose(states(ours, 0), expected, atol=0.01)
 
 
-@point("A two-dimensional mask has the batch's shape and holds zeros and ones")
+@point("A two-dimensional mask must have the batch's shape and hold zeros and ones")
 def test_masks_of_two_dimensions():
     theirs, ours, batch, _ = both()
     mask = batch.pop("attention_mask")

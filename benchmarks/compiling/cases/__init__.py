@@ -1,4 +1,4 @@
-"""What the compile report compiles: calls of operators, a module a kernel unit, with `cases()`."""
+"""The calls of operators that the compile report compiles, in a module for each kernel unit."""
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -17,15 +17,15 @@ CAPABILITIES = tuple(MULTIPROCESSORS)
 SM80, SM90, SM100 = CAPABILITIES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ROWS = 16  # no kernel is compiled for their number
+ROWS = 16  # any number: no kernel is compiled for it
 
 
 class Case(NamedTuple):
     """A call of an operator, whose kernels are compiled as they are launched.
 
-    label: what distinguishes it in the report; call: the operator; tensors: what it is called with,
-    and gets gradients; trains: with a backward behind it, and what that reads kept; quick: the GPUs
-    for which it is in the part that `make test` compiles; since: the first GPU that can run it.
+    label: its name in the report; call: the operator; tensors: its arguments, which get gradients;
+    trains: whether the forward keeps what the backward reads, and the backward follows; quick: the
+    GPUs for which `make test` compiles the case; since: the first GPU that can run it
     """
 
     label: str
@@ -61,6 +61,6 @@ def dropout_of(p: float) -> dict:
 
 
 def all_cases(only: str = "") -> Iterator[Case]:
-    """Of every kernel unit, or of one."""
+    """The cases of every kernel unit, or of the unit `only`."""
     for unit in (only,) if only else UNITS:
         yield from import_module(f"benchmarks.compiling.cases.{unit}").cases()

@@ -1,4 +1,4 @@
-"""Attention at head sizes of BERT (64), of smaller and larger models, and of one that is padded."""
+"""Attention at BERT's head_dim (64), at smaller and larger ones, and at one that is padded."""
 
 from collections.abc import Iterator
 
@@ -22,7 +22,7 @@ def cases() -> Iterator[Case]:
             yield _case(head_dim, dtype, dropout_p, longest, bias=True)
         if not dropout_p:
             yield _case(head_dim, dtype, dropout_p, trains=False)
-    # of the keys alone, as a padding mask is
+    # masks of the keys only, like a padding mask
     for bias in (False, True):
         yield _case(64, "bf16", 0.0, mask=torch.ones(LONGEST, dtype=torch.bool), bias=bias)
         yield _case(64, "bf16", 0.1, mask=floats(LONGEST, dtype="bf16"), bias=bias)

@@ -12,7 +12,7 @@ from fastbert.ops.compact import compact
 
 def cases() -> Iterator[Case]:
     def call(values: Tensor) -> Tensor:
-        with backend.use("triton"):  # in the place of the extension
+        with backend.use("triton"):  # instead of the extension
             return compact(values, 0, 16).kept
 
     for rows in (8, 64):

@@ -1,4 +1,4 @@
-"""Dropout by itself at the widths of hidden states."""
+"""Dropout alone, at the widths of hidden states."""
 
 from collections.abc import Iterator
 

@@ -14,7 +14,7 @@ def cases() -> Iterator[Case]:
     index = torch.zeros(ROWS, dtype=torch.int32)
 
     def call(src: Tensor) -> Tensor:
-        with backend.use("triton"):  # in the place of the extension
+        with backend.use("triton"):  # instead of the extension
             return gather_rows(src, index, index)
 
     for columns in (1, 384, 768, 1024):

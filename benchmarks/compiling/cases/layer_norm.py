@@ -34,10 +34,10 @@ def _add(
     branches: bool = True, trains: bool = True, quick: tuple[int, ...] = (), stream: str = "",
     frozen: bool = False,
 ) -> Case:  # fmt: skip
-    """Of activations in `dtype`; the parameters are float32, as in training under autocast.
+    """A case with activations in `dtype` and float32 parameters, as in training under autocast.
 
-    stream: the residual's dtype, that of the activations by default; frozen: no gradients of
-    parameters are wanted
+    stream: the residual's dtype, by default the activations'; frozen: whether no parameter gets a
+    gradient
     """
     options = {"save": save, "branches": branches, **dropout_of(dropout_p)}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from benchmarks.compiling.cases import CAPABILITIES, DTYPES, ROWS, Case, floats, ids
 from fastbert.ops.linear_cross_entropy import linear_cross_entropy
 
-CLASSES, HIDDEN = 30522, 16  # the product is not ours: a small one
+CLASSES, HIDDEN = 30522, 16  # hidden is small, because the product is not our kernel
 
 
 def cases() -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""The partial sums of a layer's backward, added up together."""
+"""The partial sums of a layer's backward, added up in one launch."""
 
 from collections.abc import Iterator
 

@@ -69,6 +69,7 @@ def packed(module: nn.Module, x: Tensor, places: int | None = None, note: str = 
     tell(Route(type(module).__name__, layout, note))
 
 
-def refused(module: nn.Module, reason: object) -> None:
-    """Records that `module` runs Hugging Face's own forward, and why."""
-    tell(Route(type(module).__name__, "Hugging Face's own", str(reason)))
+def refused(module: nn.Module, reason: object, runs: str = "Hugging Face's own") -> None:
+    """Records what `module` runs because the packed path was refused, by default its forward."""
+    if is_listening():  # torch.compile of torch 2.11 cannot trace the text of an exception
+        tell(Route(type(module).__name__, runs, str(reason)))

@@ -155,7 +155,7 @@ def _score(
         try:
             return _score_rows(model, arguments, labels, with_pairs)
         except Unsupported as reason:
-            events.tell(events.Route(type(model).__name__, "logits of all tokens", str(reason)))
+            events.refused(model, reason, "logits of all tokens")
     fields = dict(original(**_without(arguments, _HEADS_OWN), return_dict=True))
     logits = fields["prediction_logits" if with_pairs else "logits"]
     return score_classes(logits.flatten(0, 1), labels.flatten()), fields
@@ -182,7 +182,7 @@ def _score_rows(
         try:
             found = _run_rows(base, rest, labels, num_labels, with_pairs)
         except Unsupported as reason:
-            events.tell(events.Route(type(model).__name__, "all rows", str(reason)))
+            events.refused(model, reason, "all rows")
     if found is None:
         outputs = base(**rest, return_dict=True)
         states = outputs.last_hidden_state.flatten(0, 1)

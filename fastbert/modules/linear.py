@@ -266,10 +266,7 @@ def has_hooks(layer: nn.Module) -> bool:
 
 
 def has_own_hooks(layer: nn.Module) -> bool:
-    """`has_hooks` without global hooks, which counters of FLOPs and memory use.
-
-    They are to count what runs without them.
-    """
+    """`has_hooks` without global hooks, which FLOP counters set to count what runs without them."""
     return any(hooks_of(layer)) or "forward" in vars(layer)
 
 

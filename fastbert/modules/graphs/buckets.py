@@ -1,9 +1,9 @@
 """Decides whether a call replays an encoder's layers as a CUDA graph, and which graph.
 
 With small batches the GPU waits for Python; a graph launches all of its kernels at once. The layers
-of fastbert's and of patched models are recorded when a bucket of sizes is met for the second time,
-and replayed for every later call that fits the bucket. A call that a graph could not compute
-correctly runs without one, and `fastbert.explain` shows the reason.
+of a model, fastbert's own or a patched one, are recorded when a bucket of sizes is met for the
+second time, and replayed for every later call that fits the bucket. A call that a graph could not
+compute correctly runs without one, and `fastbert.explain` shows the reason.
 
 `FASTBERT_GRAPHS=0` switches graphs off everywhere; `allow(model, False)`, which
 `fastbert.patch(model, graphs=False)` calls, switches them off for one model.
@@ -118,7 +118,7 @@ def replayed(
             entry, call = recorded.find(bucket, x, call, pool, lane)
         if events.is_listening():
             _tell(bucket, entry)
-            return None  # without a graph each operator can tell how it runs
+            return None  # run without a graph, so that operators tell how they run
         if entry.graphs is None and not entry.reason:
             reading.settle()
             if reading.parts is not parts:

@@ -250,7 +250,7 @@ class Call(NamedTuple):
         return None if self.products is None else self.products()
 
     def undone(self) -> contextlib.AbstractContextManager[None]:
-        """A context that restores the `Products` at its end: a warm-up is no forward of a user."""
+        """A context that restores the `Products` at its end, for what is no user's forward."""
         products = self.present_products()
         return contextlib.nullcontext() if products is None else products.undone()
 

@@ -88,7 +88,7 @@ class Pool:
         self.used[entry] = None
 
     def record(self, entry: "Entry", bucket: Bucket, x: Tensor | PaddedBatch, call: Call) -> None:
-        """Records the entry's graphs at its use RECORDED_AT; if that fails, sets its reason."""
+        """Records the entry's graphs from use number RECORDED_AT on; on failure sets its reason."""
         entry.uses += 1
         if entry.uses < RECORDED_AT:
             return
@@ -146,7 +146,7 @@ class Pending:
         self.left = set(graphs.replay_backward)  # the segments whose backward is yet to run
 
     def run(self, x: Tensor, call: Call, share: Share) -> list[Tensor]:
-        """The outputs of `run_layers`, from the forward's graph, as one autograd node a segment."""
+        """The outputs of `run_layers`, from the forward's graph; each segment is an autograd node."""
         self.lane.pending = weakref.ref(self)
         found, states = self.graphs.forward(x, call), []
         for number, segment in enumerate(self.graphs.segments):

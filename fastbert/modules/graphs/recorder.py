@@ -138,7 +138,7 @@ class CudaGraphs:
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         except RuntimeError:  # PyTorch has ended the recording itself
             return
-        # which the graph would do if it had been made
+        # the graph would release its pool, but it was not made
         torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
         self.keeper = None
         with contextlib.suppress(RuntimeError):

@@ -18,8 +18,8 @@ from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.rng import DropoutState
 
-# Backward graphs of an encoder if processes exchange gradients: they exchange those of a quarter of
-# the layers while the next quarter's are computed.
+# The number of backward graphs if processes exchange gradients: those of a quarter of the layers
+# are exchanged while those of the next quarter are computed.
 SEGMENTS = 4
 
 

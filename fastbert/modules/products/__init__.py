@@ -11,9 +11,9 @@ PRODUCTS = "_fastbert_products"  # attribute that holds a module's `Products`
 class Products:
     """Multiplies for plain linear layers in place of `F.linear`: in FP8, or with copied weights.
 
-    An attribute `PRODUCTS` of each linear layer that it multiplies for. The object that is told of
-    forwards, by `begin`, is the same attribute of the encoder's list of layers. reads_each_bias:
-    whether `product` should get each bias separately, not all of them concatenated.
+    Linear layers have it as their attribute `PRODUCTS`. The encoder's list of layers has one under
+    the same name, whose `begin` is called at each forward. reads_each_bias: whether `product`
+    should get each bias separately, not all of them concatenated.
     """
 
     reads_each_bias = False
@@ -28,7 +28,7 @@ class Products:
     def product(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     ) -> Tensor | None:
-        """`x @ weight.T + bias` with concatenated weights and biases; None: `F.linear` does it."""
+        """`x @ weight.T + bias` with all weights concatenated; None leaves it to `F.linear`."""
         return None
 
     def feed_forward(
@@ -40,8 +40,8 @@ class Products:
         output_weight: Tensor,
         approximate: str,
     ) -> Tensor | None:
-        """`gelu(x @ weight.T + bias) @ output_weight.T`; None: the caller uses `product`."""
+        """`gelu(x @ weight.T + bias) @ output_weight.T`; None leaves it to `product`."""
         return None
 
     def left_out(self, module: nn.Module) -> None:
-        """Called if `module` is called instead, because its weight may not be read directly."""
+        """Tells that the layer `module` itself is called, because its weight may not be read."""

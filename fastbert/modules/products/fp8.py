@@ -167,8 +167,8 @@ class Slot(Products):
 def enable(model: nn.Module) -> None:
     """Makes the linear layers of the model's encoders run in FP8 in training mode.
 
-    Heads, embeddings and poolers do not, nor do layers with a size that is not a multiple of 16,
-    nor adapters, added before or after. Raises ValueError if no encoder has a layer for FP8.
+    Heads, embeddings, poolers and adapters, also later ones, do not, nor do layers with a size that
+    is not a multiple of 16. Raises ValueError if no encoder has a layer that can run in FP8.
     """
     found = False
     for layers in encoders_of(model):

@@ -203,7 +203,7 @@ _PLANNER = Planner(_plain_parts)
 
 
 def _types_are_zero(embeddings: Any) -> bool:
-    """Whether transformers' default token_type_ids are zeros; they are a buffer, if there is one.
+    """Whether transformers' default token_type_ids are zeros: those in a buffer, if there is one.
 
     The buffer is read once, for which the host waits for a GPU, and again after a change.
     """

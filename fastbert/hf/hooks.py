@@ -11,7 +11,7 @@ from fastbert.modules.request import CAPTURING
 
 # Attributes of a patched class, which its subclasses inherit.
 ORIGINAL = "_fastbert_original_class"  # the class that it replaces
-PATCHED = "_fastbert_patched_class"  # the class itself
+PATCHED = "_fastbert_patched_class"  # the patched class itself
 FAMILY = "_fastbert_family"  # its `Family`
 THEIRS = "transformers.", "fastbert.hf."
 

@@ -122,7 +122,7 @@ def project_and_norm(x: Tensor, residual: Tensor, end: End, rng: DropoutState | 
 def add_and_norm(
     x: Tensor, x_bias: Tensor | None, residual: Tensor, end: End, rng: DropoutState | None
 ) -> Stream:
-    """`norm(residual + dropout(x + x_bias))`: (T, H); x_bias: (H,), None if not `adds_bias`."""
+    """`norm(residual + dropout(x + x_bias))`: (T, H); x_bias: (H,), None without `adds_bias`."""
     norm, p = end.norm, end.dropout
     if end.adds_bias() is None:
         y = norm(residual + dropout(x, p, rng)).to(residual.dtype)

@@ -38,9 +38,9 @@ _READ = {
 class Plan:
     """The parts of each layer, and the state of the layers' modules when they were read.
 
-    owner: the list of layers, or a module that is read alone. A plan refers to its dictionaries
-    only, so that the plan is freed with its owner. hooks: the live dictionaries of the hooks inside
-    the layers, all empty; own_hooks: those of the layers themselves.
+    owner: the list of layers, or a module that is read alone. A plan keeps only dictionaries of it,
+    so that the plan is freed with its owner. hooks: the live dictionaries of the hooks inside the
+    layers, all empty; own_hooks: those of the layers themselves.
     """
 
     def __init__(self, owner: nn.Module, parts: tuple[Any, ...], hooks: Hooks) -> None:
@@ -172,7 +172,7 @@ class Reading:
         return plan is not None and plan.parts is self.parts and plan.holds()
 
     def settle(self) -> None:
-        """Reads the parts anew if the assumed ones do not hold; the caller drops their results.
+        """Reads the parts anew if the assumed ones do not hold; their results must be dropped.
 
         Passes on what reading raises.
         """

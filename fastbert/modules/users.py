@@ -27,7 +27,7 @@ def in_rows(module: nn.Module, x: Tensor, sequences: Sequences) -> Tensor:
     rows = Unpadding.from_cu_seqlens(sequences.cu_seqlens, sequences.max_seqlen, len(x))
     mask = rows.mask if sequences.mask is None else sequences.mask
     is_own = is_defined_in(type(module).forward, ("fastbert.",))
-    named = {"packed": (rows, sequences.only(None))} if is_own else {}  # same dropout
+    named = {"packed": (rows, sequences.only(None))} if is_own else {}  # for the same dropout
     output = module(rows.pad(x), mask, **named)
     y = rows.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
     return y if sequences.rows is None else sequences.rows.of(y)

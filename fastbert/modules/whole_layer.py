@@ -150,7 +150,7 @@ class _Saved:
 
     @property
     def needs_input_grad(self) -> tuple[bool, ...]:
-        """The same for every input; longer than any of the Functions has inputs."""
+        """The same for every input; none of the Functions has more than 16."""
         return (self.trains,) * 16
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:

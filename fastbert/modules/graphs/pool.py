@@ -146,7 +146,7 @@ class Pending:
         self.left = set(graphs.replay_backward)  # the segments whose backward is yet to run
 
     def run(self, x: Tensor, call: Call, share: Share) -> list[Tensor]:
-        """The outputs of `run_layers`, from the forward's graph; each segment is an autograd node."""
+        """The outputs of `run_layers` from the forward's graph, with an autograd node a segment."""
         self.lane.pending = weakref.ref(self)
         found, states = self.graphs.forward(x, call), []
         for number, segment in enumerate(self.graphs.segments):

@@ -52,7 +52,7 @@ def attention_mask(
             return keep
         if bool(keep.all()):
             return None
-        setattr(keep, _UNPADDING, unpad(keep))  # all layers get this very tensor, and share it
+        setattr(keep, _UNPADDING, unpad(keep))  # all layers get this tensor and share its Unpadding
         return keep
     kwargs |= {"attention_mask": attention_mask, "mask_function": mask_function}
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}

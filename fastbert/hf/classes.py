@@ -50,9 +50,9 @@ def patch(
     "compute" computes them as Hugging Face does, for models that read them (ColBERT expands its
     queries by [MASK] tokens that no token attends to, https://arxiv.org/abs/2004.12832).
 
-    precision: "fp8" has the encoder's linear layers multiply in FP8 while the model is in training
-    mode, on GPUs of compute capability 8.9 or later, with scales that follow from earlier calls;
-    see `fastbert.modules.products.fp8`. "auto" computes in the precision that Hugging Face would.
+    precision: "fp8" makes the encoder's linear layers multiply in FP8 while the model is in
+    training mode, on GPUs of compute capability 8.9 or later, with scales that follow from earlier
+    calls; see `fastbert.modules.products.fp8`. "auto" computes in Hugging Face's precision.
 
     Raises TypeError, naming the class, if the model contains nothing to patch, and ValueError for
     another `graphs`, `padding` or `precision`.
@@ -94,7 +94,7 @@ def unpatch(model: Model) -> Model:
 
 
 def _give_class(module: Any, cls: Any) -> None:
-    """Swaps the class, and its forward where the module holds it, as by accelerate's hooks."""
+    """Swaps the class, and the forward that a module itself holds after accelerate's hooks."""
     for name in ("forward", "_old_forward"):
         if getattr(vars(module).get(name), "__func__", None) is type(module).forward:
             vars(module)[name] = types.MethodType(cls.forward, module)
@@ -115,7 +115,7 @@ def patched_class(original: Any) -> Any:
     """
     run = _forward_of(original)
     if run is None:
-        raise TypeError(f"patched_class: {original.__module__}.{original.__name__} has none")
+        raise TypeError(f"patched_class: expected a class that patch changes, got {original}")
 
     @functools.wraps(original.__init__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -153,7 +153,7 @@ def _forward_of(cls: type) -> Forward | None:
     if family is None or ORIGINAL in vars(cls):
         return None
     name, prefix = cls.__name__, family.prefix
-    # DistilBERT's encoder has another name: its arguments vary by release, and `run_model` suffices
+    # DistilBERT's `Transformer` is left out: its arguments vary by release, `run_model` suffices
     roles: dict[str, Forward | None] = {
         f"{prefix}Model": run_model,
         f"{prefix}Encoder": run_encoder,
@@ -179,7 +179,7 @@ def _forward(original: Any, run: Forward) -> Forward:
     known, is_theirs = {*parameters, *_OURS}, is_defined_in(own, ("transformers.",))
 
     def fits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the arguments fit the signature, so that the call is no TypeError."""
+        """Whether the arguments fit the signature, so that Python would raise no TypeError."""
         is_known = takes_all or all(name in known for name in kwargs)
         is_twice = any(name in kwargs for name in names[: len(args)])
         return len(args) <= len(names) and is_known and not is_twice
@@ -190,7 +190,7 @@ def _forward(original: Any, run: Forward) -> Forward:
         if run is run_one_layer and now is own:
             return run(self, functools.partial(own, self), *args, **kwargs)
         if not (now is own and is_theirs and fits(args, kwargs)):
-            return now(self, *args, **kwargs)  # a forward of the user's, or Python's TypeError
+            return now(self, *args, **kwargs)  # the user's own forward, or Python's TypeError
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         return run(self, functools.partial(own, self), arguments)
 

@@ -43,7 +43,7 @@ def embedded(
     # the device of the input, because an offloaded model's weights are on the meta device
     dtype = stream_dtype(own_dtype(embeddings), positions.device, model)
     if plain is None:
-        # those of transformers 4.57's DistilBERT have other names, and fewer
+        # transformers 4.57's DistilBERT has fewer arguments, and this one under another name
         embeds = "input_embeds" if returns_tuples() and not has_types else "inputs_embeds"
         others = {embeds: inputs_embeds, "position_ids": position_ids}
         if has_types:
@@ -61,7 +61,7 @@ def embedded(
             return None if ids is None else padding.pack(ids.expand(padding.batch_shape))
 
         tables, dropout_p = plain
-        if dropout_p and rng is None:  # the layers have no dropout
+        if dropout_p and rng is None:  # only the embeddings have dropout
             rng = for_batch(padding.cu_seqlens, padding.num_tokens)
         x = embed(
             tables,
@@ -83,10 +83,10 @@ def embedded(
 
 
 def positions_of(model: Any, input_ids: Tensor | None, given: Tensor) -> Tensor:
-    """(1 or B, S) int64: each token's column, or in RoBERTa's families its count of real tokens.
+    """(1 or B, S) int64: each token's column, or in RoBERTa's families its place among real tokens.
 
-    given: (B, S, ...), input_ids or embeddings. Raises ValueError for more columns, or in RoBERTa's
-    families real tokens, than the model has positions.
+    given: (B, S, ...), input_ids or embeddings. Raises ValueError if the model has fewer positions
+    than there are columns, or in RoBERTa's families real tokens.
     """
     counts = family_of_module(model).counts_positions
     seqlen, device = given.shape[1], given.device
@@ -111,7 +111,7 @@ def positions_of(model: Any, input_ids: Tensor | None, given: Tensor) -> Tensor:
 
 def _places(model: Any) -> tuple[int, int | None, Tensor | None]:
     """The first position; how many places a sequence may have, None if that is not known; and the
-    positions (1, ...) of all places, a buffer that users may fill with others, or None."""
+    positions (1, ...) of all places, a buffer that users may change, or None."""
     embeddings, counts = model.embeddings, family_of_module(model).counts_positions
     first = embeddings.padding_idx + 1 if counts else 0
     table = embeddings.position_embeddings
@@ -130,7 +130,7 @@ def padded_batch(
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
 ) -> PaddedBatch | None:
-    """The batch for a graph, as by `PaddedBatch.of`.
+    """The batch for a graph, from `PaddedBatch.of`; None if no graph can begin with it.
 
     The arguments are a call's, None for those that were not given.
     """
@@ -172,18 +172,18 @@ def require_embeddings(embeddings: nn.Module, device: torch.device) -> None:
     table, weight = words._parameters.get("weight"), norm._parameters.get("weight")
     is_one = table is None or weight is None or table.dtype == weight.dtype
     if not (is_one or torch.is_autocast_enabled(device.type)):
-        raise Unsupported("a LayerNorm of another dtype, whose result has that of what it reads")
+        raise Unsupported("a LayerNorm of another dtype than the word embeddings")
 
 
 def _plain(embeddings: Any) -> tuple[Tables, float] | None:
-    # a hook on the embeddings is no part of what a plan is read from
+    # a plan does not check for hooks on the embeddings themselves
     return None if is_hooked(embeddings) else _PLANNER.parts(embeddings)[0]
 
 
 def _plain_parts(embeddings: Any) -> tuple[Tables, float] | None:
-    """The tables, which may be read, or take packed tokens, and the probability of dropout.
+    """The tables and the probability of dropout; None for embeddings that must be called.
 
-    None for embeddings that must be called.
+    The tables may be read, or called with packed tokens.
     """
     if not is_theirs(embeddings):
         return None
@@ -203,7 +203,7 @@ _PLANNER = Planner(_plain_parts)
 
 
 def _types_are_zero(embeddings: Any) -> bool:
-    """Whether transformers' default token_type_ids, from a buffer, are zeros, as without a buffer.
+    """Whether transformers' default token_type_ids are zeros: those in a buffer, if there is one.
 
     The buffer is read once, for which the host waits for a GPU, and again after a change.
     """

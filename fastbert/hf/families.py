@@ -21,7 +21,7 @@ from fastbert.modules.layer import End, LayerParts
 from fastbert.modules.linear import Leaf, dropout_p_of, is_defined_in, is_plain_dropout
 from fastbert.rng import keeps_some
 
-Forward = Callable[..., Any]  # of transformers' modules, or one that replaces it
+Forward = Callable[..., Any]  # of one of transformers' modules, or its replacement
 
 
 class Unsupported(Exception):
@@ -29,7 +29,7 @@ class Unsupported(Exception):
 
 
 class MaskedHead(NamedTuple):
-    """A masked-LM head: `transform`, (C, H) -> (C, E), and `decoder`, the linear to logits."""
+    """A masked-LM head: `transform`, (C, H) -> (C, E), and `decoder`, to logits."""
 
     transform: Callable[[Tensor], Tensor]
     decoder: nn.Module
@@ -48,7 +48,7 @@ def _require_untouched(*modules: nn.Module) -> None:
 
 
 def dropout_of(module: nn.Module, reader: nn.Module | None = None) -> float:
-    """`dropout_p_of`; Unsupported for other modules, and for a dropout of everything."""
+    """`dropout_p_of`; raises Unsupported for other modules and for a dropout of everything."""
     if not is_plain_dropout(module):
         raise Unsupported(f"a {type(module).__name__} as dropout, or a hook on it")
     p = dropout_p_of(module, reader)
@@ -59,7 +59,7 @@ def dropout_of(module: nn.Module, reader: nn.Module | None = None) -> float:
 
 def _attention_dropout(attention: Any) -> float:
     reads = hasattr(attention, "scaling") or hasattr(attention, "dropout_prob")
-    return dropout_of(attention.dropout, attention if reads else None)  # 4.57's eager one calls it
+    return dropout_of(attention.dropout, attention if reads else None)  # eager in 4.57 calls it
 
 
 # transformers' GELU modules; the tanh variants differ in rounding only
@@ -149,7 +149,7 @@ def _distilbert_parts(layer: Any) -> LayerParts:
 
 
 def _require_plain_layer(layer: Any, feeder: Any, method: str) -> None:
-    """feeder: the module whose `method` computes a chunk of the feed-forward"""
+    """Raises Unsupported for changed layers; `feeder.method` computes feed-forwards in chunks."""
     if feeder.chunk_size_feed_forward:
         raise Unsupported("chunk_size_feed_forward, which trades speed for memory")
     if getattr(layer, "is_decoder", False):
@@ -211,11 +211,11 @@ def _electra_head(model: Any) -> MaskedHead:
 class Family(NamedTuple):
     """How to read the models of one `transformers.models.*` module.
 
-    prefix: of its class names; head: (masked LM) -> MaskedHead and parts: (layer) -> LayerParts,
-    both raise Unsupported; stack: the model's attribute for the module with the layers as `.layer`;
-    has_types: whether there are token types; counts_positions: whether positions number the real
-    tokens from padding_idx + 1, as RoBERTa's do; output: the class in transformers.modeling_outputs
-    that the bare model returns.
+    prefix: of its class names; head: (masked LM) -> MaskedHead, and parts: (layer) -> LayerParts,
+    which both may raise Unsupported; stack: the name of the model's attribute whose `.layer` has
+    the layers; has_types: whether there are token types; counts_positions: whether positions number
+    the real tokens from padding_idx + 1, as RoBERTa's do; output: the class that the bare model
+    returns, in transformers.modeling_outputs.
     """
 
     prefix: str

@@ -1,4 +1,4 @@
-"""Which patched heads read each sequence's first token alone, so that the others need not exist."""
+"""Finds patched heads that read only each sequence's first token, so the others can be left out."""
 
 from contextvars import ContextVar
 from typing import Any
@@ -11,15 +11,15 @@ from fastbert.hf.hooks import is_hooked, is_theirs
 from fastbert.modules.sequences import Rows
 from fastbert.ops.unpad import Unpadding
 
-# The head whose own forward calls its bare model now; for each thread.
+# The head whose own forward is calling its bare model now, in this thread.
 _HEAD: ContextVar[Any] = ContextVar("head", default=None)
 
 
 def called_by(head: Any, forward: Forward) -> Forward:
-    """`forward`, inside of which the bare model of `head` may return its first tokens alone.
+    """`forward`, inside which the bare model of `head` may return first tokens alone, (B, 1, H).
 
-    These are (B, 1, H), where nobody can see the others. Not for a trace of torch.compile, which
-    cannot read a context variable.
+    It does so only if nobody could see the other tokens. Not for torch.compile, which cannot trace
+    reading a context variable.
     """
 
     def call(**arguments: Any) -> Any:
@@ -39,7 +39,7 @@ def present_head(model: Any) -> Any:
 
 
 def first_rows(head: Any, padding: Unpadding, hidden_size: int) -> Rows | None:
-    """Each sequence's first token, where `head` reads no others and that saves time."""
+    """The rows of first tokens, if `head` reads no others and computing only these saves time."""
     device = padding.cu_seqlens.device
     if not padding.is_by_row or not Rows.pay(padding.num_tokens, hidden_size, device):
         return None
@@ -55,7 +55,7 @@ def reads_pooler(head: Any, padding: Unpadding) -> bool:
 
 
 def reads_first_tokens(model: Any) -> bool:
-    """Whether the model's forward reads each sequence's first token alone of its bare model's."""
+    """Whether a head's forward reads only first tokens of its bare model's output."""
     name, base = patched_base(model).__name__, model.base_model
     if is_hooked(base) or not runs_patched(base):
         return False
@@ -66,7 +66,7 @@ def reads_first_tokens(model: Any) -> bool:
         return True
     if name.endswith("ForMultipleChoice"):  # ELECTRA's, without a pooler, may summarize all tokens
         return pooler is not None
-    return is_theirs(model.classifier) and not is_hooked(model.classifier)  # which gets all tokens
+    return is_theirs(model.classifier) and not is_hooked(model.classifier)  # it gets all tokens
 
 
 _POOLED = "ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction"

@@ -9,9 +9,9 @@ from torch import nn
 from fastbert.modules.linear import hooks_of, is_defined_in, is_of_weights, module_of_hook
 from fastbert.modules.request import CAPTURING
 
-# Attributes of a patched class, which those that derive from it have too.
+# Attributes of a patched class, which its subclasses inherit.
 ORIGINAL = "_fastbert_original_class"  # the class that it replaces
-PATCHED = "_fastbert_patched_class"  # itself
+PATCHED = "_fastbert_patched_class"  # the patched class itself
 FAMILY = "_fastbert_family"  # its `Family`
 THEIRS = "transformers.", "fastbert.hf."
 
@@ -35,7 +35,7 @@ def works_by_token(leaf: nn.Module) -> bool:
     is_known = (cls.__module__, cls.__name__) in _BY_TOKEN
     if isinstance(leaf, nn.LayerNorm):
         is_known = is_known and len(leaf.normalized_shape) == 1
-    inside = leaf.modules() if leaf._modules else (leaf,)  # those inside an adapter too
+    inside = leaf.modules() if leaf._modules else (leaf,)  # also what is inside an adapter
     return is_known and not any(map(is_observed, inside))
 
 
@@ -71,8 +71,8 @@ def has_their(module: nn.Module, method: str) -> bool:
 
 
 def see_arguments(layers: nn.ModuleList) -> bool:
-    """Whether a hook, or a forward that a layer was given, sees all arguments of the layer, which
-    are others in the packed path."""
+    """Whether a hook, or a forward set on a layer, sees all arguments of the layer: the packed path
+    passes other arguments than Hugging Face's."""
     for layer in layers._modules.values():
         # accelerate's hooks, which pass all arguments on, keep what they call under this name
         own = vars(layer).get("_old_forward" if "_hf_hook" in vars(layer) else "forward")

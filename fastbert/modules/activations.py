@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def approximation(function: Activation) -> str | None:
-    """The formula by which `function` is GELU, as `bias_gelu` names it; None if it is not GELU."""
+    """The name in `bias_gelu` of the formula that `function` uses; None if it is not GELU."""
     if function is F.gelu:
         return "none"
     return "tanh" if function is GELU_TANH else None
@@ -55,9 +55,9 @@ def feed_forward(
     into: Op | None,
     rng: DropoutState | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`output(function(dense(x)))` as by `split_bias`: (..., H) -> (..., O), and the bias to add.
+    """`output(function(dense(x)))`: (..., H) -> (..., O), and the bias that `into` is to add.
 
-    In FP8 a GELU between two plain layers is one operator with their products.
+    In FP8, two plain layers with a GELU between them are one operator. into: see `split_bias`.
     """
     products = dense.products
     if products is not None and into is not None and dense.is_plain and output.is_plain:

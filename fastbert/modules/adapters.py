@@ -1,8 +1,9 @@
-"""LoRA's adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685) on linear layers, as peft's.
+"""LoRA adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685) on linear layers, as in peft.
 
 peft's own forward takes the host longer than a small batch takes the GPU, and a CUDA graph could
-not tell what it reads. So a plain LoRA layer of peft is read as the linear layer inside it and the
-two of each adapter; any other module is called. Dropout is by counter, like a layer's own.
+not tell what it reads. So a plain LoRA layer of peft is read: the linear layer inside it, and the
+two of each adapter. Any other module is called. Adapters' dropout masks come from counters, as
+those of BERT's layers do.
 """
 
 from collections.abc import Callable
@@ -18,12 +19,11 @@ from fastbert.modules.products import Products
 from fastbert.ops.dropout import Dropout, drawn, dropout
 from fastbert.rng import DropoutState, keeps_some
 
-# The dropouts of adapters have site numbers of their own: at each of a layer's linear layers those
-# of one adapter, of up to `SITES` dropouts of a model.
+# Each dropout of an adapter has its own site number. For each adapter and each linear layer of a
+# BERT layer there is a block of `SITES` numbers, one for each of the model's own sites.
 SITES = 1024
-MOST_LINEARS = 6  # of a layer
-# active on one linear layer, as sites have 16 bits
-MOST_ADAPTERS = (2**16 // SITES - 1) // MOST_LINEARS
+MOST_LINEARS = 6  # of a BERT layer
+MOST_ADAPTERS = (2**16 // SITES - 1) // MOST_LINEARS  # on a linear layer: sites have 16 bits
 
 
 class LowRank(NamedTuple):
@@ -43,7 +43,7 @@ class LowRank(NamedTuple):
     def added(
         self, sum_: Tensor, x: Tensor, number: int, place: int, rng: DropoutState | None
     ) -> Tensor:
-        """Adds to the product of x; number: among the leaf's adapters; place: the leaf's."""
+        """`sum_` plus the adapter's product of x; number: the adapter's; place: the leaf's."""
         if rng is not None:
             rng = rng.at(SITES * (1 + MOST_LINEARS * number + place) + rng.site)
         rows = x.shape[:-1].numel()
@@ -51,13 +51,13 @@ class LowRank(NamedTuple):
         if not torch.is_autocast_enabled(device_type(x)):
             x = x.to(self.down.weight.dtype)
         more = _linear(_linear(x, self.down), self.up)
-        if torch.compiler.is_compiling():  # which leaves out alpha behind a linear layer
+        if torch.compiler.is_compiling():  # which leaves alpha out after a linear layer
             return sum_ + more * self.scaling
         return torch.add(sum_, more, alpha=self.scaling)
 
 
 def read_leaf(module: Any, kind: type[nn.Module] = nn.Linear) -> Leaf:
-    """A linear layer, with its adapters if it has any, or a norm."""
+    """The leaf of a linear layer, with its adapters if it has any, or of a norm."""
     cls = type(module)
     if kind is nn.Linear and (cls.__module__, cls.__name__) == ("peft.tuners.lora.layer", "Linear"):
         found = _adapted(module)
@@ -67,12 +67,12 @@ def read_leaf(module: Any, kind: type[nn.Module] = nn.Linear) -> Leaf:
 
 
 def _adapted(module: Any) -> Leaf | None:
-    """A LoRA layer of peft as a leaf; None for what is not the usual sum, or has a hook inside."""
+    """The leaf of a LoRA layer of peft; None if it is not the usual sum or has a hook inside."""
     base, is_off = module.base_layer, module.disable_adapters
     is_usual = is_defined_in(type(module).forward, ("peft.",))
     if any(map(has_hooks, module.modules())) or not is_usual or not Leaf(base).is_plain:
         return None
-    if is_off and module.merged:  # its forward takes the adapters out of the weight
+    if is_off and module.merged:  # its forward would unmerge the adapters
         return None
     if is_off or module.merged:
         return Leaf(base)
@@ -86,7 +86,7 @@ def _adapted(module: Any) -> Leaf | None:
 
 
 def _low_rank(module: Any, name: str) -> LowRank | None:
-    """The layer's adapter of this name; None for a variant, as DoRA is, and unusual parts."""
+    """The layer's adapter of this name; None for a variant, such as DoRA, and unusual parts."""
     down, up = Leaf(module.lora_A[name]), Leaf(module.lora_B[name])
     drops, scaling = module.lora_dropout[name], module.scaling[name]
     variants = {"lora_variant", "use_dora"} & vars(module).keys()
@@ -99,7 +99,7 @@ def _low_rank(module: Any, name: str) -> LowRank | None:
 
 
 def _linear(x: Tensor, leaf: Leaf) -> Tensor:
-    """`product`, but for FP8, in which these few numbers would take longer."""
+    """The layer's product, never in FP8, which would take longer for so small a matrix."""
     biases = biases_of(leaf)
     y = None if leaf.given is None else leaf.given.product(x, [leaf.weight], biases)
     return F.linear(x, leaf.weight, *biases) if y is None else y

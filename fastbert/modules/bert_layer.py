@@ -43,9 +43,9 @@ class BertSelfAttention(nn.Module):
         packed: Packed | None = None,
         **kwargs: Any,
     ) -> Any:
-        """(T, H), and of them the wanted rows (M, H) -> (M, H).
+        """(T, H), and the wanted rows (M, H) of them -> (M, H).
 
-        In a call like Hugging Face's, with a mask in the second place, (B, S, H), in a tuple.
+        A call like Hugging Face's, with a mask as second argument, gives (B, S, H) in a tuple.
         """
         if sequences is None or wanted is None:
             mask = kwargs.pop("attention_mask", wanted)
@@ -83,7 +83,7 @@ class _ProjectAndNorm(nn.Module):
     def forward(
         self, hidden_states: Tensor, residual: Tensor, rng: DropoutState | None = None
     ) -> Tensor:
-        if not is_plain_dropout(self.dropout):  # it sees packed tokens, as all hooks in a layer do
+        if not is_plain_dropout(self.dropout):  # it gets packed tokens, as hooks in a layer do
             x = self.dropout(self.dense(hidden_states))
             return self.LayerNorm(residual + x).to(residual.dtype)
         norm = Leaf(self.LayerNorm, nn.LayerNorm)
@@ -121,7 +121,7 @@ class BertAttention(nn.Module):
         packed: Packed | None = None,
         **kwargs: Any,
     ) -> Any:
-        """(T, H) -> (T, H), or (M, H) for sequences.rows; as `BertLayer`, but rows in a tuple."""
+        """As in `BertLayer`, except that (B, S, H) is returned in a tuple, as by Hugging Face's."""
         if isinstance(attention_mask, Sequences):
             return self._run(hidden_states, attention_mask)
         padding, sequences = read_rows(self, hidden_states, attention_mask, packed, kwargs)
@@ -172,15 +172,15 @@ class BertLayer(nn.Module):
     ) -> Tensor:
         """(T, H) -> (T, H) or (M, H); the three dropouts use three sites from rng.site on.
 
-        attention_mask: the sequences of packed tokens; or of hidden states (B, S, H), which are
-        returned in that form, a mask as in `read_mask`, in a call like Hugging Face's; packed: how
-        such hidden states are packed, if that is known. Raises ValueError for other arguments.
+        attention_mask: the `Sequences` of packed tokens. In a call like Hugging Face's, (B, S, H)
+        -> (B, S, H), it is a mask as in `read_mask`; packed: how these hidden states are packed, if
+        that is known. Raises ValueError for other arguments that have an effect.
         """
         if isinstance(attention_mask, Sequences):
             return self._run(hidden_states, attention_mask)
         padding, sequences = read_rows(self, hidden_states, attention_mask, packed, kwargs)
         run = self._run
-        # called by hand, or by a module around it
+        # the caller is a user or a module around the layer, so no encoder has checkpointed it
         if packed is None and self.gradient_checkpointing and self.training:
             run = functools.partial(self._gradient_checkpointing_func, run)
         return padding.pad(run(padding.pack(hidden_states), sequences))
@@ -211,14 +211,14 @@ def parts_of(layer: Any) -> LayerParts | None:
     if not all(is_plain_dropout(end.dropout) for end in ends):
         return None
 
-    def dropout(module: Any) -> float:  # Hugging Face's attention reads p alone
+    def dropout(module: Any) -> float:  # Hugging Face's attention reads only p
         return dropout_p_of(module.dropout, module if module is this else None)
 
     return read_parts(layer, _leaf, dropout, lambda function: function)
 
 
 def _leaf(module: Any, kind: type[nn.Module] = nn.Linear) -> Leaf:
-    """Raises ValueError for Opacus's hooks, whose gradients of samples would be those of tokens."""
+    """`read_leaf`; raises ValueError for Opacus's hooks, which would take tokens for samples."""
     kinds = (getattr(hook, "__module__", None) or "" for hook in module._forward_hooks.values())
     require(
         not any(kind.startswith("opacus.") for kind in kinds),
@@ -237,8 +237,8 @@ def read_parts(
 ) -> LayerParts:
     """The parts of a layer with BERT's module names, Hugging Face's or fastbert's.
 
-    leaf: of (module, class), reads a linear layer or norm; dropout: the probability in a module
-    that has a `dropout`; function: reads the activation.
+    leaf(module, class): reads a linear layer or norm; dropout(module): the probability of the
+    module's `dropout`; function: reads the activation.
     """
     attention, this = layer.attention, layer.attention.self
 

@@ -19,12 +19,12 @@ from fastbert.rng import DropoutState
 
 
 def stream_dtype(own: torch.dtype, device: torch.device, module: Any) -> torch.dtype:
-    """The dtype of the residual stream: `own`, but under autocast float32 or the low precision.
+    """The dtype of the residual stream: `own`; under autocast, float32 or the low precision.
 
-    `module.config.residual_in_fp32`, of either kind of configuration, decides. Where it is None or
-    missing, training mode uses the low precision, which halves the memory traffic of the operators
-    between the products. Eval mode uses float32, as Hugging Face always does, for 2 to 7 times
-    smaller errors; `docs/numerics.md` has the measurements. Statistics are in float32 either way.
+    `module.config.residual_in_fp32`, in fastbert's or Hugging Face's configuration, decides. If it
+    is None or missing, training mode uses the low precision, which halves the memory traffic of the
+    operators between the products, and eval mode uses float32, as Hugging Face always does, for 2
+    to 7 times smaller errors (measured in `docs/numerics.md`). Statistics are always in float32.
     """
     if not torch.is_autocast_enabled(device.type):
         return own
@@ -36,7 +36,7 @@ def stream_dtype(own: torch.dtype, device: torch.device, module: Any) -> torch.d
 
 def own_dtype(embeddings: Any) -> torch.dtype:
     """The dtype of the embeddings' output without autocast."""
-    norm = getattr(embeddings, "LayerNorm", embeddings)  # users may wrap all of them
+    norm = getattr(embeddings, "LayerNorm", embeddings)  # users may wrap the embeddings
     weight = None if is_parametrized(norm) else getattr(norm, "weight", None)
     return next(embeddings.parameters()).dtype if weight is None else weight.dtype
 
@@ -44,7 +44,7 @@ def own_dtype(embeddings: Any) -> torch.dtype:
 class Tables(NamedTuple):
     """The modules of embeddings under Hugging Face's names; types: None for DistilBERT's.
 
-    are_plain: whether these are plain modules, so that one operator does what all of them do
+    are_plain: whether all of them are plain modules, which one operator can replace
     """
 
     words: Any
@@ -62,7 +62,7 @@ class Tables(NamedTuple):
         return cls(*tables, norm, are_plain and is_plain(norm, nn.LayerNorm))
 
     def are_one_operator(self) -> bool:
-        """Whether `embedding_layer_norm` computes what these modules do for ids."""
+        """Whether `embedding_layer_norm` computes for ids what these modules compute."""
         return self.are_plain and has_affine(self.norm)
 
 
@@ -115,7 +115,7 @@ def has_affine(norm: nn.LayerNorm) -> bool:
 
 
 def normalized(x: Tensor, norm: Any) -> Tensor:
-    """(..., H) -> (..., H) by a norm module; by the operator where that computes the same."""
+    """Applies a norm module to x (..., H), with the operator `layer_norm` if the norm is plain."""
     if is_plain(norm, nn.LayerNorm) and has_affine(norm):
         return layer_norm(x, norm.weight, norm.bias, norm.eps)
     return norm(x)
@@ -156,7 +156,7 @@ class BertEmbeddings(nn.Module):
     ) -> Tensor:
         """(...) int64 ids, or (..., H) embeddings, -> (..., H).
 
-        token_type_ids of None means all zeros; position_ids of None the column, of ids (B, S).
+        token_type_ids: None means zeros; position_ids: None means the columns of ids (B, S).
         """
         if position_ids is None:
             given: Any = input_ids if inputs_embeds is None else inputs_embeds

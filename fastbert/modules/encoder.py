@@ -71,13 +71,12 @@ class BertEncoder(nn.Module):
         Hugging Face's cu_seq_lens_q and max_length_q; or packed (T, H), with cu_seqlens (B + 1,)
         int32, max_seqlen and a mask as in `Sequences`. The output is padded or packed like the
         input; padded positions hold zeros.
-        output_hidden_states: True adds the input and the output of each layer; places among them,
-        negative ones from the end, add these, with None for the others. rng: the dropout state of
-        the tokens, padding included; None draws one from torch's generator and numbers the
-        sequences of the batch. rows: with packed hidden_states, the tokens that the last layer
-        computes; last_hidden_state is then (M, H). share: with packed hidden_states, gives the
-        states that are added another form. reading: with packed hidden_states, of `reading` for
-        this call.
+        output_hidden_states: True adds the input and the output of each layer; indices among these,
+        negative ones from the end, add only some, with None for the others. rng: the dropout state
+        of the tokens, padding included; None draws one from torch's generator and numbers the
+        sequences of the batch. Only with packed hidden_states: rows, the tokens that the last layer
+        computes, so that last_hidden_state is (M, H); share, which gives the added states another
+        form; reading, what the method `reading` returned for this call.
         Raises ValueError for a decoder's arguments, output_attentions, unknown arguments, and
         shapes that do not fit together.
         """
@@ -111,9 +110,9 @@ class BertEncoder(nn.Module):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, hidden_states=states)
 
     def reading(self, device: torch.device, *, trains: bool = False) -> Reading:
-        """What the layers are in one call of tokens on `device`.
+        """Reads the layers for one call with tokens on `device`.
 
-        trains: whether the model around them does, or a dropout state is given
+        trains: whether the model around them is in training mode, or a dropout state is given
         """
         trains = trains or self.training or any(layer.training for layer in self.layer)
         may = not trains and may_replay(device)
@@ -136,7 +135,7 @@ class BertEncoder(nn.Module):
         )
         captured, first = _captured_around()
         wanted = captured.get("_hidden_states_layers", "hidden_states" in captured)
-        if first:  # layers' numbers
+        if first:  # these are numbers of layers, not of states
             wanted = {number + 1 for number in wanted}
         wanted = wanted or output_hidden_states
         dtype = stream_dtype(hidden_states.dtype, hidden_states.device, self)
@@ -160,7 +159,7 @@ class BertEncoder(nn.Module):
         share: Share,
         reading: Reading | None = None,
     ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
-        """Runs the layers over a packed (T, H) residual stream; returns as `run_stack` does."""
+        """Runs the layers over a packed residual stream (T, H); returns what `run_stack` does."""
         events.packed(self, x)
         layers = self.layer
         if reading is None:
@@ -182,10 +181,10 @@ _PLANNER = Planner(parts_of)
 
 
 def _captured_around() -> tuple[dict[str, Any], int]:
-    """The lists in which a Hugging Face model around this encoder collects hidden states now.
+    """The lists in which a Hugging Face model around this encoder collects its outputs now.
 
-    And from which state on. transformers 5 fills them by hooks on layers of its own class; this
-    encoder has none of these. Raises ValueError if the model collects attentions.
+    Also the first hidden state to collect, 0 or 1. transformers 5 fills the lists by hooks on its
+    own layers, which this encoder lacks. Raises ValueError if the model collects attentions.
     """
     capturing = sys.modules.get(CAPTURING)
     collected = (capturing._active_collector.get() if capturing is not None else None) or {}

@@ -26,18 +26,18 @@ from fastbert.rng import DropoutState
 
 
 class Stream(NamedTuple):
-    """The residual stream (T, H) twice: what linear layers read, and what is added to their result.
+    """The residual stream (T, H) twice: x for linear layers, and the residual for the sum.
 
-    Both are the same numbers, but x may be rounded to the dtype of products already. Behind a
-    LayerNorm they are its two branches, of which its backward gets two gradients, and adds them as
-    it reads them.
+    Both hold the same numbers, but x may already be rounded to the dtype of products. After a
+    LayerNorm they are two outputs of it: its backward gets a gradient for each, and adds the two
+    as it reads them.
     """
 
     x: Tensor
     residual: Tensor
 
     def read_by(self, *leaves: Leaf) -> Tensor:
-        """What these linear layers read; modules that are called get what Hugging Face's do."""
+        """The tensor for these layers: x, or the residual, as in Hugging Face, if one is called."""
         return self.x if all(leaf.is_read for leaf in leaves) else self.residual
 
 
@@ -51,14 +51,14 @@ def self_attention(
 ) -> Tensor:
     """Attention without its output projection: (T, H) -> (T, H), or (M, H) for sequences.rows.
 
-    wanted: (M, H), the rows of x whose output is wanted; x again where all are. projections: to
-    queries, keys and values.
+    wanted: (M, H), the rows of x whose output is wanted; x itself if all are. projections: the
+    linear layers to queries, keys and values.
     """
     rows = sequences.rows
     if rows is None:
         qkv, bias = fused_linear(x, projections, attention_qkvpacked, sequences.rng)
         num_tokens, size = qkv.shape
-        num_heads = size // (3 * head_dim)  # users prune some, and tensor parallelism has a share
+        num_heads = size // (3 * head_dim)  # pruning and tensor parallelism leave fewer
         qkv = qkv.view(num_tokens, 3, num_heads, head_dim)
         mask, rng = sequences.mask, sequences.rng
         boundaries, longest = sequences.cu_seqlens, sequences.max_seqlen
@@ -101,9 +101,9 @@ class End(NamedTuple):
     save: Save = "z"
 
     def adds_bias(self) -> Op | None:
-        """The operator that adds the dense layer's bias, normalizes, and makes all their gradients.
+        """The operator that adds the dense layer's bias and normalizes, with all gradients.
 
-        None where the norm is not a plain one, with weight and bias.
+        None if the norm is not plain or lacks a weight or bias.
         """
         own = self.norm.parameters
         affine = self.norm.is_plain and own["weight"] is not None and own["bias"] is not None
@@ -122,15 +122,15 @@ def project_and_norm(x: Tensor, residual: Tensor, end: End, rng: DropoutState | 
 def add_and_norm(
     x: Tensor, x_bias: Tensor | None, residual: Tensor, end: End, rng: DropoutState | None
 ) -> Stream:
-    """`norm(residual + dropout(x + x_bias))`: (T, H); x_bias: (H,) only as `adds_bias` wants it."""
+    """`norm(residual + dropout(x + x_bias))`: (T, H); x_bias: (H,), None without `adds_bias`."""
     norm, p = end.norm, end.dropout
     if end.adds_bias() is None:
         y = norm(residual + dropout(x, p, rng)).to(residual.dtype)
         return Stream(y, y)
     weight = norm.parameters["weight"]
     if x.shape != residual.shape or weight.shape != x.shape[-1:]:  # users may swap modules
-        expected = f"a product of {tuple(residual.shape)} and a weight of {tuple(weight.shape)}"
-        require(False, "LayerNorm", f"{expected} to fit", tuple(x.shape))
+        expected = f"input {tuple(residual.shape)}, and a weight of its last size"
+        require(False, "LayerNorm", expected, f"{tuple(x.shape)} and {tuple(weight.shape)}")
     rng = drawn(len(x), x.device, p, rng) if p else None
     eps: Any = norm.module.eps
     bias = norm.parameters["bias"]
@@ -143,7 +143,7 @@ class LayerParts:
     """The modules of a layer by their role.
 
     projections: to queries, keys and values; attention_dropout: its probability, 0 in eval mode;
-    leaves: all linear layers and norms, with those of adapters; drops: whether a dropout is on
+    leaves: all linear layers and norms, and those of adapters; drops: whether any dropout is on
     """
 
     projections: tuple[Leaf, Leaf, Leaf]
@@ -167,11 +167,11 @@ class LayerParts:
 
     @functools.cached_property
     def whole(self) -> WholeLayer | None:
-        """The layer as one operator; None for one with other modules."""
+        """The layer as one operator; None if its modules are not all plain ones."""
         return WholeLayer.of(self)
 
     def with_leaves(self, change: Callable[[Leaf], Leaf]) -> "LayerParts":
-        """The parts with other leaves in the place of theirs."""
+        """The same parts with `change` applied to each leaf."""
 
         def end(one: End) -> End:
             return one._replace(dense=change(one.dense), norm=change(one.norm))
@@ -186,18 +186,18 @@ class LayerParts:
         )
 
 
-RunLayer = Callable[[int, Stream, Sequences], Stream]  # runs the layer of a number
-# (T, H) -> what a caller gets of a hidden state, in any form, and (T, H), what the next layer reads
+RunLayer = Callable[[int, Stream, Sequences], Stream]  # runs a layer, given its number
+# (T, H) -> the hidden state in the form that the caller gets, and (T, H) for the next layer
 Share = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def share_packed(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gives a caller the state itself."""
+    """Gives the caller the packed state itself."""
     return x, x
 
 
 def layers_of(parts: Sequence[LayerParts]) -> RunLayer:
-    """Runs each layer by its parts."""
+    """A function that runs layers from their parts."""
     return lambda number, stream, sequences: run_layer(parts[number], stream, sequences)
 
 
@@ -241,10 +241,10 @@ def run_layers(
     run: RunLayer,
     share: Share = share_packed,
 ) -> list[Tensor]:
-    """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; behind it others'.
+    """(T, H) -> a list of the last layer's output, (T, H), or (M, H) for `rows`, and of `states`.
 
-    numbers: of the layers that run; states: numbers of those of them whose outputs are wanted too,
-    in order, as `share` gives them
+    numbers: the layers to run; states: those of them whose outputs are wanted too, which follow in
+    order, in the form that `share` gives them
     """
     outputs, stream = [], Stream(x, x)
     for number in numbers:
@@ -253,7 +253,7 @@ def run_layers(
             here = here.only(rows)
         stream = run(number, stream, here)
         if number in states:
-            # a caller may want the state's whole gradient
+            # one tensor instead of two branches, so that the state gets its whole gradient
             shared, x = share(stream.residual)
             stream = Stream(x, x)
             outputs.append(shared)

@@ -1,4 +1,4 @@
-"""Linear layers as parts of fused operators: joined in one product, or with the bias split off."""
+"""Linear layers in fused operators: concatenated in one product, or with the bias split off."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -15,22 +15,22 @@ from fastbert.ops.fused import joined
 from fastbert.rng import DropoutState
 
 Hooks = tuple[dict[int, Callable[..., Any]], ...]  # the live dictionaries of modules' hooks
-# From this hidden size concatenating weights takes longer than two more products of few rows:
-# 16 rows on a CPU take 89 us apart and 71 us joined at 128, 123 us and 131 us at 192.
+# From this hidden size on, a CPU takes longer to concatenate weights than for two more products of
+# few rows: 16 rows take 89 us apart and 71 us concatenated at 128, 123 us and 131 us at 192.
 SMALL = 160
 _NARROW = (torch.float16, torch.bfloat16)
-# Other kinds of tensors, as quantizing makes, may know no operation but that of their module. Those
-# that leave torch's functions as they are (shards, tensors without data) know all.
+# Other classes of tensors, such as quantized weights, may support only the operation of their
+# module. Those that leave torch's functions as they are (shards, tensors without data) support all.
 _WEIGHTS = Tensor.__torch_function__, torch._C._disabled_torch_function_impl
 
 
 class Leaf:
-    """A leaf module, and whether its parameters may be read, `is_read`; checked once.
+    """A linear layer or norm, and whether its parameters may be read, `is_read`; checked once.
 
-    The parameters are read at each use, from the module's dictionary, because `nn.Module`'s own
-    look-up takes longer. Any other module is called. adapters: `LowRank`s, which add to a linear
-    layer's product; is_plain: whether it is read and has none; given: multiplies for this leaf
-    alone, None for what the module has; place: among a layer's.
+    If so, they are read at each use, from the module's dictionary, because `nn.Module`'s own
+    look-up takes longer; else the module is called. adapters: `LowRank`s, which add to a linear
+    layer's product; is_plain: whether it is read and has no adapters; given: the `Products` of this
+    leaf alone, None for the module's; place: its index among the linear layers of a BERT layer.
     """
 
     __slots__ = ("adapters", "given", "is_plain", "is_read", "module", "parameters", "place")
@@ -54,7 +54,7 @@ class Leaf:
 
     @property
     def inner(self) -> "list[Leaf]":
-        """The leaf, and those of its adapters."""
+        """This leaf, and the leaves of its adapters."""
         return [self, *(leaf for one in self.adapters for leaf in (one.down, one.up))]
 
     @property
@@ -63,14 +63,14 @@ class Leaf:
         return any(one.dropout for one in self.adapters)
 
     def adapted(self, y: Tensor, x: Tensor, rng: DropoutState | None) -> Tensor:
-        """The layer's product y of x, with what its adapters add."""
+        """The layer's product y of x, plus the products of its adapters."""
         sum_ = y
         for number, adapter in enumerate(self.adapters):
             sum_ = adapter.added(sum_, x, number, self.place, rng)
         return sum_.to(y.dtype)
 
     def with_parameters(self, change: Callable[[Tensor], Tensor], given: Products | None) -> "Leaf":
-        """A leaf of the same module that reads other tensors in the place of its parameters."""
+        """A leaf of the same module that reads `change(parameter)` in place of each parameter."""
         leaf, own = copy.copy(self), self.parameters.items()
         leaf.parameters = {name: None if one is None else change(one) for name, one in own}
         leaf.given = given
@@ -78,7 +78,7 @@ class Leaf:
         return leaf
 
     def __call__(self, x: Tensor, rng: DropoutState | None = None) -> Tensor:
-        """rng: of the layer, for the dropout of adapters."""
+        """The module's output for x; rng: the dropout state of the layer, for its adapters."""
         if self.is_read and type(self.module) is nn.Linear:
             y = product(x, (self,), biases_of(self))
             return self.adapted(y, x, rng) if self.adapters else y
@@ -88,7 +88,7 @@ class Leaf:
 
     @property
     def products(self) -> Products | None:
-        """What multiplies in place of `F.linear`, None for that itself."""
+        """What multiplies in place of `F.linear`; None if `F.linear` does."""
         return self.given or self.module.__dict__.get(PRODUCTS)
 
     @property
@@ -101,12 +101,12 @@ class Leaf:
 
 
 def is_usual(weight: Tensor | None) -> bool:
-    """Whether operators may read the weight, which is not of a kind that only its module knows."""
+    """Whether operators may read the weight: its class is not one that only its module supports."""
     return weight is None or type(weight).__torch_function__ in _WEIGHTS
 
 
 def product(x: Tensor, linears: Sequence[Leaf], biases: Sequence[Tensor]) -> Tensor:
-    """`x @ weight.T + bias` with the weights of plain `nn.Linear`s, and biases, side by side."""
+    """`x @ weight.T + bias` with the concatenated weights of plain `nn.Linear`s, and biases."""
     first = linears[0]
     products = first.given or first.module.__dict__.get(PRODUCTS)  # without a call of `products`
     if products is not None:
@@ -120,7 +120,7 @@ def product(x: Tensor, linears: Sequence[Leaf], biases: Sequence[Tensor]) -> Ten
 
 
 def biases_of(*linears: Leaf) -> list[Tensor]:
-    """The biases of those that have one."""
+    """The biases of the linear layers that have one."""
     every = [layer.parameters["bias"] for layer in linears]
     return [bias for bias in every if bias is not None]
 
@@ -128,22 +128,22 @@ def biases_of(*linears: Leaf) -> list[Tensor]:
 def fused_linear(
     x: Tensor, linears: Sequence[Leaf], into: Op | None, rng: DropoutState | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The outputs of `linears` side by side: (..., H) -> (..., sum of their output sizes).
+    """The concatenated outputs of `linears`, (..., H) -> (..., sum of output sizes), and a bias.
 
-    Where every layer is a plain `nn.Linear`, with adapters or without, this is one product with the
-    concatenated weights; except for few rows of float32 on a CPU, where concatenating takes longer
+    If every layer is a plain `nn.Linear`, with or without adapters, this is one product with the
+    concatenated weights; except for few float32 rows on a CPU, where concatenating takes longer
     than the products. A layer of another class (8-bit, parametrized) or with hooks is called. rng:
     see `Leaf`.
 
-    Behind them the joined bias, whose gradient the operator `into` computes. The product includes
-    it, detached, so that autograd makes no pass over the rows to sum its gradient: that is then a
-    by-product of the operator's kernel. It is None where autograd computes its gradient, or none is
-    wanted: if `into` is None or has no kernel on this device, and where the layers are not joined.
+    The bias is the concatenated one, for the operator `into` to compute its gradient, as a
+    by-product of its kernel. The outputs already include the bias, detached, so that autograd makes
+    no pass over the rows to sum that gradient. It is None if autograd computes the gradient or none
+    is wanted: `into` is None or has no kernel on this device, or weights are not concatenated.
     """
     hidden = x.shape[-1]
     are_few = x.is_cpu and x.numel() < hidden**2 and hidden >= SMALL
     is_worth_it = not are_few or rounds_products(x)  # separate products would round dX three times
-    # weights are looked at here, as quantizing puts other kinds in without another sign
+    # weights are checked here, because quantizing replaces them without another sign
     if is_worth_it and all(leaf.is_read and is_usual(leaf.weight) for leaf in linears):
         biases, bias = biases_of(*linears), None
         if len(biases) in (0, len(linears)):
@@ -168,9 +168,9 @@ def split_bias(
     """A linear layer's product (..., O) and its bias (O,), which the operator `into` then adds.
 
     The gradient of the bias is then a by-product of that operator's kernel instead of another pass
-    over the rows, and in low precision the product plus bias is not rounded. The bias is None where
-    the product already includes it: in float32 if `into` is None or has no kernel on this device,
-    and for a layer that is not a plain `nn.Linear`, which is called.
+    over the rows, and in low precision the product plus bias is not rounded. The bias is None if
+    the product already includes it: if `into` is None, if it has no kernel on this device in
+    float32, and for a layer that is not a plain `nn.Linear`, which is called.
     """
     if not layer.is_plain:
         return layer(x, rng), None
@@ -181,19 +181,19 @@ def split_bias(
 
 
 def rounds_products(x: Tensor) -> bool:
-    """Whether a product of x has less than float32 precision, by its dtype or by autocast."""
+    """Whether products of x have less than float32 precision, due to its dtype or autocast."""
     return x.dtype in _NARROW or torch.is_autocast_enabled(device_type(x))
 
 
 def encoders_of(model: nn.Module) -> Iterator[nn.ModuleList]:
-    """The lists of layers in the model, which hold all that its encoders consist of."""
+    """The lists of layers in the model, which hold all modules of its encoders."""
     return (module for module in model.modules() if isinstance(module, nn.ModuleList))
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether the layer is exactly of class `kind` and has no hooks, so its weights may be read.
 
-    Not where a user has given the class another forward.
+    False if a user has given the class another forward.
     """
     return (
         type(layer) is kind
@@ -203,10 +203,10 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
 
 
 def is_defined_in(function: Any, packages: tuple[str, ...]) -> bool:
-    """Whether files of these packages define a function, and all those that it wraps.
+    """Whether files of these packages define a function, and every function that it wraps.
 
-    packages: beginnings of names. By `functools.wraps` a user's function has the `__module__` of
-    the one whose place it takes, but its globals are those of the user's file.
+    packages: beginnings of names. `functools.wraps` gives a user's function the `__module__` of the
+    function that it replaces, but its globals stay those of the user's file.
     """
     if (function, packages) in _DEFINED:
         return True
@@ -230,11 +230,11 @@ def is_plain_table(table: nn.Module) -> bool:
 
 
 def dropout_p_of(module: Any, reader: nn.Module | None = None) -> float:
-    """The probability of a plain dropout, 0 in eval mode, and for modules that are called instead.
+    """The probability of a plain dropout; 0 in eval mode and for modules that are called instead.
 
-    Its own mode counts, which users switch to sample from a model in eval mode (Gal & Ghahramani
-    2015, https://arxiv.org/abs/1506.02142), or to train without dropout. reader: attention, which
-    in Hugging Face reads the probability of whatever there is, by its own mode.
+    The dropout's own mode counts. Users switch it to sample from a model in eval mode (Gal &
+    Ghahramani 2015, https://arxiv.org/abs/1506.02142), or to train without dropout. reader: the
+    attention, if it reads `p` of any module and goes by its own mode, as Hugging Face's does.
     """
     if reader is None:
         return module.p if module.training and is_plain(module, nn.Dropout) else 0.0
@@ -242,7 +242,7 @@ def dropout_p_of(module: Any, reader: nn.Module | None = None) -> float:
 
 
 def is_plain_dropout(module: nn.Module) -> bool:
-    """Whether operators may do what the module does: nothing, or drop by its probability."""
+    """Whether operators can replace the module: it is a plain nn.Dropout or nn.Identity."""
     return is_plain(module, nn.Dropout) or is_plain(module, nn.Identity)
 
 
@@ -259,17 +259,14 @@ def reads_rows(table: Any) -> bool:
 def has_hooks(layer: nn.Module) -> bool:
     """Whether the layer has hooks, or a forward set on the instance, so that it must be called.
 
-    Accelerate's offloading and older transformers' output capture set such a forward. Hooks of all
-    modules count too.
+    Accelerate's offloading and older transformers' output capture set such a forward. Global hooks,
+    which see every module, count too.
     """
     return has_own_hooks(layer) or _has_any_global_hook()
 
 
 def has_own_hooks(layer: nn.Module) -> bool:
-    """`has_hooks` without those of all modules, by which counters of FLOPs and memory watch.
-
-    What they count is to be what runs without them.
-    """
+    """`has_hooks` without global hooks, which FLOP counters set to count what runs without them."""
     return any(hooks_of(layer)) or "forward" in vars(layer)
 
 
@@ -284,13 +281,13 @@ def hooks_of(module: nn.Module) -> Hooks:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks see what the module gets or gives."""
+    """Whether hooks see the module's input or output."""
     hooks = hooks_of(module)
     return any(hooks) and not all(is_of_weights(hook) for some in hooks for hook in some.values())
 
 
 def is_of_weights(hook: Callable[..., Any]) -> bool:
-    """Whether a hook only touches weights: FSDP's hooks move parameters, those of pruning and
+    """Whether a hook only touches weights: FSDP's hooks move parameters, hooks of pruning and
     weight norms compute them. `enable_input_require_grads` only sets a flag, so it counts too."""
     is_flag = getattr(hook, "__name__", "") == "make_inputs_require_grads"
     return is_flag or module_of_hook(hook).startswith(("torch.distributed.", "torch.nn.utils."))

@@ -1,10 +1,10 @@
 """Caches the parts of layers and of embeddings, with a cheap check in each call that they hold.
 
-Reading a layer means asking each of its modules for its class, hooks and probabilities, which takes
-longer than the kernels of a small batch. So the parts are cached, with a guard: the attributes and
-classes that they were read from, compared in a few C calls. Parameters are not cached; they are
-read at each use. In inference the GPU begins before the guard is asked: a `Reading` assumes parts
-until then.
+Reading a layer means looking up the class, hooks and probabilities of each of its modules, which
+takes longer than the kernels of a small batch. So the parts are cached, with a guard: the
+attributes and classes that they were read from, compared in a few C calls. Parameters are not
+cached; they are read at each use. In inference the GPU starts before the guard is checked: until
+then a `Reading` assumes the parts of the last call.
 """
 
 import copy
@@ -20,10 +20,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastbert import events
 from fastbert.modules.linear import Hooks, hooks_of
 
-# Attributes of classes, which users replace there, or set on instances, which usually lack them.
+# Attributes that classes define. Users replace them on the class, or set them on an instance.
 _OF_CLASSES = "forward", "save", "feed_forward_chunk", "ff_chunk"
-MOST_PLANS = 4  # of the same modules in one mode
-# Of a LoRA layer of peft, what `read_leaf` reads besides numbers and modules.
+MOST_PLANS = 4  # kept for the same modules in one mode
+# What `read_leaf` reads of peft's LoRA layers, besides numbers and modules.
 _ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 
 # All that the parts of a layer depend on in modules of exactly these classes.
@@ -38,9 +38,9 @@ _READ = {
 class Plan:
     """The parts of each layer, and the state of the layers' modules when they were read.
 
-    owner: the list of layers, or a layer that is read alone, of which nothing here holds more than
-    its dictionaries, so that a plan is freed with it; hooks: the live dictionaries of the hooks
-    inside the layers, all empty; own_hooks: of the layers themselves.
+    owner: the list of layers, or a module that is read alone. A plan keeps only dictionaries of it,
+    so that the plan is freed with its owner. hooks: the live dictionaries of the hooks inside the
+    layers, all empty; own_hooks: those of the layers themselves.
     """
 
     def __init__(self, owner: nn.Module, parts: tuple[Any, ...], hooks: Hooks) -> None:
@@ -81,9 +81,8 @@ class Plan:
 class Planner:
     """Keeps the plans of lists of layers, and of modules read alone, as long as these live.
 
-    plans: by training and eval mode the plans of the same modules in several states, the last used
-    first, so that who switches between modes, or between adapters, does not have the layers read
-    again
+    plans: for each owner and mode (training or not), the plans of the same modules in several
+    states, the last used first, so that switching modes or adapters does not read the layers again
     """
 
     def __init__(self, parts_of: Callable[[Any], Any]) -> None:
@@ -108,8 +107,8 @@ class Planner:
         parts = tuple(map(self.parts_of, layers))
         inner = [module for layer in layers for module in layer.modules() if module is not layer]
         hooks = tuple(hook for module in inner for hook in hooks_of(module))
-        # hooked layers are read each time, as some hooks are only active at times; a forward on the
-        # owner refers to it, which would keep its plan from being freed
+        # hooked layers are read each time, because some hooks are only active at times; a forward
+        # set on the owner refers to the owner, and in a plan would keep it from being freed
         if not (any(hooks) or "forward" in vars(owner) or _has_any_global_hook()):
             plan = Plan(owner, parts, hooks)
             others = [one for one in plans if one.modules == plan.modules][: MOST_PLANS - 1]
@@ -117,7 +116,7 @@ class Planner:
         return parts
 
     def known(self, owner: nn.Module) -> Plan | None:
-        """The last plan of the owner's mode, which may no longer hold."""
+        """The plan last used in the owner's present mode, which may no longer hold."""
         plans = self.plans.get(owner, {}).get(owner.training)
         return plans[0] if plans else None
 
@@ -127,26 +126,26 @@ class Planner:
 
 
 class Reading:
-    """The parts of a list of layers in one call, by `Planner.parts`.
+    """The parts of a list of layers in one call, from `Planner.parts`.
 
-    may_replay: whether a graph may compute the call, and the parts may be those of an earlier one
-    until `settle` looks; has_tried_graph: whether `replay_padded` was asked for the call
+    may_replay: whether a graph may compute the call, so that the parts of an earlier call are
+    assumed until `settle` checks them; has_tried_graph: whether `replay_padded` saw this call
     """
 
     has_tried_graph = False
 
     def __init__(self, planner: Planner, layers: nn.ModuleList, *, may_replay: bool) -> None:
         self.planner, self.layers, self.may_replay = planner, layers, may_replay
-        # who listens hears of each thing once
+        # wrong parts make a call start again, and listeners should hear of each thing once
         assumes = may_replay and not events.is_listening()
         self.assumed = planner.known(layers) if assumes else None
         self.parts = planner.parts(layers) if self.assumed is None else self.assumed.parts
 
     def called(self) -> list[int]:
-        """The layers to call as modules: not read, with hooks or a replaced forward, checkpointed.
+        """The layers to call as modules: unread, hooked, checkpointed, or with a replaced forward.
 
-        What is assumed of the layers replaces most of the look; without gradients none of them is
-        checkpointed.
+        With an assumed plan most of the search is skipped: the plan has the hooks and forwards, and
+        without gradients no layer is checkpointed.
         """
         plan, are_all = self.assumed, _has_any_global_hook()
         is_seen = plan is None or plan.has_forward or any(plan.own_hooks) or are_all
@@ -162,8 +161,8 @@ class Reading:
     def drops(self) -> bool:
         """Whether a dropout of the layers may be on.
 
-        Without one nothing is drawn from torch's generator, whose next numbers are then those that
-        a user gets in Hugging Face's model.
+        If none is, nothing is drawn from torch's generator, so that its next numbers are the same
+        as with Hugging Face's model.
         """
         return any(part is None or part.drops for part in self.parts)
 
@@ -173,7 +172,7 @@ class Reading:
         return plan is not None and plan.parts is self.parts and plan.holds()
 
     def settle(self) -> None:
-        """Reads the parts anew if they do not hold; what has used the others counts for nothing.
+        """Reads the parts anew if the assumed ones do not hold; their results must be dropped.
 
         Passes on what reading raises.
         """
@@ -183,7 +182,7 @@ class Reading:
 
 
 def _attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:
-    """A module's numbers, strings and functions; None for attributes that it lacks."""
+    """A module's attributes on which parts depend, with values; None for those that it lacks."""
     own, read = vars(module), _READ.get(type(module))
     absent = [name for name in _OF_CLASSES if hasattr(type(module), name)]
     yield from ((name, own.get(name)) for name in read or absent)

@@ -13,26 +13,26 @@ from fastbert.ops.dropout import checked_rng
 from fastbert.ops.gather_rows import Gather, gather_rows
 from fastbert.rng import DropoutState
 
-# From how many tokens times hidden size squared on the last layer computes first tokens alone where
+# The least tokens times hidden size squared for which the last layer computes first tokens alone if
 # nothing else is read. Finding their rows takes a CPU as long as it saves at 2^17. It takes a GPU's
-# host 46 launches, which count unless the GPU is the slower one: from about 14,600 tokens at hidden
-# size 768 on an H200, whose host was measured to take 0.4 ms for a layer.
+# host 46 launches, which cost time unless the GPU is slower than its host: from 14,600 tokens on at
+# hidden size 768 on an H200, whose host was measured to take 0.4 ms for a layer.
 FIRST_ALONE = {"cpu": 2**17}
 FIRST_ALONE_ON_A_GPU = 2**33
-# The same where labelled tokens are read, too, of which there are more. A last layer of their rows
-# is no longer one operator: the stand-in's host takes 1 ms more for a step. By its arithmetic an
-# H200 earns that back from some thousand tokens at hidden size 768 on (not measured).
+# The same if labelled tokens, which are more, are read too. A last layer of their rows is no longer
+# one operator: the host of the CUDA stand-in of the tests takes 1 ms more for a step. By its
+# arithmetic an H200 saves that from some thousand tokens on at hidden size 768 (not measured).
 LABELLED_ALONE = {"cpu": 0}
 LABELLED_ALONE_ON_A_GPU = 2**31
-# From how many places times hidden size squared on, in inference, the host of a GPU waits to learn
-# how many of them have real tokens: the layers then compute no more than these. With fewer their
-# launches are thought to take as long as their arithmetic (not measured), so they compute as many
-# tokens as there are places.
+# The least places times hidden size squared for which, in inference, the host waits for the GPU to
+# count the real tokens, so that the layers compute no others. With fewer places the launches of the
+# layers are thought to take as long as their arithmetic (not measured), so the layers compute as
+# many tokens as there are places.
 LEAST_COUNTED = 2**30
 
 
 def pays_to_count(num_places: int, hidden_size: int) -> bool:
-    """Whether a GPU saves more by not computing padding than its host loses by waiting for it."""
+    """Whether a GPU saves more without padding than its host loses by waiting for the count."""
     return num_places * hidden_size**2 >= LEAST_COUNTED
 
 
@@ -62,9 +62,9 @@ class Rows:
     def pay(
         num_tokens: int, hidden_size: int, device: torch.device, *, labelled: bool = False
     ) -> bool:
-        """Whether the last layer had better compute each sequence's first token alone.
+        """Whether it saves time if the last layer computes each sequence's first token alone.
 
-        labelled: or the labelled tokens, with or without the first
+        labelled: the labelled tokens instead, with or without the first ones
         """
         if labelled:
             least = LABELLED_ALONE.get(device.type, LABELLED_ALONE_ON_A_GPU)
@@ -84,7 +84,7 @@ class Rows:
         cu_seqlens, num_tokens = tokens.cu_seqlens, tokens.num_tokens
         wanted = torch.zeros(num_tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
         capacity = num_labels
-        if first:  # an empty sequence marks its successor's first token, or the place behind all
+        if first:  # an empty sequence marks its successor's first token, or the place after all
             # assignment through an index would copy the value from the host, and wait
             wanted.index_fill_(0, cu_seqlens[:-1].long(), True)
             capacity += cu_seqlens.shape[0] - 1
@@ -107,11 +107,11 @@ class Rows:
 class Sequences:
     """The sequences of the T packed tokens of one forward pass.
 
-    cu_seqlens: (B + 1,) int32, where each sequence begins, and where the last one ends: behind it
-    are filler tokens, if any; max_seqlen: an upper bound of their lengths; mask: limits attention
-    within each sequence, as in `attention`, None for no limit; rng: the dropout state, None without
-    dropout; rows: the only tokens whose output is wanted, None for all; rows_rng: the dropout state
-    of these.
+    cu_seqlens: (B + 1,) int32, where each sequence begins, and where the last one ends, after which
+    there may be filler tokens; max_seqlen: an upper bound of the sequences' lengths; mask: limits
+    attention within each sequence, as in `attention`, None for no limit; rng: the dropout state,
+    None without dropout; rows: the tokens whose output is wanted, None for all; rows_rng: the
+    dropout state of these tokens.
     """
 
     cu_seqlens: Tensor
@@ -153,7 +153,7 @@ class Sequences:
         return Sequences(self.cu_seqlens, self.max_seqlen, self.mask, self.rng, rows, of_rows)
 
     def wanted(self, x: Tensor) -> Tensor:
-        """(T, H) -> (M, H), the wanted rows; x itself where all are wanted."""
+        """(T, H) -> (M, H), the wanted rows; x itself if all are wanted."""
         return x if self.rows is None else self.rows.of(x)
 
     def wanted_rng(self, offset: int = 0) -> DropoutState | None:
@@ -165,7 +165,7 @@ class Sequences:
 def first_tokens(hidden_states: Tensor, cu_seqlens: Tensor, seqlen: int = 0) -> Tensor:
     """(T, H) -> (B, H): each sequence's first token, zeros for a sequence of length 0.
 
-    seqlen: the length of all sequences, which saves a GPU four launches; 0 where they differ
+    seqlen: the length of all sequences, which saves a GPU four launches; 0 if their lengths differ
     """
     if seqlen:
         return hidden_states.unflatten(0, (-1, seqlen))[:, 0]

@@ -30,14 +30,14 @@ def run_stack(
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
     """(T, H) -> the last layer's output, (T, H), or (M, H) for `rows` alone; and hidden states.
 
-    The layers run as a CUDA graph, or one by one; without a dropout state they get a fresh one, if
-    any drops. x: the residual stream; reading: has each layer's
-    parts, None for a layer that could not be read; output_hidden_states: as in `wanted_states`: the
-    states are x and each layer's output, with None for those that are not wanted; call(number, x,
-    sequences) calls a layer as a module, as one is that has hooks, is checkpointed, or could not be
-    read, and all behind it if a hook has changed any; share: gives the caller the states. Raises
-    ValueError where `sequences` does not fit x, and if both rows and states are wanted, because the
-    last state would lack tokens.
+    The layers run as a CUDA graph or one by one. If a dropout is on and `sequences` has no dropout
+    state, a fresh one is drawn. x: the residual stream; reading: has each layer's parts, None for a
+    layer that could not be read; output_hidden_states: as in `wanted_states`; the states are x and
+    each layer's output, with None for those that are not wanted; call(number, x, sequences): calls
+    a layer as a module, if it has hooks, is checkpointed, or could not be read, and all later ones
+    if a hook has changed any; share: converts states for the caller. Raises ValueError if
+    `sequences` does not fit x, and if both rows and states are wanted, because the last state would
+    lack tokens.
     """
     expected = "no output_hidden_states where only some rows are wanted"
     require(rows is None or not output_hidden_states, "BertEncoder", expected, output_hidden_states)
@@ -49,7 +49,7 @@ def run_stack(
     run, called = layers_of(read), reading.called()
     if called:
         reason = "layers that are called as modules: hooks, checkpointing, or other classes"
-        is_known = True  # whether layers are as read: not if a hook of an earlier one changed them
+        is_known = True  # whether layers are as read; a hook of an earlier one may change them
 
         def run(number: int, stream: Stream, sequences: Sequences) -> Stream:
             nonlocal called, is_known
@@ -69,7 +69,7 @@ def run_stack(
         of[0], x = share(x)
     if not reading.has_tried_graph:
         outputs = buckets.replayed(reading, x, sequences, states, rows, share, reason)
-    reading.settle()  # which the GPU does not wait for
+    reading.settle()  # while the GPU works
     if reading.parts is not parts:
         return run_stack(reading, given, sequences, output_hidden_states, rows, call, share)
     if outputs is None:
@@ -87,9 +87,9 @@ def run_stack(
 
 
 def share_padded(padding: Unpadding, dtype: torch.dtype) -> Share:
-    """Gives a caller hidden states (B, S, H) in `dtype`, zeros at padding.
+    """A `Share` that gives the caller hidden states (B, S, H) in `dtype`, zeros at padding.
 
-    The layers behind read what the caller gets, if it has a gradient, which is then a whole one.
+    If these require a gradient, the later layers read them, so that they get their whole gradient.
     """
 
     def share(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,12 +102,12 @@ def share_padded(padding: Unpadding, dtype: torch.dtype) -> Share:
 def replay_padded(reading: Reading, batch: PaddedBatch) -> list[Tensor] | None:
     """The last layer's output (B, S, H), zeros at padding, and each sequence's first token (B, H).
 
-    By a CUDA graph that begins with the embeddings; None where the layers must run without it, and
-    without a graph of their own, as this one is recorded when it is met again.
+    They come from a CUDA graph that begins with the embeddings. None if the call must run without
+    it; a graph of the layers alone is not tried then, because this one is recorded at the next use.
     """
     parts, reading.has_tried_graph = reading.parts, True
     outputs = buckets.replayed(reading, batch, None)
-    reading.settle()  # which the GPU does not wait for
+    reading.settle()  # while the GPU works
     if reading.parts is parts:
         return outputs
     return buckets.replayed(reading, batch, None) if buckets.may_compute(reading) else None

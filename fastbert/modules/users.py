@@ -1,6 +1,6 @@
-"""Calls in Hugging Face's form, of hooked modules and of users' in the place of fastbert's own.
+"""Calls in Hugging Face's form, for hooked modules and users' modules that replace fastbert's own.
 
-B sequences of T packed tokens are rows (B, S) for modules that know nothing of packed ones.
+Such modules do not know packed tokens: T tokens of B sequences are passed as padded rows (B, S).
 """
 
 from typing import Any
@@ -16,14 +16,14 @@ Packed = tuple[Unpadding, Sequences]  # how rows are packed
 
 
 def takes_tokens(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether it is of fastbert's class, or one of torch's wrappers, which pass all arguments on,
-    without hooks that see what they are given."""
+    """Whether `module` takes packed tokens: its class is fastbert's `kind` or one of torch's
+    wrappers, which pass all arguments on, and no hook sees its input or output."""
     is_known = isinstance(module, kind) or is_defined_in(type(module).forward, ("torch.",))
     return is_known and not is_watched(module)
 
 
 def in_rows(module: nn.Module, x: Tensor, sequences: Sequences) -> Tensor:
-    """(T, H) -> (T, H) or (M, H) by a call like Hugging Face's of a layer, or of an attention."""
+    """(T, H) -> (T, H) or (M, H): calls a layer or an attention with rows, as Hugging Face does."""
     rows = Unpadding.from_cu_seqlens(sequences.cu_seqlens, sequences.max_seqlen, len(x))
     mask = rows.mask if sequences.mask is None else sequences.mask
     is_own = is_defined_in(type(module).forward, ("fastbert.",))
@@ -36,9 +36,9 @@ def in_rows(module: nn.Module, x: Tensor, sequences: Sequences) -> Tensor:
 def read_rows(
     module: nn.Module, x: Tensor, mask: Tensor | None, packed: Packed | None, others: dict[str, Any]
 ) -> Packed:
-    """How hidden states x (B, S, H) of such a call are packed, by a mask as in `read_mask`.
+    """How hidden states x (B, S, H) of such a call are packed; mask: as in `read_mask`.
 
-    Raises ValueError for other arguments.
+    packed: the answer, if it is known. Raises ValueError for `others` that have an effect.
     """
     refuse_unknown(type(module).__name__, others)
     if packed is not None:

@@ -1,9 +1,9 @@
-"""A layer of plain modules as one operator: its products and kernels by hand, and their gradients.
+"""A layer of plain modules as one operator, whose forward and backward are written out here.
 
 Operator by operator, PyTorch's dispatcher, autocast and autograd take the host longer than a small
-batch takes the GPU. Here autograd sees one node for a layer, and what the operators would check
-each is checked once. The operators' own Functions do the work, each with a `_Saved` in the place of
-autograd's context. T packed tokens, H hidden, N heads, D head size.
+batch takes the GPU. Here autograd sees one node for a layer, and what all operators would check is
+checked once. The operators' own Functions do the work, each with a `_Saved` in place of autograd's
+context. T packed tokens, H hidden, N heads, D head size.
 """
 
 import copy
@@ -35,12 +35,12 @@ _PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 class WholeLayer:
-    """A layer whose linear layers and norms are plain, and its activation GELU.
+    """A layer whose linear layers and norms are plain, and whose activation is GELU.
 
-    Other modules may project to queries, keys and values, as LoRA's do: these are called, and the
-    operator begins at their result. parts: the `LayerParts`, which are not kept, as they have this
-    object: a cycle would keep a model that nobody has any more; approximate: the formula of GELU,
-    as `bias_gelu` names it
+    The projections to queries, keys and values may be other modules, such as LoRA's: these run
+    first, and the operator begins at their result. parts: the `LayerParts`, which are not kept,
+    because they refer to this object, and a cycle would keep models that are no longer used;
+    approximate: the formula of GELU, as `bias_gelu` names it
     """
 
     def __init__(self, parts: Any, approximate: str) -> None:
@@ -62,7 +62,7 @@ class WholeLayer:
 
     @classmethod
     def of(cls, parts: Any) -> "WholeLayer | None":
-        """None for a layer with other modules, or without a bias."""
+        """The layer as one operator; None if it has other modules or lacks a bias."""
         approximate = approximation(parts.activation)
         others = [leaf for leaf in parts.leaves if not leaf.is_plain]
         if approximate is None or not all(leaf in parts.projections for leaf in others):
@@ -71,13 +71,13 @@ class WholeLayer:
         return None if any(one is None for one in whole.parameters()) else whole
 
     def parameters(self) -> list[Any]:
-        """The operator's 16 parameters as they are now, 10 without those of the projections."""
+        """The operator's present parameters: 16, or 10 if the projections run before it."""
         return [*map(dict.get, self.tables, self.names)]
 
     def run(self, x: Tensor, residual: Tensor, sequences: Sequences) -> tuple[Any, ...] | None:
-        """The layer's output, for x and residual (T, H), each as in `Stream`.
+        """The layer's output for x and residual (T, H), input and output as in `Stream`.
 
-        None where it must run operator by operator.
+        None if the layer must run operator by operator.
         """
         kind = device_type(x)
         kernels = [operator.chosen(kind).kernels for operator in _OPERATORS]
@@ -111,9 +111,9 @@ class WholeLayer:
             return False
         w_out, w_up, w_down, b_out, b_up, b_down, *norms_and_projections = parameters
         own, shape, device = w_out.dtype, x.shape[1:], x.get_device()
-        size = w_out.shape[1]  # of the queries, of the keys, and of the values
+        size = w_out.shape[1]  # the width of queries, keys and values each
         head_dim, rest = self.head_dim, size % self.head_dim
-        # the kernels read these vectors by the stream's width
+        # the kernels take these vectors to be as wide as the stream
         vectors = b_out, b_down, *norms_and_projections[:4]
         return bool(
             own in DTYPES
@@ -140,9 +140,9 @@ class WholeLayer:
 
 
 class _Saved:
-    """The context of an operator's Function inside the layer's node.
+    """What an operator's Function gets as autograd's context inside the layer's node.
 
-    kept: the tensors that all of these save; trains: whether parameters of the operator are trained
+    kept: what all Functions of a layer save; trains: whether the operator's parameters are trained
     """
 
     def __init__(self, kept: list[Any], *, trains: bool) -> None:
@@ -150,7 +150,7 @@ class _Saved:
 
     @property
     def needs_input_grad(self) -> tuple[bool, ...]:
-        """By the place of an input, of as many as the Functions ask about, and more."""
+        """The same for every input; none of the Functions has more than 16."""
         return (self.trains,) * 16
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
@@ -163,24 +163,24 @@ class _Saved:
         return self.kept[self.place]
 
     def set_materialize_grads(self, value: bool) -> None:
-        """The layer's node decides on that."""
+        """Does nothing, because the layer's node decides on that."""
 
     def reading(self, kept: list[Any]) -> "_Saved":
-        """The context in a backward, with `kept` as it was; this one stays without."""
+        """A copy for the backward that has the saved tensors `kept`; this object keeps none."""
         found = copy.copy(self)
         found.kept = kept
         return found
 
 
 class _Layer(torch.autograd.Function):
-    """The layer over x (T, H), or over the result (T, 3 N D) of its projections if called apart."""
+    """The layer over x (T, H), or over its projections' result (T, 3 N D) if they run before it."""
 
     @staticmethod
     def forward(
         ctx: Any, layer: WholeLayer, kernels: list[Any], sequences: Sequences, dtype: torch.dtype,
         x: Tensor, residual: Tensor, *parameters: Tensor,
     ) -> Any:  # fmt: skip
-        """dtype: of the products. Without a context nothing is saved."""
+        """dtype: of the products; ctx: None for a call without gradients, which saves nothing."""
         count, device = x.shape[0], x.device
         of_attention, of_norm, of_gelu = kernels
         first, second = layer.ends
@@ -195,7 +195,7 @@ class _Layer(torch.autograd.Function):
         attention, norm1, gelu, norm2 = saved
 
         def low(tensor: Tensor) -> Tensor:
-            # without gradients autocast casts weights, and keeps the copies for later calls
+            # without gradients autocast casts the weights, and caches the copies for later calls
             return tensor if ctx is None else _in(tensor, dtype)
 
         def rng_of(p: float, site: int) -> Any:
@@ -230,7 +230,7 @@ class _Layer(torch.autograd.Function):
         )  # fmt: skip
         if ctx is None:
             return outputs
-        # what a product reads is kept for the gradient of its weight alone
+        # a product's input is only saved if the gradient of its weight is wanted
         wanted = ctx.needs_input_grad[6:]
         inputs = [low_x, context, low_mid, active]
         are_wanted = any(wanted[10:13]), *wanted[:3]
@@ -238,7 +238,7 @@ class _Layer(torch.autograd.Function):
             one if is_wanted else None for one, is_wanted in zip(inputs, are_wanted, strict=True)
         ]
         ctx.save_for_backward(*read, w_qkv, w_out, w_up, w_down, *kept)
-        kept.clear()  # autograd keeps them, and frees them behind the backward
+        kept.clear()  # autograd keeps them, and frees them after the backward
         ctx.saved, ctx.dtypes = saved, (x.dtype, weights[0].dtype)
         ctx.set_materialize_grads(False)  # a branch that nothing uses has no gradient
         return outputs
@@ -253,7 +253,7 @@ class _Layer(torch.autograd.Function):
         def of_weight(dy: Tensor, x: Tensor | None) -> Any:
             return None if x is None else product(dy.t(), x, weight_dtype)
 
-        with norm2.kernels.together():  # one launch for the sums of all of them
+        with norm2.kernels.together():  # one launch for the sums of all operators
             _, dy, dmid, dg2, db2, _, db_down, *_ = LayerNormFunction.backward(norm2, *gradients)
             dw_down = of_weight(dy, active)
             _, dy, db_up, _ = BiasGeluFunction.backward(gelu, dy @ w_down)

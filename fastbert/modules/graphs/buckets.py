@@ -1,9 +1,9 @@
-"""Decides whether a call replays the layers of an encoder as a CUDA graph, and which graph.
+"""Decides whether a call replays an encoder's layers as a CUDA graph, and which graph.
 
-A GPU waits for Python where batches are small; a graph launches all its kernels at once. The layers
-of own and patched models are recorded when a bucket of sizes is met again, and replayed for every
-later call that fits it. A call that a graph could not compute correctly runs without one, and
-`fastbert.explain` shows the reason.
+With small batches the GPU waits for Python; a graph launches all of its kernels at once. The layers
+of a model, fastbert's own or a patched one, are recorded when a bucket of sizes is met for the
+second time, and replayed for every later call that fits the bucket. A call that a graph could not
+compute correctly runs without one, and `fastbert.explain` shows the reason.
 
 `FASTBERT_GRAPHS=0` switches graphs off everywhere; `allow(model, False)`, which
 `fastbert.patch(model, graphs=False)` calls, switches them off for one model.
@@ -30,17 +30,17 @@ from fastbert.modules.sequences import Rows, Sequences
 
 Graphs = Literal["auto", False]
 
-MEMORY_SHARE = 0.4  # of the device's memory; beyond it all graphs are dropped
+MEMORY_SHARE = 0.4  # of the device's memory; when graphs hold more, some or all are dropped
 
 _MARK = "_fastbert_graphs"  # attribute of a list of layers that must not replay graphs
 _OFF = {"0": True, "off": True, "false": True, "auto": False, "": False}
 
 
 def allow(model: nn.Module, graphs: Graphs) -> None:
-    """Lets encoders in `model` replay graphs ("auto"), or never (False); ValueError for others."""
+    """Allows ("auto") or forbids (False) graphs in `model`; raises ValueError for other values."""
     is_known = graphs == "auto" or graphs is False
     require(is_known, "graphs", '"auto" or False', repr(graphs))
-    _are_off()  # refuses other values of the variable, also where no graph runs
+    _are_off()  # raises for a wrong FASTBERT_GRAPHS, even where no graph would run
     for layers in encoders_of(model):
         vars(layers).pop(_MARK, None)
         if graphs is False:
@@ -48,20 +48,20 @@ def allow(model: nn.Module, graphs: Graphs) -> None:
 
 
 def off_by(layers: nn.ModuleList) -> str:
-    """What switches the graphs of these layers off: `allow`, the environment, or "" for neither."""
+    """The name of the setting that switches these layers' graphs off; "" if they are on."""
     if _MARK in vars(layers):
         return "graphs=False"
     return "FASTBERT_GRAPHS" if _are_off() else ""
 
 
 def _are_off() -> bool:
-    value = os.environ.get("FASTBERT_GRAPHS", "")  # no cache: torch.compile would warn of one
+    value = os.environ.get("FASTBERT_GRAPHS", "")  # not cached: torch.compile would warn
     if value.lower() not in _OFF:
         raise InputError(f'FASTBERT_GRAPHS: expected "auto" or "0", got {value!r}')
     return _OFF[value.lower()]
 
 
-# keyed by an encoder's list of layers; graphs must not refer to it, or it would never be freed
+# Keyed by an encoder's list of layers. Graphs must not refer to it, or it would never be freed.
 _RECORDED: weakref.WeakKeyDictionary[nn.ModuleList, list[Recorded]] = weakref.WeakKeyDictionary()
 
 
@@ -76,7 +76,7 @@ def pool_of(device: torch.device) -> Pool | None:
 
 
 def may_replay(device: torch.device) -> bool:
-    """Whether a call without gradients may replay a graph."""
+    """Whether a call on `device` may replay a graph for inference, which needs gradients off."""
     is_seen = torch.compiler.is_compiling() or backend.is_transformed()
     return not (torch.is_grad_enabled() or is_seen or pool_of(device) is None)
 
@@ -90,11 +90,11 @@ def replayed(
     share: Share = share_packed,
     reason: str = "",
 ) -> list[Tensor] | None:
-    """What `run_layers` gives, by replaying a graph; None if the layers must run without one.
+    """The outputs of `run_layers`, from a graph; None if the layers must run without a graph.
 
-    sequences: None for a padded batch, for which the result is that of `PaddedBatch.run`; reason:
-    why the caller rules out a graph, as `reading.parts` does not describe all that the layers do;
-    "" if it does not.
+    sequences: None for a padded batch, whose outputs are those of `PaddedBatch.run`; reason: why
+    the caller forbids a graph, because `reading.parts` does not describe all that the layers do;
+    "" if the caller allows one.
     """
     layers, parts = reading.layers, reading.parts
     if torch.compiler.is_compiling() or (pool := pool_of(x.device)) is None:
@@ -118,7 +118,7 @@ def replayed(
             entry, call = recorded.find(bucket, x, call, pool, lane)
         if events.is_listening():
             _tell(bucket, entry)
-            return None  # run without a graph, so that operators record how they run
+            return None  # run without a graph, so that operators tell how they run
         if entry.graphs is None and not entry.reason:
             reading.settle()
             if reading.parts is not parts:
@@ -130,7 +130,7 @@ def replayed(
         lane.recorder.follow()
         if isinstance(entry.graphs, ForwardGraph):
             last, *others = entry.graphs(x, call)
-            if not recorded.settle(pool):  # which the GPU does not wait for
+            if not recorded.settle(pool):  # checked while the GPU works
                 return None
             return [last, *(share(y)[0] for y in others)]
         assert isinstance(x, Tensor)
@@ -138,7 +138,7 @@ def replayed(
 
 
 def _recorded(reading: Reading) -> Recorded:
-    """The graphs of the parts that were read, kept as long as the parts have a plan."""
+    """The graphs of `reading.parts`; drops the graphs of parts that no longer have a plan."""
     every = _RECORDED.setdefault(reading.layers, [])
     for recorded in every:
         if recorded.parts is reading.parts:
@@ -153,22 +153,22 @@ def _tensor_of(x: Tensor | PaddedBatch) -> Tensor:
 
 
 def refusal_of(reading: Reading) -> str:
-    """Why no call of these layers may replay a graph, "" if one may."""
+    """The reason why no call of these layers may replay a graph; "" if calls may."""
     return off_by(reading.layers) or _recorded(reading).reason
 
 
 def may_compute(reading: Reading) -> bool:
-    """Whether a graph may begin with the batch in this call, as far as is known before it.
+    """Whether a graph may compute this call from its padded batch on, as far as is known so far.
 
-    Not with dropout, whose masks are those of the batch: its state is drawn outside of graphs.
+    Not with dropout: its masks depend on the batch, and its state is drawn outside of graphs.
     """
-    if not reading.may_replay:  # asked first, as torch.compile cannot trace what follows
+    if not reading.may_replay:  # checked first: torch.compile cannot trace what follows
         return False
     return not (reading.called() or reading.drops() or refusal_of(reading))
 
 
 def _refusal(bucket: Bucket, mask: Tensor | None, layers: nn.ModuleList, lane: Lane) -> str:
-    """Why this call may not replay a graph, "" if it may."""
+    """The reason why this call may not replay a graph; "" if it may."""
     if mask is not None:
         return "a general mask"
     if not bucket.tokens:

@@ -1,6 +1,6 @@
-"""A call of an encoder's layers, as a graph computes it: of which size, from what on, and how.
+"""What a graph computes for a call of an encoder's layers: its inputs, sizes and precision.
 
-T packed tokens of B sequences, M wanted rows, H hidden; a bucket has T', B' and M' of them.
+T packed tokens of B sequences, M wanted rows, hidden size H; a bucket has T', B' and M' of them.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from fastbert.ops.unpad import Unpadding, unpad
 
 
 class Bucket(NamedTuple):
-    """Sizes that a call is padded to, in tokens; `sequences` is a count of sequences.
+    """The sizes that a call is padded to, so that calls of similar sizes share a graph.
 
-    longest: an upper bound of sequence lengths; rows, longest_rows: the same for the wanted rows, 0
-    where all tokens are wanted.
+    tokens, sequences: T' and B'; longest: an upper bound of a sequence's tokens; rows: M';
+    longest_rows: an upper bound of a sequence's wanted rows; both 0 if all tokens are wanted.
     """
 
     tokens: int
@@ -34,7 +34,7 @@ class Bucket(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, sequences: Sequences, rows: Rows | None) -> "Bucket":
-        """The smallest bucket for the call; at most 15 tokens or an eighth of them are filler."""
+        """The smallest bucket of the call; its filler is at most 15 tokens, or T / 8 if larger."""
         tokens, count, longest = x.shape[0], sequences.cu_seqlens.shape[0] - 1, sequences.max_seqlen
         wanted = (0, 0)
         if rows is not None:
@@ -45,21 +45,21 @@ class Bucket(NamedTuple):
 
 
 def rounded(size: int, least: int) -> int:
-    """`size` rounded up to a multiple of `least`, or of a power of two up to size / 8 if larger."""
+    """`size`, rounded up to a multiple of `least` or of the largest power of two <= size / 8."""
     step = max(least, 1 << max(size.bit_length() - 4, 0))
     return -(-size // step) * step
 
 
 class PaddedBatch(NamedTuple):
-    """A batch in inference, as its caller passes it; a graph packs, embeds and pads it.
+    """An inference batch as its caller passes it; the graph itself packs, embeds and pads it.
 
-    A batch has B sequences of S places, the buffers of a graph B' of S'.
+    A batch has B sequences of S places, a graph's buffers have B' sequences of S' places.
 
     input_ids, mask, token_type_ids, position_ids: (B, S), all but the first may be None; mask: bool
-    or an integer, 0 at padding; num_tokens: T, or more; widest: the most places a sequence may
-    have; embed: (input_ids, token_type_ids, position_ids, Unpadding) -> (T, H), which must not
-    refer to the list of layers, or a graph would keep it; fixed: what a recording fixes of the
-    embeddings; dtype: of the residual stream.
+    or integer, 0 at padding; num_tokens: T or an upper bound; widest: the most places that a
+    sequence may have; embed: (input_ids, token_type_ids, position_ids, Unpadding) -> (T, H), which
+    must not refer to the list of layers, or a graph would keep it alive; fixed: the state of the
+    embeddings that a recording depends on; dtype: the residual stream's.
     """
 
     input_ids: Tensor
@@ -85,18 +85,18 @@ class PaddedBatch(NamedTuple):
         hidden_size: int,
         dtype: torch.dtype,
     ) -> "PaddedBatch | None":
-        """The batch of a call; None if its graph must begin behind the embeddings.
+        """The batch of a call; None if its graph must begin after the embeddings.
 
-        tables: of the embeddings, which have no dropout; given: the first four fields, of any
-        shape; others: what else the embeddings read; first: the first position; widest: None if
-        nothing tells. The host waits for a GPU to count the tokens of a batch for which that pays.
+        tables: the embeddings' modules, without dropout; given: the first four fields, of any
+        shape; others: further tensors that the embeddings read; first: the first position; widest:
+        None if unknown. If counting the tokens pays, the host waits for the GPU to count them.
         """
         ids, mask, _, positions = given
         tensors = [one for one in given if one is not None]
         if (
             not tables.are_one_operator()
             or not (ids.ndim == 2 and widest and ids.shape[1] <= widest)
-            or (mask is None and positions is not None)  # which may tell documents apart
+            or (mask is None and positions is not None)  # positions may separate documents
             or any(x.shape != ids.shape or x.device != ids.device for x in tensors)
             or any(x.is_floating_point() for x in tensors)
         ):
@@ -124,32 +124,32 @@ class PaddedBatch(NamedTuple):
     def bucket(self) -> Bucket:
         """The smallest bucket for the batch; `longest` is the number of places S'.
 
-        At most 63 tokens or an eighth of them are filler: products have tiles of 64 rows or more,
-        and sequences of every length up to 512, one by one, have eight graphs.
+        Filler is at most 63 tokens, or T / 8 if larger: products have tiles of 64 rows or more, and
+        eight graphs suffice for single sequences of every length up to 512.
         """
         batch, seqlen = self.input_ids.shape
         places = min(rounded(seqlen, 64), self.widest)
         return Bucket(rounded(self.num_tokens, 64), 1 << (batch - 1).bit_length(), places)
 
     def fitted(self, bucket: Bucket) -> "PaddedBatch":
-        """With a mask, if some of the bucket's places are none of the batch's."""
+        """The batch; if it has no mask and fewer places than the bucket, with a mask of ones."""
         if self.mask is not None or self.input_ids.shape == (bucket.sequences, bucket.longest):
             return self
         return self._replace(mask=torch.ones_like(self.input_ids, dtype=torch.bool))
 
     def key(self) -> tuple[Any, ...]:
-        """What differs between graphs of one bucket."""
+        """What distinguishes the graphs of one bucket."""
         return self.fixed, *[None if one is None else one.dtype for one in self[:4]]
 
     def buffers(self, bucket: Bucket) -> "PaddedBatch":
-        """A batch of the bucket's size, to `fill`."""
+        """A batch of zeros of the bucket's size, for `fill`."""
         shape = bucket.sequences, bucket.longest
         made: Any = [None if one is None else one.new_zeros(shape) for one in self[:4]]
         ids = dict(zip(self._fields, made, strict=False))
         return self._replace(num_tokens=bucket.tokens, **ids)
 
     def fill(self, batch: "PaddedBatch") -> None:
-        """Copies another batch into this one; the places around it are padding."""
+        """Copies another batch into this one; places beyond it become padding."""
         for buffer, values in zip(self[:4], batch[:4], strict=True):
             if buffer is None or values is None:
                 continue
@@ -159,7 +159,7 @@ class PaddedBatch(NamedTuple):
             buffer.copy_(values)
 
     def run(self, parts: Sequence[LayerParts], numbers: range) -> list[Tensor]:
-        """The last layer's output (B, S, H), zeros at padding; and the first tokens' (B, H)."""
+        """The last layer's output (B, S, H), zeros at padding, and its first tokens (B, H)."""
         ids, mask, types, positions = self[:4]
         batch, seqlen = ids.shape
         if mask is None:
@@ -172,7 +172,7 @@ class PaddedBatch(NamedTuple):
         return [padding.pad(x), first_tokens(x, padding.cu_seqlens, padding.seqlen)]
 
     def own(self, outputs: list[Tensor]) -> list[Tensor]:
-        """Copies of a graph's outputs for this batch."""
+        """Copies of a graph's outputs, cut to this batch's size."""
         states, first = outputs
         batch, seqlen = self.input_ids.shape
         kept = states[:batch, :seqlen].clone(memory_format=torch.contiguous_format)
@@ -194,23 +194,23 @@ class Precision(NamedTuple):
 
     def restored(self) -> Any:
         """A context with the autocast state of the call."""
-        # no cache: a recording must neither read autocast's earlier copies of weights nor keep any
+        # a recording must neither read autocast's cached copies of weights nor add to them
         return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
 
 
 def products_of(layers: nn.ModuleList) -> weakref.ref[Any] | None:
-    """The layers' `Products`, by a weak reference, as they refer to the layers; None without."""
+    """A weak reference to the layers' `Products`, which refer to the layers; None without any."""
     products = vars(layers).get(PRODUCTS)
     return None if products is None else weakref.ref(products)
 
 
 class Call(NamedTuple):
-    """The arguments of the layers, except x: (T, H), or a padded batch.
+    """The arguments of the layers, except x, which is (T, H) or a padded batch.
 
-    sequences: None for a padded batch, of which a graph finds them; numbers, states: as in
-    `run_layers`; training: the layers' mode; products: the `Products` that a recording keeps to, of
-    `products_of`; trained: the distinct parameters that require a gradient, None if none does and
-    neither does x
+    sequences: None for a padded batch, whose graph computes them; numbers, states, rows: as in
+    `run_layers`; training: the layers' mode; products: from `products_of`, those that a recording
+    uses; trained: the distinct parameters that require a gradient, None if neither a parameter nor
+    x requires one
     """
 
     parts: Sequence[LayerParts]
@@ -224,20 +224,20 @@ class Call(NamedTuple):
     trained: list[Tensor] | None = None
 
     def own(self, x: Tensor | PaddedBatch, outputs: list[Tensor]) -> list[Tensor]:
-        """Copies of a graph's outputs without the filler; x: the call's."""
+        """Copies of a graph's outputs without filler; x: the input of the call."""
         if isinstance(x, PaddedBatch):
             return x.own(outputs)
         count = (x if self.rows is None else self.rows.index).shape[0]
         return copies_of([output[:count] for output in outputs])
 
     def begin(self, x: Any) -> None:
-        """Tells the `Products` that a pass begins."""
+        """Tells the `Products` that a forward begins."""
         products = self.present_products()
         if products is not None:
             products.begin(x, self.training)
 
     def run(self, x: Tensor | PaddedBatch) -> list[Tensor]:
-        """What `run_layers` gives, or `PaddedBatch.run`, under the call's autocast state."""
+        """The outputs of `run_layers` or `PaddedBatch.run`, under the call's autocast state."""
         with self.precision.restored():
             if isinstance(x, PaddedBatch):
                 return x.run(self.parts, self.numbers)
@@ -250,15 +250,15 @@ class Call(NamedTuple):
         return None if self.products is None else self.products()
 
     def undone(self) -> contextlib.AbstractContextManager[None]:
-        """Has the `Products` as before at its end, because what runs inside is no user's pass."""
+        """A context that restores the `Products` at its end, for what is no user's forward."""
         products = self.present_products()
         return contextlib.nullcontext() if products is None else products.undone()
 
     def segments(self, count: int) -> list["Segment"]:
-        """The layers in `count` parts of about as many layers, or in parts of one.
+        """The layers in `count` segments of about equal size, or in as many as there are layers.
 
-        A part also ends with each layer whose state is wanted: a node of autograd for each part
-        lets the gradient of what follows reach the state.
+        A segment also ends after each layer whose state is wanted. Each segment is a node of
+        autograd, so the gradients of later layers reach the state.
         """
         places = {parameter: place for place, parameter in enumerate(self.trained or ())}
         count = max(min(count, len(self.numbers)), 1)
@@ -274,13 +274,13 @@ class Call(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Some of a call's layers; trained: the places of their parameters in the call's `trained`."""
+    """Successive layers of a call; trained: where their parameters are in `Call.trained`."""
 
     numbers: range
     trained: list[int]
 
     def of(self, call: Call) -> Call:
-        """The call of these layers alone."""
+        """The call, restricted to these layers."""
         assert call.trained is not None
         return call._replace(
             numbers=self.numbers,
@@ -291,7 +291,7 @@ class Segment(NamedTuple):
 
 
 def copies_of(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies of tensors, in few launches, each of which takes tensors of one dtype."""
+    """Copies of the tensors; few launches copy all tensors of one dtype."""
     dtypes, copies = [tensor.dtype for tensor in tensors], {}
     for dtype in dict.fromkeys(dtypes):
         some = [tensor for tensor, own in zip(tensors, dtypes, strict=True) if own == dtype]

@@ -1,4 +1,8 @@
-"""The graphs of a device and of its encoders: which are kept, and when one is dropped or stale."""
+"""The graphs of a device and of its encoders: which are kept, and when one is dropped or stale.
+
+A device has a `Pool` of graphs, in `Lane`s of memory. An encoder has an object `Recorded`, with an
+`Entry` for each bucket and lane. `Pending` is a training forward that waits for its backward.
+"""
 
 import contextlib
 import operator
@@ -22,9 +26,9 @@ from fastbert.modules.layer import LayerParts, Share
 from fastbert.ops.fused import applied
 
 MOST_GRAPHS = 64  # on a device; beyond it the least recently used graphs are dropped
-MOST_LANES = 4  # of a device: so many training forwards may wait for their backwards at once
+MOST_LANES = 4  # on a device: the training forwards that may wait for their backwards at once
 # The use of a bucket at which it is recorded. A recording runs the layers several times and waits
-# for the GPU, which sizes that are met once would not earn back.
+# for the GPU, which does not pay for sizes that are met only once.
 RECORDED_AT = 2
 MOST_CHANGES = 16  # times that an encoder's parameters may move before graphs are given up
 
@@ -32,8 +36,8 @@ MOST_CHANGES = 16  # times that an encoder's parameters may move before graphs a
 class Lane:
     """Memory that graphs share, in which one training forward at a time waits for its backward.
 
-    A replay overwrites what replays before it have saved there. Until that backward has run, or the
-    forward's output is freed, other calls replay graphs of the next lane.
+    A replay overwrites what earlier replays have saved there. So other calls replay graphs of the
+    next lane until that backward has run or the forward's output is freed.
     """
 
     def __init__(self, recorder: CudaGraphs) -> None:
@@ -57,10 +61,10 @@ class Pool:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[bool]:
-        """Holds the lock; gives False without it while another thread records.
+        """Holds the lock and yields True; without it yields False while another thread records.
 
-        Autograd runs the backwards of all threads in one thread of its own. Were that to wait here,
-        the backward that is recorded would wait for it.
+        Autograd runs the backwards of all threads in one thread of its own. If that thread waited
+        here, a recording that needs it for a backward would never end.
         """
         while not (is_inside := self.lock.acquire(timeout=0.001)) and not self.is_recording:
             pass
@@ -71,7 +75,7 @@ class Pool:
                 self.lock.release()
 
     def lane(self) -> Lane:
-        """The first lane that is free, a new one if none is; where there are enough, the last."""
+        """The first free lane, else a new one; if there are MOST_LANES already, the last one."""
         for lane in self.lanes:
             if lane.is_free():
                 return lane
@@ -84,7 +88,7 @@ class Pool:
         self.used[entry] = None
 
     def record(self, entry: "Entry", bucket: Bucket, x: Tensor | PaddedBatch, call: Call) -> None:
-        """Records the entry's graphs, if it is time to, or sets the reason why it has none."""
+        """Records the entry's graphs from use number RECORDED_AT on; on failure sets its reason."""
         entry.uses += 1
         if entry.uses < RECORDED_AT:
             return
@@ -105,7 +109,7 @@ class Pool:
             self._make_room(entry)
 
     def _make_room(self, entry: "Entry") -> None:
-        """Drops the graphs of the entry's lane, of all lanes if it is the first."""
+        """Drops all graphs in the entry's lane, or in every lane if the entry's is the first."""
         lanes = self.lanes if entry.lane is self.lanes[0] else [entry.lane]
         dropped = [other for other in self.used if other.lane in lanes]
         for other in dropped:
@@ -114,7 +118,7 @@ class Pool:
             lane.recorder.begin_anew()
         if entry.is_too_large or len(dropped) == 1:
             entry.reason = "its graph takes too much of the device's memory"
-        entry.is_too_large = True  # where it is so again, with fewer others beside it
+        entry.is_too_large = True  # the entry gets no graph if this happens again
 
 
 class Entry:
@@ -142,7 +146,7 @@ class Pending:
         self.left = set(graphs.replay_backward)  # the segments whose backward is yet to run
 
     def run(self, x: Tensor, call: Call, share: Share) -> list[Tensor]:
-        """What `run_layers` gives, by the forward's graph; a node of autograd for each segment."""
+        """The outputs of `run_layers` from the forward's graph, with an autograd node a segment."""
         self.lane.pending = weakref.ref(self)
         found, states = self.graphs.forward(x, call), []
         for number, segment in enumerate(self.graphs.segments):
@@ -177,11 +181,11 @@ class Recorded:
     def __init__(self, parts: Sequence[LayerParts]) -> None:
         self.parts = parts
         self.entries: dict[tuple[Any, ...], Entry] = {}
-        self.found: list[Any] | None = None  # what `owners` held at the last call
-        self.distinct: list[Tensor] = []  # of that, each parameter once
+        self.found: list[Any] | None = None  # the parameters in `owners` at the last call
+        self.distinct: list[Tensor] = []  # each of them once
         self.addresses: list[int] = []
         self.layouts: list[Any] = []
-        self.trained: list[Tensor] | None = None  # None before a call with gradients
+        self.trained: list[Tensor] | None = None  # None before the first call with gradients
         self.changes = 0
         leaves = [leaf for part in parts for leaf in part.leaves]
         own = [leaf.is_read and leaf.parameters is leaf.module._parameters for leaf in leaves]
@@ -199,7 +203,7 @@ class Recorded:
     ) -> tuple[Entry, Call]:
         """The entry for the call, new if there is none; and the call with `trained` filled in."""
         parameters = self.parameters()
-        # without gradients nobody asks which parameters want one: reading it takes microseconds
+        # only read where it matters, because reading requires_grad takes microseconds
         trained = None
         if torch.is_grad_enabled():
             trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -222,15 +226,16 @@ class Recorded:
     def parameters(self) -> list[Tensor]:
         """The distinct parameters that the layers have now."""
         found = [*map(dict.get, *self.owners)]
-        if not are_same(found, self.found):  # hashing a tensor takes longer than all else here
+        if not are_same(found, self.found):  # hashing tensors takes longer than the rest
             self.found = found
             self.distinct = list(dict.fromkeys(p for p in found if p is not None))
         return self.distinct
 
     def _follow(self, parameters: list[Tensor], trained: list[Tensor] | None, pool: Pool) -> str:
-        """Drops all graphs if parameters moved, have other layouts, or if others are trained.
+        """Drops all graphs if parameters moved or changed layout, or if other ones are trained.
 
-        Without gradients, where `trained` is None, `settle` asks about layouts, after the replay.
+        Returns why graphs are refused, or "". Without gradients (`trained` is None), `settle`
+        checks the layouts after the replay.
         """
         addresses = _addresses(parameters)
         if self.trained is None:
@@ -247,10 +252,9 @@ class Recorded:
         return "parameters that move time and again" if self.changes > MOST_CHANGES else ""
 
     def settle(self, pool: Pool) -> bool:
-        """Whether parameters have the layouts that graphs fix; if not, drops all graphs.
+        """Whether the parameters still have the recorded layouts; if not, drops all graphs.
 
-        What was replayed until then has read from the parameters' addresses on, and counts for
-        nothing.
+        A replay before this check may have misread the parameters, so the caller drops its result.
         """
         if _layouts(self.distinct) == self.layouts:
             return True
@@ -268,9 +272,10 @@ def _addresses(parameters: list[Tensor]) -> list[int]:
 
 
 def _layouts(parameters: list[Tensor]) -> list[Any]:
-    """What a recorded graph fixes of parameters besides their addresses and which are trained.
+    """The dtypes, sizes and contiguity of parameters, which are fixed in a recorded graph.
 
-    Shapes and strides would take twice as long; linear layers fix one size of each.
+    Shapes and strides would take twice as long to read. Sizes suffice, because the layers around a
+    weight fix one of its dimensions.
     """
     dtypes = [parameter.dtype for parameter in parameters]
     return [dtypes, [*map(Tensor.numel, parameters)], [*map(Tensor.is_contiguous, parameters)]]
@@ -283,6 +288,6 @@ def are_same(some: list[Any], others: list[Any] | None) -> bool:
 
 def _numerics() -> tuple[Any, ...]:
     """PyTorch's settings that choose kernels, and so are fixed in a recording."""
-    # not by `torch.get_float32_matmul_precision`, which raises where a user has set this one
+    # `torch.get_float32_matmul_precision` would raise if a user has set this attribute
     precision = torch.backends.cuda.matmul.fp32_precision
     return torch.are_deterministic_algorithms_enabled(), precision

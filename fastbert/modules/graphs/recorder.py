@@ -34,9 +34,9 @@ class Replay(Generic[Result]):
 
 
 class CudaGraphs:
-    """Recordings on one stream of the current device; libraries have one workspace per stream.
+    """Records on one stream of the current device, because libraries have a workspace per stream.
 
-    Tests have another class with these methods, which needs no GPU.
+    Tests replace it with a class that has these methods and needs no GPU.
 
     shares_memory: whether a recording may reuse memory that earlier recordings have freed. Then a
     replay overwrites what other recordings left in memory, except their results.
@@ -54,10 +54,10 @@ class CudaGraphs:
         self.keeper: torch.cuda.CUDAGraph | None = None  # see `_begin_pool`
 
     def refusal(self) -> str:
-        """Why nothing can be recorded or replayed now, "" if it can."""
+        """The reason why nothing can be recorded or replayed now; "" if there is none."""
         if torch.cuda.is_current_stream_capturing():
             return "a recording of the caller's own"
-        allocator = torch.cuda.get_allocator_backend()  # another does not tell what a pool holds
+        allocator = torch.cuda.get_allocator_backend()  # others do not report what a pool holds
         return (
             "" if allocator == "native" else f"{allocator}, an allocator that is not PyTorch's own"
         )
@@ -70,7 +70,7 @@ class CudaGraphs:
 
     def follow(self) -> None:
         """Makes the caller's stream wait for replays that were launched on another stream."""
-        # the stream's number, because its object takes microseconds
+        # compares handles, because making the stream's object takes microseconds
         number = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
         if self.last is not None and self.last.cuda_stream == number:
             return
@@ -80,7 +80,7 @@ class CudaGraphs:
         self.last = present
 
     def warm_up(self, work: Work[Result]) -> Result:
-        """Does the work once, on the stream that recordings use, and returns its result."""
+        """Runs the work once, on the stream that recordings use, and returns its result."""
         present = torch.cuda.current_stream()
         self.stream.wait_stream(present)
         with torch.cuda.stream(self.stream), _without_warning():
@@ -92,7 +92,7 @@ class CudaGraphs:
         return result
 
     def record(self, work: Work[Result]) -> Work[Result]:
-        """Records the work without doing it; returns a replay. Raises RuntimeError on failure."""
+        """Records the work without running it and returns the replay; may raise RuntimeError."""
         if self.shares_memory and self.keeper is None:
             self._begin_pool()
         graph = torch.cuda.CUDAGraph()
@@ -108,8 +108,8 @@ class CudaGraphs:
     @contextlib.contextmanager
     def _capture(self, graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
         with (
-            torch.cuda.stream(torch.cuda.current_stream()),  # restored even if this fails
-            # thread_local, so that the thread that pins memory for the next batches may go on
+            torch.cuda.stream(torch.cuda.current_stream()),  # restored even if capturing fails
+            # thread_local, so that the thread that pins memory for the next batches can go on
             torch.cuda.graph(
                 graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
             ),
@@ -117,28 +117,28 @@ class CudaGraphs:
             yield
 
     def _begin_pool(self) -> None:
-        """Begins a pool to share, with a graph that keeps it.
+        """Begins a shared memory pool, with a graph that keeps it alive.
 
-        PyTorch gives a pool up with the last of its graphs, and refuses it from then on.
+        PyTorch frees a pool with the last of its graphs, and refuses to use it again.
         """
         pool, graph = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
         with self._capture(graph, pool):
-            torch.zeros(1, device=torch.device("cuda"))  # as PyTorch warns of an empty one
+            torch.zeros(1, device=torch.device("cuda"))  # PyTorch warns about an empty graph
         self.pools.append(pool)
         self.keeper = graph
 
     def _end(self, pool: Any) -> None:
         """Ends a recording that CUDA has given up but PyTorch has not.
 
-        Its allocator would keep all memory that streams share, and its generator refuse to draw
-        outside of a recording; the end of another recording ends that too. Its allocator of pinned
-        memory cannot be told, and refuses a second recording in the pool: later ones have another.
+        PyTorch's allocator would otherwise keep all memory that streams share, and its generator
+        would refuse to draw until another recording ends. Its allocator of pinned memory cannot be
+        told, and refuses a second recording in the pool, so later recordings use a new pool.
         """
         try:
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         except RuntimeError:  # PyTorch has ended the recording itself
             return
-        # as the graph that was not made would do
+        # the graph would release its pool, but it was not made
         torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
         self.keeper = None
         with contextlib.suppress(RuntimeError):
@@ -147,10 +147,10 @@ class CudaGraphs:
 
 @contextlib.contextmanager
 def _without_warning() -> Iterator[None]:
-    """Without PyTorch's warning that parameters have gradient nodes of another stream.
+    """Silences PyTorch's warning that the gradient nodes of parameters are of another stream.
 
-    They have where an output of before is still alive, as a loop's last loss is. Nothing waits for
-    that stream, as a recording's gradients are returned, or added up on its own stream.
+    They are while an earlier output is alive, such as a loop's last loss. No harm is done, because
+    a recording's gradients are returned or added up on its own stream: nothing waits for the other.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")

@@ -1,7 +1,7 @@
-"""The layers of an encoder as recorded CUDA graphs of one size, for batches of that size or less.
+"""Recorded CUDA graphs of an encoder's layers, each of one size, for batches up to that size.
 
 A recorded graph reads and writes fixed addresses. So a call copies its tensors into buffers of the
-bucket's sizes, replays, and returns copies. Filler tokens behind the batch belong to no sequence.
+bucket's sizes, replays, and returns copies. Filler tokens after the batch belong to no sequence.
 """
 
 import functools
@@ -18,15 +18,15 @@ from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.rng import DropoutState
 
-# Backward graphs of an encoder where processes exchange gradients: those of a quarter of the layers
-# travel while the next quarter's are computed.
+# The number of backward graphs if processes exchange gradients: those of a quarter of the layers
+# are exchanged while those of the next quarter are computed.
 SEGMENTS = 4
 
 
 class Buffers:
     """The tensors from which a recorded graph reads its batch, of the bucket's sizes.
 
-    x: the residual stream, or the padded batch that it begins with
+    x: the residual stream, or the padded batch of a graph that begins with one
     """
 
     def __init__(self, bucket: Bucket, x: Tensor | PaddedBatch, call: Call) -> None:
@@ -56,11 +56,11 @@ class Buffers:
         self.call = call._replace(sequences=sequences, rows=rows)
 
     def begin(self) -> Call:
-        """Begins a pass over the buffers, for a recording; returns the call that computes it.
+        """Begins a forward over the buffers, to be recorded, and returns the call that runs it.
 
-        The call has aliases of the parameters. Those have gradient nodes of the caller's stream for
-        as long as an output of an earlier forward lives, as a loop's last loss does, and autograd
-        would have that stream wait for the recording, which CUDA refuses.
+        The call reads aliases of the parameters. The parameters' own gradient nodes belong to the
+        caller's stream while an output of an earlier forward lives, such as a loop's last loss.
+        Autograd would make that stream wait for the recording, which CUDA refuses.
         """
         call, aliases = self.call, dict[Tensor, Tensor]()
         call.begin(self.x)
@@ -80,9 +80,9 @@ class Buffers:
         return call._replace(parts=parts, trained=trained)
 
     def _copies(self) -> WeightCopies:
-        """Copies of all weights that autocast would cast one by one, or a product would join.
+        """Copies of the weights that autocast would cast one by one or a product concatenate.
 
-        Each replay makes them anew: nothing tells whether weights changed in place.
+        Each replay makes them anew, because nothing tells whether weights changed in place.
         """
         call, linears = self.call, nn.ModuleList()
         dtype = call.precision.dtype if call.precision.enabled else self.x.dtype
@@ -97,7 +97,7 @@ class Buffers:
 
     @torch.no_grad()
     def fill(self, x: Tensor | PaddedBatch, call: Call) -> None:
-        """Copies a call in; filler tokens are zeros at the end, filler sequences are empty."""
+        """Copies a call into the buffers; filler tokens are zeros, filler sequences are empty."""
         if isinstance(x, PaddedBatch):
             self.x.fill(x)
             return
@@ -120,7 +120,7 @@ class Buffers:
 def put(buffer: Tensor, values: Tensor, spare: float | None) -> None:
     """Copies `values` to the front of `buffer`, and fills the rest with `spare`.
 
-    spare: None for the last of the values, as boundaries of sequences have it that are empty
+    spare: None repeats the last value, which in boundaries makes the other sequences empty
     """
     count = values.shape[0]
     if count == buffer.shape[0]:
@@ -140,7 +140,7 @@ class ForwardGraph:
     def __init__(
         self, recorder: CudaGraphs, bucket: Bucket, x: Tensor | PaddedBatch, call: Call
     ) -> None:
-        # inference tensors as buffers could not be filled by a call outside inference mode
+        # a call outside inference mode could not fill buffers that were made inside it
         with torch.inference_mode(False), torch.no_grad():
             self.buffers = Buffers(bucket, x, call)
             recorder.warm_up(self._forward)
@@ -150,22 +150,22 @@ class ForwardGraph:
         return self.buffers.begin().run(self.buffers.x)
 
     def __call__(self, x: Tensor | PaddedBatch, call: Call) -> list[Tensor]:
-        """What `run_layers` gives: copies, which later replays leave alone."""
+        """The outputs of the call, as copies that later replays do not overwrite."""
         self.buffers.fill(x, call)
         return call.own(x, self.replay())
 
 
 def num_segments() -> int:
-    """How many backward graphs the layers have: several where gradients are exchanged meanwhile."""
+    """The number of backward graphs of the layers: several if processes exchange gradients."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return SEGMENTS if torch.distributed.get_world_size() > 1 else 1
     return 1
 
 
 class TrainingGraphs:
-    """Recorded graphs: the layers' forward, and for each segment the backward of what it saved.
+    """A recorded graph of the layers' forward, and one of each segment's backward.
 
-    replay_backward: by the number of the segment, of those in which something requires a gradient
+    replay_backward: by segment number, for the segments in which something requires a gradient
     """
 
     def __init__(self, recorder: CudaGraphs, bucket: Bucket, x: Tensor, call: Call) -> None:
@@ -175,16 +175,16 @@ class TrainingGraphs:
             self.buffers = Buffers(bucket, x, call)
             outputs = recorder.warm_up(self._forward)
             self.gradients = [[torch.zeros_like(x) for x in one] for one in outputs]
-            # in the order in which autograd asks for them, as one reuses the memory of the other
+            # in autograd's order, because each backward reuses the memory of the one before
             numbers = [n for n in reversed(range(len(outputs))) if self.inputs[n]]
             works = {number: functools.partial(self._backward, number) for number in numbers}
             for work in works.values():
                 recorder.warm_up(work)
-            del self.outputs, self.inputs  # from the warm-up, not in the recordings' memory
+            del self.outputs, self.inputs  # the warm-up's, outside the recordings' memory
             self.replay_forward = recorder.record(self._forward)
             for number, work in works.items():
                 self.replay_backward[number] = recorder.record(work)
-            del self.outputs, self.inputs  # aliases, which would keep weights that have moved
+            del self.outputs, self.inputs  # aliases, which would keep weights' old memory
 
     def _forward(self) -> list[list[Tensor]]:
         call, x, wants_dx = self.buffers.begin(), self.buffers.x, self.wants_dx
@@ -209,9 +209,9 @@ class TrainingGraphs:
     def backward(
         self, number: int, x: Tensor, gradients: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of x, if it requires one, and of parameters; once after each forward.
+        """The gradients of x, if it requires one, and of the parameters; once after each forward.
 
-        number, x: of the segment, and its input; gradients: of its outputs, None for none
+        number, x: the segment and its input; gradients: those of its outputs, each may be None
         """
         for buffer, gradient in zip(self.gradients[number], gradients, strict=True):
             put(buffer, buffer[:0] if gradient is None else gradient, 0)
@@ -223,7 +223,7 @@ class TrainingGraphs:
 
 
 class Replayed(torch.autograd.Function):
-    """A segment of layers in training, which a forward graph has computed; a node of autograd.
+    """The autograd node of a segment of layers that a forward graph has computed.
 
     Its backward graph can be replayed once after each forward, and cannot be differentiated. For
     other gradients the layers run again without graphs, as under activation checkpointing.
@@ -234,8 +234,8 @@ class Replayed(torch.autograd.Function):
         ctx: Any, pending: Any, number: int, call: Call, found: list[Tensor], x: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """pending: has `backward` (number, x, the outputs' gradients), which returns None where the
-        graphs no longer hold the tensors that the forward saved; found: the outputs in their
+        """pending: has `backward` (number, x, the outputs' gradients), which returns None if the
+        graphs no longer hold the tensors that the forward saved; found: the outputs in the graph's
         memory."""
         ctx.pending, ctx.number, ctx.call = pending, number, call
         ctx.set_materialize_grads(False)  # a state that nothing uses has no gradient
@@ -248,7 +248,7 @@ class Replayed(torch.autograd.Function):
         (x, *_), call, found = ctx.saved_tensors, ctx.call, None
         is_differentiated = torch.is_grad_enabled()
         if not is_differentiated:
-            # without the last output's gradient, its layer's parameters have none, but the graph's
+            # if the output has no gradient, parameters have none, but the graph would give zeros
             if gradients[0] is not None:
                 found = ctx.pending.backward(ctx.number, x, gradients)
             x = x.detach().requires_grad_(x.requires_grad)

@@ -1,4 +1,4 @@
-"""What multiplies for an encoder's linear layers in place of `F.linear`."""
+"""The interface of what multiplies for an encoder's linear layers in place of `F.linear`."""
 
 import contextlib
 from collections.abc import Sequence
@@ -9,26 +9,26 @@ PRODUCTS = "_fastbert_products"  # attribute that holds a module's `Products`
 
 
 class Products:
-    """What multiplies for plain linear layers in place of `F.linear`: in FP8, by copies of weights.
+    """Multiplies for plain linear layers in place of `F.linear`: in FP8, or with copied weights.
 
-    The attribute `PRODUCTS` of each layer, and of the encoder's list of layers, which is told of
-    forwards.
-    reads_each_bias: whether `product` had better be given each bias by itself than all joined.
+    Linear layers have it as their attribute `PRODUCTS`. The encoder's list of layers has one under
+    the same name, whose `begin` is called at each forward. reads_each_bias: whether `product`
+    should get each bias separately, not all of them concatenated.
     """
 
     reads_each_bias = False
 
     def begin(self, x: Tensor, training: bool) -> None:
-        """Called when a forward of the encoder begins, in a CUDA graph as a part of it."""
+        """Called when a forward of the encoder begins; recorded if the forward is a CUDA graph."""
 
     def undone(self) -> contextlib.AbstractContextManager[None]:
-        """Takes back at its end what forwards inside have changed."""
+        """A context that undoes at its end what forwards inside it have changed."""
         return contextlib.nullcontext()
 
     def product(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     ) -> Tensor | None:
-        """`x @ weight.T + bias`, both of tensors side by side; None leaves it to `F.linear`."""
+        """`x @ weight.T + bias` with all weights concatenated; None leaves it to `F.linear`."""
         return None
 
     def feed_forward(
@@ -44,4 +44,4 @@ class Products:
         return None
 
     def left_out(self, module: nn.Module) -> None:
-        """Called where the layer `module` multiplies by itself, as its weight may not be read."""
+        """Tells that the layer `module` itself is called, because its weight may not be read."""

@@ -3,8 +3,8 @@
 Scaling is delayed (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433, and NVIDIA's
 TransformerEngine): a cast's scale follows from the largest values of the last forward passes, so
 that no tensor is read twice. All of an encoder's scales are made at once when its forward begins,
-by a few operations on the device. Nothing here is a parameter or buffer: a checkpoint keeps Hugging
-Face's keys. Layers in training mode run in FP8, others as without.
+by a few operations on the device. Nothing here is a parameter or buffer, so checkpoints keep
+Hugging Face's keys. Only encoders in training mode run in FP8.
 """
 
 import contextlib
@@ -35,12 +35,12 @@ ASSUMED = 16.0, 8.0, 1.0  # largest values of input, weight and gradient before 
 
 
 class Scales(Products):
-    """The scales of an encoder's P linear layers: of the input, the weight and the gradient.
+    """The scales of an encoder's P linear layers, for the input, the weight and the gradient.
 
-    history: (P, 3, HISTORY) float32, largest absolute values of earlier passes, the newest first;
-    amax: (P, 3) float32, those since the last pass began, 0 for none; scale: (P, 3) float32, powers
-    of two of the pass that began last, None before the first one and where that is in eval mode;
-    inverse: (P, 3), by `inverse_of` the scales, None where they are.
+    history: (P, 3, HISTORY) float32, the largest absolute values of earlier passes, newest first;
+    amax: (P, 3) float32, the largest since the last pass began, 0 before any; scale: (P, 3)
+    float32, powers of two, for the last pass; inverse: (P, 3), `inverse_of` the scales. The last
+    two are None before the first pass and if the last pass is in eval mode.
     """
 
     def __init__(self, layers: int) -> None:
@@ -51,7 +51,7 @@ class Scales(Products):
 
     @torch.no_grad()
     def begin(self, x: Tensor, training: bool) -> None:
-        """Makes the scales of a forward pass of which x is the input; none if not `training`.
+        """Makes the scales of a forward pass with input x; sets them to None if not `training`.
 
         Raises RuntimeError on hardware without FP8, unless a backend is forced that emulates it.
         """
@@ -65,11 +65,11 @@ class Scales(Products):
             )
         self.history, self.amax = self.history.to(x.device), self.amax.to(x.device)
         newest = self.history[..., :1]
-        seen = torch.where(self.amax > 0, self.amax, newest[..., 0])  # a layer may have been unused
+        seen = torch.where(self.amax > 0, self.amax, newest[..., 0])  # 0 if the layer was unused
         self.history.copy_(torch.cat([seen[..., None], self.history[..., :-1]], -1))
         self.amax.zero_()
         largest = self.history.amax(-1)
-        # a new tensor, as the backward of an earlier pass still reads that pass's
+        # a new tensor, because the backward of an earlier pass may still read that pass's scales
         formats = zip((E4M3, E4M3, E5M2), largest.unbind(1), strict=True)
         room = torch.stack([LARGEST[format] / most for format, most in formats], 1)
         self.scale = power_of_two(room)
@@ -77,7 +77,7 @@ class Scales(Products):
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
-        """Takes back what passes inside have changed; their scales may be in a graph's memory."""
+        """Undoes what passes inside have changed, whose scales may be in a graph's memory."""
         history, amax = self.history.clone(), self.amax.clone()
         scales = self.scale, self.inverse
         try:
@@ -92,7 +92,7 @@ class Scales(Products):
         return {"history": self.history.cpu().clone(), "amax": self.amax.cpu().clone()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restores `state`; raises ValueError if it is of another number of layers."""
+        """Restores a `state`; raises ValueError if it has another number of layers."""
         for name in ("history", "amax"):
             own, given = getattr(self, name), state[name]
             same = own.shape == given.shape
@@ -108,7 +108,7 @@ def power_of_two(x: Tensor) -> Tensor:
 
 
 class Slot(Products):
-    """The place of one linear layer among its encoder's scales."""
+    """Multiplies in FP8 for one linear layer, with its encoder's scales at place `number`."""
 
     def __init__(self, scales: Scales, number: int) -> None:
         self.scales, self.number = scales, number
@@ -116,7 +116,7 @@ class Slot(Products):
     def product(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     ) -> Tensor | None:
-        """`x @ weight.T + bias` in FP8; None where `Scales.scale` is."""
+        """`x @ weight.T + bias` in FP8; None if `Scales.scale` is None."""
         numbers = self._numbers()
         if numbers is None:
             return None
@@ -132,9 +132,9 @@ class Slot(Products):
         output_weight: Tensor,
         approximate: str,
     ) -> Tensor | None:
-        """`gelu(x @ weight.T + bias) @ output_weight.T` in FP8; None where `Scales.scale` is.
+        """`gelu(x @ weight.T + bias) @ output_weight.T` in FP8; None if `Scales.scale` is None.
 
-        output: the place of the second layer; None too if that is in another encoder
+        output: the second layer's `Slot`; returns None too if that belongs to another encoder
         """
         numbers = self._numbers()
         if numbers is None or not isinstance(output, Slot) or output.scales is not self.scales:
@@ -147,15 +147,15 @@ class Slot(Products):
         )
 
     def left_out(self, module: nn.Module) -> None:
-        """Raises RuntimeError if the weight is no parameter of the module, as of a pruned one."""
+        """Raises RuntimeError if the module's weight is not a parameter, as while it is pruned."""
         if self.scales.scale is not None and module._parameters.get("weight") is None:
             raise RuntimeError(
-                'precision="fp8": the weight of a linear layer is no parameter of it, as while it '
-                "is pruned: call `torch.nn.utils.prune.remove` first"
+                'precision="fp8": the weight of a linear layer is not a parameter, as while it is '
+                "pruned: call `torch.nn.utils.prune.remove` first"
             )
 
     def _numbers(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """This layer's scales, their inverses, and largest values; None where it is not in FP8."""
+        """The layer's scales, their inverses and largest values; None if the pass is not in FP8."""
         scales, number = self.scales, self.number
         if scales.scale is None or scales.inverse is None:
             return None
@@ -165,14 +165,14 @@ class Slot(Products):
 
 
 def enable(model: nn.Module) -> None:
-    """Has the linear layers of the model's encoders run in FP8 while they train.
+    """Makes the linear layers of the model's encoders run in FP8 in training mode.
 
-    Those of heads, embeddings and poolers do not, nor those with sizes that are not multiples of
-    16, nor adapters, whichever is there first. Raises ValueError if no encoder has any.
+    Heads, embeddings, poolers and adapters, also later ones, do not, nor do layers with a size that
+    is not a multiple of 16. Raises ValueError if no encoder has a layer that can run in FP8.
     """
     found = False
     for layers in encoders_of(model):
-        # peft has the adapters of a layer by their names
+        # peft keeps the adapters of a layer in ModuleDicts, by name
         groups = [module for module in layers.modules() if isinstance(module, nn.ModuleDict)]
         adapters = {inner for group in groups for inner in group.modules()}
         plain = [module for module in layers.modules() if type(module) is nn.Linear]
@@ -192,7 +192,7 @@ def enable(model: nn.Module) -> None:
 
 
 def disable(model: nn.Module) -> None:
-    """Takes `enable` back."""
+    """Undoes `enable`."""
     for module in model.modules():
         vars(module).pop(PRODUCTS, None)
 

@@ -1,12 +1,11 @@
-"""Copies of an encoder's weights as its products read them, made all at once.
+"""Copies of an encoder's weights in the form that its products read, made all at once.
 
-Autocast casts each weight where a product reads it, and each of their gradients back: two launches
-for every linear layer of a step, most of which are so short that launching them takes longer; and
-weights that share a product are joined. Here a few multi-tensor launches make all copies (the
-working copies beside the master weights of Micikevicius et al. 2018,
-https://arxiv.org/abs/1710.03740), and the product that computes a weight's gradient writes it in
-the weight's own dtype. The parameters stay what they are, so that optimizers, checkpoints and
-evaluation know of no copies.
+Autocast casts each weight before its product, and each gradient back: two kernels for every linear
+layer of a step, most of which take longer to launch than to run. Weights that share a product are
+concatenated, too. Here a few multi-tensor launches make all copies (the working copies of the
+master weights in Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740), and the product that
+computes a weight's gradient writes it in the weight's own dtype. The parameters stay as they are,
+so that optimizers, checkpoints and evaluation see no copies.
 """
 
 import contextlib
@@ -22,24 +21,24 @@ from fastbert.modules.linear import encoders_of
 from fastbert.modules.products import PRODUCTS, Products
 from fastbert.ops.fused import as_rows, joined, once, product, result_dtype
 
-ALIGNED = 64  # elements: copies begin at multiples of 128 bytes, which fast products want
+ALIGNED = 64  # elements: copies begin at multiples of 128 bytes, as fast products require
 
 
 class WeightCopies(Products):
     """Copies in `dtype` of the weights and biases of plain linear layers in the model's encoders.
 
-    Of those in float32, and of those in `dtype`, which only have to be joined; biases' are read
-    where nobody trains them. Left out are encoders in FP8, shards, and other dtypes; a `dtype` of
-    None, as of a run in float32, leaves all out. Products read the copies inside `in_use` and
-    behind `attach`, those of leaves that are given them, and graphs recorded so. A copy is found by
-    what it is of, which an alias of the parameter tells as well.
+    Tensors in float32 are cast; tensors in `dtype` are only concatenated. Copies of biases are read
+    while the biases are not trained. Encoders in FP8, shards and other dtypes are left out; with a
+    `dtype` of None, as in a float32 run, all are. Products read the copies inside `in_use`, after
+    `attach`, and for leaves that are given this object, also as recorded in a graph. A copy is
+    found by the memory of its original, so that an alias of a parameter finds it, too.
     """
 
-    reads_each_bias = True  # to know it from its memory
+    reads_each_bias = True  # each is found by its own memory
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         def is_copied(tensor: Any) -> bool:
-            # not of a DTensor, whose module takes as long to import as all of fastbert
+            # known by its attribute: DTensor's module takes as long to import as all of fastbert
             is_whole = tensor is not None and not hasattr(tensor, "device_mesh")
             return is_whole and tensor.dtype in (torch.float32, dtype)
 
@@ -49,10 +48,10 @@ class WeightCopies(Products):
                 linears = (module for module in layers.modules() if type(module) is nn.Linear)
                 self.modules.append(layers)
                 self.modules += (linear for linear in linears if is_copied(linear.weight))
-        # of each tensor, the element at which its copy begins
+        # the element of `memory` at which each tensor's copy begins
         self.starts: dict[Tensor, int] = {}
         size = 0
-        for name in ("weight", "bias"):  # each as neighbours
+        for name in ("weight", "bias"):  # so weights are neighbours, and biases
             tensors: Iterator[Any] = (getattr(module, name, None) for module in self.modules)
             for tensor in tensors:
                 if is_copied(tensor) and tensor not in self.starts:
@@ -61,8 +60,8 @@ class WeightCopies(Products):
         device = next(iter(self.starts)).device if self.starts else None
         self.memory = torch.empty(size, dtype=dtype, device=device)
         self.copies = [self._copy(at, *tensor.shape) for tensor, at in self.starts.items()]
-        self.places: dict[Any, int] = {}  # the same by `_memory_of` the tensor, at the last `renew`
-        self.storages: list[Any] = []  # kept, so that no other tensor's has the address of one
+        self.places: dict[Any, int] = {}  # `starts` by `_memory_of` the tensors, at `renew`
+        self.storages: list[Any] = []  # kept, so that no new storage gets the address of one
 
     def _copy(self, place: int, *shape: int) -> Tensor:
         return self.memory[place : place + math.prod(shape)].view(shape)
@@ -76,14 +75,14 @@ class WeightCopies(Products):
                 torch._foreach_copy_(self.copies, list(self.starts))
 
     def attach(self) -> None:
-        """Makes all copies and has products read them, of a model whose weights will not change."""
+        """Makes all copies, which products read from now on: the weights must not change."""
         self.renew()
         for module in self.modules:
             vars(module)[PRODUCTS] = self
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Has products read the copies, which are made anew first; for forward and backward."""
+        """A context for forward and backward: makes all copies anew, which products then read."""
         self.attach()
         try:
             yield
@@ -94,10 +93,10 @@ class WeightCopies(Products):
     def product(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     ) -> Tensor | None:
-        """`x @ weight.T + bias` by the copies; None where the product is in another dtype.
+        """`x @ weight.T + bias` with the copies; None if the product is to have another dtype.
 
-        x: (..., K); weights: side by side, (N, K) in all; biases: (N,) in all, or none. Returns
-        (..., N) in the copies' dtype. None too for x in float64 and for weights without a copy.
+        x: (..., K); weights: (N, K) when concatenated; biases: (N,) when concatenated, or empty.
+        Returns (..., N) in the copies' dtype; None too if x is float64 or a weight has no copy.
         """
         are_known = all(_memory_of(weight) in self.places for weight in weights)
         if not are_known or x.dtype == torch.float64 or result_dtype(x) != self.memory.dtype:
@@ -111,7 +110,7 @@ class WeightCopies(Products):
         return _Product.apply(x, self._joined(weights), bias, *weights)  # type: ignore[no-untyped-call]
 
     def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The copies of the tensors as one: a view where they are neighbours in memory."""
+        """The tensors' copies, concatenated: a view if they are neighbours in memory."""
         places = [self.places[_memory_of(tensor)] for tensor in tensors]
         ends = [at + tensor.numel() for at, tensor in zip(places, tensors, strict=True)]
         if places[1:] == ends[:-1]:
@@ -120,13 +119,13 @@ class WeightCopies(Products):
 
 
 def _memory_of(tensor: Tensor) -> tuple[Any, ...]:
-    """What a tensor and its aliases have in common."""
-    storage = tensor.untyped_storage()._cdata  # tensors without data have one too, but no address
+    """A key for the memory and layout of a tensor, which its aliases share."""
+    storage = tensor.untyped_storage()._cdata  # tensors without data have one, too, but no address
     return storage, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 class _Product(torch.autograd.Function):
-    """`x @ copy.T + bias`, whose gradients are those of the weights that `copy` is one of."""
+    """`x @ copy.T + bias`, whose gradients go to `weights`, which `copy` is a copy of."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, copy: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:

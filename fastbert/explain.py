@@ -47,9 +47,11 @@ class Explanation(NamedTuple):
         paths = Table("module", "runs", "why", title="modules", title_justify="left")
         for route in self.routes:
             paths.add_row(*route)
-        operators = Table(*Row._fields, title="operators", title_justify="left")
+        # on many machines no row has a dropout, or the name of a kernel
+        filled = [name for name in Row._fields if any(getattr(row, name) for row in self.rows)]
+        operators = Table(*filled, title="operators", title_justify="left")
         for row in self.rows:
-            operators.add_row(*map(str, row))
+            operators.add_row(*(str(getattr(row, name)) for name in filled))
         return [paths, operators]
 
 

@@ -43,6 +43,9 @@ def test_operators_with_backend_shape_dtype_and_dropout(patched, capsys):
     printed = capsys.readouterr().out
     assert "dropout_add_layer_norm" in printed
     assert "11 tokens of 18 places" in printed
+    assert "dropout ┃" in printed
+    fastbert.explain(patched.eval(), input_ids=IDS)
+    assert "dropout ┃" not in capsys.readouterr().out  # no column without an entry
 
 
 def test_where_the_fast_path_is_not_taken_it_says_why(patched):

@@ -45,8 +45,8 @@ def read_layout(
     attention_mask: see `read_mask`; position_ids, documents: see `document_boundaries`;
     hidden_size: of the model if its layers may replay a CUDA graph, else None; keeps_padding:
     whether padded tokens are computed too, though no token attends to them. With a mask the host
-    waits for a GPU to count the real tokens, unless a graph, CUDA's or torch.compile's, has all
-    places. Raises ValueError for arguments that do not fit together.
+    waits for a GPU to count the real tokens, unless a graph, CUDA's or torch.compile's, computes
+    all places. Raises ValueError for arguments that do not fit together.
     """
     batch, seqlen = given.shape[:2]
     if attention_mask is not None:

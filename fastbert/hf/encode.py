@@ -46,8 +46,8 @@ def run_model(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
 def _run(model: Any, arguments: dict[str, Any], head: Any) -> tuple[Tensor, Tensor | None, States]:
     """The last hidden state (B, S, H), or its first column alone; first tokens (B, H); states.
 
-    By a graph that packs and pads, or by `Call.run`. The first tokens are None where they are those
-    in column 0, or where no pooler of transformers' own reads them. head: the one whose forward
+    They come from a graph that packs and pads, or from `Call.run`. The first tokens are None if
+    column 0 has them, or if no pooler of transformers' own reads them. head: the head whose forward
     calls the model, or None. Raises Unsupported as `read_call` does.
     """
     call, pooler = read_call(model, arguments), getattr(model, "pooler", None)
@@ -72,7 +72,7 @@ def _run(model: Any, arguments: dict[str, Any], head: Any) -> tuple[Tensor, Tens
         leading = first_tokens(x, padding.cu_seqlens)
         return leading[:, None], leading, states
     last = call.last(x, padding, states)
-    if last.requires_grad:  # the pooler's gradient reaches what the caller gets
+    if last.requires_grad:  # so the pooler's gradient reaches the caller's state
         x = padding.pack(last)
     return last, first_tokens(x, padding.cu_seqlens), states
 
@@ -80,7 +80,7 @@ def _run(model: Any, arguments: dict[str, Any], head: Any) -> tuple[Tensor, Tens
 def _for_a_graph(
     model: Any, call: Call, arguments: dict[str, Any], *, has_head: bool
 ) -> PaddedBatch | None:
-    """The batch for a graph that packs, embeds and pads it; None where it had better not."""
+    """The batch for a graph that packs, embeds and pads it; None if no graph should do so."""
     if call.wanted or keeps_padding(model):
         return None
     if any(arguments.get(name) is not None for name in ("inputs_embeds", *DOCUMENTS)):
@@ -97,9 +97,9 @@ def _for_a_graph(
 
 
 def read_call(model: Any, arguments: dict[str, Any]) -> Call:
-    """Reads the arguments of a bare model; raises Unsupported for calls that need Hugging Face's.
+    """Reads the arguments of a bare model; raises Unsupported if Hugging Face's forward must run.
 
-    So may the call's `run`.
+    The call's `run` may raise it, too.
     """
     arguments = dict(arguments)
     input_ids = arguments.pop("input_ids", None)

@@ -1,8 +1,8 @@
 """The losses of patched Hugging Face models: the masked-LM head on the masked positions alone.
 
-Intended differences from Hugging Face: no masked-LM logits in training with labels unless asked
-for, a loss of 0 instead of NaN without labelled items, `num_items_in_batch` in every head, and
-labels at padded positions ignored.
+Intended differences from Hugging Face: no masked-LM logits in training with labels unless
+requested, a loss of 0 instead of NaN without labelled items, `num_items_in_batch` in every head,
+and labels at padded positions ignored.
 """
 
 import sys
@@ -124,12 +124,11 @@ def run_head(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
 def _run_spans(
     model: Any, original: Forward, arguments: dict[str, Any], num_items: Tensor | int | None
 ) -> Any:
-    """The patched forward of `BertForQuestionAnswering`, ...: Hugging Face's logits, the lowest
-    number at padding, and a loss that normalises starts and ends separately, because only one of
-    them may be at padding.
+    """The patched forward of `BertForQuestionAnswering`, ...
 
-    Zeros as hidden states would score all padding by the head's bias, above most tokens, and fill
-    the best places of a list of answers.
+    The logits are Hugging Face's, but the lowest number at padding: padding's hidden states are
+    zeros, whose score would be the head's bias, above most tokens, and lead a list of answers. The
+    loss normalises starts and ends separately, because only one of them may be at padding.
     """
     names = ("start_positions", "end_positions")
     starts, ends = map(arguments.get, names)
@@ -149,7 +148,7 @@ def _run_spans(
 def _score(
     model: Any, original: Forward, arguments: dict[str, Any], with_logits: bool, with_pairs: bool
 ) -> tuple[Scored, dict[str, Any]]:
-    """The masked-LM score, by the masked rows alone if possible, and the other output fields."""
+    """The masked-LM score, from the masked rows alone if possible, and the other output fields."""
     labels = _of_real_tokens(model, arguments["labels"], arguments)
     if not with_logits:
         try:
@@ -169,7 +168,7 @@ def _score_rows(
     Raises Unsupported if the head has hooks or modules of another library, because hooks must see
     every row.
     """
-    # vmap's labels have no number, either
+    # labels inside vmap cannot be counted, either
     if labels.is_meta or isinstance(labels, FakeTensor) or is_transformed():
         raise Unsupported("the meta device or torch.func: nothing tells which tokens have a target")
     head = family_of_module(model).head(model)

@@ -44,8 +44,8 @@ _LAYOUT = "attention_mask", "position_ids", *DOCUMENTS
 class Call(NamedTuple):
     """A call of a model or an encoder that the packed path supports, before its mask is read.
 
-    given: (B, S, ...); layout: other arguments of `read_layout`; wanted: as in `wanted_states`, of
-    states from `first_state` on; dtype: of the hidden states that Hugging Face would return
+    given: ids or embeddings (B, S, ...); layout: `read_layout`'s other arguments; wanted: as in
+    `wanted_states`, from `first_state` on; dtype: that of Hugging Face's hidden states
     """
 
     module: Any
@@ -86,23 +86,23 @@ class Call(NamedTuple):
         reading = Reading(_PLANNER, layers, may_replay=may)
         told = [name for name in _LAYOUT[:3] if layout[name] is not None]
         if len(given) == 1 and told == ["position_ids"] and is_one_graph():
-            raise Unsupported("position_ids that may tell documents apart, in one graph")
+            raise Unsupported("position_ids that may separate documents, with fullgraph=True")
         if given.is_meta or isinstance(given, FakeTensor):
-            raise Unsupported("no values, as on the meta device: a batch is packed by its mask's")
+            raise Unsupported("a tensor without values, as on the meta device: packing needs them")
         require_kernels(given.device)
         is_projected = hasattr(module, "embeddings_project")  # ELECTRA's small models
         dtype = boundary_dtype(own, given.device, is_projected=is_projected)
         wanted = asked(config, arguments, "output_hidden_states")
-        first = 0 if layers else 1  # without layers none is collected
+        first = 0 if layers else 1  # without layers no state is collected
         if numbers_layers():
             if not returns_tuples() and isinstance(wanted, (list, tuple, set)):
-                wanted, first = {number + 1 for number in wanted if number >= 0}, 1  # of layers
+                wanted, first = {number + 1 for number in wanted if number >= 0}, 1  # layers
             else:
                 wanted, first = bool(wanted), 0
         return cls(module, reading, given, layout, embed, wanted, first, dtype)
 
     def read(self) -> tuple[Unpadding, Tensor | None]:
-        """How the batch is packed, and a further mask for `attention`, as by `read_layout`."""
+        """How the batch is packed, and a further mask for `attention`, from `read_layout`."""
         return read_layout(
             self.given,
             **self.layout,
@@ -115,8 +115,8 @@ class Call(NamedTuple):
     ) -> tuple[Tensor, States]:
         """Embeds and runs the layers: (T, H), or (M, H) for `rows` alone, and states (B, S, H).
 
-        padding, mask: of `read`; rows: None if hidden states are wanted. Layers with hooks see
-        (B, S, H).
+        padding, mask: from `read`; rows: must be None if hidden states are wanted. Layers with
+        hooks see (B, S, H).
         """
         layers, dtype = self.reading.layers, self.dtype
         drops = self.reading.drops()
@@ -140,7 +140,7 @@ class Call(NamedTuple):
         return x, states and states[self.first_state :]
 
     def last(self, x: Tensor, padding: Unpadding, states: States) -> Tensor:
-        """The last hidden state (B, S, H), of what `run` gives."""
+        """The last hidden state (B, S, H), from what `run` returned."""
         last = states[-1] if states else None
         return padding.pad(x.to(self.dtype)) if last is None else last
 
@@ -171,7 +171,7 @@ class Call(NamedTuple):
 def _require_supported(config: Any, layers: nn.ModuleList, arguments: dict[str, Any]) -> None:
     """Raises Unsupported if the packed path does not support the call.
 
-    What the layers are is not asked: their parts are read for that.
+    The layers themselves are checked when their parts are read.
     """
     if getattr(config, "is_decoder", False) or getattr(config, "is_causal", None):
         raise Unsupported("a decoder: it attends to earlier tokens only")
@@ -193,7 +193,7 @@ def _require_supported(config: Any, layers: nn.ModuleList, arguments: dict[str, 
 
 def makes_a_file() -> bool:
     """Whether the call is traced or exported, not run."""
-    # `is_exporting()` is True in all that torch.compile of torch 2.11 traces
+    # `is_exporting()` is also True while torch.compile of torch 2.11 traces
     return torch.jit.is_tracing() or torch.compiler._is_exporting_flag
 
 
@@ -241,10 +241,10 @@ def run_one_layer(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The patched forward of a layer: its own, unless the packed path calls it with `sequences`.
+    """The patched forward of a layer: Hugging Face's, unless the packed path passes `sequences`.
 
     hidden_states: (T, H), or with `padding` (B, S, H), which hooks of the layer expect; the layer
-    then computes in `dtype`, that of the residual stream.
+    then computes in `dtype`, the residual stream's.
     """
     if sequences is None:
         return original(hidden_states, *args, **kwargs)
@@ -258,10 +258,10 @@ def run_one_layer(
 
 
 def boundary_dtype(own: torch.dtype, device: torch.device, *, is_projected: bool) -> torch.dtype:
-    """The dtype of Hugging Face's hidden states, of a model whose LayerNorms have `own`.
+    """The dtype of Hugging Face's hidden states; own: the dtype of the model's LayerNorms.
 
-    Autocast runs LayerNorm in float32, but on a CPU in the dtype of what it reads: of a sum with
-    the embeddings, which are in low precision where a linear layer projects them.
+    Autocast runs LayerNorm in float32, but on a CPU in the dtype of its input: a sum with the
+    embeddings, which are in low precision if a linear layer projects them.
     """
     if not torch.is_autocast_enabled(device.type):
         return own

@@ -16,7 +16,7 @@ class Mask(NamedTuple):
     """A mask as padding or as a general mask, for B sequences of S places; at most one is set.
 
     padding: (B, S) bool, True at real tokens; general: bool, True = attend, or additive, broadcasts
-    to (B, heads, S, S); both None where every token attends to every other.
+    to (B, heads, S, S); both are None if every token attends to every other.
     """
 
     padding: Tensor | None = None
@@ -28,10 +28,10 @@ def read_mask(mask: Tensor | None, batch_size: int, seqlen: int) -> Mask:
 
     mask: None; (B, S) bool or 0/1; (B or 1, heads or 1, S or 1, S) bool, True = attend, or float,
     added to the scores. A 4-D mask that is the same for every query and head is padding. To find
-    that out its values are read, for which the host waits for a GPU; while torch.compile traces,
-    only the shape is looked at. Raises ValueError for other shapes, for a float 2-D mask with other
-    values than 0 and 1, and for an integer 4-D mask, which is ambiguous: Hugging Face's eager
-    attention would add its zeros and ones to the scores.
+    that out, its values are read, for which the host waits for a GPU; torch.compile's traces use
+    only the shape. Raises ValueError for other shapes, for a float 2-D mask with values other than
+    0 and 1, and for an integer 4-D mask, which is ambiguous: Hugging Face's eager attention would
+    add its zeros and ones to the scores.
     """
     if mask is None:
         return Mask()
@@ -74,8 +74,8 @@ def _read_general(mask: Tensor, batch_size: int, seqlen: int) -> Mask:
 
 
 def _common_keys(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys of the first query under a 4-D mask, (B or 1, S) bool; and whether the mask is more
-    than that, because other queries have other keys or a score gets another number, () bool."""
+    """The keys of the first query under a 4-D mask, (B or 1, S) bool; and whether the mask is a
+    general one, () bool: other queries have other keys, or numbers are added to their scores."""
     first = mask[:, :1, :1]
     is_general = (mask != first).any()
     keep = first
@@ -88,8 +88,8 @@ def _common_keys(mask: Tensor) -> tuple[Tensor, Tensor]:
 def real_tokens(mask: Tensor | None) -> Tensor | None:
     """(B or 1, S) bool, True at tokens that `read_mask` does not take for padding; no host wait.
 
-    Labels are read only there. None without a mask, and for one of another rank, with a gradient,
-    or of another class, as flex attention's.
+    Only the labels of these are read. None without a mask, and for a mask of another rank, with a
+    gradient, or of another class, such as flex attention's.
     """
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4) or mask.requires_grad:
         return None

@@ -20,10 +20,10 @@ from fastbert.ops.unpad import Unpadding, unpad
 # Hugging Face's arguments for the boundaries of documents packed into one row.
 DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
-CAPTURING = "transformers.utils.output_capturing"  # collects hidden states; 4.57 has none
+CAPTURING = "transformers.utils.output_capturing"  # collects hidden states; 4.57 lacks it
 
-# Accepted, without effect on a bidirectional encoder; the last line's come from tokenizers. The
-# first two have an effect, but callers read or refuse them separately.
+# Accepted without effect on a bidirectional encoder; those of the last line come from tokenizers.
+# The first two do have an effect, but callers read or refuse them separately.
 _IGNORED = {
     *("output_hidden_states", "output_attentions"),
     *("num_items_in_batch", "seq_idx", "cache_position", "use_cache", "return_dict"),
@@ -45,8 +45,8 @@ def read_layout(
     attention_mask: see `read_mask`; position_ids, documents: see `document_boundaries`;
     hidden_size: of the model if its layers may replay a CUDA graph, else None; keeps_padding:
     whether padded tokens are computed too, though no token attends to them. With a mask the host
-    waits for a GPU, but where a graph had better compute all places. Raises ValueError for
-    arguments that do not fit together.
+    waits for a GPU to count the real tokens, unless a graph, CUDA's or torch.compile's, computes
+    all places. Raises ValueError for arguments that do not fit together.
     """
     batch, seqlen = given.shape[:2]
     if attention_mask is not None:
@@ -70,12 +70,12 @@ def read_layout(
 
 
 def _waits(device: torch.device, num_places: int, hidden_size: int | None) -> bool:
-    """Whether the host learns how many tokens are real."""
+    """Whether the host waits to learn how many tokens are real."""
     if torch.compiler.is_compiling():
         return not is_one_graph()
     if device.type == "cpu" or torch.is_grad_enabled():
         return True
-    if hidden_size is None:  # layers without a graph take the host longer than a GPU
+    if hidden_size is None:  # without a graph the GPU waits for the host anyway
         return True
     return not num_places or pays_to_count(num_places, hidden_size)
 
@@ -88,7 +88,7 @@ def require_values(name: str, tensor: Tensor) -> None:
     while is_transformed() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         is_without |= torch._C._functorch.is_batchedtensor(tensor)
         tensor = torch._C._functorch.get_unwrapped(tensor)
-    expected, got = "values, by which tokens are packed", "a tensor of a trace, vmap or meta"
+    expected, got = "values, which tell how to pack", "a tensor of a trace, vmap or meta"
     remedy = "leave it out, or use a model patched by fastbert.patch"
     require(not is_without, name, expected, got, remedy)
 
@@ -103,7 +103,7 @@ def document_boundaries(
     max_length_k: int | None = None,
     position_ids: Tensor | None = None,
 ) -> tuple[Tensor, int] | None:
-    """(cu_seqlens (n + 1,) int32, max_seqlen) of documents packed into one row; None for one.
+    """(cu_seqlens (n + 1,) int32, max_seqlen) of documents packed into one row; None if not packed.
 
     The boundaries come from Hugging Face's cu_seq_lens_q and max_length_q, or from position_ids
     (1, S) that restart at 0 at each document. position_ids are read, for which the host waits for a
@@ -160,16 +160,16 @@ def _restarts(position_ids: Tensor) -> tuple[Tensor, int] | None:
 
 
 def asked(config: Any, arguments: Mapping[str, Any], name: str) -> Any:
-    """The argument `name` of a call, or where it is None the configuration's value."""
+    """The argument `name` of a call; if it is None, the configuration's value."""
     value = arguments.get(name)
     return getattr(config, name) if value is None else value
 
 
 def wanted_states(wanted: Any, num_layers: int) -> Collection[int] | None:
-    """The places of the wanted ones among `num_layers` + 1 hidden states, the embeddings' first.
+    """The indices of the wanted ones among `num_layers` + 1 hidden states, the embeddings' first.
 
-    wanted: output_hidden_states: True for all, a place or several, which count from the end where
-    they are negative, and are none of the states' beyond it; anything false, for None.
+    wanted: output_hidden_states, which is True for all, or an index or several: negative ones count
+    from the end, those out of range are left out. Anything false gives None.
     """
     if not wanted:
         return None
@@ -181,14 +181,14 @@ def wanted_states(wanted: Any, num_layers: int) -> Collection[int] | None:
 
 
 def numbers_layers() -> bool:
-    """Whether lists of transformers' models number layers, not states, as they did before 5.23."""
+    """Whether transformers' lists of wanted states number layers, as they did before 5.23."""
     return not hasattr(sys.modules.get(CAPTURING), "resolve_hidden_states_indices")
 
 
 def unknown_argument(arguments: dict[str, Any]) -> str | None:
     """The name of the first argument that has a value and is not ignored; None if none has."""
     for name, value in arguments.items():
-        # transformers 4.57 makes a list of None of a head_mask of None
+        # transformers 4.57 turns a head_mask of None into a list of None
         are_none = isinstance(value, (list, tuple)) and all(one is None for one in value)
         if not (value is None or value is False or are_none or name in _IGNORED):
             return name
@@ -196,13 +196,13 @@ def unknown_argument(arguments: dict[str, Any]) -> str | None:
 
 
 def refuse_unknown(who: str, arguments: dict[str, Any]) -> None:
-    """Raises ValueError for output_attentions and for arguments without a use."""
+    """Raises ValueError for output_attentions and for arguments that an encoder does not use."""
     refuse_attentions(arguments.get("output_attentions"))
     name = unknown_argument(arguments)
     require(
         name is None,
         who,
-        "only arguments that an encoder has a use for",
+        "only arguments that an encoder uses",
         name,
         "leave it out, or use a model patched by fastbert.patch",
     )

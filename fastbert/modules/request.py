@@ -62,9 +62,8 @@ def read_layout(
     padding = padding.to(given.device)
     if keeps_padding:
         is_full = not is_one_graph() and bool(padding.all())
-        return Unpadding.dense(batch, seqlen, given.device), (
-            None if is_full else padding[:, None, None]
-        )
+        mask = None if is_full else padding[:, None, None]
+        return Unpadding.dense(batch, seqlen, given.device), mask
     waits = _waits(given.device, batch * seqlen, hidden_size)
     return unpad(padding, None if waits else batch * seqlen), None
 

@@ -152,6 +152,18 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def on_host(count: Tensor) -> int:
+    """A tensor of one integer, 0 or more, as a Python number; the host waits for a GPU.
+
+    Where torch.compile breaks its graph to read it, `int()` would have it log a warning.
+    """
+    if not torch.compiler.is_compiling():
+        return int(count)
+    number: int = count.tolist()  # type: ignore[assignment]
+    torch._check(number >= 0)  # as `int()` tells a graph without breaks
+    return number
+
+
 def forced() -> str | None:
     """The backend that the user forces, by `use` or FASTBERT_BACKEND; None without one."""
     return _forced

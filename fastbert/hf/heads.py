@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from fastbert import events
-from fastbert.backend import is_transformed
+from fastbert.backend import is_transformed, on_host
 from fastbert.hf.encode import read_call
 from fastbert.hf.families import (
     Forward,
@@ -175,7 +175,7 @@ def _score_rows(
     leaf(head.decoder)  # raises Unsupported if the decoder must see every token
     base = getattr(model, model.base_model_prefix)
     rest = _without(arguments, _HEADS_OWN)
-    num_labels = int((labels != IGNORE_INDEX).sum())  # the host waits here, before anything runs
+    num_labels = on_host((labels != IGNORE_INDEX).sum())  # it waits here, before anything runs
     found, fields = None, {}
     if runs_patched(base) and not is_hooked(base):
         try:

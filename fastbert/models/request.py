@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from fastbert.backend import on_host
 from fastbert.check import require
 from fastbert.models.inputs import Inputs, pack_inputs, packed
 from fastbert.models.losses import Scored, without_padding
@@ -115,7 +116,7 @@ class Request:
         if batch.labels is not None and batch.num_labels is None:
             # the only place where the host waits for the number of labels
             require_values("labels", batch.labels)
-            count = int((batch.labels != IGNORE_INDEX).sum())
+            count = on_host((batch.labels != IGNORE_INDEX).sum())
             batch = dataclasses.replace(batch, num_labels=count)
         is_padded = padding is not None and padding.slots is not None
         if labels is not None and is_padded and batch.num_labels is not None:
@@ -210,5 +211,5 @@ def wanted_rows(batch: PackedBatch, *, first: bool, labelled: bool) -> Rows:
     if labelled:
         assert batch.labels is not None
         has_label = batch.labels != IGNORE_INDEX
-        num_labels = int(has_label.sum()) if batch.num_labels is None else batch.num_labels
+        num_labels = on_host(has_label.sum()) if batch.num_labels is None else batch.num_labels
     return Rows.read_by_losses(batch, first=first, has_label=has_label, num_labels=num_labels)

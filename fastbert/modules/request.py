@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from fastbert.backend import is_transformed
+from fastbert.backend import is_transformed, on_host
 from fastbert.check import require
 from fastbert.modules.sequences import pays_to_count
 from fastbert.ops.unpad import Unpadding, unpad
@@ -210,7 +210,7 @@ def document_boundaries(
     if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q:
         _require_same(cu_seq_lens_q, cu_seq_lens_k)
     lengths = [length for length in (max_length_q, max_length_k) if length is not None]
-    longest = max(lengths) if lengths else int(cu_seq_lens_q.diff().max())
+    longest = max(lengths) if lengths else on_host(cu_seq_lens_q.diff().max())
     return cu_seq_lens_q.int(), int(longest)
 
 
@@ -231,12 +231,12 @@ def _restarts(position_ids: Tensor) -> tuple[Tensor, int] | None:
     counts_up = position_ids.diff() == 1
     # documents only if the positions count up by one from each 0; others are the user's own
     is_packed = starts[:1].all() & starts[1:].any() & (starts[1:] | counts_up).all()
-    if not bool(is_packed & counts_up.any()):
+    if not (is_packed & counts_up.any()):
         return None
     ends = starts.nonzero().flatten()[1:]
     length = position_ids.shape[0]
     cu_seqlens = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), length)]).int()
-    return cu_seqlens, int(cu_seqlens.diff().max())
+    return cu_seqlens, on_host(cu_seqlens.diff().max())
 
 
 def asked(config: Any, arguments: Mapping[str, Any], name: str) -> Any:

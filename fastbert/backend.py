@@ -152,11 +152,6 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def is_one_graph() -> bool:
-    """Whether torch.compile traces with fullgraph=True, where the host can read no values."""
-    return torch.compiler.is_compiling() and _is_one_graph()
-
-
 def forced() -> str | None:
     """The backend that the user forces, with `use` or FASTBERT_BACKEND; None if there is none."""
     return _forced
@@ -172,14 +167,6 @@ def _choose(name: str, device: str) -> str:
 # This makes torch.compile run `_choose` at trace time instead of tracing into it. The decorator
 # `torch.compiler.assume_constant_result` does no more, but imports Dynamo and Triton.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _is_one_graph() -> bool:
-    now: Any = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
-    return bool(now.one_graph or now.error_on_graph_break)
-
-
-_is_one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `_choose`
 
 
 def op(*backends: str) -> Callable[[Callable[..., Any]], Op]:

@@ -90,17 +90,16 @@ def activation_of(function: Activation) -> Activation:
         if is_hooked(function) or not is_known or getattr(function, "num_parameters", 1) > 1:
             raise Unsupported(f"a {cls.__name__} as activation, or a hook on it")
         return _ACTIVATIONS.get(cls.__name__, function)
-    inner = function.func if isinstance(function, functools.partial) else function
-    if not _is_torchs(inner):
+    if not _is_torchs(function.func if isinstance(function, functools.partial) else function):
         raise Unsupported("a function of the user's own as activation")
     return function
 
 
 def _is_torchs(function: Any) -> bool:
-    is_named_so = (getattr(function, "__module__", None) or "torch").startswith("torch")
-    return is_named_so and (
-        not hasattr(function, "__globals__") or is_defined_in(function, ("torch",))
-    )
+    """Whether torch defines a function, in Python or not."""
+    if hasattr(function, "__globals__"):
+        return is_defined_in(function, ("torch",))
+    return (getattr(function, "__module__", None) or "torch").startswith("torch")
 
 
 _is_torchs._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see fastbert.backend

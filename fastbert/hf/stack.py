@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert import events
-from fastbert.backend import is_one_graph, is_transformed
+from fastbert.backend import is_transformed
 from fastbert.hf.attention import attention_forward
 from fastbert.hf.families import (
     Family,
@@ -33,6 +33,7 @@ from fastbert.modules.request import (
 from fastbert.modules.sequences import Rows, Sequences
 from fastbert.modules.stack import run_stack, share_padded
 from fastbert.ops.attention import attention_qkvpacked
+from fastbert.ops.fused import is_one_graph
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState, for_batch
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastbert.backend import is_one_graph
 from fastbert.check import require
+from fastbert.ops.fused import is_one_graph
 
 # Additive masks use finfo.min, -inf, or in older scripts -10000: each makes the probability 0.
 FORBIDDEN = -1e4

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from fastbert.backend import is_one_graph, is_transformed
+from fastbert.backend import is_transformed
 from fastbert.check import require
 from fastbert.modules.masks import read_mask
 from fastbert.modules.sequences import pays_to_count
+from fastbert.ops.fused import is_one_graph, on_host
 from fastbert.ops.unpad import Unpadding, unpad
 
 # Hugging Face's arguments for the boundaries of documents packed into one row.
@@ -129,8 +130,9 @@ def document_boundaries(
     if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q:
         _require_same(cu_seq_lens_q, cu_seq_lens_k)
     lengths = [length for length in (max_length_q, max_length_k) if length is not None]
-    longest = max(lengths) if lengths else int(cu_seq_lens_q.diff().max())
-    return cu_seq_lens_q.int(), int(longest)
+    if not lengths:  # one graph cannot read the lengths, and takes an upper bound
+        lengths = [seqlen if is_one_graph() else on_host(cu_seq_lens_q.diff().max())]
+    return cu_seq_lens_q.int(), int(max(lengths))
 
 
 def _require_same(queries: Tensor, keys: Tensor) -> None:
@@ -150,12 +152,12 @@ def _restarts(position_ids: Tensor) -> tuple[Tensor, int] | None:
     counts_up = position_ids.diff() == 1
     # documents only if the positions count up by one from each 0; others are the user's own
     is_packed = starts[:1].all() & starts[1:].any() & (starts[1:] | counts_up).all()
-    if not bool(is_packed & counts_up.any()):
+    if not (is_packed & counts_up.any()):
         return None
     ends = starts.nonzero().flatten()[1:]
     length = position_ids.shape[0]
     cu_seqlens = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), length)]).int()
-    return cu_seqlens, int(cu_seqlens.diff().max())
+    return cu_seqlens, on_host(cu_seqlens.diff().max())
 
 
 def asked(config: Any, arguments: Mapping[str, Any], name: str) -> Any:

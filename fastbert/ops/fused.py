@@ -1,4 +1,4 @@
-"""What operators share: how autograd Functions run and refuse, shapes, dtypes, products."""
+"""What operators share: how autograd Functions run and refuse, host values, shapes, dtypes."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -68,6 +68,31 @@ class _Refusal(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         raise RuntimeError(ctx.message)
+
+
+def is_one_graph() -> bool:
+    """Whether torch.compile traces with fullgraph=True, where the host can read no values."""
+    return torch.compiler.is_compiling() and _is_one_graph()
+
+
+def _is_one_graph() -> bool:
+    now: Any = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
+    return bool(now.one_graph or now.error_on_graph_break)
+
+
+_is_one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see fastbert.backend
+
+
+def on_host(count: Tensor) -> int:
+    """A tensor of one integer, 0 or more, as a Python number; the host waits for a GPU.
+
+    Where torch.compile breaks its graph to read it, `int()` would make it log a warning.
+    """
+    if not torch.compiler.is_compiling():
+        return int(count)
+    number: int = count.tolist()  # type: ignore[assignment]
+    torch._check(number >= 0)  # for graphs that may read numbers, by an option of torch's
+    return number
 
 
 def as_rows(x: Tensor) -> Tensor:

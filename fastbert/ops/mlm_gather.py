@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastbert.backend import is_one_graph
 from fastbert.check import require
 from fastbert.ops.compact import compact
+from fastbert.ops.fused import is_one_graph, on_host
 from fastbert.ops.gather_rows import Gather, gather_rows
 from fastbert.packing import IGNORE_INDEX
 
@@ -54,4 +54,4 @@ def count_labels(labels: Tensor) -> int:
 
     Where torch.compile traces one graph, which reads no values: how many there may be.
     """
-    return labels.numel() if is_one_graph() else int((labels != IGNORE_INDEX).sum())
+    return labels.numel() if is_one_graph() else on_host((labels != IGNORE_INDEX).sum())

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
 import fastbert
@@ -170,24 +171,30 @@ def losses_and_gradients(model, run, batch):
     return loss.detach(), gradients(model)
 
 
+def documents():
+    """The sequences of `make_batch` as documents in one row."""
+    batch = make_batch()
+    real = batch.pop("attention_mask").bool()
+    lengths = real.sum(1)
+    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    return {name: values[real][None] for name, values in batch.items()} | {
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+    }
+
+
+LONGEST = {"max_length_q": 16, "max_length_k": 16}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_packed_documents_compile_to_one_graph(training):
     dropout = 0.2 if training else 0.0
     ours, _ = make_pair(transformers.BertModel, dropout=dropout, num_hidden_layers=1)
     ours.train(training)
-    batch = make_batch()
-    real = batch["attention_mask"].bool()
-    lengths = real.sum(1)
-    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
-    packed = {
-        "input_ids": batch["input_ids"][real][None],
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": 16,
-        "max_length_k": 16,
-    }
+    packed = documents() | LONGEST
+    del packed["labels"], packed["token_type_ids"]
 
     def run(**batch):
         output = ours(**batch)
@@ -201,6 +208,50 @@ def test_packed_documents_compile_to_one_graph(training):
     (loss, grads), (compiled_loss, compiled_grads) = results
     torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
     assert_same_gradients(compiled_grads, grads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertForPreTraining", "RobertaForMaskedLM"])
+def test_training_on_packed_documents_compiles_to_one_graph(kind):
+    """RoBERTa's head has a built-in function of torch as its activation."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind.partition('For')[0]}Config")
+    model = getattr(transformers, kind)(config(**SHAPE | {"num_hidden_layers": 1}))
+    ours = fastbert.patch(model).train()
+    packed = documents() | LONGEST
+    if kind == "BertForPreTraining":
+        packed["next_sentence_label"] = torch.tensor([0, 1, 1, 0])
+    packed["token_type_ids"].zero_()
+
+    def run(**batch):
+        return ours(**batch).loss
+
+    torch.compiler.reset()
+    results = []
+    for one in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        results.append(losses_and_gradients(ours, one, packed))
+    (loss, grads), (compiled_loss, compiled_grads) = results
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(compiled_grads, grads)
+
+
+@pytest.mark.parametrize("batch", [make_batch, documents], ids=["padded", "documents"])
+@pytest.mark.parametrize("is_own", [False, True], ids=["patched", "own"])
+def test_numbers_are_read_without_advice_of_torch_compile(is_own, batch):
+    """It logs many lines on the first `item()` that breaks a graph, in Trainer's runs too."""
+    model, theirs = make_pair(KIND, num_hidden_layers=1)
+    if is_own:
+        model = fastbert.BertForMaskedLM(theirs.config).train()
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(lambda **batch: model(**batch).loss, backend="eager")
+    batch = batch()
+    expected = model(**batch).loss
+    torch.testing.assert_close(compiled(**batch), expected, rtol=1e-5, atol=1e-6)
+    breaks = counters["graph_break"]
+    assert breaks
+    assert not [reason for reason in breaks if "item()" in reason]
 
 
 @pytest.mark.slow

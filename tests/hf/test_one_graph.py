@@ -97,13 +97,21 @@ def test_positions_of_one_row_which_may_hold_documents(both):
     if type(model) is fastbert.BertModel:
         with pytest.raises(Exception, match="cu_seq_lens_q in place of position_ids"):
             one_graph(model)(IDS[:1], position_ids=positions)
-        documents = {"cu_seq_lens_q": torch.tensor([0, 3, 7]).int(), "max_length_q": 4}
-        actual = one_graph(model)(IDS[:1], position_ids=positions, **documents)
-        expected = model(IDS[:1], position_ids=positions)
     else:
-        actual = one_graph(model)(IDS[:1], position_ids=positions)
-        expected = theirs(IDS[:1], position_ids=positions)
-    torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state)
+        actual = one_graph(model)(IDS[:1], position_ids=positions).last_hidden_state
+        expected = theirs(IDS[:1], position_ids=positions).last_hidden_state
+        torch.testing.assert_close(actual, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("others", [{}, {"max_length_q": 4}], ids=["boundaries", "and the longest"])
+def test_documents_that_boundaries_tell_apart(both, others):
+    _, model = both
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    others = others | {"cu_seq_lens_q": torch.tensor([0, 3, 7]).int()}
+    expected = model(IDS[:1], position_ids=positions)
+    actual = one_graph(model)(IDS[:1], position_ids=positions, **others)
+    torch.testing.assert_close(actual, expected)
 
 
 @torch.no_grad()

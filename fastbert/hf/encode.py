@@ -20,11 +20,11 @@ from fastbert.hf.first_tokens import (
     reads_pooler,
 )
 from fastbert.hf.hooks import has_their, is_hooked, is_theirs
-from fastbert.hf.stack import Call, States, family_of_module, of_transformers, returns_tuples
+from fastbert.hf.stack import PackedCall, States, family_of_module, of_transformers, returns_tuples
 from fastbert.modules.embeddings import own_dtype, stream_dtype
 from fastbert.modules.graphs.buckets import may_compute
 from fastbert.modules.graphs.call import PaddedBatch
-from fastbert.modules.request import DOCUMENTS, asked
+from fastbert.modules.request import DOCUMENTS, call_or_config
 from fastbert.modules.sequences import Rows, first_tokens
 from fastbert.modules.stack import replay_padded
 from fastbert.ops.unpad import Unpadding
@@ -46,9 +46,9 @@ def run_model(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
 def _run(model: Any, arguments: dict[str, Any], head: Any) -> tuple[Tensor, Tensor | None, States]:
     """The last hidden state (B, S, H), or its first column alone; first tokens (B, H); states.
 
-    They come from a graph that packs and pads, or from `Call.run`. The first tokens are None if
-    column 0 has them, or if no pooler of transformers' own reads them. head: the head whose forward
-    calls the model, or None. Raises Unsupported as `read_call` does.
+    They come from a graph that packs and pads, or from `PackedCall.run`. The first tokens are None
+    if column 0 has them, or if no pooler of transformers' own reads them. head: the head whose
+    forward calls the model, or None. Raises Unsupported as `read_call` does.
     """
     call, pooler = read_call(model, arguments), getattr(model, "pooler", None)
     batch = _for_a_graph(model, call, arguments, has_head=head is not None)
@@ -78,7 +78,7 @@ def _run(model: Any, arguments: dict[str, Any], head: Any) -> tuple[Tensor, Tens
 
 
 def _for_a_graph(
-    model: Any, call: Call, arguments: dict[str, Any], *, has_head: bool
+    model: Any, call: PackedCall, arguments: dict[str, Any], *, has_head: bool
 ) -> PaddedBatch | None:
     """The batch for a graph that packs, embeds and pads it; None if no graph should do so."""
     if call.wanted or keeps_padding(model):
@@ -96,7 +96,7 @@ def _for_a_graph(
     )
 
 
-def read_call(model: Any, arguments: dict[str, Any]) -> Call:
+def read_call(model: Any, arguments: dict[str, Any]) -> PackedCall:
     """Reads the arguments of a bare model; raises Unsupported if Hugging Face's forward must run.
 
     The call's `run` may raise it, too.
@@ -124,7 +124,7 @@ def read_call(model: Any, arguments: dict[str, Any]) -> Call:
 
     trains = any(one.training for one in (model, model.embeddings, *encoder.layer))
     own = own_dtype(model.embeddings)
-    return Call.of(model, encoder.layer, given, arguments, embed, own, trains=trains)
+    return PackedCall.of(model, encoder.layer, given, arguments, embed, own, trains=trains)
 
 
 def run_encoder(encoder: Any, original: Forward, arguments: dict[str, Any]) -> Any:
@@ -138,7 +138,7 @@ def run_encoder(encoder: Any, original: Forward, arguments: dict[str, Any]) -> A
     last = None
     try:
         trains = any(layer.training for layer in layers)
-        call = Call.of(encoder, layers, given, wanted, embed, given.dtype, trains=trains)
+        call = PackedCall.of(encoder, layers, given, wanted, embed, given.dtype, trains=trains)
         padding, mask = call.read()
         x, states = call.run(padding, mask)
         last = call.last(x, padding, states)
@@ -166,7 +166,7 @@ def _model_output(
         fields["pooler_output"] = pooler(last if first is None else first[:, None])
     fields["hidden_states"] = states
     output = getattr(of_transformers("modeling_outputs"), family.output)(**fields)
-    if asked(model.config, arguments, "return_dict"):
+    if call_or_config(model.config, arguments, "return_dict"):
         return output
     last, *rest = output.to_tuple()
     # the heads of transformers 4.57 read hidden states from the third element of the tuple on

@@ -37,7 +37,7 @@ from fastbert.models.losses import (
 )
 from fastbert.modules.linear import is_plain
 from fastbert.modules.masks import real_tokens
-from fastbert.modules.request import asked
+from fastbert.modules.request import call_or_config
 from fastbert.modules.sequences import Rows, first_tokens
 from fastbert.ops.mlm_gather import MaskedRows, count_labels, mlm_gather
 from fastbert.packing import IGNORE_INDEX
@@ -256,7 +256,7 @@ def _of_real_tokens(model: Any, labels: Tensor, arguments: dict[str, Any]) -> Te
 
 
 def _returned(model: Any, output: Any, arguments: dict[str, Any]) -> Any:
-    return output if asked(model.config, arguments, "return_dict") else output.to_tuple()
+    return output if call_or_config(model.config, arguments, "return_dict") else output.to_tuple()
 
 
 def _without(arguments: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

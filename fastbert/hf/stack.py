@@ -25,7 +25,7 @@ from fastbert.modules.layer import LayerParts, Stream, run_layer
 from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.request import (
     DOCUMENTS,
-    asked,
+    call_or_config,
     numbers_layers,
     read_layout,
     unknown_argument,
@@ -42,7 +42,7 @@ States = tuple[Tensor | None, ...] | None
 _LAYOUT = "attention_mask", "position_ids", *DOCUMENTS
 
 
-class Call(NamedTuple):
+class PackedCall(NamedTuple):
     """A call of a model or an encoder that the packed path supports, before its mask is read.
 
     given: ids or embeddings (B, S, ...); layout: `read_layout`'s other arguments; wanted: as in
@@ -69,7 +69,7 @@ class Call(NamedTuple):
         own: torch.dtype,
         *,
         trains: bool,
-    ) -> "Call":
+    ) -> "PackedCall":
         """Reads the arguments besides the tokens; raises Unsupported, as `run` may.
 
         own: the dtype of the residual stream without autocast; trains: whether a module is in
@@ -93,7 +93,7 @@ class Call(NamedTuple):
         require_kernels(given.device)
         is_projected = hasattr(module, "embeddings_project")  # ELECTRA's small models
         dtype = boundary_dtype(own, given.device, is_projected=is_projected)
-        wanted = asked(config, arguments, "output_hidden_states")
+        wanted = call_or_config(config, arguments, "output_hidden_states")
         first = 0 if layers else 1  # without layers no state is collected
         if numbers_layers():
             if not returns_tuples() and isinstance(wanted, (list, tuple, set)):
@@ -180,7 +180,7 @@ def _require_supported(config: Any, layers: nn.ModuleList, arguments: dict[str, 
         raise Unsupported("hooks of all modules")
     if see_arguments(layers):
         raise Unsupported("a hook that sees the arguments of a layer, or a forward given to one")
-    if asked(config, arguments, "output_attentions"):
+    if call_or_config(config, arguments, "output_attentions"):
         raise Unsupported("output_attentions: the fused attention never forms the probabilities")
     name = unknown_argument(arguments)
     if name is not None:

@@ -22,7 +22,7 @@ from fastbert.models.inputs import Inputs
 from fastbert.models.request import Request
 from fastbert.models.resize import resize
 from fastbert.models.tied import set_apart, tie_again
-from fastbert.models.users import ask, may_be_left_out
+from fastbert.models.users import call_padded, may_be_left_out
 from fastbert.modules.bert_layer import BertLayer
 from fastbert.system.files import new_file
 
@@ -72,7 +72,7 @@ class BertPreTrainedModel(nn.Module):
         bare, request.reads = self.base_model, reads
         if may_be_left_out(bare):
             return bare(request)
-        return ask(bare, request)  # hooks and a user's forward see what Hugging Face's do
+        return call_padded(bare, request)  # hooks and a user's forward see what Hugging Face's do
 
     def can_generate(self) -> bool:
         """False, because BERT generates no text; transformers' pipelines call this."""

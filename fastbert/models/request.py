@@ -13,7 +13,7 @@ from fastbert.models.losses import Scored, without_padding
 from fastbert.modules.graphs.buckets import off_by
 from fastbert.modules.request import (
     DOCUMENTS,
-    asked,
+    call_or_config,
     refuse_attentions,
     refuse_unknown,
     require_values,
@@ -55,7 +55,7 @@ class Request:
         documents = {name: options.get(name) for name in DOCUMENTS}
         others = {name: x for name, x in options.items() if name not in DOCUMENTS}
         refuse_unknown(type(model).__name__, others)
-        refuse_attentions(asked(config, options, "output_attentions"))
+        refuse_attentions(call_or_config(config, options, "output_attentions"))
         expected, is_decoder = "a configuration of an encoder", getattr(config, "is_decoder", False)
         require(not is_decoder, type(model).__name__, expected, "is_decoder=True")
         is_padded = inputs.attention_mask is not None
@@ -71,8 +71,8 @@ class Request:
             documents,
             config.hidden_size,
             layers is not None and not off_by(layers),  # None if a wrapper hides the layers
-            asked(config, options, "output_hidden_states"),
-            asked(config, options, "return_dict"),
+            call_or_config(config, options, "output_hidden_states"),
+            call_or_config(config, options, "return_dict"),
             options.get("num_items_in_batch"),
         )
 

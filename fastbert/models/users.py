@@ -103,7 +103,7 @@ def predict_in_rows(bare: Any, request: Request, wanted: Rows | None) -> BaseMod
     )
 
 
-def ask(bare: Any, request: Request) -> Any:
+def call_padded(bare: Any, request: Request) -> Any:
     """The output of a bare model, called as Hugging Face's heads call theirs.
 
     If the last hidden states are read, they are packed and reduced to the request's rows, in a copy

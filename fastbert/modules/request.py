@@ -160,7 +160,7 @@ def _restarts(position_ids: Tensor) -> tuple[Tensor, int] | None:
     return cu_seqlens, on_host(cu_seqlens.diff().max())
 
 
-def asked(config: Any, arguments: Mapping[str, Any], name: str) -> Any:
+def call_or_config(config: Any, arguments: Mapping[str, Any], name: str) -> Any:
     """The argument `name` of a call; if it is None, the configuration's value."""
     value = arguments.get(name)
     return getattr(config, name) if value is None else value

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastbert import backend, events
 from fastbert.check import InputError, require
-from fastbert.modules.graphs.call import Bucket, Call, PaddedBatch, Precision, products_of
+from fastbert.modules.graphs.call import Bucket, LayersCall, PaddedBatch, Precision, products_of
 from fastbert.modules.graphs.pool import MOST_LANES, Entry, Lane, Pending, Pool, Recorded
 from fastbert.modules.graphs.recorder import CudaGraphs
 from fastbert.modules.graphs.replays import ForwardGraph
@@ -112,7 +112,7 @@ def replayed(
         reason = reason or refusal_of(reading) or _refusal(bucket, mask, layers, lane)
         entry = Entry(lane, reason)
         mode = Precision.of(x), layers.training, products_of(layers)
-        call = Call(parts, range(len(parts)), sequences, states, rows, *mode)
+        call = LayersCall(parts, range(len(parts)), sequences, states, rows, *mode)
         if not entry.reason:
             recorded = _recorded(reading)
             entry, call = recorded.find(bucket, x, call, pool, lane)

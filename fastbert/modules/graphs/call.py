@@ -171,7 +171,7 @@ class PaddedBatch(NamedTuple):
         (x,) = run_layers(numbers, x, sequences, (), None, layers_of(parts))
         return [padding.pad(x), first_tokens(x, padding.cu_seqlens, padding.seqlen)]
 
-    def own(self, outputs: list[Tensor]) -> list[Tensor]:
+    def copied(self, outputs: list[Tensor]) -> list[Tensor]:
         """Copies of a graph's outputs, cut to this batch's size."""
         states, first = outputs
         batch, seqlen = self.input_ids.shape
@@ -204,7 +204,7 @@ def products_of(layers: nn.ModuleList) -> weakref.ref[Any] | None:
     return None if products is None else weakref.ref(products)
 
 
-class Call(NamedTuple):
+class LayersCall(NamedTuple):
     """The arguments of the layers, except x, which is (T, H) or a padded batch.
 
     sequences: None for a padded batch, whose graph computes them; numbers, states, rows: as in
@@ -223,10 +223,10 @@ class Call(NamedTuple):
     products: weakref.ref[Any] | None = None
     trained: list[Tensor] | None = None
 
-    def own(self, x: Tensor | PaddedBatch, outputs: list[Tensor]) -> list[Tensor]:
+    def copied(self, x: Tensor | PaddedBatch, outputs: list[Tensor]) -> list[Tensor]:
         """Copies of a graph's outputs without filler; x: the input of the call."""
         if isinstance(x, PaddedBatch):
-            return x.own(outputs)
+            return x.copied(outputs)
         count = (x if self.rows is None else self.rows.index).shape[0]
         return copies_of([output[:count] for output in outputs])
 
@@ -274,12 +274,12 @@ class Call(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Successive layers of a call; trained: where their parameters are in `Call.trained`."""
+    """Successive layers of a call; trained: where their parameters are in `LayersCall.trained`."""
 
     numbers: range
     trained: list[int]
 
-    def of(self, call: Call) -> Call:
+    def of(self, call: LayersCall) -> LayersCall:
         """The call, restricted to these layers."""
         assert call.trained is not None
         return call._replace(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.modules.graphs.call import Bucket, Call, PaddedBatch
+from fastbert.modules.graphs.call import Bucket, LayersCall, PaddedBatch
 from fastbert.modules.graphs.recorder import CudaGraphs
 from fastbert.modules.graphs.replays import (
     ForwardGraph,
@@ -87,7 +87,9 @@ class Pool:
         self.used.pop(entry, None)
         self.used[entry] = None
 
-    def record(self, entry: "Entry", bucket: Bucket, x: Tensor | PaddedBatch, call: Call) -> None:
+    def record(
+        self, entry: "Entry", bucket: Bucket, x: Tensor | PaddedBatch, call: LayersCall
+    ) -> None:
         """Records the entry's graphs from use number RECORDED_AT on; on failure sets its reason."""
         entry.uses += 1
         if entry.uses < RECORDED_AT:
@@ -145,7 +147,7 @@ class Pending:
         self.addresses, self.layouts = recorded.addresses, recorded.layouts
         self.left = set(graphs.replay_backward)  # the segments whose backward is yet to run
 
-    def run(self, x: Tensor, call: Call, share: Share) -> list[Tensor]:
+    def run(self, x: Tensor, call: LayersCall, share: Share) -> list[Tensor]:
         """The outputs of `run_layers` from the forward's graph, with an autograd node a segment."""
         self.lane.pending = weakref.ref(self)
         found, states = self.graphs.forward(x, call), []
@@ -199,8 +201,8 @@ class Recorded:
         self.owners = tables + tables, ["weight"] * len(tables) + ["bias"] * len(tables)
 
     def find(
-        self, bucket: Bucket, x: Tensor | PaddedBatch, call: Call, pool: Pool, lane: Lane
-    ) -> tuple[Entry, Call]:
+        self, bucket: Bucket, x: Tensor | PaddedBatch, call: LayersCall, pool: Pool, lane: Lane
+    ) -> tuple[Entry, LayersCall]:
         """The entry for the call, new if there is none; and the call with `trained` filled in."""
         parameters = self.parameters()
         # only read where it matters, because reading requires_grad takes microseconds

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.modules.graphs.call import Bucket, Call, PaddedBatch, copies_of
+from fastbert.modules.graphs.call import Bucket, LayersCall, PaddedBatch, copies_of
 from fastbert.modules.graphs.recorder import CudaGraphs, Work
 from fastbert.modules.linear import Leaf
 from fastbert.modules.products.weight_copies import WeightCopies
@@ -29,7 +29,7 @@ class Buffers:
     x: the residual stream, or the padded batch of a graph that begins with one
     """
 
-    def __init__(self, bucket: Bucket, x: Tensor | PaddedBatch, call: Call) -> None:
+    def __init__(self, bucket: Bucket, x: Tensor | PaddedBatch, call: LayersCall) -> None:
         self.x: Any = None
         self.call = call
         if isinstance(x, PaddedBatch):
@@ -39,7 +39,7 @@ class Buffers:
             self._make_sequences(bucket, x, call)
         self.fill(x, call)
 
-    def _make_sequences(self, bucket: Bucket, x: Tensor, call: Call) -> None:
+    def _make_sequences(self, bucket: Bucket, x: Tensor, call: LayersCall) -> None:
         def integers(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=x.device)
 
@@ -55,7 +55,7 @@ class Buffers:
         sequences = Sequences(integers(bucket.sequences + 1), bucket.longest, None, rng)
         self.call = call._replace(sequences=sequences, rows=rows)
 
-    def begin(self) -> Call:
+    def begin(self) -> LayersCall:
         """Begins a forward over the buffers, to be recorded, and returns the call that runs it.
 
         The call reads aliases of the parameters. The parameters' own gradient nodes belong to the
@@ -96,7 +96,7 @@ class Buffers:
         return copies
 
     @torch.no_grad()
-    def fill(self, x: Tensor | PaddedBatch, call: Call) -> None:
+    def fill(self, x: Tensor | PaddedBatch, call: LayersCall) -> None:
         """Copies a call into the buffers; filler tokens are zeros, filler sequences are empty."""
         if isinstance(x, PaddedBatch):
             self.x.fill(x)
@@ -138,7 +138,7 @@ class ForwardGraph:
     """A recorded forward of the layers, without gradients."""
 
     def __init__(
-        self, recorder: CudaGraphs, bucket: Bucket, x: Tensor | PaddedBatch, call: Call
+        self, recorder: CudaGraphs, bucket: Bucket, x: Tensor | PaddedBatch, call: LayersCall
     ) -> None:
         # a call outside inference mode could not fill buffers that were made inside it
         with torch.inference_mode(False), torch.no_grad():
@@ -149,10 +149,10 @@ class ForwardGraph:
     def _forward(self) -> list[Tensor]:
         return self.buffers.begin().run(self.buffers.x)
 
-    def __call__(self, x: Tensor | PaddedBatch, call: Call) -> list[Tensor]:
+    def __call__(self, x: Tensor | PaddedBatch, call: LayersCall) -> list[Tensor]:
         """The outputs of the call, as copies that later replays do not overwrite."""
         self.buffers.fill(x, call)
-        return call.own(x, self.replay())
+        return call.copied(x, self.replay())
 
 
 def num_segments() -> int:
@@ -168,7 +168,7 @@ class TrainingGraphs:
     replay_backward: by segment number, for the segments in which something requires a gradient
     """
 
-    def __init__(self, recorder: CudaGraphs, bucket: Bucket, x: Tensor, call: Call) -> None:
+    def __init__(self, recorder: CudaGraphs, bucket: Bucket, x: Tensor, call: LayersCall) -> None:
         self.wants_dx, self.segments = x.requires_grad, call.segments(num_segments())
         self.replay_backward: dict[int, Work[tuple[Tensor | None, ...]]] = {}
         with torch.inference_mode(False), torch.enable_grad():
@@ -201,7 +201,7 @@ class TrainingGraphs:
     def _backward(self, number: int) -> tuple[Tensor | None, ...]:
         return _gradients(self.outputs[number], self.inputs[number], self.gradients[number])
 
-    def forward(self, x: Tensor, call: Call) -> list[list[Tensor]]:
+    def forward(self, x: Tensor, call: LayersCall) -> list[list[Tensor]]:
         """The outputs of each segment, in the graph's memory."""
         self.buffers.fill(x, call)
         return self.replay_forward()
@@ -231,7 +231,7 @@ class Replayed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, pending: Any, number: int, call: Call, found: list[Tensor], x: Tensor,
+        ctx: Any, pending: Any, number: int, call: LayersCall, found: list[Tensor], x: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """pending: has `backward` (number, x, the outputs' gradients), which returns None if the
@@ -241,7 +241,7 @@ class Replayed(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # a state that nothing uses has no gradient
         # saved so that autograd raises its usual error if weights change before the backward
         ctx.save_for_backward(x, *parameters)
-        return tuple(call.own(x, found))
+        return tuple(call.copied(x, found))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
@@ -261,7 +261,7 @@ class Replayed(torch.autograd.Function):
         return None, None, None, None, *(found if x.requires_grad else (None, *found))
 
 
-def _with_gradient(x: Tensor, call: Call) -> list[Tensor]:
+def _with_gradient(x: Tensor, call: LayersCall) -> list[Tensor]:
     trained = call.trained or []
     return [x, *trained] if x.requires_grad else trained
 

@@ -195,7 +195,7 @@ def test_outputs_are_copies():
     ids = INPUTS["input_ids"]
     one = call.PaddedBatch(ids, *[None] * 3, ids.numel(), 160, None, None, torch.float32)
     states = torch.randn(*ids.shape, 8), torch.randn(len(ids), 8)
-    for copied, state in zip(one.own(list(states)), states, strict=True):
+    for copied, state in zip(one.copied(list(states)), states, strict=True):
         assert torch.equal(copied, state)
         assert copied.data_ptr() != state.data_ptr()
 

@@ -155,11 +155,12 @@ def is_transformed() -> bool:
 def on_host(count: Tensor) -> int:
     """A tensor of one integer, 0 or more, as a Python number; the host waits for a GPU.
 
-    Where torch.compile breaks its graph to read it, `int()` would have it log a warning.
+    Where torch.compile breaks its graph to read it, it would log a warning of `int()`, and of a
+    `tolist()` right on what a graph is given.
     """
     if not torch.compiler.is_compiling():
         return int(count)
-    number: int = count.tolist()  # type: ignore[assignment]
+    number: int = count[None].tolist()[0]
     torch._check(number >= 0)  # as `int()` tells a graph without breaks
     return number
 

@@ -86,11 +86,12 @@ _is_one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]  # se
 def on_host(count: Tensor) -> int:
     """A tensor of one integer, 0 or more, as a Python number; the host waits for a GPU.
 
-    Where torch.compile breaks its graph to read it, `int()` would make it log a warning.
+    Where torch.compile breaks its graph to read it, it would log a warning about `int()`, and about
+    a `tolist()` of an input of the graph.
     """
     if not torch.compiler.is_compiling():
         return int(count)
-    number: int = count.tolist()  # type: ignore[assignment]
+    number: int = count[None].tolist()[0]
     torch._check(number >= 0)  # for graphs that may read numbers, by an option of torch's
     return number
 

@@ -71,8 +71,9 @@ class _Refusal(Function):
 
 
 def is_one_graph() -> bool:
-    """Whether torch.compile traces with fullgraph=True, where the host can read no values."""
-    return torch.compiler.is_compiling() and _is_one_graph()
+    """Whether torch.compile(fullgraph=True) or torch.export traces: the host can read no values."""
+    is_exporting = torch.compiler._is_exporting_flag
+    return torch.compiler.is_compiling() and (is_exporting or _is_one_graph())
 
 
 def _is_one_graph() -> bool:

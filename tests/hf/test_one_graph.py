@@ -114,6 +114,19 @@ def test_documents_that_boundaries_tell_apart(both, others):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_a_loss_is_exported(strict):
+    """torch.export reads no values either, with Dynamo or without."""
+    model = Subject(("own", "Bert", "MaskedLM"), training=False).model
+    labels = torch.where(REAL, IDS, -100)
+    exported = torch.export.export(model, (IDS,), {"labels": labels}, strict=strict)
+    other = labels.clone()
+    other[:, :3] = -100
+    torch.testing.assert_close(
+        exported.module()(IDS, labels=other)["loss"], model(IDS, labels=other).loss
+    )
+
+
 @torch.no_grad()
 def test_without_fullgraph_padding_is_still_left_out(both):
     """In several graphs, whose tokens are the real ones alone."""

@@ -79,3 +79,23 @@ def test_packed_documents_make_the_host_wait_for_nothing():
                 output.pooler_output.sum().backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_one_graph_of_torch_compile_waits_for_nothing(training):
+    """`torch.compile(mode="reduce-overhead")` makes CUDA graphs of it, which cannot wait."""
+    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    _, patched = base_models("BertForMaskedLM", **without)
+    patched.train(training)
+    mask = (torch.arange(512) < torch.tensor(LENGTHS)[:, None]).cuda()
+    ids = torch.randint(1, 3001, mask.shape, device="cuda") * mask
+    batch = {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.where(mask, -100)}
+    compiled = torch.compile(patched, mode="reduce-overhead", fullgraph=True)
+    with torch.set_grad_enabled(training):
+        expected = patched(**batch).loss.item()
+        for _ in range(3):
+            loss = compiled(**batch).loss
+            if training:
+                loss.backward()
+                patched.zero_grad()
+            assert loss.item() == pytest.approx(expected, rel=1e-5)

@@ -98,4 +98,4 @@ def test_one_graph_of_torch_compile_waits_for_nothing(training):
             if training:
                 loss.backward()
                 patched.zero_grad()
-            assert loss.item() == pytest.approx(expected, rel=1e-5)
+            assert loss.item() == pytest.approx(expected, rel=1e-4)

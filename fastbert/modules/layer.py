@@ -84,7 +84,7 @@ def self_attention(
             rows.max_seqlen,
             sequences.max_seqlen,
             dropout_p=dropout_p,
-            rng=sequences.wanted_rng(),
+            rng=sequences.rows_rng,
         )
     return context.flatten(1)
 

@@ -38,9 +38,10 @@ _READ = {
 class Plan:
     """The parts of each layer, and the state of the layers' modules when they were read.
 
-    owner: the list of layers, or a module that is read alone. A plan keeps only dictionaries of it,
-    so that the plan is freed with its owner. hooks: the live dictionaries of the hooks inside the
-    layers, all empty; own_hooks: those of the layers themselves.
+    owner: the list of layers, or a module that is read alone, the only one of `layers` then. A plan
+    keeps only dictionaries of it, so that the plan is freed with its owner. hooks: the live
+    dictionaries of the hooks inside the layers, all empty; own_hooks: those of the layers
+    themselves.
     """
 
     def __init__(

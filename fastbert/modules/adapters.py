@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.backend import device_type
-from fastbert.modules.linear import Leaf, biases_of, has_hooks, is_defined_in
+from fastbert.modules.linear import Leaf, has_hooks, is_defined_in
 from fastbert.modules.products import Products
 from fastbert.ops.dropout import Dropout, drawn, dropout
 from fastbert.rng import DropoutState, keeps_some
@@ -50,7 +49,7 @@ class LowRank(NamedTuple):
         x = dropout.run(Dropout(x, self.dropout, drawn(rows, x.device, self.dropout, rng)))
         if not torch.is_autocast_enabled(device_type(x)):
             x = x.to(self.down.weight.dtype)
-        more = _linear(_linear(x, self.down), self.up)
+        more = self.up(self.down(x))
         if torch.compiler.is_compiling():  # which leaves alpha out after a linear layer
             return sum_ + more * self.scaling
         return torch.add(sum_, more, alpha=self.scaling)
@@ -96,10 +95,3 @@ def _low_rank(module: Any, name: str) -> LowRank | None:
     if is_variant or not (is_known and keeps_some(p) and down.is_plain and up.is_plain):
         return None
     return LowRank(down, up, p, scaling)
-
-
-def _linear(x: Tensor, leaf: Leaf) -> Tensor:
-    """The layer's product, never in FP8, which would take longer for so small a matrix."""
-    biases = biases_of(leaf)
-    y = None if leaf.given is None else leaf.given.product(x, [leaf.weight], biases)
-    return F.linear(x, leaf.weight, *biases) if y is None else y

@@ -1,6 +1,6 @@
 """Word, position and segment embeddings, summed and normalized; the residual stream's dtype."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,23 +84,20 @@ def embed(
     """
     words, positions, types, norm, _ = tables
     if inputs_embeds is None and tables.are_one_operator():
-        return cast(
-            Tensor,
-            embedding_layer_norm(
-                input_ids,
-                position_ids,
-                token_type_ids,
-                words.weight,
-                _without_padding_gradient(positions),
-                None if types is None else types.weight,
-                norm.weight,
-                norm.bias,
-                norm.eps,
-                padding_idx=words.padding_idx,
-                dropout_p=dropout_p,
-                rng=rng,
-                dtype=dtype,
-            ),
+        return embedding_layer_norm(
+            input_ids,
+            position_ids,
+            token_type_ids,
+            words.weight,
+            _without_padding_gradient(positions),
+            None if types is None else types.weight,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            padding_idx=words.padding_idx,
+            dropout_p=dropout_p,
+            rng=rng,
+            dtype=dtype,
         )
     x = words(input_ids) if inputs_embeds is None else inputs_embeds
     if types is not None:

@@ -84,7 +84,7 @@ def self_attention(
             rows.max_seqlen,
             sequences.max_seqlen,
             dropout_p=dropout_p,
-            rng=sequences.wanted_rng(),
+            rng=sequences.rows_rng,
         )
     return context.flatten(1)
 
@@ -163,7 +163,7 @@ class LayerParts:
             leaf.place = place
         self.leaves = [leaf for one in (*linears, first.norm, second.norm) for leaf in one.inner]
         own = self.attention_dropout, first.dropout, second.dropout
-        self.drops = any(own) or any(leaf.drops for leaf in self.leaves)
+        self.drops = any(own) or any(one.dropout for leaf in linears for one in leaf.adapters)
 
     @functools.cached_property
     def whole(self) -> WholeLayer | None:

@@ -57,11 +57,6 @@ class Leaf:
         """This leaf, and the leaves of its adapters."""
         return [self, *(leaf for one in self.adapters for leaf in (one.down, one.up))]
 
-    @property
-    def drops(self) -> bool:
-        """Whether a dropout of its adapters is on."""
-        return any(one.dropout for one in self.adapters)
-
     def adapted(self, y: Tensor, x: Tensor, rng: DropoutState | None) -> Tensor:
         """The layer's product y of x, plus the products of its adapters."""
         sum_ = y

@@ -38,14 +38,16 @@ _READ = {
 class Plan:
     """The parts of each layer, and the state of the layers' modules when they were read.
 
-    owner: the list of layers, or a module that is read alone. A plan keeps only dictionaries of it,
-    so that the plan is freed with its owner. hooks: the live dictionaries of the hooks inside the
-    layers, all empty; own_hooks: those of the layers themselves.
+    owner: the list of layers, or a module that is read alone, the only one of `layers` then. A plan
+    keeps only dictionaries of it, so that the plan is freed with its owner. hooks: the live
+    dictionaries of the hooks inside the layers, all empty; own_hooks: those of the layers
+    themselves.
     """
 
-    def __init__(self, owner: nn.Module, parts: tuple[Any, ...], hooks: Hooks) -> None:
+    def __init__(
+        self, owner: nn.Module, layers: list[nn.Module], parts: tuple[Any, ...], hooks: Hooks
+    ) -> None:
         self.parts, self.hooks = parts, hooks
-        layers = list(owner) if isinstance(owner, nn.ModuleList) else [owner]
         self.own_hooks = tuple(hook for layer in layers for hook in hooks_of(layer))
         self.has_forward = any("forward" in vars(layer) for layer in layers)
         every = list(owner.modules())
@@ -110,7 +112,7 @@ class Planner:
         # hooked layers are read each time, because some hooks are only active at times; a forward
         # set on the owner refers to the owner, and in a plan would keep it from being freed
         if not (any(hooks) or "forward" in vars(owner) or _has_any_global_hook()):
-            plan = Plan(owner, parts, hooks)
+            plan = Plan(owner, layers, parts, hooks)
             others = [one for one in plans if one.modules == plan.modules][: MOST_PLANS - 1]
             self.plans.setdefault(owner, {})[owner.training] = [plan, *others]
         return parts

@@ -156,7 +156,7 @@ class Sequences:
         """(T, H) -> (M, H), the wanted rows; x itself if all are wanted."""
         return x if self.rows is None else self.rows.of(x)
 
-    def wanted_rng(self, offset: int = 0) -> DropoutState | None:
+    def wanted_rng(self, offset: int) -> DropoutState | None:
         """The dropout state of the wanted rows, at the site `offset` after the present one."""
         rng = self.rng if self.rows is None else self.rows_rng
         return None if rng is None else rng.at(rng.site + offset)

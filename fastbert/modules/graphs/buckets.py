@@ -99,7 +99,8 @@ def replayed(
     layers, parts = reading.layers, reading.parts
     if torch.compiler.is_compiling() or (pool := pool_of(x.device)) is None:
         return None
-    with pool.entered() as is_inside, torch.cuda.device_of(_tensor_of(x)):
+    at = x.input_ids if isinstance(x, PaddedBatch) else x
+    with pool.entered() as is_inside, torch.cuda.device_of(at):
         if not is_inside:
             return None
         if isinstance(x, PaddedBatch):
@@ -146,10 +147,6 @@ def _recorded(reading: Reading) -> Recorded:
     recorded, known = Recorded(reading.parts), reading.planner.every_parts(reading.layers)
     every[:] = [recorded, *(one for one in every if any(one.parts is parts for parts in known))]
     return recorded
-
-
-def _tensor_of(x: Tensor | PaddedBatch) -> Tensor:
-    return x.input_ids if isinstance(x, PaddedBatch) else x
 
 
 def refusal_of(reading: Reading) -> str:

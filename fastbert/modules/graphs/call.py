@@ -158,7 +158,7 @@ class PaddedBatch(NamedTuple):
                 buffer = buffer[: values.shape[0], : values.shape[1]]
             buffer.copy_(values)
 
-    def run(self, parts: Sequence[LayerParts], numbers: range) -> list[Tensor]:
+    def run(self, parts: Sequence[LayerParts]) -> list[Tensor]:
         """The last layer's output (B, S, H), zeros at padding, and its first tokens (B, H)."""
         ids, mask, types, positions = self[:4]
         batch, seqlen = ids.shape
@@ -168,7 +168,7 @@ class PaddedBatch(NamedTuple):
             padding = unpad(mask, self.num_tokens)
         x = self.embed(ids, types, positions, padding)
         sequences = Sequences(padding.cu_seqlens, seqlen)
-        (x,) = run_layers(numbers, x, sequences, (), None, layers_of(parts))
+        (x,) = run_layers(range(len(parts)), x, sequences, (), None, layers_of(parts))
         return [padding.pad(x), first_tokens(x, padding.cu_seqlens, padding.seqlen)]
 
     def copied(self, outputs: list[Tensor]) -> list[Tensor]:
@@ -240,7 +240,7 @@ class LayersCall(NamedTuple):
         """The outputs of `run_layers` or `PaddedBatch.run`, under the call's autocast state."""
         with self.precision.restored():
             if isinstance(x, PaddedBatch):
-                return x.run(self.parts, self.numbers)
+                return x.run(self.parts)
             assert self.sequences is not None
             run = layers_of(self.parts)
             return run_layers(self.numbers, x, self.sequences, self.states, self.rows, run)

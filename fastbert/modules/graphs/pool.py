@@ -190,13 +190,13 @@ class Recorded:
         self.trained: list[Tensor] | None = None  # None before the first call with gradients
         self.changes = 0
         leaves = [leaf for part in parts for leaf in part.leaves]
-        own = [leaf.is_read and leaf.parameters is leaf.module._parameters for leaf in leaves]
-        others = [
-            type(one.module).__name__ for one, is_own in zip(leaves, own, strict=True) if not is_own
+        others: list[Any] = [
+            leaf.module
+            for leaf in leaves
+            if not (leaf.is_read and leaf.parameters is leaf.module._parameters)
         ]
-        functions = [part.activation for part in parts]
-        others += [type(one).__name__ for one in functions if isinstance(one, nn.Module)]
-        self.reason = f"a {others[0]} in the layers" if others else ""
+        others += [part.activation for part in parts if isinstance(part.activation, nn.Module)]
+        self.reason = f"a {type(others[0]).__name__} in the layers" if others else ""
         tables = [leaf.module._parameters for leaf in leaves]
         self.owners = tables + tables, ["weight"] * len(tables) + ["bias"] * len(tables)
 

@@ -172,7 +172,8 @@ def enable(model: nn.Module) -> None:
     """
     found = False
     for layers in encoders_of(model):
-        # peft keeps the adapters of a layer in ModuleDicts, by name
+        # peft keeps the adapters of a layer in ModuleDicts, by name; such small matrices would take
+        # longer in FP8
         groups = [module for module in layers.modules() if isinstance(module, nn.ModuleDict)]
         adapters = {inner for group in groups for inner in group.modules()}
         plain = [module for module in layers.modules() if type(module) is nn.Linear]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from fastbert.modules.adapters import LowRank
 from fastbert.modules.graphs import buckets
 from fastbert.modules.linear import Leaf, biases_of, fused_linear, product
 from fastbert.modules.products import PRODUCTS, fp8
@@ -270,6 +271,18 @@ def test_a_graph_of_a_bucket_begins_with_copies_of_weights(kind, casts, training
     less = counted[0] - forward
     assert less["_to_copy"] == casts * (casts_of_weights + casts_of_biases)
     assert less["cat"] == layers * (1 if training else 2)
+
+
+def test_adapters_read_their_copies():
+    layers = nn.ModuleList([nn.Linear(24, 8), nn.Linear(24, 4), nn.Linear(4, 8)])
+    copies, (_, down, up) = WeightCopies(layers, BF16), map(Leaf, layers)
+    leaf, x = Leaf(layers[0], adapters=[LowRank(down, up, 0.0, 0.5)]), torch.randn(3, 24)
+    with autocast(), Counter() as before:
+        expected = leaf(x)
+    with autocast(), copies.in_use(), Counter() as after:
+        found = leaf(x)
+    assert torch.equal(found, expected)
+    assert before.calls["_to_copy"] - after.calls["_to_copy"] == len(layers)
 
 
 def test_the_graphs_of_copies_go_with_their_model(monkeypatch):

@@ -13,7 +13,13 @@ from fastbert.hf.hooks import is_hooked, is_theirs, works_by_token
 from fastbert.hf.stack import family_of_module, returns_tuples
 from fastbert.modules.embeddings import Tables, embed, own_dtype, stream_dtype
 from fastbert.modules.graphs.call import PaddedBatch
-from fastbert.modules.linear import Leaf, is_parametrized, is_plain, reads_rows
+from fastbert.modules.linear import (
+    Leaf,
+    is_parametrized,
+    is_plain,
+    is_plain_dropout,
+    reads_rows,
+)
 from fastbert.modules.plan import Planner
 from fastbert.ops.unpad import Unpadding
 from fastbert.rng import DropoutState, for_batch
@@ -189,11 +195,10 @@ def _plain_parts(embeddings: Any) -> tuple[Tables, float] | None:
         return None
     found = Tables.of(embeddings)
     tables = [one for one in found[:3] if one is not None]
-    is_dropout = any(is_plain(embeddings.dropout, kind) for kind in (nn.Dropout, nn.Identity))
     if not (
         all(works_by_token(table) and reads_rows(table) for table in tables)
         and Leaf(embeddings.LayerNorm, nn.LayerNorm).is_plain
-        and is_dropout
+        and is_plain_dropout(embeddings.dropout)
     ):
         return None
     return found, dropout_of(embeddings.dropout)

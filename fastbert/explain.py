@@ -74,14 +74,11 @@ def explain(model: nn.Module, /, *args: Any, show: bool = True, **batch: Any) ->
             f"explain: expected a fastbert model or a patched one, got {type(model).__name__}, "
             "which runs no operator of fastbert; call fastbert.patch(model) first"
         )
-    explanation = Explanation(_routes(heard), _rows(heard))
+    routes = dict.fromkeys(event for event in heard if isinstance(event, events.Route))
+    explanation = Explanation(list(routes), _rows(heard))
     if show:
         print(explanation)
     return explanation
-
-
-def _routes(heard: list[events.Event]) -> list[events.Route]:
-    return list(dict.fromkeys(event for event in heard if isinstance(event, events.Route)))
 
 
 def _rows(heard: list[events.Event]) -> list[Row]:

@@ -162,19 +162,16 @@ class PackedBatch:
         numbers = self.sequence_ids
         if numbers is None:
             numbers = torch.arange(self.num_sequences, device=self.device)
-        types, pairs = self.token_type_ids, self.next_sentence_label
         return dataclasses.replace(
             self,
             input_ids=_extended(self.input_ids, tokens, 0),
             cu_seqlens=torch.cat([self.cu_seqlens, ends.int()]),
             max_seqlen=bucket.max_seqlen,
             position_ids=torch.cat([self.position_ids, places]),
-            token_type_ids=None if types is None else _extended(types, tokens, 0),
+            token_type_ids=_extended(self.token_type_ids, tokens, 0),
             labels=_extended(self.labels, tokens, IGNORE_INDEX),
             num_labels=bucket.num_labels,
-            next_sentence_label=None
-            if pairs is None
-            else _extended(pairs, spare + empty, IGNORE_INDEX),
+            next_sentence_label=_extended(self.next_sentence_label, spare + empty, IGNORE_INDEX),
             sequence_ids=_extended(numbers, spare + empty, SPARE_SEQUENCE),
         )
 
@@ -214,6 +211,6 @@ def _num_spare(batch: PackedBatch, bucket: Bucket) -> int:
     return -(-(bucket.num_tokens - batch.num_tokens) // bucket.max_seqlen)
 
 
-def _extended(values: Tensor | None, count: int, value: int) -> Tensor:
-    assert values is not None  # `padded_to` checked it
-    return torch.cat([values, values.new_full((count,), value)])
+def _extended(values: Tensor | None, count: int, value: int) -> Tensor | None:
+    """The values, if the batch has any, and `count` times `value`."""
+    return None if values is None else torch.cat([values, values.new_full((count,), value)])

@@ -136,7 +136,7 @@ def threshold(dropout_p: float) -> int:
 
 def keeps_some(dropout_p: float) -> bool:
     """Whether a dropout of this probability, rounded to a multiple of 1/4096, keeps anything."""
-    return dropout_p >= 0 and threshold(dropout_p) < RESOLUTION
+    return 0 <= dropout_p < 1 and threshold(dropout_p) < RESOLUTION  # infinity has no threshold
 
 
 def keep_scale(dropout_p: float) -> float:

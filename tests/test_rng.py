@@ -166,4 +166,5 @@ def test_dropout_has_derivatives_of_either_mode_and_of_second_order():
 def test_which_probabilities_keep_anything():
     """A module's may be any by now: torch looks at them only where it makes or runs a dropout."""
     probabilities = {-0.1: False, 0.0: True, 0.9998: True, 0.9999: False, 1.0: False, 2.0: False}
+    probabilities |= {float("inf"): False, float("nan"): False}
     assert {p: rng.keeps_some(p) for p in probabilities} == probabilities

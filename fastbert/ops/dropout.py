@@ -141,7 +141,7 @@ def checked_rng(
 
     Raises ValueError unless dropout_p is valid and `rng` fits `num_rows` rows on `device`.
     """
-    keeps_some = dropout_p < 1 and random.keeps_some(dropout_p)
+    keeps_some = random.keeps_some(dropout_p)
     require(keeps_some, who, "a dropout_p in [0, 4095/4096]", dropout_p)
     if rng is not None and random.threshold(dropout_p):
         key = rng.token_key

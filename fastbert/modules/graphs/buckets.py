@@ -99,6 +99,9 @@ def replayed(
     layers, parts = reading.layers, reading.parts
     if torch.compiler.is_compiling() or (pool := pool_of(x.device)) is None:
         return None
+    reason = reason or off_by(layers)
+    if reason and not events.is_listening():
+        return None
     at = x.input_ids if isinstance(x, PaddedBatch) else x
     with pool.entered() as is_inside, torch.cuda.device_of(at):
         if not is_inside:

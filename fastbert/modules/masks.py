@@ -30,8 +30,9 @@ def read_mask(mask: Tensor | None, batch_size: int, seqlen: int) -> Mask:
     added to the scores. A 4-D mask that is the same for every query and head is padding. To find
     that out, its values are read, for which the host waits for a GPU; torch.compile's traces use
     only the shape. Raises ValueError for other shapes, for a float 2-D mask with values other than
-    0 and 1, and for an integer 4-D mask, which is ambiguous: Hugging Face's eager attention would
-    add its zeros and ones to the scores.
+    0 and 1 (in one graph of torch.compile this fails an assertion when the graph runs), and for an
+    integer 4-D mask, which is ambiguous: Hugging Face's eager attention would add its zeros and
+    ones to the scores.
     """
     if mask is None:
         return Mask()

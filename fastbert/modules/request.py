@@ -109,8 +109,9 @@ def document_boundaries(
     (1, S) that restart at 0 at each document. position_ids are read, for which the host waits for a
     GPU, as it does for a missing max_length_q. Hugging Face's own sdpa and eager attention would
     attend across documents. Raises ValueError for boundaries with several rows or an
-    attention_mask, and for a cu_seq_lens_k that differs from cu_seq_lens_q; values that differ on a
-    GPU fail a device assertion instead.
+    attention_mask, for a cu_seq_lens_k that differs from cu_seq_lens_q (values that differ on a GPU
+    fail a device assertion instead), and for position_ids in one graph of torch.compile, which can
+    read no values: a missing max_length_q is then taken as seqlen.
     """
     if cu_seq_lens_q is None and cu_seq_lens_k is None:
         if batch_size != 1 or attention_mask is not None or position_ids is None:

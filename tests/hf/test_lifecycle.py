@@ -188,6 +188,17 @@ def documents():
 LONGEST = {"max_length_q": 16, "max_length_k": 16}
 
 
+def assert_one_graph_is_the_same(model, run, batch):
+    torch.compiler.reset()
+    results = []
+    for one in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        results.append(losses_and_gradients(model, one, batch))
+    (loss, grads), (compiled_loss, compiled_grads) = results
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(compiled_grads, grads)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_packed_documents_compile_to_one_graph(training):
@@ -201,14 +212,7 @@ def test_packed_documents_compile_to_one_graph(training):
         output = ours(**batch)
         return output.last_hidden_state.square().mean() + output.pooler_output.square().mean()
 
-    torch.compiler.reset()
-    results = []
-    for one in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
-        torch.manual_seed(3)
-        results.append(losses_and_gradients(ours, one, packed))
-    (loss, grads), (compiled_loss, compiled_grads) = results
-    torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
-    assert_same_gradients(compiled_grads, grads)
+    assert_one_graph_is_the_same(ours, run, packed)
 
 
 @pytest.mark.slow
@@ -227,14 +231,7 @@ def test_training_on_packed_documents_compiles_to_one_graph(kind):
     def run(**batch):
         return ours(**batch).loss
 
-    torch.compiler.reset()
-    results = []
-    for one in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
-        torch.manual_seed(3)
-        results.append(losses_and_gradients(ours, one, packed))
-    (loss, grads), (compiled_loss, compiled_grads) = results
-    torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
-    assert_same_gradients(compiled_grads, grads)
+    assert_one_graph_is_the_same(ours, run, packed)
 
 
 @pytest.mark.parametrize("batch", [make_batch, documents], ids=["padded", "documents"])

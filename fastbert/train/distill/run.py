@@ -98,8 +98,13 @@ class Distillation(Recipe):
         }
 
     def verdict(
-        self, model: Any, heldout: dict[str, float], batches: list[PackedBatch], ranks: Ranks
+        self,
+        model: Any,
+        validations: list[dict[str, float]],
+        batches: list[PackedBatch],
+        ranks: Ranks,
     ) -> Verdict:
+        heldout = validations[-1]
         objective, step = PretrainingObjective(self.model).eval(), int(heldout["step"])
         precision = resolve_precision(self.config.precision, trains=True)
         found = evaluate(objective, batches, precision, step, ranks)

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 
 import fastbert
+from fastbert.config.bert import BertConfig
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.train import pretrain as runs
 from fastbert.train.prepare import prepare_text
@@ -111,6 +112,9 @@ def test_a_stopped_run_goes_on_without_the_model_that_it_began_with(
     found = [json.loads((run / "summary.json").read_text()) for run in (whole, out)]
     for name in ("heldout_mlm_loss", "heldout_mlm_loss_before"):
         assert found[0][name] == found[1][name]
+    states = [torch.load(run / "latest" / "training_state.pt")["state"] for run in (whole, out)]
+    steps = [[row["step"] for row in state["history"]] for state in states]
+    assert steps[0] == steps[1]
 
 
 def test_longer_examples_continue_a_run_of_short_ones(model, more, tmp_path):
@@ -137,11 +141,29 @@ def test_a_masked_lm_of_transformers_is_trained_further(objective, model, more, 
 
 
 def test_dropout_is_the_models_own_unless_one_is_given(model, more, tmp_path):
-    for options, expected in (((), 0.1), (("--dropout", "0.25"), 0.25)):
+    for options, expected in (((), 0.1), (("--dropout", "0.25"), 0.25), (("--dropout", "0"), 0.0)):
         out = tmp_path / f"run{expected}"
         train(model, more, out, "--steps", "1", *options)
         config = json.loads((out / "latest" / "config.json").read_text())
         assert config["hidden_dropout_prob"] == config["attention_probs_dropout_prob"] == expected
+
+
+def test_a_wide_residual_stream_stays_wide(model, more, tmp_path):
+    wide = tmp_path / "wide"
+    train(model, more, wide, "--steps", "1", "--residual-in-fp32")
+    train(wide, more, tmp_path / "run", "--steps", "1")
+    for run in (wide, tmp_path / "run"):
+        assert json.loads((run / "latest" / "config.json").read_text())["residual_in_fp32"] is True
+
+
+def test_training_is_that_of_the_preset_nearest_in_width():
+    config = PretrainConfig(model="m")
+    base = config.fitted_to(BertConfig(hidden_size=780, max_position_embeddings=64))
+    assert (base.learning_rate, base.nsp_weight, base.max_seq_len) == (1e-4, 1.0, 64)
+    tiny = config.fitted_to(BertConfig(hidden_size=128, num_attention_heads=2))
+    assert (tiny.learning_rate, tiny.nsp_weight, tiny.max_seq_len) == (1e-3, 0.1, 32)
+    given = PretrainConfig(model="m", learning_rate=0.5, nsp_weight=0.0, max_seq_len=16)
+    assert given.fitted_to(BertConfig()) == given
 
 
 @pytest.mark.parametrize(
@@ -166,6 +188,20 @@ def test_what_does_not_fit_the_model_is_one_clear_line(options, message, model, 
     assert not out.exists()
 
 
+def test_a_tokenizer_of_another_model_is_one_clear_line(model, more, tmp_path):
+    source = tmp_path / "other"
+    shutil.copytree(model / "latest", source)
+    vocabulary = json.loads((source / "tokenizer.json").read_text())
+    words = vocabulary["model"]["vocab"]
+    words |= {f"new{n}": len(words) + n for n in range(9)}
+    (source / "tokenizer.json").write_text(json.dumps(vocabulary))
+    arguments = ("--model", source, "--corpus", more, "--out", tmp_path / "run")
+    status, _, errors = call("pretrain", *arguments)
+    assert status == 2
+    assert re.search(r"409 entries.*400", errors), errors
+    assert errors.count("\n") == 1
+
+
 def test_a_model_of_another_family_is_one_clear_line(model, more, tmp_path):
     source = tmp_path / "other"
     shutil.copytree(model / "latest", source)
@@ -186,9 +222,11 @@ def test_a_resumed_run_keeps_its_model(model, more, tmp_path, monkeypatch):
     status, _, errors = call("pretrain", "--out", out, "--resume", "--model", other)
     assert status == 2
     assert f"--model {other}: the run was started with {model}" in errors
+    assert json.loads((out / "run.json").read_text())["model"] == str(model)
     monkeypatch.chdir(model.parent)  # another name of the same directory
     status, _, errors = call("pretrain", "--out", out, "--resume", "--model", model.name)
     assert status == 0, errors
+    assert json.loads((out / "run.json").read_text())["model"] == str(model)
     hub = PretrainConfig(model="google/bert")
     with pytest.raises(fastbert.check.InputError, match="--model other/bert: the run was started"):
         hub.same_run(model="other/bert")

@@ -134,6 +134,24 @@ def test_sentence_embeddings_are_those_of_embed(saved, tmp_path, pooling):
     np.testing.assert_allclose(got["sentence_embedding"].numpy(), wanted, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_onnxruntime_quantises_the_file(saved, tmp_path):
+    """As in docs/export.md."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    directory = saved("BertModel", hidden_size=64, initializer_range=0.1)
+    path, _ = command.export(directory, tmp_path / "out", pooling="mean")
+    quantize_dynamic(str(path), str(tmp_path / "int8.onnx"), per_channel=True)
+    batch = padded("right", 4)
+    whole, int8 = (
+        in_onnxruntime(file, batch)["sentence_embedding"]
+        for file in (path, tmp_path / "int8.onnx")
+    )
+    assert (tmp_path / "int8.onnx").stat().st_size < 0.6 * path.stat().st_size
+    cosine = torch.nn.functional.cosine_similarity(whole, int8)
+    assert 0.99 < cosine.min() < cosine.max() < 1
+
+
 def test_the_check_finds_what_is_wrong():
     config = fastbert.BertConfig(**SIZES)
     batches = list(check.batches(config, has_choices=False))

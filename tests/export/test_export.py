@@ -144,8 +144,7 @@ def test_onnxruntime_quantises_the_file(saved, tmp_path):
     quantize_dynamic(str(path), str(tmp_path / "int8.onnx"), per_channel=True)
     batch = padded("right", 4)
     whole, int8 = (
-        in_onnxruntime(file, batch)["sentence_embedding"]
-        for file in (path, tmp_path / "int8.onnx")
+        in_onnxruntime(file, batch)["sentence_embedding"] for file in (path, tmp_path / "int8.onnx")
     )
     assert (tmp_path / "int8.onnx").stat().st_size < 0.6 * path.stat().st_size
     cosine = torch.nn.functional.cosine_similarity(whole, int8)

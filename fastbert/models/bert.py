@@ -74,9 +74,10 @@ class BertModel(BertPreTrainedModel):
         return self.run(inputs, options, rows=rows)
 
     def predict(self, request: Request, rows: Rows | None = None) -> BaseModelOutputWithPooling:
+        request.rows = rows or request.rows
         if not all_take_tokens(self):
             self._check_positions(request.batch)
-            return predict_in_rows(self, request, rows)
+            return predict_in_rows(self, request)
         encoder = self.encoder
         reading = encoder.reading(request.inputs.given.device, trains=self.training)
         is_read = is_plain(encoder, BertEncoder)  # otherwise a hook on it may change its layers
@@ -86,8 +87,7 @@ class BertModel(BertPreTrainedModel):
             pooled = None if self.pooler is None else self.pooler(first)
             return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled)
         request = request.only(first=True) if request.reads == "pooled" else request
-        batch, padding = request.batch, request.padding
-        rows = rows or request.rows
+        batch, padding, rows = request.batch, request.padding, request.rows
         self._check_positions(batch)
         rng = None
         # as in Hugging Face, a model without dropout leaves torch's generator alone

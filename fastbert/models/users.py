@@ -9,7 +9,7 @@ from fastbert.models.heads import maps_rows
 from fastbert.models.request import Request, drawn
 from fastbert.modules.embeddings import own_dtype
 from fastbert.modules.linear import dropout_p_of, has_own_hooks, is_defined_in, is_watched
-from fastbert.modules.sequences import Rows, first_tokens
+from fastbert.modules.sequences import first_tokens
 from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import BaseModelOutputWithPooling
 
@@ -50,7 +50,7 @@ def through(module: Any, x: Tensor, request: Request, *others: Any) -> Any:
     return (tokens, *rest) if rest else tokens
 
 
-def predict_in_rows(bare: Any, request: Request, wanted: Rows | None) -> BaseModelOutputWithPooling:
+def predict_in_rows(bare: Any, request: Request) -> BaseModelOutputWithPooling:
     """What `BertModel.predict` returns, with the parts called as Hugging Face calls them.
 
     Each part gets one sequence per row: ids (B, S), hidden states (B, S, H), and a mask bool
@@ -93,8 +93,7 @@ def predict_in_rows(bare: Any, request: Request, wanted: Rows | None) -> BaseMod
     if pooler is not None:
         is_own = is_defined_in(type(pooler).forward, _OWN)
         pooled = pooler(first_tokens(tokens, batch.cu_seqlens) if is_own else rows.pad(tokens))
-    wanted = wanted or request.rows
-    last = tokens if wanted is None else wanted.of(tokens)
+    last = tokens if request.rows is None else request.rows.of(tokens)
     states = getattr(encoded, "hidden_states", None)
     return BaseModelOutputWithPooling(
         last_hidden_state=request.padded(last) if request.reads == "as given" else last,

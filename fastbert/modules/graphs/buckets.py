@@ -113,7 +113,7 @@ def replayed(
             assert sequences is not None
             bucket, mask = Bucket.of(x, sequences, rows), sequences.mask
         lane = pool.lane()
-        reason = reason or refusal_of(reading) or _refusal(bucket, mask, layers, lane)
+        reason = reason or _recorded(reading).reason or _refusal(bucket, mask, layers, lane)
         entry = Entry(lane, reason)
         mode = Precision.of(x), layers.training, products_of(layers)
         call = LayersCall(parts, range(len(parts)), sequences, states, rows, *mode)
@@ -152,19 +152,15 @@ def _recorded(reading: Reading) -> Recorded:
     return recorded
 
 
-def refusal_of(reading: Reading) -> str:
-    """The reason why no call of these layers may replay a graph; "" if calls may."""
-    return off_by(reading.layers) or _recorded(reading).reason
-
-
 def may_compute(reading: Reading) -> bool:
     """Whether a graph may compute this call from its padded batch on, as far as is known so far.
 
     Not with dropout: its masks depend on the batch, and its state is drawn outside of graphs.
     """
-    if not reading.may_replay:  # checked first: torch.compile cannot trace what follows
+    # may_replay is checked first, because torch.compile cannot trace what follows
+    if not reading.may_replay or reading.called() or reading.drops() or off_by(reading.layers):
         return False
-    return not (reading.called() or reading.drops() or refusal_of(reading))
+    return not _recorded(reading).reason
 
 
 def _refusal(bucket: Bucket, mask: Tensor | None, layers: nn.ModuleList, lane: Lane) -> str:

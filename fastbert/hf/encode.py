@@ -122,23 +122,21 @@ def read_call(model: Any, arguments: dict[str, Any]) -> PackedCall:
         ids = position_ids, token_type_ids
         return embedded(model, padding, rng, input_ids, inputs_embeds, *ids)
 
-    trains = any(one.training for one in (model, model.embeddings, *encoder.layer))
     own = own_dtype(model.embeddings)
-    return PackedCall.of(model, encoder.layer, given, arguments, embed, own, trains=trains)
+    return PackedCall.of(model, encoder.layer, given, arguments, embed, own)
 
 
 def run_encoder(encoder: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """The patched forward of an encoder, which users' own models call directly."""
     wanted = dict(arguments)
-    given, layers = wanted.pop("hidden_states"), encoder.layer
+    given = wanted.pop("hidden_states")
 
     def embed(padding: Unpadding, rng: DropoutState | None) -> Tensor:
         return padding.pack(given).to(stream_dtype(given.dtype, given.device, encoder))
 
     last = None
     try:
-        trains = any(layer.training for layer in layers)
-        call = PackedCall.of(encoder, layers, given, wanted, embed, given.dtype, trains=trains)
+        call = PackedCall.of(encoder, encoder.layer, given, wanted, embed, given.dtype)
         padding, mask = call.read()
         x, states = call.run(padding, mask)
         last = call.last(x, padding, states)

@@ -18,9 +18,11 @@ _HEAD: ContextVar[Any] = ContextVar("head", default=None)
 def called_by(head: Any, forward: Forward) -> Forward:
     """`forward`, inside which the bare model of `head` may return first tokens alone, (B, 1, H).
 
-    It does so only if nobody could see the other tokens. Not for torch.compile, which cannot trace
-    reading a context variable.
+    It does so only if nobody could see the other tokens, and not under torch.compile, which cannot
+    trace reading a context variable.
     """
+    if torch.compiler.is_compiling():
+        return forward
 
     def call(**arguments: Any) -> Any:
         token = _HEAD.set(head)

@@ -67,13 +67,10 @@ class PackedCall(NamedTuple):
         arguments: dict[str, Any],
         embed: Embed,
         own: torch.dtype,
-        *,
-        trains: bool,
     ) -> "PackedCall":
         """Reads the arguments besides the tokens; raises Unsupported, as `run` may.
 
-        own: the dtype of the residual stream without autocast; trains: whether a module is in
-        training mode
+        own: the dtype of the residual stream without autocast
         """
         layout = {name: arguments.pop(name, None) for name in _LAYOUT}
         mask, config = layout["attention_mask"], module.config
@@ -83,6 +80,7 @@ class PackedCall(NamedTuple):
             if is_transformed() and torch._C._functorch.is_functorch_wrapped_tensor(mask):
                 raise Unsupported("a mask inside torch.func, whose values may not be read")
         _require_supported(config, layers, arguments)
+        trains = module.training or any(layer.training for layer in layers)
         may = not trains and may_replay(given.device)
         reading = Reading(_PLANNER, layers, may_replay=may)
         told = [name for name in _LAYOUT[:3] if layout[name] is not None]

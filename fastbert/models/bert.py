@@ -139,7 +139,7 @@ class BertModel(BertPreTrainedModel):
             return None
         if request.output_hidden_states:
             return None
-        embeddings, size = self.embeddings, request.hidden_size
+        embeddings, size = self.embeddings, self.config.hidden_size
         if request.reads == "packed" and pays_to_count(ids.numel(), size):
             return None  # the head would compute padding as well
         if request.reads == "pooled" and Rows.pay(ids.numel(), size, ids.device):

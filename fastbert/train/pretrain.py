@@ -74,7 +74,7 @@ def carry_out(
             require_apart(option, directory, config.corpus, models)
     with distributed.joined() as ranks, ranks.claimed(out), stoppable(recipe, out):
         precision = resolve_precision(precision_of(config, out, resume=resume), trains=True)
-        config = dataclasses.replace(config, precision=precision)
+        config = recipe.config = dataclasses.replace(config, precision=precision)
         distributed.require_kind(parallel, precision, ranks)
         torch.manual_seed(config.seed)
         opening = opened(config, out, resume=resume) if ranks.is_first else contextlib.nullcontext()
@@ -83,7 +83,7 @@ def carry_out(
                 if ranks.is_first:
                     run_state.discard_partial(out)
                 text = prepare_text(recipe.reading(), out, ranks.size)
-            run = _set_up(recipe, config, text, out, ranks, parallel)
+            run = _set_up(recipe, text, out, ranks, parallel)
         _describe(run, parallel)
         _train(run, eager=eager, profile=profile)
         return _finish(run)
@@ -92,11 +92,10 @@ def carry_out(
 class _Run(NamedTuple):
     """A run that is set up; a checkpoint restores the fields from `model` on.
 
-    config: the recipe's, with the resolved precision; DDP or FSDP may wrap `objective`
+    DDP or FSDP may wrap `objective`
     """
 
     recipe: Recipe
-    config: PretrainConfig
     text: PreparedText
     out: Path
     ranks: Ranks
@@ -106,16 +105,15 @@ class _Run(NamedTuple):
     scaler: torch.amp.GradScaler
     state: run_state.TrainingState
 
+    def evaluated(self, objective: nn.Module) -> dict[str, float]:
+        """`evaluate` of an objective's model on the held-out text."""
+        batches, precision = self.text.heldout, self.recipe.config.precision
+        return evaluate(objective, batches, precision, self.state.step, self.ranks)
 
-def _set_up(
-    recipe: Recipe,
-    config: PretrainConfig,
-    text: PreparedText,
-    out: Path,
-    ranks: Ranks,
-    parallel: str,
-) -> _Run:
+
+def _set_up(recipe: Recipe, text: PreparedText, out: Path, ranks: Ranks, parallel: str) -> _Run:
     """Sets up a new run, or restores it from its last checkpoint."""
+    config = recipe.config
     begun = checkpoint.latest(out)  # not the link, which may change before everything is read
     model = recipe.make_model(text.tokenizer.get_vocab_size()).to(ranks.device)
     if begun is not None:
@@ -133,12 +131,12 @@ def _set_up(
         if state.teacher != recipe.teacher:
             raise InputError(f"{out}: the teacher has changed since the run began")
         console.print(f"resuming {out} at step {state.step} of {config.steps}")
-    return _Run(recipe, config, text, out, ranks, model, objective, optimizer, scaler, state)
+    return _Run(recipe, text, out, ranks, model, objective, optimizer, scaler, state)
 
 
 def _train(run: _Run, *, eager: bool, profile: bool) -> None:
-    recipe, config, text, out, ranks, model, objective, optimizer, scaler, state = run
-    device = ranks.device
+    recipe, text, out, ranks, model, objective, optimizer, scaler, state = run
+    config, device = recipe.config, ranks.device
     by_host = EagerStep(objective, optimizer, config, device, scaler=scaler, num_ranks=ranks.size)
     train_step = by_host if eager else as_graph(by_host, text.training)
     batches = loader(
@@ -201,9 +199,7 @@ def _train(run: _Run, *, eager: bool, profile: bool) -> None:
                 tokens, reported = 0, now
             if done or state.step % config.eval_every == 0:
                 evaluating = time.perf_counter()
-                state.history.append(
-                    evaluate(objective, text.heldout, config.precision, state.step, ranks)
-                )
+                state.history.append(run.evaluated(objective))
                 reporter.validation(state.history[-1])
                 reported += time.perf_counter() - evaluating
             if saving:
@@ -215,7 +211,7 @@ def _finish(run: _Run) -> dict[str, Any]:
     """Writes plot and summary of a finished run, prints its result, and returns the summary."""
     text, out, ranks, state = run.text, run.out, run.ranks, run.state
     heldout = next(row for row in reversed(state.history) if "heldout_mlm_loss" in row)
-    verdict = run.recipe.verdict(run.model, heldout, text.heldout, ranks)
+    verdict = run.recipe.verdict(run.model, heldout, run.evaluated)
     summary = {
         "heldout_mlm_loss": heldout["heldout_mlm_loss"],
         "unigram_baseline": text.baseline,
@@ -248,7 +244,7 @@ def _finish(run: _Run) -> dict[str, Any]:
 
 
 def _describe(run: _Run, parallel: str) -> None:
-    config, ranks = run.config, run.ranks
+    config, ranks = run.recipe.config, run.ranks
     size = sum(p.numel() for p in run.model.parameters()) / 1e6
     together = f", {ranks.size} processes by {parallel}" if ranks.size > 1 else ""
     console.print(

@@ -2,14 +2,13 @@
 
 import abc
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from fastbert.config.bert import BertConfig
 from fastbert.config.pretrain import PRESETS, PretrainConfig
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
-from fastbert.packing import PackedBatch
-from fastbert.train.distributed import Ranks
 from fastbert.train.objective import MaskedMetrics, Metrics, PretrainingObjective
 
 
@@ -29,7 +28,8 @@ class Recipe(abc.ABC):
     """A kind of run, which `pretrain.carry_out` executes.
 
     title: title of the plot; command: name of the command; metrics: class of the objective's sums;
-    teacher, directory: fingerprint and directory of the teacher model, None without one
+    teacher, directory: fingerprint and directory of the teacher model, None without one; config:
+    its precision may be "auto" until the run begins
     """
 
     title: ClassVar[str]
@@ -66,12 +66,11 @@ class Recipe(abc.ABC):
         self,
         model: BertForPreTraining | BertForMaskedLM,
         heldout: dict[str, float],
-        batches: list[PackedBatch],
-        ranks: Ranks,
+        evaluated: Callable[[PretrainingObjective], dict[str, float]],
     ) -> Verdict:
         """What to report in addition to the model's final losses. A collective call.
 
-        heldout: the result of `evaluate` for the held-out `batches`
+        heldout: the result of `evaluate`; evaluated(objective): that for another model
         """
         return Verdict({}, {}, "")
 

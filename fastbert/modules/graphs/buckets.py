@@ -11,7 +11,6 @@ compute correctly runs without one, and `fastbert.explain` shows the reason.
 
 import functools
 import os
-import weakref
 from typing import Literal
 
 import torch
@@ -59,10 +58,6 @@ def _are_off() -> bool:
     if value.lower() not in _OFF:
         raise InputError(f'FASTBERT_GRAPHS: expected "auto" or "0", got {value!r}')
     return _OFF[value.lower()]
-
-
-# Keyed by an encoder's list of layers. Graphs must not refer to it, or it would never be freed.
-_RECORDED: weakref.WeakKeyDictionary[nn.ModuleList, list[Recorded]] = weakref.WeakKeyDictionary()
 
 
 @functools.cache
@@ -142,14 +137,12 @@ def replayed(
 
 
 def _recorded(reading: Reading) -> Recorded:
-    """The graphs of `reading.parts`; drops the graphs of parts that no longer have a plan."""
-    every = _RECORDED.setdefault(reading.layers, [])
-    for recorded in every:
-        if recorded.parts is reading.parts:
-            return recorded
-    recorded, known = Recorded(reading.parts), reading.planner.every_parts(reading.layers)
-    every[:] = [recorded, *(one for one in every if any(one.parts is parts for parts in known))]
-    return recorded
+    """The graphs of `reading.parts`, as long as these have a plan, which keeps both."""
+    plan = reading.plan
+    if plan is None:
+        return Recorded(reading.parts)
+    plan.recorded = plan.recorded or Recorded(plan.parts)
+    return plan.recorded
 
 
 def may_compute(reading: Reading) -> bool:

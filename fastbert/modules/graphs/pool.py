@@ -1,7 +1,8 @@
 """The graphs of a device and of its encoders: which are kept, and when one is dropped or stale.
 
-A device has a `Pool` of graphs, in `Lane`s of memory. An encoder has an object `Recorded`, with an
-`Entry` for each bucket and lane. `Pending` is a training forward that waits for its backward.
+A device has a `Pool` of graphs, in `Lane`s of memory. An encoder's `Plan` has an object `Recorded`,
+with an `Entry` for each bucket and lane. `Pending` is a training forward that waits for its
+backward.
 """
 
 import contextlib

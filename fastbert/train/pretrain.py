@@ -23,7 +23,7 @@ from fastbert.train import state as run_state
 from fastbert.train.distributed import Ranks
 from fastbert.train.evaluate import evaluate
 from fastbert.train.optimizer import make_optimizer
-from fastbert.train.precision import make_scaler, resolve_precision
+from fastbert.train.precision import resolve_precision
 from fastbert.train.prepare import CHANGED, PreparedText, prepare_text
 from fastbert.train.profiling import profiling
 from fastbert.train.recipe import Pretraining, Recipe, training_row
@@ -90,19 +90,14 @@ def carry_out(
 
 
 class _Run(NamedTuple):
-    """A run that is set up; a checkpoint restores the fields from `model` on.
-
-    DDP or FSDP may wrap `objective`
-    """
+    """A run that is set up; a checkpoint restores the fields from `model` on."""
 
     recipe: Recipe
     text: PreparedText
     out: Path
     ranks: Ranks
     model: BertForPreTraining | BertForMaskedLM
-    objective: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    step: EagerStep
     state: run_state.TrainingState
 
     def evaluated(self, objective: nn.Module) -> dict[str, float]:
@@ -122,22 +117,21 @@ def _set_up(recipe: Recipe, text: PreparedText, out: Path, ranks: Ranks, paralle
         fp8.enable(model)
     objective = distributed.parallelised(recipe.make_objective(model), parallel, ranks)
     optimizer = make_optimizer(model, config.weight_decay, config.optimizer)
-    scaler = make_scaler(config.precision, ranks.device)
+    step = EagerStep(objective, optimizer, config, ranks.device, ranks.size)
     state = run_state.TrainingState(text.fingerprint, recipe.teacher)
     if begun is not None:
-        state = run_state.load(begun, model, optimizer, scaler)
+        state = run_state.load(begun, model, optimizer, step.scaler)
         if state.text != text.fingerprint:
             raise InputError(CHANGED.format(out))
         if state.teacher != recipe.teacher:
             raise InputError(f"{out}: the teacher has changed since the run began")
         console.print(f"resuming {out} at step {state.step} of {config.steps}")
-    return _Run(recipe, text, out, ranks, model, objective, optimizer, scaler, state)
+    return _Run(recipe, text, out, ranks, model, step, state)
 
 
 def _train(run: _Run, *, eager: bool, profile: bool) -> None:
-    recipe, text, out, ranks, model, objective, optimizer, scaler, state = run
+    recipe, text, out, ranks, model, by_host, state = run
     config, device = recipe.config, ranks.device
-    by_host = EagerStep(objective, optimizer, config, device, scaler=scaler, num_ranks=ranks.size)
     train_step = by_host if eager else as_graph(by_host, text.training)
     batches = loader(
         text.training,
@@ -199,11 +193,12 @@ def _train(run: _Run, *, eager: bool, profile: bool) -> None:
                 tokens, reported = 0, now
             if done or state.step % config.eval_every == 0:
                 evaluating = time.perf_counter()
-                state.history.append(run.evaluated(objective))
+                state.history.append(run.evaluated(by_host.objective))
                 reporter.validation(state.history[-1])
                 reported += time.perf_counter() - evaluating
             if saving:
                 state.seconds = before + time.perf_counter() - started
+                optimizer, scaler = by_host.optimizer, by_host.scaler
                 run_state.save(out, model, text.tokenizer, optimizer, scaler, state, ranks)
 
 

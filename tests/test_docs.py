@@ -11,7 +11,7 @@ import pytest
 
 import fastbert
 from fastbert.backend import OPS
-from fastbert.config.pretrain import PRESETS
+from fastbert.config.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}

@@ -11,8 +11,8 @@ ELSEWHERE = {
     "benchmarks/test_tune.py": "kernels.py",
     "checkpoint/test_checkpoint.py": "checkpoint.py",
     "checkpoint/test_refusals.py": "check.py",
-    "config/test_options.py": "config/finetune.py config/pretrain.py cli/options.py"
-    " cli/training.py",
+    "config/test_options.py": "config/finetune.py config/pretrain.py config/presets.py"
+    " cli/options.py cli/training.py",
     "data/masking/test_mlm.py": "data/masking/philox.py",
     "data/masking/test_noising.py": "data/tokenized/ngrams.py",
     "data/text/test_corpus.py": "data/text/files.py data/text/python_docs.py",

@@ -35,7 +35,7 @@ from benchmarks.host.calls import (
 )
 from benchmarks.results import FASTBERT, PATCHED, PATCHED_GRAPHS, REDUCED, SDPA, Options, Results
 from benchmarks.timing import first_line, interleaved, summarize
-from fastbert.config.pretrain import PRESETS
+from fastbert.config.presets import PRESETS
 
 WARM_UP = 4  # runs in which torch.compile compiles and records, and patched models may record
 

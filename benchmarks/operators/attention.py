@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.operators.bodies import EAGER, Body, Workload
 from benchmarks.workloads import sequence_lengths
 from fastbert import rng
-from fastbert.config.pretrain import PRESETS
+from fastbert.config.presets import PRESETS
 from fastbert.ops.attention import attention, attention_qkvpacked
 
 SDPA_BACKENDS = {

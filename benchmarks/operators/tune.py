@@ -37,7 +37,7 @@ from benchmarks.timing import first_line, flush_for, summarize
 from benchmarks.workloads import sequence_lengths
 from fastbert import backend
 from fastbert.check import InputError
-from fastbert.config.pretrain import PRESETS
+from fastbert.config.presets import PRESETS
 from fastbert.train.report import environment
 
 AHEAD_TOKENS = 4096  # of a run that only compiles; many processes share one GPU

@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.operators.attention import attention_workloads
 from benchmarks.operators.bodies import EAGER, Body, Workload
 from fastbert import rng
-from fastbert.config.pretrain import PRESETS
+from fastbert.config.presets import PRESETS
 from fastbert.ops.bias_gelu import bias_gelu
 from fastbert.ops.compact import compact
 from fastbert.ops.dropout import dropout

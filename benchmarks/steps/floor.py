@@ -32,7 +32,7 @@ from benchmarks.steps.steps import make_model, training_step
 from benchmarks.workloads import MAX_SEQLEN, Batch, pretraining_batch, sequence_lengths
 from fastbert import backend
 from fastbert.config.bert import BertConfig
-from fastbert.config.pretrain import PRESETS
+from fastbert.config.presets import PRESETS
 from fastbert.kernels import fp8_linear
 from fastbert.modules.products import fp8, weight_copies
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.workloads import VOCAB_SIZE, Batch
-from fastbert.config.pretrain import PRESETS
+from fastbert.config.presets import PRESETS
 
 
 def model_flops(preset: str, batch: Batch, *, training: bool) -> float:

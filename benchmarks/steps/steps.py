@@ -21,7 +21,7 @@ from benchmarks.results import COMPILED, EAGER, FASTBERT, FP8, LOW, SDPA, Option
 from benchmarks.steps import footprint
 from benchmarks.timing import first_line, interleaved, recorded, summarize
 from benchmarks.workloads import MAX_SEQLEN, Batch, pretraining_batch, sequence_lengths
-from fastbert.config.pretrain import PRESETS
+from fastbert.config.presets import PRESETS
 from fastbert.modules.graphs.recorder import Work
 from fastbert.modules.products import fp8
 from fastbert.modules.products.weight_copies import WeightCopies

@@ -22,7 +22,8 @@ import fastbert
 from benchmarks.results import FASTBERT, FP8, Options, Results
 from benchmarks.steps.steps import autocast, low_precision
 from fastbert import backend
-from fastbert.config.pretrain import PRESETS, PretrainConfig
+from fastbert.config.presets import PRESETS
+from fastbert.config.pretrain import PretrainConfig
 from fastbert.modules.products import fp8
 from fastbert.modules.products.weight_copies import WeightCopies
 from fastbert.ops.fp8_linear import multiplies_fp8

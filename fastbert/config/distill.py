@@ -1,14 +1,14 @@
 """`DistillConfig`: the options of a run that trains a student model on a teacher's predictions."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any, Self
 
 from fastbert.check import InputError
 from fastbert.config.bert import BertConfig
 from fastbert.config.options import BELOW_ONE, POSITIVE, at_least, of_model, of_training, option
-from fastbert.config.pretrain import PRESETS, PretrainConfig
+from fastbert.config.presets import PRESETS, nearest
+from fastbert.config.pretrain import PretrainConfig, placed
 
 WEIGHTS = ("soft_weight", "mlm_weight", "cosine_weight")
 
@@ -70,6 +70,7 @@ class DistillConfig(PretrainConfig):
         bounds=BELOW_ONE,
     )
     # options of pre-training that the teacher determines; setting one raises InputError
+    model: str | None = option(None, "the student begins as --init says", hidden=True)
     tokenizer: Path | None = option(None, "the student uses the teacher's tokenizer", hidden=True)
     vocab_size: int = option(None, "the student has the teacher's vocabulary", hidden=True)
     lowercase: bool = option(None, "the student uses the teacher's tokenizer", hidden=True)
@@ -100,9 +101,7 @@ class DistillConfig(PretrainConfig):
 
     def placed(self) -> Self:
         """As `PretrainConfig.placed`, with an absolute path of a teacher on disk."""
-        if not Path(self.teacher).exists():  # a name on the hub
-            return super().placed()
-        return dataclasses.replace(super().placed(), teacher=os.path.abspath(self.teacher))
+        return dataclasses.replace(super().placed(), teacher=placed(self.teacher))
 
     def fitted_to(self, teacher: BertConfig) -> Self:
         """A copy in which values that suit the teacher replace the options that are None.
@@ -131,24 +130,17 @@ class DistillConfig(PretrainConfig):
                 f"--cosine-weight {self.cosine_weight:g}: compares hidden states of one width, but "
                 f"the student's is {student.hidden_size}, the teacher's {width}; omit it"
             )
-        near = PRESETS[self.preset or _nearest(student.hidden_size)]
+        near = PRESETS[self.preset or nearest(student.hidden_size)]
         longest = teacher.max_position_embeddings
-        follows: dict[str, Any] = {
-            "layers": layers,
-            "init": "teacher" if copies else "random",
-            "cosine_weight": 1.0 if as_wide else 0.0,
-            "learning_rate": near.learning_rate,
-            "dropout": near.dropout,
-            "max_seq_len": min(near.max_seq_len, longest),
-        }
-        fitted = dataclasses.replace(
-            self, **{n: v for n, v in follows.items() if getattr(self, n) is None}
+        return self._fitted(
+            longest,
+            layers=layers,
+            init="teacher" if copies else "random",
+            cosine_weight=1.0 if as_wide else 0.0,
+            learning_rate=near.learning_rate,
+            dropout=near.dropout,
+            max_seq_len=min(near.max_seq_len, longest),
         )
-        if fitted.max_seq_len > longest:
-            raise InputError(
-                f"--max-seq-len {fitted.max_seq_len}: the teacher reads at most {longest} tokens"
-            )
-        return fitted
 
     def student(self, teacher: BertConfig) -> BertConfig:
         """The student's architecture; `fitted_to` must have fitted the options to the teacher."""
@@ -173,7 +165,3 @@ class DistillConfig(PretrainConfig):
         if self.preset is not None:
             return PRESETS[self.preset].shape
         return {"num_hidden_layers": layers}
-
-
-def _nearest(width: int) -> str:
-    return min(PRESETS, key=lambda name: abs(PRESETS[name].shape["hidden_size"] - width))

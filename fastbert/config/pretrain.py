@@ -1,12 +1,13 @@
-"""`PretrainConfig`: the options of a pre-training run, and presets with their defaults."""
+"""`PretrainConfig`: the options of a pre-training run."""
 
 import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from fastbert.check import InputError
+from fastbert.config.bert import BertConfig
 from fastbert.config.options import (
     BELOW_ONE,
     INSIDE,
@@ -22,58 +23,28 @@ from fastbert.config.options import (
     of_training,
     option,
 )
-
-
-class Preset(NamedTuple):
-    """A named architecture, with training options that suit it.
-
-    The small presets are for runs of minutes on a few million tokens. Such runs need no dropout,
-    cannot learn from long contexts, and a next-sentence loss at full weight adds too much noise.
-    """
-
-    shape: dict[str, Any]
-    learning_rate: float
-    dropout: float
-    max_seq_len: int
-    nsp_weight: float
-
-
-def _shape(layers: int, hidden: int) -> dict[str, Any]:
-    # every published BERT has a head_dim of 64 and a feed-forward layer four times as wide
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": hidden // 64,
-        "intermediate_size": 4 * hidden,
-    }
-
-
-PRESETS = {
-    "tiny": Preset(_shape(2, 128), 1e-3, dropout=0.0, max_seq_len=32, nsp_weight=0.1),
-    "mini": Preset(_shape(4, 256), 1e-3, dropout=0.0, max_seq_len=32, nsp_weight=0.1),
-    "base": Preset(_shape(12, 768), 1e-4, dropout=0.1, max_seq_len=128, nsp_weight=1.0),
-    "large": Preset(_shape(24, 1024), 1e-4, dropout=0.1, max_seq_len=128, nsp_weight=1.0),
-}
-
+from fastbert.config.presets import PRESETS, nearest
 
 AUTO = "auto"  # is resolved when a run begins, and the run keeps the resulting precision
 
 # Options that do not change a run's results, so a resumed run may change them.
 _FREE = ("workers", "tokenize_workers", "cache", "log_every")
-_PATHS = ("corpus", "tokenizer", "teacher")
+_PATHS = ("corpus", "tokenizer", "model", "teacher")
 _WAY_OUT = {
     "steps": "the learning rate falls to 0 at the last step, so another number is another run: "
     "omit the option to finish this run",
 }
 _NO_TOKENIZER = Only("tokenizer", (None,))
+_OF_MODEL = ("tokenizer", "vocab_size", "lowercase", "strip_accents", "preset")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Everything that determines a pre-training run; its fields are the command line's options.
 
-    An option that is None takes the preset's value, if the preset has one. Raises InputError, which
-    names the option, for an unknown value or a value out of range.
+    An option that is None takes the preset's value, if the preset has one; with a model,
+    `fitted_to` gives these values. Raises InputError, which names the option, for an unknown value,
+    a value out of range, or an option that the model determines.
     """
 
     corpus: tuple[Path, ...] = option(
@@ -96,7 +67,7 @@ class PretrainConfig:
     )
     max_seq_len: int = option(
         None,
-        "Longest example, in tokens; by default 32 for tiny and mini, else 128.",
+        "Longest example, in tokens; by default 32 for a width of tiny or mini, else 128.",
         bounds=at_least(8),
     )
     short_seq_prob: float = option(
@@ -136,9 +107,17 @@ class PretrainConfig:
         "Processes that tokenise; 0: the main one; by default, all cores for a large corpus.",
         bounds=at_least(0),
     )
-    preset: str = of_model("mini", f"Architecture: {', '.join(PRESETS)}.", choices=PRESETS)
+    model: str | None = of_model(
+        None,
+        "Directory of a model or a run, or a hub name, to train further; by default a new model.",
+    )
+    preset: str = of_model(
+        None, f"Architecture: {', '.join(PRESETS)}; by default mini.", choices=PRESETS
+    )
     dropout: float = of_model(
-        None, "Dropout of hidden states and attention; by default the preset's.", bounds=BELOW_ONE
+        None,
+        "Dropout of hidden states and attention; by default the preset's or the model's.",
+        bounds=BELOW_ONE,
     )
     residual_in_fp32: bool = of_model(
         False, "Under autocast, keep the residual stream in float32 (slower)."
@@ -154,10 +133,14 @@ class PretrainConfig:
         choices=("adamw", "lamb"),
     )
     learning_rate: float = of_training(
-        None, "Peak learning rate; by default the preset's.", bounds=at_least(0)
+        None,
+        "Peak learning rate; by default that of the preset, or of the nearest in width to --model.",
+        bounds=at_least(0),
     )
     nsp_weight: float = of_training(
-        None, "Weight of the next-sentence loss; by default the preset's.", bounds=at_least(0)
+        None,
+        "Weight of the next-sentence loss; by default from the same preset.",
+        bounds=at_least(0),
     )
     warmup_ratio: float = of_training(
         0.1, "Share of the steps in which the learning rate rises.", bounds=SHARE
@@ -182,6 +165,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.model is not None:
+            self._require_free()
         self._complete()
         if self.gamma > 1 and self.masking != "bigram-kn":
             raise InputError(f"--gamma: expected above 0 and at most 1, got {self.gamma}")
@@ -191,11 +176,44 @@ class PretrainConfig:
                 f"got {self.batch_tokens}"
             )
 
+    def _require_free(self) -> None:
+        """Raises InputError for an option that the model determines."""
+        for field in dataclasses.fields(self):
+            if field.name in _OF_MODEL and getattr(self, field.name) != field.default:
+                name = dashed(field.name)
+                raise InputError(f"--{name}: not with --model, which has its own; omit one of them")
+
     def _complete(self) -> None:
-        """Gives options that are None the preset's values."""
-        for name in PRESETS[self.preset]._fields:
-            if getattr(self, name, ...) is None:
-                object.__setattr__(self, name, getattr(PRESETS[self.preset], name))
+        """Gives options that are None the preset's values, unless a model determines them."""
+        if self.model is None:
+            preset = self.preset or "mini"
+            values = {"preset": preset} | PRESETS[preset]._asdict()
+            for field in dataclasses.fields(self):
+                if field.name in values and getattr(self, field.name) is None:
+                    object.__setattr__(self, field.name, values[field.name])
+
+    def fitted_to(self, model: BertConfig) -> Self:
+        """A copy in which values that suit the model replace the options that are None.
+
+        Raises InputError if the model reads fewer tokens than max_seq_len.
+        """
+        near, longest = PRESETS[nearest(model.hidden_size)], model.max_position_embeddings
+        return self._fitted(
+            longest,
+            learning_rate=near.learning_rate,
+            nsp_weight=near.nsp_weight,
+            max_seq_len=min(near.max_seq_len, longest),
+        )
+
+    def _fitted(self, longest: int, **follows: Any) -> Self:
+        """A copy in which `follows` replaces the options that are None; longest: the model's."""
+        changed = {name: v for name, v in follows.items() if getattr(self, name) is None}
+        fitted = dataclasses.replace(self, **changed)
+        if fitted.max_seq_len > longest:
+            raise InputError(
+                f"--max-seq-len {fitted.max_seq_len}: the model reads at most {longest} tokens"
+            )
+        return fitted
 
     def same_run(self, **changes: Any) -> Self:
         """This run with changed options, which must not change its results.
@@ -231,6 +249,7 @@ class PretrainConfig:
             name: path and Path(os.path.abspath(path))
             for name, path in (("tokenizer", self.tokenizer), ("cache", self.cache))
         }
+        paths["model"] = None if self.model is None else placed(self.model)
         corpus = tuple(Path(os.path.abspath(path)) for path in self.corpus)
         return dataclasses.replace(self, corpus=corpus, **paths)
 
@@ -244,13 +263,22 @@ class PretrainConfig:
         return cls(**{**values, **paths})
 
 
+def placed(model: str) -> str:
+    """The absolute path of a model that is on disk; a name on the hub stays as it is."""
+    return os.path.abspath(model) if os.path.exists(model) else model
+
+
 def _alike(earlier: Any, given: Any) -> bool:
-    """Whether paths point to the same files; an earlier path that is gone equals any other."""
+    """Whether paths point to the same files; an earlier path that is gone equals any other.
+
+    A name on the hub, which is no absolute path, equals only itself.
+    """
     pairs = [v if isinstance(v, tuple) else (v,) for v in (earlier, given)]
     if None in pairs[0] + pairs[1] or len(pairs[0]) != len(pairs[1]):
         return False
     return all(
-        not os.path.exists(old) or os.path.realpath(old) == os.path.realpath(new)
+        os.path.isabs(old)
+        and (not os.path.exists(old) or os.path.realpath(old) == os.path.realpath(new))
         for old, new in zip(*pairs, strict=True)
     )
 

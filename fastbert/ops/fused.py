@@ -77,8 +77,12 @@ def is_one_graph() -> bool:
 
 
 def _is_one_graph() -> bool:
-    now: Any = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
-    return bool(now.one_graph or now.error_on_graph_break)
+    translator: Any = torch._dynamo.symbolic_convert.InstructionTranslator
+    try:  # Dynamo's own names, which a new release may change; it then refuses to read values
+        now = translator.current_tx()
+        return bool(now.one_graph or now.error_on_graph_break)
+    except AttributeError:
+        return False
 
 
 _is_one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see fastbert.backend

@@ -125,8 +125,8 @@ def _check_words(counts: NDArray[np.int64], specials: data.SpecialTokens) -> Non
     total, unknown = int(counts.sum()), int(counts[specials.unk])
     if total == int(counts[list(specials)].sum()):
         raise InputError(
-            "--tokenizer: its vocabulary holds no word of the corpus, so every token is [UNK]; "
-            "name another one, or omit the option to train one"
+            "--corpus: none of its words are in the vocabulary, so every token is [UNK]; name "
+            "another tokenizer or model, or omit both to train a vocabulary"
         )
     warn_of_unknown("--corpus", unknown, total)
 

@@ -57,9 +57,8 @@ def pretrain(
     Raises InputError for options or a corpus that cannot be used, for an `out` that already has a
     run, and after 20 steps in a row whose gradients are not finite; Stopped after Ctrl-C.
     """
-    return carry_out(
-        Pretraining(config), out, resume=resume, eager=eager, profile=profile, parallel=parallel
-    )
+    recipe = Pretraining(config, checkpoint.latest(out) if resume else None)
+    return carry_out(recipe, out, resume=resume, eager=eager, profile=profile, parallel=parallel)
 
 
 def carry_out(
@@ -149,12 +148,19 @@ def _train(run: _Run, *, eager: bool, profile: bool) -> None:
     in_a_row = torch.zeros_like(longest)  # the current series of skipped steps
     tokens = 0
     before = state.seconds
-    started = reported = time.perf_counter()
     profiled = profile and ranks.is_first
     with (
         Reporter(out, state.step, config.steps) if ranks.is_first else Nothing() as reporter,
         profiling(out, config.steps - state.step, device) if profiled else Nothing() as profiler,
     ):
+
+        def validate() -> None:
+            state.history.append(run.evaluated(by_host.objective))
+            reporter.validation(state.history[-1])
+
+        if config.model is not None and not state.step:
+            validate()  # what the model knows before it is trained further
+        started = reported = time.perf_counter()
         for step, parts in zip(range(state.step, config.steps), batches, strict=True):
             found = train_step(step, parts, text.training.targets(step))
             sums += found
@@ -193,8 +199,7 @@ def _train(run: _Run, *, eager: bool, profile: bool) -> None:
                 tokens, reported = 0, now
             if done or state.step % config.eval_every == 0:
                 evaluating = time.perf_counter()
-                state.history.append(run.evaluated(by_host.objective))
-                reporter.validation(state.history[-1])
+                validate()
                 reported += time.perf_counter() - evaluating
             if saving:
                 state.seconds = before + time.perf_counter() - started
@@ -205,8 +210,9 @@ def _train(run: _Run, *, eager: bool, profile: bool) -> None:
 def _finish(run: _Run) -> dict[str, Any]:
     """Writes plot and summary of a finished run, prints its result, and returns the summary."""
     text, out, ranks, state = run.text, run.out, run.ranks, run.state
-    heldout = next(row for row in reversed(state.history) if "heldout_mlm_loss" in row)
-    verdict = run.recipe.verdict(run.model, heldout, run.evaluated)
+    validations = [row for row in state.history if "heldout_mlm_loss" in row]
+    verdict = run.recipe.verdict(run.model, validations, run.evaluated)
+    heldout = validations[-1]
     summary = {
         "heldout_mlm_loss": heldout["heldout_mlm_loss"],
         "unigram_baseline": text.baseline,

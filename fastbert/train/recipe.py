@@ -1,13 +1,17 @@
 """Where kinds of runs differ: the model, its objective, and the reported numbers."""
 
 import abc
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from fastbert import checkpoint
 from fastbert.config.bert import BertConfig
-from fastbert.config.pretrain import PRESETS, PretrainConfig
+from fastbert.config.presets import PRESETS
+from fastbert.config.pretrain import PretrainConfig
+from fastbert.data import load_tokenizer
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
 from fastbert.train.objective import MaskedMetrics, Metrics, PretrainingObjective
 
@@ -28,8 +32,8 @@ class Recipe(abc.ABC):
     """A kind of run, which `pretrain.carry_out` executes.
 
     title: title of the plot; command: name of the command; metrics: class of the objective's sums;
-    teacher, directory: fingerprint and directory of the teacher model, None without one; config:
-    its precision may be "auto" until the run begins
+    teacher: fingerprint of the teacher model; directory: of the teacher, or of the model that is
+    trained further; None without one; config: its precision may be "auto" until the run begins
     """
 
     title: ClassVar[str]
@@ -49,7 +53,7 @@ class Recipe(abc.ABC):
 
     @abc.abstractmethod
     def make_model(self, vocab_size: int) -> BertForPreTraining | BertForMaskedLM:
-        """The untrained model; random weights come from torch's global generator.
+        """The model before training; random weights come from torch's global generator.
 
         vocab_size: entries of the tokenizer's vocabulary
         """
@@ -65,12 +69,13 @@ class Recipe(abc.ABC):
     def verdict(
         self,
         model: BertForPreTraining | BertForMaskedLM,
-        heldout: dict[str, float],
+        validations: list[dict[str, float]],
         evaluated: Callable[[PretrainingObjective], dict[str, float]],
     ) -> Verdict:
         """What to report in addition to the model's final losses. A collective call.
 
-        heldout: the result of `evaluate`; evaluated(objective): that for another model
+        validations: the results of `evaluate`, in the order of steps; evaluated(objective): that of
+        another model
         """
         return Verdict({}, {}, "")
 
@@ -82,23 +87,43 @@ class Pretraining(Recipe):
     command = "pretrain"
     metrics = Metrics
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: PretrainConfig, begun: Path | None = None) -> None:
+        """begun: the checkpoint to resume from, which a resumed run reads in place of its model."""
+        if config.model is not None:
+            directory = begun or checkpoint.resolve(config.model)
+            shape = BertConfig.from_pretrained(directory)
+            # raises InputError for the tokenizer of another model
+            load_tokenizer(directory, model_vocab_size=shape.vocab_size)
+            self.directory, self.shape, config = directory, shape, config.fitted_to(shape)
         self.config = config
 
     def name(self) -> str:
-        return self.config.preset
+        config = self.config
+        return config.preset if config.model is None else f"{config.model}, trained further"
+
+    def reading(self) -> PretrainConfig:
+        if self.directory is None:
+            return self.config
+        return dataclasses.replace(self.config, model=None, tokenizer=self.directory)
 
     def make_model(self, vocab_size: int) -> BertForPreTraining | BertForMaskedLM:
         config = self.config
         kind = BertForPreTraining if config.objective == "mlm+nsp" else BertForMaskedLM
+        changes: dict[str, Any] = {}
+        if config.dropout is not None:
+            names = "hidden_dropout_prob", "attention_probs_dropout_prob"
+            changes = dict.fromkeys(names, config.dropout)
+        if config.residual_in_fp32:
+            changes["residual_in_fp32"] = True
+        if self.directory is not None:
+            shape = dataclasses.replace(self.shape, **changes)
+            return kind.from_pretrained(self.directory, config=shape).train()
         return kind(
             BertConfig(
                 **PRESETS[config.preset].shape,
-                hidden_dropout_prob=config.dropout,
-                attention_probs_dropout_prob=config.dropout,
+                **changes,
                 vocab_size=vocab_size,
                 max_position_embeddings=max(512, config.max_seq_len),
-                residual_in_fp32=config.residual_in_fp32 or None,
             )
         )
 
@@ -112,6 +137,15 @@ class Pretraining(Recipe):
             "mlm_accuracy": metrics.mlm_accuracy,
             **metrics.of_pairs(),
         }
+
+    def verdict(self, model: Any, validations: list[dict[str, float]], evaluated: Any) -> Verdict:
+        first = validations[0]
+        if first["step"]:
+            return super().verdict(model, validations, evaluated)
+        loss, accuracy = first["heldout_mlm_loss"], first["mlm_accuracy"]
+        figures = {"heldout_mlm_loss_before": loss, "mlm_accuracy_before": accuracy}
+        said = f"before the first step: {loss:.3f} nats, {accuracy:.1%} right\n"
+        return Verdict(figures, {}, said)
 
 
 def training_row(

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from benchmarks.steps import floor, footprint
 from benchmarks.steps.floor import Work
 from benchmarks.workloads import pretraining_batch, sequence_lengths
-from fastbert.config.pretrain import PRESETS
+from fastbert.config.presets import PRESETS
 
 LENGTHS = sequence_lengths("wikipedia", 8)
 TOKENS = sum(LENGTHS)

@@ -142,3 +142,8 @@ def test_without_fullgraph_padding_is_still_left_out(both):
     torch.testing.assert_close(torch.compile(model, backend=seen)(IDS, REAL.long()), expected)
     assert rows
     assert set(map(int, rows)) == {11}
+
+
+def test_a_dynamo_with_other_names_is_taken_for_one_that_breaks_graphs(monkeypatch):
+    monkeypatch.delattr(torch._dynamo.symbolic_convert.InstructionTranslator, "current_tx")
+    assert not fastbert.ops.fused._is_one_graph()

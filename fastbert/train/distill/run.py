@@ -97,10 +97,10 @@ class Distillation(Recipe):
     def verdict(
         self,
         model: Any,
-        heldout: dict[str, float],
+        validations: list[dict[str, float]],
         evaluated: Callable[[PretrainingObjective], dict[str, float]],
     ) -> Verdict:
-        found = evaluated(PretrainingObjective(self.model).eval())
+        heldout, found = validations[-1], evaluated(PretrainingObjective(self.model).eval())
         loss, accuracy = found["heldout_mlm_loss"], found["mlm_accuracy"]
         sizes = [sum(p.numel() for p in m.parameters()) for m in (model, self.model)]
         share = heldout["mlm_accuracy"] / accuracy if accuracy else None

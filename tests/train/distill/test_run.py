@@ -202,7 +202,7 @@ def test_the_command_line_resumes_with_the_runs_own_options(halfway, finished, c
         (["--preset", "mini", "--init", "teacher"], "--init teacher: .* teacher's width, 128,"),
         (["--preset", "mini", "--cosine-weight", 1], "--cosine-weight 1: .* 256, the teacher's 12"),
         (["--layers", 3], "--layers 3: more than the teacher's 2"),
-        (["--max-seq-len", 600], "--max-seq-len 600: the teacher reads at most 512 tokens"),
+        (["--max-seq-len", 600], "--max-seq-len 600: the model reads at most 512 tokens"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

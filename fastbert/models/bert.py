@@ -115,7 +115,7 @@ class BertModel(BertPreTrainedModel):
             reading=reading if is_read else None,
         )
         last = x = encoded.last_hidden_state
-        if request.reads == "as given" and padding is not None:
+        if request.reads == "as given":
             last, x = share(x)  # a caller may read both this and the pooled output
         pooled = None
         if self.pooler is not None:

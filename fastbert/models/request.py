@@ -83,6 +83,14 @@ class Request:
         return self._layout[1]
 
     @property
+    def by_sequence(self) -> Unpadding:
+        """The padded form with one sequence in each row: the input's own, if it is one."""
+        batch, padding = self._layout
+        if padding is not None and padding.is_by_row:
+            return padding
+        return Unpadding.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, batch.num_tokens)
+
+    @property
     def _layout(self) -> tuple[PackedBatch, Unpadding | None]:
         if self.packed is None:
             layers = getattr(getattr(self.model.base_model, "encoder", None), "layer", None)

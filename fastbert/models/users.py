@@ -10,7 +10,6 @@ from fastbert.models.request import Request, drawn
 from fastbert.modules.embeddings import own_dtype
 from fastbert.modules.linear import dropout_p_of, has_own_hooks, is_defined_in, is_watched
 from fastbert.modules.sequences import first_tokens
-from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import BaseModelOutputWithPooling
 
 _OWN = ("fastbert.",)
@@ -56,15 +55,11 @@ def predict_in_rows(bare: Any, request: Request) -> BaseModelOutputWithPooling:
     Each part gets one sequence per row: ids (B, S), hidden states (B, S, H), and a mask bool
     (B, 1, 1, S), or a general one. fastbert's parts draw the same dropout masks as without hooks.
     """
-    batch, padding = request.batch, request.padding
-    rows, is_by_row = padding, True
-    if rows is None or not rows.is_by_row:
-        sizes = batch.cu_seqlens, batch.max_seqlen, batch.num_tokens
-        rows, is_by_row = Unpadding.from_cu_seqlens(*sizes), False
+    batch, rows = request.batch, request.by_sequence
     mask = rows.mask if batch.attention_mask is None else batch.attention_mask
 
     def of_embeddings(name: str) -> Tensor | None:
-        if is_by_row:  # with the caller's values at padding too
+        if rows is request.padding:  # with the caller's values at padding too
             return getattr(request.inputs, name)
         tokens = getattr(batch, name)
         return None if tokens is None else rows.pad(tokens)

@@ -139,8 +139,8 @@ def replayed(
 def _recorded(reading: Reading) -> Recorded:
     """The graphs of `reading.parts`, as long as these have a plan, which keeps both."""
     plan = reading.plan
-    if plan is None:
-        return Recorded(reading.parts)
+    if plan is None:  # each call reads other parts
+        return Recorded(reading.parts, "a hook inside the layers")
     plan.recorded = plan.recorded or Recorded(plan.parts)
     return plan.recorded
 

@@ -109,7 +109,7 @@ class BertEncoder(nn.Module):
         x, states = self._run(hidden_states, sequences, output_hidden_states, rows, share, reading)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, hidden_states=states)
 
-    def reading(self, device: torch.device, *, trains: bool = False) -> Reading:
+    def reading(self, device: torch.device, *, trains: bool) -> Reading:
         """Reads the layers for one call with tokens on `device`.
 
         trains: whether the model around them is in training mode, or a dropout state is given

@@ -24,7 +24,7 @@ from fastbert.modules.graphs.recorder import CudaGraphs
 from fastbert.modules.graphs.replays import ForwardGraph
 from fastbert.modules.layer import Share, share_packed
 from fastbert.modules.linear import encoders_of
-from fastbert.modules.plan import Reading
+from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.sequences import Rows, Sequences
 
 Graphs = Literal["auto", False]
@@ -70,10 +70,22 @@ def pool_of(device: torch.device) -> Pool | None:
         return Pool(functools.partial(CudaGraphs, shares_memory=True), MEMORY_SHARE * total)
 
 
-def may_replay(device: torch.device) -> bool:
-    """Whether a call on `device` may replay a graph for inference, which needs gradients off."""
-    is_seen = torch.compiler.is_compiling() or backend.is_transformed()
-    return not (torch.is_grad_enabled() or is_seen or pool_of(device) is None)
+def read_layers(
+    planner: Planner, layers: nn.ModuleList, device: torch.device, *, trains: bool
+) -> Reading:
+    """Reads the layers for one call with tokens on `device`.
+
+    trains: whether the module around them is in training mode, or a dropout state is given
+    """
+    may_replay = not (
+        trains
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or backend.is_transformed()
+        or pool_of(device) is None
+        or any(layer.training for layer in layers)
+    )
+    return Reading(planner, layers, may_replay=may_replay)
 
 
 def replayed(

@@ -35,7 +35,7 @@ def run_model(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """The patched forward of a bare model: `BertModel`, `RobertaModel`, ..."""
     found = None
     try:
-        found = _run(model, arguments, present_head(model))
+        found = _run(model, arguments)
     except Unsupported as reason:
         events.refused(model, reason)
     if found is None:  # outside `except`, so that errors do not show Unsupported as their context
@@ -43,14 +43,15 @@ def run_model(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     return _model_output(model, arguments, *found)
 
 
-def _run(model: Any, arguments: dict[str, Any], head: Any) -> tuple[Tensor, Tensor | None, States]:
+def _run(model: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None, States]:
     """The last hidden state (B, S, H), or its first column alone; first tokens (B, H); states.
 
     They come from a graph that packs and pads, or from `PackedCall.run`. The first tokens are None
-    if column 0 has them, or if no pooler of transformers' own reads them. head: the head whose
-    forward calls the model, or None. Raises Unsupported as `read_call` does.
+    if column 0 has them, or if no pooler of transformers' own reads them. Raises Unsupported as
+    `read_call` does.
     """
     call, pooler = read_call(model, arguments), getattr(model, "pooler", None)
+    head = None if call.wanted else present_head(model)  # hidden states show all tokens
     batch = _for_a_graph(model, call, arguments, has_head=head is not None)
     if batch is not None:
         outputs = replay_padded(call.reading, batch)
@@ -58,8 +59,7 @@ def _run(model: Any, arguments: dict[str, Any], head: Any) -> tuple[Tensor, Tens
             last, first = (output.to(call.dtype) for output in outputs)
             return last, first if is_plain_pooler(pooler) else None, None
     padding, mask = call.read()
-    may_choose = head is not None and not call.wanted
-    rows = first_rows(head, padding, model.config.hidden_size) if may_choose else None
+    rows = first_rows(head, padding, model.config.hidden_size)
     x, states = call.run(padding, mask, rows)
     x = x.to(call.dtype)
     if rows is not None:
@@ -68,7 +68,7 @@ def _run(model: Any, arguments: dict[str, Any], head: Any) -> tuple[Tensor, Tens
     # a batch without padding has each sequence's first token in column 0
     if padding.seqlen or not is_plain_pooler(pooler):
         return call.last(x, padding, states), None, states
-    if not call.wanted and reads_pooler(head, padding):
+    if reads_pooler(head, padding):
         leading = first_tokens(x, padding.cu_seqlens)
         return leading[:, None], leading, states
     last = call.last(x, padding, states)
@@ -122,23 +122,21 @@ def read_call(model: Any, arguments: dict[str, Any]) -> PackedCall:
         ids = position_ids, token_type_ids
         return embedded(model, padding, rng, input_ids, inputs_embeds, *ids)
 
-    trains = any(one.training for one in (model, model.embeddings, *encoder.layer))
     own = own_dtype(model.embeddings)
-    return PackedCall.of(model, encoder.layer, given, arguments, embed, own, trains=trains)
+    return PackedCall.of(model, encoder.layer, given, arguments, embed, own)
 
 
 def run_encoder(encoder: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """The patched forward of an encoder, which users' own models call directly."""
     wanted = dict(arguments)
-    given, layers = wanted.pop("hidden_states"), encoder.layer
+    given = wanted.pop("hidden_states")
 
     def embed(padding: Unpadding, rng: DropoutState | None) -> Tensor:
         return padding.pack(given).to(stream_dtype(given.dtype, given.device, encoder))
 
     last = None
     try:
-        trains = any(layer.training for layer in layers)
-        call = PackedCall.of(encoder, layers, given, wanted, embed, given.dtype, trains=trains)
+        call = PackedCall.of(encoder, encoder.layer, given, wanted, embed, given.dtype)
         padding, mask = call.read()
         x, states = call.run(padding, mask)
         last = call.last(x, padding, states)

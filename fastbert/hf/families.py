@@ -122,11 +122,7 @@ def _bert_parts(layer: Any) -> LayerParts:
         raise Unsupported("relative positions")
     _require_plain_layer(layer, layer, "feed_forward_chunk")
     _require_usual_scores(this, this.query, this.num_attention_heads)
-
-    def dropout(module: Any) -> float:
-        return _attention_dropout(this) if module is this else dropout_of(module.dropout)
-
-    return read_parts(layer, leaf, dropout, activation_of)
+    return read_parts(layer, _attention_dropout(this), leaf, dropout_of, activation_of)
 
 
 def _distilbert_parts(layer: Any) -> LayerParts:

@@ -18,9 +18,11 @@ _HEAD: ContextVar[Any] = ContextVar("head", default=None)
 def called_by(head: Any, forward: Forward) -> Forward:
     """`forward`, inside which the bare model of `head` may return first tokens alone, (B, 1, H).
 
-    It does so only if nobody could see the other tokens. Not for torch.compile, which cannot trace
-    reading a context variable.
+    It does so only if nobody could see the other tokens, and not under torch.compile, which cannot
+    trace reading a context variable.
     """
+    if torch.compiler.is_compiling():
+        return forward
 
     def call(**arguments: Any) -> Any:
         token = _HEAD.set(head)
@@ -39,15 +41,18 @@ def present_head(model: Any) -> Any:
 
 
 def first_rows(head: Any, padding: Unpadding, hidden_size: int) -> Rows | None:
-    """The rows of first tokens, if `head` reads no others and computing only these saves time."""
-    device = padding.cu_seqlens.device
-    if not padding.is_by_row or not Rows.pay(padding.num_tokens, hidden_size, device):
+    """The rows of first tokens, if `head` reads no others and computing only these saves time.
+
+    head: may be None, here and in `reads_pooler`
+    """
+    if head is None or not padding.is_by_row:
         return None
-    return Rows.read_by_losses(padding, first=True) if reads_first_tokens(head) else None
+    pays = Rows.pay(padding.num_tokens, hidden_size, padding.cu_seqlens.device)
+    return Rows.read_by_losses(padding, first=True) if pays and reads_first_tokens(head) else None
 
 
 def reads_pooler(head: Any, padding: Unpadding) -> bool:
-    """Whether `head`, which may be None, reads nothing but the output of its model's pooler."""
+    """Whether `head` reads nothing but the output of its model's pooler."""
     if head is None or not padding.is_by_row or not reads_first_tokens(head):
         return False
     classifier = getattr(head, "classifier", None)

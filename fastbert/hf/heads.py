@@ -93,8 +93,7 @@ def run_head(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """
     name = patched_base(model).__name__
     arguments = dict(arguments)
-    if not torch.compiler.is_compiling():
-        original = called_by(model, original)
+    original = called_by(model, original)
     num_items = arguments.pop("num_items_in_batch", None)  # unknown to the heads of 4.57
     if name.endswith("ForQuestionAnswering"):
         return _run_spans(model, original, arguments, num_items)

@@ -1,12 +1,12 @@
 """Detects hooks and replaced classes, for which a module of a patched model must be called."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from fastbert.modules.linear import hooks_of, is_defined_in, is_of_weights, module_of_hook
+from fastbert.modules.linear import each_hook, is_defined_in, is_of_weights, module_of_hook
 from fastbert.modules.request import CAPTURING
 
 # Attributes of a patched class, which its subclasses inherit.
@@ -18,12 +18,12 @@ THEIRS = "transformers.", "fastbert.hf."
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether the module has active hooks, or a forward set on the instance."""
-    return "forward" in vars(module) or any(map(_is_awake, _hooks(module)))
+    return "forward" in vars(module) or any(map(_is_awake, each_hook(module)))
 
 
 def is_observed(layer: nn.Module) -> bool:
     """Whether a hook or replaced forward sees input and output, which must then be (B, S, H)."""
-    return "forward" in vars(layer) or any(map(_observes, _hooks(layer)))
+    return "forward" in vars(layer) or any(map(_observes, each_hook(layer)))
 
 
 def works_by_token(leaf: nn.Module) -> bool:
@@ -84,11 +84,6 @@ def see_arguments(layers: nn.ModuleList) -> bool:
             if any(map(_observes, (*before.values(), *hooks))):
                 return True
     return False
-
-
-def _hooks(module: nn.Module) -> Iterable[Callable[..., Any]]:
-    found = hooks_of(module)
-    return (hook for hooks in found for hook in hooks.values()) if any(found) else ()
 
 
 def _observes(hook: Callable[..., Any]) -> bool:

@@ -20,7 +20,7 @@ from fastbert.hf.families import (
     runs_patched,
 )
 from fastbert.hf.hooks import FAMILY, has_their, is_observed, see_arguments
-from fastbert.modules.graphs.buckets import may_compute, may_replay
+from fastbert.modules.graphs.buckets import may_compute, read_layers
 from fastbert.modules.layer import LayerParts, Stream, run_layer
 from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.request import (
@@ -67,13 +67,10 @@ class PackedCall(NamedTuple):
         arguments: dict[str, Any],
         embed: Embed,
         own: torch.dtype,
-        *,
-        trains: bool,
     ) -> "PackedCall":
         """Reads the arguments besides the tokens; raises Unsupported, as `run` may.
 
-        own: the dtype of the residual stream without autocast; trains: whether a module is in
-        training mode
+        own: the dtype of the residual stream without autocast
         """
         layout = {name: arguments.pop(name, None) for name in _LAYOUT}
         mask, config = layout["attention_mask"], module.config
@@ -83,8 +80,7 @@ class PackedCall(NamedTuple):
             if is_transformed() and torch._C._functorch.is_functorch_wrapped_tensor(mask):
                 raise Unsupported("a mask inside torch.func, whose values may not be read")
         _require_supported(config, layers, arguments)
-        may = not trains and may_replay(given.device)
-        reading = Reading(_PLANNER, layers, may_replay=may)
+        reading = read_layers(_PLANNER, layers, given.device, trains=module.training)
         told = [name for name in _LAYOUT[:3] if layout[name] is not None]
         if len(given) == 1 and told == ["position_ids"] and is_one_graph():
             raise Unsupported("position_ids that may separate documents, with fullgraph=True")

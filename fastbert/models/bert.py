@@ -74,9 +74,10 @@ class BertModel(BertPreTrainedModel):
         return self.run(inputs, options, rows=rows)
 
     def predict(self, request: Request, rows: Rows | None = None) -> BaseModelOutputWithPooling:
+        request.rows = rows or request.rows
         if not all_take_tokens(self):
             self._check_positions(request.batch)
-            return predict_in_rows(self, request, rows)
+            return predict_in_rows(self, request)
         encoder = self.encoder
         reading = encoder.reading(request.inputs.given.device, trains=self.training)
         is_read = is_plain(encoder, BertEncoder)  # otherwise a hook on it may change its layers
@@ -86,8 +87,7 @@ class BertModel(BertPreTrainedModel):
             pooled = None if self.pooler is None else self.pooler(first)
             return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled)
         request = request.only(first=True) if request.reads == "pooled" else request
-        batch, padding = request.batch, request.padding
-        rows = rows or request.rows
+        batch, padding, rows = request.batch, request.padding, request.rows
         self._check_positions(batch)
         rng = None
         # as in Hugging Face, a model without dropout leaves torch's generator alone
@@ -115,7 +115,7 @@ class BertModel(BertPreTrainedModel):
             reading=reading if is_read else None,
         )
         last = x = encoded.last_hidden_state
-        if request.reads == "as given" and padding is not None:
+        if request.reads == "as given":
             last, x = share(x)  # a caller may read both this and the pooled output
         pooled = None
         if self.pooler is not None:
@@ -139,7 +139,7 @@ class BertModel(BertPreTrainedModel):
             return None
         if request.output_hidden_states:
             return None
-        embeddings, size = self.embeddings, request.hidden_size
+        embeddings, size = self.embeddings, self.config.hidden_size
         if request.reads == "packed" and pays_to_count(ids.numel(), size):
             return None  # the head would compute padding as well
         if request.reads == "pooled" and Rows.pay(ids.numel(), size, ids.device):

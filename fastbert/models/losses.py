@@ -77,7 +77,7 @@ def without_padding(num_items: Count, labels: Tensor, kept: Tensor | int) -> Cou
     return num_items * kept / given.double()
 
 
-def pretraining_loss(words: Scored, pairs: Scored, num_items: Count = None) -> Tensor:
+def pretraining_loss(words: Scored, pairs: Scored, num_items: Count) -> Tensor:
     """The masked-LM loss plus the next-sentence loss.
 
     num_items: the number of masked tokens in an optimizer step. It divides the sum of the token

@@ -59,10 +59,7 @@ class _PredictsWords(BertPreTrainedModel):
         """
         labels, head = request.labels, self.cls
         # a hook, or a user's own forward, must see every token
-        has_hook = not may_be_left_out(head)
-        if not has_hook:
-            head = head.predictions
-            has_hook = not may_be_left_out(head)
+        has_hook = not (may_be_left_out(head) and may_be_left_out(head.predictions))
         has_loss = labels is not None and not (with_pairs and request.pair_labels is None)
         with_logits = wants_logits(self, has_loss, **asked)
         if has_loss and not (with_logits or has_hook):
@@ -73,15 +70,15 @@ class _PredictsWords(BertPreTrainedModel):
         logits: Any = None
         pairs: Any = None
         if with_logits or has_hook:
-            logits = through(self.cls, x, request, *([pooled] if with_pairs else []))
+            logits = through(head, x, request, *([pooled] if with_pairs else []))
             logits, pairs = logits if with_pairs else (logits, None)
         elif with_pairs:
-            pairs = self.cls.seq_relationship(pooled)
+            pairs = head.seq_relationship(pooled)
         if labels is not None and has_loss:
             words = (
                 score_classes(logits, labels)
                 if has_hook
-                else score_words(head, masked_rows(x, request.batch, request.rows))
+                else score_words(head.predictions, masked_rows(x, request.batch, request.rows))
             )
         return encoded, words, request.padded(logits) if with_logits else None, pairs
 

@@ -29,17 +29,15 @@ from fastbert.rng import DropoutState, for_batch
 class Request:
     """One call of a model, with T packed tokens of B sequences and M rows whose output is wanted.
 
-    inputs, documents: as the caller passed them; hidden_size: the model's; has_graphs: whether its
-    layers may replay CUDA graphs; output_hidden_states, return_dict, num_items: see
+    inputs, documents: as the caller passed them; output_hidden_states, return_dict, num_items: see
     `ForwardOptions`; rows: the only tokens whose last hidden state is read, None for all; reads:
     what the head reads of the bare model's output: hidden states in the input's form, packed ones,
     or only the pooled ones; packed: `batch` and `padding`, None until one of them is first read.
     """
 
+    model: Any
     inputs: Inputs
     documents: dict[str, Any]
-    hidden_size: int
-    has_graphs: bool
     output_hidden_states: bool | Collection[int]
     return_dict: bool
     num_items: int | Tensor | None
@@ -51,7 +49,6 @@ class Request:
     def read(cls, model: Any, inputs: Inputs, options: dict[str, Any]) -> Self:
         """Reads a call; raises ValueError for arguments that do not fit together or are unknown."""
         config = model.config
-        layers = getattr(getattr(model.base_model, "encoder", None), "layer", None)
         documents = {name: options.get(name) for name in DOCUMENTS}
         others = {name: x for name, x in options.items() if name not in DOCUMENTS}
         refuse_unknown(type(model).__name__, others)
@@ -67,10 +64,9 @@ class Request:
             "use `fastbert export`, or a Hugging Face model patched by fastbert.patch",
         )
         return cls(
+            model,
             inputs,
             documents,
-            config.hidden_size,
-            layers is not None and not off_by(layers),  # None if a wrapper hides the layers
             call_or_config(config, options, "output_hidden_states"),
             call_or_config(config, options, "return_dict"),
             options.get("num_items_in_batch"),
@@ -87,9 +83,19 @@ class Request:
         return self._layout[1]
 
     @property
+    def by_sequence(self) -> Unpadding:
+        """The padded form with one sequence in each row: the input's own, if it is one."""
+        batch, padding = self._layout
+        if padding is not None and padding.is_by_row:
+            return padding
+        return Unpadding.from_cu_seqlens(batch.cu_seqlens, batch.max_seqlen, batch.num_tokens)
+
+    @property
     def _layout(self) -> tuple[PackedBatch, Unpadding | None]:
         if self.packed is None:
-            size = self.hidden_size if self.has_graphs else None
+            layers = getattr(getattr(self.model.base_model, "encoder", None), "layer", None)
+            has_graphs = layers is not None and not off_by(layers)  # None if a wrapper hides them
+            size = self.model.config.hidden_size if has_graphs else None
             self.packed = pack_inputs(self.inputs, self.documents, size)
         return self.packed
 
@@ -159,8 +165,8 @@ class Request:
 
         Unchanged if hidden states are requested, which need every token.
         """
-        batch = self.batch
-        pays = Rows.pay(batch.num_tokens, self.hidden_size, batch.device, labelled=labelled)
+        batch, size = self.batch, self.model.config.hidden_size
+        pays = Rows.pay(batch.num_tokens, size, batch.device, labelled=labelled)
         if self.output_hidden_states or not pays:
             return self
         return dataclasses.replace(self, rows=wanted_rows(batch, first=first, labelled=labelled))

@@ -14,7 +14,6 @@ from fastbert.models.inputs import ForwardOptions, Inputs
 from fastbert.models.losses import problem_type_of, score_classes, score_sequences, span_loss
 from fastbert.models.request import Request
 from fastbert.models.users import through
-from fastbert.ops.unpad import Unpadding
 from fastbert.outputs import (
     MultipleChoiceModelOutput,
     NextSentencePredictorOutput,
@@ -237,11 +236,8 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         logits = request.padded(tokens, lowest)
         if start_positions is not None and end_positions is not None:
             columns, scores, is_real = (start_positions, end_positions), logits, request.is_real
-            if request.is_packed and not (request.padding and request.padding.is_by_row):
-                batch = request.batch
-                sizes = batch.cu_seqlens, batch.max_seqlen, batch.num_tokens
-                sequences = Unpadding.from_cu_seqlens(*sizes)
-                scores, is_real = sequences.pad(tokens, lowest), sequences.is_real
+            if request.is_packed and (rows := request.by_sequence) is not request.padding:
+                scores, is_real = rows.pad(tokens, lowest), rows.is_real
             loss = span_loss(scores.unbind(-1), columns, is_real, request.num_items)
         starts, ends = logits.unbind(-1)
         return QuestionAnsweringModelOutput(

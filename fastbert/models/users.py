@@ -9,18 +9,16 @@ from fastbert.models.heads import maps_rows
 from fastbert.models.request import Request, drawn
 from fastbert.modules.embeddings import own_dtype
 from fastbert.modules.linear import dropout_p_of, has_own_hooks, is_defined_in, is_watched
-from fastbert.modules.sequences import Rows, first_tokens
-from fastbert.ops.unpad import Unpadding
+from fastbert.modules.sequences import first_tokens
+from fastbert.modules.users import is_own
 from fastbert.outputs import BaseModelOutputWithPooling
 
-_OWN = ("fastbert.",)
-_OWN_OR_WRAPPED = (*_OWN, "torch.")
 _OF_EMBEDDINGS = "input_ids", "token_type_ids", "position_ids", "inputs_embeds"
 
 
 def may_be_left_out(module: Any) -> bool:
     """Whether a call of the module only runs fastbert's own forward, which can be inlined."""
-    return is_defined_in(type(module).forward, _OWN) and not has_own_hooks(module)
+    return is_own(module) and not has_own_hooks(module)
 
 
 def all_take_tokens(bare: Any) -> bool:
@@ -30,9 +28,9 @@ def all_take_tokens(bare: Any) -> bool:
     """
     embeddings, encoder, pooler = bare.embeddings, bare.encoder, bare.pooler
     return (
-        is_defined_in(type(embeddings).forward, _OWN_OR_WRAPPED)
-        and is_defined_in(type(encoder).forward, _OWN)
-        and (pooler is None or is_defined_in(type(pooler).forward, _OWN))
+        is_defined_in(type(embeddings).forward, ("fastbert.", "torch."))
+        and is_own(encoder)
+        and (pooler is None or is_own(pooler))
         and not (is_watched(embeddings) or is_watched(encoder))
     )
 
@@ -50,21 +48,17 @@ def through(module: Any, x: Tensor, request: Request, *others: Any) -> Any:
     return (tokens, *rest) if rest else tokens
 
 
-def predict_in_rows(bare: Any, request: Request, wanted: Rows | None) -> BaseModelOutputWithPooling:
+def predict_in_rows(bare: Any, request: Request) -> BaseModelOutputWithPooling:
     """What `BertModel.predict` returns, with the parts called as Hugging Face calls them.
 
     Each part gets one sequence per row: ids (B, S), hidden states (B, S, H), and a mask bool
     (B, 1, 1, S), or a general one. fastbert's parts draw the same dropout masks as without hooks.
     """
-    batch, padding = request.batch, request.padding
-    rows, is_by_row = padding, True
-    if rows is None or not rows.is_by_row:
-        sizes = batch.cu_seqlens, batch.max_seqlen, batch.num_tokens
-        rows, is_by_row = Unpadding.from_cu_seqlens(*sizes), False
+    batch, rows = request.batch, request.by_sequence
     mask = rows.mask if batch.attention_mask is None else batch.attention_mask
 
     def of_embeddings(name: str) -> Tensor | None:
-        if is_by_row:  # with the caller's values at padding too
+        if rows is request.padding:  # with the caller's values at padding too
             return getattr(request.inputs, name)
         tokens = getattr(batch, name)
         return None if tokens is None else rows.pad(tokens)
@@ -78,23 +72,21 @@ def predict_in_rows(bare: Any, request: Request, wanted: Rows | None) -> BaseMod
     asked: dict[str, Any] = {}
     if request.output_hidden_states:
         asked["output_hidden_states"] = request.output_hidden_states
-    is_own = is_defined_in(type(encoder).forward, _OWN)
-    drops = is_own and encoder.reading(batch.device, trains=bare.training).drops()
+    drops = is_own(encoder) and encoder.reading(batch.device, trains=bare.training).drops()
     if batch.num_tokens and (drops or any(map(dropout_p_of, embeddings.children()))):
         rng = drawn(batch)
         rng = rng if rows.slots is None else rng.rows(rows.slots)
-        if is_own:
+        if is_own(encoder):
             asked["rng"] = rng
-        if is_defined_in(type(embeddings).forward, _OWN):
+        if is_own(embeddings):
             ids["rng"] = rng
     x = embeddings(**ids).to(own_dtype(embeddings))  # autocast may have changed the dtype
     encoded = encoder(x, attention_mask=mask, **asked)
     tokens, pooled = rows.pack(encoded[0]), None
     if pooler is not None:
-        is_own = is_defined_in(type(pooler).forward, _OWN)
-        pooled = pooler(first_tokens(tokens, batch.cu_seqlens) if is_own else rows.pad(tokens))
-    wanted = wanted or request.rows
-    last = tokens if wanted is None else wanted.of(tokens)
+        read = first_tokens(tokens, batch.cu_seqlens) if is_own(pooler) else rows.pad(tokens)
+        pooled = pooler(read)
+    last = tokens if request.rows is None else request.rows.of(tokens)
     states = getattr(encoded, "hidden_states", None)
     return BaseModelOutputWithPooling(
         last_hidden_state=request.padded(last) if request.reads == "as given" else last,

@@ -15,7 +15,13 @@ from fastbert.check import require
 from fastbert.modules.activations import Activation, activation, dense_and_activate
 from fastbert.modules.adapters import read_leaf
 from fastbert.modules.layer import End, LayerParts, project_and_norm, self_attention
-from fastbert.modules.linear import Leaf, dropout_p_of, is_plain, is_plain_dropout
+from fastbert.modules.linear import (
+    Leaf,
+    dropout_p_of,
+    is_plain,
+    is_plain_dropout,
+    module_of_hook,
+)
 from fastbert.modules.sequences import Sequences
 from fastbert.modules.users import Packed, in_rows, read_rows, takes_tokens
 from fastbert.ops.layer_norm import Save
@@ -210,16 +216,13 @@ def parts_of(layer: Any) -> LayerParts | None:
         return None
     if not all(is_plain_dropout(end.dropout) for end in ends):
         return None
-
-    def dropout(module: Any) -> float:  # Hugging Face's attention reads only p
-        return dropout_p_of(module.dropout, module if module is this else None)
-
-    return read_parts(layer, _leaf, dropout, lambda function: function)
+    attention_dropout = dropout_p_of(this.dropout, this)
+    return read_parts(layer, attention_dropout, _leaf, dropout_p_of, lambda function: function)
 
 
 def _leaf(module: Any, kind: type[nn.Module] = nn.Linear) -> Leaf:
     """`read_leaf`; raises ValueError for Opacus's hooks, which would take tokens for samples."""
-    kinds = (getattr(hook, "__module__", None) or "" for hook in module._forward_hooks.values())
+    kinds = map(module_of_hook, module._forward_hooks.values())
     require(
         not any(kind.startswith("opacus.") for kind in kinds),
         "Opacus",
@@ -231,25 +234,27 @@ def _leaf(module: Any, kind: type[nn.Module] = nn.Linear) -> Leaf:
 
 def read_parts(
     layer: Any,
+    attention_dropout: float,
     leaf: Callable[..., Leaf],
-    dropout: Callable[[Any], float],
+    dropout: Callable[[nn.Module], float],
     function: Callable[[Activation], Activation],
 ) -> LayerParts:
     """The parts of a layer with BERT's module names, Hugging Face's or fastbert's.
 
-    leaf(module, class): reads a linear layer or norm; dropout(module): the probability of the
-    module's `dropout`; function: reads the activation.
+    leaf(module, class): reads a linear layer or norm; dropout: the probability of a dropout after a
+    linear layer; function: reads the activation.
     """
     attention, this = layer.attention, layer.attention.self
 
     def end(output: Any) -> End:
         norm = leaf(output.LayerNorm, nn.LayerNorm)
-        return End(leaf(output.dense), dropout(output), norm, getattr(output, "save", "z"))
+        p = dropout(output.dropout)
+        return End(leaf(output.dense), p, norm, getattr(output, "save", "z"))
 
     return LayerParts(
         projections=(leaf(this.query), leaf(this.key), leaf(this.value)),
         head_dim=this.attention_head_size,
-        attention_dropout=dropout(this),
+        attention_dropout=attention_dropout,
         attention_end=end(attention.output),
         intermediate=leaf(layer.intermediate.dense),
         activation=function(layer.intermediate.intermediate_act_fn),

@@ -15,7 +15,7 @@ from fastbert.check import require
 from fastbert.config.bert import check_config
 from fastbert.modules.bert_layer import BertLayer, parts_of
 from fastbert.modules.embeddings import stream_dtype
-from fastbert.modules.graphs.buckets import may_replay, off_by
+from fastbert.modules.graphs.buckets import off_by, read_layers
 from fastbert.modules.layer import Share, share_packed
 from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.request import (
@@ -109,14 +109,12 @@ class BertEncoder(nn.Module):
         x, states = self._run(hidden_states, sequences, output_hidden_states, rows, share, reading)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, hidden_states=states)
 
-    def reading(self, device: torch.device, *, trains: bool = False) -> Reading:
+    def reading(self, device: torch.device, *, trains: bool) -> Reading:
         """Reads the layers for one call with tokens on `device`.
 
         trains: whether the model around them is in training mode, or a dropout state is given
         """
-        trains = trains or self.training or any(layer.training for layer in self.layer)
-        may = not trains and may_replay(device)
-        return Reading(_PLANNER, self.layer, may_replay=may)
+        return read_layers(_PLANNER, self.layer, device, trains=trains or self.training)
 
     def _forward_padded(
         self,

@@ -1,7 +1,7 @@
 """Linear layers in fused operators: concatenated in one product, or with the bias split off."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -275,10 +275,15 @@ def hooks_of(module: nn.Module) -> Hooks:
     )
 
 
+def each_hook(module: nn.Module) -> Iterable[Callable[..., Any]]:
+    """The hooks of a module."""
+    found = hooks_of(module)
+    return (hook for hooks in found for hook in hooks.values()) if any(found) else ()
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether hooks see the module's input or output."""
-    hooks = hooks_of(module)
-    return any(hooks) and not all(is_of_weights(hook) for some in hooks for hook in some.values())
+    return not all(map(is_of_weights, each_hook(module)))
 
 
 def is_of_weights(hook: Callable[..., Any]) -> bool:

@@ -41,8 +41,11 @@ class Plan:
     owner: the list of layers, or a module that is read alone, the only one of `layers` then. A plan
     keeps only dictionaries of it, so that the plan is freed with its owner. hooks: the live
     dictionaries of the hooks inside the layers, all empty; own_hooks: those of the layers
-    themselves.
+    themselves; recorded: the CUDA graphs of the parts, a `pool.Recorded`, which must not refer to
+    the owner either, or None.
     """
+
+    recorded: Any = None
 
     def __init__(
         self, owner: nn.Module, layers: list[nn.Module], parts: tuple[Any, ...], hooks: Hooks
@@ -122,10 +125,6 @@ class Planner:
         plans = self.plans.get(owner, {}).get(owner.training)
         return plans[0] if plans else None
 
-    def every_parts(self, owner: nn.Module) -> list[tuple[Any, ...]]:
-        """The parts in all the owner's plans."""
-        return [plan.parts for plans in self.plans.get(owner, {}).values() for plan in plans]
-
 
 class Reading:
     """The parts of a list of layers in one call, from `Planner.parts`.
@@ -168,10 +167,16 @@ class Reading:
         """
         return any(part is None or part.drops for part in self.parts)
 
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that keeps the parts; None if they must be read anew in each call."""
+        plan = self.planner.known(self.layers)
+        return plan if plan is not None and plan.parts is self.parts else None
+
     def holds(self) -> bool:
         """Whether the layers are as they were when read, as far as a plan tells."""
-        plan = self.planner.known(self.layers)
-        return plan is not None and plan.parts is self.parts and plan.holds()
+        plan = self.plan
+        return plan is not None and plan.holds()
 
     def settle(self) -> None:
         """Reads the parts anew if the assumed ones do not hold; their results must be dropped.

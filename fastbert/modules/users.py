@@ -15,6 +15,11 @@ from fastbert.ops.unpad import Unpadding
 Packed = tuple[Unpadding, Sequences]  # how rows are packed
 
 
+def is_own(module: nn.Module) -> bool:
+    """Whether the forward of the module's class is fastbert's."""
+    return is_defined_in(type(module).forward, ("fastbert.",))
+
+
 def takes_tokens(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether `module` takes packed tokens: its class is fastbert's `kind` or one of torch's
     wrappers, which pass all arguments on, and no hook sees its input or output."""
@@ -26,8 +31,8 @@ def in_rows(module: nn.Module, x: Tensor, sequences: Sequences) -> Tensor:
     """(T, H) -> (T, H) or (M, H): calls a layer or an attention with rows, as Hugging Face does."""
     rows = Unpadding.from_cu_seqlens(sequences.cu_seqlens, sequences.max_seqlen, len(x))
     mask = rows.mask if sequences.mask is None else sequences.mask
-    is_own = is_defined_in(type(module).forward, ("fastbert.",))
-    named = {"packed": (rows, sequences.only(None))} if is_own else {}  # for the same dropout
+    # for the same dropout
+    named = {"packed": (rows, sequences.only(None))} if is_own(module) else {}
     output = module(rows.pad(x), mask, **named)
     y = rows.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
     return y if sequences.rows is None else sequences.rows.of(y)

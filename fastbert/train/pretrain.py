@@ -23,7 +23,7 @@ from fastbert.train import state as run_state
 from fastbert.train.distributed import Ranks
 from fastbert.train.evaluate import evaluate
 from fastbert.train.optimizer import make_optimizer
-from fastbert.train.precision import make_scaler, resolve_precision
+from fastbert.train.precision import resolve_precision
 from fastbert.train.prepare import CHANGED, PreparedText, prepare_text
 from fastbert.train.profiling import profiling
 from fastbert.train.recipe import Pretraining, Recipe, training_row
@@ -73,7 +73,7 @@ def carry_out(
             require_apart(option, directory, config.corpus, models)
     with distributed.joined() as ranks, ranks.claimed(out), stoppable(recipe, out):
         precision = resolve_precision(precision_of(config, out, resume=resume), trains=True)
-        config = dataclasses.replace(config, precision=precision)
+        config = recipe.config = dataclasses.replace(config, precision=precision)
         distributed.require_kind(parallel, precision, ranks)
         torch.manual_seed(config.seed)
         opening = opened(config, out, resume=resume) if ranks.is_first else contextlib.nullcontext()
@@ -82,39 +82,32 @@ def carry_out(
                 if ranks.is_first:
                     run_state.discard_partial(out)
                 text = prepare_text(recipe.reading(), out, ranks.size)
-            run = _set_up(recipe, config, text, out, ranks, parallel)
+            run = _set_up(recipe, text, out, ranks, parallel)
         _describe(run, parallel)
         _train(run, eager=eager, profile=profile)
         return _finish(run)
 
 
 class _Run(NamedTuple):
-    """A run that is set up; a checkpoint restores the fields from `model` on.
-
-    config: the recipe's, with the resolved precision; DDP or FSDP may wrap `objective`
-    """
+    """A run that is set up; a checkpoint restores the fields from `model` on."""
 
     recipe: Recipe
-    config: PretrainConfig
     text: PreparedText
     out: Path
     ranks: Ranks
     model: BertForPreTraining | BertForMaskedLM
-    objective: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    step: EagerStep
     state: run_state.TrainingState
 
+    def evaluated(self, objective: nn.Module) -> dict[str, float]:
+        """`evaluate` of an objective's model on the held-out text."""
+        batches, precision = self.text.heldout, self.recipe.config.precision
+        return evaluate(objective, batches, precision, self.state.step, self.ranks)
 
-def _set_up(
-    recipe: Recipe,
-    config: PretrainConfig,
-    text: PreparedText,
-    out: Path,
-    ranks: Ranks,
-    parallel: str,
-) -> _Run:
+
+def _set_up(recipe: Recipe, text: PreparedText, out: Path, ranks: Ranks, parallel: str) -> _Run:
     """Sets up a new run, or restores it from its last checkpoint."""
+    config = recipe.config
     begun = checkpoint.latest(out)  # not the link, which may change before everything is read
     model = recipe.make_model(text.tokenizer.get_vocab_size()).to(ranks.device)
     if begun is not None:
@@ -123,22 +116,21 @@ def _set_up(
         fp8.enable(model)
     objective = distributed.parallelised(recipe.make_objective(model), parallel, ranks)
     optimizer = make_optimizer(model, config.weight_decay, config.optimizer)
-    scaler = make_scaler(config.precision, ranks.device)
+    step = EagerStep(objective, optimizer, config, ranks.device, ranks.size)
     state = run_state.TrainingState(text.fingerprint, recipe.teacher)
     if begun is not None:
-        state = run_state.load(begun, model, optimizer, scaler)
+        state = run_state.load(begun, model, optimizer, step.scaler)
         if state.text != text.fingerprint:
             raise InputError(CHANGED.format(out))
         if state.teacher != recipe.teacher:
             raise InputError(f"{out}: the teacher has changed since the run began")
         console.print(f"resuming {out} at step {state.step} of {config.steps}")
-    return _Run(recipe, config, text, out, ranks, model, objective, optimizer, scaler, state)
+    return _Run(recipe, text, out, ranks, model, step, state)
 
 
 def _train(run: _Run, *, eager: bool, profile: bool) -> None:
-    recipe, config, text, out, ranks, model, objective, optimizer, scaler, state = run
-    device = ranks.device
-    by_host = EagerStep(objective, optimizer, config, device, scaler=scaler, num_ranks=ranks.size)
+    recipe, text, out, ranks, model, by_host, state = run
+    config, device = recipe.config, ranks.device
     train_step = by_host if eager else as_graph(by_host, text.training)
     batches = loader(
         text.training,
@@ -163,9 +155,8 @@ def _train(run: _Run, *, eager: bool, profile: bool) -> None:
     ):
 
         def validate() -> None:
-            found = evaluate(objective, text.heldout, config.precision, state.step, ranks)
-            state.history.append(found)
-            reporter.validation(found)
+            state.history.append(run.evaluated(by_host.objective))
+            reporter.validation(state.history[-1])
 
         if config.model is not None and not state.step:
             validate()  # what the model knows before it is trained further
@@ -212,6 +203,7 @@ def _train(run: _Run, *, eager: bool, profile: bool) -> None:
                 reported += time.perf_counter() - evaluating
             if saving:
                 state.seconds = before + time.perf_counter() - started
+                optimizer, scaler = by_host.optimizer, by_host.scaler
                 run_state.save(out, model, text.tokenizer, optimizer, scaler, state, ranks)
 
 
@@ -219,10 +211,8 @@ def _finish(run: _Run) -> dict[str, Any]:
     """Writes plot and summary of a finished run, prints its result, and returns the summary."""
     text, out, ranks, state = run.text, run.out, run.ranks, run.state
     validations = [row for row in state.history if "heldout_mlm_loss" in row]
-    verdict, heldout = (
-        run.recipe.verdict(run.model, validations, text.heldout, ranks),
-        validations[-1],
-    )
+    verdict = run.recipe.verdict(run.model, validations, run.evaluated)
+    heldout = validations[-1]
     summary = {
         "heldout_mlm_loss": heldout["heldout_mlm_loss"],
         "unigram_baseline": text.baseline,
@@ -255,7 +245,7 @@ def _finish(run: _Run) -> dict[str, Any]:
 
 
 def _describe(run: _Run, parallel: str) -> None:
-    config, ranks = run.config, run.ranks
+    config, ranks = run.recipe.config, run.ranks
     size = sum(p.numel() for p in run.model.parameters()) / 1e6
     together = f", {ranks.size} processes by {parallel}" if ranks.size > 1 else ""
     console.print(

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,8 +13,6 @@ from fastbert.config.presets import PRESETS
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import load_tokenizer
 from fastbert.models.pretraining import BertForMaskedLM, BertForPreTraining
-from fastbert.packing import PackedBatch
-from fastbert.train.distributed import Ranks
 from fastbert.train.objective import MaskedMetrics, Metrics, PretrainingObjective
 
 
@@ -34,7 +33,7 @@ class Recipe(abc.ABC):
 
     title: title of the plot; command: name of the command; metrics: class of the objective's sums;
     teacher: fingerprint of the teacher model; directory: of the teacher, or of the model that is
-    trained further; None without one
+    trained further; None without one; config: its precision may be "auto" until the run begins
     """
 
     title: ClassVar[str]
@@ -71,12 +70,12 @@ class Recipe(abc.ABC):
         self,
         model: BertForPreTraining | BertForMaskedLM,
         validations: list[dict[str, float]],
-        batches: list[PackedBatch],
-        ranks: Ranks,
+        evaluated: Callable[[PretrainingObjective], dict[str, float]],
     ) -> Verdict:
         """What to report in addition to the model's final losses. A collective call.
 
-        validations: the results of `evaluate` for the held-out `batches`, in the order of steps
+        validations: the results of `evaluate`, in the order of steps; evaluated(objective): that of
+        another model
         """
         return Verdict({}, {}, "")
 
@@ -139,12 +138,10 @@ class Pretraining(Recipe):
             **metrics.of_pairs(),
         }
 
-    def verdict(
-        self, model: Any, validations: list[dict[str, float]], batches: Any, ranks: Ranks
-    ) -> Verdict:
+    def verdict(self, model: Any, validations: list[dict[str, float]], evaluated: Any) -> Verdict:
         first = validations[0]
         if first["step"]:
-            return super().verdict(model, validations, batches, ranks)
+            return super().verdict(model, validations, evaluated)
         loss, accuracy = first["heldout_mlm_loss"], first["mlm_accuracy"]
         figures = {"heldout_mlm_loss_before": loss, "mlm_accuracy_before": accuracy}
         said = f"before the first step: {loss:.3f} nats, {accuracy:.1%} right\n"

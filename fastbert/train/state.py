@@ -102,8 +102,8 @@ def load(
     except _DAMAGE as error:
         raise _damaged(path, error) from None
     try:
-        scaler.load_state_dict(saved.get("scaler", {}))
-        fp8.load(model, saved.get("fp8", []))
+        scaler.load_state_dict(saved["scaler"])
+        fp8.load(model, saved["fp8"])
         torch.set_rng_state(cpu)
     except (*_DAMAGE, RuntimeError) as error:  # these three allocate no device memory
         raise _damaged(path, error) from None

@@ -33,7 +33,7 @@ class EagerStep:
 
     A call takes the step's number, its micro-batches and the counts of the whole batch, and returns
     the sums from `compute`. objective: a `PretrainingObjective` as `distributed.parallelised`
-    wraps it for `num_ranks`; scaler: by default a new one for the precision of `config`
+    wraps it for `num_ranks`; scaler: of the loss, for the precision of `config`
     """
 
     def __init__(
@@ -42,16 +42,12 @@ class EagerStep:
         optimizer: torch.optim.Optimizer,
         config: PretrainConfig,
         device: torch.device,
-        *,
-        scaler: torch.amp.GradScaler | None = None,
         num_ranks: int = 1,
     ) -> None:
         self.objective, self.optimizer, self.config = objective, optimizer, config
         self.device, self.num_ranks = device, num_ranks
-        self.scaler = make_scaler(config.precision, device) if scaler is None else scaler
+        self.scaler = make_scaler(config.precision, device)
         self.rate: Tensor | None = None
-        for group in optimizer.param_groups:  # a checkpoint of a graphed run has True
-            group["capturable"] = False
         self.warmup = round(config.steps * config.warmup_ratio)
         self.autocast = autocast(config.precision, device)
         self.copies = WeightCopies(objective, LOW_PRECISION.get(config.precision))
@@ -76,8 +72,8 @@ class EagerStep:
         if self.rate is not None:
             self.rate.fill_(rate)
             return
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for group in self.optimizer.param_groups:  # a checkpoint of a graphed run has True
+            group["lr"], group["capturable"] = rate, False
 
     def use_rate_on_device(self) -> None:
         """Keeps the learning rate in device memory from now on, for a CUDA graph to read."""

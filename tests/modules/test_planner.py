@@ -49,7 +49,7 @@ def test_states_of_modules_that_are_gone_keep_none_of_them():
     encoder.probability(0.2)
     gc.collect()
     assert gone() is None
-    assert len(encoder.planner.every_parts(encoder.layers)) == 1
+    assert len(encoder.planner.plans[encoder.layers][True]) == 1
 
 
 def test_what_is_read_under_hooks_of_all_modules_is_read_again_without():

@@ -84,7 +84,7 @@ def train(ranks: Ranks, kind: str, objective: PretrainingObjective | None = None
     if kind == "ddp" and ranks.size > 1:
         module.register_comm_hook(None, counting(exchanged))
     optimizer = Descent(module.parameters(), {"lr": 0.0})
-    step = EagerStep(module, optimizer, CONFIG, ranks.device, num_ranks=ranks.size)
+    step = EagerStep(module, optimizer, CONFIG, ranks.device, ranks.size)
     rows = []
     for number in range(STEPS):
         whole = share(number, 0, 1)

@@ -36,6 +36,7 @@ def directory(parts, tmp_path):
     saved = {
         "state": {"text": "t", "step": 1},
         "scaler": scaler.state_dict(),
+        "fp8": [],
         "rng": {"cpu": torch.get_rng_state()},
         "optimizer": optimizer.state_dict(),
     }
@@ -124,6 +125,8 @@ def test_a_truncated_file_is_damaged(parts, directory, size):
         ("state",),
         ("state", "text"),
         ("rng", "cpu"),
+        ("scaler",),
+        ("fp8",),
         ("optimizer", "param_groups"),
         ("optimizer", "param_groups", 0),
         ("optimizer",),

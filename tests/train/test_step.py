@@ -259,8 +259,8 @@ def test_fp16_halves_its_scale_where_it_overflows_and_goes_on():
     model = make_model()
     config = dataclasses.replace(CONFIG, precision="fp16")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
-    optimizer = make_optimizer(model, 0.01)
-    step = EagerStep(PretrainingObjective(model), optimizer, config, CPU, scaler=scaler)
+    step = EagerStep(PretrainingObjective(model), make_optimizer(model, 0.01), config, CPU)
+    step.scaler = scaler
     skipped = []
     for number, batch in enumerate(itertools.chain(batches(), batches(), batches(), batches())):
         sums = step(number % STEPS, batch, counts_of(batch))

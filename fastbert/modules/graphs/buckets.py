@@ -11,7 +11,6 @@ compute correctly runs without one, and `fastbert.explain` shows the reason.
 
 import functools
 import os
-import weakref
 from typing import Literal
 
 import torch
@@ -25,7 +24,7 @@ from fastbert.modules.graphs.recorder import CudaGraphs
 from fastbert.modules.graphs.replays import ForwardGraph
 from fastbert.modules.layer import Share, share_packed
 from fastbert.modules.linear import encoders_of
-from fastbert.modules.plan import Reading
+from fastbert.modules.plan import Planner, Reading
 from fastbert.modules.sequences import Rows, Sequences
 
 Graphs = Literal["auto", False]
@@ -61,10 +60,6 @@ def _are_off() -> bool:
     return _OFF[value.lower()]
 
 
-# Keyed by an encoder's list of layers. Graphs must not refer to it, or it would never be freed.
-_RECORDED: weakref.WeakKeyDictionary[nn.ModuleList, list[Recorded]] = weakref.WeakKeyDictionary()
-
-
 @functools.cache
 def pool_of(device: torch.device) -> Pool | None:
     """The device's pool of graphs; None where graphs cannot be recorded, as on a CPU."""
@@ -75,10 +70,22 @@ def pool_of(device: torch.device) -> Pool | None:
         return Pool(functools.partial(CudaGraphs, shares_memory=True), MEMORY_SHARE * total)
 
 
-def may_replay(device: torch.device) -> bool:
-    """Whether a call on `device` may replay a graph for inference, which needs gradients off."""
-    is_seen = torch.compiler.is_compiling() or backend.is_transformed()
-    return not (torch.is_grad_enabled() or is_seen or pool_of(device) is None)
+def read_layers(
+    planner: Planner, layers: nn.ModuleList, device: torch.device, *, trains: bool
+) -> Reading:
+    """Reads the layers for one call with tokens on `device`.
+
+    trains: whether the module around them is in training mode, or a dropout state is given
+    """
+    may_replay = not (
+        trains
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or backend.is_transformed()
+        or pool_of(device) is None
+        or any(layer.training for layer in layers)
+    )
+    return Reading(planner, layers, may_replay=may_replay)
 
 
 def replayed(
@@ -113,7 +120,7 @@ def replayed(
             assert sequences is not None
             bucket, mask = Bucket.of(x, sequences, rows), sequences.mask
         lane = pool.lane()
-        reason = reason or refusal_of(reading) or _refusal(bucket, mask, layers, lane)
+        reason = reason or _recorded(reading).reason or _refusal(bucket, mask, layers, lane)
         entry = Entry(lane, reason)
         mode = Precision.of(x), layers.training, products_of(layers)
         call = LayersCall(parts, range(len(parts)), sequences, states, rows, *mode)
@@ -142,19 +149,12 @@ def replayed(
 
 
 def _recorded(reading: Reading) -> Recorded:
-    """The graphs of `reading.parts`; drops the graphs of parts that no longer have a plan."""
-    every = _RECORDED.setdefault(reading.layers, [])
-    for recorded in every:
-        if recorded.parts is reading.parts:
-            return recorded
-    recorded, known = Recorded(reading.parts), reading.planner.every_parts(reading.layers)
-    every[:] = [recorded, *(one for one in every if any(one.parts is parts for parts in known))]
-    return recorded
-
-
-def refusal_of(reading: Reading) -> str:
-    """The reason why no call of these layers may replay a graph; "" if calls may."""
-    return off_by(reading.layers) or _recorded(reading).reason
+    """The graphs of `reading.parts`, as long as these have a plan, which keeps both."""
+    plan = reading.plan
+    if plan is None:  # each call reads other parts
+        return Recorded(reading.parts, "a hook inside the layers")
+    plan.recorded = plan.recorded or Recorded(plan.parts)
+    return plan.recorded
 
 
 def may_compute(reading: Reading) -> bool:
@@ -162,9 +162,10 @@ def may_compute(reading: Reading) -> bool:
 
     Not with dropout: its masks depend on the batch, and its state is drawn outside of graphs.
     """
-    if not reading.may_replay:  # checked first: torch.compile cannot trace what follows
+    # may_replay is checked first, because torch.compile cannot trace what follows
+    if not reading.may_replay or reading.called() or reading.drops() or off_by(reading.layers):
         return False
-    return not (reading.called() or reading.drops() or refusal_of(reading))
+    return not _recorded(reading).reason
 
 
 def _refusal(bucket: Bucket, mask: Tensor | None, layers: nn.ModuleList, lane: Lane) -> str:

@@ -1,7 +1,8 @@
 """The graphs of a device and of its encoders: which are kept, and when one is dropped or stale.
 
-A device has a `Pool` of graphs, in `Lane`s of memory. An encoder has an object `Recorded`, with an
-`Entry` for each bucket and lane. `Pending` is a training forward that waits for its backward.
+A device has a `Pool` of graphs, in `Lane`s of memory. An encoder's `Plan` has an object `Recorded`,
+with an `Entry` for each bucket and lane. `Pending` is a training forward that waits for its
+backward.
 """
 
 import contextlib
@@ -178,10 +179,12 @@ class Pending:
 
 
 class Recorded:
-    """The graphs of one encoder, valid while the parts of its layers stay the same."""
+    """The graphs of one encoder, valid while the parts of its layers stay the same.
 
-    def __init__(self, parts: Sequence[LayerParts]) -> None:
-        self.parts = parts
+    reason: why there can be none; "" unless the caller or the parts give one.
+    """
+
+    def __init__(self, parts: Sequence[LayerParts], reason: str = "") -> None:
         self.entries: dict[tuple[Any, ...], Entry] = {}
         self.found: list[Any] | None = None  # the parameters in `owners` at the last call
         self.distinct: list[Tensor] = []  # each of them once
@@ -196,7 +199,7 @@ class Recorded:
             if not (leaf.is_read and leaf.parameters is leaf.module._parameters)
         ]
         others += [part.activation for part in parts if isinstance(part.activation, nn.Module)]
-        self.reason = f"a {type(others[0]).__name__} in the layers" if others else ""
+        self.reason = f"a {type(others[0]).__name__} in the layers" if others else reason
         tables = [leaf.module._parameters for leaf in leaves]
         self.owners = tables + tables, ["weight"] * len(tables) + ["bias"] * len(tables)
 

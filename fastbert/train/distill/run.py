@@ -1,5 +1,6 @@
 """Distillation from raw text: a student is trained on a teacher's predictions."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,13 @@ from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import load_tokenizer
 from fastbert.models.pretraining import BertForMaskedLM
 from fastbert.models.trained import fingerprint, trained
-from fastbert.packing import PackedBatch
 from fastbert.train.distill.objective import (
     DistillationMetrics,
     DistillationObjective,
     Teacher,
     Weights,
 )
-from fastbert.train.distributed import Ranks
-from fastbert.train.evaluate import evaluate
 from fastbert.train.objective import PretrainingObjective
-from fastbert.train.precision import resolve_precision
 from fastbert.train.pretrain import carry_out
 from fastbert.train.recipe import Recipe, Verdict
 
@@ -101,13 +98,9 @@ class Distillation(Recipe):
         self,
         model: Any,
         validations: list[dict[str, float]],
-        batches: list[PackedBatch],
-        ranks: Ranks,
+        evaluated: Callable[[PretrainingObjective], dict[str, float]],
     ) -> Verdict:
-        heldout = validations[-1]
-        objective, step = PretrainingObjective(self.model).eval(), int(heldout["step"])
-        precision = resolve_precision(self.config.precision, trains=True)
-        found = evaluate(objective, batches, precision, step, ranks)
+        heldout, found = validations[-1], evaluated(PretrainingObjective(self.model).eval())
         loss, accuracy = found["heldout_mlm_loss"], found["mlm_accuracy"]
         sizes = [sum(p.numel() for p in m.parameters()) for m in (model, self.model)]
         share = heldout["mlm_accuracy"] / accuracy if accuracy else None

@@ -11,8 +11,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
+from fastbert.hf import stack
+from fastbert.modules import encoder
 from fastbert.modules.graphs import buckets, pool
 from fastbert.modules.graphs.pool import Pool
+from fastbert.modules.plan import Plan
 from fastbert.ops import attention_plain
 
 SHAPE = {
@@ -203,6 +206,13 @@ def batch(lengths: list[int], seed: int = 0) -> dict[str, Tensor]:
 
 def layers_of(model) -> torch.nn.ModuleList:
     return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+
+
+def plans_of(model) -> list[Plan]:
+    """The plans of the layers' parts, which keep the graphs of these."""
+    planners = encoder._PLANNER, stack._PLANNER
+    found = (planner.plans.get(layers_of(model), {}).values() for planner in planners)
+    return [plan for modes in found for plans in modes for plan in plans]
 
 
 def logits(model, inputs, **options):

@@ -3,7 +3,7 @@
 import torch
 
 from fastbert.modules.graphs import buckets
-from tests.modules.graphs.case import batch, layers_of, models
+from tests.modules.graphs.case import batch, models, plans_of
 
 
 def on_gpu(kind="Bert", head="ForSequenceClassification", **options):
@@ -28,6 +28,6 @@ def num_recorded():
 
 def reasons(model):
     """Why each bucket of the model has no graph, "" where it has one."""
-    every = buckets._RECORDED[layers_of(model)]
+    every = [plan.recorded for plan in plans_of(model) if plan.recorded is not None]
     entries = [entry for recorded in every for entry in recorded.entries.values()]
     return ["" if entry.graphs else entry.reason or "not yet" for entry in entries]

@@ -5,6 +5,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastbert
 from fastbert import backend
 from fastbert.modules.graphs import replays
 from fastbert.modules.graphs.call import Precision
@@ -84,6 +85,20 @@ def test_what_no_graph_does_runs_as_it_is(kind, name, recorder):
     actual, expected = (REFUSALS[name](model, inputs) for model in (recorded, plain))
     torch.testing.assert_close(actual, expected)
     assert recorder.recorded == 0
+
+
+def test_layers_that_are_read_in_each_call_have_no_graph(recorder):
+    """Those with a hook inside, though attention reads only the probability of its dropout."""
+    plain, recorded = (model.eval() for model in models("own"))
+    inputs = batch([7, 3])
+    for model in (plain, recorded):
+        dropout = layers_of(model)[0].attention.self.dropout
+        dropout.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(logits(recorded, inputs), logits(plain, inputs))
+    assert recorder.recorded == 0
+    routes = fastbert.explain(recorded, **inputs, show=False).routes
+    (reason,) = {route.reason for route in routes if route.module == "CUDA graph"}
+    assert reason == "a hook inside the layers"
 
 
 @pytest.mark.parametrize("kind", ["own", "Bert"])

@@ -14,7 +14,17 @@ from fastbert.modules.graphs import buckets
 from fastbert.modules.linear import Leaf, biases_of, fused_linear, product
 from fastbert.modules.products import PRODUCTS, fp8
 from fastbert.modules.products.weight_copies import WeightCopies
-from tests.modules.graphs.case import Counter, Repeats, batch, layers_of, logits, models, step, use
+from tests.modules.graphs.case import (
+    Counter,
+    Repeats,
+    batch,
+    layers_of,
+    logits,
+    models,
+    plans_of,
+    step,
+    use,
+)
 
 BF16 = torch.bfloat16
 LENGTHS = [9, 4, 16, 1]
@@ -261,7 +271,8 @@ def test_a_graph_of_a_bucket_begins_with_copies_of_weights(kind, casts, training
 
     monkeypatch.setattr(WeightCopies, "product", lambda *_: None)
     counted.clear()
-    buckets._RECORDED.clear()
+    for plan in plans_of(recorded):
+        plan.recorded = None
     with precision:
         run(recorded)
     # there is one more product in the last layer, whose queries are of some rows alone; the biases

@@ -168,6 +168,16 @@ def test_a_student_begins_as_its_teacher(config, teacher, tmp_path):
     assert summary["share_of_teacher_accuracy"] == 1
 
 
+def test_the_teacher_is_measured_in_the_precision_of_a_resumed_run(config, tmp_path, monkeypatch):
+    """Though "auto" would mean another one on this hardware."""
+    whole = dataclasses.replace(config, layers=2, steps=1, learning_rate=0.0, precision="fp32")
+    distill(whole, tmp_path / "run")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    auto = dataclasses.replace(whole, precision="auto")
+    summary = distill(auto, tmp_path / "run", resume=True)
+    assert summary["heldout_mlm_loss"] == summary["teacher_heldout_mlm_loss"]
+
+
 def run_cli(*arguments):
     cli.app(list(map(str, arguments)), standalone_mode=False)
 

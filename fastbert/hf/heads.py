@@ -174,7 +174,6 @@ def _score_rows(
     # labels inside vmap cannot be counted, either
     if labels.is_meta or isinstance(labels, FakeTensor) or is_transformed():
         raise Unsupported("the meta device or torch.func: nothing tells which tokens have a target")
-    require_usual_functions(model)
     head = family_of_module(model).head(model)
     leaf(head.decoder)  # raises Unsupported if the decoder must see every token
     base = getattr(model, model.base_model_prefix)
@@ -187,6 +186,7 @@ def _score_rows(
         except Unsupported as reason:
             events.refused(model, reason, "all rows")
     if found is None:
+        require_usual_functions(model)
         outputs = base(**rest, return_dict=True)
         states = outputs.last_hidden_state.flatten(0, 1)
         masked = mlm_gather(states, labels.flatten(), capacity=num_labels)

@@ -32,26 +32,28 @@ def replaced_function(cls: type, attention: str) -> str | None:
     None if there is none. cls: the patched class of a model or an encoder; attention: the name of
     its attention implementation.
     """
-    modeling, functional = vars(sys.modules[cls.__module__]), vars(F)
-    utilities = vars(sys.modules["transformers.modeling_utils"])
-    masks = sys.modules.get("transformers.masking_utils")  # which no model of 4.57 may have read
-    attentions = modeling.get("ALL_ATTENTION_FUNCTIONS", utilities["ALL_ATTENTION_FUNCTIONS"])
-    functions = [
-        attentions.get(attention),
-        masks and masks.ALL_MASK_ATTENTION_FUNCTIONS.get(attention),
-        *map(modeling.get, _OF_MODELING),
-        *map(functional.get, _OF_TORCH),
-    ]
-    if _USUAL.get((cls, attention)) == functions:
+    known = _USUAL.get((cls, attention))
+    if known is not None and list(map(dict.get, known[0], known[1])) == known[2]:
         return None
-    names = f"attn_implementation={attention!r}", f"the mask for {attention!r}"
-    named = zip((*names, *_OF_MODELING, *_OF_TORCH), functions, strict=True)
-    for name, function in named:
+    modeling = vars(sys.modules[cls.__module__])
+    masks = sys.modules.get("transformers.masking_utils")  # which no model of 4.57 may have read
+    registries = [(sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS, "attention")]
+    if masks is not None:
+        registries.append((masks.ALL_MASK_ATTENTION_FUNCTIONS, "mask"))
+    places: list[tuple[dict[str, Any], str, str]] = []  # where each function is, and its name
+    for registry, kind in registries:  # an instance's own functions come before all instances'
+        name = f"the {kind} function of {attention!r}"
+        mappings = registry._local_mapping, type(registry)._global_mapping
+        places += [(mapping, attention, name) for mapping in mappings]
+    places += [(modeling, name, name) for name in _OF_MODELING]
+    places += [(vars(F), name, name) for name in _OF_TORCH]
+    functions = [place.get(key) for place, key, _ in places]
+    for (_, _, name), function in zip(places, functions, strict=True):
         if not (function is None or function in _OWN or _is_theirs(function)):
             return name
-    if functions[0] is None and attention != "eager":  # whose function is the modeling file's
-        return names[0]
-    _USUAL[cls, attention] = functions
+    if attention != "eager" and registries[0][0].get(attention) is None:
+        return places[0][2]  # unknown; eager attention's function is the modeling file's
+    _USUAL[cls, attention] = [one[0] for one in places], [one[1] for one in places], functions
     return None
 
 
@@ -61,4 +63,5 @@ def _is_theirs(function: Callable[..., Any]) -> bool:
 
 # torch.compile, too, asks while it traces, as `fastbert.backend` does
 replaced_function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_USUAL: dict[tuple[type, str], list[Any]] = {}  # the functions that were found to be usual
+# for each class and attention: dictionaries, keys, and the usual functions that were found there
+_USUAL: dict[tuple[type, str], tuple[list[dict[str, Any]], list[str], list[Any]]] = {}

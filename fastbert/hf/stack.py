@@ -197,7 +197,7 @@ def require_usual_functions(module: Any) -> None:
     attention = getattr(module.config, "_attn_implementation", None) or "eager"
     name = replaced_function(patched_base(module), attention)
     if name is not None:
-        raise Unsupported(f"{name}, a function of the user's own")
+        raise Unsupported(f"{name} is the user's own")
 
 
 def makes_a_file() -> bool:

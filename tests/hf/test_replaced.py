@@ -69,7 +69,7 @@ def test_an_attention_that_looks_like_the_built_in_one(family, how, monkeypatch)
     with torch.no_grad():
         assert_both_change(models, states, replace)
     reason = fastbert.explain(models[1], ids(), attention_mask=MASK, show=False).routes[0].reason
-    assert reason == "attn_implementation='sdpa', a function of the user's own"
+    assert reason == "the attention function of 'sdpa' is the user's own"
 
 
 @needs_v5
@@ -114,7 +114,7 @@ def test_a_function_of_torch(family, name, monkeypatch):
             models, states, lambda: monkeypatch.setattr(F, name, turned(getattr(F, name)))
         )
     reason = fastbert.explain(models[1], ids(), attention_mask=MASK, show=False).routes[0].reason
-    assert reason == f"{name}, a function of the user's own"
+    assert reason == f"{name} is the user's own"
 
 
 def test_torchs_attention_replaced_as_sageattention_asks(monkeypatch):

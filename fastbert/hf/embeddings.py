@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from fastbert.backend import is_transformed
 from fastbert.check import require
 from fastbert.hf.families import Unsupported, dropout_of
-from fastbert.hf.hooks import is_hooked, is_theirs, works_by_token
+from fastbert.hf.hooks import THEIRS, is_hooked, is_theirs, works_by_token
 from fastbert.hf.stack import family_of_module, returns_tuples
 from fastbert.modules.embeddings import Tables, embed, own_dtype, stream_dtype
 from fastbert.modules.graphs.call import PaddedBatch
 from fastbert.modules.linear import (
     Leaf,
+    is_defined_in,
     is_parametrized,
     is_plain,
     is_plain_dropout,
@@ -175,6 +176,10 @@ def require_embeddings(embeddings: nn.Module, device: torch.device) -> None:
     words, positions, norm = (getattr(embeddings, name, None) for name in names)
     if words is None or positions is None or norm is None:
         raise Unsupported(f"a {type(embeddings).__name__} of the user's own as embeddings")
+    # RoBERTa's count; 4.57 has a function, see `replaced_function`
+    count = getattr(type(embeddings), "create_position_ids_from_input_ids", None)
+    if count is not None and not is_defined_in(count, THEIRS):
+        raise Unsupported("position ids of the user's own making")
     table, weight = words._parameters.get("weight"), norm._parameters.get("weight")
     is_one = table is None or weight is None or table.dtype == weight.dtype
     if not (is_one or torch.is_autocast_enabled(device.type)):

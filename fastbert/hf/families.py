@@ -87,22 +87,23 @@ def activation_of(function: Activation) -> Activation:
         cls = type(function)
         is_known = cls.__module__ in ("transformers.activations", "torch.nn.modules.activation")
         is_known = is_known and cls.__name__ not in _NOT_BY_ELEMENT
+        is_known = is_known and is_defined_in(cls.forward, ("torch.", *THEIRS))
         if is_hooked(function) or not is_known or getattr(function, "num_parameters", 1) > 1:
             raise Unsupported(f"a {cls.__name__} as activation, or a hook on it")
         return _ACTIVATIONS.get(cls.__name__, function)
-    if not _is_torchs(function.func if isinstance(function, functools.partial) else function):
+    if not is_torchs(function.func if isinstance(function, functools.partial) else function):
         raise Unsupported("a function of the user's own as activation")
     return function
 
 
-def _is_torchs(function: Any) -> bool:
+def is_torchs(function: Any) -> bool:
     """Whether torch defines a function, in Python or not."""
     if hasattr(function, "__globals__"):
         return is_defined_in(function, ("torch",))
     return (getattr(function, "__module__", None) or "torch").startswith("torch")
 
 
-_is_torchs._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see fastbert.backend
+is_torchs._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see fastbert.backend
 
 
 def leaf(module: Any, kind: type[nn.Module] = nn.Linear) -> Leaf:

@@ -35,9 +35,15 @@ def called_by(head: Any, forward: Forward) -> Forward:
 
 
 def present_head(model: Any) -> Any:
-    """The head whose own forward calls this bare model now; None without one."""
+    """The head whose own forward calls this bare model now, for the first time; else None.
+
+    A module inside a head may call the model once more, and read all of its output.
+    """
     head = None if torch.compiler.is_compiling() else _HEAD.get()
-    return head if head is not None and head.base_model is model else None
+    if head is None or head.base_model is not model:
+        return None
+    _HEAD.set(None)
+    return head
 
 
 def first_rows(head: Any, padding: Unpadding, hidden_size: int) -> Rows | None:

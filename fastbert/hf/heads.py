@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 
 from fastbert import events
 from fastbert.backend import is_transformed
+from fastbert.check import require
 from fastbert.hf.encode import read_call
 from fastbert.hf.families import (
     Forward,
@@ -25,7 +26,7 @@ from fastbert.hf.families import (
 )
 from fastbert.hf.first_tokens import called_by, is_plain_pooler
 from fastbert.hf.hooks import is_hooked
-from fastbert.hf.stack import family_of_module, makes_a_file
+from fastbert.hf.stack import family_of_module, makes_a_file, require_usual_functions
 from fastbert.models.losses import (
     Scored,
     pretraining_loss,
@@ -35,7 +36,7 @@ from fastbert.models.losses import (
     wants_logits,
     without_padding,
 )
-from fastbert.modules.linear import is_plain
+from fastbert.modules.linear import is_defined_in, is_plain
 from fastbert.modules.masks import real_tokens
 from fastbert.modules.request import call_or_config
 from fastbert.modules.sequences import Rows, first_tokens
@@ -57,7 +58,7 @@ def run_words(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     with_pairs = patched_base(model).__name__ == "BertForPreTraining"
     targets = ("labels", "next_sentence_label") if with_pairs else ("labels",)
     has_loss = all(arguments.get(name) is not None for name in targets)
-    has_loss = has_loss and (with_pairs or _is_usual(model))
+    has_loss = has_loss and _is_usual(model)
     with_logits = wants_logits(model, has_loss, *map(arguments.get, _LOGIT_OPTIONS))
     if has_loss:
         words, fields = _score(model, original, arguments, with_logits, with_pairs)
@@ -131,6 +132,8 @@ def _run_spans(
     """
     names = ("start_positions", "end_positions")
     starts, ends = map(arguments.get, names)
+    if not _is_usual(model):
+        return original(**arguments)
     output = original(**_without(arguments, (*names, "return_dict")), return_dict=True)
     is_real, scores = _real_tokens(model, arguments), [output.start_logits, output.end_logits]
     if is_real is not None:
@@ -182,6 +185,7 @@ def _score_rows(
         except Unsupported as reason:
             events.refused(model, reason, "all rows")
     if found is None:
+        require_usual_functions(model)
         outputs = base(**rest, return_dict=True)
         states = outputs.last_hidden_state.flatten(0, 1)
         masked = mlm_gather(states, labels.flatten(), capacity=num_labels)
@@ -203,8 +207,7 @@ def _run_rows(
     if call.wanted:
         raise Unsupported("hidden states, which all rows have")
     padding, mask = call.read()
-    by_row = labels.view(padding.batch_shape) if labels.ndim == 1 else labels
-    targets, rows, cu_seqlens = padding.pack(by_row, IGNORE_INDEX), None, padding.cu_seqlens
+    targets, rows, cu_seqlens = padding.pack(labels, IGNORE_INDEX), None, padding.cu_seqlens
     size, device = base.config.hidden_size, targets.device
     if Rows.pay(padding.num_tokens, size, device, labelled=True):
         has_label = targets != IGNORE_INDEX
@@ -223,8 +226,15 @@ def _run_rows(
 
 
 def _is_usual(model: Any) -> bool:
-    """Whether the model's loss is the mean cross-entropy; DistilBERT's loss is a module."""
+    """Whether the model's loss is the mean cross-entropy; DistilBERT's loss is a module.
+
+    A user may have replaced the class that its modeling file imports, or the class's forward.
+    """
     if getattr(model.config, "is_decoder", False):
+        return False
+    modeling = vars(sys.modules[patched_base(model).__module__])
+    cls = modeling.get("CrossEntropyLoss", torch.nn.CrossEntropyLoss)
+    if cls is not torch.nn.CrossEntropyLoss or not is_defined_in(cls.forward, ("torch.",)):
         return False
     loss = getattr(model, "mlm_loss_fct", None)
     if loss is None:
@@ -240,18 +250,28 @@ def _real_tokens(model: Any, arguments: dict[str, Any]) -> Tensor | None:
 
 
 def _of_real_tokens(model: Any, labels: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """One label per token, int64 unless floating-point, with -100 at padding."""
+    """One label per token, (B, S), int64 unless floating-point, with -100 at padding.
+
+    labels: of any shape, as Hugging Face flattens them; raises ValueError for another number.
+    """
     labels = labels if labels.is_floating_point() else labels.long()
-    is_real = _real_tokens(model, arguments)
-    if is_real is None:
+    given = arguments.get("input_ids")
+    given = arguments.get("inputs_embeds") if given is None else given
+    if given is None or given.ndim < 2:  # which Hugging Face refuses
         return labels
+    batch_size, seqlen = given.shape[:2]
+    if labels.numel() != batch_size * seqlen:
+        expected = f"one for each token, shape {(batch_size, seqlen)}"
+        require(False, "labels", expected, tuple(labels.shape))
+    by_row, is_real = labels.reshape(batch_size, seqlen), _real_tokens(model, arguments)
+    if is_real is None:
+        return by_row
     is_padding = ~is_real.to(labels.device)
-    by_row = labels.reshape(-1, is_real.shape[1])  # Hugging Face accepts flat labels too
     if events.is_listening():
         count = int(((by_row != IGNORE_INDEX) & is_padding).sum())
         if count:
             events.tell(events.Route("labels", "as -100", f"{count} of them are at padding"))
-    return by_row.masked_fill(is_padding, IGNORE_INDEX).view(labels.shape)
+    return by_row.masked_fill(is_padding, IGNORE_INDEX)
 
 
 def _returned(model: Any, output: Any, arguments: dict[str, Any]) -> Any:

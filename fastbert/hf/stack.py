@@ -11,15 +11,16 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert import events
 from fastbert.backend import is_transformed
-from fastbert.hf.attention import attention_forward
 from fastbert.hf.families import (
     Family,
     Forward,
     Unsupported,
     keeps_padding,
+    patched_base,
     runs_patched,
 )
 from fastbert.hf.hooks import FAMILY, has_their, is_observed, see_arguments
+from fastbert.hf.replaced import replaced_function
 from fastbert.modules.graphs.buckets import may_compute, read_layers
 from fastbert.modules.layer import LayerParts, Stream, run_layer
 from fastbert.modules.plan import Planner, Reading
@@ -79,7 +80,7 @@ class PackedCall(NamedTuple):
                 raise Unsupported(f"a {type(mask).__name__} as attention_mask")
             if is_transformed() and torch._C._functorch.is_functorch_wrapped_tensor(mask):
                 raise Unsupported("a mask inside torch.func, whose values may not be read")
-        _require_supported(config, layers, arguments)
+        _require_supported(module, layers, arguments)
         reading = read_layers(_PLANNER, layers, given.device, trains=module.training)
         told = [name for name in _LAYOUT[:3] if layout[name] is not None]
         if len(given) == 1 and told == ["position_ids"] and is_one_graph():
@@ -165,11 +166,12 @@ class PackedCall(NamedTuple):
         events.packed(self.module, x, places, "; ".join(notes))
 
 
-def _require_supported(config: Any, layers: nn.ModuleList, arguments: dict[str, Any]) -> None:
+def _require_supported(module: Any, layers: nn.ModuleList, arguments: dict[str, Any]) -> None:
     """Raises Unsupported if the packed path does not support the call.
 
     The layers themselves are checked when their parts are read.
     """
+    config = module.config
     if getattr(config, "is_decoder", False) or getattr(config, "is_causal", None):
         raise Unsupported("a decoder: it attends to earlier tokens only")
     if _has_any_global_hook():
@@ -181,11 +183,17 @@ def _require_supported(config: Any, layers: nn.ModuleList, arguments: dict[str, 
     name = unknown_argument(arguments)
     if name is not None:
         raise Unsupported(f"the argument {name}")
-    attention = getattr(config, "_attn_implementation", None) or "eager"
-    if not is_built_in(attention):
-        raise Unsupported(f"attn_implementation={attention!r}, an attention of the user's own")
+    require_usual_functions(module)
     if makes_a_file():
         raise Unsupported("tracing or export, which would fix the lengths of this batch")
+
+
+def require_usual_functions(module: Any) -> None:
+    """Raises Unsupported if Hugging Face's forward would call a function of the user's own."""
+    attention = getattr(module.config, "_attn_implementation", None) or "eager"
+    name = replaced_function(patched_base(module), attention)
+    if name is not None:
+        raise Unsupported(f"{name} is the user's own")
 
 
 def makes_a_file() -> bool:
@@ -199,17 +207,6 @@ def require_kernels(device: torch.device) -> None:
     choice = attention_qkvpacked.chosen(device.type)
     if device.type != "cpu" and choice.kernels is None and not choice.forced:
         raise Unsupported(f"no kernels for {device.type}: {choice.reason}")
-
-
-def is_built_in(attention: str) -> bool:
-    """Whether `attention` names transformers' or fastbert's softmax attention, not a user's own.
-
-    Checks the function registered under the name, because users may register their own there.
-    """
-    found = of_transformers("modeling_utils").AttentionInterface().get(attention)
-    if found is None:  # "eager" is a function of each modeling file
-        return attention == "eager"
-    return found is attention_forward or found.__module__.startswith("transformers.integrations.")
 
 
 def parts_of(layer: Any) -> LayerParts:

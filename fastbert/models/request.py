@@ -117,6 +117,8 @@ class Request:
             assert padding is not None
             shape = padding.batch_shape
             require(labels.shape == shape, "labels", f"shape {shape}", tuple(labels.shape))
+            if not labels.dtype.is_signed:  # which cannot hold what padding gets
+                labels = labels.long()
             own = packed(padding, "labels", labels, IGNORE_INDEX)
             batch = dataclasses.replace(batch, labels=own)
         if batch.labels is not None and batch.num_labels is None:

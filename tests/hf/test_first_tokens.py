@@ -250,3 +250,26 @@ def test_a_classifier_that_reads_the_first_column_gets_it_padded(monkeypatch):
     logits = ours(**batch).logits
     monkeypatch.setattr(encode, "reads_pooler", lambda *_: False)
     torch.testing.assert_close(logits, ours(**batch).logits)
+
+
+def test_a_module_inside_a_head_that_calls_the_model_once_more_gets_all_tokens():
+    class MeanToo(nn.Module):
+        """Scores the pooler's output and the mean of a second, masked view of the batch."""
+
+        def __init__(self, bare, batch, classifier):
+            super().__init__()
+            self.others, self.classifier = (bare, batch), classifier
+
+        def forward(self, pooled):
+            bare, batch = self.others
+            states = bare(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+            real = batch["attention_mask"][..., None]
+            return self.classifier(pooled + (states * real).sum(1) / real.sum(1))
+
+    case = Case("Bert", "ForSequenceClassification", training=False)
+    models, logits = build(case), []
+    batch, _ = inputs(case, models[0])
+    for model in models:
+        model.classifier = MeanToo(model.bert, batch, model.classifier)
+        logits.append(model(**batch).logits)
+    torch.testing.assert_close(*logits)

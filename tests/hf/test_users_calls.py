@@ -142,3 +142,35 @@ def test_a_model_without_dropout_draws_nothing(family, p):
         states(model.train())
         drawn.append(torch.rand(()))
     assert (drawn[0] == drawn[1]) == (p == 0)
+
+
+WORD_KINDS = ["ForMaskedLM", "ForPreTraining", "ForTokenClassification"]
+
+
+def labelled(kind, labels):
+    more = {"next_sentence_label": torch.tensor([0, 1, 1])} if kind == "ForPreTraining" else {}
+    return {"input_ids": ids(), "attention_mask": MASK, "labels": labels} | more
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kind", WORD_KINDS)
+@pytest.mark.parametrize("shape", [(-1,), (*MASK.shape, 1), (10, 3)], ids=str)
+def test_labels_of_another_shape_are_taken_in_order(kind, shape, training):
+    """Hugging Face flattens them; read as rows of packed tokens they overwrote memory."""
+    theirs, ours = pair("Bert", kind, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    labels = (ids() % 2).masked_fill(~REAL, -100).view(shape)
+    losses = [model.train(training)(**labelled(kind, labels)).loss for model in (ours, theirs)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kind", WORD_KINDS)
+@pytest.mark.parametrize("shape", [(3, 9), (2, 10), (29,)], ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["no mask", "mask"])
+def test_labels_of_another_number_than_tokens_are_refused(kind, shape, padded, training):
+    """As where peft's prompts make a sequence longer than its labels."""
+    _, ours = pair("Bert", kind)
+    batch = labelled(kind, torch.ones(shape, dtype=torch.long))
+    batch["attention_mask"] = MASK if padded else None
+    with pytest.raises(ValueError, match=r"^labels: expected one for each token, shape \(3, 10\)"):
+        ours.train(training)(**batch)

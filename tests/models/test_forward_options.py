@@ -243,3 +243,13 @@ def test_a_model_made_on_the_meta_device_takes_its_weights_by_assignment(head):
         head = other.cls.predictions
         assert head.decoder.weight is other.bert.embeddings.word_embeddings.weight
         assert head.decoder.bias is head.bias
+
+
+@pytest.mark.parametrize("head", ["MaskedLM", "TokenClassification"])
+def test_labels_of_an_unsigned_byte_are_labels(head):
+    """Hugging Face's loss takes them, too; they cannot hold the -100 that padding gets."""
+    model, mask = make(f"BertFor{head}"), torch.ones_like(IDS)
+    mask[1, 4:] = 0
+    labels = (IDS % 2).byte()
+    losses = [model(IDS, attention_mask=mask, labels=x).loss for x in (labels, labels.long())]
+    assert torch.equal(*losses)

@@ -1,13 +1,12 @@
 """Detects hooks and replaced classes, for which a module of a patched model must be called."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from fastbert.modules.linear import each_hook, is_defined_in, is_of_weights, module_of_hook
-from fastbert.modules.request import CAPTURING
+from fastbert.modules.linear import each_hook, is_defined_in, is_of_weights
+from fastbert.modules.plan import is_awake
 
 # Attributes of a patched class, which its subclasses inherit.
 ORIGINAL = "_fastbert_original_class"  # the class that it replaces
@@ -18,7 +17,7 @@ THEIRS = "transformers.", "fastbert.hf."
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether the module has active hooks, or a forward set on the instance."""
-    return "forward" in vars(module) or any(map(_is_awake, each_hook(module)))
+    return "forward" in vars(module) or any(map(is_awake, each_hook(module)))
 
 
 def is_observed(layer: nn.Module) -> bool:
@@ -87,11 +86,4 @@ def see_arguments(layers: nn.ModuleList) -> bool:
 
 
 def _observes(hook: Callable[..., Any]) -> bool:
-    return _is_awake(hook) and not is_of_weights(hook)
-
-
-def _is_awake(hook: Callable[..., Any]) -> bool:
-    """Whether a hook is active: transformers 5's capturing hooks stay, but act only when asked."""
-    if module_of_hook(hook) != CAPTURING:
-        return True
-    return bool(sys.modules[CAPTURING]._active_collector.get())
+    return is_awake(hook) and not is_of_weights(hook)

@@ -8,6 +8,7 @@ then a `Reading` assumes the parts of the last call.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterable
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +19,8 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert import events
-from fastbert.modules.linear import Hooks, hooks_of
+from fastbert.modules.linear import Hooks, each_hook, hooks_of, module_of_hook
+from fastbert.modules.request import CAPTURING
 
 # Attributes that classes define. Users replace them on the class, or set them on an instance.
 _OF_CLASSES = "forward", "save", "feed_forward_chunk", "ff_chunk"
@@ -40,9 +42,9 @@ class Plan:
 
     owner: the list of layers, or a module that is read alone, the only one of `layers` then. A plan
     keeps only dictionaries of it, so that the plan is freed with its owner. hooks: the live
-    dictionaries of the hooks inside the layers, all empty; own_hooks: those of the layers
-    themselves; recorded: the CUDA graphs of the parts, a `pool.Recorded`, which must not refer to
-    the owner either, or None.
+    dictionaries of the hooks inside the layers, which are empty or hold hooks that sleep;
+    own_hooks: those of the layers themselves; recorded: the CUDA graphs of the parts, a
+    `pool.Recorded`, which must not refer to the owner either, or None.
     """
 
     recorded: Any = None
@@ -50,7 +52,8 @@ class Plan:
     def __init__(
         self, owner: nn.Module, layers: list[nn.Module], parts: tuple[Any, ...], hooks: Hooks
     ) -> None:
-        self.parts, self.hooks = parts, hooks
+        self.parts, self.hooks = parts, tuple(some for some in hooks if not some)
+        self.asleep = tuple(some for some in hooks if some)
         self.own_hooks = tuple(hook for layer in layers for hook in hooks_of(layer))
         self.has_forward = any("forward" in vars(layer) for layer in layers)
         every = list(owner.modules())
@@ -75,6 +78,7 @@ class Plan:
         """Whether the layers are as they were when read."""
         return (
             not any(self.hooks)
+            and not (self.asleep and are_awake(self.asleep))
             and list(map(dict.get, self.dictionaries, self.names)) == self.values
             and self.children == self.children_then
             and list(map(len, self.parameters)) == self.counts
@@ -105,16 +109,16 @@ class Planner:
         plans = self.plans.get(owner, {}).get(owner.training, [])
         for plan in plans:
             if plan.holds():
-                if plan is not plans[0]:
-                    plans.remove(plan)
-                    plans.insert(0, plan)
+                if plan is not plans[0]:  # a new list, because another thread may go through this
+                    others = [one for one in plans if one is not plan]
+                    self.plans[owner][owner.training] = [plan, *others]
                 return plan.parts
         parts = tuple(map(self.parts_of, layers))
         inner = [module for layer in layers for module in layer.modules() if module is not layer]
         hooks = tuple(hook for module in inner for hook in hooks_of(module))
         # hooked layers are read each time, because some hooks are only active at times; a forward
         # set on the owner refers to the owner, and in a plan would keep it from being freed
-        if not (any(hooks) or "forward" in vars(owner) or _has_any_global_hook()):
+        if not (are_awake(hooks) or "forward" in vars(owner) or _has_any_global_hook()):
             plan = Plan(owner, layers, parts, hooks)
             others = [one for one in plans if one.modules == plan.modules][: MOST_PLANS - 1]
             self.plans.setdefault(owner, {})[owner.training] = [plan, *others]
@@ -154,7 +158,8 @@ class Reading:
         for number, layer in enumerate(self.layers if is_seen else ()):
             own = vars(layer)
             is_checkpointed = own.get("gradient_checkpointing") and own["training"]
-            if are_all or is_checkpointed or "forward" in own or any(hooks_of(layer)):
+            is_hooked = are_all or "forward" in own or any(map(is_awake, each_hook(layer)))
+            if is_hooked or is_checkpointed:
                 numbers.append(number)
         unread = [number for number, part in enumerate(self.parts) if part is None]
         return unread + numbers
@@ -186,6 +191,18 @@ class Reading:
         plan, self.assumed = self.assumed, None
         if plan is not None and not plan.holds():
             self.parts = self.planner.parts(self.layers)
+
+
+def are_awake(hooks: Hooks) -> bool:
+    """Whether one of the hooks is active."""
+    return any(is_awake(hook) for some in hooks for hook in some.values())
+
+
+def is_awake(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is active: transformers 5's capturing hooks stay, but act only when asked."""
+    if module_of_hook(hook) != CAPTURING:
+        return True
+    return bool(sys.modules[CAPTURING]._active_collector.get())
 
 
 def _attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:

@@ -1,5 +1,7 @@
 """What no graph does runs as it is, and what a recording must not read."""
 
+import sys
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -7,9 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
 from fastbert import backend
+from fastbert.hf import stack
 from fastbert.modules.graphs import replays
 from fastbert.modules.graphs.call import Precision
+from fastbert.modules.request import CAPTURING
 from tests.modules.graphs.case import batch, layers_of, logits, models, step
+from tests.versions import IS_V4
 
 
 def test_a_recording_neither_reads_nor_keeps_the_copies_that_autocast_makes():
@@ -99,6 +104,46 @@ def test_layers_that_are_read_in_each_call_have_no_graph(recorder):
     routes = fastbert.explain(recorded, **inputs, show=False).routes
     (reason,) = {route.reason for route in routes if route.module == "CUDA graph"}
     assert reason == "a hook inside the layers"
+
+
+@pytest.mark.skipif(IS_V4, reason="transformers 4.57 captures without hooks that stay")
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert"])
+def test_hooks_that_transformers_left_to_capture_outputs_cost_nothing(kind, recorder, monkeypatch):
+    """One call with output_attentions hangs them on layers and attentions, where they sleep."""
+    model = models(kind)[1].eval()
+    model.set_attn_implementation("eager")
+    inputs, layers = batch([7, 3]), layers_of(model)
+    expected = logits(model, inputs)
+    with torch.no_grad():
+        model(**inputs, output_attentions=True)
+    assert all(layer._forward_hooks for layer in layers)
+    torch.testing.assert_close(logits(model, inputs), expected)
+    replayed = recorder.replayed
+    read = []
+    with monkeypatch.context() as patched:
+        patched.setattr(stack._PLANNER, "parts_of", read.append)
+        torch.testing.assert_close(logits(model, inputs), expected)
+    assert recorder.replayed == replayed + 1
+    assert read == []
+
+    # a model around an encoder wakes them
+    base, capturing = model.base_model, sys.modules[CAPTURING]
+    encoder = base.transformer if kind == "DistilBert" else base.encoder
+    with torch.no_grad():
+        x = base.embeddings(inputs["input_ids"])
+        # with hooks of the user's own each layer is read alone, too
+        hooks = [layer.register_forward_hook(lambda *_: None) for layer in layers]
+        last = encoder(x)[0]
+        for hook in hooks:
+            hook.remove()
+        token = capturing._active_collector.set(collected := {"attentions": []})
+        try:
+            torch.testing.assert_close(encoder(x)[0], last)
+        finally:
+            capturing._active_collector.reset(token)
+        assert len(collected["attentions"]) == len(layers)
+        torch.testing.assert_close(encoder(x)[0], last)
+        assert len(collected["attentions"]) == len(layers)
 
 
 @pytest.mark.parametrize("kind", ["own", "Bert"])

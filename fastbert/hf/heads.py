@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 
 from fastbert import events
 from fastbert.backend import is_transformed
+from fastbert.check import require
 from fastbert.hf.encode import read_call
 from fastbert.hf.families import (
     Forward,
@@ -204,7 +205,7 @@ def _run_rows(
     if call.wanted:
         raise Unsupported("hidden states, which all rows have")
     padding, mask = call.read()
-    by_row = labels.view(padding.batch_shape) if labels.ndim == 1 else labels
+    by_row = labels.reshape(padding.batch_shape)
     targets, rows, cu_seqlens = padding.pack(by_row, IGNORE_INDEX), None, padding.cu_seqlens
     size, device = base.config.hidden_size, targets.device
     if Rows.pay(padding.num_tokens, size, device, labelled=True):
@@ -241,13 +242,25 @@ def _real_tokens(model: Any, arguments: dict[str, Any]) -> Tensor | None:
 
 
 def _of_real_tokens(model: Any, labels: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """One label per token, int64 unless floating-point, with -100 at padding."""
+    """One label per token, int64 unless floating-point, with -100 at padding.
+
+    Raises ValueError for another number of labels; a mask of another shape is refused as it is
+    read.
+    """
     labels = labels if labels.is_floating_point() else labels.long()
+    given = arguments.get("input_ids")
+    given = arguments.get("inputs_embeds") if given is None else given
+    if not isinstance(given, Tensor):
+        return labels
+    shape = given.shape[:2]
+    # Hugging Face accepts flat labels too
+    is_one_each = labels.numel() == shape.numel()
+    require(is_one_each, "labels", f"one of each token, {tuple(shape)}", tuple(labels.shape))
     is_real = _real_tokens(model, arguments)
-    if is_real is None:
+    if is_real is None or is_real.shape not in (shape, (1, *shape[1:])):
         return labels
     is_padding = ~is_real.to(labels.device)
-    by_row = labels.reshape(-1, is_real.shape[1])  # Hugging Face accepts flat labels too
+    by_row = labels.reshape(shape)
     if events.is_listening():
         count = int(((by_row != IGNORE_INDEX) & is_padding).sum())
         if count:

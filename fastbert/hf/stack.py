@@ -22,7 +22,7 @@ from fastbert.hf.families import (
 from fastbert.hf.hooks import FAMILY, has_their, is_observed, see_arguments
 from fastbert.modules.graphs.buckets import may_compute, may_replay
 from fastbert.modules.layer import LayerParts, Stream, run_layer
-from fastbert.modules.plan import Planner, Reading
+from fastbert.modules.plan import Planner, Reading, is_plain_list
 from fastbert.modules.request import (
     DOCUMENTS,
     call_or_config,
@@ -190,6 +190,14 @@ def _require_supported(config: Any, layers: nn.ModuleList, arguments: dict[str, 
         raise Unsupported(f"attn_implementation={attention!r}, an attention of the user's own")
     if makes_a_file():
         raise Unsupported("tracing or export, which would fix the lengths of this batch")
+
+
+def layers_inside(stack: Any) -> nn.ModuleList:
+    """The layers of an encoder; raises Unsupported if a call might visit others."""
+    layers: nn.ModuleList = stack.layer
+    if not is_plain_list(layers):
+        raise Unsupported(f"layers in a {type(layers).__name__}, which may leave some out")
+    return layers
 
 
 def makes_a_file() -> bool:

@@ -52,6 +52,8 @@ def test_an_error_of_hugging_faces_own_forward_has_no_context_of_ours():
     _, ours = pair()
     with pytest.raises((ValueError, IndexError), match=r"not enough values|too many ind") as caught:
         ours(ids()[0], output_attentions=True)
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        ours(ids()[None])
     error: BaseException | None = caught.value
     while error is not None:
         assert type(error).__name__ != "Unsupported"

@@ -85,7 +85,31 @@ def put_in_a_softmax_along_the_sequence(model):
         owner.activation = nn.Softmax(dim=1)
 
 
+class Later(nn.ModuleList):
+    """Leaves its first layer out, as LayerDrop's lists do at random."""
+
+    def __iter__(self):
+        return iter(list(super().__iter__())[1:])
+
+
+def encoder_of(model):
+    return getattr(model, "encoder", None) or model.transformer
+
+
+def leave_a_layer_out(model):
+    encoder_of(model).layer = Later(encoder_of(model).layer)
+
+
+def keep_a_layer_in_a_tuple(model):
+    encoder = encoder_of(model)
+    layers = tuple(encoder.layer)
+    del encoder.layer
+    encoder.layer = layers[1:]
+
+
 CHANGES = [
+    leave_a_layer_out,
+    keep_a_layer_in_a_tuple,
     change_the_scaling,
     prune_a_head_by_hand,
     double_the_feed_forward,

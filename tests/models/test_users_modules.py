@@ -187,7 +187,9 @@ def test_a_hook_inside_a_layer_gets_the_mask_by_its_place_or_its_name_as_hugging
     seen = []
 
     def see(module, args, kwargs):
-        seen.append((sum(map(torch.is_tensor, args)), torch.is_tensor(kwargs.get("attention_mask"))))
+        seen.append(
+            (sum(map(torch.is_tensor, args)), torch.is_tensor(kwargs.get("attention_mask")))
+        )
 
     for model in make("ForTokenClassification"):
         inside = model.get_submodule(f"bert.encoder.layer.0{name}")

@@ -20,7 +20,14 @@ from fastbert.hf.first_tokens import (
     reads_pooler,
 )
 from fastbert.hf.hooks import has_their, is_hooked, is_theirs
-from fastbert.hf.stack import PackedCall, States, family_of_module, of_transformers, returns_tuples
+from fastbert.hf.stack import (
+    PackedCall,
+    States,
+    family_of_module,
+    layers_inside,
+    of_transformers,
+    returns_tuples,
+)
 from fastbert.modules.embeddings import own_dtype, stream_dtype
 from fastbert.modules.graphs.buckets import may_compute
 from fastbert.modules.graphs.call import PaddedBatch
@@ -106,8 +113,9 @@ def read_call(model: Any, arguments: dict[str, Any]) -> PackedCall:
     inputs_embeds = arguments.pop("inputs_embeds", None)
     token_type_ids = arguments.pop("token_type_ids", None)
     mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
-    given = input_ids if inputs_embeds is None else inputs_embeds
-    if given is None or (input_ids is not None and inputs_embeds is not None) or given.ndim < 2:
+    given, ndim = (input_ids, 2) if inputs_embeds is None else (inputs_embeds, 3)
+    is_one = (input_ids is None) != (inputs_embeds is None)
+    if not (is_one and isinstance(given, Tensor) and given.ndim == ndim):
         raise Unsupported("input that Hugging Face refuses")
     if isinstance(mask, Tensor) and mask.ndim not in (2, 4):
         raise Unsupported(f"an attention_mask of {mask.ndim} dimensions")
@@ -122,8 +130,8 @@ def read_call(model: Any, arguments: dict[str, Any]) -> PackedCall:
         ids = position_ids, token_type_ids
         return embedded(model, padding, rng, input_ids, inputs_embeds, *ids)
 
-    own = own_dtype(model.embeddings)
-    return PackedCall.of(model, encoder.layer, given, arguments, embed, own)
+    layers, own = layers_inside(encoder), own_dtype(model.embeddings)
+    return PackedCall.of(model, layers, given, arguments, embed, own)
 
 
 def run_encoder(encoder: Any, original: Forward, arguments: dict[str, Any]) -> Any:
@@ -136,7 +144,8 @@ def run_encoder(encoder: Any, original: Forward, arguments: dict[str, Any]) -> A
 
     last = None
     try:
-        call = PackedCall.of(encoder, encoder.layer, given, wanted, embed, given.dtype)
+        layers = layers_inside(encoder)
+        call = PackedCall.of(encoder, layers, given, wanted, embed, given.dtype)
         padding, mask = call.read()
         x, states = call.run(padding, mask)
         last = call.last(x, padding, states)

@@ -257,15 +257,15 @@ def _of_real_tokens(model: Any, labels: Tensor, arguments: dict[str, Any]) -> Te
     labels = labels if labels.is_floating_point() else labels.long()
     given = arguments.get("input_ids")
     given = arguments.get("inputs_embeds") if given is None else given
-    if given is None or given.ndim < 2:  # which Hugging Face refuses
+    if not isinstance(given, Tensor) or given.ndim < 2:  # which Hugging Face refuses
         return labels
     batch_size, seqlen = given.shape[:2]
     if labels.numel() != batch_size * seqlen:
         expected = f"one for each token, shape {(batch_size, seqlen)}"
         require(False, "labels", expected, tuple(labels.shape))
     by_row, is_real = labels.reshape(batch_size, seqlen), _real_tokens(model, arguments)
-    if is_real is None:
-        return by_row
+    if is_real is None or is_real.shape not in ((batch_size, seqlen), (1, seqlen)):
+        return by_row  # a mask of another shape is refused as it is read
     is_padding = ~is_real.to(labels.device)
     if events.is_listening():
         count = int(((by_row != IGNORE_INDEX) & is_padding).sum())

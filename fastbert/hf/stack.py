@@ -23,7 +23,7 @@ from fastbert.hf.hooks import FAMILY, has_their, is_observed, see_arguments
 from fastbert.hf.replaced import replaced_function
 from fastbert.modules.graphs.buckets import may_compute, read_layers
 from fastbert.modules.layer import LayerParts, Stream, run_layer
-from fastbert.modules.plan import Planner, Reading
+from fastbert.modules.plan import Planner, Reading, is_plain_list
 from fastbert.modules.request import (
     DOCUMENTS,
     call_or_config,
@@ -194,6 +194,14 @@ def require_usual_functions(module: Any) -> None:
     name = replaced_function(patched_base(module), attention)
     if name is not None:
         raise Unsupported(f"{name} is the user's own")
+
+
+def layers_inside(stack: Any) -> nn.ModuleList:
+    """The layers of an encoder; raises Unsupported if a call might visit others."""
+    layers: nn.ModuleList = stack.layer
+    if not is_plain_list(layers):
+        raise Unsupported(f"layers in a {type(layers).__name__}, which may leave some out")
+    return layers
 
 
 def makes_a_file() -> bool:

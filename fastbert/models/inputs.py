@@ -105,8 +105,9 @@ def _positions(padding: Unpadding, given: Tensor) -> Tensor:
     columns = torch.arange(seqlen, device=given.device)
     if padding.is_by_row:
         return columns
-    starts, lengths = padding.cu_seqlens[:-1].long(), padding.cu_seqlens.diff()
-    return columns - starts.repeat_interleave(lengths, output_size=seqlen)
+    starts = padding.cu_seqlens
+    number = torch.searchsorted(starts, columns.int(), right=True) - 1
+    return columns - starts[number]
 
 
 def packed(padding: Unpadding, name: str, tensor: Any, spare: int = 0) -> Any:

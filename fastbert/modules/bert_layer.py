@@ -138,7 +138,7 @@ class BertAttention(nn.Module):
         if takes_tokens(self.self, BertSelfAttention):
             context = self.self(x, wanted, sequences)
         else:
-            context = in_rows(self.self, x, sequences)
+            context = in_rows(self.self, x, sequences, names_mask=True)
         return self.output(context, wanted, sequences.wanted_rng(1))
 
 

@@ -17,7 +17,7 @@ from fastbert.modules.bert_layer import BertLayer, parts_of
 from fastbert.modules.embeddings import stream_dtype
 from fastbert.modules.graphs.buckets import off_by, read_layers
 from fastbert.modules.layer import Share, share_packed
-from fastbert.modules.plan import Planner, Reading
+from fastbert.modules.plan import Planner, Reading, is_plain_list
 from fastbert.modules.request import (
     CAPTURING,
     DOCUMENTS,
@@ -112,8 +112,12 @@ class BertEncoder(nn.Module):
     def reading(self, device: torch.device, *, trains: bool) -> Reading:
         """Reads the layers for one call with tokens on `device`.
 
-        trains: whether the model around them is in training mode, or a dropout state is given
+        trains: whether the model around them is in training mode, or a dropout state is given.
+        Raises ValueError if a call might not visit all layers.
         """
+        remedy = "use a Hugging Face model patched by fastbert.patch"
+        kind, expected = type(self.layer).__name__, "layers in a plain nn.ModuleList"
+        require(is_plain_list(self.layer), "BertEncoder", expected, kind, remedy)
         return read_layers(_PLANNER, self.layer, device, trains=trains or self.training)
 
     def _forward_padded(

@@ -205,6 +205,15 @@ def is_awake(hook: Callable[..., Any]) -> bool:
     return bool(sys.modules[CAPTURING]._active_collector.get())
 
 
+def is_plain_list(layers: Any) -> bool:
+    """Whether a call visits each of the layers in order, as torch's own lists do.
+
+    Lists of the user's own may leave some out, such as those of LayerDrop (Fan et al. 2020,
+    https://arxiv.org/abs/1909.11556).
+    """
+    return isinstance(layers, nn.ModuleList) and type(layers).__iter__ is nn.ModuleList.__iter__
+
+
 def _attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:
     """A module's attributes on which parts depend, with values; None for those that it lacks."""
     own, read = vars(module), _READ.get(type(module))

@@ -27,13 +27,21 @@ def takes_tokens(module: nn.Module, kind: type[nn.Module]) -> bool:
     return is_known and not is_watched(module)
 
 
-def in_rows(module: nn.Module, x: Tensor, sequences: Sequences) -> Tensor:
-    """(T, H) -> (T, H) or (M, H): calls a layer or an attention with rows, as Hugging Face does."""
+def in_rows(
+    module: nn.Module, x: Tensor, sequences: Sequences, *, names_mask: bool = False
+) -> Tensor:
+    """(T, H) -> (T, H) or (M, H): calls a layer or an attention with rows, as Hugging Face does.
+
+    names_mask: whether the mask is passed by its name, as to `attention.self`
+    """
     rows = Unpadding.from_cu_seqlens(sequences.cu_seqlens, sequences.max_seqlen, len(x))
     mask = rows.mask if sequences.mask is None else sequences.mask
     # for the same dropout
     named = {"packed": (rows, sequences.only(None))} if is_own(module) else {}
-    output = module(rows.pad(x), mask, **named)
+    if names_mask:
+        output = module(rows.pad(x), attention_mask=mask, **named)
+    else:
+        output = module(rows.pad(x), mask, **named)
     y = rows.pack(output[0] if isinstance(output, tuple) else output).to(x.dtype)
     return y if sequences.rows is None else sequences.rows.of(y)
 

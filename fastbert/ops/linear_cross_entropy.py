@@ -49,9 +49,9 @@ def linear_cross_entropy(
 
     The product is in hidden.dtype or autocast's dtype, the softmax in float32 or wider. A target
     out of range raises an IndexError on a CPU; the kernels, which cannot raise, make the loss NaN.
-    The kernels keep the logits in the product's dtype, and the backward overwrites them, so that a
-    second backward through the same graph raises a RuntimeError. Raises ValueError for other
-    shapes, targets of another dtype, a label_smoothing outside [0, 1], or another reduction.
+    The kernels keep the logits in the product's dtype, and the backward overwrites them; a second
+    backward through the same graph computes them again. Raises ValueError for other shapes, targets
+    of another dtype, a label_smoothing outside [0, 1], or another reduction.
     """
     who = "linear_cross_entropy"
     require_floats(who, hidden=hidden)
@@ -135,9 +135,9 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         if ctx is None:
             return loss, correct
         ctx.kernels, ctx.options, ctx.dtypes, ctx.rows = kernels, options, dtypes, rows
-        ctx.is_overwritten = False
-        ctx.keeps_logits = len(parts) == 1
-        logits = logits if ctx.keeps_logits else None
+        is_whole = len(parts) == 1
+        ctx.has_logits, ctx.sum_dtype = is_whole, dtypes[0] if is_whole else torch.float32
+        logits = logits if is_whole else None
         ctx.save_for_backward(hidden, weight, bias, targets, *statistics, count, logits)
         ctx.mark_non_differentiable(correct)
         return loss, correct
@@ -145,25 +145,18 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     @once("linear_cross_entropy")
     def backward(ctx: Any, dloss: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        if ctx.is_overwritten:
-            raise RuntimeError(
-                "linear_cross_entropy: the first backward overwrote the logits that a second one "
-                "through the same graph needs; run the forward again instead of "
-                'retain_graph=True, or use fastbert.backend.use("reference")'
-            )
-        ctx.is_overwritten = ctx.keeps_logits
+        has_logits, ctx.has_logits = ctx.has_logits, False  # this backward overwrites them
         hidden, weight, bias, targets, highest, total, count, logits = ctx.saved_tensors
         scale = dloss if count is None else dloss / count
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[1:4]
         weight_dtype, bias_dtype = ctx.dtypes
-        sum_dtype = weight_dtype if ctx.keeps_logits else torch.float32
         dhidden: list[Tensor] = []
         dweight: Tensor | None = None
         dbias: Tensor | None = None
         with torch.autocast(hidden.device.type, enabled=False):
             by_row = (tensor.split(ctx.rows) for tensor in (hidden, targets, highest, total))
             for some, wanted, *statistics in zip(*by_row, strict=True):
-                if not ctx.keeps_logits:
+                if not has_logits:
                     logits = None
                     logits = _scores(some, weight, bias)
                 column_sums = ctx.kernels.cross_entropy_bwd(
@@ -172,7 +165,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 if wants_hidden:
                     dhidden.append(logits @ weight)
                 if wants_weight:
-                    dweight = _plus(dweight, product(logits.t(), some, sum_dtype))
+                    dweight = _plus(dweight, product(logits.t(), some, ctx.sum_dtype))
                 if wants_bias:
                     dbias = _plus(dbias, column_sums)
         classes = ctx.options[0]

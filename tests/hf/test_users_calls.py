@@ -36,10 +36,24 @@ def test_a_key_left_over_from_the_tokenizer_costs_nothing(kind, name):
     assert any(route.layout.startswith("packed") for route in routes)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", ["ForMaskedLM", "ForTokenClassification"])
+def test_a_wrong_number_of_labels_or_of_columns_of_a_mask_is_named(kind, training):
+    _, ours = pair(kind=kind)
+    ours.train(training)
+    wrong = {"labels": ids()[:, :8], "attention_mask": MASK[:, :8]}
+    for name, tensor in wrong.items():
+        batch = {"attention_mask": MASK, "labels": ids() % 2, name: tensor}
+        with pytest.raises(ValueError, match=rf"{name}: expected .*, got \(\d+, 8\)"):
+            ours(ids(), **batch)
+
+
 def test_an_error_of_hugging_faces_own_forward_has_no_context_of_ours():
     _, ours = pair()
     with pytest.raises((ValueError, IndexError), match=r"not enough values|too many ind") as caught:
         ours(ids()[0], output_attentions=True)
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        ours(ids()[None])
     error: BaseException | None = caught.value
     while error is not None:
         assert type(error).__name__ != "Unsupported"

@@ -85,7 +85,31 @@ def put_in_a_softmax_along_the_sequence(model):
         owner.activation = nn.Softmax(dim=1)
 
 
+class Later(nn.ModuleList):
+    """Leaves its first layer out, as LayerDrop's lists do at random."""
+
+    def __iter__(self):
+        return iter(list(super().__iter__())[1:])
+
+
+def encoder_of(model):
+    return getattr(model, "encoder", None) or model.transformer
+
+
+def leave_a_layer_out(model):
+    encoder_of(model).layer = Later(encoder_of(model).layer)
+
+
+def keep_a_layer_in_a_tuple(model):
+    encoder = encoder_of(model)
+    layers = tuple(encoder.layer)
+    del encoder.layer
+    encoder.layer = layers[1:]
+
+
 CHANGES = [
+    leave_a_layer_out,
+    keep_a_layer_in_a_tuple,
     change_the_scaling,
     prune_a_head_by_hand,
     double_the_feed_forward,
@@ -159,14 +183,14 @@ def test_a_forward_that_is_replaced_in_a_class_of_torch_runs(family, kind, monke
 @pytest.mark.parametrize("mask", [MASK, None], ids=["mask", "none"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_labels_of_the_words_may_be_flat(family, training, mask):
+def test_labels_of_the_words_may_have_any_shape(family, training, mask):
     _, ours = pair(family, "ForMaskedLM")
     ours.train(training)
     labels, losses = ids().masked_fill(torch.arange(10) % 3 > 0, -100), []
-    for one in (labels, labels.flatten()):
+    for one in (labels, labels.flatten(), labels[..., None]):
         torch.manual_seed(0)
         losses.append(ours(ids(), attention_mask=mask, labels=one).loss)
-    assert torch.equal(*losses)
+    assert losses[0] == losses[1] == losses[2]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

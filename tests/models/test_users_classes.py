@@ -242,3 +242,26 @@ def test_a_configuration_that_has_become_a_decoders_is_refused():
     own.config.is_decoder = True
     with pytest.raises(ValueError, match="a configuration of an encoder, got is_decoder=True"):
         own(input_ids=IDS)
+
+
+class Later(nn.ModuleList):
+    """Leaves its first layer out, as LayerDrop's lists do at random."""
+
+    def __iter__(self):
+        return iter(list(super().__iter__())[1:])
+
+
+@pytest.mark.parametrize("kind", [Later, tuple, lambda layers: nn.Sequential(*layers)])
+@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification"])
+def test_layers_in_another_list_are_refused(head, kind):
+    _, own = make(head)
+    encoder = own.base_model.encoder
+    layers = kind(encoder.layer)
+    del encoder.layer
+    encoder.layer = layers
+    with pytest.raises(
+        ValueError, match=r"layers in a plain nn.ModuleList, got \w+; use a Hugging"
+    ):
+        own(input_ids=IDS, attention_mask=MASK)
+    with pytest.raises(ValueError, match=r"layers in a plain nn\.ModuleList"):
+        encoder(torch.ones(2, 3, 32))

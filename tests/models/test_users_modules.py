@@ -182,6 +182,22 @@ def test_a_hook_sees_the_hidden_states_that_hugging_faces_does(head, name, train
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("name", ["", ".attention", ".attention.self"])
+def test_a_hook_inside_a_layer_gets_the_mask_by_its_place_or_its_name_as_hugging_faces(name):
+    seen = []
+
+    def see(module, args, kwargs):
+        seen.append(
+            (sum(map(torch.is_tensor, args)), torch.is_tensor(kwargs.get("attention_mask")))
+        )
+
+    for model in make("ForTokenClassification"):
+        inside = model.get_submodule(f"bert.encoder.layer.0{name}")
+        inside.register_forward_pre_hook(see, with_kwargs=True)
+        model.eval()(input_ids=IDS, attention_mask=MASK)
+    assert seen[0] == seen[1]
+
+
 @pytest.mark.parametrize(
     "name", ["embeddings", "encoder", *(f"encoder.layer.0{x}" for x in ("", ".attention.self"))]
 )

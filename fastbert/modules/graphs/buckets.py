@@ -48,7 +48,7 @@ def allow(model: nn.Module, graphs: Graphs) -> None:
 
 def off_by(layers: nn.ModuleList) -> str:
     """The name of the setting that switches these layers' graphs off; "" if they are on."""
-    if _MARK in vars(layers):
+    if _MARK in getattr(layers, "__dict__", ()):  # users may put a plain list there
         return "graphs=False"
     return "FASTBERT_GRAPHS" if _are_off() else ""
 

@@ -93,22 +93,17 @@ def test_nothing_is_kept_where_nothing_needs_a_gradient(device):
     assert not kept
 
 
-def test_a_second_backward_through_the_same_graph_is_an_error(device):
-    tensors, targets = inputs(7, 8, 9, torch.float32, device)
-    with backend.use("triton"):
-        loss = linear_cross_entropy(tensors[0].requires_grad_(), *tensors[1:], targets)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match=r"linear_cross_entropy.*run the forward again"):
-        loss.backward()
-
-
-@pytest.mark.usefixtures("small_parts")
-def test_a_second_backward_in_parts_computes_the_logits_again(device):
+@pytest.mark.parametrize("bound", [1 << 30, 3 * 1024 * 4], ids=["whole", "parts"])
+def test_a_second_backward_computes_the_logits_again(bound, device, monkeypatch):
+    """The first has overwritten them."""
+    monkeypatch.setattr(unit, "MAX_LOGITS_BYTES", bound)
     tensors, targets = inputs(23, 8, 1003, torch.float32, device)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
     with backend.use("triton"):
-        loss = linear_cross_entropy(tensors[0].requires_grad_(), *tensors[1:], targets)
-    first = torch.autograd.grad(loss, tensors[0], retain_graph=True)
-    assert torch.equal(first[0], torch.autograd.grad(loss, tensors[0])[0])
+        loss = linear_cross_entropy(*leaves, targets)
+    first, *others = [torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(3)]
+    for other in others:
+        assert all(map(torch.equal, first, other))
 
 
 @pytest.mark.parametrize("bound", [1 << 30, 3 * 1024 * 4], ids=["whole", "parts"])

@@ -35,6 +35,9 @@ at::Tensor attention_keep_mask_cpu(
 // compares them for equality, so one body serves all dtypes of a size.
 template <typename Body>
 auto for_entry_size(const at::Tensor& values, const Body& body) {
+  // models call the operator without its check in Python; another shape would write out of bounds
+  TORCH_CHECK_VALUE(
+      values.dim() == 2, "compact: expected values of shape (batch, seqlen), got ", values.sizes());
   switch (values.element_size()) {
     case 1:
       return body(uint8_t{0});

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbert import backend
-from fastbert.ops.compact import compact
+from fastbert.ops.compact import Compaction, compact
 
 DTYPES = [
     torch.bool,
@@ -151,6 +151,16 @@ def test_compact_of_unsigned_types(implementation, device, dtype):
 def test_compact_refuses(implementation, device, values, ignore_index, capacity, message):
     with pytest.raises(ValueError, match=f"compact: expected .*{message}"):
         compact(values.to(device), ignore_index, capacity)
+
+
+def test_the_extension_takes_no_other_shape_even_without_the_check(device):
+    if not backend.is_loaded("ext", "compact", device):
+        pytest.skip("the extension is not built for this device")
+    with (
+        backend.use("ext"),
+        pytest.raises(ValueError, match=r"\(batch, seqlen\), got \[1, 2"),
+    ):
+        compact.run(Compaction(torch.ones(1, 2, 2, dtype=torch.bool, device=device), 0))
 
 
 def test_a_forced_extension_never_falls_back(monkeypatch):

@@ -19,6 +19,7 @@ struct Options {
 struct Tensor {
   int64_t size(int64_t dimension) const;
   int64_t stride(int64_t dimension) const;
+  int64_t dim() const;
   int64_t numel() const;
   int64_t element_size() const;
   int device() const;

@@ -43,8 +43,11 @@ def replaced_function(cls: type, attention: str) -> str | None:
     places: list[tuple[dict[str, Any], str, str]] = []  # where each function is, and its name
     for registry, kind in registries:  # an instance's own functions come before all instances'
         name = f"the {kind} function of {attention!r}"
-        mappings = registry._local_mapping, type(registry)._global_mapping
-        places += [(mapping, attention, name) for mapping in mappings]
+        own, all_ = (
+            vars(registry).get("_local_mapping"),
+            vars(type(registry)).get("_global_mapping"),
+        )
+        places += [(one, attention, name) for one in (own, all_) if one is not None]
     places += [(modeling, name, name) for name in _OF_MODELING]
     places += [(vars(F), name, name) for name in _OF_TORCH]
     functions = [place.get(key) for place, key, _ in places]
@@ -52,7 +55,8 @@ def replaced_function(cls: type, attention: str) -> str | None:
         if not (function is None or function in _OWN or _is_theirs(function)):
             return name
     if attention != "eager" and registries[0][0].get(attention) is None:
-        return places[0][2]  # unknown; eager attention's function is the modeling file's
+        # unknown; eager attention's function is the modeling file's
+        return f"the attention function of {attention!r}"
     _USUAL[cls, attention] = [one[0] for one in places], [one[1] for one in places], functions
     return None
 

@@ -43,11 +43,9 @@ def replaced_function(cls: type, attention: str) -> str | None:
     places: list[tuple[dict[str, Any], str, str]] = []  # where each function is, and its name
     for registry, kind in registries:  # an instance's own functions come before all instances'
         name = f"the {kind} function of {attention!r}"
-        own, all_ = (
-            vars(registry).get("_local_mapping"),
-            vars(type(registry)).get("_global_mapping"),
-        )
-        places += [(one, attention, name) for one in (own, all_) if one is not None]
+        own = vars(registry).get("_local_mapping")
+        shared = vars(type(registry)).get("_global_mapping")
+        places += [(one, attention, name) for one in (own, shared) if one is not None]
     places += [(modeling, name, name) for name in _OF_MODELING]
     places += [(vars(F), name, name) for name in _OF_TORCH]
     functions = [place.get(key) for place, key, _ in places]

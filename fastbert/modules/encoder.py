@@ -4,7 +4,6 @@ T packed tokens of B sequences, M rows whose output is wanted, H hidden.
 """
 
 import functools
-import sys
 from typing import Any, cast
 
 import torch
@@ -19,8 +18,8 @@ from fastbert.modules.graphs.buckets import off_by, read_layers
 from fastbert.modules.layer import Share, share_packed
 from fastbert.modules.plan import Planner, Reading, is_plain_list
 from fastbert.modules.request import (
-    CAPTURING,
     DOCUMENTS,
+    captured_around,
     numbers_layers,
     read_layout,
     refuse_attentions,
@@ -185,10 +184,9 @@ _PLANNER = Planner(parts_of)
 def _captured_around() -> tuple[dict[str, Any], int]:
     """The lists in which a Hugging Face model around this encoder collects its outputs now.
 
-    Also the first hidden state to collect, 0 or 1. transformers 5 fills the lists by hooks on its
-    own layers, which this encoder lacks. Raises ValueError if the model collects attentions.
+    Also the first hidden state to collect, 0 or 1. This encoder lacks the layers that transformers
+    hooks to fill the lists. Raises ValueError if the model collects attentions.
     """
-    capturing = sys.modules.get(CAPTURING)
-    collected = (capturing._active_collector.get() if capturing is not None else None) or {}
+    collected = captured_around()
     refuse_attentions("attentions" in collected)
     return collected, int("_hidden_states_layers" in collected and numbers_layers())

@@ -8,7 +8,6 @@ then a `Reading` assumes the parts of the last call.
 """
 
 import copy
-import sys
 from collections.abc import Callable, Iterable
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert import events
 from fastbert.modules.linear import Hooks, each_hook, hooks_of, module_of_hook
-from fastbert.modules.request import CAPTURING
+from fastbert.modules.request import CAPTURING, captured_around
 
 # Attributes that classes define. Users replace them on the class, or set them on an instance.
 _OF_CLASSES = "forward", "save", "feed_forward_chunk", "ff_chunk"
@@ -200,9 +199,7 @@ def are_awake(hooks: Hooks) -> bool:
 
 def is_awake(hook: Callable[..., Any]) -> bool:
     """Whether a hook is active: transformers 5's capturing hooks stay, but act only when asked."""
-    if module_of_hook(hook) != CAPTURING:
-        return True
-    return bool(sys.modules[CAPTURING]._active_collector.get())
+    return module_of_hook(hook) != CAPTURING or bool(captured_around())
 
 
 def is_plain_list(layers: Any) -> bool:

@@ -182,6 +182,21 @@ def wanted_states(wanted: Any, num_layers: int) -> Collection[int] | None:
     return {place % count for place in places if -count <= place < count}
 
 
+def captured_around() -> dict[str, Any]:
+    """The lists in which a Hugging Face model around this call collects outputs now; often empty.
+
+    transformers 5 fills them by hooks on its own layers.
+    """
+    capturing = sys.modules.get(CAPTURING)
+    if capturing is None:
+        return {}
+    variable = capturing._active_collector
+    # one graph cannot read a context variable; a model traced around it sets another
+    if is_one_graph() and not getattr(variable, "compiling", False):
+        return {}
+    return variable.get() or {}
+
+
 def numbers_layers() -> bool:
     """Whether transformers' lists of wanted states number layers, as they did before 5.23."""
     return not hasattr(sys.modules.get(CAPTURING), "resolve_hidden_states_indices")

@@ -147,3 +147,33 @@ def test_without_fullgraph_padding_is_still_left_out(both):
 def test_a_dynamo_with_other_names_is_taken_for_one_that_breaks_graphs(monkeypatch):
     monkeypatch.delattr(torch._dynamo.symbolic_convert.InstructionTranslator, "current_tx")
     assert not fastbert.ops.fused._is_one_graph()
+
+
+@torch.no_grad()
+def test_hooks_that_capture_outputs_sleep_in_one_graph_too():
+    """A call with output_attentions leaves them on the layers of a patched model."""
+    _, model = build(Case("Bert", "Model", attention="eager"))
+    model.eval()(IDS, output_attentions=True)
+    expected = model(IDS, REAL.long()).last_hidden_state
+    actual = one_graph(model)(IDS, REAL.long()).last_hidden_state
+    torch.testing.assert_close(actual, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wanted", [False, True], ids=["", "hidden states"])
+def test_an_encoder_alone_and_in_the_model_around_it(wanted):
+    """transformers' model tells the encoder which states it collects, by a context variable."""
+    theirs, _ = bare("own")
+    theirs.encoder = fastbert.BertEncoder(theirs.config).double().eval()
+    x, mask = theirs.embeddings(IDS), REAL.long()
+    expected = theirs.encoder(x, mask, output_hidden_states=wanted)
+    actual = one_graph(theirs.encoder)(x, mask, output_hidden_states=wanted)
+    torch.testing.assert_close(tuple(actual.values()), tuple(expected.values()))
+    expected = theirs(IDS, mask, output_hidden_states=wanted)
+    actual = one_graph(theirs)(IDS, mask, output_hidden_states=wanted)
+    assert actual.keys() == expected.keys()
+    # a trace gets the mask in four dimensions, whose values would tell what is padding
+    pairs = [(actual.last_hidden_state, expected.last_hidden_state)]
+    pairs += zip(actual.hidden_states or (), expected.hidden_states or (), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one[REAL], other[REAL])

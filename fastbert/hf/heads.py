@@ -26,6 +26,7 @@ from fastbert.hf.families import (
 )
 from fastbert.hf.first_tokens import called_by, is_plain_pooler
 from fastbert.hf.hooks import is_hooked
+from fastbert.hf.replaced import has_usual_loss
 from fastbert.hf.stack import family_of_module, makes_a_file, require_usual_functions
 from fastbert.models.losses import (
     Scored,
@@ -36,7 +37,7 @@ from fastbert.models.losses import (
     wants_logits,
     without_padding,
 )
-from fastbert.modules.linear import is_defined_in, is_plain
+from fastbert.modules.linear import is_plain
 from fastbert.modules.masks import real_tokens
 from fastbert.modules.request import call_or_config
 from fastbert.modules.sequences import Rows, first_tokens
@@ -226,15 +227,8 @@ def _run_rows(
 
 
 def _is_usual(model: Any) -> bool:
-    """Whether the model's loss is the mean cross-entropy; DistilBERT's loss is a module.
-
-    A user may have replaced the class that its modeling file imports, or the class's forward.
-    """
-    if getattr(model.config, "is_decoder", False):
-        return False
-    modeling = vars(sys.modules[patched_base(model).__module__])
-    cls = modeling.get("CrossEntropyLoss", torch.nn.CrossEntropyLoss)
-    if cls is not torch.nn.CrossEntropyLoss or not is_defined_in(cls.forward, ("torch.",)):
+    """Whether the model's loss is the mean cross-entropy; DistilBERT's loss is a module."""
+    if getattr(model.config, "is_decoder", False) or not has_usual_loss(patched_base(model)):
         return False
     loss = getattr(model, "mlm_loss_fct", None)
     if loss is None:

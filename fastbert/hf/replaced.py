@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
+from torch import nn
 
 from fastbert.hf.attention import attention_forward, attention_mask
 from fastbert.hf.families import is_torchs
@@ -59,11 +60,20 @@ def replaced_function(cls: type, attention: str) -> str | None:
     return None
 
 
+def has_usual_loss(cls: type) -> bool:
+    """Whether the cross-entropy of a head of `cls` is torch's class, with torch's own functions."""
+    modeling = vars(sys.modules[cls.__module__])
+    loss = modeling.get("CrossEntropyLoss", nn.CrossEntropyLoss)
+    is_torchs_class = loss is nn.CrossEntropyLoss and is_defined_in(loss.forward, ("torch.",))
+    return is_torchs_class and is_torchs(F.cross_entropy)
+
+
 def _is_theirs(function: Callable[..., Any]) -> bool:
     return is_torchs(function) or is_defined_in(function, (*THEIRS, "torch."))
 
 
-# torch.compile, too, asks while it traces, as `fastbert.backend` does
+# torch.compile cannot trace this, so it calls it once, while it traces: functions that are replaced
+# after that are not noticed in the compiled model
 replaced_function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 # for each class and attention: dictionaries, keys, and the usual functions that were found there
 _USUAL: dict[tuple[type, str], tuple[list[dict[str, Any]], list[str], list[Any]]] = {}

@@ -29,10 +29,11 @@ from fastbert.rng import DropoutState, for_batch
 class Request:
     """One call of a model, with T packed tokens of B sequences and M rows whose output is wanted.
 
-    inputs, documents: as the caller passed them; output_hidden_states, return_dict, num_items: see
-    `ForwardOptions`; rows: the only tokens whose last hidden state is read, None for all; reads:
-    what the head reads of the bare model's output: hidden states in the input's form, packed ones,
-    or only the pooled ones; packed: `batch` and `padding`, None until one of them is first read.
+    model: whose call it is; inputs, documents: as the caller passed them; output_hidden_states,
+    return_dict, num_items: see `ForwardOptions`; rows: the only tokens whose last hidden state is
+    read, None for all; reads: what the head reads of the bare model's output: hidden states in the
+    input's form, packed ones, or only the pooled ones; packed: `batch` and `padding`, None until
+    one of them is first read.
     """
 
     model: Any

@@ -191,7 +191,8 @@ def captured_around() -> dict[str, Any]:
     if capturing is None:
         return {}
     variable = capturing._active_collector
-    # one graph cannot read a context variable; a model traced around it sets another
+    # one graph cannot read a context variable; a model that is traced with this call sets a plain
+    # attribute of it instead
     if is_one_graph() and not getattr(variable, "compiling", False):
         return {}
     return variable.get() or {}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastbert
-from fastbert.hf.replaced import replaced_function
+from fastbert.hf.replaced import has_usual_loss, replaced_function
 from tests.hf.promises_case import FAMILIES, MASK, REAL, ids, pair, states
 from tests.versions import IS_V4, needs_v5
 
@@ -184,6 +184,25 @@ def test_a_loss_of_the_users_own(kind, of, monkeypatch):
             monkeypatch.setattr(modeling("Bert"), "CrossEntropyLoss", Focal)
 
     assert_both_change((theirs, ours), run, replace)
+
+
+def test_torchs_cross_entropy_replaced_as_ligers_is(monkeypatch):
+    """On a CPU the packed path calls it, too; on a GPU it has kernels of its own."""
+    theirs, ours = pair("Bert", "ForMaskedLM")
+    cls = type(theirs)
+    assert has_usual_loss(cls)
+    own, shapes = F.cross_entropy, []
+
+    def cross_entropy(scores, labels, **others):
+        shapes.append(scores.shape)
+        return own(scores, labels, **others)
+
+    monkeypatch.setattr(F, "cross_entropy", cross_entropy)
+    assert not has_usual_loss(cls)
+    ours.train()(ids(), attention_mask=MASK, labels=ids())
+    assert shapes == [(ids().numel(), ours.config.vocab_size)]  # all places, as in Hugging Face
+    monkeypatch.undo()
+    assert has_usual_loss(cls)
 
 
 def test_a_masked_lm_head_too_calls_a_function_of_torch(monkeypatch):

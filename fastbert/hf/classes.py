@@ -122,10 +122,12 @@ def patched_class(original: Any) -> Any:
         original.__init__(self, *args, **kwargs)
         patch(self)
 
-    # copies and pickles refer to the original class, which can be imported
+    # copies and pickles refer to what can be imported: the original class, or a user's subclass
     def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
-        _, _, *state = original.__reduce_ex__(self, protocol)
-        return (_new_instance, (original,), *state)
+        make, of, *state = original.__reduce_ex__(self, protocol)
+        if type(self) is patched:
+            make, of = _new_instance, (original,)
+        return (make, of, *state)
 
     attributes = {
         "__init__": __init__,

@@ -263,9 +263,9 @@ def boundary_dtype(own: torch.dtype, device: torch.device, *, is_projected: bool
     """The dtype of Hugging Face's hidden states; own: the dtype of the model's LayerNorms.
 
     Autocast runs LayerNorm in float32, but on a CPU in the dtype of its input: a sum with the
-    embeddings, which are in low precision if a linear layer projects them.
+    embeddings, which are in low precision if a linear layer projects them. Float64 stays.
     """
-    if not torch.is_autocast_enabled(device.type):
+    if own == torch.float64 or not torch.is_autocast_enabled(device.type):
         return own
     if device.type != "cpu":
         return torch.promote_types(own, torch.float32)

@@ -74,7 +74,10 @@ class Leaf:
 
     def __call__(self, x: Tensor, rng: DropoutState | None = None) -> Tensor:
         """The module's output for x; rng: the dropout state of the layer, for its adapters."""
-        if self.is_read and type(self.module) is nn.Linear:
+        if self.is_read:
+            if type(self.module) is nn.LayerNorm:
+                shape = self.module.normalized_shape
+                return F.layer_norm(x, shape, self.weight, self.bias, self.module.eps)
             y = product(x, (self,), biases_of(self))
             return self.adapted(y, x, rng) if self.adapters else y
         if self.products is not None:

@@ -128,9 +128,10 @@ def result_dtype(x: Tensor) -> torch.dtype:
 
 
 def is_autocast(x: Tensor) -> bool:
-    """Whether autocast is on for x's device; PyTorch has none for meta tensors."""
+    """Whether autocast lowers x's precision; not float64's, and PyTorch has none for "meta"."""
     kind = x.device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind)
+    is_cast = x.dtype != torch.float64 and kind != "meta"
+    return is_cast and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:

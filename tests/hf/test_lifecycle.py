@@ -61,6 +61,27 @@ def test_a_copy_is_a_patched_model_of_its_own(how):
     assert_same_model(copied, theirs)
 
 
+class Doubled(fastbert.patched_class(transformers.BertModel)):
+    """A user's own class of patched models."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state * 2
+        return output
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_a_users_subclass_is_one(how):
+    model = Doubled(make_pair(KIND)[1].config).eval()
+    copied = COPIES[how](model)
+    assert type(copied) is Doubled
+    assert fastbert.is_patched(copied)
+    batch = make_batch()
+    del batch["labels"]
+    states = [one(**batch).last_hidden_state for one in (copied, model)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 def test_to_another_dtype_and_back():
     ours, theirs = make_pair(KIND)
     assert_same_model(ours.double(), theirs.double())

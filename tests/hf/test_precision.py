@@ -48,6 +48,33 @@ def models(family, device):
     return model, fastbert.patch(copy.deepcopy(model)), states
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("family", [*FAMILIES, "own"])
+def test_autocast_leaves_float64_as_it_is(family, training):
+    torch.manual_seed(0)
+    options = {"vocab_size": 61, "attention_dropout": 0.0, "dropout": 0.0}
+    options |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if family == "Electra":
+        options["embedding_size"] = 64
+    name = "Bert" if family == "own" else family
+    config = getattr(transformers, f"{name}Config")(**options, num_hidden_layers=1, n_layers=1)
+    theirs = getattr(transformers, f"{name}Model")(config).double().train(training)
+    if family == "own":
+        ours = fastbert.BertModel(config).double().train(training)
+        ours.load_state_dict(theirs.state_dict())
+    else:
+        ours = fastbert.patch(copy.deepcopy(theirs))
+    batch = padded_batch(LENGTHS, 61, "cpu", config.pad_token_id)
+    real = batch["attention_mask"].bool()
+    found = []
+    for model in (ours, theirs):
+        with torch.autocast("cpu", torch.bfloat16):
+            states = model(**batch).last_hidden_state[real]
+            (states**2).mean().backward()
+        found.append([states, *(one.grad for one in model.parameters() if one.grad is not None)])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
 @FAMILIES_AND_DTYPES
 def test_in_eval_mode_it_is_as_near_the_truth_as_hugging_faces(family, dtype, device):
     """Both keep it in float32."""

@@ -105,8 +105,13 @@ def without_bias(model):
     layers_of(model)[1].intermediate.dense.bias = None
 
 
+def without_a_norms_bias(model):
+    layers_of(model)[1].attention.output.LayerNorm.bias = None
+
+
 @pytest.mark.parametrize(
-    "change", [frozen_below, frozen_layers, frozen_above, shared, without_bias]
+    "change",
+    [frozen_below, frozen_layers, frozen_above, shared, without_bias, without_a_norms_bias],
 )
 @pytest.mark.parametrize("kind", ["own", "Bert"])
 def test_parameters_that_are_frozen_shared_or_missing(kind, change, count, recorder):

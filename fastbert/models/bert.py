@@ -11,13 +11,18 @@ from fastbert.models.base import BertPreTrainedModel
 from fastbert.models.heads import BertPooler
 from fastbert.models.inputs import ForwardOptions, Inputs
 from fastbert.models.request import Request, drawn
-from fastbert.models.users import all_take_tokens, predict_in_rows
+from fastbert.models.users import (
+    all_take_tokens,
+    embedded_in_rows,
+    predict_in_rows,
+    tables_take_tokens,
+)
 from fastbert.modules.embeddings import BertEmbeddings, Tables, own_dtype, stream_dtype
 from fastbert.modules.encoder import BertEncoder
 from fastbert.modules.graphs.buckets import may_compute
 from fastbert.modules.graphs.call import PaddedBatch
 from fastbert.modules.layer import Share, share_packed
-from fastbert.modules.linear import dropout_p_of, is_plain, is_plain_dropout, is_plain_table
+from fastbert.modules.linear import dropout_p_of, is_plain, is_plain_dropout
 from fastbert.modules.plan import Reading
 from fastbert.modules.sequences import Rows, first_tokens, pays_to_count
 from fastbert.modules.stack import replay_padded, share_padded
@@ -96,13 +101,11 @@ class BertModel(BertPreTrainedModel):
         share: Share = share_packed
         if padding is not None:
             share = share_padded(padding, own_dtype(self.embeddings))
-        ids, embeds = batch.input_ids, batch.inputs_embeds
-        words = getattr(self.embeddings, "word_embeddings", None)
-        if not (padding is None or ids is None or words is None or is_plain_table(words)):
-            # a hook, or another library's module, expects the padded batch's shape
-            embeds = padding.pack(words(padding.pad(ids)))
-            ids = None
-        x = self.embeddings(ids, batch.token_type_ids, batch.position_ids, embeds, rng=rng)
+        if padding is None or tables_take_tokens(self.embeddings):
+            tokens = batch.input_ids, batch.token_type_ids, batch.position_ids, batch.inputs_embeds
+            x = self.embeddings(*tokens, rng=rng)
+        else:
+            x = request.by_sequence.pack(embedded_in_rows(self, request, rng))
         encoded = encoder(
             x,
             cu_seqlens=batch.cu_seqlens,

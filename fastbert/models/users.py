@@ -3,16 +3,25 @@
 import dataclasses
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbert.models.heads import maps_rows
 from fastbert.models.request import Request, drawn
 from fastbert.modules.embeddings import own_dtype
-from fastbert.modules.linear import dropout_p_of, has_own_hooks, is_defined_in, is_watched
+from fastbert.modules.linear import (
+    dropout_p_of,
+    has_own_hooks,
+    is_defined_in,
+    is_plain,
+    is_plain_table,
+    is_watched,
+)
 from fastbert.modules.sequences import first_tokens
 from fastbert.modules.users import is_own
 from fastbert.outputs import BaseModelOutputWithPooling
+from fastbert.rng import DropoutState
 
+_TABLES = "word_embeddings", "position_embeddings", "token_type_embeddings"
 _OF_EMBEDDINGS = "input_ids", "token_type_ids", "position_ids", "inputs_embeds"
 
 
@@ -33,6 +42,35 @@ def all_take_tokens(bare: Any) -> bool:
         and (pooler is None or is_own(pooler))
         and not (is_watched(embeddings) or is_watched(encoder))
     )
+
+
+def tables_take_tokens(embeddings: Any) -> bool:
+    """Whether the parts of the embeddings take packed tokens.
+
+    A hook, another library's module, or an option such as max_norm reads the batch with padding.
+    """
+    tables = (getattr(embeddings, name, None) for name in _TABLES)  # a wrapper may hide them
+    norm = getattr(embeddings, "LayerNorm", None)
+    are_plain = all(table is None or is_plain_table(table) for table in tables)
+    return are_plain and (norm is None or is_plain(norm, nn.LayerNorm))
+
+
+def embedded_in_rows(bare: Any, request: Request, rng: DropoutState | None) -> Tensor:
+    """The embeddings (B, S, H) of a batch with one sequence per row, as `request.by_sequence`.
+
+    rng: of the packed tokens, None if no dropout is on
+    """
+    batch, rows, ids = request.batch, request.by_sequence, dict[str, Any]()
+    for name in _OF_EMBEDDINGS:
+        if rows is request.padding:  # with the caller's values at padding too
+            ids[name] = getattr(request.inputs, name)
+        else:
+            tokens = getattr(batch, name)
+            ids[name] = None if tokens is None else rows.pad(tokens)
+    if rng is not None and is_own(bare.embeddings):
+        ids["rng"] = rng if rows.slots is None else rng.rows(rows.slots)
+    embedded: Tensor = bare.embeddings(**ids)
+    return embedded
 
 
 def through(module: Any, x: Tensor, request: Request, *others: Any) -> Any:
@@ -57,30 +95,22 @@ def predict_in_rows(bare: Any, request: Request) -> BaseModelOutputWithPooling:
     batch, rows = request.batch, request.by_sequence
     mask = rows.mask if batch.attention_mask is None else batch.attention_mask
 
-    def of_embeddings(name: str) -> Tensor | None:
-        if rows is request.padding:  # with the caller's values at padding too
-            return getattr(request.inputs, name)
-        tokens = getattr(batch, name)
-        return None if tokens is None else rows.pad(tokens)
-
     def in_form(states: Tensor | None) -> Any:
         """The states in the input's form, with zeros at padding."""
         return None if states is None else request.padded(rows.pack(states))
 
     embeddings, encoder, pooler = bare.embeddings, bare.encoder, bare.pooler
-    ids: dict[str, Any] = {name: of_embeddings(name) for name in _OF_EMBEDDINGS}
     asked: dict[str, Any] = {}
+    rng = None
     if request.output_hidden_states:
         asked["output_hidden_states"] = request.output_hidden_states
     drops = is_own(encoder) and encoder.reading(batch.device, trains=bare.training).drops()
     if batch.num_tokens and (drops or any(map(dropout_p_of, embeddings.children()))):
         rng = drawn(batch)
-        rng = rng if rows.slots is None else rng.rows(rows.slots)
         if is_own(encoder):
-            asked["rng"] = rng
-        if is_own(embeddings):
-            ids["rng"] = rng
-    x = embeddings(**ids).to(own_dtype(embeddings))  # autocast may have changed the dtype
+            asked["rng"] = rng if rows.slots is None else rng.rows(rows.slots)
+    # autocast may have changed the dtype
+    x = embedded_in_rows(bare, request, rng).to(own_dtype(embeddings))
     encoded = encoder(x, attention_mask=mask, **asked)
     tokens, pooled = rows.pack(encoded[0]), None
     if pooler is not None:

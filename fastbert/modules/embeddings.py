@@ -102,7 +102,9 @@ def embed(
         )
     x = words(input_ids) if inputs_embeds is None else inputs_embeds
     if types is not None:
-        x = x + types(torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids)
+        if token_type_ids is None:
+            token_type_ids = position_ids.new_zeros(x.shape[:-1])
+        x = x + types(token_type_ids)
     x = x + positions(position_ids)
     return dropout(normalized(x, norm).to(dtype), dropout_p, rng)
 
@@ -156,12 +158,13 @@ class BertEmbeddings(nn.Module):
 
         token_type_ids: None means zeros; position_ids: None means the columns of ids (B, S).
         """
+        tables = Tables.of(self)
         if position_ids is None:
             given: Any = input_ids if inputs_embeds is None else inputs_embeds
-            position_ids = torch.arange(given.shape[1], device=given.device)
-            position_ids = position_ids.expand(given.shape[:2])
+            position_ids = torch.arange(given.shape[1], device=given.device)[None]
+            if inputs_embeds is None and tables.are_one_operator():
+                position_ids = position_ids.expand(given.shape)
         dtype = stream_dtype(own_dtype(self), position_ids.device, self)
         ids = input_ids, position_ids, token_type_ids
-        p = dropout_p_of(self.dropout)
-        x = embed(Tables.of(self), p, *ids, inputs_embeds, rng, dtype=dtype)
+        x = embed(tables, dropout_p_of(self.dropout), *ids, inputs_embeds, rng, dtype=dtype)
         return x if is_plain_dropout(self.dropout) else self.dropout(x)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fastbert
 from tests.hf.changes import OPTIONS
 from tests.hf.promises_case import FAMILIES, MASK, REAL, assert_alike, ids, pair, states
 
@@ -51,21 +52,52 @@ def test_positions_that_were_lengthened_are_taken():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("table", ["word_embeddings", "position_embeddings"])
+def pair_of(kind, family):
+    theirs, ours = pair(family)
+    if kind == "own":
+        ours = fastbert.BertModel(theirs.config).eval()
+        ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+KINDS = pytest.mark.parametrize(
+    ("kind", "family"), [*(("patched", family) for family in FAMILIES), ("own", "Bert")]
+)
+TABLES = pytest.mark.parametrize("table", ["word_embeddings", "position_embeddings"])
+
+
+@TABLES
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_options_of_an_embedding_count(family, option, table):
+@KINDS
+def test_options_of_an_embedding_count(kind, family, option, table):
     found = []
-    for model in pair(family):
+    for model in pair_of(kind, family):
         for name, value in option.items():
             setattr(getattr(model.embeddings, table), name, value)
-        out = states(model)
+        model.embeddings.word_embeddings.weight.data[3] += 9
+        padded = ids().where(REAL, torch.tensor(3))  # by what the user likes
+        out = model(padded, attention_mask=MASK).last_hidden_state[REAL]
         out.square().sum().backward()
         weight = getattr(model.embeddings, table).weight
         assert weight.grad.is_sparse == ("sparse" in option)
         found.append((out, weight.detach(), weight.grad.to_dense()))
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("part", ["word_embeddings", "position_embeddings", "LayerNorm"])
+@KINDS
+def test_a_hook_of_a_part_sees_the_padded_batch(kind, family, part):
+    found = []
+    for model in pair_of(kind, family):
+        seen = []
+        module = getattr(model.embeddings, part)
+        module.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+        with torch.no_grad():
+            states(model)
+        (output,) = seen
+        found.append(output if len(output) == 1 else output[REAL])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta"])

@@ -122,7 +122,7 @@ def hook_an_output(twin, generator):
             return (output[0] * factor, *output[1:])
         return output * factor if isinstance(output, torch.Tensor) else None
 
-    # transformers' hooks, which note the states, come last: see "hidden states" in docs/drop-in.md
+    # before transformers' hooks: see `hidden_states` in docs/drop-in.md
     twin.add(module.register_forward_hook(hook, prepend=True))
 
 

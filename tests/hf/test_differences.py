@@ -251,6 +251,20 @@ def test_masks_of_two_dimensions():
     assert counts[0] > counts[1] == 1
 
 
+@point("`hidden_states` are what each layer passes on")
+def test_states_of_a_layer_with_a_hook():
+    given = []
+    for model in both()[:2]:
+        batch = both()[2]
+        first = model(**batch, output_hidden_states=True).hidden_states[1]
+        model.encoder.layer[0].register_forward_hook(
+            lambda _, args, output: (output[0] * 2,) if isinstance(output, tuple) else output * 2
+        )
+        state = model(**batch, output_hidden_states=True).hidden_states[1]
+        given.append(torch.allclose(state, first * 2))
+    assert given == [IS_V4, True]
+
+
 @point("Second derivatives on a CPU need")
 def test_second_derivatives():
     theirs, ours, batch, _ = both()

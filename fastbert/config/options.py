@@ -20,6 +20,8 @@ SERVER, LIMITS = "Server", "Limits of a request"
 GROUPS = (DATA, MODEL, SERVER, LIMITS, OPTIMISATION, OUTPUT)  # as the help shows them
 POOLINGS = ("mean", "cls")  # how a text's hidden states become one vector
 
+REQUIRED = dataclasses.MISSING  # in the place of an option's default
+
 _LARGEST = 2**31 - 1  # the largest integer for an option without an upper bound
 
 

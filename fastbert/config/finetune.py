@@ -21,20 +21,13 @@ from fastbert.config.options import (
     of_model,
     of_training,
     option,
+    read_delimiter,
 )
 
 TASKS = ("classification", "multilabel", "regression", "ner", "qa", "choice")
 WINDOWS = tuple(task for task in TASKS if task != "choice")  # can read long texts in windows
 TABLES = tuple(task for task in TASKS if task not in ("ner", "qa"))
 BALANCED = "balanced"
-
-
-def read_delimiter(given: str) -> str:
-    """The character that --delimiter means; a tab may be \\t or "tab". InputError for others."""
-    meant = {"\\t": "\t", "tab": "\t"}.get(given, given)
-    if len(meant) != 1 or meant in '"\r\n':
-        raise InputError(f"--delimiter: expected a character such as ';' or \\t, got {given!r}")
-    return meant
 
 
 def check_length(task: str, stride: int | None, truncate: bool) -> None:

@@ -140,5 +140,13 @@ def text_of(value: str, name: str) -> str:
         raise InputError(f"{name}: not UTF-8: {value!r}") from None
 
 
+def read_delimiter(given: str) -> str:
+    """The character that --delimiter means; a tab may be \\t or "tab". InputError for others."""
+    meant = {"\\t": "\t", "tab": "\t"}.get(given, given)
+    if len(meant) != 1 or meant in '"\r\n':
+        raise InputError(f"--delimiter: expected a character such as ';' or \\t, got {given!r}")
+    return meant
+
+
 def dashed(name: str) -> str:
     return name.replace("_", "-")

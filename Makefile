@@ -1,6 +1,5 @@
 # `make pretrain` and `make test` work on a bare machine: each sets up .venv first, once.
 PYTHON ?= python3
-OUT ?= runs/demo
 JOBS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -9,6 +8,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 .PHONY: setup pretrain test test-all test-matrix bench gpu-check lint docs clean
 setup: $(VENV)/.installed $(VENV)/.extension
 
+pretrain: OUT ?= runs/demo
 pretrain: setup
 	$(VENV)/bin/fastbert pretrain --out $(OUT) --resume
 

@@ -29,6 +29,7 @@ import torch
 import typer
 
 from benchmarks.results import Options, Results
+from fastbert.check import InputError
 
 ROOT = Path(__file__).parents[1]
 LOG, RESULTS, TRACE = "log.txt", "results.jsonl", "results.trace.json.gz"
@@ -98,8 +99,7 @@ def main(
     known = {part.name: part for part in PARTS + NAMED}
     for name in only or ():
         if name not in known:
-            print(f"gpu-check: error: --only: one of {', '.join(known)}, got {name!r}")
-            raise typer.Exit(2)
+            raise InputError(f"--only: one of {', '.join(known)}, got {name!r}")
     parts = [known[name] for name in only] if only else PARTS
     out.mkdir(parents=True, exist_ok=True)
     (out / LOG).write_text("", encoding="utf-8")

@@ -127,7 +127,7 @@ class Op:
             is_plain = is_transformed()
             refusal = "function transforms (torch.func)" if is_plain else self.refusal(call)
             if refusal is not None:
-                reason = f"{backend} has no body for {refusal}"
+                reason = f"{backend} does not support {refusal}"
                 if forced and not is_plain:
                     raise BackendUnavailable(f"{self.name}: {reason}")
                 backend, kernels = "reference", None
@@ -252,9 +252,9 @@ def select(op: Op, device: str) -> Choice:
             except BackendUnavailable as refusal:
                 refusals.append(f"{backend}: {refusal}")
                 continue
-            usual = "preferred" if kernels else "its only body for this device"
+            usual = "preferred" if kernels else "its only implementation for this device"
             return Choice(backend, kernels, "; ".join(refusals) or usual)
-    return Choice("reference", None, "its only body for this device")
+    return Choice("reference", None, "its only implementation for this device")
 
 
 def _checked(backend: str | None, who: str = "backend") -> str | None:

@@ -161,9 +161,9 @@ def test_function_transforms_differentiate_the_plain_bodies(model, choice):
     assert {run.backend for run in runs} == {"reference"}
     norms = {run.reason for run in runs if run.operator == "dropout_add_layer_norm"}
     assert norms == {
-        "triton has no body for function transforms (torch.func)"
+        "triton does not support function transforms (torch.func)"
         if choice == "triton"
-        else "its only body for this device"
+        else "its only implementation for this device"
     }
 
 

@@ -105,7 +105,7 @@ def test_a_patched_model_on_a_gpu_without_kernels_is_hugging_faces(a_gpu, monkey
     a_gpu((7, 5))
     with pytest.raises(Unsupported, match=r"no kernels for cuda: triton: .* 8\.0"):
         require_kernels(device)
-    with pytest.raises(Unsupported, match="no kernels for mps: its only body for this device"):
+    with pytest.raises(Unsupported, match="no kernels for mps: its only implementation"):
         require_kernels(torch.device("mps"))
     with backend.use("reference"):
         require_kernels(device)

@@ -33,7 +33,7 @@ def test_operators_with_backend_shape_dtype_and_dropout(patched, capsys):
     [norm] = rows(explanation, "dropout_add_layer_norm")
     assert (norm.calls, norm.backend, norm.shape) == (6, "reference", "11x16")
     assert (norm.dtype, norm.dropout) == ("float32", "0.1")
-    assert norm.note == "its only body for this device"
+    assert norm.note == "its only implementation for this device"
     assert sum(row.calls for row in rows(explanation, "attention_qkvpacked")) == 2
     assert sum(row.calls for row in rows(explanation, "attention")) == 1  # the last layer
     told = {module: (runs, why) for module, runs, why in explanation.routes}
@@ -83,7 +83,7 @@ def test_kernels_are_named_and_what_they_refuse(monkeypatch):
         explanation = fastbert.explain(model.double(), batch, show=False)
     [norm] = rows(explanation, "dropout_add_layer_norm")
     assert norm.backend == "reference"
-    assert norm.note == "triton has no body for torch.float64"
+    assert norm.note == "triton does not support torch.float64"
 
 
 def test_it_changes_nothing(patched):

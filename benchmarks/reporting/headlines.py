@@ -7,7 +7,7 @@ the folder of all results.
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.reporting.cells import Table, seconds
+from benchmarks.reporting.cells import Table, time_of
 from benchmarks.results import FASTBERT, PATCHED_GRAPHS, SDPA, Row, read
 
 
@@ -75,8 +75,9 @@ def table(results: Path) -> Table:
     lines = []
     for headline in HEADLINES:
         timings = _row(results, headline)["timings"]
-        ours, theirs = (timings[name]["median_s"] for name in (headline.ours, headline.other))
-        measured = (seconds(ours), seconds(theirs), f"{theirs / ours:.2f}x")
+        ours, theirs = timings[headline.ours], timings[headline.other]
+        ratio = theirs["median_s"] / ours["median_s"]
+        measured = (time_of(ours), time_of(theirs), f"{ratio:.2f}x")
         lines.append((headline.what, headline.machine, *measured))
     return Table(("what", "machine", "fastbert", "Hugging Face", "ratio"), lines)
 

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from fastbert.check import stopping
-from fastbert.config.options import GROUPS, OUTPUT
+from fastbert.config.options import GROUPS, OUTPUT, dashed
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -30,9 +30,12 @@ class Command(TyperCommand):
                 group = getattr(parameter, "rich_help_panel", None) or OUTPUT
                 names = _REPEATED.sub(lambda kind: f"<{kind[1].lower()}>...", record[0])
                 groups.setdefault(group, []).append((names.replace(" / ", "/"), record[1]))
-        for name in sorted(groups, key=lambda name: GROUPS.index(name)):
-            with formatter.section(name):
+        for name in sorted(groups, key=GROUPS.index):
+            with formatter.section(name if len(groups) > 1 else "Options"):
                 formatter.write_dl(groups[name], col_max=_NAMES)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(f"\n  {self.epilog}\n")  # on one line, so that it can be copied
 
     def invoke(self, ctx: Any) -> Any:
         with stopping(lambda: "nothing was written"):
@@ -52,12 +55,17 @@ def options_of(config: type) -> Callable[[Function], Function]:
     def decorate(command: Function) -> Function:
         hints = get_type_hints(config)
         parameters = []
-        own = inspect.get_annotations(config)  # shown in the help before a base class's fields
-        for field in sorted(dataclasses.fields(config), key=lambda field: field.name not in own):
+        # the help shows what only this kind of run has before what its base class has too
+        inherited = {name for base in config.__mro__[1:] for name in inspect.get_annotations(base)}
+        for field in sorted(dataclasses.fields(config), key=lambda field: field.name in inherited):
             hint, default = hints[field.name], field.default
+            if default is dataclasses.MISSING:  # a required option
+                default = inspect.Parameter.empty
             if isinstance(default, tuple):  # typer represents repeated options as lists
                 hint, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc]
-            option = typer.Option(**field.metadata["shown"])
+            # without a name, typer would add --no-NAME, which an option that is off does not need
+            names = [f"--{dashed(field.name)}"] if default is False else []
+            option = typer.Option(*names, **field.metadata["shown"])
             parameters.append(
                 inspect.Parameter(
                     field.name,

@@ -91,7 +91,7 @@ def _config_of_run(
 @app.command(
     cls=Command,
     epilog="Example: fastbert finetune --task classification --train train.csv --dev dev.csv "
-    "--model runs/demo --out runs/reviews",
+    "--model runs/demo",
 )
 @options_of(FinetuneConfig)
 def finetune(

@@ -24,7 +24,7 @@ class DistillConfig(PretrainConfig):
 
     teacher: str = of_model(
         None,
-        "Directory of a model or a run, or a hub name; the model needs a masked-LM head.",
+        "Directory of a model or a run, or a hub name, with a masked-LM head; a new run needs it.",
     )
     preset: str = of_model(
         None,

@@ -12,6 +12,7 @@ from fastbert.config.options import (
     INSIDE,
     PART,
     POSITIVE,
+    REQUIRED,
     SEED,
     SHARE,
     Only,
@@ -20,20 +21,13 @@ from fastbert.config.options import (
     of_model,
     of_training,
     option,
+    read_delimiter,
 )
 
 TASKS = ("classification", "multilabel", "regression", "ner", "qa", "choice")
 WINDOWS = tuple(task for task in TASKS if task != "choice")  # can read long texts in windows
 TABLES = tuple(task for task in TASKS if task not in ("ner", "qa"))
 BALANCED = "balanced"
-
-
-def read_delimiter(given: str) -> str:
-    """The character that --delimiter means; a tab may be \\t or "tab". InputError for others."""
-    meant = {"\\t": "\t", "tab": "\t"}.get(given, given)
-    if len(meant) != 1 or meant in '"\r\n':
-        raise InputError(f"--delimiter: expected a character such as ';' or \\t, got {given!r}")
-    return meant
 
 
 def check_length(task: str, stride: int | None, truncate: bool) -> None:
@@ -48,13 +42,13 @@ def check_length(task: str, stride: int | None, truncate: bool) -> None:
 class FinetuneConfig:
     """Everything that determines a fine-tuning run; its fields are the command line's options.
 
-    Raises InputError, which names the option, for a missing or unknown value, a value out of range,
-    and options that exclude each other or do not fit the task.
+    Raises InputError, which names the option, for an unknown value, a value out of range, and
+    options that exclude each other or do not fit the task.
     """
 
-    task: str = option(None, f"One of {', '.join(TASKS)}.", choices=TASKS)
+    task: str = option(REQUIRED, f"One of {', '.join(TASKS)}.", choices=TASKS)
     train: Path = option(
-        None,
+        REQUIRED,
         "Training examples: .csv, .tsv or .jsonl with named columns; for ner, CoNLL (a word and "
         "its label per line); for qa, JSON of SQuAD or CMRC 2018.",
     )
@@ -96,7 +90,7 @@ class FinetuneConfig:
         bounds=at_least(0),
     )
     truncate: bool = option(False, "Cut longer texts off instead (not for ner and qa).")
-    model: str = of_model(None, "Directory of a model or a run, or a hub name.")
+    model: str = of_model(REQUIRED, "Directory of a model or a run, or a hub name.")
     max_answer_tokens: int = of_model(
         30, "Longest answer for qa.", bounds=at_least(1), only=Only("task", ("qa",))
     )
@@ -140,9 +134,6 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in ("choice_column", "class_weight"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("task", "train", "model"):
-            if getattr(self, name) is None:
-                raise InputError(f"--{name}: missing")
         if (self.dev is None) == (self.dev_share is None):
             what = "missing; name a file, or give --dev-share 0.1 to split --train"
             raise InputError(f"--dev: {what if self.dev is None else 'not with --dev-share'}")

@@ -20,6 +20,8 @@ SERVER, LIMITS = "Server", "Limits of a request"
 GROUPS = (DATA, MODEL, SERVER, LIMITS, OPTIMISATION, OUTPUT)  # as the help shows them
 POOLINGS = ("mean", "cls")  # how a text's hidden states become one vector
 
+REQUIRED = dataclasses.MISSING  # in the place of an option's default
+
 _LARGEST = 2**31 - 1  # the largest integer for an option without an upper bound
 
 
@@ -136,6 +138,14 @@ def text_of(value: str, name: str) -> str:
         return os.fsencode(value).decode("utf-8")
     except UnicodeError:
         raise InputError(f"{name}: not UTF-8: {value!r}") from None
+
+
+def read_delimiter(given: str) -> str:
+    """The character that --delimiter means; a tab may be \\t or "tab". InputError for others."""
+    meant = {"\\t": "\t", "tab": "\t"}.get(given, given)
+    if len(meant) != 1 or meant in '"\r\n':
+        raise InputError(f"--delimiter: expected a character such as ';' or \\t, got {given!r}")
+    return meant
 
 
 def dashed(name: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from fastbert.check import InputError
 from fastbert.config.options import (
     POOLINGS,
+    REQUIRED,
     Bounds,
     at_least,
     check_options,
@@ -22,10 +23,10 @@ KEY_VARIABLE = "FASTBERT_API_KEY"
 class ServeConfig:
     """Everything that determines a server; its fields are the command line's options.
 
-    Raises InputError, which names the option, for a missing model or a value out of range.
+    Raises InputError, which names the option, for a value out of range.
     """
 
-    model: str = of_model(None, "Directory of a model or a run, or a hub name.")
+    model: str = of_model(REQUIRED, "Directory of a model or a run, or a hub name.")
     pooling: str | None = of_model(
         None,
         "Embeddings are the mean of all tokens, or cls; by default as in the model's files of "
@@ -77,8 +78,6 @@ class ServeConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.model is None:
-            raise InputError("--model: name the directory of a model")
         check_options(self)
 
     def api_key(self) -> str | None:

@@ -8,12 +8,12 @@ import torch
 from numpy.typing import NDArray
 
 from fastbert.check import InputError
-from fastbert.config.finetune import read_delimiter
+from fastbert.config.options import read_delimiter
 from fastbert.data.formats.tables import read_table, read_text
 from fastbert.data.formats.texts import BEGINNING, Text, texts_of
 from fastbert.embedding.model import Embedder
+from fastbert.system.console import tracked
 from fastbert.system.files import is_stream, output
-from fastbert.train.report import tracked
 
 
 def embed(
@@ -67,6 +67,6 @@ def write_npy(path: str | Path, array: NDArray[Any]) -> None:
 
 
 def require_npy(path: str | Path) -> None:
-    """Raises InputError unless the path ends in .npy or is a stream."""
+    """Raises InputError unless the path ends in .npy or is a stream; directories get shards."""
     if not is_stream(path) and Path(path).suffix != ".npy":
-        raise InputError(f"--out {path}: expected a name that ends in .npy")
+        raise InputError(f"--out {path}: expected a name that ends in .npy, or a directory")

@@ -2,9 +2,8 @@
 
 import time
 
-from fastbert.system.console import console
+from fastbert.system.console import bar, console
 from fastbert.train.distributed import Ranks
-from fastbert.train.report import bar
 
 _SECONDS = 10  # between two plain lines
 

@@ -18,7 +18,7 @@ from fastbert.finetune.questions import Answering
 from fastbert.finetune.sequences import Classification, MultiLabel, Regression
 from fastbert.finetune.task import Settings, Task
 from fastbert.finetune.tokens import Entities
-from fastbert.train.report import tracked
+from fastbert.system.console import tracked
 
 TASK_OF: dict[str, type[Task]] = {
     "classification": Classification,

@@ -9,7 +9,8 @@ import torch
 from fastbert import checkpoint
 from fastbert.check import InputError
 from fastbert.config.bert import BertConfig
-from fastbert.config.finetune import TABLES, check_length, read_delimiter
+from fastbert.config.finetune import TABLES, check_length
+from fastbert.config.options import read_delimiter
 from fastbert.data import load_tokenizer
 from fastbert.finetune.infer import TASK_OF, encoder_of, run, warn_of_words
 from fastbert.finetune.metrics import require_metrics

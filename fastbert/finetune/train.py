@@ -26,11 +26,11 @@ from fastbert.finetune.metrics import Report, require_metrics
 from fastbert.finetune.report import print_report, shown
 from fastbert.finetune.task import Settings, Task
 from fastbert.system import locks
-from fastbert.system.console import console
+from fastbert.system.console import console, tracked
 from fastbert.system.files import new_directory, require_apart, write_json
 from fastbert.train.optimizer import clipped_step, finetuning_optimizer, linear_schedule
 from fastbert.train.precision import autocast, resolve_precision
-from fastbert.train.report import environment, tracked
+from fastbert.train.report import environment
 
 SUMMARY = "summary.json"
 

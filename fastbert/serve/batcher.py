@@ -12,7 +12,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -33,8 +34,7 @@ class Job:
 
     def __init__(self, ability: Ability, features: Sequence[Feature]) -> None:
         self.ability, self.features = ability, features
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[list[Any]] = self.loop.create_future()
+        self.future: Future[list[Any]] = Future()
         self.scores: list[Any] = [None] * len(features)
         self.taken = 0  # sequences that the model's thread has taken
         self.missing = len(features)
@@ -43,15 +43,6 @@ class Job:
     @property
     def num_waiting(self) -> int:
         return len(self.features) - self.taken
-
-    def finish(self, error: BaseException | None = None) -> None:
-        """Answers the request; called in its event loop."""
-        if self.future.done():
-            return
-        if error is None:
-            self.future.set_result(self.scores)
-        else:
-            self.future.set_exception(error)
 
 
 class Batcher:
@@ -101,7 +92,7 @@ class Batcher:
         job = Job(ability, features)
         self._put(job)
         try:
-            return await job.future
+            return await asyncio.wrap_future(job.future)
         finally:
             if job.num_waiting:
                 self._drop(job)
@@ -194,7 +185,7 @@ class Batcher:
             log.exception("a batch of %d sequences failed", len(batch))
             self.metrics.failed_batches.inc()
             reason = f"the model failed on the batch: {type(error).__name__}"
-            self._deliver({job for job, _ in batch}, Refusal(500, reason))
+            _deliver({job for job, _ in batch}, Refusal(500, reason))
             return
         self._count(features, time.perf_counter() - began)
         done = []
@@ -203,7 +194,7 @@ class Batcher:
             job.missing -= 1
             if not job.missing:
                 done.append(job)
-        self._deliver(done)
+        _deliver(done)
 
     def _count(self, features: list[Feature], seconds: float) -> None:
         tokens = sum(feature.num_tokens for feature in features)
@@ -212,16 +203,13 @@ class Batcher:
         self.metrics.batch_seconds.observe(seconds)
         self.rate = tokens / seconds if not self.rate else 0.9 * self.rate + 0.1 * tokens / seconds
 
-    def _deliver(self, jobs: Any, error: BaseException | None = None) -> None:
-        """Finishes requests, with a single call into each event loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[Job]] = {}
-        for job in jobs:
-            by_loop.setdefault(job.loop, []).append(job)
-        for loop, some in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
-                loop.call_soon_threadsafe(_finish, some, error)
 
-
-def _finish(jobs: list[Job], error: BaseException | None) -> None:
+def _deliver(jobs: Iterable[Job], error: BaseException | None = None) -> None:
+    """Answers requests, except those whose client has left or that have failed before."""
     for job in jobs:
-        job.finish(error)
+        if job.future.done() or not job.future.set_running_or_notify_cancel():
+            continue
+        if error is None:
+            job.future.set_result(job.scores)
+        else:
+            job.future.set_exception(error)

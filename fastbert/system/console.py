@@ -3,9 +3,13 @@
 import contextlib
 import os
 import sys
-from typing import Any, TextIO
+from collections.abc import Iterable, Sequence
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
+
+T = TypeVar("T")
 
 
 class _Forgiving:
@@ -44,6 +48,27 @@ def _sayable(text: str, stream: TextIO) -> str:
 _output = _Forgiving()
 
 console = Console(file=_output, soft_wrap=True, highlight=False, markup=False)  # type: ignore[arg-type]
+
+
+def tracked(items: Sequence[T], doing: str) -> Iterable[T]:
+    """The items, with a progress bar until the last one is done, if the output is a terminal."""
+    return track(items, doing, console=console, transient=True, disable=not console.is_terminal)
+
+
+def bar(what: str) -> Progress:
+    """A live bar between a text and its task's field `line`, shown if the output is a terminal.
+
+    what: the text, in which rich fills in fields such as "{task.completed}"
+    """
+    return Progress(
+        TextColumn(what),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[line]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+        console=console,
+        disable=console.quiet or not console.is_terminal,
+    )
 
 
 def leave_standard_output() -> None:

@@ -6,42 +6,18 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 
 from fastbert._version import __version__
-from fastbert.system.console import console
+from fastbert.system.console import bar, console
 from fastbert.system.files import new_file
-
-T = TypeVar("T")
 
 PARTS = ("soft", "cosine")  # terms of the distillation loss, shown beside it
 LIBRARIES = ("tensorboard", "matplotlib")  # the extra `train`, to log and plot a run
-
-
-def tracked(items: Sequence[T], doing: str) -> Iterable[T]:
-    """The items, with a progress bar until the last one is done, if the output is a terminal."""
-    return track(items, doing, console=console, transient=True, disable=not console.is_terminal)
-
-
-def bar(what: str) -> Progress:
-    """A live bar between a text and its task's field `line`, shown if the output is a terminal.
-
-    what: the text, in which rich fills in fields such as "{task.completed}"
-    """
-    return Progress(
-        TextColumn(what),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[line]}"),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
-        console=console,
-        disable=console.quiet or not console.is_terminal,
-    )
 
 
 class Reporter:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from benchmarks import gpu_check, suite
 from benchmarks.gpu_check import Part
 from fastbert import backend
+from fastbert.check import InputError
 
 MEASURING = """
 import json, sys, time
@@ -131,9 +132,18 @@ def test_what_a_sanitizer_looks_at_is_every_operator():
 
 
 def test_names_the_parts_it_knows(tmp_path):
-    outcome = check(tmp_path, "--only", "nothing")
-    assert outcome.exit_code == 2
-    assert "one of extension, tests" in outcome.stdout
+    error = check(tmp_path, "--only", "nothing").exception
+    assert isinstance(error, InputError)
+    assert str(error).startswith("--only: one of extension, tests")
+
+
+def test_make_has_no_default_place_for_it(monkeypatch):
+    """With that of `make pretrain` it would write into the demo's run."""
+    for name in ("OUT", "ONLY", "MAKEFLAGS", "MAKELEVEL"):  # which `make test` may pass on
+        monkeypatch.delenv(name, raising=False)
+    command = ["make", "-n", "gpu-check"]
+    made = subprocess.run(command, cwd=gpu_check.ROOT, capture_output=True, text=True, check=True)
+    assert made.stdout.split()[1:] == ["-m", "benchmarks", "gpu-check"]
 
 
 @pytest.mark.slow

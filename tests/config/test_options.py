@@ -90,7 +90,8 @@ def test_text_in_an_encoding_that_cannot_hold_it():
     check_options(config)
 
 
-COMMANDS = ["pretrain", "distill", "finetune", "predict", "embed", "export", "fill-mask", "info"]
+COMMANDS = ["pretrain", "distill", "finetune", "predict", "embed", "export", "serve", "fill-mask",
+            "info"]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -107,6 +108,48 @@ def test_the_help_has_at_most_two_screens(command, monkeypatch, capsys):
     groups = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
     if command in ("pretrain", "distill", "finetune"):
         assert groups == ["Data:", "Model:", "Optimisation:", "Run and output:"]
+    elif command != "serve":
+        assert groups == ["Options:"]
+    assert lines[-1].startswith(f"  Example: fastbert {command}")  # in one line, to be copied
+
+
+def help_of(command, monkeypatch, capsys):
+    """The help's words about each option, by the option's name."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "argv", ["fastbert", command, "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    _, *options = re.split(r"\n  (?=--)", capsys.readouterr().out)
+    return {text.split()[0].partition("/")[0]: " ".join(text.split()) for text in options}
+
+
+@pytest.mark.parametrize(
+    ("command", "required"),
+    [
+        ("finetune", ["--task", "--train", "--model"]),
+        ("serve", ["--model"]),
+        ("predict", ["--model", "--input", "--out"]),
+        ("pretrain", []),
+    ],
+)
+def test_the_help_says_what_is_required_and_so_does_the_command(
+    command, required, monkeypatch, capsys
+):
+    said = help_of(command, monkeypatch, capsys)
+    assert [name for name, text in said.items() if "[required]" in text] == required
+    assert "--no-truncate" not in " ".join(said.values())  # which would be the default
+    monkeypatch.setattr(sys, "argv", ["fastbert", command])
+    if required:
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 2
+        assert f"Missing option '{required[0]}'" in capsys.readouterr().err
+
+
+def test_the_help_of_distill_begins_each_group_with_its_own_options(monkeypatch, capsys):
+    names = list(help_of("distill", monkeypatch, capsys))
+    assert names[0] == "--corpus"
+    assert names.index("--teacher") < names.index("--preset") < names.index("--temperature")
 
 
 def test_the_command_alone_names_each_command_in_a_sentence_and_its_version(monkeypatch, capsys):

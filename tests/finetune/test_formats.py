@@ -9,7 +9,8 @@ import pytest
 import transformers
 
 from fastbert.check import InputError
-from fastbert.config.finetune import FinetuneConfig, read_delimiter
+from fastbert.config.finetune import FinetuneConfig
+from fastbert.config.options import read_delimiter
 from fastbert.data.formats.conll import read_conll
 from fastbert.data.formats.squad import read_squad
 from fastbert.data.formats.tables import Row, delimited_rows, read_table

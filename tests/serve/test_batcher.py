@@ -113,6 +113,17 @@ def test_a_batch_that_fails_fails_its_requests_alone(caplog):
     assert "out of memory" in caplog.text
 
 
+def test_a_request_whose_batches_all_fail_fails_once():
+    ability = Echo()
+    with batcher(start=False) as made:
+        made._put(job := Job(ability, sequences(ability, 6, 6, first=-1)))
+        for _ in range(2):
+            made._compute(made._take())  # the second one must not end the model's thread
+    assert ability.batches == [[6], [6]]
+    with pytest.raises(Refusal, match="RuntimeError"):
+        job.future.result(timeout=0)
+
+
 def test_the_queue_is_bounded():
     async def main(made, ability):
         with pytest.raises(Refusal, match="3 sequences, more than the 2") as error:

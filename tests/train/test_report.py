@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from fastbert import system
 from fastbert.train import report
 from fastbert.train.report import TokenizingReporter
 
@@ -13,7 +14,9 @@ from fastbert.train.report import TokenizingReporter
 def shown(monkeypatch):
     def console(**options):
         out = io.StringIO()
-        monkeypatch.setattr(report, "console", Console(file=out, width=120, **options))
+        made = Console(file=out, width=120, **options)
+        for module in (report, system.console):  # the latter's for the bar
+            monkeypatch.setattr(module, "console", made)
         return out
 
     return console

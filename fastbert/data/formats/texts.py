@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from fastbert.check import InputError, require_libraries
-from fastbert.config.finetune import read_delimiter
+from fastbert.config.options import read_delimiter
 from fastbert.data.formats.tables import Row, delimited_rows, dialect, json_rows
 from fastbert.system.files import is_stream
 

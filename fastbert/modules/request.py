@@ -3,9 +3,10 @@
 The layout of a batch comes from its attention mask, or from boundaries of packed documents.
 """
 
+import contextlib
 import itertools
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -226,6 +227,24 @@ def captured_around() -> dict[str, Any]:
     if is_one_graph() and not getattr(variable, "compiling", False):
         return {}
     return variable.get() or {}
+
+
+@contextlib.contextmanager
+def capturing_nothing() -> Iterator[None]:
+    """A context in which no Hugging Face model collects outputs, as inside another model's call.
+
+    transformers does the same in each model, with the lists of that one. Its hooks then sleep,
+    which torch.compile can tell here, but cannot read of the context variable around.
+    """
+    capturing = sys.modules.get(CAPTURING)
+    if capturing is None:
+        yield
+        return
+    token = capturing._active_collector.set({})
+    try:
+        yield
+    finally:
+        capturing._active_collector.reset(token)
 
 
 def numbers_layers() -> bool:

@@ -35,7 +35,7 @@ ELSEWHERE = {
     "hf/test_users_tables.py": "modules/embeddings.py",
     "models/test_against_hugging_face.py": "models/bert.py models/pretraining.py reference.py",
     "models/test_elsewhere.py": "models/base.py",
-    "models/test_forward_options.py": "models/resize.py models/tied.py",
+    "models/test_forward_options.py": "models/tables.py",
     "models/test_from_pretrained.py": "models/arguments.py",
     "models/test_rows.py": "models/losses.py modules/sequences.py",
     "models/test_users_modules.py": "models/users.py modules/users.py",

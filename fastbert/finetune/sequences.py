@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbert.check import InputError
 from fastbert.data.formats.tables import Row, clean_label
@@ -23,6 +23,7 @@ from fastbert.finetune.features import Feature, WindowEncoder
 from fastbert.finetune.metrics import Report
 from fastbert.finetune.task import Prediction, Scores, Task, by_example, softmax, to_host
 from fastbert.models.task_models import BertForSequenceClassification
+from fastbert.packing import PackedBatch
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -197,6 +198,14 @@ class Regression(_SequenceTask):
     def learn(self, examples: Sequence[TextExample]) -> None:
         self.labels = ["score"]
 
+    def forward(self, model: Any, batch: PackedBatch, features: Sequence[Feature]) -> Any:
+        """The model's output, with logits that autocast has not rounded to a few digits."""
+        handle = model.classifier.register_forward_hook(_unrounded)
+        try:
+            return model(batch)
+        finally:
+            handle.remove()
+
     def number(self, target: float) -> float:
         return target
 
@@ -210,3 +219,9 @@ class Regression(_SequenceTask):
     def evaluate(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> Report:
         truth = [example.target for example in examples]
         return measures.regression(truth, [p["score"] for p in predictions])
+
+
+def _unrounded(layer: nn.Linear, given: tuple[Tensor], output: Tensor) -> Tensor:
+    """A forward hook: the layer's output again, in float32 under autocast too."""
+    with torch.autocast(output.device.type, enabled=False):
+        return F.linear(given[0].float(), layer.weight, layer.bias)

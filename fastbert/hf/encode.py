@@ -31,7 +31,7 @@ from fastbert.hf.stack import (
 from fastbert.modules.embeddings import own_dtype, stream_dtype
 from fastbert.modules.graphs.buckets import may_compute
 from fastbert.modules.graphs.call import PaddedBatch
-from fastbert.modules.request import DOCUMENTS, call_or_config
+from fastbert.modules.request import DOCUMENTS, call_or_config, capturing_nothing
 from fastbert.modules.sequences import Rows, first_tokens
 from fastbert.modules.stack import replay_padded
 from fastbert.ops.unpad import Unpadding
@@ -42,7 +42,8 @@ def run_model(model: Any, original: Forward, arguments: dict[str, Any]) -> Any:
     """The patched forward of a bare model: `BertModel`, `RobertaModel`, ..."""
     found = None
     try:
-        found = _run(model, arguments)
+        with capturing_nothing():  # hidden states come from the packed path itself
+            found = _run(model, arguments)
     except Unsupported as reason:
         events.refused(model, reason)
     if found is None:  # outside `except`, so that errors do not show Unsupported as their context

@@ -18,16 +18,16 @@ from fastbert.check import require
 from fastbert.config.bert import BertConfig, changed, check_config
 from fastbert.models.arguments import DOWNLOAD, device_of, dtype_of, for_constructor
 from fastbert.models.drawing import Undrawn, draw
+from fastbert.models.hub import Uploads
 from fastbert.models.inputs import Inputs
 from fastbert.models.request import Request
-from fastbert.models.resize import resize
-from fastbert.models.tied import set_apart, tie_again
+from fastbert.models.tables import resize, set_apart, tie_again
 from fastbert.models.users import call_padded, may_be_left_out
 from fastbert.modules.bert_layer import BertLayer
 from fastbert.system.files import new_file
 
 
-class BertPreTrainedModel(nn.Module):
+class BertPreTrainedModel(nn.Module, Uploads):
     """Base class of the models.
 
     `config` is a `fastbert.BertConfig` or Hugging Face's configuration, and is not copied. A

@@ -3,8 +3,10 @@
 The layout of a batch comes from its attention mask, or from boundaries of packed documents.
 """
 
+import contextlib
+import itertools
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,7 +55,7 @@ def read_layout(
     if attention_mask is not None:
         require_values("attention_mask", attention_mask)
     boundaries = document_boundaries(
-        batch, seqlen, attention_mask, position_ids=position_ids, **documents
+        batch, seqlen, attention_mask, position_ids=position_ids, device=given.device, **documents
     )
     if boundaries is not None:
         return Unpadding(None, None, *boundaries, (1, seqlen)), None
@@ -102,16 +104,20 @@ def document_boundaries(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     position_ids: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, int] | None:
     """(cu_seqlens (n + 1,) int32, max_seqlen) of documents packed into one row; None if not packed.
 
     The boundaries come from Hugging Face's cu_seq_lens_q and max_length_q, or from position_ids
-    (1, S) that restart at 0 at each document. position_ids are read, for which the host waits for a
-    GPU, as it does for a missing max_length_q. Hugging Face's own sdpa and eager attention would
-    attend across documents. Raises ValueError for boundaries with several rows or an
-    attention_mask, for a cu_seq_lens_k that differs from cu_seq_lens_q (values that differ on a GPU
-    fail a device assertion instead), and for position_ids in one graph of torch.compile, which can
-    read no values: a missing max_length_q is then taken as seqlen.
+    (1, S) that restart at 0 at each document; they are moved to `device`, that of the tokens.
+    position_ids are read, for which the host waits for a GPU, as it does for a missing
+    max_length_q. Hugging Face's own sdpa and eager attention would attend across documents. Raises
+    ValueError for boundaries with several rows or an attention_mask, for others than integers
+    (n + 1,) that rise from 0 to seqlen, for a max_length_q below a document's length, for a
+    cu_seq_lens_k that differs from cu_seq_lens_q (values that differ on a GPU fail a device
+    assertion instead), and for position_ids in one graph of torch.compile, which can read no
+    values: a missing max_length_q is then taken as seqlen. Values that no host has read are not
+    checked: those of a compiled call, and of a GPU's boundaries with a max_length_q.
     """
     if cu_seq_lens_q is None and cu_seq_lens_k is None:
         if batch_size != 1 or attention_mask is not None or position_ids is None:
@@ -128,12 +134,37 @@ def document_boundaries(
         + (", an attention_mask" if attention_mask is not None else ""),
     )
     assert cu_seq_lens_q is not None
+    for name, bounds in (("cu_seq_lens_q", cu_seq_lens_q), ("cu_seq_lens_k", cu_seq_lens_k)):
+        if bounds is not None:
+            _require_integers(name, bounds)
     if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q:
-        _require_same(cu_seq_lens_q, cu_seq_lens_k)
-    lengths = [length for length in (max_length_q, max_length_k) if length is not None]
-    if not lengths:  # one graph cannot read the lengths, and takes an upper bound
-        lengths = [seqlen if is_one_graph() else on_host(cu_seq_lens_q.diff().max())]
-    return cu_seq_lens_q.int(), int(max(lengths))
+        _require_same(cu_seq_lens_q, cu_seq_lens_k.to(cu_seq_lens_q))
+    lengths = [int(length) for length in (max_length_q, max_length_k) if length is not None]
+    if torch.compiler.is_compiling():  # one graph cannot read the lengths: it takes an upper bound
+        if not lengths:
+            lengths = [seqlen if is_one_graph() else on_host(cu_seq_lens_q.diff().max())]
+    elif cu_seq_lens_q.is_cpu or not lengths:
+        lengths = [_longest(cu_seq_lens_q.tolist(), seqlen, lengths)]
+    return cu_seq_lens_q.to(device, torch.int32).contiguous(), max(lengths)
+
+
+def _require_integers(name: str, bounds: Any) -> None:
+    is_tensor = isinstance(bounds, Tensor)
+    fits = is_tensor and bounds.ndim == 1 and bounds.dtype in (torch.int32, torch.int64)
+    got = f"{bounds.dtype} {tuple(bounds.shape)}" if is_tensor else type(bounds).__name__
+    require(fits and len(bounds) > 0, name, "a tensor (documents + 1,) int32 or int64", got)
+    require_values(name, bounds)
+
+
+def _longest(bounds: list[int], seqlen: int, lengths: list[int]) -> int:
+    """The greatest of `lengths`, or without any the longest document's length."""
+    found = [end - begin for begin, end in itertools.pairwise(bounds)]
+    fits = bounds[0] == 0 and bounds[-1] == seqlen and min(found, default=0) >= 0
+    require(fits, "cu_seq_lens_q", f"boundaries that rise from 0 to the {seqlen} tokens", bounds)
+    longest = max(found, default=0)
+    most = max(lengths, default=longest)
+    require(most >= longest, "max_length_q", f"at least {longest}, the longest document", most)
+    return most
 
 
 def _require_same(queries: Tensor, keys: Tensor) -> None:
@@ -196,6 +227,24 @@ def captured_around() -> dict[str, Any]:
     if is_one_graph() and not getattr(variable, "compiling", False):
         return {}
     return variable.get() or {}
+
+
+@contextlib.contextmanager
+def capturing_nothing() -> Iterator[None]:
+    """A context in which no Hugging Face model collects outputs, as inside another model's call.
+
+    transformers does the same in each model, with the lists of that one. Its hooks then sleep,
+    which torch.compile can tell here, but cannot read of the context variable around.
+    """
+    capturing = sys.modules.get(CAPTURING)
+    if capturing is None:
+        yield
+        return
+    token = capturing._active_collector.set({})
+    try:
+        yield
+    finally:
+        capturing._active_collector.reset(token)
 
 
 def numbers_layers() -> bool:

@@ -42,10 +42,11 @@ def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable[..., Any]], Ca
             if not torch.is_grad_enabled():
                 return backward(ctx, *gradients)
             message = f"{who}: its gradients cannot be differentiated again; {remedy}"
-            # The gradients depend on the inputs too. If no input was saved as it was given, and the
-            # incoming gradients are constants, a dummy tensor continues the graph to the refusal.
+            # The gradients depend on the inputs too, and not all were saved as they were given. So
+            # all leaves behind these lead to the refusal: otherwise `torch.autograd.grad` with
+            # allow_unused=True would skip it and return None. A trace has no nodes, so a dummy.
             sources = [x for x in (*gradients, *ctx.saved_tensors) if x is not None]
-            sources = [x for x in sources if x.requires_grad]
+            sources = [x for x in sources if x.requires_grad] + _leaves(ctx)
             sources = sources or [torch.zeros((), requires_grad=True)]
             with torch.no_grad():
                 found = backward(ctx, *gradients)
@@ -54,6 +55,17 @@ def once(who: str, remedy: str = REFERENCE) -> Callable[[Callable[..., Any]], Ca
         return first_derivative
 
     return decorate
+
+
+def _leaves(node: Any) -> list[Tensor]:
+    """The leaf tensors from which the inputs of a node of autograd's graph were computed."""
+    nodes, waiting = {node: None}, [node]
+    while waiting:
+        parents = [parent for parent, _ in getattr(waiting.pop(), "next_functions", ())]
+        new = dict.fromkeys(one for one in parents if one is not None and one not in nodes)
+        nodes.update(new)
+        waiting += new
+    return [one.variable for one in nodes if hasattr(one, "variable")]
 
 
 class _Refusal(Function):

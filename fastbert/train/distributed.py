@@ -145,14 +145,10 @@ def _store() -> dist.Store:
     return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def require_kind(kind: str, precision: str, ranks: Ranks) -> None:
-    """Raises InputError if `kind` is not in KINDS, or cannot train in this precision."""
+def require_kind(kind: str) -> None:
+    """Raises InputError if `kind` is not in KINDS."""
     if kind not in KINDS:
         raise InputError(f"--parallel: expected one of {', '.join(KINDS)}, got {kind!r}")
-    if kind == "fsdp" and precision == "fp8" and ranks.size > 1:
-        raise InputError(
-            "--precision fp8: does not work with --parallel fsdp, which shards the weights; use ddp"
-        )
 
 
 def parallelised(objective: PretrainingObjective, kind: str, ranks: Ranks) -> nn.Module:

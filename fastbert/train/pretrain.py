@@ -74,7 +74,7 @@ def carry_out(
     with distributed.joined() as ranks, ranks.claimed(out), stoppable(recipe, out):
         precision = resolve_precision(precision_of(config, out, resume=resume), trains=True)
         config = recipe.config = dataclasses.replace(config, precision=precision)
-        distributed.require_kind(parallel, precision, ranks)
+        distributed.require_kind(parallel)
         torch.manual_seed(config.seed)
         opening = opened(config, out, resume=resume) if ranks.is_first else contextlib.nullcontext()
         with opening:

@@ -117,9 +117,13 @@ _DAMAGE = (KeyError, IndexError, ValueError, TypeError, AttributeError)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The contents of a state file, on the CPU."""
+    """The contents of a state file, on the CPU.
+
+    The tensors are the file's pages, so that the ranks of a host share one copy. Changing a tensor
+    copies its pages and leaves the file as it is.
+    """
     try:
-        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return saved
     except FileNotFoundError:
         raise InputError(f"{path}: missing, so the run cannot resume from it") from None

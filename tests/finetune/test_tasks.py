@@ -8,6 +8,7 @@ import transformers
 from fastbert.config.finetune import FinetuneConfig
 from fastbert.finetune.predict import predict
 from fastbert.finetune.train import finetune
+from fastbert.train.precision import LOW_PRECISION
 from tests.finetune.case import LEARN, OPINIONS, learn
 
 EXHAUSTIVE = pytest.mark.exhaustive
@@ -115,6 +116,17 @@ def test_regression(model, write, tmp_path):
     assert summary["pearson"] > 0.95
     assert summary["mse"] == pytest.approx(((said - truth) ** 2).mean(), rel=1e-3)
     assert summary["pearson"] == pytest.approx(np.corrcoef(said, truth)[0, 1], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_numbers_are_not_rounded_by_autocast(model, write, tmp_path, precision):
+    """bf16 has 8 significant bits, so that from 1024 on its numbers are 8 apart."""
+    rows = [{"text": text, "label": 1.0} for text in ("one cat", "two dogs", "three cats")]
+    file = write("numbers.jsonl", rows)
+    learn(model, tmp_path, task="regression", train=file, dev=file, epochs=1, precision="bf16")
+    found = predict(tmp_path / "run", file, precision=precision)
+    said = torch.tensor([one["score"] for one in found])
+    assert (said != said.to(LOW_PRECISION[precision]).float()).all()
 
 
 ENTITIES = """john B-PER

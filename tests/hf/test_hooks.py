@@ -1,6 +1,7 @@
 """What users hang on the modules of a patched model is called, and counts."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -276,3 +277,32 @@ def test_a_model_patched_inside_a_users_constructor():
     assert fastbert.is_patched(ours)
     for a, b in zip(ours(**inputs()), theirs(**inputs()), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(IS_V4, reason="4.57 captures no outputs by hooks")
+@torch.no_grad()
+def test_a_model_around_that_captures_outputs_captures_none_of_a_model_inside():
+    from transformers.utils.output_capturing import capture_outputs
+
+    class Outer(transformers.BertPreTrainedModel):
+        _can_record_outputs: ClassVar = {"hidden_states": nn.Tanh}
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.bert, self.last = transformers.BertModel(config), nn.Tanh()
+            self.post_init()
+
+        @capture_outputs
+        def forward(self, input_ids, **kwargs):
+            state = self.last(self.bert(input_ids).last_hidden_state)
+            return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=state)
+
+    _, ours = make_pair()
+    ours.config._attn_implementation = "eager"
+    outer = Outer(ours.config).eval()
+    fastbert.patch(outer.bert)
+    ids = make_batch()["input_ids"]
+    outer.bert(ids, output_attentions=True)  # hooks stay on its layers
+    assert len(outer(ids, output_hidden_states=True).hidden_states) == 2
+    routes = fastbert.explain(outer, ids, output_hidden_states=True, show=False).routes
+    assert [route.layout.partition(",")[0] for route in routes] == ["packed"]

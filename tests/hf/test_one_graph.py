@@ -160,6 +160,15 @@ def test_hooks_that_capture_outputs_sleep_in_one_graph_too():
 
 
 @torch.no_grad()
+def test_hooks_that_capture_outputs_break_no_graph():
+    _, model = build(Case("Bert", "Model", attention="eager"))
+    assert torch._dynamo.explain(model.eval())(IDS).graph_count == 1
+    model(IDS, output_attentions=True)
+    torch._dynamo.reset()
+    assert torch._dynamo.explain(model)(IDS).graph_count == 1
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("wanted", [False, True], ids=["", "hidden states"])
 def test_an_encoder_alone_and_in_the_model_around_it(wanted):
     """transformers' model tells the encoder which states it collects, by a context variable."""

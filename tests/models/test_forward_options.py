@@ -125,10 +125,9 @@ def test_documents_in_one_row_are_as_alone(said_by):
     torch.testing.assert_close(output.loss, expected)
 
 
-@pytest.mark.parametrize("bounds", [[0, 5, 30], [0, 9, 5, 12]], ids=["beyond", "falling"])
-def test_boundaries_that_do_not_fit_the_row_are_refused_by_name(bounds):
-    ids, bounds = torch.randint(1, 61, (1, 12)), torch.tensor(bounds, dtype=torch.int32)
-    with pytest.raises(ValueError, match="expected cu_seqlens that rise from 0 to at most the tok"):
+def test_boundaries_that_do_not_fit_the_row_are_refused_by_name():
+    ids, bounds = torch.randint(1, 61, (1, 12)), torch.tensor([1, 5, 12], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected boundaries that rise from 0 to "):
         make("BertModel")(ids, cu_seq_lens_q=bounds, max_length_q=12)
 
 

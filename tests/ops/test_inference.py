@@ -102,6 +102,9 @@ def test_a_second_derivative_is_refused_of_whatever_gradient(name, dy, device):
     refused = r'cannot be differentiated again; .*with fastbert\.backend\.use\("reference"\)'
     with pytest.raises(RuntimeError, match=refused):
         torch.autograd.grad(total, leaves, retain_graph=True)
+    for leaf in leaves:
+        with pytest.raises(RuntimeError, match=refused):
+            torch.autograd.grad(total, leaf, retain_graph=True, allow_unused=True)
     with pytest.raises(RuntimeError, match=refused):
         total.backward()
 

@@ -1,8 +1,8 @@
 """What each process of tests/train/test_distributed.py runs: `main(ROOT)`.
 
 ROOT/report.pt, of training steps of a small model in float64, with dropout and accumulation, by DDP
-and FSDP2, of pre-training and of distillation; one of them has a loss that is not finite on the
-last rank alone. And of steps of LAMB on shards.
+and FSDP2, of pre-training, also in FP8, and of distillation; one of them has a loss that is not
+finite on the last rank alone. And of steps of LAMB on shards.
 
 Then those of RUNS that ROOT/runs.json names, in ROOT, one after the other in these processes: runs
 of `fastbert pretrain` with the options in ROOT/options.json. Those that are started again go on
@@ -22,10 +22,12 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from fastbert import backend
 from fastbert.config.bert import BertConfig
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.data import GlobalCounts
 from fastbert.models.pretraining import BertForMaskedLM
+from fastbert.modules.products import fp8
 from fastbert.optim import Lamb
 from fastbert.train import distributed
 from fastbert.train.distill.objective import DistillationObjective, Teacher, Weights
@@ -74,8 +76,16 @@ def distillation() -> DistillationObjective:
     return DistillationObjective(student, Teacher(teacher), Weights(5.0, 2.0, 1.0), 2.0)
 
 
-def train(ranks: Ranks, kind: str, objective: PretrainingObjective | None = None) -> dict:
-    """Metrics of each step over all ranks, the weights at the end, and what was exchanged."""
+def in_fp8() -> PretrainingObjective:
+    model = make_model(dropout=0.3)
+    fp8.enable(model)
+    return PretrainingObjective(model)
+
+
+def train(
+    ranks: Ranks, kind: str, objective: PretrainingObjective | None = None, precision: str = "fp32"
+) -> dict:
+    """Metrics of each step over all ranks, weights and FP8's scales at the end, exchanges."""
     if objective is None:
         objective = PretrainingObjective(make_model(dropout=0.3).double())
     model = objective.model
@@ -84,7 +94,8 @@ def train(ranks: Ranks, kind: str, objective: PretrainingObjective | None = None
     if kind == "ddp" and ranks.size > 1:
         module.register_comm_hook(None, counting(exchanged))
     optimizer = Descent(module.parameters(), {"lr": 0.0})
-    step = EagerStep(module, optimizer, CONFIG, ranks.device, ranks.size)
+    config = dataclasses.replace(CONFIG, precision=precision)
+    step = EagerStep(module, optimizer, config, ranks.device, ranks.size)
     rows = []
     for number in range(STEPS):
         whole = share(number, 0, 1)
@@ -98,7 +109,8 @@ def train(ranks: Ranks, kind: str, objective: PretrainingObjective | None = None
         ranks.sum(sums[:-1])
         rows.append(sums)
     weights = distributed.whole_weights(model, ranks)
-    return {"rows": torch.stack(rows), "weights": weights, "exchanged": exchanged}
+    found = {"rows": torch.stack(rows), "weights": weights, "exchanged": exchanged}
+    return found | {"scales": fp8.state(model)}
 
 
 def counting(exchanged):
@@ -149,6 +161,8 @@ def report(path: Path) -> None:
     with distributed.joined() as ranks:
         found = {kind: train(ranks, kind) for kind in distributed.KINDS}
         found |= {f"distil {k}": train(ranks, k, distillation()) for k in distributed.KINDS}
+        with backend.use("reference"):  # which emulates FP8
+            found |= {f"fp8 {k}": train(ranks, k, in_fp8(), "fp8") for k in distributed.KINDS}
         found |= {variant: lamb(variant, sharded=True) for variant in ("paper", "nvidia")}
         if ranks.is_first:
             torch.save(found, path)

@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file
 
 from fastbert.check import InputError
+from fastbert.modules.products import fp8
 from fastbert.system.console import console
 from fastbert.train import distributed
 from fastbert.train.distributed import Ranks
@@ -132,6 +133,17 @@ def test_steps_of_two_ranks_are_those_of_one(report, alone, kind, objective):
     for name, expected in alone["weights"].items():
         actual = two["weights"][name]
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_shards_train_in_fp8_as_whole_weights_do(report):
+    """Except for rounding: a layer with FSDP's hooks runs module by module."""
+    whole, shards = report["fp8 ddp"], report["fp8 fsdp"]
+    losses = [0, 3]
+    expected = whole["rows"][:, losses]
+    torch.testing.assert_close(shards["rows"][:, losses], expected, rtol=5e-3, atol=0)
+    largest, of_shards = (found["scales"][0]["history"][:, 1] for found in (whole, shards))
+    torch.testing.assert_close(of_shards, largest, rtol=1e-2, atol=0)
+    assert (largest[:, 0] != fp8.ASSUMED[1]).any()
 
 
 @pytest.mark.parametrize("kind", distributed.KINDS)

@@ -10,7 +10,6 @@ from fastbert.check import InputError
 from fastbert.config.pretrain import PretrainConfig
 from fastbert.train import pretrain as module
 from fastbert.train import state as run_state
-from fastbert.train.distributed import Ranks, require_kind
 from fastbert.train.pretrain import pretrain
 
 
@@ -60,13 +59,6 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(config, tmp_path, monkey
     # the first pass began with what is assumed; those of the five after it were seen
     assert (of_whole["history"][..., 4] != of_whole["history"][..., 5]).any()
     assert 0 < abs(bf16[loss] - whole[loss]) < 0.05
-
-
-def test_shards_are_refused():
-    two = Ranks(torch.device("cpu"), size=2)
-    require_kind("ddp", "fp8", two)
-    with pytest.raises(InputError, match="--precision fp8: does not work with --parallel fsdp"):
-        require_kind("fsdp", "fp8", two)
 
 
 def test_hardware_without_it_is_one_clear_sentence(config, tmp_path):

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +111,23 @@ def test_the_scale_and_the_random_numbers_go_on(parts, tmp_path):
     state.load(tmp_path / "checkpoint-1", model, optimizer, other)
     assert torch.equal(torch.rand(4), expected)
     assert other.get_scale() == 2.0**9
+
+
+def of_its_own() -> int:
+    """The bytes of memory that this process shares with no file."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])
+
+
+def test_the_processes_of_a_host_read_one_copy_which_keeps_its_bytes(tmp_path):
+    path = tmp_path / state.STATE
+    torch.save({"moments": torch.ones(2**24)}, path)
+    before, content = of_its_own(), path.read_bytes()[-(2**20) :]
+    moments = state._read(path)["moments"]
+    assert moments.sum() == 2**24
+    assert of_its_own() - before < moments.nbytes / 2
+    moments.zero_()
+    assert path.read_bytes()[-(2**20) :] == content
 
 
 @pytest.mark.parametrize("size", [0, 7, 500, -1])

@@ -83,8 +83,14 @@ def test_gradients_cannot_be_differentiated(device):
     x = stream_of(device)
     y, _ = run_layer(parts_of(layer), Stream(x, x), sequences)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="a layer: its gradients cannot be differentiated"):
-        dx.sum().backward()
+    refused = "a layer: its gradients cannot be differentiated"
+    with pytest.raises(RuntimeError, match=refused):
+        dx.sum().backward(retain_graph=True)
+    y, _ = run_layer(parts_of(layer), Stream(x, x), sequences)
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)  # of a constant
+    for parameter in layer.parameters():  # not all are saved
+        with pytest.raises(RuntimeError, match=refused):
+            torch.autograd.grad(dx.sum(), parameter, retain_graph=True, allow_unused=True)
 
 
 @pytest.mark.parametrize("trained", ["all", "norms", "adapters"])

@@ -1,4 +1,6 @@
-"""Resizes embeddings and decoders to another vocabulary size."""
+"""Resizes embeddings and decoders, and keeps tied ones tied when state dicts come and go."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,3 +35,22 @@ def _resized(old: Tensor, count: int, std: float | None) -> nn.Parameter:
         extra = std * noise
     rows = torch.cat([old[:count], extra.to(old.dtype)])
     return nn.Parameter(rows, requires_grad=old.requires_grad)
+
+
+def set_apart(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Copies tied parameters in a state dict, all but the first name's, because Trainer saves with
+    safetensors, which refuses tensors that share memory."""
+    seen = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tensor = state.get(prefix + name)
+        if parameter in seen and tensor is not None and not isinstance(tensor, nn.Parameter):
+            state[prefix + name] = tensor.clone()
+        seen.add(parameter)
+
+
+def tie_again(model: Any, _: Any) -> None:
+    """Ties parameters again after a state dict was loaded."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    pairs = model._tied_weights_keys
+    if names.issuperset([*pairs, *pairs.values()]):  # otherwise another library wrapped a module
+        model.tie_weights()
